@@ -1,0 +1,1 @@
+"""One architecture, one data file; the file name is what `--arch` takes."""

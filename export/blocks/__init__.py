@@ -1,0 +1,1 @@
+"""Torch modules that read a spec; the meaning of every block."""

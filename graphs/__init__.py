@@ -1,0 +1,1 @@
+"""Graph in, graph out: stitching and fusion passes. Never imports torch."""

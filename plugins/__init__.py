@@ -1,0 +1,1 @@
+"""One op, one folder: its meaning and its kernel."""

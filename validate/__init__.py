@@ -1,0 +1,1 @@
+"""Runs the same feeds through PyTorch, ONNX Runtime and engines, and compares."""
