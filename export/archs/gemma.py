@@ -1,0 +1,48 @@
+"""Gemma 1 (transformers modeling_gemma.py): 1 + weight norms in fp32, scaled embeddings, GELU-tanh, tied head."""
+
+from llmexport.export.config import Config
+from llmexport.export.decoder import BUFFERS, NAMES, decoder
+from llmexport.export.spec import Arch, Model
+
+
+def build(config: Config) -> Model:
+    config.expect("use_bidirectional_attention", False)
+    # "gelu" is what the first release wrote; the tanh form was always meant.
+    activations = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+    config.choice("hidden_activation", activations, "gelu_pytorch_tanh")
+    bias = config.flag("attention_bias")
+    return decoder(
+        config,
+        activation=config.choice("hidden_act", activations, "gelu_pytorch_tanh"),
+        tied=True,
+        head_size=256,
+        norm_offset=1.0,
+        norm_rounding="after_weight",
+        scale_embedding=True,
+        qkv_bias=bias,
+        out_bias=bias,
+    )
+
+
+ARCH = Arch(
+    model_types=("gemma",),
+    causal_lm="GemmaForCausalLM",
+    build=build,
+    names=NAMES,
+    ignore=BUFFERS,
+    tiny={
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    },
+)

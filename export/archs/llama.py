@@ -1,0 +1,48 @@
+"""Llama 1 to 3.3 (transformers modeling_llama.py), llama3 RoPE scaling included."""
+
+from llmexport.export.config import Config
+from llmexport.export.decoder import ACTIVATIONS, BUFFERS, NAMES, decoder
+from llmexport.export.spec import Arch, Model
+
+
+def build(config: Config) -> Model:
+    bias = config.flag("attention_bias")
+    return decoder(
+        config,
+        activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
+        tied=False,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=config.flag("mlp_bias"),
+    )
+
+
+ARCH = Arch(
+    model_types=("llama",),
+    causal_lm="LlamaForCausalLM",
+    build=build,
+    names=NAMES,
+    ignore=BUFFERS,
+    tiny={
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    },
+)

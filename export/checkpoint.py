@@ -1,0 +1,250 @@
+"""A published checkpoint folder, read strictly: whatever does not add up stops the export and is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmexport.export.errors import ExportError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# safetensors name = numpy or ml_dtypes name, by item size. F4 and F6 pack several items in a byte: not read.
+_DTYPES_BY_SIZE = {
+    1: "BOOL=bool U8=uint8 I8=int8 F8_E4M3=float8_e4m3fn F8_E5M2=float8_e5m2 F8_E8M0=float8_e8m0fnu",
+    2: "U16=uint16 I16=int16 F16=float16 BF16=bfloat16",
+    4: "U32=uint32 I32=int32 F32=float32",
+    8: "U64=uint64 I64=int64 F64=float64 C64=complex64",
+}
+NUMPY_NAME = dict(pair.split("=") for pairs in _DTYPES_BY_SIZE.values() for pair in pairs.split())
+ITEMSIZE = {pair.split("=")[0]: size for size, pairs in _DTYPES_BY_SIZE.items() for pair in pairs.split()}
+
+MAX_HEADER = 100_000_000  # the format's own limit
+MAX_RANK = 32  # numpy 1 takes no more
+MAX_NBYTES = 2**63 - 1  # numpy, ONNX and the file system count in int64
+
+# Values from a file that nobody vouches for are shown on one line, cut in length and depth.
+_short = reprlib.Repr()
+_short.maxstring = 120
+_show = _short.repr
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    name: str
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+    file: str  # the shard's name in the folder
+    offset: int  # from the beginning of the file
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    file: str
+    nbytes: int  # of the whole file
+    header_sha256: str  # of the header, not of the data: 140 GB open in milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]  # shard by shard, in the order of their data
+    shards: tuple[Shard, ...]
+
+    def read(self, name: str) -> np.ndarray:
+        """Map one tensor read-only, without a copy; bf16 and fp8 come as ml_dtypes."""
+        import ml_dtypes  # noqa: F401  teaches np.dtype its names
+        import numpy as np
+
+        tensor = self.tensors[name]
+        dtype = np.dtype(NUMPY_NAME[tensor.dtype])
+        if tensor.nbytes == 0:
+            return np.empty(tensor.shape, dtype)
+        path = self.folder / tensor.file
+        with _read_errors(path):
+            return np.memmap(path, dtype, "r", tensor.offset, tensor.shape)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read config, index and headers and hold them against each other; no tensor data is read."""
+    config = read_config(folder)
+    with _read_errors(folder):
+        indexed, single = (folder / INDEX).is_file(), (folder / SINGLE).is_file()
+        if not indexed and not single:
+            raise _no_weights(folder)
+    placed = _read_index(folder) if indexed else {}
+    named: dict[str, set[str]] = {}
+    for name, file in placed.items():
+        named.setdefault(file, set()).add(name)
+    files = sorted(named) or [SINGLE]
+    if single and SINGLE not in files:
+        raise ExportError(f"{folder} has both {SINGLE} and {INDEX}: move away the weights that are not meant")
+
+    tensors: dict[str, StoredTensor] = {}
+    shards = []
+    for file in files:
+        held, shard = read_header(folder / file)
+        for name in sorted(held.keys() ^ named.get(file, held.keys())):
+            does, where = "holds" if name in held else "lacks", placed.get(name, "no shard")
+            problem = f"{does} tensor {_show(name)}, which {INDEX} puts in {where}"
+            raise ExportError(f"{folder / file} {problem}: download both again")
+        tensors |= held
+        shards.append(shard)
+    return Checkpoint(folder, config, tensors, tuple(shards))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    with _read_errors(folder):
+        if not folder.exists():
+            raise ExportError(f"no folder {folder}: get one with `hf download <model> --local-dir <folder>`")
+        if not folder.is_dir():
+            raise ExportError(f"{folder} is not a folder: give the one that holds its config.json")
+        if not path.is_file():
+            raise ExportError(f"{folder} has no config.json: give the folder of a published checkpoint")
+        return _parse_object(path.read_bytes(), path)
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], Shard]:
+    """Read and check the header of one safetensors file; tensors come in the order of their data."""
+    with _read_errors(path):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
+                problem = f"is no safetensors file: {size} bytes, of which it claims {length} for a header"
+                raise _broken(path, f"{problem} (after git clone: `git lfs pull`)")
+            header = file.read(length)
+
+    entries = _parse_object(header, path)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "has a __metadata__ that is not a map of strings")
+    start = 8 + length
+    tensors = [_read_entry(path, name, entry, start) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+
+    end = start
+    for tensor in tensors:
+        if tensor.offset != end:
+            problem = "overlaps the one before" if tensor.offset < end else "leaves a hole before it"
+            raise _broken(path, f"has tensor {_show(tensor.name)}, which {problem}")
+        end += tensor.nbytes
+    if end != size:
+        problem = "is truncated" if size < end else "is too long"
+        raise _broken(path, f"{problem}: its header describes {end} bytes, it has {size}")
+    digest = hashlib.sha256(header).hexdigest()
+    return {tensor.name: tensor for tensor in tensors}, Shard(path.name, size, digest)
+
+
+def _read_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    has = f"has tensor {_show(name)} with"
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise _broken(path, f"{has} {_show(entry)} in place of dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise ExportError(f"{path} {has} dtype {_show(dtype)}: convert it to one of {', '.join(ITEMSIZE)}")
+    if not _is_shape(shape):
+        raise _broken(path, f"{has} the impossible shape {_show(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _broken(path, f"{has} data_offsets {_show(offsets)}, not a begin and an end")
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
+    if offsets[1] - offsets[0] != nbytes:
+        raise _broken(path, f"{has} data_offsets {offsets}, but {dtype} {_show(shape)} takes {nbytes} bytes")
+    return StoredTensor(name, dtype, tuple(shape), path.name, data_start + offsets[0], nbytes)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The shard of every tensor, as the index says; all shards are files of this folder."""
+    path = folder / INDEX
+    with _read_errors(path):
+        placed = _parse_object(path.read_bytes(), path).get("weight_map")
+        if not isinstance(placed, dict) or not placed:
+            raise _broken(path, "has no weight_map from tensor to shard")
+        for name, file in placed.items():
+            if not _is_shard_name(file):
+                raise _broken(path, f"places tensor {_show(name)} in {_show(file)}, no shard of this folder")
+        files = sorted(set(placed.values()))
+        missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        lacks = f"lacks {len(missing)} of the {len(files)} shards that {INDEX} names"
+        raise ExportError(f"{folder} {lacks} ({_few(missing)}): finish the download")
+    return placed
+
+
+def _no_weights(folder: Path) -> ExportError:
+    files = sorted(path.name for path in folder.iterdir())
+    if shards := [file for file in files if file.endswith(".safetensors")]:
+        cure = f"download {INDEX} too, or rename a single file to {SINGLE}"
+        return ExportError(f"{folder} has {_few(shards)} and no index of shards: {cure}")
+    if pickles := [file for file in files if file.endswith((".bin", ".pt", ".pth"))]:
+        why = "weights are read from safetensors only, nothing is unpickled"
+        cure = "if you trust them, convert them with transformers' from_pretrained and save_pretrained"
+        return ExportError(f"{folder} has its weights in {_few(pickles)}: {why}: {cure}")
+    return ExportError(f"{folder} has no weights: download {SINGLE}, or {INDEX} and its shards, into it")
+
+
+def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"holds no valid JSON ({_show(str(error))})") from error
+    if not isinstance(value, dict):
+        raise _broken(path, f"holds {_show(value)} where a JSON object should be")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _are_sizes(value: Any) -> bool:
+    # type(), not isinstance(): JSON's true is no size.
+    return isinstance(value, list) and all(type(size) is int and 0 <= size <= MAX_NBYTES for size in value)
+
+
+def _is_shape(value: Any) -> bool:
+    # A zero does not excuse the other sizes: numpy multiplies them too. 8 is the largest item.
+    return _are_sizes(value) and len(value) <= MAX_RANK and math.prod(n or 1 for n in value) * 8 <= MAX_NBYTES
+
+
+def _is_shard_name(file: Any) -> bool:
+    # NUL and lone surrogates are not printable; the file functions raise ValueError for them.
+    plain = isinstance(file, str) and file.isprintable() and not set(file) & set("/\\:")
+    return plain and file.endswith(".safetensors")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(map(_show, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def _broken(path: Path, problem: str) -> ExportError:
+    return ExportError(f"{path} {problem}: the file is damaged, download it again")
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot read {error.filename or path}: {error.strerror}"
+        raise ExportError(f"{what}: check that it is there and that you may read it") from error

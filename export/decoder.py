@@ -1,0 +1,70 @@
+"""The decoder that most architectures are: every layer alike but for its attention window."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Literal
+
+from llmexport.export.config import Config
+from llmexport.export.spec import Attention, DecoderLayer, Embedding, Head, Mlp, Model, Norm, Rotary
+
+# The published names of Llama and of all who followed it.
+NAMES = MappingProxyType(
+    {
+        "embedding.": "model.embed_tokens.",
+        "layers.{i}.": "model.layers.{i}.",
+        "head.norm.": "model.norm.",
+        "head.projection.": "lm_head.",
+    }
+)
+
+# Buffers that old checkpoints carry and that follow from the config.
+BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+
+ACTIVATIONS = MappingProxyType(
+    {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf"}
+)
+
+
+def decoder(
+    config: Config,
+    *,
+    activation: Literal["silu", "gelu_tanh", "gelu_erf"],
+    tied: bool,
+    head_size: int | None = None,
+    kv_heads: int | None = None,
+    theta: float = 10000.0,
+    norm_offset: float = 0.0,
+    norm_rounding: Literal["before_weight", "after_weight"] = "before_weight",
+    scale_embedding: bool = False,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    mlp_bias: bool = False,
+    windows: tuple[int | None, ...] | None = None,
+) -> Model:
+    """Reads the keys that all such configs share; the arguments are what distinguishes an architecture.
+
+    `tied`, `head_size`, `kv_heads` and `theta` are for configs that do not say. `windows` holds the attention window of
+    every layer, None for the whole past.
+    """
+    hidden = config.integer("hidden_size")
+    heads = config.integer("num_attention_heads")
+    layers = config.integer("num_hidden_layers")
+    vocabulary = config.integer("vocab_size")
+    norm = Norm(hidden, config.number("rms_norm_eps", 1e-6), norm_offset, norm_rounding)
+    head_size = config.integer("head_dim", head_size or hidden // heads)
+    theta, scaling = config.rope(theta)
+    kv_heads = config.integer("num_key_value_heads", kv_heads or heads)
+    mlp = Mlp(hidden, config.integer("intermediate_size"), activation, mlp_bias)
+
+    def layer(window: int | None) -> DecoderLayer:
+        attention = Attention(hidden, heads, kv_heads, head_size, qkv_bias, out_bias, window)
+        return DecoderLayer(norm, attention, norm, mlp)
+
+    return Model(
+        embedding=Embedding(vocabulary, hidden, hidden**0.5 if scale_embedding else 1.0),
+        rotary=Rotary(head_size, theta, scaling),
+        layers=tuple(layer(w) for w in windows or (None,) * layers),
+        head=Head(norm, vocabulary),
+        tied=config.flag("tie_word_embeddings", tied),
+    )

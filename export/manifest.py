@@ -1,0 +1,110 @@
+"""`manifest.json`: what an export holds, so that later steps start from its files and derive nothing again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmexport.export import cache
+from llmexport.export.assembly import Assembly, Step
+from llmexport.export.checkpoint import Shard, read_header
+from llmexport.export.errors import ExportError
+from llmexport.export.spec import Port, from_data, to_data
+
+if TYPE_CHECKING:
+    from llmexport.export.onnx_file import Built, Request
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+def record(
+    request: Request, assembly: Assembly, built: Built, shards: list[Shard], placed: str
+) -> dict[str, Any]:
+    """The manifest of an export, as JSON data."""
+    blocks = assembly.blocks
+    return {
+        "format": FORMAT,
+        "arch": request.arch.name,
+        "block": request.block,
+        "dtype": request.dtype,
+        "opset": built.proto.opset_import[0].version,
+        "inputs": [_port(p, request.dtype) for p in assembly.inputs],
+        "outputs": [_port(p, request.dtype) for p in assembly.outputs],
+        "ops": built.ops,
+        "fusions": {n: {"count": f.count, "refused": f.refused} for n, f in built.fusions.items()},
+        "weights": {
+            "placed": placed,
+            "files": [{"file": s.file, "bytes": s.nbytes, "header_sha256": s.header_sha256} for s in shards],
+        },
+        "versions": cache.versions(),
+        "config": request.checkpoint.config,
+        "blocks": [to_data(b) for b in blocks],
+        "steps": [
+            {
+                "name": s.name,
+                "block": blocks.index(s.block),
+                "inputs": s.inputs,
+                "outputs": s.outputs,
+                "path": s.path,
+                "weights": built.step_weights[s.name],
+            }
+            for s in assembly.steps
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest as read back, with the assembly and the weights of its steps (path in block -> tensor)."""
+
+    folder: Path
+    data: dict[str, Any]
+    assembly: Assembly
+    step_weights: dict[str, dict[str, str]]
+
+    @property
+    def dtype(self) -> str:
+        return str(self.data["dtype"])
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of the export in `folder`. Raises ExportError if it is none, or its weights have changed."""
+    path = folder / NAME
+    if not path.is_file():
+        raise ExportError(f"{folder} is no export: it has no {NAME}. Make one with `llmexport onnx -o {folder}`")
+    try:
+        data = json.loads(path.read_bytes())
+        if data["format"] != FORMAT:
+            raise ExportError(f"{path} is of format {data['format']}, this version reads {FORMAT}: export again")
+        assembly, step_weights = _assembly(data)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ExportError(f"{path} is damaged or of another version ({error!r}): export again") from error
+    for file in data["weights"]["files"]:
+        _check_unchanged(folder / file["file"], file)
+    return Manifest(folder, data, assembly, step_weights)
+
+
+def _assembly(data: dict[str, Any]) -> tuple[Assembly, dict[str, dict[str, str]]]:
+    blocks = [from_data(b) for b in data["blocks"]]
+    steps = tuple(
+        Step(s["name"], blocks[s["block"]], tuple(s["inputs"]), tuple(s["outputs"]), s["path"])
+        for s in data["steps"]
+    )
+    ports = [tuple(Port(p["name"], tuple(p["shape"]), p["dtype"]) for p in data[k]) for k in ("inputs", "outputs")]
+    return Assembly(ports[0], steps, ports[1]), {s["name"]: s["weights"] for s in data["steps"]}
+
+
+def _check_unchanged(path: Path, file: dict[str, Any]) -> None:
+    """A hard-linked shard is the checkpoint's own file: whoever overwrites one changes the other."""
+    if not path.is_file():
+        raise ExportError(f"{path} is missing from the export: export again")
+    _, shard = read_header(path)
+    if (shard.nbytes, shard.header_sha256) != (file["bytes"], file["header_sha256"]):
+        raise ExportError(f"{path} is not the file that was exported, it has changed since: export again")
+
+
+def _port(port: Port, dtype: str) -> dict[str, Any]:
+    return {"name": port.name, "shape": port.shape, "dtype": dtype if port.dtype == "T" else port.dtype}

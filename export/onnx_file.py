@@ -1,0 +1,153 @@
+"""From a checkpoint to a folder with `model.onnx`: trace, stitch, fuse, bind, write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from llmexport.export import cache, manifest, weights
+from llmexport.export.archs import Named
+from llmexport.export.assembly import Assembly, alone, assemble, checkpoint_name, find_block
+from llmexport.export.checkpoint import Checkpoint
+from llmexport.export.config import Config
+from llmexport.export.output import new_folder, place_weights
+from llmexport.export.spec import Block, Model, Port, to_data
+from llmexport.graphs import bodies, pipeline
+from llmexport.graphs.fusion import Fused
+from llmexport.graphs.stitch import Piece, stitch
+from llmexport.plugins.spec import Attribute
+
+OPSET = 23
+MODEL = "model.onnx"
+ELEMENT_TYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "int64": onnx.TensorProto.INT64,
+    "bool": onnx.TensorProto.BOOL,
+}
+# Told of each step of a long job: what is done, how many of how many.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export: `block` is None for the whole model; `links` is auto, link or copy."""
+
+    arch: Named
+    checkpoint: Checkpoint
+    dtype: str = "float32"
+    block: str | None = None
+    links: str = "auto"
+    force: bool = False
+
+
+def read_model(arch: Named, config: Mapping[str, Any]) -> Model:
+    """The model that a config describes. Raises ExportError on what this architecture does not understand."""
+    keys = Config(config)
+    model = arch.arch.build(keys)
+    keys.finish()
+    return model
+
+
+def write(request: Request, target: Path, progress: Progress) -> dict[str, Any]:
+    """Exports to the folder `target`, which appears whole or not at all; returns its manifest."""
+    model = read_model(request.arch, request.checkpoint.config)
+    assembly = assemble(model) if request.block is None else alone(find_block(model, request.block))
+    built = build(request, model, assembly, progress)
+    used = {request.checkpoint.tensors[n].file for n in built.wanted}
+    shards = [s for s in request.checkpoint.shards if s.file in used]
+    with new_folder(target, force=request.force) as folder:
+        progress("weights", 0, 1)
+        sources = [request.checkpoint.folder / s.file for s in shards]
+        placed = place_weights(sources, folder, request.links)
+        progress("weights", 1, 1)
+        (folder / MODEL).write_bytes(built.proto.SerializeToString(deterministic=True))
+        record = manifest.record(request, assembly, built, shards, placed)
+        (folder / manifest.NAME).write_text(json.dumps(record, indent=1))
+    return record
+
+
+@dataclass(frozen=True)
+class Built:
+    """The finished graph; what the passes did; how often each custom op occurs; the weights it wants, by their
+    name in the checkpoint; and the weights of each step, by the path in its block."""
+
+    proto: onnx.ModelProto
+    fusions: dict[str, Fused]
+    ops: dict[str, int]
+    wanted: dict[str, weights.Parameter]
+    step_weights: dict[str, dict[str, str]]
+
+
+def build(request: Request, model: Model, assembly: Assembly, progress: Progress) -> Built:
+    """The graph of an assembly, its weights bound to the checkpoint's tensors where they lie."""
+    dtype = request.dtype
+    graphs = trace_all(assembly.blocks, dtype, progress)
+    pieces: list[Piece] = []
+    wanted: dict[str, weights.Parameter] = {}
+    step_weights: dict[str, dict[str, str]] = {s.name: {} for s in assembly.steps}
+    for step in assembly.steps:
+        graph = graphs[step.block]
+        names = dict(zip([p.name for p in step.block.inputs], step.inputs, strict=True))
+        for value in graph.graph.input:
+            if value.name in names:
+                continue
+            name = checkpoint_name(request.arch.arch, model, step.path + value.name)
+            shape = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+            names[value.name] = step_weights[step.name][value.name] = name
+            wanted[name] = weights.Parameter(name, shape)
+        names |= zip([p.name for p in step.block.outputs], step.outputs, strict=True)
+        pieces.append(Piece(step.name, graph, names))
+    weights.check(wanted, request.checkpoint, request.arch.arch.ignore, whole=request.block is None)
+    proto = stitch(
+        pieces,
+        [value_info(p, dtype) for p in assembly.inputs],
+        [value_info(p, dtype) for p in assembly.outputs],
+        opset=OPSET,
+    )
+    proto, fusions = pipeline.run(proto)
+    weights.bind(proto, wanted, request.checkpoint, ELEMENT_TYPES[dtype])
+    ops = bodies.attach_bodies(proto, load_body)
+    return Built(proto, fusions, ops, wanted, step_weights)
+
+
+def trace_all(blocks: tuple[Block, ...], dtype: str, progress: Progress) -> dict[Block, onnx.ModelProto]:
+    """The graph of every distinct block, from the cache or traced now."""
+    graphs = {}
+    for i, block in enumerate(blocks):
+        progress(f"trace {block.kind}", i, len(blocks))
+        graphs[block] = load_block(block, dtype)
+    progress("trace", len(blocks), len(blocks))
+    return graphs
+
+
+def load_block(block: Block, dtype: str) -> onnx.ModelProto:
+    def make() -> bytes:
+        from llmexport.export.trace import trace_block
+
+        return trace_block(block, dtype).SerializeToString()
+
+    return onnx.ModelProto.FromString(cache.cached("block", [to_data(block), dtype], make))
+
+
+def load_body(
+    name: str, attributes: dict[str, Attribute], dtype: str, shapes: list[list[int | str]]
+) -> onnx.FunctionProto:
+    def make() -> bytes:
+        from llmexport.export.trace import trace_body
+
+        return trace_body(name, attributes, dtype, shapes).SerializeToString()
+
+    sizes = [[d if isinstance(d, int) else None for d in shape] for shape in shapes]
+    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, dtype, sizes], make))
+
+
+def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:
+    element = ELEMENT_TYPES[dtype if port.dtype == "T" else port.dtype]
+    return onnx.helper.make_tensor_value_info(port.name, element, list(port.shape))

@@ -1,0 +1,188 @@
+"""Outputs appear whole or not at all: write beside, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmexport.export.errors import ExportError
+
+_ADVICE = {
+    errno.ENOSPC: "free space or choose another disk",
+    errno.EDQUOT: "free some of your quota or choose another disk",
+    errno.EFBIG: "choose a file system that takes files of this size, and see `ulimit -f`",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder on a file system that is not read-only",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTEMPTY: "another run made it meanwhile, choose another folder",
+}
+
+# What link() says where it is the file system, or its policy, that has no hard link to offer.
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn what the user can mend, while `path` is written, into an ExportError; other errors are bugs."""
+    try:
+        yield
+    except OSError as error:
+        if not os.path.isdir(path.parent):
+            raise ExportError(f"cannot write {path}: {path.parent} is not a folder: make it first") from error
+        if error.errno not in _ADVICE:
+            raise
+        at = f" at {error.filename}" if error.filename else ""
+        raise ExportError(f"cannot write {path}: {error.strerror}{at}: {_ADVICE[error.errno]}") from error
+
+
+@contextmanager
+def new_folder(target: Path, *, force: bool, marker: str = "manifest.json") -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` if the block ends well and is removed if it does not.
+
+    With `force` it takes the place of an empty folder or of an earlier output, known by its file `marker`.
+    Until it stands there, any failure, Ctrl-C included, leaves `target` as it was.
+    """
+    target = Path(os.path.realpath(target))
+    work = _hidden(target.parent)
+    new, old = work / "new", work / "old"
+    with write_errors(target):
+        _check_target(target, force, marker)
+        # What to undo is read from the disk: an interrupt can come between a rename and a variable.
+        try:
+            os.mkdir(work)
+            os.mkdir(new)
+            yield new
+            for path in [*new.rglob("*"), new]:
+                _sync(path)
+            try:
+                if force and os.path.lexists(target):
+                    os.rename(target, old)
+                os.rename(new, target)
+                _sync(target.parent)
+            except BaseException:
+                if not os.path.lexists(new):
+                    os.rename(target, new)
+                raise
+        finally:
+            if os.path.lexists(old) and not os.path.lexists(target):
+                os.rename(old, target)
+            _remove(work)
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write or replace files of an existing output: all of them beside it, then rename in the given order."""
+    work = _hidden(folder)
+    with write_errors(folder / next(iter(files))):
+        try:
+            os.mkdir(work)
+            for name, data in files.items():
+                with open(work / name, "xb") as file:
+                    file.write(data)
+                _sync(work / name)
+            for name in files:
+                os.replace(work / name, folder / name)
+            _sync(folder)
+        finally:
+            _remove(work)
+
+
+def place_weights(sources: list[Path], folder: Path, mode: str) -> str:
+    """Put files into `folder`, a new one, under their own names, as hard links or copies.
+
+    mode: "link", "copy", or "auto", which links and copies what cannot be linked. Returns what was done:
+    "link", "copy" or "link+copy". The files are not synced, `new_folder` does that.
+    """
+    with write_errors(folder):
+        # The file itself: a Hugging Face cache is a folder of symbolic links.
+        real = {folder / source.name: Path(os.path.realpath(source)) for source in sources}
+        copies = {to: file for to, file in real.items() if mode == "copy" or not _link(file, to)}
+        if copies and mode == "link":
+            raise ExportError(
+                f"cannot link {next(iter(copies.values()))} into {folder}: pass --weights copy, "
+                "or choose a folder on the file system of the checkpoint"
+            )
+        _check_space(folder, list(copies.values()))
+        for to, file in copies.items():
+            _copy(file, to)
+    if not copies:
+        return "link"
+    return "copy" if len(copies) == len(real) else "link+copy"
+
+
+def _check_target(target: Path, force: bool, marker: str) -> None:
+    try:
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        raise ExportError(f"{target} is not a folder: choose another name for the output")
+    if os.path.ismount(target):
+        raise ExportError(f"{target} is a mount point, which nothing can replace: choose a folder inside it")
+    if not force:
+        raise ExportError(f"{target} exists: choose another folder, or pass --force to replace it")
+    names = os.listdir(target)
+    if names and marker not in names:
+        raise ExportError(
+            f"{target} has no {marker}, so it is no earlier output, and --force does not replace it: "
+            "choose another folder, or remove it yourself"
+        )
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        return False
+    return True
+
+
+def _check_space(folder: Path, sources: list[Path]) -> None:
+    # A hole takes no space, and _copy leaves it a hole.
+    needed = sum(min(info.st_size, info.st_blocks * 512) for info in map(os.stat, sources))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ExportError(
+            f"cannot copy {needed / 1e9:.1f} GB of weights to {folder}, {free / 1e9:.1f} GB are free: "
+            "free space, or choose a folder on the file system of the checkpoint and --weights link"
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    zeros = bytes(1 << 20)
+    # "x": writing into a hard link of an earlier run would change the checkpoint itself.
+    with open(source, "rb") as reader, open(target, "xb") as writer:
+        while chunk := reader.read(len(zeros)):
+            if chunk == zeros:
+                writer.seek(len(zeros), os.SEEK_CUR)
+            else:
+                writer.write(chunk)
+        writer.truncate()
+
+
+def _hidden(parent: Path) -> Path:
+    return parent / f".llmexport-{os.urandom(8).hex()}"
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        # Ctrl-C: finish first.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

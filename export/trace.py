@@ -1,0 +1,266 @@
+"""Traces a block or an op's reference to an ONNX graph. The only file that calls torch.onnx.
+
+Parameters become graph inputs, so that a trace holds no weights, equal blocks share one trace, and no optimiser
+can merge two weights that happen to be equal.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxscript
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+
+from llmexport.export import blocks
+from llmexport.export.blocks import standard
+from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Block, Port
+from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
+
+OPSET = 23
+# Sizes to trace at: distinct, so that no two dimensions are taken for one, and above 1, which would be special.
+SIZES = {BATCH: 2, SEQUENCE: 5, PAST: 3, TOTAL: 8}
+
+
+def trace_block(block: Block, dtype: str) -> onnx.ModelProto:
+    """The graph of one block: its input ports, then its parameters, in; its output ports out.
+
+    Parameters are named by their path in the block's module. No function bodies, no initialisers but small
+    constants; dynamic dimensions carry the names of the ports.
+    """
+    module = blocks.module(block, torch_dtype(dtype))
+    buffers = dict(module.named_buffers())
+    state = dict(module.named_parameters()) | {n: b.to("meta") for n, b in buffers.items()}
+    ports = len(block.inputs)
+
+    def forward(*tensors: Tensor) -> Any:
+        return torch.func.functional_call(module, dict(zip(state, tensors[ports:], strict=True)), tensors[:ports])
+
+    examples = [_example(p, dtype) for p in block.inputs]
+    names = [p.name for p in block.inputs] + list(state)
+    dims = [p.shape for p in block.inputs] + [() for _ in state]
+    outputs = [p.name for p in block.outputs]
+    model = _export(forward, [*examples, *state.values()], names, dims, outputs)
+    constants = [i for i in model.graph.input if i.name in buffers]
+    for value in constants:
+        model.graph.input.remove(value)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(buffers[value.name].numpy(), value.name))
+    return model
+
+
+def trace_body(
+    name: str, attributes: dict[str, Attribute], dtype: str, shapes: list[list[int | str]]
+) -> onnx.FunctionProto:
+    """The ONNX function body of an op: its reference, exported for one set of attribute values.
+
+    `shapes` are those of a node's inputs; the op's static dimensions are fixed to them, the others stay dynamic.
+    The overload name says what the body is for.
+    """
+    op = all_ops()[name]
+    attributes = {n: op.attributes[n](v) for n, v in attributes.items()}
+    seen = {d: n for dims, shape in zip(op.inputs.values(), shapes, strict=True) for d, n in zip(dims, shape)}
+    sizes = {d: seen[d] for d in op.static}
+    dims = [[sizes.get(d, d) for d in dims] for dims in op.inputs.values()]
+    dynamic = sorted({d for shape in dims for d in shape if isinstance(d, str)})
+    examples = [
+        torch.empty(
+            [5 + dynamic.index(d) if isinstance(d, str) else d for d in shape],
+            dtype=torch_dtype(dtype),
+            device="meta",
+        )
+        for shape in dims
+    ]
+    forward = functools.partial(op.reference, **attributes)
+    model = _export(lambda *tensors: forward(*tensors), examples, list(op.inputs), dims, list(op.outputs))
+    return onnx.helper.make_function(
+        DOMAIN,
+        op.name,
+        list(op.inputs),
+        list(op.outputs),
+        [*(_constant(t) for t in model.graph.initializer), *model.graph.node],
+        model.opset_import,
+        sorted(attributes),
+        overload=op.overload(attributes, dtype, sizes),
+    )
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
+
+
+def _example(port: Port, dtype: str) -> Tensor:
+    sizes = [SIZES[d] if isinstance(d, str) else d for d in port.shape]
+    kinds = {"int64": torch.int64, "bool": torch.bool}
+    return torch.empty(sizes, dtype=kinds.get(port.dtype) or torch_dtype(dtype), device="meta")
+
+
+def _export(
+    forward: Callable[..., Any],
+    examples: Sequence[Tensor],
+    names: list[str],
+    dims: Sequence[Sequence[int | str]],
+    outputs: list[str],
+) -> onnx.ModelProto:
+    """`forward` as an ONNX model; string dims are dynamic, equal names are equal dimensions."""
+
+    class Traced(nn.Module):
+        def forward(self, tensors: list[Tensor]) -> Any:
+            return forward(*tensors)
+
+    symbols = {d: torch.export.Dim(d) for shape in dims for d in shape if isinstance(d, str)}
+    dynamic = [{i: symbols[d] for i, d in enumerate(shape) if isinstance(d, str)} for shape in dims]
+    with _quiet(), _one_registry():
+        program = torch.onnx.export(
+            Traced().eval(),
+            (list(examples),),
+            input_names=names,
+            output_names=outputs,
+            dynamic_shapes=(dynamic,),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            custom_translation_table=_translations(),
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    # Folds constants only: the exporter's own optimiser also rewrites norms into operators of mixed types.
+    onnxscript.optimizer.optimize_ir(program.model)
+    return _tidy(program.model_proto)
+
+
+@functools.cache
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """What the exporter emits for our ops: one node each."""
+    opset = onnxscript.values.Opset(DOMAIN, 1)
+    table = dict(standard.translations())
+    for op in all_ops().values():
+        onnx.defs.register_schema(op.schema)
+        table[getattr(torch.ops.llmexport, op.torch_name).default] = _translation(op, opset)
+    return table
+
+
+def _translation(op: Op, opset: onnxscript.values.Opset) -> Callable[..., Any]:
+    """A function with the op's own signature, which the exporter reads, that emits the op's node."""
+
+    def translate(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs).arguments
+        attributes = {n: int(v) if isinstance(v, bool) else v for n, v in bound.items() if n in op.attributes}
+        return getattr(opset, op.name)(*(bound[n] for n in op.inputs), **attributes)
+
+    signature = inspect.signature(op.reference)
+    translate.__signature__ = signature  # type: ignore[attr-defined]
+    translate.__name__ = op.name
+    return translate
+
+
+@contextmanager
+def _quiet() -> Any:
+    """The exporter warns of things that are meant: shared symbols, absent torchvision."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def _one_registry() -> Any:
+    """Lets all traces of a process share the exporter's operator table, which takes 0.8 s to build.
+
+    Private to torch; where a version has no such place, every trace builds its own.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        original = ONNXRegistry.__dict__["from_torchlib"]
+    except (ImportError, KeyError):
+        yield
+        return
+
+    def shared(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        key = (args, tuple(kwargs.items()))
+        if key not in _REGISTRIES:
+            _REGISTRIES[key] = original.__func__(cls, *args, **kwargs)
+        return _REGISTRIES[key]
+
+    ONNXRegistry.from_torchlib = classmethod(shared)
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = original
+
+
+_REGISTRIES: dict[Any, Any] = {}
+
+
+def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Drops what the exporter leaves behind: unused optional outputs, its metadata, its names for sums of dims."""
+    graph = model.graph
+    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
+    for node in graph.node:
+        while len(node.output) > 1 and node.output[-1] not in used:
+            del node.output[-1]
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    del graph.metadata_props[:]
+    del model.metadata_props[:]
+    made = {name for node in graph.node for name in node.output}
+    typed = [v for v in graph.value_info if v.name in made]
+    del graph.value_info[:]
+    graph.value_info.extend(typed)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.ClearField("metadata_props")
+        for dim in value.type.tensor_type.shape.dim:
+            if set(dim.dim_param.split(" + ")) == {SEQUENCE, PAST}:
+                dim.dim_param = TOTAL
+    _settle_reshapes(graph)
+    return model
+
+
+def _settle_reshapes(graph: onnx.GraphProto) -> None:
+    """Gives reshapes that keep their leading dynamic dimensions a constant shape, [0, 0, heads, size] and such."""
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.output, *graph.value_info)
+    }
+    for node in graph.node:
+        old, new = shapes.get(node.input[0]) if node.input else None, shapes.get(node.output[0])
+        if node.op_type != "Reshape" or not old or not new:
+            continue
+        kept = [d if isinstance(d, int) else 0 for d in new]
+        dynamic = [i for i, d in enumerate(new) if isinstance(d, str)]
+        if all(i < len(old) and old[i] == new[i] for i in dynamic) and 0 not in [d for d in new if d != ""]:
+            node.input[1] = f"{node.output[0]}_shape"
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(kept, np.int64), node.input[1]))
+            del node.attribute[:]
+    _drop_dead(graph)
+
+
+def _drop_dead(graph: onnx.GraphProto) -> None:
+    live = {o.name for o in graph.output}
+    for node in reversed(list(graph.node)):
+        if live.isdisjoint(node.output):
+            graph.node.remove(node)
+        else:
+            live.update(node.input)
+    for dead in [t for t in graph.initializer if t.name not in live]:
+        graph.initializer.remove(dead)
+    for value in [v for v in graph.value_info if v.name not in live]:
+        graph.value_info.remove(value)
+
+
+def _constant(tensor: onnx.TensorProto) -> onnx.NodeProto:
+    return onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)

@@ -1,0 +1,45 @@
+"""Function bodies of our ops, so that a runtime without our plugins can run a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx
+
+from llmexport.plugins.spec import DOMAIN, Attribute
+
+# (op, attributes, dtype, sizes of the op's tensors by name of input) -> body
+Body = Callable[[str, dict[str, Attribute], str, list[list[int | str]]], onnx.FunctionProto]
+
+DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}
+
+
+def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
+    """Adds the body of every llmexport op to `model`, in place, and returns how often each op occurs.
+
+    A body belongs to one set of attribute values, so each set is an overload of its own, named by the body.
+    Raises ValueError if the type or rank of an op's input is not in the graph.
+    """
+    graph = model.graph
+    typed = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
+    typed |= {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type for t in graph.initializer}
+    bodies: dict[str, onnx.FunctionProto] = {}
+    counts: dict[str, int] = {}
+    for node in graph.node:
+        if node.domain != DOMAIN:
+            continue
+        untyped = [n for n in node.input if n not in typed]
+        if untyped:
+            raise ValueError(f"{node.name}: type of {', '.join(untyped)} is not known")
+        shapes = [[d.dim_param or d.dim_value for d in typed[n].shape.dim] for n in node.input]
+        made = body(node.op_type, _attributes(node), DTYPES[typed[node.input[0]].elem_type], shapes)
+        node.overload = made.overload
+        bodies.setdefault(f"{made.name}:{made.overload}", made)
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    model.functions.extend(bodies.values())
+    return counts
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Attribute]:
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    return {n: v.decode() if isinstance(v, bytes) else v for n, v in values.items()}

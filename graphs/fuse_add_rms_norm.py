@@ -1,0 +1,103 @@
+"""Fuses a residual add and the RMSNorm that reads the sum."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from llmexport.graphs.fusion import (
+    Fused,
+    Refusal,
+    is_output,
+    produced_by,
+    replace,
+    same_shape,
+    scalar,
+    sole_consumer,
+    sweep,
+)
+
+
+def fuse_add_rms_norm(graph: gs.Graph) -> Fused:
+    """Rewrites every legal pair, and names the norms that it leaves.
+
+        x   residual             [w]                  x  residual  w
+         \\   /                    |                     \\    |    /
+          Add ---- sum        [Cast][Add offset]        AddRmsNorm
+           |                       |             =>      |      |
+        [Cast]                     |                     y     sum
+           |                       |
+        RMSNormalization ----------+
+           |
+        [Cast] - y
+
+    Parts in brackets are optional; the two Casts come together (a norm that rounds after the weight). Legal if
+    1. the norm's input is a sum,
+    2. it normalises the last axis, with statistics in fp32,
+    3. both summands have the shape of the sum: nothing is broadcast,
+    4. the weight has one value per channel, and the type of the summands,
+    5. no other norm has already taken the sum,
+    6. a norm in fp32 of a narrower sum is cast back to the sum's type, and read only through that cast.
+    """
+    fused = Fused()
+    for norm in [n for n in graph.nodes if n.op == "RMSNormalization" and not n.domain]:
+        try:
+            _fuse(graph, norm)
+            fused.count += 1
+        except Refusal as refusal:
+            fused.refused.append((norm.name, str(refusal)))
+    sweep(graph)
+    return fused
+
+
+def _fuse(graph: gs.Graph, norm: gs.Node) -> None:
+    source, scale, y = norm.inputs[0], norm.inputs[1], norm.outputs[0]
+    widen = produced_by(source, "Cast")
+    total = widen.inputs[0] if widen else source
+    add = produced_by(total, "Add")
+    if add is None:
+        if any(n.op == "AddRmsNorm" for n in total.inputs):
+            raise Refusal("another norm has taken the sum")
+        raise Refusal("its input is not a sum")
+    rank = len(total.shape or ())
+    if norm.attrs.get("axis", -1) not in (-1, rank - 1):
+        raise Refusal(f"it normalises from axis {norm.attrs['axis']}, not the last")
+    if norm.attrs.get("stash_type", 1) != 1:
+        raise Refusal("its statistics are not in fp32")
+    if not same_shape(total, *add.inputs):
+        raise Refusal("the sum broadcasts")
+    dead = [add, norm]
+    if widen:
+        if is_output(graph, y):
+            raise Refusal("the fp32 norm is a graph output")
+        narrow = sole_consumer(y, "the fp32 norm")
+        if narrow.op != "Cast" or narrow.outputs[0].dtype != total.dtype:
+            raise Refusal("the fp32 norm is not cast back")
+        y = narrow.outputs[0]
+        dead.append(narrow)
+    weight, offset = _weight(scale)
+    if list(weight.shape or ()) != [total.shape[-1]]:
+        raise Refusal("the weight is not one value per channel")
+    if weight.dtype != total.dtype:
+        raise Refusal(f"the weight is {np.dtype(weight.dtype)}, the sum {np.dtype(total.dtype)}")
+    attributes = {
+        "epsilon": float(norm.attrs.get("epsilon", 1e-5)),
+        "round_before_weight": int(widen is None),
+        "weight_offset": offset,
+    }
+    x, residual = add.inputs
+    replace(graph, add, dead, "AddRmsNorm", [x, residual, weight], [y, total], attributes)
+
+
+def _weight(scale: gs.Tensor) -> tuple[gs.Tensor, float]:
+    """The stored weight behind a norm's scale, and the offset added to it."""
+    offset = 0.0
+    add = produced_by(scale, "Add")
+    if add:
+        numbers = [scalar(v) for v in add.inputs]
+        if numbers[1] is not None:
+            scale, offset = add.inputs[0], numbers[1]
+        elif numbers[0] is not None:
+            scale, offset = add.inputs[1], numbers[0]
+    cast = produced_by(scale, "Cast")
+    return (cast.inputs[0] if cast else scale), offset

@@ -1,0 +1,82 @@
+"""Fuses the activation of a gated MLP with the product that it gates."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from llmexport.graphs.fusion import (
+    Fused,
+    Refusal,
+    is_output,
+    other_input,
+    replace,
+    same_shape,
+    sole_consumer,
+    sweep,
+)
+
+GELU = {"none": "gelu_erf", "tanh": "gelu_tanh"}
+
+
+def fuse_gated_act(graph: gs.Graph) -> Fused:
+    """Rewrites every legal act(gate) * up, and names the activations that it leaves.
+
+        gate        gate --------+           gate    up
+          |           |          |              \\   /
+        Gelu    or  Sigmoid      |       =>   GatedAct
+          |           |          |                |
+          |          Mul --------+                y
+          |           |
+          +-----+-----+
+                |
+               Mul --- up
+                |
+                y
+
+    Products are taken in either order. Legal if
+    1. a Sigmoid is multiplied with its own input, which makes it SiLU, and is read by nothing else,
+    2. the activation has one consumer, a Mul, and is no graph output,
+    3. gate and up have one shape: nothing is broadcast.
+    """
+    fused = Fused()
+    for node in [n for n in graph.nodes if n.op in ("Gelu", "Sigmoid") and not n.domain]:
+        try:
+            _fuse(graph, node)
+            fused.count += 1
+        except Refusal as refusal:
+            fused.refused.append((node.name, str(refusal)))
+    sweep(graph)
+    return fused
+
+
+def _fuse(graph: gs.Graph, node: gs.Node) -> None:
+    gate, active = node.inputs[0], node.outputs[0]
+    dead = [node]
+    if node.op == "Gelu":
+        activation = GELU[node.attrs.get("approximate", "none")]
+    else:
+        activation = "silu"
+        active = _silu(graph, node).outputs[0]
+        dead.append(active.inputs[0])
+    product = _read_once(graph, active, "the activation")
+    if product.op != "Mul":
+        raise Refusal(f"the activation goes to {product.op}, not to a product")
+    up = other_input(product, active)
+    if not same_shape(gate, up):
+        raise Refusal("gate and up differ in shape")
+    attributes = {"activation": activation, "alpha": 0.0, "limit": 0.0}
+    replace(graph, product, [*dead, product], "GatedAct", [gate, up], list(product.outputs), attributes)
+
+
+def _silu(graph: gs.Graph, sigmoid: gs.Node) -> gs.Node:
+    """The product that makes a Sigmoid a SiLU."""
+    product = _read_once(graph, sigmoid.outputs[0], "the sigmoid")
+    if product.op != "Mul" or other_input(product, sigmoid.outputs[0]) is not sigmoid.inputs[0]:
+        raise Refusal("the sigmoid is not multiplied with its own input")
+    return product
+
+
+def _read_once(graph: gs.Graph, value: gs.Tensor, what: str) -> gs.Node:
+    if is_output(graph, value):
+        raise Refusal(f"{what} is a graph output")
+    return sole_consumer(value, what)

@@ -1,0 +1,103 @@
+"""What every fusion pass shares: its result, and how it looks at a graphsurgeon graph and edits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from llmexport.plugins.spec import DOMAIN
+
+
+class PassError(Exception):
+    """A graph that a pass cannot read."""
+
+
+class Refusal(Exception):
+    """Why one candidate was left as it is."""
+
+
+@dataclass
+class Fused:
+    """How many fused nodes a pass made, and the candidates that it left, each with its reason."""
+
+    count: int = 0
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+
+def producer(value: gs.Tensor) -> gs.Node | None:
+    """The node that makes `value`; None for inputs and constants."""
+    return value.inputs[0] if value.inputs else None
+
+
+def produced_by(value: gs.Tensor, op: str) -> gs.Node | None:
+    """The node that makes `value`, if it is a standard operator of type `op`."""
+    node = producer(value)
+    return node if node is not None and node.op == op and not node.domain else None
+
+
+def sole_consumer(value: gs.Tensor, what: str) -> gs.Node:
+    """The one node that reads `value`. Raises Refusal if others do, or if it is a graph output: none reads it."""
+    if len(value.outputs) != 1:
+        raise Refusal(f"{what} has {len(value.outputs)} consumers")
+    return value.outputs[0]
+
+
+def other_input(node: gs.Node, value: gs.Tensor) -> gs.Tensor:
+    """The other operand of a binary node."""
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def scalar(value: gs.Tensor) -> float | None:
+    """The number that a constant of one element holds."""
+    if isinstance(value, gs.Constant) and int(np.prod(value.shape)) == 1:
+        return float(np.asarray(value.values).reshape(()))
+    return None
+
+
+def same_shape(*values: gs.Tensor) -> bool:
+    """Whether all are known to have one shape, symbolic dimensions compared by name."""
+    shapes = [None if v.shape is None else list(v.shape) for v in values]
+    return None not in shapes and all(s == shapes[0] for s in shapes)
+
+
+def is_output(graph: gs.Graph, value: gs.Tensor) -> bool:
+    return any(value is o for o in graph.outputs)
+
+
+def replace(
+    graph: gs.Graph,
+    at: gs.Node,
+    dead: Sequence[gs.Node],
+    op: str,
+    inputs: list[gs.Tensor],
+    outputs: list[gs.Tensor],
+    attributes: dict[str, Any],
+) -> None:
+    """Puts one llmexport op where `at` stands; `dead` nodes lose their outputs and leave with `sweep`.
+
+    `at` must stand where all `inputs` are made and none of `outputs` is used before.
+    """
+    for node in dead:
+        node.inputs.clear()
+        node.outputs.clear()
+    for value in outputs:
+        value.inputs.clear()
+    fused = gs.Node(op, name=f"{at.name}/{op}", domain=DOMAIN, attrs=attributes, inputs=inputs, outputs=outputs)
+    graph.nodes[next(i for i, n in enumerate(graph.nodes) if n is at)] = fused
+
+
+def sweep(graph: gs.Graph) -> None:
+    """Removes nodes whose outputs nobody reads; the order of the others stays."""
+    kept = []
+    outputs = {id(o) for o in graph.outputs}
+    for node in reversed(graph.nodes):
+        if any(v.outputs or id(v) in outputs for v in node.outputs):
+            kept.append(node)
+        else:
+            node.inputs.clear()
+            node.outputs.clear()
+    graph.nodes[:] = reversed(kept)

@@ -1,0 +1,24 @@
+"""The passes, in the order in which they run. The order lives here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from llmexport.graphs.fuse_add_rms_norm import fuse_add_rms_norm
+from llmexport.graphs.fuse_gated_act import fuse_gated_act
+from llmexport.graphs.fusion import Fused
+
+PIPELINE: tuple[Callable[[gs.Graph], Fused], ...] = (fuse_add_rms_norm, fuse_gated_act)
+
+
+def run(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Fused]]:
+    """The model after all passes, and what each did, by the pass's name.
+
+    Function bodies do not survive the round trip: attach them afterwards.
+    """
+    graph = gs.import_onnx(model)
+    results = {step.__name__: step(graph) for step in PIPELINE}
+    return gs.export_onnx(graph, ir_version=model.ir_version, producer_name=model.producer_name), results

@@ -1,0 +1,35 @@
+"""AddRmsNorm: residual add and RMSNorm in one pass over memory; both results are returned."""
+
+import torch
+from torch import Tensor
+
+from llmexport.plugins.spec import op
+
+
+@op(
+    "AddRmsNorm",
+    version=1,
+    dims={"x": "B T C", "residual": "B T C", "weight": "C"},
+    outputs=("y", "sum"),
+)
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    weight_offset: float,
+    round_before_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """sum = x + residual, y = sum / rms(sum) * (weight_offset + weight) (arXiv 1910.07467).
+
+    x, residual [B, T, C]; weight [C]. The sum is rounded to x's dtype and normalised as rounded, in fp32.
+    round_before_weight rounds the normalised value to x's dtype before it is multiplied by the weight
+    (modeling_llama.py); otherwise the product is formed in fp32 and rounded once (modeling_gemma.py).
+    """
+    total = x + residual
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    scale = weight.float() + weight_offset
+    if round_before_weight:
+        return normed.to(x.dtype) * scale.to(x.dtype), total
+    return (normed * scale).to(x.dtype), total

@@ -1,0 +1,30 @@
+"""GatedAct: the elementwise middle of a gated MLP, act(gate) * up."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmexport.plugins.spec import op
+
+
+@op("GatedAct", version=1, dims={"gate": "B T I", "up": "B T I"}, outputs=("y",))
+def gated_act(gate: Tensor, up: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
+    """activation(gate) * up (arXiv 2002.05202), for gate and up [B, T, I], in fp32 and rounded once.
+
+    activation is "silu", "gelu_tanh" or "gelu_erf"; or "swiglu_clamped", which is
+    gate * sigmoid(alpha * gate) * (up + 1) with gate <= limit and |up| <= limit (modeling_gpt_oss.py). Only
+    that one reads alpha and limit. Raises ValueError on any other activation.
+    """
+    g, u = gate.float(), up.float()
+    if activation == "silu":
+        y = F.silu(g) * u
+    elif activation == "gelu_tanh":
+        y = F.gelu(g, approximate="tanh") * u
+    elif activation == "gelu_erf":
+        y = F.gelu(g) * u
+    elif activation == "swiglu_clamped":
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+        y = g * torch.sigmoid(alpha * g) * (u + 1)
+    else:
+        raise ValueError(f"GatedAct knows no activation {activation!r}")
+    return y.to(gate.dtype)

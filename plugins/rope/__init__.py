@@ -1,0 +1,31 @@
+"""Rope: rotary position embedding, half-split or interleaved, of the first 2 * R of D dimensions."""
+
+import torch
+from torch import Tensor
+
+from llmexport.plugins.spec import op
+
+
+@op(
+    "Rope",
+    version=1,
+    dims={"x": "B H T D", "cos": "B T R", "sin": "B T R"},
+    outputs=("y",),
+    static=("D", "R"),
+)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate pairs of x by the angles whose cos and sin are given (arXiv 2104.09864).
+
+    x [B, H, T, D]; cos, sin [B, T, R], 2 * R <= D; dimensions from 2 * R on pass through. Pair i is
+    (x[i], x[R + i]), or (x[2i], x[2i + 1]) if interleaved. Computed in fp32, rounded once.
+    """
+    rotated = 2 * cos.shape[-1]
+    c, s = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    turned, rest = x[..., :rotated].float(), x[..., rotated:]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., : rotated // 2], turned[..., rotated // 2 :]
+    pair = (first * c - second * s, second * c + first * s)
+    y = (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype)
+    return torch.cat((y, rest), -1) if rotated < x.shape[-1] else y

@@ -1,0 +1,113 @@
+"""What an op is: one torch reference, from which everything else about it is derived.
+
+The torch op, its fake, the ONNX schema, the exporter's translation and the ONNX function body all come from the
+decorated function. This module itself imports neither torch nor onnx, so that a graph can be named and read
+without them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+if TYPE_CHECKING:
+    import onnx
+
+DOMAIN = "llmexport"
+FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+Attribute = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op in domain and plugin namespace `llmexport`; `name` is its ONNX op type and plugin name.
+
+    `inputs` maps each tensor to its dimensions by name; a function body is made for given sizes of the `static`
+    ones and works on any size of the others. `attributes` maps each scalar to its Python type. All tensors share
+    one type T. An op is called like the function it came from.
+    """
+
+    name: str
+    version: int
+    reference: Callable[..., Any]
+    inputs: dict[str, tuple[str, ...]]
+    outputs: tuple[str, ...]
+    static: tuple[str, ...]
+    attributes: dict[str, type]
+    call: Callable[..., Any] = field(repr=False)
+
+    @property
+    def torch_name(self) -> str:
+        return self.reference.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    @functools.cached_property
+    def schema(self) -> onnx.defs.OpSchema:
+        """The operator schema for onnx's checker and shape inference."""
+        from onnx.defs import OpSchema
+
+        kinds = {bool: OpSchema.AttrType.INT, int: OpSchema.AttrType.INT}
+        kinds |= {float: OpSchema.AttrType.FLOAT, str: OpSchema.AttrType.STRING}
+        return OpSchema(
+            self.name,
+            DOMAIN,
+            self.version,
+            inspect.getdoc(self.reference) or "",
+            inputs=[OpSchema.FormalParameter(n, "T") for n in self.inputs],
+            outputs=[OpSchema.FormalParameter(n, "T") for n in self.outputs],
+            type_constraints=[("T", list(FLOATS), "any float; computed in fp32")],
+            attributes=[OpSchema.Attribute(n, kinds[t], required=True) for n, t in self.attributes.items()],
+        )
+
+    def overload(self, attributes: dict[str, Attribute], dtype: str, sizes: dict[str, int]) -> str:
+        """The name of the function body for these attribute values, this dtype and these static sizes."""
+        values = {**attributes, **sizes}
+        parts = (f"{n}_{int(v) if isinstance(v, bool) else v}" for n, v in sorted(values.items()))
+        return re.sub(r"[^0-9A-Za-z_]", "_", "__".join((dtype, *parts)))
+
+
+OPS: dict[str, Op] = {}
+
+
+def op(
+    name: str, version: int, dims: dict[str, str], outputs: tuple[str, ...], static: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Op]:
+    """Makes an op of its torch reference.
+
+    `dims` names the dimensions of every tensor parameter, as in {"x": "B H T D"}. Parameters of type bool, int,
+    float and str become attributes. Raises TypeError on a signature that cannot become an ONNX operator.
+    """
+
+    def decorate(reference: Callable[..., Any]) -> Op:
+        import torch
+
+        hints = get_type_hints(reference)
+        hints.pop("return")
+        attributes = {n: t for n, t in hints.items() if t is not torch.Tensor}
+        for parameter, kind in attributes.items():
+            if kind not in (bool, int, float, str):
+                raise TypeError(f"{name}: parameter {parameter} is {kind}, an attribute is bool, int, float or str")
+        inputs = {n: tuple(dims[n].split()) for n in hints if n not in attributes}
+        call = torch.library.custom_op(f"{DOMAIN}::{reference.__name__}", reference, mutates_args=())
+        call.register_fake(reference)
+        made = Op(name, version, reference, inputs, outputs, static, attributes, call)
+        if OPS.setdefault(name, made) is not made:
+            raise TypeError(f"{name} is defined twice: was its module imported under two names?")
+        return made
+
+    return decorate
+
+
+def all_ops() -> dict[str, Op]:
+    """Every op there is, by ONNX name. Imports their references, and torch with them."""
+    for folder in sorted(Path(__file__).parent.glob("*/__init__.py")):
+        importlib.import_module(f"{__package__}.{folder.parent.name}")
+    return OPS
