@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmexport.export import cache
 from llmexport.export.assembly import Assembly, Step
-from llmexport.export.checkpoint import Shard, read_header
+from llmexport.export.checkpoint import Checkpoint, Shard, StoredTensor, read_header
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Port, from_data, to_data
 
@@ -64,6 +64,16 @@ class Manifest:
     data: dict[str, Any]
     assembly: Assembly
     step_weights: dict[str, dict[str, str]]
+
+    def checkpoint(self) -> Checkpoint:
+        """The weights that lie in the export's folder."""
+        tensors: dict[str, StoredTensor] = {}
+        shards = []
+        for file in self.data["weights"]["files"]:
+            held, shard = read_header(self.folder / file["file"])
+            tensors |= held
+            shards.append(shard)
+        return Checkpoint(self.folder, self.data["config"], tensors, tuple(shards))
 
     @property
     def dtype(self) -> str:

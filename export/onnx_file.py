@@ -12,12 +12,13 @@ import onnx
 
 from llmexport.export import cache, manifest, weights
 from llmexport.export.archs import Named
-from llmexport.export.assembly import Assembly, alone, assemble, checkpoint_name, find_block
+from llmexport.export.assembly import Assembly, Step, alone, assemble, checkpoint_name, find_block
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
 from llmexport.export.output import new_folder, place_weights
 from llmexport.export.spec import Block, Model, Port, to_data
 from llmexport.graphs import bodies, pipeline
+from llmexport.graphs.cut import cut
 from llmexport.graphs.fusion import Fused
 from llmexport.graphs.stitch import Piece, stitch
 from llmexport.plugins.spec import Attribute
@@ -151,3 +152,9 @@ def load_body(
 def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:
     element = ELEMENT_TYPES[dtype if port.dtype == "T" else port.dtype]
     return onnx.helper.make_tensor_value_info(port.name, element, list(port.shape))
+
+
+def cut_step(model: onnx.ModelProto, step: Step, dtype: str) -> onnx.ModelProto:
+    """The part of an exported model that computes one step; weights stay where they are."""
+    inputs = [value_info(Port(n, p.shape, p.dtype), dtype) for n, p in zip(step.inputs, step.block.inputs, strict=True)]
+    return cut(model, inputs, step.outputs)

@@ -20,6 +20,7 @@ _ADVICE = {
     errno.EPERM: "choose a folder that you may write to",
     errno.EROFS: "choose a folder on a file system that is not read-only",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EXDEV: "it cannot be moved (a layer of a container image?), choose another folder",
     errno.ENOTEMPTY: "another run made it meanwhile, choose another folder",
 }
 
@@ -49,47 +50,35 @@ def new_folder(target: Path, *, force: bool, marker: str = "manifest.json") -> I
     Until it stands there, any failure, Ctrl-C included, leaves `target` as it was.
     """
     target = Path(os.path.realpath(target))
-    work = _hidden(target.parent)
-    new, old = work / "new", work / "old"
     with write_errors(target):
         _check_target(target, force, marker)
-        # What to undo is read from the disk: an interrupt can come between a rename and a variable.
-        try:
-            os.mkdir(work)
+        with _workspace(target.parent, target) as work:
+            new = work / "new"
             os.mkdir(new)
             yield new
             for path in [*new.rglob("*"), new]:
                 _sync(path)
             try:
                 if force and os.path.lexists(target):
-                    os.rename(target, old)
+                    os.rename(target, work / "old")
                 os.rename(new, target)
                 _sync(target.parent)
             except BaseException:
                 if not os.path.lexists(new):
                     os.rename(target, new)
                 raise
-        finally:
-            if os.path.lexists(old) and not os.path.lexists(target):
-                os.rename(old, target)
-            _remove(work)
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write or replace files of an existing output: all of them beside it, then rename in the given order."""
-    work = _hidden(folder)
-    with write_errors(folder / next(iter(files))):
-        try:
-            os.mkdir(work)
-            for name, data in files.items():
-                with open(work / name, "xb") as file:
-                    file.write(data)
-                _sync(work / name)
-            for name in files:
-                os.replace(work / name, folder / name)
-            _sync(folder)
-        finally:
-            _remove(work)
+    with write_errors(folder / next(iter(files))), _workspace(folder, folder) as work:
+        for name, data in files.items():
+            with open(work / name, "xb") as file:
+                file.write(data)
+            _sync(work / name)
+        for name in files:
+            os.replace(work / name, folder / name)
+        _sync(folder)
 
 
 def place_weights(sources: list[Path], folder: Path, mode: str) -> str:
@@ -167,8 +156,28 @@ def _copy(source: Path, target: Path) -> None:
         writer.truncate()
 
 
-def _hidden(parent: Path) -> Path:
-    return parent / f".llmexport-{os.urandom(8).hex()}"
+@contextmanager
+def _workspace(folder: Path, target: Path) -> Iterator[Path]:
+    """Yield a new hidden folder in `folder`, and remove it. A `target` moved to "old" in it is put back."""
+    work = folder / f".llmexport-{os.urandom(8).hex()}"
+    try:
+        os.mkdir(work)
+        yield work
+    finally:
+        try:
+            _settle(work, target)
+        except BaseException:
+            # Ctrl-C just here: finish, then stop.
+            _settle(work, target)
+            raise
+
+
+def _settle(work: Path, target: Path) -> None:
+    # Asks the disk, as an interrupt can come between a rename and a variable that remembers it.
+    old = work / "old"
+    if os.path.lexists(old) and not os.path.lexists(target):
+        os.rename(old, target)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -177,12 +186,3 @@ def _sync(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:
-        # Ctrl-C: finish first.
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

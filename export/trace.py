@@ -93,6 +93,12 @@ def trace_body(
     )
 
 
+def module_shapes(block: Block) -> dict[str, tuple[int, ...]]:
+    """The parameters of a block: path in its module -> shape."""
+    module = blocks.module(block, torch.float32)
+    return {n: tuple(p.shape) for n, p in module.named_parameters()}
+
+
 def torch_dtype(dtype: str) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
 

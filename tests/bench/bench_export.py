@@ -11,18 +11,16 @@ or a target is missed.
 
 import argparse
 import json
-import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-from exporters import LLMEXPORT, MB, PEERS, Cost, export, imports_torch, install, new_bytes, versions
+from exporters import LLMEXPORT, MB, PEERS, export, imports_torch, install, new_bytes, versions
+from report import COLD, WARM, Row, Target, commit, machine, show
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "export_cpu.json"
@@ -33,37 +31,6 @@ SECTIONS = {
     "sparse": ("llama-70b",),
     "warm": ("llama-0.5b", "llama-6-layers", "llama-48-layers", "llama-70b"),
 }
-
-
-@dataclass
-class Row:
-    """Every run of one exporter on one checkpoint; `new_mb` counts its output and, when cold, its cache."""
-
-    exporter: str
-    checkpoint: str
-    runs: list[Cost] = field(default_factory=list)
-    new_mb: float = 0.0
-    check: str = ""
-    imports_torch: bool | None = None
-
-    @property
-    def wall_s(self) -> float:
-        return statistics.median(run.wall_s for run in self.runs)
-
-    @property
-    def peak_rss_mb(self) -> float:
-        return statistics.median(run.peak_rss_mb for run in self.runs)
-
-
-@dataclass(frozen=True)
-class Target:
-    what: str
-    value: float
-    limit: float
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.limit
 
 
 def ask(script: str, *arguments: str | Path) -> tuple[bool, str]:
@@ -122,7 +89,7 @@ def gate(work: Path, peers: bool) -> dict[str, dict[str, str]]:
 def measure(work: Path, name: str, peers: bool, runs: int) -> list[Row]:
     """Rounds over one checkpoint: llmexport with a new cache, again with the same one, then the peers."""
     source, out = checkpoint(work, name), work / "out"
-    cold, warm = Row("llmexport cold", name), Row("llmexport warm", name)
+    cold, warm = Row(COLD, name), Row(WARM, name)
     others = [(peer, Row(peer.name, name)) for peer in PEERS if peers]
     for turn in range(runs):
         print(f"{name}: round {turn + 1} of {runs}", file=sys.stderr)
@@ -149,77 +116,35 @@ def measure(work: Path, name: str, peers: bool, runs: int) -> list[Row]:
 
 
 def targets(sections: list[str], rows: list[Row]) -> list[Target]:
-    row = {(row.exporter, row.checkpoint): row for row in rows}
+    cost = {(row.exporter, row.checkpoint): row.median for row in rows}
     aims = []
-    for name in dict.fromkeys(row.checkpoint for row in rows):
-        cold, warm = row["llmexport cold", name], row["llmexport warm", name]
-        aims.append(Target(f"{name}: peak of a cold export, MB", cold.peak_rss_mb, 1000))
-        aims.append(Target(f"{name}: new bytes with the cache, MB", cold.new_mb, 20))
-        if "warm" in sections:
-            aims.append(Target(f"{name}: warm export, s", warm.wall_s, 1.5))
-            aims.append(Target(f"{name}: peak of a warm export, MB", warm.peak_rss_mb, 200))
+    for row in rows:
+        name, spent = row.checkpoint, row.median
+        if row.exporter == COLD:
+            aims.append(Target(f"{name}: peak of a cold export, MB", spent.peak_rss_mb, 1000))
+            aims.append(Target(f"{name}: new bytes with the cache, MB", row.new_mb, 20))
+        elif row.exporter != WARM:
+            ours, peer = cost[COLD, name], row.exporter
+            aims.append(Target(f"{name}: cold export against {peer}, s", ours.wall_s, spent.wall_s))
+            aims.append(Target(f"{name}: peak against {peer}, MB", ours.peak_rss_mb, spent.peak_rss_mb))
+        elif "warm" in sections:
+            aims.append(Target(f"{name}: warm export, s", spent.wall_s, 1.5))
+            aims.append(Target(f"{name}: peak of a warm export, MB", spent.peak_rss_mb, 200))
             aims.append(
-                Target(f"{name}: imports of torch when warm", float(warm.imports_torch is not False), 0)
+                Target(f"{name}: warm exports that import torch", int(row.imports_torch is not False), 0)
             )
-        for peer in PEERS:
-            if (peer.name, name) in row:
-                other = row[peer.name, name]
-                aims.append(Target(f"{name}: cold export against {peer.name}, s", cold.wall_s, other.wall_s))
-                aims.append(
-                    Target(f"{name}: peak against {peer.name}, MB", cold.peak_rss_mb, other.peak_rss_mb)
-                )
     if "depth" in sections:
         shallow, deep = SECTIONS["depth"]
-        for kind in ("cold", "warm"):
-            ratio = row[f"llmexport {kind}", deep].wall_s / row[f"llmexport {kind}", shallow].wall_s
-            aims.append(Target(f"48 layers against 6, {kind}, ratio", ratio, 1.3))
+        for exporter in (COLD, WARM):
+            ratio = cost[exporter, deep].wall_s / cost[exporter, shallow].wall_s
+            aims.append(Target(f"{exporter}: 48 layers against 6, ratio", ratio, 1.3))
     if "sparse" in sections:
-        aims.append(Target("llama-70b: cold export, s", row["llmexport cold", "llama-70b"].wall_s, 20))
+        aims.append(Target("llama-70b: cold export, s", cost[COLD, "llama-70b"].wall_s, 20))
     return aims
 
 
-def machine() -> dict[str, object]:
-    cpu = Path("/proc/cpuinfo")
-    models = (
-        [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        if cpu.exists()
-        else []
-    )
-    return {
-        "cpu": models[0].split(":", 1)[1].strip() if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MB,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
-def commit() -> str:
-    """Commit of this checkout, marked when tracked files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(HERE), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.strip()
-
-    return git("rev-parse", "HEAD") + (
-        " modified" if git("status", "--short", "--untracked-files=no") else ""
-    )
-
-
-def show(rows: list[Row], aims: list[Target]) -> None:
-    print(f"{'checkpoint':16} {'exporter':15} {'wall s':>8} {'peak MB':>8} {'new MB':>8}  check")
-    for row in rows:
-        cells = f"{row.wall_s:8.2f} {row.peak_rss_mb:8.0f} {row.new_mb:8.1f}"
-        print(f"{row.checkpoint:16} {row.exporter:15} {cells}  {row.check}")
-    print()
-    for aim in aims:
-        print(f"{'ok  ' if aim.met else 'MISS'} {aim.what}: {aim.value:.2f} (at most {aim.limit:.2f})")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Measure what an export costs.")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llmexport-bench")
     parser.add_argument("--only", choices=SECTIONS)
     parser.add_argument("--json", type=Path, help="default: the repository's results, if every section runs")
@@ -245,7 +170,7 @@ def main() -> None:
             "versions": {exporter.name: versions(work, exporter) for exporter in exporters},
             "commands": {exporter.name: " ".join(exporter.command) for exporter in exporters},
             "largest_logit_error": errors,
-            "rows": [asdict(row) | {"wall_s": row.wall_s, "peak_rss_mb": row.peak_rss_mb} for row in rows],
+            "rows": [asdict(row) | {"median": asdict(row.median)} for row in rows],
             "targets": [asdict(aim) | {"met": aim.met} for aim in aims],
         }
         results.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def reference_logits(checkpoint: Path, ids_BT: np.ndarray) -> tuple[np.ndarray, 
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.inference_mode():
         logits_BTV = model(torch.from_numpy(ids_BT)).logits.numpy()
     config = model.config
@@ -69,13 +69,7 @@ def parity(checkpoint: Path, model: Path) -> tuple[bool, str]:
 
 
 def opens(model: Path) -> tuple[bool, str]:
-    try:
-        session(model)
-    except (
-        ort.capi.onnxruntime_pybind11_state.NotImplemented,
-        ort.capi.onnxruntime_pybind11_state.Fail,
-    ) as e:
-        return False, str(e).splitlines()[0][:120]
+    session(model)
     return True, "yes"
 
 

@@ -60,6 +60,7 @@ PEERS = (
 @dataclass(frozen=True)
 class Cost:
     wall_s: float
+    cpu_s: float
     peak_rss_mb: float
 
 
@@ -70,7 +71,7 @@ def scripts(work: Path, exporter: Exporter) -> Path:
 
 
 def install(work: Path, exporter: Exporter) -> None:
-    """Make the exporter's own virtual environment, of the tested versions where constraints.txt names them."""
+    """Make the exporter's own virtual environment, of the tested versions that constraints.txt names."""
     folder = scripts(work, exporter).parent
     if not exporter.packages or (folder / "ready").exists():
         return
@@ -130,7 +131,8 @@ def export(
         raise SystemExit(
             f"{end}\n{exporter.name} failed on {checkpoint.name}: exit code {process.returncode}"
         )
-    return Cost(round(wall_s, 3), round(usage.ru_maxrss * 1024 / MB, 1))
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return Cost(round(wall_s, 3), round(cpu_s, 3), round(usage.ru_maxrss * 1024 / MB, 1))
 
 
 def imports_torch(work: Path, checkpoint: Path, out: Path, cache: Path) -> bool:

@@ -1,0 +1,93 @@
+"""Writes a seeded random checkpoint in the published layout: config, sharded safetensors, index."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
+import numpy as np
+from safetensors.numpy import save_file
+
+from llmexport.export.archs import Named
+from llmexport.export.assembly import Step, assemble, checkpoint_name
+from llmexport.export.checkpoint import INDEX
+from llmexport.export.onnx_file import read_model
+from llmexport.export.output import new_folder
+from llmexport.export.spec import Norm
+
+ROWS = 2**22  # values drawn at a time: what bounds the memory beyond one shard
+
+
+def write(
+    arch: Named,
+    target: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    shard_bytes: int = 2**30,
+    force: bool = False,
+) -> None:
+    """A checkpoint of `config` (the architecture's tiny one if None) that transformers loads as well.
+
+    Matrices are normal with a deviation that keeps the logits of order one; norms and biases are spread too, so
+    that leaving one out shows. The same seed gives the same bytes. Holds one shard in memory.
+    """
+    config = {"architectures": [arch.arch.causal_lm], "model_type": arch.arch.model_types[0], "dtype": dtype} | dict(
+        config or arch.arch.tiny
+    )
+    shapes = dict(_parameters(arch, config))
+    shards = _split(shapes, shard_bytes, np.dtype(dtype).itemsize)
+    with new_folder(target, force=force, marker="config.json") as folder:
+        index: dict[str, str] = {}
+        for i, names in enumerate(shards):
+            file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            tensors = {n: _draw(n, *shapes[n], dtype, seed) for n in names}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(names, file)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
+
+
+def _parameters(arch: Named, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[tuple[int, ...], float]]]:
+    """Name in the checkpoint, shape and mean of every parameter."""
+    from llmexport.export.trace import module_shapes
+
+    model = read_model(arch, config)
+    for step in assemble(model).steps:
+        for path, shape in module_shapes(step.block).items():
+            mean = 1.0 - _offset(step) if "norm" in path else 0.0
+            yield checkpoint_name(arch.arch, model, step.path + path), (shape, mean)
+
+
+def _offset(step: Step) -> float:
+    """What the block's norms add to their weight."""
+    norms = [v for v in vars(step.block).values() if isinstance(v, Norm)]
+    return norms[0].offset
+
+
+def _split(shapes: Mapping[str, tuple[tuple[int, ...], float]], limit: int, itemsize: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, (shape, _) in shapes.items():
+        size = int(np.prod(shape)) * itemsize
+        if shards[-1] and size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _draw(name: str, shape: tuple[int, ...], mean: float, dtype: str, seed: int) -> np.ndarray:
+    random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    deviation = 0.2 if len(shape) == 1 else 0.6 * shape[-1] ** -0.5
+    values = np.empty(int(np.prod(shape)), np.dtype(dtype))
+    for start in range(0, values.size, ROWS):
+        part = random.standard_normal(min(ROWS, values.size - start), np.float32)
+        values[start : start + ROWS] = part * deviation + mean
+    return values.reshape(shape)

@@ -1,0 +1,66 @@
+"""Cuts a part out of a finished graph, to run it alone on known inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+from onnx import ModelProto, NodeProto
+
+from llmexport.plugins.spec import DOMAIN
+
+
+def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[str]) -> ModelProto:
+    """The part of `model` that makes `outputs` from `inputs`, with the weights and bodies it needs.
+
+    A fused node may straddle the cut: where `inputs` holds the sum that an AddRmsNorm makes, and the part needs its
+    norm, the node stays and is fed the sum and a residual of zeros, which is the same norm exactly. Raises
+    ValueError if an output depends on an input of the model that `inputs` does not hold.
+    """
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    initializers = {t.name: t for t in graph.initializer}
+    given = {v.name for v in inputs}
+    kept: dict[str, list[NodeProto]] = {}
+    weights: dict[str, onnx.TensorProto] = {}
+    todo = list(outputs)
+    while todo:
+        name = todo.pop()
+        if not name or name in given:
+            continue
+        if name in initializers:
+            weights[name] = initializers[name]
+        elif name not in makers:
+            raise ValueError(f"the cut needs {name}, which is not among its inputs")
+        elif makers[name].output[0] not in kept:
+            nodes = _straddling(makers[name], given)
+            kept[makers[name].output[0]] = nodes
+            made = {n for node in nodes for n in node.output}
+            todo.extend(n for node in nodes for n in node.input if n not in made)
+    part = ModelProto()
+    part.CopyFrom(model)
+    part.graph.Clear()
+    part.graph.name = "cut"
+    for node in graph.node:
+        part.graph.node.extend(kept.get(node.output[0], ()))
+    part.graph.initializer.extend(weights.values())
+    part.graph.input.extend(inputs)
+    typed = {v.name: v for v in (*graph.value_info, *graph.output)}
+    part.graph.output.extend(typed[n] for n in outputs)
+    called = {(n.op_type, n.overload) for n in part.graph.node if n.domain == DOMAIN}
+    bodies = [f for f in model.functions if (f.name, f.overload) in called]
+    del part.functions[:]
+    part.functions.extend(bodies)
+    return part
+
+
+def _straddling(node: NodeProto, given: set[str]) -> list[NodeProto]:
+    """The node itself; or, for an AddRmsNorm whose sum is given, the same norm of that sum and zeros."""
+    if node.domain != DOMAIN or node.op_type != "AddRmsNorm" or node.output[1] not in given:
+        return [node]
+    total = node.output[1]
+    zeros = onnx.helper.make_node("Sub", [total, total], [f"{total}/zeros"], name=f"{total}/zeros")
+    norm = NodeProto()
+    norm.CopyFrom(node)
+    norm.input[0], norm.input[1], norm.output[1] = total, zeros.output[0], f"{total}/again"
+    return [zeros, norm]

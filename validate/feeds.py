@@ -1,0 +1,103 @@
+"""Inputs to run a model on: seeded, longer than its windows, padded on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
+import numpy as np
+
+from llmexport.export.assembly import Assembly
+from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Embedding, Mask, Port
+from llmexport.validate.runners import Feed
+
+LONGEST = 512  # tokens of a prompt made here; longer windows stay unreached, and the report says so
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids [B, T] and the mask of real tokens [B, T]; some rows begin with padding."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Positions that count real tokens only, as transformers' generate makes them."""
+        return np.maximum(self.mask.cumsum(-1) - 1, 0)
+
+
+def prompt(assembly: Assembly, *, batch: int = 2, tokens: int | None = None, seed: int = 0) -> Prompt:
+    """A random prompt of odd length, past every window of the model if that is at most LONGEST tokens.
+
+    All rows but the first are padded on the left, each by a different number of tokens.
+    """
+    random = np.random.default_rng(seed)
+    vocabulary = next(s.block.vocabulary for s in assembly.steps if isinstance(s.block, Embedding))
+    tokens = tokens or min(max([w + 9 for w in windows(assembly)] + [23]), LONGEST) | 1
+    ids = random.integers(0, vocabulary, (batch, tokens), np.int64)
+    mask = np.ones((batch, tokens), np.int64)
+    for row in range(1, batch):
+        mask[row, : min(2 * row + 1, tokens - 1)] = 0
+    return Prompt(ids, mask)
+
+
+def windows(assembly: Assembly) -> list[int]:
+    return [s.block.window for s in assembly.steps if isinstance(s.block, Mask) and s.block.window]
+
+
+def prefill(assembly: Assembly, start: Prompt, dtype: str) -> Feed:
+    """The feed of the first step: the whole prompt, an empty past."""
+    feed = {"input_ids": start.ids, "position_ids": start.positions, "attention_mask": start.mask}
+    return feed | {
+        p.name: np.zeros(_shape(p, {BATCH: len(start.ids), PAST: 0}), _dtype(p, dtype))
+        for p in assembly.inputs
+        if p.name not in feed
+    }
+
+
+def advance(feed: Feed, outputs: Feed, chosen: np.ndarray) -> Feed:
+    """The feed of the next step: the tokens `chosen` [B, 1], with the caches that the last step returned."""
+    mask = np.concatenate((feed["attention_mask"], np.ones_like(chosen)), 1)
+    following = {
+        "input_ids": chosen,
+        "position_ids": feed["position_ids"][:, -1:] + 1,
+        "attention_mask": mask,
+    }
+    return following | {n: outputs[n.replace("past_key_values", "present")] for n in feed if n not in following}
+
+
+def random_feed(ports: Sequence[Port], dtype: str, sizes: dict[str, int], seed: int = 0) -> Feed:
+    """A feed for one block alone: what each port means decides what is drawn."""
+    random = np.random.default_rng(seed)
+    sizes = sizes | {TOTAL: sizes[PAST] + sizes[SEQUENCE]}
+    angles = random.uniform(0, 100, (sizes[BATCH], sizes[SEQUENCE], 1))
+    feed = {}
+    for port in ports:
+        shape = _shape(port, sizes)
+        match port.name:
+            case "input_ids":
+                value = random.integers(0, 100, shape)
+            case "position_ids":
+                value = np.broadcast_to(np.arange(sizes[PAST], sizes[TOTAL]), shape)
+            case "attention_mask":
+                value = np.ones(shape)
+            case "mask":
+                value = np.broadcast_to(np.tri(*shape[2:], k=sizes[PAST]), shape)
+            case "cos":
+                value = np.cos(angles / np.arange(1, shape[-1] + 1))
+            case "sin":
+                value = np.sin(angles / np.arange(1, shape[-1] + 1))
+            case _:
+                value = random.standard_normal(shape)
+        feed[port.name] = np.ascontiguousarray(value.astype(_dtype(port, dtype)))
+    return feed
+
+
+def _shape(port: Port, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[d] if isinstance(d, str) else d for d in port.shape)
+
+
+def _dtype(port: Port, dtype: str) -> np.dtype:
+    return np.dtype(dtype if port.dtype == "T" else port.dtype)

@@ -1,0 +1,164 @@
+"""Things that run an exported model on a feed: our PyTorch, ONNX Runtime, transformers.
+
+All take and give dicts of numpy arrays by value name and are Polygraphy runners, so that an engine's TrtRunner
+can stand in for any of them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnxruntime
+import torch
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.datatype import DataType
+from torch import Tensor
+
+from llmexport.export import blocks
+from llmexport.export.archs import load
+from llmexport.export.assembly import Step
+from llmexport.export.checkpoint import INDEX
+from llmexport.export.manifest import Manifest
+from llmexport.export.trace import torch_dtype
+
+Feed = dict[str, np.ndarray]
+TOKENS = ("input_ids", "position_ids", "attention_mask")
+HELD = 4 * 2**30  # bytes of weights to keep between runs; larger models are read step by step
+
+
+class TorchRunner(BaseRunner):  # type: ignore[misc]
+    """Our PyTorch: the blocks of the assembly, in order, in the export's dtype, on the CPU.
+
+    `values` holds everything that the last run computed, by value name.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(name="PyTorch")
+        self._manifest = manifest
+        self._checkpoint = manifest.checkpoint()
+        self._modules: dict[str, torch.nn.Module] = {}
+        size = sum(t.nbytes for t in self._checkpoint.tensors.values())
+        self._hold = size <= HELD
+        self.values: Feed = {}
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return _metadata(self._manifest, [p.name for p in self._manifest.assembly.inputs])
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
+        start = time.perf_counter()
+        values = {n: to_torch(a) for n, a in feed_dict.items()}
+        with torch.inference_mode():
+            for step in self._manifest.assembly.steps:
+                made = self._module(step)(*(values[n] for n in step.inputs))
+                values |= zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=True)
+        self.inference_time = time.perf_counter() - start
+        self.values = {n: to_numpy(t) for n, t in values.items()}
+        return OrderedDict((p.name, self.values[p.name]) for p in self._manifest.assembly.outputs)
+
+    def _module(self, step: Step) -> torch.nn.Module:
+        if step.name in self._modules:
+            return self._modules[step.name]
+        dtype = torch_dtype(self._manifest.dtype)
+        module = blocks.module(step.block, dtype)
+        weights = self._manifest.step_weights[step.name]
+        state = {path: to_torch(self._checkpoint.read(name)).to(dtype) for path, name in weights.items()}
+        state |= dict(module.named_buffers())
+        module.load_state_dict(state, assign=True, strict=True)
+        if self._hold:
+            self._modules[step.name] = module
+        return module
+
+
+def onnx_runner(model: bytes | Path, weights: Path, name: str = "ONNX Runtime") -> BaseRunner:
+    """ONNX Runtime on the CPU; `weights` is the folder that external data lies in."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
+    source = model if isinstance(model, bytes) else str(model)
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return OnnxrtRunner(session, name=name)
+
+
+def _metadata(manifest: Manifest, names: Sequence[str]) -> TensorMetadata:
+    metadata = TensorMetadata()
+    for port in manifest.assembly.inputs:
+        if port.name in names:
+            dtype = DataType.__dict__[(manifest.dtype if port.dtype == "T" else port.dtype).upper()]
+            metadata.add(port.name, dtype, tuple(d if isinstance(d, int) else -1 for d in port.shape))
+    return metadata
+
+
+def to_torch(array: np.ndarray) -> Tensor:
+    """Without a copy where the array is in memory as torch wants it; bf16 from ml_dtypes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.contiguous().numpy()
+
+
+class TransformersRunner(BaseRunner):  # type: ignore[misc]
+    """The model as transformers runs it, from the weights in the export: the reference that nobody here wrote.
+
+    It carries its own cache from step to step, begins a new one when the feed's past is empty, and gives logits
+    only.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(name="transformers")
+        self._manifest = manifest
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return _metadata(self._manifest, TOKENS)
+
+    def activate_impl(self) -> None:
+        import transformers
+
+        data = self._manifest.data
+        weights = self._manifest.checkpoint()
+        with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
+            folder = Path(name)
+            (folder / "config.json").write_text(json.dumps(data["config"]))
+            index = {t.name: t.file for t in weights.tensors.values()}
+            (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+            for shard in weights.shards:
+                (folder / shard.file).symlink_to((self._manifest.folder / shard.file).resolve())
+            model = getattr(transformers, load(data["arch"]).arch.causal_lm)
+            dtype = torch_dtype(self._manifest.dtype)
+            self._model = model.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+    def deactivate_impl(self) -> None:
+        del self._model
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
+        ids, positions, mask = (to_torch(feed_dict[n]) for n in TOKENS)
+        if ids.shape[1] == mask.shape[1]:
+            self._cache = None
+        start = time.perf_counter()
+        with torch.inference_mode():
+            made = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        self._cache = made.past_key_values
+        self.inference_time = time.perf_counter() - start
+        return OrderedDict(logits=to_numpy(made.logits))
