@@ -1,5 +1,11 @@
 """The error that a user of the exporter can mend."""
 
+from llmexport.plugins.errors import UserError
 
-class ExportError(Exception):
-    """A mistake in what was asked for or found: one line that says what to do. The CLI exits with code 2."""
+
+class ExportError(UserError):
+    """A checkpoint, config, output or option that cannot be exported as it is."""
+
+
+class EngineError(UserError):
+    """An export or a profile that no engine can be built of here; what TensorRT said, if it was asked."""

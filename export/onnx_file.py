@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,15 @@ import onnx
 
 from llmexport.export import cache, manifest, weights
 from llmexport.export.archs import Named
-from llmexport.export.assembly import Assembly, Step, alone, assemble, checkpoint_name, find_block
+from llmexport.export.assembly import (
+    Assembly,
+    Step,
+    alone,
+    assemble,
+    checkpoint_name,
+    find_block,
+    named_blocks,
+)
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
 from llmexport.export.output import new_folder, place_weights
@@ -25,6 +34,7 @@ from llmexport.plugins.spec import Attribute
 
 OPSET = 23
 MODEL = "model.onnx"
+BLOCKS = "blocks.json"
 ELEMENT_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
     "float16": onnx.TensorProto.FLOAT16,
@@ -38,14 +48,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to export: `block` is None for the whole model; `links` is auto, link or copy."""
+    """What to export: `block` is None for the whole model; `weights` is auto, link or copy."""
 
     arch: Named
     checkpoint: Checkpoint
     dtype: str = "float32"
     block: str | None = None
-    links: str = "auto"
-    force: bool = False
+    weights: str = "auto"
 
 
 def read_model(arch: Named, config: Mapping[str, Any]) -> Model:
@@ -56,21 +65,39 @@ def read_model(arch: Named, config: Mapping[str, Any]) -> Model:
     return model
 
 
-def write(request: Request, target: Path, progress: Progress) -> dict[str, Any]:
-    """Exports to the folder `target`, which appears whole or not at all; returns its manifest."""
+def write(request: Request, target: Path, *, force: bool, progress: Progress) -> dict[str, Any]:
+    """Exports the whole model or one block to the folder `target`, which appears whole or not at all.
+
+    Returns its manifest.
+    """
+    with new_folder(target, force=force) as folder:
+        return _fill(request, folder, progress)
+
+
+def write_blocks(request: Request, target: Path, *, force: bool, progress: Progress) -> dict[str, Any]:
+    """Exports every block alone, each to a folder of its name in `target`; returns the manifests by name."""
+    names = named_blocks(read_model(request.arch, request.checkpoint.config))
+    with new_folder(target, force=force, marker=BLOCKS) as folder:
+        records = {}
+        for name in names:
+            (folder / name).mkdir()
+            records[name] = _fill(dataclasses.replace(request, block=name), folder / name, progress)
+        (folder / BLOCKS).write_text(json.dumps({"blocks": list(names)}))
+    return records
+
+
+def _fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
     model = read_model(request.arch, request.checkpoint.config)
     assembly = assemble(model) if request.block is None else alone(find_block(model, request.block))
     built = build(request, model, assembly, progress)
     used = {request.checkpoint.tensors[n].file for n in built.wanted}
     shards = [s for s in request.checkpoint.shards if s.file in used]
-    with new_folder(target, force=request.force) as folder:
-        progress("weights", 0, 1)
-        sources = [request.checkpoint.folder / s.file for s in shards]
-        placed = place_weights(sources, folder, request.links)
-        progress("weights", 1, 1)
-        (folder / MODEL).write_bytes(built.proto.SerializeToString(deterministic=True))
-        record = manifest.record(request, assembly, built, shards, placed)
-        (folder / manifest.NAME).write_text(json.dumps(record, indent=1))
+    progress(f"weights ({len(shards)} files)", 0, 1)
+    placed = place_weights([request.checkpoint.folder / s.file for s in shards], folder, request.weights)
+    progress("weights", 1, 1)
+    record = manifest.record(request, assembly, built, shards, placed)
+    (folder / MODEL).write_bytes(built.proto.SerializeToString(deterministic=True))
+    (folder / manifest.NAME).write_text(json.dumps(record, indent=1))
     return record
 
 

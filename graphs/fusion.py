@@ -12,10 +12,6 @@ import onnx_graphsurgeon as gs
 from llmexport.plugins.spec import DOMAIN
 
 
-class PassError(Exception):
-    """A graph that a pass cannot read."""
-
-
 class Refusal(Exception):
     """Why one candidate was left as it is."""
 

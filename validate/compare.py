@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmexport.plugins.errors import UserError
 from llmexport.validate.tolerance import Tolerance
 
 
-class Mismatch(Exception):
+class Mismatch(UserError):
     """Two runs that cannot be compared, or files that do not belong together."""
 
 

@@ -180,8 +180,7 @@ def _compare_runs(name: str, reference: Run, found: Run, where: np.ndarray, tole
                 continue
             real = where if output == "logits" and i == 0 else None
             difference = compare(expected[output], other[output], real)
-            if output == "logits":
-                worst = worst.worst(difference)
+            worst = worst.worst(difference)
             same = bool((expected[output][:, -1].argmax(-1) == other[output][:, -1].argmax(-1)).all())
             extra = {"same_tokens": same} if output == "logits" else {}
             details.append({"step": i, "output": output, **asdict(difference), **extra})

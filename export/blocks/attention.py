@@ -52,12 +52,11 @@ class Mask(nn.Module):
         total, sequence = attention_mask.shape[1], position_ids.shape[1]
         keys = torch.arange(total, device=attention_mask.device)
         queries = torch.arange(sequence, device=attention_mask.device) + (total - sequence)
-        distance = queries.unsqueeze(1) - keys.unsqueeze(0)
-        reachable = distance >= 0
+        distance = queries.unsqueeze(1) - keys
+        visible = torch.logical_and((attention_mask != 0).unsqueeze(1), distance >= 0)
         if self.window is not None:
-            reachable = reachable & (distance < self.window)
-        visible = reachable.unsqueeze(0) & (attention_mask != 0).unsqueeze(1)
-        return (visible | (distance == 0)).unsqueeze(1)
+            visible = torch.logical_and(visible, distance < self.window)
+        return torch.logical_or(visible, distance == 0).unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -78,8 +77,11 @@ class Attention(nn.Module):
         key = torch.cat((past_key, k), 2)
         value = torch.cat((past_value, self._heads(self.v_proj(normed))), 2)
         mixed = attention(q, key, value, mask, self.block.head_size**-0.5)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)), key, value
+        batch, sequence, _ = normed.shape
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, sequence, -1)), key, value
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, H * D] -> [B, H, T, D]"""
-        return x.unflatten(2, (-1, self.block.head_size)).transpose(1, 2)
+        batch, sequence, width = x.shape
+        size = self.block.head_size
+        return x.view(batch, sequence, width // size, size).transpose(1, 2)

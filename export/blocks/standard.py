@@ -43,7 +43,12 @@ def translations() -> dict[Any, Callable[..., Any]]:
         # onnxscript gives the operator all its optional outputs; the trace drops the unused ones.
         return ai_onnx.Attention(q, k, v, mask, scale=scale)[0]
 
+    def cast(x: Any, dtype: int) -> Any:
+        return ai_onnx.Identity(x) if x.dtype == dtype else ai_onnx.Cast(x, to=dtype)
+
     return {
+        # Untranslated elsewhere, as it is usually decomposed; see trace.py.
+        torch.ops.aten.to.dtype: cast,
         torch.ops.llmexport.rms_norm.default: rms_normalization,
         torch.ops.llmexport.attention.default: attention_23,
     }

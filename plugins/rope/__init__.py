@@ -21,11 +21,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """
     rotated = 2 * cos.shape[-1]
     c, s = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
-    turned, rest = x[..., :rotated].float(), x[..., rotated:]
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    else:
-        first, second = turned[..., : rotated // 2], turned[..., rotated // 2 :]
+    turned = x[..., :rotated].float() if rotated < x.shape[-1] else x.float()
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
     pair = (first * c - second * s, second * c + first * s)
     y = (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype)
-    return torch.cat((y, rest), -1) if rotated < x.shape[-1] else y
+    return torch.cat((y, x[..., rotated:]), -1) if rotated < x.shape[-1] else y

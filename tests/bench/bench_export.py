@@ -56,31 +56,23 @@ def checkpoint(work: Path, name: str) -> Path:
 def gate(work: Path, peers: bool) -> dict[str, dict[str, str]]:
     """Largest logit error against transformers on tiny checkpoints; one of ours too large ends the run."""
     errors: dict[str, dict[str, str]] = {}
-    wrong: list[str] = []
-
-    def judge(exporter: str, name: str, ours: bool) -> None:
-        right, error = ask(
-            "checks.py", "parity", checkpoint(work, name), work / "out" / exporter / "model.onnx"
-        )
-        errors.setdefault(exporter, {})[name] = error
-        if ours and not right:
-            wrong.append(f"{exporter} on {name}: {error}")
-
+    wrong, out = [], work / "out"
     for name in GATE:
         source = checkpoint(work, name)
-        with tempfile.TemporaryDirectory(dir=work) as cache:
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            cache = Path(folder)
             # Without this the proof that a warm export leaves torch alone would prove nothing.
-            if not imports_torch(work, source, work / "out" / "cold", Path(cache)):
-                raise SystemExit(
-                    "the import log of a cold export shows no torch: it cannot vouch for a warm one"
-                )
-            export(work, LLMEXPORT, source, work / "out" / "warm", Path(cache))
-            judge("cold", name, ours=True)
-            judge("warm", name, ours=True)
-            for peer in PEERS:
-                if peers and peer.dtype == "float32":
-                    export(work, peer, source, work / "out" / peer.name, Path(cache))
-                    judge(peer.name, name, ours=False)
+            if not imports_torch(work, source, out / COLD, cache):
+                raise SystemExit("a cold export's import log shows no torch: it cannot vouch for a warm one")
+            export(work, LLMEXPORT, source, out / WARM, cache)
+            others = [peer for peer in PEERS if peers and peer.dtype == "float32"]
+            for peer in others:
+                export(work, peer, source, out / peer.name, cache)
+        for exporter in (COLD, WARM, *(peer.name for peer in others)):
+            right, error = ask("checks.py", "parity", source, out / exporter / "model.onnx")
+            errors.setdefault(exporter, {})[name] = error
+            if exporter in (COLD, WARM) and not right:
+                wrong.append(f"{exporter} of {name}: {error}")
     if wrong:
         raise SystemExit("wrong numbers, so nothing is timed: " + "; ".join(wrong))
     return errors
@@ -95,10 +87,10 @@ def measure(work: Path, name: str, peers: bool, runs: int) -> list[Row]:
         print(f"{name}: round {turn + 1} of {runs}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=work) as folder:
             cache = Path(folder)
-            cold.runs.append(export(work, LLMEXPORT, source, out / cold.exporter, cache))
-            cold.new_mb = (new_bytes(out / cold.exporter, source) + new_bytes(cache)) / MB
-            warm.runs.append(export(work, LLMEXPORT, source, out / warm.exporter, cache))
-            warm.new_mb = new_bytes(out / warm.exporter, source) / MB
+            cold.runs.append(export(work, LLMEXPORT, source, out / COLD, cache))
+            cold.new_mb = (new_bytes(out / COLD, source) + new_bytes(cache)) / MB
+            warm.runs.append(export(work, LLMEXPORT, source, out / WARM, cache))
+            warm.new_mb = new_bytes(out / WARM, source) / MB
             for peer, row in others:
                 row.runs.append(export(work, peer, source, out / peer.name, cache))
                 row.new_mb = new_bytes(out / peer.name, source) / MB
@@ -109,7 +101,7 @@ def measure(work: Path, name: str, peers: bool, runs: int) -> list[Row]:
     check = "references" if name in SECTIONS["sparse"] else "opens"
     for row in rows:
         passed, row.check = ask("checks.py", check, out / row.exporter / "model.onnx")
-        if not passed and row in (cold, warm):
+        if not passed and row.exporter in (COLD, WARM):
             raise SystemExit(f"{row.exporter} of {name} is not usable: {row.check}")
     shutil.rmtree(out)
     return rows

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+from llmexport.validate.compare import compare
+from llmexport.validate.tolerance import WHOLE
 
 PREFILL, STEPS, BATCH = 63, 3, 2
-MAX_ABS_ERROR = 1e-4
 
 
 def session(model: Path) -> ort.InferenceSession:
@@ -64,8 +65,8 @@ def exported_logits(model: Path, ids_BT: np.ndarray, cache: tuple[int, int, int]
 def parity(checkpoint: Path, model: Path) -> tuple[bool, str]:
     ids_BT = np.random.default_rng(0).integers(3, 512, (BATCH, PREFILL + STEPS))
     reference_BTV, cache = reference_logits(checkpoint, ids_BT)
-    error = float(np.abs(exported_logits(model, ids_BT, cache) - reference_BTV).max())
-    return error <= MAX_ABS_ERROR, f"{error:.1e}"
+    difference = compare(reference_BTV, exported_logits(model, ids_BT, cache))
+    return difference.within(WHOLE["float32"]), f"{difference.max_abs:.1e}"
 
 
 def opens(model: Path) -> tuple[bool, str]:

@@ -460,7 +460,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(content=mutants())
 def test_a_mutated_file_is_refused_or_safe_to_read(scratch: Path, content: bytes) -> None:
     (scratch / SINGLE).write_bytes(content)

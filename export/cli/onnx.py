@@ -1,0 +1,73 @@
+"""llmexport onnx"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmexport.export import onnx_file
+from llmexport.export.cli import source
+from llmexport.export.cli.console import Console, size, talkative
+
+
+@click.command("onnx")
+@source.options
+@click.option("--block", help="Export one block alone by its name, or `all`: each in a folder of its own.")
+@click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
+@talkative
+def command(
+    arch: str | None,
+    checkpoint: Path | None,
+    dtype: str,
+    weights: str,
+    force: bool,
+    block: str | None,
+    output: Path,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Export a checkpoint to ONNX: the whole model, or one of its blocks."""
+    console = Console(quiet, as_json)
+    with source.open_source(arch, checkpoint, output) as (named, found):
+        request = onnx_file.Request(named, found, dtype, None if block == "all" else block, weights)
+        if block == "all":
+            records = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
+            console.table(
+                f"{named.name}: {len(records)} blocks in {output}",
+                ("block", "inputs", "outputs", "custom ops"),
+                [(n, names(r["inputs"]), names(r["outputs"]), counts(r["ops"])) for n, r in records.items()],
+            )
+            console.result(records)
+            return
+        record = onnx_file.write(request, output, force=force, progress=console.progress)
+    console.table(f"{named.name} in {output}", ("what", ""), summary(record, output))
+    console.result(record)
+
+
+def summary(record: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+    """Rows of what was exported: blocks, ops, fusions, files."""
+    kinds = [record["blocks"][s["block"]]["is"] for s in record["steps"]]
+    blocks = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
+    fusions = record["fusions"]
+    refused = [f"{n}: {reason}" for f in fusions.values() for n, reason in f["refused"]]
+    new = [p for p in folder.iterdir() if p.stat().st_nlink == 1]
+    held = sum(f["bytes"] for f in record["weights"]["files"])
+    return [
+        ("blocks", f"{blocks} ({len(record['blocks'])} distinct, each traced once)"),
+        ("custom ops", counts(record["ops"])),
+        ("fused", counts({n.removeprefix("fuse_"): f["count"] for n, f in fusions.items()})),
+        ("left unfused", "; ".join(refused) or "nothing"),
+        ("dtype", record["dtype"]),
+        ("weights", f"{len(record['weights']['files'])} files, {size(held)}, {record['weights']['placed']}"),
+        ("new bytes on disk", size(sum(p.stat().st_size for p in new))),
+    ]
+
+
+def counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{n} {what}" for what, n in numbers.items()) or "none"
+
+
+def names(ports: list[dict[str, Any]]) -> str:
+    return ", ".join(p["name"] for p in ports)

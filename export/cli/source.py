@@ -1,0 +1,57 @@
+"""Where a command's checkpoint comes from: a folder of the user's, or the built-in tiny one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from llmexport.export import archs
+from llmexport.export.checkpoint import Checkpoint, open_checkpoint
+from llmexport.export.errors import ExportError
+from llmexport.export.spec import DTYPES
+
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+
+
+def options(command: F) -> F:
+    """The options that say what to export, and into what."""
+    for option in (
+        click.option("--force", is_flag=True, help="Replace an earlier output."),
+        click.option(
+            "--weights",
+            type=click.Choice(["auto", "link", "copy"]),
+            default="auto",
+            help="Hard links to the shards (no new bytes) or copies; auto links where the file system can.",
+        ),
+        click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+        click.option("--checkpoint", type=FOLDER, help="Folder with config.json and safetensors; default: tiny, random."),
+        click.option("--arch", help="Architecture, see `llmexport archs`; default: what config.json says."),
+    ):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def open_source(arch: str | None, folder: Path | None, beside: Path) -> Iterator[tuple[archs.Named, Checkpoint]]:
+    """The checkpoint in `folder`; without one, a tiny random one, for as long as the export takes."""
+    if folder is not None:
+        checkpoint = open_checkpoint(folder)
+        yield archs.choose(arch, checkpoint.config), checkpoint
+        return
+    if arch is None:
+        raise ExportError("say what to export: --checkpoint DIR, or --arch NAME for its built-in tiny config")
+    named = archs.load(arch)
+    from llmexport.export import random_checkpoint
+
+    # Beside the output, so that the shards can be linked and outlive the folder.
+    parent = beside.resolve().parent
+    with tempfile.TemporaryDirectory(prefix=".llmexport-", dir=parent if parent.is_dir() else None) as name:
+        made = Path(name) / "checkpoint"
+        random_checkpoint.write(named, made, shard_bytes=100_000)
+        yield named, open_checkpoint(made)

@@ -1,0 +1,147 @@
+"""Rope against ONNX's RotaryEmbedding, transformers' Gemma and GLM-4 models, and float64."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llmexport.export.trace import trace_body
+from llmexport.plugins.rope import rope
+from llmexport.plugins.spec import DOMAIN
+from llmexport.validate.compare import EQUAL, compare
+from onnx.reference import ReferenceEvaluator
+from transformers.models.gemma import modeling_gemma
+from transformers.models.glm4 import modeling_glm4
+
+# B, H, T, D, R
+SIZES = [(1, 1, 1, 2, 1), (2, 3, 63, 10, 5), (1, 2, 130, 14, 3), (3, 5, 63, 7, 2)]
+WHOLE_HEAD = [size for size in SIZES if size[3] == 2 * size[4]]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def example(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """x, cos and sin, the angles those of random positions."""
+    b, h, t, d, r = size
+    seed = torch.Generator().manual_seed(sum(size))
+    angles = torch.rand(b, t, r, generator=seed) * 1000
+    return [v.to(dtype) for v in (torch.randn(b, h, t, d, generator=seed), angles.cos(), angles.sin())]
+
+
+def numbers(value: torch.Tensor) -> np.ndarray:
+    return value.double().numpy()
+
+
+def onnx_rotary_embedding(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> np.ndarray:
+    """RotaryEmbedding-23 in the onnx reference evaluator, angles given row by row, without positions."""
+    node = onnx.helper.make_node(
+        "RotaryEmbedding",
+        ["x", "cos", "sin"],
+        ["y"],
+        interleaved=int(interleaved),
+        rotary_embedding_dim=2 * cos.shape[-1] if 2 * cos.shape[-1] < x.shape[-1] else 0,
+    )
+    values = [
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in ("x", "cos", "sin", "y")
+    ]
+    graph = onnx.helper.make_graph([node], "g", values[:3], values[3:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
+    return ReferenceEvaluator(model).run(None, {"x": x, "cos": cos, "sin": sin})[0]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_onnx_rotary_embedding(size, interleaved):
+    x, cos, sin = example(size)
+    expected = onnx_rotary_embedding(x.numpy(), cos.numpy(), sin.numpy(), interleaved)
+    assert compare(expected, rope(x, cos, sin, interleaved).numpy()) == EQUAL
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(*[st.integers(1, n) for n in (3, 4, 9, 8)]),
+    rest=st.integers(0, 5),
+    interleaved=st.booleans(),
+)
+def test_equals_onnx_rotary_embedding_at_any_size(sizes, rest, interleaved):
+    b, h, t, r = sizes
+    x, cos, sin = example((b, h, t, 2 * r + rest, r))
+    expected = onnx_rotary_embedding(x.numpy(), cos.numpy(), sin.numpy(), interleaved)
+    assert compare(expected, rope(x, cos, sin, interleaved).numpy()) == EQUAL
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", WHOLE_HEAD)
+def test_half_split_is_gemma_in_fp32_rounded_once(size, dtype):
+    x, cos, sin = example(size, dtype)
+    both = [torch.cat((v, v), -1).float() for v in (cos, sin)]
+    expected = modeling_gemma.apply_rotary_pos_emb(x.float(), x.float(), *both)[0].to(dtype)
+    assert compare(numbers(expected), numbers(rope(x, cos, sin, False))) == EQUAL
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_interleaved_is_glm4_in_fp32_rounded_once(size, dtype):
+    x, cos, sin = example(size, dtype)
+    both = [torch.cat((v, v), -1).float() for v in (cos, sin)]
+    expected = modeling_glm4.apply_rotary_pos_emb(x.float(), x.float(), *both)[0].to(dtype)
+    assert compare(numbers(expected), numbers(rope(x, cos, sin, True))) == EQUAL
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_turns_each_pair_as_a_complex_number_in_float64(dtype, interleaved):
+    size = (2, 3, 63, 11, 4)
+    b, h, t, _, r = size
+    x, cos, sin = example(size, dtype)
+    turned = numbers(x)[..., : 2 * r]
+    pairs = turned.reshape(b, h, t, r, 2) if interleaved else turned.reshape(b, h, t, 2, r).swapaxes(-1, -2)
+    angle = (numbers(cos) + 1j * numbers(sin))[:, None]
+    exact = (pairs[..., 0] + 1j * pairs[..., 1]) * angle
+    exact = np.stack((exact.real, exact.imag), -1 if interleaved else -2).reshape(turned.shape)
+    # Two products and their sum in fp32, then at most half a unit in the last place of the result's dtype.
+    summands = np.abs(pairs).max(-1).repeat(2, -1) if interleaved else np.tile(np.abs(pairs).max(-1), 2)
+    bound = 3 * torch.finfo(torch.float32).eps * summands + torch.finfo(dtype).eps / 2 * np.abs(exact)
+    tiny = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    found = numbers(rope(x, cos, sin, interleaved))[..., : 2 * r]
+    assert (np.abs(found - exact) <= bound + tiny).all()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dimensions_beyond_the_rotated_pass_through(dtype, interleaved):
+    x, cos, sin = example((2, 3, 63, 11, 4), dtype)
+    assert torch.equal(rope(x, cos, sin, interleaved)[..., 8:], x[..., 8:])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, interleaved):
+    d, r = 11, 4
+    body = trace_body(
+        "Rope", {"interleaved": interleaved}, dtype, [["B", "H", "T", d], ["B", "T", r], ["B", "T", r]]
+    )
+    element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    shapes = {"x": ["B", "H", "T", d], "cos": ["B", "T", r], "sin": ["B", "T", r], "y": ["B", "H", "T", d]}
+    values = [onnx.helper.make_tensor_value_info(n, element, shape) for n, shape in shapes.items()]
+    node = onnx.helper.make_node(
+        "Rope",
+        ["x", "cos", "sin"],
+        ["y"],
+        domain=DOMAIN,
+        overload=body.overload,
+        interleaved=int(interleaved),
+    )
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", values[:3], values[3:]),
+        functions=[body],
+        opset_imports=[onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(DOMAIN, 1)],
+        ir_version=10,
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for size in [(1, 1, 1, d, r), (3, 2, 63, d, r), (1, 5, 130, d, r)]:
+        x, cos, sin = example(size, getattr(torch, dtype))
+        found = session.run(None, {"x": x.numpy(), "cos": cos.numpy(), "sin": sin.numpy()})[0]
+        # One rounding an operation in both: no bit differs.
+        assert compare(numbers(rope(x, cos, sin, interleaved)), found) == EQUAL
