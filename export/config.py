@@ -9,19 +9,24 @@ from llmexport.export.errors import ExportError
 from llmexport.export.spec import LinearScaling, Llama3Scaling
 
 # Keys that do not change what the exported graph computes: training, generation, bookkeeping.
+# fmt: off
 HARMLESS = frozenset(
-    """
-    _name_or_path add_cross_attention architectures attention_dropout bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
-    is_encoder_decoder label2id length_penalty max_length max_position_embeddings min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
-    top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
-    """.split()
+    {
+        "_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "bad_words_ids",
+        "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size",
+        "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+        "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task",
+        "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder",
+        "is_encoder_decoder", "label2id", "length_penalty", "max_length", "max_position_embeddings",
+        "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+        "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pad_token_id",
+        "prefix", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty",
+        "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+        "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
+        "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+    }
 )
+# fmt: on
 _REQUIRED = object()
 
 

@@ -21,9 +21,7 @@ NAMES = MappingProxyType(
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
-ACTIVATIONS = MappingProxyType(
-    {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf"}
-)
+ACTIVATIONS = MappingProxyType({"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf"})
 
 
 def decoder(

@@ -6,6 +6,7 @@ The builder runs in a process of its own (`engine_build.py`), so that its crash 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -17,17 +18,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
 import onnx
 import onnx.inliner
 from google.protobuf.message import DecodeError
 
 from llmexport.export import manifest
+from llmexport.export.assembly import Assembly
 from llmexport.export.errors import EngineError
 from llmexport.export.onnx_file import MODEL, Progress
 from llmexport.export.output import write_errors
@@ -36,6 +38,7 @@ from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Port
 PLAN = "model.plan"
 RECORD = "engine.json"
 FORMAT = 1
+COMMAND = (sys.executable, "-X", "faulthandler", "-m", "llmexport.export.engine_build")
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,23 @@ class Backend:
 BACKENDS = MappingProxyType(
     {
         "tensorrt-rtx": Backend(
-            "tensorrt_rtx", "pip install tensorrt-rtx", "any NVIDIA GPU of compute capability 8.0 or later"
+            "tensorrt_rtx", "pip install tensorrt-rtx", "NVIDIA GPUs of compute capability 8.0 and later"
         ),
         "tensorrt": Backend(
             "tensorrt",
             "pip install tensorrt --extra-index-url https://pypi.nvidia.com (it builds only where a GPU is)",
-            "a GPU like the one it was built on",
+            "the kind of GPU it was built on",
         ),
     }
 )
+
+# All that TensorRT reads of Attention as ONNX means it.
+ATTENTION = ("scale", "q_num_heads", "kv_num_heads")
+# Warnings after which TensorRT goes on with a part of the model left out or changed.
+ANOTHER_GRAPH = re.compile(
+    "Unused Input: |currently ignores|Ignoring shape|lamp(ing to|ed)|not found in plugin node|wrong shape"
+)
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
 
 Sizes = tuple[int, int, int]
 DEFAULTS: Mapping[str, Sizes] = MappingProxyType({BATCH: (1, 1, 4), SEQUENCE: (1, 64, 512), PAST: (0, 512, 2048)})
@@ -87,9 +98,8 @@ class Profile:
         dims = {d for p in ports for d in p.shape if isinstance(d, str)}
         free = dims - {TOTAL} | ({PAST, SEQUENCE} if TOTAL in dims else set())
         if stray := sorted(set(self.sizes) - free):
-            raise EngineError(
-                f"profile names {', '.join(stray)}: the dynamic dimensions of this export are {', '.join(sorted(free))}"
-            )
+            known = ", ".join(sorted(free))
+            raise EngineError(f"profile names {', '.join(stray)}: this export has the sizes {known}")
         sizes = {d: s for d, s in {**DEFAULTS, **self.sizes}.items() if d in free}
         if unsaid := sorted(free - set(sizes)):
             raise EngineError(f"{', '.join(unsaid)} has no default sizes: name it in --profile")
@@ -123,7 +133,7 @@ def build(
 ) -> dict[str, Any]:
     """Builds an engine of the export in `folder` and writes it there; returns what `engine.json` says.
 
-    timeout: seconds until the builder is given up, None to wait. Whatever fails, an earlier engine stays as it was.
+    timeout: seconds until the builder is given up, None to wait. Whatever fails, an earlier engine stays.
     Raises EngineError, and ExportError if `folder` is no export, was changed since, or cannot be written.
     """
     chosen = BACKENDS[backend]
@@ -131,27 +141,158 @@ def build(
         raise EngineError(f"{backend} is not installed: {chosen.install}")
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
-    inputs, outputs = export.assembly.inputs, export.assembly.outputs
-    sizes = (profile or Profile()).resolve(inputs)
-    shapes = {p.name: [[d if isinstance(d, int) else sizes[d][i] for d in p.shape] for i in range(3)] for p in inputs}
-    data = _read_model(folder / MODEL)
-    job = {"module": chosen.module, "model": str(folder / MODEL), "profile": shapes}
-    hidden = tempfile.TemporaryDirectory(prefix=".llmexport-", dir=folder)
-    with write_errors(folder / PLAN), hidden as temporary:
-        work = Path(temporary)
+    sizes = (profile or Profile()).resolve(export.assembly.inputs)
+    model, digest = _read(folder / MODEL)
+    with write_errors(folder / PLAN), tempfile.TemporaryDirectory(prefix=".llmexport-", dir=folder) as hidden:
+        work = Path(hidden)
+        (work / MODEL).write_bytes(tensorrt_form(model).SerializeToString())
+        shapes = {p.name: _shapes(p, sizes) for p in export.assembly.inputs}
+        job = {"module": chosen.module, "model": str(folder / MODEL), "profile": shapes}
         (work / "job.json").write_text(json.dumps(job))
-        (work / MODEL).write_bytes(tensorrt_form(data).SerializeToString())
-        start = time.monotonic()
-        facts = _run(work, inputs, outputs, timeout, progress)
         record = {
             "format": FORMAT,
             "backend": backend,
-            "version": facts.version,
             "target": chosen.target,
-            "arch": export.data["arch"],
-            "block": export.data["block"],
-            "dtype": export.dtype,
-            "model_sha256": hashlib.sha256(data).hexdigest(),
-            "plan": {"file": PLAN, "bytes": (work / PLAN).stat().st_size, "sha256": _sha256(work / PLAN)},
+            **{k: export.data[k] for k in ("arch", "block", "dtype", "inputs", "outputs")},
+            "model_sha256": digest,
+            "profile": sizes,
+            # One entry a library: {"file": name, "sha256": digest, "ops": {"Rope": 36}}.
+            "plugins": [],
+            **_run(work, export.assembly, timeout, progress),
+            "plan": {"bytes": (work / PLAN).stat().st_size, "sha256": _sha256(work / PLAN)},
         }
+        _place(work, folder, record)
+    progress("engine", 2, 2)
     return record
+
+
+def tensorrt_form(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every function inlined. Raises EngineError on what TensorRT would misread.
+
+    It finds an op by type alone: of two functions of one name, whatever their overload, it would call one.
+    """
+    inlined = onnx.inliner.inline_local_functions(model)
+    for node in inlined.graph.node:
+        if node.domain:
+            raise EngineError(f"{node.name}: {node.domain}::{node.op_type} has no body to build it from")
+        if node.op_type == "Attention":
+            said = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            misread = [n for n, v in said.items() if v and n not in ATTENTION] + [n for n in node.input[4:] if n]
+            if misread:
+                raise EngineError(f"{node.name}: TensorRT misreads or ignores {', '.join(misread)} of Attention")
+    return inlined
+
+
+def _read(path: Path) -> tuple[onnx.ModelProto, str]:
+    """The model without its weights, and the SHA-256 of its file."""
+    try:
+        data = path.read_bytes()
+        return onnx.ModelProto.FromString(data), hashlib.sha256(data).hexdigest()
+    except FileNotFoundError as error:
+        raise EngineError(f"{path} is missing from the export: export again") from error
+    except DecodeError as error:
+        raise EngineError(f"{path} is damaged: export again") from error
+
+
+def _shapes(port: Port, sizes: Mapping[str, Sizes]) -> list[list[int]]:
+    """Its least, best and largest shape."""
+    return [[d if isinstance(d, int) else sizes[d][i] for d in port.shape] for i in range(3)]
+
+
+def _run(work: Path, export: Assembly, timeout: float | None, progress: Progress) -> dict[str, Any]:
+    """Runs the job in `work`, which leaves the plan there; returns what `engine.json` says about the run."""
+    start = time.monotonic()
+    messages: collections.deque[str] = collections.deque(maxlen=20)
+    facts: dict[str, Any] = {}
+    built = False
+    progress("engine: read", 0, 2)
+    with _builder(work, timeout) as child:
+        for line in child.stdout or ():
+            if not line.endswith("\n"):
+                # It died in the middle of an event.
+                break
+            match json.loads(line):
+                case ["log", text]:
+                    messages.append(text)
+                    if ANOTHER_GRAPH.search(text):
+                        raise EngineError(f"TensorRT would build another graph than the model's: {text}")
+                case ["parsed", inputs, outputs, facts]:
+                    _check_ports(export.inputs, inputs)
+                    _check_ports(export.outputs, outputs)
+                    progress("engine: build", 1, 2)
+                case ["unreadable", reasons]:
+                    raise EngineError(f"TensorRT cannot read the model: {'; '.join(reasons)}")
+                case ["unbuildable"]:
+                    raise EngineError("\n  ".join(["TensorRT cannot build the model:", *messages]))
+                case ["unwritable", code]:
+                    raise OSError(code, os.strerror(code))
+                case ["built"]:
+                    built = True
+        code = child.wait()
+    seconds = time.monotonic() - start
+    if code or not built:
+        late = timeout is not None and seconds >= timeout
+        reason = f"was stopped after {timeout:g} s, see --timeout" if late else _reason(code)
+        raise EngineError("\n  ".join([f"TensorRT's builder {reason}", *messages, *_tail(work / "stderr")]))
+    return {**facts, "messages": list(dict.fromkeys(messages)), "seconds": round(seconds, 2)}
+
+
+@contextlib.contextmanager
+def _builder(work: Path, timeout: float | None) -> Iterator[subprocess.Popen[str]]:
+    """The builder's process. It has ended afterwards, whatever happens."""
+    pipe = subprocess.PIPE
+    with (
+        open(work / "stderr", "xb") as stderr,
+        # From `work`, as `-m` looks for modules where it is first.
+        subprocess.Popen([*COMMAND, str(work)], cwd=work, stdin=pipe, stdout=pipe, stderr=stderr, text=True) as child,
+    ):
+        timer = threading.Timer(timeout or 0, child.kill)
+        try:
+            if timeout is not None:
+                timer.start()
+            yield child
+        finally:
+            timer.cancel()
+            child.kill()
+            child.wait()
+
+
+def _reason(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (", as happens when memory runs out" if name == "SIGKILL" else "")
+
+
+def _tail(path: Path) -> list[str]:
+    """The last lines of a log of any size."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 4000))
+        return file.read().decode(errors="replace").splitlines()[-20:]
+
+
+def _check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
+    """What TensorRT read, [name, type, shape with -1] each, must be what the export says."""
+    said = {p.name: [p.dtype, [d if isinstance(d, int) else -1 for d in p.shape]] for p in ports}
+    read = {name: [TYPES.get(kind, kind), shape] for name, kind, shape in found}
+    for name in said | read:
+        if said.get(name) != read.get(name):
+            raise EngineError(f"TensorRT reads {name} as {read.get(name)}, the export says {said.get(name)}")
+
+
+def _place(work: Path, folder: Path, record: dict[str, Any]) -> None:
+    with open(work / RECORD, "x") as file:
+        json.dump(record, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    # The record last: its digest of the plan says whether the two belong together.
+    for name in (PLAN, RECORD):
+        os.replace(work / name, folder / name)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""The TensorRT builder, as a process of its own: the only module that imports it to build.
+"""The TensorRT builder, as a process of its own: the only module of the export that imports TensorRT.
 
-`python -m llmexport.export.engine_build FOLDER` reads `job.json` there (see `engine.py`) and writes the plan. Each
-line of its stdout is an event, a JSON list: ["log", severity, text], ["parsed", facts], ["refused", text],
-["disk", errno] or ["built"].
+`python -m llmexport.export.engine_build FOLDER` does the job that `engine.py` left in the folder. Each line of
+stdout is an event, a JSON list: ["log", text], ["parsed", inputs, outputs, facts], ["unreadable", reasons],
+["unbuildable"], ["unwritable", errno] or ["built"].
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import collections
 import importlib
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 Tell = Callable[..., None]
-LONGEST = 2000  # characters of one message that are passed on
+LONGEST = 1000  # characters of a message that are passed on
+# Said of every integer tensor, and no reason to worry.
+CHATTER = re.compile(r"Make sure (input|output) .* has Int64 binding")
 
 
 def main(folder: Path) -> None:
@@ -35,70 +38,70 @@ def main(folder: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        tell("disk", error.errno)
+        tell("unwritable", error.errno)
     else:
         tell("built")
 
 
 def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
-    """The plan, as a buffer; None if TensorRT refused, and then it has been told why."""
+    """The plan, as a buffer; None if TensorRT refused, which has been told."""
     logger = _logger(trt, tell)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model, job["model"]):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        found = (f"node {e.node_name()} ({e.node_operator()}): {' '.join(e.desc().split())}" for e in errors[:5])
-        tell("refused", "TensorRT cannot read the model: " + ("; ".join(found) or "it does not say why"))
+        errors = [parser.get_error(i) for i in range(min(parser.num_errors, 5))]
+        tell(
+            "unreadable",
+            [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors],
+        )
         return None
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    for name, sizes in job["profile"].items():
-        profile.set_shape(name, *sizes)
-    config.add_optimization_profile(profile)
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     for layer in layers:
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            # What has no fused kernel (all of fp32) is then built of several; the rest keeps its kernel.
+            # Where no fused kernel fits, as in fp32, it may take several instead of failing.
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
-    tell("parsed", {"version": trt.__version__, **_facts(network, layers)})
+    inputs = [_port(network.get_input(i)) for i in range(network.num_inputs)]
+    outputs = [_port(network.get_output(i)) for i in range(network.num_outputs)]
+    kinds = collections.Counter(layer.type.name for layer in layers)
+    tell("parsed", inputs, outputs, {"version": trt.__version__, "layers": dict(kinds.most_common())})
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    for name, shapes in job["profile"].items():
+        profile.set_shape(name, *shapes)
+    config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        tell("refused", "TensorRT cannot build the model")
+        tell("unbuildable")
     return plan
 
 
-def _facts(network: Any, layers: list[Any]) -> dict[str, Any]:
-    ports = {
-        "inputs": [network.get_input(i) for i in range(network.num_inputs)],
-        "outputs": [network.get_output(i) for i in range(network.num_outputs)],
-    }
-    found = {k: [[t.name, t.dtype.name, list(t.shape)] for t in tensors] for k, tensors in ports.items()}
-    return {**found, "layers": dict(collections.Counter(x.type.name for x in layers).most_common())}
+def _port(tensor: Any) -> list[Any]:
+    return [tensor.name, tensor.dtype.name, list(tensor.shape)]
 
 
 def _network_flags(trt: Any) -> int:
-    # From TensorRT 11 on, and in RTX, networks have no other typing.
+    # TensorRT 11 and RTX have no other typing.
     typed = trt.__name__ == "tensorrt" and int(trt.__version__.split(".")[0]) < 11
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if typed else 0
 
 
 def _logger(trt: Any, tell: Tell) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.WARNING:
-                tell("log", severity.name, text[:LONGEST])
+            if severity <= trt.ILogger.WARNING and not CHATTER.search(text):
+                tell("log", f"{severity.name}: {text[:LONGEST]}")
 
     return Logger()
 
 
 def _events() -> Tell:
-    # Libraries print to stdout too: theirs becomes stderr.
     channel = os.fdopen(os.dup(1), "w")
+    # What libraries print to stdout is no event: it goes to stderr.
     os.dup2(2, 1)
     lock = threading.Lock()
 
@@ -110,7 +113,7 @@ def _events() -> Tell:
 
 
 def _end_with_parent() -> None:
-    # The parent holds the other end of stdin and never writes.
+    # The parent holds the other end of stdin and writes nothing.
     os.read(0, 1)
     os._exit(1)
 

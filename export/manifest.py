@@ -20,9 +20,7 @@ NAME = "manifest.json"
 FORMAT = 1
 
 
-def record(
-    request: Request, assembly: Assembly, built: Built, shards: list[Shard], placed: str
-) -> dict[str, Any]:
+def record(request: Request, assembly: Assembly, built: Built, shards: list[Shard], placed: str) -> dict[str, Any]:
     """The manifest of an export, as JSON data."""
     blocks = assembly.blocks
     return {
@@ -100,8 +98,7 @@ def read(folder: Path) -> Manifest:
 def _assembly(data: dict[str, Any]) -> tuple[Assembly, dict[str, dict[str, str]]]:
     blocks = [from_data(b) for b in data["blocks"]]
     steps = tuple(
-        Step(s["name"], blocks[s["block"]], tuple(s["inputs"]), tuple(s["outputs"]), s["path"])
-        for s in data["steps"]
+        Step(s["name"], blocks[s["block"]], tuple(s["inputs"]), tuple(s["outputs"]), s["path"]) for s in data["steps"]
     )
     ports = [tuple(Port(p["name"], tuple(p["shape"]), p["dtype"]) for p in data[k]) for k in ("inputs", "outputs")]
     return Assembly(ports[0], steps, ports[1]), {s["name"]: s["weights"] for s in data["steps"]}

@@ -24,6 +24,7 @@ from llmexport.export.assembly import (
 )
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
+from llmexport.export.errors import ExportError
 from llmexport.export.output import new_folder, place_weights
 from llmexport.export.spec import Block, Model, Port, to_data
 from llmexport.graphs import bodies, pipeline
@@ -70,12 +71,14 @@ def write(request: Request, target: Path, *, force: bool, progress: Progress) ->
 
     Returns its manifest.
     """
+    _keep_checkpoint(request, target)
     with new_folder(target, force=force) as folder:
         return _fill(request, folder, progress)
 
 
 def write_blocks(request: Request, target: Path, *, force: bool, progress: Progress) -> dict[str, Any]:
     """Exports every block alone, each to a folder of its name in `target`; returns the manifests by name."""
+    _keep_checkpoint(request, target)
     names = named_blocks(read_model(request.arch, request.checkpoint.config))
     with new_folder(target, force=force, marker=BLOCKS) as folder:
         records = {}
@@ -84,6 +87,12 @@ def write_blocks(request: Request, target: Path, *, force: bool, progress: Progr
             records[name] = _fill(dataclasses.replace(request, block=name), folder / name, progress)
         (folder / BLOCKS).write_text(json.dumps({"blocks": list(names)}))
     return records
+
+
+def _keep_checkpoint(request: Request, target: Path) -> None:
+    """--force must not delete the checkpoint with the output that holds it."""
+    if request.checkpoint.folder.resolve().is_relative_to(target.resolve()):
+        raise ExportError(f"the checkpoint lies in {target}, which the export would replace: choose another output")
 
 
 def _fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _check_space(folder: Path, sources: list[Path]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(
-            f"cannot copy {needed / 1e9:.1f} GB of weights to {folder}, {free / 1e9:.1f} GB are free: "
+            f"cannot copy {needed / 1e9:.3g} GB of weights to {folder}, {free / 1e9:.3g} GB are free: "
             "free space, or choose a folder on the file system of the checkpoint and --weights link"
         )
 

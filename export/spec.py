@@ -291,6 +291,4 @@ def from_data(data: Any) -> Any:
     return tuple(from_data(v) for v in data) if isinstance(data, list) else data
 
 
-_CLASSES: dict[str, Any] = {
-    c.__name__: c for c in (*Block.kinds.values(), Llama3Scaling, LinearScaling, Port)
-}
+_CLASSES: dict[str, Any] = {c.__name__: c for c in (*Block.kinds.values(), Llama3Scaling, LinearScaling, Port)}

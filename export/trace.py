@@ -67,7 +67,8 @@ def trace_body(
     """
     op = all_ops()[name]
     attributes = {n: op.attributes[n](v) for n, v in attributes.items()}
-    seen = {d: n for dims, shape in zip(op.inputs.values(), shapes, strict=True) for d, n in zip(dims, shape)}
+    pairs = zip(op.inputs.values(), shapes, strict=True)
+    seen = {d: n for dims, shape in pairs for d, n in zip(dims, shape, strict=True)}
     sizes = {d: seen[d] for d in op.static}
     dims = [[sizes.get(d, d) for d in dims] for dims in op.inputs.values()]
     dynamic = sorted({d for shape in dims for d in shape if isinstance(d, str)})
@@ -124,7 +125,7 @@ def _export(
 
     symbols = {d: torch.export.Dim(d) for shape in dims for d in shape if isinstance(d, str)}
     dynamic = [{i: symbols[d] for i, d in enumerate(shape) if isinstance(d, str)} for shape in dims]
-    arguments = {
+    arguments: dict[str, Any] = {
         "input_names": names,
         "output_names": outputs,
         "dynamic_shapes": (dynamic,),
@@ -209,13 +210,13 @@ def _shortcuts() -> Iterator[None]:
             _REGISTRIES[key] = build.__func__(cls, *args, **kwargs)
         return _REGISTRIES[key]
 
-    _registration.ONNXRegistry.from_torchlib = classmethod(shared)
-    _fx_passes.decompose_with_registry = lambda program, registry: program
+    setattr(_registration.ONNXRegistry, "from_torchlib", classmethod(shared))
+    setattr(_fx_passes, "decompose_with_registry", lambda program, registry: program)
     try:
         yield
     finally:
-        _registration.ONNXRegistry.from_torchlib = build
-        _fx_passes.decompose_with_registry = decompose
+        setattr(_registration.ONNXRegistry, "from_torchlib", build)
+        setattr(_fx_passes, "decompose_with_registry", decompose)
 
 
 _REGISTRIES: dict[Any, Any] = {}

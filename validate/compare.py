@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +17,20 @@ class Mismatch(UserError):
 
 @dataclass(frozen=True)
 class Difference:
-    """max |found - reference|, and rms(found - reference) / rms(reference); NaN if either holds one."""
+    """max |found - reference|, rms(found - reference) / rms(reference) and max |reference|.
+
+    The first two are NaN if either run holds a NaN, and then within no tolerance.
+    """
 
     max_abs: float
     rms_ratio: float
+    scale: float
 
-    def within(self, tolerance: Tolerance) -> bool:
-        return self.max_abs <= tolerance.max_abs and self.rms_ratio <= tolerance.rms_ratio
-
-    def worst(self, other: Difference) -> Difference:
-        """The larger of each; a NaN stays."""
-        return Difference(
-            float(np.maximum(self.max_abs, other.max_abs)), float(np.maximum(self.rms_ratio, other.rms_ratio))
-        )
-
-
-EQUAL = Difference(0.0, 0.0)
+    def excess(self, tolerance: Tolerance) -> float:
+        """How many times the tolerance this is: up to 1 is within; infinite if there is a NaN."""
+        bound = tolerance.max_abs * (self.scale if tolerance.scaled else 1.0)
+        parts = [self.max_abs / bound if self.max_abs else 0.0, self.rms_ratio / tolerance.rms_ratio]
+        return math.inf if any(map(math.isnan, parts)) else max(parts)
 
 
 def compare(reference: np.ndarray, found: np.ndarray, where: np.ndarray | None = None) -> Difference:
@@ -44,9 +43,10 @@ def compare(reference: np.ndarray, found: np.ndarray, where: np.ndarray | None =
     if where is not None:
         reference, found = reference[where], found[where]
     if reference.size == 0:
-        return EQUAL
+        return Difference(0.0, 0.0, 0.0)
     wide = reference.astype(np.float64)
     error = found.astype(np.float64) - wide
     scale = float(np.sqrt(np.mean(wide**2)))
     rms = float(np.sqrt(np.mean(error**2)))
-    return Difference(float(np.max(np.abs(error))), rms / scale if scale else (0.0 if rms == 0 else float("inf")))
+    ratio = rms / scale if scale else (0.0 if rms == 0 else float("inf"))
+    return Difference(float(np.max(np.abs(error))), ratio, float(np.max(np.abs(wide))))

@@ -76,6 +76,7 @@ def random_feed(ports: Sequence[Port], dtype: str, sizes: dict[str, int], seed: 
     feed = {}
     for port in ports:
         shape = _shape(port, sizes)
+        value: np.ndarray
         match port.name:
             case "input_ids":
                 value = random.integers(0, 100, shape)
@@ -84,7 +85,7 @@ def random_feed(ports: Sequence[Port], dtype: str, sizes: dict[str, int], seed: 
             case "attention_mask":
                 value = np.ones(shape)
             case "mask":
-                value = np.broadcast_to(np.tri(*shape[2:], k=sizes[PAST]), shape)
+                value = np.broadcast_to(np.tri(shape[2], shape[3], k=sizes[PAST]), shape)
             case "cos":
                 value = np.cos(angles / np.arange(1, shape[-1] + 1))
             case "sin":

@@ -55,13 +55,15 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         return _metadata(self._manifest, [p.name for p in self._manifest.assembly.inputs])
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
-        start = time.perf_counter()
         values = {n: to_torch(a) for n, a in feed_dict.items()}
+        self.inference_time = 0.0
         with torch.inference_mode():
             for step in self._manifest.assembly.steps:
-                made = self._module(step)(*(values[n] for n in step.inputs))
+                module = self._module(step)
+                start = time.perf_counter()
+                made = module(*(values[n] for n in step.inputs))
+                self.inference_time += time.perf_counter() - start
                 values |= zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=True)
-        self.inference_time = time.perf_counter() - start
         self.values = {n: to_numpy(t) for n, t in values.items()}
         return OrderedDict((p.name, self.values[p.name]) for p in self._manifest.assembly.outputs)
 
@@ -130,6 +132,7 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
     def activate_impl(self) -> None:
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()
         data = self._manifest.data
         weights = self._manifest.checkpoint()
         with tempfile.TemporaryDirectory(prefix="llmexport-") as name:

@@ -13,8 +13,9 @@ from llmexport.export.blocks.norm import Norm
 def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
     """The module that computes `block` in `dtype`, its parameters on the meta device: shapes, no memory.
 
-    Buffers are real: constants that follow from the spec, fp32 whatever `dtype` is. Parameter paths are those that `Arch.names` maps to a checkpoint. `forward` takes the block's input ports in
-    order and returns its output ports, a tuple if there are several.
+    Buffers are real: constants that follow from the spec, fp32 whatever `dtype` is. Parameter paths are those that
+    `Arch.names` maps to a checkpoint. `forward` takes the block's input ports in order and returns its output
+    ports, a tuple if there are several.
     """
     with torch.device("meta"):
         made = _module(block, dtype)

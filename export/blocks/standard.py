@@ -31,7 +31,6 @@ rms_norm.register_fake(lambda x, weight, epsilon: torch.empty_like(x))
 attention.register_fake(lambda q, k, v, mask, scale: torch.empty_like(q))
 
 
-
 def translations() -> dict[Any, Callable[..., Any]]:
     """The exporter's table for these ops: torch op -> what emits its ONNX operator."""
     from onnxscript import opset23 as ai_onnx

@@ -21,6 +21,4 @@ def command(quiet: bool, as_json: bool) -> None:
         ("--arch", "model_type", "what"),
         [(a.name, ", ".join(a.arch.model_types), about[a.name]) for a in found],
     )
-    console.result(
-        [{"arch": a.name, "model_types": a.arch.model_types, "about": about[a.name]} for a in found]
-    )
+    console.result([{"arch": a.name, "model_types": a.arch.model_types, "about": about[a.name]} for a in found])

@@ -40,18 +40,22 @@ class Console:
             click.echo(text)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A titled table; no columns, no header."""
         if self.quiet or self.as_json:
             return
+        from rich import box
         from rich.console import Console as Terminal
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, show_header=bool(columns), show_edge=False, pad_edge=False)
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        width = None if sys.stdout.isatty() else 100
-        Terminal(width=width, highlight=False, markup=False).print(table)
+        terminal = Terminal(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
+        terminal.print(title, style="bold")
+        terminal.print(table)
+        terminal.print()
 
     def result(self, data: Any) -> None:
         """The command's result, for scripts."""
@@ -66,10 +70,8 @@ def talkative(command: F) -> F:
 
 
 def size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            break
-        nbytes /= 1000
-    else:
-        unit = "TB"
-    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+    """Bytes for people, in powers of 1000."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} B"
+    power = min((len(str(int(nbytes))) - 1) // 3, 4)
+    return f"{nbytes / 1000**power:.1f} {'kMGT'[power - 1]}B"

@@ -42,7 +42,7 @@ def command(
             console.result(records)
             return
         record = onnx_file.write(request, output, force=force, progress=console.progress)
-    console.table(f"{named.name} in {output}", ("what", ""), summary(record, output))
+    console.table(f"{named.name} in {output}", (), summary(record, output))
     console.result(record)
 
 

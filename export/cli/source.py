@@ -30,7 +30,9 @@ def options(command: F) -> F:
             help="Hard links to the shards (no new bytes) or copies; auto links where the file system can.",
         ),
         click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
-        click.option("--checkpoint", type=FOLDER, help="Folder with config.json and safetensors; default: tiny, random."),
+        click.option(
+            "--checkpoint", type=FOLDER, help="Folder with config.json and safetensors; default: tiny, random."
+        ),
         click.option("--arch", help="Architecture, see `llmexport archs`; default: what config.json says."),
     ):
         command = option(command)

@@ -47,8 +47,8 @@ def show(report: Report, console: Console) -> None:
     for rung in report.rungs:
         error = ("", "", "")
         if rung.difference and rung.tolerance:
-            bound = f"{rung.tolerance.max_abs:g} / {rung.tolerance.rms_ratio:g}"
-            error = (f"{rung.difference.max_abs:.1e}", f"{rung.difference.rms_ratio:.1e}", bound)
+            worst = rung.difference
+            error = (f"{worst.max_abs:.1e}", f"{worst.rms_ratio:.1e}", rung.tolerance.text)
         rows.append((rung.name, *error, rung.status + (f": {rung.note}" if rung.note else "")))
     console.table("error at every rung", ("rung", "max abs", "rms ratio", "allowed", ""), rows)
     times = [(n, f"{s['prefill'] * 1e3:.1f} ms", f"{s['decode'] * 1e3:.2f} ms") for n, s in report.seconds.items()]

@@ -456,7 +456,7 @@ def test_says_how_much_space_a_copy_needs(
     large = os.stat_result((0,) * 6 + (140 * 10**9,) + (0,) * 3, {"st_blocks": 140 * 10**9})
     monkeypatch.setattr(os, "stat", lambda path, **how: large if "/in/" in str(path) else stat(path, **how))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 10**9))
-    with pytest.raises(ExportError, match=r"cannot copy 280.0 GB .*, 5.0 GB are free: free space"):
+    with pytest.raises(ExportError, match=r"cannot copy 280 GB .*, 5 GB are free: free space"):
         place_weights(shards, tmp_path / "new", "copy")
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmexport.export.trace import trace_body
-from llmexport.plugins.gated_act import gated_act
-from llmexport.plugins.spec import DOMAIN
 from onnx.reference import ReferenceEvaluator
 from transformers.activations import ACT2FN
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+from llmexport.export.trace import trace_body
+from llmexport.plugins.gated_act import gated_act
+from llmexport.plugins.spec import DOMAIN
 
 SIZES = [(1, 1, 1), (1, 1, 65), (2, 63, 33), (1, 130, 7)]  # B, T, I
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -24,9 +25,7 @@ ALPHA, LIMIT = 1.702, 7.0  # of GPT-OSS
 PUBLISHED = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu_erf": "gelu"}
 
 
-def example(
-    size: tuple[int, int, int], dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
+def example(size: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """gate and up, some of them beyond LIMIT on both sides."""
     seed = torch.Generator().manual_seed(sum(size))
     gate, up = (torch.randn(size, generator=seed) * 5 for _ in range(2))
@@ -145,9 +144,7 @@ def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(activation, dt
     body = trace_body("GatedAct", attributes, dtype, [["B", "T", "I"], ["B", "T", "I"]])
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     values = [onnx.helper.make_tensor_value_info(n, element, ["B", "T", "I"]) for n in ("gate", "up", "y")]
-    node = onnx.helper.make_node(
-        "GatedAct", ["gate", "up"], ["y"], domain=DOMAIN, overload=body.overload, **attributes
-    )
+    node = onnx.helper.make_node("GatedAct", ["gate", "up"], ["y"], domain=DOMAIN, overload=body.overload, **attributes)
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "g", values[:2], values[2:]),
         functions=[body],

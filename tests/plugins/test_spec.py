@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from llmexport.export.trace import trace_body
 from llmexport.plugins import spec
 from llmexport.plugins.spec import DOMAIN, Op, all_ops, op
-from torch import Tensor
 
 # What TensorRT's ONNX parser imports itself, whatever the domain (shared/reference/tensorrt.md, 1.1 to 1.3),
 # besides the ONNX operators.
@@ -52,9 +53,7 @@ def shrink() -> Op:
     kept = dict(spec.OPS)
 
     @op("SpecShrink", version=3, dims={"x": "B T D", "w": "D"}, outputs=("y", "z"), static=("D",))
-    def spec_shrink(
-        x: Tensor, w: Tensor, flag: bool, count: int, scale: float, mode: str
-    ) -> tuple[Tensor, Tensor]:
+    def spec_shrink(x: Tensor, w: Tensor, flag: bool, count: int, scale: float, mode: str) -> tuple[Tensor, Tensor]:
         """Halves x."""
         return x / 2, w.clone()
 
@@ -196,9 +195,7 @@ def test_an_overload_is_an_identifier(shrink, scale, mode, dtype):
     assert shrink.overload({"scale": scale, "mode": mode}, dtype, {"D": 8}).isidentifier()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: every sign but _ becomes _, and setdefault then takes the wrong body"
-)
+@pytest.mark.xfail(strict=True, reason="bug: every sign but _ becomes _, and setdefault then takes the wrong body")
 def test_large_and_small_values_have_overloads_of_their_own(shrink):
     assert shrink.overload({"scale": 1e16}, "float32", {}) != shrink.overload({"scale": 1e-16}, "float32", {})
 
@@ -235,9 +232,7 @@ def test_a_parameter_that_is_no_attribute_is_refused_by_name(scratch_ops, refere
         pytest.param(single, ("y",), ("D",), "D", id="a static dimension of no input"),
     ],
 )
-def test_a_signature_that_cannot_become_an_operator_is_refused(
-    scratch_ops, reference, outputs, static, named
-):
+def test_a_signature_that_cannot_become_an_operator_is_refused(scratch_ops, reference, outputs, static, named):
     with pytest.raises(TypeError, match=f"SpecBad.*{named}"):
         op("SpecBad", 1, {"x": "B"}, outputs, static)(reference)
 

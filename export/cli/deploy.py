@@ -1,0 +1,58 @@
+"""llmexport deploy"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llmexport.export import onnx_file
+from llmexport.export.cli import engine as engine_command
+from llmexport.export.cli import onnx as onnx_command
+from llmexport.export.cli import source
+from llmexport.export.cli import validate as validate_command
+from llmexport.export.cli.console import Console, size, talkative
+
+
+@click.command("deploy")
+@source.options
+@click.option(
+    "-o", "--output", type=source.FOLDER, help="The folder to make; default: ARCH-deploy, replaced if it is there."
+)
+@click.option("--backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", show_default=True)
+@click.option("--profile", help="As for `llmexport engine`.")
+@talkative
+def command(
+    arch: str | None,
+    checkpoint: Path | None,
+    dtype: str,
+    weights: str,
+    force: bool,
+    output: Path | None,
+    backend: str,
+    profile: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Export to ONNX, build an engine, compare with PyTorch: the three commands in one go.
+
+    Exit code 1 if a rung of the comparison fails.
+    """
+    from llmexport.export import engine
+
+    console = Console(quiet, as_json)
+    sizes = engine.parse_profile(profile) if profile else None
+    beside = output or Path("deploy")
+    with source.open_source(arch, checkpoint, beside) as (named, found):
+        folder = output or Path(f"{named.name}-deploy")
+        request = onnx_file.Request(named, found, dtype, None, weights)
+        record = onnx_file.write(request, folder, force=force or output is None, progress=console.progress)
+    built = engine.build(folder, backend=backend, profile=sizes, progress=console.progress)
+    report = validate_command.run(folder, None, 0, console)
+    rows = onnx_command.summary(record, folder) + engine_command.summary(built)
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix != ".safetensors"}
+    rows.append(("files", ", ".join(f"{n} {size(b)}" for n, b in files.items())))
+    console.table(f"{named.name} in {folder}", (), rows)
+    validate_command.show(report, console)
+    console.result({"manifest": record, "engine": built, "report": report.as_data()})
+    return 0 if report.passed else 1

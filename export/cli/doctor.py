@@ -1,0 +1,86 @@
+"""llmexport doctor"""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+
+import click
+
+from llmexport.export import cache
+from llmexport.export.cli.console import Console, size, talkative
+
+# What each command needs, the distributions that serve it, and the command that installs one.
+PACKAGES = (
+    ("onnx, validate", ("torch",), "pip install torch"),
+    ("onnx", ("onnx",), "pip install onnx"),
+    ("onnx", ("onnxscript",), "pip install onnxscript"),
+    ("onnx", ("onnx-graphsurgeon",), "pip install onnx-graphsurgeon"),
+    ("validate", ("onnxruntime-gpu", "onnxruntime"), "pip install onnxruntime-gpu"),
+    ("validate", ("polygraphy",), "pip install polygraphy"),
+    ("engine", ("tensorrt-rtx",), "pip install tensorrt-rtx"),
+)
+OPTIONAL = (
+    ("engine --backend tensorrt", ("tensorrt",), "pip install tensorrt --extra-index-url https://pypi.nvidia.com"),
+    ("the rung against transformers", ("transformers",), "pip install 'llmexport[test]'"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for. `fix` is the command that brings it; it may be absent if not `needed`."""
+
+    what: str
+    found: str
+    needed: bool
+    used_by: str
+    fix: str
+
+
+@click.command("doctor")
+@talkative
+def command(quiet: bool, as_json: bool) -> int:
+    """Say what is installed, what is missing, and the command that fixes it. Exit code 2 if something is missing."""
+    console = Console(quiet, as_json)
+    findings = examine()
+    console.table(
+        "doctor",
+        ("what", "found", "for", "to fix"),
+        [(f.what, f.found or ("MISSING" if f.needed else "not there"), f.used_by, f.fix) for f in findings],
+    )
+    console.result([asdict(f) for f in findings])
+    return 2 if any(f.needed and not f.found for f in findings) else 0
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order in which they matter."""
+    findings = [Finding("python", platform.python_version(), True, "all", "")]
+    for needed, group in ((True, PACKAGES), (False, OPTIONAL)):
+        for used_by, names, fix in group:
+            found = next((f"{n} {v}" for n in names if (v := _version(n))), "")
+            findings.append(Finding(names[0], found, needed, used_by, "" if found else fix))
+    driver = ctypes.util.find_library("cuda") or ""
+    findings.append(Finding("NVIDIA driver", driver, False, "running engines", "" if driver else "a GPU machine"))
+    findings.append(_cache())
+    return findings
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cache() -> Finding:
+    folder = cache.folder()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not os.access(existing, os.W_OK):
+        return Finding("trace cache", "", False, "fast exports", f"set LLMEXPORT_CACHE: {folder} cannot be written")
+    held = sum(p.stat().st_size for p in folder.glob("*")) if folder.exists() else 0
+    free = shutil.disk_usage(existing).free
+    return Finding("trace cache", f"{folder}: {size(held)}, {size(free)} free", False, "fast exports", "")
