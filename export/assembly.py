@@ -6,11 +6,15 @@ model; a weight is named as in the checkpoint.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Block, Mask, Model, Port
+
+# Paths of the two parameters that may be tied.
+HEAD, TABLE = "head.projection.weight", "embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,19 @@ def find_block(model: Model, name: str) -> Step:
 
 
 def checkpoint_name(arch: Arch, model: Model, path: str) -> str:
-    """The checkpoint's name of the parameter at `path`, as `layers.3.mlp.up_proj.weight`.
+    """The checkpoint's name of the parameter at `path`, as `layers.3.mlp.up_proj.weight`."""
+    return _stored_name(arch, TABLE if model.tied and path == HEAD else path)
 
-    Raises KeyError if the architecture names no such parameter: a mistake in its data file.
-    """
-    if model.tied and path == "head.projection.weight":
-        path = "embedding.weight"
-    parts = path.split(".")
-    index = parts[1] if parts[0] == "layers" else ""
+
+def tied_names(arch: Arch) -> tuple[str, str]:
+    """What a checkpoint calls the head's projection, and the embedding table that it may be tied to."""
+    return _stored_name(arch, HEAD), _stored_name(arch, TABLE)
+
+
+def _stored_name(arch: Arch, path: str) -> str:
+    """Raises ValueError if the architecture names no such path: a mistake in its data file."""
+    match = re.match(r"layers\.(\d+)\.", path)
+    index = match.group(1) if match else ""
     generic = path.replace(f"layers.{index}.", "layers.{i}.", 1)
     start = max((s for s in arch.names if generic.startswith(s)), key=len)
     return arch.names[start].format(i=index) + generic[len(start) :]

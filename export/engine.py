@@ -67,7 +67,7 @@ BACKENDS = MappingProxyType(
 ATTENTION = ("scale", "q_num_heads", "kv_num_heads")
 # Warnings after which TensorRT goes on with a part of the model left out or changed.
 ANOTHER_GRAPH = re.compile(
-    "Unused Input: |currently ignores|Ignoring shape|lamp(ing to|ed)|not found in plugin node|wrong shape"
+    "Unused Input: |currently ignores|Ignoring shape|[Cc]lamp(ing to|ed)|not found in plugin node|wrong shape"
 )
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
 

@@ -21,6 +21,7 @@ from llmexport.export.assembly import (
     checkpoint_name,
     find_block,
     named_blocks,
+    tied_names,
 )
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
@@ -141,7 +142,11 @@ def build(request: Request, model: Model, assembly: Assembly, progress: Progress
             wanted[name] = weights.Parameter(name, shape)
         names |= zip([p.name for p in step.block.outputs], step.outputs, strict=True)
         pieces.append(Piece(step.name, graph, names))
-    weights.check(wanted, request.checkpoint, request.arch.arch.ignore, whole=request.block is None)
+    ignore = request.arch.arch.ignore
+    if model.tied:
+        head, table = tied_names(request.arch.arch)
+        ignore += (head,) if weights.check_tied(head, table, request.checkpoint) else ()
+    weights.check(wanted, request.checkpoint, ignore, whole=request.block is None)
     proto = stitch(
         pieces,
         [value_info(p, dtype) for p in assembly.inputs],

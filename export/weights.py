@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
@@ -45,6 +46,27 @@ def check(wanted: Mapping[str, Parameter], checkpoint: Checkpoint, ignore: tuple
             f"checkpoint holds {len(unused)} tensors that this architecture does not use: {_some(unused)}. "
             "Leaving them out could give a wrong model: is --arch right?"
         )
+
+
+def check_tied(copy: str, original: str, checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint stores a tied weight a second time, as `copy`.
+
+    Raises ExportError if the two differ: the model would not be the one that config.json describes.
+    """
+    if copy not in checkpoint.tensors:
+        return False
+    first, second = (checkpoint.tensors[n] for n in (original, copy))
+    alike = (first.dtype, first.shape) == (second.dtype, second.shape)
+    if not alike or not np.array_equal(_bits(checkpoint, original), _bits(checkpoint, copy)):
+        raise ExportError(
+            f"config.json says tie_word_embeddings, but the checkpoint's {copy} is not its {original}: "
+            "one of the two is wrong; set tie_word_embeddings to false if the head is its own"
+        )
+    return True
+
+
+def _bits(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return checkpoint.read(name).reshape(-1).view(np.uint8)
 
 
 def _check_tensor(parameter: Parameter, stored: StoredTensor) -> None:

@@ -74,7 +74,7 @@ def gate(work: Path, peers: bool) -> dict[str, dict[str, str]]:
             if exporter in (COLD, WARM) and not right:
                 wrong.append(f"{exporter} of {name}: {error}")
     if wrong:
-        raise SystemExit("wrong numbers, so nothing is timed: " + "; ".join(wrong))
+        raise SystemExit("the numbers do not hold, so nothing is timed: " + "; ".join(wrong))
     return errors
 
 
@@ -122,9 +122,7 @@ def targets(sections: list[str], rows: list[Row]) -> list[Target]:
         elif "warm" in sections:
             aims.append(Target(f"{name}: warm export, s", spent.wall_s, 1.5))
             aims.append(Target(f"{name}: peak of a warm export, MB", spent.peak_rss_mb, 200))
-            aims.append(
-                Target(f"{name}: warm exports that import torch", int(row.imports_torch is not False), 0)
-            )
+            aims.append(Target(f"{name}: warm exports that import torch", int(row.imports_torch is not False), 0))
     if "depth" in sections:
         shallow, deep = SECTIONS["depth"]
         for exporter in (COLD, WARM):

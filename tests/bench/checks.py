@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+
 from llmexport.validate.compare import compare
-from llmexport.validate.tolerance import WHOLE
+from llmexport.validate.tolerance import TOLERANCE
 
 PREFILL, STEPS, BATCH = 63, 3, 2
 
@@ -66,7 +67,7 @@ def parity(checkpoint: Path, model: Path) -> tuple[bool, str]:
     ids_BT = np.random.default_rng(0).integers(3, 512, (BATCH, PREFILL + STEPS))
     reference_BTV, cache = reference_logits(checkpoint, ids_BT)
     difference = compare(reference_BTV, exported_logits(model, ids_BT, cache))
-    return difference.within(WHOLE["float32"]), f"{difference.max_abs:.1e}"
+    return difference.within(TOLERANCE["float32"]), f"{difference.max_abs:.1e}"
 
 
 def opens(model: Path) -> tuple[bool, str]:

@@ -128,9 +128,7 @@ def export(
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise SystemExit(
-            f"{end}\n{exporter.name} failed on {checkpoint.name}: exit code {process.returncode}"
-        )
+        raise SystemExit(f"{end}\n{exporter.name} failed on {checkpoint.name}: exit code {process.returncode}")
     cpu_s = usage.ru_utime + usage.ru_stime
     return Cost(round(wall_s, 3), round(cpu_s, 3), round(usage.ru_maxrss * 1024 / MB, 1))
 

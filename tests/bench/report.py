@@ -49,6 +49,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": model[1] if model else platform.machine(),
         "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
         "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MB,
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -76,7 +77,7 @@ def show(rows: list[Row], aims: list[Target]) -> None:
         cost = row.median
         cells = f"{cost.wall_s:8.2f} {cost.wall_s / cold[row.checkpoint]:8.2f} {cost.cpu_s:8.2f}"
         cells += f" {cost.peak_rss_mb:8.0f} {row.new_mb:8.1f}"
-        print(f"{row.checkpoint:16} {row.exporter:15} {cells}  {row.check[:60]}")
+        print(f"{row.checkpoint:16} {row.exporter:15} {cells}  {row.check.split(' : ')[-1][:60]}")
     print()
     for aim in aims:
         print(f"{'ok  ' if aim.met else 'MISS'} {aim.what}: {aim.value:.2f} (at most {aim.limit:.2f})")

@@ -1,0 +1,76 @@
+"""Checkpoints and exports that tests share, each made once a session."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from arch_cases import CASES, Case
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+Exporter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An own trace cache, empty at first: no test may pass on what an earlier session traced."""
+    folder = tmp_path_factory.mktemp("traces")
+    os.environ["LLMEXPORT_CACHE"] = str(folder)
+    return folder
+
+
+def as_case(which: Case | str) -> Case:
+    return which if isinstance(which, Case) else next(c for c in CASES if c.arch == which)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case | str], Path]:
+    """Makes the checkpoint of a case with transformers: several shards, norms and biases randomised."""
+
+    @functools.cache
+    def make(case: Case) -> Path:
+        import torch
+        import transformers
+
+        from llmexport.export import archs
+
+        arch = archs.load(case.arch).arch
+        folder = tmp_path_factory.mktemp(case.name) / "checkpoint"
+        model_class = getattr(transformers, arch.causal_lm)
+        torch.manual_seed(0)
+        model = model_class(model_class.config_class(**{**arch.tiny, **case.changes}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn_like(parameter)
+                # A norm's weight is spread about where it starts; a matrix keeps the logits of order one.
+                parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.08 * noise)
+        model.save_pretrained(folder, max_shard_size="100KB")
+        assert len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) > 1
+        return folder
+
+    return lambda which: make(as_case(which))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[Case | str], Path]) -> Exporter:
+    """Exports a case; `exported(case, dtype="float16", block="attention")`."""
+
+    @functools.cache
+    def make(case: Case, dtype: str, block: str | None, weights: str) -> Path:
+        from llmexport.export import archs, onnx_file
+        from llmexport.export.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(tiny_checkpoint(case))
+        folder = tmp_path_factory.mktemp(f"{case.name}-{dtype}") / "export"
+        request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, dtype, block, weights)
+        onnx_file.write(request, folder, force=False, progress=lambda what, done, of: None)
+        return folder
+
+    def export(which: Case | str, dtype: str = "float32", block: str | None = None, weights: str = "auto") -> Path:
+        return make(as_case(which), dtype, block, weights)
+
+    return export

@@ -1,0 +1,222 @@
+"""The exported folder: whole, portable, light, and refused where it would be wrong."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from arch_cases import CASES, FIRST, Case
+
+from llmexport.export import archs, manifest, onnx_file, random_checkpoint
+from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import ExportError
+
+PLAIN = """
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+feed = {"input_ids": numpy.array([[3, 1, 4]]), "position_ids": numpy.array([[0, 1, 2]]),
+        "attention_mask": numpy.ones((1, 3), numpy.int64)}
+for port in session.get_inputs():
+    if port.name not in feed:
+        feed[port.name] = numpy.zeros((1, port.shape[1], 0, port.shape[3]), numpy.float32)
+logits = session.run(["logits"], feed)[0]
+assert logits.shape == (1, 3, 256) and numpy.isfinite(logits).all()
+assert not [m for m in sys.modules if m.split(".")[0] in ("llmexport", "torch", "onnx")]
+"""
+
+
+def silent(what: str, done: int, of: int) -> None: ...
+
+
+def request(folder: Path, **changes: object) -> onnx_file.Request:
+    checkpoint = open_checkpoint(folder)
+    return onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_a_process_that_never_heard_of_llmexport_runs_the_model(case: Case, exported) -> None:
+    subprocess.run([sys.executable, "-c", PLAIN, str(exported(case) / "model.onnx")], check=True, cwd="/")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_checker_and_strict_shape_inference_accept_copied_weights(case: Case, dtype: str, exported) -> None:
+    path = exported(case, dtype, weights="copy") / "model.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_l_layer_model_has_2l_fused_norms_and_l_fused_activations(case: Case, exported) -> None:
+    """The first norm has no residual before it; the final norm has, so 2 L of 2 L + 1 norms fuse."""
+    data = manifest.read(exported(case)).data
+    layers = data["config"]["num_hidden_layers"]
+    model = onnx.load(exported(case) / "model.onnx", load_external_data=False)
+    found = collections.Counter(n.op_type for n in model.graph.node if n.domain == "llmexport")
+    assert found == {"Rope": 2 * layers, "AddRmsNorm": 2 * layers, "GatedAct": layers} == data["ops"]
+    assert data["fusions"]["fuse_add_rms_norm"] == {
+        "count": 2 * layers,
+        "refused": [["layers.0/rms_norm", "its input is not a sum"]],
+    }
+    assert data["fusions"]["fuse_gated_act"] == {"count": layers, "refused": []}
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_outputs_agree_before_and_after_fusion_to_fp32_rounding(
+    case: Case, tiny_checkpoint, exported, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(onnx_file.pipeline, "PIPELINE", ())
+    onnx_file.write(request(tiny_checkpoint(case)), tmp_path / "plain", force=False, progress=silent)
+    feed = {
+        "input_ids": np.random.default_rng(0).integers(0, 256, (2, 21)),
+        "position_ids": np.tile(np.arange(21), (2, 1)),
+        "attention_mask": np.ones((2, 21), np.int64),
+    }
+    logits = []
+    for folder in (tmp_path / "plain", exported(case)):
+        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        past = {
+            i.name: np.zeros((2, i.shape[1], 0, i.shape[3]), np.float32)
+            for i in session.get_inputs()
+            if i.name not in feed
+        }
+        logits.append(session.run(["logits"], feed | past)[0])
+    # A few units in the last place of the largest logit, for every sum over up to 128 terms in another order.
+    bound = 32 * np.finfo(np.float32).eps * np.abs(logits[0]).max()
+    assert np.abs(logits[0] - logits[1]).max() <= bound
+
+
+def test_linked_weights_add_no_bytes_and_stay_the_checkpoints_own_files(tiny_checkpoint, exported) -> None:
+    checkpoint, folder = tiny_checkpoint("gemma"), exported("gemma")
+    for shard in checkpoint.glob("*.safetensors"):
+        assert os.path.samefile(shard, folder / shard.name)
+    new = sum(p.stat().st_size for p in folder.iterdir() if p.stat().st_nlink == 1)
+    assert new < 100_000
+
+
+def test_no_weight_is_stored_twice_or_written_anew(tiny_checkpoint, exported) -> None:
+    """Every tensor of the checkpoint is one external initialiser, at its own bytes; tied heads share theirs."""
+    model = onnx.load(exported("gemma") / "model.onnx", load_external_data=False)
+    stored = open_checkpoint(tiny_checkpoint("gemma")).tensors
+    external = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data}
+    assert external == {
+        n: {"location": t.file, "offset": str(t.offset), "length": str(t.nbytes)} for n, t in stored.items()
+    }
+    assert sum(t.ByteSize() for t in model.graph.initializer if not t.external_data) < 1000
+
+
+def test_a_bf16_checkpoint_is_cast_in_the_graph_and_runs(tmp_path) -> None:
+    random_checkpoint.write(archs.load("gemma"), tmp_path / "ck", dtype="bfloat16", shard_bytes=50_000)
+    onnx_file.write(request(tmp_path / "ck"), tmp_path / "out", force=False, progress=silent)
+    model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    kinds = {t.data_type for t in model.graph.initializer if t.external_data}
+    assert kinds == {onnx.TensorProto.BFLOAT16}
+    subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path / "out" / "model.onnx")], check=True)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_every_block_exports_alone_and_equals_its_pytorch(case: Case, tiny_checkpoint, tmp_path) -> None:
+    from llmexport.validate import ladder
+
+    # Copies, as onnx refuses to load hard links.
+    wanted = request(tiny_checkpoint(case), weights="copy")
+    records = onnx_file.write_blocks(wanted, tmp_path / "out", force=False, progress=silent)
+    kinds = {"embedding", "rotary", "mask", "norm", "attention", "mlp", "decoder_layer", "head"}
+    assert {r["blocks"][0]["is"] for r in records.values()} == {"".join(p.title() for p in k.split("_")) for k in kinds}
+    for name in records:
+        found = manifest.read(tmp_path / "out" / name)
+        onnx.checker.check_model(found.folder / "model.onnx", full_check=True)
+        assert ladder.climb(found, progress=silent).passed, name
+
+
+def test_a_model_with_two_kinds_of_layer_names_both(exported, tiny_checkpoint) -> None:
+    from llmexport.export.assembly import named_blocks
+
+    model = onnx_file.read_model(archs.load("qwen2"), open_checkpoint(tiny_checkpoint("qwen2")).config)
+    assert {
+        "attention",
+        "attention_window_8",
+        "mask",
+        "mask_window_8",
+        "decoder_layer",
+        "decoder_layer_window_8",
+    } <= set(named_blocks(model))
+
+
+def test_a_second_export_imports_no_torch(exported, tiny_checkpoint, tmp_path) -> None:
+    exported("llama")
+    code = (
+        "import sys; sys.argv = ['llmexport', 'onnx', '--checkpoint', sys.argv[1], '-o', sys.argv[2], '-q']\n"
+        "from llmexport.export.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules and 'onnxscript' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint("llama")), str(tmp_path / "out")], check=True)
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == (exported("llama") / "model.onnx").read_bytes()
+
+
+def test_the_graph_does_not_grow_by_more_than_its_layers(tmp_path) -> None:
+    """Equal layers are one traced block, whatever their number."""
+    arch = archs.load("llama")
+    blocks = {}
+    for layers in (2, 9):
+        random_checkpoint.write(arch, tmp_path / f"{layers}", config={**arch.arch.tiny, "num_hidden_layers": layers})
+        record = onnx_file.write(
+            request(tmp_path / f"{layers}"), tmp_path / f"out{layers}", force=False, progress=silent
+        )
+        blocks[layers] = (len(record["blocks"]), len(record["steps"]))
+    assert blocks == {2: (5, 6), 9: (5, 13)}
+
+
+def test_a_tied_head_that_the_checkpoint_also_stores_is_dropped_if_it_is_the_same(tmp_path) -> None:
+    folder = with_extra_head(tmp_path, same=True)
+    onnx_file.write(request(folder), tmp_path / "out", force=False, progress=silent)
+
+
+def test_a_tied_head_that_the_checkpoint_stores_otherwise_is_refused(tmp_path) -> None:
+    folder = with_extra_head(tmp_path, same=False)
+    with pytest.raises(ExportError, match=r"tie_word_embeddings.*lm_head\.weight"):
+        onnx_file.write(request(folder), tmp_path / "out", force=False, progress=silent)
+    assert not (tmp_path / "out").exists()
+
+
+def with_extra_head(tmp_path: Path, *, same: bool) -> Path:
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "ck"
+    random_checkpoint.write(archs.load("gemma"), folder, dtype="float32")
+    [shard] = folder.glob("*.safetensors")
+    tensors = load_file(shard)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if same else 1)
+    save_file(tensors, shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard.name)}))
+    return folder
+
+
+def test_force_does_not_delete_a_checkpoint_inside_the_output(tmp_path) -> None:
+    folder = tmp_path / "out" / "checkpoint"
+    folder.parent.mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    random_checkpoint.write(archs.load("gemma"), folder)
+    with pytest.raises(ExportError, match="choose another output"):
+        onnx_file.write(request(folder), tmp_path / "out", force=True, progress=silent)
+    assert (folder / "config.json").exists()
+
+
+def test_a_shard_that_changed_after_the_export_is_noticed(tmp_path) -> None:
+    random_checkpoint.write(archs.load("gemma"), tmp_path / "ck")
+    onnx_file.write(request(tmp_path / "ck", weights="copy"), tmp_path / "out", force=False, progress=silent)
+    [shard] = (tmp_path / "out").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(ExportError):
+        manifest.read(tmp_path / "out")

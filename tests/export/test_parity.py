@@ -1,0 +1,167 @@
+"""Exports against transformers, which loads the same folder: what the project is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from arch_cases import CASES, FIRST, Case
+
+from llmexport.export import manifest
+from llmexport.validate.compare import compare
+from llmexport.validate.runners import TorchRunner
+from llmexport.validate.tolerance import TOLERANCE
+
+MAX_ABS, RMS_RATIO = 1e-4, 1e-5  # the promise for fp32, not to be loosened
+PROMPT = 37  # odd, longer than every tiny window
+DECODE = 8
+
+
+class Decoder:
+    """One side of a comparison: runs a prefill and decode steps with its own cache."""
+
+    def __init__(self, folder: Path, runner: str) -> None:
+        self.torch = None
+        ports = manifest.read(folder).data["inputs"]
+        self.past_ports = [p for p in ports if p["name"].startswith("past_key_values")]
+        if runner == "torch":
+            self.torch = TorchRunner(manifest.read(folder))
+            self.torch.activate()
+        else:
+            self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        self.past: dict[str, np.ndarray] = {}
+
+    def step(self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        if not self.past:
+            self.past = {
+                p["name"]: np.zeros((len(ids), p["shape"][1], 0, p["shape"][3]), p["dtype"]) for p in self.past_ports
+            }
+        feed = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, **self.past}
+        if self.torch:
+            outputs = self.torch.infer(feed, check_inputs=False)
+        else:
+            names = [o.name for o in self.session.get_outputs()]
+            outputs = dict(zip(names, self.session.run(names, feed), strict=True))
+        self.past = {n: outputs[n.replace("past_key_values", "present")] for n in self.past}
+        return outputs["logits"]
+
+
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+def prompt(length: int = PROMPT, padding: int = 5, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.random.default_rng(seed).integers(0, 256, (2, length))
+    mask = np.ones_like(ids)
+    mask[1, :padding] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("runner", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("shift", [0, 200])
+def test_logits_match_transformers_through_prefill_and_decode(
+    case: Case, runner: str, shift: int, tiny_checkpoint, exported
+) -> None:
+    """Batch 2, left padding, carried caches; positions that begin at 0, and far from it."""
+    model = reference(tiny_checkpoint(case))
+    ours = Decoder(exported(case), runner)
+    ids, mask = prompt()
+    positions = np.maximum(mask.cumsum(-1) - 1, 0) + shift
+    cache = None
+    for step in range(DECODE + 1):
+        with torch.no_grad():
+            made = model(
+                input_ids=torch.from_numpy(ids),
+                attention_mask=torch.from_numpy(mask),
+                position_ids=torch.from_numpy(positions),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = made.past_key_values
+        expected, found = made.logits.numpy(), ours.step(ids, positions, mask)
+        where = mask.astype(bool) if step == 0 else None
+        difference = compare(expected, found, where)
+        assert difference.max_abs <= MAX_ABS
+        assert difference.rms_ratio <= RMS_RATIO
+        assert difference.scale > 0.5, "logits near zero would prove nothing"
+        ids, positions = expected[:, -1:].argmax(-1), positions[:, -1:] + 1
+        mask = np.concatenate((mask, np.ones_like(ids)), 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_greedy_tokens_match_generate_for_32_steps(case: Case, tiny_checkpoint, exported) -> None:
+    ids, mask = prompt(seed=2)
+    model = reference(tiny_checkpoint(case))
+    # Else generate stops at it, or forbids it.
+    model.generation_config.eos_token_id = None
+    generated = model.generate(
+        torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        max_new_tokens=32,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    ours = Decoder(exported(case), "onnxruntime")
+    positions, chosen = np.maximum(mask.cumsum(-1) - 1, 0), []
+    for _ in range(32):
+        ids = ours.step(ids, positions, mask)[:, -1:].argmax(-1)
+        positions = positions[:, -1:] + 1
+        mask = np.concatenate((mask, np.ones_like(ids)), 1)
+        chosen.append(ids)
+    assert np.array_equal(np.concatenate(chosen, 1), generated[:, PROMPT:].numpy())
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_a_prompt_in_two_pieces_equals_the_whole(case: Case, exported) -> None:
+    ids, mask = prompt()
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    whole = Decoder(exported(case), "onnxruntime").step(ids, positions, mask)
+    pieces = Decoder(exported(case), "onnxruntime")
+    cut = 11
+    first = pieces.step(ids[:, :cut], positions[:, :cut], mask[:, :cut])
+    second = pieces.step(ids[:, cut:], positions[:, cut:], mask)
+    difference = compare(whole, np.concatenate((first, second), 1), mask.astype(bool))
+    assert difference.max_abs <= MAX_ABS
+    assert difference.rms_ratio <= RMS_RATIO
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("length", [1, 63, 130])
+def test_prompts_of_other_lengths_match_transformers(case: Case, length: int, tiny_checkpoint, exported) -> None:
+    ids, mask = prompt(length, padding=0)
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    with torch.no_grad():
+        expected = reference(tiny_checkpoint(case))(torch.from_numpy(ids)).logits.numpy()
+    found = Decoder(exported(case), "onnxruntime").step(ids, positions, mask)
+    difference = compare(expected, found)
+    assert difference.max_abs <= MAX_ABS
+    assert difference.rms_ratio <= RMS_RATIO
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_fp16_in_onnx_runtime_is_within_its_tolerance_of_transformers_in_fp16(
+    case: Case, tiny_checkpoint, exported
+) -> None:
+    ids, mask = prompt(padding=0)
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    with torch.no_grad():
+        expected = reference(tiny_checkpoint(case), torch.float16)(torch.from_numpy(ids)).logits.numpy()
+    found = Decoder(exported(case, "float16"), "onnxruntime").step(ids, positions, mask)
+    assert found.dtype == np.float16
+    assert compare(expected, found).excess(TOLERANCE["float16"]) <= 1
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_bf16_in_pytorch_is_within_its_tolerance_of_transformers_in_bf16(case: Case, tiny_checkpoint, exported) -> None:
+    ids, mask = prompt(padding=0)
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    with torch.no_grad():
+        expected = reference(tiny_checkpoint(case), torch.bfloat16)(torch.from_numpy(ids)).logits.float().numpy()
+    found = Decoder(exported(case, "bfloat16"), "torch").step(ids, positions, mask)
+    assert compare(expected, found.astype(np.float32)).excess(TOLERANCE["bfloat16"]) <= 1
