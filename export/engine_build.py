@@ -51,10 +51,7 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model, job["model"]):
         errors = [parser.get_error(i) for i in range(min(parser.num_errors, 5))]
-        tell(
-            "unreadable",
-            [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors],
-        )
+        tell("unreadable", [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors])
         return None
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     for layer in layers:

@@ -67,7 +67,7 @@ def parity(checkpoint: Path, model: Path) -> tuple[bool, str]:
     ids_BT = np.random.default_rng(0).integers(3, 512, (BATCH, PREFILL + STEPS))
     reference_BTV, cache = reference_logits(checkpoint, ids_BT)
     difference = compare(reference_BTV, exported_logits(model, ids_BT, cache))
-    return difference.within(TOLERANCE["float32"]), f"{difference.max_abs:.1e}"
+    return difference.excess(TOLERANCE["float32"]) <= 1, f"{difference.max_abs:.1e}"
 
 
 def opens(model: Path) -> tuple[bool, str]:

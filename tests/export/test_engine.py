@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -15,7 +16,7 @@ from arch_cases import FIRST, Case
 from onnx import TensorProto
 from onnx.helper import make_function, make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 
-from llmexport.export import engine, manifest
+from llmexport.export import engine, engine_build, manifest
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.spec import DTYPES, Port
 from llmexport.validate import feeds, runners
@@ -213,10 +214,7 @@ def build_instead(folder: Path, model: onnx.ModelProto) -> None:
     [
         ("import os; os.kill(os.getpid(), 11)", "was killed by SIGSEGV"),
         ("import os; os.abort()", "was killed by SIGABRT"),
-        (
-            "import os; os.kill(os.getpid(), 9)",
-            "was killed by SIGKILL, as happens when memory runs out",
-        ),
+        ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL, as happens when memory runs out"),
         ("raise SystemExit(3)", "ended with exit code 3"),
         ("print('[\"log\", \"half an ev', end='')", "ended with exit code 0"),
     ],
@@ -246,6 +244,14 @@ os.abort()
         engine.build(folder, progress=silent)
     lines = str(caught.value).splitlines()
     assert lines[1:] == [f"  {kind} {i}" for kind in ("message", "noise") for i in range(980, 1000)]
+
+
+def test_what_tensorrt_said_of_a_failed_build_is_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree(folder)
+    monkeypatch.setattr(engine, "COMMAND", child("""print('["log", "ERROR: no kernel"]\\n["unbuildable"]')"""))
+    with pytest.raises(EngineError, match=r"^TensorRT cannot build the model:\n  ERROR: no kernel$"):
+        engine.build(folder, progress=silent)
+    assert tree(folder) == before
 
 
 def test_a_builder_that_takes_too_long_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +295,16 @@ def test_the_builder_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
         process.wait(timeout=0.5)
     process.stdin.close()
     assert process.wait(timeout=10) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "version", "flags"),
+    [("tensorrt", "10.15.1.29", 2), ("tensorrt", "11.5.0.1", 0), ("tensorrt_rtx", "1.7.1.116", 0)],
+)
+def test_networks_are_strongly_typed_where_they_could_be_otherwise(module: str, version: str, flags: int) -> None:
+    creation = SimpleNamespace(STRONGLY_TYPED=1)
+    trt = SimpleNamespace(__name__=module, __version__=version, NetworkDefinitionCreationFlag=creation)
+    assert engine_build._network_flags(trt) == flags
 
 
 @pytest.mark.parametrize(

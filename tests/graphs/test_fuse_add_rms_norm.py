@@ -18,75 +18,69 @@ from llmexport.validate.tolerance import Tolerance
 FP32 = "float[batch, tokens, 7]"
 FP16 = "float16[batch, tokens, 7]"
 BF16 = "bfloat16[batch, tokens, 7]"
+FP32_IN = f"{FP32} x, {FP32} residual, float[7] w"
+FP16_IN = f"{FP16} x, {FP16} residual, float16[7] w"
+BF16_IN = f"{BF16} x, {BF16} residual, bfloat16[7] w"
 FLOAT, HALF, BFLOAT = 1, 10, 16  # onnx.TensorProto.DataType
-ONE = {"one": np.float32(1)}
 EPSILON = float(np.float32(1e-6))
 
-# Every form that the docstring accepts, as (graph, constants).
+# What stands around most norms here.
+ADD = "[add] sum = Add(x, residual)"
+WIDE_W = f"[wide_w] v = Cast<to = {FLOAT}>(w)"
+WIDEN = f"[widen] wide = Cast<to = {FLOAT}>(sum)"
+NARROW = f"[narrow] y = Cast<to = {HALF}>(normed)"
+
+# Every form that the docstring accepts: inputs, outputs, nodes, and the constant added to the weight.
 FORMS = {
-    "fp32": (
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y, {FP32} sum) {{
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization<epsilon = 1e-6>(sum, w)
-        }}""",
-        {},
-    ),
+    "fp32": (FP32_IN, f"{FP32} y, {FP32} sum", f"{ADD} [norm] y = RMSNormalization<epsilon = 1e-6>(sum, w)", None),
     "fp32, 1 + w": (
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y) {{
-            [scale] v = Add(w, one)
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization<epsilon = 1e-6>(sum, v)
-        }}""",
-        ONE,
+        FP32_IN,
+        f"{FP32} y",
+        f"[scale] v = Add(w, one) {ADD} [norm] y = RMSNormalization<epsilon = 1e-6>(sum, v)",
+        np.float32(1),
     ),
-    "fp16": (
-        f"""({FP16} x, {FP16} residual, float16[7] w) => ({FP16} y, {FP16} sum) {{
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization<epsilon = 1e-6>(sum, w)
-        }}""",
-        {},
-    ),
+    "fp16": (FP16_IN, f"{FP16} y, {FP16} sum", f"{ADD} [norm] y = RMSNormalization<epsilon = 1e-6>(sum, w)", None),
     "fp16, 1 + w": (
-        f"""({FP16} x, {FP16} residual, float16[7] w) => ({FP16} y) {{
-            [scale] v = Add(one, w)
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization<epsilon = 1e-6>(sum, v)
-        }}""",
-        {"one": np.float16(1)},
+        FP16_IN,
+        f"{FP16} y",
+        f"[scale] v = Add(one, w) {ADD} [norm] y = RMSNormalization<epsilon = 1e-6>(sum, v)",
+        np.float16(1),
     ),
     "fp16 in fp32": (
-        f"""({FP16} x, {FP16} residual, float16[7] w) => ({FP16} y) {{
-            [wide_w] v = Cast<to = 1>(w)
-            [add] sum = Add(x, residual)
-            [widen] wide = Cast<to = 1>(sum)
-            [norm] normed = RMSNormalization<epsilon = 1e-6>(wide, v)
-            [narrow] y = Cast<to = 10>(normed)
-        }}""",
-        {},
+        FP16_IN,
+        f"{FP16} y",
+        f"{WIDE_W} {ADD} {WIDEN} [norm] normed = RMSNormalization<epsilon = 1e-6>(wide, v) {NARROW}",
+        None,
     ),
     "fp16 in fp32, 1 + w": (
-        f"""({FP16} x, {FP16} residual, float16[7] w) => ({FP16} y, {FP16} sum) {{
-            [wide_w] v = Cast<to = 1>(w)
-            [scale] u = Add(v, one)
-            [add] sum = Add(x, residual)
-            [widen] wide = Cast<to = 1>(sum)
-            [norm] normed = RMSNormalization<epsilon = 1e-6>(wide, u)
-            [narrow] y = Cast<to = 10>(normed)
-        }}""",
-        ONE,
+        FP16_IN,
+        f"{FP16} y, {FP16} sum",
+        f"""{WIDE_W} [scale] u = Add(v, one) {ADD} {WIDEN}
+        [norm] normed = RMSNormalization<epsilon = 1e-6>(wide, u) {NARROW}""",
+        np.float32(1),
     ),
 }
 
 
-def model(text: str, constants: dict[str, np.ndarray]) -> onnx.ModelProto:
-    made = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 23, "other": 1]> g {text}')
+def model(nodes: str, inputs: str, outputs: str, constants: dict[str, np.ndarray]) -> onnx.ModelProto:
+    header = '<ir_version: 10, opset_import: ["": 23, "other": 1]>'
+    made = onnx.parser.parse_model(f"{header} g ({inputs}) => ({outputs}) {{ {nodes} }}")
     made.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items())
     onnx.checker.check_model(made)
     return onnx.shape_inference.infer_shapes(made, strict_mode=True)
 
 
-def graph(text: str, **constants: np.ndarray) -> gs.Graph:
-    return gs.import_onnx(model(text, constants))
+def graph(nodes: str, inputs: str = FP32_IN, outputs: str = f"{FP32} y", **constants: np.ndarray) -> gs.Graph:
+    return gs.import_onnx(model(nodes, inputs, outputs, constants))
+
+
+def form_model(form: str) -> onnx.ModelProto:
+    inputs, outputs, nodes, one = FORMS[form]
+    return model(nodes, inputs, outputs, {} if one is None else {"one": one})
+
+
+def form_graph(form: str) -> gs.Graph:
+    return gs.import_onnx(form_model(form))
 
 
 def ops(made: gs.Graph) -> list[str]:
@@ -103,16 +97,14 @@ def refusals(made: gs.Graph) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_fuses_to_one_node(form):
-    text, constants = FORMS[form]
-    made = graph(text, **constants)
+    made = form_graph(form)
     fused = fuse_add_rms_norm(made)
     assert (fused.count, fused.refused, ops(made)) == (1, [], ["AddRmsNorm"])
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_node_reads_the_summands_and_the_stored_weight(form):
-    text, constants = FORMS[form]
-    made = graph(text, **constants)
+    made = form_graph(form)
     fuse_add_rms_norm(made)
     (node,) = made.nodes
     assert [v.name for v in node.inputs] == ["x", "residual", "w"]
@@ -132,8 +124,7 @@ def test_the_node_reads_the_summands_and_the_stored_weight(form):
     ],
 )
 def test_the_attributes_say_what_the_form_computes(form, round_before_weight, offset):
-    text, constants = FORMS[form]
-    made = graph(text, **constants)
+    made = form_graph(form)
     fuse_add_rms_norm(made)
     assert made.nodes[0].attrs == {
         "epsilon": EPSILON,
@@ -144,13 +135,13 @@ def test_the_attributes_say_what_the_form_computes(form, round_before_weight, of
 
 def test_bf16_in_fp32_fuses_like_fp16():
     made = graph(
-        f"""({BF16} x, {BF16} residual, bfloat16[7] w) => ({BF16} y) {{
-            [wide_w] v = Cast<to = {FLOAT}>(w)
-            [add] sum = Add(x, residual)
-            [widen] wide = Cast<to = {FLOAT}>(sum)
-            [norm] normed = RMSNormalization(wide, v)
-            [narrow] y = Cast<to = {BFLOAT}>(normed)
-        }}"""
+        f"""{WIDE_W}
+        {ADD}
+        {WIDEN}
+        [norm] normed = RMSNormalization(wide, v)
+        [narrow] y = Cast<to = {BFLOAT}>(normed)""",
+        inputs=BF16_IN,
+        outputs=f"{BF16} y",
     )
     assert fuse_add_rms_norm(made).refused == []
     assert ops(made) == ["AddRmsNorm"]
@@ -158,11 +149,9 @@ def test_bf16_in_fp32_fuses_like_fp16():
 
 def test_a_bf16_offset_is_read():
     made = graph(
-        f"""({BF16} x, {BF16} residual, bfloat16[7] w) => ({BF16} y) {{
-            [scale] v = Add(w, one)
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization(sum, v)
-        }}""",
+        f"[scale] v = Add(w, one) {ADD} [norm] y = RMSNormalization(sum, v)",
+        inputs=BF16_IN,
+        outputs=f"{BF16} y",
         one=np.array(1, ml_dtypes.bfloat16),
     )
     fuse_add_rms_norm(made)
@@ -170,44 +159,26 @@ def test_a_bf16_offset_is_read():
 
 
 def test_epsilon_is_the_operators_default_where_the_norm_has_none():
-    made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y) {{
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization(sum, w)
-        }}"""
-    )
+    made = graph(f"{ADD} [norm] y = RMSNormalization(sum, w)")
     fuse_add_rms_norm(made)
     assert np.float32(made.nodes[0].attrs["epsilon"]) == np.float32(1e-5)
 
 
 def test_the_summands_keep_the_order_of_the_add():
-    made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y) {{
-            [add] sum = Add(residual, x)
-            [norm] y = RMSNormalization(sum, w)
-        }}"""
-    )
+    made = graph("[add] sum = Add(residual, x) [norm] y = RMSNormalization(sum, w)")
     fuse_add_rms_norm(made)
     assert [v.name for v in made.nodes[0].inputs] == ["residual", "x", "w"]
 
 
 def test_the_last_axis_may_be_counted_from_the_front():
-    made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y) {{
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization<axis = 2>(sum, w)
-        }}"""
-    )
+    made = graph(f"{ADD} [norm] y = RMSNormalization<axis = 2>(sum, w)")
     assert fuse_add_rms_norm(made).count == 1
 
 
 def test_a_scale_that_adds_two_vectors_is_itself_the_weight():
     made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w, float[7] more) => ({FP32} y) {{
-            [scale] v = Add(w, more)
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization(sum, v)
-        }}"""
+        f"[scale] v = Add(w, more) {ADD} [norm] y = RMSNormalization(sum, v)",
+        inputs=f"{FP32} x, {FP32} residual, float[7] w, float[7] more",
     )
     fuse_add_rms_norm(made)
     assert ops(made) == ["Add", "AddRmsNorm"]
@@ -215,119 +186,78 @@ def test_a_scale_that_adds_two_vectors_is_itself_the_weight():
 
 
 def test_the_sum_may_have_other_readers_which_stay_behind_it():
-    made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y, {FP32} z) {{
-            [add] sum = Add(x, residual)
-            [neg] z = Neg(sum)
-            [norm] y = RMSNormalization(sum, w)
-        }}"""
-    )
+    made = graph(f"{ADD} [neg] z = Neg(sum) [norm] y = RMSNormalization(sum, w)", outputs=f"{FP32} y, {FP32} z")
     assert fuse_add_rms_norm(made).count == 1
     assert ops(made) == ["AddRmsNorm", "Neg"]
 
 
 def test_a_widened_sum_may_have_other_readers():
     made = graph(
-        f"""({FP16} x, {FP16} residual, float16[7] w) => ({FP16} y, {FP32} z) {{
-            [wide_w] v = Cast<to = {FLOAT}>(w)
-            [add] sum = Add(x, residual)
-            [widen] wide = Cast<to = {FLOAT}>(sum)
-            [norm] normed = RMSNormalization(wide, v)
-            [narrow] y = Cast<to = {HALF}>(normed)
-            [neg] z = Neg(wide)
-        }}"""
+        f"{WIDE_W} {ADD} {WIDEN} [norm] normed = RMSNormalization(wide, v) {NARROW} [neg] z = Neg(wide)",
+        inputs=FP16_IN,
+        outputs=f"{FP16} y, {FP32} z",
     )
     assert fuse_add_rms_norm(made).count == 1
     assert ops(made) == ["AddRmsNorm", "Cast", "Neg"]
 
 
 def test_a_sum_that_is_the_next_residual_fuses_again():
-    made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y) {{
-            [add_0] sum_0 = Add(x, residual)
-            [norm_0] y_0 = RMSNormalization(sum_0, w)
-            [add_1] sum_1 = Add(sum_0, y_0)
-            [norm_1] y = RMSNormalization(sum_1, w)
-        }}"""
-    )
+    made = graph("""[add_0] sum_0 = Add(x, residual)
+        [norm_0] y_0 = RMSNormalization(sum_0, w)
+        [add_1] sum_1 = Add(sum_0, y_0)
+        [norm_1] y = RMSNormalization(sum_1, w)""")
     fused = fuse_add_rms_norm(made)
     assert (fused.count, fused.refused, ops(made)) == (2, [], ["AddRmsNorm", "AddRmsNorm"])
 
 
 # Case 1.
 def test_refuses_a_norm_of_a_graph_input():
-    made = graph(f"({FP32} x, float[7] w) => ({FP32} y) {{ [norm] y = RMSNormalization(x, w) }}")
+    made = graph("[norm] y = RMSNormalization(x, w)", inputs=f"{FP32} x, float[7] w")
     assert refusals(made) == [("norm", "its input is not a sum")]
 
 
 def test_refuses_a_norm_of_a_product():
-    made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y) {{
-            [mul] product = Mul(x, residual)
-            [norm] y = RMSNormalization(product, w)
-        }}"""
-    )
+    made = graph("[mul] product = Mul(x, residual) [norm] y = RMSNormalization(product, w)")
     assert refusals(made) == [("norm", "its input is not a sum")]
 
 
 def test_refuses_an_add_of_another_domain():
-    text = f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y) {{
-        [add] sum = other.Add(x, residual)
-        [norm] y = RMSNormalization(sum, w)
-    }}"""
-    assert refusals(graph(text)) == [("norm", "its input is not a sum")]
+    made = graph("[add] sum = other.Add(x, residual) [norm] y = RMSNormalization(sum, w)")
+    assert refusals(made) == [("norm", "its input is not a sum")]
 
 
 # Case 2.
 def test_refuses_a_norm_over_two_axes():
     made = graph(
-        """(float[batch, 5, 7] x, float[batch, 5, 7] residual, float[5, 7] w) => (float[batch, 5, 7] y) {
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization<axis = 1>(sum, w)
-        }"""
+        f"{ADD} [norm] y = RMSNormalization<axis = 1>(sum, w)",
+        inputs="float[batch, 5, 7] x, float[batch, 5, 7] residual, float[5, 7] w",
+        outputs="float[batch, 5, 7] y",
     )
     assert refusals(made) == [("norm", "it normalises from axis 1, not the last")]
 
 
 def test_refuses_statistics_that_are_not_in_fp32():
-    made = graph(
-        f"""({FP16} x, {FP16} residual, float16[7] w) => ({FP16} y) {{
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization<stash_type = {HALF}>(sum, w)
-        }}"""
-    )
+    made = graph(f"{ADD} [norm] y = RMSNormalization<stash_type = {HALF}>(sum, w)", inputs=FP16_IN, outputs=f"{FP16} y")
     assert refusals(made) == [("norm", "its statistics are not in fp32")]
 
 
 # Case 3.
 @pytest.mark.parametrize("residual", ["float[7]", "float[batch, 1, 7]", "float[batch, tokens, 1]"])
 def test_refuses_a_sum_that_broadcasts(residual):
-    made = graph(
-        f"""({FP32} x, {residual} residual, float[7] w) => ({FP32} y) {{
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization(sum, w)
-        }}"""
-    )
+    made = graph(f"{ADD} [norm] y = RMSNormalization(sum, w)", inputs=f"{FP32} x, {residual} residual, float[7] w")
     assert refusals(made) == [("norm", "the sum broadcasts")]
 
 
 def test_refuses_summands_that_may_differ_in_length():
     made = graph(
-        f"""({FP32} x, float[batch, others, 7] residual, float[7] w) => ({FP32} y) {{
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization(sum, w)
-        }}"""
+        f"{ADD} [norm] y = RMSNormalization(sum, w)", inputs=f"{FP32} x, float[batch, others, 7] residual, float[7] w"
     )
     assert refusals(made) == [("norm", "the sum broadcasts")]
 
 
 def test_refuses_a_summand_of_unknown_shape():
     made = graph(
-        f"""({FP32} x, float[7] w) => ({FP32} y) {{
-            [made] residual = other.Make(x)
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization(sum, w)
-        }}"""
+        f"[made] residual = other.Make(x) {ADD} [norm] y = RMSNormalization(sum, w)", inputs=f"{FP32} x, float[7] w"
     )
     assert refusals(made) == [("norm", "the sum broadcasts")]
 
@@ -335,24 +265,18 @@ def test_refuses_a_summand_of_unknown_shape():
 # Case 4.
 @pytest.mark.parametrize("weight", ["float[1]", "float[1, 7]", "float[tokens, 7]"])
 def test_refuses_a_weight_that_is_not_one_value_per_channel(weight):
-    made = graph(
-        f"""({FP32} x, {FP32} residual, {weight} w) => ({FP32} y) {{
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization(sum, w)
-        }}"""
-    )
+    made = graph(f"{ADD} [norm] y = RMSNormalization(sum, w)", inputs=f"{FP32} x, {FP32} residual, {weight} w")
     assert refusals(made) == [("norm", "the weight is not one value per channel")]
 
 
 def test_refuses_a_weight_of_another_type():
     made = graph(
-        f"""({FP16} x, {FP16} residual, float[7] w) => ({FP32} y) {{
-            [add] sum = Add(x, residual)
-            [widen] wide = Cast<to = {FLOAT}>(sum)
-            [norm] normed = RMSNormalization(wide, w)
-            [narrow] half = Cast<to = {HALF}>(normed)
-            [back] y = Cast<to = {FLOAT}>(half)
-        }}"""
+        f"""{ADD}
+        {WIDEN}
+        [norm] normed = RMSNormalization(wide, w)
+        [narrow] half = Cast<to = {HALF}>(normed)
+        [back] y = Cast<to = {FLOAT}>(half)""",
+        inputs=f"{FP16} x, {FP16} residual, float[7] w",
     )
     assert refusals(made) == [("norm", "the weight is float32, the sum float16")]
 
@@ -360,11 +284,8 @@ def test_refuses_a_weight_of_another_type():
 # Case 5.
 def test_refuses_the_second_norm_of_a_sum():
     made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y, {FP32} z) {{
-            [add] sum = Add(x, residual)
-            [first] y = RMSNormalization(sum, w)
-            [second] z = RMSNormalization(sum, w)
-        }}"""
+        f"{ADD} [first] y = RMSNormalization(sum, w) [second] z = RMSNormalization(sum, w)",
+        outputs=f"{FP32} y, {FP32} z",
     )
     fused = fuse_add_rms_norm(made)
     assert (fused.count, fused.refused) == (1, [("second", "another norm has taken the sum")])
@@ -375,13 +296,7 @@ def test_refuses_the_second_norm_of_a_sum():
 def wide_norm(outputs: str, tail: str) -> gs.Graph:
     """A norm in fp32 of an fp16 sum, and what reads it."""
     return graph(
-        f"""({FP16} x, {FP16} residual, float16[7] w) => ({outputs}) {{
-            [wide_w] v = Cast<to = {FLOAT}>(w)
-            [add] sum = Add(x, residual)
-            [widen] wide = Cast<to = {FLOAT}>(sum)
-            [norm] normed = RMSNormalization(wide, v)
-            {tail}
-        }}"""
+        f"{WIDE_W} {ADD} {WIDEN} [norm] normed = RMSNormalization(wide, v) {tail}", inputs=FP16_IN, outputs=outputs
     )
 
 
@@ -407,57 +322,55 @@ def test_refuses_an_fp32_norm_that_is_a_graph_output():
 
 @pytest.mark.xfail(strict=True, reason="bug: a Cast that narrows passes for one that widens, y is 1e-3 off")
 def test_refuses_an_fp16_norm_of_an_fp32_sum():
-    made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y) {{
-            [half_w] v = Cast<to = {HALF}>(w)
-            [add] sum = Add(x, residual)
-            [narrow] half = Cast<to = {HALF}>(sum)
-            [norm] normed = RMSNormalization(half, v)
-            [back] y = Cast<to = {FLOAT}>(normed)
-        }}"""
-    )
+    made = graph(f"""[half_w] v = Cast<to = {HALF}>(w)
+        {ADD}
+        [narrow] half = Cast<to = {HALF}>(sum)
+        [norm] normed = RMSNormalization(half, v)
+        [back] y = Cast<to = {FLOAT}>(normed)""")
     assert [name for name, _ in refusals(made)] == ["norm"]
 
 
 @pytest.mark.xfail(strict=True, reason="bug: a norm may have another type than its input, AddRmsNorm may not")
 def test_refuses_a_norm_that_is_wider_than_the_sum():
-    made = gs.import_onnx(
-        onnx.parser.parse_model(
-            f"""<ir_version: 10, opset_import: ["": 23]>
-            g ({FP16} x, {FP16} residual, float16[7] w) => ({FP32} y)
-            <float[7] v, {FP16} sum> {{
-                [wide_w] v = Cast<to = {FLOAT}>(w)
-                [add] sum = Add(x, residual)
-                [norm] y = RMSNormalization(sum, v)
-            }}"""
-        )
-    )
+    # Typed by hand: shape inference gives a norm the type of its input.
+    header = '<ir_version: 10, opset_import: ["": 23]>'
+    types = f"<float[7] v, {FP16} sum>"
+    nodes = f"{WIDE_W} {ADD} [norm] y = RMSNormalization(sum, v)"
+    made = gs.import_onnx(onnx.parser.parse_model(f"{header} g ({FP16_IN}) => ({FP32} y) {types} {{ {nodes} }}"))
     assert [name for name, _ in refusals(made)] == ["norm"]
 
 
 @pytest.mark.xfail(strict=True, reason="bug: made of doubles, and attach_bodies then raises KeyError: 11")
 def test_refuses_a_sum_in_a_type_that_the_op_does_not_take():
     made = graph(
-        """(double[batch, tokens, 7] x, double[batch, tokens, 7] residual, double[7] w)
-        => (double[batch, tokens, 7] y) {
-            [add] sum = Add(x, residual)
-            [norm] y = RMSNormalization(sum, w)
-        }"""
+        f"{ADD} [norm] y = RMSNormalization(sum, w)",
+        inputs="double[batch, tokens, 7] x, double[batch, tokens, 7] residual, double[7] w",
+        outputs="double[batch, tokens, 7] y",
     )
     assert [name for name, _ in refusals(made)] == ["norm"]
+
+
+@pytest.mark.xfail(strict=True, reason="bug: fused, and the body for it then fails: AddRmsNorm is of rank 3")
+@pytest.mark.parametrize("shape", ["[tokens, 7]", "[batch, tokens, 3, 7]"])
+def test_refuses_a_sum_of_a_rank_that_the_op_does_not_take(shape):
+    made = graph(
+        f"{ADD} [norm] y = RMSNormalization(sum, w)",
+        inputs=f"float{shape} x, float{shape} residual, float[7] w",
+        outputs=f"float{shape} y",
+    )
+    assert [name for name, _ in refusals(made)] == ["norm"]
+
+
+@pytest.mark.xfail(strict=True, reason="bug: the domain of what reads the fp32 norm is not looked at")
+def test_refuses_a_cast_back_of_another_domain():
+    made = wide_norm(f"{FP16} y", "[narrow] y = other.Cast(normed)")
+    assert refusals(made) == [("norm", "the fp32 norm is not cast back")]
 
 
 @pytest.mark.xfail(strict=True, reason="bug: the fused node stands where the add stood, before its weight")
 @pytest.mark.parametrize("between", ["[late] v = Neg(w)", "[mean] v = ReduceMean<keepdims = 0>(sum, axes)"])
 def test_a_weight_made_after_the_add_leaves_the_graph_in_order(between):
-    made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} y) {{
-            [add] sum = Add(x, residual)
-            {between}
-            [norm] y = RMSNormalization(sum, v)
-        }}""",
-        axes=np.array([0, 1]),
-    )
+    made = graph(f"{ADD} {between} [norm] y = RMSNormalization(sum, v)", axes=np.array([0, 1]))
     fuse_add_rms_norm(made)
     seen = {*made.tensors()} - {v.name for n in made.nodes for v in n.outputs}
     for node in made.nodes:
@@ -465,33 +378,27 @@ def test_a_weight_made_after_the_add_leaves_the_graph_in_order(between):
         seen |= {v.name for v in node.outputs}
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="bug: graphsurgeon says 16 for bfloat16, numpy fails on it")
+@pytest.mark.xfail(strict=True, reason="bug: TypeError, as graphsurgeon calls bfloat16 16 and np.dtype fails")
 def test_refuses_a_bf16_sum_with_an_fp32_weight():
     made = graph(
-        f"""({BF16} x, {BF16} residual, float[7] w) => ({BF16} y) {{
-            [add] sum = Add(x, residual)
-            [widen] wide = Cast<to = {FLOAT}>(sum)
-            [norm] normed = RMSNormalization(wide, w)
-            [narrow] y = Cast<to = {BFLOAT}>(normed)
-        }}"""
+        f"""{ADD}
+        {WIDEN}
+        [norm] normed = RMSNormalization(wide, w)
+        [narrow] y = Cast<to = {BFLOAT}>(normed)""",
+        inputs=f"{BF16} x, {BF16} residual, float[7] w",
+        outputs=f"{BF16} y",
     )
     assert refusals(made) == [("norm", "the weight is float32, the sum bfloat16")]
 
 
 @pytest.mark.xfail(strict=True, reason="bug: says that another norm took the sum, but it reads that norm's y")
 def test_says_that_the_norm_of_a_norm_has_no_sum():
-    made = graph(
-        f"""({FP32} x, {FP32} residual, float[7] w) => ({FP32} z) {{
-            [add] sum = Add(x, residual)
-            [first] y = RMSNormalization(sum, w)
-            [second] z = RMSNormalization(y, w)
-        }}"""
-    )
+    made = graph(f"{ADD} [first] y = RMSNormalization(sum, w) [second] z = RMSNormalization(y, w)", outputs=f"{FP32} z")
     assert fuse_add_rms_norm(made).refused == [("second", "its input is not a sum")]
 
 
 def test_leaves_a_graph_without_norms_as_it_is():
-    made = graph(f"({FP32} x, {FP32} residual) => ({FP32} y) {{ [add] y = Add(x, residual) }}")
+    made = graph("[add] y = Add(x, residual)", inputs=f"{FP32} x, {FP32} residual")
     before = gs.export_onnx(made).SerializeToString(deterministic=True)
     assert fuse_add_rms_norm(made).count == 0
     assert gs.export_onnx(made).SerializeToString(deterministic=True) == before
@@ -507,8 +414,7 @@ def test_leaves_a_graph_in_which_nothing_fuses_as_it_is():
 @pytest.fixture(scope="module", params=FORMS)
 def both(request: pytest.FixtureRequest) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """A form as it is, and fused with bodies attached."""
-    text, constants = FORMS[request.param]
-    before = model(text, constants)
+    before = form_model(request.param)
     made = gs.import_onnx(before)
     assert fuse_add_rms_norm(made).count == 1
     after = gs.export_onnx(made, ir_version=10)

@@ -210,6 +210,17 @@ def test_refuses_a_type_that_the_op_does_not_take():
     assert [name for name, _ in refusals(made)] == ["act"]
 
 
+@pytest.mark.xfail(strict=True, reason="bug: fused, and the body for it then fails: GatedAct is of rank 3")
+@pytest.mark.parametrize("shape", ["[tokens, 9]", "[batch, tokens, 3, 9]"])
+def test_refuses_a_rank_that_the_op_does_not_take(shape):
+    made = graph(
+        "[act] a = Gelu(gate) [gated] y = Mul(a, up)",
+        inputs=f"float{shape} gate, float{shape} up",
+        outputs=f"float{shape} y",
+    )
+    assert [name for name, _ in refusals(made)] == ["act"]
+
+
 @pytest.mark.parametrize("nodes", ["[neg] y = Mul(gate, up)", "[act] a = Gelu(gate) [sum] y = Add(a, up)"])
 def test_leaves_a_graph_in_which_nothing_fuses_as_it_is(nodes):
     made = graph(nodes)

@@ -1,0 +1,72 @@
+"""Parts cut out of a finished graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from llmexport.export.onnx_file import load_body
+from llmexport.graphs.bodies import attach_bodies
+from llmexport.graphs.cut import cut
+
+
+def value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+@pytest.fixture
+def model() -> onnx.ModelProto:
+    """x, r -> AddRmsNorm -> y, sum; out = y * y + sum; other = -x"""
+    attributes = {"epsilon": 1e-6, "weight_offset": 0.0, "round_before_weight": 1}
+    nodes = [
+        helper.make_node("AddRmsNorm", ["x", "r", "w"], ["y", "sum"], domain="llmexport", **attributes),
+        helper.make_node("Mul", ["y", "y"], ["square"]),
+        helper.make_node("Add", ["square", "sum"], ["out"]),
+        helper.make_node("Neg", ["x"], ["other"]),
+    ]
+    shape = (1, "t", 4)
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value("x", *shape), value("r", *shape)],
+        [value("out", *shape), value("other", *shape)],
+        [onnx.numpy_helper.from_array(np.array([1, 2, 3, 4], np.float32), "w")],
+        value_info=[value("y", *shape), value("sum", *shape), value("square", *shape)],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("llmexport", 1)]
+    made = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    attach_bodies(made, load_body)
+    return made
+
+
+def run(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feed)
+
+
+def test_keeps_only_what_the_outputs_need(model) -> None:
+    part = cut(model, [value("x", 1, "t", 4)], ["other"])
+    assert [n.op_type for n in part.graph.node] == ["Neg"]
+    assert not part.graph.initializer
+    assert not part.functions
+
+
+def test_cuts_through_a_fused_norm_by_its_sum(model) -> None:
+    x, r = np.random.default_rng(0).standard_normal((2, 1, 3, 4), np.float32)
+    whole = run(model, {"x": x, "r": r})[0]
+    part = cut(model, [value("sum", 1, "t", 4)], ["out"])
+    assert np.array_equal(run(part, {"sum": x + r})[0], whole)
+
+
+def test_an_output_that_needs_more_than_is_given_is_refused(model) -> None:
+    with pytest.raises(ValueError, match="needs x"):
+        cut(model, [value("r", 1, "t", 4)], ["out"])
+
+
+def test_leaves_the_model_as_it_was(model) -> None:
+    before = model.SerializeToString(deterministic=True)
+    cut(model, [value("sum", 1, "t", 4)], ["out"])
+    assert model.SerializeToString(deterministic=True) == before

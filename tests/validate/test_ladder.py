@@ -1,0 +1,141 @@
+"""The ladder passes what is right, and finds what is wrong, where it is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from arch_cases import FIRST, Case
+
+from llmexport.export import manifest
+from llmexport.validate import feeds, ladder, report_files
+
+
+def silent(what: str, done: int, of: int) -> None: ...
+
+
+def climb(folder: Path, **options: int) -> dict[str, ladder.Rung]:
+    report = ladder.climb(manifest.read(folder), progress=silent, **options)
+    return {r.name: r for r in report.rungs}
+
+
+@pytest.fixture
+def copy(exported, tmp_path: Path) -> Path:
+    """An export with its own files, for a test to damage."""
+    return Path(shutil.copytree(exported("gemma"), tmp_path / "export"))
+
+
+def edit_model(folder: Path, op: str, change) -> None:
+    """Changes the last node of type `op`."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    node = [n for n in model.graph.node if n.op_type == op][-1]
+    change(node, model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_rung_of_a_right_export_passes(case: Case, dtype: str, exported) -> None:
+    rungs = climb(exported(case, dtype))
+    assert {n: r.status for n, r in rungs.items()} == {
+        "PyTorch / transformers": "pass",
+        "blocks: ONNX Runtime / PyTorch": "pass",
+        "ONNX Runtime / PyTorch": "pass",
+    }
+    steps = {d["step"] for d in rungs["blocks: ONNX Runtime / PyTorch"].details}
+    assert steps == {s.name for s in manifest.read(exported(case, dtype)).assembly.steps}
+
+
+def test_a_wrong_node_fails_its_own_block_and_no_other(copy: Path) -> None:
+    def swap(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
+        node.attribute[0].f *= 1.01
+
+    edit_model(
+        copy,
+        "Attention",
+        lambda node, model: [setattr(a, "f", a.f * 1.01) for a in node.attribute if a.name == "scale"],
+    )
+    rungs = climb(copy)
+    blocks = rungs["blocks: ONNX Runtime / PyTorch"]
+    wrong = {d["step"] for d in blocks.details if d["difference"].excess(blocks.tolerance) > 1}
+    assert (blocks.status, wrong) == ("fail", {"layers.2"})
+    assert rungs["ONNX Runtime / PyTorch"].status == "fail"
+    assert rungs["PyTorch / transformers"].status == "pass"
+
+
+def test_a_wrong_weight_binding_is_found(copy: Path) -> None:
+    """Two norms of equal shape exchanged: no shape tells, only numbers do."""
+
+    def exchange(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
+        names = {t.name: t for t in model.graph.initializer}
+        first, second = names["model.layers.0.input_layernorm.weight"], names["model.layers.1.input_layernorm.weight"]
+        first.external_data[1].value, second.external_data[1].value = (
+            second.external_data[1].value,
+            first.external_data[1].value,
+        )
+        first.external_data[0].value, second.external_data[0].value = (
+            second.external_data[0].value,
+            first.external_data[0].value,
+        )
+
+    edit_model(copy, "AddRmsNorm", exchange)
+    assert climb(copy)["ONNX Runtime / PyTorch"].status == "fail"
+
+
+def test_a_model_that_ignores_its_window_is_found(exported, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported("mistral"), tmp_path / "export"))
+
+    def widen(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
+        [limit] = [t for t in model.graph.initializer if t.name == node.input[1]]
+        limit.CopyFrom(onnx.numpy_helper.from_array(np.array(10**6, np.int64), limit.name))
+
+    edit_model(folder, "Less", widen)
+    assert climb(folder)["ONNX Runtime / PyTorch"].status == "fail"
+
+
+def test_bf16_says_why_onnx_runtime_was_not_run(exported) -> None:
+    rungs = climb(exported("gemma", "bfloat16"))
+    assert rungs["PyTorch / transformers"].status == "pass"
+    assert rungs["ONNX Runtime / PyTorch"].status == "not run"
+    assert "no bfloat16 MatMul" in rungs["ONNX Runtime / PyTorch"].note
+
+
+def test_a_report_in_which_nothing_ran_has_not_passed() -> None:
+    assert not ladder.Report([ladder.Rung("x", "not run", "why")], {}, {}).passed
+
+
+def test_without_transformers_its_rung_says_how_to_get_it(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder.importlib.util, "find_spec", lambda name: None)
+    rung = climb(exported("gemma"))["PyTorch / transformers"]
+    assert (rung.status, "pip install" in rung.note) == ("not run", True)
+
+
+def test_a_prompt_too_short_for_the_window_is_said_to_be(exported) -> None:
+    rungs = climb(exported("mistral"), tokens=5)
+    assert all("windows of [8] tokens not reached" in r.note for r in rungs.values())
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_prompts_are_odd_padded_and_longer_than_every_window(case: Case, exported) -> None:
+    assembly = manifest.read(exported(case)).assembly
+    prompt = feeds.prompt(assembly)
+    assert prompt.ids.shape[1] % 2 == 1
+    assert prompt.ids.shape[1] > max(feeds.windows(assembly) + [0])
+    assert prompt.mask[1, 0] == 0
+    assert prompt.mask.any(1).all()
+
+
+def test_report_files_say_the_same_in_json_and_html(copy: Path) -> None:
+    found = manifest.read(copy)
+    report = ladder.climb(found, progress=silent)
+    report_files.write(found, report)
+    data = json.loads((copy / "report.json").read_text())
+    page = (copy / "report.html").read_text()
+    assert data["passed"] is True
+    assert len(data["rungs"]) == 3
+    for rung in data["rungs"]:
+        assert rung["name"] in page
