@@ -15,7 +15,14 @@ from typing import Any
 # What a trace depends on: these libraries, and our own source that traces.
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir")
 ROOT = Path(__file__).parent.parent
-SOURCES = ("plugins/*.py", "plugins/*/*.py", "export/blocks/*.py", "export/spec.py", "export/trace.py")
+SOURCES = (
+    "plugins/*.py",
+    "plugins/*/*.py",
+    "export/blocks/*.py",
+    "export/spec.py",
+    "export/trace.py",
+    "export/tidy.py",
+)
 
 
 def cached(kind: str, key: Any, make: Callable[[], bytes]) -> bytes:

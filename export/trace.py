@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxscript
 import onnxscript.optimizer
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from llmexport.export import blocks
 from llmexport.export.blocks import standard
 from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Block, Port
+from llmexport.export.tidy import tidy
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
 
 OPSET = 23
@@ -146,7 +146,7 @@ def _export(
         raise RuntimeError("torch.onnx.export returned no program")
     # Folds constants only: the exporter's own optimiser also rewrites norms into operators of mixed types.
     onnxscript.optimizer.optimize_ir(program.model)
-    return _tidy(program.model_proto)
+    return tidy(program.model_proto)
 
 
 @functools.cache
@@ -220,62 +220,6 @@ def _shortcuts() -> Iterator[None]:
 
 
 _REGISTRIES: dict[Any, Any] = {}
-
-
-def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Drops what the exporter leaves behind: unused optional outputs, its metadata, its names for sums of dims."""
-    graph = model.graph
-    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-    for node in graph.node:
-        while len(node.output) > 1 and node.output[-1] not in used:
-            del node.output[-1]
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    del graph.metadata_props[:]
-    del model.metadata_props[:]
-    made = {name for node in graph.node for name in node.output}
-    typed = [v for v in graph.value_info if v.name in made]
-    del graph.value_info[:]
-    graph.value_info.extend(typed)
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        value.ClearField("metadata_props")
-        for dim in value.type.tensor_type.shape.dim:
-            if set(dim.dim_param.split(" + ")) == {SEQUENCE, PAST}:
-                dim.dim_param = TOTAL
-    _settle_reshapes(graph)
-    return model
-
-
-def _settle_reshapes(graph: onnx.GraphProto) -> None:
-    """Gives reshapes that keep their leading dynamic dimensions a constant shape, [0, 0, heads, size] and such."""
-    shapes = {
-        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
-        for v in (*graph.input, *graph.output, *graph.value_info)
-    }
-    for node in graph.node:
-        old, new = shapes.get(node.input[0]) if node.input else None, shapes.get(node.output[0])
-        if node.op_type != "Reshape" or not old or not new:
-            continue
-        kept = [d if isinstance(d, int) else 0 for d in new]
-        dynamic = [i for i, d in enumerate(new) if isinstance(d, str)]
-        if all(i < len(old) and old[i] == new[i] for i in dynamic) and 0 not in [d for d in new if d != ""]:
-            node.input[1] = f"{node.output[0]}_shape"
-            graph.initializer.append(onnx.numpy_helper.from_array(np.array(kept, np.int64), node.input[1]))
-            del node.attribute[:]
-    _drop_dead(graph)
-
-
-def _drop_dead(graph: onnx.GraphProto) -> None:
-    live = {o.name for o in graph.output}
-    for node in reversed(list(graph.node)):
-        if live.isdisjoint(node.output):
-            graph.node.remove(node)
-        else:
-            live.update(node.input)
-    for dead in [t for t in graph.initializer if t.name not in live]:
-        graph.initializer.remove(dead)
-    for value in [v for v in graph.value_info if v.name not in live]:
-        graph.value_info.remove(value)
 
 
 def _constant(tensor: onnx.TensorProto) -> onnx.NodeProto:

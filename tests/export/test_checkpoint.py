@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from llmexport.export.checkpoint import (
     INDEX,
     ITEMSIZE,
@@ -249,9 +250,7 @@ def test_refuses_two_sets_of_weights(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX, SHARD_2])
-def test_names_the_file_that_may_not_be_read(
-    sharded: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_names_the_file_that_may_not_be_read(sharded: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     real = Path.open
 
     def guarded(path: Path, *args: object, **options: object) -> object:
@@ -283,9 +282,7 @@ def test_refuses_a_broken_index(sharded: Path, text: str, word: str) -> None:
 OUTSIDE = ["../x", "/etc/x", "sub/x", "..\\x", "C:x", "nul\0", "line\n", "\ud800"]
 
 
-@pytest.mark.parametrize(
-    "file", [f"{x}.safetensors" for x in OUTSIDE] + ["..", "", "config.json", 7, None, ["x"]]
-)
+@pytest.mark.parametrize("file", [f"{x}.safetensors" for x in OUTSIDE] + ["..", "", "config.json", 7, None, ["x"]])
 def test_refuses_an_index_that_leaves_the_folder(sharded: Path, file: object) -> None:
     place(sharded, {"a": SHARD_1, "b": file})
     assert_refuses(sharded, str(sharded / INDEX), "'b'", repr(file), "no shard of this folder")
@@ -398,9 +395,7 @@ def test_shows_a_hostile_value_on_one_short_line(folder: Path) -> None:
     deep: object = 1
     for _ in range(300):
         deep = [deep]
-    (folder / SINGLE).write_bytes(
-        packed({"x\n" * 10_000: entry(0, 1, [1]) | {"shape": deep, "z": "y" * 10_000}})
-    )
+    (folder / SINGLE).write_bytes(packed({"x\n" * 10_000: entry(0, 1, [1]) | {"shape": deep, "z": "y" * 10_000}}))
     with pytest.raises(ExportError) as caught:
         open_checkpoint(folder)
     assert len(str(caught.value)) < 500 + len(str(folder))
@@ -409,9 +404,7 @@ def test_shows_a_hostile_value_on_one_short_line(folder: Path) -> None:
 
 EDITS = ["field", "item", "drop", "alias", "text", "length", "byte", "cut"]
 SWAPS = [("t1", "t0"), ("[", "{"), (",", ""), ("0", "00"), ("0", "-1"), ("1", "1e0"), ('"', "")]
-ODD = st.sampled_from(
-    [None, True, -1, 0, 1, 2, 1.5, 2**31, 2**63, 2**70, "", "F32", "F4", [], [0], [1, 2], {}]
-)
+ODD = st.sampled_from([None, True, -1, 0, 1, 2, 1.5, 2**31, 2**63, 2**70, "", "F32", "F4", [], [0], [1, 2], {}])
 
 
 @st.composite

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 
 import pytest
+
 from llmexport.export import output
 from llmexport.export.errors import ExportError
 from llmexport.export.output import new_folder, place_weights, write_errors, write_files
@@ -23,10 +24,7 @@ Tree = dict[str, bytes | None]
 
 def tree(folder: Path) -> Tree:
     """Every file with its bytes, and every folder: hidden and stray ones too."""
-    return {
-        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
-        for path in folder.rglob("*")
-    }
+    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
 
 
 def fill(folder: Path, files: dict[str, bytes]) -> None:
@@ -152,9 +150,7 @@ def test_the_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
         fill(folder, NEW)
         assert not target.exists()
         assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
-    assert tree(tmp_path) == {"out": None, "out/sub": None} | {
-        f"out/{name}": data for name, data in NEW.items()
-    }
+    assert tree(tmp_path) == {"out": None, "out/sub": None} | {f"out/{name}": data for name, data in NEW.items()}
 
 
 def test_the_folder_has_the_permissions_of_an_ordinary_one(tmp_path: Path) -> None:
@@ -163,9 +159,7 @@ def test_the_folder_has_the_permissions_of_an_ordinary_one(tmp_path: Path) -> No
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_every_file_and_folder_is_synced_before_it_appears(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_and_folder_is_synced_before_it_appears(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced, names = [], {}
     fsync = os.fsync
 
@@ -204,9 +198,7 @@ def test_refuses_an_existing_output_without_force(target: Path) -> None:
 
 def test_force_replaces_an_earlier_output(target: Path) -> None:
     replace(target)
-    assert tree(target.parent) == {"out": None, "out/sub": None} | {
-        f"out/{name}": x for name, x in NEW.items()
-    }
+    assert tree(target.parent) == {"out": None, "out/sub": None} | {f"out/{name}": x for name, x in NEW.items()}
 
 
 def test_force_takes_an_empty_folder_and_one_that_is_not_there(tmp_path: Path) -> None:
@@ -332,9 +324,7 @@ def test_an_interrupt_at_any_moment_leaves_no_output_or_a_whole_one(tmp_path: Pa
     every_interrupt(lambda: shutil.rmtree(tmp_path / "out", True), lambda: replace(tmp_path / "out"), check)
 
 
-def test_an_old_output_that_cannot_be_put_back_is_kept_and_named(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_output_that_cannot_be_put_back_is_kept_and_named(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rename = os.rename
 
     def broken(source: Path, to: Path) -> None:
@@ -449,9 +439,7 @@ def test_a_link_that_fails_for_another_reason_is_not_copied(
         place_weights(shards, tmp_path / "new", "auto")
 
 
-def test_says_how_much_space_a_copy_needs(
-    shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_says_how_much_space_a_copy_needs(shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stat = os.stat
     large = os.stat_result((0,) * 6 + (140 * 10**9,) + (0,) * 3, {"st_blocks": 140 * 10**9})
     monkeypatch.setattr(os, "stat", lambda path, **how: large if "/in/" in str(path) else stat(path, **how))
