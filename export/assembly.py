@@ -112,11 +112,14 @@ def tied_names(arch: Arch) -> tuple[str, str]:
 
 
 def _stored_name(arch: Arch, path: str) -> str:
-    """Raises ValueError if the architecture names no such path: a mistake in its data file."""
+    """Raises KeyError if the architecture names no such path: a mistake in its data file."""
     match = re.match(r"layers\.(\d+)\.", path)
     index = match.group(1) if match else ""
     generic = path.replace(f"layers.{index}.", "layers.{i}.", 1)
-    start = max((s for s in arch.names if generic.startswith(s)), key=len)
+    starts = [s for s in arch.names if generic.startswith(s)]
+    if not starts:
+        raise KeyError(f"{path}: no name of this architecture fits")
+    start = max(starts, key=len)
     return arch.names[start].format(i=index) + generic[len(start) :]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,11 @@ def _source_digest() -> str:
 
 
 def _store(path: Path, data: bytes) -> None:
+    beside = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
+        beside.write_bytes(data)
+        os.replace(beside, path)
     except OSError:
-        return
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)

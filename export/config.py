@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,82 +53,91 @@ class Config:
             return None
         return self.integer(key, absent)
 
-    def integer(self, key: str, default: Any = _REQUIRED) -> int:
-        """A positive integer."""
-        value = self.get(key, default)
-        if type(value) is not int or value <= 0:
-            raise ExportError(f"config.json: {key} is {value!r}, expected a positive integer")
-        return value
+    def integer(self, key: str, default: Any = _REQUIRED, least: int = 1) -> int:
+        return _integer(key, self.get(key, default), least)
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        return _number(key, self.get(key, default))
+        """A positive number."""
+        return _positive(key, self.get(key, default))
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
         if type(value) is not bool:
-            raise ExportError(f"config.json: {key} is {value!r}, expected true or false")
+            raise ExportError(f"config.json: {key} is {show(value)}, expected true or false")
         return value
 
     def choice(self, key: str, choices: Mapping[str, Any], default: Any = _REQUIRED) -> Any:
         """What `choices` says of the value; refuses any other value."""
         value = self.get(key, default)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             known = ", ".join(map(repr, choices))
-            raise ExportError(f"config.json: {key} is {value!r}, this architecture knows {known}")
+            raise ExportError(f"config.json: {key} is {show(value)}, this architecture knows {known}")
         return choices[value]
 
     def expect(self, key: str, value: Any) -> None:
         """Refuses a value other than the one that this architecture's blocks are written for."""
         found = self.get(key, value)
         if found != value or type(found) is not type(value):
-            raise ExportError(f"config.json: {key} is {found!r}, only {value!r} is supported here")
+            raise ExportError(f"config.json: {key} is {show(found)}, only {show(value)} is supported here")
 
     def rope(self, default_theta: float) -> tuple[float, Llama3Scaling | LinearScaling | None]:
         """Base and scaling of RoPE, from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`."""
         new, old = self.get("rope_parameters", {}), self.get("rope_scaling", {})
         if not isinstance(new, dict) or not isinstance(old, dict):
             raise ExportError("config.json: rope_parameters and rope_scaling must be objects")
-        rope = {**old, **new}
-        theta = _number("rope_theta", rope.pop("rope_theta", self.get("rope_theta", default_theta)))
-        kinds = {rope.pop("rope_type", None), rope.pop("type", None)} - {None}
-        if len(kinds) > 1:
-            raise ExportError(f"config.json: RoPE is said to be of types {sorted(map(str, kinds))}, choose one")
-        kind = kinds.pop() if kinds else "default"
+        if new and old and new != old:
+            raise ExportError("config.json has both rope_parameters and rope_scaling, and they differ: remove one")
+        rope = dict(new or old)
+        theta = _positive("rope_theta", rope.pop("rope_theta", self.get("rope_theta", default_theta)))
+        kinds = [k for k in (rope.pop("rope_type", None), rope.pop("type", None)) if k is not None] or ["default"]
+        if any(k != kinds[0] for k in kinds):
+            raise ExportError(f"config.json: RoPE is said to be of types {show(kinds)}: choose one")
         scaling: Llama3Scaling | LinearScaling | None = None
-        if kind == "llama3":
+        if kinds[0] == "llama3":
             scaling = Llama3Scaling(
-                factor=_positive(rope, "factor"),
-                low_frequency=_positive(rope, "low_freq_factor"),
-                high_frequency=_positive(rope, "high_freq_factor"),
-                original_positions=int(_positive(rope, "original_max_position_embeddings")),
+                factor=_positive("RoPE's factor", rope.pop("factor", None)),
+                low_frequency=_positive("RoPE's low_freq_factor", rope.pop("low_freq_factor", None)),
+                high_frequency=_positive("RoPE's high_freq_factor", rope.pop("high_freq_factor", None)),
+                original_positions=_integer(
+                    "RoPE's original_max_position_embeddings", rope.pop("original_max_position_embeddings", None)
+                ),
             )
-        elif kind == "linear":
-            scaling = LinearScaling(factor=_positive(rope, "factor"))
-        elif kind != "default":
-            raise ExportError(f"config.json: RoPE scaling of type {kind!r} is not supported (llama3, linear are)")
+        elif kinds[0] == "linear":
+            scaling = LinearScaling(factor=_positive("RoPE's factor", rope.pop("factor", None)))
+        elif kinds[0] != "default":
+            raise ExportError(f"config.json: RoPE of type {show(kinds[0])} is not supported (llama3 and linear are)")
         if rope:
-            raise ExportError(f"config.json: RoPE has keys that are not understood: {', '.join(sorted(rope))}")
+            raise ExportError(f"config.json: RoPE has keys that are not understood: {', '.join(map(_name, rope))}")
         return theta, scaling
 
     def finish(self) -> None:
         """Raises ExportError if a key that could change the numbers was never read."""
         unread = sorted(k for k in self._data.keys() - self._read - HARMLESS if self._data[k] is not None)
         if unread:
-            keys = ", ".join(f"{k}={self._data[k]!r}" for k in unread)
+            keys = ", ".join(f"{_name(k)}={show(self._data[k])}" for k in unread)
             raise ExportError(
                 f"config.json has keys that this architecture does not understand: {keys}. "
                 "Exporting without them could give a wrong model; if they change nothing, remove them"
             )
 
 
-def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ExportError(f"config.json: {key} is {value!r}, expected a number")
-    return float(value)
+def show(value: Any) -> str:
+    """A value from a file, on one line and cut in length and depth."""
+    return reprlib.repr(value)
 
 
-def _positive(rope: dict[str, Any], key: str) -> float:
-    value = _number(f"RoPE's {key}", rope.pop(key, None))
-    if value <= 0:
-        raise ExportError(f"config.json: RoPE's {key} is {value}, expected a positive number")
+def _name(key: str) -> str:
+    return key if key.isidentifier() else show(key)
+
+
+def _integer(key: str, value: Any, least: int = 1) -> int:
+    if type(value) is not int or not least <= value < 2**63:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ExportError(f"config.json: {key} is {show(value)}, expected {kind}")
     return value
+
+
+def _positive(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        raise ExportError(f"config.json: {key} is {show(value)}, expected a positive number")
+    return float(value)

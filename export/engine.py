@@ -26,12 +26,11 @@ from typing import Any
 
 import onnx
 import onnx.inliner
-from google.protobuf.message import DecodeError
 
 from llmexport.export import manifest
 from llmexport.export.assembly import Assembly
 from llmexport.export.errors import EngineError
-from llmexport.export.onnx_file import MODEL, Progress
+from llmexport.export.onnx_file import MODEL, Progress, load
 from llmexport.export.output import write_errors
 from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Port
 
@@ -142,7 +141,7 @@ def build(
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
     sizes = (profile or Profile()).resolve(export.assembly.inputs)
-    model, digest = _read(folder / MODEL)
+    model = load(export)
     with write_errors(folder / PLAN), tempfile.TemporaryDirectory(prefix=".llmexport-", dir=folder) as hidden:
         work = Path(hidden)
         (work / MODEL).write_bytes(tensorrt_form(model).SerializeToString())
@@ -154,7 +153,7 @@ def build(
             "backend": backend,
             "target": chosen.target,
             **{k: export.data[k] for k in ("arch", "block", "dtype", "inputs", "outputs")},
-            "model_sha256": digest,
+            "model_sha256": _sha256(folder / MODEL),
             "profile": sizes,
             # One entry a library: {"file": name, "sha256": digest, "ops": {"Rope": 36}}.
             "plugins": [],
@@ -181,17 +180,6 @@ def tensorrt_form(model: onnx.ModelProto) -> onnx.ModelProto:
             if misread:
                 raise EngineError(f"{node.name}: TensorRT misreads or ignores {', '.join(misread)} of Attention")
     return inlined
-
-
-def _read(path: Path) -> tuple[onnx.ModelProto, str]:
-    """The model without its weights, and the SHA-256 of its file."""
-    try:
-        data = path.read_bytes()
-        return onnx.ModelProto.FromString(data), hashlib.sha256(data).hexdigest()
-    except FileNotFoundError as error:
-        raise EngineError(f"{path} is missing from the export: export again") from error
-    except DecodeError as error:
-        raise EngineError(f"{path} is damaged: export again") from error
 
 
 def _shapes(port: Port, sizes: Mapping[str, Sizes]) -> list[list[int]]:

@@ -28,6 +28,7 @@ def record(request: Request, assembly: Assembly, built: Built, shards: list[Shar
         "arch": request.arch.name,
         "block": request.block,
         "dtype": request.dtype,
+        "target": request.target,
         "opset": built.proto.opset_import[0].version,
         "inputs": [_port(p, request.dtype) for p in assembly.inputs],
         "outputs": [_port(p, request.dtype) for p in assembly.outputs],

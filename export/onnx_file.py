@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from llmexport.export import cache, manifest, weights
 from llmexport.export.archs import Named
@@ -26,6 +27,7 @@ from llmexport.export.assembly import (
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
+from llmexport.export.manifest import Manifest
 from llmexport.export.output import new_folder, place_weights
 from llmexport.export.spec import Block, Model, Port, to_data
 from llmexport.graphs import bodies, pipeline
@@ -50,13 +52,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to export: `block` is None for the whole model; `weights` is auto, link or copy."""
+    """What to export: `block` is None for the whole model; `weights` is auto, link or copy.
+
+    `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
+    a body over a plugin of the same name.
+    """
 
     arch: Named
     checkpoint: Checkpoint
     dtype: str = "float32"
     block: str | None = None
     weights: str = "auto"
+    target: str = "portable"
 
 
 def read_model(arch: Named, config: Mapping[str, Any]) -> Model:
@@ -155,8 +162,25 @@ def build(request: Request, model: Model, assembly: Assembly, progress: Progress
     )
     proto, fusions = pipeline.run(proto)
     weights.bind(proto, wanted, request.checkpoint, ELEMENT_TYPES[dtype])
-    ops = bodies.attach_bodies(proto, load_body)
+    ops = bodies.attach_bodies(proto, load_body) if request.target == "portable" else bodies.count(proto)
     return Built(proto, fusions, ops, wanted, step_weights)
+
+
+def load(found: Manifest) -> onnx.ModelProto:
+    """The model of an export without its weights, and with the bodies of its ops, whatever its target.
+
+    Raises ExportError if it is missing or damaged.
+    """
+    path = found.folder / MODEL
+    try:
+        proto = onnx.ModelProto.FromString(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ExportError(f"{path} is missing from the export: export again") from error
+    except DecodeError as error:
+        raise ExportError(f"{path} is damaged: export again") from error
+    if found.data["target"] == "tensorrt":
+        bodies.attach_bodies(proto, load_body)
+    return proto
 
 
 def trace_all(blocks: tuple[Block, ...], dtype: str, progress: Progress) -> dict[Block, onnx.ModelProto]:

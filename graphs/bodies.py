@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import onnx
@@ -24,20 +25,23 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
     typed = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     typed |= {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type for t in graph.initializer}
     bodies: dict[str, onnx.FunctionProto] = {}
-    counts: dict[str, int] = {}
     for node in graph.node:
         if node.domain != DOMAIN:
             continue
-        untyped = [n for n in node.input if n not in typed]
+        untyped = [n for n in node.input if n not in typed or not typed[n].HasField("shape")]
         if untyped:
-            raise ValueError(f"{node.name}: type of {', '.join(untyped)} is not known")
+            raise ValueError(f"{node.name}: type or rank of {', '.join(untyped)} is not known")
         shapes = [[d.dim_param or d.dim_value for d in typed[n].shape.dim] for n in node.input]
         made = body(node.op_type, _attributes(node), DTYPES[typed[node.input[0]].elem_type], shapes)
         node.overload = made.overload
         bodies.setdefault(f"{made.name}:{made.overload}", made)
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
     model.functions.extend(bodies.values())
-    return counts
+    return count(model)
+
+
+def count(model: onnx.ModelProto) -> dict[str, int]:
+    """How often each of our ops occurs, in order of first use."""
+    return dict(Counter(n.op_type for n in model.graph.node if n.domain == DOMAIN))
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Attribute]:

@@ -7,6 +7,7 @@ import onnx_graphsurgeon as gs
 from llmexport.graphs.fusion import (
     Fused,
     Refusal,
+    check_operands,
     is_output,
     other_input,
     replace,
@@ -36,7 +37,7 @@ def fuse_gated_act(graph: gs.Graph) -> Fused:
     Products are taken in either order. Legal if
     1. a Sigmoid is multiplied with its own input, which makes it SiLU, and is read by nothing else,
     2. the activation has one consumer, a Mul, and is no graph output,
-    3. gate and up have one shape: nothing is broadcast.
+    3. gate and up have one shape, nothing is broadcast; both are of one float type and of rank 3.
     """
     fused = Fused()
     for node in [n for n in graph.nodes if n.op in ("Gelu", "Sigmoid") and not n.domain]:
@@ -59,19 +60,20 @@ def _fuse(graph: gs.Graph, node: gs.Node) -> None:
         active = _silu(graph, node).outputs[0]
         dead.append(active.inputs[0])
     product = _read_once(graph, active, "the activation")
-    if product.op != "Mul":
+    if product.op != "Mul" or product.domain:
         raise Refusal(f"the activation goes to {product.op}, not to a product")
     up = other_input(product, active)
     if not same_shape(gate, up):
         raise Refusal("gate and up differ in shape")
+    check_operands(gate, up)
     attributes = {"activation": activation, "alpha": 0.0, "limit": 0.0}
-    replace(graph, product, [*dead, product], "GatedAct", [gate, up], list(product.outputs), attributes)
+    replace(product, dead, "GatedAct", [gate, up], list(product.outputs), attributes)
 
 
 def _silu(graph: gs.Graph, sigmoid: gs.Node) -> gs.Node:
     """The product that makes a Sigmoid a SiLU."""
     product = _read_once(graph, sigmoid.outputs[0], "the sigmoid")
-    if product.op != "Mul" or other_input(product, sigmoid.outputs[0]) is not sigmoid.inputs[0]:
+    if product.op != "Mul" or product.domain or other_input(product, sigmoid.outputs[0]) is not sigmoid.inputs[0]:
         raise Refusal("the sigmoid is not multiplied with its own input")
     return product
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmexport.graphs.bodies import DTYPES
 from llmexport.plugins.spec import DOMAIN
 
 
@@ -60,12 +61,26 @@ def same_shape(*values: gs.Tensor) -> bool:
     return None not in shapes and all(s == shapes[0] for s in shapes)
 
 
+def float_type(value: gs.Tensor) -> str:
+    """float32, float16 or bfloat16, which graphsurgeon calls by its ONNX number; "" for any other type."""
+    name = DTYPES.get(value.dtype, "") if isinstance(value.dtype, int) else str(np.dtype(value.dtype or object))
+    return name if name in DTYPES.values() else ""
+
+
+def check_operands(*values: gs.Tensor) -> None:
+    """Raises Refusal unless all are of one float type that our ops take, and of the rank they take, 3."""
+    kinds = [float_type(v) for v in values]
+    if not kinds[0] or kinds.count(kinds[0]) != len(kinds):
+        raise Refusal("its operands are not of one float type")
+    if any(len(v.shape or ()) != 3 for v in values):
+        raise Refusal("its operands are not of rank 3")
+
+
 def is_output(graph: gs.Graph, value: gs.Tensor) -> bool:
     return any(value is o for o in graph.outputs)
 
 
 def replace(
-    graph: gs.Graph,
     at: gs.Node,
     dead: Sequence[gs.Node],
     op: str,
@@ -73,17 +88,16 @@ def replace(
     outputs: list[gs.Tensor],
     attributes: dict[str, Any],
 ) -> None:
-    """Puts one llmexport op where `at` stands; `dead` nodes lose their outputs and leave with `sweep`.
+    """Makes the node `at` one llmexport op; `dead` nodes lose their outputs and leave with `sweep`.
 
     `at` must stand where all `inputs` are made and none of `outputs` is used before.
     """
-    for node in dead:
+    for node in (*dead, at):
         node.inputs.clear()
         node.outputs.clear()
-    for value in outputs:
-        value.inputs.clear()
-    fused = gs.Node(op, name=f"{at.name}/{op}", domain=DOMAIN, attrs=attributes, inputs=inputs, outputs=outputs)
-    graph.nodes[next(i for i, n in enumerate(graph.nodes) if n is at)] = fused
+    at.name, at.op, at.domain, at.attrs = f"{at.name}/{op}", op, DOMAIN, attributes
+    at.inputs.extend(inputs)
+    at.outputs.extend(outputs)
 
 
 def sweep(graph: gs.Graph) -> None:

@@ -30,8 +30,8 @@ def stitch(
     """One model of the pieces, which must stand in an order in which every value is made before it is used.
 
     Inputs of pieces that nothing makes and `inputs` does not name become further graph inputs, each once: the
-    parameters, which a later step binds. Raises ValueError if two pieces make the same value or use one parameter
-    with two shapes.
+    parameters, which a later step binds. Raises ValueError if two pieces make the same value, use one parameter
+    with two shapes, or use a value before it is made.
     """
     graph = GraphProto(name="llmexport")
     made = {v.name for v in inputs}
@@ -79,6 +79,9 @@ def _add(
         twice = made.intersection(copy.output)
         if twice:
             raise ValueError(f"{piece.name} makes {', '.join(twice)}, which a block before it made")
+        late = parameters.keys() & set(copy.output)
+        if late:
+            raise ValueError(f"{piece.name} makes {', '.join(late)}, which a block before it has used")
         made.update(copy.output)
     for value in (*source.value_info, *source.output):
         typed[rename(value.name)] = _renamed(value, rename(value.name))

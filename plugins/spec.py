@@ -14,13 +14,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "llmexport"
 FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+SIGNS = {"-": "m", ".": "p"}  # what stands for them in the name of a body: 1e-06 is 1em06
 Attribute = bool | int | float | str
 
 
@@ -71,7 +72,9 @@ class Op:
         """The name of the function body for these attribute values, this dtype and these static sizes."""
         values = {**attributes, **sizes}
         parts = (f"{n}_{int(v) if isinstance(v, bool) else v}" for n, v in sorted(values.items()))
-        return re.sub(r"[^0-9A-Za-z_]", "_", "__".join((dtype, *parts)))
+        return re.sub(
+            r"[^0-9A-Za-z_]", lambda sign: SIGNS.get(sign[0], f"x{ord(sign[0]):x}"), "__".join((dtype, *parts))
+        )
 
 
 OPS: dict[str, Op] = {}
@@ -89,21 +92,39 @@ def op(
     def decorate(reference: Callable[..., Any]) -> Op:
         import torch
 
-        hints = get_type_hints(reference)
-        hints.pop("return")
+        if name in OPS or reference.__name__ in (o.torch_name for o in OPS.values()):
+            raise TypeError(f"{name} is defined twice, or {reference.__name__} is: was its module imported twice?")
+        hints = _check_signature(name, reference, dims, outputs)
         attributes = {n: t for n, t in hints.items() if t is not torch.Tensor}
-        for parameter, kind in attributes.items():
-            if kind not in (bool, int, float, str):
-                raise TypeError(f"{name}: parameter {parameter} is {kind}, an attribute is bool, int, float or str")
         inputs = {n: tuple(dims[n].split()) for n in hints if n not in attributes}
+        if unknown := set(static) - {d for shape in inputs.values() for d in shape}:
+            raise TypeError(f"{name}: no input has the static dimension {', '.join(unknown)}")
         call = torch.library.custom_op(f"{DOMAIN}::{reference.__name__}", reference, mutates_args=())
         call.register_fake(reference)
-        made = Op(name, version, reference, inputs, outputs, static, attributes, call)
-        if OPS.setdefault(name, made) is not made:
-            raise TypeError(f"{name} is defined twice: was its module imported under two names?")
-        return made
+        OPS[name] = Op(name, version, reference, inputs, outputs, static, attributes, call)
+        return OPS[name]
 
     return decorate
+
+
+def _check_signature(
+    name: str, reference: Callable[..., Any], dims: dict[str, str], outputs: tuple[str, ...]
+) -> dict[str, Any]:
+    """The type of every parameter. Raises TypeError if an operator cannot have one, or not these outputs."""
+    from torch import Tensor
+
+    hints = get_type_hints(reference)
+    returns = hints.pop("return", None)
+    for parameter in inspect.signature(reference).parameters.values():
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if variadic or hints.get(parameter.name) not in (Tensor, bool, int, float, str):
+            raise TypeError(f"{name}: parameter {parameter} is neither a Tensor nor a bool, int, float or str")
+        if hints[parameter.name] is Tensor and parameter.name not in dims:
+            raise TypeError(f"{name}: dims does not name the dimensions of {parameter.name}")
+    returned = (Tensor,) if returns is Tensor else get_args(returns)
+    if returned != (Tensor,) * len(outputs):
+        raise TypeError(f"{name}: the return type {returns} does not fit the outputs {', '.join(outputs)}")
+    return hints
 
 
 def all_ops() -> dict[str, Op]:

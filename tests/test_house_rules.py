@@ -32,7 +32,6 @@ SOFT, HARD, DATA = 250, 500, 150  # lines of a source file, of any file, of an a
 LONG = {
     "export/engine.py": "one job end to end: profile, builder process, its errors, engine.json",
     "export/spec.py": "the vocabulary of the whole exporter, a third of it docstrings",
-    "export/trace.py": "the only file that calls torch.onnx, with what the exporter leaves behind",
 }
 # Imported by an export whose blocks are all known, which must not pay for torch.
 WARM = [

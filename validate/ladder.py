@@ -94,9 +94,10 @@ def _climb_whole(
     if runnable:
         rungs += [Rung(n, "not run", runnable) for n in ("blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch")]
     else:
-        rungs.append(_blocks(manifest, recorded))
+        model = onnx_file.load(manifest)
+        rungs.append(_blocks(manifest, model, recorded))
         progress("ONNX Runtime", 3, 4)
-        with onnx_runner(manifest.folder / onnx_file.MODEL, manifest.folder) as runner:
+        with onnx_runner(model, manifest.folder) as runner:
             found = _run(runner, first, tokens_chosen)
         seconds["ONNX Runtime"] = _medians(found)
         rungs.append(_compare_runs("ONNX Runtime / PyTorch", ours, found, where, tolerance))
@@ -117,7 +118,7 @@ def _climb_block(manifest: Manifest, torch_runner: TorchRunner, seed: int, progr
     if reason:
         return Report([Rung(name, "not run", reason)], {}, {})
     details: list[dict[str, Any]] = []
-    with onnx_runner(manifest.folder / onnx_file.MODEL, manifest.folder) as runner:
+    with onnx_runner(onnx_file.load(manifest), manifest.folder) as runner:
         for i, sizes in enumerate(({BATCH: 2, SEQUENCE: 13, PAST: 0}, {BATCH: 3, SEQUENCE: 1, PAST: 21})):
             progress("block", i, 2)
             feed = feeds.random_feed(manifest.assembly.inputs, manifest.dtype, sizes, seed)
@@ -188,13 +189,12 @@ def _compare_runs(name: str, reference: Run, found: Run, where: np.ndarray, tole
     return _rung(name, tolerance, details)
 
 
-def _blocks(manifest: Manifest, recorded: list[Feed]) -> Rung:
+def _blocks(manifest: Manifest, model: onnx.ModelProto, recorded: list[Feed]) -> Rung:
     """Every step of the exported file alone, fed what PyTorch computed before it, so that no error adds up."""
-    model = onnx.load(manifest.folder / onnx_file.MODEL, load_external_data=False)
     details: list[dict[str, Any]] = []
     for step in manifest.assembly.steps:
         part = onnx_file.cut_step(model, step, manifest.dtype)
-        with onnx_runner(part.SerializeToString(), manifest.folder) as runner:
+        with onnx_runner(part, manifest.folder) as runner:
             for run, values in enumerate(recorded):
                 found = runner.infer({n: values[n] for n in step.inputs}, check_inputs=False)
                 for output in step.outputs:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from polygraphy.backend.base import BaseRunner
@@ -81,14 +82,13 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         return module
 
 
-def onnx_runner(model: bytes | Path, weights: Path, name: str = "ONNX Runtime") -> BaseRunner:
+def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
     """ONNX Runtime on the CPU; `weights` is the folder that external data lies in."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
-    source = model if isinstance(model, bytes) else str(model)
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    return OnnxrtRunner(session, name=name)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return OnnxrtRunner(session, name="ONNX Runtime")
 
 
 def _metadata(manifest: Manifest, names: Sequence[str]) -> TensorMetadata:

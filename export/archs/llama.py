@@ -6,6 +6,8 @@ from llmexport.export.spec import Arch, Model
 
 
 def build(config: Config) -> Model:
+    config.expect("rope_interleaved", False)
+    config.expect("is_llama_config", True)
     bias = config.flag("attention_bias")
     return decoder(
         config,

@@ -8,7 +8,7 @@ from llmexport.export.spec import Arch, Model
 
 def windows(config: Config) -> tuple[int | None, ...]:
     layers = config.integer("num_hidden_layers")
-    first = config.integer("max_window_layers", 28)
+    first = config.integer("max_window_layers", 28, least=0)
     window = config.window("sliding_window", absent=4096)
     if not config.flag("use_sliding_window"):
         window = None
@@ -26,6 +26,7 @@ def windows(config: Config) -> tuple[int | None, ...]:
 
 
 def build(config: Config) -> Model:
+    config.expect("use_mrope", False)
     return decoder(
         config,
         activation=config.choice("hidden_act", ACTIVATIONS, "silu"),

@@ -14,6 +14,13 @@ from llmexport.export.cli.console import Console, size, talkative
 
 @click.command("onnx")
 @source.options
+@click.option(
+    "--target",
+    type=click.Choice(["portable", "tensorrt"]),
+    default="portable",
+    show_default=True,
+    help="portable runs everywhere; tensorrt is for trtexec with our plugins: no function bodies.",
+)
 @click.option("--block", help="Export one block alone by its name, or `all`: each in a folder of its own.")
 @click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
 @talkative
@@ -23,6 +30,7 @@ def command(
     dtype: str,
     weights: str,
     force: bool,
+    target: str,
     block: str | None,
     output: Path,
     quiet: bool,
@@ -31,7 +39,7 @@ def command(
     """Export a checkpoint to ONNX: the whole model, or one of its blocks."""
     console = Console(quiet, as_json)
     with source.open_source(arch, checkpoint, output) as (named, found):
-        request = onnx_file.Request(named, found, dtype, None if block == "all" else block, weights)
+        request = onnx_file.Request(named, found, dtype, None if block == "all" else block, weights, target)
         if block == "all":
             records = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
             console.table(

@@ -242,7 +242,6 @@ def test_a_tied_head_is_the_embedding():
     assert name == "model.embed_tokens.weight"
 
 
-@pytest.mark.xfail(strict=True, reason="bug: ValueError of max(), not the KeyError that the docstring promises")
 def test_a_path_that_the_architecture_does_not_name_is_refused():
     with pytest.raises(KeyError, match="vision"):
         checkpoint_name(archs.load("llama").arch, model_of("llama"), "vision.patch.weight")

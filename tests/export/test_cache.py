@@ -112,7 +112,6 @@ def test_a_full_disk_costs_only_time(folder, monkeypatch):
     assert cache.cached("block", ["key"], make) == b"graph 1"
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the temporary file stays")
 def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch):
     monkeypatch.setattr(os, "replace", full_disk)
     cache.cached("block", ["key"], Make())

@@ -129,7 +129,7 @@ def test_the_form_for_tensorrt_computes_what_the_model_computes(exported: Export
     feed = feeds.random_feed(manifest.read(folder).assembly.inputs, "float32", sizes)
     outputs = []
     for proto in (model, form):
-        with runners.onnx_runner(proto.SerializeToString(), folder) as runner:
+        with runners.onnx_runner(proto, folder) as runner:
             outputs.append(dict(runner.infer(feed)))
     wanted, found = outputs
     assert {n: compare(wanted[n], found[n]).max_abs for n in wanted} == dict.fromkeys(found, 0.0)
@@ -332,7 +332,7 @@ def test_an_export_without_its_model_is_refused(data: bytes | None, reason: str,
     (folder / "model.onnx").unlink()
     if data:
         (folder / "model.onnx").write_bytes(data)
-    with pytest.raises(EngineError, match=f"model.onnx {reason}.*: export again"):
+    with pytest.raises(ExportError, match=f"model.onnx {reason}.*: export again"):
         engine.build(folder, progress=silent)
 
 

@@ -109,11 +109,10 @@ def test_a_model_without_custom_ops_stays_as_it_is():
 
 def test_refuses_an_input_whose_type_is_not_known():
     made = model(f"({FP32} g, {FP32} u) => ({FP32} y) {{ a = other.Make(g) [gated] y = {GATED}(a, u) }}")
-    with pytest.raises(ValueError, match="gated: type of a is not known"):
+    with pytest.raises(ValueError, match=r"gated: type.* of a is not known"):
         attach_bodies(made, Bodies())
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a value with a type and no shape passes for a scalar")
 def test_refuses_an_input_whose_rank_is_not_known():
     made = model(f"({FP32} g, {FP32} u) => ({FP32} y) {{ a = other.Make(g) [gated] y = {GATED}(a, u) }}")
     made.graph.value_info.append(onnx.helper.make_tensor_value_info("a", 1, None))

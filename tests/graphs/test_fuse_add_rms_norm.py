@@ -175,14 +175,12 @@ def test_the_last_axis_may_be_counted_from_the_front():
     assert fuse_add_rms_norm(made).count == 1
 
 
-def test_a_scale_that_adds_two_vectors_is_itself_the_weight():
+def test_refuses_a_weight_that_is_computed():
     made = graph(
         f"[scale] v = Add(w, more) {ADD} [norm] y = RMSNormalization(sum, v)",
         inputs=f"{FP32} x, {FP32} residual, float[7] w, float[7] more",
     )
-    fuse_add_rms_norm(made)
-    assert ops(made) == ["Add", "AddRmsNorm"]
-    assert [v.name for v in made.nodes[1].inputs] == ["x", "residual", "v"]
+    assert refusals(made) == [("norm", "the weight is computed")]
 
 
 def test_the_sum_may_have_other_readers_which_stay_behind_it():
@@ -320,7 +318,6 @@ def test_refuses_an_fp32_norm_that_is_a_graph_output():
     assert refusals(made) == [("norm", "the fp32 norm is a graph output")]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a Cast that narrows passes for one that widens, y is 1e-3 off")
 def test_refuses_an_fp16_norm_of_an_fp32_sum():
     made = graph(f"""[half_w] v = Cast<to = {HALF}>(w)
         {ADD}
@@ -330,7 +327,6 @@ def test_refuses_an_fp16_norm_of_an_fp32_sum():
     assert [name for name, _ in refusals(made)] == ["norm"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a norm may have another type than its input, AddRmsNorm may not")
 def test_refuses_a_norm_that_is_wider_than_the_sum():
     # Typed by hand: shape inference gives a norm the type of its input.
     header = '<ir_version: 10, opset_import: ["": 23]>'
@@ -340,7 +336,6 @@ def test_refuses_a_norm_that_is_wider_than_the_sum():
     assert [name for name, _ in refusals(made)] == ["norm"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: made of doubles, and attach_bodies then raises KeyError: 11")
 def test_refuses_a_sum_in_a_type_that_the_op_does_not_take():
     made = graph(
         f"{ADD} [norm] y = RMSNormalization(sum, w)",
@@ -350,7 +345,6 @@ def test_refuses_a_sum_in_a_type_that_the_op_does_not_take():
     assert [name for name, _ in refusals(made)] == ["norm"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: fused, and the body for it then fails: AddRmsNorm is of rank 3")
 @pytest.mark.parametrize("shape", ["[tokens, 7]", "[batch, tokens, 3, 7]"])
 def test_refuses_a_sum_of_a_rank_that_the_op_does_not_take(shape):
     made = graph(
@@ -361,13 +355,11 @@ def test_refuses_a_sum_of_a_rank_that_the_op_does_not_take(shape):
     assert [name for name, _ in refusals(made)] == ["norm"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the domain of what reads the fp32 norm is not looked at")
 def test_refuses_a_cast_back_of_another_domain():
     made = wide_norm(f"{FP16} y", "[narrow] y = other.Cast(normed)")
     assert refusals(made) == [("norm", "the fp32 norm is not cast back")]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the fused node stands where the add stood, before its weight")
 @pytest.mark.parametrize("between", ["[late] v = Neg(w)", "[mean] v = ReduceMean<keepdims = 0>(sum, axes)"])
 def test_a_weight_made_after_the_add_leaves_the_graph_in_order(between):
     made = graph(f"{ADD} {between} [norm] y = RMSNormalization(sum, v)", axes=np.array([0, 1]))
@@ -378,7 +370,6 @@ def test_a_weight_made_after_the_add_leaves_the_graph_in_order(between):
         seen |= {v.name for v in node.outputs}
 
 
-@pytest.mark.xfail(strict=True, reason="bug: TypeError, as graphsurgeon calls bfloat16 16 and np.dtype fails")
 def test_refuses_a_bf16_sum_with_an_fp32_weight():
     made = graph(
         f"""{ADD}
@@ -391,7 +382,6 @@ def test_refuses_a_bf16_sum_with_an_fp32_weight():
     assert refusals(made) == [("norm", "the weight is float32, the sum bfloat16")]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: says that another norm took the sum, but it reads that norm's y")
 def test_says_that_the_norm_of_a_norm_has_no_sum():
     made = graph(f"{ADD} [first] y = RMSNormalization(sum, w) [second] z = RMSNormalization(y, w)", outputs=f"{FP32} z")
     assert fuse_add_rms_norm(made).refused == [("second", "its input is not a sum")]

@@ -195,7 +195,6 @@ def test_an_overload_is_an_identifier(shrink, scale, mode, dtype):
     assert shrink.overload({"scale": scale, "mode": mode}, dtype, {"D": 8}).isidentifier()
 
 
-@pytest.mark.xfail(strict=True, reason="bug: every sign but _ becomes _, and setdefault then takes the wrong body")
 def test_large_and_small_values_have_overloads_of_their_own(shrink):
     assert shrink.overload({"scale": 1e16}, "float32", {}) != shrink.overload({"scale": 1e-16}, "float32", {})
 
@@ -220,7 +219,6 @@ def test_a_parameter_that_is_no_attribute_is_refused_by_name(scratch_ops, refere
         op("SpecBad", 1, {"x": "B"}, ("y",))(reference)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: KeyError or torch's ValueError, or accepted")
 @pytest.mark.parametrize(
     ("reference", "outputs", "static", "named"),
     [
@@ -256,7 +254,6 @@ def test_an_op_cannot_be_defined_twice(scratch_ops):
         define_spec_once()
 
 
-@pytest.mark.xfail(strict=True, reason="bug: torch's op is replaced before the name is looked up")
 def test_a_second_definition_leaves_the_first_as_it_was(scratch_ops):
     def spec_kept(x: Tensor) -> Tensor:
         return x.clone()
@@ -272,7 +269,6 @@ def test_a_second_definition_leaves_the_first_as_it_was(scratch_ops):
     assert first(torch.ones(2)).tolist() == [1, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: only the ONNX name is checked, torch's op is replaced")
 def test_two_ops_cannot_share_one_torch_name(scratch_ops):
     def spec_shared(x: Tensor) -> Tensor:
         return x.clone()
