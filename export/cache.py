@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# What a trace depends on: these libraries, and our own source that traces.
-LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir")
+# What the entries depend on: these libraries, and our own source that traces, stitches and fuses.
+LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnx-graphsurgeon")
 ROOT = Path(__file__).parent.parent
 SOURCES = (
+    "graphs/*.py",
     "plugins/*.py",
     "plugins/*/*.py",
     "export/blocks/*.py",

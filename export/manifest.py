@@ -33,7 +33,7 @@ def record(request: Request, assembly: Assembly, built: Built, shards: list[Shar
         "inputs": [_port(p, request.dtype) for p in assembly.inputs],
         "outputs": [_port(p, request.dtype) for p in assembly.outputs],
         "ops": built.ops,
-        "fusions": {n: {"count": f.count, "refused": f.refused} for n, f in built.fusions.items()},
+        "fusions": built.fusions,
         "weights": {
             "placed": placed,
             "files": [{"file": s.file, "bytes": s.nbytes, "header_sha256": s.header_sha256} for s in shards],

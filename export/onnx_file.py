@@ -32,7 +32,6 @@ from llmexport.export.output import new_folder, place_weights
 from llmexport.export.spec import Block, Model, Port, to_data
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
-from llmexport.graphs.fusion import Fused
 from llmexport.graphs.stitch import Piece, stitch
 from llmexport.plugins.spec import Attribute
 
@@ -124,7 +123,7 @@ class Built:
     name in the checkpoint; and the weights of each step, by the path in its block."""
 
     proto: onnx.ModelProto
-    fusions: dict[str, Fused]
+    fusions: dict[str, dict[str, Any]]
     ops: dict[str, int]
     wanted: dict[str, weights.Parameter]
     step_weights: dict[str, dict[str, str]]
@@ -132,38 +131,48 @@ class Built:
 
 def build(request: Request, model: Model, assembly: Assembly, progress: Progress) -> Built:
     """The graph of an assembly, its weights bound to the checkpoint's tensors where they lie."""
-    dtype = request.dtype
+    arch, dtype = request.arch.arch, request.dtype
     graphs = trace_all(assembly.blocks, dtype, progress)
-    pieces: list[Piece] = []
+    values: dict[str, dict[str, str]] = {}
     wanted: dict[str, weights.Parameter] = {}
-    step_weights: dict[str, dict[str, str]] = {s.name: {} for s in assembly.steps}
+    step_weights: dict[str, dict[str, str]] = {}
     for step in assembly.steps:
-        graph = graphs[step.block]
-        names = dict(zip([p.name for p in step.block.inputs], step.inputs, strict=True))
-        for value in graph.graph.input:
-            if value.name in names:
-                continue
-            name = checkpoint_name(request.arch.arch, model, step.path + value.name)
-            shape = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-            names[value.name] = step_weights[step.name][value.name] = name
-            wanted[name] = weights.Parameter(name, shape)
-        names |= zip([p.name for p in step.block.outputs], step.outputs, strict=True)
-        pieces.append(Piece(step.name, graph, names))
-    ignore = request.arch.arch.ignore
+        values[step.name] = {p.name: n for p, n in zip(step.block.inputs, step.inputs, strict=True)}
+        step_weights[step.name] = {}
+        for value in graphs[step.block].graph.input:
+            if value.name not in values[step.name]:
+                name = checkpoint_name(arch, model, step.path + value.name)
+                step_weights[step.name][value.name] = name
+                wanted[name] = weights.Parameter(name, tuple(d.dim_value for d in value.type.tensor_type.shape.dim))
+        values[step.name] |= step_weights[step.name]
+        values[step.name] |= {p.name: n for p, n in zip(step.block.outputs, step.outputs, strict=True)}
+    ignore = arch.ignore
     if model.tied:
-        head, table = tied_names(request.arch.arch)
+        head, table = tied_names(arch)
         ignore += (head,) if weights.check_tied(head, table, request.checkpoint) else ()
     weights.check(wanted, request.checkpoint, ignore, whole=request.block is None)
-    proto = stitch(
-        pieces,
-        [value_info(p, dtype) for p in assembly.inputs],
-        [value_info(p, dtype) for p in assembly.outputs],
-        opset=OPSET,
-    )
-    proto, fusions = pipeline.run(proto)
+
+    def make() -> bytes:
+        pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]
+        return join(pieces, assembly, dtype, request.target).SerializeToString()
+
+    key = [to_data(assembly), values, dtype, request.target, [p.__name__ for p in pipeline.PIPELINE]]
+    proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
+    fusions = {p.key: json.loads(p.value) for p in proto.metadata_props}
+    del proto.metadata_props[:]
     weights.bind(proto, wanted, request.checkpoint, ELEMENT_TYPES[dtype])
-    ops = bodies.attach_bodies(proto, load_body) if request.target == "portable" else bodies.count(proto)
-    return Built(proto, fusions, ops, wanted, step_weights)
+    return Built(proto, fusions, bodies.count(proto), wanted, step_weights)
+
+
+def join(pieces: list[Piece], assembly: Assembly, dtype: str, target: str) -> onnx.ModelProto:
+    """The pieces stitched and fused, weights still graph inputs; what each pass did is in `metadata_props`."""
+    inputs, outputs = ([value_info(p, dtype) for p in ports] for ports in (assembly.inputs, assembly.outputs))
+    proto, fusions = pipeline.run(stitch(pieces, inputs, outputs, opset=OPSET))
+    if target == "portable":
+        bodies.attach_bodies(proto, load_body)
+    for name, fused in fusions.items():
+        proto.metadata_props.add(key=name, value=json.dumps({"count": fused.count, "refused": fused.refused}))
+    return proto
 
 
 def load(found: Manifest) -> onnx.ModelProto:

@@ -9,7 +9,7 @@ import onnx
 
 from llmexport.plugins.spec import DOMAIN, Attribute
 
-# (op, attributes, dtype, sizes of the op's tensors by name of input) -> body
+# (op, attributes, dtype, shapes of the node's inputs) -> body
 Body = Callable[[str, dict[str, Attribute], str, list[list[int | str]]], onnx.FunctionProto]
 
 DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}
@@ -25,6 +25,7 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
     typed = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     typed |= {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type for t in graph.initializer}
     bodies: dict[str, onnx.FunctionProto] = {}
+    known: dict[str, str] = {}  # what a body depends on -> its overload
     for node in graph.node:
         if node.domain != DOMAIN:
             continue
@@ -32,9 +33,12 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
         if untyped:
             raise ValueError(f"{node.name}: type or rank of {', '.join(untyped)} is not known")
         shapes = [[d.dim_param or d.dim_value for d in typed[n].shape.dim] for n in node.input]
-        made = body(node.op_type, _attributes(node), DTYPES[typed[node.input[0]].elem_type], shapes)
-        node.overload = made.overload
-        bodies.setdefault(f"{made.name}:{made.overload}", made)
+        wanted = (node.op_type, _attributes(node), DTYPES[typed[node.input[0]].elem_type], shapes)
+        if repr(wanted) not in known:
+            made = body(*wanted)
+            known[repr(wanted)] = made.overload
+            bodies.setdefault(f"{made.name}:{made.overload}", made)
+        node.overload = known[repr(wanted)]
     model.functions.extend(bodies.values())
     return count(model)
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,7 +36,7 @@ ATTRIBUTES = {
 SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 9}
 
 
-def example(made: Op) -> tuple[Tensor, ...]:
+def tensors(made: Op) -> tuple[Tensor, ...]:
     seed = torch.Generator().manual_seed(0)
     return tuple(torch.randn([SIZES[d] for d in dims], generator=seed) for dims in made.inputs.values())
 
@@ -120,13 +120,13 @@ def test_every_op_is_checked_here():
 def test_torch_agrees_with_the_schema_and_the_fake(name):
     made = all_ops()[name]
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(made.call, example(made), ATTRIBUTES[name], test_utils=checks)
+    torch.library.opcheck(made.call, tensors(made), ATTRIBUTES[name], test_utils=checks)
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_call_gives_what_the_reference_gives(name):
     made = all_ops()[name]
-    expected, found = (f(*example(made), **ATTRIBUTES[name]) for f in (made.reference, made))
+    expected, found = (f(*tensors(made), **ATTRIBUTES[name]) for f in (made.reference, made))
     expected, found = ((v,) if isinstance(v, Tensor) else v for v in (expected, found))
     assert [torch.equal(e, f) for e, f in zip(expected, found, strict=True)] == [True] * len(made.outputs)
 
@@ -195,8 +195,13 @@ def test_an_overload_is_an_identifier(shrink, scale, mode, dtype):
     assert shrink.overload({"scale": scale, "mode": mode}, dtype, {"D": 8}).isidentifier()
 
 
-def test_large_and_small_values_have_overloads_of_their_own(shrink):
-    assert shrink.overload({"scale": 1e16}, "float32", {}) != shrink.overload({"scale": 1e-16}, "float32", {})
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(one=st.floats(allow_nan=False), other=st.floats(allow_nan=False))
+@example(one=1e16, other=1e-16)
+@example(one=1.5, other=-1.5)
+def test_two_numbers_have_overloads_of_their_own(shrink, one, other):
+    assume(one != other)
+    assert shrink.overload({"scale": one}, "float32", {}) != shrink.overload({"scale": other}, "float32", {})
 
 
 def listed(x: Tensor, scales: list) -> Tensor: ...
