@@ -250,4 +250,4 @@ def test_a_body_is_named_for_what_it_was_made_for():
 def test_a_body_for_dynamic_sizes_is_named_without_them():
     attributes = {"activation": "silu", "alpha": 0.0, "limit": 0.0}
     names = {trace_body("GatedAct", attributes, "float32", [[b, "T", 9]] * 2).overload for b in (1, "B")}
-    assert names == {"float32__activation_silu__alpha_0_0__limit_0_0"}
+    assert names == {"float32__activation_silu__alpha_0p0__limit_0p0"}
