@@ -33,6 +33,8 @@ from llmexport.export.errors import EngineError
 from llmexport.export.onnx_file import MODEL, Progress, load
 from llmexport.export.output import write_errors
 from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Port
+from llmexport.plugins import library
+from llmexport.plugins.spec import DOMAIN
 
 PLAN = "model.plan"
 RECORD = "engine.json"
@@ -127,10 +129,14 @@ def build(
     *,
     backend: str = "tensorrt-rtx",
     profile: Profile | None = None,
+    plugins: Path | None = None,
     timeout: float | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Builds an engine of the export in `folder` and writes it there; returns what `engine.json` says.
+
+    plugins: the plugin library, whose kernels take the place of the ops it serves; other ops, or all if it is
+    None, are built from their function bodies.
 
     timeout: seconds until the builder is given up, None to wait. Whatever fails, an earlier engine stays.
     Raises EngineError, and ExportError if `folder` is no export, was changed since, or cannot be written.
@@ -141,12 +147,14 @@ def build(
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
     sizes = (profile or Profile()).resolve(export.assembly.inputs)
-    model = load(export)
+    served = library.served(plugins) if plugins else frozenset()
+    model, plugin_nodes = tensorrt_form(load(export), served)
     with write_errors(folder / PLAN), tempfile.TemporaryDirectory(prefix=".llmexport-", dir=folder) as hidden:
         work = Path(hidden)
-        (work / MODEL).write_bytes(tensorrt_form(model).SerializeToString())
+        (work / MODEL).write_bytes(model.SerializeToString())
         shapes = {p.name: _shapes(p, sizes) for p in export.assembly.inputs}
         job = {"module": chosen.module, "model": str(folder / MODEL), "profile": shapes}
+        job |= {"library": str(plugins)} if plugin_nodes else {}
         (work / "job.json").write_text(json.dumps(job))
         record = {
             "format": FORMAT,
@@ -155,9 +163,8 @@ def build(
             **{k: export.data[k] for k in ("arch", "block", "dtype", "inputs", "outputs")},
             "model_sha256": _sha256(folder / MODEL),
             "profile": sizes,
-            # One entry a library: {"file": name, "sha256": digest, "ops": {"Rope": 36}}.
-            "plugins": [],
-            **_run(work, export.assembly, timeout, progress),
+            "plugins": [_library(plugins, plugin_nodes)] if plugins and plugin_nodes else [],
+            **_run(work, chosen.module, export.assembly, plugin_nodes, timeout, progress),
             "plan": {"bytes": (work / PLAN).stat().st_size, "sha256": _sha256(work / PLAN)},
         }
         _place(work, folder, record)
@@ -165,21 +172,36 @@ def build(
     return record
 
 
-def tensorrt_form(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with every function inlined. Raises EngineError on what TensorRT would misread.
+def tensorrt_form(
+    model: onnx.ModelProto, served: frozenset[str] = frozenset()
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The model with the ops in `served` left to plugins and all other functions inlined; and the nodes that are
+    left to plugins, name -> op. Raises EngineError on what TensorRT would misread.
 
-    It finds an op by type alone: of two functions of one name, whatever their overload, it would call one.
+    It finds an op by type alone: a function hides a plugin of its name, and of two functions of one name, whatever
+    their overload, it would call one.
     """
+    bodies = [f for f in model.functions if f.name not in served]
+    del model.functions[:]
+    model.functions.extend(bodies)
+    for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type in served:
+            node.ClearField("overload")
     inlined = onnx.inliner.inline_local_functions(model)
     for node in inlined.graph.node:
-        if node.domain:
+        if node.domain and not (node.domain == DOMAIN and node.op_type in served):
             raise EngineError(f"{node.name}: {node.domain}::{node.op_type} has no body to build it from")
         if node.op_type == "Attention":
             said = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             misread = [n for n, v in said.items() if v and n not in ATTENTION] + [n for n in node.input[4:] if n]
             if misread:
                 raise EngineError(f"{node.name}: TensorRT misreads or ignores {', '.join(misread)} of Attention")
-    return inlined
+    return inlined, {n.name: n.op_type for n in inlined.graph.node if n.domain == DOMAIN}
+
+
+def _library(path: Path, nodes: dict[str, str]) -> dict[str, Any]:
+    """What engine.json says of the plugin library: it must be loaded before the engine is."""
+    return {"file": str(path), "sha256": _sha256(path), "ops": dict(collections.Counter(nodes.values()))}
 
 
 def _shapes(port: Port, sizes: Mapping[str, Sizes]) -> list[list[int]]:
@@ -187,14 +209,21 @@ def _shapes(port: Port, sizes: Mapping[str, Sizes]) -> list[list[int]]:
     return [[d if isinstance(d, int) else sizes[d][i] for d in port.shape] for i in range(3)]
 
 
-def _run(work: Path, export: Assembly, timeout: float | None, progress: Progress) -> dict[str, Any]:
+def _run(
+    work: Path,
+    module: str,
+    export: Assembly,
+    plugin_nodes: dict[str, str],
+    timeout: float | None,
+    progress: Progress,
+) -> dict[str, Any]:
     """Runs the job in `work`, which leaves the plan there; returns what `engine.json` says about the run."""
     start = time.monotonic()
     messages: collections.deque[str] = collections.deque(maxlen=20)
     facts: dict[str, Any] = {}
     built = False
     progress("engine: read", 0, 2)
-    with _builder(work, timeout) as child:
+    with _builder(work, module, timeout) as child:
         for line in child.stdout or ():
             if not line.endswith("\n"):
                 # It died in the middle of an event.
@@ -204,7 +233,8 @@ def _run(work: Path, export: Assembly, timeout: float | None, progress: Progress
                     messages.append(text)
                     if ANOTHER_GRAPH.search(text):
                         raise EngineError(f"TensorRT would build another graph than the model's: {text}")
-                case ["parsed", inputs, outputs, facts]:
+                case ["parsed", inputs, outputs, plugin_layers, facts]:
+                    _check_plugins(plugin_nodes, plugin_layers)
                     _check_ports(export.inputs, inputs)
                     _check_ports(export.outputs, outputs)
                     progress("engine: build", 1, 2)
@@ -226,13 +256,21 @@ def _run(work: Path, export: Assembly, timeout: float | None, progress: Progress
 
 
 @contextlib.contextmanager
-def _builder(work: Path, timeout: float | None) -> Iterator[subprocess.Popen[str]]:
+def _builder(work: Path, module: str, timeout: float | None) -> Iterator[subprocess.Popen[str]]:
     """The builder's process. It has ended afterwards, whatever happens."""
     pipe = subprocess.PIPE
     with (
         open(work / "stderr", "xb") as stderr,
         # From `work`, as `-m` looks for modules where it is first.
-        subprocess.Popen([*COMMAND, str(work)], cwd=work, stdin=pipe, stdout=pipe, stderr=stderr, text=True) as child,
+        subprocess.Popen(
+            [*COMMAND, str(work)],
+            cwd=work,
+            env=library.builder_environment(module),
+            stdin=pipe,
+            stdout=pipe,
+            stderr=stderr,
+            text=True,
+        ) as child,
     ):
         timer = threading.Timer(timeout or 0, child.kill)
         try:
@@ -257,6 +295,13 @@ def _tail(path: Path) -> list[str]:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4000))
         return file.read().decode(errors="replace").splitlines()[-20:]
+
+
+def _check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
+    """Every node left to a plugin must be a plugin layer, and no other may."""
+    if sorted(layers) != sorted(nodes):
+        odd = sorted(set(nodes).symmetric_difference(layers))[:5]
+        raise EngineError(f"TensorRT made {len(layers)} plugin layers of {len(nodes)} ops, see {', '.join(odd)}")
 
 
 def _check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:

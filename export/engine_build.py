@@ -1,7 +1,7 @@
 """The TensorRT builder, as a process of its own: the only module of the export that imports TensorRT.
 
 `python -m llmexport.export.engine_build FOLDER` does the job that `engine.py` left in the folder. Each line of
-stdout is an event, a JSON list: ["log", text], ["parsed", inputs, outputs, facts], ["unreadable", reasons],
+stdout is an event, a JSON list: ["log", text], ["parsed", inputs, outputs, plugin layers, facts], ["unreadable", reasons],
 ["unbuildable"], ["unwritable", errno] or ["built"].
 """
 
@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from llmexport.plugins import library
 
 Tell = Callable[..., None]
 LONGEST = 1000  # characters of a message that are passed on
@@ -46,6 +48,8 @@ def main(folder: Path) -> None:
 def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     """The plan, as a buffer; None if TensorRT refused, which has been told."""
     logger = _logger(trt, tell)
+    if "library" in job:
+        library.load(trt, Path(job["library"]))
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
@@ -61,8 +65,9 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
             layer.attention.decomposable = True
     inputs = [_port(network.get_input(i)) for i in range(network.num_inputs)]
     outputs = [_port(network.get_output(i)) for i in range(network.num_outputs)]
+    plugins = [layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
     kinds = collections.Counter(layer.type.name for layer in layers)
-    tell("parsed", inputs, outputs, {"version": trt.__version__, "layers": dict(kinds.most_common())})
+    tell("parsed", inputs, outputs, plugins, {"version": trt.__version__, "layers": dict(kinds.most_common())})
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     for name, shapes in job["profile"].items():

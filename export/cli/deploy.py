@@ -39,6 +39,7 @@ def command(
     Exit code 1 if a rung of the comparison fails.
     """
     from llmexport.export import engine
+    from llmexport.plugins import library
 
     console = Console(quiet, as_json)
     sizes = engine.parse_profile(profile) if profile else None
@@ -47,7 +48,9 @@ def command(
         folder = output or Path(f"{named.name}-deploy")
         request = onnx_file.Request(named, found, dtype, None, weights)
         record = onnx_file.write(request, folder, force=force or output is None, progress=console.progress)
-    built = engine.build(folder, backend=backend, profile=sizes, progress=console.progress)
+    built = engine.build(
+        folder, backend=backend, profile=sizes, plugins=library.find(), progress=console.progress
+    )
     report = validate_command.run(folder, None, 0, console)
     rows = onnx_command.summary(record, folder) + engine_command.summary(built)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix != ".safetensors"}

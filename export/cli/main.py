@@ -10,7 +10,7 @@ import click
 
 from llmexport.plugins.errors import UserError
 
-COMMANDS = ("archs", "onnx", "engine", "validate", "deploy", "checkpoint", "doctor")
+COMMANDS = ("archs", "onnx", "engine", "validate", "deploy", "checkpoint", "ops", "plugins", "doctor")
 
 
 class Lazy(click.Group):
