@@ -1,4 +1,5 @@
-// The part of TensorRT's plugin ABI that a V3 plugin meets: TensorRT 10.0 and later, and TensorRT for RTX.
+// The part of TensorRT's plugin ABI that a V3 plugin meets: TensorRT 10.0 and later, and TensorRT
+// for RTX.
 //
 // Declared here so that the library builds where TensorRT has no headers, and so that one build
 // serves every version. What counts is the order of virtual functions and members and the values
@@ -147,9 +148,11 @@ class IPluginV3OneBuild : public IPluginCapability {
  public:
   InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN_V3ONE_BUILD", 1, 0}; }
   virtual int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs,
-                                  DynamicPluginTensorDesc const* out, int32_t nbOutputs) noexcept = 0;
+                                  DynamicPluginTensorDesc const* out,
+                                  int32_t nbOutputs) noexcept = 0;
   virtual int32_t getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs,
-                                     DataType const* inputTypes, int32_t nbInputs) const noexcept = 0;
+                                     DataType const* inputTypes,
+                                     int32_t nbInputs) const noexcept = 0;
   virtual int32_t getOutputShapes(DimsExprs const* inputs, int32_t nbInputs,
                                   DimsExprs const* shapeInputs, int32_t nbShapeInputs,
                                   DimsExprs* outputs, int32_t nbOutputs,
