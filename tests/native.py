@@ -13,7 +13,12 @@ ROOT = Path(__file__).parents[1]
 PLUGINS = ROOT / "plugins"
 CUDA_INCLUDE = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 # A kernel's rounding is stated operation by operation: no contraction into fma.
-EMULATED = ("-DLLMEXPORT_EMULATED", "-ffp-contract=off", *map(str, sorted(PLUGINS.glob("cpu/*.cpp"))))
+EMULATED = (
+    "-DLLMEXPORT_EMULATED",
+    "-ffp-contract=off",
+    "-Wno-unknown-pragmas",
+    *map(str, sorted(PLUGINS.glob("cpu/*.cpp"))),
+)
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
