@@ -48,3 +48,9 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> P
         assert done.returncode == 0, done.stderr[-4000:]
         unfinished.rename(target)
     return target
+
+
+def emulated_library(flags: Sequence[str] = ()) -> Path:
+    """The plugin library with its kernels on the CPU emulator."""
+    sources = {path for pattern in ("trt/*.cpp", "*/*.cu", "*/plugin.cpp") for path in PLUGINS.glob(pattern)}
+    return compiled("plugins" + "-sanitized" * bool(flags), sorted(sources), ["-shared", *EMULATED, *flags])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes as c
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,7 +112,7 @@ class Output:
 
     @classmethod
     def make(cls, memory: Memory, shape: tuple[int, ...], dtype: np.dtype[Any], shift: int) -> Output:
-        nans = np.full(int(np.prod(shape)), np.nan, dtype).view(np.uint8)
+        nans = np.full(int(np.prod(shape)) * dtype.itemsize, 0xFF, np.uint8)  # a NaN in every float type
         guard = np.full(GUARD_BYTES, GUARD, np.uint8)
         before = np.full(GUARD_BYTES + shift * dtype.itemsize, GUARD, np.uint8)
         return cls(memory, memory.place(np.concatenate([before, nans, guard])), shape, dtype, shift)
@@ -229,8 +229,8 @@ class Plugin:
         outputs = self.call("outputs")
         return self.call("workspace", (Desc * len(io))(*io), len(io) - outputs, outputs)
 
-    def run(self, memory: Memory, inputs: Sequence[np.ndarray], shift: int = 0) -> list[np.ndarray]:
-        """Enqueues once. Every tensor lies `shift` elements past an aligned address."""
+    def prepare(self, memory: Memory, inputs: Sequence[np.ndarray], shift: int = 0) -> Run:
+        """Sets these shapes and lays out every tensor `shift` elements past an aligned address."""
         descs = [desc(x.shape, x.dtype) for x in inputs]
         shapes = self.output_shapes(descs, known=True)
         types = self.output_types([d.type for d in descs])
@@ -243,17 +243,47 @@ class Plugin:
             content = np.concatenate([padding, np.ascontiguousarray(x).reshape(-1).view(np.uint8)])
             addresses.append(memory.place(content) + shift * x.itemsize)
         outputs = [Output.make(memory, s, t, shift) for s, t in zip(shapes, dtypes, strict=True)]
-        workspace = Output.make(memory, (self.workspace(io),), np.dtype(np.float16), 0)
-        code = self.call(
+        workspace = Output.make(memory, (self.workspace(io),), np.dtype(np.uint8), 0)
+        return Run(self, io, addresses, outputs, workspace)
+
+    def run(self, memory: Memory, inputs: Sequence[np.ndarray], shift: int = 0) -> list[np.ndarray]:
+        run = self.prepare(memory, inputs, shift)
+        run.enqueue(memory.stream)
+        return run.results()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prepared enqueue."""
+
+    plugin: Plugin
+    io: list[Desc]
+    inputs: list[int]
+    outputs: list[Output]
+    workspace: Output
+
+    def enqueue(self, stream: int | None) -> None:
+        code = self.plugin.call(
             "enqueue",
-            (Desc * len(io))(*io),
-            len(inputs),
-            (c.c_void_p * len(inputs))(*addresses),
-            (c.c_void_p * len(outputs))(*(o.address for o in outputs)),
-            c.c_void_p(workspace.address),
-            c.c_void_p(memory.stream),
+            (Desc * len(self.io))(*self.io),
+            len(self.inputs),
+            (c.c_void_p * len(self.inputs))(*self.inputs),
+            (c.c_void_p * len(self.outputs))(*(o.address for o in self.outputs)),
+            c.c_void_p(self.workspace.address),
+            c.c_void_p(stream),
         )
         if code:
-            raise Refused(f"{self.op}: CUDA error {code}")
-        workspace.read()
-        return [o.read() for o in outputs]
+            raise Refused(f"{self.plugin.op}: CUDA error {code}")
+
+    def results(self) -> list[np.ndarray]:
+        """Raises AssertionError if anything was written beside the outputs and the workspace."""
+        self.workspace.read()
+        return [o.read() for o in self.outputs]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A library, and the memory of what runs it."""
+
+    library: Library
+    memory: Callable[[], Memory]
