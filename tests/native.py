@@ -1,5 +1,6 @@
 """Compiles what the tests of plugins/ need, once for each state of the sources."""
 
+import functools
 import hashlib
 import os
 import shutil
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from llmexport.plugins import library
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = ROOT / "plugins"
@@ -54,3 +57,17 @@ def emulated_library(flags: Sequence[str] = ()) -> Path:
     """The plugin library with its kernels on the CPU emulator."""
     sources = {path for pattern in ("trt/*.cpp", "*/*.cu", "*/plugin.cpp") for path in PLUGINS.glob(pattern)}
     return compiled("plugins" + "-sanitized" * bool(flags), sorted(sources), ["-shared", *EMULATED, *flags])
+
+
+def need_nvcc() -> str:
+    try:
+        return library._nvcc()
+    except library.PluginError as error:
+        pytest.skip(str(error))
+
+
+@functools.cache
+def cuda_library() -> Path:
+    """The plugin library as nvcc makes it for every architecture."""
+    need_nvcc()
+    return library.build(build_dir=ROOT / "build" / "tests" / "cuda", jobs=2)
