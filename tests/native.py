@@ -71,3 +71,19 @@ def cuda_library() -> Path:
     """The plugin library as nvcc makes it for every architecture."""
     need_nvcc()
     return library.build(build_dir=ROOT / "build" / "tests" / "cuda", jobs=2)
+
+
+def need_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+def gpu_library(build_dir: Path) -> Path:
+    """The plugin library for the GPU of this machine."""
+    need_gpu()
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return library.build([str(10 * major + minor)], build_dir)

@@ -16,7 +16,9 @@ AddRmsNormPlan addRmsNormPlan(int64_t rows, int64_t columns, Dtype dtype, bool p
     int const needed = int(ceilDiv(perRow, lanes));
     return {{dim3(unsigned(ceilDiv(rows, rowsPerBlock))), dim3(lanes, rowsPerBlock)},
             width,
-            needed <= 1 ? 1 : needed <= 2 ? 2 : kNormMaxVectors};
+            needed <= 1   ? 1
+            : needed <= 2 ? 2
+                          : kNormMaxVectors};
   }
   // Two vectors a thread keep more rows on an SM; four where that would be a large block.
   constexpr int64_t kLargeBlock = 256;

@@ -7,7 +7,7 @@ namespace llmexport {
 
 constexpr int kNormWarpBlock = 128;   // threads of a block whose rows take a warp or less each
 constexpr int kNormMaxThreads = 512;  // for one row; 1024 would spill
-constexpr int kNormMaxVectors = 4;     // more would leave too few threads for the latency
+constexpr int kNormMaxVectors = 4;    // more would leave too few threads for the latency
 constexpr int kNormTwoPassThreads = 256;
 
 template <class T>
@@ -17,7 +17,8 @@ __device__ __forceinline__ T addRounded(T a, T b) {
 
 // One output: both rounding orders that models use (see __init__.py).
 template <class T>
-__device__ __forceinline__ T scaled(float normed, T weight, AddRmsNormAttributes const& attributes) {
+__device__ __forceinline__ T scaled(float normed, T weight,
+                                    AddRmsNormAttributes const& attributes) {
   float const scale = toFloat(weight) + attributes.weightOffset;
   return fromFloat<T>(attributes.roundBeforeWeight ? rounded<T>(normed) * rounded<T>(scale)
                                                    : normed * scale);

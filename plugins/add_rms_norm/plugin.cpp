@@ -8,8 +8,8 @@ cudaError_t enqueue(Call const& call) {
   Sizes const& s = call.sizes;
   AddRmsNormAttributes const attributes{call.attributes[0].real, call.attributes[1].real,
                                         call.attributes[2].integer != 0};
-  return addRmsNorm(call.dtype, s['B'] * s['T'], s['C'], attributes, call.inputs[0],
-                    call.inputs[1], call.inputs[2], call.outputs[0], call.outputs[1], call.stream);
+  return addRmsNorm(call.dtype, s['B'] * s['T'], s['C'], attributes, call.inputs[0], call.inputs[1],
+                    call.inputs[2], call.outputs[0], call.outputs[1], call.stream);
 }
 
 Registration const registration({

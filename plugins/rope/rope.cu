@@ -1,6 +1,6 @@
-#include "rope/rope.cuh"
-
 #include <algorithm>
+
+#include "rope/rope.cuh"
 
 namespace llmexport {
 
@@ -29,17 +29,17 @@ cudaError_t start(RopePlan const& plan, RopeSizes const& s, void const* x, void 
 
 }  // namespace
 
-cudaError_t rope(Dtype dtype, RopeSizes const& s, bool interleaved, void const* x,
-                 void const* cos, void const* sin, void* y, cudaStream_t stream) {
+cudaError_t rope(Dtype dtype, RopeSizes const& s, bool interleaved, void const* x, void const* cos,
+                 void const* sin, void* y, cudaStream_t stream) {
   if (s.B * s.H * s.T * s.D == 0) return cudaSuccess;
   if (std::max({s.B * s.T, s.D, s.H}) > INT32_MAX) return cudaErrorInvalidValue;
   RopePlan const plan = ropePlan(s, dtype, aligned({x, cos, sin, y}));
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    auto const function = plan.width > 1
-                              ? (interleaved ? start<T, kFullWidth<T>, true>
-                                             : start<T, kFullWidth<T>, false>)
-                              : (interleaved ? start<T, 1, true> : start<T, 1, false>);
+    auto const function =
+        plan.width > 1
+            ? (interleaved ? start<T, kFullWidth<T>, true> : start<T, kFullWidth<T>, false>)
+            : (interleaved ? start<T, 1, true> : start<T, 1, false>);
     return function(plan, s, x, cos, sin, y, stream);
   });
 }

@@ -39,8 +39,7 @@ bool parseFloat(Op const& op, PluginField const& field, Value& value) {
   return true;
 }
 
-bool parseChoice(Op const& op, Attribute const& attribute, PluginField const& field,
-                 Value& value) {
+bool parseChoice(Op const& op, Attribute const& attribute, PluginField const& field, Value& value) {
   if (field.type != PluginFieldType::kCHAR) {
     return refuse("%s: %s has field type %d, a string is chars", op.name, field.name,
                   int(field.type)),

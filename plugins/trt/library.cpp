@@ -16,7 +16,9 @@ std::vector<std::unique_ptr<Creator>>& creators() {
 
 }  // namespace
 
-Registration::Registration(Op op) { creators().push_back(std::make_unique<Creator>(std::move(op))); }
+Registration::Registration(Op op) {
+  creators().push_back(std::make_unique<Creator>(std::move(op)));
+}
 
 int32_t refuse(char const* format, ...) noexcept {
   char line[512];

@@ -121,8 +121,7 @@ HOST IPluginV3* host_recreate(IPluginCreatorV3One* creator, IPluginV3* plugin) {
   std::vector<PluginField> copies;
   for (int32_t i = 0; i < fields->nbFields; ++i) {
     PluginField const& field = fields->fields[i];
-    copies.push_back(
-        {names[size_t(i)].c_str(), bytes[size_t(i)].data(), field.type, field.length});
+    copies.push_back({names[size_t(i)].c_str(), bytes[size_t(i)].data(), field.type, field.length});
   }
   IPluginV3* const made = host_create(creator, copies.data(), fields->nbFields, 1);
   for (auto* texts : {&names, &bytes}) {

@@ -8,16 +8,21 @@ using namespace llmexport;
 namespace {
 
 void write(LaunchPlan const& plan, int64_t* out) {
-  int64_t const values[] = {plan.grid.x,  plan.grid.y,  plan.grid.z,           plan.block.x,
-                            plan.block.y, plan.block.z, int64_t(plan.sharedBytes)};
+  int64_t const values[] = {plan.grid.x,
+                            plan.grid.y,
+                            plan.grid.z,
+                            plan.block.x,
+                            plan.block.y,
+                            plan.block.z,
+                            int64_t(plan.sharedBytes)};
   for (int i = 0; i < 7; ++i) out[i] = values[i];
 }
 
 }  // namespace
 
 extern "C" void plan_rope(int64_t const* sizes, int dtype, bool pointersAligned, int64_t* out) {
-  auto const plan = ropePlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, Dtype(dtype),
-                             pointersAligned);
+  auto const plan =
+      ropePlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, Dtype(dtype), pointersAligned);
   write(plan.launch, out);
   out[7] = plan.width;
 }

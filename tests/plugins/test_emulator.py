@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native import EMULATED, SANITIZED, compiled
+from native import EMULATED, PLUGINS, SANITIZED, compiled, need_gpu, need_nvcc
 
 HERE = Path(__file__).parent / "emulator"
 BUGS = ("-DBUG_NO_WAIT", "-DBUG_NO_BARRIER", "-DBUG_RACE")
@@ -31,6 +31,18 @@ def run(program: Path, kernel: str, seed: str = "0") -> subprocess.CompletedProc
 @pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "rotate", "too_many_threads"])
 def test_right_kernel_is_right_under_sanitizers(right_kernels: Path, kernel: str, seed: str) -> None:
     done = run(right_kernels, kernel, seed)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "rotate", "too_many_threads"])
+def test_gpu_agrees_with_the_emulator(tmp_path: Path, kernel: str) -> None:
+    """One reading of the fragment layouts serves kernel and emulator: only a GPU can say that it is right."""
+    need_gpu()
+    program = tmp_path / "check"
+    command = [need_nvcc(), "-std=c++17", "-arch=native", "-I", PLUGINS, HERE / "check.cu", "-o", program]
+    subprocess.run(command, check=True)
+    done = run(program, kernel)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -83,7 +83,16 @@ def test_rope(machine: Machine, size: tuple[int, ...], dtype: str, interleaved: 
 
 
 # B, T, C by the way a row is taken: alone, by part of a warp, a warp, a block, in two passes.
-NORM_SIZES = [(1, 1, 1), (2, 63, 37), (1, 130, 128), (1, 63, 264), (3, 1, 1024), (1, 2, 2880), (1, 2, 8192), (1, 1, 16640)]
+NORM_SIZES = [
+    (1, 1, 1),
+    (2, 63, 37),
+    (1, 130, 128),
+    (1, 63, 264),
+    (3, 1, 1024),
+    (1, 2, 2880),
+    (1, 2, 8192),
+    (1, 1, 16640),
+]
 
 
 @pytest.mark.parametrize("shift", [0, 1])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from native import gpu_library
 from plugin_host import (
     BUILD,
     DTYPES,
@@ -26,6 +28,7 @@ from plugin_host import (
     desc,
     field,
 )
+from plugin_memory import GpuMemory
 
 from llmexport.plugins.spec import all_ops
 from llmexport.validate.compare import compare
@@ -240,3 +243,18 @@ def test_two_contexts_share_one_plugin(machine: Machine, op: str) -> None:
         run.enqueue(memory.stream)
         for want, have in zip(expected(op, "fp32", some), run.results(), strict=True):
             assert compare(want, have).rms_ratio < 1e-6
+
+
+@pytest.mark.gpu
+def test_enqueue_is_captured_in_a_cuda_graph(op: str, tmp_path: Path) -> None:
+    """It neither allocates nor synchronises, or the capture fails."""
+    library, memory = Library(gpu_library(tmp_path)), GpuMemory()
+    inputs = tensors(op, "bf16")
+    run = library.create(op, ATTRIBUTES[op]).attach().prepare(memory, [numpy_of(x, "bf16") for x in inputs])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run.enqueue(torch.cuda.current_stream().cuda_stream)
+    graph.replay()
+    torch.cuda.synchronize()
+    for want, have in zip(expected(op, "bf16", inputs), run.results(), strict=True):
+        assert compare(want, have).rms_ratio < UNIT["bf16"]

@@ -16,13 +16,13 @@ using namespace llmexport;
 namespace {
 
 // Memory of the machine that runs the kernels, of exactly `size` elements.
-template <class T> struct Array {
-  T *data = nullptr;
+template <class T>
+struct Array {
+  T* data = nullptr;
   size_t size;
-  explicit Array(std::vector<T> const &host) : size(host.size()) {
+  explicit Array(std::vector<T> const& host) : size(host.size()) {
 #ifdef LLMEXPORT_EMULATED
-    if (posix_memalign(reinterpret_cast<void **>(&data), 16, size * sizeof(T)))
-      std::abort();
+    if (posix_memalign(reinterpret_cast<void**>(&data), 16, size * sizeof(T))) std::abort();
     std::memcpy(data, host.data(), size * sizeof(T));
 #else
     cudaMalloc(&data, size * sizeof(T));
@@ -52,30 +52,28 @@ void run(void (*kernel)(P...), int blocks, int threads, A... args) {
   launch(kernel, {dim3(blocks), dim3(threads)}, nullptr, args...);
 }
 
-template <class T, bool kRowMajorB> bool gemmIsRight() {
+template <class T, bool kRowMajorB>
+bool gemmIsRight() {
   constexpr int M = 63, N = 64, K = 96;
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   std::vector<T> a(M * K), b(N * K);
-  for (auto *v : {&a, &b}) {
-    for (auto &x : *v)
-      x = T(normal(random));
+  for (auto* v : {&a, &b}) {
+    for (auto& x : *v) x = T(normal(random));
   }
   Array<T> A(a), B(b);
   Array<float> C(std::vector<float>(M * N, NAN));
-  LaunchPlan const plan{dim3(N / kTile, int(ceilDiv(M, kTile))),
-                        dim3(kGemmThreads), kGemmSharedBytes};
+  LaunchPlan const plan{dim3(N / kTile, int(ceilDiv(M, kTile))), dim3(kGemmThreads),
+                        kGemmSharedBytes};
   launch(gemm<T, kRowMajorB>, plan, nullptr, A.data, B.data, C.data, M, N, K);
   std::vector<float> const c = C.host();
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; ++n) {
       double sum = 0;
       for (int k = 0; k < K; ++k) {
-        sum += double(float(a[m * K + k])) *
-               float(kRowMajorB ? b[k * N + n] : b[n * K + k]);
+        sum += double(float(a[m * K + k])) * float(kRowMajorB ? b[k * N + n] : b[n * K + k]);
       }
-      if (!(std::fabs(c[m * N + n] - sum) < 1e-4))
-        return false;
+      if (!(std::fabs(c[m * N + n] - sum) < 1e-4)) return false;
     }
   }
   return true;
@@ -101,8 +99,7 @@ bool shuffleHalvesIsRight() {
   run(shuffleHalves, 1, 32, y.data);
   auto const found = y.host();
   for (int i = 0; i < 32; ++i) {
-    if (found[i] != (i < 16 ? 3 : i == 16 ? 16 : i - 1))
-      return false;
+    if (found[i] != (i < 16 ? 3 : i == 16 ? 16 : i - 1)) return false;
   }
   return true;
 }
@@ -112,45 +109,35 @@ bool rotateTwiceIsRight() {
   run(rotateTwice, 1, 64, y.data);
   auto const found = y.host();
   for (int i = 0; i < 64; ++i) {
-    if (found[i] != (i + 2) % 64)
-      return false;
+    if (found[i] != (i + 2) % 64) return false;
   }
   return true;
 }
 
-bool check(std::string const &name) {
+bool check(std::string const& name) {
   Array<float> x(std::vector<float>(100)), y(std::vector<float>(100));
   Array<int> z(std::vector<int>(32));
   if (name == "gemm") {
     return gemmIsRight<Bfloat16, false>() && gemmIsRight<Half, false>() &&
            gemmIsRight<Bfloat16, true>() && gemmIsRight<Half, true>();
   }
-  if (name == "sum")
-    return sumAndCountIsRight();
-  if (name == "halves")
-    return shuffleHalvesIsRight();
-  if (name == "rotate")
-    return rotateTwiceIsRight();
-  if (name == "out_of_bounds")
-    run(copyUnchecked, 1, 128, x.data, y.data);
-  if (name == "past_shared_end")
-    run(pastSharedEnd, 1, 32, y.data);
-  if (name == "misaligned")
-    run(copyShifted, 1, 8, x.data, y.data);
-  if (name == "divergent_shuffle")
-    run(shuffleWithoutOthers, 1, 32, z.data);
-  if (name == "divergent_barrier")
-    run(barrierInBranches, 1, 32, z.data);
+  if (name == "sum") return sumAndCountIsRight();
+  if (name == "halves") return shuffleHalvesIsRight();
+  if (name == "rotate") return rotateTwiceIsRight();
+  if (name == "out_of_bounds") run(copyUnchecked, 1, 128, x.data, y.data);
+  if (name == "past_shared_end") run(pastSharedEnd, 1, 32, y.data);
+  if (name == "misaligned") run(copyShifted, 1, 8, x.data, y.data);
+  if (name == "divergent_shuffle") run(shuffleWithoutOthers, 1, 32, z.data);
+  if (name == "divergent_barrier") run(barrierInBranches, 1, 32, z.data);
   if (name == "too_many_threads") {
-    return launch(copyUnchecked, {dim3(1), dim3(1025)}, nullptr, x.data,
-                  y.data) != cudaSuccess;
+    return launch(copyUnchecked, {dim3(1), dim3(1025)}, nullptr, x.data, y.data) != cudaSuccess;
   }
   return true;
 }
 
-} // namespace
+}  // namespace
 
-int main(int, char **arguments) {
+int main(int, char** arguments) {
   bool const right = check(arguments[1]);
   std::puts(right ? "right" : "WRONG NUMBERS");
   return right ? 0 : 1;
