@@ -15,7 +15,7 @@ struct RopePlan {
   int width;  // pairs that a thread rotates at a time
 };
 
-// Empty where there is nothing to do; launched, CUDA refuses what exceeds its grid.
+// For sizes of at least one element each.
 RopePlan ropePlan(RopeSizes const& sizes, Dtype dtype, bool pointersAligned);
 
 // y, of x's shape, may be x itself.
