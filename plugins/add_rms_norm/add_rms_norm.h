@@ -1,0 +1,27 @@
+// Residual add and RMSNorm in one pass; its meaning is in __init__.py.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/launch_plan.h"
+
+namespace llmexport {
+
+struct AddRmsNormPlan {
+  LaunchPlan launch;
+  int width;    // elements of one access
+  int vectors;  // that a thread keeps of its row in registers; 0: the row is read twice
+};
+
+AddRmsNormPlan addRmsNormPlan(int64_t rows, int64_t columns, Dtype dtype, bool pointersAligned);
+
+struct AddRmsNormAttributes {
+  float epsilon, weightOffset;
+  bool roundBeforeWeight;
+};
+
+// x, residual, y and sum [rows, columns], weight [columns].
+cudaError_t addRmsNorm(Dtype dtype, int64_t rows, int64_t columns,
+                       AddRmsNormAttributes const& attributes, void const* x, void const* residual,
+                       void const* weight, void* y, void* sum, cudaStream_t stream);
+
+}  // namespace llmexport

@@ -1,0 +1,231 @@
+#include "cpu/block.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <thread>
+
+namespace llmexport::emulator {
+namespace {
+
+constexpr size_t kAlignment = 128;
+constexpr unsigned char kPoison = 0xFF;  // a NaN in every float type
+constexpr size_t kCopyBytes = 16;
+constexpr size_t kMaxSharedBytes = 227 * 1024;  // sm_90 and sm_100; no architecture has more
+
+thread_local Block* currentBlock = nullptr;
+
+}  // namespace
+
+void fail(char const* format, ...) {
+  std::va_list args;
+  va_start(args, format);
+  std::fputs("emulator: ", stderr);
+  std::vfprintf(stderr, format, args);
+  std::fprintf(stderr, " [block (%u,%u,%u)]\n", blockIdx.x, blockIdx.y, blockIdx.z);
+  va_end(args);
+  std::abort();
+}
+
+Block::Block(dim3 grid, dim3 size, size_t sharedBytes, std::function<void()> const& body)
+    : grid_(grid),
+      size_(size),
+      sharedBytes_(sharedBytes),
+      body_(body),
+      threads_(size_t(size.x) * size.y * size.z),
+      dynamic_(nullptr, std::free) {}
+
+Block& Block::current() { return *currentBlock; }
+
+// Each allocation has its exact size, so that ASan sees an access past its end.
+Block::Memory Block::poisoned(size_t bytes) {
+  void* memory = nullptr;
+  if (bytes && posix_memalign(&memory, kAlignment, bytes) != 0) fail("no memory");
+  if (bytes) std::memset(memory, kPoison, bytes);
+  return {memory, std::free};
+}
+
+void Block::enter() {
+  Fiber::entered();
+  Block& block = current();
+  block.body_();
+  Thread& thread = block.threads_[block.running_];
+  thread.done = true;
+  --block.live_;
+  block.progress_ = true;
+  thread.fiber.finish();
+}
+
+void Block::run(uint3 index, uint64_t seed) {
+  currentBlock = this;
+  blockIdx = index_ = index;
+  blockDim = size_;
+  gridDim = grid_;
+  live_ = int(threads_.size());
+  atBarrier_ = 0;
+  lanes_.assign((threads_.size() + kLanes - 1) / kLanes * kLanes, {});
+  arrays_.clear();
+  dynamic_ = poisoned(sharedBytes_);
+  random_.seed(unsigned(seed + 0x9E3779B9u * index.x + 0x85EBCA6Bu * index.y + index.z));
+  for (size_t i = 0; i < threads_.size(); ++i) {
+    Thread& thread = threads_[i];
+    thread.index = {unsigned(i) % size_.x, unsigned(i) / size_.x % size_.y,
+                    unsigned(i) / size_.x / size_.y};
+    thread.done = false;
+    thread.copies.assign(1, {});
+    thread.fiber.arm(enter);
+  }
+  std::vector<int> order(threads_.size());
+  std::iota(order.begin(), order.end(), 0);
+  while (live_ > 0) {
+    std::shuffle(order.begin(), order.end(), random_);
+    progress_ = false;
+    for (int i : order) {
+      if (threads_[i].done) continue;
+      running_ = i;
+      threadIdx = threads_[i].index;
+      threads_[i].fiber.resume();
+    }
+    if (!progress_) reportDeadlock();
+  }
+  currentBlock = nullptr;
+}
+
+void Block::reportDeadlock() const {
+  int live = 0;
+  Thread const* first = nullptr;
+  for (Thread const& thread : threads_) {
+    if (thread.done) continue;
+    ++live;
+    if (!first) first = &thread;
+  }
+  fail("deadlock: %d of %zu threads wait, the first, (%u,%u,%u), for %s at line %d", live,
+       threads_.size(), first->index.x, first->index.y, first->index.z, first->waitsFor,
+       first->line);
+}
+
+// What a thread waits for changes only when another passes a wait or ends; hence `progress_`.
+template <class F>
+void Block::waitUntil(char const* what, int line, F ready) {
+  Thread& thread = threads_[running_];
+  while (!ready()) {
+    thread.waitsFor = what;
+    thread.line = line;
+    thread.fiber.yield();
+  }
+  progress_ = true;
+}
+
+void Block::barrier(int line) {
+  if (atBarrier_ > 0 && line != barrierLine_) {
+    fail("divergent __syncthreads: threads wait at line %d and at line %d", barrierLine_, line);
+  }
+  barrierLine_ = line;
+  if (++atBarrier_ == int(threads_.size())) {
+    atBarrier_ = 0;
+    ++barriersPassed_;
+  }
+  bool const last = atBarrier_ == 0;
+  unsigned const passed = barriersPassed_;
+  waitUntil("__syncthreads", line, [&] { return last || barriersPassed_ != passed; });
+}
+
+Lane* Block::join(char const* what, int line, unsigned mask, void const* value, size_t bytes) {
+  Lane* lanes = lanesOfWarp();
+  Lane& own = lanes[lane()];
+  if (!(mask >> lane() & 1)) fail("%s at line %d by a lane outside its mask", what, line);
+  waitUntil(what, line, [&] { return own.unread == 0; });
+  std::memcpy(own.value, value, bytes);
+  own.arrived = true;
+  own.mask = mask;
+  own.what = what;
+  std::vector<Lane*> members;
+  for (int i = 0; i < kLanes; ++i) {
+    if (mask >> i & 1 && exists(i)) members.push_back(&lanes[i]);
+  }
+  bool const complete = std::all_of(members.begin(), members.end(), [&](Lane* l) {
+    return l->arrived && l->mask == mask && l->what == what;
+  });
+  unsigned const before = own.completed;
+  if (complete) {
+    for (Lane* l : members) {
+      l->arrived = false;
+      l->unread = int(members.size());
+      ++l->completed;
+    }
+  }
+  waitUntil(what, line, [&] { return own.completed != before; });
+  return lanes;
+}
+
+void Block::leave(unsigned mask) {
+  Lane* lanes = lanesOfWarp();
+  for (int i = 0; i < kLanes; ++i) {
+    if (mask >> i & 1 && exists(i)) --lanes[i].unread;
+  }
+}
+
+void* Block::sharedArray(int key, size_t bytes) {
+  auto const found = arrays_.find(key);
+  if (found != arrays_.end()) return found->second.get();
+  return arrays_.emplace(key, poisoned(bytes)).first->second.get();
+}
+
+// The bytes arrive at the wait; until then a reader finds poison.
+void Block::startCopy(Copy copy) {
+  if (reinterpret_cast<uintptr_t>(copy.to) % kCopyBytes ||
+      (copy.valid && reinterpret_cast<uintptr_t>(copy.from) % kCopyBytes)) {
+    fail("cp.async of 16 bytes between misaligned addresses");
+  }
+  std::memset(copy.to, kPoison, kCopyBytes);
+  threads_[running_].copies.back().push_back(copy);
+}
+
+void Block::waitCopies(int pending) {
+  auto& groups = threads_[running_].copies;
+  while (int(groups.size()) - 1 > pending) {
+    for (Copy const& copy : groups.front()) {
+      if (copy.valid) {
+        std::memcpy(copy.to, copy.from, kCopyBytes);
+      } else {
+        std::memset(copy.to, 0, kCopyBytes);
+      }
+    }
+    groups.pop_front();
+  }
+}
+
+cudaError_t runGrid(dim3 grid, dim3 block, size_t sharedBytes, std::function<void()> const& body) {
+  uint64_t const threads = uint64_t(block.x) * block.y * block.z;
+  uint64_t const blocks = uint64_t(grid.x) * grid.y * grid.z;
+  if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > INT32_MAX ||
+      grid.y > 65535 || grid.z > 65535) {
+    return cudaErrorInvalidConfiguration;
+  }
+  if (sharedBytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  char const* const asked = std::getenv("LLMEXPORT_EMULATOR_SEED");
+  uint64_t const seed = asked ? std::strtoull(asked, nullptr, 10) : 0;
+  uint64_t const start = seed % blocks;
+  std::atomic<uint64_t> next{0};
+  auto work = [&] {
+    Block one(grid, block, sharedBytes, body);
+    for (uint64_t i; (i = next++) < blocks;) {
+      uint64_t const at = (i + start) % blocks;
+      one.run(
+          {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)},
+          seed);
+    }
+  };
+  std::vector<std::thread> others;
+  uint64_t const cores = std::max(1u, std::thread::hardware_concurrency());
+  for (uint64_t i = 1; i < std::min(cores, blocks); ++i) others.emplace_back(work);
+  work();
+  for (auto& other : others) other.join();
+  return cudaSuccess;
+}
+
+}  // namespace llmexport::emulator

@@ -1,0 +1,125 @@
+// One block of CUDA threads on one CPU thread: fibers, barriers, warp collectives, shared memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <vector_types.h>
+
+#include <array>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/fiber.h"
+
+namespace llmexport::emulator {
+
+constexpr int kLanes = 32;
+
+// What a kernel does wrong ends the process, with one line that says what and where.
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(char const* format, ...);
+
+struct Copy {
+  void* to;
+  void const* from;
+  bool valid;
+};
+
+// A value that one lane gives to the others of a collective. `unread` lanes have yet to take it.
+struct Lane {
+  bool arrived = false;
+  int unread = 0;
+  unsigned mask = 0;
+  unsigned completed = 0;
+  char const* what = nullptr;
+  alignas(16) unsigned char value[64];
+};
+
+struct Thread {
+  Fiber fiber;
+  uint3 index{};
+  bool done = false;
+  char const* waitsFor = nullptr;
+  int line = 0;
+  std::deque<std::vector<Copy>> copies;  // groups; the last is open
+};
+
+class Block {
+ public:
+  Block(dim3 grid, dim3 size, size_t sharedBytes, std::function<void()> const& body);
+
+  // Runs the block to its end. The threads take turns in an order drawn from `seed`.
+  void run(uint3 index, uint64_t seed);
+
+  static Block& current();
+  int thread() const { return running_; }
+  int lane() const { return running_ % kLanes; }
+  // The lanes of this warp that the block has threads for.
+  unsigned existing() const {
+    int const lanes = int(threads_.size()) - running_ / kLanes * kLanes;
+    return lanes >= kLanes ? ~0u : (1u << lanes) - 1;
+  }
+
+  void barrier(int line);
+  void* sharedArray(int key, size_t bytes);
+  void* dynamicShared() { return dynamic_.get(); }
+  void startCopy(Copy copy);
+  void commitCopies() { threads_[running_].copies.emplace_back(); }
+  void waitCopies(int pending);
+
+  // Every lane of `mask` gives `value`; then each gets read(give), where give(lane) is that lane's.
+  template <class T, class Read>
+  auto collective(char const* what, int line, unsigned mask, T const& value, Read read) {
+    static_assert(sizeof(T) <= sizeof(Lane::value));
+    Lane* lanes = join(what, line, mask, &value, sizeof(T));
+    auto result = read([&](int lane) {
+      if (lane < 0 || lane >= kLanes || !(mask >> lane & 1) || !exists(lane)) {
+        fail("%s at line %d reads lane %d, which does not take part (mask %08x)", what, line, lane,
+             mask);
+      }
+      T given;
+      std::memcpy(&given, lanes[lane].value, sizeof(T));
+      return given;
+    });
+    leave(mask);
+    return result;
+  }
+
+ private:
+  using Memory = std::unique_ptr<void, void (*)(void*)>;
+  static Memory poisoned(size_t bytes);
+  static void enter();
+
+  bool exists(int lane) const { return existing() >> lane & 1; }
+  Lane* lanesOfWarp() { return &lanes_[running_ / kLanes * kLanes]; }
+  Lane* join(char const* what, int line, unsigned mask, void const* value, size_t bytes);
+  void leave(unsigned mask);
+  template <class F>
+  void waitUntil(char const* what, int line, F ready);
+  [[noreturn]] void reportDeadlock() const;
+
+  dim3 grid_, size_;
+  uint3 index_{};
+  size_t sharedBytes_;
+  std::function<void()> const& body_;
+  std::vector<Thread> threads_;
+  std::vector<Lane> lanes_;
+  std::map<int, Memory> arrays_;
+  Memory dynamic_;
+  std::minstd_rand random_;
+  int running_ = 0, live_ = 0, atBarrier_ = 0, barrierLine_ = 0;
+  unsigned barriersPassed_ = 0;
+  bool progress_ = false;
+};
+
+// Runs every block of a grid, several at once, in an order drawn from LLMEXPORT_EMULATOR_SEED.
+cudaError_t runGrid(dim3 grid, dim3 block, size_t sharedBytes, std::function<void()> const& body);
+
+}  // namespace llmexport::emulator
+
+// CUDA's own variables, set for the thread that runs.
+inline thread_local uint3 threadIdx{}, blockIdx{};
+inline thread_local dim3 blockDim{}, gridDim{};

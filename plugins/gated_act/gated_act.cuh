@@ -1,0 +1,89 @@
+#pragma once
+
+#include "common/element.cuh"
+#include "gated_act/gated_act.h"
+
+namespace llmexport {
+
+constexpr int kGatedActThreads = 256;
+// Vectors of each input that a thread reads before it computes: four 16-byte loads under way.
+constexpr int kGatedActVectors = 2;
+
+template <class T>
+__device__ __forceinline__ float sigmoidTimes(float factor, float x) {
+  return divideFor<T>(factor, 1.0f + expFor<T>(-x));
+}
+
+template <class T>
+struct Silu {
+  __device__ float operator()(float gate, float up) const {
+    return sigmoidTimes<T>(gate, gate) * up;
+  }
+};
+
+template <class T>
+struct GeluTanh {
+  // (1 + tanh(z)) / 2 = sigmoid(2 z)
+  __device__ float operator()(float gate, float up) const {
+    constexpr float kTwiceRootTwoOverPi = 1.5957691216057308f;
+    float const z = kTwiceRootTwoOverPi * (gate + 0.044715f * gate * gate * gate);
+    return sigmoidTimes<T>(gate, z) * up;
+  }
+};
+
+template <class T>
+struct GeluErf {
+  __device__ float operator()(float gate, float up) const {
+    constexpr float kRootHalf = 0.70710678118654752f;
+    return gate * 0.5f * (1.0f + erff(gate * kRootHalf)) * up;
+  }
+};
+
+template <class T>
+struct SwigluClamped {
+  float alpha, limit;
+  // Comparisons in this order let NaN through, as torch's clamp does.
+  __device__ float operator()(float gate, float up) const {
+    gate = gate > limit ? limit : gate;
+    up = up < -limit ? -limit : up;
+    up = up > limit ? limit : up;
+    return sigmoidTimes<T>(gate, alpha * gate) * (up + 1.0f);
+  }
+};
+
+// Block b takes kGatedActThreads * kGatedActVectors vectors from its place on; the last block also
+// the count % kWidth elements that fill no vector.
+template <class T, int kWidth, class Act>
+__global__ void __launch_bounds__(kGatedActThreads)
+    gatedActKernel(T const* gate, T const* up, T* y, int64_t count, Act act) {
+  constexpr int64_t kStride = kGatedActThreads * kWidth;
+  int64_t const first = blockIdx.x * kStride * kGatedActVectors + threadIdx.x * kWidth;
+  Vector<T, kWidth> g[kGatedActVectors], u[kGatedActVectors];
+#pragma unroll
+  for (int i = 0; i < kGatedActVectors; ++i) {
+    int64_t const at = first + i * kStride;
+    if (at + kWidth <= count) {
+      g[i] = load<kWidth>(gate + at);
+      u[i] = load<kWidth>(up + at);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kGatedActVectors; ++i) {
+    int64_t const at = first + i * kStride;
+    if (at + kWidth <= count) {
+      Vector<T, kWidth> out;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        out.at[j] = fromFloat<T>(act(toFloat(g[i].at[j]), toFloat(u[i].at[j])));
+      }
+      store<kWidth>(y + at, out);
+    }
+  }
+  int const rest = int(count % kWidth);
+  if (blockIdx.x == gridDim.x - 1 && int(threadIdx.x) < rest) {
+    int64_t const at = count - rest + threadIdx.x;
+    y[at] = fromFloat<T>(act(toFloat(gate[at]), toFloat(up[at])));
+  }
+}
+
+}  // namespace llmexport

@@ -1,0 +1,164 @@
+"""The plugin library: one shared object with the kernels of all ops, for TensorRT 10, 11 and TensorRT-RTX.
+
+Imports neither torch nor TensorRT.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmexport.plugins.errors import UserError
+
+FILE = "libllmexport_plugins.so"
+SOURCES = Path(__file__).parent
+ARCHS = ("80", "86", "89", "90", "100", "120")
+NAMESPACE = "llmexport"
+# Slots of TensorRT's IPluginCreatorV3One (trt/interface.h; tests/plugins/test_abi.py checks them).
+GET_PLUGIN_NAME = 6
+MAX_PLUGINS = 1000  # more than that is no list of plugins
+
+
+class PluginError(UserError):
+    """The plugin library cannot be built, found or loaded here."""
+
+
+def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int | None = None) -> Path:
+    """Compiles the library for these SM versions ("90"; the last also as PTX) and returns its path.
+
+    build_dir: kept and used again; None is a folder for this state of the sources, where find() looks.
+    Raises PluginError naming what is to be installed, or with the compiler's message.
+    """
+    if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in archs):
+        raise PluginError(f"archs are {','.join(archs)!r}: name SM versions, as in 80,90")
+    folder = build_dir or _default_build_dir()
+    targets = ";".join([*(f"{a}-real" for a in archs[:-1]), archs[-1]])
+    cmake = _tool("cmake", "pip install cmake")
+    nvcc = _nvcc()
+    options = [f"-DCMAKE_CUDA_ARCHITECTURES={targets}", f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DCMAKE_BUILD_TYPE=Release"]
+    _run([cmake, "-S", str(SOURCES), "-B", str(folder), *options])
+    _run([cmake, "--build", str(folder), "--parallel", str(jobs or os.cpu_count() or 1)])
+    return folder / FILE
+
+
+def find() -> Path | None:
+    """The library that was installed with this package, else the one that build() made of these sources."""
+    places = (SOURCES / FILE, _default_build_dir() / FILE)
+    return next((path for path in places if path.is_file()), None)
+
+
+def served(path: Path) -> frozenset[str]:
+    """The ops that the library at `path` has plugins for. Raises PluginError if it is no plugin library."""
+    try:
+        library = ctypes.CDLL(str(path))
+        get_creators = library.getCreators
+    except (OSError, AttributeError) as error:
+        raise PluginError(f"{path} is no plugin library: {error}. Build it: llmexport plugins build") from error
+    count = ctypes.c_int32()
+    get_creators.restype = ctypes.POINTER(ctypes.c_void_p)
+    creators = get_creators(ctypes.byref(count))
+    if not 0 < count.value <= MAX_PLUGINS:
+        raise PluginError(f"{path} lists {count.value} plugins: build it anew: llmexport plugins build")
+    return frozenset(_name(creators[i]) for i in range(count.value))
+
+
+def load(trt: Any, path: Path) -> frozenset[str]:
+    """Registers the library with a TensorRT module (`tensorrt`, `tensorrt_rtx`); returns the ops it serves.
+
+    A second time in one process it does nothing. Raises PluginError if TensorRT takes it not.
+    """
+    registry = trt.get_plugin_registry()
+    ops = served(path)
+    if not ops <= _registered(registry) and registry.load_library(str(path)) is None:
+        raise PluginError(f"{trt.__name__} {trt.__version__} cannot load {path}: is another library of ours loaded?")
+    if missing := ops - _registered(registry):
+        raise PluginError(f"{trt.__name__} {trt.__version__} has not registered {', '.join(sorted(missing))} of {path}")
+    return ops
+
+
+def builder_environment(module: str) -> dict[str, str]:
+    """The environment in which a process can use plugins with this TensorRT module.
+
+    TensorRT-RTX's parser opens libtensorrt_rtx.so at the first plugin and ends the process if there is none, but
+    its wheel has libtensorrt_rtx.so.1 only: a folder with a link by that name goes on the library path.
+    """
+    environment = dict(os.environ)
+    found = importlib.util.find_spec("tensorrt_rtx_libs") if module == "tensorrt_rtx" else None
+    for place in found.submodule_search_locations or () if found else ():
+        for real in Path(place).glob("libtensorrt_rtx.so.*"):
+            paths = [str(_link_folder(real)), environment.get("LD_LIBRARY_PATH", "")]
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+    return environment
+
+
+def _registered(registry: Any) -> frozenset[str]:
+    return frozenset(c.name for c in registry.all_creators if c.plugin_namespace == NAMESPACE)
+
+
+def _name(creator: int) -> str:
+    """What getPluginName of a creator returns, called through its vtable."""
+    vtable = ctypes.c_void_p.from_address(creator).value or 0
+    slot = ctypes.c_void_p.from_address(vtable + GET_PLUGIN_NAME * ctypes.sizeof(ctypes.c_void_p)).value
+    return ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(slot or 0)(creator).decode()
+
+
+def _link_folder(real: Path) -> Path:
+    folder = _cache() / "links" / hashlib.sha256(str(real).encode()).hexdigest()[:16]
+    link = folder / real.with_suffix("").name  # less the version
+    if not link.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Beside and renamed, as another process may do the same now.
+        with tempfile.TemporaryDirectory(dir=folder) as hidden:
+            made = Path(hidden) / link.name
+            made.symlink_to(real)
+            os.replace(made, link)
+    return folder
+
+
+def _cache() -> Path:
+    chosen = os.environ.get("LLMEXPORT_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmexport"
+
+
+def _default_build_dir() -> Path:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.rglob("*")):
+        if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".map") or path.name == "CMakeLists.txt":
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return _cache() / "plugins" / digest.hexdigest()[:16]
+
+
+def _tool(name: str, install: str) -> str:
+    found = shutil.which(name)
+    if not found:
+        raise PluginError(f"{name} is not installed: {install}")
+    return found
+
+
+def _nvcc() -> str:
+    """nvcc by $CUDACXX, the PATH, or where the toolkit installs itself."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    candidates = [os.environ.get("CUDACXX", ""), "nvcc", *(f"{h}/bin/nvcc" for h in homes if h)]
+    for candidate in filter(None, candidates):
+        if found := shutil.which(candidate):
+            return found
+    raise PluginError(
+        "nvcc is not installed: install the CUDA toolkit 12.8 or later (Debian and Ubuntu, from NVIDIA's repository: "
+        "sudo apt install cuda-nvcc-13-0 cuda-cudart-dev-13-0), or set CUDACXX to yours"
+    )
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        tail = "\n  ".join(done.stdout.strip().splitlines()[-15:])
+        raise PluginError(f"`{' '.join(command[:2])}` failed with exit code {done.returncode}:\n  {tail}")

@@ -1,0 +1,74 @@
+#pragma once
+
+#include "common/element.cuh"
+#include "rope/rope.h"
+
+namespace llmexport {
+
+constexpr int kRopeThreads = 256;
+// Heads that one thread rotates by the cos and sin it holds: eight 16-byte loads under way.
+constexpr int kRopeHeads = 4;
+
+// Grid (tokens of the batch / blockDim.y, heads / kRopeHeads). Block (lanes, tokens): along x a
+// thread takes kWidth pairs of its token or, past the rotated part, kWidth elements to copy.
+template <class T, int kWidth, bool kInterleaved>
+__global__ void __launch_bounds__(kRopeThreads)
+    ropeKernel(T const* x, T const* cos, T const* sin, T* y, int64_t tokens, int tokensPerBatch,
+               int heads, int size, int pairs) {
+  int64_t const token = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (token >= tokens) return;
+  int64_t const batch = token / tokensPerBatch, t = token % tokensPerBatch;
+  int const head0 = blockIdx.y * kRopeHeads;
+  int64_t const row0 = ((batch * heads + head0) * tokensPerBatch + t) * size;
+  int64_t const headStride = int64_t(tokensPerBatch) * size;
+  int const rotating = pairs / kWidth, units = rotating + (size - 2 * pairs) / kWidth;
+
+  for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
+    if (unit >= rotating) {
+      int64_t const at = row0 + 2 * pairs + int64_t(unit - rotating) * kWidth;
+#pragma unroll
+      for (int h = 0; h < kRopeHeads; ++h) {
+        if (head0 + h < heads) {
+          store<kWidth>(y + at + h * headStride, load<kWidth>(x + at + h * headStride));
+        }
+      }
+      continue;
+    }
+    // A unit's 2 * kWidth elements lie together if pairs are interleaved, else R apart.
+    int64_t const at = row0 + int64_t(unit) * kWidth * (kInterleaved ? 2 : 1);
+    int64_t const apart = kInterleaved ? kWidth : pairs;
+    Vector<T, kWidth> in[kRopeHeads][2];
+#pragma unroll
+    for (int h = 0; h < kRopeHeads; ++h) {
+      if (head0 + h < heads) {
+        in[h][0] = load<kWidth>(x + at + h * headStride);
+        in[h][1] = load<kWidth>(x + at + h * headStride + apart);
+      }
+    }
+    auto const c = load<kWidth>(cos + token * pairs + unit * kWidth);
+    auto const s = load<kWidth>(sin + token * pairs + unit * kWidth);
+#pragma unroll
+    for (int h = 0; h < kRopeHeads; ++h) {
+      if (head0 + h >= heads) break;
+      Vector<T, kWidth> out[2];
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        constexpr int kStep = kInterleaved ? 2 : 1;
+        constexpr int kPartner = kInterleaved ? 1 : kWidth;
+        int const one = j * kStep, other = one + kPartner;
+        float const first = toFloat(in[h][one / kWidth].at[one % kWidth]);
+        float const second = toFloat(in[h][other / kWidth].at[other % kWidth]);
+        float const cosine = toFloat(c.at[j]), sine = toFloat(s.at[j]);
+        // Each product is rounded, as in torch: fma would give other bits.
+        out[one / kWidth].at[one % kWidth] =
+            fromFloat<T>(__fsub_rn(__fmul_rn(first, cosine), __fmul_rn(second, sine)));
+        out[other / kWidth].at[other % kWidth] =
+            fromFloat<T>(__fadd_rn(__fmul_rn(second, cosine), __fmul_rn(first, sine)));
+      }
+      store<kWidth>(y + at + h * headStride, out[0]);
+      store<kWidth>(y + at + h * headStride + apart, out[1]);
+    }
+  }
+}
+
+}  // namespace llmexport

@@ -1,0 +1,117 @@
+#include "trt/attributes.h"
+
+#include <cmath>
+#include <cstring>
+#include <string>
+
+namespace llmexport {
+namespace {
+
+using trt::PluginField;
+using trt::PluginFieldType;
+
+bool parseBool(Op const& op, PluginField const& field, Value& value) {
+  int64_t number = 0;
+  if (field.type == PluginFieldType::kINT32) {
+    number = *static_cast<int32_t const*>(field.data);
+  } else if (field.type == PluginFieldType::kINT64) {
+    number = *static_cast<int64_t const*>(field.data);
+  } else {
+    return refuse("%s: %s has field type %d, a bool is an int32", op.name, field.name,
+                  int(field.type)),
+           false;
+  }
+  if (number != 0 && number != 1) {
+    return refuse("%s: %s is %lld, not 0 or 1", op.name, field.name, (long long)number), false;
+  }
+  value.integer = int32_t(number);
+  return true;
+}
+
+bool parseFloat(Op const& op, PluginField const& field, Value& value) {
+  if (field.type != PluginFieldType::kFLOAT32) {
+    return refuse("%s: %s has field type %d, a float is a float32", op.name, field.name,
+                  int(field.type)),
+           false;
+  }
+  std::memcpy(&value.real, field.data, sizeof value.real);
+  if (std::isnan(value.real)) return refuse("%s: %s is NaN", op.name, field.name), false;
+  return true;
+}
+
+bool parseChoice(Op const& op, Attribute const& attribute, PluginField const& field, Value& value) {
+  if (field.type != PluginFieldType::kCHAR) {
+    return refuse("%s: %s has field type %d, a string is chars", op.name, field.name,
+                  int(field.type)),
+           false;
+  }
+  auto const* const text = static_cast<char const*>(field.data);
+  std::string const given(text, strnlen(text, size_t(field.length)));
+  std::string known;
+  for (size_t i = 0; i < attribute.choices.size(); ++i) {
+    if (given == attribute.choices[i]) {
+      value.integer = int32_t(i);
+      return true;
+    }
+    known += (i ? ", " : "") + std::string(attribute.choices[i]);
+  }
+  return refuse("%s: %s is '%s', not one of %s", op.name, field.name, given.c_str(), known.c_str()),
+         false;
+}
+
+bool parseOne(Op const& op, Attribute const& attribute, PluginField const& field, Value& value) {
+  bool const isText = attribute.kind == Kind::kChoice;
+  if (!field.data || (isText ? field.length < 1 : field.length != 1)) {
+    return refuse("%s: %s has %d values, not one", op.name, field.name,
+                  field.data ? field.length : 0),
+           false;
+  }
+  switch (attribute.kind) {
+    case Kind::kBool:
+      return parseBool(op, field, value);
+    case Kind::kFloat:
+      return parseFloat(op, field, value);
+    case Kind::kChoice:
+      return parseChoice(op, attribute, field, value);
+  }
+  return false;
+}
+
+}  // namespace
+
+trt::PluginField fieldOf(Attribute const& attribute, Value const* value) {
+  switch (attribute.kind) {
+    case Kind::kBool:
+      return {attribute.name, value ? &value->integer : nullptr, PluginFieldType::kINT32, 1};
+    case Kind::kFloat:
+      return {attribute.name, value ? &value->real : nullptr, PluginFieldType::kFLOAT32, 1};
+    case Kind::kChoice:
+      break;
+  }
+  char const* const text = value ? attribute.choices[size_t(value->integer)] : nullptr;
+  return {attribute.name, text, PluginFieldType::kCHAR, text ? int32_t(std::strlen(text)) + 1 : 0};
+}
+
+std::optional<Values> parse(Op const& op, trt::PluginFieldCollection const& fields) {
+  Values values{};
+  std::array<bool, kMaxAttributes> found{};
+  for (int32_t f = 0; f < fields.nbFields; ++f) {
+    PluginField const& field = fields.fields[f];
+    size_t i = 0;
+    while (i < op.attributes.size() && std::strcmp(op.attributes[i].name, field.name) != 0) ++i;
+    if (i == op.attributes.size()) {
+      return refuse("%s has no attribute %s", op.name, field.name), std::nullopt;
+    }
+    if (found[i]) return refuse("%s: %s is given twice", op.name, field.name), std::nullopt;
+    if (!parseOne(op, op.attributes[i], field, values[i])) return std::nullopt;
+    found[i] = true;
+  }
+  for (size_t i = 0; i < op.attributes.size(); ++i) {
+    if (!found[i]) {
+      return refuse("%s: attribute %s is missing", op.name, op.attributes[i].name), std::nullopt;
+    }
+  }
+  return values;
+}
+
+}  // namespace llmexport

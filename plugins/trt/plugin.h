@@ -1,0 +1,77 @@
+// The one plugin class and the one creator class, for every op.
+#pragma once
+
+#include "trt/attributes.h"
+
+namespace llmexport {
+
+constexpr char const* kNamespace = "llmexport";
+constexpr char const* kVersion = "1";
+
+class Plugin final : public trt::IPluginV3,
+                     public trt::IPluginV3OneCore,
+                     public trt::IPluginV3OneBuild,
+                     public trt::IPluginV3OneRuntime {
+ public:
+  Plugin(Op const& op, Values const& attributes) : op_(op), attributes_(attributes) {}
+
+  trt::IPluginCapability* getCapabilityInterface(trt::PluginCapabilityType type) noexcept override;
+  Plugin* clone() noexcept override;
+
+  char const* getPluginName() const noexcept override { return op_.name; }
+  char const* getPluginVersion() const noexcept override { return kVersion; }
+  char const* getPluginNamespace() const noexcept override { return kNamespace; }
+
+  int32_t getNbOutputs() const noexcept override { return int32_t(op_.outputs.size()); }
+  int32_t getOutputDataTypes(trt::DataType* outputTypes, int32_t nbOutputs,
+                             trt::DataType const* inputTypes,
+                             int32_t nbInputs) const noexcept override;
+  int32_t getOutputShapes(trt::DimsExprs const* inputs, int32_t nbInputs,
+                          trt::DimsExprs const* shapeInputs, int32_t nbShapeInputs,
+                          trt::DimsExprs* outputs, int32_t nbOutputs,
+                          trt::IExprBuilder& builder) noexcept override;
+  bool supportsFormatCombination(int32_t pos, trt::DynamicPluginTensorDesc const* inOut,
+                                 int32_t nbInputs, int32_t nbOutputs) noexcept override;
+  int32_t configurePlugin(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
+                          trt::DynamicPluginTensorDesc const* out,
+                          int32_t nbOutputs) noexcept override;
+
+  int32_t onShapeChange(trt::PluginTensorDesc const* in, int32_t nbInputs,
+                        trt::PluginTensorDesc const* out, int32_t nbOutputs) noexcept override;
+  int32_t enqueue(trt::PluginTensorDesc const* inputDesc, trt::PluginTensorDesc const* outputDesc,
+                  void const* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override;
+  Plugin* attachToContext(trt::IPluginResourceContext*) noexcept override { return clone(); }
+  trt::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
+
+ private:
+  bool countsAre(int32_t nbInputs, int32_t nbOutputs) const;
+
+  Op const& op_;
+  Values attributes_;
+  Sizes sizes_;  // set by onShapeChange
+  Dtype dtype_ = Dtype::kFloat32;
+  // Made anew by each getFieldsToSerialize: a copy's would point into the original.
+  std::array<trt::PluginField, kMaxAttributes> fields_{};
+  trt::PluginFieldCollection collection_{};
+};
+
+class Creator final : public trt::IPluginCreatorV3One {
+ public:
+  explicit Creator(Op op);
+  Creator(Creator const&) = delete;
+
+  trt::IPluginV3* createPlugin(char const* name, trt::PluginFieldCollection const* fields,
+                               trt::TensorRTPhase phase) noexcept override;
+  trt::PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
+  char const* getPluginName() const noexcept override { return op_.name; }
+  char const* getPluginVersion() const noexcept override { return kVersion; }
+  char const* getPluginNamespace() const noexcept override { return kNamespace; }
+
+ private:
+  Op const op_;
+  std::vector<trt::PluginField> fields_;
+  trt::PluginFieldCollection collection_{};
+};
+
+}  // namespace llmexport

@@ -1,0 +1,32 @@
+#include "trt/shapes.h"
+
+#include <cstring>
+
+namespace llmexport {
+
+bool ShapeReader::rankIs(Tensor const& tensor, int32_t rank) const {
+  if (rank == int32_t(std::strlen(tensor.dims))) return true;
+  refuse("%s: %s has %d dimensions, not the %zu of %s", op_.name, tensor.name, rank,
+         std::strlen(tensor.dims), tensor.dims);
+  return false;
+}
+
+bool ShapeReader::take(Tensor const& tensor, int32_t dim, int64_t size) {
+  char const letter = tensor.dims[dim];
+  int64_t& known = sizes_[letter];
+  if (size < 0 || size == known) return true;
+  if (known == Sizes::kUnknown) {
+    known = size;
+    return true;
+  }
+  refuse("%s: dimension %d of %s is %lld, but %c is %lld", op_.name, dim, tensor.name,
+         (long long)size, letter, (long long)known);
+  return false;
+}
+
+std::optional<Sizes> ShapeReader::checked() const {
+  if (op_.check && op_.check(sizes_) != 0) return std::nullopt;
+  return sizes_;
+}
+
+}  // namespace llmexport

@@ -1,0 +1,144 @@
+// Runs one kernel of kernels.cuh and says whether its numbers are right: exit
+// code 0, or 1. Built by g++ on the emulator and by nvcc on a GPU, where it
+// checks the emulator itself.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels.cuh"
+
+using namespace llmexport;
+
+namespace {
+
+// Memory of the machine that runs the kernels, of exactly `size` elements.
+template <class T>
+struct Array {
+  T* data = nullptr;
+  size_t size;
+  explicit Array(std::vector<T> const& host) : size(host.size()) {
+#ifdef LLMEXPORT_EMULATED
+    if (posix_memalign(reinterpret_cast<void**>(&data), 16, size * sizeof(T))) std::abort();
+    std::memcpy(data, host.data(), size * sizeof(T));
+#else
+    cudaMalloc(&data, size * sizeof(T));
+    cudaMemcpy(data, host.data(), size * sizeof(T), cudaMemcpyHostToDevice);
+#endif
+  }
+  ~Array() {
+#ifdef LLMEXPORT_EMULATED
+    std::free(data);
+#else
+    cudaFree(data);
+#endif
+  }
+  std::vector<T> host() const {
+    std::vector<T> out(size);
+#ifdef LLMEXPORT_EMULATED
+    std::memcpy(out.data(), data, size * sizeof(T));
+#else
+    cudaMemcpy(out.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost);
+#endif
+    return out;
+  }
+};
+
+template <class... P, class... A>
+void run(void (*kernel)(P...), int blocks, int threads, A... args) {
+  launch(kernel, {dim3(blocks), dim3(threads)}, nullptr, args...);
+}
+
+template <class T, bool kRowMajorB>
+bool gemmIsRight() {
+  constexpr int M = 63, N = 64, K = 96;
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<T> a(M * K), b(N * K);
+  for (auto* v : {&a, &b}) {
+    for (auto& x : *v) x = T(normal(random));
+  }
+  Array<T> A(a), B(b);
+  Array<float> C(std::vector<float>(M * N, NAN));
+  LaunchPlan const plan{dim3(N / kTile, int(ceilDiv(M, kTile))), dim3(kGemmThreads),
+                        kGemmSharedBytes};
+  launch(gemm<T, kRowMajorB>, plan, nullptr, A.data, B.data, C.data, M, N, K);
+  std::vector<float> const c = C.host();
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      double sum = 0;
+      for (int k = 0; k < K; ++k) {
+        sum += double(float(a[m * K + k])) * float(kRowMajorB ? b[k * N + n] : b[n * K + k]);
+      }
+      if (!(std::fabs(c[m * N + n] - sum) < 1e-4)) return false;
+    }
+  }
+  return true;
+}
+
+bool sumAndCountIsRight() {
+  constexpr int kCount = 256 * 7;
+  std::vector<float> x(kCount);
+  float total = 0;
+  int odd = 0;
+  for (int i = 0; i < kCount; ++i) {
+    total += x[i] = float(i * i % 10);
+    odd += int(x[i]) % 2;
+  }
+  Array<float> X(x), sum(std::vector<float>{0});
+  Array<int> count(std::vector<int>{0});
+  run(sumAndCount, kCount / 256, 256, X.data, sum.data, count.data);
+  return sum.host()[0] == total && count.host()[0] == odd;
+}
+
+bool shuffleHalvesIsRight() {
+  Array<int> y(std::vector<int>(32, -1));
+  run(shuffleHalves, 1, 32, y.data);
+  auto const found = y.host();
+  for (int i = 0; i < 32; ++i) {
+    if (found[i] != (i < 16 ? 3 : i == 16 ? 16 : i - 1)) return false;
+  }
+  return true;
+}
+
+bool rotateTwiceIsRight() {
+  Array<int> y(std::vector<int>(64, -1));
+  run(rotateTwice, 1, 64, y.data);
+  auto const found = y.host();
+  for (int i = 0; i < 64; ++i) {
+    if (found[i] != (i + 2) % 64) return false;
+  }
+  return true;
+}
+
+bool check(std::string const& name) {
+  Array<float> x(std::vector<float>(100)), y(std::vector<float>(100));
+  Array<int> z(std::vector<int>(32));
+  if (name == "gemm") {
+    return gemmIsRight<Bfloat16, false>() && gemmIsRight<Half, false>() &&
+           gemmIsRight<Bfloat16, true>() && gemmIsRight<Half, true>();
+  }
+  if (name == "sum") return sumAndCountIsRight();
+  if (name == "halves") return shuffleHalvesIsRight();
+  if (name == "rotate") return rotateTwiceIsRight();
+  if (name == "out_of_bounds") run(copyUnchecked, 1, 128, x.data, y.data);
+  if (name == "past_shared_end") run(pastSharedEnd, 1, 32, y.data);
+  if (name == "misaligned") run(copyShifted, 1, 8, x.data, y.data);
+  if (name == "divergent_shuffle") run(shuffleWithoutOthers, 1, 32, z.data);
+  if (name == "divergent_barrier") run(barrierInBranches, 1, 32, z.data);
+  if (name == "too_many_threads") {
+    return launch(copyUnchecked, {dim3(1), dim3(1025)}, nullptr, x.data, y.data) != cudaSuccess;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  bool const right = check(arguments[1]);
+  std::puts(right ? "right" : "WRONG NUMBERS");
+  return right ? 0 : 1;
+}

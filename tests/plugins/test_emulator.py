@@ -1,0 +1,75 @@
+"""The emulator runs right kernels right, and catches each kind of mistake planted in a wrong one."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from native import EMULATED, PLUGINS, SANITIZED, compiled, need_gpu, need_nvcc
+
+HERE = Path(__file__).parent / "emulator"
+BUGS = ("-DBUG_NO_WAIT", "-DBUG_NO_BARRIER", "-DBUG_RACE")
+SEEDS = ("0", "1", "2")
+
+
+@pytest.fixture(scope="module")
+def right_kernels() -> Path:
+    return compiled("emulator", [HERE / "check.cu"], [*EMULATED, *SANITIZED])
+
+
+@pytest.fixture(scope="module")
+def wrong_kernels() -> Path:
+    return compiled("emulator-bugs", [HERE / "check.cu"], [*EMULATED, *BUGS])
+
+
+def run(program: Path, kernel: str, seed: str = "0") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LLMEXPORT_EMULATOR_SEED": seed}
+    return subprocess.run([program, kernel], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "rotate", "too_many_threads"])
+def test_right_kernel_is_right_under_sanitizers(right_kernels: Path, kernel: str, seed: str) -> None:
+    done = run(right_kernels, kernel, seed)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "rotate", "too_many_threads"])
+def test_gpu_agrees_with_the_emulator(tmp_path: Path, kernel: str) -> None:
+    """One reading of the fragment layouts serves kernel and emulator: only a GPU can say that it is right."""
+    need_gpu()
+    program = tmp_path / "check"
+    command = [need_nvcc(), "-std=c++17", "-arch=native", "-I", PLUGINS, HERE / "check.cu", "-o", program]
+    subprocess.run(command, check=True)
+    done = run(program, kernel)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param("gemm", id="missing-cp.async-wait"),
+        pytest.param("sum", id="missing-barrier"),
+        pytest.param("rotate", id="shared-memory-race"),
+    ],
+)
+def test_missing_synchronisation_gives_wrong_numbers(wrong_kernels: Path, kernel: str, seed: str) -> None:
+    assert "WRONG NUMBERS" in run(wrong_kernels, kernel, seed).stdout
+
+
+@pytest.mark.parametrize(
+    ("kernel", "says"),
+    [
+        ("out_of_bounds", "heap-buffer-overflow"),
+        ("past_shared_end", "out of bounds for type 'float [16]'"),
+        ("misaligned", "requires 16 byte alignment"),
+        ("divergent_shuffle", "deadlock: 16 of 32 threads wait, the first, (0,0,0), for __shfl_xor_sync"),
+        ("divergent_barrier", "divergent __syncthreads: threads wait at line"),
+    ],
+)
+def test_misuse_ends_with_a_message(right_kernels: Path, kernel: str, says: str) -> None:
+    done = run(right_kernels, kernel)
+    assert done.returncode != 0
+    assert says in done.stderr

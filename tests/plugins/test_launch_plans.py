@@ -1,0 +1,105 @@
+"""Launch plans are functions of shapes: within every architecture's limits, covering all, wasting no block."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native import compiled, emulated_library
+
+HERE = Path(__file__).parent
+ITEM_SIZES = (4, 2, 2)  # of fp32, fp16, bf16
+WARP = 32
+# The same on sm_80 to sm_120 (CUDA programming guide, technical specifications per compute capability).
+MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_BLOCK, MAX_THREADS = (1024, 1024, 64), 1024
+SHARED_WITHOUT_ASKING = 48 * 1024
+# __launch_bounds__ of the kernels.
+ROPE_THREADS, NORM_THREADS, ACT_THREADS = 256, 512, 256
+ROPE_HEADS, ACT_VECTORS = 4, 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    width: int
+    vectors: int
+
+    def check(self, threads: int) -> None:
+        assert all(0 < n <= most for n, most in zip(self.grid, MAX_GRID, strict=True))
+        assert all(0 < n <= most for n, most in zip(self.block, MAX_BLOCK, strict=True))
+        assert math.prod(self.block) <= min(threads, MAX_THREADS)
+        assert self.shared <= SHARED_WITHOUT_ASKING
+
+
+@pytest.fixture(scope="module")
+def plan() -> Callable[..., Plan]:
+    flags = ["-shared", "-Wl,--no-as-needed", str(emulated_library())]
+    library = ctypes.CDLL(str(compiled("plans", [HERE / "plans.cpp"], flags)))
+
+    def made(op: str, sizes: tuple[int, ...], dtype: int, aligned: bool) -> Plan:
+        out = (ctypes.c_int64 * 9)()
+        given_sizes = (ctypes.c_int64 * len(sizes))(*sizes)
+        getattr(library, f"plan_{op}")(given_sizes, dtype, ctypes.c_bool(aligned), out)
+        return Plan(tuple(out[0:3]), tuple(out[3:6]), *out[6:9])
+
+    return made
+
+
+few, some, many = st.integers(1, 300), st.integers(1, 20000), st.integers(1, 2**24)
+kinds = st.integers(0, 2)
+several = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+@several
+@given(st.tuples(few, few, few, st.integers(1, 600), st.integers(0, 300)), kinds, st.booleans())
+def test_rope(plan, sizes, dtype, aligned):
+    b, h, t, d, r = sizes
+    r = min(r, d // 2)
+    p = plan("rope", (b, h, t, d, r), dtype, aligned)
+    p.check(ROPE_THREADS)
+    assert p.grid[0] * p.block[1] >= b * t > (p.grid[0] - 1) * p.block[1]
+    assert p.grid[1] * ROPE_HEADS >= h > (p.grid[1] - 1) * ROPE_HEADS
+    full = 16 // ITEM_SIZES[dtype]
+    assert p.width == (full if aligned and d % full == 0 and r % full == 0 else 1)
+
+
+@several
+@given(many, some, kinds, st.booleans())
+def test_add_rms_norm(plan, rows, columns, dtype, aligned):
+    p = plan("add_rms_norm", (rows, columns), dtype, aligned)
+    p.check(NORM_THREADS)
+    assert p.grid[0] * p.block[1] >= rows > (p.grid[0] - 1) * p.block[1]
+    # Shuffles and warps of a row: a power of two within a warp, or whole warps, and whole warps a block.
+    assert WARP % p.block[0] == 0 or p.block[0] % WARP == 0
+    assert math.prod(p.block) % WARP == 0
+    if p.vectors:
+        assert p.block[0] * p.vectors * p.width >= columns
+        assert columns % p.width == 0
+
+
+@several
+@given(st.integers(1, 2**40), kinds, st.booleans())
+def test_gated_act(plan, count, dtype, aligned):
+    p = plan("gated_act", (count,), dtype, aligned)
+    per_block = p.block[0] * ACT_VECTORS * p.width
+    if p.grid[0] < MAX_GRID[0]:
+        p.check(ACT_THREADS)
+        assert p.grid[0] * per_block >= count > (p.grid[0] - 1) * per_block
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows_per_block", "vectors"),
+    [(128, 8, 1), (256, 4, 1), (512, 4, 2), (1024, 4, 4), (2048, 1, 2), (4096, 1, 2), (8192, 1, 4), (16384, 1, 4)],
+)
+def test_norm_keeps_the_rows_of_real_models_in_registers(plan, columns, rows_per_block, vectors):
+    p = plan("add_rms_norm", (4096, columns), 2, True)
+    assert (p.block[1], p.vectors, p.width) == (rows_per_block, vectors, 8)

@@ -1,0 +1,115 @@
+"""Building the library with nvcc, finding it, and what it shows to the outside."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+from native import ROOT, cuda_library, need_nvcc
+
+from llmexport.plugins import library
+from llmexport.plugins.library import PluginError
+from llmexport.plugins.spec import all_ops
+
+MINUTES_TO_COMPILE = 3
+EMULATOR = ROOT / "tests" / "plugins" / "emulator"
+# A spill or a local array is an error, as in CMakeLists.txt.
+GATE = ["-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"]
+
+
+def test_compiles_for_every_architecture_in_time() -> None:
+    """No warning, no spill, no local memory: CMakeLists.txt makes each an error."""
+    start = time.monotonic()
+    path = cuda_library()
+    assert time.monotonic() - start < MINUTES_TO_COMPILE * 60
+    assert library.served(path) == all_ops().keys()
+
+
+def test_holds_code_for_every_architecture_and_ptx_for_the_next() -> None:
+    path = cuda_library()
+    wheels = [str(p) for p in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
+    found = shutil.which("cuobjdump", path=os.pathsep.join([*wheels, os.environ.get("PATH", "")]))
+    if not found:
+        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump")
+    listed = subprocess.run([found, "-lelf", "-lptx", path], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"sm_(\d+)\.cubin", listed)) == set(library.ARCHS)
+    assert set(re.findall(r"sm_(\d+)\.ptx", listed)) == {library.ARCHS[-1]}
+
+
+def test_shows_two_symbols_and_needs_no_tensorrt() -> None:
+    path = cuda_library()
+    shown = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+    assert sorted(line.split()[-1] for line in shown.splitlines()) == ["getCreators", "setLoggerFinder"]
+    needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"NEEDED.*(nvinfer|tensorrt|cuda)", needed)
+
+
+@pytest.mark.parametrize("arch", ["80", "120"])
+def test_tensor_core_and_copy_instructions_compile(arch: str, tmp_path: Path) -> None:
+    """The PTX of common/, which so far only the emulator's tests use."""
+    command = [need_nvcc(), "-std=c++17", f"-arch=sm_{arch}", "-I", ROOT / "plugins", *GATE]
+    subprocess.run([*command, "-c", EMULATOR / "check.cu", "-o", tmp_path / "check.o"], check=True)
+
+
+def test_missing_nvcc_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None if "nvcc" in name else f"/usr/bin/{name}")
+    with pytest.raises(PluginError, match=r"nvcc is not installed: .*sudo apt install cuda-nvcc"):
+        library.build(["90"], tmp_path)
+
+
+def test_missing_cmake_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(PluginError, match="cmake is not installed: pip install cmake"):
+        library.build(["90"], tmp_path)
+
+
+def test_cmake_alone_says_how_to_get_nvcc(tmp_path: Path) -> None:
+    cmake = shutil.which("cmake")
+    if not cmake:
+        pytest.skip("no cmake")
+    command = [cmake, "-S", ROOT / "plugins", "-B", tmp_path, "-DCMAKE_CUDA_COMPILER=CMAKE_CUDA_COMPILER-NOTFOUND"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "sudo apt install cuda-nvcc" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("archs", [[], ["sm_90"], ["native"], ["90;rm"]])
+def test_refuses_what_is_no_architecture(archs: list[str], tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="name SM versions, as in 80,90"):
+        library.build(archs, tmp_path)
+
+
+def test_compiler_error_is_in_the_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    need_nvcc()
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    with pytest.raises(PluginError, match=r"failed with exit code 1:\n(.|\n)*CMakeLists.txt"):
+        library.build(["90"], tmp_path / "build")
+
+
+def test_what_is_no_plugin_library_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.so"
+    other.write_bytes(b"no library")
+    with pytest.raises(PluginError, match="is no plugin library"):
+        library.served(other)
+    with pytest.raises(PluginError, match="is no plugin library"):
+        library.served(Path("libm.so.6"))
+
+
+def test_finds_what_was_built_of_these_sources_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sources = tmp_path / "plugins"
+    shutil.copytree(library.SOURCES, sources, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    monkeypatch.setattr(library, "SOURCES", sources)
+    monkeypatch.setenv("LLMEXPORT_CACHE", str(tmp_path / "cache"))
+    assert library.find() is None
+    built = library._default_build_dir() / library.FILE
+    built.parent.mkdir(parents=True)
+    built.touch()
+    assert library.find() == built
+    (sources / "rope" / "rope.cuh").write_text("// changed")
+    assert library.find() is None
