@@ -181,13 +181,14 @@ def tensorrt_form(
     It finds an op by type alone: a function hides a plugin of its name, and of two functions of one name, whatever
     their overload, it would call one.
     """
-    bodies = [f for f in model.functions if f.name not in served]
-    del model.functions[:]
-    model.functions.extend(bodies)
-    for node in model.graph.node:
+    rest = onnx.ModelProto()
+    rest.CopyFrom(model)
+    del rest.functions[:]
+    rest.functions.extend(f for f in model.functions if f.name not in served)
+    for node in rest.graph.node:
         if node.domain == DOMAIN and node.op_type in served:
             node.ClearField("overload")
-    inlined = onnx.inliner.inline_local_functions(model)
+    inlined = onnx.inliner.inline_local_functions(rest)
     for node in inlined.graph.node:
         if node.domain and not (node.domain == DOMAIN and node.op_type in served):
             raise EngineError(f"{node.name}: {node.domain}::{node.op_type} has no body to build it from")

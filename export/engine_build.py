@@ -1,8 +1,8 @@
 """The TensorRT builder, as a process of its own: the only module of the export that imports TensorRT.
 
 `python -m llmexport.export.engine_build FOLDER` does the job that `engine.py` left in the folder. Each line of
-stdout is an event, a JSON list: ["log", text], ["parsed", inputs, outputs, plugin layers, facts], ["unreadable", reasons],
-["unbuildable"], ["unwritable", errno] or ["built"].
+stdout is an event, a JSON list: ["log", text], ["parsed", inputs, outputs, plugin layers, facts],
+["unreadable", reasons], ["unbuildable"], ["unwritable", errno] or ["built"].
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from llmexport.graphs.fuse_add_rms_norm import fuse_add_rms_norm
 from llmexport.graphs.fuse_gated_act import fuse_gated_act
@@ -19,6 +20,8 @@ def run(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Fused]]:
 
     Function bodies do not survive the round trip: attach them afterwards.
     """
+    # It warns of every bfloat16, which it carries through all the same, and of a missing package for colours.
+    G_LOGGER.severity = G_LOGGER.ERROR
     graph = gs.import_onnx(model)
     results = {step.__name__: step(graph) for step in PIPELINE}
     return gs.export_onnx(graph, ir_version=model.ir_version, producer_name=model.producer_name), results

@@ -48,9 +48,7 @@ def command(
         folder = output or Path(f"{named.name}-deploy")
         request = onnx_file.Request(named, found, dtype, None, weights)
         record = onnx_file.write(request, folder, force=force or output is None, progress=console.progress)
-    built = engine.build(
-        folder, backend=backend, profile=sizes, plugins=library.find(), progress=console.progress
-    )
+    built = engine.build(folder, backend=backend, profile=sizes, plugins=library.find(), progress=console.progress)
     report = validate_command.run(folder, None, 0, console)
     rows = onnx_command.summary(record, folder) + engine_command.summary(built)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix != ".safetensors"}

@@ -26,7 +26,9 @@ from llmexport.export.cli.source import FOLDER
 )
 @click.option("--timeout", type=click.FloatRange(min=1), help="Seconds until the builder is given up.")
 @talkative
-def command(folder: Path, backend: str, profile: str | None, plugins: bool, timeout: float | None, quiet: bool, as_json: bool) -> None:
+def command(
+    folder: Path, backend: str, profile: str | None, plugins: bool, timeout: float | None, quiet: bool, as_json: bool
+) -> None:
     """Build a TensorRT engine of an export: model.plan and engine.json, in FOLDER."""
     from llmexport.export import engine
     from llmexport.plugins import library

@@ -122,7 +122,7 @@ def test_a_later_engine_takes_the_place_of_an_earlier(folder: Path) -> None:
 def test_the_form_for_tensorrt_computes_what_the_model_computes(exported: Export) -> None:
     folder = exported("gemma")
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    form = engine.tensorrt_form(model)
+    form = engine.tensorrt_form(model)[0]
     assert model.functions
     assert not form.functions
     sizes = {"batch": 2, "sequence": 5, "past": 3}
@@ -145,7 +145,7 @@ def test_two_bodies_of_one_name_stay_two() -> None:
         make_node("F", ["a"], ["b"], domain="llmexport", overload="Relu"),
         make_node("F", ["b"], ["c"], domain="llmexport", overload="Neg"),
     ]
-    form = engine.tensorrt_form(model_of(calls, ["a"], ["c"], opsets, bodies))
+    form = engine.tensorrt_form(model_of(calls, ["a"], ["c"], opsets, bodies))[0]
     assert [n.op_type for n in form.graph.node] == ["Relu", "Neg"]
 
 

@@ -341,6 +341,11 @@ def test_refuses_an_fp32_norm_that_is_not_cast_back():
     assert refusals(made) == [("norm", "the fp32 norm is not cast back")]
 
 
+def test_refuses_an_fp32_norm_that_another_operator_casts_back():
+    made = wide_norm(f"{FP16} y", "[narrow] y = CastLike(normed, x)")
+    assert refusals(made) == [("norm", "the fp32 norm is not cast back")]
+
+
 def test_refuses_an_fp32_norm_cast_to_a_third_type():
     made = wide_norm(f"{BF16} y", f"[narrow] y = Cast<to = {BFLOAT}>(normed)")
     assert refusals(made) == [("norm", "the fp32 norm is not cast back")]

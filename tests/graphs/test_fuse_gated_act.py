@@ -186,8 +186,9 @@ def test_refuses_a_gate_that_broadcasts():
     assert refusals(made) == [("act", "gate and up differ in shape")]
 
 
-def test_refuses_an_up_of_unknown_shape():
-    made = graph("[act] a = Gelu(gate) [made] u = other.Make(up) [gated] y = Mul(a, u)")
+@pytest.mark.parametrize("gate", ["Identity", "other.Make"])
+def test_refuses_an_up_of_unknown_shape(gate):
+    made = graph(f"[first] g = {gate}(gate) [second] u = other.Make(up) [act] a = Gelu(g) [gated] y = Mul(a, u)")
     assert refusals(made) == [("act", "gate and up differ in shape")]
 
 

@@ -1,0 +1,94 @@
+"""Engines in which our ops are our plugins: real kernels, real builder, no GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+from arch_cases import FIRST, Case
+from native import cuda_library
+
+from llmexport.export import engine, manifest, onnx_file
+from llmexport.export.errors import EngineError
+
+
+def silent(what: str, done: int, of: int) -> None: ...
+
+
+@pytest.fixture
+def copy(exported, tmp_path: Path) -> Path:
+    """An export that a test may add an engine to."""
+    return Path(shutil.copytree(exported("llama", "float16"), tmp_path / "export"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_every_op_of_ours_is_a_plugin_layer(case: Case, dtype: str, exported, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported(case, dtype), tmp_path / "export"))
+    library = cuda_library()
+    record = engine.build(folder, plugins=library, progress=silent)
+    ops = manifest.read(folder).data["ops"]
+    assert record["layers"]["PLUGIN_V3"] == sum(ops.values())
+    assert record["plugins"] == [
+        {"file": str(library), "sha256": hashlib.sha256(library.read_bytes()).hexdigest(), "ops": ops}
+    ]
+    assert json.loads((folder / "engine.json").read_text()) == json.loads(json.dumps(record))
+    assert not [m for m in record["messages"] if "Unused Input" in m]
+
+
+def test_without_plugins_the_bodies_are_built(copy: Path) -> None:
+    record = engine.build(copy, plugins=None, progress=silent)
+    assert record["plugins"] == []
+    assert "PLUGIN_V3" not in record["layers"]
+
+
+def test_ops_that_the_library_does_not_serve_are_built_from_their_bodies(copy: Path, monkeypatch) -> None:
+    library = cuda_library()
+    monkeypatch.setattr(engine.library, "served", lambda path: frozenset({"Rope"}))
+    record = engine.build(copy, plugins=library, progress=silent)
+    assert record["plugins"][0]["ops"] == {"Rope": 6}
+    assert record["layers"]["PLUGIN_V3"] == 6
+
+
+def test_an_op_that_does_not_become_a_plugin_layer_is_an_error(copy: Path, monkeypatch) -> None:
+    """The engine would run, by another kernel than engine.json says."""
+    library = cuda_library()
+    original = engine.tensorrt_form
+
+    def one_more(*arguments):
+        model, nodes = original(*arguments)
+        return model, {**nodes, "ghost": "Rope"}
+
+    monkeypatch.setattr(engine, "tensorrt_form", one_more)
+    with pytest.raises(EngineError, match="15 plugin layers of 16 ops, see ghost"):
+        engine.build(copy, plugins=library, progress=silent)
+    assert not (copy / "model.plan").exists()
+
+
+def test_the_form_for_trtexec_has_no_bodies_and_builds(tiny_checkpoint, tmp_path: Path) -> None:
+    from llmexport.export import archs
+    from llmexport.export.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(tiny_checkpoint("gemma"))
+    request = onnx_file.Request(archs.load("gemma"), checkpoint, "float16", target="tensorrt")
+    onnx_file.write(request, tmp_path / "export", force=False, progress=silent)
+    model = onnx.load(tmp_path / "export" / "model.onnx", load_external_data=False)
+    assert not model.functions
+    assert not [n for n in model.graph.node if n.overload]
+    record = engine.build(tmp_path / "export", plugins=cuda_library(), progress=silent)
+    assert record["plugins"][0]["ops"] == manifest.read(tmp_path / "export").data["ops"]
+
+
+def test_the_form_for_trtexec_can_be_validated_too(tiny_checkpoint, tmp_path: Path) -> None:
+    from llmexport.export import archs
+    from llmexport.export.checkpoint import open_checkpoint
+    from llmexport.validate import ladder
+
+    checkpoint = open_checkpoint(tiny_checkpoint("gemma"))
+    request = onnx_file.Request(archs.load("gemma"), checkpoint, target="tensorrt")
+    onnx_file.write(request, tmp_path / "export", force=False, progress=silent)
+    assert ladder.climb(manifest.read(tmp_path / "export"), progress=silent).passed
