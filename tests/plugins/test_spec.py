@@ -274,6 +274,18 @@ def test_a_second_definition_leaves_the_first_as_it_was(scratch_ops):
     assert first(torch.ones(2)).tolist() == [1, 1]
 
 
+def test_two_ops_cannot_share_one_onnx_name(scratch_ops):
+    def spec_one(x: Tensor) -> Tensor:
+        return x.clone()
+
+    def spec_two(x: Tensor) -> Tensor:
+        return x.clone()
+
+    op("SpecSame", 1, {"x": "B"}, ("y",))(spec_one)
+    with pytest.raises(TypeError, match="SpecSame is defined twice"):
+        op("SpecSame", 1, {"x": "B"}, ("y",))(spec_two)
+
+
 def test_two_ops_cannot_share_one_torch_name(scratch_ops):
     def spec_shared(x: Tensor) -> Tensor:
         return x.clone()
