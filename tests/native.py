@@ -44,9 +44,9 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> P
     target = ROOT / "build" / "tests" / f"{name}-{digest.hexdigest()[:16]}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob(f"{name}-*"):
-            old.unlink()
-        unfinished = target.with_suffix(".part")
+        for old in target.parent.glob(f"{name}-{'?' * 16}"):
+            old.unlink(missing_ok=True)
+        unfinished = target.with_suffix(f".{os.getpid()}")
         done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         unfinished.rename(target)

@@ -62,7 +62,7 @@ void Block::enter() {
 
 void Block::run(uint3 index, uint64_t seed) {
   currentBlock = this;
-  blockIdx = index_ = index;
+  blockIdx = index;
   blockDim = size_;
   gridDim = grid_;
   live_ = int(threads_.size());

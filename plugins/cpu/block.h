@@ -55,7 +55,6 @@ class Block {
   void run(uint3 index, uint64_t seed);
 
   static Block& current();
-  int thread() const { return running_; }
   int lane() const { return running_ % kLanes; }
   // The lanes of this warp that the block has threads for.
   unsigned existing() const {
@@ -102,7 +101,6 @@ class Block {
   [[noreturn]] void reportDeadlock() const;
 
   dim3 grid_, size_;
-  uint3 index_{};
   size_t sharedBytes_;
   std::function<void()> const& body_;
   std::vector<Thread> threads_;

@@ -61,8 +61,11 @@ class Case:
     def inputs(self) -> list[torch.Tensor]:
         return [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in self.shapes]
 
-    def reference(self, *inputs: torch.Tensor) -> Any:
-        return all_ops()[self.op].reference(*inputs, **self.attributes)
+    @property
+    def reference(self) -> Peer:
+        """The op's torch reference with these attributes."""
+        function, attributes = all_ops()[self.op].reference, self.attributes
+        return lambda *inputs: function(*inputs, **attributes)
 
 
 def cases() -> Iterator[Case]:
