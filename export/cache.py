@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmexport.plugins.cache_folder import cache_folder
+
 # What the entries depend on: these libraries, and our own source that traces, stitches and fuses.
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnx-graphsurgeon")
 ROOT = Path(__file__).parent.parent
@@ -33,7 +35,7 @@ def cached(kind: str, key: Any, make: Callable[[], bytes]) -> bytes:
     made anew; a folder that cannot be written costs only time.
     """
     text = json.dumps([kind, key, versions(), _source_digest()], sort_keys=True)
-    path = folder() / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    path = cache_folder() / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     try:
         stored = path.read_bytes()
     except OSError:
@@ -44,13 +46,6 @@ def cached(kind: str, key: Any, make: Callable[[], bytes]) -> bytes:
     data = make()
     _store(path, hashlib.sha256(data).digest() + data)
     return data
-
-
-def folder() -> Path:
-    chosen = os.environ.get("LLMEXPORT_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmexport"
 
 
 @functools.cache

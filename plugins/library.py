@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmexport.plugins.cache_folder import cache_folder
 from llmexport.plugins.errors import UserError
 
 FILE = "libllmexport_plugins.so"
@@ -112,7 +113,7 @@ def _name(creator: int) -> str:
 
 
 def _link_folder(real: Path) -> Path:
-    folder = _cache() / "links" / hashlib.sha256(str(real).encode()).hexdigest()[:16]
+    folder = cache_folder() / "links" / hashlib.sha256(str(real).encode()).hexdigest()[:16]
     link = folder / real.with_suffix("").name  # less the version
     if not link.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,17 +125,12 @@ def _link_folder(real: Path) -> Path:
     return folder
 
 
-def _cache() -> Path:
-    chosen = os.environ.get("LLMEXPORT_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmexport"
-
-
 def _default_build_dir() -> Path:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):
         if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".map") or path.name == "CMakeLists.txt":
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return _cache() / "plugins" / digest.hexdigest()[:16]
+    return cache_folder() / "plugins" / digest.hexdigest()[:16]
 
 
 def _tool(name: str, install: str) -> str:

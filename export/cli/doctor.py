@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 import click
 
-from llmexport.export import cache
 from llmexport.export.cli.console import Console, size, talkative
+from llmexport.plugins.cache_folder import cache_folder
 
 # What each command needs, the distributions that serve it, and the command that installs one.
 PACKAGES = (
@@ -27,6 +27,10 @@ PACKAGES = (
 OPTIONAL = (
     ("engine --backend tensorrt", ("tensorrt",), "pip install tensorrt --extra-index-url https://pypi.nvidia.com"),
     ("the rung against transformers", ("transformers",), "pip install 'llmexport[test]'"),
+)
+TOOLS = (
+    ("nvcc", "install NVIDIA's CUDA toolkit, 12.8 or later: https://developer.nvidia.com/cuda-downloads"),
+    ("cmake", "pip install cmake"),
 )
 
 
@@ -63,6 +67,9 @@ def examine() -> list[Finding]:
         for used_by, names, fix in group:
             found = next((f"{n} {v}" for n in names if (v := _version(n))), "")
             findings.append(Finding(names[0], found, needed, used_by, "" if found else fix))
+    for tool, fix in TOOLS:
+        path = shutil.which(tool) or ""
+        findings.append(Finding(tool, path, False, "plugins build", "" if path else fix))
     driver = ctypes.util.find_library("cuda") or ""
     findings.append(Finding("NVIDIA driver", driver, False, "running engines", "" if driver else "a GPU machine"))
     findings.append(_cache())
@@ -77,7 +84,7 @@ def _version(name: str) -> str:
 
 
 def _cache() -> Finding:
-    folder = cache.folder()
+    folder = cache_folder()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not os.access(existing, os.W_OK):
         return Finding("trace cache", "", False, "fast exports", f"set LLMEXPORT_CACHE: {folder} cannot be written")

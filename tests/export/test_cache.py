@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmexport.export import cache
+from llmexport.plugins.cache_folder import cache_folder
 
 
 @pytest.fixture(autouse=True)
@@ -138,10 +139,10 @@ def test_a_failure_to_make_is_not_kept(folder):
 def test_entries_lie_in_the_users_cache_folder_unless_told_otherwise(tmp_path, monkeypatch):
     monkeypatch.delenv("LLMEXPORT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.folder() == tmp_path / "xdg" / "llmexport"
+    assert cache_folder() == tmp_path / "xdg" / "llmexport"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache.folder() == tmp_path / "home" / ".cache" / "llmexport"
+    assert cache_folder() == tmp_path / "home" / ".cache" / "llmexport"
 
 
 def digest(root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
