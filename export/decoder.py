@@ -21,6 +21,23 @@ NAMES = MappingProxyType(
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
+# What the built-in tiny configs share.
+TINY = MappingProxyType(
+    {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+    }
+)
+
 ACTIVATIONS = MappingProxyType({"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf"})
 
 

@@ -124,6 +124,14 @@ def parse_profile(text: str) -> Profile:
     return Profile(sizes)
 
 
+def check_backend(name: str) -> Backend:
+    """The backend of that name. Raises EngineError with the command that installs it, if it is not here."""
+    chosen = BACKENDS[name]
+    if importlib.util.find_spec(chosen.module) is None:
+        raise EngineError(f"{name} is not installed: {chosen.install}")
+    return chosen
+
+
 def build(
     folder: Path,
     *,
@@ -141,9 +149,7 @@ def build(
     timeout: seconds until the builder is given up, None to wait. Whatever fails, an earlier engine stays.
     Raises EngineError, and ExportError if `folder` is no export, was changed since, or cannot be written.
     """
-    chosen = BACKENDS[backend]
-    if importlib.util.find_spec(chosen.module) is None:
-        raise EngineError(f"{backend} is not installed: {chosen.install}")
+    chosen = check_backend(backend)
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
     sizes = (profile or Profile()).resolve(export.assembly.inputs)

@@ -9,6 +9,7 @@ from llmexport.graphs.fusion import (
     Refusal,
     check_operands,
     float_type,
+    fuse_each,
     is_output,
     produced_by,
     producer,
@@ -16,7 +17,6 @@ from llmexport.graphs.fusion import (
     same_shape,
     scalar,
     sole_consumer,
-    sweep,
 )
 
 
@@ -42,15 +42,7 @@ def fuse_add_rms_norm(graph: gs.Graph) -> Fused:
     6. a norm in fp32 of a narrower sum is cast back to the sum's type, and read only through that cast; any other
        norm gives the type it takes.
     """
-    fused = Fused()
-    for norm in [n for n in graph.nodes if n.op == "RMSNormalization" and not n.domain]:
-        try:
-            _fuse(graph, norm)
-            fused.count += 1
-        except Refusal as refusal:
-            fused.refused.append((norm.name, str(refusal)))
-    sweep(graph)
-    return fused
+    return fuse_each(graph, ("RMSNormalization",), _fuse)
 
 
 def _fuse(graph: gs.Graph, norm: gs.Node) -> None:

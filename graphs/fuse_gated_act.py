@@ -8,12 +8,12 @@ from llmexport.graphs.fusion import (
     Fused,
     Refusal,
     check_operands,
+    fuse_each,
     is_output,
     other_input,
     replace,
     same_shape,
     sole_consumer,
-    sweep,
 )
 
 GELU = {"none": "gelu_erf", "tanh": "gelu_tanh"}
@@ -39,15 +39,7 @@ def fuse_gated_act(graph: gs.Graph) -> Fused:
     2. the activation has one consumer, a Mul, and is no graph output,
     3. gate and up have one shape, nothing is broadcast; both are of one float type and of rank 3.
     """
-    fused = Fused()
-    for node in [n for n in graph.nodes if n.op in ("Gelu", "Sigmoid") and not n.domain]:
-        try:
-            _fuse(graph, node)
-            fused.count += 1
-        except Refusal as refusal:
-            fused.refused.append((node.name, str(refusal)))
-    sweep(graph)
-    return fused
+    return fuse_each(graph, ("Gelu", "Sigmoid"), _fuse)
 
 
 def _fuse(graph: gs.Graph, node: gs.Node) -> None:

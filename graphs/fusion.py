@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,19 @@ class Fused:
 
     count: int = 0
     refused: list[tuple[str, str]] = field(default_factory=list)
+
+
+def fuse_each(graph: gs.Graph, ops: tuple[str, ...], fuse: Callable[[gs.Graph, gs.Node], None]) -> Fused:
+    """Calls `fuse` on every standard operator of these types; it edits the graph, or raises Refusal and does not."""
+    fused = Fused()
+    for node in [n for n in graph.nodes if n.op in ops and not n.domain]:
+        try:
+            fuse(graph, node)
+            fused.count += 1
+        except Refusal as refusal:
+            fused.refused.append((node.name, str(refusal)))
+    _sweep(graph)
+    return fused
 
 
 def producer(value: gs.Tensor) -> gs.Node | None:
@@ -88,7 +101,7 @@ def replace(
     outputs: list[gs.Tensor],
     attributes: dict[str, Any],
 ) -> None:
-    """Makes the node `at` one llmexport op; `dead` nodes lose their outputs and leave with `sweep`.
+    """Makes the node `at` one llmexport op; `dead` nodes lose their outputs and are swept up.
 
     `at` must stand where all `inputs` are made and none of `outputs` is used before.
     """
@@ -100,7 +113,7 @@ def replace(
     at.outputs.extend(outputs)
 
 
-def sweep(graph: gs.Graph) -> None:
+def _sweep(graph: gs.Graph) -> None:
     """Removes nodes whose outputs nobody reads; the order of the others stays."""
     kept = []
     outputs = {id(o) for o in graph.outputs}

@@ -1,7 +1,7 @@
 """Gemma 1 (transformers modeling_gemma.py): 1 + weight norms in fp32, scaled embeddings, GELU-tanh, tied head."""
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, NAMES, decoder
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.spec import Arch, Model
 
 
@@ -31,17 +31,10 @@ ARCH = Arch(
     names=NAMES,
     ignore=BUFFERS,
     tiny={
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
+        **TINY,
         "num_key_value_heads": 1,
         "head_dim": 32,
         "hidden_act": "gelu_pytorch_tanh",
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "attention_bias": False,
         "tie_word_embeddings": True,
     },

@@ -1,7 +1,7 @@
 """Llama 1 to 3.3 (transformers modeling_llama.py), llama3 RoPE scaling included."""
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import ACTIVATIONS, BUFFERS, NAMES, decoder
+from llmexport.export.decoder import ACTIVATIONS, BUFFERS, NAMES, TINY, decoder
 from llmexport.export.spec import Arch, Model
 
 
@@ -26,14 +26,7 @@ ARCH = Arch(
     names=NAMES,
     ignore=BUFFERS,
     tiny={
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "max_position_embeddings": 512,
+        **TINY,
         "rms_norm_eps": 1e-5,
         "rope_parameters": {
             "rope_type": "llama3",
@@ -45,6 +38,5 @@ ARCH = Arch(
         },
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
     },
 )

@@ -1,7 +1,7 @@
 """Qwen 1.5, 2 and 2.5 (transformers modeling_qwen2.py): bias on q, k and v; upper layers may slide."""
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import ACTIVATIONS, BUFFERS, NAMES, decoder
+from llmexport.export.decoder import ACTIVATIONS, BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Model
 
@@ -43,15 +43,7 @@ ARCH = Arch(
     names=NAMES,
     ignore=BUFFERS,
     tiny={
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
+        **TINY,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         "use_sliding_window": True,
         "sliding_window": 8,

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
-from llmexport.export import onnx_file
+from llmexport.export import engine, onnx_file
 from llmexport.export.cli import engine as engine_command
 from llmexport.export.cli import onnx as onnx_command
 from llmexport.export.cli import source
 from llmexport.export.cli import validate as validate_command
 from llmexport.export.cli.console import Console, size, talkative
+from llmexport.plugins import library
 
 
 @click.command("deploy")
@@ -19,8 +20,7 @@ from llmexport.export.cli.console import Console, size, talkative
 @click.option(
     "-o", "--output", type=source.FOLDER, help="The folder to make; default: ARCH-deploy, replaced if it is there."
 )
-@click.option("--backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", show_default=True)
-@click.option("--profile", help="As for `llmexport engine`.")
+@engine_command.options
 @talkative
 def command(
     arch: str | None,
@@ -31,6 +31,7 @@ def command(
     output: Path | None,
     backend: str,
     profile: str | None,
+    plugins: bool,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -38,17 +39,16 @@ def command(
 
     Exit code 1 if a rung of the comparison fails.
     """
-    from llmexport.export import engine
-    from llmexport.plugins import library
-
     console = Console(quiet, as_json)
+    engine.check_backend(backend)
     sizes = engine.parse_profile(profile) if profile else None
     beside = output or Path("deploy")
     with source.open_source(arch, checkpoint, beside) as (named, found):
         folder = output or Path(f"{named.name}-deploy")
         request = onnx_file.Request(named, found, dtype, None, weights)
         record = onnx_file.write(request, folder, force=force or output is None, progress=console.progress)
-    built = engine.build(folder, backend=backend, profile=sizes, plugins=library.find(), progress=console.progress)
+    kernels = library.find() if plugins else None
+    built = engine.build(folder, backend=backend, profile=sizes, plugins=kernels, progress=console.progress)
     report = validate_command.run(folder, None, 0, console)
     rows = onnx_command.summary(record, folder) + engine_command.summary(built)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix != ".safetensors"}

@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.source import FOLDER
+from llmexport.export.engine import BACKENDS, build, parse_profile
+from llmexport.plugins import library
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def options(command: F) -> F:
+    """The options that say how an engine is built."""
+    for option in (
+        click.option(
+            "--plugins/--no-plugins",
+            default=True,
+            show_default=True,
+            help="Our CUDA kernels, if `llmexport plugins build` has made them; else the function bodies of our ops.",
+        ),
+        click.option(
+            "--profile",
+            help="Sizes as min:opt:max, as in batch=1:1:4,sequence=1:64:512,past=0:512:2048 (the default).",
+        ),
+        click.option("--backend", type=click.Choice(list(BACKENDS)), default="tensorrt-rtx", show_default=True),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command("engine")
 @click.argument("folder", type=FOLDER)
-@click.option("--backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", show_default=True)
-@click.option(
-    "--profile",
-    help="Sizes as min:opt:max, as in batch=1:1:4,sequence=1:64:512,past=0:512:2048 (the default).",
-)
-@click.option(
-    "--plugins/--no-plugins",
-    default=True,
-    show_default=True,
-    help="Our CUDA kernels for our ops, if `llmexport plugins build` has made them; else their function bodies.",
-)
+@options
 @click.option("--timeout", type=click.FloatRange(min=1), help="Seconds until the builder is given up.")
 @talkative
 def command(
     folder: Path, backend: str, profile: str | None, plugins: bool, timeout: float | None, quiet: bool, as_json: bool
 ) -> None:
     """Build a TensorRT engine of an export: model.plan and engine.json, in FOLDER."""
-    from llmexport.export import engine
-    from llmexport.plugins import library
-
     console = Console(quiet, as_json)
-    sizes = engine.parse_profile(profile) if profile else None
-    record = engine.build(
+    record = build(
         folder,
         backend=backend,
-        profile=sizes,
+        profile=parse_profile(profile) if profile else None,
         plugins=library.find() if plugins else None,
         timeout=timeout,
         progress=console.progress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from llmexport.export import archs, output, random_checkpoint, trace
 from llmexport.export.cli.console import Console
 from llmexport.export.cli.main import COMMANDS, main
+from llmexport.plugins import library
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -281,7 +283,7 @@ def test_a_bug_keeps_its_traceback(run: Run, checkpoint: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, run: Run) -> None:
-    code, out, _ = run(command, "--help")
+    code, out, _ = run(*(["plugins", "build"] if command == "plugins" else [command]), "--help")
     assert (code, "--json" in out, "--quiet" in out) == (0, True, True)
 
 
@@ -335,6 +337,29 @@ def test_doctor_names_the_command_that_fixes_what_is_missing(run: Run, monkeypat
     monkeypatch.setattr(doctor, "_version", lambda name: "" if name == "tensorrt-rtx" else found(name))
     code, out, _ = run("doctor")
     assert (code, "pip install tensorrt-rtx" in out) == (2, True)
+
+
+def test_deploy_asks_for_a_missing_backend_before_it_does_anything(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = run("deploy", "--arch", "gemma", "--backend", "tensorrt")
+    assert (code, "pip install tensorrt " in err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ops_says_what_the_library_serves(run: Run) -> None:
+    _, out, _ = run("ops", "--json")
+    listed = {o["op"]: o for o in json.loads(out)["ops"]}
+    assert listed.keys() == {"Rope", "AddRmsNorm", "GatedAct"}
+    assert listed["Rope"]["inputs"] == {"x": ["B", "H", "T", "D"], "cos": ["B", "T", "R"], "sin": ["B", "T", "R"]}
+    assert listed["AddRmsNorm"]["attributes"]["epsilon"] == "float"
+
+
+def test_plugins_build_without_nvcc_names_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.shutil, "which", lambda name: None if "nvcc" in name else f"/usr/bin/{name}")
+    code, _, err = run("plugins", "build")
+    assert (code, "apt install cuda-nvcc" in err) == (2, True)
 
 
 def test_deploy_does_the_three_steps_and_prints_one_story(run: Run, tmp_path: Path) -> None:
