@@ -47,9 +47,8 @@ class Assembly:
 
 def assemble(model: Model) -> Assembly:
     """The whole model, as `input_ids, position_ids, attention_mask, past` to `logits, present`."""
-    windows = tuple(dict.fromkeys(layer.attention.window for layer in model.layers))
-    masks = {w: Mask(w) for w in windows}
-    mask_names = {w: "mask" if w is None else f"mask_window_{w}" for w in windows}
+    masks = {w: Mask(w) for w in dict.fromkeys(model.windows)}
+    mask_names = {w: "mask" if w is None else f"mask_window_{w}" for w in masks}
     steps = [
         Step("embedding", model.embedding, ("input_ids",), ("hidden.0",), "embedding."),
         Step("rotary", model.rotary, ("position_ids",), ("cos", "sin"), "rotary."),
@@ -58,10 +57,10 @@ def assemble(model: Model) -> Assembly:
         name = mask_names[window]
         steps.append(Step(name, mask, ("attention_mask", "position_ids"), (name,), f"{name}."))
     past, present = [], []
-    for i, layer in enumerate(model.layers):
+    for i, (layer, window) in enumerate(zip(model.layers, model.windows, strict=True)):
         cached = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
         grown = (f"present.{i}.key", f"present.{i}.value")
-        inputs = (f"hidden.{i}", "cos", "sin", mask_names[layer.attention.window], *cached)
+        inputs = (f"hidden.{i}", "cos", "sin", mask_names[window], *cached)
         steps.append(Step(f"layers.{i}", layer, inputs, (f"hidden.{i + 1}", *grown), f"layers.{i}."))
         past += _named(cached, layer.attention.cache)
         present += _named(grown, layer.attention.present)
@@ -80,16 +79,13 @@ def alone(step: Step) -> Assembly:
 
 
 def named_blocks(model: Model) -> dict[str, Step]:
-    """Every block that can be exported alone, by name; where a model has two of a kind, the second gets a suffix."""
+    """Every block that can be exported alone, by name: its kind, and its place where a model has two of a kind."""
     found: dict[str, Step] = {}
     for step in assemble(model).steps:
         for part in _parts(step):
             if part.block in [s.block for s in found.values()]:
                 continue
-            window = getattr(getattr(part.block, "attention", part.block), "window", None)
-            name = part.block.kind
-            if name in found:
-                name += f"_window_{window}" if window else f"_{part.name.replace('.', '_')}"
+            name = part.block.kind if part.block.kind not in found else part.name.replace(".", "_")
             found[name] = part
     return found
 

@@ -22,6 +22,7 @@ SOURCES = (
     "plugins/*.py",
     "plugins/*/*.py",
     "export/blocks/*.py",
+    "export/onnx_file.py",
     "export/spec.py",
     "export/trace.py",
     "export/tidy.py",
@@ -58,7 +59,7 @@ def versions() -> dict[str, str]:
 def _source_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(p for pattern in SOURCES for p in ROOT.glob(pattern)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

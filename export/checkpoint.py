@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 
 # safetensors name = numpy or ml_dtypes name, by item size. F4 and F6 pack several items in a byte: not read.
 _DTYPES_BY_SIZE = {
@@ -92,7 +93,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     files = sorted(named) or [SINGLE]
     if single and SINGLE not in files:
         raise ExportError(f"{folder} has both {SINGLE} and {INDEX}: move away the weights that are not meant")
-
     tensors: dict[str, StoredTensor] = {}
     shards = []
     for file in files:
@@ -115,6 +115,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ExportError(f"{folder} is not a folder: give the one that holds its config.json")
         if not path.is_file():
             raise ExportError(f"{folder} has no config.json: give the folder of a published checkpoint")
+        if (folder / ADAPTER).exists():
+            raise ExportError(f"{folder} holds an adapter ({ADAPTER}): merge it into the model, or move it away")
         return _parse_object(path.read_bytes(), path)
 
 

@@ -47,8 +47,6 @@ def decoder(
     activation: Literal["silu", "gelu_tanh", "gelu_erf"],
     tied: bool,
     head_size: int | None = None,
-    kv_heads: int | None = None,
-    theta: float = 10000.0,
     norm_offset: float = 0.0,
     norm_rounding: Literal["before_weight", "after_weight"] = "before_weight",
     scale_embedding: bool = False,
@@ -59,7 +57,7 @@ def decoder(
 ) -> Model:
     """Reads the keys that all such configs share; the arguments are what distinguishes an architecture.
 
-    `tied`, `head_size`, `kv_heads` and `theta` are for configs that do not say. `windows` holds the attention window of
+    `tied` and `head_size` are for configs that do not say. `windows` holds the attention window of
     every layer, None for the whole past.
     """
     hidden = config.integer("hidden_size")
@@ -68,18 +66,16 @@ def decoder(
     vocabulary = config.integer("vocab_size")
     norm = Norm(hidden, config.number("rms_norm_eps", 1e-6), norm_offset, norm_rounding)
     head_size = config.integer("head_dim", head_size or hidden // heads)
-    theta, scaling = config.rope(theta)
-    kv_heads = config.integer("num_key_value_heads", kv_heads or heads)
+    theta, scaling = config.rope(10000.0)
+    kv_heads = config.integer("num_key_value_heads", heads)
     mlp = Mlp(hidden, config.integer("intermediate_size"), activation, mlp_bias)
 
-    def layer(window: int | None) -> DecoderLayer:
-        attention = Attention(hidden, heads, kv_heads, head_size, qkv_bias, out_bias, window)
-        return DecoderLayer(norm, attention, norm, mlp)
-
+    attention = Attention(hidden, heads, kv_heads, head_size, qkv_bias, out_bias)
     return Model(
         embedding=Embedding(vocabulary, hidden, hidden**0.5 if scale_embedding else 1.0),
         rotary=Rotary(head_size, theta, scaling),
-        layers=tuple(layer(w) for w in windows or (None,) * layers),
+        layers=(DecoderLayer(norm, attention, norm, mlp),) * layers,
+        windows=windows or (None,) * layers,
         head=Head(norm, vocabulary),
         tied=config.flag("tie_word_embeddings", tied),
     )

@@ -168,6 +168,7 @@ def build(
             "target": chosen.target,
             **{k: export.data[k] for k in ("arch", "block", "dtype", "inputs", "outputs")},
             "model_sha256": _sha256(folder / MODEL),
+            "weights": export.data["weights"]["files"],
             "profile": sizes,
             "plugins": [_library(plugins, plugin_nodes)] if plugins and plugin_nodes else [],
             **_run(work, chosen.module, export.assembly, plugin_nodes, timeout, progress),

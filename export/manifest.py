@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 NAME = "manifest.json"
 FORMAT = 1
+KEYS = {"arch", "block", "dtype", "target", "opset", "ops", "versions", "config"}  # that later steps read
+PAGES, PAGE = 64, 4096  # of a weight file, for its sample digest
 
 
 def record(request: Request, assembly: Assembly, built: Built, shards: list[Shard], placed: str) -> dict[str, Any]:
@@ -36,7 +41,7 @@ def record(request: Request, assembly: Assembly, built: Built, shards: list[Shar
         "fusions": built.fusions,
         "weights": {
             "placed": placed,
-            "files": [{"file": s.file, "bytes": s.nbytes, "header_sha256": s.header_sha256} for s in shards],
+            "files": [_identity(request.checkpoint.folder / s.file, s) for s in shards],
         },
         "versions": cache.versions(),
         "config": request.checkpoint.config,
@@ -74,6 +79,15 @@ class Manifest:
             shards.append(shard)
         return Checkpoint(self.folder, self.data["config"], tensors, tuple(shards))
 
+    def in_float32(self) -> Manifest:
+        """The same model in fp32, where what it computes can be told from how it rounds."""
+        assembly = dataclasses.replace(
+            self.assembly,
+            inputs=tuple(_retype(p, self.dtype) for p in self.assembly.inputs),
+            outputs=tuple(_retype(p, self.dtype) for p in self.assembly.outputs),
+        )
+        return dataclasses.replace(self, data={**self.data, "dtype": "float32"}, assembly=assembly)
+
     @property
     def dtype(self) -> str:
         return str(self.data["dtype"])
@@ -83,16 +97,24 @@ def read(folder: Path) -> Manifest:
     """The manifest of the export in `folder`. Raises ExportError if it is none, or its weights have changed."""
     path = folder / NAME
     if not path.is_file():
-        raise ExportError(f"{folder} is no export: it has no {NAME}. Make one with `llmexport onnx -o {folder}`")
+        blocks = sorted(p.parent.name for p in folder.glob(f"*/{NAME}"))
+        hint = f"name one of its blocks: {', '.join(blocks)}" if blocks else "make one with `llmexport onnx`"
+        raise ExportError(f"{folder} is no export, it has no {NAME}: {hint}")
     try:
         data = json.loads(path.read_bytes())
         if data["format"] != FORMAT:
             raise ExportError(f"{path} is of format {data['format']}, this version reads {FORMAT}: export again")
         assembly, step_weights = _assembly(data)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        files = [
+            (folder / f["file"], f["bytes"], f["header_sha256"], f["sample_sha256"]) for f in data["weights"]["files"]
+        ]
+        missing = KEYS - data.keys()
+        if missing:
+            raise KeyError(*missing)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ExportError(f"{path} is damaged or of another version ({error!r}): export again") from error
-    for file in data["weights"]["files"]:
-        _check_unchanged(folder / file["file"], file)
+    for file, *identity in files:
+        _check_unchanged(file, identity)
     return Manifest(folder, data, assembly, step_weights)
 
 
@@ -105,13 +127,32 @@ def _assembly(data: dict[str, Any]) -> tuple[Assembly, dict[str, dict[str, str]]
     return Assembly(ports[0], steps, ports[1]), {s["name"]: s["weights"] for s in data["steps"]}
 
 
-def _check_unchanged(path: Path, file: dict[str, Any]) -> None:
+def _identity(path: Path, shard: Shard) -> dict[str, Any]:
+    """What tells a weight file from another of its size, without reading it whole."""
+    sample = _sample(path, shard.nbytes)
+    return {"file": shard.file, "bytes": shard.nbytes, "header_sha256": shard.header_sha256, "sample_sha256": sample}
+
+
+def _sample(path: Path, size: int) -> str:
+    """SHA-256 of PAGES pages spread evenly over the file: other weights of the same shapes differ in all of them."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        for i in range(PAGES):
+            digest.update(os.pread(file.fileno(), PAGE, size * i // PAGES))
+    return digest.hexdigest()
+
+
+def _check_unchanged(path: Path, identity: list[Any]) -> None:
     """A hard-linked shard is the checkpoint's own file: whoever overwrites one changes the other."""
     if not path.is_file():
         raise ExportError(f"{path} is missing from the export: export again")
     _, shard = read_header(path)
-    if (shard.nbytes, shard.header_sha256) != (file["bytes"], file["header_sha256"]):
+    if [shard.nbytes, shard.header_sha256, _sample(path, shard.nbytes)] != identity:
         raise ExportError(f"{path} is not the file that was exported, it has changed since: export again")
+
+
+def _retype(port: Port, dtype: str) -> Port:
+    return dataclasses.replace(port, dtype="float32") if port.dtype == dtype else port
 
 
 def _port(port: Port, dtype: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,12 @@ from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.manifest import Manifest
 from llmexport.export.output import new_folder, place_weights
-from llmexport.export.spec import Block, Model, Port, to_data
+from llmexport.export.spec import OPSET, Block, Model, Port, to_data
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
 from llmexport.graphs.stitch import Piece, stitch
 from llmexport.plugins.spec import Attribute
 
-OPSET = 23
 MODEL = "model.onnx"
 BLOCKS = "blocks.json"
 ELEMENT_TYPES = {
@@ -78,31 +78,33 @@ def write(request: Request, target: Path, *, force: bool, progress: Progress) ->
 
     Returns its manifest.
     """
-    _keep_checkpoint(request, target)
-    with new_folder(target, force=force) as folder:
-        return _fill(request, folder, progress)
+    with new_export(request, target, force=force) as folder:
+        return fill(request, folder, progress)
 
 
 def write_blocks(request: Request, target: Path, *, force: bool, progress: Progress) -> dict[str, Any]:
     """Exports every block alone, each to a folder of its name in `target`; returns the manifests by name."""
-    _keep_checkpoint(request, target)
     names = named_blocks(read_model(request.arch, request.checkpoint.config))
-    with new_folder(target, force=force, marker=BLOCKS) as folder:
+    with new_export(request, target, force=force, marker=BLOCKS) as folder:
         records = {}
         for name in names:
             (folder / name).mkdir()
-            records[name] = _fill(dataclasses.replace(request, block=name), folder / name, progress)
+            records[name] = fill(dataclasses.replace(request, block=name), folder / name, progress)
         (folder / BLOCKS).write_text(json.dumps({"blocks": list(names)}))
     return records
 
 
-def _keep_checkpoint(request: Request, target: Path) -> None:
-    """--force must not delete the checkpoint with the output that holds it."""
+@contextmanager
+def new_export(request: Request, target: Path, *, force: bool, marker: str = manifest.NAME) -> Iterator[Path]:
+    """As `output.new_folder`; but --force must not delete the checkpoint with the output that holds it."""
     if request.checkpoint.folder.resolve().is_relative_to(target.resolve()):
         raise ExportError(f"the checkpoint lies in {target}, which the export would replace: choose another output")
+    with new_folder(target, force=force, marker=marker) as folder:
+        yield folder
 
 
-def _fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
+def fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Exports into an empty folder; returns the manifest."""
     model = read_model(request.arch, request.checkpoint.config)
     assembly = assemble(model) if request.block is None else alone(find_block(model, request.block))
     built = build(request, model, assembly, progress)

@@ -19,6 +19,7 @@ from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
 from llmexport.export.spec import Norm
 
+MARKER = "llmexport-random.json"  # what --force may replace: a downloaded checkpoint has none
 ROWS = 2**22  # values drawn at a time: what bounds the memory beyond one shard
 
 
@@ -42,13 +43,14 @@ def write(
     )
     shapes = dict(_parameters(arch, config))
     shards = _split(shapes, shard_bytes, np.dtype(dtype).itemsize)
-    with new_folder(target, force=force, marker="config.json") as folder:
+    with new_folder(target, force=force, marker=MARKER) as folder:
         index: dict[str, str] = {}
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
             tensors = {n: _draw(n, *shapes[n], dtype, seed) for n in names}
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index |= dict.fromkeys(names, file)
+        (folder / MARKER).write_text(json.dumps({"seed": seed}))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
 

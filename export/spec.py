@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # The dynamic axes. `total` is past + sequence: what attention sees and the next step's past.
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
+OPSET = 23  # ai.onnx, of everything that is exported
 DTYPES = ("float32", "float16", "bfloat16")
 Dim = int | str
 
@@ -148,9 +149,9 @@ class Norm(Block):
 
 @dataclass(frozen=True)
 class Attention(Block):
-    """Causal self-attention with RoPE, grouped queries (arXiv 2305.13245) and a grown KV cache.
+    """Self-attention with RoPE, grouped queries (arXiv 2305.13245) and a grown KV cache.
 
-    `window` is the mask this layer wants; the mask itself comes in as a boolean input.
+    What a query may see is an input, the mask: layers that differ in their window alone are one block.
     """
 
     hidden: int
@@ -159,7 +160,6 @@ class Attention(Block):
     head_size: int
     qkv_bias: bool = False
     out_bias: bool = False
-    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -249,11 +249,16 @@ class Head(Block):
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder-only language model. `tied`: the head's projection is the embedding table."""
+    """A decoder-only language model.
+
+    `windows` has the attention window of every layer in tokens, None for the whole past. `tied`: the head's
+    projection is the embedding table.
+    """
 
     embedding: Embedding
     rotary: Rotary
     layers: tuple[DecoderLayer, ...]
+    windows: tuple[int | None, ...]
     head: Head
     tied: bool
 

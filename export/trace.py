@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from llmexport.export import blocks
 from llmexport.export.blocks import standard
-from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Block, Port
+from llmexport.export.spec import BATCH, OPSET, PAST, SEQUENCE, TOTAL, Block, Port
 from llmexport.export.tidy import tidy
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
 
-OPSET = 23
 # Sizes to trace at: distinct, so that no two dimensions are taken for one, and above 1, which would be special.
 SIZES = {BATCH: 2, SEQUENCE: 5, PAST: 3, TOTAL: 8}
 

@@ -36,12 +36,12 @@ class PluginError(UserError):
 def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int | None = None) -> Path:
     """Compiles the library for these SM versions ("90"; the last also as PTX) and returns its path.
 
-    build_dir: kept and used again; None is a folder for this state of the sources, where find() looks.
+    build_dir: kept and used again; None is a folder for these versions and sources, where find() looks.
     Raises PluginError naming what is to be installed, or with the compiler's message.
     """
     if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in archs):
         raise PluginError(f"archs are {','.join(archs)!r}: name SM versions, as in 80,90")
-    folder = build_dir or _default_build_dir()
+    folder = build_dir or _builds() / "-".join(archs)
     targets = ";".join([*(f"{a}-real" for a in archs[:-1]), archs[-1]])
     cmake = _tool("cmake", "pip install cmake")
     nvcc = _nvcc()
@@ -52,9 +52,10 @@ def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int
 
 
 def find() -> Path | None:
-    """The library that was installed with this package, else the one that build() made of these sources."""
-    places = (SOURCES / FILE, _default_build_dir() / FILE)
-    return next((path for path in places if path.is_file()), None)
+    """The library that was installed with this package, else the last one that build() made of these sources."""
+    if (SOURCES / FILE).is_file():
+        return SOURCES / FILE
+    return max(_builds().glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def served(path: Path) -> frozenset[str]:
@@ -125,11 +126,12 @@ def _link_folder(real: Path) -> Path:
     return folder
 
 
-def _default_build_dir() -> Path:
+def _builds() -> Path:
+    """The folder of all builds of these sources."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):
         if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".map") or path.name == "CMakeLists.txt":
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+            digest.update(str(path.relative_to(SOURCES)).encode() + b"\0" + path.read_bytes())
     return cache_folder() / "plugins" / digest.hexdigest()[:16]
 
 

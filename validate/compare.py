@@ -29,7 +29,8 @@ class Difference:
     def excess(self, tolerance: Tolerance) -> float:
         """How many times the tolerance this is: up to 1 is within; infinite if there is a NaN."""
         bound = tolerance.max_abs * (self.scale if tolerance.scaled else 1.0)
-        parts = [self.max_abs / bound if self.max_abs else 0.0, self.rms_ratio / tolerance.rms_ratio]
+        largest = self.max_abs / bound if bound else math.inf
+        parts = [largest if self.max_abs else 0.0, self.rms_ratio / tolerance.rms_ratio]
         return math.inf if any(map(math.isnan, parts)) else max(parts)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
 import numpy as np
 
 from llmexport.export.assembly import Assembly
-from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Embedding, Mask, Port
+from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Block, Embedding, Mask, Port
 from llmexport.validate.runners import Feed
 
-LONGEST = 512  # tokens of a prompt made here; longer windows stay unreached, and the report says so
+SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; the mask alone is run past longer windows
+SHIFT = 100
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Prompt:
 
     @property
     def positions(self) -> np.ndarray:
-        """Positions that count real tokens only, as transformers' generate makes them."""
-        return np.maximum(self.mask.cumsum(-1) - 1, 0)
+        """Positions that count real tokens only; those of the first row begin at 0, of others far from it."""
+        shift = SHIFT * np.arange(len(self.ids))[:, None]
+        return np.maximum(self.mask.cumsum(-1) - 1, 0) + shift
 
 
 def prompt(assembly: Assembly, *, batch: int = 2, tokens: int | None = None, seed: int = 0) -> Prompt:
@@ -35,7 +36,7 @@ def prompt(assembly: Assembly, *, batch: int = 2, tokens: int | None = None, see
     """
     random = np.random.default_rng(seed)
     vocabulary = next(s.block.vocabulary for s in assembly.steps if isinstance(s.block, Embedding))
-    tokens = tokens or min(max([w + 9 for w in windows(assembly)] + [23]), LONGEST) | 1
+    tokens = tokens or min(max([w + 9 for w in windows(assembly)] + [SHORTEST]), LONGEST) | 1
     ids = random.integers(0, vocabulary, (batch, tokens), np.int64)
     mask = np.ones((batch, tokens), np.int64)
     for row in range(1, batch):
@@ -58,32 +59,39 @@ def prefill(assembly: Assembly, start: Prompt, dtype: str) -> Feed:
 
 
 def advance(feed: Feed, outputs: Feed, chosen: np.ndarray) -> Feed:
-    """The feed of the next step: the tokens `chosen` [B, 1], with the caches that the last step returned."""
+    """The feed of the next step: the tokens `chosen` [B, n], with the caches that the last step returned."""
     mask = np.concatenate((feed["attention_mask"], np.ones_like(chosen)), 1)
     following = {
         "input_ids": chosen,
-        "position_ids": feed["position_ids"][:, -1:] + 1,
+        "position_ids": feed["position_ids"][:, -1:] + 1 + np.arange(chosen.shape[1]),
         "attention_mask": mask,
     }
     return following | {n: outputs[n.replace("past_key_values", "present")] for n in feed if n not in following}
 
 
-def random_feed(ports: Sequence[Port], dtype: str, sizes: dict[str, int], seed: int = 0) -> Feed:
-    """A feed for one block alone: what each port means decides what is drawn."""
+def block_sizes(block: Block) -> list[dict[str, int]]:
+    """Sizes to run one block at: a prompt, and a few tokens after a past that is longer than its window."""
+    past = max(21, (getattr(block, "window", None) or 0) + 9)
+    return [{BATCH: 2, SEQUENCE: 13, PAST: 0}, {BATCH: 3, SEQUENCE: 1, PAST: 21}, {BATCH: 2, SEQUENCE: 3, PAST: past}]
+
+
+def block_feed(block: Block, dtype: str, sizes: dict[str, int], seed: int = 0) -> Feed:
+    """A random feed for one block alone, by its ports: what each port means decides what is drawn."""
     random = np.random.default_rng(seed)
     sizes = sizes | {TOTAL: sizes[PAST] + sizes[SEQUENCE]}
     angles = random.uniform(0, 100, (sizes[BATCH], sizes[SEQUENCE], 1))
     feed = {}
-    for port in ports:
+    for port in block.inputs:
         shape = _shape(port, sizes)
         value: np.ndarray
         match port.name:
             case "input_ids":
-                value = random.integers(0, 100, shape)
+                value = random.integers(0, getattr(block, "vocabulary", 100), shape)
             case "position_ids":
                 value = np.broadcast_to(np.arange(sizes[PAST], sizes[TOTAL]), shape)
             case "attention_mask":
-                value = np.ones(shape)
+                # Padding on the left, and of another length in each row.
+                value = np.arange(shape[1]) >= 2 * np.arange(shape[0])[:, None]
             case "mask":
                 value = np.broadcast_to(np.tri(shape[2], shape[3], k=sizes[PAST]), shape)
             case "cos":

@@ -1,11 +1,11 @@
-"""The ladder: every rung from the published model to the engine, each with its error against the rung below."""
+"""The ladder: every rung from the published model to the exported file, each with its error against the last."""
 
 from __future__ import annotations
 
 import importlib.util
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,48 +13,19 @@ import onnx
 from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import onnx_file
+from llmexport.export.assembly import Step
 from llmexport.export.manifest import Manifest
-from llmexport.export.spec import BATCH, PAST, SEQUENCE
+from llmexport.export.spec import PAST, SEQUENCE, Mask
 from llmexport.validate import feeds
 from llmexport.validate.compare import Difference, compare
+from llmexport.validate.report import REFERENCE, Report, Rung
 from llmexport.validate.runners import TOKENS, Feed, TorchRunner, TransformersRunner, onnx_runner
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 
 DECODE_STEPS = 8
+PIECE = 3  # tokens of a prompt's later piece
+BLOCKS, WHOLE = "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Rung:
-    """One comparison; `difference` is the worst of its `details`.
-
-    `status` is pass, fail or not run; `note` says why a rung was not run, or what it lacks.
-    """
-
-    name: str
-    status: str
-    note: str = ""
-    difference: Difference | None = None
-    tolerance: Tolerance | None = None
-    details: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
-class Report:
-    """All rungs, in order, and the median seconds of a prefill and of a decode step by runner."""
-
-    rungs: list[Rung]
-    seconds: dict[str, dict[str, float]]
-    prompt: dict[str, int]
-
-    @property
-    def passed(self) -> bool:
-        """No rung failed, and at least one was run."""
-        ran = [r for r in self.rungs if r.status != "not run"]
-        return bool(ran) and all(r.status == "pass" for r in ran)
-
-    def as_data(self) -> dict[str, Any]:
-        return asdict(self) | {"passed": self.passed}
 
 
 @dataclass
@@ -63,6 +34,7 @@ class Run:
 
     outputs: list[Feed]
     seconds: list[float]
+    chosen: list[np.ndarray]  # the tokens after each run
 
 
 def climb(manifest: Manifest, *, tokens: int | None = None, seed: int = 0, progress: Progress) -> Report:
@@ -79,74 +51,81 @@ def _climb_whole(
     manifest: Manifest, torch_runner: TorchRunner, tokens: int | None, seed: int, progress: Progress
 ) -> Report:
     assembly = manifest.assembly
-    start = feeds.prompt(assembly, tokens=tokens, seed=seed)
-    first = feeds.prefill(assembly, start, manifest.dtype)
-    where = start.mask.astype(bool)
-    tolerance = TOLERANCE[manifest.dtype]
+    prompt = feeds.prompt(assembly, tokens=tokens, seed=seed)
     progress("PyTorch", 0, 4)
-    ours, recorded = _run_recorded(torch_runner, first)
-    tokens_chosen = [o["logits"][:, -1:].argmax(-1) for o in ours.outputs]
+    ours, recorded = _run_recorded(torch_runner, manifest, prompt)
     seconds = {"PyTorch": _medians(ours)}
     progress("transformers", 1, 4)
-    rungs = [_reference(manifest, first, ours, tokens_chosen, where, tolerance)]
+    rungs = [_reference(manifest, prompt, ours)]
+    if manifest.dtype != "float32":
+        rungs.append(_reference_float32(manifest, prompt))
     progress("blocks", 2, 4)
-    runnable = _not_runnable(manifest.dtype)
-    if runnable:
-        rungs += [Rung(n, "not run", runnable) for n in ("blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch")]
+    reason = _not_runnable(manifest.dtype)
+    if reason:
+        rungs += [Rung(n, "not run", reason) for n in (BLOCKS, WHOLE)]
     else:
         model = onnx_file.load(manifest)
-        rungs.append(_blocks(manifest, model, recorded))
+        rungs.append(_blocks(manifest, torch_runner, model, recorded))
         progress("ONNX Runtime", 3, 4)
         with onnx_runner(model, manifest.folder) as runner:
-            found = _run(runner, first, tokens_chosen)
+            found = _run(runner, feeds.prefill(assembly, prompt, manifest.dtype), ours.chosen)
         seconds["ONNX Runtime"] = _medians(found)
-        rungs.append(_compare_runs("ONNX Runtime / PyTorch", ours, found, where, tolerance))
+        rungs.append(_compare_runs(WHOLE, ours, found, prompt, TOLERANCE[manifest.dtype]))
     progress("done", 4, 4)
-    unreached = [w for w in feeds.windows(assembly) if w >= start.ids.shape[1]]
+    unreached = [w for w in feeds.windows(assembly) if w >= prompt.ids.shape[1]]
     if unreached:
-        note = f"windows of {unreached} tokens not reached by {start.ids.shape[1]}: give --tokens"
+        note = f"the prompt ends before windows of {unreached}, their masks alone do not: --tokens for the whole"
         for rung in rungs:
             rung.note = f"{rung.note}; {note}" if rung.note else note
-    shape = {"batch": len(start.ids), "tokens": start.ids.shape[1], "decode_steps": DECODE_STEPS}
+    shape = {"batch": len(prompt.ids), "tokens": prompt.ids.shape[1], "decode_steps": DECODE_STEPS}
     return Report(rungs, seconds, shape)
 
 
 def _climb_block(manifest: Manifest, torch_runner: TorchRunner, seed: int, progress: Progress) -> Report:
-    """One block alone, on random inputs: a prompt without a past, and one token with one."""
+    """One block alone, on random inputs."""
     reason = _not_runnable(manifest.dtype)
-    name = "ONNX Runtime / PyTorch"
     if reason:
-        return Report([Rung(name, "not run", reason)], {}, {})
-    details: list[dict[str, Any]] = []
+        return Report([Rung(WHOLE, "not run", reason)], {}, {})
+    [step] = manifest.assembly.steps
+    progress("block", 0, 1)
     with onnx_runner(onnx_file.load(manifest), manifest.folder) as runner:
-        for i, sizes in enumerate(({BATCH: 2, SEQUENCE: 13, PAST: 0}, {BATCH: 3, SEQUENCE: 1, PAST: 21})):
-            progress("block", i, 2)
-            feed = feeds.random_feed(manifest.assembly.inputs, manifest.dtype, sizes, seed)
-            expected, found = torch_runner.infer(feed, check_inputs=False), runner.infer(feed, check_inputs=False)
-            for output in expected:
-                difference = compare(expected[output], found[output])
-                details.append({"output": output, **sizes, "difference": difference})
-    progress("block", 2, 2)
-    tolerance = TOLERANCE[manifest.dtype]
-    return Report([_rung(name, tolerance, details)], {}, {})
+        details = list(_alone(manifest, torch_runner, runner, step, seed))
+    progress("block", 1, 1)
+    return Report([_rung(WHOLE, TOLERANCE[manifest.dtype], details)], {}, {})
 
 
-def _run_recorded(runner: TorchRunner, feed: Feed) -> tuple[Run, list[Feed]]:
-    """Greedy decoding; besides the outputs, all values of the prompt's run and of the last decode step."""
-    run, recorded = Run([], []), []
-    for i in range(DECODE_STEPS + 1):
+def _alone(
+    manifest: Manifest, torch_runner: TorchRunner, runner: BaseRunner, step: Step, seed: int
+) -> Iterator[dict[str, Any]]:
+    """One step on random inputs, in PyTorch and as `runner` runs it."""
+    for sizes in feeds.block_sizes(step.block):
+        drawn = feeds.block_feed(step.block, manifest.dtype, sizes, seed)
+        feed = dict(zip(step.inputs, drawn.values(), strict=True))
+        found = runner.infer(feed, check_inputs=False)
+        for output, expected in torch_runner.run_step(step, feed).items():
+            place = {"step": step.name, "kind": step.block.kind, "run": f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens"}
+            yield {**place, "output": output, "difference": compare(expected, found[output])}
+
+
+def _run_recorded(runner: TorchRunner, manifest: Manifest, prompt: feeds.Prompt) -> tuple[Run, list[Feed]]:
+    """The prompt, greedy decoding and three tokens at once; and all values of the first and the last run."""
+    feed = feeds.prefill(manifest.assembly, prompt, manifest.dtype)
+    run, recorded = Run([], [], []), []
+    for i in range(DECODE_STEPS + 2):
         outputs = runner.infer(feed, check_inputs=False)
+        greedy = outputs["logits"][:, -1:].argmax(-1)
+        run.chosen.append(greedy if i < DECODE_STEPS else prompt.ids[:, :PIECE])
         run.outputs.append(outputs)
         run.seconds.append(runner.last_inference_time())
-        if i in (0, DECODE_STEPS):
+        if i in (0, DECODE_STEPS + 1):
             recorded.append(runner.values)
-        feed = feeds.advance(feed, outputs, outputs["logits"][:, -1:].argmax(-1))
+        feed = feeds.advance(feed, outputs, run.chosen[-1])
     return run, recorded
 
 
 def _run(runner: BaseRunner, feed: Feed, chosen: list[np.ndarray]) -> Run:
     """The same tokens, but the runner's own caches, so that an error in a cache adds up."""
-    run = Run([], [])
+    run = Run([], [], chosen)
     for tokens in chosen:
         outputs = {n: np.copy(a) for n, a in runner.infer(feed, check_inputs=False).items()}
         run.outputs.append(outputs)
@@ -155,25 +134,25 @@ def _run(runner: BaseRunner, feed: Feed, chosen: list[np.ndarray]) -> Run:
     return run
 
 
-def _reference(
-    manifest: Manifest,
-    first: Feed,
-    ours: Run,
-    chosen: list[np.ndarray],
-    where: np.ndarray,
-    tolerance: Tolerance,
-) -> Rung:
+def _reference(manifest: Manifest, prompt: feeds.Prompt, ours: Run, name: str = REFERENCE) -> Rung:
     """Our PyTorch against transformers, which carries its own cache."""
-    name = "PyTorch / transformers"
     if importlib.util.find_spec("transformers") is None:
         return Rung(name, "not run", "transformers is not installed: pip install 'llmexport[test]'")
-    tokens = {n: first[n] for n in TOKENS}
+    feed = feeds.prefill(manifest.assembly, prompt, manifest.dtype)
     with TransformersRunner(manifest) as runner:
-        reference = _run(runner, tokens, chosen)
-    return _compare_runs(name, reference, ours, where, tolerance)
+        reference = _run(runner, {n: feed[n] for n in TOKENS}, ours.chosen)
+    return _compare_runs(name, reference, ours, prompt, TOLERANCE[manifest.dtype])
 
 
-def _compare_runs(name: str, reference: Run, found: Run, where: np.ndarray, tolerance: Tolerance) -> Rung:
+def _reference_float32(manifest: Manifest, prompt: feeds.Prompt) -> Rung:
+    """The same in fp32, whatever the export's dtype: 16-bit roundoff can hide a wrong model."""
+    wide = manifest.in_float32()
+    with TorchRunner(wide) as runner:
+        ours, _ = _run_recorded(runner, wide, prompt)
+    return _reference(wide, prompt, ours, f"{REFERENCE}, float32")
+
+
+def _compare_runs(name: str, reference: Run, found: Run, prompt: feeds.Prompt, tolerance: Tolerance) -> Rung:
     """Logits of every step, of real tokens only, and the caches of the last step if both return them."""
     details: list[dict[str, Any]] = []
     last = len(reference.outputs) - 1
@@ -181,27 +160,30 @@ def _compare_runs(name: str, reference: Run, found: Run, where: np.ndarray, tole
         for output in expected.keys() & other.keys():
             if output != "logits" and i != last:
                 continue
-            real = where if output == "logits" and i == 0 else None
+            real = prompt.mask.astype(bool) if output == "logits" and i == 0 else None
             difference = compare(expected[output], other[output], real)
-            same = bool((expected[output][:, -1].argmax(-1) == other[output][:, -1].argmax(-1)).all())
-            extra = {"same_tokens": same} if output == "logits" else {}
-            details.append({"step": i, "output": output, "difference": difference, **extra})
+            details.append({"step": i, "output": output, "difference": difference})
     return _rung(name, tolerance, details)
 
 
-def _blocks(manifest: Manifest, model: onnx.ModelProto, recorded: list[Feed]) -> Rung:
-    """Every step of the exported file alone, fed what PyTorch computed before it, so that no error adds up."""
+def _blocks(manifest: Manifest, torch_runner: TorchRunner, model: onnx.ModelProto, recorded: list[Feed]) -> Rung:
+    """Every step of the exported file alone, fed what PyTorch computed before it, so that no error adds up.
+
+    Masks are run past their windows as well, however long those are.
+    """
     details: list[dict[str, Any]] = []
     for step in manifest.assembly.steps:
         part = onnx_file.cut_step(model, step, manifest.dtype)
         with onnx_runner(part, manifest.folder) as runner:
-            for run, values in enumerate(recorded):
+            for run, values in zip(("prompt", "last"), recorded, strict=True):
                 found = runner.infer({n: values[n] for n in step.inputs}, check_inputs=False)
+                place = {"step": step.name, "kind": step.block.kind, "run": run}
                 for output in step.outputs:
                     difference = compare(values[output], found[output])
-                    place = {"step": step.name, "kind": step.block.kind, "run": ("prefill", "decode")[run]}
                     details.append({**place, "output": output, "difference": difference})
-    return _rung("blocks: ONNX Runtime / PyTorch", TOLERANCE[manifest.dtype], details)
+            if isinstance(step.block, Mask):
+                details.extend(_alone(manifest, torch_runner, runner, step, seed=0))
+    return _rung(BLOCKS, TOLERANCE[manifest.dtype], details)
 
 
 def _rung(name: str, tolerance: Tolerance, details: list[dict[str, Any]]) -> Rung:
@@ -217,4 +199,4 @@ def _not_runnable(dtype: str) -> str:
 
 
 def _medians(run: Run) -> dict[str, float]:
-    return {"prefill": run.seconds[0], "decode": statistics.median(run.seconds[1:])}
+    return {"prefill": run.seconds[0], "decode": statistics.median(run.seconds[1 : DECODE_STEPS + 1])}

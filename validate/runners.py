@@ -68,6 +68,13 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         self.values = {n: to_numpy(t) for n, t in values.items()}
         return OrderedDict((p.name, self.values[p.name]) for p in self._manifest.assembly.outputs)
 
+    def run_step(self, step: Step, feed: Feed) -> Feed:
+        """One step alone; `feed` and what is returned are by value name."""
+        with torch.inference_mode():
+            made = self._module(step)(*(to_torch(feed[n]) for n in step.inputs))
+        tensors = made if isinstance(made, tuple) else (made,)
+        return {n: to_numpy(t) for n, t in zip(step.outputs, tensors, strict=True)}
+
     def _module(self, step: Step) -> torch.nn.Module:
         if step.name in self._modules:
             return self._modules[step.name]

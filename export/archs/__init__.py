@@ -36,7 +36,17 @@ def load(name: str) -> Named:
 
 def choose(name: str | None, config: Mapping[str, Any]) -> Named:
     """The architecture asked for, or else the one that `config.json` names; the two must agree."""
-    kind = config.get("model_type")
+    named = _by_type(name, config.get("model_type"))
+    classes = config.get("architectures") or [named.arch.causal_lm]
+    if named.arch.causal_lm not in classes:
+        raise ExportError(
+            f"config.json says architectures {str(classes)[:200]!r}, {named.name} exports {named.arch.causal_lm}: "
+            "other heads and variants are not supported"
+        )
+    return named
+
+
+def _by_type(name: str | None, kind: Any) -> Named:
     if name is None:
         matches = [n for n in map(load, names()) if kind in n.arch.model_types]
         if not matches:

@@ -18,7 +18,7 @@ from llmexport.export.spec import DTYPES
 @click.option("--arch", help="Architecture; default: what the config says.")
 @click.option("--config", type=source.FOLDER, help="A config.json; default: the architecture's tiny one.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Replace an earlier output.")
 @click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
 @talkative

@@ -17,9 +17,7 @@ from llmexport.plugins import library
 
 @click.command("deploy")
 @source.options
-@click.option(
-    "-o", "--output", type=source.FOLDER, help="The folder to make; default: ARCH-deploy, replaced if it is there."
-)
+@click.option("-o", "--output", type=source.FOLDER, help="The folder to make; default: ARCH-deploy.")
 @engine_command.options
 @talkative
 def command(
@@ -42,18 +40,22 @@ def command(
     console = Console(quiet, as_json)
     engine.check_backend(backend)
     sizes = engine.parse_profile(profile) if profile else None
-    beside = output or Path("deploy")
-    with source.open_source(arch, checkpoint, beside) as (named, found):
-        folder = output or Path(f"{named.name}-deploy")
-        request = onnx_file.Request(named, found, dtype, None, weights)
-        record = onnx_file.write(request, folder, force=force or output is None, progress=console.progress)
     kernels = library.find() if plugins else None
-    built = engine.build(folder, backend=backend, profile=sizes, plugins=kernels, progress=console.progress)
-    report = validate_command.run(folder, None, 0, console)
-    rows = onnx_command.summary(record, folder) + engine_command.summary(built)
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix != ".safetensors"}
-    rows.append(("files", ", ".join(f"{n} {size(b)}" for n, b in files.items())))
-    console.table(f"{named.name} in {folder}", (), rows)
-    validate_command.show(report, console)
+    with source.open_source(arch, checkpoint, output or Path("deploy")) as (named, found):
+        request = onnx_file.Request(named, found, dtype, None, weights)
+        target = output or Path(f"{named.name}-deploy")
+        # The three steps fill one new folder, which appears when all are done.
+        with onnx_file.new_export(request, target, force=force) as folder:
+            record = onnx_file.fill(request, folder, console.progress)
+            built = engine.build(folder, backend=backend, profile=sizes, plugins=kernels, progress=console.progress)
+            report = validate_command.run(folder, None, 0, console)
+    files = {p.name: p.stat().st_size for p in sorted(target.iterdir()) if p.suffix != ".safetensors"}
+    rows = [
+        *onnx_command.summary(record, target),
+        *engine_command.summary(built),
+        ("files", ", ".join(f"{n} {size(b)}" for n, b in files.items())),
+        *validate_command.summary(report),
+    ]
+    console.table(f"{named.name} in {target}", (), rows)
     console.result({"manifest": record, "engine": built, "report": report.as_data()})
     return 0 if report.passed else 1

@@ -38,6 +38,8 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
+        if "--json" in sys.argv:
+            _fail(error.format_message())
         error.show()
         sys.exit(2)
     except UserError as error:

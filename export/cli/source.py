@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import click
 from llmexport.export import archs
 from llmexport.export.checkpoint import Checkpoint, open_checkpoint
 from llmexport.export.errors import ExportError
+from llmexport.export.output import write_errors
 from llmexport.export.spec import DTYPES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,7 +55,9 @@ def open_source(arch: str | None, folder: Path | None, beside: Path) -> Iterator
 
     # Beside the output, so that the shards can be linked and outlive the folder.
     parent = beside.resolve().parent
-    with tempfile.TemporaryDirectory(prefix=".llmexport-", dir=parent if parent.is_dir() else None) as name:
+    with contextlib.ExitStack() as stack:
+        with write_errors(beside.resolve()):
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix=".llmexport-", dir=parent))
         made = Path(name) / "checkpoint"
         random_checkpoint.write(named, made, shard_bytes=100_000)
         yield named, open_checkpoint(made)

@@ -11,13 +11,15 @@ from llmexport.export.cli.console import Console, talkative
 from llmexport.export.cli.source import FOLDER
 
 if TYPE_CHECKING:
-    from llmexport.validate.ladder import Report
+    from llmexport.validate.report import Report
 
 
 @click.command("validate")
 @click.argument("folder", type=FOLDER)
-@click.option("--tokens", type=click.IntRange(2), help="Length of the prompt; default: past every window.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--tokens", type=click.IntRange(2), help="Length of the prompt; default: past every window of up to 500 tokens."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @talkative
 def command(folder: Path, tokens: int | None, seed: int, quiet: bool, as_json: bool) -> int:
     """Compare an export with PyTorch, block by block and whole, prefill and decode.
@@ -26,7 +28,7 @@ def command(folder: Path, tokens: int | None, seed: int, quiet: bool, as_json: b
     """
     console = Console(quiet, as_json)
     report = run(folder, tokens, seed, console)
-    show(report, console)
+    console.table(f"validation of {folder}", (), summary(report))
     console.result(report.as_data())
     return 0 if report.passed else 1
 
@@ -34,25 +36,26 @@ def command(folder: Path, tokens: int | None, seed: int, quiet: bool, as_json: b
 def run(folder: Path, tokens: int | None, seed: int, console: Console) -> Report:
     """The report on the export in `folder`, also written there."""
     from llmexport.export import manifest
-    from llmexport.validate import ladder, report_files
+    from llmexport.validate import ladder
+    from llmexport.validate.report import write
 
     found = manifest.read(folder)
     made = ladder.climb(found, tokens=tokens, seed=seed, progress=console.progress)
-    report_files.write(found, made)
+    write(found, made)
     return made
 
 
-def show(report: Report, console: Console) -> None:
+def summary(report: Report) -> list[tuple[str, str]]:
+    """Rows of the error at every rung and of the time of a step."""
     rows = []
     for rung in report.rungs:
-        error = ("", "", "")
+        text = rung.status
         if rung.difference and rung.tolerance:
             worst = rung.difference
-            error = (f"{worst.max_abs:.1e}", f"{worst.rms_ratio:.1e}", rung.tolerance.text)
-        rows.append((rung.name, *error, rung.status + (f": {rung.note}" if rung.note else "")))
-    console.table("error at every rung", ("rung", "max abs", "rms ratio", "allowed", ""), rows)
-    times = [(n, f"{s['prefill'] * 1e3:.1f} ms", f"{s['decode'] * 1e3:.2f} ms") for n, s in report.seconds.items()]
-    if times:
+            text += f": {worst.max_abs:.1e} max abs, {worst.rms_ratio:.1e} rms ratio (allowed {rung.tolerance.text})"
+        rows.append((rung.name, f"{text}: {rung.note}" if rung.note else text))
+    for runner, seconds in report.seconds.items():
         prompt = report.prompt
-        title = f"time of a step: batch {prompt['batch']}, prompt of {prompt['tokens']} tokens, this CPU"
-        console.table(title, ("runner", "prefill", "decode"), times)
+        text = f"prompt of {prompt['batch']} x {prompt['tokens']} tokens {seconds['prefill'] * 1e3:.1f} ms, "
+        rows.append((f"time, {runner}", text + f"decode step {seconds['decode'] * 1e3:.2f} ms, this CPU"))
+    return [*rows, ("verdict", report.verdict)]

@@ -21,8 +21,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llmexport.export import archs, output, random_checkpoint, trace
+from llmexport.export.cli import deploy
 from llmexport.export.cli.console import Console
 from llmexport.export.cli.main import COMMANDS, main
+from llmexport.export.errors import EngineError
 from llmexport.plugins import library
 
 Run = Callable[..., tuple[int, str, str]]
@@ -128,6 +130,10 @@ def retype(tensors: dict[str, np.ndarray]) -> None:
     tensors[name] = tensors[name].astype(np.int32)
 
 
+def only_head(tensors: dict[str, np.ndarray]) -> None:
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
 BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no such folder": (shutil.rmtree, ["ck"]),
     "no config.json": (lambda f: (f / "config.json").unlink(), ["config.json"]),
@@ -151,6 +157,12 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["../other.safetensors"],
     ),
     "layers that do not fit the config": (lambda f: edit_config(f, num_hidden_layers=2), ["layers.2."]),
+    "another kind of head": (
+        lambda f: edit_config(f, architectures=["GemmaForSequenceClassification"]),
+        ["GemmaForSequenceClassification", "GemmaForCausalLM"],
+    ),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter", "merge"]),
+    "tied table stored as a head": (lambda f: edit_tensors(f, only_head), ["lacks 1 tensors", "embed_tokens"]),
     "heads that do not divide": (lambda f: edit_config(f, num_key_value_heads=3), ["4 attention heads", "3"]),
     "only pickled weights": (
         lambda f: ([p.unlink() for p in f.glob("*.safe*")], (f / "pytorch_model.bin").write_bytes(b"x")),
@@ -369,4 +381,47 @@ def test_deploy_does_the_three_steps_and_prints_one_story(run: Run, tmp_path: Pa
         assert word in out
     report = json.loads((tmp_path / "gemma-deploy" / "report.json").read_text())
     assert report["passed"]
-    assert run("deploy", "--arch", "gemma", "-q")[0] == 0, "a second run replaces its own default output"
+    assert run("deploy", "--arch", "gemma", "-q")[0] == 2
+    assert run("deploy", "--arch", "gemma", "-q", "--force")[0] == 0
+
+
+def test_a_deploy_that_does_not_end_leaves_the_earlier_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert run("deploy", "--arch", "gemma", "-q")[0] == 0
+    before = contents(tmp_path)
+    for stop in (KeyboardInterrupt, EngineError("no engine")):
+        monkeypatch.setattr(deploy.engine, "build", raising(stop))
+        assert run("deploy", "--arch", "gemma", "-q", "--force")[0] == 2
+        assert contents(tmp_path) == before
+
+
+def raising(error: Any) -> Callable[..., None]:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    return broken
+
+
+def test_random_weights_never_replace_a_checkpoint_that_is_not_random(run: Run, checkpoint: Path) -> None:
+    (checkpoint / "llmexport-random.json").unlink()
+    before = contents(checkpoint)
+    assert run("checkpoint", "--arch", "gemma", "-o", checkpoint, "--force")[0] == 2
+    assert contents(checkpoint) == before
+
+
+@pytest.mark.parametrize("arguments", [("validate", "x", "--seed", "-1"), ("onnx",), ("engine", "x", "--backend", "y")])
+def test_wrong_options_are_one_json_error_with_exit_code_2(arguments: tuple[str, ...], run: Run) -> None:
+    code, out, _ = run(*arguments, "--json")
+    assert (code, list(json.loads(out))) == (2, ["error"])
+
+
+def test_the_folder_of_all_blocks_names_its_blocks_to_who_validates_it(run: Run) -> None:
+    run("onnx", "--arch", "gemma", "--block", "all", "-o", "out")
+    code, _, err = run("validate", "out")
+    assert (code, "attention, decoder_layer" in err) == (2, True)
+
+
+def test_an_output_folder_whose_parent_cannot_be_written_is_one_line(run: Run) -> None:
+    code, _, err = run("onnx", "--arch", "gemma", "-o", "no/such/place/out", "-q")
+    assert (code, err.count("\n")) == (2, 1)

@@ -161,18 +161,17 @@ def test_linear_scaling_is_read_from_its_old_name():
 
 @pytest.mark.parametrize(("value", "windows"), [(8, {8}), (None, {None})])
 def test_mistral_has_a_window_unless_it_is_null(value, windows):
-    assert {layer.attention.window for layer in read("mistral", sliding_window=value).layers} == windows
+    assert set(read("mistral", sliding_window=value).windows) == windows
 
 
 def test_mistral_without_the_key_has_transformers_default_window():
     tiny = dict(archs.load("mistral").arch.tiny)
     del tiny["sliding_window"]
-    windows = {layer.attention.window for layer in read_model(archs.load("mistral"), tiny).layers}
-    assert windows == {transformers.MistralConfig().sliding_window}
+    assert set(read_model(archs.load("mistral"), tiny).windows) == {transformers.MistralConfig().sliding_window}
 
 
 def windows(**changes: Any) -> list[int | None]:
-    return [layer.attention.window for layer in read("qwen2", **changes).layers]
+    return list(read("qwen2", **changes).windows)
 
 
 def test_qwen2_slides_from_max_window_layers_on():

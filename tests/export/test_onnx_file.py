@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,18 +138,15 @@ def test_every_block_exports_alone_and_equals_its_pytorch(case: Case, tiny_check
         assert ladder.climb(found, progress=silent).passed, name
 
 
-def test_a_model_with_two_kinds_of_layer_names_both(exported, tiny_checkpoint) -> None:
+def test_layers_that_differ_in_their_window_alone_are_one_block(exported, tiny_checkpoint) -> None:
     from llmexport.export.assembly import named_blocks
 
     model = onnx_file.read_model(archs.load("qwen2"), open_checkpoint(tiny_checkpoint("qwen2")).config)
-    assert {
-        "attention",
-        "attention_window_8",
-        "mask",
-        "mask_window_8",
-        "decoder_layer",
-        "decoder_layer_window_8",
-    } <= set(named_blocks(model))
+    blocks = named_blocks(model)
+    assert {"mask", "mask_window_8", "attention", "decoder_layer"} <= set(blocks)
+    assert len(manifest.read(exported("qwen2")).data["blocks"]) == len(
+        {"embedding", "rotary", "layer", "head"} | {"mask", "mask 8"}
+    )
 
 
 def test_a_second_export_imports_no_torch(exported, tiny_checkpoint, tmp_path) -> None:
@@ -220,3 +218,25 @@ def test_a_shard_that_changed_after_the_export_is_noticed(tmp_path) -> None:
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(ExportError):
         manifest.read(tmp_path / "out")
+
+
+def test_other_weights_of_the_same_shapes_are_noticed(tmp_path) -> None:
+    """A fine-tune copied over a linked checkpoint: size and header stay, the numbers do not."""
+    for seed in (0, 7):
+        random_checkpoint.write(archs.load("gemma"), tmp_path / f"{seed}", seed=seed)
+    onnx_file.write(request(tmp_path / "0", weights="link"), tmp_path / "out", force=False, progress=silent)
+    manifest.read(tmp_path / "out")
+    [old], [new] = ((tmp_path / s).glob("*.safetensors") for s in ("0", "7"))
+    old.write_bytes(new.read_bytes())
+    with pytest.raises(ExportError, match="has changed since"):
+        manifest.read(tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["weights", "config", "target", "steps", "dtype"])
+def test_a_manifest_without_a_key_is_refused(key: str, exported, tmp_path) -> None:
+    folder = Path(shutil.copytree(exported("gemma"), tmp_path / "export"))
+    data = json.loads((folder / "manifest.json").read_text())
+    del data[key]
+    (folder / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(ExportError, match="damaged"):
+        manifest.read(folder)

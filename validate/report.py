@@ -1,22 +1,76 @@
-"""`report.json` and `report.html` beside the model that they speak of."""
+"""What a validation found, and the files that say so beside the model: `report.json` and `report.html`."""
 
 from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmexport.export.manifest import Manifest
 from llmexport.export.output import write_files
-from llmexport.validate.ladder import Report, Rung
+from llmexport.validate.compare import Difference
+from llmexport.validate.tolerance import Tolerance
 
+REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { padding: .2rem .8rem; text-align: left }
 th, tr { border-bottom: 1px solid #ddd } .pass { color: #07701f } .fail { color: #b00020; font-weight: bold }
 .not { color: #666 } summary { cursor: pointer } td { font-variant-numeric: tabular-nums }
 """
+
+
+@dataclass
+class Rung:
+    """One comparison; `difference` is the worst of its `details`.
+
+    `status` is pass, fail or not run; `note` says why a rung was not run, or what it lacks.
+    """
+
+    name: str
+    status: str
+    note: str = ""
+    difference: Difference | None = None
+    tolerance: Tolerance | None = None
+    details: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """All rungs, in order, and the median seconds of a prefill and of a decode step by runner."""
+
+    rungs: list[Rung]
+    seconds: dict[str, dict[str, float]]
+    prompt: dict[str, int]
+
+    @property
+    def passed(self) -> bool:
+        """No rung failed, and at least one was run."""
+        ran = [r for r in self.rungs if r.status != "not run"]
+        return bool(ran) and all(r.status == "pass" for r in ran)
+
+    @property
+    def verdict(self) -> str:
+        """One line for people, which does not claim more than was run."""
+        if not self.passed:
+            return "not proven: see the rungs"
+        compared = any(r.name.startswith(REFERENCE) and r.status == "pass" for r in self.rungs)
+        return "every rung that was run passed" + ("" if compared else "; not compared with transformers")
+
+    def as_data(self) -> dict[str, Any]:
+        """JSON data; what is not finite, as text."""
+        return _finite(asdict(self) | {"passed": self.passed, "verdict": self.verdict})
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {k: _finite(v) for k, v in data.items()}
+    if isinstance(data, list):
+        return [_finite(v) for v in data]
+    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write(manifest: Manifest, report: Report) -> None:
@@ -29,7 +83,6 @@ def write(manifest: Manifest, report: Report) -> None:
 def page(manifest: Manifest, report: Report) -> str:
     """The report as one self-contained HTML page."""
     model = _model(manifest)
-    verdict = "every rung that was run passed" if report.passed else "not proven: see the rungs"
     rows = [(r.name, *_error(r), r.status, r.note) for r in report.rungs]
     times = [(n, *(f"{s[k] * 1e3:.2f} ms" for k in ("prefill", "decode"))) for n, s in report.seconds.items()]
     details = "".join(
@@ -40,7 +93,7 @@ def page(manifest: Manifest, report: Report) -> str:
     return (
         f"<!doctype html><meta charset=utf-8><title>llmexport: {html.escape(model['arch'])}</title>"
         f"<style>{STYLE}</style><h1>{html.escape(model['arch'])}, {model['dtype']}</h1>"
-        f"<p class={'pass' if report.passed else 'fail'}>{verdict}</p>"
+        f"<p class={'pass' if report.passed else 'fail'}>{report.verdict}</p>"
         + _table(("rung", "max abs", "rms ratio", "allowed", "status", "note"), rows)
         + (_table(("runner", "prefill", "decode step"), times) if times else "")
         + details
@@ -60,7 +113,7 @@ def _error(rung: Rung) -> tuple[str, str, str]:
 
 
 def _details(rung: Rung) -> str:
-    names = [k for k in rung.details[0] if k not in ("difference", "same_tokens")]
+    names = [k for k in rung.details[0] if k != "difference"]
     rows = [
         (*(str(d[n]) for n in names), f"{d['difference'].max_abs:.2e}", f"{d['difference'].rms_ratio:.2e}")
         for d in rung.details
