@@ -107,7 +107,7 @@ def test_finds_what_was_built_of_these_sources_only(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(library, "SOURCES", sources)
     monkeypatch.setenv("LLMEXPORT_CACHE", str(tmp_path / "cache"))
     assert library.find() is None
-    built = library._default_build_dir() / library.FILE
+    built = library._builds() / "90" / library.FILE
     built.parent.mkdir(parents=True)
     built.touch()
     assert library.find() == built
