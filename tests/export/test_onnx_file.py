@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -173,6 +174,41 @@ def test_the_graph_does_not_grow_by_more_than_its_layers(tmp_path) -> None:
         )
         blocks[layers] = (len(record["blocks"]), len(record["steps"]))
     assert blocks == {2: (5, 6), 9: (5, 13)}
+
+
+GEMMA_2B = {
+    "model_type": "gemma",
+    "vocab_size": 256000,
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "hidden_act": "gelu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+
+
+def test_gemma_2b_exports_from_headers_alone(tmp_path) -> None:
+    """Five gigabytes of weights that are holes in a file: nothing reads or writes them."""
+    folder = tmp_path / "ck"
+    folder.mkdir()
+    header, end = {}, 0
+    for name, (shape, _) in dict(random_checkpoint._parameters(archs.load("gemma"), GEMMA_2B)).items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(GEMMA_2B))
+    record = onnx_file.write(request(folder), tmp_path / "out", force=False, progress=silent)
+    assert end > 5e9
+    assert record["ops"] == {"Rope": 36, "AddRmsNorm": 36, "GatedAct": 18}
+    new = [p for p in (tmp_path / "out").iterdir() if p.stat().st_nlink == 1]
+    assert sum(p.stat().st_size for p in new) < 1_000_000
 
 
 def test_a_tied_head_that_the_checkpoint_also_stores_is_dropped_if_it_is_the_same(tmp_path) -> None:
