@@ -106,6 +106,7 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
         "inputs": described["inputs"],
         "outputs": described["outputs"],
         "model_sha256": hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest(),
+        "weights": described["weights"]["files"],
         "profile": {"batch": [2, 2, 2], "sequence": [1, 64, 512], "past": [0, 8, 16], "total": [1, 72, 528]},
         "plugins": [],
         "messages": [],
@@ -125,8 +126,8 @@ def test_the_form_for_tensorrt_computes_what_the_model_computes(exported: Export
     form = engine.tensorrt_form(model)[0]
     assert model.functions
     assert not form.functions
-    sizes = {"batch": 2, "sequence": 5, "past": 3}
-    feed = feeds.random_feed(manifest.read(folder).assembly.inputs, "float32", sizes)
+    assembly = manifest.read(folder).assembly
+    feed = feeds.prefill(assembly, feeds.prompt(assembly), "float32")
     outputs = []
     for proto in (model, form):
         with runners.onnx_runner(proto, folder) as runner:
