@@ -137,7 +137,7 @@ def _run(runner: BaseRunner, feed: Feed, chosen: list[np.ndarray]) -> Run:
 def _reference(manifest: Manifest, prompt: feeds.Prompt, ours: Run, name: str = REFERENCE) -> Rung:
     """Our PyTorch against transformers, which carries its own cache."""
     if importlib.util.find_spec("transformers") is None:
-        return Rung(name, "not run", "transformers is not installed: pip install 'llmexport[test]'")
+        return Rung(name, "not run", "transformers is not installed: pip install transformers")
     feed = feeds.prefill(manifest.assembly, prompt, manifest.dtype)
     with TransformersRunner(manifest) as runner:
         reference = _run(runner, {n: feed[n] for n in TOKENS}, ours.chosen)

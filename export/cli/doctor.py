@@ -26,7 +26,7 @@ PACKAGES = (
 )
 OPTIONAL = (
     ("engine --backend tensorrt", ("tensorrt",), "pip install tensorrt --extra-index-url https://pypi.nvidia.com"),
-    ("the rung against transformers", ("transformers",), "pip install 'llmexport[test]'"),
+    ("the rung against transformers", ("transformers",), "pip install transformers"),
 )
 TOOLS = (
     ("nvcc", "install NVIDIA's CUDA toolkit, 12.8 or later: https://developer.nvidia.com/cuda-downloads"),
