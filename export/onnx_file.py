@@ -214,15 +214,15 @@ def load_block(block: Block, dtype: str) -> onnx.ModelProto:
 
 
 def load_body(
-    name: str, attributes: dict[str, Attribute], dtype: str, shapes: list[list[int | str]]
+    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
 ) -> onnx.FunctionProto:
     def make() -> bytes:
         from llmexport.export.trace import trace_body
 
-        return trace_body(name, attributes, dtype, shapes).SerializeToString()
+        return trace_body(name, attributes, types, shapes).SerializeToString()
 
     sizes = [[d if isinstance(d, int) else None for d in shape] for shape in shapes]
-    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, dtype, sizes], make))
+    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes], make))
 
 
 def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:

@@ -57,40 +57,58 @@ def trace_block(block: Block, dtype: str) -> onnx.ModelProto:
 
 
 def trace_body(
-    name: str, attributes: dict[str, Attribute], dtype: str, shapes: list[list[int | str]]
+    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
 ) -> onnx.FunctionProto:
-    """The ONNX function body of an op: its reference, exported for one set of attribute values.
+    """The ONNX function body of an op, for one set of attribute values: the one it brings, or its reference, traced.
 
-    `shapes` are those of a node's inputs; the op's static dimensions are fixed to them, the others stay dynamic.
-    The overload name says what the body is for.
+    `types` and `shapes` are those of a node's inputs, which may lack optional ones; the op's static dimensions are
+    fixed to them, the others stay dynamic. The overload name says what the body is for.
     """
     op = all_ops()[name]
     attributes = {n: op.attributes[n](v) for n, v in attributes.items()}
-    pairs = zip(op.inputs.values(), shapes, strict=True)
+    inputs = dict(list(op.inputs.items())[: len(types)])
+    pairs = zip(inputs.values(), shapes, strict=True)
     seen = {d: n for dims, shape in pairs for d, n in zip(dims, shape, strict=True)}
-    sizes = {d: seen[d] for d in op.static}
-    dims = [[sizes.get(d, d) for d in dims] for dims in op.inputs.values()]
-    dynamic = sorted({d for shape in dims for d in shape if isinstance(d, str)})
-    examples = [
-        torch.empty(
-            [5 + dynamic.index(d) if isinstance(d, str) else d for d in shape],
-            dtype=torch_dtype(dtype),
-            device="meta",
-        )
-        for shape in dims
-    ]
-    forward = functools.partial(op.reference, **attributes)
-    model = _export(lambda *tensors: forward(*tensors), examples, list(op.inputs), dims, list(op.outputs))
+    sizes = {d: seen[d] for d in op.static if d in seen}
+    if op.body:
+        text = op.body(attributes, dict(zip(inputs, types, strict=True)), sizes)
+        nodes = _parse(text, list(inputs), list(op.outputs))
+    else:
+        nodes = _trace_reference(op, attributes, inputs, types, sizes)
     return onnx.helper.make_function(
         DOMAIN,
         op.name,
-        list(op.inputs),
+        list(inputs),
         list(op.outputs),
-        [*(_constant(t) for t in model.graph.initializer), *model.graph.node],
-        model.opset_import,
+        nodes,
+        [onnx.helper.make_opsetid("", OPSET)],
         sorted(attributes),
-        overload=op.overload(attributes, dtype, sizes),
+        overload=op.overload(attributes, types, sizes),
     )
+
+
+def _parse(text: str, inputs: list[str], outputs: list[str]) -> list[onnx.NodeProto]:
+    """The nodes of a body in ONNX's textual form."""
+    head = f'<opset_import: ["" : {OPSET}], domain: "{DOMAIN}"> body ({", ".join(inputs)}) => ({", ".join(outputs)})'
+    return list(onnx.parser.parse_function(f"{head} {{\n{text}\n}}").node)
+
+
+def _trace_reference(
+    op: Op, attributes: dict[str, Any], inputs: dict[str, tuple[str, ...]], types: list[str], sizes: dict[str, int]
+) -> list[onnx.NodeProto]:
+    dims = [[sizes.get(d, d) for d in dims] for dims in inputs.values()]
+    dynamic = sorted({d for shape in dims for d in shape if isinstance(d, str)})
+    examples = [
+        torch.empty([5 + dynamic.index(d) if isinstance(d, str) else d for d in shape], dtype=t, device="meta")
+        for shape, t in zip(dims, map(torch_dtype, types), strict=True)
+    ]
+    absent = dict.fromkeys(list(op.inputs)[len(inputs) :])
+
+    def forward(*tensors: Tensor) -> Any:
+        return op.reference(**dict(zip(inputs, tensors, strict=True)), **absent, **attributes)
+
+    model = _export(forward, examples, list(inputs), dims, list(op.outputs))
+    return [*(_constant(t) for t in model.graph.initializer), *model.graph.node]
 
 
 def module_shapes(block: Block) -> dict[str, tuple[int, ...]]:
@@ -100,13 +118,15 @@ def module_shapes(block: Block) -> dict[str, tuple[int, ...]]:
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
+    """The torch dtype of this name, as "float32"."""
+    found = getattr(torch, dtype)
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def _example(port: Port, dtype: str) -> Tensor:
     sizes = [SIZES[d] if isinstance(d, str) else d for d in port.shape]
-    kinds = {"int64": torch.int64, "bool": torch.bool}
-    return torch.empty(sizes, dtype=kinds.get(port.dtype) or torch_dtype(dtype), device="meta")
+    return torch.empty(sizes, dtype=torch_dtype(dtype if port.dtype == "T" else port.dtype), device="meta")
 
 
 def _export(
@@ -165,7 +185,7 @@ def _translation(op: Op, opset: onnxscript.values.Opset) -> Callable[..., Any]:
     def translate(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs).arguments
         attributes = {n: int(v) if isinstance(v, bool) else v for n, v in bound.items() if n in op.attributes}
-        return getattr(opset, op.name)(*(bound[n] for n in op.inputs), **attributes)
+        return getattr(opset, op.name)(*(v for n in op.inputs if (v := bound.get(n)) is not None), **attributes)
 
     signature = inspect.signature(op.reference)
     translate.__signature__ = signature  # type: ignore[attr-defined]

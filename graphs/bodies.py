@@ -9,10 +9,11 @@ import onnx
 
 from llmexport.plugins.spec import DOMAIN, Attribute
 
-# (op, attributes, dtype, shapes of the node's inputs) -> body
-Body = Callable[[str, dict[str, Attribute], str, list[list[int | str]]], onnx.FunctionProto]
+# (op, attributes, types and shapes of the node's inputs) -> body
+Body = Callable[[str, dict[str, Attribute], list[str], list[list[int | str]]], onnx.FunctionProto]
 
 DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}
+TYPES = {**DTYPES, 2: "uint8", 6: "int32"}
 
 
 def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
@@ -33,7 +34,8 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
         if untyped:
             raise ValueError(f"{node.name}: type or rank of {', '.join(untyped)} is not known")
         shapes = [[d.dim_param or d.dim_value for d in typed[n].shape.dim] for n in node.input]
-        wanted = (node.op_type, _attributes(node), DTYPES[typed[node.input[0]].elem_type], shapes)
+        types = [TYPES[typed[n].elem_type] for n in node.input]
+        wanted = (node.op_type, _attributes(node), types, shapes)
         if repr(wanted) not in known:
             made = body(*wanted)
             known[repr(wanted)] = made.overload

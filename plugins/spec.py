@@ -11,7 +11,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 
 DOMAIN = "llmexport"
 FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+# The types that a tensor of an op may have, by the name that @op gives them. W: a weight as it is stored.
+TYPES = {"T": FLOATS, "W": (*FLOATS, "tensor(uint8)"), "float32": FLOATS[:1], "int32": ("tensor(int32)",)}
+TYPES |= {"uint8": ("tensor(uint8)",)}
 SIGNS = {"-": "m", ".": "p"}  # what stands for them in the name of a body: 1e-06 is 1em06
 Attribute = bool | int | float | str
+# (attributes, type of each input that is there, sizes of the static dimensions) -> the statements of the body in
+# ONNX's textual form, which name the op's inputs and outputs.
+Body = Callable[[dict[str, Attribute], dict[str, str], dict[str, int]], str]
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,10 @@ class Op:
     """An op in domain and plugin namespace `llmexport`; `name` is its ONNX op type and plugin name.
 
     `inputs` maps each tensor to its dimensions by name; a function body is made for given sizes of the `static`
-    ones and works on any size of the others. `attributes` maps each scalar to its Python type. All tensors share
-    one type T. An op is called like the function it came from.
+    ones and works on any size of the others. The last inputs may be `optional`: a node leaves out any number of
+    them from the end. `types` names the type of each input and output in TYPES. `attributes` maps each scalar to
+    its Python type. `body` writes the function body where the reference is not what is exported. An op is called
+    like the function it came from.
     """
 
     name: str
@@ -40,7 +48,10 @@ class Op:
     inputs: dict[str, tuple[str, ...]]
     outputs: tuple[str, ...]
     static: tuple[str, ...]
+    types: dict[str, str]
+    optional: tuple[str, ...]
     attributes: dict[str, type]
+    body: Body | None
     call: Callable[..., Any] = field(repr=False)
 
     @property
@@ -57,36 +68,57 @@ class Op:
 
         kinds = {bool: OpSchema.AttrType.INT, int: OpSchema.AttrType.INT}
         kinds |= {float: OpSchema.AttrType.FLOAT, str: OpSchema.AttrType.STRING}
+        option = OpSchema.FormalParameterOption
+        notes = {"T": "any float; computed in fp32", "W": "a weight as it is stored"}
         return OpSchema(
             self.name,
             DOMAIN,
             self.version,
             inspect.getdoc(self.reference) or "",
-            inputs=[OpSchema.FormalParameter(n, "T") for n in self.inputs],
-            outputs=[OpSchema.FormalParameter(n, "T") for n in self.outputs],
-            type_constraints=[("T", list(FLOATS), "any float; computed in fp32")],
+            inputs=[
+                OpSchema.FormalParameter(
+                    n, self.types[n], param_option=option.Optional if n in self.optional else option.Single
+                )
+                for n in self.inputs
+            ],
+            outputs=[OpSchema.FormalParameter(n, self.types[n]) for n in self.outputs],
+            type_constraints=[(t, list(TYPES[t]), notes.get(t, t)) for t in dict.fromkeys(self.types.values())],
             attributes=[OpSchema.Attribute(n, kinds[t], required=True) for n, t in self.attributes.items()],
         )
 
-    def overload(self, attributes: dict[str, Attribute], dtype: str, sizes: dict[str, int]) -> str:
-        """The name of the function body for these attribute values, this dtype and these static sizes."""
+    def overload(self, attributes: dict[str, Attribute], types: Sequence[str], sizes: dict[str, int]) -> str:
+        """The name of the function body for these attribute values, input types and static sizes."""
+        by_kind = [(self.types[n], t) for n, t in zip(self.inputs, types, strict=False)]
+        dtype = next(t for kind, t in by_kind if kind == "T")
+        stored = [t for kind, t in by_kind if kind == "W"]
+        names = [dtype, *(stored if set(stored) - {dtype} else ())]
+        if without := len(self.inputs) - len(types):
+            names.append(f"without_{without}")
         values = {**attributes, **sizes}
-        parts = (f"{n}_{int(v) if isinstance(v, bool) else v}" for n, v in sorted(values.items()))
-        return re.sub(
-            r"[^0-9A-Za-z_]", lambda sign: SIGNS.get(sign[0], f"x{ord(sign[0]):x}"), "__".join((dtype, *parts))
-        )
+        names += (f"{n}_{int(v) if isinstance(v, bool) else v}" for n, v in sorted(values.items()))
+        return re.sub(r"[^0-9A-Za-z_]", lambda sign: SIGNS.get(sign[0], f"x{ord(sign[0]):x}"), "__".join(names))
 
 
 OPS: dict[str, Op] = {}
 
 
 def op(
-    name: str, version: int, dims: dict[str, str], outputs: tuple[str, ...], static: tuple[str, ...] = ()
+    name: str,
+    version: int,
+    dims: dict[str, str],
+    outputs: tuple[str, ...],
+    static: tuple[str, ...] = (),
+    types: dict[str, str] | None = None,
+    body: Body | None = None,
+    fake: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Makes an op of its torch reference.
 
-    `dims` names the dimensions of every tensor parameter, as in {"x": "B H T D"}. Parameters of type bool, int,
-    float and str become attributes. Raises TypeError on a signature that cannot become an ONNX operator.
+    `dims` names the dimensions of every tensor parameter, as in {"x": "B H T D"}; `types` the types in TYPES of
+    those inputs and outputs that are not T. Parameters of type bool, int, float and str become attributes; those
+    of type Tensor | None must be the last tensors. `fake` gives outputs of the right shapes and types where the
+    reference itself cannot on tensors without values. `body` writes the ONNX function body in place of the traced
+    reference. Raises TypeError on a signature that cannot become an ONNX operator.
     """
 
     def decorate(reference: Callable[..., Any]) -> Op:
@@ -95,13 +127,17 @@ def op(
         if name in OPS or reference.__name__ in (o.torch_name for o in OPS.values()):
             raise TypeError(f"{name} is defined twice, or {reference.__name__} is: was its module imported twice?")
         hints = _check_signature(name, reference, dims, outputs)
-        attributes = {n: t for n, t in hints.items() if t is not torch.Tensor}
+        optional = tuple(n for n, t in hints.items() if t == torch.Tensor | None)
+        attributes = {n: t for n, t in hints.items() if t is not torch.Tensor and n not in optional}
         inputs = {n: tuple(dims[n].split()) for n in hints if n not in attributes}
+        kinds = {n: (types or {}).get(n, "T") for n in (*inputs, *outputs)}
+        if stray := ((types or {}).keys() - kinds.keys()) | (set(kinds.values()) - TYPES.keys()):
+            raise TypeError(f"{name}: types names {', '.join(sorted(stray))}, which is no tensor or no type")
         if unknown := set(static) - {d for shape in inputs.values() for d in shape}:
             raise TypeError(f"{name}: no input has the static dimension {', '.join(unknown)}")
         call = torch.library.custom_op(f"{DOMAIN}::{reference.__name__}", reference, mutates_args=())
-        call.register_fake(reference)
-        OPS[name] = Op(name, version, reference, inputs, outputs, static, attributes, call)
+        call.register_fake(fake or reference)
+        OPS[name] = Op(name, version, reference, inputs, outputs, static, kinds, optional, attributes, body, call)
         return OPS[name]
 
     return decorate
@@ -115,12 +151,17 @@ def _check_signature(
 
     hints = get_type_hints(reference)
     returns = hints.pop("return", None)
+    left_out = False
     for parameter in inspect.signature(reference).parameters.values():
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if variadic or hints.get(parameter.name) not in (Tensor, bool, int, float, str):
+        hint = hints.get(parameter.name)
+        if variadic or hint not in (Tensor, Tensor | None, bool, int, float, str):
             raise TypeError(f"{name}: parameter {parameter} is neither a Tensor nor a bool, int, float or str")
-        if hints[parameter.name] is Tensor and parameter.name not in dims:
+        if hint in (Tensor, Tensor | None) and parameter.name not in dims:
             raise TypeError(f"{name}: dims does not name the dimensions of {parameter.name}")
+        if hint is Tensor and left_out:
+            raise TypeError(f"{name}: {parameter.name} follows an optional tensor, which must be among the last")
+        left_out = left_out or hint == Tensor | None
     returned = (Tensor,) if returns is Tensor else get_args(returns)
     if returned != (Tensor,) * len(outputs):
         raise TypeError(f"{name}: the return type {returns} does not fit the outputs {', '.join(outputs)}")

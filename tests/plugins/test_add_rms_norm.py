@@ -123,7 +123,7 @@ def test_epsilon_keeps_a_row_of_zeros_finite():
 def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, rounds_before):
     attributes = {"epsilon": EPSILON, "weight_offset": 1.0, "round_before_weight": rounds_before}
     shapes = {"x": ["B", "T", "C"], "residual": ["B", "T", "C"], "weight": ["C"]}
-    body = trace_body("AddRmsNorm", attributes, dtype, list(shapes.values()))
+    body = trace_body("AddRmsNorm", attributes, [dtype] * 3, list(shapes.values()))
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     outputs = {"y": ["B", "T", "C"], "sum": ["B", "T", "C"]}
     values = [onnx.helper.make_tensor_value_info(n, element, s) for n, s in (shapes | outputs).items()]

@@ -141,7 +141,7 @@ def test_an_unknown_activation_is_refused():
 )
 def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(activation, dtype):
     attributes = {"activation": activation, "alpha": ALPHA, "limit": LIMIT}
-    body = trace_body("GatedAct", attributes, dtype, [["B", "T", "I"], ["B", "T", "I"]])
+    body = trace_body("GatedAct", attributes, [dtype] * 2, [["B", "T", "I"], ["B", "T", "I"]])
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     values = [onnx.helper.make_tensor_value_info(n, element, ["B", "T", "I"]) for n in ("gate", "up", "y")]
     node = onnx.helper.make_node("GatedAct", ["gate", "up"], ["y"], domain=DOMAIN, overload=body.overload, **attributes)

@@ -118,7 +118,9 @@ def test_dimensions_beyond_the_rotated_pass_through(dtype, interleaved):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, interleaved):
     d, r = 11, 4
-    body = trace_body("Rope", {"interleaved": interleaved}, dtype, [["B", "H", "T", d], ["B", "T", r], ["B", "T", r]])
+    body = trace_body(
+        "Rope", {"interleaved": interleaved}, [dtype] * 3, [["B", "H", "T", d], ["B", "T", r], ["B", "T", r]]
+    )
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     shapes = {"x": ["B", "H", "T", d], "cos": ["B", "T", r], "sin": ["B", "T", r], "y": ["B", "H", "T", d]}
     values = [onnx.helper.make_tensor_value_info(n, element, shape) for n, shape in shapes.items()]

@@ -132,7 +132,7 @@ def test_call_gives_what_the_reference_gives(name):
 
 
 def test_tracing_registers_the_schemas_with_onnx():
-    trace_body("GatedAct", ATTRIBUTES["GatedAct"], "float32", [["B", "T", "I"]] * 2)
+    trace_body("GatedAct", ATTRIBUTES["GatedAct"], ["float32"] * 2, [["B", "T", "I"]] * 2)
     registered = {s.name for s in onnx.defs.get_all_schemas_with_history() if s.domain == DOMAIN}
     assert registered >= ATTRIBUTES.keys()
 
@@ -155,14 +155,14 @@ def test_the_function_has_the_ops_name_in_snake_case(name):
 
 
 NAMES = [
-    ({"flag": True}, "float32", {}),
+    ({"flag": True}, ["float32"] * 2, {}),
     ({"flag": False}, "float32", {}),
     ({"flag": True}, "float16", {}),
-    ({"flag": True}, "float32", {"D": 8}),
-    ({"flag": True}, "float32", {"D": 80}),
-    ({"flag": True}, "float32", {"D": 8, "R": 4}),
-    ({"flag": True}, "float32", {"D": 4, "R": 8}),
-    ({"scale": 1.0}, "float32", {}),
+    ({"flag": True}, ["float32"] * 2, {"D": 8}),
+    ({"flag": True}, ["float32"] * 2, {"D": 80}),
+    ({"flag": True}, ["float32"] * 2, {"D": 8, "R": 4}),
+    ({"flag": True}, ["float32"] * 2, {"D": 4, "R": 8}),
+    ({"scale": 1.0}, ["float32"] * 2, {}),
     ({"scale": -1.0}, "float32", {}),
     ({"scale": 1e-5}, "float32", {}),
     ({"scale": 1e-6}, "float32", {}),
@@ -177,12 +177,12 @@ def test_each_set_of_values_types_and_sizes_has_an_overload_of_its_own(shrink):
 
 
 def test_an_overload_is_named_alike_whatever_the_order_of_the_attributes(shrink):
-    first = shrink.overload({"scale": 1.0, "flag": True}, "float32", {"D": 8})
-    assert first == shrink.overload({"flag": True, "scale": 1.0}, "float32", {"D": 8})
+    first = shrink.overload({"scale": 1.0, "flag": True}, ["float32"] * 2, {"D": 8})
+    assert first == shrink.overload({"flag": True, "scale": 1.0}, ["float32"] * 2, {"D": 8})
 
 
 def test_a_flag_read_from_a_graph_as_an_integer_names_the_same_overload(shrink):
-    assert shrink.overload({"flag": True}, "float32", {}) == shrink.overload({"flag": 1}, "float32", {})
+    assert shrink.overload({"flag": True}, ["float32"] * 2, {}) == shrink.overload({"flag": 1}, ["float32"] * 2, {})
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -192,7 +192,7 @@ def test_a_flag_read_from_a_graph_as_an_integer_names_the_same_overload(shrink):
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
 )
 def test_an_overload_is_an_identifier(shrink, scale, mode, dtype):
-    assert shrink.overload({"scale": scale, "mode": mode}, dtype, {"D": 8}).isidentifier()
+    assert shrink.overload({"scale": scale, "mode": mode}, [dtype] * 2, {"D": 8}).isidentifier()
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -201,7 +201,9 @@ def test_an_overload_is_an_identifier(shrink, scale, mode, dtype):
 @example(one=1.5, other=-1.5)
 def test_two_numbers_have_overloads_of_their_own(shrink, one, other):
     assume(one != other)
-    assert shrink.overload({"scale": one}, "float32", {}) != shrink.overload({"scale": other}, "float32", {})
+    assert shrink.overload({"scale": one}, ["float32"] * 2, {}) != shrink.overload(
+        {"scale": other}, ["float32"] * 2, {}
+    )
 
 
 def listed(x: Tensor, scales: list) -> Tensor: ...

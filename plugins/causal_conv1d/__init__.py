@@ -1,0 +1,34 @@
+"""CausalConv1d: depthwise causal convolution over time that carries its last inputs as a state."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmexport.plugins.spec import op
+
+
+@op(
+    "CausalConv1d",
+    version=1,
+    dims={"x": "B T C", "weight": "C O K", "state": "B S C", "bias": "C"},
+    outputs=("y", "next_state"),
+    static=("C", "O", "K", "S"),
+)
+def causal_conv1d(
+    x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """y[t] = activation(bias + sum over i of weight[i] * x[t - K + 1 + i]), every channel alone.
+
+    x [B, T, C]; weight [C, 1, K] as nn.Conv1d keeps it; state [B, K - 1, C] holds the inputs before x, oldest
+    first, zeros at the beginning of a sequence; next_state those before the next call, however short x is. The sum
+    is in fp32 and rounded to x's dtype, then activated. activation is "none" or "silu". The operator of ai.onnx 27
+    CausalConvWithState, in [B, T, C]. Raises ValueError on any other activation.
+    """
+    if activation not in ("none", "silu"):
+        raise ValueError(f"CausalConv1d knows no activation {activation!r}")
+    seen = torch.cat((state, x), 1)
+    wide = None if bias is None else bias.float()
+    y = F.conv1d(seen.float().transpose(1, 2), weight.float(), wide, groups=x.shape[-1]).transpose(1, 2).to(x.dtype)
+    if activation == "silu":
+        y = F.silu(y.float()).to(x.dtype)
+    return y, seen[:, x.shape[1] :].clone()
