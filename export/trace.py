@@ -69,7 +69,7 @@ def trace_body(
     inputs = dict(list(op.inputs.items())[: len(types)])
     pairs = zip(inputs.values(), shapes, strict=True)
     seen = {d: n for dims, shape in pairs for d, n in zip(dims, shape, strict=True)}
-    sizes = {d: seen[d] for d in op.static if d in seen}
+    sizes = {d: int(seen[d]) for d in op.static if d in seen}
     if op.body:
         text = op.body(attributes, dict(zip(inputs, types, strict=True)), sizes)
         nodes = _parse(text, list(inputs), list(op.outputs))

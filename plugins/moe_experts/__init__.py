@@ -79,9 +79,9 @@ def moe_experts(
     and rounded once. scale_input multiplies x by the weight, rounded, and leaves the output as it is
     (modeling_llama4.py).
 
-    With scales, which need biases, the weights are MXFP4 (OCP Microscaling 1.0, transformers integrations/mxfp4.py): gate_up
-    [E, 2I, C / 2] uint8 of two 4-bit values each, low nibble first, gate_up_scales [E, 2I, C / 32] uint8 powers of
-    two with bias 127; down and down_scales alike; never transposed.
+    With scales, which need biases, the weights are MXFP4 (OCP Microscaling 1.0, transformers integrations/mxfp4.py):
+    gate_up [E, 2I, C / 2] uint8 of two 4-bit values each, low nibble first, gate_up_scales [E, 2I, C / 32] uint8
+    powers of two with bias 127; down and down_scales alike; never transposed.
     """
     batch, tokens, hidden = x.shape
     rows, picked = x.reshape(-1, hidden), experts.reshape(batch * tokens, -1)

@@ -64,10 +64,10 @@ def moe_route(
     if groups > 1:
         grouped = choice.unflatten(-1, (groups, -1))
         best = grouped.topk(2, -1).values.sum(-1)
-        kept = best.sort(-1, descending=True, stable=True).indices[..., :groups_kept]
+        kept = best.sort(dim=-1, descending=True, stable=True).indices[..., :groups_kept]
         dropped = torch.ones_like(best, dtype=torch.bool).scatter(-1, kept, False)
         choice = grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)
-    experts = choice.sort(-1, descending=True, stable=True).indices[..., :top_k]
+    experts = choice.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     weights = scores.gather(-1, experts)
     if scoring == "softmax_top_k":
         weights = torch.softmax(weights, -1)
