@@ -13,11 +13,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from llmexport.export.archs import Named
-from llmexport.export.assembly import Step, assemble, checkpoint_name
+from llmexport.export.assembly import assemble, checkpoint_name, parts
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
-from llmexport.export.spec import Norm
+from llmexport.export.spec import Block, GatedNorm, Norm
 
 MARKER = "llmexport-random.json"  # what --force may replace: a downloaded checkpoint has none
 ROWS = 2**22  # values drawn at a time: what bounds the memory beyond one shard
@@ -61,15 +61,18 @@ def _parameters(arch: Named, config: Mapping[str, Any]) -> Iterator[tuple[str, t
 
     model = read_model(arch, config)
     for step in assemble(model).steps:
+        means = {part.path: mean for part in parts(step) if (mean := _mean(part.block)) is not None}
         for path, shape in module_shapes(step.block).items():
-            mean = 1.0 - _offset(step) if "norm" in path else 0.0
-            yield checkpoint_name(arch.arch, model, step.path + path), (shape, mean)
+            full = step.path + path
+            mean = next((m for start, m in means.items() if full == f"{start}weight"), 0.0)
+            yield checkpoint_name(arch.arch, model, full), (shape, mean)
 
 
-def _offset(step: Step) -> float:
-    """What the block's norms add to their weight."""
-    norms = [v for v in vars(step.block).values() if isinstance(v, Norm)]
-    return norms[0].offset
+def _mean(block: Block) -> float | None:
+    """About what a norm's weight lies; None for other blocks."""
+    if isinstance(block, Norm):
+        return 1.0 - block.offset
+    return 1.0 if isinstance(block, GatedNorm) else None
 
 
 def _split(shapes: Mapping[str, tuple[tuple[int, ...], float]], limit: int, itemsize: int) -> list[list[str]]:

@@ -81,12 +81,21 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         dtype = torch_dtype(self._manifest.dtype)
         module = blocks.module(step.block, dtype)
         weights = self._manifest.step_weights[step.name]
-        state = {path: to_torch(self._checkpoint.read(name)).to(dtype) for path, name in weights.items()}
-        state |= dict(module.named_buffers())
+        shapes = {n: p.shape for n, p in module.named_parameters()}
+        state = dict(module.named_buffers())
+        for path, names in weights.items():
+            tensor = self._read(names).reshape(shapes[path])
+            state[path] = tensor if path in step.block.as_stored else tensor.to(dtype)
         module.load_state_dict(state, assign=True, strict=True)
         if self._hold:
             self._modules[step.name] = module
         return module
+
+    def _read(self, names: str | list[str]) -> Tensor:
+        """A tensor of the checkpoint, or several, one after the other."""
+        if isinstance(names, str):
+            return to_torch(self._checkpoint.read(names))
+        return torch.cat([to_torch(self._checkpoint.read(n)) for n in names])
 
 
 def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
