@@ -111,15 +111,15 @@ class Config:
         head_size: int,
         theta: float = 10000.0,
         *,
-        partial: float = 1.0,
+        partial: float | None = None,
         sections: Sequence[int] = (),
         aliases: Mapping[str, str] = MappingProxyType({}),
         of: str | None = None,
     ) -> Rotary:
         """RoPE, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` and the like.
 
-        `theta`, `partial` (the share of a head that turns) and `sections` (of mRoPE; none: not known here) hold
-        where the config does not say. `aliases` are other names of RoPE types. `of` is the kind of layer whose
+        `theta`, `partial` (the share of a head that turns) and `sections` (of mRoPE) hold where the config does not
+        say; an architecture that knows no shares or sections gives none, and a config with any is refused. `aliases` are other names of RoPE types. `of` is the kind of layer whose
         parameters are meant, where the config has several.
         """
         return rope.read(self, head_size, theta, partial, tuple(sections), aliases, of)

@@ -21,7 +21,7 @@ def read(
     config: Config,
     head_size: int,
     theta: float,
-    partial: float,
+    partial: float | None,
     sections: tuple[int, ...],
     aliases: Mapping[str, str],
     of: str | None,
@@ -29,10 +29,7 @@ def read(
     """As Config.rotary. Raises ExportError on a type or key of RoPE that is not known."""
     keys = _parameters(config, of)
     theta = as_positive("rope_theta", _one(config, keys, "rope_theta", theta))
-    partial = as_positive("partial_rotary_factor", _one(config, keys, "partial_rotary_factor", partial))
-    if partial > 1:
-        raise ExportError(f"config.json: partial_rotary_factor is {partial}, a share of the head is at most 1")
-    size = int(head_size * partial)
+    size = head_size if partial is None else _turned(config, keys, head_size, partial)
     if sections:
         sections = _sections(keys, sections)
     kinds = [k for k in (keys.pop("rope_type", None), keys.pop("type", None)) if k is not None] or ["default"]
@@ -43,6 +40,14 @@ def read(
         names = ", ".join(map(key_name, keys))
         raise ExportError(f"config.json: RoPE has keys that are not understood: {names}")
     return Rotary(size, theta, scaling, sections)
+
+
+def _turned(config: Config, keys: dict[str, Any], head_size: int, partial: float) -> int:
+    """How many dimensions of a head turn."""
+    share = as_positive("partial_rotary_factor", _one(config, keys, "partial_rotary_factor", partial))
+    if share > 1:
+        raise ExportError(f"config.json: partial_rotary_factor is {share}, a share of the head is at most 1")
+    return int(head_size * share)
 
 
 def _parameters(config: Config, of: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ can stand in for any of them.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 import warnings
@@ -26,7 +27,7 @@ from polygraphy.datatype import DataType
 from torch import Tensor
 
 from llmexport.export import blocks
-from llmexport.export.archs import load
+from llmexport.export.archs import load, text_config, whole_names
 from llmexport.export.assembly import Step
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.manifest import Manifest
@@ -149,6 +150,8 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+        # It lists the vision tensors that the text model leaves.
+        transformers.utils.logging.set_verbosity_error()
         data = self._manifest.data
         weights = self._manifest.checkpoint()
         with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
@@ -158,9 +161,20 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
             (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
             for shard in weights.shards:
                 (folder / shard.file).symlink_to((self._manifest.folder / shard.file).resolve())
-            model = getattr(transformers, load(data["arch"]).arch.causal_lm)
-            dtype = torch_dtype(self._manifest.dtype)
-            self._model = model.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+            arch = load(data["arch"]).arch
+            model = getattr(transformers, arch.causal_lm)
+            config = dict(text_config(arch, data["config"]))
+            names = {f"^{re.escape(there)}": here for here, there in whole_names(arch, data["config"]).items()}
+            # Weights in 4 bits are computed with in the runner's dtype, as in our export.
+            packed = transformers.Mxfp4Config(dequantize=True) if "quantization_config" in config else None
+            self._model = model.from_pretrained(
+                folder,
+                config=model.config_class.from_dict(config),
+                key_mapping=names or None,
+                **({"quantization_config": packed} if packed else {}),
+                dtype=torch_dtype(self._manifest.dtype),
+                attn_implementation="eager",
+            ).eval()
 
     def deactivate_impl(self) -> None:
         del self._model

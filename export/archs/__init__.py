@@ -70,6 +70,12 @@ def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**{k: config[k] for k in shared if k in config}, **inner}
 
 
+def whole_names(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, str]:
+    """How a multimodal checkpoint renames the text model's tensors: start of the name here -> start there."""
+    whole = _whole(arch, config)
+    return whole.names if whole else {}
+
+
 def _whole(arch: Arch, config: Mapping[str, Any]) -> Whole | None:
     """The multimodal layout, if that is what this config is of."""
     return arch.whole if arch.whole and config.get("model_type") == arch.whole.model_type else None

@@ -10,7 +10,7 @@ def build(config: Config) -> Model:
     # Where only this is there, the context was never stretched.
     config.get("original_max_position_embeddings", None)
     # What the first releases called it.
-    rotary = config.rotary(d.head_size, aliases={"su": "longrope", "yarn": "longrope"})
+    rotary = config.rotary(d.head_size, partial=1.0, aliases={"su": "longrope", "yarn": "longrope"})
     norm = d.norm(1e-5)
     config.expect("attention_bias", False)
     layer = DecoderLayer(norm, d.attention(fused=True, rotated=rotary.size), norm, d.mlp(fused=True))
