@@ -90,12 +90,14 @@ def alone(step: Step) -> Assembly:
 def named_blocks(model: Model) -> dict[str, Step]:
     """Every block that can be exported alone, by name: its kind, and its place where a model has two of a kind."""
     found: dict[str, Step] = {}
-    for step in assemble(model).steps:
-        for part in parts(step):
-            if part.block in [s.block for s in found.values()]:
-                continue
-            name = part.block.kind if part.block.kind not in found else part.name.replace(".", "_")
-            found[name] = part
+    every = [part for step in assemble(model).steps for part in parts(step)]
+    places = [part.name.replace(".", "_") for part in every]
+    for part, place in zip(every, places, strict=True):
+        if part.block in [s.block for s in found.values()]:
+            continue
+        kind = part.block.kind
+        # A block whose place is called like its kind keeps that name, as the mask without a window.
+        found[place if kind in found or kind in places else kind] = part
     return found
 
 

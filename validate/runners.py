@@ -6,6 +6,7 @@ can stand in for any of them.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tempfile
@@ -163,7 +164,8 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
                 (folder / shard.file).symlink_to((self._manifest.folder / shard.file).resolve())
             arch = load(data["arch"]).arch
             model = getattr(transformers, arch.causal_lm)
-            config = dict(text_config(arch, data["config"]))
+            # transformers writes into the dictionaries that it is given.
+            config = copy.deepcopy(dict(text_config(arch, data["config"])))
             names = {f"^{re.escape(there)}": here for here, there in whole_names(arch, data["config"]).items()}
             # Weights in 4 bits are computed with in the runner's dtype, as in our export.
             packed = transformers.Mxfp4Config(dequantize=True) if "quantization_config" in config else None

@@ -70,7 +70,7 @@ class Rotary(nn.Module):
             positions = (positions * self.axes).sum(0)
         scaling, magnitude = self.block.scaling, 1.0
         if isinstance(scaling, spec.LongScaling):
-            beyond = position_ids.amax() >= scaling.original_positions
+            beyond = position_ids.max() >= scaling.original_positions
             steps = torch.where(beyond, self.steps[1], self.steps[0])
         if isinstance(scaling, spec.LongScaling | spec.YarnScaling):
             magnitude = scaling.magnitude
