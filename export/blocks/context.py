@@ -134,5 +134,5 @@ class Presence(nn.Module):
         self.dtype = dtype
 
     def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-        first = attention_mask.shape[1] - input_ids.shape[1]
-        return (attention_mask[:, first:] != 0).to(self.dtype)
+        # Not a slice, whose length a trace cannot tell from the mask's.
+        return (attention_mask.index_select(1, _slots(attention_mask, input_ids)) != 0).to(self.dtype)
