@@ -1,11 +1,8 @@
-"""Models of one op and its function body, run by ONNX Runtime and built by TensorRT-RTX."""
+"""Models of one op and its function body, made of tensors."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +12,12 @@ import torch
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 from torch import Tensor
 
-from llmexport.export.engine import COMMAND, tensorrt_form
 from llmexport.export.trace import trace_body
-from llmexport.plugins import library
 from llmexport.plugins.spec import DOMAIN, Op, all_ops
 
 ELEMENTS = {torch.float32: 1, torch.uint8: 2, torch.int32: 6, torch.float16: 10, torch.bfloat16: 16}
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in ELEMENTS}
-PROFILE = {"B": (1, 2, 2), "T": (1, 7, 130)}
+DYNAMIC = {"B": (1, 2, 2), "T": (1, 7, 130)}
 
 
 def node_model(
@@ -52,38 +47,14 @@ def node_model(
     return model
 
 
-def session(model: onnx.ModelProto, **options: Any) -> onnxruntime.InferenceSession:
-    """On the CPU; options are those of SessionOptions."""
-    chosen = onnxruntime.SessionOptions()
-    for option, value in options.items():
-        setattr(chosen, option, value)
-    return onnxruntime.InferenceSession(model.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
-
-
 def run(found: onnxruntime.InferenceSession, tensors: dict[str, Tensor]) -> list[np.ndarray]:
     """What ONNX Runtime gives for the tensors that are graph inputs."""
     return found.run(None, {i.name: tensors[i.name].numpy() for i in found.get_inputs()})
 
 
-def rtx_build(model: onnx.ModelProto, folder: Path) -> list[list[Any]]:
-    """The events of our builder, which ends with ["built"] if TensorRT-RTX could."""
-    form = tensorrt_form(model)[0]
-    (folder / "model.onnx").write_bytes(form.SerializeToString())
-    profile = {
-        i.name: [[d.dim_value or PROFILE[d.dim_param][k] for d in i.type.tensor_type.shape.dim] for k in range(3)]
-        for i in form.graph.input
-    }
-    job = {"module": "tensorrt_rtx", "model": str(folder / "model.onnx"), "profile": profile}
-    (folder / "job.json").write_text(json.dumps(job))
-    environment = library.builder_environment("tensorrt_rtx")
-    pipe = subprocess.PIPE
-    with subprocess.Popen([*COMMAND, str(folder)], stdin=pipe, stdout=pipe, env=environment, text=True) as child:
-        return [json.loads(line) for line in child.stdout or ()]
-
-
 def _dims(op: Op, name: str, tensor: Tensor) -> list[int | str]:
     sizes = zip(op.inputs[name], tensor.shape, strict=True)
-    return [n if d in op.static or d not in PROFILE else d for d, n in sizes]
+    return [n if d in op.static or d not in DYNAMIC else d for d, n in sizes]
 
 
 def _initializer(name: str, tensor: Tensor) -> onnx.TensorProto:

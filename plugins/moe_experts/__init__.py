@@ -26,7 +26,7 @@ def fake(
     interleaved: bool,
     scale_input: bool,
 ) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @op(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_cases import ALPHA, LAYOUTS, LIMIT, C, E, I, K, Layout, exact, example, excess
+from moe_cases import ALPHA, LAYOUTS, LIMIT, OPTIONAL, C, E, I, K, Layout, exact, example, excess
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -201,7 +201,7 @@ def test_no_expert_is_computed_that_no_token_chose(layout):
 
 
 def flops(tensors: dict[str, Tensor]) -> int:
-    absent = dict.fromkeys(("gate_up_bias", "down_bias", "gate_up_scales", "down_scales"))
+    absent = dict.fromkeys(OPTIONAL)
     with FlopCounterMode(display=False) as counter:
         moe_experts.reference(**{**absent, **tensors}, **LAYOUTS["qwen"].attributes)
     return counter.get_total_flops()
@@ -242,6 +242,14 @@ def test_scaled_inputs_leave_the_outputs_as_they_are():
     tensors["down"].zero_()
     tensors["weights"].fill_(0.25)
     assert torch.equal(layout(tensors)[0, 0], tensors["down_bias"][3])
+
+
+def test_the_fake_is_laid_out_as_the_result_whatever_the_input():
+    tensors = example(LAYOUTS["qwen"])
+    tensors["x"] = tensors["x"].mT.contiguous().mT
+    absent = dict.fromkeys(OPTIONAL)
+    arguments = {**absent, **tensors, **LAYOUTS["qwen"].attributes}
+    torch.library.opcheck(moe_experts.call, (), arguments, test_utils=("test_faketensor",))
 
 
 def test_an_unknown_activation_is_refused():
