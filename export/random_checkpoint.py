@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from llmexport.export.assembly import assemble, checkpoint_name, parts
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
-from llmexport.export.spec import Block, GatedNorm, Norm
+from llmexport.export.spec import MXFP4_BLOCK, Block, GatedNorm, Norm
 
 MARKER = "llmexport-random.json"  # what --force may replace: a downloaded checkpoint has none
+SCALE_BIAS = 127  # of MXFP4: a scale of this is 1
 ROWS = 2**22  # values drawn at a time: what bounds the memory beyond one shard
 
 
@@ -41,13 +44,13 @@ def write(
     config = {"architectures": [arch.arch.causal_lm], "model_type": arch.arch.model_types[0], "dtype": dtype} | dict(
         config or arch.arch.tiny
     )
-    shapes = dict(_parameters(arch, config))
-    shards = _split(shapes, shard_bytes, np.dtype(dtype).itemsize)
+    parameters = dict(_parameters(arch, config))
+    shards = _split(parameters, shard_bytes, np.dtype(dtype).itemsize)
     with new_folder(target, force=force, marker=MARKER) as folder:
         index: dict[str, str] = {}
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-            tensors = {n: _draw(n, *shapes[n], dtype, seed) for n in names}
+            tensors = {n: _draw(n, parameters[n], dtype, seed) for n in names}
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index |= dict.fromkeys(names, file)
         (folder / MARKER).write_text(json.dumps({"seed": seed}))
@@ -55,17 +58,27 @@ def write(
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
 
 
-def _parameters(arch: Named, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[tuple[int, ...], float]]]:
-    """Name in the checkpoint, shape and mean of every parameter."""
-    from llmexport.export.trace import module_shapes
+@dataclass(frozen=True)
+class _Parameter:
+    """What to draw: numbers about `mean`; or bytes, if they are packed numbers."""
+
+    shape: tuple[int, ...]
+    mean: float
+    packed: bool
+
+
+def _parameters(arch: Named, config: Mapping[str, Any]) -> Iterator[tuple[str, _Parameter]]:
+    """Name in the checkpoint of every parameter, and what it is."""
+    from llmexport.export.trace import module_shapes, packed_parameters
 
     model = read_model(arch, config)
     for step in assemble(model).steps:
         means = {part.path: mean for part in parts(step) if (mean := _mean(part.block)) is not None}
+        packed = packed_parameters(step.block)
         for path, shape in module_shapes(step.block).items():
             full = step.path + path
             mean = next((m for start, m in means.items() if full == f"{start}weight"), 0.0)
-            yield checkpoint_name(arch.arch, model, full), (shape, mean)
+            yield checkpoint_name(arch.arch, model, full), _Parameter(shape, mean, path in packed)
 
 
 def _mean(block: Block) -> float | None:
@@ -75,11 +88,11 @@ def _mean(block: Block) -> float | None:
     return 1.0 if isinstance(block, GatedNorm) else None
 
 
-def _split(shapes: Mapping[str, tuple[tuple[int, ...], float]], limit: int, itemsize: int) -> list[list[str]]:
+def _split(parameters: Mapping[str, _Parameter], limit: int, itemsize: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     room = limit
-    for name, (shape, _) in shapes.items():
-        size = int(np.prod(shape)) * itemsize
+    for name, parameter in parameters.items():
+        size = math.prod(parameter.shape) * (1 if parameter.packed else itemsize)
         if shards[-1] and size > room:
             shards.append([])
             room = limit
@@ -88,11 +101,22 @@ def _split(shapes: Mapping[str, tuple[tuple[int, ...], float]], limit: int, item
     return shards
 
 
-def _draw(name: str, shape: tuple[int, ...], mean: float, dtype: str, seed: int) -> np.ndarray:
+def _draw(name: str, parameter: _Parameter, dtype: str, seed: int) -> np.ndarray:
     random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    shape = parameter.shape
+    if parameter.packed:
+        return _draw_packed(random, name, shape)
     deviation = 0.2 if len(shape) == 1 else 0.6 * shape[-1] ** -0.5
-    values = np.empty(int(np.prod(shape)), np.dtype(dtype))
+    values = np.empty(math.prod(shape), np.dtype(dtype))
     for start in range(0, values.size, ROWS):
         part = random.standard_normal(min(ROWS, values.size - start), np.float32)
-        values[start : start + ROWS] = part * deviation + mean
+        values[start : start + ROWS] = part * deviation + parameter.mean
     return values.reshape(shape)
+
+
+def _draw_packed(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """MXFP4 as published: blocks [..., N / 32, 16] of any bits, scales [..., N / 32] that keep logits of order one."""
+    if name.endswith("_scales"):
+        middle = SCALE_BIAS - round(math.log2(4 * (shape[-1] * MXFP4_BLOCK) ** 0.5))
+        return random.integers(middle - 1, middle + 2, shape, np.uint8)
+    return random.integers(0, 256, (*shape[:-1], shape[-1] * 2 // MXFP4_BLOCK, MXFP4_BLOCK // 2), np.uint8)

@@ -168,7 +168,11 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
             config = copy.deepcopy(dict(text_config(arch, data["config"])))
             names = {f"^{re.escape(there)}": here for here, there in whole_names(arch, data["config"]).items()}
             # Weights in 4 bits are computed with in the runner's dtype, as in our export.
-            packed = transformers.Mxfp4Config(dequantize=True) if "quantization_config" in config else None
+            packed = (
+                transformers.utils.quantization_config.Mxfp4Config(dequantize=True)
+                if "quantization_config" in config
+                else None
+            )
             self._model = model.from_pretrained(
                 folder,
                 config=model.config_class.from_dict(config),
