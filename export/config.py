@@ -15,8 +15,8 @@ from llmexport.export.values import as_integer, as_positive, key_name, show
 # fmt: off
 HARMLESS = frozenset(
     {
-        "_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "bad_words_ids",
-        "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
+        "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "attention_dropout",
+        "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
         "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
         "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id",
         "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
@@ -119,8 +119,9 @@ class Config:
         """RoPE, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` and the like.
 
         `theta`, `partial` (the share of a head that turns) and `sections` (of mRoPE) hold where the config does not
-        say; an architecture that knows no shares or sections gives none, and a config with any is refused. `aliases` are other names of RoPE types. `of` is the kind of layer whose
-        parameters are meant, where the config has several.
+        say; an architecture that knows no shares or sections gives none, and a config with any is refused. `aliases`
+        are other names of RoPE types. `of` is the kind of layer whose parameters are meant, where the config has
+        several.
         """
         return rope.read(self, head_size, theta, partial, tuple(sections), aliases, of)
 

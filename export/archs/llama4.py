@@ -46,6 +46,7 @@ def build(config: Config) -> Model:
     masks = {"chunked_attention": Mask(chunk=chunk), "full_attention": Mask()}
     turning = rotated(config, d.layers)
     derived = ["chunked_attention" if t else "full_attention" for t in turning]
+    config.expect("for_llm_compressor", False)
     layers = []
     for i, (mask, turn) in enumerate(zip(config.layer_types(masks, derived), turning, strict=True)):
         own: tuple[Block, ...] = (rotary,) if turn else (temperature,) if tuned else ()

@@ -53,6 +53,7 @@ def build(config: Config) -> Model:
     # True of every model of this family; the state of the delta rule is fp32 whatever the dtype.
     config.expect("attn_output_gate", True)
     config.expect("mamba_ssm_dtype", "float32")
+    config.expect("mlp_only_layers", [])
     # Layers that predict further tokens, which are no part of the language model.
     for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
         config.get(key, None)

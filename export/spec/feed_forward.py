@@ -45,7 +45,7 @@ class Router(Block):
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:
-            raise ExportError(f"config.json routes a token to {self.top_k} experts and has only {self.experts}")
+            raise ExportError(f"config.json: num_experts_per_tok is {self.top_k}, there are {self.experts} experts")
 
     @property
     def inputs(self) -> tuple[Port, ...]:
