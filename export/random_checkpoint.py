@@ -14,14 +14,16 @@ import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
 import numpy as np
 from safetensors.numpy import save_file
 
+from llmexport.export import weights
 from llmexport.export.archs import Named
-from llmexport.export.assembly import assemble, checkpoint_name, parts
-from llmexport.export.checkpoint import INDEX
+from llmexport.export.assembly import assemble, checkpoint_name, part_names, parts
+from llmexport.export.checkpoint import INDEX, ITEMSIZE
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
 from llmexport.export.spec import MXFP4_BLOCK, Block, GatedNorm, Norm
 
 MARKER = "llmexport-random.json"  # what --force may replace: a downloaded checkpoint has none
+SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SCALE_BIAS = 127  # of MXFP4: a scale of this is 1
 ROWS = 2**22  # values drawn at a time: what bounds the memory beyond one shard
 
@@ -34,12 +36,14 @@ def write(
     dtype: str = "bfloat16",
     seed: int = 0,
     shard_bytes: int = 2**30,
+    hollow: bool = False,
     force: bool = False,
 ) -> None:
     """A checkpoint of `config` (the architecture's tiny one if None) that transformers loads as well.
 
     Matrices are normal with a deviation that keeps the logits of order one; norms and biases are spread too, so
-    that leaving one out shows. The same seed gives the same bytes. Holds one shard in memory.
+    that leaving one out shows. The same seed gives the same bytes. Holds one shard in memory. `hollow`: the files are
+    holes that read as zeros and take no space, of any size.
     """
     config = {"architectures": [arch.arch.causal_lm], "model_type": arch.arch.model_types[0], "dtype": dtype} | dict(
         config or arch.arch.tiny
@@ -50,8 +54,11 @@ def write(
         index: dict[str, str] = {}
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-            tensors = {n: _draw(n, parameters[n], dtype, seed) for n in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            if hollow:
+                _write_holes(folder / file, {n: parameters[n] for n in names}, dtype)
+            else:
+                tensors = {n: _draw(n, parameters[n], dtype, seed) for n in names}
+                save_file(tensors, folder / file, metadata={"format": "pt"})
             index |= dict.fromkeys(names, file)
         (folder / MARKER).write_text(json.dumps({"seed": seed}))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -78,7 +85,10 @@ def _parameters(arch: Named, config: Mapping[str, Any]) -> Iterator[tuple[str, _
         for path, shape in module_shapes(step.block).items():
             full = step.path + path
             mean = next((m for start, m in means.items() if full == f"{start}weight"), 0.0)
-            yield checkpoint_name(arch.arch, model, full), _Parameter(shape, mean, path in packed)
+            names = part_names(arch.arch, full, shape[0]) if arch.arch.in_parts else ()
+            wanted = weights.Parameter(checkpoint_name(arch.arch, model, full), shape, names)
+            for name in wanted.sources:
+                yield name, _Parameter(wanted.part_shape, mean, path in packed)
 
 
 def _mean(block: Block) -> float | None:
@@ -99,6 +109,20 @@ def _split(parameters: Mapping[str, _Parameter], limit: int, itemsize: int) -> l
         shards[-1].append(name)
         room -= size
     return shards
+
+
+def _write_holes(path: Path, parameters: Mapping[str, _Parameter], dtype: str) -> None:
+    """A safetensors file whose data is one hole."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, parameter in parameters.items():
+        kind = "U8" if parameter.packed else SAFETENSORS[dtype]
+        start, end = end, end + math.prod(parameter.shape) * ITEMSIZE[kind]
+        header[name] = {"dtype": kind, "shape": parameter.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)
 
 
 def _draw(name: str, parameter: _Parameter, dtype: str, seed: int) -> np.ndarray:

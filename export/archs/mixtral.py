@@ -32,6 +32,7 @@ ARCH = Arch(
         MOE + "experts.gate_up_proj": (MOE + "experts.{e}.w1.weight", MOE + "experts.{e}.w3.weight"),
         MOE + "experts.down_proj": (MOE + "experts.{e}.w2.weight",),
     },
+    in_parts=True,
     ignore=BUFFERS,
     tiny={**TINY, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 )

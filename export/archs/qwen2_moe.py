@@ -53,6 +53,7 @@ ARCH = Arch(
         MOE + "experts.gate_up_proj": (MOE + "experts.{e}.gate_proj.weight", MOE + "experts.{e}.up_proj.weight"),
         MOE + "experts.down_proj": (MOE + "experts.{e}.down_proj.weight",),
     },
+    in_parts=True,
     ignore=BUFFERS,
     tiny={
         **TINY,

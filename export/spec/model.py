@@ -132,8 +132,9 @@ class Arch:
     `names` maps the start of a parameter's path in our model (`embedding.`, `layers.{i}.`, `head.norm.`) to the
     start of its name in the checkpoint; the longest start that fits is taken. `stacks` maps the checkpoint's name of
     a stacked parameter to the names, with {e}, of the matrices of each expert that a checkpoint may have in its
-    place. `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and the model does not need. `tiny`
-    is the built-in config. `whole` is the multimodal checkpoint that the model is published in.
+    place; `in_parts`: published ones have. `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and
+    the model does not need. `tiny` is the built-in config. `whole` is the multimodal checkpoint that the model is
+    published in.
     """
 
     model_types: tuple[str, ...]
@@ -143,6 +144,7 @@ class Arch:
     tiny: Mapping[str, Any]
     ignore: tuple[str, ...] = ()
     stacks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    in_parts: bool = False
     whole: Whole | None = None
 
 
