@@ -187,9 +187,9 @@ def test_gemma_2b_exports_from_headers_alone(tmp_path) -> None:
     folder = tmp_path / "ck"
     folder.mkdir()
     header, end = {}, 0
-    for name, (shape, _) in dict(random_checkpoint._parameters(archs.load("gemma"), GEMMA_2B)).items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    for name, parameter in dict(random_checkpoint._parameters(archs.load("gemma"), GEMMA_2B)).items():
+        start, end = end, end + 2 * math.prod(parameter.shape)
+        header[name] = {"dtype": "BF16", "shape": parameter.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
