@@ -1,6 +1,6 @@
 """Every kernel against float64: dtypes, odd sizes, misaligned views, any order of a block's threads.
 
-Imports neither torch nor onnx: test_sanitizers.py runs it again under sanitizers.
+Imports neither torch nor onnx: test_sanitizers.py runs it and every test_*_kernel.py again under sanitizers.
 """
 
 from __future__ import annotations
