@@ -19,25 +19,24 @@ struct AttentionCall {
   T* y;
   float* partial;    // [B * H * T, splits, size]: the results of the splits,
   float* logWeight;  // [B * H * T, splits]: and log2 of what each weighs
-  int batches, heads, groups, tokens, keys, size, splits;
+  int batches, heads, groups, ratio, tokens, keys, size, splits;
   int window;  // INT32_MAX if there is none
   float scale, softcap;
 
-  // Row r of a group is query r / ratio() of its head r % ratio(): rows that are near each other
-  // see nearly the same keys.
-  __device__ __forceinline__ int ratio() const { return heads / groups; }
-  __device__ __forceinline__ int rows() const { return ratio() * tokens; }
+  // Row r of a group is query r / ratio of its head r % ratio: rows that are near each other see
+  // nearly the same keys.
+  __device__ __forceinline__ int rows() const { return ratio * tokens; }
   // Its place among the B * H * T rows of q and y.
   __device__ __forceinline__ int64_t place(int batch, int group, int row) const {
-    int const head = group * ratio() + row % ratio();
-    return (int64_t(batch) * heads + head) * tokens + row / ratio();
+    int const head = group * ratio + row % ratio;
+    return (int64_t(batch) * heads + head) * tokens + row / ratio;
   }
   __device__ __forceinline__ int64_t firstKey(int batch, int group) const {
     return (int64_t(batch) * groups + group) * keys * size;
   }
   // -inf, which weighs nothing, without sinks.
   __device__ __forceinline__ float sink(int group, int row) const {
-    return sinks ? toFloat(sinks[group * ratio() + row % ratio()]) * kLog2e : -INFINITY;
+    return sinks ? toFloat(sinks[group * ratio + row % ratio]) * kLog2e : -INFINITY;
   }
   // Where a query stands among the keys; -1 before all of them.
   __device__ __forceinline__ int position(int batch, int query) const {

@@ -6,11 +6,13 @@ namespace llmexport {
 namespace {
 
 constexpr int64_t kDecodeRows = 2 * 16;  // up to which 16 a block read the keys no more than twice
-// Blocks that are wanted before keys are no longer split: two for each of the 132 SMs of an H200.
-constexpr int64_t kWantedBlocks = 264;
-static_assert(kWantedBlocks <= kAttentionMaxSplits);
-// Keys of a split, below which starting and merging it costs more than it saves.
-constexpr int64_t kDecodeLeastKeys = 128, kPrefillLeastKeys = 512;
+// Blocks for each SM, up to which keys are split; the workspace is for so many SMs at most.
+constexpr int64_t kBlocksPerProcessor = 2, kMostProcessors = 160;
+constexpr int64_t kMostWanted = kBlocksPerProcessor * kMostProcessors;
+static_assert(kMostWanted <= kAttentionMaxSplits);
+// Keys of a split. With fewer, a split writes more bytes of results than it reads of keys, twice
+// the rows of which a split of many rows writes.
+constexpr int64_t kDecodeLeastKeys = 128, kPrefillLeastKeys = 256;
 
 // The least head size that the kernels are made for and that holds this one.
 int paddedSize(int64_t size) { return size <= 64 ? 64 : size <= 128 ? 128 : 256; }
@@ -58,7 +60,7 @@ bool onTensorCores(int64_t size, Dtype dtype, bool pointersAligned) {
 }  // namespace
 
 SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& s, int window, Dtype dtype,
-                                    bool pointersAligned) {
+                                    bool pointersAligned, int processors) {
   dim3 const block(kAttentionThreads);
   if (!onTensorCores(s.D, dtype, pointersAligned)) {
     return {AttentionPath::kScalar, {dim3(unsigned(s.B * s.H * s.T)), block}, {}, 1, 0};
@@ -69,7 +71,8 @@ SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& s, int window, Dty
   BlockShape const shape = blockShape(path, s.D);
   int64_t const blocks = s.B * s.G * ceilDiv(rows, shape.rows);
   // A decode block waits for memory, so that one too many is better than one too few.
-  int64_t const wanted = few ? ceilDiv(kWantedBlocks, blocks) : kWantedBlocks / blocks;
+  int64_t const most = kBlocksPerProcessor * std::min<int64_t>(processors, kMostProcessors);
+  int64_t const wanted = few ? ceilDiv(most, blocks) : most / blocks;
   int64_t const keys = mostKeys(s, window, shape.rows);
   int64_t const possible = ceilDiv(keys, few ? kDecodeLeastKeys : kPrefillLeastKeys);
   int64_t const splits = std::max<int64_t>(std::min(wanted, possible), 1);
@@ -89,10 +92,10 @@ SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& s, int window, Dty
 size_t sinkAttentionWorkspace(SinkAttentionSizes const& s, int window, Dtype dtype) {
   if (!onTensorCores(s.D, dtype, true) || s.B * s.H * s.T * s.S == 0) return 0;
   // Keys are split only where that makes no more blocks than these, each with all its rows.
-  int64_t const decode = 2 * kWantedBlocks * blockShape(AttentionPath::kDecode, s.D).rows;
-  int64_t const prefill = kWantedBlocks * blockShape(AttentionPath::kPrefill, s.D).rows;
+  int64_t const decode = 2 * kMostWanted * blockShape(AttentionPath::kDecode, s.D).rows;
+  int64_t const prefill = kMostWanted * blockShape(AttentionPath::kPrefill, s.D).rows;
   int64_t const keys = mostKeys(s, window, s.H / s.G * s.T);
-  int64_t const splits = std::min(ceilDiv(keys, kDecodeLeastKeys), kWantedBlocks);
+  int64_t const splits = std::min(ceilDiv(keys, kDecodeLeastKeys), kMostWanted);
   int64_t const rows = std::min(s.B * s.H * s.T * splits, std::max(decode, prefill));
   return splits > 1 ? splitBytes(rows, s.D) : 0;
 }
@@ -103,9 +106,11 @@ template <class T>
 cudaError_t attend(SinkAttentionPlan const& plan, AttentionCall<T> const& call,
                    cudaStream_t stream) {
   if (plan.path == AttentionPath::kScalar) {
-    bool const wide = sizeof(T) == 4 && aligned({call.k}) && call.size % kFullWidth<T> == 0;
+    // Of 16 bits come here only those that are not aligned.
+    constexpr int kWidth = sizeof(T) == 4 ? kFullWidth<T> : 1;
+    bool const wide = aligned({call.k}) && call.size % kWidth == 0;
     auto const kernel =
-        wide ? sinkAttentionScalarKernel<T, kFullWidth<T>> : sinkAttentionScalarKernel<T, 1>;
+        wide ? sinkAttentionScalarKernel<T, kWidth> : sinkAttentionScalarKernel<T, 1>;
     return launch(kernel, plan.attend, stream, call);
   }
   if constexpr (sizeof(T) == 4) {
@@ -127,14 +132,14 @@ cudaError_t attend(SinkAttentionPlan const& plan, AttentionCall<T> const& call,
 cudaError_t sinkAttention(Dtype dtype, SinkAttentionSizes const& s,
                           SinkAttentionAttributes const& attributes, void const* q, void const* k,
                           void const* v, void const* start, void const* length, void const* sinks,
-                          void* y, void* workspace, cudaStream_t stream) {
+                          void* y, void* workspace, int processors, cudaStream_t stream) {
   int64_t const rows = s.B * s.H * s.T;
   if (rows * s.D == 0) return cudaSuccess;
   if (std::max(rows, s.S) > INT32_MAX || s.D > kAttentionMaxSize || s.H % s.G != 0) {
     return cudaErrorInvalidValue;
   }
   SinkAttentionPlan const plan =
-      sinkAttentionPlan(s, attributes.window, dtype, aligned({q, k, v, y}));
+      sinkAttentionPlan(s, attributes.window, dtype, aligned({q, k, v, y}), processors);
   float const unit = plan.path == AttentionPath::kScalar ? 1.0f : kLog2e;
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -151,6 +156,7 @@ cudaError_t sinkAttention(Dtype dtype, SinkAttentionSizes const& s,
     call.batches = int(s.B);
     call.heads = int(s.H);
     call.groups = int(s.G);
+    call.ratio = int(s.H / s.G);
     call.tokens = int(s.T);
     call.keys = int(s.S);
     call.size = int(s.D);

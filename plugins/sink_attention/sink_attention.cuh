@@ -27,7 +27,7 @@ struct PrefillShape {
   static constexpr int kTiles = kD == 256 ? 1 : 2;  // of 16 rows a warp
   static constexpr int kRows = kAttentionWarps * kTiles * 16;
   static constexpr int kKeys = kD == 64 ? 64 : 32;
-  static constexpr int kUnits = kD == 64 ? 4 : 3;
+  static constexpr int kUnits = kD == 256 ? 3 : 4;
   static constexpr bool kHoldQuery = kD == 64;
   static constexpr size_t kSharedBytes = size_t(kRows + kUnits * kKeys) * kD * sizeof(Half);
 };
@@ -51,8 +51,8 @@ struct AttentionPlace {
   template <int kStep, class T>
   __device__ __forceinline__ KeyRange keys(AttentionCall<T> const& call) const {
     int const lastRow = min(firstRow + kRows, call.rows()) - 1;
-    int const low = call.position(batch, firstRow / call.ratio());
-    int const high = call.position(batch, lastRow / call.ratio());
+    int const low = call.position(batch, firstRow / call.ratio);
+    int const high = call.position(batch, lastRow / call.ratio);
     return splitOf<kStep>(keysOf(call, batch, low, high), split, call.splits);
   }
 
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   int const batch = int(row / call.tokens / call.heads);
   int const position = call.position(batch, int(row % call.tokens));
   KeyRange const keys = keysOf(call, batch, position, position);
-  int64_t const start = call.firstKey(batch, head / call.ratio());
+  int64_t const start = call.firstKey(batch, head / call.ratio);
   for (int i = threadIdx.x; i < size; i += kAttentionThreads) {
     query[i] = toFloat(call.q[row * size + i]);
   }

@@ -31,17 +31,17 @@ struct SinkAttentionPlan {
   size_t workspaceBytes;
 };
 
-// For sizes of at least one element each. Knows no device: an engine may be built elsewhere.
+// For sizes of at least one element each, but S; on a device of so many SMs.
 SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& sizes, int window, Dtype dtype,
-                                    bool pointersAligned);
+                                    bool pointersAligned, int processors);
 
-// Bytes that suffice for these sizes and all smaller B, T and S.
+// Bytes that suffice on any device for these sizes and all smaller B, T and S.
 size_t sinkAttentionWorkspace(SinkAttentionSizes const& sizes, int window, Dtype dtype);
 
 // `sinks` may be null. `workspace`: of sinkAttentionPlan's bytes, aligned to kVectorBytes.
 cudaError_t sinkAttention(Dtype dtype, SinkAttentionSizes const& sizes,
                           SinkAttentionAttributes const& attributes, void const* q, void const* k,
                           void const* v, void const* start, void const* length, void const* sinks,
-                          void* y, void* workspace, cudaStream_t stream);
+                          void* y, void* workspace, int processors, cudaStream_t stream);
 
 }  // namespace llmexport

@@ -42,7 +42,7 @@ struct WarpTile {
   __device__ __forceinline__ WarpTile(AttentionCall<T> const& call, int batch, int first)
       : lane(threadIdx.x % kWarp) {
     auto positionOf = [&](int row) {
-      return call.position(batch, min(row, call.rows() - 1) / call.ratio());
+      return call.position(batch, min(row, call.rows() - 1) / call.ratio);
     };
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
