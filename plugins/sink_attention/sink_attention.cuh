@@ -14,6 +14,7 @@ struct DecodeShape {
   static constexpr int kRows = 16, kKeys = 16;
   static constexpr int kUnits = kD == 64 ? 6 : kD == 128 ? 4 : 2;
   static constexpr bool kHoldQuery = kD <= 128;
+  static constexpr int kBlocks = kD == 64 ? 4 : kD == 128 ? 3 : 2;  // an SM, by their registers
   static constexpr int kPitch = kD + 8;  // of merged values: rows on different banks
   static constexpr size_t kRingBytes =
       size_t(kRows + kAttentionWarps * kUnits * kKeys) * kD * sizeof(Half);
@@ -71,7 +72,7 @@ struct AttentionPlace {
 // WarpTile. With one split the result is rounded to T and stored; with more it goes to the
 // workspace in fp32, without the sink. (modeling_gpt_oss.py, modeling_gemma2.py)
 template <class T, int kD>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, DecodeShape<kD>::kBlocks)
     sinkAttentionDecodeKernel(AttentionCall<T> call) {
   using Shape = DecodeShape<kD>;
   constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kStep = kAttentionWarps * kKeys;

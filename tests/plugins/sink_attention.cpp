@@ -1,4 +1,5 @@
-// Launch plans and launcher of SinkAttention, for the tests of its kernels by ctypes.
+// Launch plans and launcher of SinkAttention, for the tests of its kernels by
+// ctypes.
 #include "sink_attention/sink_attention.h"
 
 using namespace llmexport;
@@ -13,14 +14,10 @@ extern "C" void attention_plan(int64_t const* sizes, int window, int dtype, bool
                                int processors, int64_t* out) {
   auto const plan =
       sinkAttentionPlan(sizesOf(sizes), window, Dtype(dtype), pointersAligned, processors);
-  int64_t const values[] = {int64_t(plan.path),
-                            plan.splits,
-                            int64_t(plan.workspaceBytes),
-                            int64_t(plan.attend.sharedBytes),
-                            plan.attend.grid.x,
-                            plan.attend.grid.y,
-                            plan.attend.block.x,
-                            plan.merge.grid.x};
+  int64_t const values[] = {int64_t(plan.path),           plan.splits,
+                            int64_t(plan.workspaceBytes), int64_t(plan.attend.sharedBytes),
+                            plan.attend.grid.x,           plan.attend.grid.y,
+                            plan.attend.block.x,          plan.merge.grid.x};
   for (size_t i = 0; i < sizeof values / sizeof *values; ++i) out[i] = values[i];
 }
 
