@@ -130,6 +130,8 @@ MXFP4_FILLS |= {"gate_up_scales": powers, "down_scales": powers}
 KEYS: dict[str, Fill] = {"start": first_key, "length": all_keys}
 # The projections are rounded too, each at another place of a tie, and the second sums what the first gave.
 EXPERT_UNITS = (16.0, 4.0)
+# A logit's rounding, of a few units of its own size, is its weight's; both sides have it.
+ATTENTION_UNITS = (8.0, 1.01)
 
 ALL_CASES = {
     "Rope": Case("Rope", {"interleaved": True}, {"B": 2, "H": 3, "T": 63, "D": 40, "R": 16}, exact=("y",)),
@@ -212,6 +214,7 @@ ALL_CASES = {
         {"scale": 0.125, "softcap": 0.0, "window": 16},
         {"B": 2, "H": 4, "G": 2, "T": 33, "S": 65, "D": 64},
         fills=KEYS,
+        units=ATTENTION_UNITS,
     ),
     "SinkAttention-no-sinks": Case(
         "SinkAttention",
@@ -219,6 +222,7 @@ ALL_CASES = {
         {"B": 2, "H": 4, "G": 2, "T": 1, "S": 65, "D": 64},
         without=1,
         fills=KEYS,
+        units=ATTENTION_UNITS,
     ),
     "GatedDeltaRule": Case(
         "GatedDeltaRule",
