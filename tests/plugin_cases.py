@@ -162,6 +162,11 @@ ALL_CASES = {
         {"epsilon": 1e-6, "activation": "silu", "round_before_weight": False},
         {"B": 2, "T": 63, "H": 3, "D": 40},
     ),
+    "GatedRmsNorm-rounded": Case(
+        "GatedRmsNorm",
+        {"epsilon": 1e-6, "activation": "sigmoid", "round_before_weight": True},
+        {"B": 1, "T": 65, "H": 2, "D": 128},
+    ),
     "MoeRoute": Case(
         "MoeRoute",
         {"top_k": 4, "scoring": "sigmoid", "renormalise": True, "scale": 2.5, "groups": 4, "groups_kept": 2},
@@ -173,6 +178,19 @@ ALL_CASES = {
         {"top_k": 3, "scoring": "softmax", "renormalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1},
         {"B": 2, "T": 63, "E": 60},
         without=1,
+        exact=("experts",),
+    ),
+    "MoeRoute-of-the-chosen": Case(
+        "MoeRoute",
+        {"top_k": 4, "scoring": "softmax_top_k", "renormalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1},
+        {"B": 1, "T": 130, "E": 128},
+        without=1,
+        exact=("experts",),
+    ),
+    "MoeRoute-bias": Case(
+        "MoeRoute",
+        {"top_k": 8, "scoring": "softmax", "renormalise": True, "scale": 1.0, "groups": 1, "groups_kept": 1},
+        {"B": 1, "T": 64, "E": 256},
         exact=("experts",),
     ),
     "MoeExperts": Case(

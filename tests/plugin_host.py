@@ -14,7 +14,8 @@ from native import compiled
 from plugin_memory import Memory, Output
 
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
-TRT_TYPES = {DTYPES["fp32"]: 0, DTYPES["fp16"]: 1, np.dtype(np.int32): 3, np.dtype(np.uint8): 5, DTYPES["bf16"]: 7}
+# Bytes go to plugins as int8.
+TRT_TYPES = {DTYPES["fp32"]: 0, DTYPES["fp16"]: 1, np.dtype(np.int32): 3, np.dtype(np.uint8): 2, DTYPES["bf16"]: 7}
 FIELD_FLOAT32, FIELD_INT32, FIELD_CHAR, FIELD_INT64 = 1, 5, 6, 10
 BUILD, RUNTIME = 0, 1
 

@@ -20,8 +20,8 @@ class IPluginResourceContext;
 enum class DataType : int32_t {
   kFLOAT = 0,
   kHALF = 1,
+  kINT8 = 2,
   kINT32 = 3,
-  kUINT8 = 5,
   kBF16 = 7,
   kINT64 = 8
 };

@@ -33,7 +33,8 @@
 namespace llmexport {
 
 // What a tensor may hold, as TYPES in spec.py: kT a float type, the same for all tensors of kT;
-// kW a weight as it is stored, any float type or uint8, the same for all tensors of kW.
+// kW a weight as it is stored, any float type or uint8, the same for all tensors of kW. TensorRT
+// gives plugins no uint8: it calls such bytes int8.
 enum class Element { kT, kW, kFloat32, kInt32, kUint8 };
 
 constexpr bool kOptional = true;

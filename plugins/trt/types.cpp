@@ -21,13 +21,13 @@ char const* allowed(Element element) {
     case Element::kT:
       return "the one float type of such inputs: fp32 (0), fp16 (1) or bf16 (7)";
     case Element::kW:
-      return "the one type of its weights: fp32 (0), fp16 (1), bf16 (7) or uint8 (5)";
+      return "the one type of its weights: fp32 (0), fp16 (1), bf16 (7) or int8 (2)";
     case Element::kFloat32:
       return "fp32 (0)";
     case Element::kInt32:
       return "int32 (3)";
     case Element::kUint8:
-      return "uint8 (5)";
+      return "int8 (2)";
   }
   return "";
 }
@@ -37,7 +37,7 @@ char const* allowed(Element element) {
 bool TypeReader::accept(Tensor const& tensor, trt::DataType type) {
   bool const isT = tensor.element == Element::kT, isW = tensor.element == Element::kW;
   if (!isT && !isW) return type == typeOf(tensor.element);
-  if (!floatOf(type) && !(isW && type == trt::DataType::kUINT8)) return false;
+  if (!floatOf(type) && !(isW && type == trt::DataType::kINT8)) return false;
   auto& known = isT ? shared_ : stored_;
   if (!known) known = type;
   return *known == type;
@@ -62,7 +62,7 @@ trt::DataType TypeReader::typeOf(Element element) const {
     case Element::kUint8:
       break;
   }
-  return trt::DataType::kUINT8;
+  return trt::DataType::kINT8;
 }
 
 Dtype TypeReader::dtype() const { return *floatOf(*shared_); }

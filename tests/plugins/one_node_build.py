@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from plugin_cases import ALL_CASES, Case, array_of
 
+from llmexport.export.engine import tensorrt_form
 from llmexport.plugins import library
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -58,7 +59,8 @@ def main(path: str, name: str, dtype: str, attributes: str) -> None:
     builder = trt.Builder(logger)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model(case, dtype, json.loads(attributes)).SerializeToString()):
+    form, _ = tensorrt_form(model(case, dtype, json.loads(attributes)), library.served(Path(path)))
+    if not parser.parse(form.SerializeToString()):
         sys.exit("\n".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for n in case.inputs:
