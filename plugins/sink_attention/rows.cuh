@@ -1,13 +1,13 @@
-// Rows of a group, the keys they see, and the way of both into shared memory.
+// Rows of a group, and the keys they see.
 #pragma once
 
-#include "common/async_copy.cuh"
 #include "common/element.cuh"
 #include "common/exp2.cuh"
 #include "sink_attention/sink_attention.h"
 
 namespace llmexport {
 
+constexpr int kAttentionThreads = 128, kAttentionWarps = kAttentionThreads / kWarp;
 constexpr float kLog2e = 1.4426950408889634f;
 
 // What the kernels get. `scale` and `softcap` hold log2(e): logits are in powers of two.
@@ -31,8 +31,9 @@ struct AttentionCall {
     int const head = group * ratio + row % ratio;
     return (int64_t(batch) * heads + head) * tokens + row / ratio;
   }
-  __device__ __forceinline__ int64_t firstKey(int batch, int group) const {
-    return (int64_t(batch) * groups + group) * keys * size;
+  // The place of a split's result of it.
+  __device__ __forceinline__ int64_t part(int batch, int group, int row, int split) const {
+    return place(batch, group, row) * splits + split;
   }
   // -inf, which weighs nothing, without sinks.
   __device__ __forceinline__ float sink(int group, int row) const {
@@ -42,6 +43,9 @@ struct AttentionCall {
   __device__ __forceinline__ int position(int batch, int query) const {
     int64_t const at = int64_t(length[batch]) - tokens + query;
     return int(at < 0 ? -1 : at > INT32_MAX ? INT32_MAX : at);
+  }
+  __device__ __forceinline__ int64_t firstKey(int batch, int group) const {
+    return (int64_t(batch) * groups + group) * keys * size;
   }
 };
 
@@ -69,46 +73,31 @@ __device__ __forceinline__ KeyRange splitOf(KeyRange all, int split, int splits)
   return {int(min(first, int64_t(all.end))), int(min(first + each, int64_t(all.end)))};
 }
 
-// The place of a 16-byte chunk in a tile of rows of kD elements: permuted within its row, so that
-// one chunk of eight rows lies on all banks.
-template <int kD>
-__device__ __forceinline__ int inTile(int row, int chunk) {
-  return row * kD + (chunk ^ (row % 8)) * 8;
-}
+// Where a block of kRows rows works. Grid (row tiles * batches * groups, splits): the last rows of
+// all groups come first, as they see the most keys.
+template <int kRows>
+struct AttentionPlace {
+  int batch, group, firstRow, split;
 
-// Starts kThreads threads' copies of rows of `size` elements to a tile of kD columns, the rest of
-// which becomes zeros. Row r is at offsetOf(r) from `from`; it too becomes zeros if that is -1.
-template <int kD, int kRows, int kThreads, class T, class F>
-__device__ __forceinline__ void copyRows(T* tile, T const* from, int size, int thread, F offsetOf) {
-  constexpr int kChunks = kD / 8;
-  static_assert(kRows * kChunks % kThreads == 0, "every thread copies as many chunks");
-#pragma unroll
-  for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
-    int const at = i * kThreads + thread, row = at / kChunks, chunk = at % kChunks;
-    int64_t const offset = offsetOf(row);
-    bool const there = offset >= 0 && chunk * 8 < size;
-    copyAsync16(tile + inTile<kD>(row, chunk), from + (there ? offset + chunk * 8 : 0), there);
+  template <class T>
+  __device__ __forceinline__ explicit AttentionPlace(AttentionCall<T> const& call) {
+    unsigned const pairs = unsigned(call.batches * call.groups);
+    int const pair = int(blockIdx.x % pairs);
+    batch = pair / call.groups;
+    group = pair % call.groups;
+    firstRow = (tilesOf(call.rows(), kRows) - 1 - int(blockIdx.x / pairs)) * kRows;
+    split = int(blockIdx.y);
   }
-}
 
-// Walks through K and V of `steps` tiles of keys in a ring of kUnits tiles of shared memory.
-// copyUnit(u) starts copying K (u even) or V (odd) of tile u / 2 to place u % kUnits; meet() lets
-// those who share the ring see each other's copies, and wait until all have used the last unit.
-template <int kUnits, class Copy, class Meet, class Score, class Add>
-__device__ __forceinline__ void walk(int steps, Copy copyUnit, Meet meet, Score score, Add add) {
-  auto next = [&](int unit) {
-    waitCopies<kUnits - 2>();
-    meet();
-    if (unit + kUnits - 1 < 2 * steps) copyUnit(unit + kUnits - 1);
-    commitCopies();
-  };
-  for (int step = 0; step < steps; ++step) {
-    next(2 * step);
-    score(step, 2 * step % kUnits);
-    next(2 * step + 1);
-    add(step, (2 * step + 1) % kUnits);
+  // Of the keys that the rows see, those of this split.
+  template <int kStep, class T>
+  __device__ __forceinline__ KeyRange keys(AttentionCall<T> const& call) const {
+    int const lastRow = min(firstRow + kRows, call.rows()) - 1;
+    int const low = call.position(batch, firstRow / call.ratio);
+    int const high = call.position(batch, lastRow / call.ratio);
+    return splitOf<kStep>(keysOf(call, batch, low, high), split, call.splits);
   }
-}
+};
 
 // One over the weight of all keys and of the sink, if one times `unit` is what a row's sum and
 // values count in. `level` is log2 of that unit; -inf if the row saw no key.

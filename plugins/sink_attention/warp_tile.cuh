@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/tensor_core.cuh"
-#include "sink_attention/rows.cuh"
+#include "sink_attention/key_ring.cuh"
 
 namespace llmexport {
 
@@ -71,8 +71,9 @@ struct WarpTile {
   __device__ __forceinline__ bool seesAny(int key, int window) const {
     return key <= highest && lowest - (key + kKeys - 1) < window;
   }
-  __device__ __forceinline__ bool seesAll(int key, int end, int window) const {
-    return key + kKeys <= end && key + kKeys - 1 <= lowest && highest - key < window;
+  __device__ __forceinline__ bool seesAll(KeyRange keys, int window) const {
+    int const last = keys.first + kKeys - 1;
+    return last < keys.end && last <= lowest && highest - keys.first < window;
   }
 
   __device__ __forceinline__ void loadQuery(uint32_t (&fragment)[4], T const* rows, int m, int k) {
@@ -90,17 +91,17 @@ struct WarpTile {
     }
   }
 
-  // Takes up the keys from `key` on, of which those from `end` on are not there.
-  __device__ __forceinline__ void score(AttentionCall<T> const& call, T const* rows, T const* keys,
-                                        int key, int end) {
+  // Weighs the keys of a tile, the first of which is keys.first; from keys.end on there are none.
+  __device__ __forceinline__ void score(AttentionCall<T> const& call, T const* rows, T const* tile,
+                                        KeyRange keys) {
     float logits[kTiles][kKeys / 8][4];
-    multiply(logits, rows, keys);
+    multiply(logits, rows, tile);
     scaleAndCap(logits, call.scale, call.softcap);
-    if (!seesAll(key, end, call.window)) hide(logits, key, end, call.window);
+    if (!seesAll(keys, call.window)) hide(logits, keys, call.window);
     weigh(logits);
   }
 
-  // Adds the values of the keys last scored.
+  // Adds the values of the keys last weighed.
   __device__ __forceinline__ void add(T const* tile) {
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
@@ -195,15 +196,15 @@ struct WarpTile {
     }
   }
 
-  __device__ __forceinline__ void hide(Logits& logits, int key, int end, int window) const {
+  __device__ __forceinline__ void hide(Logits& logits, KeyRange keys, int window) const {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          int const at = key + n * 8 + lane % 4 * 2 + e % 2, row = position[m][e / 2];
-          bool const seen = at < end && at <= row && row - at < window;
+          int const key = keys.first + n * 8 + lane % 4 * 2 + e % 2, row = position[m][e / 2];
+          bool const seen = key < keys.end && key <= row && row - key < window;
           if (!seen) logits[m][n][e] = -INFINITY;
         }
       }

@@ -1,0 +1,85 @@
+// Queries, keys and values on their way into shared memory, and the walk through them.
+#pragma once
+
+#include "common/async_copy.cuh"
+#include "sink_attention/rows.cuh"
+
+namespace llmexport {
+
+// The place of a 16-byte chunk in a tile of rows of kD elements: permuted within its row, so that
+// one chunk of eight rows lies on all banks.
+template <int kD>
+__device__ __forceinline__ int inTile(int row, int chunk) {
+  return row * kD + (chunk ^ (row % 8)) * 8;
+}
+
+// Starts kThreads threads' copies of rows of `size` elements to a tile of kD columns, the rest of
+// which becomes zeros. Row r is at offsetOf(r) from `from`; it too becomes zeros if that is -1.
+template <int kD, int kRows, int kThreads, class T, class F>
+__device__ __forceinline__ void copyRows(T* tile, T const* from, int size, int thread, F offsetOf) {
+  constexpr int kChunks = kD / 8;
+  static_assert(kRows * kChunks % kThreads == 0, "every thread copies as many chunks");
+#pragma unroll
+  for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
+    int const at = i * kThreads + thread, row = at / kChunks, chunk = at % kChunks;
+    int64_t const offset = offsetOf(row);
+    bool const there = offset >= 0 && chunk * 8 < size;
+    copyAsync16(tile + inTile<kD>(row, chunk), from + (there ? offset + chunk * 8 : 0), there);
+  }
+}
+
+// The queries of a block's rows.
+template <int kD, int kRows, class T>
+__device__ __forceinline__ void copyQueries(T* tile, AttentionCall<T> const& call,
+                                            AttentionPlace<kRows> const& place) {
+  copyRows<kD, kRows, kAttentionThreads>(
+      tile, call.q, call.size, threadIdx.x, [&](int i) -> int64_t {
+        int const row = place.firstRow + i;
+        return row < call.rows() ? call.place(place.batch, place.group, row) * call.size : -1;
+      });
+}
+
+// kKeys keys of `k`, or their values, from `keys.first` on; zeros from `keys.end` on.
+template <int kD, int kKeys, int kThreads, class T>
+__device__ __forceinline__ void copyKeys(T* tile, T const* k, int size, KeyRange keys, int thread) {
+  copyRows<kD, kKeys, kThreads>(tile, k, size, thread, [&](int i) -> int64_t {
+    int const key = keys.first + i;
+    return key < keys.end ? int64_t(key) * size : -1;
+  });
+}
+
+// A ring of kUnits tiles holds K and V of tiles of keys: unit u is K (u even) or V (odd) of tile
+// u / 2, at place u % kUnits. begin() starts copying queries and first units, and lets the block
+// see the queries; walk() takes score() and add() through `steps` tiles. copyUnit(u) starts copying
+// a unit; meet() lets those who share the ring see each other's copies, and waits until all have
+// used the unit before.
+template <int kUnits, class CopyQueries, class CopyUnit>
+__device__ __forceinline__ void begin(int steps, CopyQueries copyQueries, CopyUnit copyUnit) {
+  copyQueries();
+  commitCopies();
+  for (int unit = 0; unit < kUnits - 1; ++unit) {
+    if (unit < 2 * steps) copyUnit(unit);
+    commitCopies();
+  }
+  waitCopies<kUnits - 1>();
+  __syncthreads();
+}
+
+template <int kUnits, class CopyUnit, class Meet, class Score, class Add>
+__device__ __forceinline__ void walk(int steps, CopyUnit copyUnit, Meet meet, Score score,
+                                     Add add) {
+  auto next = [&](int unit) {
+    waitCopies<kUnits - 2>();
+    meet();
+    if (unit + kUnits - 1 < 2 * steps) copyUnit(unit + kUnits - 1);
+    commitCopies();
+  };
+  for (int step = 0; step < steps; ++step) {
+    next(2 * step);
+    score(step, 2 * step % kUnits);
+    next(2 * step + 1);
+    add(step, (2 * step + 1) % kUnits);
+  }
+}
+
+}  // namespace llmexport
