@@ -63,30 +63,31 @@ __device__ __forceinline__ uint32_t mxfp4Bits(uint32_t word) {
 }
 
 template <class T, int i>
-__device__ __forceinline__ uint32_t mxfp4Pair(uint32_t word, int scale, uint32_t multiplier) {
-  using Bits = Mxfp4Bits<T>;
-  using Pair = typename Bits::Pair;
-  if (scale >= Bits::kLeast && scale <= Bits::kMost) {
-    return bitsAs<uint32_t>(__hmul2(bitsAs<Pair>(mxfp4Bits<T, i>(word)), bitsAs<Pair>(multiplier)));
-  }
-  float const wide = mxfp4Scale(scale);
-  T const pair[2] = {fromFloat<T>(mxfp4Value(word >> 4 * i & 15) * wide),
-                     fromFloat<T>(mxfp4Value(word >> (4 * i + 16) & 15) * wide)};
-  uint32_t bits;
-  std::memcpy(&bits, pair, sizeof bits);
-  return bits;
+__device__ __forceinline__ uint32_t mxfp4Product(uint32_t word, uint32_t multiplier) {
+  using Pair = typename Mxfp4Bits<T>::Pair;
+  return bitsAs<uint32_t>(__hmul2(bitsAs<Pair>(mxfp4Bits<T, i>(word)), bitsAs<Pair>(multiplier)));
 }
 
-// The eight values of a word, rounded to T: values i and i + 4 are pair i.
+// The eight values of a word, scaled and rounded to T: values i and i + 4 are pair i.
 template <class T>
 __device__ __forceinline__ void decodeMxfp4(uint32_t (&pairs)[4], uint32_t word, int scale) {
-  constexpr uint32_t kBoth = 0x00010001u;
-  uint32_t const multiplier =
-      kBoth * (uint32_t(scale + Mxfp4Bits<T>::kScaleBias) << Mxfp4Bits<T>::kMantissa & 0x7FFF);
-  pairs[0] = mxfp4Pair<T, 0>(word, scale, multiplier);
-  pairs[1] = mxfp4Pair<T, 1>(word, scale, multiplier);
-  pairs[2] = mxfp4Pair<T, 2>(word, scale, multiplier);
-  pairs[3] = mxfp4Pair<T, 3>(word, scale, multiplier);
+  using Bits = Mxfp4Bits<T>;
+  if (scale >= Bits::kLeast && scale <= Bits::kMost) {
+    uint32_t const power = uint32_t(scale + Bits::kScaleBias) << Bits::kMantissa;
+    uint32_t const multiplier = power << 16 | power;
+    pairs[0] = mxfp4Product<T, 0>(word, multiplier);
+    pairs[1] = mxfp4Product<T, 1>(word, multiplier);
+    pairs[2] = mxfp4Product<T, 2>(word, multiplier);
+    pairs[3] = mxfp4Product<T, 3>(word, multiplier);
+    return;
+  }
+  float const wide = mxfp4Scale(scale);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    Vector<T, 2> const pair{fromFloat<T>(mxfp4Value(word >> 4 * i & 15) * wide),
+                            fromFloat<T>(mxfp4Value(word >> (4 * i + 16) & 15) * wide)};
+    pairs[i] = bitsAs<uint32_t>(pair);
+  }
 }
 
 }  // namespace llmexport

@@ -20,6 +20,16 @@ __device__ __forceinline__ int chunkAt(int row, int chunk) {
   return row * kChunksPerRow + (chunk ^ ((row & 1) << 2 | (row >> 1 & 3)));
 }
 
+// The same for the i-th of rows that are kApart apart.
+template <int kChunksPerRow, int kApart>
+__device__ __forceinline__ int chunkAt(int first, int i, int chunk) {
+  if constexpr (kApart % 8 == 0) {
+    return chunkAt<kChunksPerRow>(first, chunk) + i * kApart * kChunksPerRow;
+  } else {
+    return chunkAt<kChunksPerRow>(first + i * kApart, chunk);
+  }
+}
+
 // The column of the weights that column `c` of a tile holds, or -1 beyond the last. Chunks of gate
 // and up take turns; `adjacent` leaves interleaved ones as they are, where a chunk is what lies
 // side by side.
@@ -37,109 +47,143 @@ __device__ __forceinline__ int weightColumn(Projection const& p, int columnTile,
   return p.interleaved ? 2 * column + isUp : isUp * p.columns + column;
 }
 
-// The copies of a thread into a stage's tile of inputs, [kRows, kDepth] in chunks.
+// Element `at` of row `row`: one multiplication of 32 by 32 bits, where one of 64 takes three.
+__device__ __forceinline__ int64_t place(int row, int columns, int at) {
+  return int64_t(uint64_t(unsigned(row)) * unsigned(columns) + unsigned(at));
+}
+
+// What is computed from x is computed where it is used: moved out of the loop round it, it would
+// take registers that there are not.
+__device__ __forceinline__ void keepInLoop(int& x) { asm volatile("" : "+r"(x)); }
+
+// The copies of a thread into a stage's tile of inputs, [kRows, kDepth] in chunks. `rows` holds
+// the row of each in shared memory, -1 past the last.
 template <class T, class S>
 struct InputCopies {
-  static constexpr int kPerRow = S::kDepth / kChunk;
-  static constexpr int kCount = S::kRows * kPerRow / S::kThreads;
+  static constexpr int kPerRow = S::kDepth / kChunk, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kRows / kApart;
   T const* from;
+  int const* rows;
   int depth;
-  int rows[kCount];  // -1 past the last
-
-  __device__ __forceinline__ InputCopies(Projection const& p, Share const& share,
-                                         int const (&pairs)[S::kRows])
-      : from(static_cast<T const*>(p.input)), depth(p.depth) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      int const row = int(threadIdx.x + i * S::kThreads) / kPerRow;
-      rows[i] = row < share.rows ? pairs[row] / p.pairsPerRow : -1;
-    }
-  }
 
   __device__ __forceinline__ void start(T* tile, int firstDepth) const {
     int const chunk = threadIdx.x % kPerRow, at = firstDepth + chunk * kChunk;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      int const row = int(threadIdx.x + i * S::kThreads) / kPerRow;
-      bool const valid = rows[i] >= 0 && at < depth;
-      copyAsync16(tile + chunkAt<kPerRow>(row, chunk) * kChunk,
-                  valid ? from + int64_t(rows[i]) * depth + at : from, valid);
+      int const row = rows[threadIdx.x / kPerRow + i * kApart];
+      copyAsync16(tile + chunkAt<kPerRow, kApart>(threadIdx.x / kPerRow, i, chunk) * kChunk,
+                  from + place(row < 0 ? 0 : row, depth, at), row >= 0 && at < depth);
     }
   }
 };
 
-// The same of 16-bit weights, [kColumns, kDepth] or, transposed, [kDepth, kColumns].
+// The weights of one expert from column `column` on, where that is there.
+template <class W>
+__device__ __forceinline__ W const* weightsFrom(Projection const& p, int expert, int64_t column,
+                                                int columnElements) {
+  int64_t const first = int64_t(expert) * p.width() + (column < 0 ? 0 : column);
+  return static_cast<W const*>(p.weights) + first * columnElements;
+}
+
+// Of columns of a tile that are kApart apart, from c on: how many are there.
+template <class S, int kApart, int kCount>
+__device__ __forceinline__ int columnsThere(Projection const& p, Share const& share, int c) {
+  static_assert(kApart % (2 * kChunk) == 0 || kCount == 1);
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    count += weightColumn<S>(p, share.columnTile, c + i * kApart, false) >= 0;
+  }
+  return count;
+}
+
+// How far apart those are in the weights.
+template <int kApart>
+__device__ __forceinline__ int apartInWeights(Projection const& p) {
+  return p.gated && !p.interleaved ? kApart / 2 : kApart;
+}
+
+// The same of 16-bit weights, stored [width, depth].
 template <class W, bool kTransposed, class S>
 struct WeightCopies {
-  static constexpr int kPerRow = (kTransposed ? S::kColumns : S::kDepth) / kChunk;
-  static constexpr int kCount = S::kColumns * S::kDepth / kChunk / S::kThreads;
+  static constexpr int kPerRow = S::kDepth / kChunk, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kColumns / kApart;
   W const* from;
-  int depth, width;
-  int columns[kTransposed ? 1 : kCount];  // -1 past the last
+  int count, apart, depth;
 
   __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
-      : from(static_cast<W const*>(p.weights) + int64_t(share.expert) * p.width() * p.depth),
-        depth(p.depth),
-        width(p.width()) {
-    if constexpr (kTransposed) {
-      int const c = threadIdx.x % kPerRow * kChunk;
-      columns[0] = weightColumn<S>(p, share.columnTile, c, p.interleaved);
-    } else {
+      : from(weightsFrom<W>(p, share.expert,
+                            weightColumn<S>(p, share.columnTile, threadIdx.x / kPerRow, false),
+                            p.depth)),
+        count(columnsThere<S, kApart, kCount>(p, share, threadIdx.x / kPerRow)),
+        apart(apartInWeights<kApart>(p)),
+        depth(p.depth) {}
+
+  __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
+    int const chunk = threadIdx.x % kPerRow, at = firstDepth + chunk * kChunk;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        int const c = int(threadIdx.x + i * S::kThreads) / kPerRow;
-        columns[i] = weightColumn<S>(p, share.columnTile, c, false);
-      }
+    for (int i = 0; i < kCount; ++i) {
+      int const to = chunkAt<kPerRow, kApart>(threadIdx.x / kPerRow, i, chunk);
+      copyAsync16(reinterpret_cast<W*>(stage) + to * kChunk, from + place(i * apart, depth, at),
+                  i < count && at < depth);
     }
+  }
+};
+
+// Stored [depth, width].
+template <class W, class S>
+struct WeightCopies<W, true, S> {
+  static constexpr int kPerRow = S::kColumns / kChunk, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kDepth / kApart;
+  W const* from;
+  int width, depth;  // no depth past the last column
+
+  __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
+      : from(weightsFrom<W>(p, share.expert, 0, p.depth)), width(p.width()) {
+    int const column =
+        weightColumn<S>(p, share.columnTile, threadIdx.x % kPerRow * kChunk, p.interleaved);
+    depth = column < 0 ? 0 : p.depth;
+    from += column < 0 ? 0 : column;
   }
 
   __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
-    W* const tile = reinterpret_cast<W*>(stage);
-    int const chunk = threadIdx.x % kPerRow;
+    int columns = width;
+    keepInLoop(columns);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      int const row = int(threadIdx.x + i * S::kThreads) / kPerRow;
-      int const at = firstDepth + (kTransposed ? row : chunk * kChunk);
-      int const column = columns[kTransposed ? 0 : i];
-      bool const valid = column >= 0 && at < depth;
-      int64_t const offset =
-          kTransposed ? int64_t(at) * width + column : int64_t(column) * depth + at;
-      copyAsync16(tile + chunkAt<kPerRow>(row, chunk) * kChunk, valid ? from + offset : from,
-                  valid);
+      int const row = threadIdx.x / kPerRow, at = firstDepth + row + i * kApart;
+      int const to = chunkAt<kPerRow, kApart>(row, i, threadIdx.x % kPerRow);
+      copyAsync16(reinterpret_cast<W*>(stage) + to * kChunk, from + place(at, columns, 0),
+                  at < depth);
     }
   }
 };
 
-// Of MXFP4: a stage holds [kDepth / 32, kColumns] blocks of 16 bytes. Scales are few and no
-// multiple of a copy: all of a tile are read before the first step.
+// MXFP4: a stage holds [kDepth / 32, kColumns] blocks of 16 bytes. Scales are few and no multiple
+// of a copy: all of a tile are read before the first step.
 template <class S>
 struct WeightCopies<Mxfp4, false, S> {
   static constexpr int kBlockBytes = kMxfp4Block / 2;
-  static constexpr int kPerRow = S::kDepth / kMxfp4Block;
-  static constexpr int kCount = S::kColumns * kPerRow / S::kThreads;
+  static constexpr int kPerRow = S::kDepth / kMxfp4Block, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kColumns / kApart;
   unsigned char const* from;
-  int blocks;  // of a column
-  int columns[kCount];
+  int count, apart, bytes;  // of a column
 
   __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
-      : from(static_cast<unsigned char const*>(p.weights) +
-             int64_t(share.expert) * p.width() * (p.depth / 2)),
-        blocks(p.depth / kMxfp4Block) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      int const c = int(threadIdx.x + i * S::kThreads) / kPerRow;
-      columns[i] = weightColumn<S>(p, share.columnTile, c, false);
-    }
-  }
+      : from(weightsFrom<unsigned char>(
+            p, share.expert, weightColumn<S>(p, share.columnTile, threadIdx.x / kPerRow, false),
+            p.depth / 2)),
+        count(columnsThere<S, kApart, kCount>(p, share, threadIdx.x / kPerRow)),
+        apart(apartInWeights<kApart>(p)),
+        bytes(p.depth / 2) {}
 
   __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
-    int const block = threadIdx.x % kPerRow, at = firstDepth / kMxfp4Block + block;
+    int const block = threadIdx.x % kPerRow, at = firstDepth / 2 + block * kBlockBytes;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      int const c = int(threadIdx.x + i * S::kThreads) / kPerRow;
-      bool const valid = columns[i] >= 0 && at < blocks;
+      int const c = threadIdx.x / kPerRow + i * kApart;
       copyAsync16(stage + (block * S::kColumns + c) * kBlockBytes,
-                  valid ? from + (int64_t(columns[i]) * blocks + at) * kBlockBytes : from, valid);
+                  from + place(i * apart, bytes, at), i < count && at < bytes);
     }
   }
 };
@@ -183,34 +227,40 @@ __device__ __forceinline__ void multiply(Sums<S>& sums, T const* input, W const*
                                          int warpRow, int warpColumn) {
   constexpr int kInputChunks = S::kDepth / kChunk;
   constexpr int kWeightChunks = (kTransposed ? S::kColumns : S::kDepth) / kChunk;
+  static_assert(kInputChunks == 8);
   int const lane = threadIdx.x % kWarp;
+  // Of a row's 8 chunks, one n further on lies where the place of the first differs by n in its
+  // last bits.
+  int inputAt = chunkAt<kInputChunks>(warpRow + lane % 16, lane / 16);
+  int weightAt = kTransposed
+                     ? chunkAt<kWeightChunks>(lane % 16, warpColumn / kChunk + lane / 16)
+                     : chunkAt<kWeightChunks>(warpColumn + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  keepInLoop(inputAt);
+  keepInLoop(weightAt);
 #pragma unroll
   for (int k = 0; k < S::kDepth; k += kMmaDepth) {
-    uint32_t a[S::kRowTiles][4], b[S::kColumnTiles][2];
+    uint32_t a[S::kRowTiles][4];
 #pragma unroll
     for (int i = 0; i < S::kRowTiles; ++i) {
-      int const row = warpRow + i * kMmaRows + lane % 16;
-      loadMatrix(a[i], input + chunkAt<kInputChunks>(row, k / kChunk + lane / 16) * kChunk);
+      int const at = (inputAt ^ k / kChunk) + i * kMmaRows * kInputChunks;
+      loadMatrix(a[i], input + at * kChunk);
     }
 #pragma unroll
     for (int j = 0; j < S::kColumnTiles; j += 2) {
       uint32_t two[4];
-      int const column = warpColumn + j * kMmaColumns;
       if constexpr (kTransposed) {
-        int const at = chunkAt<kWeightChunks>(k + lane % 16, column / kChunk + lane / 16);
-        loadMatrixTransposed(two, weights + at * kChunk);
+        loadMatrixTransposed(two, weights + ((weightAt ^ j) + k * kWeightChunks) * kChunk);
       } else {
-        int const at =
-            chunkAt<kWeightChunks>(column + lane % 8 + lane / 16 * 8, k / kChunk + lane / 8 % 2);
+        int const at = (weightAt ^ k / kChunk) + j * kMmaColumns * kWeightChunks;
         loadMatrix(two, weights + at * kChunk);
       }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) b[j + e / 2][e % 2] = convertedPair<T, W>(two[e]);
-    }
+      for (int half = 0; half < 2; ++half) {
+        uint32_t const b[2] = {convertedPair<T, W>(two[2 * half]),
+                               convertedPair<T, W>(two[2 * half + 1])};
 #pragma unroll
-    for (int i = 0; i < S::kRowTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < S::kColumnTiles; ++j) mma16x8x16<T>(sums[i][j], a[i], b[j]);
+        for (int i = 0; i < S::kRowTiles; ++i) mma16x8x16<T>(sums[i][j + half], a[i], b);
+      }
     }
   }
 }
@@ -225,7 +275,9 @@ __device__ __forceinline__ void multiplyMxfp4(Sums<S>& sums, T const* input,
   constexpr int kInputChunks = S::kDepth / kChunk;
   constexpr int kWordsPerBlock = 4;
   int const lane = threadIdx.x % kWarp, group = lane / 4, word = lane % 4;
-#pragma unroll
+  int inputAt = chunkAt<kInputChunks>(warpRow + group, word);
+  keepInLoop(inputAt);
+#pragma unroll 1
   for (int block = 0; block < S::kDepth / kMxfp4Block; ++block) {
     uint32_t b[S::kColumnTiles][4];
 #pragma unroll
@@ -241,8 +293,8 @@ __device__ __forceinline__ void multiplyMxfp4(Sums<S>& sums, T const* input,
       uint32_t a[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int const row = warpRow + i * kMmaRows + half * 8 + group;
-        int const at = chunkAt<kInputChunks>(row, block * kWordsPerBlock + word);
+        int const at =
+            (inputAt ^ block * kWordsPerBlock) + (i * kMmaRows + half * 8) * kInputChunks;
         in[half] = load<4>(reinterpret_cast<uint32_t const*>(input + at * kChunk));
         // Values 0 and 4, 1 and 5, then 2 and 6, 3 and 7.
 #pragma unroll
@@ -264,65 +316,72 @@ __device__ __forceinline__ void multiplyMxfp4(Sums<S>& sums, T const* input,
   }
 }
 
-// Rounds the sums, with the bias, into a tile in shared memory, and from there writes rows of the
-// output: as they are, or what the activation makes of gates and ups.
+// Rounds the sums into a tile in shared memory, and from there writes rows of the output: products
+// and bias as they are, or what the activation makes of gates and ups.
 template <class T, class S>
 __device__ __forceinline__ void finish(Projection const& p, Share const& share,
                                        int const (&pairs)[S::kRows], Sums<S> const& sums, T* tile,
                                        int warpRow, int warpColumn, bool adjacent) {
   // One chunk more, so that 8 rows begin in different banks.
   constexpr int kPitch = S::kColumns + kChunk;
-  T const* const bias =
-      p.bias ? static_cast<T const*>(p.bias) + int64_t(share.expert) * p.width() : nullptr;
   int const lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int j = 0; j < S::kColumnTiles; ++j) {
-    int const c = warpColumn + j * kMmaColumns + lane % 4 * 2;
-    int const columns[2] = {weightColumn<S>(p, share.columnTile, c, adjacent),
-                            weightColumn<S>(p, share.columnTile, c + 1, adjacent)};
+  for (int i = 0; i < S::kRowTiles; ++i) {
 #pragma unroll
-    for (int i = 0; i < S::kRowTiles; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      int const row = warpRow + i * kMmaRows + half * 8 + lane / 4;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Vector<T, 2> two;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          T const* const ofColumn = columns[e] < 0 ? nullptr : bias;
-          two.at[e] = fromFloat<T>(withBias(sums[i][j][2 * half + e], ofColumn, columns[e]));
-        }
-        store<2>(tile + (warpRow + i * kMmaRows + half * 8 + lane / 4) * kPitch + c, two);
+      for (int j = 0; j < S::kColumnTiles; ++j) {
+        Vector<T, 2> const two{fromFloat<T>(sums[i][j][2 * half]),
+                               fromFloat<T>(sums[i][j][2 * half + 1])};
+        store<2>(tile + row * kPitch + warpColumn + j * kMmaColumns + lane % 4 * 2, two);
       }
     }
   }
   __syncthreads();
-  constexpr int kTwoChunks = 2 * kChunk, kPerRow = S::kColumns / kTwoChunks;
-  T* const output = static_cast<T*>(p.output);
+  // A thread takes two chunks, which have a chunk of gates and the ups that belong to them.
+  constexpr int kTwo = 2 * kChunk, kPerRow = S::kColumns / kTwo;
+  T const* const bias =
+      p.bias ? static_cast<T const*>(p.bias) + int64_t(share.expert) * p.width() : nullptr;
 #pragma unroll 1
   for (int at = threadIdx.x; at < share.rows * kPerRow; at += S::kThreads) {
-    int const row = at / kPerRow, place = at % kPerRow;
-    T const* const from = tile + row * kPitch + place * kTwoChunks;
-    Vector<T, kChunk> const two[2] = {load<kChunk>(from), load<kChunk>(from + kChunk)};
-    T* const to = output + int64_t(pairs[row]) * p.columns;
-    if (!p.gated) {
-      int const column = share.columnTile * S::kColumns + place * kTwoChunks;
+    int const row = at / kPerRow, c = at % kPerRow * kTwo;
+    T* const output = static_cast<T*>(p.output) + int64_t(pairs[row]) * p.columns;
+    float values[kTwo];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (column + e * kChunk < p.columns) store<kChunk>(to + column + e * kChunk, two[e]);
-      }
-      continue;
-    }
-    int const column = share.columnTile * (S::kColumns / 2) + place * kChunk;
-    if (column >= p.columns) continue;
-    withActivation<T>(p, [&](auto act) {
-      Vector<T, kChunk> out;
+    for (int half = 0; half < 2; ++half) {
+      auto const chunk = load<kChunk>(tile + row * kPitch + c + half * kChunk);
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
-        T const gate = adjacent ? two[2 * e / kChunk].at[2 * e % kChunk] : two[0].at[e];
-        T const up = adjacent ? two[2 * e / kChunk].at[2 * e % kChunk + 1] : two[1].at[e];
-        out.at[e] = fromFloat<T>(act(toFloat(gate), toFloat(up)));
+        float& value = values[half * kChunk + e];
+        value = toFloat(chunk.at[e]);
+        int const column = weightColumn<S>(p, share.columnTile, c + half * kChunk + e, adjacent);
+        if (bias && column >= 0) value = rounded<T>(value + toFloat(bias[column]));
       }
-      store<kChunk>(to + column, out);
-    });
+    }
+    if (p.gated) {
+      int const column = (share.columnTile * S::kColumns + c) / 2;
+      if (column >= p.columns) continue;
+      withActivation<T>(p, [&](auto act) {
+        Vector<T, kChunk> out;
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) {
+          float const gate = adjacent ? values[2 * e] : values[e];
+          float const up = adjacent ? values[2 * e + 1] : values[kChunk + e];
+          out.at[e] = fromFloat<T>(act(gate, up));
+        }
+        store<kChunk>(output + column, out);
+      });
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const column = share.columnTile * S::kColumns + c + half * kChunk;
+        Vector<T, kChunk> out;
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) out.at[e] = fromFloat<T>(values[half * kChunk + e]);
+        if (column < p.columns) store<kChunk>(output + column, out);
+      }
+    }
   }
 }
 
@@ -335,22 +394,28 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   using Layout = StageLayout<W, S>;
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(int, pairs, S::kRows);
+  SHARED_ARRAY(int, inputRows, S::kRows);
+  SHARED_ARRAY(Share, kept, 1);
   Share const share = findShare(routing, columnTiles, pairs);
   if (share.expert < 0) return;
 
-  InputCopies<T, S> const inputs(p, share, pairs);
+  if (threadIdx.x == 0) kept[0] = share;
+  if (threadIdx.x < S::kRows) {
+    bool const here = int(threadIdx.x) < share.rows;
+    inputRows[threadIdx.x] = here ? pairs[threadIdx.x] / p.pairsPerRow : -1;
+  }
+  __syncthreads();
+  InputCopies<T, S> const inputs{static_cast<T const*>(p.input), inputRows, p.depth};
   WeightCopies<W, kTransposed, S> const weights(p, share);
-  int const steps = int(ceilDiv(p.depth, S::kDepth));
-  auto stageOf = [&](int step) { return shared + step % S::kStages * Layout::kBytes; };
   // A step past the last is an empty group, so that a wait counts steps.
-  auto start = [&](int step) {
-    if (step < steps) {
-      inputs.start(reinterpret_cast<T*>(stageOf(step)), step * S::kDepth);
-      weights.start(stageOf(step) + Layout::kInputBytes, step * S::kDepth);
+  auto start = [&](unsigned char* stage, int depth) {
+    if (depth < p.depth) {
+      inputs.start(reinterpret_cast<T*>(stage), depth);
+      weights.start(stage + Layout::kInputBytes, depth);
     }
     commitCopies();
   };
-  for (int step = 0; step < S::kStages - 1; ++step) start(step);
+  for (int i = 0; i < S::kStages - 1; ++i) start(shared + i * Layout::kBytes, i * S::kDepth);
   unsigned char* const scales = shared + Layout::kAllBytes;
   if constexpr (kIsMxfp4<W>) loadScales<S>(p, share, scales);
 
@@ -361,25 +426,31 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   bool const works =
       warpRow < share.rows && weightColumn<S>(p, share.columnTile, warpColumn, adjacent) >= 0;
   Sums<S> sums = {};
-  for (int step = 0; step < steps; ++step) {
+  // Where the tiles of this step are, and those of the step before, in bytes.
+  int stage = 0, freed = Layout::kAllBytes - Layout::kBytes;
+#pragma unroll 1
+  for (int depth = 0; depth < p.depth; depth += S::kDepth) {
     waitCopies<S::kStages - 2>();
-    // This step's tiles are there for all threads, and all are done with the step before, whose
-    // place the next copies take.
+    // This step's tiles are there for all threads, and all are done with the step before.
     __syncthreads();
-    start(step + S::kStages - 1);
-    if (!works) continue;
-    T const* const input = reinterpret_cast<T const*>(stageOf(step));
-    unsigned char const* const weight = stageOf(step) + Layout::kInputBytes;
-    if constexpr (kIsMxfp4<W>) {
-      multiplyMxfp4<T, S>(sums, input, weight, scales + step * (S::kDepth / kMxfp4Block),
-                          scalePitch(p.depth, S::kDepth), warpRow, warpColumn);
-    } else {
-      multiply<T, W, kTransposed, S>(sums, input, reinterpret_cast<W const*>(weight), warpRow,
-                                     warpColumn);
+    start(shared + freed, depth + (S::kStages - 1) * S::kDepth);
+    if (works) {
+      T const* const input = reinterpret_cast<T const*>(shared + stage);
+      unsigned char const* const weight = shared + stage + Layout::kInputBytes;
+      if constexpr (kIsMxfp4<W>) {
+        multiplyMxfp4<T, S>(sums, input, weight, scales + depth / kMxfp4Block,
+                            scalePitch(p.depth, S::kDepth), warpRow, warpColumn);
+      } else {
+        multiply<T, W, kTransposed, S>(sums, input, reinterpret_cast<W const*>(weight), warpRow,
+                                       warpColumn);
+      }
     }
+    freed = stage;
+    stage = stage == Layout::kAllBytes - Layout::kBytes ? 0 : stage + Layout::kBytes;
   }
   __syncthreads();
-  finish<T, S>(p, share, pairs, sums, reinterpret_cast<T*>(shared), warpRow, warpColumn, adjacent);
+  finish<T, S>(p, kept[0], pairs, sums, reinterpret_cast<T*>(shared), warpRow, warpColumn,
+               adjacent);
 }
 
 template <class T, class W, bool kTransposed>
