@@ -1,6 +1,7 @@
 // What comes before and after an expert: inputs times their weight, and the weighted sum.
 #pragma once
 
+#include "common/early_launch.cuh"
 #include "common/element.cuh"
 #include "moe_experts/routing.cuh"
 
@@ -15,6 +16,7 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kCombineThreads)
     scaleInputKernel(T const* x, T const* weights, T* scaled, int slots, int columns,
                      int rowBlocks) {
+  letNextStart();
   int64_t const pair = blockIdx.x / rowBlocks;
   int const column = int(blockIdx.x % rowBlocks * kCombineThreads + threadIdx.x) * kWidth;
   if (column >= columns) return;

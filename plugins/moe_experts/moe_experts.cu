@@ -116,8 +116,9 @@ cudaError_t combine(Arguments const& a, Routing const& routing, T const* outputs
   auto const kernel = a.plan.width > 1 ? combineKernel<T, kFullWidth<T>> : combineKernel<T, 1>;
   auto const* const weights =
       a.attributes.scaleInput ? nullptr : static_cast<T const*>(a.inputs.weights);
-  return launch(kernel, a.plan.combine, a.stream, outputs, weights, routing, static_cast<T*>(a.y),
-                int(a.sizes.slots), int(a.sizes.hidden), a.plan.rowBlocks);
+  return launchEarly(kernel, a.plan.combine, a.stream, outputs, weights, routing,
+                     static_cast<T*>(a.y), int(a.sizes.slots), int(a.sizes.hidden),
+                     a.plan.rowBlocks);
 }
 
 template <class T>
@@ -126,6 +127,7 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
                              p.gated ? a.plan.upTiles : a.plan.downTiles,
                              a.plan.tileRows,
                              a.attributes.transposed,
+                             p.gated && !a.plan.sorted && !a.attributes.scaleInput,
                              a.stored,
                              a.stream};
   if (a.plan.onTensorCores) {
@@ -146,8 +148,11 @@ cudaError_t run(Arguments const& a) {
   cudaError_t error = cudaSuccess;
   if (a.attributes.scaleInput) error = scaleInput(a, outputs);
   if (error == cudaSuccess && a.plan.sorted) {
-    error = launch(sortPairsKernel, a.plan.sort, a.stream, routing, a.plan.tileRows,
-                   int(a.plan.rowTiles), order, tiles);
+    error = a.attributes.scaleInput
+                ? launchEarly(sortPairsKernel, a.plan.sort, a.stream, routing, a.plan.tileRows,
+                              int(a.plan.rowTiles), order, tiles)
+                : launch(sortPairsKernel, a.plan.sort, a.stream, routing, a.plan.tileRows,
+                         int(a.plan.rowTiles), order, tiles);
     routing.order = order;
     routing.tiles = tiles;
   }

@@ -33,7 +33,7 @@ struct Projection {
 struct ProjectionLaunch {
   LaunchPlan plan;
   int columnTiles, tileRows;
-  bool transposed;
+  bool transposed, isFirst;  // of the chain of launches
   std::optional<Dtype> stored;
   cudaStream_t stream;
 };

@@ -1,6 +1,7 @@
 // A projection without tensor cores: fp32, and sizes and addresses that 16-byte copies do not fit.
 #pragma once
 
+#include "common/early_launch.cuh"
 #include "moe_experts/mxfp4.cuh"
 #include "moe_experts/projection.cuh"
 
@@ -36,6 +37,8 @@ __global__ void __launch_bounds__(kScalarThreads)
   SHARED_ARRAY(int, pairs, kScalarRows);
   SHARED_ARRAY(float, inputs, kScalarRows* kPitch);
   SHARED_ARRAY(float, weights, 2 * kScalarColumns * kPitch);
+  waitForPrevious();
+  letNextStart();
   Share const share = findShare(routing, columnTiles, pairs);
   if (share.expert < 0) return;
 
@@ -93,8 +96,11 @@ __global__ void __launch_bounds__(kScalarThreads)
 template <class T, class W>
 cudaError_t launchScalarTiles(ProjectionLaunch const& how, Projection const& p,
                               Routing const& routing) {
-  return launch(scalarProjectionKernel<T, W>, how.plan, how.stream, p, routing, how.columnTiles,
-                how.transposed);
+  auto const kernel = scalarProjectionKernel<T, W>;
+  return how.isFirst
+             ? launch(kernel, how.plan, how.stream, p, routing, how.columnTiles, how.transposed)
+             : launchEarly(kernel, how.plan, how.stream, p, routing, how.columnTiles,
+                           how.transposed);
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 // device.
 #pragma once
 
+#include "common/early_launch.cuh"
 #include "moe_experts/routing.cuh"
 
 namespace llmexport {
@@ -54,6 +55,7 @@ __device__ __forceinline__ uint64_t sumBefore(uint64_t value) {
 // any routing. No result depends on the order of threads.
 __global__ void __launch_bounds__(kSortThreads)
     sortPairsKernel(Routing routing, int tileRows, int rowTiles, int* order, RowTile* tiles) {
+  letNextStart();
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(int, firstRow, kMoeMaxExperts + 1);
   SHARED_ARRAY(int, firstTile, kMoeMaxExperts + 1);
@@ -102,6 +104,7 @@ __global__ void __launch_bounds__(kSortThreads)
     }
     __syncwarp();
   });
+  waitForPrevious();
 }
 
 }  // namespace llmexport

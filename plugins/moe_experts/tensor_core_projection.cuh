@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/async_copy.cuh"
+#include "common/early_launch.cuh"
 #include "common/tensor_core.cuh"
 #include "moe_experts/mxfp4.cuh"
 #include "moe_experts/tensor_core_projection.h"
@@ -235,10 +236,11 @@ __device__ __forceinline__ void multiply(Sums<S>& sums, T const* input, W const*
   int weightAt = kTransposed
                      ? chunkAt<kWeightChunks>(lane % 16, warpColumn / kChunk + lane / 16)
                      : chunkAt<kWeightChunks>(warpColumn + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  keepInLoop(inputAt);
-  keepInLoop(weightAt);
-#pragma unroll
+// With all four at once the compiler reads so far ahead that registers spill.
+#pragma unroll 2
   for (int k = 0; k < S::kDepth; k += kMmaDepth) {
+    keepInLoop(inputAt);
+    keepInLoop(weightAt);
     uint32_t a[S::kRowTiles][4];
 #pragma unroll
     for (int i = 0; i < S::kRowTiles; ++i) {
@@ -396,8 +398,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   SHARED_ARRAY(int, pairs, S::kRows);
   SHARED_ARRAY(int, inputRows, S::kRows);
   SHARED_ARRAY(Share, kept, 1);
+  // The projection down reads what the one before the last wrote, the other what the last wrote.
+  if (p.gated) waitForPrevious();
+  letNextStart();
   Share const share = findShare(routing, columnTiles, pairs);
-  if (share.expert < 0) return;
+  if (share.expert < 0) return waitForPrevious();
 
   if (threadIdx.x == 0) kept[0] = share;
   if (threadIdx.x < S::kRows) {
@@ -407,17 +412,23 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   __syncthreads();
   InputCopies<T, S> const inputs{static_cast<T const*>(p.input), inputRows, p.depth};
   WeightCopies<W, kTransposed, S> const weights(p, share);
-  // A step past the last is an empty group, so that a wait counts steps.
-  auto start = [&](unsigned char* stage, int depth) {
-    if (depth < p.depth) {
-      inputs.start(reinterpret_cast<T*>(stage), depth);
-      weights.start(stage + Layout::kInputBytes, depth);
-    }
-    commitCopies();
-  };
-  for (int i = 0; i < S::kStages - 1; ++i) start(shared + i * Layout::kBytes, i * S::kDepth);
+  // Weights come whatever the kernel before is at.
+#pragma unroll 1
+  for (int i = 0; i < S::kStages - 1 && i * S::kDepth < p.depth; ++i) {
+    weights.start(shared + i * Layout::kBytes + Layout::kInputBytes, i * S::kDepth);
+  }
   unsigned char* const scales = shared + Layout::kAllBytes;
   if constexpr (kIsMxfp4<W>) loadScales<S>(p, share, scales);
+  waitForPrevious();
+  // The first group has all of these weights; each has a step's inputs. A step past the last is an
+  // empty group, so that a wait counts steps.
+#pragma unroll 1
+  for (int i = 0; i < S::kStages - 1; ++i) {
+    if (i * S::kDepth < p.depth) {
+      inputs.start(reinterpret_cast<T*>(shared + i * Layout::kBytes), i * S::kDepth);
+    }
+    commitCopies();
+  }
 
   int const warp = threadIdx.x / kWarp;
   int const warpRow = warp / S::kWarpsAcross * S::kWarpRows;
@@ -433,7 +444,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     waitCopies<S::kStages - 2>();
     // This step's tiles are there for all threads, and all are done with the step before.
     __syncthreads();
-    start(shared + freed, depth + (S::kStages - 1) * S::kDepth);
+    int const next = depth + (S::kStages - 1) * S::kDepth;
+    if (next < p.depth) {
+      inputs.start(reinterpret_cast<T*>(shared + freed), next);
+      weights.start(shared + freed + Layout::kInputBytes, next);
+    }
+    commitCopies();
     if (works) {
       T const* const input = reinterpret_cast<T const*>(shared + stage);
       unsigned char const* const weight = shared + stage + Layout::kInputBytes;
@@ -460,7 +476,8 @@ cudaError_t launchTiles(ProjectionLaunch const& how, Projection const& p, Routin
   auto const kernel = how.tileRows == Few::kRows
                           ? tensorCoreProjectionKernel<T, W, kTransposed, Few>
                           : tensorCoreProjectionKernel<T, W, kTransposed, Many>;
-  return launch(kernel, how.plan, how.stream, p, routing, how.columnTiles);
+  return how.isFirst ? launch(kernel, how.plan, how.stream, p, routing, how.columnTiles)
+                     : launchEarly(kernel, how.plan, how.stream, p, routing, how.columnTiles);
 }
 
 template <class T>
