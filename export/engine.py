@@ -186,7 +186,8 @@ def tensorrt_form(
     left to plugins, name -> op. Raises EngineError on what TensorRT would misread.
 
     It finds an op by type alone: a function hides a plugin of its name, and of two functions of one name, whatever
-    their overload, it would call one.
+    their overload, it would call one. It gives plugins no uint8 (NvInferRuntimePlugin.h) and makes int32 of uint8
+    constants: weights that only plugins read become int8, byte for byte.
     """
     rest = onnx.ModelProto()
     rest.CopyFrom(model)
@@ -204,7 +205,13 @@ def tensorrt_form(
             misread = [n for n, v in said.items() if v and n not in ATTENTION] + [n for n in node.input[4:] if n]
             if misread:
                 raise EngineError(f"{node.name}: TensorRT misreads or ignores {', '.join(misread)} of Attention")
-    return inlined, {n.name: n.op_type for n in inlined.graph.node if n.domain == DOMAIN}
+    plugin_nodes = [n for n in inlined.graph.node if n.domain == DOMAIN]
+    read_elsewhere = {name for n in inlined.graph.node if n.domain != DOMAIN for name in n.input}
+    bytes_of_plugins = {name for n in plugin_nodes for name in n.input} - read_elsewhere
+    for weight in inlined.graph.initializer:
+        if weight.name in bytes_of_plugins and weight.data_type == onnx.TensorProto.UINT8:
+            weight.data_type = onnx.TensorProto.INT8
+    return inlined, {n.name: n.op_type for n in plugin_nodes}
 
 
 def _library(path: Path, nodes: dict[str, str]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from native import compiled
 from plugin_memory import Memory, Output
 
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
-TRT_TYPES = {DTYPES["fp32"]: 0, DTYPES["fp16"]: 1, np.dtype(np.int32): 3, DTYPES["bf16"]: 7}
-FIELD_FLOAT32, FIELD_INT32, FIELD_CHAR = 1, 5, 6
+# Bytes go to plugins as int8.
+TRT_TYPES = {DTYPES["fp32"]: 0, DTYPES["fp16"]: 1, np.dtype(np.int32): 3, np.dtype(np.uint8): 2, DTYPES["bf16"]: 7}
+FIELD_FLOAT32, FIELD_INT32, FIELD_CHAR, FIELD_INT64 = 1, 5, 6, 10
 BUILD, RUNTIME = 0, 1
 
 
@@ -150,9 +151,11 @@ class Plugin:
         if self.call("shape_change", (Desc * len(io))(*io), len(io) - outputs, outputs):
             raise Refused(self.op)
 
-    def workspace(self, io: Sequence[Desc]) -> int:
+    def workspace(self, io: Sequence[Desc], most: Sequence[Desc]) -> int:
+        """Its bytes in a profile whose largest dimensions are those of `most`."""
         outputs = self.call("outputs")
-        return self.call("workspace", (Desc * len(io))(*io), len(io) - outputs, outputs)
+        descs = ((Desc * len(io))(*these) for these in (io, most))
+        return self.call("workspace", *descs, len(io) - outputs, outputs)
 
     def prepare(self, memory: Memory, inputs: Sequence[np.ndarray], shift: int = 0) -> Run:
         """Sets these shapes and lays out every tensor `shift` elements past an aligned address."""
@@ -168,7 +171,7 @@ class Plugin:
             content = np.concatenate([padding, np.ascontiguousarray(x).reshape(-1).view(np.uint8)])
             addresses.append(memory.place(content) + shift * x.itemsize)
         outputs = [Output.make(memory, s, t, shift) for s, t in zip(shapes, dtypes, strict=True)]
-        workspace = Output.make(memory, (self.workspace(io),), np.dtype(np.uint8), 0)
+        workspace = Output.make(memory, (self.workspace(io, io),), np.dtype(np.uint8), 0)
         return Run(self, io, addresses, outputs, workspace)
 
     def run(self, memory: Memory, inputs: Sequence[np.ndarray], shift: int = 0) -> list[np.ndarray]:

@@ -57,7 +57,7 @@ class GpuMemory:
 
 @dataclass(frozen=True)
 class Output:
-    """Memory for a result: NaN, between two guard bands, `shift` elements past an aligned address."""
+    """Memory for a result, between two guard bands, `shift` elements past an aligned address."""
 
     memory: Memory
     block: int
@@ -67,10 +67,18 @@ class Output:
 
     @classmethod
     def make(cls, memory: Memory, shape: tuple[int, ...], dtype: np.dtype[Any], shift: int) -> Output:
+        """Full of NaN."""
         nans = np.full(int(np.prod(shape)) * dtype.itemsize, 0xFF, np.uint8)  # a NaN in every float type
+        return cls.holding(memory, nans.view(dtype).reshape(shape), shift)
+
+    @classmethod
+    def holding(cls, memory: Memory, values: np.ndarray, shift: int = 0) -> Output:
+        """Of something that is read before it is written."""
+        content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         guard = np.full(GUARD_BYTES, GUARD, np.uint8)
-        before = np.full(GUARD_BYTES + shift * dtype.itemsize, GUARD, np.uint8)
-        return cls(memory, memory.place(np.concatenate([before, nans, guard])), shape, dtype, shift)
+        before = np.full(GUARD_BYTES + shift * values.itemsize, GUARD, np.uint8)
+        block = memory.place(np.concatenate([before, content, guard]))
+        return cls(memory, block, values.shape, values.dtype, shift)
 
     @property
     def address(self) -> int:

@@ -2,13 +2,9 @@
 
 #include "add_rms_norm/add_rms_norm.h"
 #include "common/element.cuh"
+#include "common/row.cuh"
 
 namespace llmexport {
-
-constexpr int kNormWarpBlock = 128;   // threads of a block whose rows take a warp or less each
-constexpr int kNormMaxThreads = 512;  // for one row; 1024 would spill
-constexpr int kNormMaxVectors = 4;    // more would leave too few threads for the latency
-constexpr int kNormTwoPassThreads = 256;
 
 template <class T>
 __device__ __forceinline__ T addRounded(T a, T b) {
@@ -24,26 +20,10 @@ __device__ __forceinline__ T scaled(float normed, T weight,
                                                    : normed * scale);
 }
 
-// The sum over the threads of a row: blockDim.x of them, a power of two up to a warp, or warps.
-__device__ __forceinline__ float sumOfRow(float value) {
-  int const lanes = blockDim.x < kWarp ? int(blockDim.x) : kWarp;
-  for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(~0u, value, offset);
-  }
-  if (blockDim.x <= kWarp) return value;
-  SHARED_ARRAY(float, partial, kNormMaxThreads / kWarp);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  // Every warp adds the partial sums in the same order.
-  float all = threadIdx.x % kWarp < blockDim.x / kWarp ? partial[threadIdx.x % kWarp] : 0.0f;
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) all += __shfl_xor_sync(~0u, all, offset);
-  return all;
-}
-
 // Block (threads of a row, rows); thread x holds vectors x, x + blockDim.x, ... of its row.
 // One block an SM is enough: without saying so, ptxas spills on sm_120 to fit three.
 template <class T, int kWidth, int kVectors>
-__global__ void __launch_bounds__(kNormMaxThreads, 1)
+__global__ void __launch_bounds__(kRowMaxThreads, 1)
     addRmsNormKernel(T const* x, T const* residual, T const* weight, T* y, T* sum, int64_t rows,
                      int columns, AddRmsNormAttributes attributes) {
   int64_t const row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -84,7 +64,7 @@ __global__ void __launch_bounds__(kNormMaxThreads, 1)
 
 // A block a row, of any length: each thread reads its part of the sum again, which it wrote itself.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kNormTwoPassThreads)
+__global__ void __launch_bounds__(kRowTwoPassThreads)
     addRmsNormTwoPassKernel(T const* x, T const* residual, T const* weight, T* y, T* sum,
                             int64_t columns, AddRmsNormAttributes attributes) {
   int64_t const start = blockIdx.x * columns, stride = int64_t(blockDim.x) * kWidth;

@@ -2,17 +2,9 @@
 #pragma once
 
 #include "common/dtype.h"
-#include "common/launch_plan.h"
+#include "common/row_plan.h"
 
 namespace llmexport {
-
-struct AddRmsNormPlan {
-  LaunchPlan launch;
-  int width;    // elements of one access
-  int vectors;  // that a thread keeps of its row in registers; 0: the row is read twice
-};
-
-AddRmsNormPlan addRmsNormPlan(int64_t rows, int64_t columns, Dtype dtype, bool pointersAligned);
 
 struct AddRmsNormAttributes {
   float epsilon, weightOffset;

@@ -81,18 +81,34 @@ void Block::run(uint3 index, uint64_t seed) {
   }
   std::vector<int> order(threads_.size());
   std::iota(order.begin(), order.end(), 0);
+  std::vector<bool> const slow = drawSlow();
+  bool everyone = false;
   while (live_ > 0) {
     std::shuffle(order.begin(), order.end(), random_);
     progress_ = false;
     for (int i : order) {
-      if (threads_[i].done) continue;
+      if (threads_[i].done || (slow[i] && !everyone)) continue;
       running_ = i;
       threadIdx = threads_[i].index;
       threads_[i].fiber.resume();
     }
-    if (!progress_) reportDeadlock();
+    if (!progress_ && everyone) reportDeadlock();
+    everyone = !progress_;
   }
   currentBlock = nullptr;
+}
+
+// Threads that get a turn only when the others can go no further: none, some warps, or some lanes.
+// Taking turns alone would never let a warp run ahead of one that it should wait for.
+std::vector<bool> Block::drawSlow() {
+  std::vector<bool> slow(threads_.size());
+  unsigned const kind = unsigned(random_()) % 3;
+  bool draw = false;
+  for (size_t i = 0; i < slow.size(); ++i) {
+    if (kind == 2 || i % kLanes == 0) draw = unsigned(random_()) >> 8 & 1;
+    slow[i] = kind != 0 && draw;
+  }
+  return slow;
 }
 
 void Block::reportDeadlock() const {

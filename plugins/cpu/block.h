@@ -98,6 +98,7 @@ class Block {
   void leave(unsigned mask);
   template <class F>
   void waitUntil(char const* what, int line, F ready);
+  std::vector<bool> drawSlow();
   [[noreturn]] void reportDeadlock() const;
 
   dim3 grid_, size_;

@@ -126,6 +126,9 @@ T __ldg(T const* from) {
   return *from;
 }
 
+using std::max;
+using std::min;
+
 // Compiled with -ffp-contract=off, so these round as their names say.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

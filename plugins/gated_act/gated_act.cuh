@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/element.cuh"
+#include "common/activation.cuh"
 #include "gated_act/gated_act.h"
 
 namespace llmexport {
@@ -8,11 +8,6 @@ namespace llmexport {
 constexpr int kGatedActThreads = 256;
 // Vectors of each input that a thread reads before it computes: four 16-byte loads under way.
 constexpr int kGatedActVectors = 2;
-
-template <class T>
-__device__ __forceinline__ float sigmoidTimes(float factor, float x) {
-  return divideFor<T>(factor, 1.0f + expFor<T>(-x));
-}
 
 template <class T>
 struct Silu {

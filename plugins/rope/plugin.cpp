@@ -4,7 +4,7 @@
 namespace llmexport {
 namespace {
 
-int32_t check(Sizes const& sizes) {
+int32_t check(Sizes const& sizes, Values const&) {
   int64_t const D = sizes['D'], R = sizes['R'];
   if (D == Sizes::kUnknown || R == Sizes::kUnknown || 2 * R <= D) return 0;
   return refuse("Rope: cos has R = %lld angles, but x has D = %lld dimensions, fewer than 2 * R",

@@ -10,19 +10,41 @@ namespace {
 using trt::PluginField;
 using trt::PluginFieldType;
 
+// `what` is what the attribute is, in words.
+bool parseInteger(Op const& op, PluginField const& field, char const* what, int64_t& number) {
+  if (field.type == PluginFieldType::kINT32) {
+    int32_t narrow;
+    std::memcpy(&narrow, field.data, sizeof narrow);
+    number = narrow;
+    return true;
+  }
+  if (field.type == PluginFieldType::kINT64) {
+    std::memcpy(&number, field.data, sizeof number);
+    return true;
+  }
+  return refuse("%s: %s has field type %d, %s is an int32", op.name, field.name, int(field.type),
+                what),
+         false;
+}
+
 bool parseBool(Op const& op, PluginField const& field, Value& value) {
   int64_t number = 0;
-  if (field.type == PluginFieldType::kINT32) {
-    number = *static_cast<int32_t const*>(field.data);
-  } else if (field.type == PluginFieldType::kINT64) {
-    number = *static_cast<int64_t const*>(field.data);
-  } else {
-    return refuse("%s: %s has field type %d, a bool is an int32", op.name, field.name,
-                  int(field.type)),
-           false;
-  }
+  if (!parseInteger(op, field, "a bool", number)) return false;
   if (number != 0 && number != 1) {
     return refuse("%s: %s is %lld, not 0 or 1", op.name, field.name, (long long)number), false;
+  }
+  value.integer = int32_t(number);
+  return true;
+}
+
+bool parseInt(Op const& op, Attribute const& attribute, PluginField const& field, Value& value) {
+  int64_t number = 0;
+  if (!parseInteger(op, field, "an int", number)) return false;
+  int64_t const least = attribute.dim ? 0 : INT32_MIN;
+  if (number < least || number > INT32_MAX) {
+    return refuse("%s: %s is %lld, which is no %s", op.name, field.name, (long long)number,
+                  attribute.dim ? "size" : "int32"),
+           false;
   }
   value.integer = int32_t(number);
   return true;
@@ -69,6 +91,8 @@ bool parseOne(Op const& op, Attribute const& attribute, PluginField const& field
   switch (attribute.kind) {
     case Kind::kBool:
       return parseBool(op, field, value);
+    case Kind::kInt:
+      return parseInt(op, attribute, field, value);
     case Kind::kFloat:
       return parseFloat(op, field, value);
     case Kind::kChoice:
@@ -82,6 +106,7 @@ bool parseOne(Op const& op, Attribute const& attribute, PluginField const& field
 trt::PluginField fieldOf(Attribute const& attribute, Value const* value) {
   switch (attribute.kind) {
     case Kind::kBool:
+    case Kind::kInt:
       return {attribute.name, value ? &value->integer : nullptr, PluginFieldType::kINT32, 1};
     case Kind::kFloat:
       return {attribute.name, value ? &value->real : nullptr, PluginFieldType::kFLOAT32, 1};

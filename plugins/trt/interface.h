@@ -17,7 +17,14 @@ namespace llmexport::trt {
 class ILoggerFinder;
 class IPluginResourceContext;
 
-enum class DataType : int32_t { kFLOAT = 0, kHALF = 1, kINT32 = 3, kBF16 = 7, kINT64 = 8 };
+enum class DataType : int32_t {
+  kFLOAT = 0,
+  kHALF = 1,
+  kINT8 = 2,
+  kINT32 = 3,
+  kBF16 = 7,
+  kINT64 = 8
+};
 enum class TensorFormat : int32_t { kLINEAR = 0 };
 enum class PluginFieldType : int32_t { kFLOAT32 = 1, kINT32 = 5, kCHAR = 6, kINT64 = 10 };
 enum class TensorRTPhase : int32_t { kBUILD = 0, kRUNTIME = 1 };

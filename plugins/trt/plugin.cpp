@@ -1,42 +1,13 @@
 #include "trt/plugin.h"
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
 #include "trt/shapes.h"
+#include "trt/types.h"
 
 namespace llmexport {
-namespace {
-
-std::optional<Dtype> dtypeOf(trt::DataType type) {
-  switch (type) {
-    case trt::DataType::kFLOAT:
-      return Dtype::kFloat32;
-    case trt::DataType::kHALF:
-      return Dtype::kFloat16;
-    case trt::DataType::kBF16:
-      return Dtype::kBfloat16;
-    default:
-      return std::nullopt;
-  }
-}
-
-// `descOf` gives the PluginTensorDesc of an element of `in` and `out`.
-template <class Desc, class F>
-std::optional<Sizes> readSizes(Op const& op, Desc const* in, Desc const* out, F descOf) {
-  ShapeReader reader(op);
-  auto readAll = [&](std::vector<Tensor> const& tensors, Desc const* descs) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      trt::Dims const& dims = descOf(descs[i]).dims;
-      if (!reader.read(tensors[i], dims.nbDims, [&](int32_t d) { return dims.d[d]; })) return false;
-    }
-    return true;
-  };
-  if (!readAll(op.inputs, in) || !readAll(op.outputs, out)) return std::nullopt;
-  return reader.checked();
-}
-
-}  // namespace
 
 trt::IPluginCapability* Plugin::getCapabilityInterface(trt::PluginCapabilityType type) noexcept {
   switch (type) {
@@ -53,33 +24,68 @@ trt::IPluginCapability* Plugin::getCapabilityInterface(trt::PluginCapabilityType
 Plugin* Plugin::clone() noexcept { return new (std::nothrow) Plugin(*this); }
 
 bool Plugin::countsAre(int32_t nbInputs, int32_t nbOutputs) const {
-  if (size_t(nbInputs) == op_.inputs.size() && size_t(nbOutputs) == op_.outputs.size()) return true;
-  refuse("%s has %zu inputs and %zu outputs, not %d and %d", op_.name, op_.inputs.size(),
-         op_.outputs.size(), nbInputs, nbOutputs);
+  size_t const most = op_.inputs.size(), outputs = op_.outputs.size();
+  size_t least = most;
+  while (least > 0 && op_.inputs[least - 1].optional) --least;
+  size_t const inputs = size_t(nbInputs);
+  if (inputs >= least && inputs <= most && size_t(nbOutputs) == outputs) return true;
+  if (least < most) {
+    refuse("%s has %zu to %zu inputs and %zu outputs, not %d and %d", op_.name, least, most,
+           outputs, nbInputs, nbOutputs);
+  } else {
+    refuse("%s has %zu inputs and %zu outputs, not %d and %d", op_.name, most, outputs, nbInputs,
+           nbOutputs);
+  }
   return false;
+}
+
+// Input or, from nbInputs on, output.
+Tensor const& Plugin::tensor(int32_t i, int32_t nbInputs) const {
+  return i < nbInputs ? op_.inputs[size_t(i)] : op_.outputs[size_t(i - nbInputs)];
+}
+
+// `descOf` gives the PluginTensorDesc of an element of `in` and `out`.
+template <class Desc, class F>
+std::optional<Plugin::Form> Plugin::read(Desc const* in, int32_t nbInputs, Desc const* out,
+                                         int32_t nbOutputs, F descOf) const {
+  if (!countsAre(nbInputs, nbOutputs)) return std::nullopt;
+  TypeReader types(op_);
+  ShapeReader shapes(op_, attributes_);
+  for (int32_t i = 0; i < nbInputs + nbOutputs; ++i) {
+    trt::PluginTensorDesc const& desc = descOf(i < nbInputs ? in[i] : out[i - nbInputs]);
+    Tensor const& itsTensor = tensor(i, nbInputs);
+    auto sizeOf = [&](int32_t d) { return desc.dims.d[d]; };
+    if (!types.read(itsTensor, desc.type)) return std::nullopt;
+    if (!shapes.read(itsTensor, desc.dims.nbDims, sizeOf)) return std::nullopt;
+  }
+  auto const sizes = shapes.checked();
+  if (!sizes) return std::nullopt;
+  Form const form{types.dtype(), types.stored(), size_t(nbInputs), *sizes};
+  if (op_.supports && op_.supports(node(form)) != 0) return std::nullopt;
+  return form;
 }
 
 int32_t Plugin::getOutputDataTypes(trt::DataType* outputTypes, int32_t nbOutputs,
                                    trt::DataType const* inputTypes,
                                    int32_t nbInputs) const noexcept {
   if (!countsAre(nbInputs, nbOutputs)) return 1;
+  TypeReader types(op_);
   for (int32_t i = 0; i < nbInputs; ++i) {
-    if (!dtypeOf(inputTypes[i]) || inputTypes[i] != inputTypes[0]) {
-      return refuse("%s: %s has type %d, but all inputs share one of fp32 (0), fp16 (1), bf16 (7)",
-                    op_.name, op_.inputs[size_t(i)].name, int(inputTypes[i]));
-    }
+    if (!types.read(op_.inputs[size_t(i)], inputTypes[i])) return 1;
   }
-  for (int32_t i = 0; i < nbOutputs; ++i) outputTypes[i] = inputTypes[0];
+  for (int32_t i = 0; i < nbOutputs; ++i) {
+    outputTypes[i] = types.typeOf(op_.outputs[size_t(i)].element);
+  }
   return 0;
 }
 
 int32_t Plugin::getOutputShapes(trt::DimsExprs const* inputs, int32_t nbInputs,
                                 trt::DimsExprs const*, int32_t, trt::DimsExprs* outputs,
-                                int32_t nbOutputs, trt::IExprBuilder&) noexcept {
+                                int32_t nbOutputs, trt::IExprBuilder& builder) noexcept {
   if (!countsAre(nbInputs, nbOutputs)) return 1;
-  ShapeReader reader(op_);
+  ShapeReader reader(op_, attributes_);
   std::array<trt::IDimensionExpr const*, 26> sizeOf{};
-  for (size_t i = 0; i < op_.inputs.size(); ++i) {
+  for (size_t i = 0; i < size_t(nbInputs); ++i) {
     char const* const letters = op_.inputs[i].dims;
     auto sizeIfKnown = [&](int32_t d) {
       trt::IDimensionExpr const* const size = inputs[i].d[d];
@@ -91,6 +97,10 @@ int32_t Plugin::getOutputShapes(trt::DimsExprs const* inputs, int32_t nbInputs,
     if (!reader.read(op_.inputs[i], inputs[i].nbDims, sizeIfKnown)) return 1;
   }
   if (!reader.checked()) return 1;
+  for (size_t i = 0; i < op_.attributes.size(); ++i) {
+    char const letter = op_.attributes[i].dim;
+    if (letter) sizeOf[size_t(letter - 'A')] = builder.constant(attributes_[i].integer);
+  }
   for (size_t i = 0; i < op_.outputs.size(); ++i) {
     char const* const letters = op_.outputs[i].dims;
     outputs[i].nbDims = int32_t(std::strlen(letters));
@@ -100,37 +110,60 @@ int32_t Plugin::getOutputShapes(trt::DimsExprs const* inputs, int32_t nbInputs,
 }
 
 bool Plugin::supportsFormatCombination(int32_t pos, trt::DynamicPluginTensorDesc const* inOut,
-                                       int32_t, int32_t) noexcept {
-  trt::PluginTensorDesc const& desc = inOut[pos].desc;
-  return desc.format == trt::TensorFormat::kLINEAR && dtypeOf(desc.type) &&
-         desc.type == inOut[0].desc.type;
+                                       int32_t nbInputs, int32_t) noexcept {
+  TypeReader types(op_);
+  for (int32_t i = 0; i <= pos; ++i) {
+    if (!types.accept(tensor(i, nbInputs), inOut[i].desc.type)) return false;
+  }
+  return inOut[pos].desc.format == trt::TensorFormat::kLINEAR;
 }
 
 int32_t Plugin::configurePlugin(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
                                 trt::DynamicPluginTensorDesc const* out,
                                 int32_t nbOutputs) noexcept {
-  if (!countsAre(nbInputs, nbOutputs)) return 1;
   auto desc = [](trt::DynamicPluginTensorDesc const& d) -> auto const& { return d.desc; };
-  return readSizes(op_, in, out, desc) ? 0 : 1;
+  return read(in, nbInputs, out, nbOutputs, desc) ? 0 : 1;
+}
+
+// TensorRT bounds each tensor for itself: of two bounds of one letter the larger counts.
+size_t Plugin::getWorkspaceSize(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
+                                trt::DynamicPluginTensorDesc const*, int32_t) const noexcept {
+  if (!op_.workspace) return 0;
+  TypeReader types(op_);
+  Sizes sizes = ShapeReader(op_, attributes_).sizes();
+  for (int32_t i = 0; i < nbInputs; ++i) {
+    Tensor const& input = op_.inputs[size_t(i)];
+    types.accept(input, in[i].desc.type);
+    for (int32_t d = 0; d < in[i].max.nbDims; ++d) {
+      int64_t& size = sizes[input.dims[d]];
+      size = std::max(size, in[i].max.d[d]);
+    }
+  }
+  return op_.workspace(node({types.dtype(), types.stored(), size_t(nbInputs), sizes}));
 }
 
 int32_t Plugin::onShapeChange(trt::PluginTensorDesc const* in, int32_t nbInputs,
                               trt::PluginTensorDesc const* out, int32_t nbOutputs) noexcept {
-  if (!countsAre(nbInputs, nbOutputs)) return 1;
-  auto const dtype = dtypeOf(in[0].type);
-  if (!dtype) return refuse("%s: %s has type %d", op_.name, op_.inputs[0].name, int(in[0].type));
   auto desc = [](trt::PluginTensorDesc const& d) -> auto const& { return d; };
-  auto const sizes = readSizes(op_, in, out, desc);
-  if (!sizes) return 1;
-  sizes_ = *sizes;
-  dtype_ = *dtype;
+  form_ = read(in, nbInputs, out, nbOutputs, desc);
+  if (!form_) return 1;
+  if (!device_) {
+    Device device{};
+    cudaError_t const error = queryDevice(device);
+    if (error != cudaSuccess) return refuse("%s: CUDA error %d of the device", op_.name, int(error));
+    device_ = device;
+  }
   return 0;
 }
 
 int32_t Plugin::enqueue(trt::PluginTensorDesc const*, trt::PluginTensorDesc const*,
-                        void const* const* inputs, void* const* outputs, void*,
+                        void const* const* inputs, void* const* outputs, void* workspace,
                         cudaStream_t stream) noexcept {
-  cudaError_t const error = op_.enqueue({dtype_, sizes_, attributes_, inputs, outputs, stream});
+  if (!form_) return refuse("%s: enqueued without shapes", op_.name);
+  std::array<void const*, kMaxInputs> all{};
+  std::copy_n(inputs, form_->inputs, all.begin());
+  cudaError_t const error =
+      op_.enqueue({node(*form_), *device_, all.data(), outputs, workspace, stream});
   if (error != cudaSuccess) refuse("%s: CUDA error %d at launch", op_.name, int(error));
   return int32_t(error);
 }

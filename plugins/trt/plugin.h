@@ -35,6 +35,9 @@ class Plugin final : public trt::IPluginV3,
   int32_t configurePlugin(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
                           trt::DynamicPluginTensorDesc const* out,
                           int32_t nbOutputs) noexcept override;
+  size_t getWorkspaceSize(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
+                          trt::DynamicPluginTensorDesc const* out,
+                          int32_t nbOutputs) const noexcept override;
 
   int32_t onShapeChange(trt::PluginTensorDesc const* in, int32_t nbInputs,
                         trt::PluginTensorDesc const* out, int32_t nbOutputs) noexcept override;
@@ -45,12 +48,28 @@ class Plugin final : public trt::IPluginV3,
   trt::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
  private:
+  // What the table says of a node, whose sizes may be unknown.
+  struct Form {
+    Dtype dtype;
+    std::optional<Dtype> stored;
+    size_t inputs;
+    Sizes sizes;
+  };
+
   bool countsAre(int32_t nbInputs, int32_t nbOutputs) const;
+  Tensor const& tensor(int32_t i, int32_t nbInputs) const;
+  template <class Desc, class F>
+  std::optional<Form> read(Desc const* in, int32_t nbInputs, Desc const* out, int32_t nbOutputs,
+                           F descOf) const;
+  Node node(Form const& form) const {
+    return {form.dtype, form.stored, form.inputs, form.sizes, attributes_};
+  }
 
   Op const& op_;
   Values attributes_;
-  Sizes sizes_;  // set by onShapeChange
-  Dtype dtype_ = Dtype::kFloat32;
+  // Set by onShapeChange.
+  std::optional<Form> form_;
+  std::optional<Device> device_;
   // Made anew by each getFieldsToSerialize: a copy's would point into the original.
   std::array<trt::PluginField, kMaxAttributes> fields_{};
   trt::PluginFieldCollection collection_{};

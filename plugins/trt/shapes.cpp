@@ -4,6 +4,13 @@
 
 namespace llmexport {
 
+ShapeReader::ShapeReader(Op const& op, Values const& attributes)
+    : op_(op), attributes_(attributes) {
+  for (size_t i = 0; i < op.attributes.size(); ++i) {
+    if (op.attributes[i].dim) sizes_[op.attributes[i].dim] = attributes[i].integer;
+  }
+}
+
 bool ShapeReader::rankIs(Tensor const& tensor, int32_t rank) const {
   if (rank == int32_t(std::strlen(tensor.dims))) return true;
   refuse("%s: %s has %d dimensions, not the %zu of %s", op_.name, tensor.name, rank,
@@ -25,7 +32,7 @@ bool ShapeReader::take(Tensor const& tensor, int32_t dim, int64_t size) {
 }
 
 std::optional<Sizes> ShapeReader::checked() const {
-  if (op_.check && op_.check(sizes_) != 0) return std::nullopt;
+  if (op_.check && op_.check(sizes_, attributes_) != 0) return std::nullopt;
   return sizes_;
 }
 

@@ -7,11 +7,12 @@
 
 namespace llmexport {
 
-// Takes the sizes from the dimensions of inputs, then outputs. Refuses, naming the tensor, another
-// rank than the table says, two sizes for one letter, and what `op.check` refuses.
+// Takes the sizes from attributes, then from the dimensions of inputs and outputs. Refuses, naming
+// the tensor, another rank than the table says, two sizes for one letter, and what `op.check`
+// refuses.
 class ShapeReader {
  public:
-  explicit ShapeReader(Op const& op) : op_(op) {}
+  ShapeReader(Op const& op, Values const& attributes);
 
   // `sizeOf(i)` is the size of dimension i, or Sizes::kUnknown.
   template <class F>
@@ -23,6 +24,7 @@ class ShapeReader {
     return true;
   }
 
+  Sizes const& sizes() const { return sizes_; }
   std::optional<Sizes> checked() const;
 
  private:
@@ -30,6 +32,7 @@ class ShapeReader {
   bool take(Tensor const& tensor, int32_t dim, int64_t size);
 
   Op const& op_;
+  Values const& attributes_;
   Sizes sizes_;
 };
 

@@ -14,6 +14,7 @@ REPLAYS = 20
 L2_TIMES = 3
 MOST_SETS, FEWEST_NODES = 1024, 16
 GIB = 1 << 30
+GEMM_SIZE = 8192
 
 
 def sets_for(bytes_of_one: int) -> int:
@@ -48,10 +49,13 @@ def seconds_each(calls: Sequence[Callable[[], object]]) -> float:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes a second of a copy (read and written) and of reading alone; seconds of a kernel that does nothing."""
+    """Bytes a second of a copy (read and written) and of reading alone; operations a second of a matrix product in
+    bf16; seconds of a kernel that does nothing.
+    """
 
     copy: float
     read: float
+    gemm: float
     launch: float
 
 
@@ -60,5 +64,7 @@ def ceilings() -> Ceilings:
     target = torch.empty_like(sources[0])
     copy = seconds_each([lambda s=s: target.copy_(s) for s in sources])
     read = seconds_each([lambda s=s: torch.sum(s) for s in sources])
+    squares = [torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    gemm = seconds_each([lambda a=a: a @ squares[0] for a in squares])
     launch = seconds_each([lambda: torch.cuda._sleep(0)] * 64)
-    return Ceilings(2 * GIB / copy, GIB / read, launch)
+    return Ceilings(2 * GIB / copy, GIB / read, 2 * GEMM_SIZE**3 / gemm, launch)

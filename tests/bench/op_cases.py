@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import attention_cases
 import torch
 import torch.nn.functional as F
+from gpu_clock import Ceilings
 
 from llmexport.plugins.spec import Attribute, all_ops
 
 PREFILL = (4096, 4 * 4096)
 DECODE = (1, 8, 64)
+# Fractions of the floor at T = 4096 and 16384 (issue 3).
+PREFILL_TARGETS = dict(zip(PREFILL, (0.85, 0.92), strict=True))
 Peer = Callable[..., object]
 
 
@@ -54,22 +58,56 @@ class Case:
     @property
     def bytes(self) -> int:
         """Read and written once each, in bf16."""
-        outputs = {"Rope": (0,), "AddRmsNorm": (0, 1), "GatedAct": (0,)}[self.op]
-        elements = [torch.Size(s).numel() for s in (*self.shapes, *(self.shapes[i] for i in outputs))]
+        elements = [torch.Size(s).numel() for s in (*self.shapes, *self.shapes[: self.outputs_count])]
         return 2 * sum(elements)
+
+    @property
+    def outputs_count(self) -> int:
+        return len(all_ops()[self.op].outputs)
+
+    def floor(self, ceilings: Ceilings) -> float:
+        """Seconds below which it cannot be, by what the GPU does at most."""
+        return self.bytes / ceilings.copy
+
+    @property
+    def target(self) -> float:
+        """The fraction of the floor to reach; 0 where launching is most of the time."""
+        return PREFILL_TARGETS.get(self.T, 0.0)
 
     def inputs(self) -> list[torch.Tensor]:
         return [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in self.shapes]
 
+    def outputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Memory for the results, of the first input's shape."""
+        return [torch.full_like(inputs[0], float("nan")) for _ in range(self.outputs_count)]
+
+    def checked(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        """What the reference says, beside what was found."""
+        wanted = self.reference(*inputs)
+        return list(zip(wanted if isinstance(wanted, tuple) else (wanted,), outputs, strict=True))
+
     @property
-    def reference(self) -> Peer:
+    def reference(self) -> Callable[..., Any]:
         """The op's torch reference with these attributes."""
         function, attributes = all_ops()[self.op].reference, self.attributes
         return lambda *inputs: function(*inputs, **attributes)
 
+    def peers(self) -> dict[str, Peer]:
+        """Others that compute the same, by name; each takes the case's inputs."""
+        # It compiles one function for a few shapes only, then quietly no more.
+        torch._dynamo.reset()
+        compiled = torch.compile(self.reference, mode="max-autotune-no-cudagraphs", dynamic=False)
+        found: dict[str, Peer] = {"torch eager": eager(self), "torch.compile": compiled}
+        if importlib.util.find_spec("flashinfer"):
+            found |= flashinfer_peers(self)
+        if importlib.util.find_spec("fla"):
+            found |= fla_peers(self)
+        return found
 
-def cases() -> Iterator[Case]:
+
+def cases() -> Iterator[Case | attention_cases.AttentionCase]:
     """Every op of every family, each shape once."""
+    yield from attention_cases.cases()
     seen: set[tuple[Any, ...]] = set()
     for family in FAMILIES:
         for B, T in [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]:
@@ -88,19 +126,6 @@ def of_family(f: Family, B: int, T: int) -> Iterator[Case]:
     yield Case("AddRmsNorm", f.name, B, T, ((B, T, f.C), (B, T, f.C), (f.C,)), norm)
     act = {"activation": f.activation, "alpha": 0.0, "limit": 0.0}
     yield Case("GatedAct", f.name, B, T, ((B, T, f.I), (B, T, f.I)), act)
-
-
-def peers(case: Case) -> dict[str, Peer]:
-    """Others that compute the same, by name; each takes the case's inputs."""
-    # It compiles one function for a few shapes only, then quietly no more.
-    torch._dynamo.reset()
-    compiled = torch.compile(case.reference, mode="max-autotune-no-cudagraphs", dynamic=False)
-    found: dict[str, Peer] = {"torch eager": eager(case), "torch.compile": compiled}
-    if importlib.util.find_spec("flashinfer"):
-        found |= flashinfer_peers(case)
-    if importlib.util.find_spec("fla"):
-        found |= fla_peers(case)
-    return found
 
 
 def eager(case: Case) -> Peer:

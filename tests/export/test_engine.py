@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import onnx
 import pytest
 from arch_cases import FIRST, Case
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from onnx.helper import make_function, make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 
 from llmexport.export import engine, engine_build, manifest
@@ -148,6 +148,24 @@ def test_two_bodies_of_one_name_stay_two() -> None:
     ]
     form = engine.tensorrt_form(model_of(calls, ["a"], ["c"], opsets, bodies))[0]
     assert [n.op_type for n in form.graph.node] == ["Relu", "Neg"]
+
+
+def test_bytes_that_only_plugins_read_become_int8() -> None:
+    """TensorRT gives plugins no uint8."""
+    nodes = [
+        make_node("F", ["a", "own", "shared"], ["b"], "n", domain="llmexport"),
+        make_node("Cast", ["shared"], ["c"], to=TensorProto.FLOAT),
+    ]
+    model = model_of(nodes, ["a"], ["b", "c"])
+    values = bytes([0, 127, 128, 255])
+    for name in ("own", "shared"):
+        model.graph.initializer.append(helper.make_tensor(name, TensorProto.UINT8, [4], values, raw=True))
+    form, plugins = engine.tensorrt_form(model, frozenset({"F"}))
+    assert plugins == {"n": "F"}
+    assert {w.name: (w.data_type, w.raw_data) for w in form.graph.initializer} == {
+        "own": (TensorProto.INT8, values),
+        "shared": (TensorProto.UINT8, values),
+    }
 
 
 @pytest.mark.parametrize(

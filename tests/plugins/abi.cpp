@@ -122,7 +122,7 @@ long memberOffset(M member) {
 
 int main() {
   ENUM(DataType, kFLOAT), ENUM(DataType, kHALF), ENUM(DataType, kINT32), ENUM(DataType, kBF16);
-  ENUM(DataType, kINT64), ENUM(TensorFormat, kLINEAR);
+  ENUM(DataType, kINT8), ENUM(DataType, kINT64), ENUM(TensorFormat, kLINEAR);
   ENUM(PluginFieldType, kFLOAT32), ENUM(PluginFieldType, kINT32), ENUM(PluginFieldType, kCHAR);
   ENUM(PluginFieldType, kINT64);
   ENUM(TensorRTPhase, kBUILD), ENUM(TensorRTPhase, kRUNTIME), ENUM(APILanguage, kCPP);

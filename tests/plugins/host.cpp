@@ -22,10 +22,14 @@ struct Expr final : IDimensionExpr, VDimensionExpr {
   bool isSizeTensor() const override { return false; }
 };
 
-// The ops so far pass dimensions on and build no expression of them.
+// The ops pass dimensions on or make them constants, and build no expression of them.
 struct Builder final : IExprBuilder, VExprBuilder {
+  std::vector<std::unique_ptr<Expr>> made;
   Builder() { impl_ = this; }
-  IDimensionExpr const* constant(int64_t) override { return nullptr; }
+  IDimensionExpr const* constant(int64_t value) override {
+    made.push_back(std::make_unique<Expr>(true, value));
+    return made.back().get();
+  }
   IDimensionExpr const* operation(DimensionOperation, IDimensionExpr const&,
                                   IDimensionExpr const&) override {
     return nullptr;
@@ -139,7 +143,7 @@ HOST int32_t host_types(IPluginV3* plugin, int32_t const* in, int32_t nbInputs, 
 }
 
 // Output shapes where every dimension of the inputs is `known`, or none is. An output's dimension
-// may only be one of the inputs' own expressions.
+// may only be one of the inputs' own expressions, or a constant.
 HOST int32_t host_shapes(IPluginV3* plugin, PluginTensorDesc const* in, int32_t nbInputs,
                          bool known, Dims* out, int32_t nbOutputs) {
   std::vector<std::unique_ptr<Expr>> expressions;
@@ -180,9 +184,11 @@ HOST int32_t host_configure(IPluginV3* plugin, PluginTensorDesc const* io, int32
   auto const descs = dynamic(io, nbInputs + nbOutputs);
   return build(plugin)->configurePlugin(descs.data(), nbInputs, descs.data() + nbInputs, nbOutputs);
 }
-HOST size_t host_workspace(IPluginV3* plugin, PluginTensorDesc const* io, int32_t nbInputs,
-                           int32_t nbOutputs) {
-  auto const descs = dynamic(io, nbInputs + nbOutputs);
+// `most` are the largest dimensions of the profile.
+HOST size_t host_workspace(IPluginV3* plugin, PluginTensorDesc const* io,
+                           PluginTensorDesc const* most, int32_t nbInputs, int32_t nbOutputs) {
+  auto descs = dynamic(io, nbInputs + nbOutputs);
+  for (size_t i = 0; i < descs.size(); ++i) descs[i].max = most[i].dims;
   return build(plugin)->getWorkspaceSize(descs.data(), nbInputs, descs.data() + nbInputs,
                                          nbOutputs);
 }

@@ -1,7 +1,7 @@
-"""Builds an engine of one op in TensorRT-RTX: python one_node_build.py LIBRARY OP DTYPE ATTRIBUTES-AS-JSON.
+"""Builds an engine of one op in TensorRT-RTX: python one_node_build.py LIBRARY CASE DTYPE ATTRIBUTES-AS-JSON.
 
-A process of its own, as the parser ends the process on some errors. Prints the layer types of the network and
-the bytes of the plan as JSON.
+A process of its own, as the parser ends the process on some errors. Weights are constants, as in an export. Prints
+the layer types of the network and the bytes of the plan as JSON.
 """
 
 import json
@@ -12,44 +12,71 @@ import onnx
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from plugin_cases import ALL_CASES, Case, array_of
+
+from llmexport.export.engine import tensorrt_form
 from llmexport.plugins import library
-from llmexport.plugins.spec import all_ops
 
-TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-STATIC = {"H": 4, "D": 64, "R": 16, "C": 72, "I": 40}
-DYNAMIC = {"B": (1, 2, 4), "T": (1, 63, 130)}
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+TYPES |= {"int32": TensorProto.INT32, "uint8": TensorProto.UINT8}
+DYNAMIC = "BT"
 
 
-def model(name: str, dtype: str, attributes: dict[str, object]) -> onnx.ModelProto:
-    op = all_ops()[name]
-    inputs = [
-        helper.make_tensor_value_info(n, TYPES[dtype], [STATIC.get(d, d) for d in dims])
-        for n, dims in op.inputs.items()
+def is_weight(case: Case, name: str) -> bool:
+    """Whether it has no dimension of its own for every batch; and nothing is left to run if that is all."""
+    return name != case.inputs[0] and "B" not in case.spec.inputs[name]
+
+
+def model(case: Case, dtype: str, attributes: dict[str, object]) -> onnx.ModelProto:
+    arrays = {n: array_of(x) for n, x in zip(case.inputs, case.tensors(dtype), strict=True)}
+    weights = [n for n in arrays if is_weight(case, n)]
+    constants = [
+        helper.make_tensor(n, TYPES[str(arrays[n].dtype)], arrays[n].shape, arrays[n].tobytes(), raw=True)
+        for n in weights
     ]
-    outputs = [helper.make_tensor_value_info(n, TYPES[dtype], None) for n in op.outputs]
-    node = helper.make_node(name, list(op.inputs), list(op.outputs), name="node", domain="llmexport", **attributes)
-    graph = helper.make_graph([node], "one", inputs, outputs)
+    inputs = [
+        helper.make_tensor_value_info(
+            n, TYPES[str(array.dtype)], [d if d in DYNAMIC else case.sizes[d] for d in case.spec.inputs[n]]
+        )
+        for n, array in arrays.items()
+        if n not in weights
+    ]
+    kinds = {n: str(case.dtype_of(n, dtype)).removeprefix("torch.") for n in case.spec.outputs}
+    outputs = [helper.make_tensor_value_info(n, TYPES[kind], None) for n, kind in kinds.items()]
+    node = helper.make_node(case.op, case.inputs, list(case.spec.outputs), "node", domain="llmexport", **attributes)
+    graph = helper.make_graph([node], "one", inputs, outputs, constants)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("llmexport", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 def main(path: str, name: str, dtype: str, attributes: str) -> None:
+    case = ALL_CASES[name]
     logger = trt.Logger(trt.Logger.WARNING)
     library.load(trt, Path(path))
     library.load(trt, Path(path))
     builder = trt.Builder(logger)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model(name, dtype, json.loads(attributes)).SerializeToString()):
+    form, _ = tensorrt_form(model(case, dtype, json.loads(attributes)), library.served(Path(path)))
+    if not parser.parse(form.SerializeToString()):
         sys.exit("\n".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    for n, dims in all_ops()[name].inputs.items():
-        sizes = [tuple((DYNAMIC[d][i] if d in DYNAMIC else STATIC[d]) for d in dims) for i in range(3)]
-        profile.set_shape(n, *sizes)
+    for n in case.inputs:
+        if not is_weight(case, n):
+            dims = case.spec.inputs[n]
+            least = {**case.sizes, **dict.fromkeys(DYNAMIC, 1)}
+            sizes = [tuple(s[d] for d in dims) for s in (least, case.sizes, case.sizes)]
+            profile.set_shape(n, *sizes)
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
-    layers = [network.get_layer(i).type.name for i in range(network.num_layers)]
-    print(json.dumps({"layers": layers, "bytes": plan.nbytes if plan else 0}))
+    kinds = [network.get_layer(i).type.name for i in range(network.num_layers)]
+    # TensorRT makes a layer of each constant.
+    layers = [kind for kind in kinds if kind != "CONSTANT"]
+    if plan is None:
+        sys.exit("no engine was built")
+    print(json.dumps({"layers": layers, "bytes": plan.nbytes}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 // The launch plans of the kernels, for test_launch_plans.py by ctypes.
-#include "add_rms_norm/add_rms_norm.h"
+#include "causal_conv1d/causal_conv1d.h"
+#include "common/row_plan.h"
 #include "gated_act/gated_act.h"
+#include "moe_route/moe_route.h"
 #include "rope/rope.h"
 
 using namespace llmexport;
@@ -27,9 +29,8 @@ extern "C" void plan_rope(int64_t const* sizes, int dtype, bool pointersAligned,
   out[7] = plan.width;
 }
 
-extern "C" void plan_add_rms_norm(int64_t const* sizes, int dtype, bool pointersAligned,
-                                  int64_t* out) {
-  auto const plan = addRmsNormPlan(sizes[0], sizes[1], Dtype(dtype), pointersAligned);
+extern "C" void plan_rows(int64_t const* sizes, int dtype, bool pointersAligned, int64_t* out) {
+  auto const plan = rowPlan(sizes[0], sizes[1], Dtype(dtype), pointersAligned);
   write(plan.launch, out);
   out[7] = plan.width;
   out[8] = plan.vectors;
@@ -40,4 +41,26 @@ extern "C" void plan_gated_act(int64_t const* sizes, int dtype, bool pointersAli
   auto const plan = gatedActPlan(sizes[0], Dtype(dtype), pointersAligned);
   write(plan.launch, out);
   out[7] = plan.width;
+}
+
+// sizes: B, T, C, K, SMs.
+extern "C" void plan_causal_conv1d(int64_t const* sizes, int dtype, bool pointersAligned,
+                                   int64_t* out) {
+  Device const device{int(sizes[4]), 0};
+  auto const plan = causalConv1dPlan({sizes[0], sizes[1], sizes[2], sizes[3]}, Dtype(dtype),
+                                     pointersAligned, device);
+  write(plan.launch, out);
+  out[7] = plan.width;
+  out[8] = plan.length;
+  out[9] = plan.chunks;
+}
+
+// sizes: rows, experts, whether a row gets a whole warp.
+extern "C" void plan_moe_route(int64_t const* sizes, int dtype, bool pointersAligned,
+                               int64_t* out) {
+  auto const plan =
+      moeRoutePlan(sizes[0], sizes[1], Dtype(dtype), sizes[2] != 0, pointersAligned);
+  write(plan.launch, out);
+  out[7] = plan.width;
+  out[8] = plan.perLane;
 }

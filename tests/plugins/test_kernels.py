@@ -1,37 +1,16 @@
 """Every kernel against float64: dtypes, odd sizes, misaligned views, any order of a block's threads.
 
-Imports neither torch nor onnx: test_sanitizers.py runs it again under sanitizers.
+Imports neither torch nor onnx: test_sanitizers.py runs it and every test_*_kernel.py again under sanitizers.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
+from kernel_numbers import Values, near, random
 from plugin_host import DTYPES, Machine
-
-from llmexport.validate.compare import compare
-from llmexport.validate.tolerance import Tolerance
-
-# Results are rounded once; the largest is off by half a unit in its last place, or by one where
-# fp32 inside falls on the other side of a tie than float64. rms: a uniform rounding error is 0.29 units.
-UNIT = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
-# fp32 inside adds a few units of its own; rsqrt, exp and erf are good to two.
-UNITS = {"fp32": (8.0, 4.0), "fp16": (1.01, 0.4), "bf16": (1.01, 0.4)}
-
-Values = np.ndarray[Any, Any]
-
-
-def random(shape: tuple[int, ...], dtype: str, seed: int) -> Values:
-    return np.random.default_rng(seed).standard_normal(shape).astype(DTYPES[dtype])
-
-
-def near(found: Values, exact: Values, dtype: str) -> bool:
-    most, rms = UNITS[dtype]
-    bound = Tolerance(most * UNIT[dtype], rms * UNIT[dtype], scaled=True)
-    return compare(exact, found).excess(bound) <= 1
 
 
 def rope(x: Values, cos: Values, sin: Values, interleaved: bool) -> Values:

@@ -21,8 +21,9 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK, MAX_THREADS = (1024, 1024, 64), 1024
 SHARED_WITHOUT_ASKING = 48 * 1024
 # __launch_bounds__ of the kernels.
-ROPE_THREADS, NORM_THREADS, ACT_THREADS = 256, 512, 256
+ROPE_THREADS, NORM_THREADS, ACT_THREADS, CONV_THREADS, ROUTE_THREADS = 256, 512, 256, 128, 128
 ROPE_HEADS, ACT_VECTORS = 4, 2
+CONV_TOKENS = (8, 64)  # of a chunk, at least and at most
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Plan:
     block: tuple[int, int, int]
     shared: int
     width: int
-    vectors: int
+    vectors: int  # or what else an op's plan says
+    chunks: int
 
     def check(self, threads: int) -> None:
         assert all(0 < n <= most for n, most in zip(self.grid, MAX_GRID, strict=True))
@@ -46,10 +48,10 @@ def plan() -> Callable[..., Plan]:
     library = ctypes.CDLL(str(compiled("plans", [HERE / "plans.cpp"], flags)))
 
     def made(op: str, sizes: tuple[int, ...], dtype: int, aligned: bool) -> Plan:
-        out = (ctypes.c_int64 * 9)()
+        out = (ctypes.c_int64 * 10)()
         given_sizes = (ctypes.c_int64 * len(sizes))(*sizes)
         getattr(library, f"plan_{op}")(given_sizes, dtype, ctypes.c_bool(aligned), out)
-        return Plan(tuple(out[0:3]), tuple(out[3:6]), *out[6:9])
+        return Plan(tuple(out[0:3]), tuple(out[3:6]), *out[6:10])
 
     return made
 
@@ -74,8 +76,8 @@ def test_rope(plan, sizes, dtype, aligned):
 
 @several
 @given(many, some, kinds, st.booleans())
-def test_add_rms_norm(plan, rows, columns, dtype, aligned):
-    p = plan("add_rms_norm", (rows, columns), dtype, aligned)
+def test_rows_of_a_norm(plan, rows, columns, dtype, aligned):
+    p = plan("rows", (rows, columns), dtype, aligned)
     p.check(NORM_THREADS)
     assert p.grid[0] * p.block[1] >= rows > (p.grid[0] - 1) * p.block[1]
     # Shuffles and warps of a row: a power of two within a warp, or whole warps, and whole warps a block.
@@ -96,10 +98,46 @@ def test_gated_act(plan, count, dtype, aligned):
         assert p.grid[0] * per_block >= count > (p.grid[0] - 1) * per_block
 
 
+@several
+@given(st.tuples(few, some, some, st.integers(2, 4), st.integers(1, 200)), kinds, st.booleans())
+def test_causal_conv1d(plan, sizes, dtype, aligned):
+    b, t, c, *_ = sizes
+    p = plan("causal_conv1d", sizes, dtype, aligned)
+    p.check(CONV_THREADS)
+    length, chunks, vectors = p.vectors, b * p.chunks, c // p.width
+    assert p.width == (16 // ITEM_SIZES[dtype] if aligned and c * ITEM_SIZES[dtype] % 16 == 0 else 1)
+    assert CONV_TOKENS[0] <= length <= CONV_TOKENS[1]
+    assert p.chunks * length >= t > (p.chunks - 1) * length
+    assert p.grid[0] * p.block[1] >= chunks > (p.grid[0] - 1) * p.block[1]
+    assert p.grid[1] * p.block[0] >= vectors > (p.grid[1] - 1) * p.block[0]
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1, 8), (512, 8), (4096, 32), (16384, 64)])
+def test_conv_keeps_every_sm_busy_with_chunks_as_long_as_may_be(plan, tokens, length):
+    """Qwen3.5: 8192 channels in bf16, on an H200."""
+    p = plan("causal_conv1d", (1, tokens, 8192, 4, 132), 2, True)
+    assert (p.width, p.vectors, p.chunks) == (8, length, -(-tokens // length))
+
+
+@several
+@given(many, st.integers(2, 512), kinds, st.booleans(), st.booleans())
+def test_moe_route(plan, rows, experts, dtype, spread, aligned):
+    p = plan("moe_route", (rows, experts, spread), dtype, aligned)
+    p.check(ROUTE_THREADS)
+    assert p.grid[0] * p.block[1] >= rows > (p.grid[0] - 1) * p.block[1]
+    # Shuffles of a row stay in a warp, and all lanes of a warp are there.
+    assert WARP % p.block[0] == 0
+    assert math.prod(p.block) % WARP == 0
+    assert p.block[0] * p.vectors >= experts
+    assert p.block[0] == WARP if spread else p.block[0] == 1 or p.block[0] // 2 * p.vectors < experts
+    assert p.vectors % p.width == 0
+    assert p.width == 1 or experts % p.width == 0
+
+
 @pytest.mark.parametrize(
     ("columns", "rows_per_block", "vectors"),
     [(128, 8, 1), (256, 4, 1), (512, 4, 2), (1024, 4, 4), (2048, 1, 2), (4096, 1, 2), (8192, 1, 4), (16384, 1, 4)],
 )
 def test_norm_keeps_the_rows_of_real_models_in_registers(plan, columns, rows_per_block, vectors):
-    p = plan("add_rms_norm", (4096, columns), 2, True)
+    p = plan("rows", (4096, columns), 2, True)
     assert (p.block[1], p.vectors, p.width) == (rows_per_block, vectors, 8)

@@ -7,10 +7,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from native import gpu_library
+from plugin_cases import CASES, OPS, Case, array_of, served
 from plugin_host import (
     BUILD,
     DTYPES,
@@ -30,22 +30,16 @@ from plugin_host import (
 )
 from plugin_memory import GpuMemory
 
-from llmexport.plugins.spec import all_ops
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
 
-OPS = all_ops()
-LAYOUTS = range(13)
-FIELD_TYPES = {bool: FIELD_INT32, float: FIELD_FLOAT32, str: FIELD_CHAR}
-TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LAYOUTS = range(3)
+FIELD_TYPES = {bool: FIELD_INT32, int: FIELD_INT32, float: FIELD_FLOAT32, str: FIELD_CHAR}
 UNIT = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
+# TensorRT's numbers of the types that a tensor may have, by the name that @op gives them.
+FLOATS = [0, 1, 7]
+ALLOWED = {"T": FLOATS, "W": [*FLOATS, 2], "float32": [0], "int32": [3], "uint8": [2]}
 
-ATTRIBUTES: dict[str, dict[str, Any]] = {
-    "Rope": {"interleaved": True},
-    "AddRmsNorm": {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": False},
-    "GatedAct": {"activation": "swiglu_clamped", "alpha": 1.702, "limit": 7.0},
-}
-SIZES = {"B": 2, "H": 3, "T": 63, "D": 40, "R": 16, "C": 72, "I": 37}
 REFUSED = [
     ("Rope", {}, "Rope: attribute interleaved is missing"),
     ("Rope", {"interleaved": 2}, "Rope: interleaved is 2, not 0 or 1"),
@@ -58,9 +52,9 @@ REFUSED = [
 ]
 
 
-@pytest.fixture(params=OPS)
-def op(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
 
 
 @pytest.fixture
@@ -68,45 +62,42 @@ def library(machine: Machine) -> Library:
     return machine.library
 
 
-def shapes(op: str, **changed: int) -> list[tuple[int, ...]]:
-    sizes = {**SIZES, **changed}
-    return [tuple(sizes[letter] for letter in dims) for dims in OPS[op].inputs.values()]
+def created(library: Library, case: Case) -> Plugin:
+    return library.create(case.op, case.attributes)
 
 
-def tensors(op: str, dtype: str, **changed: int) -> list[torch.Tensor]:
-    seed = torch.Generator().manual_seed(3)
-    return [torch.randn(shape, generator=seed).to(TORCH[dtype]) for shape in shapes(op, **changed)]
+def input_descs(case: Case, dtype: str = "fp16") -> list[Desc]:
+    types = [array_of(torch.empty(0, dtype=case.dtype_of(n, dtype))).dtype for n in case.inputs]
+    return [desc(s, t) for s, t in zip(case.shapes(), types, strict=True)]
 
 
-def numpy_of(tensor: torch.Tensor, dtype: str) -> np.ndarray:
-    return tensor.view(torch.uint8).numpy().view(DTYPES[dtype]).reshape(tensor.shape)
+def all_descs(plugin: Plugin, case: Case, dtype: str = "fp16") -> list[Desc]:
+    inputs = input_descs(case, dtype)
+    shapes = plugin.output_shapes(inputs, known=True)
+    types = [array_of(torch.empty(0, dtype=case.dtype_of(n, dtype))).dtype for n in case.spec.outputs]
+    return [*inputs, *(desc(s, t) for s, t in zip(shapes, types, strict=True))]
 
 
-def expected(op: str, dtype: str, inputs: list[torch.Tensor]) -> list[np.ndarray]:
-    found = OPS[op].reference(*inputs, **ATTRIBUTES[op])
-    return [numpy_of(y.contiguous(), dtype) for y in (found if isinstance(found, tuple) else (found,))]
+def test_library_serves_the_ops_that_have_a_plugin(library: Library) -> None:
+    assert set(library.creators) == served()
 
 
-def all_descs(plugin: Plugin, op: str) -> list[Desc]:
-    inputs = [desc(s, DTYPES["fp16"]) for s in shapes(op)]
-    return [*inputs, *(desc(s, DTYPES["fp16"]) for s in plugin.output_shapes(inputs, known=True))]
-
-
-def test_library_serves_the_ops_of_this_tree(library: Library) -> None:
-    assert sorted(library.creators) == sorted(OPS)
-
-
+@pytest.mark.parametrize("op", sorted(served()))
 def test_creator_declares_the_reference_signature(library: Library, op: str) -> None:
     host, creator = library.host, library.creators[op]
     assert (host.host_version(creator), host.host_namespace(creator)) == (b"1", b"llmexport")
     assert library.field_names(op) == {n: FIELD_TYPES[t] for n, t in OPS[op].attributes.items()}
 
 
+def test_every_op_with_a_plugin_has_a_case() -> None:
+    assert {case.op for case in CASES.values()} == served()
+
+
 @pytest.mark.parametrize(("op", "changed", "says"), REFUSED, ids=[r[2] for r in REFUSED])
 def test_refuses_attribute_by_its_value(
     library: Library, capfd: pytest.CaptureFixture[str], op: str, changed: dict[str, Any], says: str
 ) -> None:
-    attributes = {**ATTRIBUTES[op], **changed} if changed else {}
+    attributes = {**CASES[op].attributes, **changed} if changed else {}
     with pytest.raises(Refused):
         library.create(op, attributes)
     assert f"llmexport: {says}" in capfd.readouterr().err
@@ -121,40 +112,42 @@ def test_refuses_attribute_of_two_values(library: Library, capfd: pytest.Capture
 
 
 def test_text_may_come_without_its_nul(library: Library) -> None:
-    fields: list[Field] = [field(n, v) for n, v in ATTRIBUTES["GatedAct"].items()]
+    fields: list[Field] = [field(n, v) for n, v in CASES["GatedAct"].attributes.items()]
     fields[0].length -= 1
     assert library.create_from("GatedAct", fields).attributes()["activation"] == b"swiglu_clamped\0"
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_shapes_are_the_references(library: Library, op: str, known: bool) -> None:
-    plugin = library.create(op, ATTRIBUTES[op])
-    inputs = [desc(s, DTYPES["bf16"]) for s in shapes(op)]
-    want = [y.shape for y in expected(op, "bf16", tensors(op, "bf16"))]
-    assert plugin.output_shapes(inputs, known) == want
+def test_shapes_are_the_references(library: Library, case: Case, known: bool) -> None:
+    want = [y.shape for y in case.expected(case.tensors("bf16"))]
+    assert created(library, case).output_shapes(input_descs(case, "bf16"), known) == want
 
 
-def test_types_are_those_of_the_inputs(library: Library, op: str, capfd: pytest.CaptureFixture[str]) -> None:
-    plugin, count = library.create(op, ATTRIBUTES[op]), len(OPS[op].inputs)
-    for dtype in DTYPES.values():
-        assert set(plugin.output_types([TRT_TYPES[dtype]] * count)) == {TRT_TYPES[dtype]}
-    for types in ([3] * count, [0] * (count - 1) + [1]):
-        with pytest.raises(Refused):
-            plugin.output_types(types)
-    last = list(OPS[op].inputs)[-1]
-    assert f"{op}: {last} has type 1, but all inputs share one" in capfd.readouterr().err
+def test_types_are_those_of_the_reference(library: Library, case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    plugin = created(library, case)
+    for dtype in DTYPES:
+        want = [TRT_TYPES[y.dtype] for y in case.expected(case.tensors(dtype))]
+        types = [d.type for d in input_descs(case, dtype)]
+        assert plugin.output_types(types) == want
+        for i, name in enumerate(case.inputs):
+            with pytest.raises(Refused):
+                plugin.output_types([*types[:i], 9, *types[i + 1 :]])
+            assert f"{case.op}: {name} has type 9, not " in capfd.readouterr().err
 
 
-def test_every_format_combination(library: Library, op: str) -> None:
-    """Linear layout and one float type throughout; what lies beyond the position asked for is not read."""
-    plugin = library.create(op, ATTRIBUTES[op])
-    io = all_descs(plugin, op)
-    for position, kind, layout, first in itertools.product(range(len(io)), range(12), LAYOUTS, (0, 1, 7)):
-        for d in io:
-            d.type, d.format = first, 0
-        io[position].type, io[position].format = kind, layout
-        right = layout == 0 and kind in (0, 1, 7) and (position == 0 or kind == first)
-        assert plugin.supports(position, io) == right, (position, kind, layout, first)
+def test_every_format_combination(library: Library, case: Case) -> None:
+    """Linear layout and the types of the op; what lies beyond the position asked for is not read."""
+    plugin, kinds = created(library, case), [case.spec.types[n] for n in (*case.inputs, *case.spec.outputs)]
+    for dtype in DTYPES:
+        io = all_descs(plugin, case, dtype)
+        right = [d.type for d in io]
+        for position, kind, layout in itertools.product(range(len(io)), range(12), LAYOUTS):
+            io[position].type, io[position].format = kind, layout
+            # Of T and W the first decides.
+            free = kinds.index(kinds[position]) == position
+            fits = kind in (ALLOWED[kinds[position]] if free else [right[position]])
+            assert plugin.supports(position, io) == (layout == 0 and fits), (position, kind, layout)
+            io[position].type, io[position].format = right[position], 0
 
 
 @pytest.mark.parametrize(
@@ -170,11 +163,11 @@ def test_refuses_shapes_by_their_size(
     library: Library, capfd: pytest.CaptureFixture[str], op: str, position: int, shape: tuple[int, ...], says: str
 ) -> None:
     """At build time if the sizes are known by then, and when they become known."""
-    plugin = library.create(op, ATTRIBUTES[op])
-    given = shapes(op)
+    plugin = created(library, CASES[op])
+    given = CASES[op].shapes()
     given[position] = shape
     inputs = [desc(s, DTYPES["fp16"]) for s in given]
-    # Every op's outputs have the shape of its first input.
+    # These ops' outputs have the shape of its first input.
     io = [*inputs, *[inputs[0]] * len(OPS[op].outputs)]
     for ask in (
         lambda: plugin.output_shapes(inputs, known=True),
@@ -187,31 +180,35 @@ def test_refuses_shapes_by_their_size(
     plugin.output_shapes(inputs, known=False)
 
 
-def test_refuses_another_rank(library: Library, op: str, capfd: pytest.CaptureFixture[str]) -> None:
-    plugin = library.create(op, ATTRIBUTES[op])
-    io = all_descs(plugin, op)
+def test_refuses_another_rank(library: Library, case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    plugin = created(library, case)
+    io = all_descs(plugin, case)
     io[0].dims.rank -= 1
     with pytest.raises(Refused):
         plugin.shape_change(io)
-    rank, dims = io[0].dims.rank, "".join(next(iter(OPS[op].inputs.values())))
+    rank, dims = io[0].dims.rank, "".join(next(iter(case.spec.inputs.values())))
     assert f"has {rank} dimensions, not the {rank + 1} of {dims}" in capfd.readouterr().err
 
 
-def test_configures_with_dynamic_dimensions(library: Library, op: str) -> None:
-    plugin = library.create(op, ATTRIBUTES[op])
-    io = all_descs(plugin, op)
-    for d in io:
-        d.dims.sizes[0] = -1
+def test_configures_with_dynamic_dimensions(library: Library, case: Case) -> None:
+    """Every B and T, as in an engine; what enqueue may then use is the same bytes as with known dimensions."""
+    plugin = created(library, case)
+    known, io = all_descs(plugin, case), all_descs(plugin, case)
+    names = [*(case.spec.inputs[n] for n in case.inputs), *[("B", "T")] * len(case.spec.outputs)]
+    for d, letters in zip(io, names, strict=True):
+        for i, letter in enumerate(letters[: d.dims.rank]):
+            if letter in "BT":
+                d.dims.sizes[i] = -1
     plugin.configure(io)
-    assert plugin.workspace(io) == 0
+    assert plugin.workspace(io, known) == plugin.workspace(known, known)
 
 
 @pytest.mark.parametrize("phase", [BUILD, RUNTIME])
-def test_attributes_survive_serialisation(library: Library, op: str, phase: int) -> None:
-    codes = {bool: "i", float: "f"}
-    texts = {n: v.encode() + b"\0" for n, v in ATTRIBUTES[op].items() if isinstance(v, str)}
-    numbers = {n: struct.pack(codes[type(v)], v) for n, v in ATTRIBUTES[op].items() if n not in texts}
-    plugin = library.create(op, ATTRIBUTES[op], phase)
+def test_attributes_survive_serialisation(library: Library, case: Case, phase: int) -> None:
+    codes = {bool: "i", int: "i", float: "f"}
+    texts = {n: v.encode() + b"\0" for n, v in case.attributes.items() if isinstance(v, str)}
+    numbers = {n: struct.pack(codes[type(v)], v) for n, v in case.attributes.items() if n not in texts}
+    plugin = library.create(case.op, case.attributes, phase)
     assert plugin.attributes() == {**texts, **numbers}
     again = plugin.recreate()
     del plugin
@@ -219,43 +216,45 @@ def test_attributes_survive_serialisation(library: Library, op: str, phase: int)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numbers_are_the_references(machine: Machine, op: str, dtype: str) -> None:
-    inputs = tensors(op, dtype)
-    plugin = machine.library.create(op, ATTRIBUTES[op]).recreate().attach()
-    found = plugin.run(machine.memory(), [numpy_of(x, dtype) for x in inputs])
-    for name, want, have in zip(OPS[op].outputs, expected(op, dtype, inputs), found, strict=True):
-        # Rope and the sum are defined rounding by rounding; the rest may fall on another side of a tie.
-        exact = op == "Rope" or name == "sum"
-        units = 4 if dtype == "fp32" else 1.01
-        assert compare(want, have).excess(Tolerance(units * UNIT[dtype], units * UNIT[dtype], scaled=True)) <= 1
-        assert not exact or (have == want).all()
+def test_numbers_are_the_references(machine: Machine, case: Case, dtype: str) -> None:
+    inputs = case.tensors(dtype)
+    plugin = created(machine.library, case).recreate().attach()
+    if dtype not in case.dtypes:
+        with pytest.raises(Refused):
+            plugin.configure(all_descs(plugin, case, dtype))
+        return
+    found = plugin.run(machine.memory(), [array_of(x) for x in inputs])
+    for name, want, have in zip(case.spec.outputs, case.expected(inputs), found, strict=True):
+        assert want.dtype == have.dtype
+        units = case.units[want.dtype.itemsize == 2] * UNIT[dtype if want.dtype.itemsize == 2 else "fp32"]
+        assert compare(want, have).excess(Tolerance(units, units, scaled=True)) <= 1
+        assert name not in case.exact or (have == want).all()
 
 
-def test_two_contexts_share_one_plugin(machine: Machine, op: str) -> None:
+def test_two_contexts_share_one_plugin(machine: Machine, case: Case) -> None:
     """Each keeps the shapes it was given, though the other's changed in between."""
-    plugin = machine.library.create(op, ATTRIBUTES[op])
+    plugin, dtype = created(machine.library, case), case.dtypes[0]
     memory, contexts = machine.memory(), [plugin.attach(), plugin.attach()]
-    inputs = [tensors(op, "fp32", T=t) for t in (63, 5)]
+    inputs = [case.tensors(dtype, T=t) for t in (case.sizes["T"], 5)]
     runs = [
-        context.prepare(memory, [numpy_of(x, "fp32") for x in some])
-        for context, some in zip(contexts, inputs, strict=True)
+        context.prepare(memory, [array_of(x) for x in some]) for context, some in zip(contexts, inputs, strict=True)
     ]
     for run, some in zip(runs, inputs, strict=True):
         run.enqueue(memory.stream)
-        for want, have in zip(expected(op, "fp32", some), run.results(), strict=True):
-            assert compare(want, have).rms_ratio < 1e-6
+        for want, have in zip(case.expected(some), run.results(), strict=True):
+            assert compare(want, have).rms_ratio < case.units[dtype != "fp32"] * UNIT[dtype]
 
 
 @pytest.mark.gpu
-def test_enqueue_is_captured_in_a_cuda_graph(op: str, tmp_path: Path) -> None:
+def test_enqueue_is_captured_in_a_cuda_graph(case: Case, tmp_path: Path) -> None:
     """It neither allocates nor synchronises, or the capture fails."""
     library, memory = Library(gpu_library(tmp_path)), GpuMemory()
-    inputs = tensors(op, "bf16")
-    run = library.create(op, ATTRIBUTES[op]).attach().prepare(memory, [numpy_of(x, "bf16") for x in inputs])
+    inputs = case.tensors("bf16")
+    run = created(library, case).attach().prepare(memory, [array_of(x) for x in inputs])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run.enqueue(torch.cuda.current_stream().cuda_stream)
     graph.replay()
     torch.cuda.synchronize()
-    for want, have in zip(expected(op, "bf16", inputs), run.results(), strict=True):
+    for want, have in zip(case.expected(inputs), run.results(), strict=True):
         assert compare(want, have).rms_ratio < UNIT["bf16"]

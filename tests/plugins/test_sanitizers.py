@@ -1,16 +1,18 @@
-"""test_kernels.py once more, kernels and plugin classes compiled with ASan and UBSan, in a process of its own."""
+"""The kernels' tests once more, kernels and plugin classes compiled with ASan and UBSan, in a process of its own."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from native import SANITIZED, emulated_library
 
 HERE = Path(__file__).parent
 
 
-def test_kernels_under_sanitizers() -> None:
+@pytest.mark.parametrize("file", sorted(p.name for p in HERE.glob("test_*kernel*.py")))
+def test_kernels_under_sanitizers(file: str) -> None:
     emulated_library(SANITIZED)
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = {
@@ -22,8 +24,6 @@ def test_kernels_under_sanitizers() -> None:
         "LLMEXPORT_EMULATOR_SEED": "7",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu"]
-    done = subprocess.run(
-        [*command, HERE / "test_kernels.py"], env=environment, cwd=HERE, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, HERE / file], env=environment, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "passed" in done.stdout

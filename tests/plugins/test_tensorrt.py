@@ -8,20 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from native import cuda_library
+from plugin_cases import CASES, OPS, Case, served
 
 from llmexport.plugins import library
-from llmexport.plugins.spec import all_ops
 
 HERE = Path(__file__).parent
-ATTRIBUTES: dict[str, dict[str, Any]] = {
-    "Rope": {"interleaved": 0},
-    "AddRmsNorm": {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": 1},
-    "GatedAct": {"activation": "gelu_tanh", "alpha": 1.0, "limit": 0.0},
-}
 # Folders made by `pip install --target FOLDER tensorrt-lean-cu13==VERSION`, separated by `:`.
 LEAN = [p for p in os.environ.get("TENSORRT_LEAN_PATH", "").split(os.pathsep) if p]
 # Two calls of load(), then every creator, as TensorRT sees it.
@@ -52,6 +46,11 @@ for op, attributes in json.loads(sys.argv[2]).items():
 """
 
 
+def numbers(case: Case) -> dict[str, object]:
+    """The attributes as ONNX has them: a bool is an int."""
+    return {n: int(v) if isinstance(v, bool) else v for n, v in case.attributes.items()}
+
+
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
 
@@ -59,21 +58,26 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 @pytest.mark.skipif(not LEAN, reason="TENSORRT_LEAN_PATH is unset: pip install --target it tensorrt-lean-cu13")
 @pytest.mark.parametrize("folder", LEAN)
 def test_lean_creates_every_plugin(folder: str) -> None:
-    command = [sys.executable, "-c", CREATE, str(cuda_library()), json.dumps(ATTRIBUTES)]
+    attributes = {case.op: numbers(case) for case in CASES.values()}
+    command = [sys.executable, "-c", CREATE, str(cuda_library()), json.dumps(attributes)]
     done = run(command, PYTHONPATH=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     said = sorted({tuple(line.split()) for line in done.stdout.splitlines()})
-    assert said == sorted((name, str(len(op.outputs))) for name, op in all_ops().items())
+    assert said == sorted((name, str(len(OPS[name].outputs))) for name in served())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("op", all_ops())
-def test_rtx_builds_a_plugin_layer(op: str, dtype: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_rtx_builds_a_plugin_layer(name: str, dtype: str) -> None:
     """From an ONNX node of domain llmexport, with no TensorRT variable set by the user."""
     program = [sys.executable, str(HERE / "one_node_build.py")]
-    command = [*program, str(cuda_library()), op, dtype, json.dumps(ATTRIBUTES[op])]
+    command = [*program, str(cuda_library()), name, dtype, json.dumps(numbers(CASES[name]))]
     done = run(command, **library.builder_environment("tensorrt_rtx"))
+    if dtype not in CASES[name].dtypes:
+        assert done.returncode != 0
+        assert f"llmexport: {CASES[name].op}: " in done.stderr
+        return
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Unused Input" not in done.stderr
     built = json.loads(done.stdout.splitlines()[-1])

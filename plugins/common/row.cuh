@@ -1,0 +1,22 @@
+// A sum over the threads that row_plan.h gives a row.
+#pragma once
+
+#include "common/lanes.cuh"
+#include "common/row_plan.h"
+
+namespace llmexport {
+
+// The sum over the threads of a row: blockDim.x of them, a power of two up to a warp, or warps.
+__device__ __forceinline__ float sumOfRow(float value) {
+  int const lanes = blockDim.x < kWarp ? int(blockDim.x) : kWarp;
+  value = sumOverLanes(value, lanes);
+  if (blockDim.x <= kWarp) return value;
+  SHARED_ARRAY(float, partial, kRowMaxThreads / kWarp);
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  // Every warp adds the partial sums in the same order.
+  float all = threadIdx.x % kWarp < blockDim.x / kWarp ? partial[threadIdx.x % kWarp] : 0.0f;
+  return sumOverLanes(all, kWarp);
+}
+
+}  // namespace llmexport

@@ -1,0 +1,97 @@
+#pragma once
+
+#include "common/activation.cuh"
+#include "common/row.cuh"
+#include "gated_rms_norm/gated_rms_norm.h"
+
+namespace llmexport {
+
+// One output: both rounding orders of __init__.py.
+template <class T>
+__device__ __forceinline__ T normedAndGated(float normed, T weight, T gate,
+                                             GatedRmsNormAttributes const& attributes) {
+  float const w = toFloat(weight), g = toFloat(gate);
+  float const weighted =
+      attributes.roundBeforeWeight ? rounded<T>(rounded<T>(normed) * w) : normed * w;
+  return fromFloat<T>(weighted * sigmoidTimes<T>(attributes.silu ? g : 1.0f, g));
+}
+
+// Block (threads of a row, rows): a head of 128 takes 16 threads, eight heads a block. Thread x
+// holds vectors x, x + blockDim.x, ... of its row and reads the gate before it needs it. Statistics
+// and gate in fp32 (modeling_qwen3_5_moe.py, RMSNormGated). One block an SM is enough, as in
+// add_rms_norm.cuh.
+template <class T, int kWidth, int kVectors>
+__global__ void __launch_bounds__(kRowMaxThreads, 1)
+    gatedRmsNormKernel(T const* x, T const* gate, T const* weight, T* y, int64_t rows, int columns,
+                       GatedRmsNormAttributes attributes) {
+  int64_t const row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  bool const here = row < rows;  // threads without a row still take part in shuffles
+  int64_t const start = row * columns;
+  Vector<T, kWidth> in[kVectors], g[kVectors], w[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    int const column = int(threadIdx.x + i * blockDim.x) * kWidth;
+    if (here && column < columns) {
+      in[i] = load<kWidth>(x + start + column);
+      g[i] = load<kWidth>(gate + start + column);
+      w[i] = load<kWidth>(weight + column);
+    }
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    int const column = int(threadIdx.x + i * blockDim.x) * kWidth;
+    if (here && column < columns) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        float const wide = toFloat(in[i].at[j]);
+        squares += wide * wide;
+      }
+    }
+  }
+  float const scale = rsqrtf(sumOfRow(squares) / float(columns) + attributes.epsilon);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    int const column = int(threadIdx.x + i * blockDim.x) * kWidth;
+    if (here && column < columns) {
+      Vector<T, kWidth> out;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        float const normed = toFloat(in[i].at[j]) * scale;
+        out.at[j] = normedAndGated<T>(normed, w[i].at[j], g[i].at[j], attributes);
+      }
+      store<kWidth>(y + start + column, out);
+    }
+  }
+}
+
+// A block a row, of any length and alignment, which is read twice.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kRowTwoPassThreads)
+    gatedRmsNormTwoPassKernel(T const* x, T const* gate, T const* weight, T* y, int64_t columns,
+                              GatedRmsNormAttributes attributes) {
+  int64_t const start = blockIdx.x * columns, stride = int64_t(blockDim.x) * kWidth;
+  float squares = 0.0f;
+  for (int64_t column = threadIdx.x * kWidth; column < columns; column += stride) {
+    auto const in = load<kWidth>(x + start + column);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      float const wide = toFloat(in.at[j]);
+      squares += wide * wide;
+    }
+  }
+  float const scale = rsqrtf(sumOfRow(squares) / float(columns) + attributes.epsilon);
+  for (int64_t column = threadIdx.x * kWidth; column < columns; column += stride) {
+    auto const in = load<kWidth>(x + start + column);
+    auto const g = load<kWidth>(gate + start + column);
+    auto const w = load<kWidth>(weight + column);
+    Vector<T, kWidth> out;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      out.at[j] = normedAndGated<T>(toFloat(in.at[j]) * scale, w.at[j], g.at[j], attributes);
+    }
+    store<kWidth>(y + start + column, out);
+  }
+}
+
+}  // namespace llmexport

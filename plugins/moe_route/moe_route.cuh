@@ -1,0 +1,233 @@
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "common/activation.cuh"
+#include "common/lanes.cuh"
+#include "moe_route/moe_route.h"
+
+namespace llmexport {
+
+constexpr int kRouteThreads = 128;
+
+template <class T>
+struct MoeRouteArguments {
+  T const *logits, *bias;
+  T* weights;
+  int32_t* chosen;
+  int64_t rows;
+  int experts;
+  MoeRouteAttributes attributes;
+};
+
+// A key orders experts by their choice, and those of one choice by index, the lower first. No two
+// are equal; 0 is below all. NaN is above all, as torch sorts it, and -0 equals 0.
+//
+// uint64_t: any float. uint32_t: a value of a 16-bit type, which leaves half of it to the index.
+template <class T, class Key>
+__device__ __forceinline__ Key routeKey(float choice, int expert) {
+  using Float = std::conditional_t<sizeof(Key) == 8, float, T>;
+  using Bits = std::conditional_t<sizeof(Key) == 8, uint32_t, uint16_t>;
+  constexpr Bits kSign = Bits(Bits(1) << (8 * sizeof(Bits) - 1)), kAll = Bits(~Bits(0));
+  Float const plain = fromFloat<Float>(choice + 0.0f);  // makes 0 of -0
+  Bits bits;
+  memcpy(&bits, &plain, sizeof bits);
+  Bits const high = choice != choice ? kAll : Bits(bits & kSign ? ~bits : bits | kSign);
+  return Key(high) << 8 * sizeof(Bits) | Bits(kAll - Bits(expert));
+}
+
+__device__ __forceinline__ int routeExpert(uint64_t key) { return int(~0u - uint32_t(key)); }
+__device__ __forceinline__ int routeExpert(uint32_t key) { return int(0xFFFFu - (key & 0xFFFFu)); }
+
+// Batcher's odd-even merge sort, descending: 19 comparisons of 8, 63 of 16. Merges sorted runs of
+// kRun in steps that compare keys kApart.
+template <int kRun = 1, int kApart = 1, int kCount, class Key>
+__device__ __forceinline__ void sortRouteKeys(Key (&keys)[kCount]) {
+  if constexpr (kRun < kCount) {
+#pragma unroll
+    for (int i = kApart % kRun; i < kCount - kApart; ++i) {
+      bool const lower = (i - kApart % kRun) % (2 * kApart) < kApart;
+      if (lower && i / (2 * kRun) == (i + kApart) / (2 * kRun)) {
+        Key const first = keys[i], second = keys[i + kApart];
+        keys[i] = first > second ? first : second;
+        keys[i + kApart] = first > second ? second : first;
+      }
+    }
+    sortRouteKeys<kApart == 1 ? 2 * kRun : kRun, kApart == 1 ? 2 * kRun : kApart / 2>(keys);
+  }
+}
+
+// The score of a logit. Its exp and division are as good as those of `Precision`.
+template <class Precision>
+struct RouteScore {
+  Scoring scoring;
+  float most = -INFINITY, total = 0.0f;  // of a row's logits and their exp, for kSoftmax
+
+  template <int kPerLane>
+  __device__ __forceinline__ void readRow(float const (&logits)[kPerLane], int count, int lanes) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i < count && logits[i] > most) most = logits[i];
+    }
+    most = maxOverLanes(most, lanes);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i < count) total += expFor<Precision>(logits[i] - most);
+    }
+    total = sumOverLanes(total, lanes);
+  }
+
+  __device__ __forceinline__ float operator()(float logit) const {
+    if (scoring == Scoring::kSigmoid) return sigmoidTimes<Precision>(1.0f, logit);
+    if (scoring == Scoring::kSoftmaxTopK) return logit;
+    return divideFor<Precision>(expFor<Precision>(logit - most), total);
+  }
+};
+
+// The groups whose two best choices sum highest, the lower group winning a tie: a bit for each.
+// `choices` are those of the row; lane g looks through group g.
+__device__ __forceinline__ unsigned bestRouteGroups(float const* choices, int experts,
+                                                    MoeRouteAttributes const& attributes) {
+  int const lane = threadIdx.x, size = experts / attributes.groups;
+  float first = -INFINITY, second = -INFINITY;
+  if (lane < attributes.groups) {
+    for (int i = 0; i < size; ++i) {
+      // Lanes begin at different places, and so in different banks.
+      float const choice = choices[lane * size + (i + lane) % size];
+      second = fmaxf(second, fminf(first, choice));
+      first = fmaxf(first, choice);
+    }
+  }
+  float const mine = first + second;
+  int better = 0;
+  for (int g = 0; g < attributes.groups; ++g) {
+    float const other = __shfl_sync(~0u, mine, g);
+    better += other > mine || (other == mine && g < lane);
+  }
+  return __ballot_sync(~0u, lane < attributes.groups && better < attributes.groupsKept);
+}
+
+// Makes the choices outside the best groups -infinity; a row has a warp.
+template <int kPerLane>
+__device__ __forceinline__ void dropRouteGroups(float (&choice)[kPerLane], int begin, int count,
+                                                int experts,
+                                                MoeRouteAttributes const& attributes) {
+  SHARED_ARRAY(float, shared, kRouteThreads / kWarp * int(kRouteMaxExperts));
+  float* const choices = shared + threadIdx.y * kRouteMaxExperts;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (i < count) choices[begin + i] = choice[i];
+  }
+  __syncwarp();
+  unsigned const kept = bestRouteGroups(choices, experts, attributes);
+  int const size = experts / attributes.groups;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (i < count && !(kept >> (begin + i) / size & 1)) choice[i] = -INFINITY;
+  }
+}
+
+// From the scores of a lane's winners to their weights.
+template <class Precision, int kPerLane>
+__device__ __forceinline__ void weighRoutes(float (&weights)[kPerLane], int count, int lanes,
+                                            MoeRouteAttributes const& attributes) {
+  RouteScore<Precision> chosen{Scoring::kSoftmax};
+  if (attributes.scoring == Scoring::kSoftmaxTopK) {
+    chosen.readRow(weights, count, lanes);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) weights[i] = chosen(weights[i]);
+  }
+  float divisor = 1.0f;
+  if (attributes.renormalise) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i < count) sum += weights[i];
+    }
+    constexpr float kNotZero = 1e-20f;
+    divisor = sumOverLanes(sum, lanes) + kNotZero;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    weights[i] = divideFor<Precision>(weights[i], divisor) * attributes.scale;
+  }
+}
+
+// Block (lanes of a row, rows); a lane holds kPerLane experts that lie together. All is in fp32
+// and the weights are rounded once (softmax of all: modeling_qwen3_5_moe.py; of the chosen:
+// modeling_gpt_oss.py; sigmoid, bias and groups: modeling_deepseek_v3.py).
+//
+// Each lane sorts its experts; then, topK times, the best of the lanes' first is taken away. Keys
+// of 32 bits serve where the logit itself is the choice. Where a score is, it is computed to the
+// last places, as near ties hang on them.
+template <class T, class Key, int kPerLane, int kWidth, bool kGrouped>
+__global__ void __launch_bounds__(kRouteThreads) moeRouteKernel(MoeRouteArguments<T> const a) {
+  using Precision = std::conditional_t<sizeof(Key) == 8, float, T>;
+  int const lane = threadIdx.x, lanes = blockDim.x, topK = a.attributes.topK;
+  int64_t const row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  bool const here = row < a.rows;  // threads without a row still take part in shuffles
+  T const* const logits = a.logits + (here ? row : 0) * a.experts;
+  int const begin = lane * kPerLane, count = a.experts - begin;
+
+  float choice[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; i += kWidth) {
+    // Whole vectors: with kWidth > 1 the experts are a multiple of it.
+    if (i < count) {
+      auto const some = load<kWidth>(logits + begin + i);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) choice[i + j] = toFloat(some.at[j]);
+    }
+  }
+  RouteScore<Precision> score{a.attributes.scoring};
+  if (score.scoring == Scoring::kSoftmax) score.readRow(choice, count, lanes);
+  if (sizeof(Key) == 8 && a.bias) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i < count) choice[i] = score(choice[i]) + toFloat(a.bias[begin + i]);
+    }
+  }
+  if constexpr (kGrouped) dropRouteGroups(choice, begin, count, a.experts, a.attributes);
+  Key keys[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    keys[i] = i < count ? routeKey<T, Key>(choice[i], begin + i) : 0;
+  }
+  sortRouteKeys(keys);
+
+  // Lane l keeps the winners l, l + lanes, ...: no more than kPerLane, as topK is at most the
+  // experts.
+  int winners[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    for (int from = 0; from < lanes && i * lanes + from < topK; ++from) {
+      Key const best = maxOverLanes(keys[0], lanes);
+      bool const mine = keys[0] == best;
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        Key const next = j + 1 < kPerLane ? keys[j + 1] : 0;
+        keys[j] = mine ? next : keys[j];
+      }
+      if (lane == from) winners[i] = routeExpert(best);
+    }
+  }
+
+  int const mine = (topK - lane + lanes - 1) / lanes;  // 0 or less: none
+  float weights[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (i < mine) weights[i] = score(toFloat(logits[winners[i]]));
+  }
+  weighRoutes<Precision>(weights, mine, lanes, a.attributes);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (here && i < mine) {
+      int64_t const at = row * topK + i * lanes + lane;
+      a.weights[at] = fromFloat<T>(weights[i]);
+      a.chosen[at] = winners[i];
+    }
+  }
+}
+
+}  // namespace llmexport

@@ -1,0 +1,269 @@
+// A warp's rows of queries against tiles of keys and values in shared memory.
+#pragma once
+
+#include "common/tensor_core.cuh"
+#include "sink_attention/rows.cuh"
+
+namespace llmexport {
+
+// Two floats as T, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t packed(float low, float high) {
+  if constexpr (std::is_same_v<T, Half>) {
+    __half2 const pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+  } else {
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+  }
+}
+
+// kTiles * 16 rows of one warp. In fp32: logits, their level, sums and values. Rounded to T: the
+// weights, as they meet the values (the reference rounds the result alone).
+//
+// Weights are 2**(logit - level). The level of a row follows its largest logit only where weights
+// would pass 2**kMostLog2, so that most tiles need no rescaling; it starts kStartLog2 below, which
+// keeps small weights out of fp16's subnormals.
+template <class T, int kD, int kTiles, int kKeys, bool kHoldQuery>
+struct WarpTile {
+  static constexpr float kStartLog2 = std::is_same_v<T, Half> ? 7.0f : 0.0f;
+  static constexpr float kMostLog2 = kStartLog2 + 8.0f;
+
+  int lane;
+  uint32_t held[kHoldQuery ? kTiles : 1][kHoldQuery ? kD / 16 : 1][4];  // of the queries
+  uint32_t weights[kTiles][kKeys / 16][4];
+  // Fragments of mma's results: of a row of 4 lanes; [i / 2] is the upper or the lower eight rows.
+  float values[kTiles][kD / 8][4];
+  float level[kTiles][2], sum[kTiles][2];
+  int position[kTiles][2];  // of the rows this lane has results of
+  int lowest, highest;      // of the rows of the warp
+
+  // Rows from `first` on of the group; those past the last count as the last, and are not stored.
+  __device__ __forceinline__ WarpTile(AttentionCall<T> const& call, int batch, int first)
+      : lane(threadIdx.x % kWarp) {
+    auto positionOf = [&](int row) {
+      return call.position(batch, min(row, call.rows() - 1) / call.ratio);
+    };
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) values[m][n][e] = 0.0f;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        level[m][half] = -INFINITY;
+        sum[m][half] = 0.0f;
+        position[m][half] = positionOf(first + rowOf(m, half));
+      }
+    }
+    lowest = positionOf(first);
+    highest = first < call.rows() ? positionOf(first + kTiles * 16 - 1) : -1;
+  }
+
+  // Of a result, among the rows of the warp.
+  __device__ __forceinline__ int rowOf(int m, int half) const {
+    return m * 16 + half * 8 + lane / 4;
+  }
+
+  // Whether a row sees a key of the tile that starts at `key`; and whether all see all.
+  __device__ __forceinline__ bool seesAny(int key, int window) const {
+    return key <= highest && lowest - (key + kKeys - 1) < window;
+  }
+  __device__ __forceinline__ bool seesAll(int key, int end, int window) const {
+    return key + kKeys <= end && key + kKeys - 1 <= lowest && highest - key < window;
+  }
+
+  __device__ __forceinline__ void loadQuery(uint32_t (&fragment)[4], T const* rows, int m, int k) {
+    loadMatrix(fragment, rows + inTile<kD>(m * 16 + lane % 16, 2 * k + lane / 16));
+  }
+
+  // `rows`: the warp's, in a tile of shared memory.
+  __device__ __forceinline__ void holdQuery(T const* rows) {
+    if constexpr (kHoldQuery) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int k = 0; k < kD / 16; ++k) loadQuery(held[m][k], rows, m, k);
+      }
+    }
+  }
+
+  // Takes up the keys from `key` on, of which those from `end` on are not there.
+  __device__ __forceinline__ void score(AttentionCall<T> const& call, T const* rows, T const* keys,
+                                        int key, int end) {
+    float logits[kTiles][kKeys / 8][4];
+    multiply(logits, rows, keys);
+    scaleAndCap(logits, call.scale, call.softcap);
+    if (!seesAll(key, end, call.window)) hide(logits, key, end, call.window);
+    weigh(logits);
+  }
+
+  // Adds the values of the keys last scored.
+  __device__ __forceinline__ void add(T const* tile) {
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+#pragma unroll
+      for (int n = 0; n < kD / 16; ++n) {
+        uint32_t v[4];
+        loadMatrixTransposed(v, tile + inTile<kD>(k * 16 + lane % 16, 2 * n + lane / 16));
+        uint32_t const left[2] = {v[0], v[1]}, right[2] = {v[2], v[3]};
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          mma16x8x16<T>(values[m][2 * n], weights[m][k], left);
+          mma16x8x16<T>(values[m][2 * n + 1], weights[m][k], right);
+        }
+      }
+    }
+  }
+
+  // Makes `sum` that of the whole row in each of the four lanes that share it.
+  __device__ __forceinline__ void reduceSums() {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[m][half] += __shfl_xor_sync(~0u, sum[m][half], 1);
+        sum[m][half] += __shfl_xor_sync(~0u, sum[m][half], 2);
+      }
+    }
+  }
+
+ private:
+  using Logits = float[kTiles][kKeys / 8][4];
+
+  __device__ __forceinline__ void multiply(Logits& logits, T const* rows, T const* keys) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) logits[m][n][e] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      uint32_t query[kTiles][4];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        if constexpr (kHoldQuery) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) query[m][i] = held[m][k][i];
+        } else {
+          loadQuery(query[m], rows, m, k);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        uint32_t fragment[4];
+        loadMatrix(fragment,
+                   keys + inTile<kD>(n * 16 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+        uint32_t const upper[2] = {fragment[0], fragment[1]}, lower[2] = {fragment[2], fragment[3]};
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          mma16x8x16<T>(logits[m][2 * n], query[m], upper);
+          mma16x8x16<T>(logits[m][2 * n + 1], query[m], lower);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void scaleAndCap(Logits& logits, float scale, float softcap) {
+    // tanh(x) = 1 - 2 / (1 + e**(2 x)), whose error is that of fp32 about 1.
+    bool const capped = softcap > 0.0f;
+    float const factor = capped ? scale / softcap * 2.0f * kLog2e : scale;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) logits[m][n][e] *= factor;
+      }
+    }
+    if (!capped) return;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& x = logits[m][n][e];
+          x = softcap - __fdividef(2.0f * softcap, 1.0f + exp2Fast(x));
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void hide(Logits& logits, int key, int end, int window) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          int const at = key + n * 8 + lane % 4 * 2 + e % 2, row = position[m][e / 2];
+          bool const seen = at < end && at <= row && row - at < window;
+          if (!seen) logits[m][n][e] = -INFINITY;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void weigh(Logits& logits) {
+    float most[kTiles][2];
+    bool rises = false;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float top = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+          top = fmaxf(top, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
+        }
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        most[m][half] = top;
+        rises = rises || top - kMostLog2 > level[m][half];
+      }
+    }
+    if (__any_sync(~0u, rises)) raiseLevels(most);
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // A row that has seen nothing has no level: its logits are -inf, and so weigh nothing.
+        float const base = level[m][half] == -INFINITY ? 0.0f : level[m][half];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+          float const left = exp2Fast(logits[m][n][2 * half] - base);
+          float const right = exp2Fast(logits[m][n][2 * half + 1] - base);
+          sum[m][half] += left + right;
+          weights[m][n / 2][n % 2 * 2 + half] = packed<T>(left, right);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void raiseLevels(float const (&most)[kTiles][2]) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float const now = most[m][half] - kStartLog2;
+        bool const rises = most[m][half] - kMostLog2 > level[m][half];
+        float const factor = rises ? exp2Fast(level[m][half] - now) : 1.0f;
+        if (rises) level[m][half] = now;
+        sum[m][half] *= factor;
+#pragma unroll
+        for (int n = 0; n < kD / 8; ++n) {
+          values[m][n][2 * half] *= factor;
+          values[m][n][2 * half + 1] *= factor;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace llmexport

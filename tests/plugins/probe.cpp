@@ -1,0 +1,66 @@
+// An op that uses everything a table can say, for test_plugin_layer.py. It runs on the CPU and
+// writes down what it was called with.
+#include <cstring>
+
+#include "trt/op.h"
+
+namespace llmexport {
+namespace {
+
+int32_t check(Sizes const& sizes, Values const& attributes) {
+  if (sizes['C'] == Sizes::kUnknown || sizes['K'] <= sizes['C']) return 0;
+  return refuse("Probe: top_k is %d, but x has C = %lld", attributes[0].integer,
+                (long long)sizes['C']);
+}
+
+int32_t supports(Node const& node) {
+  if (node.dtype == Dtype::kFloat32 && !node.stored) {
+    return refuse("Probe: fp32 and a uint8 weight");
+  }
+  int64_t const E = node.sizes['E'];
+  if (E == Sizes::kUnknown || E % 8 == 0) return 0;
+  return refuse("Probe: E is %lld, no multiple of 8", (long long)E);
+}
+
+size_t workspace(Node const& node) {
+  return size_t(node.sizes['B'] * node.sizes['T']) * 5 + node.inputs;
+}
+
+cudaError_t enqueue(Call const& call) {
+  Sizes const& s = call.sizes;
+  std::memset(call.workspace, 1, workspace(call));
+  auto* facts = static_cast<int32_t*>(call.outputs[1]);
+  int32_t const found[] = {
+      int32_t(call.dtype),
+      call.stored ? int32_t(*call.stored) : -1,
+      int32_t(call.inputs[3] != nullptr),
+      int32_t(call.inputs[4] != nullptr),
+      int32_t(s['K']),
+      call.attributes[1].integer,
+      call.device.processors,
+      int32_t(call.device.sharedBytes),
+      static_cast<int32_t const*>(call.inputs[2])[s['B'] - 1],
+  };
+  static_assert(sizeof found / sizeof found[0] == 9);
+  std::memcpy(facts, found, sizeof found);
+  std::memset(call.outputs[0], 0, size_t(s['B'] * s['T'] * s['K']) * sizeOf(call.dtype));
+  return cudaSuccess;
+}
+
+Registration const registration({
+    "Probe",
+    {{"x", "BTC"},
+     {"weight", "EC", Element::kW},
+     {"count", "B", Element::kInt32},
+     {"table", "BE", Element::kFloat32, kOptional},
+     {"scales", "E", Element::kUint8, kOptional}},
+    {{"y", "BTK"}, {"facts", "F", Element::kInt32}},
+    {{"top_k", Kind::kInt, {}, 'K'}, {"offset", Kind::kInt}, {"facts", Kind::kInt, {}, 'F'}},
+    enqueue,
+    check,
+    supports,
+    workspace,
+});
+
+}  // namespace
+}  // namespace llmexport

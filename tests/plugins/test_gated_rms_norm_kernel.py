@@ -1,0 +1,60 @@
+"""GatedRmsNorm's kernels against float64: rows by part of a warp, a warp, a block and in two passes.
+
+Imports neither torch nor onnx: test_sanitizers.py runs it again under sanitizers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kernel_numbers import Values, near, random, rounded, wide
+from plugin_host import DTYPES, Machine
+
+EPSILON = 1e-6
+# T, H, D by the way a row is taken: alone, by part of a warp, a warp, a block, in two passes; rows that fill no block.
+SIZES = [(1, 1, 1), (7, 3, 40), (63, 1, 64), (65, 2, 128), (130, 1, 100), (2, 3, 256), (1, 3, 520), (1, 2, 16640)]
+
+
+def exact(inputs: list[Values], dtype: str, activation: str, early: bool) -> Values:
+    x, gate, weight = wide(*inputs)
+    normed = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + EPSILON)
+    weighted = rounded(rounded(normed, dtype) * weight, dtype) if early else normed * weight
+    with np.errstate(over="ignore"):
+        return weighted * (gate if activation == "silu" else 1) / (1 + np.exp(-gate))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("early", [False, True], ids=["round-after-weight", "round-before-weight"])
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(
+    machine: Machine, size: tuple[int, int, int], dtype: str, activation: str, early: bool, shift: int
+) -> None:
+    shape = (1, *size)
+    inputs = [random(shape, dtype, 1), random(shape, dtype, 2) * 4, random(size[-1:], dtype, 3)]
+    attributes = {"epsilon": EPSILON, "activation": activation, "round_before_weight": early}
+    (y,) = machine.library.create("GatedRmsNorm", attributes).run(machine.memory(), inputs, shift)
+    assert near(y, exact(inputs, dtype, activation, early), dtype, roundings=3 if early else 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_at_the_ends_of_the_gates_range(machine: Machine, activation: str, dtype: str) -> None:
+    most = float(np.finfo(np.float16).max) if dtype == "fp16" else 1e30
+    gate = np.array([-most, -100, -0.0, 0.0, 100, np.nan]).reshape(1, 1, 6, 1).astype(DTYPES[dtype])
+    x, weight = np.ones_like(gate), np.ones(1, DTYPES[dtype])
+    attributes = {"epsilon": 0.0, "activation": activation, "round_before_weight": False}
+    (y,) = machine.library.create("GatedRmsNorm", attributes).run(machine.memory(), [x, gate, weight])
+    values = y.astype(np.float64).ravel()
+    assert np.abs(values[:2]).max() < 1e-6
+    assert values[2:5].tolist() == ([0, 0, 100] if activation == "silu" else [0.5, 0.5, 1])
+    assert np.isnan(values[5])
+
+
+def test_a_row_of_zeros_gives_zeros(machine: Machine) -> None:
+    x = np.zeros((1, 3, 2, 128), np.float16)
+    gate, weight = random(x.shape, "fp16", 1), random((128,), "fp16", 2)
+    attributes = {"epsilon": EPSILON, "activation": "silu", "round_before_weight": True}
+    (y,) = machine.library.create("GatedRmsNorm", attributes).run(machine.memory(), [x, gate, weight])
+    assert not y.any()

@@ -1,0 +1,169 @@
+"""MoeRoute's kernels against float64: every scoring, bias, groups, ties; experts by part of a warp and by a warp.
+
+Imports neither torch nor onnx: test_sanitizers.py runs it again under sanitizers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_numbers import Values, near, random, wide
+from plugin_host import DTYPES, Machine, Refused
+
+SCORINGS = ("softmax", "softmax_top_k", "sigmoid")
+
+
+def softmax(x: Values) -> Values:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def best_first(choice: Values) -> Values:
+    return np.argsort(-choice, axis=-1, kind="stable")
+
+
+def exact(inputs: list[Values], attributes: dict[str, Any]) -> tuple[Values, Values]:
+    """Weights in float64, and the experts."""
+    logits, *bias = wide(*inputs)
+    scores = {"softmax": softmax, "softmax_top_k": lambda x: x, "sigmoid": lambda x: 1 / (1 + np.exp(-x))}
+    score = scores[attributes["scoring"]](logits)
+    choice = score + bias[0] if bias else logits
+    groups = attributes["groups"]
+    if groups > 1:
+        grouped = choice.reshape(*choice.shape[:-1], groups, -1)
+        of_group = np.sort(grouped, -1)[..., -2:].sum(-1)
+        dropped = best_first(of_group)[..., attributes["groups_kept"] :]
+        np.put_along_axis(grouped, dropped[..., None], -np.inf, axis=-2)
+        choice = grouped.reshape(choice.shape)
+    experts = best_first(choice)[..., : attributes["top_k"]]
+    weights = np.take_along_axis(score, experts, -1)
+    if attributes["scoring"] == "softmax_top_k":
+        weights = softmax(weights)
+    if attributes["renormalise"]:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return weights * attributes["scale"], experts
+
+
+def asked(top_k: int, scoring: str = "softmax", groups: int = 1, kept: int = 1, **changed: Any) -> dict[str, Any]:
+    whole = {"top_k": top_k, "scoring": scoring, "renormalise": False, "scale": 1.0}
+    return {**whole, "groups": groups, "groups_kept": kept, **changed}
+
+
+def run(machine: Machine, inputs: list[Values], attributes: dict[str, Any], shift: int = 0) -> list[Values]:
+    return machine.library.create("MoeRoute", attributes).run(machine.memory(), inputs, shift)
+
+
+def is_right(machine: Machine, inputs: list[Values], attributes: dict[str, Any], dtype: str, shift: int = 0) -> bool:
+    weights, experts = run(machine, inputs, attributes, shift)
+    exact_weights, exact_experts = exact(inputs, attributes)
+    return bool((experts == exact_experts).all()) and near(weights, exact_weights, dtype)
+
+
+# E and K of models and odd ones; 16 experts a lane from 257 on; as many winners as experts.
+EXPERTS = [(4, 1), (8, 8), (16, 1), (32, 4), (60, 4), (64, 6), (100, 7), (128, 8), (256, 8), (260, 5), (512, 10)]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("e", "k"), EXPERTS)
+def test_experts(machine: Machine, e: int, k: int, dtype: str, scoring: str, with_bias: bool, shift: int) -> None:
+    inputs = [random((1, 7, e), dtype, e), random((e,), dtype, k)][: 2 if with_bias else 1]
+    assert is_right(machine, inputs, asked(k, scoring), dtype, shift)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("e", [32, 256])
+@pytest.mark.parametrize("size", [(1, 1), (7, 1), (1, 63), (1, 64), (5, 13), (2, 65)], ids=str)
+def test_tokens(machine: Machine, size: tuple[int, int], e: int, dtype: str) -> None:
+    attributes = asked(4, "softmax", renormalise=True, scale=2.5)
+    assert is_right(machine, [random((*size, e), dtype, 1)], attributes, dtype)
+
+
+# E, groups, kept, K: of DeepSeek-V3, GLM-4.5 and odd ones; groups that straddle lanes; as many as lanes.
+GROUPS = [(256, 8, 4, 8), (160, 8, 3, 6), (60, 4, 2, 5), (30, 2, 1, 15), (64, 32, 5, 4), (512, 16, 16, 9), (8, 4, 2, 4)]
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("e", "groups", "kept", "k"), GROUPS)
+def test_groups(
+    machine: Machine, e: int, groups: int, kept: int, k: int, dtype: str, renormalise: bool, with_bias: bool
+) -> None:
+    inputs = [random((2, 5, e), dtype, 1), random((e,), dtype, 2)][: 2 if with_bias else 1]
+    attributes = asked(k, "sigmoid", groups, kept, renormalise=renormalise, scale=2.5)
+    assert is_right(machine, inputs, attributes, dtype)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("e", [16, 60, 512])
+def test_the_lower_index_wins_a_tie(machine: Machine, e: int, dtype: str, with_bias: bool, groups: int) -> None:
+    """Few different values, so that experts and, with one value, groups tie."""
+    draw = np.random.default_rng(0)
+    logits = draw.integers(-1, 2, (1, 9, e)).astype(DTYPES[dtype])
+    logits[0, 0], logits[0, 1] = 1, logits[0, 1] * 0.0  # 0.0 and -0.0
+    bias = (draw.integers(0, 2, e) / 4).astype(DTYPES[dtype])
+    inputs = [logits, bias][: 2 if with_bias else 1]
+    assert is_right(machine, inputs, asked(e // 2, "sigmoid", groups, groups // 2 or 1), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_too_few_are_eligible(machine: Machine, dtype: str) -> None:
+    """The rest are the lowest of those outside the groups, as in the reference."""
+    inputs = [random((1, 7, 24), dtype, 1)]
+    _, experts = run(machine, inputs, asked(20, "sigmoid", 6, 3))
+    assert (experts == exact(inputs, asked(20, "sigmoid", 6, 3))[1]).all()
+    assert (np.sort(experts[..., 12:], -1) == experts[..., 12:]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+def test_infinities_and_nan(machine: Machine, dtype: str, with_bias: bool) -> None:
+    """NaN is the best, as torch sorts it, and whatever comes the experts are different ones."""
+    rows = [[0, -np.inf, 1, -np.inf], [0, np.nan, np.inf, 1], [np.nan, -np.nan, np.nan, 0], [-np.inf] * 4]
+    inputs = [np.array([rows], DTYPES[dtype]), np.zeros(4, DTYPES[dtype])][: 2 if with_bias else 1]
+    weights, experts = run(machine, inputs, asked(4, "sigmoid"))
+    assert experts.tolist() == [[[2, 0, 1, 3], [1, 2, 3, 0], [0, 1, 2, 3], [0, 1, 2, 3]]]
+    assert np.isnan(weights[0, 1:3].astype(np.float64)).sum(-1).tolist() == [1, 3]
+    assert weights[0, 0, 2:].astype(np.float64).tolist() == [0, 0]
+
+
+def test_large_logits_do_not_overflow(machine: Machine) -> None:
+    inputs = [np.array([[[80000.0, 1e30, -1e30, 79999.0]]], np.float32)]
+    assert run(machine, inputs, asked(2, "softmax"))[0].tolist() == [[[1.0, 0.0]]]
+    assert run(machine, inputs, asked(2, "sigmoid"))[0].tolist() == [[[1.0, 1.0]]]
+
+
+def test_result_does_not_depend_on_the_order_of_threads(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [random((1, 6, 256), "bf16", 1), random((256,), "bf16", 2)]
+    results = []
+    for seed in range(4):
+        monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
+        found = run(machine, inputs, asked(8, "softmax", 8, 4, renormalise=True))
+        results.append(b"".join(y.tobytes() for y in found))
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize(
+    ("e", "attributes", "says"),
+    [
+        (8, asked(9), "top_k is 9, but there are E = 8 experts"),
+        (520, asked(2), "E = 520 experts, the kernel holds 512"),
+        (9, asked(2, groups=2), "E = 9 experts are not 2 groups of two or more"),
+        (8, asked(2, groups=8), "E = 8 experts are not 8 groups of two or more"),
+        (8, asked(2, groups=2, kept=3), "3 of 2 groups are kept"),
+        (128, asked(2, groups=64, kept=2), "64 groups, the kernel has a lane for 32"),
+    ],
+)
+def test_refuses(
+    machine: Machine, capfd: pytest.CaptureFixture[str], e: int, attributes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(Refused):
+        run(machine, [random((1, 2, e), "fp16", 1)], attributes)
+    assert f"llmexport: MoeRoute: {says}" in capfd.readouterr().err
