@@ -191,7 +191,7 @@ cudaError_t moeExperts(Dtype dtype, std::optional<Dtype> stored, MoeExpertsSizes
                        MoeExpertsAttributes const& attributes, MoeExpertsInputs const& inputs,
                        void* y, void* workspace, cudaStream_t stream) {
   if (sizes.tokens * sizes.hidden == 0) return cudaSuccess;
-  if (sizes.pairs() > kMaxGridX || sizes.experts > kMoeMaxExperts ||
+  if (sizes.pairs() > kMoeMaxPairs || sizes.experts > kMoeMaxExperts ||
       (!stored && attributes.transposed)) {
     return cudaErrorInvalidValue;
   }

@@ -10,6 +10,9 @@
 namespace llmexport {
 
 constexpr int kMoeMaxExperts = 512;
+constexpr int kMoeScaleBlock = 32;  // MXFP4 values that share a scale
+// So that a pair, and the end of a run of pairs, are an int.
+constexpr int64_t kMoeMaxPairs = int64_t(1) << 30;
 
 // Each token has `slots` experts. A pair is a token and one of its slots, token * slots + slot.
 struct MoeExpertsSizes {

@@ -11,8 +11,6 @@ namespace llmexport {
 // The type of packed MXFP4 weights.
 struct Mxfp4 {};
 
-constexpr int kMxfp4Block = 32;  // values that share a scale
-
 // input times weights of each pair's expert; up to the gated activation if `gated`, down if not.
 struct Projection {
   void const* input;  // [.., depth]; pair / pairsPerRow is a pair's row

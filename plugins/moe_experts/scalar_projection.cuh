@@ -18,7 +18,7 @@ __device__ __forceinline__ float weightOf(Projection const& p, bool transposed, 
   int64_t const row = int64_t(expert) * p.width() + column;
   if constexpr (std::is_same_v<W, Mxfp4>) {
     int const byte = static_cast<uint8_t const*>(p.weights)[row * (p.depth / 2) + k / 2];
-    int const scale = p.scales[row * (p.depth / kMxfp4Block) + k / kMxfp4Block];
+    int const scale = p.scales[row * (p.depth / kMoeScaleBlock) + k / kMoeScaleBlock];
     return rounded<T>(mxfp4Value(byte >> k % 2 * 4 & 15) * mxfp4Scale(scale));
   } else {
     int64_t const at =

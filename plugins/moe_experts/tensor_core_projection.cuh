@@ -164,8 +164,8 @@ struct WeightCopies<W, true, S> {
 // of a copy: all of a tile are read before the first step.
 template <class S>
 struct WeightCopies<Mxfp4, false, S> {
-  static constexpr int kBlockBytes = kMxfp4Block / 2;
-  static constexpr int kPerRow = S::kDepth / kMxfp4Block, kApart = S::kThreads / kPerRow;
+  static constexpr int kBlockBytes = kMoeScaleBlock / 2;
+  static constexpr int kPerRow = S::kDepth / kMoeScaleBlock, kApart = S::kThreads / kPerRow;
   static constexpr int kCount = S::kColumns / kApart;
   unsigned char const* from;
   int count, apart, bytes;  // of a column
@@ -194,7 +194,7 @@ template <class S>
 __device__ __forceinline__ void loadScales(Projection const& p, Share const& share,
                                            unsigned char* scales) {
   constexpr unsigned char kOne = 127;
-  int const pitch = scalePitch(p.depth, S::kDepth), blocks = p.depth / kMxfp4Block;
+  int const pitch = scalePitch(p.depth, S::kDepth), blocks = p.depth / kMoeScaleBlock;
   uint8_t const* const from = p.scales + int64_t(share.expert) * p.width() * blocks;
   for (int c = threadIdx.x / kWarp; c < S::kColumns; c += S::kThreads / kWarp) {
     int const column = weightColumn<S>(p, share.columnTile, c, false);
@@ -280,7 +280,7 @@ __device__ __forceinline__ void multiplyMxfp4(Sums<S>& sums, T const* input,
   int inputAt = chunkAt<kInputChunks>(warpRow + group, word);
   keepInLoop(inputAt);
 #pragma unroll 1
-  for (int block = 0; block < S::kDepth / kMxfp4Block; ++block) {
+  for (int block = 0; block < S::kDepth / kMoeScaleBlock; ++block) {
     uint32_t b[S::kColumnTiles][4];
 #pragma unroll
     for (int j = 0; j < S::kColumnTiles; ++j) {
@@ -454,7 +454,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       T const* const input = reinterpret_cast<T const*>(shared + stage);
       unsigned char const* const weight = shared + stage + Layout::kInputBytes;
       if constexpr (kIsMxfp4<W>) {
-        multiplyMxfp4<T, S>(sums, input, weight, scales + depth / kMxfp4Block,
+        multiplyMxfp4<T, S>(sums, input, weight, scales + depth / kMoeScaleBlock,
                             scalePitch(p.depth, S::kDepth), warpRow, warpColumn);
       } else {
         multiply<T, W, kTransposed, S>(sums, input, reinterpret_cast<W const*>(weight), warpRow,

@@ -40,7 +40,7 @@ constexpr bool kIsMxfp4 = std::is_same_v<W, Mxfp4>;
 // Bytes of a row of scales in shared memory: whole steps, and an odd number of words, so that rows
 // lie in different banks.
 __host__ __device__ constexpr int scalePitch(int depth, int tileDepth) {
-  int64_t const scales = ceilDiv(depth, tileDepth) * tileDepth / kMxfp4Block;
+  int64_t const scales = ceilDiv(depth, tileDepth) * tileDepth / kMoeScaleBlock;
   return int(ceilDiv(scales, 4) | 1) * 4;
 }
 
