@@ -17,8 +17,10 @@
 
 namespace llmexport {
 
+// With an attribute, or with none if it is null.
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t stream, A... args) {
+cudaError_t launchWith(cudaLaunchAttribute* attribute, void (*kernel)(P...), LaunchPlan const& plan,
+                       cudaStream_t stream, A... args) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (plan.sharedBytes > kWithoutAsking) {
     auto const error = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel),
@@ -31,7 +33,14 @@ cudaError_t launch(void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t st
   config.blockDim = plan.block;
   config.dynamicSmemBytes = plan.sharedBytes;
   config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = attribute ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
+}
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t stream, A... args) {
+  return launchWith(nullptr, kernel, plan, stream, args...);
 }
 
 }  // namespace llmexport

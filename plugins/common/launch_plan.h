@@ -20,7 +20,7 @@ struct LaunchPlan {
 };
 
 template <class A, class B>
-constexpr int64_t ceilDiv(A a, B b) {
+__host__ __device__ constexpr int64_t ceilDiv(A a, B b) {
   return (int64_t(a) + b - 1) / b;
 }
 

@@ -65,6 +65,21 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, LLMEXPORT_LINE) {
   });
 }
 
+// The lanes of `mask` that give the same value as this one.
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value, LLMEXPORT_LINE) {
+  using llmexport::emulator::kLanes;
+  auto& block = llmexport::emulator::Block::current();
+  unsigned const there = mask & block.existing();
+  return block.collective("__match_any_sync", line, mask, value, [&](auto give) {
+    unsigned same = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (there >> lane & 1 && give(lane) == value) same |= 1u << lane;
+    }
+    return same;
+  });
+}
+
 inline int __any_sync(unsigned mask, int predicate, LLMEXPORT_LINE) {
   return __ballot_sync(mask, predicate, line) != 0;
 }
@@ -102,6 +117,9 @@ T atomicMax(T* at, T value) {
   return before;
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 template <class T>
 T __ldg(T const* from) {

@@ -1,0 +1,64 @@
+// What comes before and after an expert: inputs times their weight, and the weighted sum.
+#pragma once
+
+#include "common/early_launch.cuh"
+#include "common/element.cuh"
+#include "moe_experts/routing.cuh"
+
+namespace llmexport {
+
+constexpr int kCombineThreads = 128;
+constexpr int kCombineReads = 4;  // that a thread has under way
+
+// Row `pair` of the outputs = row `pair / slots` of x * weights[pair], rounded (Llama4TextMoe of
+// modeling_llama4.py). Block b takes kCombineThreads vectors of a row; rowBlocks of them are a row.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kCombineThreads)
+    scaleInputKernel(T const* x, T const* weights, T* scaled, int slots, int columns,
+                     int rowBlocks) {
+  letNextStart();
+  int64_t const pair = blockIdx.x / rowBlocks;
+  int const column = int(blockIdx.x % rowBlocks * kCombineThreads + threadIdx.x) * kWidth;
+  if (column >= columns) return;
+  auto values = load<kWidth>(x + pair / slots * columns + column);
+  float const weight = toFloat(weights[pair]);
+#pragma unroll
+  for (T& value : values.at) value = fromFloat<T>(toFloat(value) * weight);
+  store<kWidth>(scaled + pair * columns + column, values);
+}
+
+// y[token] = sum over its slots, in their order, of weight * output, in fp32 and rounded once;
+// weights is null where the input was scaled. Pairs of no expert have no output. Blocks as above,
+// of a token.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kCombineThreads)
+    combineKernel(T const* outputs, T const* weights, Routing routing, T* y, int slots, int columns,
+                  int rowBlocks) {
+  int64_t const token = blockIdx.x / rowBlocks;
+  int const column = int(blockIdx.x % rowBlocks * kCombineThreads + threadIdx.x) * kWidth;
+  if (column >= columns) return;
+  float sums[kWidth] = {};
+  for (int first = 0; first < slots; first += kCombineReads) {
+    Vector<T, kWidth> values[kCombineReads];
+    bool there[kCombineReads];
+#pragma unroll
+    for (int i = 0; i < kCombineReads; ++i) {
+      int64_t const pair = token * slots + first + i;
+      there[i] = first + i < slots && expertOf(routing, int(pair)) >= 0;
+      if (there[i]) values[i] = load<kWidth>(outputs + pair * columns + column);
+    }
+#pragma unroll
+    for (int i = 0; i < kCombineReads; ++i) {
+      if (!there[i]) continue;
+      float const weight = weights ? toFloat(weights[token * slots + first + i]) : 1.0f;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sums[j] += toFloat(values[i].at[j]) * weight;
+    }
+  }
+  Vector<T, kWidth> out;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) out.at[i] = fromFloat<T>(sums[i]);
+  store<kWidth>(y + token * columns + column, out);
+}
+
+}  // namespace llmexport

@@ -1,0 +1,209 @@
+#include <algorithm>
+#include <utility>
+
+#include "moe_experts/combine.cuh"
+#include "moe_experts/moe_experts.h"
+#include "moe_experts/scalar_projection.cuh"
+#include "moe_experts/sort.cuh"
+#include "moe_experts/tensor_core_projection.h"
+
+namespace llmexport {
+namespace {
+
+// What a block may have on any architecture (sm_86, sm_89, sm_120), less what is not dynamic.
+constexpr size_t kSharedBytes = 99 * 1024 - 1024;
+
+struct Tile {
+  int rows, columns, threads;
+  size_t sharedUp, sharedDown;
+};
+
+template <class W, class S>
+Tile tileOf(MoeExpertsSizes const& sizes) {
+  using Layout = StageLayout<W, S>;
+  return {S::kRows, S::kColumns, S::kThreads, Layout::sharedBytes(int(sizes.hidden)),
+          Layout::sharedBytes(int(sizes.intermediate))};
+}
+
+// For few rows if an expert has few where all pairs are spread over all experts.
+template <class W>
+Tile tileFor(MoeExpertsSizes const& sizes) {
+  using Few = typename Tiles<W>::Few;
+  return sizes.pairs() <= Few::kRows * sizes.experts ? tileOf<W, Few>(sizes)
+                                                     : tileOf<W, typename Tiles<W>::Many>(sizes);
+}
+
+constexpr Tile kScalarTile{kScalarRows, 2 * kScalarColumns, kScalarThreads, 0, 0};
+
+// Row tiles at most: each expert with pairs has one that need not be full.
+int64_t mostRowTiles(MoeExpertsSizes const& sizes, int tileRows) {
+  int64_t const chosen = std::min(sizes.experts, sizes.pairs());
+  return chosen + (sizes.pairs() - chosen) / tileRows;
+}
+
+size_t padded(size_t bytes) { return size_t(ceilDiv(bytes, kVectorBytes)) * kVectorBytes; }
+
+// One more than a grid may have where that is exceeded.
+LaunchPlan blocks(int64_t count, int threads, size_t sharedBytes) {
+  return {dim3(unsigned(std::min(count, kMaxGridX + 1))), dim3(unsigned(threads)), sharedBytes};
+}
+
+}  // namespace
+
+MoeExpertsWorkspace moeExpertsWorkspace(MoeExpertsSizes const& sizes, Dtype dtype) {
+  size_t const pairs = size_t(sizes.pairs());
+  bool const sorted = pairs > kUnsortedPairs;
+  // The smallest tiles are the most.
+  int const tileRows = std::min({kScalarRows, Tiles<Half>::Few::kRows, Tiles<Mxfp4>::Few::kRows});
+  size_t const tiles = sorted ? size_t(mostRowTiles(sizes, tileRows)) : 0;
+  MoeExpertsWorkspace parts{};
+  parts.outputs = padded(pairs * size_t(sizes.intermediate) * sizeOf(dtype));
+  parts.order = parts.outputs + padded(pairs * size_t(sizes.hidden) * sizeOf(dtype));
+  parts.tiles = parts.order + (sorted ? padded(pairs * sizeof(int)) : 0);
+  parts.bytes = parts.tiles + tiles * sizeof(RowTile);
+  return parts;
+}
+
+MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
+                              std::optional<Dtype> stored, bool pointersAligned) {
+  MoeExpertsPlan plan{};
+  bool const vectors =
+      pointersAligned && sizes.hidden % kChunk == 0 && sizes.intermediate % kChunk == 0;
+  Tile const fast = stored ? tileFor<Half>(sizes) : tileFor<Mxfp4>(sizes);
+  plan.onTensorCores = vectors && dtype != Dtype::kFloat32 && stored != Dtype::kFloat32 &&
+                       std::max(fast.sharedUp, fast.sharedDown) <= kSharedBytes;
+  Tile const tile = plan.onTensorCores ? fast : kScalarTile;
+  plan.sorted = sizes.pairs() > kUnsortedPairs;
+  plan.tileRows = tile.rows;
+  plan.rowTiles = mostRowTiles(sizes, tile.rows);
+  plan.upTiles = int(ceilDiv(2 * sizes.intermediate, tile.columns));
+  plan.downTiles = int(ceilDiv(sizes.hidden, tile.columns));
+  plan.width = vectors ? kVectorBytes / int(sizeOf(dtype)) : 1;
+  plan.rowBlocks = int(ceilDiv(sizes.hidden, plan.width * kCombineThreads));
+  plan.scale = blocks(sizes.pairs() * plan.rowBlocks, kCombineThreads, 0);
+  plan.sort = blocks(1, kSortThreads, kSortWarps * size_t(sizes.experts) * sizeof(int));
+  plan.up = blocks(plan.rowTiles * plan.upTiles, tile.threads, tile.sharedUp);
+  plan.down = blocks(plan.rowTiles * plan.downTiles, tile.threads, tile.sharedDown);
+  plan.combine = blocks(sizes.tokens * plan.rowBlocks, kCombineThreads, 0);
+  return plan;
+}
+
+namespace {
+
+struct Arguments {
+  MoeExpertsSizes const& sizes;
+  MoeExpertsAttributes const& attributes;
+  MoeExpertsInputs const& inputs;
+  MoeExpertsPlan const& plan;
+  Dtype dtype;
+  std::optional<Dtype> stored;
+  unsigned char* workspace;
+  void* y;
+  cudaStream_t stream;
+};
+
+template <class T>
+cudaError_t scaleInput(Arguments const& a, T* scaled) {
+  auto const kernel =
+      a.plan.width > 1 ? scaleInputKernel<T, kFullWidth<T>> : scaleInputKernel<T, 1>;
+  return launch(kernel, a.plan.scale, a.stream, static_cast<T const*>(a.inputs.x),
+                static_cast<T const*>(a.inputs.weights), scaled, int(a.sizes.slots),
+                int(a.sizes.hidden), a.plan.rowBlocks);
+}
+
+template <class T>
+cudaError_t combine(Arguments const& a, Routing const& routing, T const* outputs) {
+  auto const kernel = a.plan.width > 1 ? combineKernel<T, kFullWidth<T>> : combineKernel<T, 1>;
+  auto const* const weights =
+      a.attributes.scaleInput ? nullptr : static_cast<T const*>(a.inputs.weights);
+  return launchEarly(kernel, a.plan.combine, a.stream, outputs, weights, routing,
+                     static_cast<T*>(a.y), int(a.sizes.slots), int(a.sizes.hidden),
+                     a.plan.rowBlocks);
+}
+
+template <class T>
+cudaError_t project(Arguments const& a, Projection const& p, Routing const& routing) {
+  ProjectionLaunch const how{p.gated ? a.plan.up : a.plan.down,
+                             p.gated ? a.plan.upTiles : a.plan.downTiles,
+                             a.plan.tileRows,
+                             a.attributes.transposed,
+                             p.gated && !a.plan.sorted && !a.attributes.scaleInput,
+                             a.stored,
+                             a.stream};
+  if (a.plan.onTensorCores) {
+    if constexpr (sizeof(T) == 2) return launchOnTensorCores<T>(how, p, routing);
+  }
+  return launchScalar<T>(how, p, routing);
+}
+
+// All launches, each of which needs what the one before wrote.
+template <class T>
+cudaError_t run(Arguments const& a) {
+  MoeExpertsWorkspace const parts = moeExpertsWorkspace(a.sizes, a.dtype);
+  T* const gated = reinterpret_cast<T*>(a.workspace);
+  T* const outputs = reinterpret_cast<T*>(a.workspace + parts.outputs);
+  int* const order = reinterpret_cast<int*>(a.workspace + parts.order);
+  auto* const tiles = reinterpret_cast<RowTile*>(a.workspace + parts.tiles);
+  Routing routing{a.inputs.experts, int(a.sizes.pairs()), int(a.sizes.experts), nullptr, nullptr};
+  cudaError_t error = cudaSuccess;
+  if (a.attributes.scaleInput) error = scaleInput(a, outputs);
+  if (error == cudaSuccess && a.plan.sorted) {
+    error = a.attributes.scaleInput
+                ? launchEarly(sortPairsKernel, a.plan.sort, a.stream, routing, a.plan.tileRows,
+                              int(a.plan.rowTiles), order, tiles)
+                : launch(sortPairsKernel, a.plan.sort, a.stream, routing, a.plan.tileRows,
+                         int(a.plan.rowTiles), order, tiles);
+    routing.order = order;
+    routing.tiles = tiles;
+  }
+  MoeExpertsAttributes const& is = a.attributes;
+  int const hidden = int(a.sizes.hidden), intermediate = int(a.sizes.intermediate);
+  Projection const up{is.scaleInput ? outputs : a.inputs.x,
+                      is.scaleInput ? 1 : int(a.sizes.slots),
+                      a.inputs.gateUp,
+                      a.inputs.gateUpScales,
+                      a.inputs.gateUpBias,
+                      gated,
+                      hidden,
+                      intermediate,
+                      true,
+                      is.interleaved,
+                      is.activation,
+                      is.alpha,
+                      is.limit};
+  Projection down = up;
+  down.input = gated;
+  down.pairsPerRow = 1;
+  down.weights = a.inputs.down;
+  down.scales = a.inputs.downScales;
+  down.bias = a.inputs.downBias;
+  down.output = outputs;
+  std::swap(down.depth, down.columns);
+  down.gated = false;
+  if (error == cudaSuccess) error = project<T>(a, up, routing);
+  if (error == cudaSuccess) error = project<T>(a, down, routing);
+  return error == cudaSuccess ? combine<T>(a, routing, outputs) : error;
+}
+
+}  // namespace
+
+cudaError_t moeExperts(Dtype dtype, std::optional<Dtype> stored, MoeExpertsSizes const& sizes,
+                       MoeExpertsAttributes const& attributes, MoeExpertsInputs const& inputs,
+                       void* y, void* workspace, cudaStream_t stream) {
+  if (sizes.tokens * sizes.hidden == 0) return cudaSuccess;
+  if (sizes.pairs() > kMoeMaxPairs || sizes.experts > kMoeMaxExperts ||
+      (!stored && attributes.transposed)) {
+    return cudaErrorInvalidValue;
+  }
+  bool const isAligned = aligned({inputs.x, inputs.gateUp, inputs.down, y, workspace});
+  MoeExpertsPlan const plan = moeExpertsPlan(sizes, dtype, stored, isAligned);
+  for (LaunchPlan const* launched : {&plan.scale, &plan.up, &plan.down, &plan.combine}) {
+    if (launched->grid.x > kMaxGridX) return cudaErrorInvalidValue;
+  }
+  Arguments const arguments{
+      sizes, attributes, inputs, plan, dtype, stored, static_cast<unsigned char*>(workspace),
+      y,     stream};
+  return withType(dtype, [&](auto type) { return run<typename decltype(type)::type>(arguments); });
+}
+
+}  // namespace llmexport

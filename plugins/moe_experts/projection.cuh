@@ -1,0 +1,61 @@
+// What the two projections of an expert share, on tensor cores and without: their parts, and what
+// follows the multiplication.
+#pragma once
+
+#include "common/element.cuh"
+#include "gated_act/gated_act.cuh"
+#include "moe_experts/routing.cuh"
+
+namespace llmexport {
+
+// The type of packed MXFP4 weights.
+struct Mxfp4 {};
+
+// input times weights of each pair's expert; up to the gated activation if `gated`, down if not.
+struct Projection {
+  void const* input;  // [.., depth]; pair / pairsPerRow is a pair's row
+  int pairsPerRow;
+  void const* weights;    // [experts, width, depth] or, transposed, [experts, depth, width]
+  uint8_t const* scales;  // [experts, width, depth / 32], of MXFP4
+  void const* bias;       // [experts, width] or null
+  void* output;           // [pairs, columns]
+  int depth, columns;
+  bool gated, interleaved;  // gate and up in halves of the width, or in its even and odd places
+  Activation activation;
+  float alpha, limit;
+
+  __host__ __device__ int width() const { return gated ? 2 * columns : columns; }
+};
+
+// How a launcher of a projection launches it.
+struct ProjectionLaunch {
+  LaunchPlan plan;
+  int columnTiles, tileRows;
+  bool transposed, isFirst;  // of the chain of launches
+  std::optional<Dtype> stored;
+  cudaStream_t stream;
+};
+
+// As torch rounds it: the product to T, then its sum with the bias.
+template <class T>
+__device__ __forceinline__ float withBias(float product, T const* bias, int column) {
+  float const value = rounded<T>(product);
+  return bias ? rounded<T>(value + toFloat(bias[column])) : value;
+}
+
+// Calls use(act) with the activation of a gated projection.
+template <class T, class F>
+__device__ __forceinline__ void withActivation(Projection const& p, F use) {
+  switch (p.activation) {
+    case Activation::kSilu:
+      return use(Silu<T>{});
+    case Activation::kGeluTanh:
+      return use(GeluTanh<T>{});
+    case Activation::kGeluErf:
+      return use(GeluErf<T>{});
+    case Activation::kSwigluClamped:
+      return use(SwigluClamped<T>{p.alpha, p.limit});
+  }
+}
+
+}  // namespace llmexport

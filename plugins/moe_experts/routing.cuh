@@ -1,0 +1,91 @@
+// Which pairs a block of a projection takes: pairs of one expert, found without the host.
+#pragma once
+
+#include "common/gpu.cuh"
+#include "moe_experts/moe_experts.h"
+
+namespace llmexport {
+
+constexpr unsigned kAllLanes = ~0u;
+// So few pairs are one read and one match of a warp: every block does that rather than wait for a
+// sort.
+constexpr int kUnsortedPairs = kWarp;
+
+// A part of an expert's pairs: those at [firstRow, endRow) of the order from the tile's own place
+// on. No expert: -1.
+struct alignas(16) RowTile {
+  int expert, firstTile;  // the expert's first
+  int firstRow, endRow;   // of all the expert's tiles
+};
+
+struct Routing {
+  int32_t const* experts;  // [pairs]
+  int pairs, expertCount;
+  int const* order;      // null if not sorted
+  RowTile const* tiles;  // null if not sorted
+};
+
+// What a block takes of a projection: rows of one expert, and a tile of columns. No expert: -1.
+struct Share {
+  int expert = -1, rows = 0, columnTile = 0;
+};
+
+__device__ __forceinline__ unsigned lanesBelow() { return (1u << threadIdx.x % kWarp) - 1; }
+
+// The expert of a pair, or -1 if there is none.
+__device__ __forceinline__ int expertOf(Routing const& routing, int pair) {
+  int const expert = pair < routing.pairs ? routing.experts[pair] : -1;
+  return unsigned(expert) < unsigned(routing.expertCount) ? expert : -1;
+}
+
+template <int kRows>
+__device__ __forceinline__ Share findSorted(Routing const& routing, int columnTiles,
+                                            int (&pairs)[kRows]) {
+  RowTile const tile = routing.tiles[blockIdx.x / columnTiles];
+  if (tile.expert < 0) return {};
+  // Rows first: the blocks that share a tile of weights run side by side.
+  int const rowTiles = int(ceilDiv(tile.endRow - tile.firstRow, kRows));
+  int const local = int(blockIdx.x - int64_t(tile.firstTile) * columnTiles);
+  int const first = tile.firstRow + local % rowTiles * kRows;
+  int const rows = tile.endRow - first < kRows ? tile.endRow - first : kRows;
+  if (int(threadIdx.x) < rows) pairs[threadIdx.x] = routing.order[first + threadIdx.x];
+  return {tile.expert, rows, local / rowTiles};
+}
+
+// Of at most kUnsortedPairs pairs. In every expert's list of pairs the 1st, the (kRows + 1)th ...
+// lead a tile; block b takes the tile of leader b / columnTiles.
+template <int kRows>
+__device__ __forceinline__ Share findUnsorted(Routing const& routing, int columnTiles,
+                                              int (&pairs)[kRows]) {
+  int const lane = threadIdx.x % kWarp;
+  int const expert = expertOf(routing, lane);
+  unsigned const peers = __match_any_sync(kAllLanes, expert);
+  int const rank = __popc(peers & lanesBelow());
+  unsigned const leaders = __ballot_sync(kAllLanes, expert >= 0 && rank % kRows == 0);
+  bool const leads = leaders >> lane & 1;
+  int const wanted = int(blockIdx.x) / columnTiles;
+  unsigned const found =
+      __ballot_sync(kAllLanes, leads && __popc(leaders & lanesBelow()) == wanted);
+  if (!found) return {};
+  int const leader = __ffs(int(found)) - 1;
+  int const mine = __shfl_sync(kAllLanes, expert, leader);
+  int const first = __shfl_sync(kAllLanes, rank, leader);
+  int const all = __popc(__shfl_sync(kAllLanes, peers, leader));
+  if (threadIdx.x < kWarp && expert == mine && rank >= first && rank < first + kRows) {
+    pairs[rank - first] = lane;
+  }
+  int const rows = all - first < kRows ? all - first : kRows;
+  return {mine, rows, int(blockIdx.x) % columnTiles};
+}
+
+// The share of this block; its pairs are in `pairs` for all threads.
+template <int kRows>
+__device__ __forceinline__ Share findShare(Routing const& routing, int columnTiles,
+                                           int (&pairs)[kRows]) {
+  Share const share = routing.tiles ? findSorted(routing, columnTiles, pairs)
+                                    : findUnsorted(routing, columnTiles, pairs);
+  if (share.expert >= 0) __syncthreads();
+  return share;
+}
+
+}  // namespace llmexport

@@ -1,0 +1,8 @@
+#include "moe_experts/tensor_core_projection.cuh"
+
+namespace llmexport {
+
+template cudaError_t launchOnTensorCores<Half>(ProjectionLaunch const& how, Projection const& p,
+                                               Routing const& routing);
+
+}  // namespace llmexport

@@ -1,0 +1,495 @@
+// A projection by mma.sync, for fp16 and bf16.
+//
+// A block multiplies up to kRows rows of one expert by kColumns columns of its weights. Both come
+// through a ring of stages in shared memory, each kDepth deep, and weights stay in it as they are
+// stored: transposed ones are turned by ldmatrix, other types converted in registers.
+#pragma once
+
+#include "common/async_copy.cuh"
+#include "common/early_launch.cuh"
+#include "common/tensor_core.cuh"
+#include "moe_experts/mxfp4.cuh"
+#include "moe_experts/tensor_core_projection.h"
+
+namespace llmexport {
+
+// Where chunk `chunk` of row `row` lies in a tile of rows of 8 chunks or more: 8 rows' chunks of
+// one place are in different banks, as are 4 chunks of two rows that follow each other.
+template <int kChunksPerRow>
+__device__ __forceinline__ int chunkAt(int row, int chunk) {
+  static_assert(kChunksPerRow % 8 == 0);
+  return row * kChunksPerRow + (chunk ^ ((row & 1) << 2 | (row >> 1 & 3)));
+}
+
+// The same for the i-th of rows that are kApart apart.
+template <int kChunksPerRow, int kApart>
+__device__ __forceinline__ int chunkAt(int first, int i, int chunk) {
+  if constexpr (kApart % 8 == 0) {
+    return chunkAt<kChunksPerRow>(first, chunk) + i * kApart * kChunksPerRow;
+  } else {
+    return chunkAt<kChunksPerRow>(first + i * kApart, chunk);
+  }
+}
+
+// The column of the weights that column `c` of a tile holds, or -1 beyond the last. Chunks of gate
+// and up take turns; `adjacent` leaves interleaved ones as they are, where a chunk is what lies
+// side by side.
+template <class S>
+__device__ __forceinline__ int weightColumn(Projection const& p, int columnTile, int c,
+                                            bool adjacent) {
+  if (!p.gated) {
+    int const column = columnTile * S::kColumns + c;
+    return column < p.columns ? column : -1;
+  }
+  int const first = columnTile * (S::kColumns / 2);
+  int const column = first + (adjacent ? c / 2 : c / (2 * kChunk) * kChunk + c % kChunk);
+  int const isUp = adjacent ? c % 2 : c / kChunk % 2;
+  if (column >= p.columns) return -1;
+  return p.interleaved ? 2 * column + isUp : isUp * p.columns + column;
+}
+
+// Element `at` of row `row`: one multiplication of 32 by 32 bits, where one of 64 takes three.
+__device__ __forceinline__ int64_t place(int row, int columns, int at) {
+  return int64_t(uint64_t(unsigned(row)) * unsigned(columns) + unsigned(at));
+}
+
+// What is computed from x is computed where it is used: moved out of the loop round it, it would
+// take registers that there are not.
+__device__ __forceinline__ void keepInLoop(int& x) { asm volatile("" : "+r"(x)); }
+
+// The copies of a thread into a stage's tile of inputs, [kRows, kDepth] in chunks. `rows` holds
+// the row of each in shared memory, -1 past the last.
+template <class T, class S>
+struct InputCopies {
+  static constexpr int kPerRow = S::kDepth / kChunk, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kRows / kApart;
+  T const* from;
+  int const* rows;
+  int depth;
+
+  __device__ __forceinline__ void start(T* tile, int firstDepth) const {
+    int const chunk = threadIdx.x % kPerRow, at = firstDepth + chunk * kChunk;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const row = rows[threadIdx.x / kPerRow + i * kApart];
+      copyAsync16(tile + chunkAt<kPerRow, kApart>(threadIdx.x / kPerRow, i, chunk) * kChunk,
+                  from + place(row < 0 ? 0 : row, depth, at), row >= 0 && at < depth);
+    }
+  }
+};
+
+// The weights of one expert from column `column` on, where that is there.
+template <class W>
+__device__ __forceinline__ W const* weightsFrom(Projection const& p, int expert, int64_t column,
+                                                int columnElements) {
+  int64_t const first = int64_t(expert) * p.width() + (column < 0 ? 0 : column);
+  return static_cast<W const*>(p.weights) + first * columnElements;
+}
+
+// Of columns of a tile that are kApart apart, from c on: how many are there.
+template <class S, int kApart, int kCount>
+__device__ __forceinline__ int columnsThere(Projection const& p, Share const& share, int c) {
+  static_assert(kApart % (2 * kChunk) == 0 || kCount == 1);
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    count += weightColumn<S>(p, share.columnTile, c + i * kApart, false) >= 0;
+  }
+  return count;
+}
+
+// How far apart those are in the weights.
+template <int kApart>
+__device__ __forceinline__ int apartInWeights(Projection const& p) {
+  return p.gated && !p.interleaved ? kApart / 2 : kApart;
+}
+
+// The same of 16-bit weights, stored [width, depth].
+template <class W, bool kTransposed, class S>
+struct WeightCopies {
+  static constexpr int kPerRow = S::kDepth / kChunk, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kColumns / kApart;
+  W const* from;
+  int count, apart, depth;
+
+  __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
+      : from(weightsFrom<W>(p, share.expert,
+                            weightColumn<S>(p, share.columnTile, threadIdx.x / kPerRow, false),
+                            p.depth)),
+        count(columnsThere<S, kApart, kCount>(p, share, threadIdx.x / kPerRow)),
+        apart(apartInWeights<kApart>(p)),
+        depth(p.depth) {}
+
+  __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
+    int const chunk = threadIdx.x % kPerRow, at = firstDepth + chunk * kChunk;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const to = chunkAt<kPerRow, kApart>(threadIdx.x / kPerRow, i, chunk);
+      copyAsync16(reinterpret_cast<W*>(stage) + to * kChunk, from + place(i * apart, depth, at),
+                  i < count && at < depth);
+    }
+  }
+};
+
+// Stored [depth, width].
+template <class W, class S>
+struct WeightCopies<W, true, S> {
+  static constexpr int kPerRow = S::kColumns / kChunk, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kDepth / kApart;
+  W const* from;
+  int width, depth;  // no depth past the last column
+
+  __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
+      : from(weightsFrom<W>(p, share.expert, 0, p.depth)), width(p.width()) {
+    int const column =
+        weightColumn<S>(p, share.columnTile, threadIdx.x % kPerRow * kChunk, p.interleaved);
+    depth = column < 0 ? 0 : p.depth;
+    from += column < 0 ? 0 : column;
+  }
+
+  __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
+    int columns = width;
+    keepInLoop(columns);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const row = threadIdx.x / kPerRow, at = firstDepth + row + i * kApart;
+      int const to = chunkAt<kPerRow, kApart>(row, i, threadIdx.x % kPerRow);
+      copyAsync16(reinterpret_cast<W*>(stage) + to * kChunk, from + place(at, columns, 0),
+                  at < depth);
+    }
+  }
+};
+
+// MXFP4: a stage holds [kDepth / 32, kColumns] blocks of 16 bytes. Scales are few and no multiple
+// of a copy: all of a tile are read before the first step.
+template <class S>
+struct WeightCopies<Mxfp4, false, S> {
+  static constexpr int kBlockBytes = kMoeScaleBlock / 2;
+  static constexpr int kPerRow = S::kDepth / kMoeScaleBlock, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kColumns / kApart;
+  unsigned char const* from;
+  int count, apart, bytes;  // of a column
+
+  __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
+      : from(weightsFrom<unsigned char>(
+            p, share.expert, weightColumn<S>(p, share.columnTile, threadIdx.x / kPerRow, false),
+            p.depth / 2)),
+        count(columnsThere<S, kApart, kCount>(p, share, threadIdx.x / kPerRow)),
+        apart(apartInWeights<kApart>(p)),
+        bytes(p.depth / 2) {}
+
+  __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
+    int const block = threadIdx.x % kPerRow, at = firstDepth / 2 + block * kBlockBytes;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const c = threadIdx.x / kPerRow + i * kApart;
+      copyAsync16(stage + (block * S::kColumns + c) * kBlockBytes,
+                  from + place(i * apart, bytes, at), i < count && at < bytes);
+    }
+  }
+};
+
+// Scales [kColumns, pitch] of a tile; 1 where there are no weights.
+template <class S>
+__device__ __forceinline__ void loadScales(Projection const& p, Share const& share,
+                                           unsigned char* scales) {
+  constexpr unsigned char kOne = 127;
+  int const pitch = scalePitch(p.depth, S::kDepth), blocks = p.depth / kMoeScaleBlock;
+  uint8_t const* const from = p.scales + int64_t(share.expert) * p.width() * blocks;
+  for (int c = threadIdx.x / kWarp; c < S::kColumns; c += S::kThreads / kWarp) {
+    int const column = weightColumn<S>(p, share.columnTile, c, false);
+    for (int block = threadIdx.x % kWarp; block < pitch; block += kWarp) {
+      bool const valid = column >= 0 && block < blocks;
+      scales[c * pitch + block] = valid ? from[int64_t(column) * blocks + block] : kOne;
+    }
+  }
+}
+
+// A pair of W as a pair of T.
+template <class T, class W>
+__device__ __forceinline__ uint32_t convertedPair(uint32_t pair) {
+  if constexpr (std::is_same_v<T, W>) {
+    return pair;
+  } else if constexpr (std::is_same_v<T, Half>) {
+    auto const wide = __bfloat1622float2(bitsAs<__nv_bfloat162>(pair));
+    return bitsAs<uint32_t>(__floats2half2_rn(wide.x, wide.y));
+  } else {
+    auto const wide = __half22float2(bitsAs<__half2>(pair));
+    return bitsAs<uint32_t>(__floats2bfloat162_rn(wide.x, wide.y));
+  }
+}
+
+template <class S>
+using Sums = float[S::kRowTiles][S::kColumnTiles][4];
+
+// Adds the product of a stage's two tiles, for the rows and columns of this warp.
+template <class T, class W, bool kTransposed, class S>
+__device__ __forceinline__ void multiply(Sums<S>& sums, T const* input, W const* weights,
+                                         int warpRow, int warpColumn) {
+  constexpr int kInputChunks = S::kDepth / kChunk;
+  constexpr int kWeightChunks = (kTransposed ? S::kColumns : S::kDepth) / kChunk;
+  static_assert(kInputChunks == 8);
+  int const lane = threadIdx.x % kWarp;
+  // Of a row's 8 chunks, one n further on lies where the place of the first differs by n in its
+  // last bits.
+  int inputAt = chunkAt<kInputChunks>(warpRow + lane % 16, lane / 16);
+  int weightAt = kTransposed
+                     ? chunkAt<kWeightChunks>(lane % 16, warpColumn / kChunk + lane / 16)
+                     : chunkAt<kWeightChunks>(warpColumn + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+// With all four at once the compiler reads so far ahead that registers spill.
+#pragma unroll 2
+  for (int k = 0; k < S::kDepth; k += kMmaDepth) {
+    keepInLoop(inputAt);
+    keepInLoop(weightAt);
+    uint32_t a[S::kRowTiles][4];
+#pragma unroll
+    for (int i = 0; i < S::kRowTiles; ++i) {
+      int const at = (inputAt ^ k / kChunk) + i * kMmaRows * kInputChunks;
+      loadMatrix(a[i], input + at * kChunk);
+    }
+#pragma unroll
+    for (int j = 0; j < S::kColumnTiles; j += 2) {
+      uint32_t two[4];
+      if constexpr (kTransposed) {
+        loadMatrixTransposed(two, weights + ((weightAt ^ j) + k * kWeightChunks) * kChunk);
+      } else {
+        int const at = (weightAt ^ k / kChunk) + j * kMmaColumns * kWeightChunks;
+        loadMatrix(two, weights + at * kChunk);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t const b[2] = {convertedPair<T, W>(two[2 * half]),
+                               convertedPair<T, W>(two[2 * half + 1])};
+#pragma unroll
+        for (int i = 0; i < S::kRowTiles; ++i) mma16x8x16<T>(sums[i][j + half], a[i], b);
+      }
+    }
+  }
+}
+
+// The order of k in a block of MXFP4 is ours to choose: a thread takes 8 that follow each other, a
+// word of weights, and pairs them i with i + 4, as decodeMxfp4 gives them.
+template <class T, class S>
+__device__ __forceinline__ void multiplyMxfp4(Sums<S>& sums, T const* input,
+                                              unsigned char const* weights,
+                                              unsigned char const* scales, int pitch, int warpRow,
+                                              int warpColumn) {
+  constexpr int kInputChunks = S::kDepth / kChunk;
+  constexpr int kWordsPerBlock = 4;
+  int const lane = threadIdx.x % kWarp, group = lane / 4, word = lane % 4;
+  int inputAt = chunkAt<kInputChunks>(warpRow + group, word);
+  keepInLoop(inputAt);
+#pragma unroll 1
+  for (int block = 0; block < S::kDepth / kMoeScaleBlock; ++block) {
+    uint32_t b[S::kColumnTiles][4];
+#pragma unroll
+    for (int j = 0; j < S::kColumnTiles; ++j) {
+      int const column = warpColumn + j * kMmaColumns + group;
+      auto const* const words = reinterpret_cast<uint32_t const*>(weights);
+      decodeMxfp4<T>(b[j], words[(block * S::kColumns + column) * kWordsPerBlock + word],
+                     scales[column * pitch + block]);
+    }
+#pragma unroll
+    for (int i = 0; i < S::kRowTiles; ++i) {
+      Vector<uint32_t, 4> in[2];
+      uint32_t a[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const at =
+            (inputAt ^ block * kWordsPerBlock) + (i * kMmaRows + half * 8) * kInputChunks;
+        in[half] = load<4>(reinterpret_cast<uint32_t const*>(input + at * kChunk));
+        // Values 0 and 4, 1 and 5, then 2 and 6, 3 and 7.
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          uint32_t const low = in[half].at[e], high = in[half].at[e + 2];
+          a[e][half] = (low & 0xFFFF) | high << 16;
+          a[e][half + 2] = low >> 16 | (high & 0xFFFF0000);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < S::kColumnTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          uint32_t const both[2] = {b[j][2 * e], b[j][2 * e + 1]};
+          mma16x8x16<T>(sums[i][j], a[e], both);
+        }
+      }
+    }
+  }
+}
+
+// Rounds the sums into a tile in shared memory, and from there writes rows of the output: products
+// and bias as they are, or what the activation makes of gates and ups.
+template <class T, class S>
+__device__ __forceinline__ void finish(Projection const& p, Share const& share,
+                                       int const (&pairs)[S::kRows], Sums<S> const& sums, T* tile,
+                                       int warpRow, int warpColumn, bool adjacent) {
+  // One chunk more, so that 8 rows begin in different banks.
+  constexpr int kPitch = S::kColumns + kChunk;
+  int const lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < S::kRowTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const row = warpRow + i * kMmaRows + half * 8 + lane / 4;
+#pragma unroll
+      for (int j = 0; j < S::kColumnTiles; ++j) {
+        Vector<T, 2> const two{fromFloat<T>(sums[i][j][2 * half]),
+                               fromFloat<T>(sums[i][j][2 * half + 1])};
+        store<2>(tile + row * kPitch + warpColumn + j * kMmaColumns + lane % 4 * 2, two);
+      }
+    }
+  }
+  __syncthreads();
+  // A thread takes two chunks, which have a chunk of gates and the ups that belong to them.
+  constexpr int kTwo = 2 * kChunk, kPerRow = S::kColumns / kTwo;
+  T const* const bias =
+      p.bias ? static_cast<T const*>(p.bias) + int64_t(share.expert) * p.width() : nullptr;
+#pragma unroll 1
+  for (int at = threadIdx.x; at < share.rows * kPerRow; at += S::kThreads) {
+    int const row = at / kPerRow, c = at % kPerRow * kTwo;
+    T* const output = static_cast<T*>(p.output) + int64_t(pairs[row]) * p.columns;
+    float values[kTwo];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      auto const chunk = load<kChunk>(tile + row * kPitch + c + half * kChunk);
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) {
+        float& value = values[half * kChunk + e];
+        value = toFloat(chunk.at[e]);
+        int const column = weightColumn<S>(p, share.columnTile, c + half * kChunk + e, adjacent);
+        if (bias && column >= 0) value = rounded<T>(value + toFloat(bias[column]));
+      }
+    }
+    if (p.gated) {
+      int const column = (share.columnTile * S::kColumns + c) / 2;
+      if (column >= p.columns) continue;
+      withActivation<T>(p, [&](auto act) {
+        Vector<T, kChunk> out;
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) {
+          float const gate = adjacent ? values[2 * e] : values[e];
+          float const up = adjacent ? values[2 * e + 1] : values[kChunk + e];
+          out.at[e] = fromFloat<T>(act(gate, up));
+        }
+        store<kChunk>(output + column, out);
+      });
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const column = share.columnTile * S::kColumns + c + half * kChunk;
+        Vector<T, kChunk> out;
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) out.at[e] = fromFloat<T>(values[half * kChunk + e]);
+        if (column < p.columns) store<kChunk>(output + column, out);
+      }
+    }
+  }
+}
+
+// Block b takes the share that findShare gives it: rows of one expert, gathered, and a tile of its
+// columns. Sums are fp32 and rounded to T, then with the bias; the activation is fp32 and rounded
+// once (GptOssExperts of modeling_gpt_oss.py, Qwen3MoeExperts of modeling_qwen3_moe.py).
+template <class T, class W, bool kTransposed, class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+    tensorCoreProjectionKernel(Projection p, Routing routing, int columnTiles) {
+  using Layout = StageLayout<W, S>;
+  DYNAMIC_SHARED(shared);
+  SHARED_ARRAY(int, pairs, S::kRows);
+  SHARED_ARRAY(int, inputRows, S::kRows);
+  SHARED_ARRAY(Share, kept, 1);
+  // The projection down reads what the one before the last wrote, the other what the last wrote.
+  if (p.gated) waitForPrevious();
+  letNextStart();
+  Share const share = findShare(routing, columnTiles, pairs);
+  if (share.expert < 0) return waitForPrevious();
+
+  if (threadIdx.x == 0) kept[0] = share;
+  if (threadIdx.x < S::kRows) {
+    bool const here = int(threadIdx.x) < share.rows;
+    inputRows[threadIdx.x] = here ? pairs[threadIdx.x] / p.pairsPerRow : -1;
+  }
+  __syncthreads();
+  InputCopies<T, S> const inputs{static_cast<T const*>(p.input), inputRows, p.depth};
+  WeightCopies<W, kTransposed, S> const weights(p, share);
+  // Weights come whatever the kernel before is at.
+#pragma unroll 1
+  for (int i = 0; i < S::kStages - 1 && i * S::kDepth < p.depth; ++i) {
+    weights.start(shared + i * Layout::kBytes + Layout::kInputBytes, i * S::kDepth);
+  }
+  unsigned char* const scales = shared + Layout::kAllBytes;
+  if constexpr (kIsMxfp4<W>) loadScales<S>(p, share, scales);
+  waitForPrevious();
+  // The first group has all of these weights; each has a step's inputs. A step past the last is an
+  // empty group, so that a wait counts steps.
+#pragma unroll 1
+  for (int i = 0; i < S::kStages - 1; ++i) {
+    if (i * S::kDepth < p.depth) {
+      inputs.start(reinterpret_cast<T*>(shared + i * Layout::kBytes), i * S::kDepth);
+    }
+    commitCopies();
+  }
+
+  int const warp = threadIdx.x / kWarp;
+  int const warpRow = warp / S::kWarpsAcross * S::kWarpRows;
+  int const warpColumn = warp % S::kWarpsAcross * S::kWarpColumns;
+  bool const adjacent = kTransposed && p.gated && p.interleaved;
+  bool const works =
+      warpRow < share.rows && weightColumn<S>(p, share.columnTile, warpColumn, adjacent) >= 0;
+  Sums<S> sums = {};
+  // Where the tiles of this step are, and those of the step before, in bytes.
+  int stage = 0, freed = Layout::kAllBytes - Layout::kBytes;
+#pragma unroll 1
+  for (int depth = 0; depth < p.depth; depth += S::kDepth) {
+    waitCopies<S::kStages - 2>();
+    // This step's tiles are there for all threads, and all are done with the step before.
+    __syncthreads();
+    int const next = depth + (S::kStages - 1) * S::kDepth;
+    if (next < p.depth) {
+      inputs.start(reinterpret_cast<T*>(shared + freed), next);
+      weights.start(shared + freed + Layout::kInputBytes, next);
+    }
+    commitCopies();
+    if (works) {
+      T const* const input = reinterpret_cast<T const*>(shared + stage);
+      unsigned char const* const weight = shared + stage + Layout::kInputBytes;
+      if constexpr (kIsMxfp4<W>) {
+        multiplyMxfp4<T, S>(sums, input, weight, scales + depth / kMoeScaleBlock,
+                            scalePitch(p.depth, S::kDepth), warpRow, warpColumn);
+      } else {
+        multiply<T, W, kTransposed, S>(sums, input, reinterpret_cast<W const*>(weight), warpRow,
+                                       warpColumn);
+      }
+    }
+    freed = stage;
+    stage = stage == Layout::kAllBytes - Layout::kBytes ? 0 : stage + Layout::kBytes;
+  }
+  __syncthreads();
+  finish<T, S>(p, kept[0], pairs, sums, reinterpret_cast<T*>(shared), warpRow, warpColumn,
+               adjacent);
+}
+
+template <class T, class W, bool kTransposed>
+cudaError_t launchTiles(ProjectionLaunch const& how, Projection const& p, Routing const& routing) {
+  using Few = typename Tiles<W>::Few;
+  using Many = typename Tiles<W>::Many;
+  auto const kernel = how.tileRows == Few::kRows
+                          ? tensorCoreProjectionKernel<T, W, kTransposed, Few>
+                          : tensorCoreProjectionKernel<T, W, kTransposed, Many>;
+  return how.isFirst ? launch(kernel, how.plan, how.stream, p, routing, how.columnTiles)
+                     : launchEarly(kernel, how.plan, how.stream, p, routing, how.columnTiles);
+}
+
+template <class T>
+cudaError_t launchOnTensorCores(ProjectionLaunch const& how, Projection const& p,
+                                Routing const& routing) {
+  if (!how.stored) return launchTiles<T, Mxfp4, false>(how, p, routing);
+  if (how.stored == Dtype::kFloat16) {
+    return how.transposed ? launchTiles<T, Half, true>(how, p, routing)
+                          : launchTiles<T, Half, false>(how, p, routing);
+  }
+  return how.transposed ? launchTiles<T, Bfloat16, true>(how, p, routing)
+                        : launchTiles<T, Bfloat16, false>(how, p, routing);
+}
+
+}  // namespace llmexport

@@ -1,0 +1,398 @@
+"""MoeExperts' kernels against float64: layouts, activations, stored types and routings; few rows an expert and many.
+
+Weights of experts that nobody chose are NaN. Imports torch in one test alone: test_sanitizers.py runs it under
+sanitizers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_numbers import UNIT, Values, rounded
+from plugin_host import DTYPES, Machine, Refused
+
+from llmexport.validate.compare import compare
+from llmexport.validate.tolerance import Tolerance
+
+SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))
+HALVES = ("fp16", "bf16")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "swiglu_clamped")
+MXFP4 = "mxfp4"
+BLOCK = 32
+E2M1 = np.array([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+# Where a sum in fp32 falls on the other side of a tie than in float64, a rounded product is off by one unit, and the
+# result by less than one of its largest; an activation that does shows in a row of the result. In all 1 in 40.
+# Measured: 0.55 units, and 0.12 in the mean.
+MOST, RMS = 1.01, 0.2
+
+
+@dataclass(frozen=True)
+class Node:
+    """Sizes and attributes of a node; `stored` is the type of its weights, empty if x's. `chosen`: only so many
+    experts are chosen, of those from the second on; 0: all may be.
+    """
+
+    T: int
+    K: int
+    E: int
+    C: int
+    I: int  # noqa: E741
+    B: int = 1
+    activation: str = "silu"
+    transposed: bool = False
+    interleaved: bool = False
+    scale_input: bool = False
+    biases: bool = False
+    stored: str = ""
+    chosen: int = 0
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        flags = {n: getattr(self, n) for n in ("transposed", "interleaved", "scale_input")}
+        return {"activation": self.activation, "alpha": 1.702, "limit": 1.5, **flags}
+
+    def inputs(self, dtype: str, seed: int = 0) -> list[Values]:
+        random = np.random.default_rng(seed)
+
+        def normal(*shape: int) -> Values:
+            return random.standard_normal(shape)
+
+        x, weights = normal(self.B, self.T, self.C), random.uniform(0.1, 1, (self.B, self.T, self.K))
+        ranked = random.random((self.B, self.T, self.chosen or self.E)).argsort(-1)[..., : self.K]
+        experts = ((ranked + 1) % self.E if self.chosen else ranked).astype(np.int32)
+        shapes = [(self.E, 2 * self.I, self.C), (self.E, self.C, self.I)]
+        x, weights = x.astype(DTYPES[dtype]), weights.astype(DTYPES[dtype])
+        biases = [normal(self.E, n).astype(DTYPES[dtype]) for n in (2 * self.I, self.C)] if self.biases else []
+        if self.stored == MXFP4:
+            codes = [random.integers(0, 256, (e, n, k // 2), np.uint8) for e, n, k in shapes]
+            scales = [random.integers(122, 126, (e, n, k // BLOCK), np.uint8) for e, n, k in shapes]
+            return [x, weights, experts, *codes, *biases, *scales]
+        matrices = [(normal(*s) / math.sqrt(s[-1])).astype(DTYPES[self.stored or dtype]) for s in shapes]
+        for matrix in matrices:
+            matrix[[e for e in range(self.E) if e not in experts]] = np.nan
+        if self.transposed:
+            matrices = [np.ascontiguousarray(m.swapaxes(-1, -2)) for m in matrices]
+        return [x, weights, experts, *matrices, *biases]
+
+
+def dequantised(codes: Values, scales: Values) -> Values:
+    values = E2M1[np.stack((codes & 15, codes >> 4), -1)].reshape(*codes.shape[:-1], -1)
+    return np.ldexp(values, scales.astype(int).repeat(BLOCK, -1) - 127)
+
+
+def activated(gate: Values, up: Values, attributes: dict[str, Any]) -> Values:
+    name, alpha, limit = (attributes[n] for n in ("activation", "alpha", "limit"))
+    if name == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    if name == "gelu_tanh":
+        return 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    if name == "gelu_erf":
+        return 0.5 * gate * (1 + np.vectorize(math.erf, otypes=[float])(gate / math.sqrt(2))) * up
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return gate / (1 + np.exp(-alpha * gate)) * (up + 1)
+
+
+def exact(node: Node, inputs: list[Values], dtype: str) -> Values:
+    """In float64, rounded to the dtype where the reference rounds but for the last time."""
+    x, weights, experts, *matrices = inputs[:5]
+    rows, scales = x.reshape(-1, node.C).astype(np.float64), weights.reshape(-1, node.K).astype(np.float64)
+    y = np.zeros_like(rows)
+    for e in np.unique(experts[(experts >= 0) & (experts < node.E)]):
+        token, slot = np.nonzero(experts.reshape(-1, node.K) == e)
+        if node.stored == MXFP4:
+            gate_up, down = (dequantised(m[e], s[e]) for m, s in zip(matrices, inputs[7:], strict=True))
+        else:
+            gate_up, down = (m[e].astype(np.float64) for m in matrices)
+        if not node.transposed:
+            gate_up, down = gate_up.T, down.T
+        scale = scales[token, slot, None]
+        both = rounded((rounded(rows[token] * scale, dtype) if node.scale_input else rows[token]), dtype)
+        both = rounded(both @ rounded(gate_up, dtype), dtype)
+        if node.biases:
+            both = rounded(both + inputs[5][e].astype(np.float64), dtype)
+        gate, up = (both[:, 0::2], both[:, 1::2]) if node.interleaved else (both[:, : node.I], both[:, node.I :])
+        out = rounded(rounded(activated(gate, up, node.attributes), dtype) @ rounded(down, dtype), dtype)
+        if node.biases:
+            out = rounded(out + inputs[6][e].astype(np.float64), dtype)
+        np.add.at(y, token, out if node.scale_input else out * scale)
+    return y.reshape(x.shape)
+
+
+def run(machine: Machine, node: Node, inputs: list[Values], shift: int = 0) -> Values:
+    return machine.library.create("MoeExperts", node.attributes).run(machine.memory(), inputs, shift)[0]
+
+
+def is_near(node: Node, found: Values, y: Values, dtype: str) -> bool:
+    if dtype == "fp32":
+        # n roundings of a sum of n products add up to sqrt(n) of them; those of the activation are a few.
+        units = (math.sqrt(node.C) + math.sqrt(node.I)) / 2 + 2
+        return compare(y, found).excess(Tolerance(units * UNIT[dtype], units * UNIT[dtype], scaled=True)) <= 1
+    bound = Tolerance(MOST * UNIT[dtype], RMS * UNIT[dtype], scaled=True)
+    return compare(rounded(y, dtype), found).excess(bound) <= 1
+
+
+def is_right(machine: Machine, node: Node, dtype: str, shift: int = 0) -> bool:
+    inputs = node.inputs(dtype)
+    return is_near(node, run(machine, node, inputs, shift), exact(node, inputs, dtype), dtype)
+
+
+def name(node: Node) -> str:
+    sizes = "x".join(str(getattr(node, n)) for n in "TKECI")
+    return sizes + "".join(
+        f"-{k}{'' if v is True else v}" for k, v in vars(node).items() if k not in "TKECI" and v != getattr(Node, k)
+    )
+
+
+# Tokens that fill no tile, one and more; steps of a depth of 64 that fill no ring, one and more, and no step.
+FEW_ROWS = [
+    Node(1, 1, 4, 8, 8),
+    Node(1, 4, 32, 456, 40),
+    Node(7, 2, 4, 40, 456),
+    Node(16, 2, 16, 64, 64),
+    Node(63, 1, 16, 72, 136, chosen=1),
+    Node(64, 2, 16, 136, 72, chosen=3),
+    Node(9, 8, 128, 64, 32),
+    Node(5, 16, 512, 24, 16),
+]
+MANY_ROWS = [
+    Node(63, 2, 4, 456, 40),
+    Node(64, 2, 4, 40, 456),
+    Node(65, 1, 2, 64, 64, chosen=1),
+    Node(130, 2, 4, 136, 72),
+    Node(130, 1, 1, 72, 136),
+    Node(140, 4, 16, 72, 40, chosen=5),
+]
+ODD = [Node(1, 1, 1, 1, 1), Node(7, 2, 4, 37, 19), Node(65, 2, 4, 33, 70), Node(20, 1, 4, 68, 36)]
+LAYOUTS = [{"transposed": t, "interleaved": i} for t, i in ((False, False), (False, True), (True, False), (True, True))]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("node", [*FEW_ROWS, *MANY_ROWS], ids=name)
+def test_tensor_cores(machine: Machine, node: Node, dtype: str) -> None:
+    assert is_right(machine, node, dtype)
+
+
+@pytest.mark.parametrize("biases", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("node", [FEW_ROWS[2], MANY_ROWS[3], ODD[1]], ids=name)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_layouts(machine: Machine, node: Node, layout: dict[str, bool], biases: bool, dtype: str) -> None:
+    assert is_right(machine, replace(node, **layout, biases=biases), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations(machine: Machine, activation: str, layout: dict[str, bool], dtype: str) -> None:
+    assert is_right(machine, Node(7, 2, 4, 64, 40, activation=activation, biases=True, **layout), dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("node", [Node(7, 2, 4, 72, 40), Node(65, 2, 2, 72, 40)], ids=name)
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_another_type(machine: Machine, node: Node, dtype: str, stored: str, transposed: bool) -> None:
+    assert is_right(machine, replace(node, stored=stored, transposed=transposed), dtype)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("size", [(1, 4, 32, 96, 32), (7, 2, 4, 288, 64), (20, 4, 8, 32, 1056), (65, 2, 4, 224, 96)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mxfp4(machine: Machine, size: tuple[int, ...], dtype: str, interleaved: bool) -> None:
+    node = Node(*size, activation="swiglu_clamped", interleaved=interleaved, biases=True, stored=MXFP4)
+    assert is_right(machine, node, dtype)
+
+
+# The scales with which 0.5 is a normal number to fp32, in which products are added up, and 6 is finite.
+SCALES = {"fp32": range(2, 253), "fp16": range(2, 141), "bf16": range(2, 253)}
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_mxfp4_value(machine: Machine, dtype: str, tokens: int) -> None:
+    """One token an element of down: the gate is 2 at alpha = 0, up is the token's one minus 1, their product that."""
+    node = Node(BLOCK * tokens, 1, 1, 256, BLOCK, activation="swiglu_clamped", biases=True, stored=MXFP4)
+    inputs = node.inputs(dtype)
+    x, weights, _, gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales = inputs
+    weights[...] = 1
+    x[...] = np.eye(BLOCK, node.C)[np.arange(node.T) % BLOCK]
+    one, picked = 2, np.arange(BLOCK)
+    gate_up[...] = 0
+    gate_up[0, BLOCK + picked, picked // 2] = one << picked % 2 * 4
+    gate_up_scales[...] = 127
+    gate_up_bias[0, :BLOCK], gate_up_bias[0, BLOCK:], down_bias[...] = 2, -1, 0
+    down_scales[0, :, 0] = np.resize(SCALES[dtype], node.C)
+    attributes = {**node.attributes, "alpha": 0.0, "limit": 2.0}
+    y = machine.library.create("MoeExperts", attributes).run(machine.memory(), inputs)[0][0]
+    values = dequantised(down[0], down_scales[0]).astype(DTYPES[dtype])
+    assert (y == values.T[np.arange(node.T) % BLOCK]).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1, 16, 72, 40), (33, 1, 4, 72, 40), (65, 2, 2, 40, 72), (9, 2, 4, 37, 19)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_input(machine: Machine, size: tuple[int, ...], dtype: str, transposed: bool) -> None:
+    assert is_right(machine, Node(*size, scale_input=True, transposed=transposed), dtype)
+
+
+@pytest.mark.parametrize("node", [*ODD, FEW_ROWS[2], MANY_ROWS[0]], ids=name)
+def test_fp32(machine: Machine, node: Node) -> None:
+    assert is_right(machine, node, "fp32")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("node", ODD, ids=name)
+def test_sizes_that_fill_no_vector(machine: Machine, node: Node, dtype: str) -> None:
+    assert is_right(machine, node, dtype)
+
+
+@pytest.mark.parametrize("stored", ["", MXFP4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_tensors(machine: Machine, dtype: str, stored: str) -> None:
+    assert is_right(machine, Node(20, 2, 4, 64, 32, biases=True, stored=stored), dtype, shift=1)
+
+
+@pytest.mark.parametrize("tokens", [9, 80])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_may_choose_an_expert_twice(machine: Machine, dtype: str, tokens: int) -> None:
+    node = Node(tokens, 3, 4, 64, 40)
+    inputs = node.inputs(dtype)
+    inputs[2] = np.random.default_rng(1).integers(0, 4, inputs[2].shape, np.int32)
+    assert is_near(node, run(machine, node, inputs), exact(node, inputs, dtype), dtype)
+
+
+@pytest.mark.parametrize("tokens", [9, 80])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_expert_adds_nothing(machine: Machine, dtype: str, tokens: int) -> None:
+    node = Node(tokens, 2, 4, 64, 40)
+    inputs = node.inputs(dtype)
+    inputs[2][0, ::2, 1], inputs[2][0, 1::3, 0] = -1, 4
+    inputs[2][0, -1] = 2**31 - 1
+    y = run(machine, node, inputs)
+    assert is_near(node, y, exact(node, inputs, dtype), dtype)
+    assert not y[0, -1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_is_its_tokens(machine: Machine, dtype: str) -> None:
+    node = Node(5, 2, 4, 64, 40, B=3)
+    inputs = node.inputs(dtype)
+    flat = [x.reshape(1, 15, -1) for x in inputs[:3]]
+    found = run(machine, node, inputs)
+    assert found.tobytes() == run(machine, replace(node, B=1, T=15), [*flat, *inputs[3:]]).tobytes()
+    assert is_near(node, found, exact(node, inputs, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_a_nan_shows_in_its_token_alone(machine: Machine, dtype: str, tokens: int) -> None:
+    node = Node(tokens, 2, 4, 64, 40)
+    inputs = node.inputs(dtype)
+    inputs[0][0, 3, 7] = np.nan
+    found = np.isnan(run(machine, node, inputs).astype(np.float32))[0]
+    assert found[3].all()
+    assert not np.delete(found, 3, 0).any()
+
+
+@pytest.mark.parametrize(
+    "node",
+    [FEW_ROWS[1], FEW_ROWS[6], MANY_ROWS[0], Node(20, 2, 4, 96, 64, stored=MXFP4, biases=True), ODD[1]],
+    ids=name,
+)
+def test_result_does_not_depend_on_the_order_of_threads(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, node: Node
+) -> None:
+    results = set()
+    for seed in range(4):
+        monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
+        results.add(run(machine, node, node.inputs("bf16")).tobytes())
+    assert len(results) == 1
+
+
+def test_no_tokens_are_no_error(machine: Machine) -> None:
+    node = Node(0, 2, 4, 64, 40)
+    inputs = node.inputs("fp16")
+    assert run(machine, node, inputs).shape == (1, 0, 64)
+
+
+@pytest.mark.parametrize(
+    ("node", "left_out", "says"),
+    [
+        (Node(1, 1, 513, 8, 8), 0, "E = 513 experts, the kernels sort 512"),
+        (Node(1, 1, 2, 32, 32, stored=MXFP4, biases=True), 1, "weights of bytes are MXFP4, which has biases and "),
+    ],
+    ids=["experts", "scales"],
+)
+def test_refuses(machine: Machine, capfd: pytest.CaptureFixture[str], node: Node, left_out: int, says: str) -> None:
+    inputs = node.inputs("fp16")
+    with pytest.raises(Refused):
+        run(machine, node, inputs[: len(inputs) - left_out])
+    assert f"llmexport: MoeExperts: {says}" in capfd.readouterr().err
+
+
+def test_refuses_transposed_mxfp4(machine: Machine, capfd: pytest.CaptureFixture[str]) -> None:
+    node = Node(1, 1, 2, 64, 32, stored=MXFP4, biases=True, transposed=True)
+    inputs = node.inputs("fp16")
+    inputs[3:5] = np.zeros((2, 64, 64), np.uint8), np.zeros((2, 32, 64), np.uint8)
+    with pytest.raises(Refused):
+        run(machine, node, inputs)
+    assert "llmexport: MoeExperts: MXFP4 weights are never transposed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("transposed", "position", "shape", "says"),
+    [
+        (False, 3, (4, 80, 72), "gate_up has Q = 72 columns, not 64"),
+        (False, 3, (4, 81, 64), "gate_up is 81 wide, which are no gates and ups"),
+        (False, 4, (4, 72, 40), "down has R = 72 rows, but x has C = 64 columns"),
+        (False, 4, (4, 64, 48), "down has S = 48 columns, not 40"),
+        (True, 3, (4, 72, 80), "gate_up is transposed and has P = 72 rows, but x has C = 64 columns"),
+        (True, 4, (4, 48, 64), "down is transposed and has R = 48 rows, but gate_up is 80 wide"),
+        (True, 4, (4, 40, 72), "down has S = 72 columns, not 64"),
+        (False, 5, (4, 64), "gate_up_bias has J = 64 elements, but gate_up is 80 wide"),
+    ],
+)
+def test_refuses_sizes(
+    machine: Machine,
+    capfd: pytest.CaptureFixture[str],
+    transposed: bool,
+    position: int,
+    shape: tuple[int, ...],
+    says: str,
+) -> None:
+    node = Node(3, 2, 4, 64, 40, biases=True, transposed=transposed)
+    inputs = node.inputs("fp16")
+    inputs[position] = np.zeros(shape, inputs[position].dtype)
+    with pytest.raises(Refused):
+        run(machine, node, inputs)
+    assert f"llmexport: MoeExperts: {says}" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(SANITIZE, reason="torch is not made for sanitizers")
+@pytest.mark.parametrize("node", [*FEW_ROWS, *MANY_ROWS, *ODD], ids=name)
+def test_float64_is_the_torch_reference(node: Node) -> None:
+    import torch
+
+    from llmexport.plugins.moe_experts import moe_experts
+
+    # Each size in another form; MXFP4 where it fits.
+    form = node.C + node.I
+    fits = node.C % BLOCK == node.I % BLOCK == 0
+    changed = replace(
+        node,
+        activation=ACTIVATIONS[form // 4 % 4],
+        transposed=form % 16 > 8 and not fits,
+        interleaved=node.T % 2 == 1,
+        scale_input=node.K == 1,
+        biases=fits or form % 3 == 0,
+        stored=MXFP4 if fits else "",
+    )
+    inputs = changed.inputs("fp32")
+    tensors = [*map(torch.from_numpy, inputs), *[None] * (9 - len(inputs))]
+    found = moe_experts.reference(*tensors, **changed.attributes)
+    assert is_near(changed, found.numpy(), exact(changed, inputs, "fp32"), "fp32")
