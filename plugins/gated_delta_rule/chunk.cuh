@@ -1,0 +1,157 @@
+// What prepare.cuh and scan.cuh share: the chunk, its record in the workspace, matrices in two parts.
+//
+// In a chunk of C tokens, with the state S before it, G_i the sum of g up to token i and n_i = 1 / |k_i|:
+//   lower_ij  = beta_i n_i n_j exp(G_i - G_j) k_i k_j for j < i, else 0   unit + lower is solved once
+//   inverse   = (1 + lower)^-1 diag(beta)
+//   scores_ij = scale / |q_i| n_j exp(G_i - G_j) q_i k_j for j <= i, else 0
+//   u = inverse (v - exp(G) n k S);  y = scale / |q| exp(G) q S + scores u
+//   S' = exp(G_C) S + sum over j of n_j exp(G_C - G_j) k_j u_j^T
+// Raw k and q are exact operands of the tensor cores; everything else is fp32 and goes in as two
+// parts, high and low, whose sum holds 16 bits of it (bf16) or 22 (fp16).
+#pragma once
+
+#include <cstring>
+
+#include "common/async_copy.cuh"
+#include "common/element.cuh"
+#include "common/tensor_core.cuh"
+
+namespace llmexport {
+
+constexpr int kChunk = 64;
+constexpr int kChunkThreads = 128;
+constexpr int kTile = 16;  // rows and columns of an operand of mma
+constexpr int kChunkTiles = kChunk / kTile;
+constexpr int kTriangleTiles = kChunkTiles * (kChunkTiles + 1) / 2;  // on and below the diagonal
+
+constexpr __device__ int triangleTile(int row, int column) { return row * (row + 1) / 2 + column; }
+
+// The same in all lanes, as the compiler can see: what depends on it needs no divergent branch.
+__device__ __forceinline__ int warpOfThread() {
+  return __shfl_sync(~0u, int(threadIdx.x / kWarp), 0);
+}
+
+// A tile as the left operand of mma: a[0] is rows 0-7, columns 0-7; a[1] rows 8-15; a[2], a[3]
+// columns 8-15; a lane holds two neighbours of row lane / 4. The same registers are the right
+// operand of the tile's transpose: {a[0], a[2]} and {a[1], a[3]} its columns 0-7 and 8-15.
+struct alignas(16) Fragment {
+  uint32_t a[4];
+};
+
+// A tile as the sum of two: what T holds of it, and of the rest.
+struct Parts {
+  Fragment high, low;
+};
+
+// What prepare leaves for scan of one chunk of one head.
+struct alignas(16) ChunkRecord {
+  Fragment inverse[2][kTriangleTiles][kWarp], scores[2][kTriangleTiles][kWarp];  // high, low
+  float keyFactor[kChunk];     // exp(G_i) n_i
+  float queryFactor[kChunk];   // scale exp(G_i) / |q_i|
+  float updateFactor[kChunk];  // exp(G_C - G_i) n_i
+  float decay, unused[3];      // exp(G_C)
+};
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, Half>) {
+    __half2 const pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  }
+  return bits;
+}
+
+template <class T>
+__device__ __forceinline__ Vector<float, 2> unpack(uint32_t bits) {
+  Vector<T, 2> pair;
+  memcpy(&pair, &bits, sizeof bits);
+  return {toFloat(pair.at[0]), toFloat(pair.at[1])};
+}
+
+template <class T>
+__device__ __forceinline__ void split(float first, float second, uint32_t& high, uint32_t& low) {
+  high = pack<T>(first, second);
+  auto const rounded = unpack<T>(high);
+  low = pack<T>(first - rounded.at[0], second - rounded.at[1]);
+}
+
+// Of a tile in two accumulators of mma, columns 0-7 and 8-15.
+template <class T>
+__device__ __forceinline__ Parts split(float const (&left)[4], float const (&right)[4]) {
+  Parts parts;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    split<T>(left[2 * half], left[2 * half + 1], parts.high.a[half], parts.low.a[half]);
+    split<T>(right[2 * half], right[2 * half + 1], parts.high.a[half + 2], parts.low.a[half + 2]);
+  }
+  return parts;
+}
+
+// sum += a b^T, for columns 8 * side to 8 * side + 7 of b^T.
+template <class T>
+__device__ __forceinline__ void multiply(float (&sum)[4], Fragment const& a, Fragment const& b,
+                                         int side) {
+  uint32_t const columns[2] = {b.a[side], b.a[side + 2]};
+  mma16x8x16<T>(sum, a.a, columns);
+}
+
+// The products of parts that count, the largest last. The caller's loop over them is outside that
+// over its sums: mma needs the time to finish one before the next is added.
+constexpr int kProducts = 3;
+__device__ __forceinline__ Fragment const& leftOf(int product, Parts const& parts) {
+  return product == 0 ? parts.low : parts.high;
+}
+__device__ __forceinline__ Fragment const& rightOf(int product, Parts const& parts) {
+  return product == 1 ? parts.low : parts.high;
+}
+
+// Rows of kWidth elements in shared memory, placed so that 8 rows of one column are on different
+// banks: rotated against each other or, where a row is too short for that, apart.
+template <int kWidth>
+constexpr __device__ int pitch() {
+  return kWidth >= kChunk ? kWidth : kWidth + 8;
+}
+template <int kWidth>
+__device__ __forceinline__ int place(int row, int column) {
+  int const piece = kWidth >= kChunk ? column / 8 ^ row % 8 : column / 8;
+  return row * pitch<kWidth>() + piece * 8;
+}
+
+// Starts to copy a chunk's rows to shared memory; zeros past `rows` and `columns`.
+template <int kWidth, class T>
+__device__ __forceinline__ void copyChunk(T* to, T const* from, int64_t stride, int64_t rows,
+                                          int columns) {
+  constexpr int kPieces = kWidth / 8, kRows = kChunkThreads / kPieces;
+  int const column = threadIdx.x % kPieces * 8;
+#pragma unroll
+  for (int first = 0; first < kChunk; first += kRows) {
+    int const row = first + threadIdx.x / kPieces;
+    bool const there = row < rows && column < columns;
+    copyAsync16(to + place<kWidth>(row, column), there ? from + row * stride + column : from,
+                there);
+  }
+}
+
+template <int kWidth, class T>
+__device__ __forceinline__ Fragment loadTile(T const* rows, int row, int column) {
+  int const lane = threadIdx.x % kWarp;
+  Fragment tile;
+  loadMatrix(tile.a, rows + place<kWidth>(row + lane % 16, column + lane / 16 * 8));
+  return tile;
+}
+
+// The transpose of the tile at (row, column).
+template <int kWidth, class T>
+__device__ __forceinline__ Fragment loadTileTransposed(T const* rows, int row, int column) {
+  int const lane = threadIdx.x % kWarp;
+  Fragment tile;
+  loadMatrixTransposed(tile.a, rows + place<kWidth>(row + lane % 8 + lane / 16 * 8,
+                                                    column + lane / 8 % 2 * 8));
+  return tile;
+}
+
+}  // namespace llmexport

@@ -1,0 +1,248 @@
+#pragma once
+
+#include "gated_delta_rule/chunk.cuh"
+#include "gated_delta_rule/recurrence.cuh"
+
+namespace llmexport {
+
+// exp(-128) is 0 in fp32: a stronger decay is the same one, and -inf - -inf would be NaN.
+constexpr float kStrongestDecay = -128.0f;
+constexpr int kWarpTiles = kChunkTiles + 1;  // of k k^T and q k^T together
+constexpr int kLowerPitch = kChunk + 8;     // floats, so that 4 rows of pairs are on different banks
+constexpr int kDiagonalPitch = kTile + 4;  // floats, rows still aligned to 16 bytes
+
+// What a block knows of each of its tokens. The sum of g is in two floats: differences of nearby
+// tokens stay exact after decays of hundreds.
+struct ChunkTokens {
+  float decayHigh[kChunk], decayLow[kChunk], beta[kChunk], kNorm[kChunk], qNorm[kChunk];
+
+  __device__ __forceinline__ float decayBetween(int from, int to) const {
+    return __expf((decayHigh[to] - decayHigh[from]) + (decayLow[to] - decayLow[from]));
+  }
+  __device__ __forceinline__ float decaySince(int to) const {
+    return __expf(decayHigh[to] + decayLow[to]);
+  }
+};
+
+// `lower` by [column][row], each inverse of a diagonal tile by [column][row].
+struct ChunkSystem {
+  float lower[kChunk][kLowerPitch];
+  float inverse[kChunkTiles][kTile][kDiagonalPitch];
+};
+
+// Running sums of g by the first warp, two tokens a lane.
+__device__ __forceinline__ void sumDecay(ChunkTokens& tokens, float const* g, int64_t stride,
+                                         int64_t rows) {
+  int const lane = threadIdx.x % kWarp;
+  double own[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float const step = 2 * lane + i < rows ? g[(2 * lane + i) * stride] : 0.0f;
+    own[i] = step < kStrongestDecay ? kStrongestDecay : step;
+  }
+  own[1] += own[0];
+  double upTo = own[1];
+#pragma unroll
+  for (int by = 1; by < kWarp; by *= 2) {
+    double const before = __shfl_up_sync(~0u, upTo, by);
+    if (lane >= by) upTo += before;
+  }
+  double const before = upTo - own[1];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    double const sum = before + own[i];
+    tokens.decayHigh[2 * lane + i] = float(sum);
+    tokens.decayLow[2 * lane + i] = float(sum - float(sum));
+  }
+}
+
+// 1 / |row|, a thread a row.
+template <int D, class T>
+__device__ __forceinline__ float inverseNorm(T const* rows, int row, bool l2Norm) {
+  if (!l2Norm) return 1.0f;
+  float squares = 0.0f;
+#pragma unroll
+  for (int column = 0; column < D; column += 8) {
+    auto const piece = load<8>(rows + place<D>(row, column));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares += toFloat(piece.at[i]) * toFloat(piece.at[i]);
+  }
+  return rsqrtf(squares + kDeltaEpsilon);
+}
+
+// Inverse of 1 + lower for the diagonal tile of this warp, by substitution: a lane a column, the
+// upper 16 lanes doing the work of the lower.
+__device__ __forceinline__ void invertDiagonal(ChunkSystem& system) {
+  int const tile = warpOfThread(), lane = threadIdx.x % kWarp, column = lane % kTile;
+  float x[kTile];
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+    for (int j = 0; j < i; ++j) x[i] -= system.lower[tile * kTile + j][tile * kTile + i] * x[j];
+  }
+  if (lane >= kTile) return;
+#pragma unroll
+  for (int i = 0; i < kTile; i += 4) {
+    store<4>(&system.inverse[tile][column][i], Vector<float, 4>{x[i], x[i + 1], x[i + 2], x[i + 3]});
+  }
+}
+
+// A tile of fp32 in shared memory, in rows of `pitch`.
+__device__ __forceinline__ Parts loadParts(float const* tile, int pitch) {
+  int const lane = threadIdx.x % kWarp;
+  Parts parts;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    auto const pair = load<2>(tile + (lane / 4 + i % 2 * 8) * pitch + lane % 4 * 2 + i / 2 * 8);
+    split<Bfloat16>(pair.at[0], pair.at[1], parts.high.a[i], parts.low.a[i]);
+  }
+  return parts;
+}
+
+__device__ __forceinline__ void storeParts(Fragment (&to)[2][kTriangleTiles][kWarp], int tile,
+                                           float const (&left)[4], float const (&right)[4]) {
+  Parts const parts = split<Bfloat16>(left, right);
+  to[0][tile][threadIdx.x % kWarp] = parts.high;
+  to[1][tile][threadIdx.x % kWarp] = parts.low;
+}
+
+__device__ __forceinline__ void multiplyParts(float (&sum)[2][4], Parts const& a, Parts const& b) {
+#pragma unroll
+  for (int product = 0; product < kProducts; ++product) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      multiply<Bfloat16>(sum[side], leftOf(product, a), rightOf(product, b), side);
+    }
+  }
+}
+
+// Row `row` of tiles of the inverse, each warp its own, from the diagonal to the left:
+// X_ij = -(sum over k in (j, i] of X_ik lower_kj) X_jj. A tile needs none of other warps.
+__device__ __forceinline__ void invertRow(ChunkSystem const& system, ChunkTokens const& tokens,
+                                          int row, ChunkRecord& record) {
+  int const lane = threadIdx.x % kWarp;
+  Parts known[kChunkTiles];
+#pragma unroll
+  for (int j = kChunkTiles - 1; j >= 0; --j) {
+    if (j > row) continue;
+    float x[2][4] = {};
+    if (j == row) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        int const r = lane / 4 + e / 2 % 2 * 8, c = e / 4 * 8 + lane % 4 * 2 + e % 2;
+        x[e / 4][e % 4] = system.inverse[j][c][r];
+      }
+    } else {
+      float sum[2][4] = {};
+#pragma unroll
+      for (int k = j + 1; k < kChunkTiles; ++k) {
+        if (k > row) continue;
+        Parts const lower = loadParts(&system.lower[j * kTile][k * kTile], kLowerPitch);
+        multiplyParts(sum, known[k], lower);
+      }
+      Parts const product = split<Bfloat16>(sum[0], sum[1]);
+      Parts const diagonal = loadParts(system.inverse[j][0], kDiagonalPitch);
+      multiplyParts(x, product, diagonal);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e / 4][e % 4] = -x[e / 4][e % 4];
+    }
+    known[j] = split<Bfloat16>(x[0], x[1]);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      x[e / 4][e % 4] *= tokens.beta[j * kTile + e / 4 * 8 + lane % 4 * 2 + e % 2];
+    }
+    storeParts(record.inverse, triangleTile(row, j), x[0], x[1]);
+  }
+}
+
+// Grid (chunks, H, B). Products of raw k and q by mma, warp w rows 16 w of k k^T and rows
+// 16 (3 - w) of q k^T, so that all have five tiles; decay, beta and norms in fp32 on the sums; the
+// inverse of unit + lower by tiles. Nothing is rounded but as chunk.cuh says of parts. The form of
+// modeling_qwen3_5_moe.py's torch_chunk_gated_delta_rule, less what depends on v.
+template <class T, int D>
+__global__ void __launch_bounds__(kChunkThreads)
+    prepareKernel(T const* q, T const* k, float const* g, T const* beta, ChunkRecord* records,
+                  int64_t tokens, int groups, float scale, bool l2Norm) {
+  DYNAMIC_SHARED(shared);
+  SHARED_ARRAY(ChunkTokens, ofTokens, 1);
+  ChunkTokens& own = ofTokens[0];
+  T* const keys = reinterpret_cast<T*>(shared);
+  T* const queries = keys + kChunk * pitch<D>();
+  int const warp = warpOfThread(), lane = threadIdx.x % kWarp;
+  int const head = blockIdx.y, heads = gridDim.y, group = head / (heads / groups);
+  int64_t const first = blockIdx.x * int64_t(kChunk), rows = tokens - first;
+  int64_t const row0 = blockIdx.z * tokens + first, stride = int64_t(groups) * D;
+  copyChunk<D>(keys, k + row0 * stride + group * D, stride, rows, D);
+  copyChunk<D>(queries, q + row0 * stride + group * D, stride, rows, D);
+  commitCopies();
+  if (warp == 0) {
+    sumDecay(own, g + row0 * heads + head, heads, rows);
+  } else if (warp < 3) {
+    int const token = threadIdx.x - kWarp;
+    own.beta[token] = token < rows ? toFloat(beta[(row0 + token) * heads + head]) : 0.0f;
+  }
+  waitCopies<0>();
+  __syncthreads();
+
+  if (threadIdx.x < kChunk) {
+    own.kNorm[threadIdx.x] = inverseNorm<D>(keys, threadIdx.x, l2Norm);
+  } else {
+    own.qNorm[threadIdx.x - kChunk] = inverseNorm<D>(queries, threadIdx.x - kChunk, l2Norm);
+  }
+  // Tile i of this warp: of k k^T up to the diagonal, then of q k^T.
+  int const queryRow = kChunkTiles - 1 - warp;
+  auto isKey = [&](int i) { return i <= warp; };
+  auto columnTile = [&](int i) { return isKey(i) ? i : i - warp - 1; };
+  float products[kWarpTiles][2][4] = {};
+#pragma unroll
+  for (int d = 0; d < D; d += kTile) {
+    Fragment const keyTile = loadTile<D>(keys, warp * kTile, d);
+    Fragment const queryTile = loadTile<D>(queries, queryRow * kTile, d);
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i) {
+      Fragment const columns = loadTile<D>(keys, columnTile(i) * kTile, d);
+      Fragment left;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) left.a[e] = isKey(i) ? keyTile.a[e] : queryTile.a[e];
+#pragma unroll
+      for (int side = 0; side < 2; ++side) multiply<T>(products[i][side], left, columns, side);
+    }
+  }
+  // Norms are there for all, and nobody reads k and q any more.
+  __syncthreads();
+
+  ChunkSystem& system = *reinterpret_cast<ChunkSystem*>(shared);
+  ChunkRecord& record = records[(int64_t(blockIdx.z) * heads + head) * gridDim.x + blockIdx.x];
+#pragma unroll
+  for (int i = 0; i < kWarpTiles; ++i) {
+    int const rowTile = isKey(i) ? warp : queryRow, tile = columnTile(i);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      int const row = rowTile * kTile + lane / 4 + e / 2 % 2 * 8;
+      int const column = tile * kTile + e / 4 * 8 + lane % 4 * 2 + e % 2;
+      float const ofRow = isKey(i) ? own.beta[row] * own.kNorm[row] : scale * own.qNorm[row];
+      bool const there = isKey(i) ? column < row : column <= row;
+      float& x = products[i][e / 4][e % 4];
+      x = there ? x * ofRow * own.kNorm[column] * own.decayBetween(column, row) : 0.0f;
+      if (isKey(i)) system.lower[column][row] = x;
+    }
+    if (!isKey(i)) {
+      storeParts(record.scores, triangleTile(queryRow, tile), products[i][0], products[i][1]);
+    }
+  }
+  if (threadIdx.x < kChunk) {
+    int const token = threadIdx.x, last = kChunk - 1;
+    float const since = own.decaySince(token);
+    record.keyFactor[token] = since * own.kNorm[token];
+    record.queryFactor[token] = scale * since * own.qNorm[token];
+    record.updateFactor[token] = own.decayBetween(token, last) * own.kNorm[token];
+    if (token == last) record.decay = since;
+  }
+  __syncthreads();
+  invertDiagonal(system);
+  __syncthreads();
+  invertRow(system, own, warp, record);
+}
+
+}  // namespace llmexport

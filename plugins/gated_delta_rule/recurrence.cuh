@@ -1,0 +1,188 @@
+#pragma once
+
+#include "common/element.cuh"
+
+namespace llmexport {
+
+constexpr float kDeltaEpsilon = 1e-6f;  // of the L2 norm of q and k, added to the sum of squares
+
+// A thread holds 4 columns of up to 8 rows of the state: 16 groups of 8 lanes, a group every 16th
+// row, so that a warp reads whole 128-byte lines and a block 8 KiB to 16 KiB at once.
+constexpr int kRecurrenceThreads = 128;
+constexpr int kRecurrenceColumns = 32;  // of V that a block takes
+constexpr int kThreadColumns = 4, kThreadRows = 8;
+constexpr int kMostRows = 128;
+constexpr int kRecurrenceBlocks = 5;  // on an SM, for 80 KiB of states on their way
+constexpr int kRowLanes = kRecurrenceColumns / kThreadColumns;
+constexpr int kRowGroups = kRecurrenceThreads / kRowLanes;
+
+template <bool kVectors, class T>
+__device__ __forceinline__ Vector<T, kThreadColumns> loadColumns(T const* from) {
+  if constexpr (kVectors) {
+    return load<kThreadColumns>(from);
+  } else {
+    return {from[0], from[1], from[2], from[3]};
+  }
+}
+
+template <bool kVectors, class T>
+__device__ __forceinline__ void storeColumns(T* to, Vector<T, kThreadColumns> const& value) {
+  if constexpr (kVectors) {
+    store<kThreadColumns>(to, value);
+  } else {
+#pragma unroll
+    for (int c = 0; c < kThreadColumns; ++c) to[c] = value.at[c];
+  }
+}
+
+// What a thread reads of a token: an element of q and k for all, the rest for itself.
+template <class T>
+struct RecurrenceToken {
+  T q, k, beta;
+  Vector<T, kThreadColumns> v;
+  float g;
+};
+
+// Sums over the rows of the state: of k S and q S by column, and of k k, q q and q k.
+struct alignas(16) RecurrenceSums {
+  float kS[kThreadColumns], qS[kThreadColumns], kk, qq, qk, unused;
+};
+
+// Adds over the row groups: within each warp by shuffles, then over warps, all in one order.
+// `partial` is [warps][kRowLanes].
+__device__ __forceinline__ void sumOverRows(RecurrenceSums& sums, RecurrenceSums* partial) {
+  constexpr int kWarps = kRecurrenceThreads / kWarp;
+  auto add = [](float& x) {
+#pragma unroll
+    for (int offset = kRowLanes; offset < kWarp; offset *= 2) {
+      x += __shfl_xor_sync(~0u, x, offset);
+    }
+  };
+#pragma unroll
+  for (int c = 0; c < kThreadColumns; ++c) add(sums.kS[c]), add(sums.qS[c]);
+  add(sums.kk), add(sums.qq), add(sums.qk);
+  int const lane = threadIdx.x % kRowLanes;
+  if (threadIdx.x % kWarp < kRowLanes) partial[threadIdx.x / kWarp * kRowLanes + lane] = sums;
+  __syncthreads();
+  sums = partial[lane];
+  // Unrolled, it would hold all partial sums at once, and spill.
+#pragma unroll 1
+  for (int w = 1; w < kWarps; ++w) {
+    RecurrenceSums const& more = partial[w * kRowLanes + lane];
+#pragma unroll
+    for (int c = 0; c < kThreadColumns; ++c) sums.kS[c] += more.kS[c], sums.qS[c] += more.qS[c];
+    sums.kk += more.kk, sums.qq += more.qq, sums.qk += more.qk;
+  }
+}
+
+// Grid (columns of V / kRecurrenceColumns, H, B). Thread t holds rows t / kRowLanes + 16 i of
+// columns t % kRowLanes * 4 on: the state is read once and written once, and stays in registers
+// for all tokens between. All in fp32, y rounded once. One pass over the state a token, as
+// q^T S' = exp(g) q^T S + (q^T k) error; norms of q and k are applied to the sums.
+template <class T, bool kVectors>
+__global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks)
+    recurrenceKernel(T const* q, T const* k, T const* v, float const* g, T const* beta,
+                     float const* state, T* y, float* nextState, int64_t tokens, int groups, int D,
+                     int V, float scale, bool l2Norm) {
+  // So many buffers that whoever writes one again has passed a barrier after its last reader: sums
+  // are read right after the barrier of their token, k up to the next one.
+  constexpr int kPartials = kRecurrenceThreads / kWarp * kRowLanes;
+  SHARED_ARRAY(RecurrenceSums, partial, 2 * kPartials);
+  SHARED_ARRAY(float, queries, 3 * kMostRows);
+  SHARED_ARRAY(float, keys, 3 * kMostRows);
+  int const head = blockIdx.y, heads = gridDim.y, rowGroup = threadIdx.x / kRowLanes;
+  int const column = blockIdx.x * kRecurrenceColumns + threadIdx.x % kRowLanes * kThreadColumns;
+  bool const here = column < V;  // the others still take part in shuffles and barriers
+  int const rows = D / kRowGroups, element = threadIdx.x;
+  int64_t const group = head / (heads / groups);
+  // Of the thread's first row in the state; the next are apart by rowStride.
+  int64_t const matrix = ((int64_t(blockIdx.z) * heads + head) * D + rowGroup) * V + column;
+  int const rowStride = kRowGroups * V;
+
+  float s[kThreadRows][kThreadColumns] = {};
+#pragma unroll
+  for (int r = 0; r < kThreadRows; ++r) {
+    if (!here || r >= rows) continue;
+    auto const row = loadColumns<kVectors>(state + matrix + r * rowStride);
+#pragma unroll
+    for (int c = 0; c < kThreadColumns; ++c) s[r][c] = row.at[c];
+  }
+
+  auto read = [&](int64_t t) {
+    RecurrenceToken<T> token{};
+    int64_t const at = blockIdx.z * tokens + t, ofHead = at * heads + head;
+    if (element < D) {
+      token.q = q[(at * groups + group) * D + element];
+      token.k = k[(at * groups + group) * D + element];
+    }
+    if (here) token.v = loadColumns<kVectors>(v + ofHead * V + column);
+    token.g = g[ofHead];
+    token.beta = beta[ofHead];
+    return token;
+  };
+  auto share = [&](RecurrenceToken<T> const& token, int64_t t) {
+    queries[t % 3 * kMostRows + element] = toFloat(token.q);
+    keys[t % 3 * kMostRows + element] = toFloat(token.k);
+  };
+
+  // A token is read two steps before it counts, and shared one step before.
+  RecurrenceToken<T> token{}, next{};
+  if (tokens > 0) share(token = read(0), 0);
+  if (tokens > 1) next = read(1);
+  __syncthreads();
+#pragma unroll 1
+  for (int64_t t = 0; t < tokens; ++t) {
+    float const* const query = queries + t % 3 * kMostRows;
+    float const* const key = keys + t % 3 * kMostRows;
+    RecurrenceToken<T> const afterNext = t + 2 < tokens ? read(t + 2) : RecurrenceToken<T>{};
+    if (t + 1 < tokens) share(next, t + 1);
+    RecurrenceSums sums{};
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      if (r >= rows) continue;
+      float const qd = query[r * kRowGroups + rowGroup], kd = key[r * kRowGroups + rowGroup];
+      sums.kk += kd * kd, sums.qq += qd * qd, sums.qk += qd * kd;
+#pragma unroll
+      for (int c = 0; c < kThreadColumns; ++c) {
+        sums.kS[c] += kd * s[r][c];
+        sums.qS[c] += qd * s[r][c];
+      }
+    }
+    sumOverRows(sums, partial + t % 2 * kPartials);
+    float const kNorm = l2Norm ? rsqrtf(sums.kk + kDeltaEpsilon) : 1.0f;
+    float const qNorm = (l2Norm ? rsqrtf(sums.qq + kDeltaEpsilon) : 1.0f) * scale;
+    float const decay = expf(token.g), strength = toFloat(token.beta);
+    float update[kThreadColumns];
+    Vector<T, kThreadColumns> out;
+#pragma unroll
+    for (int c = 0; c < kThreadColumns; ++c) {
+      float const error = (toFloat(token.v.at[c]) - decay * kNorm * sums.kS[c]) * strength;
+      update[c] = kNorm * error;
+      out.at[c] = fromFloat<T>(qNorm * (decay * sums.qS[c] + sums.qk * update[c]));
+    }
+    if (here && rowGroup == 0) {
+      int64_t const ofHead = (blockIdx.z * tokens + t) * heads + head;
+      storeColumns<kVectors>(y + ofHead * V + column, out);
+    }
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      if (r >= rows) continue;
+      float const kd = key[r * kRowGroups + rowGroup];
+#pragma unroll
+      for (int c = 0; c < kThreadColumns; ++c) s[r][c] = decay * s[r][c] + kd * update[c];
+    }
+    token = next;
+    next = afterNext;
+  }
+
+#pragma unroll
+  for (int r = 0; r < kThreadRows; ++r) {
+    if (!here || r >= rows) continue;
+    Vector<float, kThreadColumns> row;
+#pragma unroll
+    for (int c = 0; c < kThreadColumns; ++c) row.at[c] = s[r][c];
+    storeColumns<kVectors>(nextState + matrix + r * rowStride, row);
+  }
+}
+
+}  // namespace llmexport
