@@ -2,31 +2,26 @@
 
 namespace llmexport {
 
-MoeRoutePlan moeRoutePlan(int64_t rows, int64_t experts, Dtype dtype, bool spread,
-                          bool pointersAligned) {
+MoeRoutePlan moeRoutePlan(int64_t rows, int64_t experts, MoeRouteAttributes const& attributes) {
   constexpr int kFew = 8, kMany = 16;
   int const perLane = experts <= kFew * kWarp ? kFew : kMany;
-  int const full = kVectorBytes / int(sizeOf(dtype));
-  int const width = pointersAligned && experts % full == 0 ? full : 1;
-  unsigned lanes = spread ? kWarp : 1;
+  bool const grouped = attributes.groups > 1;
+  unsigned lanes = grouped ? kWarp : 1;
   while (lanes * perLane < experts) lanes *= 2;
   unsigned const rowsPerBlock = kRouteThreads / lanes;
-  return {{dim3(unsigned(ceilDiv(rows, rowsPerBlock))), dim3(lanes, rowsPerBlock)}, width, perLane};
+  size_t const rowBytes = size_t(attributes.topK) * sizeof(RouteWinner) +
+                          (grouped ? size_t(experts) * sizeof(float) : 0);
+  return {{dim3(unsigned(ceilDiv(rows, rowsPerBlock))), dim3(lanes, rowsPerBlock),
+           rowsPerBlock * rowBytes},
+          perLane};
 }
 
 namespace {
 
-template <class T, class Key, int kPerLane, bool kGrouped>
+template <class T, class Key>
 cudaError_t start(MoeRoutePlan const& plan, MoeRouteArguments<T> const& a, cudaStream_t stream) {
-  auto const kernel = plan.width > 1 ? moeRouteKernel<T, Key, kPerLane, kFullWidth<T>, kGrouped>
-                                     : moeRouteKernel<T, Key, kPerLane, 1, kGrouped>;
+  auto const kernel = plan.perLane == 8 ? moeRouteKernel<T, Key, 8> : moeRouteKernel<T, Key, 16>;
   return launch(kernel, plan.launch, stream, a);
-}
-
-template <class T, class Key, bool kGrouped>
-cudaError_t startFor(MoeRoutePlan const& plan, MoeRouteArguments<T> const& a, cudaStream_t stream) {
-  return plan.perLane == 8 ? start<T, Key, 8, kGrouped>(plan, a, stream)
-                           : start<T, Key, 16, kGrouped>(plan, a, stream);
 }
 
 }  // namespace
@@ -39,8 +34,7 @@ cudaError_t moeRoute(Dtype dtype, int64_t rows, int64_t experts,
       attributes.groups > kRouteMaxGroups) {
     return cudaErrorInvalidValue;
   }
-  bool const grouped = attributes.groups > 1;
-  auto const plan = moeRoutePlan(rows, experts, dtype, grouped, aligned({logits}));
+  auto const plan = moeRoutePlan(rows, experts, attributes);
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     MoeRouteArguments<T> const a{static_cast<T const*>(logits),
@@ -49,12 +43,12 @@ cudaError_t moeRoute(Dtype dtype, int64_t rows, int64_t experts,
                                  chosen,
                                  rows,
                                  int(experts),
+                                 aligned({logits}) && experts % kFullWidth<T> == 0,
                                  attributes};
-    if (grouped) return startFor<T, uint64_t, true>(plan, a, stream);
     if constexpr (sizeof(T) == 2) {
-      if (!bias) return startFor<T, uint32_t, false>(plan, a, stream);
+      if (!bias && attributes.groups == 1) return start<T, uint32_t>(plan, a, stream);
     }
-    return startFor<T, uint64_t, false>(plan, a, stream);
+    return start<T, uint64_t>(plan, a, stream);
   });
 }
 

@@ -18,7 +18,13 @@ struct MoeRouteArguments {
   int32_t* chosen;
   int64_t rows;
   int experts;
+  bool wholeVectors;
   MoeRouteAttributes attributes;
+};
+
+struct RouteWinner {
+  int expert;
+  float weight;
 };
 
 // A key orders experts by their choice, and those of one choice by index, the lower first. No two
@@ -110,11 +116,10 @@ __device__ __forceinline__ unsigned bestRouteGroups(float const* choices, int ex
 
 // Makes the choices outside the best groups -infinity; a row has a warp.
 template <int kPerLane>
-__device__ __forceinline__ void dropRouteGroups(float (&choice)[kPerLane], int begin, int count,
+__device__ __forceinline__ void dropRouteGroups(float (&choice)[kPerLane], float* choices,
                                                 int experts,
                                                 MoeRouteAttributes const& attributes) {
-  SHARED_ARRAY(float, shared, kRouteThreads / kWarp * int(kRouteMaxExperts));
-  float* const choices = shared + threadIdx.y * kRouteMaxExperts;
+  int const begin = threadIdx.x * kPerLane, count = experts - begin;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     if (i < count) choices[begin + i] = choice[i];
@@ -128,67 +133,86 @@ __device__ __forceinline__ void dropRouteGroups(float (&choice)[kPerLane], int b
   }
 }
 
-// From the scores of a lane's winners to their weights.
-template <class Precision, int kPerLane>
-__device__ __forceinline__ void weighRoutes(float (&weights)[kPerLane], int count, int lanes,
+// From the scores of a row's winners to their weights; each lane has those that it wrote.
+template <class Precision>
+__device__ __forceinline__ void weighRoutes(RouteWinner* winners,
                                             MoeRouteAttributes const& attributes) {
-  RouteScore<Precision> chosen{Scoring::kSoftmax};
+  int const lane = threadIdx.x, lanes = blockDim.x, topK = attributes.topK;
+  float sum = 0.0f;
   if (attributes.scoring == Scoring::kSoftmaxTopK) {
-    chosen.readRow(weights, count, lanes);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) weights[i] = chosen(weights[i]);
-  }
-  float divisor = 1.0f;
-  if (attributes.renormalise) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (i < count) sum += weights[i];
+    float most = -INFINITY;
+    for (int i = lane; i < topK; i += lanes) {
+      if (winners[i].weight > most) most = winners[i].weight;
     }
-    constexpr float kNotZero = 1e-20f;
-    divisor = sumOverLanes(sum, lanes) + kNotZero;
+    most = maxOverLanes(most, lanes);
+    for (int i = lane; i < topK; i += lanes) {
+      winners[i].weight = expFor<Precision>(winners[i].weight - most);
+      sum += winners[i].weight;
+    }
+    sum = sumOverLanes(sum, lanes);
+    for (int i = lane; i < topK; i += lanes) {
+      winners[i].weight = divideFor<Precision>(winners[i].weight, sum);
+    }
   }
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    weights[i] = divideFor<Precision>(weights[i], divisor) * attributes.scale;
+  if (attributes.renormalise) {
+    sum = 0.0f;
+    for (int i = lane; i < topK; i += lanes) sum += winners[i].weight;
+    constexpr float kNotZero = 1e-20f;
+    sum = sumOverLanes(sum, lanes) + kNotZero;
+    for (int i = lane; i < topK; i += lanes) {
+      winners[i].weight = divideFor<Precision>(winners[i].weight, sum);
+    }
   }
 }
 
 // Block (lanes of a row, rows); a lane holds kPerLane experts that lie together. All is in fp32
 // and the weights are rounded once (softmax of all: modeling_qwen3_5_moe.py; of the chosen:
-// modeling_gpt_oss.py; sigmoid, bias and groups: modeling_deepseek_v3.py).
+// modeling_gpt_oss.py; sigmoid, bias and groups: modeling_deepseek_v3.py). Shared memory: the
+// winners of each row, then, with groups, its choices.
 //
 // Each lane sorts its experts; then, topK times, the best of the lanes' first is taken away. Keys
 // of 32 bits serve where the logit itself is the choice. Where a score is, it is computed to the
 // last places, as near ties hang on them.
-template <class T, class Key, int kPerLane, int kWidth, bool kGrouped>
+template <class T, class Key, int kPerLane>
 __global__ void __launch_bounds__(kRouteThreads) moeRouteKernel(MoeRouteArguments<T> const a) {
   using Precision = std::conditional_t<sizeof(Key) == 8, float, T>;
+  constexpr int kWidth = kFullWidth<T>;
   int const lane = threadIdx.x, lanes = blockDim.x, topK = a.attributes.topK;
   int64_t const row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   bool const here = row < a.rows;  // threads without a row still take part in shuffles
   T const* const logits = a.logits + (here ? row : 0) * a.experts;
   int const begin = lane * kPerLane, count = a.experts - begin;
+  DYNAMIC_SHARED(shared);
+  auto* const winners = reinterpret_cast<RouteWinner*>(shared) + threadIdx.y * topK;
 
   float choice[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; i += kWidth) {
-    // Whole vectors: with kWidth > 1 the experts are a multiple of it.
-    if (i < count) {
+    if (a.wholeVectors && i < count) {
       auto const some = load<kWidth>(logits + begin + i);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) choice[i + j] = toFloat(some.at[j]);
     }
   }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (!a.wholeVectors && i < count) choice[i] = toFloat(logits[begin + i]);
+  }
   RouteScore<Precision> score{a.attributes.scoring};
   if (score.scoring == Scoring::kSoftmax) score.readRow(choice, count, lanes);
-  if (sizeof(Key) == 8 && a.bias) {
+  if constexpr (sizeof(Key) == 8) {
+    if (a.bias) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (i < count) choice[i] = score(choice[i]) + toFloat(a.bias[begin + i]);
+      for (int i = 0; i < kPerLane; ++i) {
+        if (i < count) choice[i] = score(choice[i]) + toFloat(a.bias[begin + i]);
+      }
+    }
+    if (a.attributes.groups > 1) {
+      auto* const choices = reinterpret_cast<float*>(
+          reinterpret_cast<RouteWinner*>(shared) + int(blockDim.y) * topK);
+      dropRouteGroups(choice, choices + threadIdx.y * a.experts, a.experts, a.attributes);
     }
   }
-  if constexpr (kGrouped) dropRouteGroups(choice, begin, count, a.experts, a.attributes);
   Key keys[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -196,37 +220,25 @@ __global__ void __launch_bounds__(kRouteThreads) moeRouteKernel(MoeRouteArgument
   }
   sortRouteKeys(keys);
 
-  // Lane l keeps the winners l, l + lanes, ...: no more than kPerLane, as topK is at most the
-  // experts.
-  int winners[kPerLane];
+#pragma unroll 1
+  for (int place = 0; place < topK; ++place) {
+    Key const best = maxOverLanes(keys[0], lanes);
+    bool const mine = keys[0] == best;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    for (int from = 0; from < lanes && i * lanes + from < topK; ++from) {
-      Key const best = maxOverLanes(keys[0], lanes);
-      bool const mine = keys[0] == best;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        Key const next = j + 1 < kPerLane ? keys[j + 1] : 0;
-        keys[j] = mine ? next : keys[j];
-      }
-      if (lane == from) winners[i] = routeExpert(best);
+    for (int i = 0; i < kPerLane; ++i) {
+      Key const next = i + 1 < kPerLane ? keys[i + 1] : 0;
+      keys[i] = mine ? next : keys[i];
     }
+    if (lane == place % lanes) winners[place].expert = routeExpert(best);
   }
-
-  int const mine = (topK - lane + lanes - 1) / lanes;  // 0 or less: none
-  float weights[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (i < mine) weights[i] = score(toFloat(logits[winners[i]]));
+  for (int i = lane; i < topK; i += lanes) {
+    winners[i].weight = score(toFloat(logits[winners[i].expert]));
   }
-  weighRoutes<Precision>(weights, mine, lanes, a.attributes);
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (here && i < mine) {
-      int64_t const at = row * topK + i * lanes + lane;
-      a.weights[at] = fromFloat<T>(weights[i]);
-      a.chosen[at] = winners[i];
-    }
+  weighRoutes<Precision>(winners, a.attributes);
+  if (!here) return;
+  for (int i = lane; i < topK; i += lanes) {
+    a.weights[row * topK + i] = fromFloat<T>(winners[i].weight * a.attributes.scale);
+    a.chosen[row * topK + i] = winners[i].expert;
   }
 }
 

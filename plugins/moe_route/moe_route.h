@@ -21,13 +21,11 @@ struct MoeRouteAttributes {
 
 struct MoeRoutePlan {
   LaunchPlan launch;
-  int width;    // elements of one access
   int perLane;  // experts of one thread
 };
 
-// `spread` gives a row a whole warp even where fewer lanes would hold it.
-MoeRoutePlan moeRoutePlan(int64_t rows, int64_t experts, Dtype dtype, bool spread,
-                          bool pointersAligned);
+// With groups a row has a whole warp, even where fewer lanes would hold it.
+MoeRoutePlan moeRoutePlan(int64_t rows, int64_t experts, MoeRouteAttributes const& attributes);
 
 // logits [rows, experts], bias [experts] or null, weights and chosen [rows, topK].
 cudaError_t moeRoute(Dtype dtype, int64_t rows, int64_t experts,

@@ -55,12 +55,12 @@ extern "C" void plan_causal_conv1d(int64_t const* sizes, int dtype, bool pointer
   out[9] = plan.chunks;
 }
 
-// sizes: rows, experts, whether a row gets a whole warp.
-extern "C" void plan_moe_route(int64_t const* sizes, int dtype, bool pointersAligned,
-                               int64_t* out) {
-  auto const plan =
-      moeRoutePlan(sizes[0], sizes[1], Dtype(dtype), sizes[2] != 0, pointersAligned);
+// sizes: rows, experts, top_k, groups.
+extern "C" void plan_moe_route(int64_t const* sizes, int, bool, int64_t* out) {
+  MoeRouteAttributes attributes{};
+  attributes.topK = int32_t(sizes[2]);
+  attributes.groups = int32_t(sizes[3]);
+  auto const plan = moeRoutePlan(sizes[0], sizes[1], attributes);
   write(plan.launch, out);
-  out[7] = plan.width;
   out[8] = plan.perLane;
 }

@@ -120,18 +120,19 @@ def test_conv_keeps_every_sm_busy_with_chunks_as_long_as_may_be(plan, tokens, le
 
 
 @several
-@given(many, st.integers(2, 512), kinds, st.booleans(), st.booleans())
-def test_moe_route(plan, rows, experts, dtype, spread, aligned):
-    p = plan("moe_route", (rows, experts, spread), dtype, aligned)
+@given(many, st.integers(2, 512), st.integers(1, 512), st.booleans())
+def test_moe_route(plan, rows, experts, top_k, grouped):
+    top_k = min(top_k, experts)
+    p = plan("moe_route", (rows, experts, top_k, 2 if grouped else 1), 2, True)
     p.check(ROUTE_THREADS)
     assert p.grid[0] * p.block[1] >= rows > (p.grid[0] - 1) * p.block[1]
     # Shuffles of a row stay in a warp, and all lanes of a warp are there.
     assert WARP % p.block[0] == 0
     assert math.prod(p.block) % WARP == 0
     assert p.block[0] * p.vectors >= experts
-    assert p.block[0] == WARP if spread else p.block[0] == 1 or p.block[0] // 2 * p.vectors < experts
-    assert p.vectors % p.width == 0
-    assert p.width == 1 or experts % p.width == 0
+    assert p.block[0] == WARP if grouped else p.block[0] == 1 or p.block[0] // 2 * p.vectors < experts
+    # An expert and a weight for each winner; with groups a choice for each expert.
+    assert p.shared == p.block[1] * (8 * top_k + (4 * experts if grouped else 0))
 
 
 @pytest.mark.parametrize(
