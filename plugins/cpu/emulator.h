@@ -3,7 +3,8 @@
 // Emulated: blocks, warps, shuffles, votes, barriers, shared memory, atomics, cp.async, ldmatrix
 // and mma.sync m16n8k16. Not: the memory model, timing, the rounding of approximate functions,
 // TMA, wgmma, clusters. Shared memory starts as NaN; the threads of a block take turns in an
-// order drawn from LLMEXPORT_EMULATOR_SEED; misuse ends the process with a message.
+// order drawn from LLMEXPORT_EMULATOR_SEED, some only when the others can go no further; misuse
+// ends the process with a message.
 #pragma once
 
 #include <cuda_bf16.h>

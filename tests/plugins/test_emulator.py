@@ -8,7 +8,7 @@ import pytest
 from native import EMULATED, PLUGINS, SANITIZED, compiled, need_gpu, need_nvcc
 
 HERE = Path(__file__).parent / "emulator"
-BUGS = ("-DBUG_NO_WAIT", "-DBUG_NO_BARRIER", "-DBUG_RACE")
+BUGS = ("-DBUG_NO_WAIT", "-DBUG_NO_BARRIER", "-DBUG_RACE", "-DBUG_LAG")
 SEEDS = ("0", "1", "2")
 
 
@@ -28,14 +28,14 @@ def run(program: Path, kernel: str, seed: str = "0") -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "rotate", "too_many_threads"])
+@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "rotate", "take", "too_many_threads"])
 def test_right_kernel_is_right_under_sanitizers(right_kernels: Path, kernel: str, seed: str) -> None:
     done = run(right_kernels, kernel, seed)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "rotate", "too_many_threads"])
+@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "rotate", "take", "too_many_threads"])
 def test_gpu_agrees_with_the_emulator(tmp_path: Path, kernel: str) -> None:
     """One reading of the fragment layouts serves kernel and emulator: only a GPU can say that it is right."""
     need_gpu()
@@ -53,6 +53,7 @@ def test_gpu_agrees_with_the_emulator(tmp_path: Path, kernel: str) -> None:
         pytest.param("gemm", id="missing-cp.async-wait"),
         pytest.param("sum", id="missing-barrier"),
         pytest.param("rotate", id="shared-memory-race"),
+        pytest.param("take", id="missing-barrier-after-work"),
     ],
 )
 def test_missing_synchronisation_gives_wrong_numbers(wrong_kernels: Path, kernel: str, seed: str) -> None:

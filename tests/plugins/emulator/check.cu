@@ -114,6 +114,18 @@ bool rotateTwiceIsRight() {
   return true;
 }
 
+bool takeAfterWorkIsRight() {
+  constexpr int kBlocks = 16, kThreads = 96;
+  Array<int> y(std::vector<int>(kBlocks * kThreads, -1));
+  run(takeAfterWork, kBlocks, kThreads, y.data);
+  auto const found = y.host();
+  for (int i = 0; i < kBlocks * kThreads; ++i) {
+    int const first = i % kThreads / 32 * 32;
+    if (found[i] != 32 * first + 31 * 16 + 7) return false;
+  }
+  return true;
+}
+
 bool check(std::string const& name) {
   Array<float> x(std::vector<float>(100)), y(std::vector<float>(100));
   Array<int> z(std::vector<int>(32));
@@ -124,6 +136,7 @@ bool check(std::string const& name) {
   if (name == "sum") return sumAndCountIsRight();
   if (name == "halves") return shuffleHalvesIsRight();
   if (name == "rotate") return rotateTwiceIsRight();
+  if (name == "take") return takeAfterWorkIsRight();
   if (name == "out_of_bounds") run(copyUnchecked, 1, 128, x.data, y.data);
   if (name == "past_shared_end") run(pastSharedEnd, 1, 32, y.data);
   if (name == "misaligned") run(copyShifted, 1, 8, x.data, y.data);

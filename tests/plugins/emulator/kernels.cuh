@@ -150,4 +150,17 @@ __global__ void rotateTwice(int* y) {
   y[threadIdx.x] = ring[(threadIdx.x + 1) % 64];
 }
 
+// The first thread's number, taken by all after work of their own. Without the
+// barrier it is there in time unless the first warp lags.
+__global__ void takeAfterWork(int* y) {
+  SHARED_ARRAY(int, given, 1);
+  int sum = threadIdx.x;
+  if (threadIdx.x == 0) given[0] = 7;
+  for (int bits = 1; bits < kWarp; bits *= 2) sum += __shfl_xor_sync(~0u, sum, bits);
+#ifndef BUG_LAG
+  __syncthreads();
+#endif
+  y[blockIdx.x * blockDim.x + threadIdx.x] = sum + given[0];
+}
+
 }  // namespace llmexport
