@@ -60,6 +60,7 @@ class AttentionCase:
     T: int
     S: int
     op: str = "SinkAttention"
+    roundings: int = 1
 
     @property
     def family(self) -> str:

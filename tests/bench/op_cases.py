@@ -18,6 +18,7 @@ PREFILL = (4096, 4 * 4096)
 DECODE = (1, 8, 64)
 # Fractions of the floor at T = 4096 and 16384 (issue 3).
 PREFILL_TARGETS = dict(zip(PREFILL, (0.85, 0.92), strict=True))
+ROUTE_TARGET = 1 / 1.3  # as much above its floor as a token may be above a launch
 Peer = Callable[..., object]
 
 
@@ -47,6 +48,31 @@ FAMILIES = (
 
 
 @dataclass(frozen=True)
+class Router:
+    """How a published model picks K of E experts."""
+
+    name: str
+    E: int
+    K: int
+    scoring: str
+    renormalise: bool = False
+    scale: float = 1.0
+    bias: bool = False
+    groups: int = 1
+    kept: int = 1
+
+
+ROUTERS = (
+    Router("Qwen3.5-35B-A3B", 256, 8, "softmax", renormalise=True),
+    Router("gpt-oss-20b", 32, 4, "softmax_top_k"),
+    Router("Llama-4-Scout", 16, 1, "sigmoid"),
+    Router("DeepSeek-V3", 256, 8, "sigmoid", True, 2.5, bias=True, groups=8, kept=4),
+)
+# The linear attention of Qwen3.5-35B-A3B: channels and taps of its convolution, heads and head size of its norm.
+CHANNELS, TAPS, NORM_HEADS, NORM_SIZE = 8192, 4, 32, 128
+
+
+@dataclass(frozen=True)
 class Case:
     op: str
     family: str
@@ -55,31 +81,46 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
     attributes: dict[str, Attribute]
 
-    @property
-    def bytes(self) -> int:
-        """Read and written once each, in bf16."""
-        elements = [torch.Size(s).numel() for s in (*self.shapes, *self.shapes[: self.outputs_count])]
-        return 2 * sum(elements)
+    # To bf16, one after another, of the reference and so of the kernel.
+    roundings: int = 1
 
     @property
-    def outputs_count(self) -> int:
-        return len(all_ops()[self.op].outputs)
+    def bytes(self) -> int:
+        """Read and written once each."""
+        return sum(t.nbytes for t in (*self.on("meta"), *self.results()))
+
+    def results(self) -> list[torch.Tensor]:
+        """The outputs' shapes and types, without values."""
+        found = all_ops()[self.op].call(*self.on("meta"), *self.left_out, **self.attributes)
+        return list(found) if isinstance(found, tuple) else [found]
+
+    @property
+    def left_out(self) -> list[None]:
+        """The optional inputs that there are not."""
+        return [None] * (len(all_ops()[self.op].inputs) - len(self.shapes))
 
     def floor(self, ceilings: Ceilings) -> float:
         """Seconds below which it cannot be, by what the GPU does at most."""
-        return self.bytes / ceilings.copy
+        # A prompt's logits are so few that launching is a part of the floor.
+        return self.bytes / ceilings.copy + (ceilings.launch if self.op == "MoeRoute" else 0)
 
     @property
     def target(self) -> float:
         """The fraction of the floor to reach; 0 where launching is most of the time."""
+        if self.op == "MoeRoute" and self.T > 1:
+            return ROUTE_TARGET
         return PREFILL_TARGETS.get(self.T, 0.0)
 
+    def on(self, device: str) -> list[torch.Tensor]:
+        return [torch.randn(s, device=device, dtype=torch.bfloat16) for s in self.shapes]
+
     def inputs(self) -> list[torch.Tensor]:
-        return [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in self.shapes]
+        return self.on("cuda")
 
     def outputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Memory for the results, of the first input's shape."""
-        return [torch.full_like(inputs[0], float("nan")) for _ in range(self.outputs_count)]
+        """Memory for the results: NaN, or -1."""
+        made = [torch.empty_like(t, device="cuda") for t in self.results()]
+        return [t.fill_(float("nan") if t.is_floating_point() else -1) for t in made]
 
     def checked(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
         """What the reference says, beside what was found."""
@@ -89,8 +130,8 @@ class Case:
     @property
     def reference(self) -> Callable[..., Any]:
         """The op's torch reference with these attributes."""
-        function, attributes = all_ops()[self.op].reference, self.attributes
-        return lambda *inputs: function(*inputs, **attributes)
+        function, left_out, attributes = all_ops()[self.op].reference, self.left_out, self.attributes
+        return lambda *inputs: function(*inputs, *left_out, **attributes)
 
     def peers(self) -> dict[str, Peer]:
         """Others that compute the same, by name; each takes the case's inputs."""
@@ -101,7 +142,7 @@ class Case:
         if importlib.util.find_spec("flashinfer"):
             found |= flashinfer_peers(self)
         if importlib.util.find_spec("fla"):
-            found |= fla_peers(self)
+            found |= fla_peers(self) | linear_attention_peers(self)
         return found
 
 
@@ -109,13 +150,17 @@ def cases() -> Iterator[Case | attention_cases.AttentionCase]:
     """Every op of every family, each shape once."""
     yield from attention_cases.cases()
     seen: set[tuple[Any, ...]] = set()
+    sizes = [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]
     for family in FAMILIES:
-        for B, T in [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]:
+        for B, T in sizes:
             for case in of_family(family, B, T):
                 key = (case.op, case.shapes, tuple(case.attributes.items()))
                 if key not in seen:
                     seen.add(key)
                     yield case
+    for B, T in sizes:
+        yield from of_linear_attention("Qwen3.5-35B-A3B", B, T)
+        yield from (of_router(router, B, T) for router in ROUTERS)
 
 
 def of_family(f: Family, B: int, T: int) -> Iterator[Case]:
@@ -128,6 +173,20 @@ def of_family(f: Family, B: int, T: int) -> Iterator[Case]:
     yield Case("GatedAct", f.name, B, T, ((B, T, f.I), (B, T, f.I)), act)
 
 
+def of_linear_attention(name: str, B: int, T: int) -> Iterator[Case]:
+    conv = ((B, T, CHANNELS), (CHANNELS, 1, TAPS), (B, TAPS - 1, CHANNELS))
+    yield Case("CausalConv1d", name, B, T, conv, {"activation": "silu"}, roundings=2)
+    heads = (B, T, NORM_HEADS, NORM_SIZE)
+    norm = {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True}
+    yield Case("GatedRmsNorm", name, B, T, (heads, heads, (NORM_SIZE,)), norm, roundings=3)
+
+
+def of_router(r: Router, B: int, T: int) -> Case:
+    attributes = {"top_k": r.K, "scoring": r.scoring, "renormalise": r.renormalise, "scale": r.scale}
+    attributes |= {"groups": r.groups, "groups_kept": r.kept}
+    return Case("MoeRoute", r.name, B, T, ((B, T, r.E), *[(r.E,)] * r.bias), attributes)
+
+
 def eager(case: Case) -> Peer:
     """The fewest calls that torch has for it."""
     if case.op == "GatedAct":
@@ -137,7 +196,28 @@ def eager(case: Case) -> Peer:
         return lambda gate, up: F.gelu(gate, approximate=approximate) * up
     if case.op == "AddRmsNorm" and not case.attributes["weight_offset"]:
         return lambda x, residual, weight: F.rms_norm(x + residual, weight.shape, weight, 1e-6)
+    if case.op == "GatedRmsNorm":
+        return lambda x, gate, weight: F.rms_norm(x, weight.shape, weight, 1e-6) * F.silu(gate)
+    if case.op == "MoeRoute" and case.attributes["groups"] == 1:
+        return eager_route(case)
     return case.reference
+
+
+def eager_route(case: Case) -> Peer:
+    """As models call it: torch.topk, which does not say which expert wins a tie."""
+    k, scoring = int(case.attributes["top_k"]), case.attributes["scoring"]
+
+    def route(logits: torch.Tensor) -> object:
+        if scoring == "softmax_top_k":
+            best, experts = logits.topk(k)
+            return best.softmax(-1), experts
+        if scoring == "sigmoid":
+            best, experts = logits.topk(k)
+            return best.float().sigmoid().to(logits.dtype), experts
+        weights, experts = logits.softmax(-1, dtype=torch.float32).topk(k)
+        return (weights / weights.sum(-1, keepdim=True)).to(logits.dtype), experts
+
+    return route
 
 
 def flashinfer_peers(case: Case) -> dict[str, Peer]:
@@ -170,4 +250,33 @@ def fla_peers(case: Case) -> dict[str, Peer]:
         return {"fla": swiglu}
     if case.op == "AddRmsNorm" and not case.attributes["weight_offset"]:
         return {"fla": lambda x, residual, weight: rms_norm(x, weight, None, residual=residual, eps=1e-6, prenorm=True)}
+    return {}
+
+
+def linear_attention_peers(case: Case) -> dict[str, Peer]:
+    """fla keeps one input more in its state, [B, C, K], and starts a prompt without one; it updates a state in place.
+
+    What it has is imported when it is called: its modules move, and a peer that is not there is a result.
+    """
+    if case.op == "GatedRmsNorm":
+
+        def norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> object:
+            from fla.modules.fused_norm_gate import rms_norm_gated
+
+            return rms_norm_gated(x, gate, weight, None, activation="swish", eps=1e-6)
+
+        return {"fla": norm}
+    if case.op == "CausalConv1d":
+        states: dict[int, torch.Tensor] = {}
+
+        def conv(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> object:
+            from fla.modules.convolution import causal_conv1d, causal_conv1d_update
+
+            if case.T > 1:
+                return causal_conv1d(x, weight[:, 0], activation="silu", output_final_state=True)
+            if x.data_ptr() not in states:
+                states[x.data_ptr()] = torch.cat((state[:, :1], state), 1).transpose(1, 2).contiguous()
+            return causal_conv1d_update(x, states[x.data_ptr()], weight=weight[:, 0], activation="silu")
+
+        return {"fla": conv}
     return {}

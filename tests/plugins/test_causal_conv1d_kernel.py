@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_numbers import Values, near, random, rounded, wide
+from kernel_numbers import Values, near, random, rounded, same, wide
 from plugin_host import DTYPES, Machine, Refused, Run
 from plugin_memory import Memory, Output
 
@@ -30,8 +30,9 @@ def exact(inputs: list[Values], dtype: str, activation: str) -> tuple[Values, Va
 
 def right(found: list[Values], inputs: list[Values], dtype: str, activation: str) -> bool:
     y, next_state = exact(inputs, dtype, activation)
+    rounded_alike = dtype == "fp32" or same(found[0], y) > 0.98
     same_state = found[1].tobytes() == next_state.tobytes()
-    return near(found[0], y, dtype, roundings=2) and same_state
+    return near(found[0], y, dtype, roundings=2) and rounded_alike and same_state
 
 
 # B, T, C: a token, fewer than the taps, about a chunk of 8 and its multiples; odd channels, whole vectors of 4

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_numbers import Values, near, random, rounded, wide
+from kernel_numbers import Values, near, random, rounded, same, wide
 from plugin_host import DTYPES, Machine
 
 EPSILON = 1e-6
@@ -35,7 +35,9 @@ def test_sizes(
     inputs = [random(shape, dtype, 1), random(shape, dtype, 2) * 4, random(size[-1:], dtype, 3)]
     attributes = {"epsilon": EPSILON, "activation": activation, "round_before_weight": early}
     (y,) = machine.library.create("GatedRmsNorm", attributes).run(machine.memory(), inputs, shift)
-    assert near(y, exact(inputs, dtype, activation, early), dtype, roundings=3 if early else 1)
+    wanted = exact(inputs, dtype, activation, early)
+    assert near(y, wanted, dtype, roundings=3 if early else 1)
+    assert dtype == "fp32" or same(y, wanted) > 0.98
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,66 @@
+"""The benchmark's cases, without a GPU: the plugins take them, and their numbers are those of their shapes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from native import emulated_library
+from plugin_host import TRT_TYPES, Library, desc
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def op_cases(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(HERE))
+    import op_cases
+
+    return op_cases
+
+
+def test_plugins_take_every_case_as_it_is(op_cases: Any) -> None:
+    from plugin_cases import array_of
+
+    library, seen = Library(emulated_library()), set()
+    for case in op_cases.cases():
+        if not isinstance(case, op_cases.Case):
+            continue
+        plugin = library.create(case.op, case.attributes)
+        inputs = [desc(t.shape, array_of(t.new_empty(0, device="cpu")).dtype) for t in case.on("meta")]
+        results = case.results()
+        assert plugin.output_shapes(inputs, known=True) == [t.shape for t in results]
+        types = [TRT_TYPES[array_of(t.new_empty(0, device="cpu")).dtype] for t in results]
+        assert plugin.output_types([d.type for d in inputs]) == types
+        plugin.configure([*inputs, *(desc(t.shape, array_of(t.new_empty(0, device="cpu")).dtype) for t in results)])
+        seen.add(case.op)
+    assert seen >= {"Rope", "AddRmsNorm", "GatedAct", "CausalConv1d", "GatedRmsNorm", "MoeRoute"}
+
+
+@pytest.mark.parametrize(
+    ("op", "bytes_of_a_prompt"),
+    [
+        # Two of [4096, 8192], two states of three, the taps.
+        ("CausalConv1d", 2 * (2 * 4096 * 8192 + 2 * 3 * 8192 + 4 * 8192)),
+        ("GatedRmsNorm", 2 * (3 * 4096 * 32 * 128 + 128)),
+        # Of 256 logits eight weights in bf16 and eight experts in int32.
+        ("MoeRoute", 4096 * (2 * 256 + 8 * (2 + 4))),
+    ],
+)
+def test_bytes_are_those_of_inputs_and_outputs(op_cases: Any, op: str, bytes_of_a_prompt: int) -> None:
+    assert next(c for c in op_cases.cases() if c.op == op and c.T == 4096).bytes == bytes_of_a_prompt
+
+
+def test_says_what_it_needs() -> None:
+    """Exit code 2 where there is no GPU; help anywhere."""
+    import torch
+
+    command = [sys.executable, str(HERE / "bench_ops.py")]
+    assert "--only" in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "no CUDA device: the ops are timed on a GPU only\n")
