@@ -28,14 +28,14 @@ def run(program: Path, kernel: str, seed: str = "0") -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "rotate", "take", "too_many_threads"])
+@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "match", "rotate", "take", "too_many_threads"])
 def test_right_kernel_is_right_under_sanitizers(right_kernels: Path, kernel: str, seed: str) -> None:
     done = run(right_kernels, kernel, seed)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "rotate", "take", "too_many_threads"])
+@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "match", "rotate", "take", "too_many_threads"])
 def test_gpu_agrees_with_the_emulator(tmp_path: Path, kernel: str) -> None:
     """One reading of the fragment layouts serves kernel and emulator: only a GPU can say that it is right."""
     need_gpu()

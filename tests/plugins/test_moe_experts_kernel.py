@@ -339,6 +339,7 @@ def test_refuses_transposed_mxfp4(machine: Machine, capfd: pytest.CaptureFixture
     node = Node(1, 1, 2, 64, 32, stored=MXFP4, biases=True, transposed=True)
     inputs = node.inputs("fp16")
     inputs[3:5] = np.zeros((2, 64, 64), np.uint8), np.zeros((2, 32, 64), np.uint8)
+    inputs[8] = np.zeros((2, 32, 2), np.uint8)
     with pytest.raises(Refused):
         run(machine, node, inputs)
     assert "llmexport: MoeExperts: MXFP4 weights are never transposed" in capfd.readouterr().err

@@ -104,6 +104,16 @@ bool shuffleHalvesIsRight() {
   return true;
 }
 
+bool matchDigitsIsRight() {
+  Array<int> y(std::vector<int>(64, -1));
+  run(matchDigits, 1, 64, y.data);
+  auto const found = y.host();
+  for (int i = 0; i < 64; ++i) {
+    if (found[i] != i % 32 / 10 * 100 + i % 32 % 10) return false;
+  }
+  return true;
+}
+
 bool rotateTwiceIsRight() {
   Array<int> y(std::vector<int>(64, -1));
   run(rotateTwice, 1, 64, y.data);
@@ -135,6 +145,7 @@ bool check(std::string const& name) {
   }
   if (name == "sum") return sumAndCountIsRight();
   if (name == "halves") return shuffleHalvesIsRight();
+  if (name == "match") return matchDigitsIsRight();
   if (name == "rotate") return rotateTwiceIsRight();
   if (name == "take") return takeAfterWorkIsRight();
   if (name == "out_of_bounds") run(copyUnchecked, 1, 128, x.data, y.data);

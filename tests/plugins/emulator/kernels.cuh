@@ -107,6 +107,13 @@ __global__ void shuffleHalves(int* y) {
   }
 }
 
+// How many lanes below have the same digit, and the first of all that have.
+__global__ void matchDigits(int* y) {
+  int const lane = threadIdx.x % kWarp;
+  unsigned const same = __match_any_sync(~0u, lane % 10 * 1000);
+  y[threadIdx.x] = __popc(same & ((1u << lane) - 1)) * 100 + __ffs(int(same)) - 1;
+}
+
 __global__ void copyUnchecked(float const* x, float* y) {
   int const at = blockIdx.x * blockDim.x + threadIdx.x;
   y[at] = x[at];

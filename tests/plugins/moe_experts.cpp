@@ -1,0 +1,33 @@
+// Launch plans and workspace of MoeExperts, for test_moe_experts_plan.py by ctypes.
+#include "moe_experts/moe_experts.h"
+
+using namespace llmexport;
+
+namespace {
+
+MoeExpertsSizes sizesOf(int64_t const* s) { return {s[0], s[1], s[2], s[3], s[4]}; }
+
+}  // namespace
+
+// sizes: tokens, slots, experts, hidden, intermediate. stored: -1 for MXFP4. Of each launch, in
+// their order: grid.x, block.x, bytes of shared memory.
+extern "C" void moe_plan(int64_t const* sizes, int dtype, int stored, bool pointersAligned,
+                         int64_t* out) {
+  auto const type = stored < 0 ? std::nullopt : std::optional(Dtype(stored));
+  auto const plan = moeExpertsPlan(sizesOf(sizes), Dtype(dtype), type, pointersAligned);
+  int64_t const values[] = {plan.onTensorCores, plan.sorted, plan.tileRows,  plan.rowTiles,
+                            plan.upTiles,       plan.width,  plan.downTiles, plan.rowBlocks};
+  for (int64_t value : values) *out++ = value;
+  for (LaunchPlan const* launch : {&plan.scale, &plan.sort, &plan.up, &plan.down, &plan.combine}) {
+    *out++ = launch->grid.x;
+    *out++ = launch->block.x;
+    *out++ = int64_t(launch->sharedBytes);
+  }
+}
+
+extern "C" void moe_workspace(int64_t const* sizes, int dtype, int64_t* out) {
+  auto const parts = moeExpertsWorkspace(sizesOf(sizes), Dtype(dtype));
+  for (size_t part : {parts.gated, parts.outputs, parts.order, parts.tiles, parts.bytes}) {
+    *out++ = int64_t(part);
+  }
+}
