@@ -73,4 +73,5 @@ CASES = (
         "mlp_only_layers": [],
     }),
 )  # fmt: skip
+PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]  # one case an architecture
