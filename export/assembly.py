@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, Block, Mask, Model, Port
+from llmexport.export.spec import Arch, Block, Model, Port
 
+# What every model takes besides its caches, in this order.
+TOKENS = ("input_ids", "position_ids", "attention_mask")
 # Paths of the two parameters that may be tied.
 HEAD, TABLE = "head.projection.weight", "embedding.weight"
 
@@ -47,27 +49,34 @@ class Assembly:
 
 def assemble(model: Model) -> Assembly:
     """The whole model, as `input_ids, position_ids, attention_mask, past` to `logits, present`."""
-    masks = {w: Mask(w) for w in dict.fromkeys(model.windows)}
-    mask_names = {w: "mask" if w is None else f"mask_window_{w}" for w in masks}
-    steps = [
-        Step("embedding", model.embedding, ("input_ids",), ("hidden.0",), "embedding."),
-        Step("rotary", model.rotary, ("position_ids",), ("cos", "sin"), "rotary."),
-    ]
-    for window, mask in masks.items():
-        name = mask_names[window]
-        steps.append(Step(name, mask, ("attention_mask", "position_ids"), (name,), f"{name}."))
+    context = _context(model)
+    steps = [Step("embedding", model.embedding, ("input_ids",), ("hidden.0",), "embedding."), *context.values()]
     past, present = [], []
-    for i, (layer, window) in enumerate(zip(model.layers, model.windows, strict=True)):
-        cached = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
-        grown = (f"present.{i}.key", f"present.{i}.value")
-        inputs = (f"hidden.{i}", "cos", "sin", mask_names[window], *cached)
-        steps.append(Step(f"layers.{i}", layer, inputs, (f"hidden.{i + 1}", *grown), f"layers.{i}."))
-        past += _named(cached, layer.attention.cache)
-        present += _named(grown, layer.attention.present)
+    for i, layer in enumerate(model.layers):
+        mixer = layer.block.mixer
+        read = {p.name: v for b in layer.reads for p, v in zip(b.outputs, context[b].outputs, strict=True)}
+        cached = tuple(p.name.replace("past_", f"past_key_values.{i}.", 1) for p in mixer.cache)
+        grown = tuple(p.name.replace("present_", f"present.{i}.", 1) for p in mixer.present)
+        inputs = (f"hidden.{i}", *(read[p.name] for p in mixer.context), *cached)
+        steps.append(Step(f"layers.{i}", layer.block, inputs, (f"hidden.{i + 1}", *grown), f"layers.{i}."))
+        past += _named(cached, mixer.cache)
+        present += _named(grown, mixer.present)
     steps.append(Step("head", model.head, (f"hidden.{len(model.layers)}",), ("logits",), "head."))
-    ids, positions = model.embedding.inputs[0], model.rotary.inputs[0]
-    mask = Mask().inputs[0]
-    return Assembly((ids, positions, mask, *past), tuple(steps), (*model.head.outputs, *present))
+    ports = {p.name: p for s in steps if s.block in (model.embedding, *context) for p in s.block.inputs}
+    tokens = tuple(ports[n] for n in TOKENS if n in ports)
+    return Assembly((*tokens, *past), tuple(steps), (*model.head.outputs, *present))
+
+
+def _context(model: Model) -> dict[Block, Step]:
+    """The blocks that layers read, as steps. A second of a kind without a label of its own is numbered."""
+    steps: dict[Block, Step] = {}
+    for block in dict.fromkeys(b for layer in model.layers for b in layer.reads):
+        twins = sum(b.label == block.label for b in steps)
+        suffix = block.label.removeprefix(block.kind) + (f"_{twins}" if twins else "")
+        name = block.kind + suffix
+        values = tuple(p.name + suffix for p in block.outputs)
+        steps[block] = Step(name, block, tuple(p.name for p in block.inputs), values, f"{name}.")
+    return steps
 
 
 def alone(step: Step) -> Assembly:
@@ -81,12 +90,14 @@ def alone(step: Step) -> Assembly:
 def named_blocks(model: Model) -> dict[str, Step]:
     """Every block that can be exported alone, by name: its kind, and its place where a model has two of a kind."""
     found: dict[str, Step] = {}
-    for step in assemble(model).steps:
-        for part in _parts(step):
-            if part.block in [s.block for s in found.values()]:
-                continue
-            name = part.block.kind if part.block.kind not in found else part.name.replace(".", "_")
-            found[name] = part
+    every = [part for step in assemble(model).steps for part in parts(step)]
+    places = [part.name.replace(".", "_") for part in every]
+    for part, place in zip(every, places, strict=True):
+        if part.block in [s.block for s in found.values()]:
+            continue
+        kind = part.block.kind
+        # A block whose place is called like its kind keeps that name, as the mask without a window.
+        found[place if kind in found or kind in places else kind] = part
     return found
 
 
@@ -107,8 +118,25 @@ def tied_names(arch: Arch) -> tuple[str, str]:
     return _stored_name(arch, HEAD), _stored_name(arch, TABLE)
 
 
+def part_names(arch: Arch, path: str, experts: int) -> tuple[str, ...]:
+    """The checkpoint's names of the matrices that make up the stacked parameter at `path`, expert by expert.
+
+    Empty if the architecture knows no such parts.
+    """
+    name, index = _generic_name(arch, path)
+    return tuple(p.format(i=index, e=e) for e in range(experts) for p in arch.stacks.get(name, ()))
+
+
 def _stored_name(arch: Arch, path: str) -> str:
-    """Raises KeyError if the architecture names no such path: a mistake in its data file."""
+    name, index = _generic_name(arch, path)
+    return name.format(i=index)
+
+
+def _generic_name(arch: Arch, path: str) -> tuple[str, str]:
+    """The checkpoint's name of a parameter with {i} for the layer, and the layer.
+
+    Raises KeyError if the architecture names no such path: a mistake in its data file.
+    """
     match = re.match(r"layers\.(\d+)\.", path)
     index = match.group(1) if match else ""
     generic = path.replace(f"layers.{index}.", "layers.{i}.", 1)
@@ -116,28 +144,15 @@ def _stored_name(arch: Arch, path: str) -> str:
     if not starts:
         raise KeyError(f"{path}: no name of this architecture fits")
     start = max(starts, key=len)
-    return arch.names[start].format(i=index) + generic[len(start) :]
+    return arch.names[start] + generic[len(start) :], index
 
 
 def _named(names: tuple[str, ...], ports: tuple[Port, ...]) -> list[Port]:
     return [Port(n, p.shape, p.dtype) for n, p in zip(names, ports, strict=True)]
 
 
-def _parts(step: Step) -> Iterator[Step]:
+def parts(step: Step) -> Iterator[Step]:
     """A step and the blocks inside it, outermost first."""
     yield step
-    for field, path in PARTS.get(step.block.kind, {}).items():
-        block = getattr(step.block, field)
-        yield Step(f"{step.name}.{field}", block, (), (), f"{step.path}{path}")
-
-
-# Where a block's inner blocks keep their parameters: kind -> field of the spec -> path in the module.
-PARTS = {
-    "decoder_layer": {
-        "input_norm": "input_layernorm.",
-        "attention": "self_attn.",
-        "post_attention_norm": "post_attention_layernorm.",
-        "mlp": "mlp.",
-    },
-    "head": {"norm": "norm."},
-}
+    for field, (block, path) in step.block.parts.items():
+        yield from parts(Step(f"{step.name}.{field}", block, (), (), f"{step.path}{path}"))

@@ -23,7 +23,7 @@ SOURCES = (
     "plugins/*/*.py",
     "export/blocks/*.py",
     "export/onnx_file.py",
-    "export/spec.py",
+    "export/spec/*.py",
     "export/trace.py",
     "export/tidy.py",
 )

@@ -1,12 +1,14 @@
-"""The decoder that most architectures are: every layer alike but for its attention window."""
+"""What the configs of all decoders say in the same words, and the blocks that follow from it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any
 
 from llmexport.export.config import Config
-from llmexport.export.spec import Attention, DecoderLayer, Embedding, Head, Mlp, Model, Norm, Rotary
+from llmexport.export.spec import Activation, Attention, Block, DecoderLayer, Embedding, Head, Layer, Mlp, Model, Norm
 
 # The published names of Llama and of all who followed it.
 NAMES = MappingProxyType(
@@ -41,41 +43,61 @@ TINY = MappingProxyType(
 ACTIVATIONS = MappingProxyType({"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf"})
 
 
-def decoder(
-    config: Config,
-    *,
-    activation: Literal["silu", "gelu_tanh", "gelu_erf"],
-    tied: bool,
-    head_size: int | None = None,
-    norm_offset: float = 0.0,
-    norm_rounding: Literal["before_weight", "after_weight"] = "before_weight",
-    scale_embedding: bool = False,
-    qkv_bias: bool = False,
-    out_bias: bool = False,
-    mlp_bias: bool = False,
-    windows: tuple[int | None, ...] | None = None,
-) -> Model:
-    """Reads the keys that all such configs share; the arguments are what distinguishes an architecture.
+@dataclass(frozen=True)
+class Decoder:
+    """The sizes of a decoder, and its parts; `fields` are those of the spec that an architecture sets."""
 
-    `tied` and `head_size` are for configs that do not say. `windows` holds the attention window of
-    every layer, None for the whole past.
-    """
+    config: Config
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    layers: int
+    vocabulary: int
+
+    def norm(self, epsilon: float | None = None, **fields: Any) -> Norm:
+        """`epsilon` is for configs that do not say."""
+        return Norm(self.hidden, self.config.number("rms_norm_eps", epsilon or 1e-6), **fields)
+
+    def attention(self, **fields: Any) -> Attention:
+        return Attention(self.hidden, self.heads, self.kv_heads, self.head_size, **fields)
+
+    def mlp(self, intermediate: int | None = None, activation: Activation | None = None, **fields: Any) -> Mlp:
+        """By default of the sizes and the activation that the config names."""
+        intermediate = intermediate or self.config.integer("intermediate_size")
+        return Mlp(self.hidden, intermediate, activation or self.activation(), **fields)
+
+    def activation(self) -> Activation:
+        return self.config.choice("hidden_act", ACTIVATIONS, "silu")
+
+    def model(
+        self,
+        layers: Iterable[tuple[DecoderLayer, tuple[Block, ...]]],
+        norm: Norm,
+        *,
+        tied: bool,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+    ) -> Model:
+        """`layers` are the blocks and what each reads; `tied` is for configs that do not say."""
+        return Model(
+            embedding=Embedding(self.vocabulary, self.hidden, scale),
+            layers=tuple(Layer(block, reads) for block, reads in layers),
+            head=Head(norm, self.vocabulary, softcap),
+            tied=self.config.flag("tie_word_embeddings", tied),
+        )
+
+
+def decoder(config: Config, head_size: int | None = None) -> Decoder:
+    """Reads the sizes; `head_size` is for configs that do not say."""
     hidden = config.integer("hidden_size")
     heads = config.integer("num_attention_heads")
-    layers = config.integer("num_hidden_layers")
-    vocabulary = config.integer("vocab_size")
-    norm = Norm(hidden, config.number("rms_norm_eps", 1e-6), norm_offset, norm_rounding)
-    head_size = config.integer("head_dim", head_size or hidden // heads)
-    theta, scaling = config.rope(10000.0)
-    kv_heads = config.integer("num_key_value_heads", heads)
-    mlp = Mlp(hidden, config.integer("intermediate_size"), activation, mlp_bias)
-
-    attention = Attention(hidden, heads, kv_heads, head_size, qkv_bias, out_bias)
-    return Model(
-        embedding=Embedding(vocabulary, hidden, hidden**0.5 if scale_embedding else 1.0),
-        rotary=Rotary(head_size, theta, scaling),
-        layers=(DecoderLayer(norm, attention, norm, mlp),) * layers,
-        windows=windows or (None,) * layers,
-        head=Head(norm, vocabulary),
-        tied=config.flag("tie_word_embeddings", tied),
+    return Decoder(
+        config,
+        hidden,
+        heads,
+        config.integer("num_key_value_heads", heads),
+        config.integer("head_dim", head_size or hidden // heads),
+        config.integer("num_hidden_layers"),
+        config.integer("vocab_size"),
     )

@@ -70,7 +70,8 @@ ATTENTION = ("scale", "q_num_heads", "kv_num_heads")
 ANOTHER_GRAPH = re.compile(
     "Unused Input: |currently ignores|Ignoring shape|[Cc]lamp(ing to|ed)|not found in plugin node|wrong shape"
 )
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+TYPES |= {"INT32": "int32", "INT64": "int64", "BOOL": "bool", "UINT8": "uint8"}
 
 Sizes = tuple[int, int, int]
 DEFAULTS: Mapping[str, Sizes] = MappingProxyType({BATCH: (1, 1, 4), SEQUENCE: (1, 64, 512), PAST: (0, 512, 2048)})

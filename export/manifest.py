@@ -62,12 +62,12 @@ def record(request: Request, assembly: Assembly, built: Built, shards: list[Shar
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest as read back, with the assembly and the weights of its steps (path in block -> tensor)."""
+    """A manifest as read back, with the assembly and the weights of its steps (path in block -> tensor or tensors)."""
 
     folder: Path
     data: dict[str, Any]
     assembly: Assembly
-    step_weights: dict[str, dict[str, str]]
+    step_weights: dict[str, dict[str, str | list[str]]]
 
     def checkpoint(self) -> Checkpoint:
         """The weights that lie in the export's folder."""
@@ -118,7 +118,7 @@ def read(folder: Path) -> Manifest:
     return Manifest(folder, data, assembly, step_weights)
 
 
-def _assembly(data: dict[str, Any]) -> tuple[Assembly, dict[str, dict[str, str]]]:
+def _assembly(data: dict[str, Any]) -> tuple[Assembly, dict[str, dict[str, str | list[str]]]]:
     blocks = [from_data(b) for b in data["blocks"]]
     steps = tuple(
         Step(s["name"], blocks[s["block"]], tuple(s["inputs"]), tuple(s["outputs"]), s["path"]) for s in data["steps"]

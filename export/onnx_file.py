@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
 
 from llmexport.export import cache, manifest, weights
-from llmexport.export.archs import Named
+from llmexport.export.archs import Named, text_config
 from llmexport.export.assembly import (
     Assembly,
     Step,
@@ -23,6 +24,7 @@ from llmexport.export.assembly import (
     checkpoint_name,
     find_block,
     named_blocks,
+    part_names,
     tied_names,
 )
 from llmexport.export.checkpoint import Checkpoint
@@ -42,6 +44,7 @@ ELEMENT_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
     "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
+    "int32": onnx.TensorProto.INT32,
     "int64": onnx.TensorProto.INT64,
     "bool": onnx.TensorProto.BOOL,
 }
@@ -67,7 +70,7 @@ class Request:
 
 def read_model(arch: Named, config: Mapping[str, Any]) -> Model:
     """The model that a config describes. Raises ExportError on what this architecture does not understand."""
-    keys = Config(config)
+    keys = Config(text_config(arch.arch, config))
     model = arch.arch.build(keys)
     keys.finish()
     return model
@@ -108,7 +111,7 @@ def fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
     model = read_model(request.arch, request.checkpoint.config)
     assembly = assemble(model) if request.block is None else alone(find_block(model, request.block))
     built = build(request, model, assembly, progress)
-    used = {request.checkpoint.tensors[n].file for n in built.wanted}
+    used = {request.checkpoint.tensors[n].file for p in built.wanted.values() for n in p.sources}
     shards = [s for s in request.checkpoint.shards if s.file in used]
     progress(f"weights ({len(shards)} files)", 0, 1)
     placed = place_weights([request.checkpoint.folder / s.file for s in shards], folder, request.weights)
@@ -122,13 +125,14 @@ def fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Built:
     """The finished graph; what the passes did; how often each custom op occurs; the weights it wants, by their
-    name in the checkpoint; and the weights of each step, by the path in its block."""
+    name in the checkpoint; and the weights of each step, by the path in its block, with the names of all its parts
+    where the checkpoint has it in parts."""
 
     proto: onnx.ModelProto
     fusions: dict[str, dict[str, Any]]
     ops: dict[str, int]
     wanted: dict[str, weights.Parameter]
-    step_weights: dict[str, dict[str, str]]
+    step_weights: dict[str, dict[str, str | list[str]]]
 
 
 def build(request: Request, model: Model, assembly: Assembly, progress: Progress) -> Built:
@@ -137,28 +141,29 @@ def build(request: Request, model: Model, assembly: Assembly, progress: Progress
     graphs = trace_all(assembly.blocks, dtype, progress)
     values: dict[str, dict[str, str]] = {}
     wanted: dict[str, weights.Parameter] = {}
-    step_weights: dict[str, dict[str, str]] = {}
+    step_weights: dict[str, dict[str, str | list[str]]] = {}
     for step in assembly.steps:
-        values[step.name] = {p.name: n for p, n in zip(step.block.inputs, step.inputs, strict=True)}
+        own = values[step.name] = {p.name: n for p, n in zip(step.block.inputs, step.inputs, strict=True)}
         step_weights[step.name] = {}
         for value in graphs[step.block].graph.input:
-            if value.name not in values[step.name]:
-                name = checkpoint_name(arch, model, step.path + value.name)
-                step_weights[step.name][value.name] = name
-                wanted[name] = weights.Parameter(name, tuple(d.dim_value for d in value.type.tensor_type.shape.dim))
-        values[step.name] |= step_weights[step.name]
-        values[step.name] |= {p.name: n for p, n in zip(step.block.outputs, step.outputs, strict=True)}
+            if value.name not in own:
+                parameter = _parameter(request, model, step, value)
+                own[value.name] = parameter.name
+                wanted[parameter.name] = parameter
+                step_weights[step.name][value.name] = list(parameter.parts) or parameter.name
+        own |= {p.name: n for p, n in zip(step.block.outputs, step.outputs, strict=True)}
     ignore = arch.ignore
     if model.tied:
         head, table = tied_names(arch)
         ignore += (head,) if weights.check_tied(head, table, request.checkpoint) else ()
     weights.check(wanted, request.checkpoint, ignore, whole=request.block is None)
+    stored = {n: weights.stored_type(p, request.checkpoint) for n, p in wanted.items() if p.as_stored}
 
     def make() -> bytes:
         pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]
-        return join(pieces, assembly, dtype, request.target).SerializeToString()
+        return join(pieces, assembly, dtype, request.target, stored).SerializeToString()
 
-    key = [to_data(assembly), values, dtype, request.target, [p.__name__ for p in pipeline.PIPELINE]]
+    key = [to_data(assembly), values, dtype, request.target, stored, [p.__name__ for p in pipeline.PIPELINE]]
     proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
     fusions = {p.key: json.loads(p.value) for p in proto.metadata_props}
     del proto.metadata_props[:]
@@ -166,10 +171,29 @@ def build(request: Request, model: Model, assembly: Assembly, progress: Progress
     return Built(proto, fusions, bodies.count(proto), wanted, step_weights)
 
 
-def join(pieces: list[Piece], assembly: Assembly, dtype: str, target: str) -> onnx.ModelProto:
-    """The pieces stitched and fused, weights still graph inputs; what each pass did is in `metadata_props`."""
+def _parameter(request: Request, model: Model, step: Step, value: onnx.ValueInfoProto) -> weights.Parameter:
+    """The parameter behind an input of a step's graph: what the checkpoint calls it, whole or in parts."""
+    arch, stored = request.arch.arch, request.checkpoint.tensors
+    name = checkpoint_name(arch, model, step.path + value.name)
+    kind = value.type.tensor_type
+    shape = tuple(d.dim_value for d in kind.shape.dim)
+    parts = () if name in stored else part_names(arch, step.path + value.name, shape[0] if shape else 0)
+    return weights.Parameter(
+        name, shape, parts, value.name in step.block.as_stored, packed=kind.elem_type == onnx.TensorProto.UINT8
+    )
+
+
+def join(
+    pieces: list[Piece], assembly: Assembly, dtype: str, target: str, stored: Mapping[str, int] = MappingProxyType({})
+) -> onnx.ModelProto:
+    """The pieces stitched and fused, weights still graph inputs, those in `stored` of that ONNX type; what each pass
+    did is in `metadata_props`."""
     inputs, outputs = ([value_info(p, dtype) for p in ports] for ports in (assembly.inputs, assembly.outputs))
-    proto, fusions = pipeline.run(stitch(pieces, inputs, outputs, opset=OPSET))
+    stitched = stitch(pieces, inputs, outputs, opset=OPSET)
+    for value in stitched.graph.input:
+        if value.name in stored:
+            value.type.tensor_type.elem_type = stored[value.name]
+    proto, fusions = pipeline.run(stitched)
     if target == "portable":
         bodies.attach_bodies(proto, load_body)
     for name, fused in fusions.items():

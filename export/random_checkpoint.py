@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
 import numpy as np
 from safetensors.numpy import save_file
 
+from llmexport.export import weights
 from llmexport.export.archs import Named
-from llmexport.export.assembly import Step, assemble, checkpoint_name
-from llmexport.export.checkpoint import INDEX
+from llmexport.export.assembly import assemble, checkpoint_name, part_names, parts
+from llmexport.export.checkpoint import INDEX, ITEMSIZE
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
-from llmexport.export.spec import Norm
+from llmexport.export.spec import MXFP4_BLOCK, Block, GatedNorm, Norm
 
 MARKER = "llmexport-random.json"  # what --force may replace: a downloaded checkpoint has none
+SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SCALE_BIAS = 127  # of MXFP4: a scale of this is 1
 ROWS = 2**22  # values drawn at a time: what bounds the memory beyond one shard
 
 
@@ -31,52 +36,73 @@ def write(
     dtype: str = "bfloat16",
     seed: int = 0,
     shard_bytes: int = 2**30,
+    hollow: bool = False,
     force: bool = False,
 ) -> None:
     """A checkpoint of `config` (the architecture's tiny one if None) that transformers loads as well.
 
     Matrices are normal with a deviation that keeps the logits of order one; norms and biases are spread too, so
-    that leaving one out shows. The same seed gives the same bytes. Holds one shard in memory.
+    that leaving one out shows. The same seed gives the same bytes. Holds one shard in memory. `hollow`: the files are
+    holes that read as zeros and take no space, of any size.
     """
     config = {"architectures": [arch.arch.causal_lm], "model_type": arch.arch.model_types[0], "dtype": dtype} | dict(
         config or arch.arch.tiny
     )
-    shapes = dict(_parameters(arch, config))
-    shards = _split(shapes, shard_bytes, np.dtype(dtype).itemsize)
+    parameters = dict(_parameters(arch, config))
+    shards = _split(parameters, shard_bytes, np.dtype(dtype).itemsize)
     with new_folder(target, force=force, marker=MARKER) as folder:
         index: dict[str, str] = {}
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-            tensors = {n: _draw(n, *shapes[n], dtype, seed) for n in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            if hollow:
+                _write_holes(folder / file, {n: parameters[n] for n in names}, dtype)
+            else:
+                tensors = {n: _draw(n, parameters[n], dtype, seed) for n in names}
+                save_file(tensors, folder / file, metadata={"format": "pt"})
             index |= dict.fromkeys(names, file)
         (folder / MARKER).write_text(json.dumps({"seed": seed}))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
 
 
-def _parameters(arch: Named, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[tuple[int, ...], float]]]:
-    """Name in the checkpoint, shape and mean of every parameter."""
-    from llmexport.export.trace import module_shapes
+@dataclass(frozen=True)
+class _Parameter:
+    """What to draw: numbers about `mean`; or bytes, if they are packed numbers."""
+
+    shape: tuple[int, ...]
+    mean: float
+    packed: bool
+
+
+def _parameters(arch: Named, config: Mapping[str, Any]) -> Iterator[tuple[str, _Parameter]]:
+    """Name in the checkpoint of every parameter, and what it is."""
+    from llmexport.export.trace import module_shapes, packed_parameters
 
     model = read_model(arch, config)
     for step in assemble(model).steps:
+        means = {part.path: mean for part in parts(step) if (mean := _mean(part.block)) is not None}
+        packed = packed_parameters(step.block)
         for path, shape in module_shapes(step.block).items():
-            mean = 1.0 - _offset(step) if "norm" in path else 0.0
-            yield checkpoint_name(arch.arch, model, step.path + path), (shape, mean)
+            full = step.path + path
+            mean = next((m for start, m in means.items() if full == f"{start}weight"), 0.0)
+            names = part_names(arch.arch, full, shape[0]) if arch.arch.in_parts else ()
+            wanted = weights.Parameter(checkpoint_name(arch.arch, model, full), shape, names)
+            for name in wanted.sources:
+                yield name, _Parameter(wanted.part_shape, mean, path in packed)
 
 
-def _offset(step: Step) -> float:
-    """What the block's norms add to their weight."""
-    norms = [v for v in vars(step.block).values() if isinstance(v, Norm)]
-    return norms[0].offset
+def _mean(block: Block) -> float | None:
+    """About what a norm's weight lies; None for other blocks."""
+    if isinstance(block, Norm):
+        return 1.0 - block.offset
+    return 1.0 if isinstance(block, GatedNorm) else None
 
 
-def _split(shapes: Mapping[str, tuple[tuple[int, ...], float]], limit: int, itemsize: int) -> list[list[str]]:
+def _split(parameters: Mapping[str, _Parameter], limit: int, itemsize: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     room = limit
-    for name, (shape, _) in shapes.items():
-        size = int(np.prod(shape)) * itemsize
+    for name, parameter in parameters.items():
+        size = math.prod(parameter.shape) * (1 if parameter.packed else itemsize)
         if shards[-1] and size > room:
             shards.append([])
             room = limit
@@ -85,11 +111,36 @@ def _split(shapes: Mapping[str, tuple[tuple[int, ...], float]], limit: int, item
     return shards
 
 
-def _draw(name: str, shape: tuple[int, ...], mean: float, dtype: str, seed: int) -> np.ndarray:
+def _write_holes(path: Path, parameters: Mapping[str, _Parameter], dtype: str) -> None:
+    """A safetensors file whose data is one hole."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, parameter in parameters.items():
+        kind = "U8" if parameter.packed else SAFETENSORS[dtype]
+        start, end = end, end + math.prod(parameter.shape) * ITEMSIZE[kind]
+        header[name] = {"dtype": kind, "shape": parameter.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)
+
+
+def _draw(name: str, parameter: _Parameter, dtype: str, seed: int) -> np.ndarray:
     random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    shape = parameter.shape
+    if parameter.packed:
+        return _draw_packed(random, name, shape)
     deviation = 0.2 if len(shape) == 1 else 0.6 * shape[-1] ** -0.5
-    values = np.empty(int(np.prod(shape)), np.dtype(dtype))
+    values = np.empty(math.prod(shape), np.dtype(dtype))
     for start in range(0, values.size, ROWS):
         part = random.standard_normal(min(ROWS, values.size - start), np.float32)
-        values[start : start + ROWS] = part * deviation + mean
+        values[start : start + ROWS] = part * deviation + parameter.mean
     return values.reshape(shape)
+
+
+def _draw_packed(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """MXFP4 as published: blocks [..., N / 32, 16] of any bits, scales [..., N / 32] that keep logits of order one."""
+    if name.endswith("_scales"):
+        middle = SCALE_BIAS - round(math.log2(4 * (shape[-1] * MXFP4_BLOCK) ** 0.5))
+        return random.integers(middle - 1, middle + 2, shape, np.uint8)
+    return random.integers(0, 256, (*shape[:-1], shape[-1] * 2 // MXFP4_BLOCK, MXFP4_BLOCK // 2), np.uint8)

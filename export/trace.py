@@ -113,8 +113,12 @@ def _trace_reference(
 
 def module_shapes(block: Block) -> dict[str, tuple[int, ...]]:
     """The parameters of a block: path in its module -> shape."""
-    module = blocks.module(block, torch.float32)
-    return {n: tuple(p.shape) for n, p in module.named_parameters()}
+    return {n: tuple(p.shape) for n, p in blocks.module(block, torch.float32).named_parameters()}
+
+
+def packed_parameters(block: Block) -> set[str]:
+    """The paths of those parameters that are bytes which hold other numbers."""
+    return {n for n, p in blocks.module(block, torch.float32).named_parameters() if p.dtype == torch.uint8}
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

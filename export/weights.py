@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -13,17 +14,41 @@ from onnx import TensorProto
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.errors import ExportError
 
-ONNX_TYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+FLOATS, BYTES = ("F32", "F16", "BF16"), "U8"
+ONNX_TYPES = {
+    "F32": TensorProto.FLOAT,
+    "F16": TensorProto.FLOAT16,
+    "BF16": TensorProto.BFLOAT16,
+    "U8": TensorProto.UINT8,
+}
 PIECE = 2**24  # bytes compared at a time
 LISTED = 10  # names in an error before "and N more"
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A weight that the model wants: its name in the checkpoint and its shape."""
+    """A weight that the model wants: its name in the checkpoint and its shape.
+
+    `parts` are the tensors it is made of, stacked in this order, where the checkpoint has no such tensor.
+    `as_stored`: it enters the graph in the type it is stored in. `packed`: it is bytes that hold other numbers.
+    """
 
     name: str
     shape: tuple[int, ...]
+    parts: tuple[str, ...] = ()
+    as_stored: bool = False
+    packed: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.parts or (self.name,)
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of each of its sources."""
+        if not self.parts:
+            return self.shape
+        return (self.shape[0] * self.shape[1] // len(self.parts), *self.shape[2:])
 
 
 def check(wanted: Mapping[str, Parameter], checkpoint: Checkpoint, ignore: tuple[str, ...], whole: bool) -> None:
@@ -33,15 +58,16 @@ def check(wanted: Mapping[str, Parameter], checkpoint: Checkpoint, ignore: tuple
     `ignore` may be left over. Raises ExportError.
     """
     stored = checkpoint.tensors
-    missing = [n for n in wanted if n not in stored]
+    sources = {n: p for p in wanted.values() for n in p.sources}
+    missing = [n for n in sources if n not in stored]
     if missing:
         raise ExportError(
             f"checkpoint lacks {len(missing)} tensors that its config.json asks for: {_some(missing)}. "
             "Is config.json from the same model, and is every shard there?"
         )
-    for name, parameter in wanted.items():
+    for name, parameter in sources.items():
         _check_tensor(parameter, stored[name])
-    unused = [n for n in stored if n not in wanted and not any(fnmatch(n, p) for p in ignore)]
+    unused = [n for n in stored if n not in sources and not any(fnmatch(n, p) for p in ignore)]
     if whole and unused:
         raise ExportError(
             f"checkpoint holds {len(unused)} tensors that this architecture does not use: {_some(unused)}. "
@@ -74,49 +100,68 @@ def _same_bits(checkpoint: Checkpoint, *names: str) -> bool:
 
 
 def _check_tensor(parameter: Parameter, stored: StoredTensor) -> None:
-    if stored.shape != parameter.shape:
+    shape = parameter.part_shape
+    # Packed numbers may be stored block by block, with a dimension for the blocks.
+    blocks = (*stored.shape[:-2], math.prod(stored.shape[-2:])) if parameter.packed else ()
+    if shape not in (stored.shape, blocks):
         raise ExportError(
             f"{stored.name} is {list(stored.shape)} in the checkpoint, config.json makes it "
-            f"{list(parameter.shape)}: is config.json from the same model?"
+            f"{list(shape)}: is config.json from the same model?"
         )
-    if stored.dtype not in ONNX_TYPES:
+    types = (BYTES,) if parameter.packed else FLOATS
+    if stored.dtype not in types:
         raise ExportError(
-            f"{stored.name} is stored as {stored.dtype}; {', '.join(ONNX_TYPES)} can be exported. "
+            f"{stored.name} is stored as {stored.dtype}; {', '.join(types)} can be exported here. "
             "Quantised checkpoints must be converted first"
         )
+
+
+def stored_type(parameter: Parameter, checkpoint: Checkpoint) -> int:
+    """The ONNX type that a parameter is stored in. Raises ExportError if its parts differ in that."""
+    found = {checkpoint.tensors[n].dtype for n in parameter.sources}
+    if len(found) > 1:
+        raise ExportError(
+            f"the parts of {parameter.name} are stored as {', '.join(sorted(found))}: convert them to one"
+        )
+    return ONNX_TYPES[found.pop()]
 
 
 def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Checkpoint, dtype: int) -> None:
     """Turns the graph inputs named in `wanted` into external initialisers that point into the shards, in place.
 
-    A tensor stored in another type than `dtype` gets a Cast, which runtimes fold when they load.
+    A tensor stored in another type than `dtype` gets a Cast, unless the graph takes it as it is stored; one in parts
+    is put together by a Concat. Runtimes fold both when they load.
     """
     graph = model.graph
     kept = [v for v in graph.input if v.name not in wanted]
     del graph.input[:]
     graph.input.extend(kept)
-    casts = {}
-    for name in wanted:
-        stored = checkpoint.tensors[name]
-        graph.initializer.append(_external(stored))
-        if ONNX_TYPES[stored.dtype] != dtype:
-            casts[name] = f"{name}/cast"
+    casts: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
+    for name, parameter in wanted.items():
+        graph.initializer.extend(_external(checkpoint.tensors[n], parameter.part_shape) for n in parameter.sources)
+        found = stored_type(parameter, checkpoint)
+        if parameter.parts:
+            rows, shape = f"{name}/rows", f"{name}/shape"
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(parameter.shape, np.int64), shape))
+            nodes.append(onnx.helper.make_node("Concat", parameter.parts, [rows], name=rows, axis=0))
+            nodes.append(onnx.helper.make_node("Reshape", [rows, shape], [name], name=f"{name}/stack"))
+            graph.value_info.append(onnx.helper.make_tensor_value_info(name, found, list(parameter.shape)))
+        if found != dtype and not parameter.as_stored:
+            cast = casts[name] = f"{name}/cast"
+            nodes.append(onnx.helper.make_node("Cast", [name], [cast], name=cast, to=dtype))
+            graph.value_info.append(onnx.helper.make_tensor_value_info(cast, dtype, list(parameter.shape)))
     for node in graph.node:
         for i, name in enumerate(node.input):
             if name in casts:
                 node.input[i] = casts[name]
-    nodes = [onnx.helper.make_node("Cast", [n], [c], name=c, to=dtype) for n, c in casts.items()]
     nodes.extend(graph.node)
     del graph.node[:]
     graph.node.extend(nodes)
-    shapes = {n: wanted[n].shape for n in casts}
-    graph.value_info.extend(
-        onnx.helper.make_tensor_value_info(casts[n], dtype, list(shape)) for n, shape in shapes.items()
-    )
 
 
-def _external(stored: StoredTensor) -> TensorProto:
-    tensor = TensorProto(name=stored.name, data_type=ONNX_TYPES[stored.dtype], dims=stored.shape)
+def _external(stored: StoredTensor, shape: tuple[int, ...]) -> TensorProto:
+    tensor = TensorProto(name=stored.name, data_type=ONNX_TYPES[stored.dtype], dims=shape)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", stored.file), ("offset", stored.offset), ("length", stored.nbytes)):
         tensor.external_data.add(key=key, value=str(value))

@@ -33,5 +33,45 @@ CASES = (
     Case("mistral", "mistral-no-window", {"sliding_window": None}),
     Case("qwen2", "qwen2"),
     Case("qwen2", "qwen2-full", {"use_sliding_window": False, "tie_word_embeddings": False}),
+    Case("glm4", "glm4"),
+    Case("glm4", "glm4-no-bias", {"attention_bias": False, "num_key_value_heads": 1}),
+    Case("gpt_oss", "gpt_oss"),
+    Case("gpt_oss", "gpt_oss-many-experts", {
+        "num_local_experts": 16, "num_experts_per_tok": 4, "attention_bias": False, "num_key_value_heads": 4,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    }),
+    Case("llama4", "llama4"),
+    Case("llama4", "llama4-maverick", {
+        "use_qk_norm": False, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_layers": [0, 3],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "attention_bias": True,
+        "attn_temperature_tuning": False, "no_rope_layers": [1, 0, 1, 0],
+    }),
+    Case("qwen3_5_moe", "qwen3_5_moe"),
+    Case("qwen3_5_moe", "qwen3_5_moe-other-heads", {
+        "linear_num_key_heads": 4, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 3, "attention_bias": True,
+        "num_experts": 16, "num_experts_per_tok": 4, "layer_types": ["full_attention", "linear_attention"] * 2,
+    }),
+    Case("glm", "glm"),
+    Case("gemma2", "gemma2"),
+    Case("gemma2", "gemma2-no-caps", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    Case("gemma3_text", "gemma3_text"),
+    Case("qwen3", "qwen3"),
+    Case("phi3", "phi3"),
+    Case("phi3", "phi3-longrope", {
+        "original_max_position_embeddings": 48, "max_position_embeddings": 512, "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8],
+        },
+    }),
+    Case("olmo", "olmo"),
+    Case("olmo", "olmo-no-clip", {"clip_qkv": None, "num_key_value_heads": 4}),
+    Case("mixtral", "mixtral"),
+    Case("qwen2_moe", "qwen2_moe"),
+    Case("qwen2_moe", "qwen2_moe-sliding", {
+        "use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": True, "decoder_sparse_step": 2,
+        "mlp_only_layers": [],
+    }),
 )  # fmt: skip
+PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]  # one case an architecture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -42,7 +43,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case 
         folder = tmp_path_factory.mktemp(case.name) / "checkpoint"
         model_class = getattr(transformers, arch.causal_lm)
         torch.manual_seed(0)
-        model = model_class(model_class.config_class(**{**arch.tiny, **case.changes}))
+        # A copy, as transformers writes into the dictionaries that it is given.
+        model = model_class(model_class.config_class(**copy.deepcopy({**arch.tiny, **case.changes})))
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn_like(parameter)

@@ -8,7 +8,7 @@ import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
 import numpy as np
 
 from llmexport.export.assembly import Assembly
-from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Block, Embedding, Mask, Port
+from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Attention, Block, DecoderLayer, Embedding, Mask, Port
 from llmexport.validate.runners import Feed
 
 SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; the mask alone is run past longer windows
@@ -45,17 +45,31 @@ def prompt(assembly: Assembly, *, batch: int = 2, tokens: int | None = None, see
 
 
 def windows(assembly: Assembly) -> list[int]:
-    return [s.block.window for s in assembly.steps if isinstance(s.block, Mask) and s.block.window]
+    """The windows and chunks of a model's attention, in tokens."""
+    found = [reach(s.block) for s in assembly.steps]
+    found += [s.block.mixer.window for s in assembly.steps if isinstance(s.block, DecoderLayer) and _slides(s.block)]
+    return list(dict.fromkeys(w for w in found if w))
+
+
+def reach(block: Block) -> int:
+    """How far a mask lets a token look back: its window or chunk, 0 if it has none."""
+    return (block.window or block.chunk or 0) if isinstance(block, Mask) else 0
+
+
+def _slides(layer: DecoderLayer) -> bool:
+    return isinstance(layer.mixer, Attention) and layer.mixer.window > 0
 
 
 def prefill(assembly: Assembly, start: Prompt, dtype: str) -> Feed:
     """The feed of the first step: the whole prompt, an empty past."""
-    feed = {"input_ids": start.ids, "position_ids": start.positions, "attention_mask": start.mask}
-    return feed | {
-        p.name: np.zeros(_shape(p, {BATCH: len(start.ids), PAST: 0}), _dtype(p, dtype))
-        for p in assembly.inputs
-        if p.name not in feed
-    }
+    given = {"input_ids": start.ids, "position_ids": start.positions, "attention_mask": start.mask}
+    sizes = {BATCH: len(start.ids), SEQUENCE: start.ids.shape[1], TOTAL: start.ids.shape[1], PAST: 0}
+    feed = {}
+    for port in assembly.inputs:
+        # Several positions a token, as mRoPE has them, are equal for text.
+        value = given.get(port.name, np.zeros((), _dtype(port, dtype)))
+        feed[port.name] = np.ascontiguousarray(np.broadcast_to(value, _shape(port, sizes)))
+    return feed
 
 
 def advance(feed: Feed, outputs: Feed, chosen: np.ndarray) -> Feed:
@@ -63,7 +77,7 @@ def advance(feed: Feed, outputs: Feed, chosen: np.ndarray) -> Feed:
     mask = np.concatenate((feed["attention_mask"], np.ones_like(chosen)), 1)
     following = {
         "input_ids": chosen,
-        "position_ids": feed["position_ids"][:, -1:] + 1 + np.arange(chosen.shape[1]),
+        "position_ids": feed["position_ids"][..., -1:] + 1 + np.arange(chosen.shape[1]),
         "attention_mask": mask,
     }
     return following | {n: outputs[n.replace("past_key_values", "present")] for n in feed if n not in following}
@@ -71,7 +85,7 @@ def advance(feed: Feed, outputs: Feed, chosen: np.ndarray) -> Feed:
 
 def block_sizes(block: Block) -> list[dict[str, int]]:
     """Sizes to run one block at: a prompt, and a few tokens after a past that is longer than its window."""
-    past = max(21, (getattr(block, "window", None) or 0) + 9)
+    past = max(21, max(reach(block), getattr(block, "window", 0) or 0) + 9)
     return [{BATCH: 2, SEQUENCE: 13, PAST: 0}, {BATCH: 3, SEQUENCE: 1, PAST: 21}, {BATCH: 2, SEQUENCE: 3, PAST: past}]
 
 
@@ -94,6 +108,20 @@ def block_feed(block: Block, dtype: str, sizes: dict[str, int], seed: int = 0) -
                 value = np.arange(shape[1]) >= 2 * np.arange(shape[0])[:, None]
             case "mask":
                 value = np.broadcast_to(np.tri(shape[2], shape[3], k=sizes[PAST]), shape)
+            case "start":
+                value = np.arange(shape[0])
+            case "length":
+                value = np.full(shape, sizes[TOTAL])
+            case "present_tokens":
+                value = np.arange(shape[1]) >= np.arange(shape[0])[:, None]
+            case "temperature":
+                value = random.uniform(1, 1.5, shape)
+            case "weights":
+                value = random.uniform(0.1, 1, shape)
+            case "experts":
+                value = _distinct(random, getattr(block, "experts", shape[-1]), shape)
+            case "past_recurrent_state":
+                value = 0.1 * random.standard_normal(shape)
             case "cos":
                 value = np.cos(angles / np.arange(1, shape[-1] + 1))
             case "sin":
@@ -102,6 +130,11 @@ def block_feed(block: Block, dtype: str, sizes: dict[str, int], seed: int = 0) -
                 value = random.standard_normal(shape)
         feed[port.name] = np.ascontiguousarray(value.astype(_dtype(port, dtype)))
     return feed
+
+
+def _distinct(random: np.random.Generator, experts: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers below `experts`, no two of a row alike."""
+    return random.permuted(np.broadcast_to(np.arange(experts), (*shape[:-1], experts)), axis=-1)[..., : shape[-1]]
 
 
 def _shape(port: Port, sizes: dict[str, int]) -> tuple[int, ...]:

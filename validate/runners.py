@@ -6,7 +6,9 @@ can stand in for any of them.
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import tempfile
 import time
 import warnings
@@ -26,7 +28,7 @@ from polygraphy.datatype import DataType
 from torch import Tensor
 
 from llmexport.export import blocks
-from llmexport.export.archs import load
+from llmexport.export.archs import load, text_config, whole_names
 from llmexport.export.assembly import Step
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.manifest import Manifest
@@ -81,12 +83,21 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         dtype = torch_dtype(self._manifest.dtype)
         module = blocks.module(step.block, dtype)
         weights = self._manifest.step_weights[step.name]
-        state = {path: to_torch(self._checkpoint.read(name)).to(dtype) for path, name in weights.items()}
-        state |= dict(module.named_buffers())
+        shapes = {n: p.shape for n, p in module.named_parameters()}
+        state = dict(module.named_buffers())
+        for path, names in weights.items():
+            tensor = self._read(names).reshape(shapes[path])
+            state[path] = tensor if path in step.block.as_stored else tensor.to(dtype)
         module.load_state_dict(state, assign=True, strict=True)
         if self._hold:
             self._modules[step.name] = module
         return module
+
+    def _read(self, names: str | list[str]) -> Tensor:
+        """A tensor of the checkpoint, or several, one after the other."""
+        if isinstance(names, str):
+            return to_torch(self._checkpoint.read(names))
+        return torch.cat([to_torch(self._checkpoint.read(n)) for n in names])
 
 
 def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
@@ -140,6 +151,8 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+        # It lists the vision tensors that the text model leaves.
+        transformers.utils.logging.set_verbosity_error()
         data = self._manifest.data
         weights = self._manifest.checkpoint()
         with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
@@ -149,9 +162,25 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
             (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
             for shard in weights.shards:
                 (folder / shard.file).symlink_to((self._manifest.folder / shard.file).resolve())
-            model = getattr(transformers, load(data["arch"]).arch.causal_lm)
-            dtype = torch_dtype(self._manifest.dtype)
-            self._model = model.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+            arch = load(data["arch"]).arch
+            model = getattr(transformers, arch.causal_lm)
+            # transformers writes into the dictionaries that it is given.
+            config = copy.deepcopy(dict(text_config(arch, data["config"])))
+            names = {f"^{re.escape(there)}": here for here, there in whole_names(arch, data["config"]).items()}
+            # Weights in 4 bits are computed with in the runner's dtype, as in our export.
+            packed = (
+                transformers.utils.quantization_config.Mxfp4Config(dequantize=True)
+                if "quantization_config" in config
+                else None
+            )
+            self._model = model.from_pretrained(
+                folder,
+                config=model.config_class.from_dict(config),
+                key_mapping=names or None,
+                **({"quantization_config": packed} if packed else {}),
+                dtype=torch_dtype(self._manifest.dtype),
+                attn_implementation="eager",
+            ).eval()
 
     def deactivate_impl(self) -> None:
         del self._model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch
+from llmexport.export.spec import Arch, Whole
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,70 @@ def load(name: str) -> Named:
 def choose(name: str | None, config: Mapping[str, Any]) -> Named:
     """The architecture asked for, or else the one that `config.json` names; the two must agree."""
     named = _by_type(name, config.get("model_type"))
-    classes = config.get("architectures") or [named.arch.causal_lm]
-    if named.arch.causal_lm not in classes:
+    whole = _whole(named.arch, config)
+    wanted = whole.architecture if whole else named.arch.causal_lm
+    classes = config.get("architectures") or [wanted]
+    if wanted not in classes:
         raise ExportError(
-            f"config.json says architectures {str(classes)[:200]!r}, {named.name} exports {named.arch.causal_lm}: "
+            f"config.json says architectures {str(classes)[:200]!r}, {named.name} exports {wanted}: "
             "other heads and variants are not supported"
         )
-    return named
+    return Named(named.name, _inside(named.arch, whole)) if whole else named
+
+
+def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model, which a multimodal checkpoint's config holds among others.
+
+    Raises ExportError on a key beside it that could concern the text model.
+    """
+    whole = _whole(arch, config)
+    if whole is None:
+        return config
+    inner = config.get(whole.config_key)
+    if not isinstance(inner, dict):
+        raise ExportError(f"config.json has no {whole.config_key!r}: is it the config of a whole checkpoint?")
+    shared = ("tie_word_embeddings",)
+    differ = [k for k in shared if k in config and k in inner and config[k] != inner[k]]
+    if differ:
+        raise ExportError(f"config.json and its {whole.config_key} differ in {', '.join(differ)}: make them agree")
+    beside = Config({k: v for k, v in config.items() if k not in (whole.config_key, *whole.harmless, *shared)})
+    beside.finish()
+    return {**{k: config[k] for k in shared if k in config}, **inner}
+
+
+def whole_names(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, str]:
+    """How a multimodal checkpoint renames the text model's tensors: start of the name here -> start there."""
+    whole = _whole(arch, config)
+    return whole.names if whole else {}
+
+
+def _whole(arch: Arch, config: Mapping[str, Any]) -> Whole | None:
+    """The multimodal layout, if that is what this config is of."""
+    return arch.whole if arch.whole and config.get("model_type") == arch.whole.model_type else None
+
+
+def _inside(arch: Arch, whole: Whole) -> Arch:
+    """The architecture with the names that its parameters have in the whole checkpoint."""
+
+    def rename(name: str) -> str:
+        starts = [s for s in whole.names if name.startswith(s)]
+        return whole.names[starts[0]] + name.removeprefix(starts[0]) if starts else name
+
+    return dataclasses.replace(
+        arch,
+        names={path: rename(n) for path, n in arch.names.items()},
+        stacks={rename(n): tuple(map(rename, names)) for n, names in arch.stacks.items()},
+        ignore=tuple(map(rename, arch.ignore)) + whole.ignore,
+    )
+
+
+def _types(arch: Arch) -> tuple[str, ...]:
+    return arch.model_types + ((arch.whole.model_type,) if arch.whole else ())
 
 
 def _by_type(name: str | None, kind: Any) -> Named:
     if name is None:
-        matches = [n for n in map(load, names()) if kind in n.arch.model_types]
+        matches = [n for n in map(load, names()) if kind in _types(n.arch)]
         if not matches:
             raise ExportError(
                 f"config.json is of model_type {kind!r}, which no architecture here exports: "
@@ -56,9 +110,9 @@ def _by_type(name: str | None, kind: Any) -> Named:
             )
         return matches[0]
     named = load(name)
-    if kind not in named.arch.model_types:
+    if kind not in _types(named.arch):
         raise ExportError(
-            f"--arch {name} exports model_type {', '.join(named.arch.model_types)}, "
+            f"--arch {name} exports model_type {', '.join(_types(named.arch))}, "
             f"but config.json says {kind!r}: leave --arch out, or check the folder"
         )
     return named

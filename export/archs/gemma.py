@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Model
+from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
 
 
 def build(config: Config) -> Model:
@@ -11,17 +11,12 @@ def build(config: Config) -> Model:
     activations = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
     config.choice("hidden_activation", activations, "gelu_pytorch_tanh")
     bias = config.flag("attention_bias")
-    return decoder(
-        config,
-        activation=config.choice("hidden_act", activations, "gelu_pytorch_tanh"),
-        tied=True,
-        head_size=256,
-        norm_offset=1.0,
-        norm_rounding="after_weight",
-        scale_embedding=True,
-        qkv_bias=bias,
-        out_bias=bias,
-    )
+    d = decoder(config, head_size=256)
+    norm = d.norm(offset=1.0, rounding="after_weight")
+    mlp = d.mlp(activation=config.choice("hidden_act", activations, "gelu_pytorch_tanh"))
+    layer = DecoderLayer(norm, d.attention(qkv_bias=bias, out_bias=bias), norm, mlp)
+    reads = (config.rotary(d.head_size), Mask())
+    return d.model([(layer, reads)] * d.layers, norm, tied=True, scale=d.hidden**0.5)
 
 
 ARCH = Arch(

@@ -1,22 +1,18 @@
 """Llama 1 to 3.3 (transformers modeling_llama.py), llama3 RoPE scaling included."""
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import ACTIVATIONS, BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Model
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
 
 
 def build(config: Config) -> Model:
     config.expect("rope_interleaved", False)
     config.expect("is_llama_config", True)
     bias = config.flag("attention_bias")
-    return decoder(
-        config,
-        activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
-        tied=False,
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=config.flag("mlp_bias"),
-    )
+    d = decoder(config)
+    norm = d.norm()
+    layer = DecoderLayer(norm, d.attention(qkv_bias=bias, out_bias=bias), norm, d.mlp(bias=config.flag("mlp_bias")))
+    return d.model([(layer, (config.rotary(d.head_size), Mask()))] * d.layers, norm, tied=False)
 
 
 ARCH = Arch(

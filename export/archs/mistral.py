@@ -1,18 +1,16 @@
 """Mistral 7B (transformers modeling_mistral.py): every layer looks back over one sliding window."""
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import ACTIVATIONS, BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Model
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
 
 
 def build(config: Config) -> Model:
-    window = config.window("sliding_window", absent=4096)
-    return decoder(
-        config,
-        activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
-        tied=False,
-        windows=(window,) * config.integer("num_hidden_layers"),
-    )
+    d = decoder(config)
+    norm = d.norm()
+    layer = DecoderLayer(norm, d.attention(), norm, d.mlp())
+    reads = (config.rotary(d.head_size), Mask(config.window("sliding_window", absent=4096)))
+    return d.model([(layer, reads)] * d.layers, norm, tied=False)
 
 
 ARCH = Arch(

@@ -1,12 +1,18 @@
 """Torch modules that read a spec; the meaning of every block."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
 from llmexport.export import spec
-from llmexport.export.blocks.attention import Attention, Mask, Rotary
+from llmexport.export.blocks.attention import Attention
+from llmexport.export.blocks.context import Mask, Presence, Rotary, Span, Temperature
 from llmexport.export.blocks.decoder import DecoderLayer, Embedding, Head
+from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.blocks.mlp import Mlp
+from llmexport.export.blocks.moe import Experts, Moe, Router, SharedExpert
 from llmexport.export.blocks.norm import Norm
 
 
@@ -20,7 +26,8 @@ def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         made = _module(block, dtype)
     for parameter in made.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return made.requires_grad_(False).eval()
 
 
@@ -30,16 +37,27 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return Embedding(block, dtype)
         case spec.Rotary():
             return Rotary(block, dtype)
-        case spec.Mask():
-            return Mask(block)
-        case spec.Norm():
-            return Norm(block)
-        case spec.Attention():
-            return Attention(block)
-        case spec.Mlp():
-            return Mlp(block)
-        case spec.DecoderLayer():
-            return DecoderLayer(block)
-        case spec.Head():
-            return Head(block)
-    raise TypeError(f"no module for {type(block).__name__}")
+        case spec.Presence():
+            return Presence(dtype)
+        case spec.Span():
+            return Span()
+    return PLAIN[type(block)](block)
+
+
+# The modules that are made of their block alone.
+PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
+    spec.Attention: Attention,
+    spec.CausalConv: CausalConv,
+    spec.DecoderLayer: DecoderLayer,
+    spec.Experts: Experts,
+    spec.GatedDeltaNet: GatedDeltaNet,
+    spec.GatedNorm: GatedNorm,
+    spec.Head: Head,
+    spec.Mask: Mask,
+    spec.Mlp: Mlp,
+    spec.Moe: Moe,
+    spec.Norm: Norm,
+    spec.Router: Router,
+    spec.SharedExpert: SharedExpert,
+    spec.Temperature: Temperature,
+}

@@ -1,87 +1,80 @@
-"""RoPE's angles, the attention mask and attention itself."""
-
-import math
+"""Attention in all its forms."""
 
 import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.norm import Norm
 from llmexport.export.blocks.standard import attention
 from llmexport.plugins.rope import rope
-
-
-def inverse_frequencies(block: spec.Rotary) -> Tensor:
-    """RoPE's angular step per position [size / 2], fp32, as transformers' modeling_rope_utils.py computes it."""
-    exponents = torch.arange(0, block.size, 2, dtype=torch.int64).float() / block.size
-    steps = 1.0 / (block.theta**exponents)
-    match block.scaling:
-        case None:
-            return steps
-        case spec.LinearScaling(factor):
-            return steps / factor
-        case spec.Llama3Scaling(factor, low, high, positions):
-            wavelengths = 2 * math.pi / steps
-            # 0 where the wavelength is longer than the low limit, 1 where it is shorter than the high one.
-            smooth = (positions / wavelengths - low) / (high - low)
-            blended = (1 - smooth) * (steps / factor) + smooth * steps
-            long, short = wavelengths > positions / low, wavelengths < positions / high
-            return torch.where(long, steps / factor, torch.where(short, steps, blended))
-    raise TypeError(f"no RoPE scaling {block.scaling}")
-
-
-class Rotary(nn.Module):
-    steps: Tensor
-
-    def __init__(self, block: spec.Rotary, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        with torch.device("cpu"):
-            self.register_buffer("steps", inverse_frequencies(block))
-
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids.unsqueeze(-1).float() * self.steps
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-
-
-class Mask(nn.Module):
-    def __init__(self, block: spec.Mask) -> None:
-        super().__init__()
-        self.window = block.window
-
-    def forward(self, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        total, sequence = attention_mask.shape[1], position_ids.shape[1]
-        keys = torch.arange(total, device=attention_mask.device)
-        queries = torch.arange(sequence, device=attention_mask.device) + (total - sequence)
-        distance = queries.unsqueeze(1) - keys
-        visible = torch.logical_and((attention_mask != 0).unsqueeze(1), distance >= 0)
-        if self.window is not None:
-            visible = torch.logical_and(visible, distance < self.window)
-        return torch.logical_or(visible, distance == 0).unsqueeze(1)
+from llmexport.plugins.sink_attention import sink_attention
 
 
 class Attention(nn.Module):
     def __init__(self, block: spec.Attention) -> None:
         super().__init__()
         self.block = block
-        hidden, size = block.hidden, block.head_size
-        self.q_proj = nn.Linear(hidden, block.heads * size, bias=block.qkv_bias)
-        self.k_proj = nn.Linear(hidden, block.kv_heads * size, bias=block.qkv_bias)
-        self.v_proj = nn.Linear(hidden, block.kv_heads * size, bias=block.qkv_bias)
-        self.o_proj = nn.Linear(block.heads * size, hidden, bias=block.out_bias)
+        hidden, q_width, kv_width = block.hidden, block.heads * block.head_size, block.kv_heads * block.head_size
+        if block.fused:
+            self.qkv_proj = nn.Linear(hidden, q_width + 2 * kv_width, bias=block.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(hidden, q_width * (1 + block.output_gate), bias=block.qkv_bias)
+            self.k_proj = nn.Linear(hidden, kv_width, bias=block.qkv_bias)
+            self.v_proj = nn.Linear(hidden, kv_width, bias=block.qkv_bias)
+        self.o_proj = nn.Linear(q_width, hidden, bias=block.out_bias)
+        if block.qk_norm:
+            self.q_norm, self.k_norm = Norm(block.qk_norm), Norm(block.qk_norm)
+        if block.sinks:
+            self.sinks = nn.Parameter(torch.empty(block.heads))
+        self.names = [p.name for p in (*block.context, *block.cache)]
 
-    def forward(
-        self, normed: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q = rope(self._heads(self.q_proj(normed)), cos, sin, False)
-        k = rope(self._heads(self.k_proj(normed)), cos, sin, False)
-        key = torch.cat((past_key, k), 2)
-        value = torch.cat((past_value, self._heads(self.v_proj(normed))), 2)
-        mixed = attention(q, key, value, mask, self.block.head_size**-0.5)
+    def forward(self, normed: Tensor, *read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`read` is the context and the cache, in the order of the block's ports."""
+        block, given = self.block, dict(zip(self.names, read, strict=True))
+        q, k, v, gate = self._project(normed)
+        q, k = self._turn(q, given, "q_norm"), self._turn(k, given, "k_norm")
+        if block.temperature:
+            q = (q.float() * given["temperature"].reshape(1, 1, -1, 1)).to(q.dtype)
+        key = torch.cat((given["past_key"], k), 2)
+        value = torch.cat((given["past_value"], v.transpose(1, 2)), 2)
+        scale = block.head_size**-0.5 if block.scale is None else block.scale
+        if block.spans:
+            sinks = self.sinks if block.sinks else None
+            span = (given["start"], given["length"])
+            mixed = sink_attention(q, key, value, *span, sinks, scale, block.softcap, block.window)
+        else:
+            mixed = attention(q, key, value, given["mask"], scale)
         batch, sequence, _ = normed.shape
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, sequence, -1)), key, value
+        mixed = mixed.transpose(1, 2).reshape(batch, sequence, block.heads * block.head_size)
+        return self.o_proj(mixed if gate is None else mixed * torch.sigmoid(gate)), key, value
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, T, H * D] -> [B, H, T, D]"""
-        batch, sequence, width = x.shape
-        size = self.block.head_size
-        return x.view(batch, sequence, width // size, size).transpose(1, 2)
+    def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v as [B, T, heads, D], and the output gate [B, T, H * D] if there is one."""
+        block, gate = self.block, None
+        size = block.head_size
+        if block.fused:
+            widths = [n * size for n in (block.heads, block.kv_heads, block.kv_heads)]
+            q, k, v = self.qkv_proj(normed).split(widths, -1)
+        else:
+            q, k, v = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
+        if block.clip is not None:
+            q, k, v = (x.clamp(-block.clip, block.clip) for x in (q, k, v))
+        batch, sequence, _ = normed.shape
+        if block.output_gate:
+            q, gate = q.view(batch, sequence, block.heads, 2 * size).chunk(2, -1)
+            gate = gate.reshape(batch, sequence, block.heads * size)
+        q = q.view(batch, sequence, block.heads, size)
+        k, v = (x.view(batch, sequence, block.kv_heads, size) for x in (k, v))
+        return q, k, v, gate
+
+    def _turn(self, x: Tensor, given: dict[str, Tensor], norm: str) -> Tensor:
+        """Norm and RoPE of [B, T, heads, D], in the block's order, as [B, heads, T, D]."""
+        block = self.block
+        if block.qk_norm and block.qk_norm_place == "before_rotary":
+            x = getattr(self, norm)(x)
+        x = x.transpose(1, 2)
+        if block.turned:
+            x = rope(x, given["cos"], given["sin"], block.interleaved)
+        if block.qk_norm and block.qk_norm_place == "after_rotary":
+            x = getattr(self, norm)(x)
+        return x

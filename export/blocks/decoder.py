@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
+from llmexport.export.blocks.delta import GatedDeltaNet
 from llmexport.export.blocks.mlp import Mlp
+from llmexport.export.blocks.moe import Moe
 from llmexport.export.blocks.norm import Norm
 
 
@@ -26,24 +28,31 @@ class DecoderLayer(nn.Module):
     def __init__(self, block: spec.DecoderLayer) -> None:
         super().__init__()
         self.input_layernorm = Norm(block.input_norm)
-        self.self_attn = Attention(block.attention)
+        if isinstance(block.mixer, spec.Attention):
+            self.self_attn = Attention(block.mixer)
+        else:
+            self.linear_attn = GatedDeltaNet(block.mixer)
         self.post_attention_layernorm = Norm(block.post_attention_norm)
-        self.mlp = Mlp(block.mlp)
+        self.mlp = Moe(block.mlp) if isinstance(block.mlp, spec.Moe) else Mlp(block.mlp)
+        self.mixer_output_norm = Norm(block.mixer_output_norm) if block.mixer_output_norm else nn.Identity()
+        self.mlp_output_norm = Norm(block.mlp_output_norm) if block.mlp_output_norm else nn.Identity()
 
-    def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        normed = self.input_layernorm(hidden)
-        attended, key, value = self.self_attn(normed, cos, sin, mask, past_key, past_value)
-        hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), key, value
+    def forward(self, hidden: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
+        """`read` is the mixer's context and cache."""
+        mixer = self.self_attn if hasattr(self, "self_attn") else self.linear_attn
+        attended, *present = mixer(self.input_layernorm(hidden), *read)
+        hidden = hidden + self.mixer_output_norm(attended)
+        mixed = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + self.mlp_output_norm(mixed), *present
 
 
 class Head(nn.Module):
     def __init__(self, block: spec.Head) -> None:
         super().__init__()
+        self.softcap = block.softcap
         self.norm = Norm(block.norm)
         self.projection = nn.Linear(block.norm.size, block.vocabulary, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.projection(self.norm(hidden))
+        logits = self.projection(self.norm(hidden))
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

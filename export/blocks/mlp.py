@@ -19,9 +19,16 @@ class Mlp(nn.Module):
     def __init__(self, block: spec.Mlp) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[block.activation]
-        self.gate_proj = nn.Linear(block.hidden, block.intermediate, bias=block.bias)
-        self.up_proj = nn.Linear(block.hidden, block.intermediate, bias=block.bias)
+        self.fused = block.fused
+        if block.fused:
+            self.gate_up_proj = nn.Linear(block.hidden, 2 * block.intermediate, bias=block.bias)
+        else:
+            self.gate_proj = nn.Linear(block.hidden, block.intermediate, bias=block.bias)
+            self.up_proj = nn.Linear(block.hidden, block.intermediate, bias=block.bias)
         self.down_proj = nn.Linear(block.intermediate, block.hidden, bias=block.bias)
 
     def forward(self, normed: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(normed)) * self.up_proj(normed))
+        gate, up = (
+            self.gate_up_proj(normed).chunk(2, -1) if self.fused else (self.gate_proj(normed), self.up_proj(normed))
+        )
+        return self.down_proj(self.activation(gate) * up)

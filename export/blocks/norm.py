@@ -1,6 +1,7 @@
-"""RMSNorm."""
+"""RMSNorm and LayerNorm."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmexport.export import spec
@@ -8,14 +9,23 @@ from llmexport.export.blocks.standard import rms_norm
 
 
 class Norm(nn.Module):
+    weight: Tensor
+
     def __init__(self, block: spec.Norm) -> None:
         super().__init__()
         self.block = block
-        self.weight = nn.Parameter(torch.empty(block.size))
+        if block.weighted:
+            self.weight = nn.Parameter(torch.empty(block.size))
+        elif block.statistics == "rms":
+            with torch.device("cpu"):
+                self.register_buffer("weight", torch.ones(block.size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weight, block = self.weight, self.block
-        if block.rounding == "before_weight":
-            return rms_norm(hidden, weight + block.offset if block.offset else weight, block.epsilon)
-        wide = weight.float() + block.offset if block.offset else weight.float()
+        block = self.block
+        if block.statistics == "layer":
+            weight = self.weight.float() if block.weighted else None
+            return F.layer_norm(hidden.float(), (block.size,), weight, None, block.epsilon).to(hidden.dtype)
+        if block.rounding == "before_weight" and block.weighted:
+            return rms_norm(hidden, self.weight + block.offset if block.offset else self.weight, block.epsilon)
+        wide = self.weight.float() + block.offset if block.offset else self.weight.float()
         return rms_norm(hidden.float(), wide, block.epsilon).to(hidden.dtype)

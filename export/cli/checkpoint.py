@@ -19,6 +19,7 @@ from llmexport.export.spec import DTYPES
 @click.option("--config", type=source.FOLDER, help="A config.json; default: the architecture's tiny one.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--hollow", is_flag=True, help="Zeros that take no space on disk, for a model of any size.")
 @click.option("--force", is_flag=True, help="Replace an earlier output.")
 @click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
 @talkative
@@ -27,6 +28,7 @@ def command(
     config: Path | None,
     dtype: str,
     seed: int,
+    hollow: bool,
     force: bool,
     output: Path,
     quiet: bool,
@@ -40,9 +42,9 @@ def command(
     if data is None and arch is None:
         raise ExportError("say what to write: --arch NAME, --config FILE, or both")
     named = archs.load(arch or "") if data is None else archs.choose(arch, data)
-    random_checkpoint.write(named, output, config=data, dtype=dtype, seed=seed, force=force)
+    random_checkpoint.write(named, output, config=data, dtype=dtype, seed=seed, hollow=hollow, force=force)
     held = sum(p.stat().st_size for p in output.iterdir())
-    console.say(f"{named.name}: {size(held)} of random {dtype} weights in {output}")
+    console.say(f"{named.name}: {size(held)} of {'hollow' if hollow else 'random'} {dtype} weights in {output}")
     console.result({"arch": named.name, "folder": str(output), "bytes": held})
 
 

@@ -59,14 +59,16 @@ def summary(record: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     kinds = [record["blocks"][s["block"]]["is"] for s in record["steps"]]
     blocks = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
     fusions = record["fusions"]
-    refused = [f"{n}: {reason}" for f in fusions.values() for n, reason in f["refused"]]
+    refused: dict[str, list[str]] = {}
+    for name, reason in (r for f in fusions.values() for r in f["refused"]):
+        refused.setdefault(reason, []).append(name)
     new = [p for p in folder.iterdir() if p.stat().st_nlink == 1]
     held = sum(f["bytes"] for f in record["weights"]["files"])
     return [
         ("blocks", f"{blocks} ({len(record['blocks'])} distinct, each traced once)"),
         ("custom ops", counts(record["ops"])),
         ("fused", counts({n.removeprefix("fuse_"): f["count"] for n, f in fusions.items()})),
-        ("left unfused", "; ".join(refused) or "nothing"),
+        ("left unfused", "; ".join(f"{few(names)}: {why}" for why, names in refused.items()) or "nothing"),
         ("dtype", record["dtype"]),
         ("weights", f"{len(record['weights']['files'])} files, {size(held)}, {record['weights']['placed']}"),
         ("new bytes on disk", size(sum(p.stat().st_size for p in new))),
@@ -75,6 +77,11 @@ def summary(record: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
 
 def counts(numbers: dict[str, int]) -> str:
     return ", ".join(f"{n} {what}" for what, n in numbers.items()) or "none"
+
+
+def few(found: list[str]) -> str:
+    """A list of names, cut."""
+    return ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
 
 
 def names(ports: list[dict[str, Any]]) -> str:

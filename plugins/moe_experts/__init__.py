@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from llmexport.plugins.gated_act import gated_act
+from llmexport.plugins.moe_experts.body import body
 from llmexport.plugins.moe_experts.mxfp4 import dequantise
 from llmexport.plugins.spec import op
 
@@ -25,7 +26,7 @@ def fake(
     interleaved: bool,
     scale_input: bool,
 ) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @op(
@@ -51,6 +52,7 @@ def fake(
         "gate_up_scales": "uint8",
         "down_scales": "uint8",
     },
+    body=body,
     fake=fake,
 )
 def moe_experts(

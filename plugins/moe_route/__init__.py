@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from llmexport.plugins.moe_route.body import body
 from llmexport.plugins.spec import op
 
 
@@ -27,6 +28,7 @@ def fake(
     outputs=("weights", "experts"),
     static=("E",),
     types={"experts": "int32"},
+    body=body,
     fake=fake,
 )
 def moe_route(

@@ -2,61 +2,150 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from arch_cases import CASES, FIRST, Case
+from arch_cases import CASES, Case
 
-from llmexport.export import archs, manifest
-from llmexport.export.assembly import Assembly, alone, assemble, checkpoint_name, find_block, named_blocks
+from llmexport.export import archs
+from llmexport.export.assembly import (
+    Assembly,
+    Step,
+    alone,
+    assemble,
+    checkpoint_name,
+    find_block,
+    named_blocks,
+    part_names,
+    parts,
+)
+from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import (
+    BATCH,
+    PAST,
+    SEQUENCE,
+    TOTAL,
     Attention,
     Block,
+    CausalConv,
     DecoderLayer,
     Embedding,
+    Experts,
+    GatedDeltaNet,
+    GatedNorm,
     Head,
     LinearScaling,
     Llama3Scaling,
+    LongScaling,
     Mask,
+    Mixer,
     Mlp,
     Model,
+    Moe,
     Norm,
     Port,
+    Presence,
     Rotary,
+    Router,
+    Scaling,
+    SharedExpert,
+    Span,
+    Temperature,
+    YarnScaling,
     from_data,
     to_data,
 )
 from llmexport.export.trace import module_shapes
+from llmexport.export.weights import Parameter
+
+
+def each(block: Block, **changes: Any) -> list[Block]:
+    """The block, and it again with each change alone."""
+    return [block, *(dataclasses.replace(block, **{field: value}) for field, value in changes.items())]
+
 
 NORM = Norm(64, 1e-6)
-# One of each kind, and of each variant that a field makes.
+ATTENTION = Attention(64, 4, 2, 16)
+MLP = Mlp(64, 128, "silu")
+ROUTER = Router(64, 8, 2, "softmax")
+EXPERTS = Experts(64, 32, 8, 2, bias=True)
+SHARED = SharedExpert(MLP)
+DELTA_NET = GatedDeltaNet(64, key_heads=2, key_size=16, value_heads=4, value_size=8, kernel=4, epsilon=1e-6)
+# One of each kind, and one of each variant that a field makes.
 BLOCKS = [
-    Embedding(256, 64),
-    Embedding(256, 64, 8.0),
-    Rotary(16, 10000.0),
-    Rotary(16, 10000.0, LinearScaling(4.0)),
+    *each(Embedding(256, 64), vocabulary=128, hidden=32, scale=8.0),
+    *each(Rotary(16, 10000.0), size=8, theta=500000.0, scaling=LinearScaling(4.0), sections=(3, 3, 2)),
     Rotary(16, 10000.0, Llama3Scaling(8.0, 1.0, 4.0, 64)),
-    Mask(),
-    Mask(8),
-    NORM,
-    Norm(64, 1e-5),
-    Norm(64, 1e-6, 1.0),
-    Norm(64, 1e-6, 0.0, "after_weight"),
-    Attention(64, 4, 2, 16),
-    Attention(64, 4, 2, 16, qkv_bias=True),
-    Attention(64, 4, 2, 16, out_bias=True),
-    Mlp(64, 128, "silu"),
-    Mlp(64, 128, "gelu_tanh"),
-    Mlp(64, 128, "silu", bias=True),
-    DecoderLayer(NORM, Attention(64, 4, 2, 16), NORM, Mlp(64, 128, "silu")),
-    Head(NORM, 256),
+    Rotary(16, 10000.0, YarnScaling(32.0, 64, 32.0, 1.0, False, 1.3)),
+    Rotary(16, 10000.0, YarnScaling(32.0, 64, 32.0, 1.0, True, 1.3)),
+    Rotary(16, 10000.0, LongScaling((1.0,) * 8, (2.0,) * 8, 64, 1.2)),
+    Rotary(16, 10000.0, LongScaling((1.0,) * 8, (3.0,) * 8, 64, 1.2)),
+    *each(Mask(), window=8, chunk=8),
+    Span(),
+    *each(Temperature(8, 0.1), interval=16, scale=0.2),
+    Presence(),
+    *each(NORM, size=32, epsilon=1e-5, offset=1.0, rounding="after_weight", statistics="layer", weighted=False),
+    *each(
+        ATTENTION,
+        hidden=32,
+        heads=8,
+        kv_heads=4,
+        head_size=32,
+        qkv_bias=True,
+        out_bias=True,
+        fused=True,
+        rotated=8,
+        interleaved=True,
+        qk_norm=Norm(16, 1e-6),
+        qk_norm_place="after_rotary",
+        clip=0.5,
+        scale=0.1,
+        temperature=True,
+        output_gate=True,
+        sinks=True,
+        softcap=5.0,
+        window=8,
+    ),
+    *each(CausalConv(96, 4), channels=64, kernel=3),
+    *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5),
+    *each(DELTA_NET, hidden=32, key_heads=4, key_size=8, value_heads=8, value_size=16, kernel=3, epsilon=1e-5),
+    *each(MLP, hidden=32, intermediate=64, activation="gelu_tanh", bias=True, fused=True),
+    *each(ROUTER, hidden=32, experts=4, top_k=1, scoring="sigmoid", renormalise=True, bias=True),
+    *each(
+        EXPERTS,
+        hidden=32,
+        intermediate=64,
+        experts=4,
+        top_k=1,
+        activation="swiglu_clamped",
+        alpha=1.702,
+        limit=7.0,
+        transposed=True,
+        interleaved=True,
+        bias=False,
+        scale_input=True,
+        mxfp4=True,
+    ),
+    *each(SHARED, mlp=Mlp(64, 64, "silu"), gated=True),
+    *each(Moe(ROUTER, EXPERTS), router=Router(64, 8, 2, "sigmoid"), experts=Experts(64, 64, 8, 2), shared=SHARED),
+    *each(
+        DecoderLayer(NORM, ATTENTION, NORM, MLP),
+        input_norm=Norm(64, 1e-5),
+        mixer=DELTA_NET,
+        post_attention_norm=Norm(64, 1e-5),
+        mlp=Moe(ROUTER, EXPERTS),
+        mixer_output_norm=NORM,
+        mlp_output_norm=NORM,
+    ),
+    *each(Head(NORM, 256), norm=Norm(64, 1e-5), vocabulary=128, softcap=30.0),
 ]
+# Base of attention and the gated delta net: no block of its own.
+KINDS = {kind: cls for kind, cls in Block.kinds.items() if cls is not Mixer}
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -66,13 +155,19 @@ def model_of(case: Case | str) -> Model:
     return read_model(archs.load(case.arch), {**archs.load(case.arch).arch.tiny, **case.changes})
 
 
-def published_shapes(case: Case) -> dict[str, tuple[int, ...]]:
-    """The tensors that transformers would save, by name; a tied head is saved once."""
-    arch = archs.load(case.arch).arch
-    model_class = getattr(transformers, arch.causal_lm)
-    with torch.device("meta"):
-        model = model_class(model_class.config_class(**{**arch.tiny, **case.changes}))
-    return {n: tuple(p.shape) for n, p in model.named_parameters()}
+def wanted_shapes(
+    case: Case, folder: Path, steps: Callable[[Model], list[Step]]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors that these steps of the model take from a checkpoint: name and shape of each."""
+    checkpoint = open_checkpoint(folder)
+    arch = archs.choose(None, checkpoint.config).arch
+    model = read_model(archs.load(case.arch), checkpoint.config)
+    for step in steps(model):
+        for path, shape in module_shapes(step.block).items():
+            name = checkpoint_name(arch, model, step.path + path)
+            stacked = () if name in checkpoint.tensors else part_names(arch, step.path + path, shape[0])
+            parameter = Parameter(name, shape, stacked)
+            yield from ((n, parameter.part_shape) for n in parameter.sources)
 
 
 def same(block: Block) -> Block:
@@ -114,7 +209,24 @@ def test_a_block_cannot_be_changed():
 
 
 def test_every_kind_of_block_is_tested_here():
-    assert {b.kind for b in BLOCKS} == Block.kinds.keys()
+    assert {b.kind for b in BLOCKS} == KINDS.keys()
+
+
+def test_every_kind_of_block_occurs_in_a_case():
+    found = {part.block.kind for case in CASES for step in assemble(model_of(case)).steps for part in parts(step)}
+    assert found == KINDS.keys()
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_field_of_every_kind_of_block_has_two_values_here(kind):
+    blocks = [b for b in BLOCKS if b.kind == kind]
+    fields = [f.name for f in dataclasses.fields(KINDS[kind])]
+    assert [f for f in fields if len({getattr(b, f) for b in blocks}) < 2] == []
+
+
+def test_every_scaling_of_rope_is_tested_here():
+    scaled = {type(b.scaling) for b in BLOCKS if isinstance(b, Rotary)}
+    assert scaled == {*typing.get_args(Scaling), type(None)}
 
 
 @cases
@@ -147,10 +259,24 @@ def test_maker_and_readers_agree_on_the_shape_of_a_value(case):
 
 def test_the_model_has_the_names_that_people_know():
     assembly = assemble(model_of("llama"))
-    pairs = [(i, part) for i in range(3) for part in ("key", "value")]
+    pairs = [(i, kind) for i in range(3) for kind in ("key", "value")]
     inputs = ["input_ids", "position_ids", "attention_mask", *(f"past_key_values.{i}.{p}" for i, p in pairs)]
     assert [p.name for p in assembly.inputs] == inputs
     assert [p.name for p in assembly.outputs] == ["logits", *(f"present.{i}.{p}" for i, p in pairs)]
+
+
+def test_a_model_of_gated_delta_nets_has_their_states_beside_keys_and_values():
+    ports = {p.name: (p.shape, p.dtype) for p in assemble(model_of("qwen3_5_moe")).inputs}
+    states = {"conv_state": ((BATCH, 3, 128), "T"), "recurrent_state": ((BATCH, 4, 16, 16), "float32")}
+    cache = dict.fromkeys(("key", "value"), ((BATCH, 2, PAST, 32), "T"))
+    assert ports == {
+        "input_ids": ((BATCH, SEQUENCE), "int64"),
+        # mRoPE: time, height and width of every token.
+        "position_ids": ((3, BATCH, SEQUENCE), "int64"),
+        "attention_mask": ((BATCH, TOTAL), "int64"),
+        **{f"past_key_values.{i}.{n}": port for i in range(3) for n, port in states.items()},
+        **{f"past_key_values.3.{n}": port for n, port in cache.items()},
+    }
 
 
 def kinds(assembly: Assembly) -> list[str]:
@@ -174,13 +300,44 @@ def test_a_layer_reads_the_mask_of_its_window():
     assert [steps[f"layers.{i}"].inputs[3] for i in range(3)] == ["mask", "mask_window_8", "mask_window_8"]
 
 
+# What the layers read besides the hidden states and their cache, of the cases that mix kinds of layers.
+READS = {
+    "gpt_oss": [("cos", "sin", "start", "length")] * 3,
+    "llama4": [("cos", "sin", "mask_chunk_8")] * 3 + [("mask", "temperature")],
+    "llama4-maverick": [("cos", "sin", "mask_chunk_8"), ("mask",)] * 2,
+    "qwen3_5_moe": [("present_tokens",)] * 3 + [("cos", "sin", "mask")],
+    "gemma2": [("cos", "sin", "start", "length")] * 3,
+    "gemma2-no-caps": [("cos", "sin", "mask_window_8"), ("cos", "sin", "mask"), ("cos", "sin", "mask_window_8")],
+    "gemma3_text": [("cos", "sin", "mask_window_8"), ("cos_1", "sin_1", "mask"), ("cos", "sin", "mask_window_8")],
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_layer_reads_what_its_kind_of_layer_reads(name):
+    model = model_of(next(c for c in CASES if c.name == name))
+    steps = [s for s in assemble(model).steps if isinstance(s.block, DecoderLayer)]
+    contexts = [s.inputs[1 : len(s.inputs) - len(s.block.mixer.cache)] for s in steps]
+    assert contexts == READS[name]
+
+
+def test_layers_that_turn_by_other_angles_are_one_block():
+    blocks = assemble(model_of("gemma3_text")).blocks
+    assert sum(isinstance(b, DecoderLayer) for b in blocks) == 1
+    assert [b.theta for b in blocks if isinstance(b, Rotary)] == [10000.0, 1000000.0]
+
+
+def test_layers_whose_window_is_part_of_their_attention_are_two_blocks():
+    layers = [b for b in assemble(model_of("gpt_oss")).blocks if isinstance(b, DecoderLayer)]
+    assert [layer.mixer.window for layer in layers] == [8, 0]
+
+
 def test_a_block_alone_has_its_ports_for_values():
     assembly = alone(find_block(model_of("llama"), "mlp"))
     assert ([p.name for p in assembly.inputs], [p.name for p in assembly.outputs]) == (["normed"], ["mixed"])
     assert assembly.steps[0].path == "layers.0.mlp."
 
 
-def test_every_kind_of_block_has_a_name():
+def test_the_kinds_of_a_dense_model_have_names():
     names = ["embedding", "rotary", "mask", "decoder_layer", "norm", "attention", "mlp", "head"]
     assert list(named_blocks(model_of("gemma"))) == names
 
@@ -189,10 +346,30 @@ def test_the_second_of_a_kind_is_named_by_its_place():
     assert list(named_blocks(model_of("qwen2")))[2:5] == ["mask", "mask_window_8", "decoder_layer"]
 
 
+def test_a_mask_without_a_window_does_not_hide_one_that_comes_first():
+    assert list(named_blocks(model_of("gemma3_text")))[:5] == [
+        "embedding",
+        "rotary",
+        "mask_window_8",
+        "rotary_1",
+        "mask",
+    ]
+
+
+def test_the_parts_of_a_mixture_of_experts_have_names():
+    assert {"moe", "router", "experts", "shared_expert"} <= set(named_blocks(model_of("qwen2_moe")))
+
+
+def test_the_parts_of_a_gated_delta_net_have_names():
+    assert {"presence", "gated_delta_net", "causal_conv", "gated_norm"} <= set(named_blocks(model_of("qwen3_5_moe")))
+
+
 @cases
-def test_named_blocks_differ(case):
-    blocks = [s.block for s in named_blocks(model_of(case)).values()]
+def test_every_block_of_a_model_has_one_name(case):
+    model = model_of(case)
+    blocks = [s.block for s in named_blocks(model).values()]
     assert len(blocks) == len(set(blocks))
+    assert set(blocks) == {part.block for step in assemble(model).steps for part in parts(step)}
 
 
 def test_an_unknown_block_is_refused_with_the_names_there_are():
@@ -201,23 +378,22 @@ def test_an_unknown_block_is_refused_with_the_names_there_are():
 
 
 @cases
-def test_weights_are_those_that_transformers_saves(case):
-    arch, model = archs.load(case.arch).arch, model_of(case)
-    found = {
-        checkpoint_name(arch, model, step.path + path): shape
-        for step in assemble(model).steps
-        for path, shape in module_shapes(step.block).items()
-    }
-    assert found == published_shapes(case)
+def test_weights_are_those_that_transformers_saves(case, tiny_checkpoint):
+    folder = tiny_checkpoint(case)
+    found = list(wanted_shapes(case, folder, lambda model: list(assemble(model).steps)))
+    model = model_of(case)
+    # The embedding's table, which a tied head takes again.
+    names = [n for n, _ in found]
+    assert len(names) - len(set(names)) == model.tied
+    assert dict(found) == {n: t.shape for n, t in open_checkpoint(folder).tensors.items()}
 
 
 @cases
-def test_weights_of_a_block_alone_are_those_that_transformers_saves(case):
-    arch, model = archs.load(case.arch).arch, model_of(case)
-    published = published_shapes(case)
-    for step in named_blocks(model).values():
-        for path, shape in module_shapes(step.block).items():
-            assert published[checkpoint_name(arch, model, step.path + path)] == shape
+def test_weights_of_a_block_alone_are_those_that_transformers_saves(case, tiny_checkpoint):
+    folder = tiny_checkpoint(case)
+    saved = {n: t.shape for n, t in open_checkpoint(folder).tensors.items()}
+    found = dict(wanted_shapes(case, folder, lambda model: list(named_blocks(model).values())))
+    assert {n: saved.get(n) for n in found} == found
 
 
 @pytest.mark.parametrize(
@@ -234,6 +410,54 @@ def test_a_path_has_its_published_name(path, name):
     assert checkpoint_name(archs.load("llama").arch, model_of("llama"), path) == name
 
 
+@pytest.mark.parametrize(
+    ("arch", "path", "name"),
+    [
+        ("glm4", "layers.3.mixer_output_norm.weight", "model.layers.3.post_self_attn_layernorm.weight"),
+        ("gemma2", "layers.3.mixer_output_norm.weight", "model.layers.3.post_attention_layernorm.weight"),
+        ("gemma2", "layers.3.post_attention_layernorm.weight", "model.layers.3.pre_feedforward_layernorm.weight"),
+        ("mixtral", "layers.3.mlp.router.weight", "model.layers.3.block_sparse_moe.gate.weight"),
+        ("qwen2_moe", "layers.3.mlp.shared_expert.gate.weight", "model.layers.3.mlp.shared_expert_gate.weight"),
+        ("qwen2_moe", "layers.3.mlp.shared_expert.up_proj.weight", "model.layers.3.mlp.shared_expert.up_proj.weight"),
+        ("gpt_oss", "layers.3.mlp.experts.down_proj_scales", "model.layers.3.mlp.experts.down_proj_scales"),
+        ("llama4", "layers.3.mlp.experts.gate_up_proj", "model.layers.3.feed_forward.experts.gate_up_proj"),
+    ],
+)
+def test_an_architecture_has_its_own_names(arch, path, name):
+    assert checkpoint_name(archs.load(arch).arch, model_of(arch), path) == name
+
+
+@pytest.mark.parametrize(
+    ("arch", "path", "name"),
+    [
+        ("llama4", "layers.3.mlp.router.weight", "language_model.model.layers.3.feed_forward.router.weight"),
+        ("llama4", "head.projection.weight", "language_model.lm_head.weight"),
+        ("qwen3_5_moe", "layers.3.self_attn.q_norm.weight", "model.language_model.layers.3.self_attn.q_norm.weight"),
+        ("qwen3_5_moe", "head.projection.weight", "lm_head.weight"),
+    ],
+)
+def test_a_multimodal_checkpoint_has_the_text_models_names_under_its_own(arch, path, name):
+    model_type = archs.load(arch).arch.whole.model_type
+    named = archs.choose(None, {"model_type": model_type})
+    assert (named.name, checkpoint_name(named.arch, model_of(arch), path)) == (arch, name)
+
+
+def test_parts_of_a_stack_go_expert_by_expert_and_gate_before_up():
+    start = "model.layers.1.block_sparse_moe.experts."
+    names = [f"{start}{e}.{w}.weight" for e in range(2) for w in ("w1", "w3")]
+    assert list(part_names(archs.load("mixtral").arch, "layers.1.mlp.experts.gate_up_proj", 2)) == names
+
+
+def test_parts_of_a_stack_are_renamed_in_a_multimodal_checkpoint():
+    arch = archs.choose(None, {"model_type": "qwen3_5_moe"}).arch
+    [name] = part_names(arch, "layers.1.mlp.experts.down_proj", 1)
+    assert name == "model.language_model.layers.1.mlp.experts.0.down_proj.weight"
+
+
+def test_a_parameter_that_is_no_stack_has_no_parts():
+    assert part_names(archs.load("mixtral").arch, "layers.1.mlp.router.weight", 4) == ()
+
+
 def test_a_tied_head_is_the_embedding():
     name = checkpoint_name(archs.load("gemma").arch, model_of("gemma"), "head.projection.weight")
     assert name == "model.embed_tokens.weight"
@@ -242,17 +466,3 @@ def test_a_tied_head_is_the_embedding():
 def test_a_path_that_the_architecture_does_not_name_is_refused():
     with pytest.raises(KeyError, match="vision"):
         checkpoint_name(archs.load("llama").arch, model_of("llama"), "vision.patch.weight")
-
-
-@pytest.mark.parametrize("case", FIRST, ids=str)
-def test_an_export_has_two_fused_norms_and_one_fused_activation_a_layer(case: Case, exported: Callable[..., Path]):
-    layers = len(model_of(case).layers)
-    record = manifest.read(exported(case)).data
-    assert record["ops"] == {"AddRmsNorm": 2 * layers, "GatedAct": layers, "Rope": 2 * layers}
-    assert record["fusions"]["fuse_gated_act"] == {"count": layers, "refused": []}
-    # The first norm of all reads the embedding; the last, in the head, the sum that the last layer ends with.
-    norms = record["fusions"]["fuse_add_rms_norm"]
-    assert norms["count"] == 2 * layers
-    ((name, reason),) = norms["refused"]
-    assert name.startswith("layers.0/")
-    assert reason == "its input is not a sum"

@@ -1,95 +1,24 @@
 """config.json: every key that can change the numbers is understood, or the export stops and names it."""
 
-import json
+import functools
 import math
-from typing import Any
 
 import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_configs import one_line, read, read_whole, refusal, refusal_of_whole, windows
 
 from llmexport.export import archs
 from llmexport.export.config import HARMLESS, Config
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
-from llmexport.export.spec import LinearScaling, Llama3Scaling, Model
+from llmexport.export.spec import Experts, Moe, Rotary
 
-CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).arch.model_types[0]] for n in archs.names()}
-# As published on the hub, written by transformers 4.
-PUBLISHED = json.loads("""{
-    "gemma-2b": {
-        "architectures": ["GemmaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 2,
-        "eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": null, "hidden_size": 2048,
-        "initializer_range": 0.02, "intermediate_size": 16384, "max_position_embeddings": 8192,
-        "model_type": "gemma", "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1,
-        "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 10000.0,
-        "torch_dtype": "bfloat16", "transformers_version": "4.38.0.dev0", "use_cache": true, "vocab_size": 256000
-    },
-    "Llama-3.1-8B": {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
-        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
-        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false,
-        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-        "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192, "rope_type": "llama3"
-        },
-        "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
-        "transformers_version": "4.42.3", "use_cache": true, "vocab_size": 128256
-    },
-    "Llama-2-7b": {
-        "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
-        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-        "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama",
-        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05, "rope_scaling": null, "tie_word_embeddings": false, "torch_dtype": "float16",
-        "transformers_version": "4.31.0.dev0", "use_cache": true, "vocab_size": 32000
-    },
-    "linear scaling": {
-        "hidden_size": 64, "intermediate_size": 128, "model_type": "llama", "num_attention_heads": 4,
-        "num_hidden_layers": 2, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 4.0, "type": "linear"},
-        "rope_theta": 20000.0, "vocab_size": 256
-    },
-    "Mistral-7B-v0.1": {
-        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
-        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
-        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
-        "sliding_window": 4096, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
-        "transformers_version": "4.34.0.dev0", "use_cache": true, "vocab_size": 32000
-    },
-    "Mistral-7B-v0.3": {
-        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
-        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
-        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
-        "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
-        "transformers_version": "4.42.0.dev0", "use_cache": true, "vocab_size": 32768
-    },
-    "Qwen2.5-0.5B-Instruct": {
-        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
-        "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02,
-        "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2",
-        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
-        "transformers_version": "4.40.1", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936
-    }
-}""")
-# The same, with keys that newer or other trainers wrote beside those, each with the value that changes nothing.
-WITH_MORE_KEYS = json.loads("""{
-    "SmolLM2-135M": {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 0,
-        "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
-        "intermediate_size": 1536, "is_llama_config": true, "max_position_embeddings": 8192, "model_type": "llama",
-        "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05, "rope_interleaved": false, "rope_scaling": null, "rope_theta": 100000,
-        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": true,
-        "vocab_size": 49152
-    }
-}""")
-WITH_MORE_KEYS["Qwen2.5-0.5B"] = PUBLISHED["Qwen2.5-0.5B-Instruct"] | {"use_mrope": False}
+ARCHS = archs.names()
+WHOLE = [n for n in ARCHS if archs.load(n).arch.whole]
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+# A head that turns by other RoPE types than the tiny one's, in the words of transformers 5.
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -100,100 +29,106 @@ LLAMA3 = {
 }
 
 
-def read(arch: str, **changes: Any) -> Model:
-    """The architecture's tiny config, changed."""
-    return read_model(archs.load(arch), archs.load(arch).arch.tiny | changes)
-
-
-def refusal(arch: str, **changes: Any) -> str:
-    """The one line that says why a changed config is refused."""
-    with pytest.raises(ExportError) as error:
-        read(arch, **changes)
-    line = str(error.value)
-    assert len(line.splitlines()) == 1
-    return line
-
-
-@pytest.mark.parametrize("arch", CLASSES)
-def test_every_key_that_transformers_writes_is_understood(arch):
-    read_model(archs.load(arch), CLASSES[arch]().to_dict())
-
-
-@pytest.mark.parametrize("arch", CLASSES)
-def test_the_tiny_config_means_to_transformers_what_it_means_here(arch):
-    tiny = dict(archs.load(arch).arch.tiny)
-    assert read_model(archs.load(arch), CLASSES[arch](**tiny).to_dict()) == read(arch)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_config_reads_as_what_transformers_makes_of_it(name):
-    config = PUBLISHED[name]
-    named = archs.choose(None, config)
-    assert read_model(named, config) == read_model(named, CLASSES[named.name](**config).to_dict())
-
-
-@pytest.mark.parametrize("name", WITH_MORE_KEYS)
-def test_a_key_that_says_what_is_so_anyway_is_understood(name):
-    config = WITH_MORE_KEYS[name]
-    named = archs.choose(None, config)
-    assert read_model(named, config) == read_model(named, CLASSES[named.name](**config).to_dict())
-
-
-def test_gemma_2b_is_read_to_the_last_number():
-    model = read_model(archs.load("gemma"), PUBLISHED["gemma-2b"])
-    layer = model.layers[17]
-    assert (model.embedding.vocabulary, model.embedding.hidden, model.embedding.scale) == (256000, 2048, 2048**0.5)
-    assert (layer.attention.heads, layer.attention.kv_heads, layer.attention.head_size) == (8, 1, 256)
-    assert (layer.mlp.intermediate, layer.mlp.activation) == (16384, "gelu_tanh")
-    assert (layer.input_norm.epsilon, layer.input_norm.offset, layer.input_norm.rounding) == (1e-6, 1.0, "after_weight")
-    assert (len(model.layers), model.tied, model.rotary.theta) == (18, True, 10000.0)
-
-
-def test_llama_3_1_scales_its_rope():
-    model = read_model(archs.load("llama"), PUBLISHED["Llama-3.1-8B"])
-    assert (model.rotary.theta, model.rotary.scaling) == (500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192))
-
-
-def test_linear_scaling_is_read_from_its_old_name():
-    model = read_model(archs.load("llama"), PUBLISHED["linear scaling"])
-    assert (model.rotary.theta, model.rotary.scaling) == (20000.0, LinearScaling(4.0))
-
-
-@pytest.mark.parametrize(("value", "windows"), [(8, {8}), (None, {None})])
-def test_mistral_has_a_window_unless_it_is_null(value, windows):
-    assert set(read("mistral", sliding_window=value).windows) == windows
+@pytest.mark.parametrize(("value", "window"), [(8, 8), (None, None)])
+def test_mistral_has_a_window_unless_it_is_null(value, window):
+    assert windows(read("mistral", sliding_window=value)) == [window] * 3
 
 
 def test_mistral_without_the_key_has_transformers_default_window():
     tiny = dict(archs.load("mistral").arch.tiny)
     del tiny["sliding_window"]
-    assert set(read_model(archs.load("mistral"), tiny).windows) == {transformers.MistralConfig().sliding_window}
+    found = windows(read_model(archs.load("mistral"), tiny))
+    assert found == [transformers.MistralConfig().sliding_window] * 3
 
 
-def windows(**changes: Any) -> list[int | None]:
-    return list(read("qwen2", **changes).windows)
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+def test_qwen_slides_from_max_window_layers_on(arch):
+    sliding = {"use_sliding_window": True, "sliding_window": 8}
+    assert windows(read(arch, **sliding, max_window_layers=2)) == [None, None, 8]
+    assert windows(read(arch, **sliding, max_window_layers=0)) == [8, 8, 8]
 
 
-def test_qwen2_slides_from_max_window_layers_on():
-    assert windows(max_window_layers=2) == [None, None, 8]
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen2_moe"])
+def test_qwen_does_not_slide_unless_told_to(arch):
+    assert windows(read(arch, use_sliding_window=False, sliding_window=8, max_window_layers=0)) == [None, None, None]
 
 
-def test_qwen2_does_not_slide_unless_told_to():
-    assert windows(use_sliding_window=False) == [None, None, None]
+def test_qwen2_moe_slides_in_every_other_layer_below_max_window_layers():
+    sliding = {"use_sliding_window": True, "sliding_window": 8}
+    assert windows(read("qwen2_moe", **sliding)) == [8, None, 8]
+    assert windows(read("qwen2_moe", **sliding, max_window_layers=2)) == [8, None, None]
 
 
-def test_qwen2_takes_layer_types_before_max_window_layers():
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    assert windows(layer_types=kinds) == [8, None, 8]
+@pytest.mark.parametrize("arch", ["qwen2", "gemma2", "gemma3_text", "gpt_oss"])
+def test_layer_types_decide_before_what_they_follow_from(arch):
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    assert windows(read(arch, layer_types=kinds)) == [8, None, None]
 
 
-def test_qwen2_slides_in_all_layers_from_layer_0_on():
-    assert windows(max_window_layers=0) == [8, 8, 8]
+def test_gemma_3_says_after_how_many_layers_one_is_full():
+    tiny = {k: v for k, v in archs.load("gemma3_text").arch.tiny.items() if k != "layer_types"}
+    for key in ("sliding_window_pattern", "_sliding_window_pattern"):
+        model = read_model(archs.load("gemma3_text"), {**tiny, "num_hidden_layers": 5, key: 2})
+        assert windows(model) == [8, None, 8, None, 8]
 
 
-@pytest.mark.parametrize("arch", CLASSES)
+def test_llama_4_turns_where_no_rope_layers_is_1():
+    layers = read("llama4", no_rope_layers=[0, 1, 1, 0]).layers
+    assert [layer.block.mixer.turned for layer in layers] == [0, 16, 16, 0]
+    assert [any(isinstance(b, Rotary) for b in layer.reads) for layer in layers] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("found", [None, []])
+def test_llama_4_goes_without_rope_in_every_fourth_layer_unless_told(found):
+    layers = read("llama4", no_rope_layers=found, num_hidden_layers=8).layers
+    assert [layer.block.mixer.turned > 0 for layer in layers] == [True, True, True, False] * 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "sparse"),
+    [
+        ("llama4", {}, [1, 3]),
+        ("llama4", {"interleave_moe_layer_step": 1}, [0, 1, 2, 3]),
+        ("llama4", {"moe_layers": [2]}, [2]),
+        ("llama4", {"moe_layers": []}, []),
+        ("qwen2_moe", {}, [0, 2]),
+        ("qwen2_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}, [1]),
+        ("mixtral", {}, [0, 1, 2]),
+    ],
+)
+def test_experts_are_in_the_layers_that_the_config_says(arch, changes, sparse):
+    layers = read(arch, **changes).layers
+    assert [i for i, layer in enumerate(layers) if isinstance(layer.block.mlp, Moe)] == sparse
+
+
+def experts(**changes) -> Experts:
+    [found] = {layer.block.mlp.experts for layer in read("gpt_oss", **changes).layers}
+    return found
+
+
+def test_mxfp4_experts_are_packed_and_as_nn_linear_keeps_them():
+    sizes = {"hidden_size": 64, "intermediate_size": 32}
+    plain, packed = experts(**sizes), experts(**sizes, quantization_config=MXFP4)
+    assert (plain.mxfp4, plain.transposed) == (False, True)
+    assert (packed.mxfp4, packed.transposed) == (True, False)
+
+
+def test_mxfp4_that_was_undone_is_not_packed():
+    assert experts(quantization_config=MXFP4 | {"dequantize": True}) == experts()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 48}, {"intermediate_size": 48}, {"hidden_size": 80, "intermediate_size": 40}]
+)
+def test_mxfp4_experts_of_sizes_that_no_block_divides_are_refused(changes):
+    line = refusal("gpt_oss", quantization_config=MXFP4, **changes)
+    assert "MXFP4" in line
+    assert all(f"{key} {value}" in line for key, value in changes.items())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_an_unknown_key_is_named_with_its_value(arch):
-    assert "attn_logit_softcapping=50.0" in refusal(arch, attn_logit_softcapping=50.0)
+    assert "attn_logit_cap=50.0" in refusal(arch, attn_logit_cap=50.0)
 
 
 def test_all_unknown_keys_are_named():
@@ -210,29 +145,77 @@ def test_a_harmless_key_changes_nothing(key):
     assert read("llama", **{key: 1}) == read("llama")
 
 
-@pytest.mark.parametrize("arch", CLASSES)
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
-        ("partial_rotary_factor", 0.5),
-        ("logits_scaling", 8.0),
-        ("embedding_multiplier", 12.0),
-        ("residual_multiplier", 0.22),
-        ("rope_interleaved", True),
-        ("query_pre_attn_scalar", 256),
-        ("num_local_experts", 8),
-        ("auto_map", {"AutoModelForCausalLM": "modeling_other.Other"}),
-    ],
-)
-def test_a_key_of_a_richer_architecture_is_refused(arch, key, value):
-    assert key in refusal(arch, **{key: value})
+# What some architectures know, each with a value that is not their tiny config's.
+RICHER = {
+    "quantization_config": ({"quant_method": "gptq", "bits": 4}, ()),
+    "partial_rotary_factor": (0.75, ("glm", "glm4", "phi3", "qwen3_5_moe")),
+    "attn_logit_softcapping": (50.0, ("gemma2",)),
+    "final_logit_softcapping": (50.0, ("gemma2",)),
+    "logits_scaling": (8.0, ()),
+    "embedding_multiplier": (12.0, ()),
+    "residual_multiplier": (0.22, ()),
+    "rope_interleaved": (True, ()),
+    "query_pre_attn_scalar": (256, ("gemma2", "gemma3_text")),
+    "num_local_experts": (16, ("gpt_oss", "llama4", "mixtral")),
+    "num_experts": (16, ("qwen2_moe", "qwen3_5_moe")),
+    "clip_qkv": (8.0, ("olmo",)),
+    "swiglu_limit": (5.0, ("gpt_oss",)),
+    "auto_map": ({"AutoModelForCausalLM": "modeling_other.Other"}, ()),
+}
+PAIRS = [(arch, key) for arch in ARCHS for key in RICHER]
 
 
-@pytest.mark.parametrize("arch", ["gemma", "llama", "qwen2"])
+@pytest.mark.parametrize(("arch", "key"), [p for p in PAIRS if p[0] not in RICHER[p[1]][1]])
+def test_a_key_of_a_richer_architecture_is_refused(arch, key):
+    assert key in refusal(arch, **{key: RICHER[key][0]})
+
+
+@pytest.mark.parametrize(("arch", "key"), [p for p in PAIRS if p[0] in RICHER[p[1]][1]])
+def test_a_key_that_an_architecture_knows_changes_its_model(arch, key):
+    own = {"rope_parameters": {"mrope_section": [4, 4, 4]}} if arch == "qwen3_5_moe" else {"rope_parameters": {}}
+    changes = own if key == "partial_rotary_factor" else {}
+    assert read(arch, **changes, **{key: RICHER[key][0]}) != read(arch)
+
+
+@pytest.mark.parametrize("arch", [a for a in ARCHS if a != "gpt_oss"])
+def test_mxfp4_is_refused_where_no_experts_are_known_to_be_stored_so(arch):
+    assert "quantization_config" in refusal(arch, quantization_config=MXFP4)
+
+
+@pytest.mark.parametrize("found", [{"quant_method": "fp8"}, {"bits": 4}, {}, "mxfp4", ["mxfp4"], True])
+def test_gpt_oss_is_refused_in_any_other_quantisation(found):
+    line = refusal("gpt_oss", quantization_config=found)
+    assert "quantization_config" in line
+    assert "only mxfp4 is supported" in line
+
+
+@pytest.mark.parametrize("arch", ["gemma", "glm", "glm4", "llama", "olmo", "qwen2", "qwen3_5_moe"])
 def test_a_window_is_refused_where_the_architecture_has_none(arch):
     changes = {"use_sliding_window": True, "swa_layers": 1} if arch == "qwen2" else {"sliding_window": 4096}
     assert list(changes)[-1] in refusal(arch, **changes)
+
+
+ROUTED = ["gpt_oss", "llama4", "mixtral", "qwen2_moe", "qwen3_5_moe"]
+TYPED = ["gemma2", "gemma3_text", "gpt_oss", "llama4", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe"]
+
+
+@pytest.mark.parametrize("arch", ROUTED)
+def test_more_experts_a_token_than_there_are_is_refused(arch):
+    assert "num_experts_per_tok is 99, there are" in refusal(arch, num_experts_per_tok=99)
+
+
+@pytest.mark.parametrize("arch", TYPED)
+@pytest.mark.parametrize("kinds", [["full_attention"], ["full_attention"] * 9, [], "full_attention", {"0": 1}])
+def test_layer_types_of_another_number_of_layers_are_refused(arch, kinds):
+    layers = len(read(arch).layers)
+    assert f"layer_types must list {layers} kinds" in refusal(arch, layer_types=kinds)
+
+
+@pytest.mark.parametrize("arch", TYPED)
+@pytest.mark.parametrize("kind", ["mamba", "", None, 7])
+def test_an_unknown_kind_of_layer_is_refused_by_name(arch, kind):
+    kinds = [*["full_attention"] * (len(read(arch).layers) - 1), kind]
+    assert f"layer_types names {kind}, known are" in refusal(arch, layer_types=kinds)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +236,44 @@ def test_a_window_is_refused_where_the_architecture_has_none(arch):
         ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
         ("llama", {"attention_bias": 0}, "attention_bias is 0, expected true or false"),
         ("llama", {"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3 key/value heads"),
-        ("llama", {"head_dim": 15}, "even head size, config.json says 15"),
+        ("llama", {"head_dim": 15}, "even head size, config.json makes it 15"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "not understood: partial_rotary_factor"),
+        ("glm4", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5, a share"),
+        ("glm4", {"partial_rotary_factor": 0.25}, "says partial_rotary_factor twice, 0.5 and 0.25"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu', this architecture knows"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0, expected a positive number"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping is -1.0, expected a positive number"),
+        ("gemma2", {"sliding_window": 0}, "sliding_window is 0, expected a positive integer"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, only None"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True, only False"),
+        ("gpt_oss", {"experts_per_token": 1}, "experts_per_token and num_experts_per_tok differ"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu'"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit is 0, expected a positive number"),
+        ("llama4", {"moe_layers": [1, 4]}, "moe_layers is [1, 4], expected numbers of layers from 0 to 3"),
+        ("llama4", {"moe_layers": [-1]}, "moe_layers is [-1], expected"),
+        ("llama4", {"moe_layers": [True]}, "moe_layers is [True], expected"),
+        ("llama4", {"moe_layers": "all"}, "moe_layers is 'all', expected"),
+        ("llama4", {"no_rope_layers": [1, 1, 1]}, "no_rope_layers must list 4 times 0 or 1"),
+        ("llama4", {"no_rope_layers": [1, 1, 1, 2]}, "no_rope_layers must list 4 times 0 or 1"),
+        ("llama4", {"no_rope_layers": [1, 1, 1, "0"]}, "no_rope_layers must list 4 times 0 or 1"),
+        ("llama4", {"no_rope_layers": 4}, "no_rope_layers must list 4 times 0 or 1"),
+        ("llama4", {"attn_temperature_tuning": 4}, "attn_temperature_tuning is 4, expected true or false"),
+        ("llama4", {"for_llm_compressor": True}, "for_llm_compressor is True, only False"),
+        ("qwen2_moe", {"mlp_only_layers": [3]}, "mlp_only_layers is [3], expected numbers of layers from 0 to 2"),
+        ("qwen3_5_moe", {"linear_num_value_heads": 3}, "3 value heads are not a multiple of 2 key heads"),
+        (
+            "qwen3_5_moe",
+            {"linear_conv_kernel_dim": 1},
+            "linear_conv_kernel_dim is 1, expected an integer of at least 2",
+        ),
+        ("qwen3_5_moe", {"attn_output_gate": False}, "attn_output_gate is False, only True"),
+        ("qwen3_5_moe", {"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype is 'bfloat16', only 'float32'"),
+        ("qwen3_5_moe", {"mlp_only_layers": [1]}, "mlp_only_layers is [1], only []"),
+        ("qwen3_5_moe", {"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu'"),
+        ("olmo", {"clip_qkv": 0}, "clip_qkv is 0, expected a positive number"),
+        ("phi3", {"attention_bias": True}, "attention_bias is True, only False"),
+        ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_other.Other"}}, "auto_map is {'AutoModelForCausalLM'"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0, expected a positive integer"),
         ("mistral", {"sliding_window": False}, "sliding_window is False, expected a positive integer"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must list 3 kinds of attention"),
@@ -269,51 +289,61 @@ def test_a_value_that_is_not_understood_is_refused(arch, changes, said):
     assert said in refusal(arch, **changes)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "proportional"])
-@pytest.mark.parametrize("key", ["rope_type", "type"])
-@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
-def test_an_unsupported_rope_scaling_is_refused_by_name(kind, key, field):
-    changes = {"rope_parameters": None} | {field: {key: kind, "factor": 2.0}}
-    assert f"type '{kind}' is not supported" in refusal("llama", **changes)
+@pytest.mark.parametrize("arch", WHOLE)
+def test_the_tie_may_be_said_beside_the_text_model(arch):
+    tiny = {k: v for k, v in archs.load(arch).arch.tiny.items() if k != "tie_word_embeddings"}
+    whole = {"model_type": archs.load(arch).arch.whole.model_type, "text_config": tiny}
+    assert read_model(archs.load(arch), whole | {"tie_word_embeddings": True}).tied
+    assert not read_model(archs.load(arch), whole).tied
 
 
-@pytest.mark.parametrize(
-    ("rope", "said"),
-    [
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "not understood: partial_rotary_factor"),
-        ({"rope_type": "default", "factor": 2.0}, "not understood: factor"),
-        ({"rope_type": "linear"}, "factor is None, expected a positive number"),
-        ({"rope_type": "linear", "factor": 0}, "factor is 0, expected a positive number"),
-        ({"rope_type": "linear", "factor": -2.0}, "factor is -2.0, expected a positive number"),
-        ({"rope_type": "linear", "factor": "2"}, "factor is '2', expected a positive number"),
-        ({"rope_type": "linear", "type": "llama3", "factor": 2.0}, "of types ['linear', 'llama3']: choose one"),
-        ({k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}, "high_freq_factor is None"),
-        (LLAMA3 | {"attention_factor": 1.0}, "not understood: attention_factor"),
-        ({"full_attention": {"rope_type": "default"}}, "not understood: full_attention"),
-        ({"rope_theta": "1e4"}, "rope_theta is '1e4', expected a positive number"),
-        ([], "must be objects"),
-        ("linear", "must be objects"),
-    ],
-)
-def test_rope_parameters_that_are_not_understood_are_refused(rope, said):
-    assert said in refusal("llama", rope_parameters=rope)
+@pytest.mark.parametrize("arch", WHOLE)
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_ties_that_differ_are_refused(arch, tied):
+    line = refusal_of_whole(arch, {"tie_word_embeddings": tied}, tie_word_embeddings=not tied)
+    assert "config.json and its text_config differ in tie_word_embeddings" in line
 
 
-def test_rope_theta_is_read_from_beside_rope_scaling():
-    rotary = read("llama", rope_parameters=None, rope_theta=12345.0).rotary
-    assert (rotary.theta, rotary.scaling) == (12345.0, None)
+@pytest.mark.parametrize("arch", WHOLE)
+@pytest.mark.parametrize("key", ["hidden_size", "rope_theta", "quantization_config", "audio_config"])
+def test_an_unknown_key_beside_the_text_model_is_refused(arch, key):
+    assert f"{key}=" in refusal_of_whole(arch, {key: 4096})
 
 
-def test_rope_theta_in_rope_parameters_wins_as_in_transformers():
-    config = dict(archs.load("llama").arch.tiny) | {"rope_theta": 12345.0}
-    assert transformers.LlamaConfig(**config).rope_parameters["rope_theta"] == 500000.0
-    assert read_model(archs.load("llama"), config).rotary.theta == 500000.0
+@pytest.mark.parametrize("arch", WHOLE)
+def test_an_unknown_key_of_the_text_model_is_refused(arch):
+    assert "attn_logit_cap=50.0" in refusal_of_whole(arch, attn_logit_cap=50.0)
 
 
-def test_rope_parameters_and_rope_scaling_that_disagree_are_refused():
-    config = {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
-    assert transformers.LlamaConfig(**config).rope_parameters["rope_theta"] == 10000.0
-    assert "rope_scaling" in refusal("llama", **config)
+@pytest.mark.parametrize("arch", WHOLE)
+def test_harmless_keys_beside_the_text_model_change_nothing(arch):
+    beside = dict.fromkeys(archs.load(arch).arch.whole.harmless, 7) | {"transformers_version": "4.57.0"}
+    assert read_whole(arch, beside) == read(arch)
+
+
+@pytest.mark.parametrize("arch", WHOLE)
+@pytest.mark.parametrize("inner", [None, 1, [], "config.json"])
+def test_a_multimodal_config_without_a_text_model_is_refused(arch, inner):
+    with pytest.raises(ExportError) as error:
+        read_model(archs.load(arch), {"model_type": archs.load(arch).arch.whole.model_type, "text_config": inner})
+    assert "no 'text_config'" in one_line(error.value)
+
+
+@pytest.mark.parametrize("arch", WHOLE)
+def test_a_config_is_known_by_its_type_alone_or_within_a_multimodal_one(arch):
+    known = archs.load(arch).arch
+    for kind, architecture in (
+        (known.model_types[0], known.causal_lm),
+        (known.whole.model_type, known.whole.architecture),
+    ):
+        assert archs.choose(None, {"model_type": kind, "architectures": [architecture]}).name == arch
+
+
+@pytest.mark.parametrize("arch", WHOLE)
+def test_another_head_than_the_one_of_its_type_is_refused(arch):
+    known = archs.load(arch).arch
+    with pytest.raises(ExportError, match=f"exports {known.whole.architecture}"):
+        archs.choose(None, {"model_type": known.whole.model_type, "architectures": [known.causal_lm]})
 
 
 @pytest.mark.parametrize(
@@ -351,22 +381,32 @@ def test_a_long_value_is_cut():
     assert len(refusal("llama", quantization_config={"modules": [f"model.layers.{i}" for i in range(999)]})) < 500
 
 
-JUNK = [None, True, False, -1, 0, 1, 3, 1.5, -0.5, "", "x", "silu"]
+JUNK = [None, True, False, -1, 0, 1, 3, 1.5, -0.5, "", "x", "silu", [], [1], {}, {"x": 1}]
+ROPE = ["rope_type", "type", "factor", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"]
+ROPE += ["attention_factor", "truncate", "beta_fast", "short_factor", "mrope_section", "mrope_interleaved"]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(data=st.data(), arch=st.sampled_from(sorted(CLASSES)))
+@functools.cache
+def keys(arch: str) -> list[str]:
+    """All that the architecture could look at."""
+    written = transformers.CONFIG_MAPPING[archs.load(arch).arch.model_types[0]]().to_dict().keys()
+    more = {"rope_scaling", "rope_theta", "hidden_activation", "layer_types", "quantization_config", "auto_map"}
+    return sorted((written | more | archs.load(arch).arch.tiny.keys()) - HARMLESS)
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(data=st.data(), arch=st.sampled_from(ARCHS))
 def test_any_value_of_any_key_gives_a_model_or_our_error(data, arch):
-    keys = [k for k in CLASSES[arch]().to_dict() if k not in HARMLESS]
-    key = data.draw(st.sampled_from([*keys, "rope_scaling", "rope_theta", "hidden_activation", "layer_types"]))
-    changes = {key: data.draw(st.sampled_from(JUNK))}
+    key = data.draw(st.sampled_from(keys(arch)))
+    value = data.draw(st.sampled_from(JUNK))
+    if key in ("rope_parameters", "rope_scaling") and data.draw(st.booleans()):
+        value = {"rope_type": data.draw(st.sampled_from(["default", "linear", "llama3", "yarn", "longrope", "su"]))}
+        value |= {data.draw(st.sampled_from(ROPE)): data.draw(st.sampled_from(JUNK))}
+    way = data.draw(st.sampled_from([read, read_whole] if arch in WHOLE else [read]))
     try:
-        read(arch, **changes)
+        way(arch, **{key: value})
     except ExportError as error:
-        line = str(error)
-    else:
-        line = ""
-    assert len(line.splitlines()) <= 1
+        one_line(error)
 
 
 def test_a_key_is_read_with_its_default_where_it_is_absent_or_null():

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
-from arch_cases import FIRST, Case
+from arch_cases import FIRST, PRIMARY, Case
 from onnx import TensorProto, helper
 from onnx.helper import make_function, make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 
 from llmexport.export import engine, engine_build, manifest
 from llmexport.export.errors import EngineError, ExportError
-from llmexport.export.spec import DTYPES, Port
+from llmexport.export.spec import DTYPES, Attention, DecoderLayer, Port
 from llmexport.validate import feeds, runners
 from llmexport.validate.compare import compare
 
@@ -60,15 +60,22 @@ def child(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", FIRST, ids=str)
-def test_builds_every_architecture_in_every_dtype(case: Case, dtype: str, exported: Export, tmp_path: Path) -> None:
+# The five families in every dtype, the others in one; with plugins all are, in test_engine_plugins.py.
+BUILDS = [(c, d) for c in FIRST for d in DTYPES if c.arch in PRIMARY or d == "float16"]
+# TensorRT-RTX 1.7.1 takes all memory there is to compile a loop over top-1 experts beside a decomposed attention.
+BUILDS = [(c, d) for c, d in BUILDS if (c.arch, d) != ("llama4", "float32")]
+
+
+@pytest.mark.parametrize(("case", "dtype"), BUILDS, ids=str)
+def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported: Export, tmp_path: Path) -> None:
     folder = linked(exported(case, dtype), tmp_path)
     before = tree(folder)
     record = engine.build(folder, progress=silent)
     plan = (folder / engine.PLAN).read_bytes()
     assert record["plan"] == {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}
-    assert record["layers"]["ATTENTION_INPUT"] == len([p for p in record["outputs"] if p["name"].endswith(".key")])
+    layers = [s.block for s in manifest.read(folder).assembly.steps if isinstance(s.block, DecoderLayer)]
+    masked = [b for b in layers if isinstance(b.mixer, Attention) and not b.mixer.spans]
+    assert record["layers"].get("ATTENTION_INPUT", 0) == len(masked)
     assert tree(folder) == before | {n: (folder / n).read_bytes() for n in (engine.PLAN, engine.RECORD)}
 
 

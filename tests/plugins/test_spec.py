@@ -1,9 +1,11 @@
 """What @op derives from a torch reference, and what it refuses."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from llmexport.export.trace import trace_body
 from llmexport.plugins import spec
-from llmexport.plugins.spec import DOMAIN, Op, all_ops, op
+from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops, op
 
 # What TensorRT's ONNX parser imports itself, whatever the domain (shared/reference/tensorrt.md, 1.1 to 1.3),
 # besides the ONNX operators.
@@ -32,13 +34,58 @@ ATTRIBUTES = {
     "Rope": {"interleaved": True},
     "AddRmsNorm": {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": True},
     "GatedAct": {"activation": "silu", "alpha": 0.0, "limit": 0.0},
+    "SinkAttention": {"scale": 0.5, "softcap": 30.0, "window": 3},
+    "GatedDeltaRule": {"scale": 0.5, "l2_norm": True},
+    "CausalConv1d": {"activation": "silu"},
+    "GatedRmsNorm": {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True},
+    "MoeRoute": {
+        "top_k": 2,
+        "scoring": "sigmoid",
+        "renormalise": True,
+        "scale": 2.5,
+        "groups": 2,
+        "groups_kept": 1,
+    },
+    "MoeExperts": {
+        "activation": "swiglu_clamped",
+        "alpha": 1.702,
+        "limit": 7.0,
+        "transposed": False,
+        "interleaved": True,
+        "scale_input": False,
+    },
 }
 SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 9}
+# Those of an op that means something else by a letter, or needs sizes that fit each other.
+OWN_SIZES = {
+    "SinkAttention": {"G": 1, "S": 8},
+    "GatedDeltaRule": {"G": 1, "V": 4},
+    "CausalConv1d": {"O": 1, "K": 4, "S": 3},
+    "MoeRoute": {"E": 8},
+    "MoeExperts": {"C": 32, "K": 2, "E": 4, "P": 64, "Q": 32, "R": 32, "S": 32, "J": 64, "M": 1, "N": 1},
+}
+MXFP4 = {"Q": 16, "S": 16}
+# Every op with all its inputs, and without as many of the last as may be left out.
+CALLS = [(n, 0) for n in ATTRIBUTES]
+CALLS += [("SinkAttention", 1), ("CausalConv1d", 1), ("MoeRoute", 1), ("MoeExperts", 2), ("MoeExperts", 4)]
+calls = pytest.mark.parametrize(("name", "without"), CALLS)
 
 
-def tensors(made: Op) -> tuple[Tensor, ...]:
+def tensors(made: Op, without: int = 0) -> dict[str, Tensor | None]:
+    """Every input; integers are below 3, whatever they count."""
     seed = torch.Generator().manual_seed(0)
-    return tuple(torch.randn([SIZES[d] for d in dims], generator=seed) for dims in made.inputs.values())
+    packed = made.name == "MoeExperts" and not without
+    sizes = {**SIZES, **OWN_SIZES.get(made.name, {}), **(MXFP4 if packed else {})}
+
+    def tensor(name: str) -> Tensor:
+        shape, kind = [sizes[d] for d in made.inputs[name]], made.types[name]
+        if kind in ("int32", "uint8") or (kind == "W" and packed):
+            dtype = torch.int32 if kind == "int32" else torch.uint8
+            return torch.randint(0, 3, shape, generator=seed, dtype=dtype)
+        return torch.randn(shape, generator=seed)
+
+    there = list(made.inputs)[: len(made.inputs) - without]
+    return dict.fromkeys(made.inputs) | {n: tensor(n) for n in there}
 
 
 @pytest.fixture
@@ -116,17 +163,24 @@ def test_every_op_is_checked_here():
     assert ATTRIBUTES.keys() == all_ops().keys()
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
-def test_torch_agrees_with_the_schema_and_the_fake(name):
+def test_every_op_is_called_without_each_input_that_may_be_left_out():
+    may = {(n, i) for n, made in all_ops().items() for i in range(len(made.optional) + 1)}
+    # Scales come in a pair, and so do biases: MXFP4 needs both.
+    assert set(CALLS) == may - {("MoeExperts", 1), ("MoeExperts", 3)}
+
+
+@calls
+def test_torch_agrees_with_the_schema_and_the_fake(name, without):
     made = all_ops()[name]
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(made.call, tensors(made), ATTRIBUTES[name], test_utils=checks)
+    arguments = {**tensors(made, without), **ATTRIBUTES[name]}
+    torch.library.opcheck(made.call, (), arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
-def test_call_gives_what_the_reference_gives(name):
+@calls
+def test_call_gives_what_the_reference_gives(name, without):
     made = all_ops()[name]
-    expected, found = (f(*tensors(made), **ATTRIBUTES[name]) for f in (made.reference, made))
+    expected, found = (f(**tensors(made, without), **ATTRIBUTES[name]) for f in (made.reference, made))
     expected, found = ((v,) if isinstance(v, Tensor) else v for v in (expected, found))
     assert [torch.equal(e, f) for e, f in zip(expected, found, strict=True)] == [True] * len(made.outputs)
 
@@ -135,6 +189,15 @@ def test_tracing_registers_the_schemas_with_onnx():
     trace_body("GatedAct", ATTRIBUTES["GatedAct"], ["float32"] * 2, [["B", "T", "I"]] * 2)
     registered = {s.name for s in onnx.defs.get_all_schemas_with_history() if s.domain == DOMAIN}
     assert registered >= ATTRIBUTES.keys()
+
+
+@calls
+def test_outputs_have_the_types_that_the_op_names(name, without):
+    made = all_ops()[name]
+    found = made(**tensors(made, without), **ATTRIBUTES[name])
+    found = (found,) if isinstance(found, Tensor) else found
+    kinds = {"T": torch.float32, "float32": torch.float32, "int32": torch.int32}
+    assert [f.dtype for f in found] == [kinds[made.types[n]] for n in made.outputs]
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
@@ -204,6 +267,138 @@ def test_two_numbers_have_overloads_of_their_own(shrink, one, other):
     assert shrink.overload({"scale": one}, ["float32"] * 2, {}) != shrink.overload(
         {"scale": other}, ["float32"] * 2, {}
     )
+
+
+def pick_body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """Says what it was asked for in the name of a value."""
+    said = f"{attributes!r}{types!r}{sizes!r}".encode().hex()
+    return f"at_{said} = Cast <to = 6> (x) y = Identity (x) at = Identity (at_{said})"
+
+
+def pick_fake(
+    x: Tensor, w: Tensor, code: Tensor, bias: Tensor | None, rest: Tensor | None, flip: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape, dtype=torch.int32)
+
+
+@pytest.fixture(scope="module")
+def pick_once() -> Op:
+    """An op with inputs of every type, two that may be left out, a body and a fake."""
+    kept = dict(spec.OPS)
+    dims = {"x": "B D", "w": "D W", "code": "B", "bias": "D", "rest": "R"}
+    types = {"w": "W", "code": "uint8", "rest": "float32", "at": "int32"}
+
+    @op("SpecPick", 1, dims, ("y", "at"), static=("D", "R"), types=types, body=pick_body, fake=pick_fake)
+    def spec_pick(
+        x: Tensor, w: Tensor, code: Tensor, bias: Tensor | None, rest: Tensor | None, flip: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Looks at its values, which a tensor without them cannot bear."""
+        return x.clone() * len(x.unique().tolist()), x.to(torch.int32)
+
+    spec.OPS.clear()
+    spec.OPS.update(kept)
+    return spec_pick
+
+
+@pytest.fixture
+def pick(pick_once: Op, monkeypatch: pytest.MonkeyPatch) -> Op:
+    monkeypatch.setitem(spec.OPS, pick_once.name, pick_once)
+    return pick_once
+
+
+PICK_TYPES = ["float16", "bfloat16", "uint8", "float16", "float32"]
+PICK_SHAPES = [["B", 3], [3, "W"], ["B"], [3], [7]]
+
+
+def pick_trace(inputs: int) -> onnx.FunctionProto:
+    return trace_body("SpecPick", {"flip": 1}, PICK_TYPES[:inputs], PICK_SHAPES[:inputs])
+
+
+def test_tensors_that_may_be_none_are_optional_inputs(pick):
+    assert pick.optional == ("bias", "rest")
+    assert list(pick.inputs) == ["x", "w", "code", "bias", "rest"]
+    assert pick.attributes == {"flip": bool}
+    options = {i.name: i.option.name for i in pick.schema.inputs}
+    assert options == {"x": "Single", "w": "Single", "code": "Single", "bias": "Optional", "rest": "Optional"}
+
+
+def test_tensors_have_the_types_they_are_given_and_else_one_float_type(pick):
+    kinds = {"x": "T", "w": "W", "code": "uint8", "bias": "T", "rest": "float32", "y": "T", "at": "int32"}
+    assert pick.types == kinds
+    assert {v.name: v.type_str for v in (*pick.schema.inputs, *pick.schema.outputs)} == kinds
+
+
+def test_the_schema_says_what_each_type_allows(pick):
+    floats = {"tensor(float)", "tensor(float16)", "tensor(bfloat16)"}
+    assert {c.type_param_str: set(c.allowed_type_strs) for c in pick.schema.type_constraints} == {
+        "T": floats,
+        "W": floats | {"tensor(uint8)"},
+        "uint8": {"tensor(uint8)"},
+        "float32": {"tensor(float)"},
+        "int32": {"tensor(int32)"},
+    }
+
+
+def test_the_fake_answers_where_there_are_no_values(pick):
+    x, w, code = torch.empty(2, 3, device="meta"), torch.empty(3, 4, device="meta"), torch.empty(2, device="meta")
+    y, at = pick(x, w, code, None, None, True)
+    assert (y.device.type, y.shape, at.dtype) == ("meta", (2, 3), torch.int32)
+
+
+def test_the_reference_answers_where_there_are(pick):
+    x = torch.tensor([[1.0, 2.0, 2.0]])
+    y, at = pick(x, x.T, torch.zeros(1, dtype=torch.uint8), None, None, True)
+    assert (y.tolist(), at.tolist()) == ([[2.0, 4.0, 4.0]], [[1, 2, 2]])
+
+
+@pytest.mark.parametrize("inputs", [3, 4, 5])
+def test_a_body_knows_the_attributes_the_inputs_that_are_there_and_the_static_sizes(pick, inputs):
+    body = pick_trace(inputs)
+    asked = bytes.fromhex(body.node[0].output[0].removeprefix("at_")).decode()
+    types = dict(zip(pick.inputs, PICK_TYPES[:inputs], strict=False))
+    assert asked == f"{ {'flip': True}!r}{types!r}{ ({'D': 3, 'R': 7} if inputs == 5 else {'D': 3})!r}"
+
+
+@pytest.mark.parametrize("inputs", [3, 4, 5])
+def test_a_body_of_its_own_takes_the_place_of_the_traced_reference(pick, inputs):
+    body = pick_trace(inputs)
+    assert [n.op_type for n in body.node] == ["Cast", "Identity", "Identity"]
+    assert (list(body.input), list(body.output)) == (list(pick.inputs)[:inputs], ["y", "at"])
+    assert {(o.domain, o.version) for o in body.opset_import} == {("", 23)}
+
+
+def test_a_body_that_is_no_onnx_is_not_taken(pick, monkeypatch):
+    monkeypatch.setitem(spec.OPS, "SpecPick", dataclasses.replace(pick, body=lambda *asked: "y = Identity (x"))
+    with pytest.raises(onnx.parser.ParseError):
+        pick_trace(3)
+
+
+def test_an_overload_names_the_type_of_a_weight_kept_in_another(pick):
+    stored = [pick.overload({}, ["float32", w, "uint8", "float32", "float32"], {}) for w in ("float32", "bfloat16")]
+    assert stored == ["float32", "float32__bfloat16"]
+
+
+def test_an_overload_says_how_many_inputs_are_left_out(pick):
+    types = ["float32", "uint8", "uint8", "float32", "float32"]
+    names = [pick.overload({}, types[:n], {}) for n in (5, 4, 3)]
+    assert names == ["float32__uint8", "float32__uint8__without_1", "float32__uint8__without_2"]
+
+
+def test_a_required_tensor_after_one_that_may_be_left_out_is_refused(scratch_ops):
+    def spec_gap(x: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor: ...
+
+    with pytest.raises(TypeError, match="SpecGap: weight follows an optional tensor"):
+        op("SpecGap", 1, {"x": "B", "bias": "B", "weight": "B"}, ("y",))(spec_gap)
+
+
+@pytest.mark.parametrize(
+    ("types", "named"), [({"z": "int32"}, "z"), ({"x": "int7"}, "int7"), ({"scale": "float32"}, "scale")]
+)
+def test_a_type_of_no_tensor_or_of_no_name_is_refused(scratch_ops, types, named):
+    def spec_stray(x: Tensor, scale: float) -> Tensor: ...
+
+    with pytest.raises(TypeError, match=f"SpecStray: types names {named}"):
+        op("SpecStray", 1, {"x": "B"}, ("y",), types=types)(spec_stray)
 
 
 def listed(x: Tensor, scales: list) -> Tensor: ...

@@ -1,0 +1,57 @@
+"""Gemma 3, text (transformers modeling_gemma3.py): five sliding layers to a full one, each kind with its own RoPE."""
+
+from llmexport.export.archs.gemma2 import ACTIVATIONS, NORMS
+from llmexport.export.config import Config
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.spec import Arch, DecoderLayer, Mask, Model, Norm, Rotary
+
+
+def build(config: Config) -> Model:
+    config.expect("use_bidirectional_attention", False)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        config.expect(key, None)
+    bias = config.flag("attention_bias")
+    d = decoder(config, head_size=256)
+    norm = d.norm(offset=1.0, rounding="after_weight")
+    mlp = d.mlp(activation=config.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"))
+    attention = d.attention(
+        qkv_bias=bias,
+        out_bias=bias,
+        scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
+        qk_norm=Norm(d.head_size, norm.epsilon, 1.0, "after_weight"),
+    )
+    block = DecoderLayer(norm, attention, norm, mlp, mixer_output_norm=norm, mlp_output_norm=norm)
+    theta = config.number("rope_local_base_freq", 10000.0)
+    if config.get("rope_parameters", None) is None:
+        # The first release scaled the RoPE of full layers alone.
+        local = Rotary(d.head_size, theta)
+    else:
+        local = config.rotary(d.head_size, theta, of="sliding_attention")
+    slides = (local, Mask(config.integer("sliding_window", 4096)))
+    full = (config.rotary(d.head_size, 1000000.0, of="full_attention"), Mask())
+    pattern = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
+    derived = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(d.layers)]
+    reads = config.layer_types({"sliding_attention": slides, "full_attention": full}, derived)
+    return d.model([(block, r) for r in reads], norm, tied=True, scale=d.hidden**0.5)
+
+
+ARCH = Arch(
+    model_types=("gemma3_text",),
+    causal_lm="Gemma3ForCausalLM",
+    build=build,
+    names={**NAMES, **NORMS},
+    ignore=BUFFERS,
+    tiny={
+        **{k: v for k, v in TINY.items() if k not in ("hidden_act", "rope_parameters")},
+        "head_dim": 32,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+        },
+        "tie_word_embeddings": True,
+    },
+)

@@ -1,0 +1,81 @@
+"""GPT-OSS (transformers modeling_gpt_oss.py): attention sinks, alternating windows, YaRN, clamped experts, MXFP4."""
+
+from llmexport.export.config import Config
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.errors import ExportError
+from llmexport.export.spec import Arch, DecoderLayer, Experts, Model, Moe, Router, Span
+from llmexport.export.values import show
+
+
+def build(config: Config) -> Model:
+    d = decoder(config)
+    norm = d.norm(1e-5, rounding="after_weight")
+    experts, top_k = config.integer("num_local_experts", 128), config.integer("num_experts_per_tok", 4)
+    if config.integer("experts_per_token", top_k) != top_k:
+        raise ExportError("config.json: experts_per_token and num_experts_per_tok differ: remove one")
+    packed = mxfp4(config)
+    moe = Moe(
+        Router(d.hidden, experts, top_k, "softmax_top_k", bias=True),
+        Experts(
+            d.hidden,
+            config.integer("intermediate_size"),
+            experts,
+            top_k,
+            activation="swiglu_clamped",
+            alpha=config.number("swiglu_alpha", 1.702),
+            limit=config.number("swiglu_limit", 7.0),
+            transposed=not packed,
+            interleaved=True,
+            bias=True,
+            mxfp4=packed,
+        ),
+    )
+    config.expect("hidden_act", "silu")
+    # Said again by RoPE's parameters, which is where it is read.
+    config.get("initial_context_length", None)
+    bias = config.flag("attention_bias", True)
+    window = config.integer("sliding_window", 128)
+    derived = ["full_attention" if i % 2 else "sliding_attention" for i in range(d.layers)]
+    reads = (config.rotary(d.head_size, 150000.0), Span())
+    layers = []
+    for own in config.layer_types({"full_attention": 0, "sliding_attention": window}, derived):
+        attention = d.attention(qkv_bias=bias, out_bias=bias, sinks=True, window=own)
+        layers.append((DecoderLayer(norm, attention, norm, moe), reads))
+    return d.model(layers, norm, tied=False)
+
+
+def mxfp4(config: Config) -> bool:
+    """Whether the experts are stored in 4 bits. Raises ExportError on any other quantisation."""
+    found = config.get("quantization_config", None)
+    if found is None:
+        return False
+    if not isinstance(found, dict) or found.get("quant_method") != "mxfp4":
+        raise ExportError(f"config.json: quantization_config is {show(found)}, only mxfp4 is supported here")
+    return not found.get("dequantize", False)
+
+
+ARCH = Arch(
+    model_types=("gpt_oss",),
+    causal_lm="GptOssForCausalLM",
+    build=build,
+    names=NAMES,
+    ignore=BUFFERS,
+    tiny={
+        **TINY,
+        "intermediate_size": 32,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
+)

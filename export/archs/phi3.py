@@ -1,0 +1,51 @@
+"""Phi-3 and Phi-3.5 (transformers modeling_phi3.py): fused projections, sliding window, LongRoPE."""
+
+from llmexport.export.config import Config
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.errors import ExportError
+from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
+from llmexport.export.values import show
+
+CODE = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    "AutoTokenizer": "Xenova/gpt-4o",
+}
+
+
+def build(config: Config) -> Model:
+    d = decoder(config)
+    # Where only this is there, the context was never stretched.
+    config.get("original_max_position_embeddings", None)
+    # What the first releases called it.
+    rotary = config.rotary(d.head_size, partial=1.0, aliases={"su": "longrope", "yarn": "longrope"})
+    norm = d.norm(1e-5)
+    config.expect("attention_bias", False)
+    check_code(config)
+    layer = DecoderLayer(norm, d.attention(fused=True, rotated=rotary.size), norm, d.mlp(fused=True))
+    reads = (rotary, Mask(config.window("sliding_window", absent=None)))
+    return d.model([(layer, reads)] * d.layers, norm, tied=False)
+
+
+def check_code(config: Config) -> None:
+    """Refuses a checkpoint that brings other code than Microsoft's, which transformers took over."""
+    found = config.get("auto_map", {})
+    if not isinstance(found, dict) or any(CODE.get(k) != v for k, v in found.items()):
+        raise ExportError(f"config.json: auto_map is {show(found)}, only the code of Phi-3 is supported here")
+
+
+ARCH = Arch(
+    model_types=("phi3",),
+    causal_lm="Phi3ForCausalLM",
+    build=build,
+    names=NAMES,
+    ignore=BUFFERS,
+    tiny={
+        **TINY,
+        "sliding_window": 8,
+        "original_max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+)

@@ -1,0 +1,26 @@
+"""Qwen3 (transformers modeling_qwen3.py): RMSNorm on every head of q and k; upper layers may slide."""
+
+from llmexport.export.archs.qwen2 import masks
+from llmexport.export.config import Config
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.spec import Arch, DecoderLayer, Model, Norm
+
+
+def build(config: Config) -> Model:
+    d = decoder(config, head_size=128)
+    bias = config.flag("attention_bias")
+    norm = d.norm()
+    attention = d.attention(qkv_bias=bias, out_bias=bias, qk_norm=Norm(d.head_size, norm.epsilon))
+    layer = DecoderLayer(norm, attention, norm, d.mlp())
+    rotary = config.rotary(d.head_size)
+    return d.model([(layer, (rotary, mask)) for mask in masks(config)], norm, tied=False)
+
+
+ARCH = Arch(
+    model_types=("qwen3",),
+    causal_lm="Qwen3ForCausalLM",
+    build=build,
+    names=NAMES,
+    ignore=BUFFERS,
+    tiny={**TINY, "head_dim": 16, "attention_bias": False, "use_sliding_window": False},
+)

@@ -1,0 +1,138 @@
+"""What all layers read: RoPE's angles, masks, spans, temperatures."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llmexport.export import spec
+
+
+def inverse_frequencies(block: spec.Rotary) -> Tensor:
+    """RoPE's angular step per position [size / 2], fp32, as transformers' modeling_rope_utils.py computes it.
+
+    For LongRoPE there are two rows: the short steps and the long ones.
+    """
+    exponents = torch.arange(0, block.size, 2, dtype=torch.int64).float() / block.size
+    steps = 1.0 / (block.theta**exponents)
+    match block.scaling:
+        case None:
+            return steps
+        case spec.LinearScaling(factor):
+            return steps / factor
+        case spec.Llama3Scaling(factor, low, high, positions):
+            wavelengths = 2 * math.pi / steps
+            # 0 where the wavelength is longer than the low limit, 1 where it is shorter than the high one; where
+            # the limits are one, no frequency lies between.
+            smooth = (positions / wavelengths - low) / (high - low) if high > low else torch.zeros_like(steps)
+            blended = (1 - smooth) * (steps / factor) + smooth * steps
+            long, short = wavelengths > positions / low, wavelengths < positions / high
+            return torch.where(long, steps / factor, torch.where(short, steps, blended))
+        case spec.YarnScaling():
+            return _yarn(block, block.scaling)
+        case spec.LongScaling(short, long):
+            return steps / torch.tensor((short, long))
+    raise TypeError(f"no RoPE scaling {block.scaling}")
+
+
+def _yarn(block: spec.Rotary, scaling: spec.YarnScaling) -> Tensor:
+    size = block.size
+
+    def dimension(rotations: float) -> float:
+        """Which dimension turns that often over the original positions."""
+        return size * math.log(scaling.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(block.theta))
+
+    low, high = dimension(scaling.fast), dimension(scaling.slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = (torch.arange(size // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    wavelengths = block.theta ** (torch.arange(0, size, 2).float() / size)
+    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+
+
+class Rotary(nn.Module):
+    steps: Tensor
+    axes: Tensor
+
+    def __init__(self, block: spec.Rotary, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.block, self.dtype = block, dtype
+        with torch.device("cpu"):
+            self.register_buffer("steps", inverse_frequencies(block))
+            if block.sections:
+                self.register_buffer("axes", _axes(block).float().reshape(len(block.sections), 1, 1, -1))
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        positions, steps = position_ids.unsqueeze(-1).float(), self.steps
+        if self.block.sections:
+            positions = (positions * self.axes).sum(0)
+        scaling, magnitude = self.block.scaling, 1.0
+        if isinstance(scaling, spec.LongScaling):
+            beyond = position_ids.max() >= scaling.original_positions
+            steps = torch.where(beyond, self.steps[1], self.steps[0])
+        if isinstance(scaling, spec.LongScaling | spec.YarnScaling):
+            magnitude = scaling.magnitude
+        angles = positions * steps
+        cos, sin = angles.cos(), angles.sin()
+        if magnitude != 1.0:
+            cos, sin = cos * magnitude, sin * magnitude
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+
+def _axes(block: spec.Rotary) -> Tensor:
+    """Which position turns a frequency, one-hot [sections, size / 2]."""
+    chosen = [i % 3 if i < 3 * block.sections[i % 3] else 0 for i in range(block.size // 2)]
+    return torch.nn.functional.one_hot(torch.tensor(chosen), len(block.sections)).T
+
+
+def _slots(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+    """The cache slots of this step's tokens [T]."""
+    total, sequence = attention_mask.shape[1], input_ids.shape[1]
+    return torch.arange(sequence, device=input_ids.device) + (total - sequence)
+
+
+class Mask(nn.Module):
+    def __init__(self, block: spec.Mask) -> None:
+        super().__init__()
+        self.window, self.chunk = block.window, block.chunk
+
+    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+        keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        queries = _slots(attention_mask, input_ids).unsqueeze(1)
+        distance = queries - keys
+        visible = torch.logical_and((attention_mask != 0).unsqueeze(1), distance >= 0)
+        if self.window is not None:
+            visible = torch.logical_and(visible, distance < self.window)
+        if self.chunk is not None:
+            padding = (attention_mask.cumsum(1) == 0).sum(1).reshape(-1, 1, 1)
+            chunks = [torch.div(x - padding, self.chunk, rounding_mode="floor") for x in (queries, keys)]
+            visible = torch.logical_and(visible, chunks[0] == chunks[1])
+        return torch.logical_or(visible, distance == 0).unsqueeze(1)
+
+
+class Span(nn.Module):
+    def forward(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        start = (attention_mask.cumsum(1) == 0).sum(1).to(torch.int32)
+        return start, torch.ones_like(start) * attention_mask.shape[1]
+
+
+class Temperature(nn.Module):
+    def __init__(self, block: spec.Temperature) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+        slots = _slots(attention_mask, input_ids).float()
+        return torch.log1p(torch.floor((slots + 1.0) / self.block.interval)) * self.block.scale + 1.0
+
+
+class Presence(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+        # Not a slice, whose length a trace cannot tell from the mask's.
+        return (attention_mask.index_select(1, _slots(attention_mask, input_ids)) != 0).to(self.dtype)

@@ -1,0 +1,64 @@
+"""The gated delta net, and its parts."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmexport.export import spec
+from llmexport.plugins.causal_conv1d import causal_conv1d
+from llmexport.plugins.gated_delta_rule import gated_delta_rule
+from llmexport.plugins.gated_rms_norm import gated_rms_norm
+
+
+class CausalConv(nn.Module):
+    def __init__(self, block: spec.CausalConv) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(block.channels, 1, block.kernel))
+
+    def forward(self, mixed: Tensor, past_conv_state: Tensor) -> tuple[Tensor, Tensor]:
+        return causal_conv1d(mixed, self.weight, past_conv_state, None, "silu")
+
+
+class GatedNorm(nn.Module):
+    def __init__(self, block: spec.GatedNorm) -> None:
+        super().__init__()
+        self.epsilon = block.epsilon
+        self.weight = nn.Parameter(torch.empty(block.size))
+
+    def forward(self, recalled: Tensor, gate: Tensor) -> Tensor:
+        return gated_rms_norm(recalled, gate, self.weight, self.epsilon, "silu", True)
+
+
+class GatedDeltaNet(nn.Module):
+    """Parameter names are those of transformers' modeling_qwen3_5_moe.py."""
+
+    def __init__(self, block: spec.GatedDeltaNet) -> None:
+        super().__init__()
+        self.block = block
+        width = block.value_heads * block.value_size
+        self.in_proj_qkv = nn.Linear(block.hidden, block.convolution.channels, bias=False)
+        self.in_proj_z = nn.Linear(block.hidden, width, bias=False)
+        self.in_proj_b = nn.Linear(block.hidden, block.value_heads, bias=False)
+        self.in_proj_a = nn.Linear(block.hidden, block.value_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(block.value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(block.value_heads))
+        self.conv1d = CausalConv(block.convolution)
+        self.norm = GatedNorm(block.norm)
+        self.out_proj = nn.Linear(width, block.hidden, bias=False)
+
+    def forward(
+        self, normed: Tensor, present_tokens: Tensor, past_conv_state: Tensor, past_recurrent_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        block = self.block
+        batch, sequence, _ = normed.shape
+        normed = normed * present_tokens.unsqueeze(-1)
+        mixed, conv_state = self.conv1d(self.in_proj_qkv(normed), past_conv_state)
+        keys, values = block.key_heads * block.key_size, block.value_heads * block.value_size
+        q, k, v = mixed.split([keys, keys, values], -1)
+        q, k = (x.reshape(batch, sequence, block.key_heads, block.key_size) for x in (q, k))
+        v, z = (x.reshape(batch, sequence, block.value_heads, block.value_size) for x in (v, self.in_proj_z(normed)))
+        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(normed).float() + self.dt_bias.float())
+        beta = torch.sigmoid(self.in_proj_b(normed))
+        recalled, state = gated_delta_rule(q, k, v, g, beta, past_recurrent_state, block.key_size**-0.5, True)
+        gated = self.norm(recalled, z).reshape(batch, sequence, values)
+        return self.out_proj(gated), conv_state, state

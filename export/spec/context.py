@@ -1,0 +1,154 @@
+"""What all layers of a model read besides the hidden states: angles, masks, spans, temperatures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmexport.export.errors import ExportError
+from llmexport.export.spec.block import ATTENTION_MASK, BATCH, INPUT_IDS, SEQUENCE, TOTAL, Block, Port
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's stretch of RoPE's low frequencies (transformers modeling_rope_utils.py)."""
+
+    factor: float
+    low_frequency: float
+    high_frequency: float
+    original_positions: int
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by `factor` (position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): low frequencies divided by `factor`, high ones kept, a linear ramp between.
+
+    `fast` and `slow` are the rotations over `original_positions` that bound the ramp; `truncate` rounds its ends to
+    whole dimensions. cos and sin are multiplied by `magnitude`.
+    """
+
+    factor: float
+    original_positions: int
+    fast: float
+    slow: float
+    truncate: bool
+    magnitude: float
+
+
+@dataclass(frozen=True)
+class LongScaling:
+    """LongRoPE (arXiv 2402.13753): a divisor for each frequency, `long` once a position is `original_positions`
+    or beyond, else `short`. cos and sin are multiplied by `magnitude`."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_positions: int
+    magnitude: float
+
+
+Scaling = Llama3Scaling | LinearScaling | YarnScaling | LongScaling
+
+
+@dataclass(frozen=True)
+class Rotary(Block):
+    """cos and sin of RoPE (arXiv 2104.09864) for `size` rotated dimensions, from positions; fp32 inside.
+
+    With `sections`, each token has as many positions (time, height, width: mRoPE, arXiv 2409.12191), equal for
+    text. Frequency i turns by position i mod 3 as long as i < 3 * sections[i mod 3], by the first one otherwise
+    (modeling_qwen3_5_moe.py).
+    """
+
+    size: int
+    theta: float
+    scaling: Scaling | None = None
+    sections: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.size % 2:
+            raise ExportError(f"RoPE needs an even number of dimensions, config.json makes it {self.size}")
+        if self.sections and (len(self.sections) != 3 or sum(self.sections) != self.size // 2):
+            raise ExportError(f"mrope_section is {list(self.sections)}: 3 numbers of sum {self.size // 2} are expected")
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        axes = (len(self.sections),) if self.sections else ()
+        return (Port("position_ids", (*axes, BATCH, SEQUENCE), "int64"),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        shape = (BATCH, SEQUENCE, self.size // 2)
+        return (Port("cos", shape), Port("sin", shape))
+
+
+@dataclass(frozen=True)
+class Mask(Block):
+    """Which of the `total` keys each query may see: causal by cache slot, no padding, the last `window`, its own
+    `chunk` of that many tokens, counted from the first that is no padding.
+
+    A query always sees itself, so that the row of a padding token is never empty: no backend then makes a NaN.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (ATTENTION_MASK, INPUT_IDS)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("mask", (BATCH, 1, SEQUENCE, TOTAL), "bool"),)
+
+    @property
+    def label(self) -> str:
+        window = "" if self.window is None else f"_window_{self.window}"
+        return self.kind + window + ("" if self.chunk is None else f"_chunk_{self.chunk}")
+
+
+@dataclass(frozen=True)
+class Span(Block):
+    """Where the keys of each row begin and end, for attention without a dense mask: padding is on the left only."""
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (ATTENTION_MASK,)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("start", (BATCH,), "int32"), Port("length", (BATCH,), "int32"))
+
+
+@dataclass(frozen=True)
+class Temperature(Block):
+    """1 + scale * log(1 + floor((p + 1) / interval)) for the cache slot p of every query, which its logits are
+    multiplied by (arXiv 2501.19399, modeling_llama4.py); slots of padding count."""
+
+    interval: int
+    scale: float
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (ATTENTION_MASK, INPUT_IDS)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("temperature", (SEQUENCE,), "float32"),)
+
+
+@dataclass(frozen=True)
+class Presence(Block):
+    """1 for the tokens of this step, 0 for padding: layers with a recurrent state must not see padding."""
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (ATTENTION_MASK, INPUT_IDS)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("present_tokens", (BATCH, SEQUENCE)),)

@@ -1,0 +1,144 @@
+"""What follows the mixer in a layer: the gated MLP, and the mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from llmexport.export.errors import ExportError
+from llmexport.export.spec.block import BATCH, SEQUENCE, Block, Port, hidden
+
+Activation = Literal["silu", "gelu_tanh", "gelu_erf", "swiglu_clamped"]
+MXFP4_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Mlp(Block):
+    """Gated MLP (arXiv 2002.05202): down(activation(gate(x)) * up(x)). `fused`: gate and up are one matrix."""
+
+    hidden: int
+    intermediate: int
+    activation: Activation
+    bias: bool = False
+    fused: bool = False
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (hidden("normed", self.hidden),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (hidden("mixed", self.hidden),)
+
+
+@dataclass(frozen=True)
+class Router(Block):
+    """Which `top_k` of the experts a token goes to, and with what weight (the MoeRoute op)."""
+
+    hidden: int
+    experts: int
+    top_k: int
+    scoring: Literal["softmax", "softmax_top_k", "sigmoid"]
+    renormalise: bool = False
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.experts:
+            raise ExportError(f"config.json: num_experts_per_tok is {self.top_k}, there are {self.experts} experts")
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (hidden("normed", self.hidden),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return routed(self.top_k)
+
+
+@dataclass(frozen=True)
+class Experts(Block):
+    """The experts' gated MLPs, of which each token runs the chosen `top_k` (the MoeExperts op).
+
+    Weights are [E, 2I, C] and [E, C, I], or the other way round if `transposed`; gate and up are halves of 2I, or
+    alternate if `interleaved`. `scale_input`: the routing weight multiplies what goes in, not what comes out.
+    `mxfp4`: the weights are blocks of 32 4-bit values and their scales, not transposed.
+    """
+
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    activation: Activation = "silu"
+    alpha: float = 0.0
+    limit: float = 0.0
+    transposed: bool = False
+    interleaved: bool = False
+    bias: bool = False
+    scale_input: bool = False
+    mxfp4: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mxfp4 and (self.transposed or not self.bias):
+            raise ValueError("MXFP4 experts have biases and are not transposed")
+        if self.mxfp4 and (self.hidden % MXFP4_BLOCK or self.intermediate % MXFP4_BLOCK):
+            raise ExportError(
+                f"MXFP4 packs {MXFP4_BLOCK} values a block: hidden_size {self.hidden} and intermediate_size "
+                f"{self.intermediate} must be multiples of that"
+            )
+
+    @property
+    def as_stored(self) -> tuple[str, ...]:
+        kinds = ("_blocks", "_scales") if self.mxfp4 else ("",)
+        return tuple(f"{n}_proj{kind}" for n in ("gate_up", "down") for kind in kinds)
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (hidden("normed", self.hidden), *routed(self.top_k))
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (hidden("mixed", self.hidden),)
+
+
+@dataclass(frozen=True)
+class SharedExpert(Block):
+    """The expert that every token runs; `gated`: times the sigmoid of a projection to one number."""
+
+    mlp: Mlp
+    gated: bool = False
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return self.mlp.inputs
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return self.mlp.outputs
+
+
+@dataclass(frozen=True)
+class Moe(Block):
+    """Mixture of experts: the routed ones, and the shared one if there is any, summed."""
+
+    router: Router
+    experts: Experts
+    shared: SharedExpert | None = None
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return self.router.inputs
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return self.experts.outputs
+
+    @property
+    def parts(self) -> Mapping[str, tuple[Block, str]]:
+        shared = {"shared": (self.shared, "shared_expert.")} if self.shared else {}
+        return {"router": (self.router, "router."), "experts": (self.experts, "experts."), **shared}
+
+
+def routed(top_k: int) -> tuple[Port, Port]:
+    """The ports of a routing."""
+    return Port("weights", (BATCH, SEQUENCE, top_k)), Port("experts", (BATCH, SEQUENCE, top_k), "int32")

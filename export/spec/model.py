@@ -1,0 +1,169 @@
+"""The two ends of a decoder, the layer between them, the model, and an architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmexport.export.spec.block import BATCH, INPUT_IDS, SEQUENCE, Block, Port, hidden
+from llmexport.export.spec.context import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
+from llmexport.export.spec.feed_forward import Mlp, Moe
+from llmexport.export.spec.mixer import Attention, GatedDeltaNet, Norm
+
+if TYPE_CHECKING:
+    from llmexport.export.config import Config
+
+
+@dataclass(frozen=True)
+class Embedding(Block):
+    """Token embedding, times `scale` rounded to the model's dtype (modeling_gemma.py)."""
+
+    vocabulary: int
+    hidden: int
+    scale: float = 1.0
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (INPUT_IDS,)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (hidden("hidden", self.hidden),)
+
+
+@dataclass(frozen=True)
+class DecoderLayer(Block):
+    """Pre-norm decoder layer: x + mixer(norm(x)), then x + mlp(norm(x)).
+
+    The output norms, if there are any, apply to what the mixer and the MLP give, before it is added (sandwich
+    norms, modeling_glm4.py and modeling_gemma2.py).
+    """
+
+    input_norm: Norm
+    mixer: Attention | GatedDeltaNet
+    post_attention_norm: Norm
+    mlp: Mlp | Moe
+    mixer_output_norm: Norm | None = None
+    mlp_output_norm: Norm | None = None
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (hidden("hidden", self.mixer.hidden), *self.mixer.context, *self.mixer.cache)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (hidden("hidden_out", self.mixer.hidden), *self.mixer.present)
+
+    @property
+    def parts(self) -> Mapping[str, tuple[Block, str]]:
+        mixer = "self_attn." if isinstance(self.mixer, Attention) else "linear_attn."
+        found: dict[str, tuple[Block | None, str]] = {
+            "input_norm": (self.input_norm, "input_layernorm."),
+            "mixer": (self.mixer, mixer),
+            "mixer_output_norm": (self.mixer_output_norm, "mixer_output_norm."),
+            "post_attention_norm": (self.post_attention_norm, "post_attention_layernorm."),
+            "mlp": (self.mlp, "mlp."),
+            "mlp_output_norm": (self.mlp_output_norm, "mlp_output_norm."),
+        }
+        return {field: (block, path) for field, (block, path) in found.items() if block}
+
+
+@dataclass(frozen=True)
+class Head(Block):
+    """Final norm and the projection to the vocabulary; `softcap` > 0 bounds the logits (modeling_gemma2.py)."""
+
+    norm: Norm
+    vocabulary: int
+    softcap: float = 0.0
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (hidden("hidden", self.norm.size),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("logits", (BATCH, SEQUENCE, self.vocabulary)),)
+
+    @property
+    def parts(self) -> Mapping[str, tuple[Block, str]]:
+        return {"norm": (self.norm, "norm.")}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer at its place, and the context blocks whose outputs it reads, by the names of its ports."""
+
+    block: DecoderLayer
+    reads: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only language model. `tied`: the head's projection is the embedding table."""
+
+    embedding: Embedding
+    layers: tuple[Layer, ...]
+    head: Head
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A published checkpoint that holds the text model beside other parts, as multimodal ones do.
+
+    `config_key` is where its config.json has the text model's config; `harmless` are keys beside it that do not
+    concern the text model. `names` maps the starts of the text model's names to those of this checkpoint's.
+    """
+
+    model_type: str
+    architecture: str
+    names: Mapping[str, str]
+    ignore: tuple[str, ...]
+    harmless: tuple[str, ...]
+    config_key: str = "text_config"
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One architecture: how its `config.json` reads, and what its checkpoint calls things.
+
+    `names` maps the start of a parameter's path in our model (`embedding.`, `layers.{i}.`, `head.norm.`) to the
+    start of its name in the checkpoint; the longest start that fits is taken. `stacks` maps the checkpoint's name of
+    a stacked parameter to the names, with {e}, of the matrices of each expert that a checkpoint may have in its
+    place; `in_parts`: published ones have. `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and
+    the model does not need. `tiny` is the built-in config. `whole` is the multimodal checkpoint that the model is
+    published in.
+    """
+
+    model_types: tuple[str, ...]
+    causal_lm: str
+    build: Callable[[Config], Model]
+    names: Mapping[str, str]
+    tiny: Mapping[str, Any]
+    ignore: tuple[str, ...] = ()
+    stacks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    in_parts: bool = False
+    whole: Whole | None = None
+
+
+def to_data(value: Any) -> Any:
+    """A spec as JSON data, for the manifest and for cache keys."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"is": type(value).__name__, **fields}
+    return [to_data(v) for v in value] if isinstance(value, tuple) else value
+
+
+def from_data(data: Any) -> Any:
+    """The spec that `to_data` wrote. Raises KeyError on a class that this version does not know."""
+    if isinstance(data, dict):
+        cls = _CLASSES[data["is"]]
+        return cls(**{k: from_data(v) for k, v in data.items() if k != "is"})
+    return tuple(from_data(v) for v in data) if isinstance(data, list) else data
+
+
+_CLASSES: dict[str, Any] = {
+    c.__name__: c for c in (*Block.kinds.values(), Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port)
+}

@@ -1,0 +1,225 @@
+"""The ONNX function body of MoeExperts: the tokens of each expert in blocks of rows, block by block."""
+
+from __future__ import annotations
+
+from llmexport.plugins.moe_experts.mxfp4 import BLOCK, SCALE_BIAS, VALUES
+from llmexport.plugins.spec import Attribute
+
+GATED = {
+    "silu": """
+          sigmoid = Sigmoid (gate_wide)
+          gate_active = Mul (gate_wide, sigmoid)
+          gated = Mul (gate_active, up_wide)""",
+    "gelu_tanh": """
+          gate_active = Gelu <approximate = "tanh"> (gate_wide)
+          gated = Mul (gate_active, up_wide)""",
+    "gelu_erf": """
+          gate_active = Gelu <approximate = "none"> (gate_wide)
+          gated = Mul (gate_active, up_wide)""",
+    "swiglu_clamped": """
+          gate_low = Min (gate_wide, limit)
+          up_low = Min (up_wide, limit)
+          limit_below = Neg (limit)
+          up_clamped = Max (up_low, limit_below)
+          gate_steep = Mul (gate_low, alpha)
+          sigmoid = Sigmoid (gate_steep)
+          gate_active = Mul (gate_low, sigmoid)
+          up_one = Add (up_clamped, float_one)
+          gated = Mul (gate_active, up_one)""",
+}
+
+
+def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """A Loop of as many turns as there can be blocks. Each that is one gathers the weights of its expert as they are
+    stored, and decodes and casts those alone; the others are skipped.
+
+    One form for both runtimes. TensorRT has neither NonZero nor Unique, cannot add to a tensor by index, and takes
+    the number of turns from shapes. ONNX Runtime wants each expert's weights gathered once, as they are.
+    """
+    if attributes["activation"] not in GATED:
+        raise ValueError(f"GatedAct knows no activation {attributes['activation']!r}")
+    dtype = types["x"].replace("float32", "float")
+    top_k, hidden = sizes["K"], sizes["C"]
+    return f"""
+    {_blocks(sizes["E"], top_k)}
+    rows_shape = Constant <value_ints = [-1, {hidden}]> ()
+    rows = Reshape (x, rows_shape)
+    scales = Reshape (weights, flat)
+    {_constants(attributes) if attributes["activation"] == "swiglu_clamped" else ""}
+    {_tables() if "gate_up_scales" in types else ""}
+    passed, block_outputs = Loop <
+      body = turn (int64 b, bool go, int64 pass) => (bool go_on, int64 pass_on, {dtype}[] y_b) {{
+        go_on = Constant <value = bool {{1}}> ()
+        pass_on = Identity (pass)
+        is_block = Less (b, blocks)
+        y_b = If (is_block) <
+          then_branch = some () => ({dtype}[] y_some) {{{_mlp(attributes, types, sizes)}
+          }},
+          else_branch = none () => ({dtype}[] y_none) {{
+            columns = Constant <value_ints = [{hidden}]> ()
+            none_shape = Concat <axis = 0> (size, columns)
+            zeros = ConstantOfShape <value = float[1] {{0.0}}> (none_shape)
+            y_none = CastLike (zeros, x)
+          }}
+        >
+      }}
+    > (most_blocks, , number_zero)
+    outputs = Reshape (block_outputs, rows_shape)
+    outputs_sorted = Gather <axis = 0> (outputs, place)
+    outputs_wide = Cast <to = 1> (outputs_sorted)
+    {_weighted(bool(attributes["scale_input"]))}
+    by_token_shape = Constant <value_ints = [-1, {top_k}, {hidden}]> ()
+    by_token = Reshape (outputs_weighted, by_token_shape)
+    total = ReduceSum <keepdims = 0> (by_token, one)
+    total_rounded = CastLike (total, x)
+    shape = Shape (x)
+    y = Reshape (total_rounded, shape)"""
+
+
+def _blocks(experts: int, top_k: int) -> str:
+    """A choice is a token's k-th expert; the choices of an expert fill blocks of `size` rows, of which only its last
+    has rows left. `place`: the row of each choice; `choice_at`: the choice in each row, 0 where there is none;
+    `last`: the end of each expert's blocks.
+
+    size: half as much again as the choices of an expert would be if all had the same.
+    """
+    return f"""
+    one = Constant <value_ints = [1]> ()
+    zero = Constant <value_ints = [0]> ()
+    flat = Constant <value_ints = [-1]> ()
+    number_zero = Constant <value_int = 0> ()
+    number_one = Constant <value_int = 1> ()
+    top_k = Constant <value_int = {top_k}> ()
+    expert_ids = Constant <value_ints = [{", ".join(map(str, range(experts)))}]> ()
+    experts_flat = Reshape (experts, flat)
+    chosen = Cast <to = 7> (experts_flat)
+    chosen_column = Unsqueeze (chosen, one)
+    is_chosen = Equal (chosen_column, expert_ids)
+    hits = Cast <to = 6> (is_chosen)
+    hits_so_far = CumSum (hits, number_zero)
+    own_hits = Mul (hits, hits_so_far)
+    nth_narrow = ReduceSum <keepdims = 0> (own_hits, one)
+    nth = Cast <to = 7> (nth_narrow)
+    before = Sub (nth, number_one)
+    counts_narrow = ReduceSum <keepdims = 0> (hits, zero)
+    counts = Cast <to = 7> (counts_narrow)
+    choices = Shape (chosen)
+    three = Constant <value_ints = [3]> ()
+    twice_experts = Constant <value_ints = [{2 * experts}]> ()
+    thrice = Mul (choices, three)
+    size_less_one = Div (thrice, twice_experts)
+    size = Add (size_less_one, one)
+    counts_up = Add (counts, size_less_one)
+    counts_blocks = Div (counts_up, size)
+    last = CumSum (counts_blocks, number_zero)
+    first = Sub (last, counts_blocks)
+    blocks = ReduceMax <keepdims = 0> (last)
+    last_block = Sub (blocks, number_one)
+    full_blocks = Div (choices, size)
+    number_experts = Constant <value_int = {experts}> ()
+    many_blocks = Add (full_blocks, number_experts)
+    most_blocks_list = Min (many_blocks, choices)
+    most_blocks = Squeeze (most_blocks_list)
+    block_of_choice = Gather (first, chosen)
+    row_of_block = Mul (block_of_choice, size)
+    place = Add (row_of_block, before)
+    most_rows = Mul (most_blocks_list, size)
+    no_choice = ConstantOfShape <value = int64[1] {{0}}> (most_rows)
+    number_choices = Squeeze (choices)
+    choice = Range (number_zero, number_choices, number_one)
+    choice_at_row = ScatterElements <axis = 0> (no_choice, place, choice)
+    by_block_shape = Concat <axis = 0> (flat, size)
+    choice_at = Reshape (choice_at_row, by_block_shape)"""
+
+
+def _mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """The expert of block b on its rows; of the last block, should a runtime compute branches it does not take."""
+    transposed = bool(attributes["transposed"])
+    two_halves = sizes["Q"] if transposed else sizes["P"]
+    if attributes["interleaved"]:
+        split = f"""
+          pairs_shape = Constant <value_ints = [-1, {two_halves // 2}, 2]> ()
+          pairs = Reshape (both, pairs_shape)
+          gate = Gather <axis = 2> (pairs, number_zero)
+          up = Gather <axis = 2> (pairs, number_one)"""
+    else:
+        split = """
+          gate, up = Split <axis = -1, num_outputs = 2> (both)"""
+    scaled = """
+          scale = Gather <axis = 0> (scales, choice_b)
+          scale_column = Unsqueeze (scale, one)
+          inputs = Mul (tokens_b, scale_column)"""
+    return f"""
+          b_there = Min (b, last_block)
+          is_past = LessOrEqual (last, b_there)
+          experts_past = Cast <to = 7> (is_past)
+          e = ReduceSum <keepdims = 0> (experts_past)
+          choice_b = Gather <axis = 0> (choice_at, b_there)
+          token_b = Div (choice_b, top_k)
+          tokens_b = Gather <axis = 0> (rows, token_b)
+          {scaled if attributes["scale_input"] else "inputs = Identity (tokens_b)"}
+          {_matrix("gate_up", types, transposed)}
+          product = MatMul (inputs, gate_up_matrix)
+          {_biased("both", "product", "gate_up_bias", types)}{split}
+          gate_wide = Cast <to = 1> (gate)
+          up_wide = Cast <to = 1> (up){GATED[str(attributes["activation"])]}
+          gated_rounded = CastLike (gated, x)
+          {_matrix("down", types, transposed)}
+          result = MatMul (gated_rounded, down_matrix)
+          {_biased("y_some", "result", "down_bias", types)}"""
+
+
+def _matrix(name: str, types: dict[str, str], transposed: bool) -> str:
+    """The weight of expert e in x's type, [columns in, columns out]."""
+    if f"{name}_scales" in types:
+        steps = f"""{name}_packed = Gather <axis = 0> ({name}, e)
+          {name}_bytes = Cast <to = 6> ({name}_packed)
+          {name}_pairs = Gather <axis = 0> (two_values, {name}_bytes)
+          {name}_blocks_shape = Constant <value_ints = [0, -1, {BLOCK}]> ()
+          {name}_codes = Reshape ({name}_pairs, {name}_blocks_shape)
+          {name}_exponents = Gather <axis = 0> ({name}_scales, e)
+          {name}_exponents_index = Cast <to = 6> ({name}_exponents)
+          {name}_powers = Gather <axis = 0> (powers, {name}_exponents_index)
+          {name}_powers_column = Unsqueeze ({name}_powers, two)
+          {name}_blocks = Mul ({name}_codes, {name}_powers_column)
+          {name}_rows_shape = Constant <value_ints = [0, -1]> ()
+          {name}_stored = Reshape ({name}_blocks, {name}_rows_shape)"""
+    else:
+        steps = f"{name}_stored = Gather <axis = 0> ({name}, e)"
+    if transposed:
+        return f"""{steps}
+          {name}_matrix = CastLike ({name}_stored, x)"""
+    return f"""{steps}
+          {name}_cast = CastLike ({name}_stored, x)
+          {name}_matrix = Transpose <perm = [1, 0]> ({name}_cast)"""
+
+
+def _biased(result: str, product: str, bias: str, types: dict[str, str]) -> str:
+    if bias not in types:
+        return f"{result} = Identity ({product})"
+    return f"""{bias}_e = Gather <axis = 0> ({bias}, e)
+          {result} = Add ({product}, {bias}_e)"""
+
+
+def _weighted(scale_input: bool) -> str:
+    if scale_input:
+        return "outputs_weighted = Identity (outputs_wide)"
+    return """scales_wide = Cast <to = 1> (scales)
+    scales_column = Unsqueeze (scales_wide, one)
+    outputs_weighted = Mul (outputs_wide, scales_column)"""
+
+
+def _constants(attributes: dict[str, Attribute]) -> str:
+    return f"""alpha = Constant <value_float = {attributes["alpha"]}> ()
+    limit = Constant <value_float = {attributes["limit"]}> ()
+    float_one = Constant <value_float = 1.0> ()"""
+
+
+def _tables() -> str:
+    """two_values: what a byte holds, the low nibble first; powers: what a byte of scales means."""
+    pairs = [f"{VALUES[byte % 16]}, {VALUES[byte // 16]}" for byte in range(256)]
+    # 2^128 is no fp32; torch.ldexp takes it for infinite.
+    powers = [str(2.0 ** (byte - SCALE_BIAS)) for byte in range(255)] + ["inf"]
+    return f"""two = Constant <value_ints = [2]> ()
+    two_values = Constant <value = float[256, 2] {{{", ".join(pairs)}}}> ()
+    powers = Constant <value = float[256] {{{", ".join(powers)}}}> ()"""

@@ -1,0 +1,255 @@
+"""Published configs, read to the last number and as transformers reads them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import transformers
+from published_configs import LONG_FACTOR, PUBLISHED, SHORT_FACTOR, WITH_MORE_KEYS
+from tiny_configs import read, read_whole
+
+from llmexport.export import archs
+from llmexport.export.onnx_file import read_model
+from llmexport.export.spec import (
+    Attention,
+    DecoderLayer,
+    Embedding,
+    Experts,
+    GatedDeltaNet,
+    Head,
+    Layer,
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    Mask,
+    Mlp,
+    Model,
+    Moe,
+    Norm,
+    Presence,
+    Rotary,
+    Router,
+    SharedExpert,
+    Span,
+    Temperature,
+    YarnScaling,
+)
+
+CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).arch.model_types[0]] for n in archs.names()}
+WHOLE = [n for n in archs.names() if archs.load(n).arch.whole]
+
+
+def published(name: str) -> Model:
+    config = PUBLISHED[name]
+    return read_model(archs.choose(None, config), config)
+
+
+def as_transformers_writes(config: dict[str, Any]) -> dict[str, Any]:
+    """The config as transformers understands it: every key that its class has, in the words of this version."""
+    return transformers.CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config)).to_dict()
+
+
+@pytest.mark.parametrize("arch", CLASSES)
+def test_every_key_that_transformers_writes_is_understood(arch):
+    read_model(archs.load(arch), CLASSES[arch]().to_dict())
+
+
+@pytest.mark.parametrize("arch", WHOLE)
+def test_every_key_that_transformers_writes_beside_the_text_model_is_understood(arch):
+    config = transformers.CONFIG_MAPPING[archs.load(arch).arch.whole.model_type]().to_dict()
+    assert read_model(archs.load(arch), config) == read_model(archs.load(arch), CLASSES[arch]().to_dict())
+
+
+@pytest.mark.parametrize("arch", CLASSES)
+def test_the_tiny_config_means_to_transformers_what_it_means_here(arch):
+    tiny = copy.deepcopy(dict(archs.load(arch).arch.tiny))
+    written = CLASSES[arch](**tiny).to_dict()
+    assert tiny.keys() <= written.keys()
+    assert read_model(archs.load(arch), written) == read(arch)
+
+
+@pytest.mark.parametrize("arch", WHOLE)
+def test_a_text_model_is_the_same_alone_and_in_a_multimodal_config(arch):
+    assert read_whole(arch) == read(arch)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *WITH_MORE_KEYS])
+def test_a_published_config_reads_as_what_transformers_makes_of_it(name):
+    config = (PUBLISHED | WITH_MORE_KEYS)[name]
+    named = archs.choose(None, config)
+    assert read_model(named, config) == read_model(named, as_transformers_writes(config))
+
+
+def test_every_architecture_has_a_published_config():
+    assert {archs.choose(None, config).name for config in PUBLISHED.values()} == set(archs.names())
+
+
+def gemma_2b() -> Model:
+    norm = Norm(2048, 1e-6, 1.0, "after_weight")
+    block = DecoderLayer(norm, Attention(2048, 8, 1, 256), norm, Mlp(2048, 16384, "gelu_tanh"))
+    layer = Layer(block, (Rotary(256, 10000.0), Mask()))
+    return Model(Embedding(256000, 2048, 2048**0.5), (layer,) * 18, Head(norm, 256000), tied=True)
+
+
+def llama(layers: int, hidden: int, block: DecoderLayer, rotary: Rotary, vocabulary: int, tied: bool = False) -> Model:
+    """Alike layers that see everything."""
+    reads = (rotary, Mask())
+    return Model(
+        Embedding(vocabulary, hidden), (Layer(block, reads),) * layers, Head(block.input_norm, vocabulary), tied
+    )
+
+
+def llama_3_1_8b() -> Model:
+    norm = Norm(4096, 1e-5)
+    block = DecoderLayer(norm, Attention(4096, 32, 8, 128), norm, Mlp(4096, 14336, "silu"))
+    return llama(32, 4096, block, Rotary(128, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)), 128256)
+
+
+def linear_scaling() -> Model:
+    norm = Norm(64, 1e-5)
+    block = DecoderLayer(norm, Attention(64, 4, 4, 16), norm, Mlp(64, 128, "silu"))
+    return llama(2, 64, block, Rotary(16, 20000.0, LinearScaling(4.0)), 256)
+
+
+def glm_4(epsilon: float, *, sandwich: bool) -> Model:
+    norm = Norm(4096, epsilon)
+    attention = Attention(4096, 32, 2, 128, qkv_bias=True, rotated=64, interleaved=True)
+    output = norm if sandwich else None
+    block = DecoderLayer(norm, attention, norm, Mlp(4096, 13696, "silu", fused=True), output, output)
+    return llama(40, 4096, block, Rotary(64, 10000.0), 151552)
+
+
+def gpt_oss_20b() -> Model:
+    norm = Norm(2880, 1e-5, rounding="after_weight")
+    moe = Moe(
+        Router(2880, 32, 4, "softmax_top_k", bias=True),
+        Experts(2880, 2880, 32, 4, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, mxfp4=True),
+    )
+    yarn = YarnScaling(32.0, 4096, 32.0, 1.0, truncate=False, magnitude=0.1 * math.log(32.0) + 1.0)
+    reads = (Rotary(64, 150000.0, yarn), Span())
+    layers = []
+    for window in (128, 0) * 12:
+        attention = Attention(2880, 64, 8, 64, qkv_bias=True, out_bias=True, sinks=True, window=window)
+        layers.append(Layer(DecoderLayer(norm, attention, norm, moe), reads))
+    return Model(Embedding(201088, 2880), tuple(layers), Head(norm, 201088), tied=False)
+
+
+def llama_4_scout() -> Model:
+    norm = Norm(5120, 1e-5)
+    moe = Moe(
+        Router(5120, 16, 1, "sigmoid"),
+        Experts(5120, 8192, 16, 1, "silu", transposed=True, scale_input=True),
+        SharedExpert(Mlp(5120, 8192, "silu")),
+    )
+    unit = Norm(128, 1e-5, weighted=False)
+    turns = Attention(5120, 40, 8, 128, interleaved=True, qk_norm=unit, qk_norm_place="after_rotary")
+    straight = Attention(5120, 40, 8, 128, rotated=0, temperature=True)
+    rotary = Rotary(128, 500000.0, Llama3Scaling(16.0, 1.0, 1.0, 8192))
+    chunked = Layer(DecoderLayer(norm, turns, norm, moe), (rotary, Mask(chunk=8192)))
+    full = Layer(DecoderLayer(norm, straight, norm, moe), (Temperature(8192, 0.1), Mask()))
+    return Model(Embedding(202048, 5120), (chunked, chunked, chunked, full) * 12, Head(norm, 202048), tied=False)
+
+
+def qwen3_5_35b() -> Model:
+    norm = Norm(2048, 1e-6, 1.0, "after_weight")
+    moe = Moe(
+        Router(2048, 256, 8, "softmax", renormalise=True),
+        Experts(2048, 512, 256, 8, "silu"),
+        SharedExpert(Mlp(2048, 512, "silu"), gated=True),
+    )
+    net = GatedDeltaNet(2048, key_heads=16, key_size=128, value_heads=32, value_size=128, kernel=4, epsilon=1e-6)
+    heads = Norm(256, 1e-6, 1.0, "after_weight")
+    attention = Attention(2048, 16, 2, 256, rotated=64, qk_norm=heads, output_gate=True)
+    linear = Layer(DecoderLayer(norm, net, norm, moe), (Presence(),))
+    full = Layer(DecoderLayer(norm, attention, norm, moe), (Rotary(64, 10000000.0, sections=(11, 11, 10)), Mask()))
+    return Model(Embedding(248320, 2048), (linear, linear, linear, full) * 10, Head(norm, 248320), tied=False)
+
+
+def gemma_2_2b() -> Model:
+    norm = Norm(2304, 1e-6, 1.0, "after_weight")
+    layers = []
+    for window in (4096, 0) * 13:
+        attention = Attention(2304, 8, 4, 256, scale=256**-0.5, softcap=50.0, window=window)
+        block = DecoderLayer(norm, attention, norm, Mlp(2304, 9216, "gelu_tanh"), norm, norm)
+        layers.append(Layer(block, (Rotary(256, 10000.0), Span())))
+    return Model(Embedding(256000, 2304, 2304**0.5), tuple(layers), Head(norm, 256000, 30.0), tied=True)
+
+
+def gemma_3_1b() -> Model:
+    norm = Norm(1152, 1e-6, 1.0, "after_weight")
+    attention = Attention(1152, 4, 1, 256, scale=256**-0.5, qk_norm=Norm(256, 1e-6, 1.0, "after_weight"))
+    block = DecoderLayer(norm, attention, norm, Mlp(1152, 6912, "gelu_tanh"), norm, norm)
+    slides = Layer(block, (Rotary(256, 10000.0), Mask(512)))
+    full = Layer(block, (Rotary(256, 1000000.0), Mask()))
+    layers = (*(*[slides] * 5, full) * 4, slides, slides)
+    return Model(Embedding(262144, 1152, 1152**0.5), layers, Head(norm, 262144), tied=True)
+
+
+def qwen3_8b() -> Model:
+    norm = Norm(4096, 1e-6)
+    attention = Attention(4096, 32, 8, 128, qk_norm=Norm(128, 1e-6))
+    return llama(
+        36, 4096, DecoderLayer(norm, attention, norm, Mlp(4096, 12288, "silu")), Rotary(128, 1000000.0), 151936
+    )
+
+
+def phi_3_mini(window: int, scaling: LongScaling | None) -> Model:
+    norm = Norm(3072, 1e-5)
+    attention = Attention(3072, 32, 32, 96, fused=True, rotated=96)
+    block = DecoderLayer(norm, attention, norm, Mlp(3072, 8192, "silu", fused=True))
+    layer = Layer(block, (Rotary(96, 10000.0, scaling), Mask(window)))
+    return Model(Embedding(32064, 3072), (layer,) * 32, Head(norm, 32064), tied=False)
+
+
+def olmo_1b() -> Model:
+    norm = Norm(2048, 1e-5, statistics="layer", weighted=False)
+    block = DecoderLayer(norm, Attention(2048, 16, 16, 128), norm, Mlp(2048, 8192, "silu"))
+    return llama(16, 2048, block, Rotary(128, 10000.0), 50304, tied=True)
+
+
+def mixtral_8x7b() -> Model:
+    norm = Norm(4096, 1e-5)
+    moe = Moe(Router(4096, 8, 2, "softmax", renormalise=True), Experts(4096, 14336, 8, 2, "silu"))
+    block = DecoderLayer(norm, Attention(4096, 32, 8, 128), norm, moe)
+    return llama(32, 4096, block, Rotary(128, 1000000.0), 32000)
+
+
+def qwen1_5_moe() -> Model:
+    norm = Norm(2048, 1e-6)
+    moe = Moe(
+        Router(2048, 60, 4, "softmax"),
+        Experts(2048, 1408, 60, 4, "silu"),
+        SharedExpert(Mlp(2048, 5632, "silu"), gated=True),
+    )
+    block = DecoderLayer(norm, Attention(2048, 16, 16, 128, qkv_bias=True), norm, moe)
+    return llama(24, 2048, block, Rotary(128, 1000000.0), 151936)
+
+
+# 131072 positions are 32 times the original 4096.
+LONG = LongScaling(tuple(SHORT_FACTOR), tuple(LONG_FACTOR), 4096, math.sqrt(1 + math.log(32.0) / math.log(4096)))
+MODELS = {
+    "gemma-2b": gemma_2b(),
+    "Llama-3.1-8B": llama_3_1_8b(),
+    "linear scaling": linear_scaling(),
+    "GLM-4-9B-0414": glm_4(1e-5, sandwich=True),
+    "glm-4-9b-chat-hf": glm_4(1.5625e-7, sandwich=False),
+    "gpt-oss-20b": gpt_oss_20b(),
+    "Llama-4-Scout-17B-16E": llama_4_scout(),
+    "Qwen3.5-35B-A3B": qwen3_5_35b(),
+    "gemma-2-2b": gemma_2_2b(),
+    "gemma-3-1b-pt": gemma_3_1b(),
+    "Qwen3-8B": qwen3_8b(),
+    "Phi-3-mini-4k-instruct": phi_3_mini(2047, None),
+    "Phi-3-mini-128k-instruct": phi_3_mini(262144, LONG),
+    "OLMo-1B-hf": olmo_1b(),
+    "Mixtral-8x7B-v0.1": mixtral_8x7b(),
+    "Qwen1.5-MoE-A2.7B": qwen1_5_moe(),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_published_model_is_read_to_the_last_number(name):
+    assert published(name) == MODELS[name]

@@ -1,0 +1,233 @@
+"""RoPE in config.json: every form that was published, and no other."""
+
+import copy
+import math
+
+import pytest
+import torch
+import transformers
+from published_configs import PUBLISHED
+from tiny_configs import read, refusal, rotary
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from llmexport.export import archs
+from llmexport.export.blocks.context import inverse_frequencies
+from llmexport.export.onnx_file import read_model
+from llmexport.export.spec import LinearScaling, Llama3Scaling, LongScaling, Rotary, YarnScaling
+from llmexport.validate.compare import compare
+from llmexport.validate.tolerance import Tolerance
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0],
+}
+MULTI = {"rope_type": "default", "rope_theta": 10000000.0, "partial_rotary_factor": 0.25}
+MAGNITUDE = 0.1 * math.log(32.0) + 1.0  # arXiv 2309.00071, of a factor of 32
+
+
+def of_llama(**rope: object) -> Rotary:
+    return rotary(read("llama", rope_parameters=rope))
+
+
+def test_llama3_scaling_is_read():
+    assert of_llama(**LLAMA3) == Rotary(16, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64))
+
+
+def test_linear_scaling_is_read():
+    assert of_llama(rope_type="linear", rope_theta=20000.0, factor=4.0) == Rotary(16, 20000.0, LinearScaling(4.0))
+
+
+def test_yarn_is_read():
+    scaling = YarnScaling(32.0, 64, 32.0, 1.0, truncate=False, magnitude=MAGNITUDE)
+    assert of_llama(**YARN) == Rotary(16, 150000.0, scaling)
+
+
+def test_yarn_has_the_defaults_of_its_paper():
+    said = {k: YARN[k] for k in ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")}
+    scaling = YarnScaling(32.0, 64, fast=32.0, slow=1.0, truncate=True, magnitude=MAGNITUDE)
+    assert of_llama(**said) == Rotary(16, 150000.0, scaling)
+
+
+def test_a_factor_of_yarn_that_stretches_nothing_scales_nothing():
+    assert of_llama(**YARN | {"factor": 1.0}).scaling.magnitude == 1.0
+
+
+@pytest.mark.parametrize("rope", [YARN, LONG], ids=lambda r: r["rope_type"])
+def test_an_attention_factor_is_the_magnitude(rope):
+    assert of_llama(**rope, attention_factor=1.25).scaling.magnitude == 1.25
+
+
+def test_longrope_is_read():
+    # 512 positions are 8 times the original 64.
+    magnitude = math.sqrt(1 + math.log(8) / math.log(64))
+    short, long = tuple(LONG["short_factor"]), tuple(LONG["long_factor"])
+    assert of_llama(**LONG) == Rotary(16, 10000.0, LongScaling(short, long, 64, magnitude))
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_phi_3_calls_longrope_by_its_old_names(name):
+    rope = {k: v for k, v in LONG.items() if k != "rope_type"} | {"type": name}
+    assert rotary(read("phi3", rope_parameters=rope, original_max_position_embeddings=64)) == of_llama(**LONG)
+
+
+def test_the_original_length_is_read_from_beside_longrope():
+    rope = {k: v for k, v in LONG.items() if k != "original_max_position_embeddings"}
+    found = rotary(read("phi3", rope_parameters=rope, original_max_position_embeddings=64))
+    assert found.scaling.original_positions == 64
+
+
+def test_a_share_of_the_head_turns():
+    for changes in ({"rope_parameters": {"partial_rotary_factor": 0.25}}, {"partial_rotary_factor": 0.25}):
+        model = read("glm4", **{"rope_parameters": {}} | changes)
+        assert rotary(model).size == model.layers[0].block.mixer.turned == 4
+
+
+def test_mrope_has_the_sections_of_the_config_or_those_of_the_family():
+    assert rotary(read("qwen3_5_moe")).sections == (2, 1, 1)
+    assert rotary(read("qwen3_5_moe", head_dim=256, rope_parameters=MULTI)).sections == (11, 11, 10)
+
+
+@pytest.mark.parametrize("sections", [[2, 1, 2], [4], [2, 2], [1, 1, 1, 1], [0, 0, 0]])
+def test_sections_of_mrope_that_do_not_make_a_head_are_refused(sections):
+    line = refusal("qwen3_5_moe", rope_parameters=MULTI | {"mrope_section": sections})
+    assert f"mrope_section is {sections}: 3 numbers of sum 4 are expected" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mrope_section": 4}, "mrope_section is 4, expected a list of sizes"),
+        ({"mrope_section": [2, 1, "1"]}, "mrope_section is [2, 1, '1'], expected a list of sizes"),
+        ({"mrope_section": [2, 3, -1]}, "mrope_section is [2, 3, -1], expected a list of sizes"),
+        ({"mrope_interleaved": False}, "mrope_interleaved is not true"),
+    ],
+)
+def test_another_layout_of_mrope_is_refused(changes, said):
+    assert said in refusal("qwen3_5_moe", rope_parameters=MULTI | {"mrope_section": [2, 1, 1]} | changes)
+
+
+@pytest.mark.parametrize("arch", [a for a in archs.names() if a != "qwen3_5_moe"])
+def test_sections_are_refused_where_a_token_has_one_position(arch):
+    assert "mrope_section" in refusal(arch, rope_parameters={"rope_theta": 10000.0, "mrope_section": [4, 2, 2]})
+
+
+def test_gemma_3_has_a_rope_for_each_kind_of_layer():
+    found = [next(b for b in layer.reads if isinstance(b, Rotary)) for layer in read("gemma3_text").layers]
+    local, scaled = Rotary(32, 10000.0), Rotary(32, 1000000.0, LinearScaling(8.0))
+    assert found == [local, scaled, local]
+
+
+def test_gemma_3_of_the_first_release_scales_full_layers_alone():
+    old = {"rope_theta": 500000, "rope_local_base_freq": 20000, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    layers = read("gemma3_text", rope_parameters=None, **old).layers
+    found = [next(b for b in layer.reads if isinstance(b, Rotary)) for layer in layers]
+    assert found[:2] == [Rotary(32, 20000.0), Rotary(32, 500000.0, LinearScaling(8.0))]
+    config = transformers.Gemma3TextConfig(**archs.load("gemma3_text").arch.tiny | {"rope_parameters": None} | old)
+    assert read_model(archs.load("gemma3_text"), config.to_dict()).layers == layers
+
+
+@pytest.mark.parametrize("arch", archs.names())
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("kind", ["dynamic", "ntk", "proportional", "mrope", ""])
+def test_an_unsupported_rope_scaling_is_refused_by_name(arch, kind, key, field):
+    changes = {"rope_parameters": None} | {field: {key: kind, "factor": 2.0}}
+    assert f"type '{kind}' is not supported" in refusal(arch, **changes)
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "not understood: partial_rotary_factor"),
+        ({"rope_type": "default", "factor": 2.0}, "not understood: factor"),
+        ({"rope_type": "linear"}, "factor is None, expected a positive number"),
+        ({"rope_type": "linear", "factor": 0}, "factor is 0, expected a positive number"),
+        ({"rope_type": "linear", "factor": -2.0}, "factor is -2.0, expected a positive number"),
+        ({"rope_type": "linear", "factor": "2"}, "factor is '2', expected a positive number"),
+        ({"rope_type": "linear", "type": "llama3", "factor": 2.0}, "of types ['linear', 'llama3']: choose one"),
+        ({k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}, "high_freq_factor is None"),
+        (LLAMA3 | {"attention_factor": 1.0}, "not understood: attention_factor"),
+        ({k: v for k, v in YARN.items() if k != "factor"}, "factor is None, expected a positive number"),
+        ({k: v for k, v in YARN.items() if not k.startswith("original")}, "original_max_position_embeddings is None"),
+        (YARN | {"truncate": 1}, "truncate is 1, expected true or false"),
+        (YARN | {"beta_fast": -1}, "beta_fast is -1, expected a positive number"),
+        (YARN | {"mscale": 1.0}, "not understood: mscale"),
+        (YARN | {"attention_factor": 0}, "attention_factor is 0, expected a positive number"),
+        (LONG | {"short_factor": [1.0] * 7}, "short_factor must list 8 numbers"),
+        (LONG | {"long_factor": None}, "long_factor must list 8 numbers"),
+        (LONG | {"long_factor": [0.0] * 8}, "long_factor is 0.0, expected a positive number"),
+        ({k: v for k, v in LONG.items() if not k.startswith("original")}, "original_max_position_embeddings is 0"),
+        ({"full_attention": {"rope_type": "default"}}, "not understood: full_attention"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4', expected a positive number"),
+        ([], "must be objects"),
+        ("linear", "must be objects"),
+    ],
+)
+def test_rope_parameters_that_are_not_understood_are_refused(rope, said):
+    assert said in refusal("llama", rope_parameters=rope)
+
+
+def test_rope_theta_is_read_from_beside_rope_scaling():
+    assert rotary(read("llama", rope_parameters=None, rope_theta=12345.0)) == Rotary(16, 12345.0)
+
+
+def test_a_theta_that_is_said_twice_is_read_once():
+    assert rotary(read("llama", rope_theta=500000.0)) == rotary(read("llama"))
+
+
+def test_two_thetas_that_disagree_are_refused():
+    config = copy.deepcopy(dict(archs.load("llama").arch.tiny)) | {"rope_theta": 12345.0}
+    # transformers passes over one of them in silence.
+    assert transformers.LlamaConfig(**config).rope_parameters["rope_theta"] == 500000.0
+    assert "rope_theta twice, 500000.0 and 12345.0" in refusal("llama", rope_theta=12345.0)
+
+
+def test_rope_parameters_and_rope_scaling_that_disagree_are_refused():
+    config = {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert transformers.LlamaConfig(**config).rope_parameters["rope_theta"] == 10000.0
+    assert "rope_scaling" in refusal("llama", **config)
+
+
+# Every type of RoPE, as some published model has it.
+TURNED = {
+    "linear scaling": "linear",
+    "Llama-3.1-8B": "llama3",
+    "gpt-oss-20b": "yarn",
+    "Phi-3-mini-128k-instruct": "longrope",
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_frequencies_are_those_of_transformers(name):
+    config = copy.deepcopy(PUBLISHED[name])
+    found = rotary(read_model(archs.choose(None, config), config))
+    theirs = transformers.CONFIG_MAPPING[config["model_type"]](**config)
+    beyond = {"seq_len": 131072} if isinstance(found.scaling, LongScaling) else {}
+    expected, magnitude = ROPE_INIT_FUNCTIONS[TURNED[name]](theirs, torch.device("cpu"), **beyond)
+    steps = inverse_frequencies(found)
+    steps = steps[1] if beyond else steps
+    # Powers, quotients and one product: a few roundings of fp32, relative to each step as compared in ratios.
+    eps = torch.finfo(torch.float32).eps
+    ratios = (steps.double() / expected.double()).numpy()
+    assert compare(torch.ones(len(steps)).numpy(), ratios).excess(Tolerance(4 * eps, 4 * eps)) <= 1
+    assert getattr(found.scaling, "magnitude", 1.0) == magnitude

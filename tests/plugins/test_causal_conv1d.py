@@ -1,0 +1,184 @@
+"""CausalConv1d against ONNX's and ONNX Runtime's CausalConvWithState, transformers' Qwen3.5, and float64."""
+
+import importlib.util
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from one_node import body_model, rtx_build, run_operator, session
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import causal_conv1d_fn, causal_conv1d_update
+
+from llmexport.plugins.causal_conv1d import causal_conv1d
+from llmexport.validate.compare import compare
+
+TOKENS = [1, 2, 7, 63, 64, 65, 130]
+CHANNELS, TAPS = 10, 4
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FP32 = float(np.finfo(np.float32).eps)
+ACTIVATIONS = ["none", "silu"]
+SIZES = {"C": CHANNELS, "O": 1, "K": TAPS, "S": TAPS - 1}
+
+
+def example(
+    tokens: int, dtype: torch.dtype = torch.float32, channels: int = CHANNELS, taps: int = TAPS, batch: int = 2
+) -> tuple[torch.Tensor, ...]:
+    """x, weight, a state that is not zero, and bias."""
+    seed = torch.Generator().manual_seed(tokens)
+    shapes = [(batch, tokens, channels), (channels, 1, taps), (batch, taps - 1, channels), (channels,)]
+    x, weight, state, bias = (torch.randn(s, generator=seed).to(dtype) for s in shapes)
+    return x, weight, state, bias
+
+
+def numbers(value: torch.Tensor) -> np.ndarray:
+    return value.double().numpy()
+
+
+def close(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, bias: torch.Tensor | None) -> float:
+    """One fp32 rounding for each product and sum, and four for a SiLU, of terms of the largest sum there can be."""
+    largest = max(numbers(t).max(initial=0, where=True) for t in (x.abs(), state.abs()))
+    terms = largest * numbers(weight.abs()).sum(-1).max() + (0 if bias is None else numbers(bias.abs()).max())
+    return float((weight.shape[-1] + 5) * FP32 * terms)
+
+
+def exact(
+    x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sums in float64 before the activation, and the next state."""
+    seen = np.concatenate((numbers(state), numbers(x)), 1)
+    tokens, taps = x.shape[1], weight.shape[-1]
+    y = sum(numbers(weight)[:, 0, i] * seen[:, i : i + tokens] for i in range(taps))
+    return y + (0 if bias is None else numbers(bias)), seen[:, tokens:]
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_is_the_formula_in_float64(tokens, dtype, with_bias):
+    x, weight, state, bias = example(tokens, dtype)
+    bias = bias if with_bias else None
+    sums, after = exact(x, weight, state, bias)
+    half = torch.finfo(dtype).eps / 2
+    for activation in ACTIVATIONS:
+        y, next_state = causal_conv1d(x, weight, state, bias, activation)
+        # The sum is rounded to the dtype; a SiLU, of slope up to 1.1, is rounded once more.
+        expected = silu(sums) if activation == "silu" else sums
+        bound = close(x, weight, state, bias) + half * 1.1 * np.abs(sums)
+        bound = bound + (half * np.abs(expected) if activation == "silu" else 0)
+        assert y.dtype == dtype
+        assert (np.abs(numbers(y) - expected) <= bound).all()
+        assert compare(after, numbers(next_state)).max_abs == 0
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(sizes=st.tuples(*[st.integers(1, n) for n in (12, 9, 6, 3)]))
+def test_is_the_formula_at_any_size(sizes):
+    x, weight, state, bias = example(sizes[0], torch.float32, *sizes[1:])
+    expected, after = exact(x, weight, state, bias)
+    y, next_state = causal_conv1d(x, weight, state, bias, "none")
+    assert compare(expected, numbers(y)).max_abs <= close(x, weight, state, bias)
+    assert compare(after, numbers(next_state)).max_abs == 0
+
+
+@pytest.mark.skipif(not onnx.defs.has("CausalConvWithState"), reason="this onnx is older than opset 27")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_equals_onnx_causal_conv_with_state_channels_last(tokens, with_bias, activation):
+    x, weight, state, bias = example(tokens)
+    bias = bias if with_bias else None
+    given = [x.mT.numpy(), weight.numpy(), None if bias is None else bias.numpy(), state.mT.numpy()]
+    y, after = run_operator("CausalConvWithState", "", 27, given, 2, activation=activation)
+    found, found_after = causal_conv1d(x, weight, state, bias, activation)
+    assert compare(y.swapaxes(1, 2), found.numpy()).max_abs <= close(x, weight, state, bias)
+    assert compare(after.swapaxes(1, 2), found_after.numpy()).max_abs == 0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_equals_onnx_runtimes_causal_conv_with_state(tokens, with_bias, activation):
+    x, weight, state, bias = example(tokens)
+    bias = bias if with_bias else None
+    given = [x.mT.numpy(), weight.numpy(), None if bias is None else bias.numpy(), state.mT.numpy()]
+    y, after = run_operator("CausalConvWithState", "com.microsoft", 1, given, 2, activation=activation)
+    found, found_after = causal_conv1d(x, weight, state, bias, activation)
+    assert compare(y.swapaxes(1, 2), found.numpy()).max_abs <= close(x, weight, state, bias)
+    assert compare(after.swapaxes(1, 2), found_after.numpy()).max_abs == 0
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_of_a_zero_state_is_transformers_prefill(tokens):
+    x, weight, state, bias = example(tokens)
+    zeros = torch.zeros_like(state)
+    expected = causal_conv1d_fn(x.mT, weight[:, 0], bias, "silu").mT
+    y, _ = causal_conv1d(x, weight, zeros, bias, "silu")
+    assert compare(numbers(expected), numbers(y)).max_abs <= close(x, weight, zeros, bias)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_of_a_state_is_transformers_update(tokens):
+    x, weight, state, bias = example(tokens)
+    carried = state.mT.clone()
+    expected = causal_conv1d_update(x.mT, carried, weight[:, 0], bias, "silu").mT
+    y, after = causal_conv1d(x, weight, state, bias, "silu")
+    assert compare(numbers(expected), numbers(y)).max_abs <= close(x, weight, state, bias)
+    assert torch.equal(after, carried.mT)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 65, [2] * 32 + [1], [1, 64], [63, 2]], ids=str)
+def test_a_state_carried_over_cuts_gives_the_whole(cuts):
+    x, weight, state, bias = example(65)
+    whole, last = causal_conv1d(x, weight, state, bias, "silu")
+    ys, carried = [], state
+    for part in x.split(cuts, 1):
+        y, carried = causal_conv1d(part, weight, carried, bias, "silu")
+        ys.append(y)
+    assert compare(numbers(whole), numbers(torch.cat(ys, 1))).max_abs <= close(x, weight, state, bias)
+    assert torch.equal(carried, last)
+
+
+def test_a_channel_sees_itself_alone():
+    x, weight, state, bias = example(7)
+    y, _ = causal_conv1d(x, weight, state, bias, "silu")
+    x[..., 3], state[..., 3] = 100, 100
+    changed, _ = causal_conv1d(x, weight, state, bias, "silu")
+    assert (changed != y).any((0, 1)).tolist() == [c == 3 for c in range(CHANNELS)]
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="'relu'"):
+        causal_conv1d(*example(1), "relu")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_body_in_onnx_runtime_equals_the_reference_at_any_length(dtype, with_bias, activation):
+    model = body_model("CausalConv1d", {"activation": activation}, dtype, SIZES, without=int(not with_bias))
+    runtime = session(model)
+    for tokens in TOKENS:
+        x, weight, state, bias = example(tokens, getattr(torch, dtype))
+        tensors = (x, weight, state, bias) if with_bias else (x, weight, state)
+        y, after = causal_conv1d(x, weight, state, bias if with_bias else None, activation)
+        feeds = dict(zip((i.name for i in model.graph.input), (t.numpy() for t in tensors), strict=True))
+        found, found_after = runtime.run(None, feeds)
+        assert found.dtype == np.dtype(dtype)
+        # A sum in another order may round to the next fp16 number, and the SiLU of it again.
+        ulp = 0.0 if dtype == "float32" else float(np.finfo(dtype).eps)
+        sums = np.abs(exact(x, weight, state, bias if with_bias else None)[0])
+        assert (np.abs(found - numbers(y)) <= close(x, weight, state, bias) + 2 * ulp * sums).all()
+        assert compare(numbers(after), found_after).max_abs == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rtx_builds_the_body(dtype, tmp_path):
+    model = body_model("CausalConv1d", {"activation": "silu"}, dtype, SIZES)
+    assert rtx_build(model, {"B": (1, 2, 4), "T": (1, 63, 512)}, tmp_path) == ["built"]

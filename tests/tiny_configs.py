@@ -1,0 +1,62 @@
+"""The architectures' tiny configs, changed and read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llmexport.export import archs
+from llmexport.export.errors import ExportError
+from llmexport.export.onnx_file import read_model
+from llmexport.export.spec import Attention, DecoderLayer, Mask, Model, Rotary
+
+
+def read(arch: str, **changes: Any) -> Model:
+    """The architecture's tiny config, changed."""
+    return read_model(archs.load(arch), archs.load(arch).arch.tiny | changes)
+
+
+def read_whole(arch: str, beside: dict[str, Any] | None = None, **changes: Any) -> Model:
+    """The same as the text model of a multimodal config, with the keys `beside` it."""
+    named = archs.load(arch)
+    assert named.arch.whole
+    outer = {"model_type": named.arch.whole.model_type, "vision_config": {}, **(beside or {})}
+    return read_model(named, {**outer, "text_config": named.arch.tiny | changes})
+
+
+def refusal(arch: str, **changes: Any) -> str:
+    """The one line that says why a changed config is refused."""
+    with pytest.raises(ExportError) as error:
+        read(arch, **changes)
+    return one_line(error.value)
+
+
+def refusal_of_whole(arch: str, beside: dict[str, Any] | None = None, **changes: Any) -> str:
+    with pytest.raises(ExportError) as error:
+        read_whole(arch, beside, **changes)
+    return one_line(error.value)
+
+
+def one_line(error: ExportError) -> str:
+    line = str(error)
+    assert len(line.splitlines()) == 1
+    return line
+
+
+def rotary(model: Model) -> Rotary:
+    """The RoPE that all layers share."""
+    [found] = {b for layer in model.layers for b in layer.reads if isinstance(b, Rotary)}
+    return found
+
+
+def windows(model: Model) -> list[int | None]:
+    """How far each layer's attention looks back."""
+    return [_window(layer.block, next((b for b in layer.reads if isinstance(b, Mask)), None)) for layer in model.layers]
+
+
+def _window(block: DecoderLayer, mask: Mask | None) -> int | None:
+    if mask is not None:
+        return mask.window
+    assert isinstance(block.mixer, Attention)
+    return block.mixer.window or None
