@@ -1,0 +1,191 @@
+"""What bench_ops.py times of MoeExperts: prefill and decode of real models, and who else can do the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_clock import Ceilings
+
+from llmexport.plugins.gated_act import gated_act
+from llmexport.plugins.moe_experts import moe_experts
+from llmexport.plugins.moe_experts.mxfp4 import BLOCK, dequantise
+from llmexport.plugins.spec import Attribute
+
+Peer = Callable[..., object]
+PREFILL, DECODE = (4096, 4 * 4096), (1, 8, 64)
+BF16_BYTES, MXFP4_BYTES = 2.0, 0.5 + 1 / BLOCK
+# Fractions of the floor to reach. Prefill: what mma.sync reaches of the GEMM ceiling. Decode: of the read ceiling;
+# MXFP4 is decoded by as many instructions as an SM issues while it reads.
+PREFILL_TARGET, MXFP4_TARGET = 0.5, 0.5
+DECODE_TARGETS = dict(zip(DECODE, (0.7, 0.85, 0.85), strict=True))
+GATHERED_BYTES = 16 << 30  # that batched_mm may copy of the weights
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A published model's experts: hidden and intermediate size, how many, how many of them a token has."""
+
+    family: str
+    C: int
+    I: int  # noqa: E741
+    E: int
+    K: int
+    activation: str = "silu"
+    transposed: bool = False
+    interleaved: bool = False
+    scale_input: bool = False
+    biases: bool = False
+    mxfp4: bool = False
+
+
+GPT_OSS = Layer("gpt-oss-20b", 2880, 2880, 32, 4, "swiglu_clamped", transposed=True, interleaved=True, biases=True)
+LAYERS = (
+    Layer("Qwen3.5-35B-A3B", 2048, 512, 256, 8),
+    GPT_OSS,
+    replace(GPT_OSS, family="gpt-oss-20b MXFP4", transposed=False, mxfp4=True),
+    Layer("Llama-4-Scout", 5120, 8192, 16, 1, transposed=True, scale_input=True),
+)
+
+
+@dataclass(frozen=True)
+class ExpertCase:
+    """T tokens in each of B rows, which choose their experts at random."""
+
+    layer: Layer
+    B: int
+    T: int
+    op: str = "MoeExperts"
+    # An activation on the other side of a tie, and the result.
+    roundings: int = 2
+
+    @property
+    def family(self) -> str:
+        return self.layer.family
+
+    @property
+    def attributes(self) -> dict[str, Attribute]:
+        flags = {n: getattr(self.layer, n) for n in ("transposed", "interleaved", "scale_input")}
+        return {"activation": self.layer.activation, "alpha": 1.702, "limit": 7.0, **flags}
+
+    @property
+    def bytes(self) -> int:
+        """The weights of the experts that are likely to be chosen, inputs and results."""
+        layer, tokens = self.layer, self.B * self.T
+        chosen = layer.E * (1 - (1 - layer.K / layer.E) ** tokens)
+        weights = 3 * chosen * layer.C * layer.I * (MXFP4_BYTES if layer.mxfp4 else BF16_BYTES)
+        return int(weights + 2 * tokens * layer.C * BF16_BYTES)
+
+    @property
+    def flops(self) -> int:
+        return 6 * self.B * self.T * self.layer.K * self.layer.C * self.layer.I
+
+    def floor(self, ceilings: Ceilings) -> float:
+        """Seconds below which it cannot be: nearly all is read."""
+        return max(self.bytes / ceilings.read, self.flops / ceilings.gemm)
+
+    @property
+    def target(self) -> float:
+        """The fraction of the floor to reach."""
+        if self.T > 1:
+            return PREFILL_TARGET
+        return MXFP4_TARGET if self.layer.mxfp4 else DECODE_TARGETS[self.B]
+
+    def on(self, device: str) -> list[torch.Tensor]:
+        layer, tokens = self.layer, (self.B, self.T)
+        shapes = [(layer.E, 2 * layer.I, layer.C), (layer.E, layer.C, layer.I)]
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+        def numbers(low: int, high: int, *shape: int) -> torch.Tensor:
+            return torch.randint(low, high, shape, device=device, dtype=torch.uint8)
+
+        experts = torch.rand(*tokens, layer.E, device=device).topk(layer.K).indices.int()
+        made = [normal(*tokens, layer.C), torch.rand(*tokens, layer.K, device=device).bfloat16(), experts]
+        if layer.mxfp4:
+            made += [numbers(0, 256, e, n, k // 2) for e, n, k in shapes]
+        else:
+            matrices = [normal(e, n, k).mul_(k**-0.5) for e, n, k in shapes]
+            made += [m.transpose(1, 2).contiguous() for m in matrices] if layer.transposed else matrices
+        if layer.biases:
+            made += [normal(e, n) for e, n, _ in shapes]
+        if layer.mxfp4:
+            made += [numbers(119, 123, e, n, k // BLOCK) for e, n, k in shapes]
+        return made
+
+    def inputs(self) -> list[torch.Tensor]:
+        return self.on("cuda")
+
+    def outputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.full_like(inputs[0], float("nan"))]
+
+    def reference(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return moe_experts.reference(*inputs, *[None] * (9 - len(inputs)), **self.attributes)
+
+    def checked(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        """What the reference says, beside what was found."""
+        return [(self.reference(*inputs), outputs[0])]
+
+    def peers(self) -> dict[str, Peer]:
+        """Others that compute the same, by name; each takes the case's inputs."""
+        layer = self.layer
+        found = {"transformers grouped_mm": of_transformers(self, "grouped_mm")}
+        if self.B * self.T * layer.K * layer.C * layer.I * 3 * BF16_BYTES <= GATHERED_BYTES:
+            found["transformers batched_mm"] = of_transformers(self, "batched_mm")
+        return found
+
+
+def of_transformers(case: ExpertCase, name: str) -> Peer:
+    """One of its experts_implementations. It knows no MXFP4: weights are dequantised once, outside the timed graph."""
+    from transformers.integrations import moe
+
+    layer, forward = case.layer, getattr(moe, f"{name}_experts_forward")
+    modules: dict[int, Any] = {}
+
+    def apply_gate(both: torch.Tensor) -> torch.Tensor:
+        gate, up = (both[..., 0::2], both[..., 1::2]) if layer.interleaved else both.chunk(2, -1)
+        if layer.activation == "silu":
+            return F.silu(gate) * up
+        values = case.attributes
+        return gated_act.reference(gate, up, layer.activation, float(values["alpha"]), float(values["limit"]))
+
+    def module(gate_up: torch.Tensor, down: torch.Tensor, *rest: torch.Tensor) -> Any:
+        if layer.mxfp4:
+            gate_up, down = (dequantise(m, s).bfloat16() for m, s in zip((gate_up, down), rest[2:], strict=True))
+        biases = dict(zip(("gate_up_proj_bias", "down_proj_bias"), rest, strict=False))
+        return SimpleNamespace(
+            num_experts=layer.E,
+            gate_up_proj=gate_up,
+            down_proj=down,
+            is_transposed=layer.transposed,
+            has_bias=layer.biases,
+            has_gate=True,
+            has_post_expert_norm=False,
+            _is_expert_parallel=False,
+            _apply_gate=apply_gate,
+            **biases,
+        )
+
+    def experts(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        key = rest[0].data_ptr()
+        if key not in modules:
+            modules[key] = module(*rest)
+        rows = x.flatten(0, 1)
+        if layer.scale_input:  # of one expert a token
+            rows, weights = rows * weights.flatten(0, 1), torch.ones_like(weights)
+        return forward(modules[key], rows, chosen.flatten(0, 1).long(), weights.flatten(0, 1)).view_as(x)
+
+    return experts
+
+
+def cases() -> Iterator[ExpertCase]:
+    for layer in LAYERS:
+        for tokens in PREFILL:
+            yield ExpertCase(layer, 1, tokens)
+        for batch in DECODE:
+            yield ExpertCase(layer, batch, 1)
