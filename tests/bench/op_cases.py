@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import attention_cases
+import delta_rule_cases
 import torch
 import torch.nn.functional as F
 from gpu_clock import Ceilings
@@ -105,9 +106,10 @@ class Case:
         return found
 
 
-def cases() -> Iterator[Case | attention_cases.AttentionCase]:
+def cases() -> Iterator[Case | attention_cases.AttentionCase | delta_rule_cases.DeltaRuleCase]:
     """Every op of every family, each shape once."""
     yield from attention_cases.cases()
+    yield from delta_rule_cases.cases()
     seen: set[tuple[Any, ...]] = set()
     for family in FAMILIES:
         for B, T in [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]:
