@@ -1,13 +1,20 @@
-// What prepare.cuh and scan.cuh share: the chunk, its record in the workspace, matrices in two parts.
+// What prepare.cuh and scan.cuh share: chunks, their records in the workspace, matrices in parts.
 //
-// In a chunk of C tokens, with the state S before it, G_i the sum of g up to token i and n_i = 1 / |k_i|:
-//   lower_ij  = beta_i n_i n_j exp(G_i - G_j) k_i k_j for j < i, else 0   unit + lower is solved once
-//   inverse   = (1 + lower)^-1 diag(beta)
-//   scores_ij = scale / |q_i| n_j exp(G_i - G_j) q_i k_j for j <= i, else 0
-//   u = inverse (v - exp(G) n k S);  y = scale / |q| exp(G) q S + scores u
-//   S' = exp(G_C) S + sum over j of n_j exp(G_C - G_j) k_j u_j^T
-// Raw k and q are exact operands of the tensor cores; everything else is fp32 and goes in as two
-// parts, high and low, whose sum holds 16 bits of it (bf16) or 22 (fp16).
+// In a chunk, with the state S before it, G_i the sum of g up to token i, G_C that of all and n_i
+// the inverse norm of k_i, m_i that of q_i times scale:
+//
+//   lower_ij = beta_i n_i n_j exp(G_i - G_j) k_i k_j for j < i, else 0
+//   inverse = (1 + lower)^-1 diag(beta)
+//   scores_ij = m_i n_j exp(G_i - G_j) q_i k_j for j <= i, else 0
+//
+//   u = inverse (v - n exp(G) k S)
+//   y = m exp(G) q S + scores u
+//   S' = exp(G_C) S + (n exp(G_C - G) k)^T u
+//
+// prepare makes the first three for all chunks at once, scan the rest, chunk after chunk. No W or U
+// of the WY form is stored: k as it came is an exact operand of the tensor cores, where W would be
+// another of fp32, of four times the bytes. What is fp32 goes in as two parts, high and low, whose
+// sum holds 16 bits of it (bf16) or 22 (fp16).
 #pragma once
 
 #include <cstring>
@@ -43,13 +50,16 @@ struct Parts {
   Fragment high, low;
 };
 
-// What prepare leaves for scan of one chunk of one head.
+// What prepare leaves for scan of one chunk of one head: tiles on and below the diagonal, first
+// their high parts, then the low ones.
 struct alignas(16) ChunkRecord {
-  Fragment inverse[2][kTriangleTiles][kWarp], scores[2][kTriangleTiles][kWarp];  // high, low
-  float keyFactor[kChunk];     // exp(G_i) n_i
-  float queryFactor[kChunk];   // scale exp(G_i) / |q_i|
-  float updateFactor[kChunk];  // exp(G_C - G_i) n_i
-  float decay, unused[3];      // exp(G_C)
+  Fragment inverse[2][kTriangleTiles][kWarp];
+  Fragment scores[2][kTriangleTiles][kWarp];
+  float keyFactor[kChunk];     // n exp(G)
+  float queryFactor[kChunk];   // m exp(G)
+  float updateFactor[kChunk];  // n exp(G_C - G)
+  float decay;                 // exp(G_C)
+  float unused[3];
 };
 
 template <class T>
@@ -149,8 +159,8 @@ template <int kWidth, class T>
 __device__ __forceinline__ Fragment loadTileTransposed(T const* rows, int row, int column) {
   int const lane = threadIdx.x % kWarp;
   Fragment tile;
-  loadMatrixTransposed(tile.a, rows + place<kWidth>(row + lane % 8 + lane / 16 * 8,
-                                                    column + lane / 8 % 2 * 8));
+  loadMatrixTransposed(
+      tile.a, rows + place<kWidth>(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
   return tile;
 }
 

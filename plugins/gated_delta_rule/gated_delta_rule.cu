@@ -1,6 +1,6 @@
-#include "gated_delta_rule/gated_delta_rule.cuh"
-
 #include <algorithm>
+
+#include "gated_delta_rule/gated_delta_rule.cuh"
 
 namespace llmexport {
 namespace {
@@ -50,9 +50,9 @@ template <class T, int D>
 cudaError_t startChunks(Arguments const& a) {
   GatedDeltaRuleTensors const& t = a.tensors;
   auto* const records = static_cast<ChunkRecord*>(a.workspace);
-  cudaError_t const error = launch(prepareKernel<T, D>, a.plan.prepare, a.stream, typed<T>(t.q),
-                                   typed<T>(t.k), t.g, typed<T>(t.beta), records, a.sizes.T,
-                                   int(a.sizes.G), a.scale, a.l2Norm);
+  cudaError_t const error =
+      launch(prepareKernel<T, D>, a.plan.prepare, a.stream, typed<T>(t.q), typed<T>(t.k), t.g,
+             typed<T>(t.beta), records, a.sizes.T, int(a.sizes.G), a.scale, a.l2Norm);
   if (error != cudaSuccess) return error;
   return launch(scanKernel<T, D>, a.plan.scan, a.stream, typed<T>(t.q), typed<T>(t.k),
                 typed<T>(t.v), t.state, records, static_cast<T*>(t.y), t.nextState, a.sizes.T,

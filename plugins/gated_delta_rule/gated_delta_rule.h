@@ -10,7 +10,7 @@ struct GatedDeltaRuleSizes {
   int64_t B, T, G, H, D, V;
 };
 
-// Either the recurrence, or of every chunk first what needs no state (prepare), then the rest (scan).
+// Either the recurrence, or first what of every chunk needs no state, then the scan over chunks.
 struct GatedDeltaRulePlan {
   bool chunked;
   int width;  // elements of one access of the recurrence

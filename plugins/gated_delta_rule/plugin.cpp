@@ -29,14 +29,10 @@ int32_t supports(Node const& node) {
 size_t workspace(Node const& node) { return gatedDeltaRuleWorkspace(sizesOf(node), node.dtype); }
 
 cudaError_t enqueue(Call const& call) {
-  GatedDeltaRuleTensors const tensors{call.inputs[0],
-                                      call.inputs[1],
-                                      call.inputs[2],
-                                      static_cast<float const*>(call.inputs[3]),
-                                      call.inputs[4],
-                                      static_cast<float const*>(call.inputs[5]),
-                                      call.outputs[0],
-                                      static_cast<float*>(call.outputs[1])};
+  GatedDeltaRuleTensors const tensors{call.inputs[0],  call.inputs[1],
+                                      call.inputs[2],  static_cast<float const*>(call.inputs[3]),
+                                      call.inputs[4],  static_cast<float const*>(call.inputs[5]),
+                                      call.outputs[0], static_cast<float*>(call.outputs[1])};
   return gatedDeltaRule(call.dtype, sizesOf(call), call.attributes[0].real,
                         call.attributes[1].integer != 0, tensors, call.workspace, call.stream);
 }

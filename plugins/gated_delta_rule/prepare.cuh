@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/exp2.cuh"
 #include "gated_delta_rule/chunk.cuh"
 #include "gated_delta_rule/recurrence.cuh"
 
@@ -7,20 +8,21 @@ namespace llmexport {
 
 // exp(-128) is 0 in fp32: a stronger decay is the same one, and -inf - -inf would be NaN.
 constexpr float kStrongestDecay = -128.0f;
+constexpr double kLog2OfE = 1.4426950408889634;
 constexpr int kWarpTiles = kChunkTiles + 1;  // of k k^T and q k^T together
-constexpr int kLowerPitch = kChunk + 8;     // floats, so that 4 rows of pairs are on different banks
+constexpr int kLowerPitch = kChunk + 8;    // floats, so that 4 rows of pairs are on different banks
 constexpr int kDiagonalPitch = kTile + 4;  // floats, rows still aligned to 16 bytes
 
-// What a block knows of each of its tokens. The sum of g is in two floats: differences of nearby
-// tokens stay exact after decays of hundreds.
+// What a block knows of each of its tokens. The sum of g up to it, in powers of two, is in two
+// floats: differences of neighbours stay exact where the sums are thousands.
 struct ChunkTokens {
   float decayHigh[kChunk], decayLow[kChunk], beta[kChunk], kNorm[kChunk], qNorm[kChunk];
 
   __device__ __forceinline__ float decayBetween(int from, int to) const {
-    return __expf((decayHigh[to] - decayHigh[from]) + (decayLow[to] - decayLow[from]));
+    return exp2Fast((decayHigh[to] - decayHigh[from]) + (decayLow[to] - decayLow[from]));
   }
   __device__ __forceinline__ float decaySince(int to) const {
-    return __expf(decayHigh[to] + decayLow[to]);
+    return exp2Fast(decayHigh[to] + decayLow[to]);
   }
 };
 
@@ -50,7 +52,7 @@ __device__ __forceinline__ void sumDecay(ChunkTokens& tokens, float const* g, in
   double const before = upTo - own[1];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    double const sum = before + own[i];
+    double const sum = (before + own[i]) * kLog2OfE;
     tokens.decayHigh[2 * lane + i] = float(sum);
     tokens.decayLow[2 * lane + i] = float(sum - float(sum));
   }
@@ -84,7 +86,8 @@ __device__ __forceinline__ void invertDiagonal(ChunkSystem& system) {
   if (lane >= kTile) return;
 #pragma unroll
   for (int i = 0; i < kTile; i += 4) {
-    store<4>(&system.inverse[tile][column][i], Vector<float, 4>{x[i], x[i + 1], x[i + 2], x[i + 3]});
+    store<4>(&system.inverse[tile][column][i],
+             Vector<float, 4>{x[i], x[i + 1], x[i + 2], x[i + 3]});
   }
 }
 
@@ -156,10 +159,78 @@ __device__ __forceinline__ void invertRow(ChunkSystem const& system, ChunkTokens
   }
 }
 
-// Grid (chunks, H, B). Products of raw k and q by mma, warp w rows 16 w of k k^T and rows
-// 16 (3 - w) of q k^T, so that all have five tiles; decay, beta and norms in fp32 on the sums; the
-// inverse of unit + lower by tiles. Nothing is rounded but as chunk.cuh says of parts. The form of
-// modeling_qwen3_5_moe.py's torch_chunk_gated_delta_rule, less what depends on v.
+// The tiles of a warp on and below the diagonal: of row `warp` of k k^T, then of row 3 - warp of
+// q k^T, five in all.
+struct WarpTiles {
+  int warp = warpOfThread();
+  __device__ __forceinline__ bool isKey(int i) const { return i <= warp; }
+  __device__ __forceinline__ int row(int i) const {
+    return isKey(i) ? warp : kChunkTiles - 1 - warp;
+  }
+  __device__ __forceinline__ int column(int i) const { return isKey(i) ? i : i - warp - 1; }
+};
+using TileSums = float[kWarpTiles][2][4];
+
+template <class T, int D>
+__device__ __forceinline__ void multiplyTiles(T const* keys, T const* queries,
+                                              WarpTiles const& tiles, TileSums& sums) {
+  constexpr int kFirst = 0, kLast = kWarpTiles - 1;  // always of k k^T and of q k^T
+#pragma unroll
+  for (int d = 0; d < D; d += kTile) {
+    Fragment const key = loadTile<D>(keys, tiles.row(kFirst) * kTile, d);
+    Fragment const query = loadTile<D>(queries, tiles.row(kLast) * kTile, d);
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i) {
+      Fragment const columns = loadTile<D>(keys, tiles.column(i) * kTile, d);
+      Fragment rows;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rows.a[e] = tiles.isKey(i) ? key.a[e] : query.a[e];
+#pragma unroll
+      for (int side = 0; side < 2; ++side) multiply<T>(sums[i][side], rows, columns, side);
+    }
+  }
+}
+
+// Norms, decay and beta on the sums: `lower` to shared memory, scores to the record.
+__device__ __forceinline__ void finishTiles(ChunkTokens const& tokens, float scale,
+                                            WarpTiles const& tiles, TileSums& sums,
+                                            ChunkSystem& system, ChunkRecord& record) {
+  int const lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kWarpTiles; ++i) {
+    bool const isKey = tiles.isKey(i);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      int const row = tiles.row(i) * kTile + lane / 4 + e / 2 % 2 * 8;
+      int const column = tiles.column(i) * kTile + e / 4 * 8 + lane % 4 * 2 + e % 2;
+      float const ofRow = isKey ? tokens.beta[row] * tokens.kNorm[row] : scale * tokens.qNorm[row];
+      bool const there = isKey ? column < row : column <= row;
+      float& x = sums[i][e / 4][e % 4];
+      x = there ? x * ofRow * tokens.kNorm[column] * tokens.decayBetween(column, row) : 0.0f;
+      if (isKey) system.lower[column][row] = x;
+    }
+    if (!isKey) {
+      storeParts(record.scores, triangleTile(tiles.row(i), tiles.column(i)), sums[i][0],
+                 sums[i][1]);
+    }
+  }
+}
+
+// A thread a token.
+__device__ __forceinline__ void writeFactors(ChunkTokens const& tokens, float scale,
+                                             ChunkRecord& record) {
+  int const token = threadIdx.x, last = kChunk - 1;
+  if (token > last) return;
+  float const since = tokens.decaySince(token);
+  record.keyFactor[token] = since * tokens.kNorm[token];
+  record.queryFactor[token] = scale * since * tokens.qNorm[token];
+  record.updateFactor[token] = tokens.decayBetween(token, last) * tokens.kNorm[token];
+  if (token == last) record.decay = since;
+}
+
+// Grid (chunks, H, B). Products of k and q as they are, norms, decay and beta in fp32 on the sums,
+// then the inverse: warp w its rows 16 w. Follows torch_chunk_gated_delta_rule of
+// modeling_qwen3_5_moe.py, less what depends on v; nothing is rounded but the parts of chunk.cuh.
 template <class T, int D>
 __global__ void __launch_bounds__(kChunkThreads)
     prepareKernel(T const* q, T const* k, float const* g, T const* beta, ChunkRecord* records,
@@ -169,80 +240,42 @@ __global__ void __launch_bounds__(kChunkThreads)
   ChunkTokens& own = ofTokens[0];
   T* const keys = reinterpret_cast<T*>(shared);
   T* const queries = keys + kChunk * pitch<D>();
-  int const warp = warpOfThread(), lane = threadIdx.x % kWarp;
-  int const head = blockIdx.y, heads = gridDim.y, group = head / (heads / groups);
+  int const thread = threadIdx.x, head = blockIdx.y, heads = gridDim.y;
+  int const group = head / (heads / groups);
   int64_t const first = blockIdx.x * int64_t(kChunk), rows = tokens - first;
   int64_t const row0 = blockIdx.z * tokens + first, stride = int64_t(groups) * D;
   copyChunk<D>(keys, k + row0 * stride + group * D, stride, rows, D);
   copyChunk<D>(queries, q + row0 * stride + group * D, stride, rows, D);
   commitCopies();
-  if (warp == 0) {
+  if (thread < kWarp) {
     sumDecay(own, g + row0 * heads + head, heads, rows);
-  } else if (warp < 3) {
-    int const token = threadIdx.x - kWarp;
+  } else if (thread < kWarp + kChunk) {
+    int const token = thread - kWarp;
     own.beta[token] = token < rows ? toFloat(beta[(row0 + token) * heads + head]) : 0.0f;
   }
   waitCopies<0>();
   __syncthreads();
 
-  if (threadIdx.x < kChunk) {
-    own.kNorm[threadIdx.x] = inverseNorm<D>(keys, threadIdx.x, l2Norm);
+  if (thread < kChunk) {
+    own.kNorm[thread] = inverseNorm<D>(keys, thread, l2Norm);
   } else {
-    own.qNorm[threadIdx.x - kChunk] = inverseNorm<D>(queries, threadIdx.x - kChunk, l2Norm);
+    own.qNorm[thread - kChunk] = inverseNorm<D>(queries, thread - kChunk, l2Norm);
   }
-  // Tile i of this warp: of k k^T up to the diagonal, then of q k^T.
-  int const queryRow = kChunkTiles - 1 - warp;
-  auto isKey = [&](int i) { return i <= warp; };
-  auto columnTile = [&](int i) { return isKey(i) ? i : i - warp - 1; };
-  float products[kWarpTiles][2][4] = {};
-#pragma unroll
-  for (int d = 0; d < D; d += kTile) {
-    Fragment const keyTile = loadTile<D>(keys, warp * kTile, d);
-    Fragment const queryTile = loadTile<D>(queries, queryRow * kTile, d);
-#pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i) {
-      Fragment const columns = loadTile<D>(keys, columnTile(i) * kTile, d);
-      Fragment left;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) left.a[e] = isKey(i) ? keyTile.a[e] : queryTile.a[e];
-#pragma unroll
-      for (int side = 0; side < 2; ++side) multiply<T>(products[i][side], left, columns, side);
-    }
-  }
+  WarpTiles const tiles;
+  TileSums sums = {};
+  multiplyTiles<T, D>(keys, queries, tiles, sums);
   // Norms are there for all, and nobody reads k and q any more.
   __syncthreads();
 
   ChunkSystem& system = *reinterpret_cast<ChunkSystem*>(shared);
   ChunkRecord& record = records[(int64_t(blockIdx.z) * heads + head) * gridDim.x + blockIdx.x];
-#pragma unroll
-  for (int i = 0; i < kWarpTiles; ++i) {
-    int const rowTile = isKey(i) ? warp : queryRow, tile = columnTile(i);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      int const row = rowTile * kTile + lane / 4 + e / 2 % 2 * 8;
-      int const column = tile * kTile + e / 4 * 8 + lane % 4 * 2 + e % 2;
-      float const ofRow = isKey(i) ? own.beta[row] * own.kNorm[row] : scale * own.qNorm[row];
-      bool const there = isKey(i) ? column < row : column <= row;
-      float& x = products[i][e / 4][e % 4];
-      x = there ? x * ofRow * own.kNorm[column] * own.decayBetween(column, row) : 0.0f;
-      if (isKey(i)) system.lower[column][row] = x;
-    }
-    if (!isKey(i)) {
-      storeParts(record.scores, triangleTile(queryRow, tile), products[i][0], products[i][1]);
-    }
-  }
-  if (threadIdx.x < kChunk) {
-    int const token = threadIdx.x, last = kChunk - 1;
-    float const since = own.decaySince(token);
-    record.keyFactor[token] = since * own.kNorm[token];
-    record.queryFactor[token] = scale * since * own.qNorm[token];
-    record.updateFactor[token] = own.decayBetween(token, last) * own.kNorm[token];
-    if (token == last) record.decay = since;
-  }
-  __syncthreads();
+  finishTiles(own, scale, tiles, sums, system, record);
+  writeFactors(own, scale, record);
+  // The diagonal tile of a warp is its own work, all else also that of others.
+  __syncwarp();
   invertDiagonal(system);
   __syncthreads();
-  invertRow(system, own, warp, record);
+  invertRow(system, own, tiles.warp, record);
 }
 
 }  // namespace llmexport

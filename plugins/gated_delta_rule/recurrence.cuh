@@ -11,10 +11,12 @@ constexpr float kDeltaEpsilon = 1e-6f;  // of the L2 norm of q and k, added to t
 constexpr int kRecurrenceThreads = 128;
 constexpr int kRecurrenceColumns = 32;  // of V that a block takes
 constexpr int kThreadColumns = 4, kThreadRows = 8;
-constexpr int kMostRows = 128;
-constexpr int kRecurrenceBlocks = 5;  // on an SM, for 80 KiB of states on their way
 constexpr int kRowLanes = kRecurrenceColumns / kThreadColumns;
 constexpr int kRowGroups = kRecurrenceThreads / kRowLanes;
+constexpr int kMostRows = kThreadRows * kRowGroups;
+// Blocks on an SM, for 80 KiB of states on their way; of fp32 tokens five would spill.
+template <class T>
+constexpr int kRecurrenceBlocks = sizeof(T) == 2 ? 5 : 4;
 
 template <bool kVectors, class T>
 __device__ __forceinline__ Vector<T, kThreadColumns> loadColumns(T const* from) {
@@ -30,8 +32,31 @@ __device__ __forceinline__ void storeColumns(T* to, Vector<T, kThreadColumns> co
   if constexpr (kVectors) {
     store<kThreadColumns>(to, value);
   } else {
-#pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) to[c] = value.at[c];
+  }
+}
+
+// A thread's rows of the state, `stride` elements apart.
+using StateRows = float[kThreadRows][kThreadColumns];
+
+template <bool kVectors>
+__device__ __forceinline__ void loadRows(StateRows& s, float const* from, int rows, int stride) {
+#pragma unroll
+  for (int r = 0; r < kThreadRows; ++r) {
+    Vector<float, kThreadColumns> row{};
+    if (r < rows) row = loadColumns<kVectors>(from + r * stride);
+#pragma unroll
+    for (int c = 0; c < kThreadColumns; ++c) s[r][c] = row.at[c];
+  }
+}
+
+template <bool kVectors>
+__device__ __forceinline__ void storeRows(StateRows const& s, float* to, int rows, int stride) {
+#pragma unroll
+  for (int r = 0; r < kThreadRows; ++r) {
+    if (r >= rows) continue;
+    storeColumns<kVectors>(to + r * stride,
+                           Vector<float, kThreadColumns>{s[r][0], s[r][1], s[r][2], s[r][3]});
   }
 }
 
@@ -80,7 +105,7 @@ __device__ __forceinline__ void sumOverRows(RecurrenceSums& sums, RecurrenceSums
 // for all tokens between. All in fp32, y rounded once. One pass over the state a token, as
 // q^T S' = exp(g) q^T S + (q^T k) error; norms of q and k are applied to the sums.
 template <class T, bool kVectors>
-__global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks)
+__global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
     recurrenceKernel(T const* q, T const* k, T const* v, float const* g, T const* beta,
                      float const* state, T* y, float* nextState, int64_t tokens, int groups, int D,
                      int V, float scale, bool l2Norm) {
@@ -93,20 +118,11 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks)
   int const head = blockIdx.y, heads = gridDim.y, rowGroup = threadIdx.x / kRowLanes;
   int const column = blockIdx.x * kRecurrenceColumns + threadIdx.x % kRowLanes * kThreadColumns;
   bool const here = column < V;  // the others still take part in shuffles and barriers
-  int const rows = D / kRowGroups, element = threadIdx.x;
+  int const rows = here ? D / kRowGroups : 0, element = threadIdx.x;
   int64_t const group = head / (heads / groups);
-  // Of the thread's first row in the state; the next are apart by rowStride.
-  int64_t const matrix = ((int64_t(blockIdx.z) * heads + head) * D + rowGroup) * V + column;
-  int const rowStride = kRowGroups * V;
-
-  float s[kThreadRows][kThreadColumns] = {};
-#pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    if (!here || r >= rows) continue;
-    auto const row = loadColumns<kVectors>(state + matrix + r * rowStride);
-#pragma unroll
-    for (int c = 0; c < kThreadColumns; ++c) s[r][c] = row.at[c];
-  }
+  int64_t const firstRow = ((int64_t(blockIdx.z) * heads + head) * D + rowGroup) * V + column;
+  StateRows s;
+  loadRows<kVectors>(s, state + firstRow, rows, kRowGroups * V);
 
   auto read = [&](int64_t t) {
     RecurrenceToken<T> token{};
@@ -174,15 +190,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks)
     token = next;
     next = afterNext;
   }
-
-#pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    if (!here || r >= rows) continue;
-    Vector<float, kThreadColumns> row;
-#pragma unroll
-    for (int c = 0; c < kThreadColumns; ++c) row.at[c] = s[r][c];
-    storeColumns<kVectors>(nextState + matrix + r * rowStride, row);
-  }
+  storeRows<kVectors>(s, nextState + firstRow, rows, kRowGroups * V);
 }
 
 }  // namespace llmexport

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/lanes.cuh"
 #include "gated_delta_rule/chunk.cuh"
 
 namespace llmexport {
@@ -39,21 +40,26 @@ struct RowScale {
   float down[2] = {1.0f, 1.0f}, up[2] = {1.0f, 1.0f};
 };
 
-template <class T, int kCount>
-__device__ __forceinline__ RowScale rowScale(float const (&x)[kCount][4]) {
+template <int kCount>
+__device__ __forceinline__ float largest(float const (&x)[kCount][4], int row) {
+  float most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    most = fmaxf(most, fmaxf(fabsf(x[i][2 * row]), fabsf(x[i][2 * row + 1])));
+  }
+  return most;
+}
+
+// One scale for a row of all of `x`, by the largest.
+template <class T, int... kCounts>
+__device__ __forceinline__ RowScale rowScale(float const (&... x)[kCounts][4]) {
   RowScale scale;
   if constexpr (kScaled<T>) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float most = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        most = fmaxf(most, fmaxf(fabsf(x[i][2 * row]), fabsf(x[i][2 * row + 1])));
-      }
-#pragma unroll
-      for (int lane = 1; lane < kQuad; lane *= 2) {
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, lane));
-      }
+      ((most = fmaxf(most, largest(x, row))), ...);
+      most = maxOverLanes(most, kQuad);
       // The exponent alone; 1 for what has no inverse.
       constexpr uint32_t kOne = 0x3F800000, kExponent = 0x7F800000, kLargest = 0x7E800000;
       uint32_t up;
@@ -109,8 +115,8 @@ __device__ __forceinline__ void copyRecord(ChunkRecord& to, ChunkRecord const& f
   }
 }
 
-// This half's part of (k S)^T, by [V][token], and of q S, by [token][V]. Of the latter it keeps 8 of
-// the 16 columns, whose y it finishes, and gives the other half the rest.
+// This half's part of (k S)^T, by [V][token], and of q S, by [token][V]. Of the latter it keeps 8
+// of the 16 columns, whose y it finishes, and gives the other half the rest.
 template <class T, int D>
 __device__ __forceinline__ void readState(ScanShared<T, D>& shared, T const* keys,
                                           ScanPlace const& at, float (&state)[D / 16][4],
@@ -162,7 +168,7 @@ __device__ __forceinline__ void readState(ScanShared<T, D>& shared, T const* key
   }
 }
 
-// u^T = (v - exp(G) n k S)^T inverse^T, by [V][token], in both halves.
+// u^T = (v - n exp(G) k S)^T inverse^T, by [V][token], in both halves.
 template <class T, int D>
 __device__ __forceinline__ void findUpdate(ScanShared<T, D> const& shared, ScanPlace const& at,
                                            float (&keyState)[kChunkAccumulators][4],
@@ -203,7 +209,7 @@ __device__ __forceinline__ void findUpdate(ScanShared<T, D> const& shared, ScanP
   }
 }
 
-// y = scale / |q| exp(G) q S + scores u for the warp's 8 columns, by [token][V].
+// y = m exp(G) q S + scores u for the warp's 8 columns, by [token][V].
 template <class T, int D>
 __device__ __forceinline__ void writeY(ScanShared<T, D> const& shared, ScanPlace const& at,
                                        float const (&queryState)[kChunkTiles][4],
@@ -217,8 +223,8 @@ __device__ __forceinline__ void writeY(ScanShared<T, D> const& shared, ScanPlace
     Exchanged const theirs = shared.exchanged[at.warp ^ 1][kChunkAccumulators + i][at.lane];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      sum[i][e] = record.queryFactor[i * kTile + at.row + e / 2 * 8] *
-                  (queryState[i][e] + theirs.at[e]);
+      sum[i][e] =
+          record.queryFactor[i * kTile + at.row + e / 2 * 8] * (queryState[i][e] + theirs.at[e]);
     }
   }
 #pragma unroll
@@ -256,7 +262,7 @@ __device__ __forceinline__ void writeY(ScanShared<T, D> const& shared, ScanPlace
   }
 }
 
-// S^T = exp(G_C) S^T + (exp(G_C - G) n u)^T k, for this half of D.
+// S^T = exp(G_C) S^T + (n exp(G_C - G) u)^T k, for this half of D.
 template <class T, int D>
 __device__ __forceinline__ void moveState(ChunkRecord const& record, T const* keys,
                                           ScanPlace const& at, float (&state)[D / 16][4],
@@ -267,14 +273,14 @@ __device__ __forceinline__ void moveState(ChunkRecord const& record, T const* ke
 #pragma unroll
     for (int e = 0; e < 4; ++e) update[i][e] *= factor.at[e % 2];
   }
-  RowScale const scale = rowScale<T>(update);
-  scaleRows<T>(update, scale.down);
-  scaleRows<T>(state, scale.down);
 #pragma unroll
   for (int i = 0; i < D / 16; ++i) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) state[i][e] *= record.decay;
   }
+  RowScale const scale = rowScale<T>(update, state);
+  scaleRows<T>(update, scale.down);
+  scaleRows<T>(state, scale.down);
 #pragma unroll
   for (int j = 0; j < kChunkTiles; ++j) {
     Parts const parts = split<T>(update[2 * j], update[2 * j + 1]);
@@ -294,10 +300,10 @@ __device__ __forceinline__ void moveState(ChunkRecord const& record, T const* ke
   scaleRows<T>(state, scale.up);
 }
 
-// Grid (columns of V / kScanColumns, H, B). Warp w holds, transposed and in registers, columns
-// w / 2 * 16 to + 15 of the block's columns of the state and half w % 2 of its rows, over all chunks.
-// Accumulators of one product are operands of the next, so shared memory holds only what is read;
-// the halves of D add up k S and q S through it. y is rounded once; see chunk.cuh for the rest.
+// Grid (columns of V / kScanColumns, H, B). Warp w holds half w % 2 of the rows of 16 columns of
+// the state, those from w / 2 * 16 on of the block's, transposed and in registers, over all chunks.
+// Accumulators of one product are operands of the next, so shared memory holds what is read and
+// what the halves add up. States stay fp32, y is rounded once; see chunk.cuh for the parts.
 template <class T, int D>
 __global__ void __launch_bounds__(kChunkThreads)
     scanKernel(T const* q, T const* k, T const* v, float const* state, ChunkRecord const* records,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import attention_cases
+import delta_rule_cases
 import expert_cases
 import torch
 import torch.nn.functional as F
@@ -147,10 +148,13 @@ class Case:
         return found
 
 
-def cases() -> Iterator[Case | attention_cases.AttentionCase | expert_cases.ExpertCase]:
+def cases() -> Iterator[
+    Case | attention_cases.AttentionCase | expert_cases.ExpertCase | delta_rule_cases.DeltaRuleCase
+]:
     """Every op of every family, each shape once."""
     yield from attention_cases.cases()
     yield from expert_cases.cases()
+    yield from delta_rule_cases.cases()
     seen: set[tuple[Any, ...]] = set()
     sizes = [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]
     for family in FAMILIES:

@@ -1,0 +1,115 @@
+"""GatedDeltaRule's launch plans: within every architecture's limits, every column and chunk taken, the workspace."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native import compiled, emulated_library
+
+FP32, FP16, BF16 = range(3)
+MAX_GRID_X = 2**31 - 1
+SHARED_WITHOUT_ASKING = 48 * 1024
+SHARED_BYTES = 99 * 1024  # that sm_86, sm_89 and sm_120 have; the others have more
+# As in the kernels.
+THREADS, COLUMNS, CHUNK, FEW_TOKENS = 128, 32, 64, 16
+# Two parts of ten tiles of 32 lanes of 16 bytes, twice; three factors a token; one of the chunk.
+RECORD = 2 * 2 * 10 * 32 * 16 + 3 * CHUNK * 4 + 16
+UNUSED = (1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Launch:
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    chunked: bool
+    width: int
+    recurrence: Launch
+    prepare: Launch
+    scan: Launch
+
+
+Sizes = tuple[int, int, int, int, int, int]
+Planned = Callable[[Sizes, int, bool], Plan]
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    flags = ["-shared", "-Wl,--no-as-needed", str(emulated_library())]
+    source = Path(__file__).parent / "gated_delta_rule.cpp"
+    built = ctypes.CDLL(str(compiled("gated-delta-rule", [source], flags)))
+    built.delta_rule_workspace.restype = ctypes.c_int64
+    return built
+
+
+@pytest.fixture(scope="module")
+def plan(library: ctypes.CDLL) -> Planned:
+    def made(sizes: Sizes, dtype: int, aligned: bool) -> Plan:
+        out = (ctypes.c_int64 * 17)()
+        library.delta_rule_plan((ctypes.c_int64 * 6)(*sizes), dtype, ctypes.c_bool(aligned), out)
+        launches = [Launch(tuple(out[i : i + 3]), *out[i + 3 : i + 5]) for i in (2, 7, 12)]
+        return Plan(bool(out[0]), out[1], *launches)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def workspace(library: ctypes.CDLL) -> Callable[[Sizes, int], int]:
+    return lambda sizes, dtype: library.delta_rule_workspace((ctypes.c_int64 * 6)(*sizes), dtype)
+
+
+@st.composite
+def nodes(draw: st.DrawFn) -> Sizes:
+    groups, ratio = draw(st.integers(1, 64)), draw(st.integers(1, 8))
+    tokens = draw(st.one_of(st.integers(0, 130), st.integers(1, 2**22)))
+    rows, columns = (draw(st.sampled_from((16, 32, 64, 128))) for _ in range(2))
+    return draw(st.integers(1, 512)), tokens, groups, groups * ratio, rows, columns
+
+
+several = settings(max_examples=300, deadline=None, derandomize=True)
+
+
+@several
+@given(nodes(), st.integers(0, 2), st.booleans())
+def test_every_column_and_chunk_is_taken_once(plan, sizes, dtype, aligned):
+    b, t, _, h, d, v = sizes
+    p, slices = plan(sizes, dtype, aligned), -(-v // COLUMNS)
+    assert p.chunked == (aligned and dtype != FP32 and d >= CHUNK and t > FEW_TOKENS)
+    assert p.width == (4 if aligned else 1)
+    if not p.chunked:
+        assert p.recurrence == Launch((slices, h, b), THREADS, 0)
+        return
+    chunks = -(-t // CHUNK)
+    assert chunks <= MAX_GRID_X
+    assert (p.prepare.grid, p.prepare.threads) == ((chunks, h, b), THREADS)
+    assert (p.scan.grid, p.scan.threads) == ((slices, h, b), THREADS)
+    assert 0 < p.prepare.shared <= SHARED_WITHOUT_ASKING
+    assert 0 < p.scan.shared <= SHARED_BYTES
+
+
+@several
+@given(nodes(), nodes(), st.integers(0, 2))
+def test_workspace_is_a_record_a_chunk_and_enough_for_smaller_sizes(plan, workspace, sizes, others, dtype):
+    b, t, _, h, _, _ = sizes
+    needed = b * h * -(-t // CHUNK) * RECORD if plan(sizes, dtype, True).chunked else 0
+    assert workspace(sizes, dtype) == needed
+    # A profile bounds batch and tokens; the other sizes are the model's.
+    largest = (max(b, others[0]), max(t, others[1]), *sizes[2:])
+    assert workspace(largest, dtype) >= needed
+
+
+@pytest.mark.parametrize(("d", "blocks_of_an_sm_90"), [(64, 3), (128, 2)])
+def test_scan_leaves_room_for_others(plan, d, blocks_of_an_sm_90):
+    """A block of sm_90 may have 227 KiB of the SM's 228, and the system takes 1 KiB of each block's."""
+    p = plan((1, 4096, 16, 32, d, d), BF16, True)
+    assert (p.scan.shared + 1024) * blocks_of_an_sm_90 <= 228 * 1024
