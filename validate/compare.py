@@ -39,8 +39,8 @@ def compare(
 ) -> Difference:
     """The difference of two arrays of one shape, in float64, over the leading entries that `where` selects.
 
-    `strays` is the share of rows (of the last axis) that is left out, those that differ most. Raises Mismatch if
-    the shapes differ.
+    `strays` is the share of rows (of the last axis) that is left out, those that differ most, but none that is not
+    finite. Raises Mismatch if the shapes differ.
     """
     if reference.shape != found.shape:
         raise Mismatch(f"shapes differ: {list(reference.shape)} and {list(found.shape)}")
@@ -52,8 +52,9 @@ def compare(
     error = found.astype(np.float64) - wide
     if strays:
         wide, error = (x.reshape(-1, x.shape[-1]) for x in (wide, error))
-        # A NaN sorts last: the row that holds one strays furthest, and too many of them stay in.
-        kept = np.argsort(np.abs(error).max(-1))[: math.ceil((1 - strays) * len(error))]
+        furthest = np.abs(error).max(-1)
+        order = np.argsort(np.where(np.isfinite(furthest), furthest, -1))
+        kept = order[: math.ceil((1 - strays) * len(error))]
         wide, error = wide[kept], error[kept]
     scale = float(np.sqrt(np.mean(wide**2)))
     rms = float(np.sqrt(np.mean(error**2)))
