@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from arch_cases import CASES, Case
+from layouts import randomise
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 Exporter = Callable[..., Path]
@@ -45,11 +46,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case 
         torch.manual_seed(0)
         # A copy, as transformers writes into the dictionaries that it is given.
         model = model_class(model_class.config_class(**copy.deepcopy({**arch.tiny, **case.changes})))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = torch.randn_like(parameter)
-                # A norm's weight is spread about where it starts; a matrix keeps the logits of order one.
-                parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.08 * noise)
+        randomise(model)
         model.save_pretrained(folder, max_shard_size="100KB")
         assert len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) > 1
         return folder

@@ -1,0 +1,241 @@
+"""Checkpoints laid out as the published ones are: multimodal, experts in one tensor or many, MXFP4."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+from layouts import fuse_experts, multimodal, mxfp4
+from safetensors.numpy import load_file, save_file
+
+from llmexport.export import archs, manifest, onnx_file, random_checkpoint
+from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import ExportError
+from llmexport.validate import feeds, ladder
+from llmexport.validate.compare import compare
+from llmexport.validate.tolerance import tolerance
+
+Export = Callable[..., manifest.Manifest]
+WHOLE = [n for n in archs.names() if archs.load(n).arch.whole]
+FUSED, MXFP4 = "qwen3_5_moe-fused", "gpt_oss-mxfp4"
+LAYOUTS = [*WHOLE, FUSED, MXFP4]
+RUNGS = {"PyTorch / transformers", "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"}
+BLOCKS = {
+    "llama4": ["attention", "temperature", "mask_chunk_8", "layers_3_mixer", "router", "experts", "shared_expert"],
+    "qwen3_5_moe": ["gated_delta_net", "causal_conv", "gated_norm", "presence", "attention", "router", "experts"],
+    FUSED: ["experts", "moe"],
+    MXFP4: ["attention", "span", "router", "experts", "moe"],
+}
+
+
+def silent(what: str, done: int, of: int) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny checkpoint in this layout."""
+
+    @functools.cache
+    def make(layout: str) -> Path:
+        folder = tmp_path_factory.mktemp(layout) / "checkpoint"
+        if layout == MXFP4:
+            return mxfp4(folder)
+        return fuse_experts(make("qwen3_5_moe"), folder) if layout == FUSED else multimodal(layout, folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def exported_layout(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Export:
+    """The export of a layout; `exported_layout(layout, dtype="float16", block="moe")`."""
+
+    @functools.cache
+    def make(layout: str, **wanted: str) -> manifest.Manifest:
+        return export(checkpoint(layout), tmp_path_factory.mktemp(layout) / "export", **wanted)
+
+    return make
+
+
+def export(source: Path, folder: Path, **wanted: str) -> manifest.Manifest:
+    opened = open_checkpoint(source)
+    request = onnx_file.Request(archs.choose(None, opened.config), opened, **wanted)
+    onnx_file.write(request, folder, force=False, progress=silent)
+    return manifest.read(folder)
+
+
+def statuses(found: manifest.Manifest) -> dict[str, str]:
+    return {r.name: r.status for r in ladder.climb(found, progress=silent).rungs}
+
+
+def prompt() -> feeds.Prompt:
+    return feeds.Prompt(np.random.default_rng(0).integers(0, 256, (1, 37)), np.ones((1, 37), np.int64))
+
+
+def logits(found: manifest.Manifest) -> np.ndarray:
+    session = onnxruntime.InferenceSession(found.folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return session.run(["logits"], feeds.prefill(found.assembly, prompt(), "float32"))[0]
+
+
+def graph(found: manifest.Manifest) -> onnx.GraphProto:
+    return onnx.load(found.folder / "model.onnx", load_external_data=False).graph
+
+
+def external(found: manifest.Manifest) -> dict[str, onnx.TensorProto]:
+    """The weights of the graph, by name."""
+    return {t.name: t for t in graph(found).initializer if t.external_data}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rung_of_a_published_layout_passes(layout: str, exported_layout: Export) -> None:
+    assert statuses(exported_layout(layout)) == dict.fromkeys(RUNGS, "pass")
+
+
+@pytest.mark.parametrize(("layout", "block"), [(n, b) for n, blocks in BLOCKS.items() for b in blocks])
+def test_a_block_of_a_published_layout_exports_alone(layout: str, block: str, exported_layout: Export) -> None:
+    found = exported_layout(layout, block=block)
+    assert found.data["block"] == block
+    assert statuses(found) == {"ONNX Runtime / PyTorch": "pass"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_adds_no_weight_bytes(
+    layout: str, checkpoint: Callable[[str], Path], exported_layout: Export
+) -> None:
+    source, found = checkpoint(layout), exported_layout(layout)
+    used = {e.value for t in external(found).values() for e in t.external_data if e.key == "location"}
+    assert used == {p.name for p in found.folder.glob("*.safetensors")}
+    assert all(os.path.samefile(source / file, found.folder / file) for file in used)
+    assert sum(p.stat().st_size for p in found.folder.iterdir() if p.stat().st_nlink == 1) < 1_000_000
+    # Constants of a few numbers are the graph's own: shapes, norms' ones, RoPE's steps.
+    assert sum(t.ByteSize() for t in graph(found).initializer if not t.external_data) < 10_000
+
+
+@pytest.mark.parametrize("layout", WHOLE)
+def test_logits_are_those_of_the_multimodal_model_itself(
+    layout: str, checkpoint: Callable[[str], Path], exported_layout: Export
+) -> None:
+    """Not of the text model alone, which the ladder loads."""
+    found = exported_layout(layout)
+    [architecture] = found.data["config"]["architectures"]
+    model = getattr(transformers, architecture).from_pretrained(checkpoint(layout), attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(prompt().ids)).logits.numpy()
+    difference = compare(expected, logits(found))
+    assert difference.excess(tolerance("float32", found.assembly)) <= 1
+    assert difference.scale > 0.5, "logits near zero would prove nothing"
+
+
+@pytest.mark.parametrize("layout", WHOLE)
+def test_an_export_has_the_weights_of_the_text_model_alone(
+    layout: str, checkpoint: Callable[[str], Path], exported_layout: Export
+) -> None:
+    stored = open_checkpoint(checkpoint(layout)).tensors
+    vision = {n for n in stored if n.startswith(("vision_model.", "multi_modal_projector.", "model.visual."))}
+    assert vision
+    assert external(exported_layout(layout)).keys() == stored.keys() - vision
+
+
+@pytest.mark.parametrize("layout", WHOLE)
+def test_a_tensor_of_another_tower_is_refused(layout: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    source, folder = checkpoint(layout), tmp_path / "checkpoint"
+    folder.mkdir()
+    tensors = {n: t for p in sorted(source.glob("*.safetensors")) for n, t in load_file(p).items()}
+    save_file(tensors | {"audio_model.weight": np.zeros(3, np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    with pytest.raises(ExportError, match=r"holds 1 tensors that this architecture does not use: audio_model\.weight"):
+        export(folder, tmp_path / "out")
+
+
+def test_experts_in_one_tensor_equal_experts_one_by_one(
+    checkpoint: Callable[[str], Path], exported_layout: Export
+) -> None:
+    one, many = (external(exported_layout(layout)) for layout in (FUSED, "qwen3_5_moe"))
+    start = "model.language_model.layers.0.mlp.experts."
+    assert {n.removeprefix(start) for n in one if n.startswith(start)} == {"gate_up_proj", "down_proj"}
+    # Eight experts of three matrices.
+    assert sum(n.startswith(start) for n in many) == 24
+    difference = compare(*(logits(exported_layout(layout)) for layout in ("qwen3_5_moe", FUSED)))
+    # The same numbers by the same operators.
+    assert (difference.max_abs, difference.rms_ratio) == (0, 0)
+    assert difference.scale > 0.5
+
+
+def test_experts_in_four_bits_stay_bytes_in_the_graph(
+    checkpoint: Callable[[str], Path], exported_layout: Export
+) -> None:
+    found = exported_layout(MXFP4)
+    model = graph(found)
+    stored = open_checkpoint(checkpoint(MXFP4)).tensors
+    packed = {n: t for n, t in stored.items() if n.endswith(("_blocks", "_scales"))}
+    assert len(packed) == 4 * found.data["config"]["num_hidden_layers"]
+    weights = external(found)
+    assert {weights[n].data_type for n in packed} == {onnx.TensorProto.UINT8}
+    readers = [(n.op_type, i) for n in model.node for i in n.input if i in packed]
+    assert sorted(readers) == sorted(("MoeExperts", n) for n in packed)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_experts_in_four_bits_equal_transformers_in_16_bits(dtype: str, exported_layout: Export) -> None:
+    found = statuses(exported_layout(MXFP4, dtype=dtype))
+    runs = "pass" if dtype == "float16" else "not run"
+    assert found == {
+        "PyTorch / transformers": "pass",
+        "PyTorch / transformers, float32": "pass",
+        "blocks: ONNX Runtime / PyTorch": runs,
+        "ONNX Runtime / PyTorch": runs,
+    }
+
+
+@pytest.mark.parametrize("left_out", ["_blocks", "_scales"])
+def test_four_bits_without_their_scales_or_scales_without_bits_are_refused(
+    left_out: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, folder = checkpoint(MXFP4), tmp_path / "checkpoint"
+    folder.mkdir()
+    tensors = {n: t for p in sorted(source.glob("*.safetensors")) for n, t in load_file(p).items()}
+    missing = f"model.layers.1.mlp.experts.down_proj{left_out}"
+    del tensors[missing]
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    with pytest.raises(ExportError, match=f"lacks 1 tensors that its config.json asks for: {missing}"):
+        export(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("arch", ["llama4", "mixtral", "qwen2_moe"])
+def test_experts_in_bf16_stay_so_in_an_fp32_graph(arch: str, tmp_path: Path) -> None:
+    """They are most of the model: a runtime that folded their Casts would double its memory."""
+    random_checkpoint.write(archs.load(arch), tmp_path / "checkpoint", dtype="bfloat16", shard_bytes=100_000)
+    found = export(tmp_path / "checkpoint", tmp_path / "out")
+    weights, model = external(found), graph(found)
+    assert {t.data_type for t in weights.values()} == {onnx.TensorProto.BFLOAT16}
+    cast = {i for n in model.node if n.op_type == "Cast" for i in n.input}
+    experts = {n for n in weights if ".experts." in n}
+    assert experts
+    # Neither a matrix of one expert nor a stack of them all.
+    assert not {n for n in cast if ".experts." in n}
+    assert weights.keys() - experts <= cast
+    assert statuses(found) == dict.fromkeys(RUNGS, "pass")
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "qwen3_5_moe"])
+def test_files_of_experts_one_by_one_are_linked(arch: str, tiny_checkpoint, exported) -> None:
+    source, folder = tiny_checkpoint(arch), exported(arch)
+    found = manifest.read(folder)
+    parts = {n for names in found.step_weights["layers.0"].values() if isinstance(names, list) for n in names}
+    assert len(parts) == 3 * len(experts_of(found))
+    assert parts <= external(found).keys()
+    assert all(os.path.samefile(p, folder / p.name) for p in source.glob("*.safetensors"))
+    assert sum(p.stat().st_size for p in folder.iterdir() if p.stat().st_nlink == 1) < 1_000_000
+
+
+def experts_of(found: manifest.Manifest) -> range:
+    config = found.data["config"]
+    return range(config.get("num_experts") or config["num_local_experts"])
