@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 from arch_cases import CASES, FIRST, Case
+from published_configs import PUBLISHED
 
 from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.assembly import assemble, named_blocks, parts
@@ -167,37 +167,14 @@ def test_the_graph_does_not_grow_by_more_than_its_layers(tmp_path) -> None:
     assert blocks == {2: (5, 6), 9: (5, 13)}
 
 
-GEMMA_2B = {
-    "model_type": "gemma",
-    "vocab_size": 256000,
-    "hidden_size": 2048,
-    "intermediate_size": 16384,
-    "num_hidden_layers": 18,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
-    "head_dim": 256,
-    "hidden_act": "gelu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-}
-
-
-def test_gemma_2b_exports_from_headers_alone(tmp_path) -> None:
-    """Five gigabytes of weights that are holes in a file: nothing reads or writes them."""
-    folder = tmp_path / "ck"
-    folder.mkdir()
-    header, end = {}, 0
-    for name, parameter in dict(random_checkpoint._parameters(archs.load("gemma"), GEMMA_2B)).items():
-        start, end = end, end + 2 * math.prod(parameter.shape)
-        header[name] = {"dtype": "BF16", "shape": parameter.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    (folder / "config.json").write_text(json.dumps(GEMMA_2B))
-    record = onnx_file.write(request(folder), tmp_path / "out", force=False, progress=silent)
-    assert end > 5e9
-    assert record["ops"] == {"Rope": 36, "AddRmsNorm": 36, "GatedAct": 18}
+@pytest.mark.parametrize(("name", "least"), [("gemma-2b", 5e9), ("gpt-oss-20b", 13e9)])
+def test_a_published_model_exports_from_headers_alone(name: str, least: float, tmp_path) -> None:
+    """Gigabytes of weights that are holes in a file: nothing reads or writes them."""
+    config = PUBLISHED[name]
+    random_checkpoint.write(archs.choose(None, config), tmp_path / "ck", config=config, hollow=True)
+    assert sum(p.stat().st_size for p in (tmp_path / "ck").iterdir()) > least
+    record = onnx_file.write(request(tmp_path / "ck"), tmp_path / "out", force=False, progress=silent)
+    assert record["ops"] == expected_ops.ops(manifest.read(tmp_path / "out").assembly)
     new = [p for p in (tmp_path / "out").iterdir() if p.stat().st_nlink == 1]
     assert sum(p.stat().st_size for p in new) < 1_000_000
 
