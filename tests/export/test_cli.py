@@ -26,6 +26,7 @@ from llmexport.export.cli.console import Console
 from llmexport.export.cli.main import COMMANDS, main
 from llmexport.export.errors import EngineError
 from llmexport.plugins import library
+from llmexport.plugins.spec import all_ops
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -363,7 +364,8 @@ def test_deploy_asks_for_a_missing_backend_before_it_does_anything(
 def test_ops_says_what_the_library_serves(run: Run) -> None:
     _, out, _ = run("ops", "--json")
     listed = {o["op"]: o for o in json.loads(out)["ops"]}
-    assert listed.keys() == {"Rope", "AddRmsNorm", "GatedAct"}
+    assert listed.keys() == all_ops().keys()
+    assert listed["MoeRoute"]["outputs"] == ["weights", "experts"]
     assert listed["Rope"]["inputs"] == {"x": ["B", "H", "T", "D"], "cos": ["B", "T", "R"], "sin": ["B", "T", "R"]}
     assert listed["AddRmsNorm"]["attributes"]["epsilon"] == "float"
 
