@@ -78,7 +78,7 @@ def right(found: Inputs, inputs: Inputs, l2_norm: bool = True, shift: int = 0) -
 
 # B, T, G, H, D, V: one token, few, any number of 16 or 32 rows; chunks full, one short, one over, with a rest.
 FEW = [(1, 1, 1, 2, 128, 128), (2, 1, 2, 2, 16, 16), (1, 7, 2, 4, 64, 32), (2, 16, 1, 3, 32, 64), (1, 65, 1, 1, 16, 16)]
-CHUNKS = [(2, 17, 1, 2, 64, 16), (1, 63, 1, 2, 64, 32), (1, 64, 2, 2, 64, 64), (1, 65, 1, 3, 64, 32)]
+CHUNKS = [(2, 17, 1, 2, 64, 16), (1, 63, 1, 2, 64, 32), (1, 64, 1, 1, 64, 64), (1, 65, 2, 4, 64, 32)]
 CHUNKS += [(2, 130, 1, 1, 64, 16), (1, 130, 1, 1, 128, 128), (1, 64, 1, 2, 128, 16)]
 
 
@@ -133,7 +133,7 @@ def weaken(g: Values) -> None:
 
 
 def weaken_some(g: Values) -> None:
-    """Differences of sums must hold where the sums are thousands."""
+    """Differences must hold where the sums are thousands, as at the end of a chunk."""
     g[:] = -0.01
     g[:, ::3] = -100
 
@@ -145,7 +145,7 @@ def forget(g: Values) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("decay", [weaken, weaken_some, forget])
 def test_decays(machine: Machine, decay: Callable[[Values], None], dtype: str) -> None:
-    inputs = tensors((1, 130, 1, 1, 64, 32), dtype)
+    inputs = tensors((1, 128, 1, 1, 64, 32), dtype)
     decay(inputs[G])
     assert right(run(machine, inputs), inputs)
 
@@ -154,9 +154,9 @@ def test_decays(machine: Machine, decay: Callable[[Values], None], dtype: str) -
 def test_all_is_forgotten_and_nothing_learned(machine: Machine, dtype: str) -> None:
     """What a chunk adds to a large state is then next to nothing: neither may be scaled by the other alone."""
     inputs = tensors((1, 64, 1, 1, 64, 32), dtype)
-    inputs[G][:, -1], inputs[BETA][:, -1] = -80, 0
-    inputs[STATE] *= np.float32(2.0**12)
+    inputs[G][:, -1], inputs[BETA][:, -1] = -87, 0
     inputs[G][:, :-1] = -0.01
+    inputs[STATE] *= np.float32(2.0**12)
     found, (_, state) = run(machine, inputs), exact(inputs)
     assert right_state(found[1], state, chunks=True)
 
