@@ -57,10 +57,18 @@ CASES = (
     Case("gemma3_text", "gemma3_text"),
     Case("qwen3", "qwen3"),
     Case("phi3", "phi3"),
-    Case("phi3", "phi3-longrope", {
-        "original_max_position_embeddings": 48, "max_position_embeddings": 512, "sliding_window": None,
+    # generate makes the cache anew where the factors change, so no prompt of the tests crosses that point.
+    Case("phi3", "phi3-longrope-long", {
+        "original_max_position_embeddings": 24, "max_position_embeddings": 512, "sliding_window": None,
         "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48,
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8],
+        },
+    }),
+    Case("phi3", "phi3-longrope-short", {
+        "original_max_position_embeddings": 400, "max_position_embeddings": 512, "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 400,
             "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8],
         },
     }),

@@ -44,7 +44,8 @@ class YarnScaling:
 @dataclass(frozen=True)
 class LongScaling:
     """LongRoPE (arXiv 2402.13753): a divisor for each frequency, `long` once a position is `original_positions`
-    or beyond, else `short`. cos and sin are multiplied by `magnitude`."""
+    or beyond, else `short`; keys cached before that point keep their angles, so that who crosses it must run the
+    whole prompt again, as transformers' generate does. cos and sin are multiplied by `magnitude`."""
 
     short: tuple[float, ...]
     long: tuple[float, ...]

@@ -166,7 +166,7 @@ MISREAD = {
     "cap on logits dropped": ("gemma2", "Head", "softcap", 0.0),
     "one RoPE for all kinds of layers": ("gemma3_text", "Rotary", "theta", 10000.0),
     "clip dropped": ("olmo", "Attention", "clip", None),
-    "LongRoPE's lengths": ("phi3-longrope", "LongScaling", "original_positions", 512),
+    "LongRoPE's lengths": ("phi3-longrope-long", "LongScaling", "original_positions", 512),
     "a delta net's epsilon": ("qwen3_5_moe", "GatedDeltaNet", "epsilon", 1e-2),
 }
 DTYPES = ("float32", "float16", "bfloat16")
