@@ -51,7 +51,7 @@ def published(name: str) -> dict[str, Any]:
 
 def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The text model's config with these changes, and a small vocabulary."""
-    text = {**config.get("text_config", config), "vocab_size": 1024, "pad_token_id": None, **changes}
+    text = {**config.get("text_config", config), "vocab_size": 1024, "pad_token_id": 0, **changes}
     text = {k: v for k, v in text.items() if v is not None}
     return {**config, "text_config": text} if "text_config" in config else text
 
