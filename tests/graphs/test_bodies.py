@@ -23,12 +23,12 @@ class Bodies:
     """Makes bodies that subtract, or add for gelu, and notes what it was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, dict[str, Attribute], str, list[list[int | str]]]] = []
+        self.asked: list[tuple[str, dict[str, Attribute], list[str], list[list[int | str]]]] = []
 
     def __call__(
-        self, name: str, attributes: dict[str, Attribute], dtype: str, shapes: list[list[int | str]]
+        self, name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
     ) -> onnx.FunctionProto:
-        self.asked.append((name, attributes, dtype, shapes))
+        self.asked.append((name, attributes, types, shapes))
         op = "Add" if attributes.get("activation") == "gelu_erf" else "Sub"
         node = onnx.helper.make_node(op, ["gate", "up"], ["y"])
         return onnx.helper.make_function(
@@ -39,7 +39,7 @@ class Bodies:
             [node],
             [onnx.helper.make_opsetid("", 23)],
             sorted(attributes),
-            overload=f"{dtype}__{attributes.get('activation')}",
+            overload=f"{types[0]}__{attributes.get('activation')}",
         )
 
 
@@ -47,15 +47,15 @@ def test_asks_for_a_body_by_name_attributes_type_and_sizes():
     bodies = Bodies()
     attach_bodies(model(f"({FP32} g, {FP32} u) => ({FP32} y) {{ y = {GATED}(g, u) }}"), bodies)
     attributes = {"activation": "silu", "alpha": 0.5, "limit": 7.0}
-    assert bodies.asked == [("GatedAct", attributes, "float32", [["batch", "tokens", 9]] * 2)]
+    assert bodies.asked == [("GatedAct", attributes, ["float32"] * 2, [["batch", "tokens", 9]] * 2)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_type_is_that_of_the_first_input(dtype):
+def test_the_types_are_those_of_the_inputs(dtype):
     kind = dtype.replace("float32", "float") + "[2, 3, 9]"
     bodies = Bodies()
     attach_bodies(model(f"({kind} g, {kind} u) => ({kind} y) {{ y = {GATED}(g, u) }}"), bodies)
-    assert bodies.asked[0][2:] == (dtype, [[2, 3, 9]] * 2)
+    assert bodies.asked[0][2:] == ([dtype] * 2, [[2, 3, 9]] * 2)
 
 
 def test_the_node_names_its_overload():
