@@ -1,11 +1,13 @@
 """The families at their published sizes: does one layer of every kind match, and what does a whole export cost?
 
-    python tests/bench/bench_families.py [--work DIR] [--only width|hollow] [--json FILE] [NAME ...]
+    python tests/bench/bench_families.py [--work DIR] [--only width|engine|hollow] [--json FILE] [NAME ...]
 
 width: random bf16 weights of one layer of every kind at the published dimensions (a vocabulary of 1,024), exported
 with fp32 compute; the ladder of `llmexport validate` in a process of its own, which is what `peak_rss_mb` is of.
-hollow: the whole published size as files of holes, exported as `llmexport onnx` does. Exit code 1: a rung failed, or
-an export took 30 s or 1 GB.
+engine: the same layers in bf16 as a TensorRT-RTX engine, every op of ours a layer of the plugin library (`llmexport
+plugins build`); `peak_rss_mb` is of the builder.
+hollow: the whole published size as files of holes, exported as `llmexport onnx` does. Exit code 1: a rung failed, an
+op became no plugin layer, or an export took 30 s or 1 GB. FILE keeps its rows of what was not run this time.
 """
 
 import argparse
@@ -23,11 +25,14 @@ from typing import Any
 from exporters import MB, new_bytes
 from report import commit, machine
 
+from llmexport.plugins import library
+
 TESTS = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "families_cpu.json"
 LIMIT_S, LIMIT_MB = 30.0, 1000.0
 # Published config -> what is changed for each model of one layer of a kind.
 WIDTH: dict[str, dict[str, dict[str, Any]]] = {
+    "gemma-2b": {"layer": {"num_hidden_layers": 1}},
     "GLM-4-9B-0414": {"layer": {"num_hidden_layers": 1}},
     "gpt-oss-20b": {"mxfp4": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}},
     "Llama-4-Scout-17B-16E": {
@@ -87,18 +92,43 @@ def width(work: Path, name: str, kind: str) -> dict[str, Any]:
         raise SystemExit((work / "log").read_text())
     rungs = json.loads((work / "out" / "report.json").read_text())["rungs"]
     return {
-        "model": name,
-        "layers": kind,
         "weights_mb": round(held / MB, 1),
         "export_s": export_s,
         "validate_s": seconds,
         "peak_rss_mb": peak,
         "passed": code == 0,
-        "rungs": {r["name"]: {k: r[k] for k in ("status", "max_abs", "rms_ratio") if k in r} for r in rungs},
+        "rungs": {r["name"]: {"status": r["status"], **numbers(r["difference"])} for r in rungs},
     }
 
 
-def hollow(work: Path, name: str) -> dict[str, Any]:
+def numbers(difference: dict[str, Any] | None) -> dict[str, Any]:
+    return {k: difference[k] for k in ("max_abs", "rms_ratio")} if difference else {}
+
+
+def engine(work: Path, name: str, kind: str) -> dict[str, Any]:
+    """An engine of one model of one or two layers: what it holds, and what its building took."""
+    if not library.find():
+        raise SystemExit("no plugin library: llmexport plugins build")
+    source = checkpoint(work, changed(published(name), WIDTH[name][kind]))
+    code, _, _ = run("onnx", "--checkpoint", source, "--dtype", "bfloat16", "-o", work / "out", log=work / "log")
+    if code:
+        raise SystemExit((work / "log").read_text())
+    code, seconds, peak = run("engine", work / "out", log=work / "log")
+    if code:
+        raise SystemExit((work / "log").read_text())
+    ops = json.loads((work / "out" / "manifest.json").read_text())["ops"]
+    built = json.loads((work / "out" / "engine.json").read_text())
+    plugin_layers = {op: n for p in built["plugins"] for op, n in p["ops"].items()}
+    return {
+        "engine_mb": round(built["plan"]["bytes"] / MB, 1),
+        "engine_s": seconds,
+        "peak_rss_mb": peak,
+        "passed": plugin_layers == ops and built["layers"]["PLUGIN_V3"] == sum(ops.values()),
+        "plugin_layers": plugin_layers,
+    }
+
+
+def hollow(work: Path, name: str, kind: str) -> dict[str, Any]:
     """The whole model, its weights holes: the cost of the first export and of the next."""
     source = checkpoint(work, published(name), "--hollow")
     held = sum(p.stat().st_size for p in source.iterdir())
@@ -111,34 +141,40 @@ def hollow(work: Path, name: str) -> dict[str, Any]:
         costs[which] = {"wall_s": seconds, "peak_rss_mb": peak}
     passed = all(c["wall_s"] < LIMIT_S and c["peak_rss_mb"] < LIMIT_MB for c in costs.values())
     added = round(new_bytes(work / "out", source) / MB, 2)
-    return {"model": name, "weights_gb": round(held / 1e9, 1), **costs, "new_mb": added, "passed": passed}
+    return {"weights_gb": round(held / 1e9, 1), **costs, "new_mb": added, "passed": passed}
+
+
+SECTIONS = {"width": width, "engine": engine, "hollow": hollow}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--work", type=Path, help="where the checkpoints lie meanwhile: up to 10 GB")
-    parser.add_argument("--only", choices=("width", "hollow"))
+    parser.add_argument("--only", choices=SECTIONS)
     parser.add_argument("--json", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     names = chosen.names or list(WIDTH)
-    jobs = [("width", n, k) for n in names for k in WIDTH[n]] + [("hollow", n, "") for n in names]
-    results: dict[str, list[dict[str, Any]]] = {"width": [], "hollow": []}
-    for section, name, kind in jobs:
-        if chosen.only not in (None, section):
-            continue
-        work = Path(tempfile.mkdtemp(dir=chosen.work))
-        os.environ["LLMEXPORT_CACHE"] = str(work / "traces")
-        try:
-            found = width(work, name, kind) if section == "width" else hollow(work, name)
-        finally:
-            shutil.rmtree(work)
-        print(json.dumps(found), flush=True)
-        results[section].append(found)
-    record = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(), **machine()}
-    chosen.json.write_text(json.dumps({**record, **results}, indent=1) + "\n")
-    if not all(r["passed"] for rows in results.values() for r in rows):
-        raise SystemExit(1)
+    kept = json.loads(chosen.json.read_text()) if chosen.json.exists() else {}
+    rows = {s: {(r["model"], r["layers"]): r for r in kept.get(s, ())} for s in SECTIONS}
+    passed = True
+    for section in [chosen.only] if chosen.only else ["engine", "width", "hollow"]:
+        for name, kind in [(n, k) for n in names for k in (["all"] if section == "hollow" else WIDTH[n])]:
+            work = Path(tempfile.mkdtemp(dir=chosen.work))
+            if section != "engine":
+                # No trace may lie there already.
+                os.environ["LLMEXPORT_CACHE"] = str(work / "cache")
+            try:
+                found = SECTIONS[section](work, name, kind)
+            finally:
+                shutil.rmtree(work)
+            when = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit()}
+            rows[section][name, kind] = {"model": name, "layers": kind, **found, **when}
+            print(json.dumps(rows[section][name, kind]), flush=True)
+            passed &= found["passed"]
+            record = {**machine(), **{s: list(r.values()) for s, r in rows.items()}}
+            chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+    raise SystemExit(0 if passed else 1)
 
 
 if __name__ == "__main__":

@@ -57,14 +57,14 @@ def machine() -> dict[str, object]:
 
 
 def commit() -> str:
-    """Commit of this checkout, marked when tracked files differ from it."""
+    """Commit of this checkout, marked when tracked files other than results differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", *arguments]
         done = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
-    changed = git("status", "--short", "--untracked-files=no")
+    changed = git("status", "--short", "--untracked-files=no", "--", ":/", ":!results")
     return git("rev-parse", "HEAD") + (" modified" if changed else "")
 
 
