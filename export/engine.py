@@ -24,17 +24,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import onnx
-import onnx.inliner
-
 from llmexport.export import manifest
 from llmexport.export.assembly import Assembly
 from llmexport.export.errors import EngineError
 from llmexport.export.onnx_file import MODEL, Progress, load
 from llmexport.export.output import write_errors
 from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Port
+from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.plugins import library
-from llmexport.plugins.spec import DOMAIN
 
 PLAN = "model.plan"
 RECORD = "engine.json"
@@ -64,8 +61,6 @@ BACKENDS = MappingProxyType(
     }
 )
 
-# All that TensorRT reads of Attention as ONNX means it.
-ATTENTION = ("scale", "q_num_heads", "kv_num_heads")
 # Warnings after which TensorRT goes on with a part of the model left out or changed.
 ANOTHER_GRAPH = re.compile(
     "Unused Input: |currently ignores|Ignoring shape|[Cc]lamp(ing to|ed)|not found in plugin node|wrong shape"
@@ -178,41 +173,6 @@ def build(
         _place(work, folder, record)
     progress("engine", 2, 2)
     return record
-
-
-def tensorrt_form(
-    model: onnx.ModelProto, served: frozenset[str] = frozenset()
-) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """The model with the ops in `served` left to plugins and all other functions inlined; and the nodes that are
-    left to plugins, name -> op. Raises EngineError on what TensorRT would misread.
-
-    It finds an op by type alone: a function hides a plugin of its name, and of two functions of one name, whatever
-    their overload, it would call one. It gives plugins no uint8 (NvInferRuntimePlugin.h) and makes int32 of uint8
-    constants: weights that only plugins read become int8, byte for byte.
-    """
-    rest = onnx.ModelProto()
-    rest.CopyFrom(model)
-    del rest.functions[:]
-    rest.functions.extend(f for f in model.functions if f.name not in served)
-    for node in rest.graph.node:
-        if node.domain == DOMAIN and node.op_type in served:
-            node.ClearField("overload")
-    inlined = onnx.inliner.inline_local_functions(rest)
-    for node in inlined.graph.node:
-        if node.domain and not (node.domain == DOMAIN and node.op_type in served):
-            raise EngineError(f"{node.name}: {node.domain}::{node.op_type} has no body to build it from")
-        if node.op_type == "Attention":
-            said = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            misread = [n for n, v in said.items() if v and n not in ATTENTION] + [n for n in node.input[4:] if n]
-            if misread:
-                raise EngineError(f"{node.name}: TensorRT misreads or ignores {', '.join(misread)} of Attention")
-    plugin_nodes = [n for n in inlined.graph.node if n.domain == DOMAIN]
-    read_elsewhere = {name for n in inlined.graph.node if n.domain != DOMAIN for name in n.input}
-    bytes_of_plugins = {name for n in plugin_nodes for name in n.input} - read_elsewhere
-    for weight in inlined.graph.initializer:
-        if weight.name in bytes_of_plugins and weight.data_type == onnx.TensorProto.UINT8:
-            weight.data_type = onnx.TensorProto.INT8
-    return inlined, {n.name: n.op_type for n in plugin_nodes}
 
 
 def _library(path: Path, nodes: dict[str, str]) -> dict[str, Any]:

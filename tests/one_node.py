@@ -13,7 +13,8 @@ import onnxruntime
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from llmexport.export.engine import ANOTHER_GRAPH, COMMAND, tensorrt_form
+from llmexport.export.engine import ANOTHER_GRAPH, COMMAND
+from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.export.trace import trace_body
 from llmexport.plugins import library
 from llmexport.plugins.spec import DOMAIN, Attribute, all_ops
@@ -37,6 +38,20 @@ def body_model(
     graph = helper.make_graph([node], "one", [values[n] for n in inputs], [values[n] for n in op.outputs])
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10)
+
+
+def model_of(
+    nodes: list[onnx.NodeProto],
+    inputs: list[str],
+    outputs: list[str],
+    opsets: list[onnx.OperatorSetIdProto] | None = None,
+    functions: list[onnx.FunctionProto] | None = None,
+) -> onnx.ModelProto:
+    """Nodes on tensors of floats [batch, 4]."""
+    values = {n: helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 4]) for n in inputs + outputs}
+    graph = helper.make_graph(nodes, "g", [values[n] for n in inputs], [values[n] for n in outputs])
+    opsets = opsets or [helper.make_opsetid("", 24), helper.make_opsetid("llmexport", 1)]
+    return helper.make_model(graph, functions=functions or [], opset_imports=opsets, ir_version=10)
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from plugin_cases import ALL_CASES, Case, array_of
 
-from llmexport.export.engine import tensorrt_form
+from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.plugins import library
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}

@@ -17,7 +17,7 @@ from one_node import rtx_build, session
 from op_model import DYNAMIC, node_model, run
 from torch import Tensor
 
-from llmexport.export.engine import tensorrt_form
+from llmexport.export.tensorrt_form import tensorrt_form
 
 TOKENS = [(1, 1), (1, 7), (2, 65)]
 WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scales", "down_scales")
