@@ -75,11 +75,9 @@ def prefill(assembly: Assembly, start: Prompt, dtype: str) -> Feed:
 def advance(feed: Feed, outputs: Feed, chosen: np.ndarray) -> Feed:
     """The feed of the next step: the tokens `chosen` [B, n], with the caches that the last step returned."""
     mask = np.concatenate((feed["attention_mask"], np.ones_like(chosen)), 1)
-    following = {
-        "input_ids": chosen,
-        "position_ids": feed["position_ids"][..., -1:] + 1 + np.arange(chosen.shape[1]),
-        "attention_mask": mask,
-    }
+    following = {"input_ids": chosen, "attention_mask": mask}
+    if "position_ids" in feed:
+        following["position_ids"] = feed["position_ids"][..., -1:] + 1 + np.arange(chosen.shape[1])
     return following | {n: outputs[n.replace("past_key_values", "present")] for n in feed if n not in following}
 
 

@@ -141,7 +141,7 @@ def _reference(manifest: Manifest, prompt: feeds.Prompt, ours: Run, name: str = 
         return Rung(name, "not run", "transformers is not installed: pip install transformers")
     feed = feeds.prefill(manifest.assembly, prompt, manifest.dtype)
     with TransformersRunner(manifest) as runner:
-        reference = _run(runner, {n: feed[n] for n in TOKENS}, ours.chosen)
+        reference = _run(runner, {n: feed[n] for n in TOKENS if n in feed}, ours.chosen)
     return _compare_runs(name, reference, ours, prompt, whole_tolerance(manifest.dtype, manifest.assembly))
 
 

@@ -186,18 +186,13 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
         del self._model
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
-        ids, positions, mask = (to_torch(feed_dict[n]) for n in TOKENS)
-        if ids.shape[1] == mask.shape[1]:
+        # A model without RoPE has no position_ids.
+        given = {n: to_torch(feed_dict[n]) for n in TOKENS if n in feed_dict}
+        if given["input_ids"].shape[1] == given["attention_mask"].shape[1]:
             self._cache = None
         start = time.perf_counter()
         with torch.inference_mode():
-            made = self._model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-            )
+            made = self._model(**given, past_key_values=self._cache, use_cache=True)
         self._cache = made.past_key_values
         self.inference_time = time.perf_counter() - start
         return OrderedDict(logits=to_numpy(made.logits))

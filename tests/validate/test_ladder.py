@@ -56,6 +56,12 @@ def test_every_rung_of_a_right_export_passes(case: Case, dtype: str, exported) -
     assert steps == {s.name for s in manifest.read(exported(case, dtype)).assembly.steps}
 
 
+def test_a_model_without_rope_has_no_positions(exported) -> None:
+    case = Case("llama4", "llama4-no-rope", {"no_rope_layers": [0] * 4})
+    assert "position_ids" not in [p.name for p in manifest.read(exported(case)).assembly.inputs]
+    assert {r.status for r in climb(exported(case)).values()} == {"pass"}
+
+
 def test_a_wrong_node_fails_its_own_block_and_no_other(copy: Path) -> None:
     edit_model(
         copy,
