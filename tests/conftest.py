@@ -14,13 +14,19 @@ from arch_cases import CASES, Case
 from layouts import randomise
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Beside others that test, each with one core.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 Exporter = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trace_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """An own trace cache, empty at first: no test may pass on what an earlier session traced."""
-    folder = tmp_path_factory.mktemp("traces")
+    base = tmp_path_factory.getbasetemp()
+    # Processes that test side by side have their folders in one of this session.
+    folder = (base if worker_id == "master" else base.parent) / "traces"
+    folder.mkdir(exist_ok=True)
     os.environ["LLMEXPORT_CACHE"] = str(folder)
     return folder
 

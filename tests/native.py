@@ -1,11 +1,15 @@
 """Compiles what the tests of plugins/ need, once for each state of the sources."""
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,25 +36,54 @@ def need_cuda_headers() -> None:
         pytest.skip(f"no CUDA headers in {CUDA_INCLUDE}: install the CUDA toolkit, or set CUDA_HOME")
 
 
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Held by one process at a time: several test processes want the same library at once, and one makes it."""
+    folder = ROOT / "build" / "tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def compiled(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
     """A program or, with -shared among the flags, a library; kept under build/ until a source changes."""
     need_cuda_headers()
     command = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-fPIC", "-pthread"]
-    command += ["-I", str(PLUGINS), "-isystem", str(CUDA_INCLUDE), *flags, "-x", "c++", *map(str, sources)]
-    digest = hashlib.sha256("\0".join(command).encode())
+    command += ["-I", str(PLUGINS), "-isystem", str(CUDA_INCLUDE)]
+    digest = hashlib.sha256("\0".join([*command, *flags, *map(str, sources)]).encode())
     for path in sorted([*PLUGINS.rglob("*"), *(ROOT / "tests" / "plugins").rglob("*")]):
         if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
             digest.update(path.read_bytes())
     target = ROOT / "build" / "tests" / f"{name}-{digest.hexdigest()[:16]}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob(f"{name}-{'?' * 16}"):
-            old.unlink(missing_ok=True)
-        unfinished = target.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        unfinished.rename(target)
+    with alone(name):
+        if not target.exists():
+            for old in target.parent.glob(f"{name}-{'?' * 16}"):
+                old.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                built = Path(folder) / name
+                _compile(command, sources, flags, built)
+                built.rename(target)
     return target
+
+
+def _compile(command: list[str], sources: Sequence[Path], flags: Sequence[str], target: Path) -> None:
+    """Each source for itself, as many at once as there are cores; those among the flags too."""
+    units = [*sources, *(Path(f) for f in flags if f.endswith(".cpp"))]
+    options = [f for f in flags if f.startswith("-") and not f.startswith("-Wl,")]
+    linked = [f for f in flags if f not in options and not f.endswith(".cpp")]
+    objects = [target.parent / f"{i}.o" for i in range(len(units))]
+
+    def run(arguments: Sequence[str | Path]) -> None:
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def compile_one(unit: Path, made: Path) -> None:
+        run([*options, "-x", "c++", "-c", unit, "-o", made])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, units, objects))
+    run([*options, *linked, *objects, "-o", target])
 
 
 def emulated_library(flags: Sequence[str] = ()) -> Path:
@@ -72,7 +105,8 @@ def cuda_library() -> Path:
     need_nvcc()
     if not shutil.which("cmake"):
         pytest.skip("no cmake: pip install cmake")
-    return library.build(build_dir=ROOT / "build" / "tests" / "cuda", jobs=2)
+    with alone("cuda"):
+        return library.build(build_dir=ROOT / "build" / "tests" / "cuda", jobs=2)
 
 
 def need_gpu() -> None:
