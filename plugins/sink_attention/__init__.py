@@ -53,6 +53,8 @@ def sink_attention(
     # A row without keys has no largest logit: its weights are all zero through the mask.
     weights = torch.exp(logits - most) * visible
     total = weights.sum(-1, keepdim=True)
-    total = total.clamp(min=1e-30) if sinks is None else total + torch.exp(sink - most)
-    weights = (weights / total).reshape(batch, groups, heads // groups * tokens, keys)
+    if sinks is not None:
+        total = total + torch.exp(sink - most)
+    # 0 of a row without keys and without a sink, or with one of -inf; else at least 1.
+    weights = (weights / total.clamp(min=1e-30)).reshape(batch, groups, heads // groups * tokens, keys)
     return (weights @ v.float()).reshape(batch, heads, tokens, size).to(q.dtype)
