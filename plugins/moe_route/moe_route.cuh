@@ -172,7 +172,7 @@ __device__ __forceinline__ void weighRoutes(RouteWinner* winners,
 // All in fp32, weights rounded to T once, as modeling_qwen3_5_moe.py (softmax of all),
 // modeling_gpt_oss.py (of the chosen) and modeling_llama4.py (sigmoid); modeling_mixtral.py and
 // modeling_deepseek_v3.py (bias, groups) keep weights in fp32. The 1e-20 is DeepSeek's. Qwen and
-// Mixtral choose by the softmax, this by the logit: the same but where two softmaxes are one number.
+// Mixtral choose by the softmax, this by the logit: the same but where two softmaxes are equal.
 // Exp and division: element.cuh, of `Precision`; sums: a lane's in order, then a tree of lanes.
 //
 // Each lane sorts its experts; then, topK times, the best of the lanes' first is taken away. Keys
