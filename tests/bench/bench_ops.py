@@ -139,10 +139,16 @@ def main() -> int:
 
     from llmexport.plugins import library
 
+    gpu = torch.cuda.get_device_name()
+    result: dict[str, Any] = {
+        "gpu": gpu,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+    }
     major, minor = torch.cuda.get_device_capability()
     built = Library(library.build([f"{major}{minor}"], RESULTS.parents[2] / "build" / "bench"))
     limits = ceilings()
-    gpu = torch.cuda.get_device_name()
     said = f"copy {limits.copy / 1e12:.2f} TB/s, read {limits.read / 1e12:.2f}, gemm {limits.gemm / 1e12:.0f} TFLOP/s, "
     said += f"empty {limits.launch * 1e6:.2f} us"
     print(f"{gpu}: {said}")
@@ -167,14 +173,7 @@ def main() -> int:
         rows.append(row)
         torch.cuda.empty_cache()
     RESULTS.mkdir(exist_ok=True)
-    result = {
-        "gpu": gpu,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "versions": versions(),
-        "ceilings": asdict(limits),
-        "rows": rows,
-    }
+    result |= {"ceilings": asdict(limits), "rows": rows}
     path = RESULTS / f"{gpu.lower().replace(' ', '-')}.json"
     if arguments.only and path.exists():
         # What the same commit measured of the other ops stays.

@@ -1,13 +1,12 @@
 """The benchmark's peers and bounds, without a GPU: they are given what they document, and so compute the same.
 
-What is not installed is stood in for by its documented meaning, in float64.
+What is not installed is stood in for by flashinfer_rules.py.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,81 +40,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> 
     monkeypatch.setitem(sys.modules, name, module)
 
 
-def step(state: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: float, beta: float) -> Any:
-    """One token of one head: state [D, V], q and k [D], v [V]; y and the state after it."""
-    q, k = (x / (x.square().sum() + 1e-6).sqrt() for x in (q, k))
-    state = decay * state
-    state = state + torch.outer(k, beta * (v - k @ state))
-    return q @ state, state
-
-
-def gated_delta_rule(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of one row, [T, heads, ..], after a state [H, D, V]."""
-    y, shared = torch.empty_like(v), v.shape[1] // q.shape[1]
-    for h in range(v.shape[1]):
-        for t in range(len(v)):
-            y[t, h], state[h] = step(
-                state[h], q[t, h // shared], k[t, h // shared], v[t, h], float(decay[t, h]), float(beta[t, h])
-            )
-    return y, state
-
-
-def chunk_gated_delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    scale: float,
-    initial_state: torch.Tensor,
-    output_final_state: bool,
-    cu_seqlens: torch.Tensor,
-    use_qk_l2norm_in_kernel: bool,
-    output: torch.Tensor,
-    output_state: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    assert (g.dtype, beta.dtype, initial_state.dtype) == (torch.float32,) * 3
-    assert output_final_state
-    assert use_qk_l2norm_in_kernel
-    for row, (first, end) in enumerate(itertools.pairwise(cu_seqlens)):
-        q_, k_, v_, g_, beta_ = (x[first:end].double() for x in (q, k, v, g, beta))
-        y, state = gated_delta_rule(q_, k_, v_, g_, beta_, initial_state[row].double().mT.clone())
-        output[first:end], output_state[row] = scale * y, state.mT
-    return output, output_state
-
-
-def gated_delta_rule_decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    state: torch.Tensor,
-    A_log: torch.Tensor,
-    a: torch.Tensor,
-    dt_bias: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    use_qk_l2norm: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    assert (A_log.dtype, state.dtype, a.dtype, b.dtype) == (torch.float32, torch.float32, q.dtype, q.dtype)
-    assert use_qk_l2norm
-    decay = torch.exp(-A_log.double().exp() * torch.nn.functional.softplus(a.double() + dt_bias))
-    y = torch.empty_like(v)
-    for row in range(len(q)):
-        tokens = (x[row].double() for x in (q, k, v, decay, b.double().sigmoid()))
-        found, moved = gated_delta_rule(*tokens, state[row].double())
-        y[row], state[row] = scale * found, moved
-    return y, state
-
-
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_flashinfer_is_given_the_delta_rule(
     bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    stand_in(monkeypatch, "flashinfer.gdn_prefill", chunk_gated_delta_rule=chunk_gated_delta_rule)
-    stand_in(monkeypatch, "flashinfer.gdn_decode", gated_delta_rule_decode=gated_delta_rule_decode)
-    cases = bench("delta_rule_cases")
+    cases, rules = bench("delta_rule_cases"), bench("flashinfer_rules")
+    stand_in(monkeypatch, "flashinfer.gdn_prefill", chunk_gated_delta_rule=rules.chunk_gated_delta_rule)
+    stand_in(monkeypatch, "flashinfer.gdn_decode", gated_delta_rule_decode=rules.gated_delta_rule_decode)
     torch.manual_seed(2)
     case = cases.DeltaRuleCase(cases.Layer("small", 2, 4, 16, 16), 2, tokens)
     inputs = case.on("cpu")
@@ -127,58 +58,14 @@ def test_flashinfer_is_given_the_delta_rule(
     assert torch.equal(inputs[5], before)
 
 
-class AttentionWithSinks:
-    """Pages of a cache by flashinfer's rules: attends row by row, each query to its own and all earlier keys."""
-
-    def __init__(self, workspace: torch.Tensor, kv_layout: str, window_left: int, **types: object) -> None:
-        assert kv_layout == "HND"
-        self.window_left = window_left
-
-    def plan(
-        self,
-        qo_indptr: torch.Tensor,
-        indptr: torch.Tensor,
-        pages: torch.Tensor,
-        last: torch.Tensor,
-        heads: int,
-        groups: int,
-        size: int,
-        page_size: int,
-        causal: bool,
-        window_left: int,
-        **types: object,
-    ) -> None:
-        assert causal
-        assert window_left == self.window_left
-        self.rows = [qo_indptr, indptr, pages, last]
-        self.shared, self.page_size = heads // groups, page_size
-
-    def run(self, q: torch.Tensor, cache: tuple[torch.Tensor, ...], sinks: torch.Tensor, scale: float) -> torch.Tensor:
-        assert sinks.dtype == torch.float32
-        qo_indptr, indptr, pages, last = self.rows
-        y = torch.empty_like(q)
-        for row in range(len(last)):
-            of_row = pages[indptr[row] : indptr[row + 1]]
-            there = (len(of_row) - 1) * self.page_size + int(last[row])
-            k, v = (x[of_row].transpose(0, 1).flatten(1, 2)[:, :there].double() for x in cache)
-            first, end = int(qo_indptr[row]), int(qo_indptr[row + 1])
-            for at in range(first, end):
-                here = there - (end - at)
-                low = max(0, here - self.window_left) if self.window_left >= 0 else 0
-                for h in range(q.shape[1]):
-                    keys, values = (x[h // self.shared, low : here + 1] for x in (k, v))
-                    logits = torch.cat((scale * keys @ q[at, h].double(), sinks[h : h + 1].double()))
-                    y[at, h] = logits.softmax(0)[:-1] @ values
-        return y
-
-
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_flashinfer_is_given_the_sinks(
     bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tokens: int, window: int
 ) -> None:
-    stand_in(monkeypatch, "flashinfer", BatchAttentionWithAttentionSinkWrapper=AttentionWithSinks)
     cases, peers = bench("attention_cases"), bench("attention_peers")
+    wrapper = bench("flashinfer_rules").AttentionWithSinks
+    stand_in(monkeypatch, "flashinfer", BatchAttentionWithAttentionSinkWrapper=wrapper)
     torch.manual_seed(3)
     layer = cases.Layer("small", 4, 2, 16, window=window, sinks=True)
     case = cases.AttentionCase(layer, 2, tokens, 7)
@@ -258,11 +145,39 @@ def test_a_state_half_a_percent_off_is_wrong(bench: Callable[[str], Any], tokens
     assert right(y * 1.05, state) == [False, True]
 
 
-def test_who_fails_says_why_and_no_one_else_does(bench: Callable[[str], Any]) -> None:
-    def absent() -> list[Callable[[], object]]:
-        raise ModuleNotFoundError("no such peer\nand more")
+def test_bounds_are_timed_but_no_peers(bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls take as many seconds as they add to a clock."""
+    ops, clock, now = bench("bench_ops"), bench("gpu_clock"), [0.0]
 
-    assert bench("bench_ops").attempt(absent) == "ModuleNotFoundError: no such peer"
+    def takes(seconds: float) -> Callable[..., object]:
+        return lambda *inputs: now.append(now.pop() + seconds)
+
+    def measured(calls: list[Callable[[], object]]) -> float:
+        before = now[0]
+        for call in calls:
+            call()
+        return (now[0] - before) / len(calls)
+
+    def absent(*inputs: object) -> object:
+        raise ModuleNotFoundError("no such peer")
+
+    class Case:
+        bytes, target = 1, 0.4
+        inputs = staticmethod(lambda: [1])
+        outputs = staticmethod(lambda inputs: inputs)
+        peers = staticmethod(lambda: {"slow": takes(3.0), "absent": absent})
+        bounds = staticmethod(lambda: {"copy": lambda *inputs: takes(0.5)})
+        floor = staticmethod(lambda ceilings: 1.0)
+
+    monkeypatch.setattr(clock, "seconds_each", measured)
+    monkeypatch.setattr(clock, "sets_for", lambda size: 2)
+    monkeypatch.setattr(ops, "ours", lambda *arguments: takes(2.0))
+    times = ops.timed(Case, None, with_peers=True)
+    assert times["seconds"] == {"llmexport": 2.0, "slow": 3.0, "absent": "ModuleNotFoundError: no such peer"}
+    assert times["bounds"] == {"copy": 0.5}
+    judged = ops.judged(Case, times["seconds"], clock.Ceilings(1, 1, 1, 1))
+    assert judged == {"of_floor": 0.5, "of_launch": 2.0, "best_peer_ratio": 1.5, "met": True}
+    assert ops.timed(Case, None, with_peers=False) == {"seconds": {"llmexport": 2.0}, "bounds": {}}
 
 
 def test_results_say_which_versions_they_are_of(bench: Callable[[str], Any]) -> None:
