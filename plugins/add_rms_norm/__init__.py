@@ -24,7 +24,8 @@ def add_rms_norm(
 
     x, residual [B, T, C]; weight [C]. The sum is rounded to x's dtype and normalised as rounded, in fp32.
     round_before_weight rounds the normalised value to x's dtype before it is multiplied by the weight
-    (modeling_llama.py); otherwise the product is formed in fp32 and rounded once (modeling_gemma.py).
+    (modeling_llama.py); otherwise the product is formed in fp32 and rounded once (modeling_gemma.py,
+    modeling_gpt_oss.py).
     """
     total = x + residual
     wide = total.float()

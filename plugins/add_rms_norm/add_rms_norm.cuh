@@ -21,6 +21,12 @@ __device__ __forceinline__ T scaled(float normed, T weight,
 }
 
 // Block (threads of a row, rows); thread x holds vectors x, x + blockDim.x, ... of its row.
+//
+// Rounded to T: the sum, as modeling_llama.py's; y once or, with roundBeforeWeight, the normalised
+// value and the product (LlamaRMSNorm; once: GemmaRMSNorm, GptOssRMSNorm). All else is fp32:
+// squares of the rounded sum, a thread's in order, then sumOfRow; rsqrtf (2 units in the last
+// place). The points are those of transformers; only the order of the sum of squares is not.
+//
 // One block an SM is enough: without saying so, ptxas spills on sm_120 to fit three.
 template <class T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kRowMaxThreads, 1)
@@ -63,6 +69,7 @@ __global__ void __launch_bounds__(kRowMaxThreads, 1)
 }
 
 // A block a row, of any length: each thread reads its part of the sum again, which it wrote itself.
+// Rounds as addRmsNormKernel.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kRowTwoPassThreads)
     addRmsNormTwoPassKernel(T const* x, T const* residual, T const* weight, T* y, T* sum,

@@ -32,8 +32,12 @@ __device__ __forceinline__ Vector<T, kWidth> convInput(CausalConv1dArguments<T> 
 
 // Grid (chunks of the batch / blockDim.y, channels / (blockDim.x * kWidth)), block (channels /
 // kWidth, chunks). A thread goes through the `length` tokens of its chunk for kWidth channels; the
-// kTaps - 1 inputs before them it reads itself. The sum is rounded to T and, if activated, once
-// more: a convolution and an activation are two operations in modeling_qwen3_5_moe.py.
+// kTaps - 1 inputs before them it reads itself.
+//
+// The sum is fp32, the bias first, then the taps from the oldest on, by fma; it is rounded to T
+// and, if activated, once more: causal_conv1d_fn of modeling_qwen3_5_moe.py is a convolution and an
+// activation in T, too. The order in which its convolution adds is that of its library. exp and
+// division of silu as element.cuh says. States are copied bit by bit.
 //
 // Whoever reads the state, the first chunk, also writes the next one, after it has read: the two
 // may be one tensor. What a thread fetches it alone reads: there is no barrier.

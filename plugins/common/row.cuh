@@ -6,7 +6,8 @@
 
 namespace llmexport {
 
-// The sum over the threads of a row: blockDim.x of them, a power of two up to a warp, or warps.
+// The sum over the threads of a row: blockDim.x of them, a power of two up to a warp, or warps. In
+// fp32, a tree of lanes and then of warps: the same order, and so the same bits, in every run.
 __device__ __forceinline__ float sumOfRow(float value) {
   int const lanes = blockDim.x < kWarp ? int(blockDim.x) : kWarp;
   value = sumOverLanes(value, lanes);

@@ -1,4 +1,6 @@
 // mma.sync m16n8k16 with fp32 accumulation, and ldmatrix, which loads its fragments (sm_80 on).
+// Products of 16-bit factors are exact; PTX leaves open in which order one mma adds its 16, and how
+// it rounds those sums. The CPU emulator adds them one after another, to nearest.
 #pragma once
 
 #include "common/gpu.cuh"

@@ -39,8 +39,10 @@ def gated_delta_rule(
 
     q, k [B, T, G, D]; v [B, T, H, V], H a multiple of G, consecutive heads of v sharing one of q and k; g, the log
     of the decay, [B, T, H] fp32; beta [B, T, H]; state and next_state [B, H, D, V] fp32. l2_norm divides q and k
-    by sqrt(sum of squares + 1e-6) first. All in fp32, y rounded once. The operator of ai.onnx 27 LinearAttention,
-    update rule gated_delta, and of modeling_qwen3_5_moe.py. Computed in chunks of tokens.
+    by sqrt(sum of squares + 1e-6) first. All in fp32, y rounded once: it is no mean of values, and beyond 65504
+    infinite in fp16, where bf16 holds it. The operator of ai.onnx 27 LinearAttention, update rule gated_delta, and
+    of modeling_qwen3_5_moe.py, which rounds as here. Computed in chunks of tokens, so that a NaN of a token may
+    spread to the others of its chunk.
     """
     shared = v.shape[2] // q.shape[2]
     wide_q, wide_k, wide_v = q.float(), k.float(), v.float()

@@ -14,7 +14,16 @@
 // prepare makes the first three for all chunks at once, scan the rest, chunk after chunk. No W or U
 // of the WY form is stored: k as it came is an exact operand of the tensor cores, where W would be
 // another of fp32, of four times the bytes. What is fp32 goes in as two parts, high and low, whose
-// sum holds 16 bits of it (bf16) or 22 (fp16).
+// product with other parts leaves out low times low.
+//
+// Whatever T is, v - n exp(G) k S, the inverse, the scores and u for y are bf16 parts, which keep
+// 16 bits; S, and u for S', are parts of T: 16 bits, or of fp16 22, each row scaled into its range
+// by a power of two. torch_chunk_gated_delta_rule of modeling_qwen3_5_moe.py does all of it in fp32
+// and rounds y alone, as is done here last.
+//
+// Zeros above a diagonal are multiplied, too: a NaN or infinity in k, v or beta of a token makes
+// NaN of earlier tokens of its tile of 16; in torch_chunk_gated_delta_rule, and in __init__.py, of
+// its chunk.
 #pragma once
 
 #include <cstring>

@@ -231,6 +231,7 @@ __device__ __forceinline__ void writeFactors(ChunkTokens const& tokens, float sc
 // Grid (chunks, H, B). Products of k and q as they are, norms, decay and beta in fp32 on the sums,
 // then the inverse: warp w its rows 16 w. Follows torch_chunk_gated_delta_rule of
 // modeling_qwen3_5_moe.py, less what depends on v; nothing is rounded but the parts of chunk.cuh.
+// Sums of g are in double, where that adds in fp32; exp2Fast is good to 2**-22, rsqrtf to 2 units.
 template <class T, int D>
 __global__ void __launch_bounds__(kChunkThreads)
     prepareKernel(T const* q, T const* k, float const* g, T const* beta, ChunkRecord* records,

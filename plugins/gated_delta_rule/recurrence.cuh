@@ -101,9 +101,14 @@ __device__ __forceinline__ void sumOverRows(RecurrenceSums& sums, RecurrenceSums
 }
 
 // Grid (columns of V / kRecurrenceColumns, H, B). Thread t holds rows t / kRowLanes + 16 i of
-// columns t % kRowLanes * 4 on: the state is read once and written once, and stays in registers
-// for all tokens between. All in fp32, y rounded once. One pass over the state a token, as
-// q^T S' = exp(g) q^T S + (q^T k) error; norms of q and k are applied to the sums.
+// columns t % kRowLanes * 4 on: the state is read once and written once, and stays in registers for
+// all tokens between. One pass over the state a token, as q^T S' = exp(g) q^T S + (q^T k) error;
+// norms of q and k are applied to the sums.
+//
+// All in fp32, y rounded to T once, as torch_recurrent_gated_delta_rule of modeling_qwen3_5_moe.py,
+// which applies norms and scale to q and k first and reads y from the new state. Sums over D: a
+// thread's rows in order, then lanes, then warps. expf and rsqrtf: 2 units in the last place. An
+// fp16 y beyond 65504 is infinite, as there.
 template <class T, bool kVectors>
 __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
     recurrenceKernel(T const* q, T const* k, T const* v, float const* g, T const* beta,

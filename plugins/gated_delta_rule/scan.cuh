@@ -303,7 +303,12 @@ __device__ __forceinline__ void moveState(ChunkRecord const& record, T const* ke
 // Grid (columns of V / kScanColumns, H, B). Warp w holds half w % 2 of the rows of 16 columns of
 // the state, those from w / 2 * 16 on of the block's, transposed and in registers, over all chunks.
 // Accumulators of one product are operands of the next, so shared memory holds what is read and
-// what the halves add up. States stay fp32, y is rounded once; see chunk.cuh for the parts.
+// what the halves add up.
+//
+// States stay fp32, y is rounded to T once, infinite in fp16 beyond 65504, as in
+// torch_chunk_gated_delta_rule of modeling_qwen3_5_moe.py; chunk.cuh says what the factors keep.
+// Sums: along D 16 at a time, then the two halves; over a chunk's tokens by tiles, those of the low
+// parts apart in y.
 template <class T, int D>
 __global__ void __launch_bounds__(kChunkThreads)
     scanKernel(T const* q, T const* k, T const* v, float const* state, ChunkRecord const* records,

@@ -17,9 +17,14 @@ __device__ __forceinline__ T normedAndGated(float normed, T weight, T gate,
 }
 
 // Block (threads of a row, rows): a head of 128 takes 16 threads, eight heads a block. Thread x
-// holds vectors x, x + blockDim.x, ... of its row and reads the gate before it needs it. Statistics
-// and gate in fp32 (modeling_qwen3_5_moe.py, RMSNormGated). One block an SM is enough, as in
-// add_rms_norm.cuh.
+// holds vectors x, x + blockDim.x, ... of its row and reads the gate before it needs it. One block
+// an SM is enough, as in add_rms_norm.cuh.
+//
+// Rounded to T: with roundBeforeWeight the normalised value, its product with the weight and y, as
+// Qwen3_5MoeRMSNormGated of modeling_qwen3_5_moe.py; else y alone. All else is fp32: squares, a
+// thread's in order, then sumOfRow; rsqrtf (2 units in the last place); the gate's exp and division
+// as element.cuh says. Where x is infinite y is NaN (inf * 0), and 0 in the rest of the head, as
+// there.
 template <class T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kRowMaxThreads, 1)
     gatedRmsNormKernel(T const* x, T const* gate, T const* weight, T* y, int64_t rows, int columns,
@@ -65,7 +70,7 @@ __global__ void __launch_bounds__(kRowMaxThreads, 1)
   }
 }
 
-// A block a row, of any length and alignment, which is read twice.
+// A block a row, of any length and alignment, which is read twice. Rounds as gatedRmsNormKernel.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kRowTwoPassThreads)
     gatedRmsNormTwoPassKernel(T const* x, T const* gate, T const* weight, T* y, int64_t columns,

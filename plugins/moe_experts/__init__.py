@@ -77,9 +77,10 @@ def moe_experts(
     x, y [B, T, C]; weights [B, T, K]; experts [B, T, K] int32. gate_up [E, 2I, C] and down [E, C, I] as nn.Linear
     keeps them, or [E, C, 2I] and [E, I, C] if transposed; their float type may be another than x's and is cast to
     it. gate and up are the halves of 2I, or its even and odd rows if interleaved. Biases [E, 2I] and [E, C].
-    activation, alpha and limit are GatedAct's. Projections give x's dtype; the weighted outputs are summed in fp32
-    and rounded once. scale_input multiplies x by the weight, rounded, and leaves the output as it is
-    (modeling_llama4.py).
+    activation, alpha and limit are GatedAct's. Projections give x's dtype, and their sum with the bias is rounded to
+    it again; the weighted outputs are summed in fp32 and rounded once, where GptOssExperts and Qwen3_5MoeExperts of
+    transformers round each of them and their sum. scale_input multiplies x by the weight, rounded, and leaves the
+    output as it is (modeling_llama4.py).
 
     With scales, which need biases, the weights are MXFP4 (OCP Microscaling 1.0, transformers integrations/mxfp4.py):
     gate_up [E, 2I, C / 2] uint8 of two 4-bit values each, low nibble first, gate_up_scales [E, 2I, C / 32] uint8

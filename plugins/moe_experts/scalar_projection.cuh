@@ -29,7 +29,7 @@ __device__ __forceinline__ float weightOf(Projection const& p, bool transposed, 
 
 // Block b takes the share that findShare gives it: kScalarRows rows of one expert by kScalarColumns
 // columns, each a gate and an up, or two columns kScalarColumns apart. A thread adds up both of one
-// row. Rounds as tensorCoreProjectionKernel.
+// row: by fma in fp32, in order of depth. Rounds to T where tensorCoreProjectionKernel does.
 template <class T, class W>
 __global__ void __launch_bounds__(kScalarThreads)
     scalarProjectionKernel(Projection p, Routing routing, int columnTiles, bool transposed) {

@@ -52,7 +52,7 @@ __device__ __forceinline__ uint64_t sumBefore(uint64_t value) {
 // One block. Every warp takes a run of pairs and counts them by expert; from the counts follows
 // where the pairs of an expert and a warp go in `order`, which keeps their order within an expert.
 // Then the list of row tiles, filled up with tiles of no expert to `rowTiles`, which suffices for
-// any routing. No result depends on the order of threads.
+// any routing. Integers alone; no result depends on the order of threads.
 __global__ void __launch_bounds__(kSortThreads)
     sortPairsKernel(Routing routing, int tileRows, int rowTiles, int* order, RowTile* tiles) {
   letNextStart();

@@ -388,8 +388,9 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
 }
 
 // Block b takes the share that findShare gives it: rows of one expert, gathered, and a tile of its
-// columns. Sums are fp32 and rounded to T, then with the bias; the activation is fp32 and rounded
-// once (GptOssExperts of modeling_gpt_oss.py, Qwen3MoeExperts of modeling_qwen3_moe.py).
+// columns. Sums are fp32, 16 deep at a time. Rounded to T: converted weights, the sum, the sum with
+// the bias, so far as GptOssExperts, Qwen3_5MoeExperts and Llama4TextExperts of transformers; then
+// act(gate) * up once, where those round every step (gated_act.cuh).
 template <class T, class W, bool kTransposed, class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     tensorCoreProjectionKernel(Projection p, Routing routing, int columnTiles) {

@@ -41,7 +41,7 @@ def moe_route(
     groups: int,
     groups_kept: int,
 ) -> tuple[Tensor, Tensor]:
-    """The top_k experts of every token and their weights, computed in fp32.
+    """The top_k experts of every token and their weights, computed in fp32 and rounded once.
 
     logits [B, T, E]; weights [B, T, K] in their dtype and experts [B, T, K] int32, best first, the lower index
     winning a tie. scoring says what a weight is:
@@ -50,8 +50,9 @@ def moe_route(
       "sigmoid"        of the logit (modeling_llama4.py, modeling_deepseek_v3.py)
     Experts are chosen by their logits; or, if there is a bias [E], by score + bias, while the weights stay without
     it. groups > 1 splits the experts into that many equal groups, of which only the groups_kept whose two best
-    choices sum highest are eligible (modeling_deepseek_v3.py). renormalise divides the weights by their sum, scale
-    multiplies them last. Raises ValueError on any other scoring.
+    choices sum highest are eligible (modeling_deepseek_v3.py). renormalise divides the weights by their sum and
+    DeepSeek's 1e-20, which changes no sum above 2e-13; scale multiplies them last. Raises ValueError on any other
+    scoring.
     """
     wide = logits.float()
     if scoring == "softmax":

@@ -166,10 +166,14 @@ __device__ __forceinline__ void weighRoutes(RouteWinner* winners,
   }
 }
 
-// Block (lanes of a row, rows); a lane holds kPerLane experts that lie together. All is in fp32
-// and the weights are rounded once (softmax of all: modeling_qwen3_5_moe.py; of the chosen:
-// modeling_gpt_oss.py; sigmoid, bias and groups: modeling_deepseek_v3.py). Shared memory: the
+// Block (lanes of a row, rows); a lane holds kPerLane experts that lie together. Shared memory: the
 // winners of each row, then, with groups, its choices.
+//
+// All in fp32, weights rounded to T once, as modeling_qwen3_5_moe.py (softmax of all),
+// modeling_gpt_oss.py (of the chosen) and modeling_llama4.py (sigmoid); modeling_mixtral.py and
+// modeling_deepseek_v3.py (bias, groups) keep weights in fp32. The 1e-20 is DeepSeek's. Qwen and
+// Mixtral choose by the softmax, this by the logit: the same but where two softmaxes are equal.
+// Exp and division: element.cuh, of `Precision`; sums: a lane's in order, then a tree of lanes.
 //
 // Each lane sorts its experts; then, topK times, the best of the lanes' first is taken away. Keys
 // of 32 bits serve where the logit itself is the choice. Where a score is, it is computed to the

@@ -17,7 +17,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate pairs of x by the angles whose cos and sin are given (arXiv 2104.09864).
 
     x [B, H, T, D]; cos, sin [B, T, R], 2 * R <= D; dimensions from 2 * R on pass through. Pair i is
-    (x[i], x[R + i]), or (x[2i], x[2i + 1]) if interleaved. Computed in fp32, rounded once.
+    (x[i], x[R + i]), or (x[2i], x[2i + 1]) if interleaved. Computed in fp32, rounded once; modeling_llama.py rounds
+    each product, too, and modeling_llama4.py does not round cos and sin.
     """
     rotated = 2 * cos.shape[-1]
     c, s = cos.float().unsqueeze(1), sin.float().unsqueeze(1)

@@ -11,6 +11,11 @@ constexpr int kRopeHeads = 4;
 
 // Grid (tokens of the batch / blockDim.y, heads / kRopeHeads). Block (lanes, tokens): along x a
 // thread takes kWidth pairs of its token or, past the rotated part, kWidth elements to copy.
+//
+// In fp32, two products and their sum each rounded to fp32, y to T once; what is copied keeps its
+// bits. apply_rotary_pos_emb of modeling_llama.py, modeling_glm.py and others computes in T: it
+// rounds both products to T too. modeling_llama4.py rounds once as here, but has cos and sin in
+// fp32, here of T.
 template <class T, int kWidth, bool kInterleaved>
 __global__ void __launch_bounds__(kRopeThreads)
     ropeKernel(T const* x, T const* cos, T const* sin, T* y, int64_t tokens, int tokensPerBatch,

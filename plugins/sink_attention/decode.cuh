@@ -72,9 +72,11 @@ struct WarpResults {
 };
 
 // Up to 16 rows of a group. Its four warps take turns at tiles of 16 keys, each through a ring of
-// its own, and merge their results at the end. Grid: AttentionPlace. In fp32, but for the weights:
-// WarpTile. With one split the result is rounded to T; with more it goes to the workspace in fp32,
-// without the sink. (modeling_gpt_oss.py, modeling_gemma2.py)
+// its own, and merge their results at the end. Grid: AttentionPlace.
+//
+// In fp32, but for the weights: WarpTile. A warp adds its tiles in order, the block its warps. With
+// one split the result is rounded to T; with more it goes to the workspace in fp32, without the
+// sink. modeling_gpt_oss.py and modeling_gemma2.py round at other places: rows.cuh.
 template <class T, int kD>
 __global__ void __launch_bounds__(kAttentionThreads, DecodeShape<kD>::kBlocks)
     sinkAttentionDecodeKernel(AttentionCall<T> call) {

@@ -63,7 +63,8 @@ __device__ __forceinline__ void storeRows(AttentionCall<T> const& call, Tile con
 }
 
 // Many rows of a group, kTiles * 16 a warp, over tiles of keys in one ring (FlashAttention-2, arXiv
-// 2307.08691). Warps whose rows see nothing of a tile pass it by. Else as the decode kernel.
+// 2307.08691). Warps whose rows see nothing of a tile pass it by. Rounds as the decode kernel, but
+// a row is one warp's, which adds its tiles in order.
 template <class T, int kD>
 __global__ void __launch_bounds__(kAttentionThreads)
     sinkAttentionPrefillKernel(AttentionCall<T> call) {

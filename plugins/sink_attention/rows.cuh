@@ -1,4 +1,10 @@
 // Rows of a group, and the keys they see.
+//
+// Where transformers rounds and these kernels do not: eager_attention_forward of
+// modeling_gpt_oss.py rounds q k^T, its product with the scale, the difference from the largest
+// logit and the softmax to T; that of modeling_gemma2.py q k^T, the product, each of the three
+// steps of the soft cap and the softmax. Here all of that is fp32, and the result is rounded to T
+// once; what else is rounded, the kernels say.
 #pragma once
 
 #include "common/element.cuh"

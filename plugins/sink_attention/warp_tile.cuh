@@ -19,7 +19,9 @@ __device__ __forceinline__ uint32_t packed(float low, float high) {
 }
 
 // kTiles * 16 rows of one warp. In fp32: logits, their level, sums and values. Rounded to T: the
-// weights, as they meet the values (the reference rounds the result alone).
+// weights, before they meet the values and before they are divided by their sum, which adds them
+// unrounded (FlashAttention-2; __init__.py rounds the result alone, transformers the divided
+// weights). exp is exp2Fast, 2**-22; the soft cap's tanh is up to 2**-20 off, however small it is.
 //
 // Weights are 2**(logit - level). The level of a row follows its largest logit only where weights
 // would pass 2**kMostLog2, so that most tiles need no rescaling; it starts kStartLog2 below, which

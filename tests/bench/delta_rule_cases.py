@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_clock import Ceilings
+from gpu_clock import Ceilings, copy_of, once
 
 from llmexport.plugins.gated_delta_rule import gated_delta_rule
 from llmexport.plugins.spec import Attribute
+from llmexport.validate.tolerance import Tolerance
 
 Peer = Callable[..., object]
 PREFILL, DECODE, CHUNK = (4096, 4 * 4096), (1, 8, 64), 64
@@ -22,6 +23,10 @@ PREFILL, DECODE, CHUNK = (4096, 4 * 4096), (1, 8, 64), 64
 # each other. Decode: by the bytes of its states, of one batch row 3 us.
 PREFILL_TARGET = 0.174
 DECODE_TARGETS = {1: 0.33, 8: 0.75, 64: 0.88}
+# Of the state, which is fp32: twice what its kernel's test allows (2**-15 in chunks, whose products leave out 2**-17 of
+# a factor, and 8 units token by token), as the reference is fp32 here too.
+IN_CHUNKS = Tolerance(2.0**-14, 2.0**-15, scaled=True)
+BY_TOKEN = Tolerance(16 * 2.0**-23, 8 * 2.0**-23, scaled=True)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class DeltaRuleCase:
     B: int
     T: int
     op: str = "GatedDeltaRule"
+    roundings: int = 1  # of y
 
     @property
     def family(self) -> str:
@@ -78,8 +84,15 @@ class DeltaRuleCase:
         """The fraction of the floor to reach."""
         return PREFILL_TARGET if self.T > 1 else DECODE_TARGETS[self.B]
 
+    @property
+    def fp32_tolerance(self) -> Tolerance:
+        return IN_CHUNKS if self.T > 1 else BY_TOKEN
+
     def inputs(self) -> list[torch.Tensor]:
-        layer, random = self.layer, functools.partial(torch.randn, device="cuda")
+        return self.on("cuda")
+
+    def on(self, device: str) -> list[torch.Tensor]:
+        layer, random = self.layer, functools.partial(torch.randn, device=device)
         keys, values = (self.B, self.T, layer.G, layer.D), (self.B, self.T, layer.H, layer.V)
         q, k, v = (random(s, dtype=torch.bfloat16) for s in (keys, keys, values))
         g, beta = -F.softplus(random(values[:3])), random(values[:3]).sigmoid().bfloat16()
@@ -97,7 +110,15 @@ class DeltaRuleCase:
     def peers(self) -> dict[str, Peer]:
         """Others that compute the same, by name; each takes the case's inputs."""
         found = {"transformers": torch_rule(self)}
-        return found | ({"fla": fla_rule(self)} if importlib.util.find_spec("fla") else {})
+        if importlib.util.find_spec("fla"):
+            found["fla"] = fla_rule(self)
+        if importlib.util.find_spec("flashinfer"):
+            found["flashinfer"] = flashinfer_chunks(self) if self.T > 1 else flashinfer_token(self)
+        return found
+
+    def bounds(self) -> dict[str, Callable[..., Callable[[], object]]]:
+        """What cannot be beaten, by name; each makes a call for a set of inputs."""
+        return {"copy of the bytes": lambda *inputs: copy_of(self.bytes)}
 
 
 def cases() -> Iterator[DeltaRuleCase]:
@@ -125,3 +146,60 @@ def called(rule: Callable[..., Any]) -> Peer:
     """By the arguments that both have; their scale is ours."""
     options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
     return lambda q, k, v, g, beta, state: rule(q, k, v, g=g, beta=beta, initial_state=state, **options)
+
+
+def flashinfer_chunks(case: DeltaRuleCase) -> Peer:
+    """Takes the tokens of all rows in one dimension, decays rather than their logs, and states as [V, D]."""
+
+    @once
+    def arguments(*inputs: torch.Tensor) -> dict[str, Any]:
+        q, k, v, g, beta, state = inputs
+        packed = {"q": q, "k": k, "v": v, "g": g.exp(), "beta": beta.float(), "output": torch.empty_like(v)}
+        turned = state.transpose(2, 3).contiguous()
+        return {
+            **{name: x.flatten(0, 1) for name, x in packed.items()},
+            "initial_state": turned,
+            "output_state": torch.empty_like(turned),
+            "cu_seqlens": case.T * torch.arange(case.B + 1, device=q.device),
+            "scale": case.layer.D**-0.5,
+            "output_final_state": True,
+            "use_qk_l2norm_in_kernel": True,
+        }
+
+    def rule(*inputs: torch.Tensor) -> object:
+        from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule(**arguments(*inputs))
+
+    return rule
+
+
+def flashinfer_token(case: DeltaRuleCase) -> Peer:
+    """Takes what the gates are made of, g = -exp(A_log) softplus(a + dt_bias) and beta = sigmoid(b), and moves the
+    state in place.
+    """
+
+    @once
+    def arguments(*inputs: torch.Tensor) -> dict[str, Any]:
+        q, k, v, g, beta, state = inputs
+        nothing = torch.zeros(case.layer.H, device=q.device)
+        a, b = torch.log(torch.expm1(-g)), torch.logit(beta.float())
+        return {
+            "q": q,
+            "k": k,
+            "v": v,
+            "state": state.clone(),
+            "A_log": nothing,
+            "a": a.to(q.dtype),
+            "dt_bias": nothing,
+            "b": b.to(q.dtype),
+            "scale": case.layer.D**-0.5,
+            "use_qk_l2norm": True,
+        }
+
+    def rule(*inputs: torch.Tensor) -> object:
+        from flashinfer.gdn_decode import gated_delta_rule_decode
+
+        return gated_delta_rule_decode(**arguments(*inputs))
+
+    return rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -9,19 +10,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_clock import Ceilings
+from gpu_clock import Ceilings, copy_of, once
 
 from llmexport.plugins.gated_act import gated_act
 from llmexport.plugins.moe_experts import moe_experts
 from llmexport.plugins.moe_experts.mxfp4 import BLOCK, dequantise
 from llmexport.plugins.spec import Attribute
 
-Peer = Callable[..., object]
+Peer, Call = Callable[..., object], Callable[[], object]
 PREFILL, DECODE = (4096, 4 * 4096), (1, 8, 64)
 BF16_BYTES, MXFP4_BYTES = 2.0, 0.5 + 1 / BLOCK
-# Fractions of the floor to reach. Prefill: what mma.sync reaches of the GEMM ceiling. Decode: of the read ceiling;
-# MXFP4 is decoded by as many instructions as an SM issues while it reads.
-PREFILL_TARGET, MXFP4_TARGET = 0.5, 0.5
+# Fractions of the floor to reach. Prefill: what mma.sync reaches of the GEMM ceiling. Decode: of the read ceiling,
+# whatever the weights' type.
+PREFILL_TARGET = 0.5
 DECODE_TARGETS = dict(zip(DECODE, (0.7, 0.85, 0.85), strict=True))
 GATHERED_BYTES = 16 << 30  # that batched_mm may copy of the weights
 
@@ -74,11 +75,15 @@ class ExpertCase:
 
     @property
     def bytes(self) -> int:
-        """The weights of the experts that are likely to be chosen, inputs and results."""
-        layer, tokens = self.layer, self.B * self.T
-        chosen = layer.E * (1 - (1 - layer.K / layer.E) ** tokens)
+        """Of as many experts as are likely to be chosen."""
+        layer = self.layer
+        return self.bytes_of(layer.E * (1 - (1 - layer.K / layer.E) ** (self.B * self.T)))
+
+    def bytes_of(self, chosen: float) -> int:
+        """Weights of so many experts, inputs and results."""
+        layer = self.layer
         weights = 3 * chosen * layer.C * layer.I * (MXFP4_BYTES if layer.mxfp4 else BF16_BYTES)
-        return int(weights + 2 * tokens * layer.C * BF16_BYTES)
+        return int(weights + 2 * self.B * self.T * layer.C * BF16_BYTES)
 
     @property
     def flops(self) -> int:
@@ -91,9 +96,7 @@ class ExpertCase:
     @property
     def target(self) -> float:
         """The fraction of the floor to reach."""
-        if self.T > 1:
-            return PREFILL_TARGET
-        return MXFP4_TARGET if self.layer.mxfp4 else DECODE_TARGETS[self.B]
+        return PREFILL_TARGET if self.T > 1 else DECODE_TARGETS[self.B]
 
     def on(self, device: str) -> list[torch.Tensor]:
         layer, tokens = self.layer, (self.B, self.T)
@@ -139,13 +142,21 @@ class ExpertCase:
             found["transformers batched_mm"] = of_transformers(self, "batched_mm")
         return found
 
+    def bounds(self) -> dict[str, Callable[..., Call]]:
+        """What cannot be beaten, or is a part of the work, by name; each makes a call for a set of inputs."""
+        found: dict[str, Callable[..., Call]] = {"copy of the bytes": functools.partial(copy_of_touched, self)}
+        if self.T > 1:
+            found["one GEMM"] = functools.partial(dense_products, self)
+            if hasattr(F, "grouped_mm"):
+                found["F.grouped_mm alone"] = functools.partial(grouped_products, self)
+        return found
+
 
 def of_transformers(case: ExpertCase, name: str) -> Peer:
     """One of its experts_implementations. It knows no MXFP4: weights are dequantised once, outside the timed graph."""
     from transformers.integrations import moe
 
     layer, forward = case.layer, getattr(moe, f"{name}_experts_forward")
-    modules: dict[int, Any] = {}
 
     def apply_gate(both: torch.Tensor) -> torch.Tensor:
         gate, up = (both[..., 0::2], both[..., 1::2]) if layer.interleaved else both.chunk(2, -1)
@@ -154,9 +165,9 @@ def of_transformers(case: ExpertCase, name: str) -> Peer:
         values = case.attributes
         return gated_act.reference(gate, up, layer.activation, float(values["alpha"]), float(values["limit"]))
 
-    def module(gate_up: torch.Tensor, down: torch.Tensor, *rest: torch.Tensor) -> Any:
-        if layer.mxfp4:
-            gate_up, down = (dequantise(m, s).bfloat16() for m, s in zip((gate_up, down), rest[2:], strict=True))
+    @once
+    def module(*stored: torch.Tensor) -> Any:
+        (gate_up, down), rest = in_bf16(layer, *stored), stored[2:]
         biases = dict(zip(("gate_up_proj_bias", "down_proj_bias"), rest, strict=False))
         return SimpleNamespace(
             num_experts=layer.E,
@@ -172,15 +183,50 @@ def of_transformers(case: ExpertCase, name: str) -> Peer:
         )
 
     def experts(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        key = rest[0].data_ptr()
-        if key not in modules:
-            modules[key] = module(*rest)
         rows = x.flatten(0, 1)
         if layer.scale_input:  # of one expert a token
             rows, weights = rows * weights.flatten(0, 1), torch.ones_like(weights)
-        return forward(modules[key], rows, chosen.flatten(0, 1).long(), weights.flatten(0, 1)).view_as(x)
+        return forward(module(*rest), rows, chosen.flatten(0, 1).long(), weights.flatten(0, 1)).view_as(x)
 
     return experts
+
+
+def in_bf16(
+    layer: Layer, gate_up: torch.Tensor, down: torch.Tensor, *rest: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights as they are stored, but for MXFP4, whose `rest` is biases and scales."""
+    if not layer.mxfp4:
+        return gate_up, down
+    return dequantise(gate_up, rest[2]).bfloat16(), dequantise(down, rest[3]).bfloat16()
+
+
+def copy_of_touched(case: ExpertCase, *inputs: torch.Tensor) -> Call:
+    """Of the experts that these tokens chose."""
+    return copy_of(case.bytes_of(len(inputs[2].unique())))
+
+
+def sorted_rows(case: ExpertCase, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of every token and expert, by expert: inputs of both projections, [pairs, C] and [pairs, I], and the matrices
+    [E, C, 2I] and [E, I, C]; last, where each expert's rows end.
+    """
+    layer, (x, _, experts) = case.layer, inputs[:3]
+    chosen, order = experts.flatten().sort()
+    ends = torch.bincount(chosen, minlength=layer.E).cumsum(0).int()
+    rows = x.flatten(0, 1)[order // layer.K]
+    first, second = (m if layer.transposed else m.mT for m in in_bf16(layer, *inputs[3:]))
+    return rows, rows.new_empty(len(rows), layer.I).normal_(), first, second, ends
+
+
+def grouped_products(case: ExpertCase, *inputs: torch.Tensor) -> Call:
+    """Both projections, without routing, biases, gate and sum."""
+    rows, gated, first, second, ends = sorted_rows(case, *inputs)
+    return lambda: (F.grouped_mm(rows, first, offs=ends), F.grouped_mm(gated, second, offs=ends))
+
+
+def dense_products(case: ExpertCase, *inputs: torch.Tensor) -> Call:
+    """As many operations, all rows by the matrices of one expert."""
+    rows, gated, first, second, _ = sorted_rows(case, *inputs)
+    return lambda: (rows @ first[0], gated @ second[0])
 
 
 def cases() -> Iterator[ExpertCase]:

@@ -1,13 +1,17 @@
-"""Times GPU work: CUDA graphs, cold L2, medians; and the ceilings that the times are held against."""
+"""Times GPU work: CUDA graphs, cold L2, medians; and the ceilings and copies that the times are held against."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 import torch
+
+Made = TypeVar("Made")
 
 REPLAYS = 20
 # Sets of buffers that follow each other hold this many times the L2, so that none finds its data there.
@@ -45,6 +49,25 @@ def seconds_each(calls: Sequence[Callable[[], object]]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000 / len(repeated))
     return median(times[3:])
+
+
+def once(make: Callable[..., Made]) -> Callable[..., Made]:
+    """`make`, called once for each first tensor: seconds_each makes all calls before the graph that it times."""
+    made: dict[int, Made] = {}
+
+    def kept(*tensors: torch.Tensor) -> Made:
+        key = tensors[0].data_ptr()
+        if key not in made:
+            made[key] = make(*tensors)
+        return made[key]
+
+    return kept
+
+
+def copy_of(touched: int, device: str = "cuda") -> Callable[[], torch.Tensor]:
+    """A call that reads and writes so many bytes in all."""
+    source = torch.randint(0, 256, (touched // 2,), dtype=torch.uint8, device=device)
+    return functools.partial(torch.empty_like(source).copy_, source)
 
 
 @dataclass(frozen=True)

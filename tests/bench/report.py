@@ -1,5 +1,6 @@
 """What was measured, what it is held to, and where it ran."""
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -11,6 +12,9 @@ from statistics import median
 from exporters import MB, Cost
 
 COLD, WARM = "llmexport cold", "llmexport warm"
+# What the times of bench_ops.py depend on, as pip calls it.
+PEERS = ("torch", "triton", "transformers", "flash-linear-attention", "fla-core", "flashinfer-python")
+PEERS += ("nvidia-cudnn-frontend", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cutlass-dsl")
 
 
 @dataclass
@@ -54,6 +58,12 @@ def machine() -> dict[str, object]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the peers, those that are installed."""
+    installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    return {name: installed[name] for name in PEERS if name in installed}
 
 
 def commit() -> str:

@@ -208,6 +208,17 @@ def test_what_fp16_cannot_hold_is_infinite(machine: Machine, tokens: int) -> Non
     assert right_state(found[1], state, in_chunks(inputs))
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_nan_reaches_back_no_further_than_its_tile(machine: Machine, dtype: str) -> None:
+    """16 tokens, and of a value its column alone; what comes after it has it all."""
+    inputs = tensors((1, 130, 1, 1, 64, 32), dtype)
+    inputs[V][0, 104, 0, 3] = np.nan
+    y = wide(run(machine, inputs)[0])[0][0, :, 0]
+    assert np.isfinite(np.delete(y, 3, axis=1)).all()
+    assert np.isfinite(y[:96, 3]).all()
+    assert np.isnan(y[104:, 3]).all()
+
+
 @pytest.mark.parametrize("tokens", [1, 9, 70])
 def test_state_is_updated_in_place(machine: Machine, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Also of 128 columns, which several blocks take."""

@@ -183,6 +183,13 @@ def test_a_query_that_sees_nothing_gives_zeros(case):
     assert all((y[b, :, t] == 0).all() for b, t in blind)
 
 
+@pytest.mark.parametrize("case", [c for n, c in CASES.items() if "nothing" in n or "empty" in n])
+def test_a_sink_of_minus_infinity_is_none(case):
+    *inputs, _ = example(case)
+    without = sink_attention(*inputs, None, case.scale, 0.0, 0)
+    assert torch.equal(attend(case, (*inputs, torch.full((4,), -torch.inf))), without)
+
+
 def test_a_sink_takes_weight_away_and_gives_nothing():
     case = CASES["prompt"]
     *inputs, _ = example(case)
@@ -300,7 +307,10 @@ def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, groups,
     runtime = session(model)
     for case in CASES.values():
         case = replace(case, groups=groups, sinks=sinks, window=window, softcap=softcap)
-        inputs = example(case, getattr(torch, dtype))
+        *inputs, sink = example(case, getattr(torch, dtype))
+        if sink is not None:
+            sink[0] = -torch.inf
+        inputs = (*inputs, sink)
         y = numbers(sink_attention(*inputs, **attributes))
         given = [x.numpy() for x in inputs if x is not None]
         (found,) = runtime.run(None, dict(zip((i.name for i in model.graph.input), given, strict=True)))
