@@ -387,22 +387,19 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
   }
 }
 
-// Block b takes the share that findShare gives it: rows of one expert, gathered, and a tile of its
-// columns. Sums are fp32 and rounded to T, then with the bias; the activation is fp32 and rounded
+// Share `at` of the projection: rows of one expert, gathered, and a tile of its columns; false if
+// there is none. Sums are fp32 and rounded to T, then with the bias; the activation is fp32 and rounded
 // once (GptOssExperts of modeling_gpt_oss.py, Qwen3MoeExperts of modeling_qwen3_moe.py).
 template <class T, class W, bool kTransposed, class S>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    tensorCoreProjectionKernel(Projection p, Routing routing, int columnTiles) {
+__device__ __forceinline__ bool projectShare(Projection const& p, Routing const& routing,
+                                             int columnTiles, unsigned at) {
   using Layout = StageLayout<W, S>;
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(int, pairs, S::kRows);
   SHARED_ARRAY(int, inputRows, S::kRows);
   SHARED_ARRAY(Share, kept, 1);
-  // The projection down reads what the one before the last wrote, the other what the last wrote.
-  if (p.gated) waitForPrevious();
-  letNextStart();
-  Share const share = findShare(routing, columnTiles, pairs);
-  if (share.expert < 0) return waitForPrevious();
+  Share const share = findShare(routing, at, columnTiles, pairs);
+  if (share.expert < 0) return false;
 
   if (threadIdx.x == 0) kept[0] = share;
   if (threadIdx.x < S::kRows) {
@@ -467,6 +464,30 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   __syncthreads();
   finish<T, S>(p, kept[0], pairs, sums, reinterpret_cast<T*>(shared), warpRow, warpColumn,
                adjacent);
+  return true;
+}
+
+// Block b takes share b and, if persistent, those that follow at steps of the grid.
+//
+// Sorted pairs are read before the wait of the projection down: the one up lets it start only after
+// its own wait, when the sort has ended and what it wrote can be seen by all that start later.
+template <class T, class W, bool kTransposed, class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+    tensorCoreProjectionKernel(Projection p, Routing routing, int columnTiles, unsigned shares) {
+  // The projection down reads what the one before the last wrote, the other what the last wrote.
+  if (p.gated) waitForPrevious();
+  letNextStart();
+  if constexpr (S::kPersistent) {
+#pragma unroll 1
+    for (unsigned at = blockIdx.x; at < shares; at += gridDim.x) {
+      if (!projectShare<T, W, kTransposed, S>(p, routing, columnTiles, at)) break;
+      // The next share takes the same shared memory.
+      __syncthreads();
+    }
+  } else {
+    projectShare<T, W, kTransposed, S>(p, routing, columnTiles, blockIdx.x);
+  }
+  waitForPrevious();
 }
 
 template <class T, class W, bool kTransposed>
@@ -476,8 +497,8 @@ cudaError_t launchTiles(ProjectionLaunch const& how, Projection const& p, Routin
   auto const kernel = how.tileRows == Few::kRows
                           ? tensorCoreProjectionKernel<T, W, kTransposed, Few>
                           : tensorCoreProjectionKernel<T, W, kTransposed, Many>;
-  return how.isFirst ? launch(kernel, how.plan, how.stream, p, routing, how.columnTiles)
-                     : launchEarly(kernel, how.plan, how.stream, p, routing, how.columnTiles);
+  return how.isFirst ? launch(kernel, how.plan, how.stream, p, routing, how.columnTiles, how.shares)
+                     : launchEarly(kernel, how.plan, how.stream, p, routing, how.columnTiles, how.shares);
 }
 
 template <class T>
