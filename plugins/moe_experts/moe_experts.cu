@@ -92,8 +92,9 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
   bool const vectors =
       pointersAligned && sizes.hidden % kChunk == 0 && sizes.intermediate % kChunk == 0;
   Tile const fast = stored ? tileFor<Half>(sizes) : tileFor<Mxfp4>(sizes);
-  plan.onTensorCores = vectors && dtype != Dtype::kFloat32 && stored != Dtype::kFloat32 &&
-                       std::max(fast.sharedUp, fast.sharedDown) + kSharedBeside <= kLeastSharedBytes;
+  plan.onTensorCores =
+      vectors && dtype != Dtype::kFloat32 && stored != Dtype::kFloat32 &&
+      std::max(fast.sharedUp, fast.sharedDown) + kSharedBeside <= kLeastSharedBytes;
   Tile const tile = plan.onTensorCores ? fast : kScalarTile;
   plan.sorted = sizes.pairs() > kUnsortedPairs;
   plan.tileRows = tile.rows;

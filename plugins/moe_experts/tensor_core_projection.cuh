@@ -388,8 +388,8 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
 }
 
 // Share `at` of the projection: rows of one expert, gathered, and a tile of its columns; false if
-// there is none. Sums are fp32 and rounded to T, then with the bias; the activation is fp32 and rounded
-// once (GptOssExperts of modeling_gpt_oss.py, Qwen3MoeExperts of modeling_qwen3_moe.py).
+// there is none. Sums are fp32 and rounded to T, then with the bias; the activation is fp32 and
+// rounded once (GptOssExperts of modeling_gpt_oss.py, Qwen3MoeExperts of modeling_qwen3_moe.py).
 template <class T, class W, bool kTransposed, class S>
 __device__ __forceinline__ bool projectShare(Projection const& p, Routing const& routing,
                                              int columnTiles, unsigned at) {
@@ -497,8 +497,9 @@ cudaError_t launchTiles(ProjectionLaunch const& how, Projection const& p, Routin
   auto const kernel = how.tileRows == Few::kRows
                           ? tensorCoreProjectionKernel<T, W, kTransposed, Few>
                           : tensorCoreProjectionKernel<T, W, kTransposed, Many>;
-  return how.isFirst ? launch(kernel, how.plan, how.stream, p, routing, how.columnTiles, how.shares)
-                     : launchEarly(kernel, how.plan, how.stream, p, routing, how.columnTiles, how.shares);
+  return how.isFirst
+             ? launch(kernel, how.plan, how.stream, p, routing, how.columnTiles, how.shares)
+             : launchEarly(kernel, how.plan, how.stream, p, routing, how.columnTiles, how.shares);
 }
 
 template <class T>

@@ -211,7 +211,7 @@ def routed(experts: np.ndarray, count: int, hidden: int = 8, intermediate: int =
 
 @pytest.mark.parametrize(
     ("tokens", "slots", "count", "least"),
-    [(33, 1, 4, 0), (9, 8, 128, 0), (700, 3, 5, 0), (64, 4, 512, 0), (300, 2, 3, -1), (50, 1, 1, 0)],
+    [(33, 1, 4, 0), (9, 8, 384, 0), (700, 3, 5, 0), (64, 4, 512, 0), (300, 2, 3, -1), (50, 1, 1, 0)],
 )
 def test_pairs_are_sorted_stably_and_cut_into_tiles(
     plan: Planned, workspace: Parted, tokens: int, slots: int, count: int, least: int

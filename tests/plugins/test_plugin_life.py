@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -285,10 +285,41 @@ def test_two_contexts_share_one_plugin(machine: Machine, case: Case) -> None:
             assert compare(want, have).rms_ratio < case.units[dtype != "fp32"] * UNIT[dtype]
 
 
+# Launches in other chains than those of the cases: no sort, a scaled input before, tiles of many rows, a merge after.
+CHAINS = {
+    "unsorted": replace(CASES["MoeExperts"], sizes={**CASES["MoeExperts"].sizes, "B": 1}),
+    "scaled": replace(CASES["MoeExperts"], attributes={**CASES["MoeExperts"].attributes, "scale_input": True}),
+    "many-rows": replace(CASES["MoeExperts"], sizes={**CASES["MoeExperts"].sizes, "T": 130}),
+    "splits": replace(CASES["SinkAttention"], attributes={**CASES["SinkAttention"].attributes, "window": 0}),
+}
+CHAINS["splits"] = replace(CHAINS["splits"], sizes={**CASES["SinkAttention"].sizes, "T": 1, "S": 600})
+ON_GPU = {**CASES, **CHAINS}
+
+
 @pytest.mark.gpu
-def test_enqueue_is_captured_in_a_cuda_graph(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ON_GPU)
+def test_two_streams_do_not_disturb_each_other(name: str) -> None:
+    library, memory = Library(gpu_library()), GpuMemory()
+    plugin = created(library, ON_GPU[name])
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    inputs = [ON_GPU[name].tensors("bf16", B=b) for b in (2, 3)]
+    runs = [plugin.attach().prepare(memory, [array_of(x) for x in some]) for some in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for run, stream in zip(runs, streams, strict=True):
+            run.enqueue(stream.cuda_stream)
+    torch.cuda.synchronize()
+    for run, some in zip(runs, inputs, strict=True):
+        for want, have in zip(ON_GPU[name].expected(some), run.results(), strict=True):
+            assert compare(want, have).rms_ratio < UNIT["bf16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_enqueue_is_captured_in_a_cuda_graph(name: str) -> None:
     """It neither allocates nor synchronises, or the capture fails."""
-    library, memory = Library(gpu_library(tmp_path)), GpuMemory()
+    library, memory = Library(gpu_library()), GpuMemory()
+    case = ON_GPU[name]
     inputs = case.tensors("bf16")
     run = created(library, case).attach().prepare(memory, [array_of(x) for x in inputs])
     graph = torch.cuda.CUDAGraph()
