@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import json
 import os
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -101,12 +103,34 @@ def need_nvcc() -> str:
 
 @functools.cache
 def cuda_library() -> Path:
-    """The plugin library as nvcc makes it for every architecture."""
+    """The plugin library as nvcc makes it for every architecture, in a folder that is kept."""
+    return built(ROOT / "build" / "tests" / "cuda")
+
+
+def built(folder: Path) -> Path:
+    """Made by two jobs; if from nothing, with the sources and CPU seconds of that in whole_build.json beside it."""
     need_nvcc()
     if not shutil.which("cmake"):
         pytest.skip("no cmake: pip install cmake")
     with alone("cuda"):
-        return library.build(build_dir=ROOT / "build" / "tests" / "cuda", jobs=2)
+        whole = not (folder / library.FILE).exists()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        path = library.build(build_dir=folder, jobs=2)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if whole:
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            record = {"sources": library._builds().name, "seconds": seconds}
+            (folder / "whole_build.json").write_text(json.dumps(record))
+    return path
+
+
+def seconds_to_build(scratch: Path) -> float:
+    """CPU seconds of a whole build of these sources: the kept one's, or, if that is of older ones, one in `scratch`."""
+    kept = cuda_library().parent / "whole_build.json"
+    record = json.loads(kept.read_text()) if kept.exists() else {}
+    if record.get("sources") != library._builds().name:
+        record = json.loads((built(scratch).parent / "whole_build.json").read_text())
+    return float(record["seconds"])
 
 
 def need_gpu() -> None:
@@ -116,10 +140,11 @@ def need_gpu() -> None:
         pytest.skip("no CUDA device")
 
 
-def gpu_library(build_dir: Path) -> Path:
+@functools.cache
+def gpu_library() -> Path:
     """The plugin library for the GPU of this machine."""
     need_gpu()
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    return library.build([str(10 * major + minor)], build_dir)
+    return library.build([str(10 * major + minor)], ROOT / "build" / "tests" / "gpu")

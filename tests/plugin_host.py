@@ -141,9 +141,11 @@ class Plugin:
         outputs = self.call("outputs")
         return self.call("supports", position, (Desc * len(io))(*io), len(io) - outputs, outputs)
 
-    def configure(self, io: Sequence[Desc]) -> None:
+    def configure(self, io: Sequence[Desc], most: Sequence[Desc] | None = None) -> None:
+        """For a profile whose largest dimensions are those of `most`."""
         outputs = self.call("outputs")
-        if self.call("configure", (Desc * len(io))(*io), len(io) - outputs, outputs):
+        descs = ((Desc * len(io))(*these) for these in (io, most or io))
+        if self.call("configure", *descs, len(io) - outputs, outputs):
             raise Refused(self.op)
 
     def shape_change(self, io: Sequence[Desc]) -> None:

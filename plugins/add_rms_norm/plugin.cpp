@@ -4,6 +4,10 @@
 namespace llmexport {
 namespace {
 
+int32_t supports(Node const& node) {
+  return checkProduct("AddRmsNorm", node.sizes, "BT", kMaxGridX);
+}
+
 cudaError_t enqueue(Call const& call) {
   Sizes const& s = call.sizes;
   AddRmsNormAttributes const attributes{call.attributes[0].real, call.attributes[1].real,
@@ -20,6 +24,8 @@ Registration const registration({
      {"weight_offset", Kind::kFloat},
      {"round_before_weight", Kind::kBool}},
     enqueue,
+    nullptr,
+    supports,
 });
 
 }  // namespace

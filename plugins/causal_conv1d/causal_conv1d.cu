@@ -46,7 +46,7 @@ cudaError_t causalConv1d(Dtype dtype, CausalConv1dSizes const& s, bool silu,
   if (s.B * s.C == 0) return cudaSuccess;
   auto const plan = causalConv1dPlan(
       s, dtype, aligned({t.x, t.weight, t.state, t.bias, t.y, t.nextState}), device);
-  if (s.B * plan.chunks > kMaxGridX || s.C > kMaxGridY) return cudaErrorInvalidValue;
+  if (s.B * plan.chunks > kMaxGridX || s.C > kConvMostChannels) return cudaErrorInvalidValue;
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     CausalConv1dArguments<T> const a{static_cast<T const*>(t.x),

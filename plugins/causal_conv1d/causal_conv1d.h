@@ -9,6 +9,7 @@ namespace llmexport {
 
 // Taps of a channel that there are kernels for.
 constexpr int64_t kConvFewestTaps = 2, kConvMostTaps = 4;
+constexpr int64_t kConvMostChannels = kMaxGridY * kWarp;  // a block takes a warp of them or more
 
 struct CausalConv1dSizes {
   int64_t B, T, C, K;

@@ -16,9 +16,12 @@ int32_t check(Sizes const& sizes, Values const&) {
 
 int32_t supports(Node const& node) {
   int64_t const K = node.sizes['K'];
-  if (K == Sizes::kUnknown || (K >= kConvFewestTaps && K <= kConvMostTaps)) return 0;
-  return refuse("CausalConv1d: weight has K = %lld taps, the kernels are for %lld to %lld",
-                (long long)K, (long long)kConvFewestTaps, (long long)kConvMostTaps);
+  if (K != Sizes::kUnknown && (K < kConvFewestTaps || K > kConvMostTaps)) {
+    return refuse("CausalConv1d: weight has K = %lld taps, the kernels are for %lld to %lld",
+                  (long long)K, (long long)kConvFewestTaps, (long long)kConvMostTaps);
+  }
+  int32_t const error = checkProduct("CausalConv1d", node.sizes, "C", kConvMostChannels);
+  return error ? error : checkProduct("CausalConv1d", node.sizes, "BT", kMaxGridX);
 }
 
 cudaError_t enqueue(Call const& call) {

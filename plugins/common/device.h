@@ -7,16 +7,19 @@
 
 namespace llmexport {
 
+// Shared memory that a block may have on every architecture: that of sm_86, sm_89 and sm_120.
+constexpr size_t kLeastSharedBytes = 99 * 1024;
+
 struct Device {
   int processors;      // SMs
-  size_t sharedBytes;  // that one block may have, with cudaFuncSetAttribute where it is over 48 KB
+  size_t sharedBytes;  // that one block may have
 };
 
 // Of the current device. Asked when shapes change, not at every launch.
 inline cudaError_t queryDevice(Device& device) {
 #ifdef LLMEXPORT_EMULATED
-  // The shared memory of sm_86, sm_89 and sm_120, and few SMs, which a small test can fill.
-  device = {4, 99 * 1024};
+  // Few SMs, which a small test can fill.
+  device = {4, kLeastSharedBytes};
   return cudaSuccess;
 #else
   int ordinal = 0, sharedBytes = 0;

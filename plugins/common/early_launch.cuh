@@ -1,5 +1,5 @@
 // Kernels of one chain of launches that start while the one before still runs (programmatic
-// dependent launch, sm_90 on; elsewhere they start when it has ended).
+// dependent launch, in code for sm_90 on; other code starts when it has ended).
 //
 // A kernel that is launched early calls waitForPrevious() in every block, before it touches what
 // an earlier kernel of the chain wrote or reads; then all earlier ones have ended, as each waited
@@ -13,7 +13,9 @@
 namespace llmexport {
 
 __device__ __forceinline__ void waitForPrevious() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef LLMEXPORT_EMULATED
+  emulator::Block::current().waitForPrevious();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -27,21 +29,7 @@ __device__ __forceinline__ void letNextStart() {
 template <class... P, class... A>
 cudaError_t launchEarly(void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t stream,
                         A... args) {
-#ifdef LLMEXPORT_EMULATED
-  return launch(kernel, plan, stream, args...);
-#else
-  constexpr int kFirstMajor = 9;
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  return launchWith(major >= kFirstMajor ? &attribute : nullptr, kernel, plan, stream, args...);
-#endif
+  return launchPrepared(true, kernel, plan, stream, args...);
 }
 
 }  // namespace llmexport

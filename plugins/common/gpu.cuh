@@ -12,36 +12,68 @@
 #else
 #include <cuda_runtime.h>
 
+#include <map>
+#include <utility>
+
 #define SHARED_ARRAY(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 namespace llmexport {
 
-// With an attribute, or with none if it is null.
-template <class... P, class... A>
-cudaError_t launchWith(cudaLaunchAttribute* attribute, void (*kernel)(P...), LaunchPlan const& plan,
-                       cudaStream_t stream, A... args) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (plan.sharedBytes > kWithoutAsking) {
-    auto const error = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel),
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(plan.sharedBytes));
-    if (error != cudaSuccess) return error;
+// On the current device, lets `kernel` have all shared memory that a block may have there, and
+// sets `ptx` to the architecture that it was compiled for: 90 even where a later one runs it.
+//
+// Asks once a host thread, kernel and device. All ask for the same, so that none takes away what
+// another is about to launch with.
+inline cudaError_t prepareKernel(void const* kernel, int& ptx) {
+  thread_local std::map<std::pair<void const*, int>, int> prepared;
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  auto const found = prepared.find({kernel, device});
+  if (found != prepared.end()) return ptx = found->second, cudaSuccess;
+  cudaFuncAttributes its{};
+  error = cudaFuncGetAttributes(&its, kernel);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 bytes - static_cast<int>(its.sharedSizeBytes));
+  }
+  if (error == cudaSuccess) prepared[{kernel, device}] = ptx = its.ptxVersion;
+  return error;
+}
+
+// Early, as common/early_launch.cuh says, if asked for and the kernel's code has the wait.
+template <class... P, class... A>
+cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& plan,
+                           cudaStream_t stream, A... args) {
+  constexpr int kFirstWithWait = 90;
+  int ptx = 0;
+  cudaError_t const error = prepareKernel(reinterpret_cast<void const*>(kernel), ptx);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = plan.grid;
   config.blockDim = plan.block;
   config.dynamicSmemBytes = plan.sharedBytes;
   config.stream = stream;
-  config.attrs = attribute;
-  config.numAttrs = attribute ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = early && ptx >= kFirstWithWait ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
-}
-
-template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t stream, A... args) {
-  return launchWith(nullptr, kernel, plan, stream, args...);
 }
 
 }  // namespace llmexport
 #endif
+
+namespace llmexport {
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t stream, A... args) {
+  return launchPrepared(false, kernel, plan, stream, args...);
+}
+
+}  // namespace llmexport

@@ -9,13 +9,14 @@
 #include <numeric>
 #include <thread>
 
+#include "common/device.h"
+
 namespace llmexport::emulator {
 namespace {
 
 constexpr size_t kAlignment = 128;
 constexpr unsigned char kPoison = 0xFF;  // a NaN in every float type
 constexpr size_t kCopyBytes = 16;
-constexpr size_t kMaxSharedBytes = 227 * 1024;  // sm_90 and sm_100; no architecture has more
 
 thread_local Block* currentBlock = nullptr;
 
@@ -31,10 +32,12 @@ void fail(char const* format, ...) {
   std::abort();
 }
 
-Block::Block(dim3 grid, dim3 size, size_t sharedBytes, std::function<void()> const& body)
+Block::Block(dim3 grid, dim3 size, size_t sharedBytes, bool early,
+             std::function<void()> const& body)
     : grid_(grid),
       size_(size),
       sharedBytes_(sharedBytes),
+      early_(early),
       body_(body),
       threads_(size_t(size.x) * size.y * size.z),
       dynamic_(nullptr, std::free) {}
@@ -54,6 +57,10 @@ void Block::enter() {
   Block& block = current();
   block.body_();
   Thread& thread = block.threads_[block.running_];
+  if (block.early_ && !thread.hasWaited) {
+    fail("thread (%u,%u,%u) of an early launch ends without waitForPrevious()", thread.index.x,
+         thread.index.y, thread.index.z);
+  }
   thread.done = true;
   --block.live_;
   block.progress_ = true;
@@ -69,13 +76,13 @@ void Block::run(uint3 index, uint64_t seed) {
   atBarrier_ = 0;
   lanes_.assign((threads_.size() + kLanes - 1) / kLanes * kLanes, {});
   arrays_.clear();
-  dynamic_ = poisoned(sharedBytes_);
+  dynamic_ = poisoned(takenBytes_ = sharedBytes_);
   random_.seed(unsigned(seed + 0x9E3779B9u * index.x + 0x85EBCA6Bu * index.y + index.z));
   for (size_t i = 0; i < threads_.size(); ++i) {
     Thread& thread = threads_[i];
     thread.index = {unsigned(i) % size_.x, unsigned(i) / size_.x % size_.y,
                     unsigned(i) / size_.x / size_.y};
-    thread.done = false;
+    thread.done = thread.hasWaited = false;
     thread.copies.assign(1, {});
     thread.fiber.arm(enter);
   }
@@ -188,6 +195,11 @@ void Block::leave(unsigned mask) {
 void* Block::sharedArray(int key, size_t bytes) {
   auto const found = arrays_.find(key);
   if (found != arrays_.end()) return found->second.get();
+  takenBytes_ += bytes;
+  if (takenBytes_ > kLeastSharedBytes) {
+    fail("%zu bytes of shared memory, %zu of them dynamic, where a block may have %zu", takenBytes_,
+         sharedBytes_, kLeastSharedBytes);
+  }
   return arrays_.emplace(key, poisoned(bytes)).first->second.get();
 }
 
@@ -215,20 +227,21 @@ void Block::waitCopies(int pending) {
   }
 }
 
-cudaError_t runGrid(dim3 grid, dim3 block, size_t sharedBytes, std::function<void()> const& body) {
+cudaError_t runGrid(dim3 grid, dim3 block, size_t sharedBytes, bool early,
+                    std::function<void()> const& body) {
   uint64_t const threads = uint64_t(block.x) * block.y * block.z;
   uint64_t const blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > INT32_MAX ||
       grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (sharedBytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (sharedBytes > kLeastSharedBytes) return cudaErrorInvalidValue;
   char const* const asked = std::getenv("LLMEXPORT_EMULATOR_SEED");
   uint64_t const seed = asked ? std::strtoull(asked, nullptr, 10) : 0;
   uint64_t const start = seed % blocks;
   std::atomic<uint64_t> next{0};
   auto work = [&] {
-    Block one(grid, block, sharedBytes, body);
+    Block one(grid, block, sharedBytes, early, body);
     for (uint64_t i; (i = next++) < blocks;) {
       uint64_t const at = (i + start) % blocks;
       one.run(

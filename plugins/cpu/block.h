@@ -41,7 +41,7 @@ struct Lane {
 struct Thread {
   Fiber fiber;
   uint3 index{};
-  bool done = false;
+  bool done = false, hasWaited = false;
   char const* waitsFor = nullptr;
   int line = 0;
   std::deque<std::vector<Copy>> copies;  // groups; the last is open
@@ -49,7 +49,8 @@ struct Thread {
 
 class Block {
  public:
-  Block(dim3 grid, dim3 size, size_t sharedBytes, std::function<void()> const& body);
+  // Threads of an `early` block fail if they end without waitForPrevious().
+  Block(dim3 grid, dim3 size, size_t sharedBytes, bool early, std::function<void()> const& body);
 
   // Runs the block to its end. The threads take turns in an order drawn from `seed`.
   void run(uint3 index, uint64_t seed);
@@ -63,6 +64,7 @@ class Block {
   }
 
   void barrier(int line);
+  void waitForPrevious() { threads_[running_].hasWaited = true; }
   void* sharedArray(int key, size_t bytes);
   void* dynamicShared() { return dynamic_.get(); }
   void startCopy(Copy copy);
@@ -102,7 +104,8 @@ class Block {
   [[noreturn]] void reportDeadlock() const;
 
   dim3 grid_, size_;
-  size_t sharedBytes_;
+  size_t sharedBytes_, takenBytes_ = 0;  // dynamic; and of all shared memory
+  bool early_;
   std::function<void()> const& body_;
   std::vector<Thread> threads_;
   std::vector<Lane> lanes_;
@@ -115,7 +118,8 @@ class Block {
 };
 
 // Runs every block of a grid, several at once, in an order drawn from LLMEXPORT_EMULATOR_SEED.
-cudaError_t runGrid(dim3 grid, dim3 block, size_t sharedBytes, std::function<void()> const& body);
+cudaError_t runGrid(dim3 grid, dim3 block, size_t sharedBytes, bool early,
+                    std::function<void()> const& body);
 
 }  // namespace llmexport::emulator
 

@@ -45,10 +45,12 @@
 
 namespace llmexport {
 
+// The kernel before has always ended; an `early` one is held to wait for it all the same.
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t, A... args) {
+cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t,
+                           A... args) {
   std::tuple<P...> const arguments{static_cast<P>(args)...};
-  return emulator::runGrid(plan.grid, plan.block, plan.sharedBytes,
+  return emulator::runGrid(plan.grid, plan.block, plan.sharedBytes, early,
                            [&] { std::apply(kernel, arguments); });
 }
 

@@ -23,7 +23,11 @@ int32_t supports(Node const& node) {
     return refuse("GatedDeltaRule: %c is %lld, but there are kernels for 16, 32, 64 and 128 only",
                   letter, (long long)size);
   }
-  return 0;
+  for (char const* const letter : {"B", "H"}) {
+    int32_t const error = checkProduct("GatedDeltaRule", node.sizes, letter, kMaxGridY);
+    if (error) return error;
+  }
+  return checkProduct("GatedDeltaRule", node.sizes, "T", INT32_MAX);
 }
 
 size_t workspace(Node const& node) { return gatedDeltaRuleWorkspace(sizesOf(node), node.dtype); }

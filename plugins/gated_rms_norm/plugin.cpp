@@ -4,6 +4,10 @@
 namespace llmexport {
 namespace {
 
+int32_t supports(Node const& node) {
+  return checkProduct("GatedRmsNorm", node.sizes, "BTH", kMaxGridX);
+}
+
 cudaError_t enqueue(Call const& call) {
   Sizes const& s = call.sizes;
   GatedRmsNormAttributes const attributes{call.attributes[0].real, call.attributes[1].integer == 0,
@@ -20,6 +24,8 @@ Registration const registration({
      {"activation", Kind::kChoice, {"silu", "sigmoid"}},
      {"round_before_weight", Kind::kBool}},
     enqueue,
+    nullptr,
+    supports,
 });
 
 }  // namespace

@@ -39,6 +39,7 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kCombineThreads)
     combineKernel(T const* outputs, T const* weights, Routing routing, T* y, int slots, int columns,
                   int rowBlocks) {
+  waitForPrevious();
   int64_t const token = blockIdx.x / rowBlocks;
   int const column = int(blockIdx.x % rowBlocks * kCombineThreads + threadIdx.x) * kWidth;
   if (column >= columns) return;

@@ -10,18 +10,24 @@
 namespace llmexport {
 namespace {
 
-// What a block may have on any architecture (sm_86, sm_89, sm_120), less what is not dynamic.
-constexpr size_t kSharedBytes = 99 * 1024 - 1024;
+// Of shared memory: what CUDA keeps of each block, and that with what a block of a projection has
+// beside its dynamic.
+constexpr size_t kSharedKept = 1024, kSharedBeside = 3 * 1024;
 
 struct Tile {
   int rows, columns, threads;
+  int resident;  // blocks of an SM at most if they take share after share, or 0
   size_t sharedUp, sharedDown;
 };
 
 template <class W, class S>
 Tile tileOf(MoeExpertsSizes const& sizes) {
   using Layout = StageLayout<W, S>;
-  return {S::kRows, S::kColumns, S::kThreads, Layout::sharedBytes(int(sizes.hidden)),
+  return {S::kRows,
+          S::kColumns,
+          S::kThreads,
+          S::kPersistent ? S::kBlocks : 0,
+          Layout::sharedBytes(int(sizes.hidden)),
           Layout::sharedBytes(int(sizes.intermediate))};
 }
 
@@ -33,7 +39,7 @@ Tile tileFor(MoeExpertsSizes const& sizes) {
                                                      : tileOf<W, typename Tiles<W>::Many>(sizes);
 }
 
-constexpr Tile kScalarTile{kScalarRows, 2 * kScalarColumns, kScalarThreads, 0, 0};
+constexpr Tile kScalarTile{kScalarRows, 2 * kScalarColumns, kScalarThreads, 0, 0, 0};
 
 // Row tiles at most: each expert with pairs has one that need not be full.
 int64_t mostRowTiles(MoeExpertsSizes const& sizes, int tileRows) {
@@ -43,12 +49,27 @@ int64_t mostRowTiles(MoeExpertsSizes const& sizes, int tileRows) {
 
 size_t padded(size_t bytes) { return size_t(ceilDiv(bytes, kVectorBytes)) * kVectorBytes; }
 
-// One more than a grid may have where that is exceeded.
 LaunchPlan blocks(int64_t count, int threads, size_t sharedBytes) {
-  return {dim3(unsigned(std::min(count, kMaxGridX + 1))), dim3(unsigned(threads)), sharedBytes};
+  return {dim3(unsigned(count)), dim3(unsigned(threads)), sharedBytes};
+}
+
+// A block a share or, where blocks take share after share, so many as run at a time.
+LaunchPlan blocksOf(Tile const& tile, int64_t shares, size_t sharedBytes, Device const& device) {
+  if (tile.resident == 0) return blocks(shares, tile.threads, sharedBytes);
+  // An SM has what one block may have and what CUDA keeps of that one.
+  size_t const fit = (device.sharedBytes + kSharedKept) / (sharedBytes + kSharedBeside);
+  int64_t const resident = std::clamp<int64_t>(int64_t(fit), 1, tile.resident);
+  return blocks(std::min(shares, resident * device.processors), tile.threads, sharedBytes);
 }
 
 }  // namespace
+
+// With the smallest tiles, which are the most, and a block of `combine` as narrow as can be.
+int64_t moeExpertsMostBlocks(MoeExpertsSizes const& sizes) {
+  int64_t const columns = std::max(sizes.hidden, 2 * sizes.intermediate);
+  return std::max(sizes.pairs() * ceilDiv(sizes.hidden, kCombineThreads),
+                  mostRowTiles(sizes, kScalarTile.rows) * ceilDiv(columns, kScalarTile.columns));
+}
 
 MoeExpertsWorkspace moeExpertsWorkspace(MoeExpertsSizes const& sizes, Dtype dtype) {
   size_t const pairs = size_t(sizes.pairs());
@@ -65,13 +86,15 @@ MoeExpertsWorkspace moeExpertsWorkspace(MoeExpertsSizes const& sizes, Dtype dtyp
 }
 
 MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
-                              std::optional<Dtype> stored, bool pointersAligned) {
+                              std::optional<Dtype> stored, bool pointersAligned,
+                              Device const& device) {
   MoeExpertsPlan plan{};
   bool const vectors =
       pointersAligned && sizes.hidden % kChunk == 0 && sizes.intermediate % kChunk == 0;
   Tile const fast = stored ? tileFor<Half>(sizes) : tileFor<Mxfp4>(sizes);
-  plan.onTensorCores = vectors && dtype != Dtype::kFloat32 && stored != Dtype::kFloat32 &&
-                       std::max(fast.sharedUp, fast.sharedDown) <= kSharedBytes;
+  plan.onTensorCores =
+      vectors && dtype != Dtype::kFloat32 && stored != Dtype::kFloat32 &&
+      std::max(fast.sharedUp, fast.sharedDown) + kSharedBeside <= kLeastSharedBytes;
   Tile const tile = plan.onTensorCores ? fast : kScalarTile;
   plan.sorted = sizes.pairs() > kUnsortedPairs;
   plan.tileRows = tile.rows;
@@ -82,8 +105,8 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
   plan.rowBlocks = int(ceilDiv(sizes.hidden, plan.width * kCombineThreads));
   plan.scale = blocks(sizes.pairs() * plan.rowBlocks, kCombineThreads, 0);
   plan.sort = blocks(1, kSortThreads, kSortWarps * size_t(sizes.experts) * sizeof(int));
-  plan.up = blocks(plan.rowTiles * plan.upTiles, tile.threads, tile.sharedUp);
-  plan.down = blocks(plan.rowTiles * plan.downTiles, tile.threads, tile.sharedDown);
+  plan.up = blocksOf(tile, plan.rowTiles * plan.upTiles, tile.sharedUp, device);
+  plan.down = blocksOf(tile, plan.rowTiles * plan.downTiles, tile.sharedDown, device);
   plan.combine = blocks(sizes.tokens * plan.rowBlocks, kCombineThreads, 0);
   return plan;
 }
@@ -123,9 +146,11 @@ cudaError_t combine(Arguments const& a, Routing const& routing, T const* outputs
 
 template <class T>
 cudaError_t project(Arguments const& a, Projection const& p, Routing const& routing) {
+  int const columnTiles = p.gated ? a.plan.upTiles : a.plan.downTiles;
   ProjectionLaunch const how{p.gated ? a.plan.up : a.plan.down,
-                             p.gated ? a.plan.upTiles : a.plan.downTiles,
+                             columnTiles,
                              a.plan.tileRows,
+                             unsigned(a.plan.rowTiles * columnTiles),
                              a.attributes.transposed,
                              p.gated && !a.plan.sorted && !a.attributes.scaleInput,
                              a.stored,
@@ -189,17 +214,14 @@ cudaError_t run(Arguments const& a) {
 
 cudaError_t moeExperts(Dtype dtype, std::optional<Dtype> stored, MoeExpertsSizes const& sizes,
                        MoeExpertsAttributes const& attributes, MoeExpertsInputs const& inputs,
-                       void* y, void* workspace, cudaStream_t stream) {
+                       void* y, void* workspace, Device const& device, cudaStream_t stream) {
   if (sizes.tokens * sizes.hidden == 0) return cudaSuccess;
   if (sizes.pairs() > kMoeMaxPairs || sizes.experts > kMoeMaxExperts ||
-      (!stored && attributes.transposed)) {
+      moeExpertsMostBlocks(sizes) > kMaxGridX || (!stored && attributes.transposed)) {
     return cudaErrorInvalidValue;
   }
   bool const isAligned = aligned({inputs.x, inputs.gateUp, inputs.down, y, workspace});
-  MoeExpertsPlan const plan = moeExpertsPlan(sizes, dtype, stored, isAligned);
-  for (LaunchPlan const* launched : {&plan.scale, &plan.up, &plan.down, &plan.combine}) {
-    if (launched->grid.x > kMaxGridX) return cudaErrorInvalidValue;
-  }
+  MoeExpertsPlan const plan = moeExpertsPlan(sizes, dtype, stored, isAligned, device);
   Arguments const arguments{
       sizes, attributes, inputs, plan, dtype, stored, static_cast<unsigned char*>(workspace),
       y,     stream};

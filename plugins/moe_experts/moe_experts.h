@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "common/device.h"
 #include "common/dtype.h"
 #include "common/launch_plan.h"
 #include "gated_act/gated_act.h"
@@ -46,6 +47,10 @@ struct MoeExpertsWorkspace {
 
 MoeExpertsWorkspace moeExpertsWorkspace(MoeExpertsSizes const& sizes, Dtype dtype);
 
+// Blocks of a launch, and shares of a projection, of which a grid holds kMaxGridX: at most so many,
+// whatever the types.
+int64_t moeExpertsMostBlocks(MoeExpertsSizes const& sizes);
+
 struct MoeExpertsPlan {
   bool onTensorCores;
   bool sorted;             // otherwise each block finds its pairs itself
@@ -60,12 +65,13 @@ struct MoeExpertsPlan {
 
 // `stored` is the type of the weights, nothing for MXFP4.
 MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
-                              std::optional<Dtype> stored, bool pointersAligned);
+                              std::optional<Dtype> stored, bool pointersAligned,
+                              Device const& device);
 
 // x, y [tokens, hidden]; weights, experts [tokens, slots]; a pair whose expert is not in
 // [0, sizes.experts) adds nothing. `workspace` is aligned to kVectorBytes.
 cudaError_t moeExperts(Dtype dtype, std::optional<Dtype> stored, MoeExpertsSizes const& sizes,
                        MoeExpertsAttributes const& attributes, MoeExpertsInputs const& inputs,
-                       void* y, void* workspace, cudaStream_t stream);
+                       void* y, void* workspace, Device const& device, cudaStream_t stream);
 
 }  // namespace llmexport

@@ -70,6 +70,18 @@ int32_t checkScales(char const* name, char letter, int64_t scales, int64_t colum
                 (long long)scales, kMoeScaleBlock, (long long)columns);
 }
 
+int32_t checkLimits(Node const& node) {
+  Sizes const& s = node.sizes;
+  if (int32_t const error = checkProduct("MoeExperts", s, "BTK", kMoeMaxPairs)) return error;
+  MoeExpertsSizes const sizes = sizesOf(s, node.attributes);
+  bool const known = s.product("BTKE") >= 0 && sizes.hidden >= 0 && sizes.intermediate >= 0;
+  int64_t const blocks = known ? moeExpertsMostBlocks(sizes) : 0;
+  if (blocks <= kMaxGridX) return 0;
+  return refuse("MoeExperts: %lld pairs of C = %lld columns take %lld blocks, a grid holds %lld",
+                (long long)sizes.pairs(), (long long)sizes.hidden, (long long)blocks,
+                (long long)kMaxGridX);
+}
+
 int32_t supports(Node const& node) {
   Sizes const& s = node.sizes;
   bool const isMxfp4 = !node.stored, transposed = node.attributes[kTransposed].integer != 0;
@@ -77,6 +89,7 @@ int32_t supports(Node const& node) {
     return refuse("MoeExperts: E = %lld experts, the kernels sort %d", (long long)s['E'],
                   kMoeMaxExperts);
   }
+  if (int32_t const error = checkLimits(node)) return error;
   if (isMxfp4 && node.inputs != kAllInputs) {
     return refuse(
         "MoeExperts: weights of bytes are MXFP4, which has biases and scales: %d inputs, "
@@ -118,7 +131,7 @@ cudaError_t enqueue(Call const& call) {
                                 static_cast<uint8_t const*>(call.inputs[kGateUpScales]),
                                 static_cast<uint8_t const*>(call.inputs[kDownScales])};
   return moeExperts(call.dtype, call.stored, sizesOf(call.sizes, values), attributes, inputs,
-                    call.outputs[0], call.workspace, call.stream);
+                    call.outputs[0], call.workspace, call.device, call.stream);
 }
 
 Registration const registration({

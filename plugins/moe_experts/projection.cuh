@@ -31,6 +31,7 @@ struct Projection {
 struct ProjectionLaunch {
   LaunchPlan plan;
   int columnTiles, tileRows;
+  unsigned shares;           // row tiles times column tiles
   bool transposed, isFirst;  // of the chain of launches
   std::optional<Dtype> stored;
   cudaStream_t stream;

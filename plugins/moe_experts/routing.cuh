@@ -38,24 +38,29 @@ __device__ __forceinline__ int expertOf(Routing const& routing, int pair) {
   return unsigned(expert) < unsigned(routing.expertCount) ? expert : -1;
 }
 
+// Rows first: those who share a tile of weights are at work side by side. In bands, so that the
+// rows that they read again for the next columns are still in the L2 cache.
 template <int kRows>
-__device__ __forceinline__ Share findSorted(Routing const& routing, int columnTiles,
+__device__ __forceinline__ Share findSorted(Routing const& routing, unsigned at, int columnTiles,
                                             int (&pairs)[kRows]) {
-  RowTile const tile = routing.tiles[blockIdx.x / columnTiles];
+  constexpr int kBand = 16;  // row tiles; of 128 rows by 4096 of 16 bits they are 16 MB
+  RowTile const tile = routing.tiles[at / columnTiles];
   if (tile.expert < 0) return {};
-  // Rows first: the blocks that share a tile of weights run side by side.
   int const rowTiles = int(ceilDiv(tile.endRow - tile.firstRow, kRows));
-  int const local = int(blockIdx.x - int64_t(tile.firstTile) * columnTiles);
-  int const first = tile.firstRow + local % rowTiles * kRows;
+  int const local = int(at - int64_t(tile.firstTile) * columnTiles);
+  int const band = local / (kBand * columnTiles) * kBand;
+  int const height = rowTiles - band < kBand ? rowTiles - band : kBand;
+  int const within = local - band * columnTiles;
+  int const first = tile.firstRow + (band + within % height) * kRows;
   int const rows = tile.endRow - first < kRows ? tile.endRow - first : kRows;
   if (int(threadIdx.x) < rows) pairs[threadIdx.x] = routing.order[first + threadIdx.x];
-  return {tile.expert, rows, local / rowTiles};
+  return {tile.expert, rows, within / height};
 }
 
 // Of at most kUnsortedPairs pairs. In every expert's list of pairs the 1st, the (kRows + 1)th ...
-// lead a tile; block b takes the tile of leader b / columnTiles.
+// lead a tile; share `at` is of the tile of leader at / columnTiles.
 template <int kRows>
-__device__ __forceinline__ Share findUnsorted(Routing const& routing, int columnTiles,
+__device__ __forceinline__ Share findUnsorted(Routing const& routing, unsigned at, int columnTiles,
                                               int (&pairs)[kRows]) {
   int const lane = threadIdx.x % kWarp;
   int const expert = expertOf(routing, lane);
@@ -63,7 +68,7 @@ __device__ __forceinline__ Share findUnsorted(Routing const& routing, int column
   int const rank = __popc(peers & lanesBelow());
   unsigned const leaders = __ballot_sync(kAllLanes, expert >= 0 && rank % kRows == 0);
   bool const leads = leaders >> lane & 1;
-  int const wanted = int(blockIdx.x) / columnTiles;
+  int const wanted = int(at) / columnTiles;
   unsigned const found =
       __ballot_sync(kAllLanes, leads && __popc(leaders & lanesBelow()) == wanted);
   if (!found) return {};
@@ -75,15 +80,15 @@ __device__ __forceinline__ Share findUnsorted(Routing const& routing, int column
     pairs[rank - first] = lane;
   }
   int const rows = all - first < kRows ? all - first : kRows;
-  return {mine, rows, int(blockIdx.x) % columnTiles};
+  return {mine, rows, int(at) % columnTiles};
 }
 
-// The share of this block; its pairs are in `pairs` for all threads.
+// Share `at`; its pairs are in `pairs` for all threads. After one of no expert come no others.
 template <int kRows>
-__device__ __forceinline__ Share findShare(Routing const& routing, int columnTiles,
+__device__ __forceinline__ Share findShare(Routing const& routing, unsigned at, int columnTiles,
                                            int (&pairs)[kRows]) {
-  Share const share = routing.tiles ? findSorted(routing, columnTiles, pairs)
-                                    : findUnsorted(routing, columnTiles, pairs);
+  Share const share = routing.tiles ? findSorted(routing, at, columnTiles, pairs)
+                                    : findUnsorted(routing, at, columnTiles, pairs);
   if (share.expert >= 0) __syncthreads();
   return share;
 }

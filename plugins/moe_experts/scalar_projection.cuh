@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   SHARED_ARRAY(float, weights, 2 * kScalarColumns * kPitch);
   waitForPrevious();
   letNextStart();
-  Share const share = findShare(routing, columnTiles, pairs);
+  Share const share = findShare(routing, blockIdx.x, columnTiles, pairs);
   if (share.expert < 0) return;
 
   auto columnOf = [&](int place, int which) {

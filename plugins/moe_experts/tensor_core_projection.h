@@ -15,6 +15,9 @@ struct TileShape {
   static constexpr int kWarpsAcross = warpsAcross, kStages = stages;
   static constexpr int kThreads = warpsDown * warpsAcross * kWarp;
   static constexpr int kBlocks = blocks;  // of an SM, for whose registers there is room
+  // Whether a block takes share after share. For few rows the loop would take a fourth more
+  // registers, and a decode's shares are hardly more than the blocks that run at a time.
+  static constexpr bool kPersistent = rows > kMmaRows;
   static constexpr int kWarpRows = rows / warpsDown, kWarpColumns = columns / warpsAcross;
   static constexpr int kRowTiles = kWarpRows / kMmaRows;
   static constexpr int kColumnTiles = kWarpColumns / kMmaColumns;

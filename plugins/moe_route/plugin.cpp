@@ -30,9 +30,11 @@ int32_t supports(Node const& node) {
     return refuse("MoeRoute: E = %lld experts, the kernel holds %lld", E,
                   (long long)kRouteMaxExperts);
   }
-  if (a.groups <= kRouteMaxGroups) return 0;
-  return refuse("MoeRoute: %d groups, the kernel has a lane for %lld", a.groups,
-                (long long)kRouteMaxGroups);
+  if (a.groups > kRouteMaxGroups) {
+    return refuse("MoeRoute: %d groups, the kernel has a lane for %lld", a.groups,
+                  (long long)kRouteMaxGroups);
+  }
+  return checkProduct("MoeRoute", node.sizes, "BT", kMaxGridX);
 }
 
 cudaError_t enqueue(Call const& call) {

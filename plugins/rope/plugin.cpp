@@ -11,6 +11,13 @@ int32_t check(Sizes const& sizes, Values const&) {
                 (long long)R, (long long)D);
 }
 
+int32_t supports(Node const& node) {
+  for (char const* const letters : {"BT", "H", "D"}) {
+    if (int32_t const error = checkProduct("Rope", node.sizes, letters, INT32_MAX)) return error;
+  }
+  return 0;
+}
+
 cudaError_t enqueue(Call const& call) {
   Sizes const& s = call.sizes;
   return rope(call.dtype, {s['B'], s['H'], s['T'], s['D'], s['R']}, call.attributes[0].integer,
@@ -24,6 +31,7 @@ Registration const registration({
     {{"interleaved", Kind::kBool}},
     enqueue,
     check,
+    supports,
 });
 
 }  // namespace

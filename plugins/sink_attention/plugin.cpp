@@ -20,9 +20,12 @@ int32_t check(Sizes const& sizes, Values const&) {
 
 int32_t supports(Node const& node) {
   int64_t const D = node.sizes['D'];
-  if (D <= kAttentionMaxSize) return 0;
-  return refuse("SinkAttention: heads have D = %lld, over the %d that the kernels are made for",
-                (long long)D, kAttentionMaxSize);
+  if (D > kAttentionMaxSize) {
+    return refuse("SinkAttention: heads have D = %lld, over the %d that the kernels are made for",
+                  (long long)D, kAttentionMaxSize);
+  }
+  int32_t const error = checkProduct("SinkAttention", node.sizes, "BHT", INT32_MAX);
+  return error ? error : checkProduct("SinkAttention", node.sizes, "S", INT32_MAX);
 }
 
 size_t workspace(Node const& node) {

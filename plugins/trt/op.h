@@ -77,6 +77,8 @@ class Sizes {
   Sizes() { sizes_.fill(kUnknown); }
   int64_t& operator[](char letter) { return sizes_[size_t(letter - 'A')]; }
   int64_t operator[](char letter) const { return sizes_[size_t(letter - 'A')]; }
+  // Of the sizes of these letters; kUnknown if one is, INT64_MAX if it is over that.
+  int64_t product(char const* letters) const;
 
  private:
   std::array<int64_t, 26> sizes_;
@@ -108,7 +110,8 @@ struct Op {
   cudaError_t (*enqueue)(Call const& call);
   // Of sizes and attributes that do not fit each other; any size may be unknown. Optional.
   int32_t (*check)(Sizes const& sizes, Values const& attributes) = nullptr;
-  // Of what the kernels are not made for: types, and sizes, any of which may be unknown. Optional.
+  // Of what the kernels are not made for: types, and sizes, any of which may be unknown. Asked of
+  // the largest sizes of a profile too. Optional.
   int32_t (*supports)(Node const& node) = nullptr;
   // Bytes that suffice for these sizes and all smaller ones: the largest of a profile are given.
   // Knows no device: an engine may be built where there is none. Optional.
@@ -118,6 +121,9 @@ struct Op {
 // Writes "llmexport: ..." on one line of stderr; returns non-zero. TensorRT's ILogger is not used:
 // its vtable differs between TensorRT 10 and 11.
 __attribute__((format(printf, 1, 2))) int32_t refuse(char const* format, ...) noexcept;
+
+// Refuses sizes whose product is over the `most` that the kernels index or a grid holds.
+int32_t checkProduct(char const* op, Sizes const& sizes, char const* letters, int64_t most);
 
 // Adds an op to the library: a constant of this type in <op>/plugin.cpp.
 class Registration {

@@ -122,23 +122,36 @@ int32_t Plugin::configurePlugin(trt::DynamicPluginTensorDesc const* in, int32_t 
                                 trt::DynamicPluginTensorDesc const* out,
                                 int32_t nbOutputs) noexcept {
   auto desc = [](trt::DynamicPluginTensorDesc const& d) -> auto const& { return d.desc; };
-  return read(in, nbInputs, out, nbOutputs, desc) ? 0 : 1;
+  auto form = read(in, nbInputs, out, nbOutputs, desc);
+  if (!form) return 1;
+  if (!op_.supports) return 0;
+  Sizes const known = form->sizes;
+  form->sizes = largestSizes(in, nbInputs, known);
+  return op_.supports(node(*form));
 }
 
-// TensorRT bounds each tensor for itself: of two bounds of one letter the larger counts.
+// `known`, and of the others the largest of the profile. TensorRT bounds each tensor for itself: of
+// two bounds of one letter the larger counts.
+Sizes Plugin::largestSizes(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
+                           Sizes const& known) const {
+  Sizes sizes = known;
+  for (int32_t i = 0; i < nbInputs; ++i) {
+    for (int32_t d = 0; d < in[i].max.nbDims; ++d) {
+      char const letter = op_.inputs[size_t(i)].dims[d];
+      if (known[letter] == Sizes::kUnknown) {
+        sizes[letter] = std::max(sizes[letter], in[i].max.d[d]);
+      }
+    }
+  }
+  return sizes;
+}
+
 size_t Plugin::getWorkspaceSize(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
                                 trt::DynamicPluginTensorDesc const*, int32_t) const noexcept {
   if (!op_.workspace) return 0;
   TypeReader types(op_);
-  Sizes sizes = ShapeReader(op_, attributes_).sizes();
-  for (int32_t i = 0; i < nbInputs; ++i) {
-    Tensor const& input = op_.inputs[size_t(i)];
-    types.accept(input, in[i].desc.type);
-    for (int32_t d = 0; d < in[i].max.nbDims; ++d) {
-      int64_t& size = sizes[input.dims[d]];
-      size = std::max(size, in[i].max.d[d]);
-    }
-  }
+  for (int32_t i = 0; i < nbInputs; ++i) types.accept(op_.inputs[size_t(i)], in[i].desc.type);
+  Sizes const sizes = largestSizes(in, nbInputs, ShapeReader(op_, attributes_).sizes());
   return op_.workspace(node({types.dtype(), types.stored(), size_t(nbInputs), sizes}));
 }
 

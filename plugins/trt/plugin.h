@@ -61,6 +61,8 @@ class Plugin final : public trt::IPluginV3,
   template <class Desc, class F>
   std::optional<Form> read(Desc const* in, int32_t nbInputs, Desc const* out, int32_t nbOutputs,
                            F descOf) const;
+  Sizes largestSizes(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
+                     Sizes const& known) const;
   Node node(Form const& form) const {
     return {form.dtype, form.stored, form.inputs, form.sizes, attributes_};
   }

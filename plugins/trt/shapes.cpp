@@ -4,6 +4,24 @@
 
 namespace llmexport {
 
+int64_t Sizes::product(char const* letters) const {
+  int64_t all = 1;
+  bool over = false;
+  for (; *letters; ++letters) {
+    int64_t const size = (*this)[*letters];
+    if (size == kUnknown) return kUnknown;
+    over = __builtin_mul_overflow(all, size, &all) || over;
+  }
+  return over ? INT64_MAX : all;
+}
+
+int32_t checkProduct(char const* op, Sizes const& sizes, char const* letters, int64_t most) {
+  int64_t const product = sizes.product(letters);
+  if (product <= most) return 0;
+  return refuse("%s: the product of %s is %lld, the kernels take %lld", op, letters,
+                (long long)product, (long long)most);
+}
+
 ShapeReader::ShapeReader(Op const& op, Values const& attributes)
     : op_(op), attributes_(attributes) {
   for (size_t i = 0; i < op.attributes.size(); ++i) {

@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Machine:
+def machine(request: pytest.FixtureRequest) -> Machine:
     if request.param == "gpu":
-        return Machine(Library(gpu_library(tmp_path_factory.mktemp("plugins"))), GpuMemory)
+        return Machine(Library(gpu_library()), GpuMemory)
     return Machine(Library(emulated_library(SANITIZED if SANITIZE else ())), CpuMemory)

@@ -51,9 +51,10 @@ IPluginV3OneRuntime* runtime(IPluginV3* p) {
   return capability<IPluginV3OneRuntime>(p, PluginCapabilityType::kRUNTIME);
 }
 
-std::vector<DynamicPluginTensorDesc> dynamic(PluginTensorDesc const* io, int count) {
+std::vector<DynamicPluginTensorDesc> dynamic(PluginTensorDesc const* io,
+                                             PluginTensorDesc const* most, int count) {
   std::vector<DynamicPluginTensorDesc> out;
-  for (int i = 0; i < count; ++i) out.push_back({io[i], io[i].dims, io[i].dims, io[i].dims});
+  for (int i = 0; i < count; ++i) out.push_back({io[i], io[i].dims, most[i].dims, io[i].dims});
   return out;
 }
 
@@ -173,22 +174,21 @@ HOST int32_t host_shapes(IPluginV3* plugin, PluginTensorDesc const* in, int32_t 
 HOST bool host_supports(IPluginV3* plugin, int32_t position, PluginTensorDesc const* io,
                         int32_t nbInputs, int32_t nbOutputs) {
   // Only the descriptions up to `position` may be looked at.
-  auto descs = dynamic(io, nbInputs + nbOutputs);
+  auto descs = dynamic(io, io, nbInputs + nbOutputs);
   for (size_t i = size_t(position) + 1; i < descs.size(); ++i) {
     std::memset(static_cast<void*>(&descs[i]), 0xCD, sizeof descs[i]);
   }
   return build(plugin)->supportsFormatCombination(position, descs.data(), nbInputs, nbOutputs);
 }
-HOST int32_t host_configure(IPluginV3* plugin, PluginTensorDesc const* io, int32_t nbInputs,
-                            int32_t nbOutputs) {
-  auto const descs = dynamic(io, nbInputs + nbOutputs);
+// `most` are the largest dimensions of the profile.
+HOST int32_t host_configure(IPluginV3* plugin, PluginTensorDesc const* io,
+                            PluginTensorDesc const* most, int32_t nbInputs, int32_t nbOutputs) {
+  auto const descs = dynamic(io, most, nbInputs + nbOutputs);
   return build(plugin)->configurePlugin(descs.data(), nbInputs, descs.data() + nbInputs, nbOutputs);
 }
-// `most` are the largest dimensions of the profile.
 HOST size_t host_workspace(IPluginV3* plugin, PluginTensorDesc const* io,
                            PluginTensorDesc const* most, int32_t nbInputs, int32_t nbOutputs) {
-  auto descs = dynamic(io, nbInputs + nbOutputs);
-  for (size_t i = 0; i < descs.size(); ++i) descs[i].max = most[i].dims;
+  auto const descs = dynamic(io, most, nbInputs + nbOutputs);
   return build(plugin)->getWorkspaceSize(descs.data(), nbInputs, descs.data() + nbInputs,
                                          nbOutputs);
 }

@@ -78,6 +78,13 @@ def test_state_is_updated_in_place(machine: Machine, monkeypatch: pytest.MonkeyP
         assert right(run.results(), inputs, "bf16", "silu")
 
 
+def test_without_tokens_the_state_goes_through(machine: Machine) -> None:
+    inputs = tensors((2, 0, 40), 4, "bf16")
+    y, state = machine.library.create("CausalConv1d", {"activation": "silu"}).run(machine.memory(), inputs)
+    assert y.shape == (2, 0, 40)
+    assert state.tobytes() == inputs[2].tobytes()
+
+
 def test_calls_in_a_row_are_one_call(machine: Machine) -> None:
     """A token, then fewer than the taps, then many: the state carries what a single call sees at once."""
     whole = tensors((2, 40, 24), 4, "fp16")

@@ -10,6 +10,7 @@ from native import EMULATED, PLUGINS, SANITIZED, compiled, need_gpu, need_nvcc
 HERE = Path(__file__).parent / "emulator"
 BUGS = ("-DBUG_NO_WAIT", "-DBUG_NO_BARRIER", "-DBUG_RACE", "-DBUG_LAG")
 SEEDS = ("0", "1", "2")
+RIGHT = ("gemm", "sum", "halves", "match", "rotate", "take", "chain", "too_many_threads")
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +29,14 @@ def run(program: Path, kernel: str, seed: str = "0") -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "match", "rotate", "take", "too_many_threads"])
+@pytest.mark.parametrize("kernel", RIGHT)
 def test_right_kernel_is_right_under_sanitizers(right_kernels: Path, kernel: str, seed: str) -> None:
     done = run(right_kernels, kernel, seed)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["gemm", "sum", "halves", "match", "rotate", "take", "too_many_threads"])
+@pytest.mark.parametrize("kernel", RIGHT)
 def test_gpu_agrees_with_the_emulator(tmp_path: Path, kernel: str) -> None:
     """One reading of the fragment layouts serves kernel and emulator: only a GPU can say that it is right."""
     need_gpu()
@@ -68,6 +69,8 @@ def test_missing_synchronisation_gives_wrong_numbers(wrong_kernels: Path, kernel
         ("misaligned", "requires 16 byte alignment"),
         ("divergent_shuffle", "deadlock: 16 of 32 threads wait, the first, (0,0,0), for __shfl_xor_sync"),
         ("divergent_barrier", "divergent __syncthreads: threads wait at line"),
+        ("ends_unwaited", "thread (31,0,0) of an early launch ends without waitForPrevious()"),
+        ("too_much_shared", "101380 bytes of shared memory, 101376 of them dynamic, where a block may have 101376"),
     ],
 )
 def test_misuse_ends_with_a_message(right_kernels: Path, kernel: str, says: str) -> None:

@@ -54,6 +54,13 @@ def test_at_the_ends_of_the_gates_range(machine: Machine, activation: str, dtype
     assert np.isnan(values[5])
 
 
+def test_no_tokens_are_no_error(machine: Machine) -> None:
+    x, weight = np.zeros((2, 0, 3, 128), np.float16), np.ones(128, np.float16)
+    attributes = {"epsilon": EPSILON, "activation": "silu", "round_before_weight": True}
+    (y,) = machine.library.create("GatedRmsNorm", attributes).run(machine.memory(), [x, x, weight])
+    assert y.shape == x.shape
+
+
 def test_a_row_of_zeros_gives_zeros(machine: Machine) -> None:
     x = np.zeros((1, 3, 2, 128), np.float16)
     gate, weight = random(x.shape, "fp16", 1), random((128,), "fp16", 2)

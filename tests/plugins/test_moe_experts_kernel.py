@@ -154,10 +154,10 @@ FEW_ROWS = [
     Node(1, 4, 32, 456, 40),
     Node(7, 2, 4, 40, 456),
     Node(16, 2, 16, 64, 64),
-    Node(63, 1, 16, 72, 136, chosen=1),
+    Node(300, 1, 20, 8, 136, chosen=1),  # more row tiles than a band
     Node(64, 2, 16, 136, 72, chosen=3),
-    Node(9, 8, 128, 64, 32),
-    Node(5, 16, 512, 24, 16),
+    Node(9, 8, 256, 64, 32),
+    Node(5, 16, 384, 24, 16),
 ]
 MANY_ROWS = [
     Node(63, 2, 4, 456, 40),

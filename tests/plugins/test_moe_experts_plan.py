@@ -20,8 +20,12 @@ FP32, FP16, BF16 = range(3)
 MXFP4 = -1
 ITEM_SIZES = (4, 2, 2)
 MAX_GRID, MAX_THREADS = 2**31 - 1, 1024
-# That a block of sm_86, sm_89 and sm_120 may have, less what the kernels have beside; and an SM of sm_90.
-SHARED_BYTES, SHARED_OF_SM90 = 98 * 1024, 227 * 1024
+# Static and dynamic, that a block of sm_86, sm_89 and sm_120 may have; and what CUDA keeps of each block.
+SHARED_BYTES, SHARED_KEPT = 99 * 1024, 1024
+# SMs, and what a block may have: sm_90, sm_80 and sm_120.
+H100, A100, RTX5090 = (132, 227 * 1024), (108, 163 * 1024), (170, SHARED_BYTES)
+# Pairs, their rows and a share of the largest tile; the experts' first rows and tiles, and the sums of warps.
+PROJECTION_STATIC, SORT_STATIC = 2 * 128 * 4 + 12, 2 * 513 * 4 + 32 * 8
 UNSORTED_PAIRS, FEW_ROWS, TILE_BYTES = 32, 16, 16
 ALIGNMENT = 16
 
@@ -64,9 +68,11 @@ def library() -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def plan(library: ctypes.CDLL) -> Planned:
-    def made(sizes: Sizes, dtype: int = BF16, stored: int = BF16, aligned: bool = True) -> Plan:
+    def made(
+        sizes: Sizes, dtype: int = BF16, stored: int = BF16, aligned: bool = True, device: tuple[int, int] = H100
+    ) -> Plan:
         out = (ctypes.c_int64 * 23)()
-        library.moe_plan((ctypes.c_int64 * 5)(*sizes), dtype, stored, ctypes.c_bool(aligned), out)
+        library.moe_plan((ctypes.c_int64 * 7)(*sizes, *device), dtype, stored, ctypes.c_bool(aligned), out)
         launches = [Launch(*out[i : i + 3]) for i in range(8, 23, 3)]
         return Plan(bool(out[0]), bool(out[1]), *out[2:8], *launches)
 
@@ -98,9 +104,11 @@ def test_every_launch_is_within_the_limits_and_takes_all(plan: Planned, sizes, d
     for launch in (p.scale, p.sort, p.up, p.down, p.combine):
         assert 0 < launch.blocks <= MAX_GRID
         assert 0 < launch.threads <= MAX_THREADS
-        assert launch.shared <= SHARED_BYTES
-    assert p.up.blocks == p.row_tiles * p.up_tiles
-    assert p.down.blocks == p.row_tiles * p.down_tiles
+    assert max(p.up.shared, p.down.shared) + PROJECTION_STATIC <= SHARED_BYTES
+    assert p.sort.shared + SORT_STATIC <= SHARED_BYTES
+    for launch, tiles in ((p.up, p.up_tiles), (p.down, p.down_tiles)):
+        shares = p.row_tiles * tiles
+        assert launch.blocks == (shares if p.tile_rows == FEW_ROWS else min(shares, 2 * H100[0]))
     per_block = p.combine.threads * p.width
     assert p.row_blocks * per_block >= hidden > (p.row_blocks - 1) * per_block
     assert (p.scale.blocks, p.combine.blocks) == (tokens * slots * p.row_blocks, tokens * p.row_blocks)
@@ -176,8 +184,16 @@ def test_real_models_run_on_tensor_cores_two_blocks_or_more_to_an_sm(plan: Plann
     p = plan((tokens, *MODELS[model]), BF16, stored)
     assert p.on_tensor_cores
     assert (p.tile_rows == FEW_ROWS) == (tokens <= (512 if model == "qwen" else 64))
-    beside = 3 * 1024  # what the kernels have beside, and CUDA keeps of each block
-    assert 2 * (max(p.up.shared, p.down.shared) + beside) <= SHARED_OF_SM90
+    beside = PROJECTION_STATIC + SHARED_KEPT
+    assert 2 * (max(p.up.shared, p.down.shared) + beside) <= H100[1] + SHARED_KEPT
+
+
+@pytest.mark.parametrize(("device", "resident"), [(H100, (2, 2)), (A100, (1, 2)), (RTX5090, (1, 1))])
+def test_a_long_prompt_has_as_many_blocks_as_run_at_a_time(plan: Planned, device, resident):
+    for stored, blocks in zip((BF16, MXFP4), resident, strict=True):
+        p = plan((4096, *MODELS["gpt-oss"]), BF16, stored, device=device)
+        assert (p.up.blocks, p.down.blocks) == (blocks * device[0],) * 2
+        assert p.row_tiles * min(p.up_tiles, p.down_tiles) > 8 * p.up.blocks
 
 
 def routed(experts: np.ndarray, count: int, hidden: int = 8, intermediate: int = 8) -> tuple[np.ndarray, Sizes]:
@@ -195,7 +211,7 @@ def routed(experts: np.ndarray, count: int, hidden: int = 8, intermediate: int =
 
 @pytest.mark.parametrize(
     ("tokens", "slots", "count", "least"),
-    [(33, 1, 4, 0), (9, 8, 128, 0), (700, 3, 5, 0), (64, 4, 512, 0), (300, 2, 3, -1), (50, 1, 1, 0)],
+    [(33, 1, 4, 0), (9, 8, 384, 0), (700, 3, 5, 0), (64, 4, 512, 0), (300, 2, 3, -1), (50, 1, 1, 0)],
 )
 def test_pairs_are_sorted_stably_and_cut_into_tiles(
     plan: Planned, workspace: Parted, tokens: int, slots: int, count: int, least: int

@@ -134,6 +134,11 @@ def test_infinities_and_nan(machine: Machine, dtype: str, with_bias: bool) -> No
     assert weights[0, 0, 2:].astype(np.float64).tolist() == [0, 0]
 
 
+def test_no_tokens_are_no_error(machine: Machine) -> None:
+    weights, experts = run(machine, [random((1, 0, 16), "fp16", 1)], asked(2))
+    assert (weights.shape, experts.shape) == ((1, 0, 2), (1, 0, 2))
+
+
 def test_large_logits_do_not_overflow(machine: Machine) -> None:
     inputs = [np.array([[[80000.0, 1e30, -1e30, 79999.0]]], np.float32)]
     assert run(machine, inputs, asked(2, "softmax"))[0].tolist() == [[[1.0, 0.0]]]

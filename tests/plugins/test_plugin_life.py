@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -203,6 +203,46 @@ def test_configures_with_dynamic_dimensions(library: Library, case: Case) -> Non
     assert plugin.workspace(io, known) == plugin.workspace(known, known)
 
 
+@pytest.mark.parametrize(
+    ("name", "letter", "most", "says"),
+    [
+        ("Rope", "T", 2**30, "Rope: the product of BT is 2147483648, the kernels take 2147483647"),
+        ("AddRmsNorm", "T", 2**31, "AddRmsNorm: the product of BT is 4294967296, the kernels take 2147483647"),
+        ("CausalConv1d", "B", 2**31, "CausalConv1d: the product of BT is 135291469824, the kernels take 2147483647"),
+        ("CausalConv1d", "C", 2**21, "CausalConv1d: the product of C is 2097152, the kernels take 2097120"),
+        ("GatedRmsNorm", "T", 2**63 - 1, "GatedRmsNorm: the product of BTH is 9223372036854775807, the kernels"),
+        ("MoeRoute", "T", 2**31, "MoeRoute: the product of BT is 4294967296, the kernels take 2147483647"),
+        ("MoeExperts", "T", 2**29, "MoeExperts: the product of BTK is 2147483648, the kernels take 1073741824"),
+        (
+            "MoeExperts",
+            "C",
+            2**40,
+            "MoeExperts: 36 pairs of C = 1099511627776 columns take 309237645312 blocks, a grid",
+        ),
+        ("SinkAttention", "T", 2**28, "SinkAttention: the product of BHT is 2147483648, the kernels take 2147483647"),
+        ("SinkAttention", "S", 2**31, "SinkAttention: the product of S is 2147483648, the kernels take 2147483647"),
+        ("GatedDeltaRule", "B", 2**16, "GatedDeltaRule: the product of B is 65536, the kernels take 65535"),
+        ("GatedDeltaRule", "T", 2**31, "GatedDeltaRule: the product of T is 2147483648, the kernels take 2147483647"),
+    ],
+)
+def test_refuses_a_profile_larger_than_the_kernels_take(
+    library: Library, capfd: pytest.CaptureFixture[str], name: str, letter: str, most: int, says: str
+) -> None:
+    case = CASES[name]
+    plugin = created(library, case)
+    known, io, largest = (all_descs(plugin, case) for _ in range(3))
+    for i, d in (
+        (i, d) for i, n in enumerate(case.inputs) for d, its in enumerate(case.spec.inputs[n]) if its == letter
+    ):
+        io[i].dims.sizes[d], largest[i].dims.sizes[d] = -1, most
+    for output in io[len(case.inputs) :]:
+        output.dims.sizes[:] = [-1] * 8
+    plugin.configure(io, known)
+    with pytest.raises(Refused):
+        plugin.configure(io, largest)
+    assert f"llmexport: {says}" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("phase", [BUILD, RUNTIME])
 def test_attributes_survive_serialisation(library: Library, case: Case, phase: int) -> None:
     codes = {bool: "i", int: "i", float: "f"}
@@ -245,10 +285,41 @@ def test_two_contexts_share_one_plugin(machine: Machine, case: Case) -> None:
             assert compare(want, have).rms_ratio < case.units[dtype != "fp32"] * UNIT[dtype]
 
 
+# Launches in other chains than those of the cases: no sort, a scaled input before, tiles of many rows, a merge after.
+CHAINS = {
+    "unsorted": replace(CASES["MoeExperts"], sizes={**CASES["MoeExperts"].sizes, "B": 1}),
+    "scaled": replace(CASES["MoeExperts"], attributes={**CASES["MoeExperts"].attributes, "scale_input": True}),
+    "many-rows": replace(CASES["MoeExperts"], sizes={**CASES["MoeExperts"].sizes, "T": 130}),
+    "splits": replace(CASES["SinkAttention"], attributes={**CASES["SinkAttention"].attributes, "window": 0}),
+}
+CHAINS["splits"] = replace(CHAINS["splits"], sizes={**CASES["SinkAttention"].sizes, "T": 1, "S": 600})
+ON_GPU = {**CASES, **CHAINS}
+
+
 @pytest.mark.gpu
-def test_enqueue_is_captured_in_a_cuda_graph(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ON_GPU)
+def test_two_streams_do_not_disturb_each_other(name: str) -> None:
+    library, memory = Library(gpu_library()), GpuMemory()
+    plugin = created(library, ON_GPU[name])
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    inputs = [ON_GPU[name].tensors("bf16", B=b) for b in (2, 3)]
+    runs = [plugin.attach().prepare(memory, [array_of(x) for x in some]) for some in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for run, stream in zip(runs, streams, strict=True):
+            run.enqueue(stream.cuda_stream)
+    torch.cuda.synchronize()
+    for run, some in zip(runs, inputs, strict=True):
+        for want, have in zip(ON_GPU[name].expected(some), run.results(), strict=True):
+            assert compare(want, have).rms_ratio < UNIT["bf16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_enqueue_is_captured_in_a_cuda_graph(name: str) -> None:
     """It neither allocates nor synchronises, or the capture fails."""
-    library, memory = Library(gpu_library(tmp_path)), GpuMemory()
+    library, memory = Library(gpu_library()), GpuMemory()
+    case = ON_GPU[name]
     inputs = case.tensors("bf16")
     run = created(library, case).attach().prepare(memory, [array_of(x) for x in inputs])
     graph = torch.cuda.CUDAGraph()

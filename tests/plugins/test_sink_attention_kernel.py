@@ -165,7 +165,7 @@ RAGGED = [
     Shape(2, 2, 1, 40, 300, 256, start=(250, 1), length=(290, 41)),
 ]
 WINDOWED = [
-    Shape(2, 8, 2, 1, 400, 64, window=128, length=(400, 90)),
+    Shape(2, 8, 2, 1, 400, 64, window=300, start=(150, 0), length=(400, 90)),  # in two splits
     Shape(1, 4, 1, 8, 90, 128, window=3),
     Shape(1, 2, 1, 65, 200, 64, window=17),
     Shape(1, 4, 4, 33, 70, 64, window=1),

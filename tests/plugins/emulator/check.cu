@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "common/device.h"
 #include "kernels.cuh"
 
 using namespace llmexport;
@@ -136,6 +137,18 @@ bool takeAfterWorkIsRight() {
   return true;
 }
 
+bool chainIsRight() {
+  Array<int> y(std::vector<int>(64, -1));
+  LaunchPlan const plan{dim3(1), dim3(64)};
+  launch(writeNumbers, plan, nullptr, y.data);
+  launchEarly(addOne, plan, nullptr, y.data);
+  auto const found = y.host();
+  for (int i = 0; i < 64; ++i) {
+    if (found[i] != i + 1) return false;
+  }
+  return true;
+}
+
 bool check(std::string const& name) {
   Array<float> x(std::vector<float>(100)), y(std::vector<float>(100));
   Array<int> z(std::vector<int>(32));
@@ -148,11 +161,18 @@ bool check(std::string const& name) {
   if (name == "match") return matchDigitsIsRight();
   if (name == "rotate") return rotateTwiceIsRight();
   if (name == "take") return takeAfterWorkIsRight();
+  if (name == "chain") return chainIsRight();
   if (name == "out_of_bounds") run(copyUnchecked, 1, 128, x.data, y.data);
   if (name == "past_shared_end") run(pastSharedEnd, 1, 32, y.data);
   if (name == "misaligned") run(copyShifted, 1, 8, x.data, y.data);
   if (name == "divergent_shuffle") run(shuffleWithoutOthers, 1, 32, z.data);
   if (name == "divergent_barrier") run(barrierInBranches, 1, 32, z.data);
+  if (name == "ends_unwaited") {
+    launchEarly(leaveBeforeTheWait, {dim3(1), dim3(32)}, nullptr, z.data);
+  }
+  if (name == "too_much_shared") {
+    launch(takeMoreShared, {dim3(1), dim3(32), kLeastSharedBytes}, nullptr, z.data);
+  }
   if (name == "too_many_threads") {
     return launch(copyUnchecked, {dim3(1), dim3(1025)}, nullptr, x.data, y.data) != cudaSuccess;
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/async_copy.cuh"
+#include "common/early_launch.cuh"
 #include "common/element.cuh"
 #include "common/tensor_core.cuh"
 
@@ -168,6 +169,29 @@ __global__ void takeAfterWork(int* y) {
   __syncthreads();
 #endif
   y[blockIdx.x * blockDim.x + threadIdx.x] = sum + given[0];
+}
+
+// The thread's number, or one more than is there: two of a chain of launches.
+__global__ void writeNumbers(int* y) {
+  letNextStart();
+  y[threadIdx.x] = threadIdx.x;
+}
+__global__ void addOne(int* y) {
+  waitForPrevious();
+  y[threadIdx.x] += 1;
+}
+
+__global__ void leaveBeforeTheWait(int* y) {
+  if (threadIdx.x == 31) return;
+  waitForPrevious();
+  y[threadIdx.x] = 1;
+}
+
+// With dynamic shared memory that a block may just have, if it has no other.
+__global__ void takeMoreShared(int* y) {
+  SHARED_ARRAY(int, more, 1);
+  more[0] = 1;
+  y[threadIdx.x] = more[0];
 }
 
 }  // namespace llmexport

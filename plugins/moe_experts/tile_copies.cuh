@@ -1,0 +1,202 @@
+// How the tiles of a projection's inputs and weights come into shared memory, and where they lie.
+#pragma once
+
+#include "common/async_copy.cuh"
+#include "moe_experts/mxfp4.cuh"
+#include "moe_experts/tensor_core_projection.h"
+
+namespace llmexport {
+
+// Where chunk `chunk` of row `row` lies in a tile of rows of 8 chunks or more: 8 rows' chunks of
+// one place are in different banks, as are 4 chunks of two rows that follow each other.
+template <int kChunksPerRow>
+__device__ __forceinline__ int chunkAt(int row, int chunk) {
+  static_assert(kChunksPerRow % 8 == 0);
+  return row * kChunksPerRow + (chunk ^ ((row & 1) << 2 | (row >> 1 & 3)));
+}
+
+// The same for the i-th of rows that are kApart apart.
+template <int kChunksPerRow, int kApart>
+__device__ __forceinline__ int chunkAt(int first, int i, int chunk) {
+  if constexpr (kApart % 8 == 0) {
+    return chunkAt<kChunksPerRow>(first, chunk) + i * kApart * kChunksPerRow;
+  } else {
+    return chunkAt<kChunksPerRow>(first + i * kApart, chunk);
+  }
+}
+
+// The column of the weights that column `c` of a tile holds, or -1 beyond the last. Chunks of gate
+// and up take turns; `adjacent` leaves interleaved ones as they are, where a chunk is what lies
+// side by side.
+template <class S>
+__device__ __forceinline__ int weightColumn(Projection const& p, int columnTile, int c,
+                                            bool adjacent) {
+  if (!p.gated) {
+    int const column = columnTile * S::kColumns + c;
+    return column < p.columns ? column : -1;
+  }
+  int const first = columnTile * (S::kColumns / 2);
+  int const column = first + (adjacent ? c / 2 : c / (2 * kChunk) * kChunk + c % kChunk);
+  int const isUp = adjacent ? c % 2 : c / kChunk % 2;
+  if (column >= p.columns) return -1;
+  return p.interleaved ? 2 * column + isUp : isUp * p.columns + column;
+}
+
+// Element `at` of row `row`: one multiplication of 32 by 32 bits, where one of 64 takes three.
+__device__ __forceinline__ int64_t place(int row, int columns, int at) {
+  return int64_t(uint64_t(unsigned(row)) * unsigned(columns) + unsigned(at));
+}
+
+// What is computed from x is computed where it is used: moved out of the loop round it, it would
+// take registers that there are not.
+__device__ __forceinline__ void keepInLoop(int& x) { asm volatile("" : "+r"(x)); }
+
+// The copies of a thread into a stage's tile of inputs, [kRows, kDepth] in chunks. `rows` holds
+// the row of each in shared memory, -1 past the last.
+template <class T, class S>
+struct InputCopies {
+  static constexpr int kPerRow = S::kDepth / kChunk, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kRows / kApart;
+  T const* from;
+  int const* rows;
+  int depth;
+
+  __device__ __forceinline__ void start(T* tile, int firstDepth) const {
+    int const chunk = threadIdx.x % kPerRow, at = firstDepth + chunk * kChunk;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const row = rows[threadIdx.x / kPerRow + i * kApart];
+      copyAsync16(tile + chunkAt<kPerRow, kApart>(threadIdx.x / kPerRow, i, chunk) * kChunk,
+                  from + place(row < 0 ? 0 : row, depth, at), row >= 0 && at < depth);
+    }
+  }
+};
+
+// The weights of one expert from column `column` on, where that is there.
+template <class W>
+__device__ __forceinline__ W const* weightsFrom(Projection const& p, int expert, int64_t column,
+                                                int columnElements) {
+  int64_t const first = int64_t(expert) * p.width() + (column < 0 ? 0 : column);
+  return static_cast<W const*>(p.weights) + first * columnElements;
+}
+
+// Of columns of a tile that are kApart apart, from c on: how many are there.
+template <class S, int kApart, int kCount>
+__device__ __forceinline__ int columnsThere(Projection const& p, Share const& share, int c) {
+  static_assert(kApart % (2 * kChunk) == 0 || kCount == 1);
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    count += weightColumn<S>(p, share.columnTile, c + i * kApart, false) >= 0;
+  }
+  return count;
+}
+
+// How far apart those are in the weights.
+template <int kApart>
+__device__ __forceinline__ int apartInWeights(Projection const& p) {
+  return p.gated && !p.interleaved ? kApart / 2 : kApart;
+}
+
+// The same of 16-bit weights, stored [width, depth].
+template <class W, bool kTransposed, class S>
+struct WeightCopies {
+  static constexpr int kPerRow = S::kDepth / kChunk, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kColumns / kApart;
+  W const* from;
+  int count, apart, depth;
+
+  __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
+      : from(weightsFrom<W>(p, share.expert,
+                            weightColumn<S>(p, share.columnTile, threadIdx.x / kPerRow, false),
+                            p.depth)),
+        count(columnsThere<S, kApart, kCount>(p, share, threadIdx.x / kPerRow)),
+        apart(apartInWeights<kApart>(p)),
+        depth(p.depth) {}
+
+  __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
+    int const chunk = threadIdx.x % kPerRow, at = firstDepth + chunk * kChunk;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const to = chunkAt<kPerRow, kApart>(threadIdx.x / kPerRow, i, chunk);
+      copyAsync16(reinterpret_cast<W*>(stage) + to * kChunk, from + place(i * apart, depth, at),
+                  i < count && at < depth);
+    }
+  }
+};
+
+// Stored [depth, width].
+template <class W, class S>
+struct WeightCopies<W, true, S> {
+  static constexpr int kPerRow = S::kColumns / kChunk, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kDepth / kApart;
+  W const* from;
+  int width, depth;  // no depth past the last column
+
+  __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
+      : from(weightsFrom<W>(p, share.expert, 0, p.depth)), width(p.width()) {
+    int const column =
+        weightColumn<S>(p, share.columnTile, threadIdx.x % kPerRow * kChunk, p.interleaved);
+    depth = column < 0 ? 0 : p.depth;
+    from += column < 0 ? 0 : column;
+  }
+
+  __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
+    int columns = width;
+    keepInLoop(columns);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const row = threadIdx.x / kPerRow, at = firstDepth + row + i * kApart;
+      int const to = chunkAt<kPerRow, kApart>(row, i, threadIdx.x % kPerRow);
+      copyAsync16(reinterpret_cast<W*>(stage) + to * kChunk, from + place(at, columns, 0),
+                  at < depth);
+    }
+  }
+};
+
+// MXFP4: a stage holds [kDepth / 32, kColumns] blocks of 16 bytes. Scales are few and no multiple
+// of a copy: all of a tile are read before the first step.
+template <class S>
+struct WeightCopies<Mxfp4, false, S> {
+  static constexpr int kBlockBytes = kMoeScaleBlock / 2;
+  static constexpr int kPerRow = S::kDepth / kMoeScaleBlock, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kColumns / kApart;
+  unsigned char const* from;
+  int count, apart, bytes;  // of a column
+
+  __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
+      : from(weightsFrom<unsigned char>(
+            p, share.expert, weightColumn<S>(p, share.columnTile, threadIdx.x / kPerRow, false),
+            p.depth / 2)),
+        count(columnsThere<S, kApart, kCount>(p, share, threadIdx.x / kPerRow)),
+        apart(apartInWeights<kApart>(p)),
+        bytes(p.depth / 2) {}
+
+  __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
+    int const block = threadIdx.x % kPerRow, at = firstDepth / 2 + block * kBlockBytes;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const c = threadIdx.x / kPerRow + i * kApart;
+      copyAsync16(stage + (block * S::kColumns + c) * kBlockBytes,
+                  from + place(i * apart, bytes, at), i < count && at < bytes);
+    }
+  }
+};
+
+// Scales [kColumns, pitch] of a tile; 1 where there are no weights.
+template <class S>
+__device__ __forceinline__ void loadScales(Projection const& p, Share const& share,
+                                           unsigned char* scales) {
+  constexpr unsigned char kOne = 127;
+  int const pitch = scalePitch(p.depth, S::kDepth), blocks = p.depth / kMoeScaleBlock;
+  uint8_t const* const from = p.scales + int64_t(share.expert) * p.width() * blocks;
+  for (int c = threadIdx.x / kWarp; c < S::kColumns; c += S::kThreads / kWarp) {
+    int const column = weightColumn<S>(p, share.columnTile, c, false);
+    for (int block = threadIdx.x % kWarp; block < pitch; block += kWarp) {
+      bool const valid = column >= 0 && block < blocks;
+      scales[c * pitch + block] = valid ? from[int64_t(column) * blocks + block] : kOne;
+    }
+  }
+}
+
+}  // namespace llmexport

@@ -1,0 +1,59 @@
+// Launches kernels on a CUDA runtime that writes down what it is asked for, for test_launch.py by
+// ctypes.
+#include "common/early_launch.cuh"
+
+using namespace llmexport;
+
+namespace {
+
+struct Facts {
+  int device, ptx, staticBytes;       // what the runtime says
+  int asked, times;                   // bytes of dynamic shared memory, and how often
+  int dynamicBytes, early, launched;  // of the last launch
+} facts;
+
+void first(int) {}
+void second(int) {}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetDevice(int* device) { return *device = facts.device, cudaSuccess; }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = 99 * 1024;
+  return attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* its, void const*) {
+  its->ptxVersion = facts.ptx;
+  its->sharedSizeBytes = size_t(facts.staticBytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(void const*, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
+  facts.asked = value;
+  ++facts.times;
+  return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernelExC(cudaLaunchConfig_t const* config, void const*, void**) {
+  facts.dynamicBytes = int(config->dynamicSmemBytes);
+  facts.early = 0;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    facts.early += config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
+  }
+  ++facts.launched;
+  return cudaSuccess;
+}
+
+Facts* launch_facts() { return &facts; }
+
+int launch_kernel(bool isSecond, bool early, int dynamicBytes) {
+  auto const kernel = isSecond ? second : first;
+  LaunchPlan const plan{dim3(1), dim3(32), size_t(dynamicBytes)};
+  return early ? launchEarly(kernel, plan, nullptr, 1) : launch(kernel, plan, nullptr, 1);
+}
+}

@@ -1,0 +1,73 @@
+"""What a launch asks of the CUDA runtime, by one that only writes it down."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from native import compiled
+
+SHARED_BYTES = 99 * 1024  # that launch.cpp's device has for a block
+STATIC = 4368  # of sortPairsKernel, whose dynamic bytes go up to the 48 KB that need no asking
+
+
+class Facts(ctypes.Structure):
+    _fields_ = [
+        (n, ctypes.c_int)
+        for n in ("device", "ptx", "static_bytes", "asked", "times", "dynamic_bytes", "early", "launched")
+    ]
+
+
+Launched = Callable[..., Facts]
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Launched:
+    # A copy of its own for each test: what is known of a kernel lasts as long as the library is loaded.
+    # -Bsymbolic: not the runtime that torch brings.
+    built = compiled("launch", [Path(__file__).parent / "launch.cpp"], ["-shared", "-Wl,-Bsymbolic"])
+    own = tmp_path / "launch.so"
+    own.write_bytes(built.read_bytes())
+    library = ctypes.CDLL(str(own))
+    library.launch_facts.restype = ctypes.POINTER(Facts)
+    facts: Facts = library.launch_facts().contents
+
+    def launch(second: bool = False, early: bool = False, dynamic: int = 0, device: int = 0, ptx: int = 90) -> Facts:
+        facts.device, facts.ptx, facts.static_bytes = device, ptx, STATIC
+        assert library.launch_kernel(ctypes.c_bool(second), ctypes.c_bool(early), dynamic) == 0
+        assert facts.dynamic_bytes == dynamic
+        return facts
+
+    return launch
+
+
+def test_a_kernel_may_have_all_that_its_static_memory_leaves(launched: Launched) -> None:
+    """Under 48 KB too: the limit without asking is of static and dynamic together."""
+    assert launched(dynamic=45 * 1024).asked == SHARED_BYTES - STATIC
+
+
+def test_no_launch_takes_away_what_another_needs(launched: Launched) -> None:
+    launched(dynamic=90 * 1024)
+    facts = launched(dynamic=1024)
+    assert (facts.asked, facts.times, facts.launched) == (SHARED_BYTES - STATIC, 1, 2)
+    thread = threading.Thread(target=launched, kwargs={"dynamic": 1024})
+    thread.start()
+    thread.join()
+    assert (facts.asked, facts.times) == (SHARED_BYTES - STATIC, 2)
+
+
+def test_each_kernel_is_asked_for_on_each_device(launched: Launched) -> None:
+    for second in (False, True):
+        for device in (0, 1):
+            launched(second, device=device)
+    assert launched().times == 4
+
+
+@pytest.mark.parametrize(("ptx", "early"), [(80, 0), (89, 0), (90, 1), (120, 1)])
+def test_starts_early_only_where_the_code_has_the_wait(launched: Launched, ptx: int, early: int) -> None:
+    """Code for sm_80 that a later GPU runs has none, whatever the GPU."""
+    assert launched(early=True, ptx=ptx).early == early
+    assert launched(early=False, ptx=ptx).early == 0
