@@ -49,7 +49,7 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Named:
         classes = [wanted]
     if not isinstance(classes, list) or wanted not in classes:
         raise ExportError(
-            f"config.json says architectures {show(classes)}, {named.name} exports [{wanted!r}]: "
+            f"config.json says architectures {repr(classes)[:200]}, {named.name} exports [{wanted!r}]: "
             "other heads and variants are not supported"
         )
     return Named(named.name, _inside(named.arch, whole)) if whole else named

@@ -13,7 +13,7 @@ import torch
 import transformers
 from arch_cases import FIRST
 from published_configs import PUBLISHED
-from tiny_configs import one_line
+from tiny_configs import everywhere, one_line
 
 from llmexport.export import archs, blocks
 from llmexport.export.config import HARMLESS, LONGEST, MOST
@@ -109,7 +109,8 @@ def junk(arch: str) -> Iterator[dict[str, Any]]:
     for value in JUNK:
         yield from (tiny | {key: value} for key in keys(arch))
         for kind, rope in FULL.items():
-            yield from (tiny | {"rope_parameters": {"rope_type": kind, **rope, key: value}} for key in ROPE)
+            for key in ROPE:
+                yield tiny | {"rope_parameters": everywhere(arch, {"rope_type": kind, **rope, key: value})}
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from published_configs import PUBLISHED
-from tiny_configs import read, refusal, rotary
+from tiny_configs import everywhere, read, refusal, rotary
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmexport.export import archs
@@ -46,11 +46,6 @@ LONG = {
 }
 MULTI = {"rope_type": "default", "rope_theta": 10000000.0, "partial_rotary_factor": 0.25}
 MAGNITUDE = 0.1 * math.log(32.0) + 1.0  # arXiv 2309.00071, of a factor of 32
-
-
-def everywhere(arch: str, rope: dict) -> dict:
-    """RoPE of all layers, as rope_parameters say it."""
-    return {"sliding_attention": rope, "full_attention": rope} if arch == "gemma3_text" else rope
 
 
 def of_llama(**rope: object) -> Rotary:
