@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from llmexport.export import rope
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Rotary
 from llmexport.export.values import as_integer, as_positive, key_name, show
 
 # Keys that do not change what the exported graph computes: training, generation, bookkeeping.
@@ -32,6 +30,8 @@ HARMLESS = frozenset(
 )
 # fmt: on
 _REQUIRED = object()
+# Far beyond any published model, and small enough that the bytes of no weight overflow 64 bits.
+LONGEST, MOST = 2**20, 4096
 
 
 class Config:
@@ -42,12 +42,19 @@ class Config:
         self._read: set[str] = set()
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The value of a key, or `default` where there is none. Null reads as None where that is the default."""
         self._read.add(key)
-        if self._data.get(key) is None:
-            if default is _REQUIRED:
-                raise ExportError(f"config.json has no {key!r}: is it the config of a whole checkpoint?")
-            return default
-        return self._data[key]
+        value = self._data.get(key)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise ExportError(f"config.json has no {key!r}: is it the config of a whole checkpoint?")
+        if default is not None and key in self._data:
+            raise ExportError(f"config.json: {key} is null, which means nothing here: write its value")
+        return default
+
+    def has(self, key: str) -> bool:
+        return self._data.get(key) is not None
 
     def window(self, key: str, absent: int | None) -> int | None:
         """An attention window in tokens; null means none, and a config without the key means `absent`."""
@@ -63,6 +70,14 @@ class Config:
 
     def integer(self, key: str, default: Any = _REQUIRED, least: int = 1) -> int:
         return as_integer(key, self.get(key, default), least)
+
+    def length(self, key: str, default: Any = _REQUIRED) -> int:
+        """The size of a dimension of a weight."""
+        return as_integer(key, self.get(key, default), most=LONGEST)
+
+    def count(self, key: str, default: Any = _REQUIRED, least: int = 1) -> int:
+        """How many layers, heads, experts or the like there are."""
+        return as_integer(key, self.get(key, default), least, most=MOST)
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """A positive number."""
@@ -82,16 +97,17 @@ class Config:
             raise ExportError(f"config.json: {key} is {show(value)}, this architecture knows {known}")
         return choices[value]
 
-    def expect(self, key: str, value: Any) -> None:
-        """Refuses a value other than the one that this architecture's blocks are written for."""
-        found = self.get(key, value)
-        if found != value or type(found) is not type(value):
-            raise ExportError(f"config.json: {key} is {show(found)}, only {show(value)} is supported here")
+    def expect(self, key: str, *values: Any) -> None:
+        """Refuses a value other than those that this architecture's blocks are written for."""
+        self._read.add(key)
+        found = self._data.get(key, values[0])
+        if not any(found == v and type(found) is type(v) for v in values):
+            raise ExportError(f"config.json: {key} is {show(found)}, only {show(values[0])} is supported here")
 
     def layer_types(self, choices: Mapping[str, Any], derived: Sequence[str]) -> tuple[Any, ...]:
         """What `choices` says of every layer's kind; `derived` are the kinds where the config does not list them."""
-        layers = self.integer("num_hidden_layers")
-        kinds = self.get("layer_types", list(derived))
+        layers, kinds = self.count("num_hidden_layers"), self.get("layer_types", None)
+        kinds = list(derived) if kinds is None else kinds
         if not isinstance(kinds, list) or len(kinds) != layers:
             raise ExportError(f"config.json: layer_types must list {layers} kinds of attention, found {show(kinds)}")
         unknown = sorted({str(k) for k in kinds} - choices.keys())
@@ -101,29 +117,13 @@ class Config:
 
     def layer_set(self, key: str, default: Sequence[int]) -> frozenset[int]:
         """A list of layers by number."""
-        layers, found = self.integer("num_hidden_layers"), self.get(key, list(default))
+        layers, found = self.count("num_hidden_layers"), self.get(key, None)
+        found = list(default) if found is None else found
         if not isinstance(found, list) or any(type(i) is not int or not 0 <= i < layers for i in found):
             raise ExportError(f"config.json: {key} is {show(found)}, expected numbers of layers from 0 to {layers - 1}")
         return frozenset(found)
 
-    def rotary(
-        self,
-        head_size: int,
-        theta: float = 10000.0,
-        *,
-        partial: float | None = None,
-        sections: Sequence[int] = (),
-        aliases: Mapping[str, str] = MappingProxyType({}),
-        of: str | None = None,
-    ) -> Rotary:
-        """RoPE, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` and the like.
-
-        `theta`, `partial` (the share of a head that turns) and `sections` (of mRoPE) hold where the config does not
-        say; an architecture that knows no shares or sections gives none, and a config with any is refused. `aliases`
-        are other names of RoPE types. `of` is the kind of layer whose parameters are meant, where the config has
-        several.
-        """
-        return rope.read(self, head_size, theta, partial, tuple(sections), aliases, of)
+    rotary = rope.read
 
     def finish(self) -> None:
         """Raises ExportError if a key that could change the numbers was never read."""

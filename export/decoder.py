@@ -64,7 +64,7 @@ class Decoder:
 
     def mlp(self, intermediate: int | None = None, activation: Activation | None = None, **fields: Any) -> Mlp:
         """By default of the sizes and the activation that the config names."""
-        intermediate = intermediate or self.config.integer("intermediate_size")
+        intermediate = intermediate or self.config.length("intermediate_size")
         return Mlp(self.hidden, intermediate, activation or self.activation(), **fields)
 
     def activation(self) -> Activation:
@@ -88,16 +88,20 @@ class Decoder:
         )
 
 
-def decoder(config: Config, head_size: int | None = None) -> Decoder:
-    """Reads the sizes; `head_size` is for configs that do not say."""
-    hidden = config.integer("hidden_size")
-    heads = config.integer("num_attention_heads")
+def decoder(config: Config, head_size: int | None = None, *, grouped: bool = True) -> Decoder:
+    """Reads the sizes.
+
+    `head_size` is for configs that do not say; without, the heads share the hidden size. Unless keys are `grouped`
+    in all models of the family, a config that does not say has one for each head.
+    """
+    hidden, heads = config.length("hidden_size"), config.count("num_attention_heads")
+    says_keys, says_size = config.has("num_key_value_heads"), config.has("head_dim")
     return Decoder(
         config,
         hidden,
         heads,
-        config.integer("num_key_value_heads", heads),
-        config.integer("head_dim", head_size or hidden // heads),
-        config.integer("num_hidden_layers"),
-        config.integer("vocab_size"),
+        config.count("num_key_value_heads") if grouped or says_keys else heads,
+        config.length("head_dim", head_size) if head_size or says_size else hidden // heads,
+        config.count("num_hidden_layers"),
+        config.length("vocab_size"),
     )

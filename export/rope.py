@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
@@ -13,29 +14,46 @@ from llmexport.export.values import as_integer, as_positive, key_name, show
 if TYPE_CHECKING:
     from llmexport.export.config import Config
 
-TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+TYPES = MappingProxyType({t: t for t in ("default", "linear", "llama3", "yarn", "longrope")})
 ORIGINAL = "original_max_position_embeddings"
+KINDS = ("sliding_attention", "full_attention")  # of layers, where each has its own RoPE
 
 
 def read(
     config: Config,
     head_size: int,
-    theta: float,
-    partial: float | None,
-    sections: tuple[int, ...],
-    aliases: Mapping[str, str],
-    of: str | None,
+    theta: float = 10000.0,
+    *,
+    partial: float | None = None,
+    sections: Sequence[int] = (),
+    types: Mapping[str, str] = TYPES,
+    original: int | None = None,
+    of: str | None = None,
+    theta_key: str = "rope_theta",
 ) -> Rotary:
-    """As Config.rotary. Raises ExportError on a type or key of RoPE that is not known."""
-    keys = _parameters(config, of)
-    theta = as_positive("rope_theta", _one(config, keys, "rope_theta", theta))
+    """RoPE, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` and the like.
+
+    `theta`, `partial` (the share of a head that turns) and `sections` (of mRoPE) hold where the config does not
+    say; an architecture that knows no shares or sections gives none, and a config with any is refused. `types` are
+    the types that it knows, and what they are called here. `original` is the length before LongRoPE's stretch, where
+    that is said elsewhere. `of` is the kind of layer that is meant, where each has its own RoPE, and `theta_key`
+    where its theta may stand outside. Raises ExportError on a type or key of RoPE that is not known.
+    """
+    keys = _shared(config) if of is None else _of_kind(config, of)
+    theta = as_positive(theta_key, _one(config, keys, "rope_theta", theta_key, theta))
+    if theta <= 1:
+        raise ExportError(f"config.json: {theta_key} is {theta}, expected a number above 1")
     size = head_size if partial is None else _turned(config, keys, head_size, partial)
-    if sections:
-        sections = _sections(keys, sections)
-    kinds = [k for k in (keys.pop("rope_type", None), keys.pop("type", None)) if k is not None] or ["default"]
-    if any(k != kinds[0] for k in kinds):
-        raise ExportError(f"config.json: RoPE is said to be of types {show(kinds)}: choose one")
-    scaling = _scaling(config, kinds[0], keys, size, aliases)
+    sections = _sections(keys, sections) if sections else ()
+    if original is not None and keys.setdefault(ORIGINAL, original) != original:
+        raise ExportError(f"config.json says {ORIGINAL} twice, {show(keys[ORIGINAL])} and {original}: remove one")
+    found = [keys.pop(k) for k in ("rope_type", "type") if k in keys] or ["default"]
+    if any(k != found[0] for k in found):
+        raise ExportError(f"config.json: RoPE is said to be of types {show(found)}: choose one")
+    if not isinstance(found[0], str) or found[0] not in types:
+        known = ", ".join(dict.fromkeys(types.values()))
+        raise ExportError(f"config.json: RoPE of type {show(found[0])} is not supported here, {known} are")
+    scaling = _scaling(config, types[found[0]], keys, size)
     if keys:
         names = ", ".join(map(key_name, keys))
         raise ExportError(f"config.json: RoPE has keys that are not understood: {names}")
@@ -44,36 +62,51 @@ def read(
 
 def _turned(config: Config, keys: dict[str, Any], head_size: int, partial: float) -> int:
     """How many dimensions of a head turn."""
-    share = as_positive("partial_rotary_factor", _one(config, keys, "partial_rotary_factor", partial))
+    name = "partial_rotary_factor"
+    share = as_positive(name, _one(config, keys, name, name, partial))
     if share > 1:
         raise ExportError(f"config.json: partial_rotary_factor is {share}, a share of the head is at most 1")
     return int(head_size * share)
 
 
-def _parameters(config: Config, of: str | None) -> dict[str, Any]:
-    """The one dictionary that speaks of RoPE, or of RoPE in one kind of layer, to be used up."""
-    new, old = config.get("rope_parameters", {}), config.get("rope_scaling", {})
+def _objects(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What transformers 5 wrote, and what those before it did."""
+    new, old = (config.get(k, None) for k in ("rope_parameters", "rope_scaling"))
+    new, old = ({} if v is None else v for v in (new, old))
     if not isinstance(new, dict) or not isinstance(old, dict):
         raise ExportError("config.json: rope_parameters and rope_scaling must be objects")
-    if of is not None and of in new:
-        new = new[of]
-        if not isinstance(new, dict):
-            raise ExportError(f"config.json: rope_parameters of {of} must be an object")
     if new and old and new != old:
         raise ExportError("config.json has both rope_parameters and rope_scaling, and they differ: remove one")
+    return new, old
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    """The one dictionary that speaks of RoPE, to be used up."""
+    new, old = _objects(config)
     return dict(new or old)
 
 
-def _one(config: Config, keys: dict[str, Any], name: str, default: float) -> Any:
-    """A value that may stand among RoPE's keys, beside them, or at both places if they agree."""
-    inner, outer = keys.pop(name, None), config.get(name, None)
-    if inner is not None and outer is not None and inner != outer:
+def _of_kind(config: Config, of: str) -> dict[str, Any]:
+    """The same of one kind of layer; the old keys scaled full attention alone."""
+    new, old = _objects(config)
+    if not new:
+        # Which transformers updates with the old keys: `type` alone does not turn it into another.
+        return {"rope_type": "default"} | (old if of == "full_attention" else {})
+    if new.keys() != set(KINDS) or not all(isinstance(v, dict) for v in new.values()):
+        raise ExportError(f"config.json: rope_parameters must hold one object each for {' and '.join(KINDS)} alone")
+    return dict(new[of])
+
+
+def _one(config: Config, keys: dict[str, Any], name: str, outer_name: str, default: float) -> Any:
+    """A value that may stand among RoPE's keys, beside them as `outer_name`, or at both places if they agree."""
+    outer = config.get(outer_name, default)
+    inner = keys.pop(name, outer)
+    if inner != outer and config.has(outer_name):
         raise ExportError(f"config.json says {name} twice, {show(inner)} and {show(outer)}: remove one")
-    return next((v for v in (inner, outer) if v is not None), default)
+    return inner
 
 
-def _scaling(config: Config, kind: Any, keys: dict[str, Any], size: int, aliases: Mapping[str, str]) -> Scaling | None:
-    kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
+def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scaling | None:
     match kind:
         case "default":
             # Some write it though nothing reads it then.
@@ -104,11 +137,12 @@ def _scaling(config: Config, kind: Any, keys: dict[str, Any], size: int, aliases
             )
         case "longrope":
             return _long(config, keys, size)
-    raise ExportError(f"config.json: RoPE of type {show(kind)} is not supported, {', '.join(TYPES)} are")
+    raise ValueError(f"no RoPE of type {kind}")
 
 
 def _long(config: Config, keys: dict[str, Any], size: int) -> LongScaling:
-    positions = _positions(_one(config, keys, ORIGINAL, 0))
+    # The logarithm of one is what the magnitude is divided by.
+    positions = as_integer(f"RoPE's {ORIGINAL}", keys.pop(ORIGINAL, None), least=2)
     factor, magnitude = keys.pop("factor", None), keys.pop("attention_factor", None)
     if factor is None:
         factor = config.integer("max_position_embeddings") / positions
@@ -124,7 +158,7 @@ def _long(config: Config, keys: dict[str, Any], size: int) -> LongScaling:
     return LongScaling(factors[0], factors[1], positions, as_positive("RoPE's attention_factor", magnitude))
 
 
-def _sections(keys: dict[str, Any], default: tuple[int, ...]) -> tuple[int, ...]:
+def _sections(keys: dict[str, Any], default: Sequence[int]) -> tuple[int, ...]:
     found = keys.pop("mrope_section", list(default))
     if not isinstance(found, list) or any(type(n) is not int or n < 0 for n in found):
         raise ExportError(f"config.json: mrope_section is {show(found)}, expected a list of sizes")

@@ -7,6 +7,9 @@ from typing import Any
 
 from llmexport.export.errors import ExportError
 
+INT32_MAX = 2**31 - 1  # ops count tokens in int32
+SMALL, LARGE = 1e-30, 1e30  # what lies beyond leaves fp32 with the next product
+
 
 def show(value: Any) -> str:
     """A value from a file, on one line and cut in length and depth."""
@@ -17,14 +20,18 @@ def key_name(key: str) -> str:
     return key if key.isidentifier() else show(key)
 
 
-def as_integer(key: str, value: Any, least: int = 1) -> int:
-    if type(value) is not int or not least <= value < 2**63:
+def as_integer(key: str, value: Any, least: int = 1, most: int = INT32_MAX) -> int:
+    if type(value) is not int or value < least:
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ExportError(f"config.json: {key} is {show(value)}, expected {kind}")
+    if value > most:
+        raise ExportError(f"config.json: {key} is {show(value)}, at most {most} is supported")
     return value
 
 
 def as_positive(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ExportError(f"config.json: {key} is {show(value)}, expected a positive number")
+    if not SMALL <= value <= LARGE:
+        raise ExportError(f"config.json: {key} is {show(value)}, expected a number from {SMALL} to {LARGE}")
     return float(value)

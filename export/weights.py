@@ -13,6 +13,7 @@ from onnx import TensorProto
 
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.errors import ExportError
+from llmexport.export.spec import MXFP4_BLOCK
 
 FLOATS, BYTES = ("F32", "F16", "BF16"), "U8"
 ONNX_TYPES = {
@@ -21,6 +22,7 @@ ONNX_TYPES = {
     "BF16": TensorProto.BFLOAT16,
     "U8": TensorProto.UINT8,
 }
+BLOCK_BYTES = MXFP4_BLOCK // 2
 PIECE = 2**24  # bytes compared at a time
 LISTED = 10  # names in an error before "and N more"
 
@@ -102,8 +104,8 @@ def _same_bits(checkpoint: Checkpoint, *names: str) -> bool:
 def _check_tensor(parameter: Parameter, stored: StoredTensor) -> None:
     shape = parameter.part_shape
     # Packed numbers may be stored block by block, with a dimension for the blocks.
-    blocks = (*stored.shape[:-2], math.prod(stored.shape[-2:])) if parameter.packed else ()
-    if shape not in (stored.shape, blocks):
+    blocks = (*shape[:-1], shape[-1] // BLOCK_BYTES, BLOCK_BYTES) if parameter.packed else shape
+    if stored.shape not in (shape, blocks) or math.prod(stored.shape) != math.prod(shape):
         raise ExportError(
             f"{stored.name} is {list(stored.shape)} in the checkpoint, config.json makes it "
             f"{list(shape)}: is config.json from the same model?"

@@ -44,6 +44,11 @@ def one_line(error: ExportError) -> str:
     return line
 
 
+def everywhere(arch: str, rope: dict[str, Any]) -> dict[str, Any]:
+    """RoPE of all layers, as rope_parameters say it."""
+    return {"sliding_attention": rope, "full_attention": dict(rope)} if arch == "gemma3_text" else rope
+
+
 def rotary(model: Model) -> Rotary:
     """The RoPE that all layers share."""
     [found] = {b for layer in model.layers for b in layer.reads if isinstance(b, Rotary)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Whole
+from llmexport.export.values import show
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ def names() -> list[str]:
     return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
 
 
+@functools.cache
 def load(name: str) -> Named:
     """The architecture called `name`. Raises ExportError with the nearest names if there is none."""
     if name not in names():
@@ -41,10 +44,12 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Named:
     named = _by_type(name, config.get("model_type"))
     whole = _whole(named.arch, config)
     wanted = whole.architecture if whole else named.arch.causal_lm
-    classes = config.get("architectures") or [wanted]
-    if wanted not in classes:
+    classes = config.get("architectures")
+    if classes is None:
+        classes = [wanted]
+    if not isinstance(classes, list) or wanted not in classes:
         raise ExportError(
-            f"config.json says architectures {str(classes)[:200]!r}, {named.name} exports {wanted}: "
+            f"config.json says architectures {repr(classes)[:200]}, {named.name} exports [{wanted!r}]: "
             "other heads and variants are not supported"
         )
     return Named(named.name, _inside(named.arch, whole)) if whole else named
@@ -61,6 +66,11 @@ def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = config.get(whole.config_key)
     if not isinstance(inner, dict):
         raise ExportError(f"config.json has no {whole.config_key!r}: is it the config of a whole checkpoint?")
+    kind = inner.get("model_type", arch.model_types[0])
+    if kind not in arch.model_types:
+        raise ExportError(
+            f"config.json: {whole.config_key} is of model_type {show(kind)}, expected {' or '.join(arch.model_types)}"
+        )
     shared = ("tie_word_embeddings",)
     differ = [k for k in shared if k in config and k in inner and config[k] != inner[k]]
     if differ:

@@ -6,10 +6,11 @@ from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
 
 
 def build(config: Config) -> Model:
-    config.expect("use_bidirectional_attention", False)
+    config.expect("use_bidirectional_attention", False, None)
     # "gelu" is what the first release wrote; the tanh form was always meant.
     activations = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-    config.choice("hidden_activation", activations, "gelu_pytorch_tanh")
+    if config.has("hidden_activation"):
+        config.choice("hidden_activation", activations)
     bias = config.flag("attention_bias")
     d = decoder(config, head_size=256)
     norm = d.norm(offset=1.0, rounding="after_weight")

@@ -14,7 +14,7 @@ ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def build(config: Config) -> Model:
-    config.expect("use_bidirectional_attention", False)
+    config.expect("use_bidirectional_attention", False, None)
     config.choice("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh")
     bias = config.flag("attention_bias")
     d = decoder(config, head_size=256)

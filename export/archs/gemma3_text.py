@@ -3,11 +3,14 @@
 from llmexport.export.archs.gemma2 import ACTIVATIONS, NORMS
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Mask, Model, Norm, Rotary
+from llmexport.export.spec import Arch, DecoderLayer, Mask, Model, Norm
+
+# Of others transformers reads some keys from beside the kinds of layer, where nobody writes them.
+ROPE = {"default": "default", "linear": "linear"}
 
 
 def build(config: Config) -> Model:
-    config.expect("use_bidirectional_attention", False)
+    config.expect("use_bidirectional_attention", False, None)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         config.expect(key, None)
     bias = config.flag("attention_bias")
@@ -21,15 +24,12 @@ def build(config: Config) -> Model:
         qk_norm=Norm(d.head_size, norm.epsilon, 1.0, "after_weight"),
     )
     block = DecoderLayer(norm, attention, norm, mlp, mixer_output_norm=norm, mlp_output_norm=norm)
-    theta = config.number("rope_local_base_freq", 10000.0)
-    if config.get("rope_parameters", None) is None:
-        # The first release scaled the RoPE of full layers alone.
-        local = Rotary(d.head_size, theta)
-    else:
-        local = config.rotary(d.head_size, theta, of="sliding_attention")
+    local = config.rotary(d.head_size, 10000.0, types=ROPE, of="sliding_attention", theta_key="rope_local_base_freq")
     slides = (local, Mask(config.integer("sliding_window", 4096)))
-    full = (config.rotary(d.head_size, 1000000.0, of="full_attention"), Mask())
-    pattern = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
+    full = (config.rotary(d.head_size, 1000000.0, types=ROPE, of="full_attention"), Mask())
+    pattern = config.integer("sliding_window_pattern", 6)
+    # Written by transformers beside layer_types, and not read again.
+    config.expect("_sliding_window_pattern", pattern, None)
     derived = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(d.layers)]
     reads = config.layer_types({"sliding_attention": slides, "full_attention": full}, derived)
     return d.model([(block, r) for r in reads], norm, tied=True, scale=d.hidden**0.5)

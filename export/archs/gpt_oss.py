@@ -8,17 +8,17 @@ from llmexport.export.values import show
 
 
 def build(config: Config) -> Model:
-    d = decoder(config)
+    d = decoder(config, head_size=64)
     norm = d.norm(1e-5, rounding="after_weight")
-    experts, top_k = config.integer("num_local_experts", 128), config.integer("num_experts_per_tok", 4)
-    if config.integer("experts_per_token", top_k) != top_k:
+    experts, top_k = config.count("num_local_experts", 128), config.count("num_experts_per_tok", 4)
+    if config.count("experts_per_token", top_k) != top_k:
         raise ExportError("config.json: experts_per_token and num_experts_per_tok differ: remove one")
     packed = mxfp4(config)
     moe = Moe(
         Router(d.hidden, experts, top_k, "softmax_top_k", bias=True),
         Experts(
             d.hidden,
-            config.integer("intermediate_size"),
+            config.length("intermediate_size"),
             experts,
             top_k,
             activation="swiglu_clamped",
@@ -36,6 +36,9 @@ def build(config: Config) -> Model:
     bias = config.flag("attention_bias", True)
     window = config.integer("sliding_window", 128)
     derived = ["full_attention" if i % 2 else "sliding_attention" for i in range(d.layers)]
+    # transformers then means YaRN, of numbers that every published config writes itself.
+    if not (config.get("rope_parameters", None) or config.get("rope_scaling", None)):
+        raise ExportError("config.json says nothing of RoPE: write its rope_parameters, as those of gpt-oss-20b")
     reads = (config.rotary(d.head_size, 150000.0), Span())
     layers = []
     for own in config.layer_types({"full_attention": 0, "sliding_attention": window}, derived):

@@ -9,7 +9,7 @@ def build(config: Config) -> Model:
     config.expect("rope_interleaved", False)
     config.expect("is_llama_config", True)
     bias = config.flag("attention_bias")
-    d = decoder(config)
+    d = decoder(config, grouped=False)
     norm = d.norm()
     layer = DecoderLayer(norm, d.attention(qkv_bias=bias, out_bias=bias), norm, d.mlp(bias=config.flag("mlp_bias")))
     return d.model([(layer, (config.rotary(d.head_size), Mask()))] * d.layers, norm, tied=False)

@@ -26,14 +26,14 @@ FORWARD = "model.layers.{i}.feed_forward."
 def build(config: Config) -> Model:
     d = decoder(config, head_size=128)
     norm, bias, activation = d.norm(1e-5), config.flag("attention_bias"), d.activation()
-    intermediate = config.integer("intermediate_size", 8192)
-    experts, top_k = config.integer("num_local_experts", 16), config.integer("num_experts_per_tok", 1)
+    intermediate = config.length("intermediate_size", 8192)
+    experts, top_k = config.count("num_local_experts", 16), config.count("num_experts_per_tok", 1)
     moe = Moe(
         Router(d.hidden, experts, top_k, "sigmoid"),
         Experts(d.hidden, intermediate, experts, top_k, activation, transposed=True, scale_input=True),
         SharedExpert(Mlp(d.hidden, intermediate, activation)),
     )
-    dense = Mlp(d.hidden, config.integer("intermediate_size_mlp", 16384), activation)
+    dense = Mlp(d.hidden, config.length("intermediate_size_mlp", 16384), activation)
     step = config.integer("interleave_moe_layer_step", 1)
     sparse = config.layer_set("moe_layers", range(step - 1, d.layers, step))
     unit = Norm(d.head_size, norm.epsilon, weighted=False) if config.flag("use_qk_norm", True) else None
@@ -42,7 +42,7 @@ def build(config: Config) -> Model:
     tuned = config.flag("attn_temperature_tuning", True)
     temperature = Temperature(config.integer("floor_scale", 8192), config.number("attn_scale", 0.1))
     straight = d.attention(qkv_bias=bias, out_bias=bias, rotated=0, temperature=tuned)
-    chunk = config.window("attention_chunk_size", absent=8192)
+    chunk = config.integer("attention_chunk_size", 8192)
     masks = {"chunked_attention": Mask(chunk=chunk), "full_attention": Mask()}
     turning = rotated(config, d.layers)
     derived = ["chunked_attention" if t else "full_attention" for t in turning]

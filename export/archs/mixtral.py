@@ -10,10 +10,10 @@ MOE = "model.layers.{i}.block_sparse_moe."
 def build(config: Config) -> Model:
     d = decoder(config)
     norm = d.norm(1e-5)
-    experts, top_k = config.integer("num_local_experts", 8), config.integer("num_experts_per_tok", 2)
+    experts, top_k = config.count("num_local_experts", 8), config.count("num_experts_per_tok", 2)
     moe = Moe(
         Router(d.hidden, experts, top_k, "softmax", renormalise=True),
-        Experts(d.hidden, config.integer("intermediate_size"), experts, top_k, d.activation()),
+        Experts(d.hidden, config.length("intermediate_size"), experts, top_k, d.activation()),
     )
     reads = (config.rotary(d.head_size, 1000000.0), Mask(config.window("sliding_window", absent=None)))
     return d.model([(DecoderLayer(norm, d.attention(), norm, moe), reads)] * d.layers, norm, tied=False)

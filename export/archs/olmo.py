@@ -9,7 +9,7 @@ EPSILON = 1e-5  # fixed in the model file
 
 def build(config: Config) -> Model:
     bias = config.flag("attention_bias")
-    d = decoder(config)
+    d = decoder(config, grouped=False)
     norm = Norm(d.hidden, EPSILON, statistics="layer", weighted=False)
     clip = config.number("clip_qkv") if config.get("clip_qkv", None) is not None else None
     layer = DecoderLayer(norm, d.attention(qkv_bias=bias, out_bias=bias, clip=clip), norm, d.mlp())

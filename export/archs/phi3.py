@@ -6,6 +6,8 @@ from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
 from llmexport.export.values import show
 
+# The first releases called LongRoPE by other names.
+ROPE = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
 CODE = {
     "AutoConfig": "configuration_phi3.Phi3Config",
     "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
@@ -14,11 +16,10 @@ CODE = {
 
 
 def build(config: Config) -> Model:
-    d = decoder(config)
-    # Where only this is there, the context was never stretched.
-    config.get("original_max_position_embeddings", None)
-    # What the first releases called it.
-    rotary = config.rotary(d.head_size, partial=1.0, aliases={"su": "longrope", "yarn": "longrope"})
+    d = decoder(config, grouped=False)
+    # Of LongRoPE's; without it, the context was never stretched.
+    original = config.integer("original_max_position_embeddings", 4096)
+    rotary = config.rotary(d.head_size, partial=1.0, types=ROPE, original=original)
     norm = d.norm(1e-5)
     config.expect("attention_bias", False)
     check_code(config)

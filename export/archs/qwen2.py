@@ -8,7 +8,7 @@ from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
 
 def masks(config: Config) -> tuple[Mask, ...]:
     """The mask of every layer: those from max_window_layers on slide, if any do."""
-    layers = config.integer("num_hidden_layers")
+    layers = config.count("num_hidden_layers")
     first = config.integer("max_window_layers", 28, least=0)
     window = config.window("sliding_window", absent=4096)
     if not config.flag("use_sliding_window"):

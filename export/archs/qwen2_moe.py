@@ -11,21 +11,21 @@ def build(config: Config) -> Model:
     d = decoder(config)
     norm = d.norm()
     activation = d.activation()
-    experts, top_k = config.integer("num_experts", 60), config.integer("num_experts_per_tok", 4)
+    experts, top_k = config.count("num_experts", 60), config.count("num_experts_per_tok", 4)
     renormalise = config.flag("norm_topk_prob")
     moe = Moe(
         Router(d.hidden, experts, top_k, "softmax", renormalise=renormalise),
-        Experts(d.hidden, config.integer("moe_intermediate_size", 1408), experts, top_k, activation),
-        SharedExpert(Mlp(d.hidden, config.integer("shared_expert_intermediate_size", 5632), activation), gated=True),
+        Experts(d.hidden, config.length("moe_intermediate_size", 1408), experts, top_k, activation),
+        SharedExpert(Mlp(d.hidden, config.length("shared_expert_intermediate_size", 5632), activation), gated=True),
     )
     dense, step = config.layer_set("mlp_only_layers", ()), config.integer("decoder_sparse_step", 1)
     attention = d.attention(qkv_bias=config.flag("qkv_bias", True))
     rotary = config.rotary(d.head_size)
+    plain = d.mlp(activation=activation)
     layers = []
     for i, mask in enumerate(masks(config, d.layers)):
-        mlp = d.mlp(activation=activation) if i in dense or (i + 1) % step else moe
+        mlp = plain if i in dense or (i + 1) % step else moe
         layers.append((DecoderLayer(norm, attention, norm, mlp), (rotary, mask)))
-    config.get("intermediate_size", None)
     return d.model(layers, norm, tied=False)
 
 

@@ -26,19 +26,19 @@ def build(config: Config) -> Model:
     d = decoder(config, head_size=256)
     norm, activation = d.norm(offset=1.0, rounding="after_weight"), d.activation()
     config.expect("hidden_act", "silu")
-    experts, top_k = config.integer("num_experts", 256), config.integer("num_experts_per_tok", 8)
+    experts, top_k = config.count("num_experts", 256), config.count("num_experts_per_tok", 8)
     moe = Moe(
         Router(d.hidden, experts, top_k, "softmax", renormalise=True),
-        Experts(d.hidden, config.integer("moe_intermediate_size", 512), experts, top_k, activation),
-        SharedExpert(Mlp(d.hidden, config.integer("shared_expert_intermediate_size", 512), activation), gated=True),
+        Experts(d.hidden, config.length("moe_intermediate_size", 512), experts, top_k, activation),
+        SharedExpert(Mlp(d.hidden, config.length("shared_expert_intermediate_size", 512), activation), gated=True),
     )
     linear = GatedDeltaNet(
         d.hidden,
-        key_heads=config.integer("linear_num_key_heads", 16),
-        key_size=config.integer("linear_key_head_dim", 128),
-        value_heads=config.integer("linear_num_value_heads", 32),
-        value_size=config.integer("linear_value_head_dim", 128),
-        kernel=config.integer("linear_conv_kernel_dim", 4, least=2),
+        key_heads=config.count("linear_num_key_heads", 16),
+        key_size=config.length("linear_key_head_dim", 128),
+        value_heads=config.count("linear_num_value_heads", 32),
+        value_size=config.length("linear_value_head_dim", 128),
+        kernel=config.count("linear_conv_kernel_dim", 4, least=2),
         epsilon=norm.epsilon,
     )
     bias = config.flag("attention_bias")

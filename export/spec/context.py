@@ -71,8 +71,8 @@ class Rotary(Block):
     sections: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.size % 2:
-            raise ExportError(f"RoPE needs an even number of dimensions, config.json makes it {self.size}")
+        if self.size % 2 or not self.size:
+            raise ExportError(f"RoPE needs an even number of dimensions above 0, config.json makes it {self.size}")
         if self.sections and (len(self.sections) != 3 or sum(self.sections) != self.size // 2):
             raise ExportError(f"mrope_section is {list(self.sections)}: 3 numbers of sum {self.size // 2} are expected")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from layouts import mxfp4
 from safetensors.numpy import load_file, save_file
 
 from llmexport.export import archs, output, random_checkpoint, trace
@@ -131,6 +132,16 @@ def retype(tensors: dict[str, np.ndarray]) -> None:
     tensors[name] = tensors[name].astype(np.int32)
 
 
+def drop(folder: Path, end: str) -> None:
+    """Takes away the first tensor whose name ends so."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name = next(n for n in index if n.endswith(end))
+    tensors = load_file(folder / index[name])
+    del tensors[name]
+    save_file(tensors, folder / index[name])
+    edit_index(folder, lambda m: m.pop(name) and None)
+
+
 def only_head(tensors: dict[str, np.ndarray]) -> None:
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
 
@@ -164,6 +175,8 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter", "merge"]),
     "tied table stored as a head": (lambda f: edit_tensors(f, only_head), ["lacks 1 tensors", "embed_tokens"]),
+    "a number for architectures": (lambda f: edit_config(f, architectures=5), ["architectures 5", "GemmaForCausalLM"]),
+    "a vocabulary of 2**62": (lambda f: edit_config(f, vocab_size=2**62), ["vocab_size is 4611686018427387904"]),
     "heads that do not divide": (lambda f: edit_config(f, num_key_value_heads=3), ["4 attention heads", "3"]),
     "only pickled weights": (
         lambda f: ([p.unlink() for p in f.glob("*.safe*")], (f / "pytorch_model.bin").write_bytes(b"x")),
@@ -172,12 +185,55 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
+# The same of one with experts in 4 bits.
+BAD_EXPERTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "more experts than are stored": (lambda f: edit_config(f, num_local_experts=8), ["is [4, ", "makes it [8, "]),
+    "fewer experts than are stored": (lambda f: edit_config(f, num_local_experts=2), ["is [4, ", "makes it [2, "]),
+    "more experts a token than there are": (
+        lambda f: edit_config(f, num_experts_per_tok=9),
+        ["num_experts_per_tok is 9, there are 4 experts"],
+    ),
+    "scales without blocks": (lambda f: drop(f, "_blocks"), ["lacks 1 tensors", "_blocks"]),
+    "blocks without scales": (lambda f: drop(f, "_scales"), ["lacks 1 tensors", "_scales"]),
+    "4 bits that the config does not tell of": (
+        lambda f: edit_config(f, quantization_config=None),
+        ["lacks 2 tensors"],
+    ),
+    "another quantisation": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}),
+        ["fp8", "only mxfp4 is supported"],
+    ),
+    "layer_types that are too short": (
+        lambda f: edit_config(f, layer_types=["full_attention"]),
+        ["layer_types must list 3 kinds"],
+    ),
+    "an unknown kind of layer": (
+        lambda f: edit_config(f, layer_types=["full_attention", "mamba", "full_attention"]),
+        ["layer_types names mamba, known are"],
+    ),
+    "an unknown type of RoPE": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        ["RoPE of type 'dynamic' is not supported"],
+    ),
+    "nothing of RoPE": (lambda f: edit_config(f, rope_parameters=None), ["says nothing of RoPE", "rope_parameters"]),
+    "a window beyond int32": (lambda f: edit_config(f, sliding_window=2**32 + 2), ["sliding_window is 4294967298"]),
+}
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_checkpoint_gives_one_clear_line_and_leaves_nothing(name: str, run: Run, checkpoint: Path) -> None:
-    damage, words = BAD[name]
+    refuses(run, checkpoint, *BAD[name])
+
+
+@pytest.mark.parametrize("name", BAD_EXPERTS)
+def test_a_bad_checkpoint_of_experts_gives_one_clear_line(name: str, run: Run, tmp_path: Path) -> None:
+    refuses(run, mxfp4(tmp_path / "ck"), *BAD_EXPERTS[name], "--block", "moe")
+
+
+def refuses(run: Run, checkpoint: Path, damage: Callable[[Path], object], words: list[str], *options: str) -> None:
     damage(checkpoint)
     before = contents(checkpoint.parent)
-    code, out, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "-q")
+    code, out, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "-q", *options)
     assert code == 2
     assert out == ""
     assert err.startswith("error: ")

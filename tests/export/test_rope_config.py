@@ -6,13 +6,16 @@ import math
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from published_configs import PUBLISHED
-from tiny_configs import read, refusal, rotary
+from tiny_configs import everywhere, read, refusal, rotary
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmexport.export import archs
 from llmexport.export.blocks.context import inverse_frequencies
+from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
+from llmexport.export.rope import ORIGINAL
 from llmexport.export.spec import LinearScaling, Llama3Scaling, LongScaling, Rotary, YarnScaling
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
@@ -90,10 +93,47 @@ def test_phi_3_calls_longrope_by_its_old_names(name):
     assert rotary(read("phi3", rope_parameters=rope, original_max_position_embeddings=64)) == of_llama(**LONG)
 
 
-def test_the_original_length_is_read_from_beside_longrope():
-    rope = {k: v for k, v in LONG.items() if k != "original_max_position_embeddings"}
-    found = rotary(read("phi3", rope_parameters=rope, original_max_position_embeddings=64))
-    assert found.scaling.original_positions == 64
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_phi_3_knows_longrope_alone(kind):
+    rope = LLAMA3 | {"rope_type": kind, ORIGINAL: 512}
+    with pytest.raises(StrictDataclassError, match="must be one of"):
+        transformers.Phi3Config(rope_parameters=dict(rope))
+    assert f"type '{kind}' is not supported here, default, longrope are" in refusal("phi3", rope_parameters=rope)
+
+
+def test_phi_3_has_the_original_length_beside_longrope():
+    rope = {k: v for k, v in LONG.items() if k != ORIGINAL}
+    assert rotary(read("phi3", rope_parameters=rope, **{ORIGINAL: 64})).scaling.original_positions == 64
+    assert f"says {ORIGINAL} twice, 64 and 512" in refusal("phi3", rope_parameters=LONG)
+
+
+def test_phi_3_of_an_original_length_within_longrope_alone_is_refused():
+    config = dict(archs.load("phi3").arch.tiny) | {"rope_parameters": dict(LONG)}
+    del config[ORIGINAL]
+    # transformers overwrites it with the default of its class.
+    assert transformers.Phi3Config(**copy.deepcopy(config)).rope_parameters[ORIGINAL] == 4096
+    with pytest.raises(ExportError, match="twice, 64 and 4096"):
+        read_model(archs.load("phi3"), config)
+
+
+def test_the_original_length_beside_longrope_is_refused_in_other_architectures():
+    rope = {k: v for k, v in LONG.items() if k != ORIGINAL}
+    config = dict(archs.load("llama").arch.tiny) | {"rope_parameters": rope, ORIGINAL: 64}
+    # transformers takes max_position_embeddings.
+    assert transformers.LlamaConfig(**copy.deepcopy(config)).rope_parameters[ORIGINAL] == 512
+    assert f"{ORIGINAL} is None" in refusal("llama", rope_parameters=rope, **{ORIGINAL: 64})
+
+
+@pytest.mark.parametrize("said", [{}, {"rope_theta": 150000.0}, {"rope_scaling": {}}])
+def test_gpt_oss_that_says_nothing_of_rope_is_refused(said):
+    # transformers fills in YaRN.
+    assert transformers.GptOssConfig(**copy.deepcopy(said)).rope_parameters["rope_type"] == "yarn"
+    assert "says nothing of RoPE" in refusal("gpt_oss", rope_parameters=None, **said)
+
+
+def test_a_share_of_a_head_that_leaves_no_dimension_is_refused():
+    rope = {"partial_rotary_factor": 0.01}
+    assert "even number of dimensions above 0, config.json makes it 0" in refusal("glm4", rope_parameters=rope)
 
 
 def test_a_share_of_the_head_turns():
@@ -128,7 +168,7 @@ def test_another_layout_of_mrope_is_refused(changes, said):
 
 @pytest.mark.parametrize("arch", [a for a in archs.names() if a != "qwen3_5_moe"])
 def test_sections_are_refused_where_a_token_has_one_position(arch):
-    assert "mrope_section" in refusal(arch, rope_parameters={"rope_theta": 10000.0, "mrope_section": [4, 2, 2]})
+    assert "mrope_section" in refusal(arch, rope_parameters=everywhere(arch, {"mrope_section": [4, 2, 2]}))
 
 
 def test_gemma_3_has_a_rope_for_each_kind_of_layer():
@@ -146,13 +186,56 @@ def test_gemma_3_of_the_first_release_scales_full_layers_alone():
     assert read_model(archs.load("gemma3_text"), config.to_dict()).layers == layers
 
 
+BOTH = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "default"}}
+
+
+def test_gemma_3_looks_for_the_theta_of_each_kind_at_its_own_place():
+    outer = {"rope_parameters": BOTH, "rope_theta": 500000.0, "rope_local_base_freq": 20000.0}
+    layers = read("gemma3_text", **outer).layers
+    found = [next(b for b in layer.reads if isinstance(b, Rotary)) for layer in layers]
+    assert found[:2] == [Rotary(32, 20000.0), Rotary(32, 500000.0)]
+    config = transformers.Gemma3TextConfig(**copy.deepcopy(dict(archs.load("gemma3_text").arch.tiny) | outer))
+    assert {k: v["rope_theta"] for k, v in config.rope_parameters.items()} == {
+        "sliding_attention": 20000.0,
+        "full_attention": 500000.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_theta": 1e6},
+        BOTH | {"rope_theta": 777.0},
+        BOTH | {"chunked_attention": {"rope_type": "default"}},
+        {"full_attention": {"rope_type": "default"}},
+        BOTH | {"full_attention": None},
+    ],
+)
+def test_gemma_3_is_refused_unless_rope_parameters_are_of_its_two_kinds(rope):
+    assert "one object each for sliding_attention and full_attention alone" in refusal(
+        "gemma3_text", rope_parameters=rope
+    )
+
+
+@pytest.mark.parametrize("rope", [YARN, LLAMA3, LONG], ids=lambda r: r["rope_type"])
+def test_gemma_3_of_a_rope_that_none_is_published_with_is_refused(rope):
+    line = refusal("gemma3_text", rope_parameters=BOTH | {"full_attention": rope})
+    assert f"type '{rope['rope_type']}' is not supported here, default, linear are" in line
+
+
 @pytest.mark.parametrize("arch", archs.names())
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 @pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("kind", ["dynamic", "ntk", "proportional", "mrope", ""])
 def test_an_unsupported_rope_scaling_is_refused_by_name(arch, kind, key, field):
-    changes = {"rope_parameters": None} | {field: {key: kind, "factor": 2.0}}
-    assert f"type '{kind}' is not supported" in refusal(arch, **changes)
+    rope = {key: kind, "factor": 2.0}
+    if field == "rope_parameters":
+        rope = everywhere(arch, rope)
+    elif arch == "gemma3_text" and key == "type":
+        assert f"of types ['default', '{kind}']: choose one" in refusal(arch, rope_parameters=None, rope_scaling=rope)
+        return
+    assert f"type '{kind}' is not supported" in refusal(arch, **{"rope_parameters": None, field: rope})
 
 
 @pytest.mark.parametrize(
@@ -176,7 +259,13 @@ def test_an_unsupported_rope_scaling_is_refused_by_name(arch, kind, key, field):
         (LONG | {"short_factor": [1.0] * 7}, "short_factor must list 8 numbers"),
         (LONG | {"long_factor": None}, "long_factor must list 8 numbers"),
         (LONG | {"long_factor": [0.0] * 8}, "long_factor is 0.0, expected a positive number"),
-        ({k: v for k, v in LONG.items() if not k.startswith("original")}, "original_max_position_embeddings is 0"),
+        ({k: v for k, v in LONG.items() if not k.startswith("original")}, "original_max_position_embeddings is None"),
+        (LONG | {"original_max_position_embeddings": 1}, "embeddings is 1, expected an integer of at least 2"),
+        ({"rope_theta": None}, "rope_theta is None, expected a positive number"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0, expected a number above 1"),
+        (YARN | {"rope_theta": 0.5}, "rope_theta is 0.5, expected a number above 1"),
+        (YARN | {"beta_fast": 5e-324}, "beta_fast is 5e-324, expected a number from 1e-30 to 1e+30"),
+        ({"rope_type": None}, "type None is not supported"),
         ({"full_attention": {"rope_type": "default"}}, "not understood: full_attention"),
         ({"rope_theta": "1e4"}, "rope_theta is '1e4', expected a positive number"),
         ([], "must be objects"),

@@ -180,6 +180,17 @@ def test_packed_values_of_another_size_are_refused(shape):
     assert line.startswith(f"down_blocks is {list(shape)} in the checkpoint, config.json makes it [3, 2, 32]")
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 16, 2), (3, 2, 1, 32), (3, 2, 32, 1), (3, 2, 4, 8)])
+def test_packed_values_in_other_blocks_are_refused(shape):
+    line = refusal({"down_blocks": BLOCKS}, stored(tensor("down_blocks", shape, "U8")))
+    assert line.startswith(f"down_blocks is {list(shape)} in the checkpoint")
+
+
+def test_a_row_that_is_no_whole_number_of_blocks_is_refused_in_blocks():
+    ragged = Parameter("down_blocks", (3, 2, 40), as_stored=True, packed=True)
+    refusal({"down_blocks": ragged}, stored(tensor("down_blocks", (3, 2, 2, 16), "U8")))
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "I8", "F8_E8M0"])
 def test_packed_values_that_are_no_bytes_are_refused(dtype):
     line = refusal({"down_blocks": BLOCKS}, stored(tensor("down_blocks", (3, 2, 32), dtype)))

@@ -1,0 +1,142 @@
+"""config.json with its keys taken away one by one, or junk in their place."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from arch_cases import FIRST
+from published_configs import PUBLISHED
+from tiny_configs import everywhere, one_line
+
+from llmexport.export import archs, blocks
+from llmexport.export.config import HARMLESS, LONGEST, MOST
+from llmexport.export.errors import ExportError
+from llmexport.export.onnx_file import read_model
+from llmexport.export.spec import Model, Rotary
+from llmexport.export.trace import module_shapes
+
+Path = tuple[str, ...]
+ABSENT = object()
+CONFIGS = PUBLISHED | {
+    c.name: {"model_type": archs.load(c.arch).arch.model_types[0], **archs.load(c.arch).arch.tiny} for c in FIRST
+}
+# Those beside the text model of a multimodal config too.
+NOT_READ = HARMLESS.union(*(w.harmless for n in archs.names() if (w := archs.load(n).arch.whole)))
+
+
+def paths(config: dict[str, Any], start: Path = ()) -> Iterator[Path]:
+    """Every key, those of objects within it too."""
+    for key, value in config.items():
+        yield (*start, key)
+        if isinstance(value, dict) and key not in NOT_READ:
+            yield from paths(value, (*start, key))
+
+
+def changed(config: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
+    """A copy with another value, or none."""
+    config = copy.deepcopy(config)
+    *start, last = path
+    inner = config
+    for key in start:
+        inner = inner[key]
+    if value is ABSENT:
+        del inner[last]
+    else:
+        inner[last] = value
+    return config
+
+
+def ours(config: dict[str, Any]) -> Model | str:
+    """The model that a config means here, or why it is refused."""
+    try:
+        return read_model(archs.choose(None, config), config)
+    except ExportError as error:
+        return one_line(error)
+
+
+def theirs(config: dict[str, Any]) -> Model | str:
+    """The model that it means to transformers, or that it is refused there."""
+    try:
+        full = transformers.CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config)).to_dict()
+    except Exception as error:
+        return f"transformers refuses: {error}"
+    return ours(full)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("value", [ABSENT, None], ids=["absent", "null"])
+def test_a_key_that_is_missing_is_refused_or_means_what_it_means_to_transformers(name, value):
+    config = CONFIGS[name]
+    found = {p: ours(changed(config, p, value)) for p in paths(config) if p[-1] not in NOT_READ}
+    differ = {
+        p: other
+        for p, model in found.items()
+        if isinstance(model, Model) and (other := theirs(changed(config, p, value))) != model
+    }
+    assert differ == {}
+
+
+# Numbers whose squares, inverses or products with another leave 64 bits are among them.
+JUNK = [None, True, False, -1, 0, 1, 3, 2**31, 2**62, 1.5, -0.5, 5e-324, 1e300, "", "x", "silu", [], [1], {}, {"x": 1}]
+ROPE = ["rope_type", "type", "factor", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"]
+ROPE += ["attention_factor", "truncate", "beta_fast", "beta_slow", "low_freq_factor", "short_factor", "mrope_section"]
+ROPE += ["mrope_interleaved"]
+FULL = {
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {"original_max_position_embeddings": 64, "short_factor": [1.5] * 8, "long_factor": [2.5] * 8},
+}
+
+
+def keys(arch: str) -> list[str]:
+    """All that the architecture could look at."""
+    written = transformers.CONFIG_MAPPING[archs.load(arch).arch.model_types[0]]().to_dict().keys()
+    more = {"rope_scaling", "rope_theta", "hidden_activation", "layer_types", "quantization_config", "auto_map"}
+    return sorted((written | more | archs.load(arch).arch.tiny.keys() | {"architectures", "model_type"}) - NOT_READ)
+
+
+def junk(arch: str) -> Iterator[dict[str, Any]]:
+    """The tiny config with every key in turn, or every key of every type of RoPE, holding junk."""
+    tiny = CONFIGS[arch]
+    for value in JUNK:
+        yield from (tiny | {key: value} for key in keys(arch))
+        for kind, rope in FULL.items():
+            for key in ROPE:
+                yield tiny | {"rope_parameters": everywhere(arch, {"rope_type": kind, **rope, key: value})}
+
+
+@functools.cache
+def steps(block: Rotary) -> torch.Tensor:
+    return blocks.module(block, torch.float32).steps
+
+
+@pytest.mark.parametrize("arch", archs.names())
+def test_junk_in_place_of_any_value_is_refused_or_gives_a_model_that_turns(arch):
+    """`ours` passes on any error but the one-line refusal."""
+    read = [model for config in junk(arch) if isinstance(model := ours(config), Model)]
+    assert read
+    rotaries = {b for model in read for layer in model.layers for b in layer.reads if isinstance(b, Rotary)}
+    assert [b for b in rotaries if not steps(b).isfinite().all()] == []
+
+
+@pytest.mark.parametrize("arch", archs.names())
+def test_the_largest_sizes_that_are_read_can_be_laid_out(arch):
+    """The bytes of every weight fit in 64 bits, so that a disk and not an overflow is the limit."""
+    config = dict(CONFIGS[arch])
+    if arch == "qwen3_5_moe":
+        # So that the sections of mRoPE still make its part of the head.
+        config["rope_parameters"] = {"partial_rotary_factor": 8 / LONGEST, "mrope_section": [2, 1, 1]}
+    for key in [k for k, v in config.items() if type(v) is int and k not in ("num_hidden_layers", *NOT_READ)]:
+        config[key] = next(n for n in (2**31 - 1, LONGEST, MOST) if "at most" not in str(ours(config | {key: n})))
+    model = ours(config)
+    assert isinstance(model, Model), model
+    for block in {layer.block for layer in model.layers} | {model.head, model.embedding}:
+        assert all(math.prod(shape) * 4 < 2**63 for shape in module_shapes(block).values())
