@@ -121,7 +121,8 @@ def crossing(assembly: Assembly, at: int, dtype: str, seed: int = 0) -> Feed:
     }
     feed = {}
     for port in assembly.inputs:
-        shape, value = _shape(port, sizes), given.get(port.name, np.zeros(()))
+        value: np.ndarray = given.get(port.name, np.zeros(()))
+        shape = _shape(port, sizes)
         if PAST in port.shape:
             value = random.standard_normal(shape, np.float32)
         feed[port.name] = np.ascontiguousarray(np.broadcast_to(value.astype(_dtype(port, dtype)), shape))

@@ -127,23 +127,23 @@ def test_a_model_that_ignores_its_window_is_found(exported, tmp_path: Path) -> N
 
 
 LONGROPE = {
-    "original_max_position_embeddings": 4096,
-    "max_position_embeddings": 131072,
-    "sliding_window": 2047,
+    "original_max_position_embeddings": 900,
+    "max_position_embeddings": 4096,
+    "sliding_window": 600,
     "rope_parameters": {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
-        "original_max_position_embeddings": 4096,
+        "original_max_position_embeddings": 900,
         "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
         "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8],
     },
 }
-# Thresholds as published, which no prompt of the ladder reaches.
+# Thresholds that no prompt of the ladder reaches, as all that are published.
 FAR = {
-    "mistral": {"sliding_window": 4096},
-    "gemma2": {"sliding_window": 4096},
+    "mistral": {"sliding_window": 900},
+    "gemma2": {"sliding_window": 900},
     "phi3": LONGROPE,
-    "llama4": {"floor_scale": 8192, "attention_chunk_size": 8192},
+    "llama4": {"floor_scale": 900, "attention_chunk_size": 900},
 }
 
 
@@ -155,21 +155,21 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.parametrize("arch", FAR)
 def test_thresholds_beyond_the_prompt_are_crossed(arch: str, far) -> None:
     report = ladder.climb(manifest.read(far(arch)), progress=silent)
-    known = {v for v in FAR[arch].values() if isinstance(v, int)} - {131072}
+    known = {v for v in FAR[arch].values() if isinstance(v, int)} - {4096}
     assert report.prompt["tokens"] < min(known)
     assert set(report.prompt["crossed"]) == known
     assert {(r.status, r.note) for r in report.rungs} == {("pass", "")}
 
 
 MISREAD_FAR = {
-    "window off by one": ("mistral", "Mask", "window", 4097),
+    "window off by one": ("mistral", "Mask", "window", 901),
     "window dropped": ("mistral", "Mask", "window", None),
     "window of SinkAttention dropped": ("gemma2", "Attention", "window", 0),
     "LongRoPE's long factors": ("phi3", "LongScaling", "long", [1.0, 2, 3, 4, 5, 6, 7, 8.5]),
-    "LongRoPE's length": ("phi3", "LongScaling", "original_positions", 5000),
-    "chunk off by one": ("llama4", "Mask", "chunk", 8191),
+    "LongRoPE's length": ("phi3", "LongScaling", "original_positions", 1000),
+    "chunk off by one": ("llama4", "Mask", "chunk", 899),
     "temperature's scale": ("llama4", "Temperature", "scale", 0.11),
-    "temperature's interval": ("llama4", "Temperature", "interval", 8191),
+    "temperature's interval": ("llama4", "Temperature", "interval", 899),
 }
 
 
@@ -197,7 +197,7 @@ def scale_more(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("arch", "op", "change", "step"),
     [
-        ("mistral", "Less", widen, "mask_window_4096"),
+        ("mistral", "Less", widen, "mask_window_900"),
         ("gemma2", "SinkAttention", ignore_window, "layers.2"),
         ("llama4", "Log", scale_more, "temperature"),
     ],
@@ -218,9 +218,9 @@ def test_a_threshold_whose_caches_would_be_too_large_is_said_not_to_be_crossed(
 ) -> None:
     monkeypatch.setattr(ladder, "MOST_PAST", 0)
     rungs = climb(far("mistral"))
-    assert all("not run past [4096] tokens" in r.note for r in rungs.values())
+    assert all("not run past [900] tokens" in r.note for r in rungs.values())
     blocks = rungs["blocks: ONNX Runtime / PyTorch"]
-    assert {d["step"] for d in blocks.details if d["run"] == "4094 + 13 tokens"} == {"mask_window_4096"}
+    assert {d["step"] for d in blocks.details if d["run"] == "898 + 13 tokens"} == {"mask_window_900"}
 
 
 @pytest.mark.parametrize("arch", archs.names())
