@@ -129,11 +129,10 @@ def crossing(assembly: Assembly, at: int, dtype: str, seed: int = 0) -> Feed:
     return feed
 
 
-def past_bytes(assembly: Assembly, tokens: int, dtype: str) -> int:
-    """What the caches of one row take after that many tokens."""
+def past_bytes(assembly: Assembly, tokens: int) -> int:
+    """What the caches of one row take after that many tokens, in fp32."""
     sizes = {BATCH: 1, PAST: tokens}
-    grown = [p for p in assembly.inputs if PAST in p.shape]
-    return sum(math.prod(_shape(p, sizes)) * _dtype(p, dtype).itemsize for p in grown)
+    return sum(4 * math.prod(_shape(p, sizes)) for p in assembly.inputs if PAST in p.shape)
 
 
 def advance(feed: Feed, outputs: Feed, chosen: np.ndarray) -> Feed:

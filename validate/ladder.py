@@ -26,7 +26,7 @@ from llmexport.validate.tolerance import tolerance as whole_tolerance
 
 DECODE_STEPS = 8
 PIECE = 3  # tokens of a prompt's later piece
-MOST_PAST = 4 * 2**30  # bytes of a random past
+MOST_PAST = 4 * 2**30  # bytes of a random past in fp32, which is held for each step across a threshold
 BLOCKS, WHOLE = "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"
 Progress = Callable[[str, int, int], None]
 
@@ -79,7 +79,7 @@ def _climb_whole(
     for rung in rungs:
         if left and rung.status != "not run":
             held = "; what layers read was, alone" if rung.name == BLOCKS else ""
-            note = f"not run past {left} tokens, whose caches are over {MOST_PAST >> 30} GiB{held}"
+            note = f"not run past {left} tokens, whose caches are over {MOST_PAST >> 30} GiB in fp32{held}"
             rung.note = f"{rung.note}; {note}" if rung.note else note
     shape = {"batch": len(prompt.ids), "tokens": prompt.ids.shape[1], "decode_steps": DECODE_STEPS, "crossed": crossed}
     return Report(rungs, seconds, shape)
@@ -116,7 +116,7 @@ def _beyond(manifest: Manifest, prompt: feeds.Prompt) -> tuple[list[int], list[i
     config = text_config(load(manifest.data["arch"]).arch, manifest.data["config"])
     known = feeds.thresholds(manifest.assembly) | feeds.said(config)
     far = sorted(t for t in known if t >= prompt.ids.shape[1])
-    near = [t for t in far if feeds.past_bytes(manifest.assembly, t, manifest.dtype) <= MOST_PAST]
+    near = [t for t in far if feeds.past_bytes(manifest.assembly, t) <= MOST_PAST]
     return near, far[len(near) :]
 
 
