@@ -21,6 +21,7 @@ MAX_ABS, RMS_RATIO = 1e-4, 1e-5  # the promise for fp32, not to be loosened
 RECURRENT = (5e-4, 5e-5)  # where the delta rule feeds roundoff back into its state
 PROMPT = 37  # odd, longer than every tiny window
 DECODE = 8
+RUNNERS = ("torch", "onnxruntime")
 FAR = 200  # where positions begin that do not begin at 0
 
 
@@ -85,15 +86,14 @@ def prompt(length: int = PROMPT, padding: int = 5, seed: int = 1) -> tuple[np.nd
     return ids, mask
 
 
-@pytest.mark.parametrize("runner", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("shift", [0, FAR])
 def test_logits_match_transformers_through_prefill_and_decode(
-    case: Case, runner: str, shift: int, tiny_checkpoint, exported
+    case: Case, shift: int, tiny_checkpoint, exported
 ) -> None:
     """Batch 2, left padding, carried caches; positions that begin at 0, and far from it."""
     model = reference(tiny_checkpoint(case))
-    ours = Decoder(exported(case), runner)
+    ours = [Decoder(exported(case), runner) for runner in RUNNERS]
     ids, mask = prompt()
     positions = np.maximum(mask.cumsum(-1) - 1, 0) + shift
     cache = None
@@ -107,8 +107,9 @@ def test_logits_match_transformers_through_prefill_and_decode(
                 use_cache=True,
             )
         cache = made.past_key_values
-        expected, found = made.logits.numpy(), ours.step(ids, positions, mask)
-        ours.check(expected, found, mask.astype(bool) if step == 0 else None)
+        expected = made.logits.numpy()
+        for decoder in ours:
+            decoder.check(expected, decoder.step(ids, positions, mask), mask.astype(bool) if step == 0 else None)
         ids, positions = expected[:, -1:].argmax(-1), positions[:, -1:] + 1
         mask = np.concatenate((mask, np.ones_like(ids)), 1)
 
@@ -126,7 +127,7 @@ def test_greedy_tokens_match_generate_for_32_steps(case: Case, tiny_checkpoint, 
         do_sample=False,
         pad_token_id=0,
     )
-    for runner in ("onnxruntime", "torch"):
+    for runner in RUNNERS:
         found = greedy(Decoder(exported(case), runner), ids, mask)
         assert np.array_equal(found, generated[:, PROMPT:].numpy()), runner
 
