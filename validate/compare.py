@@ -17,7 +17,8 @@ class Mismatch(UserError):
 
 @dataclass(frozen=True)
 class Difference:
-    """max |found - reference|, rms(found - reference) / rms(reference) and max |reference|.
+    """max |found - reference|, rms(found - reference) / rms(reference), and of the reference its largest magnitude and
+    the spread between its least and its largest number.
 
     The first two are NaN if either run holds a NaN, and then within no tolerance.
     """
@@ -25,6 +26,7 @@ class Difference:
     max_abs: float
     rms_ratio: float
     scale: float
+    spread: float
 
     def excess(self, tolerance: Tolerance) -> float:
         """How many times the tolerance this is: up to 1 is within; infinite if there is a NaN."""
@@ -47,7 +49,7 @@ def compare(
     if where is not None:
         reference, found = reference[where], found[where]
     if reference.size == 0:
-        return Difference(0.0, 0.0, 0.0)
+        return Difference(0.0, 0.0, 0.0, 0.0)
     wide = reference.astype(np.float64)
     error = found.astype(np.float64) - wide
     if strays:
@@ -59,4 +61,4 @@ def compare(
     scale = float(np.sqrt(np.mean(wide**2)))
     rms = float(np.sqrt(np.mean(error**2)))
     ratio = rms / scale if scale else (0.0 if rms == 0 else float("inf"))
-    return Difference(float(np.max(np.abs(error))), ratio, float(np.max(np.abs(wide))))
+    return Difference(float(np.max(np.abs(error))), ratio, float(np.max(np.abs(wide))), float(np.ptp(wide)))

@@ -1,18 +1,38 @@
-"""Inputs to run a model on: seeded, longer than its windows, padded on the left."""
+"""Inputs to run a model on: seeded, longer than its windows, padded on the left; and past all its thresholds."""
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
 import numpy as np
 
 from llmexport.export.assembly import Assembly
-from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Attention, Block, DecoderLayer, Embedding, Mask, Port
+from llmexport.export.spec import (
+    BATCH,
+    PAST,
+    SEQUENCE,
+    TOTAL,
+    Attention,
+    Block,
+    DecoderLayer,
+    Embedding,
+    LongScaling,
+    Mask,
+    Port,
+    Rotary,
+    Temperature,
+)
 from llmexport.validate.runners import Feed
 
-SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; the mask alone is run past longer windows
+SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; longer windows are crossed after a random past
 SHIFT = 100
+# Tokens of a step that crosses a threshold, and how many of them come before it.
+CROSSING, BEFORE = 13, 2
+SOUNDS = re.compile("window|chunk|floor_scale|original_max_position")
 
 
 @dataclass(frozen=True)
@@ -30,13 +50,14 @@ class Prompt:
 
 
 def prompt(assembly: Assembly, *, batch: int = 2, tokens: int | None = None, seed: int = 0) -> Prompt:
-    """A random prompt of odd length, past every window of the model if that is at most LONGEST tokens.
+    """A random prompt of odd length, past every threshold of at most LONGEST tokens but RoPE's, which counts positions.
 
     All rows but the first are padded on the left, each by a different number of tokens.
     """
     random = np.random.default_rng(seed)
     vocabulary = next(s.block.vocabulary for s in assembly.steps if isinstance(s.block, Embedding))
-    tokens = tokens or min(max([w + 9 for w in windows(assembly)] + [SHORTEST]), LONGEST) | 1
+    lengths = [threshold(s.block) + 9 for s in assembly.steps if not isinstance(s.block, Rotary)]
+    tokens = tokens or max([n for n in lengths if n <= LONGEST] + [SHORTEST]) | 1
     ids = random.integers(0, vocabulary, (batch, tokens), np.int64)
     mask = np.ones((batch, tokens), np.int64)
     for row in range(1, batch):
@@ -44,20 +65,35 @@ def prompt(assembly: Assembly, *, batch: int = 2, tokens: int | None = None, see
     return Prompt(ids, mask)
 
 
-def windows(assembly: Assembly) -> list[int]:
-    """The windows and chunks of a model's attention, in tokens."""
-    found = [reach(s.block) for s in assembly.steps]
-    found += [s.block.mixer.window for s in assembly.steps if isinstance(s.block, DecoderLayer) and _slides(s.block)]
-    return list(dict.fromkeys(w for w in found if w))
+def thresholds(assembly: Assembly) -> set[int]:
+    """The thresholds of a model's blocks."""
+    return {t for s in assembly.steps if (t := threshold(s.block))}
 
 
-def reach(block: Block) -> int:
-    """How far a mask lets a token look back: its window or chunk, 0 if it has none."""
-    return (block.window or block.chunk or 0) if isinstance(block, Mask) else 0
+def said(config: Any) -> set[int]:
+    """The numbers of a config that sound like a threshold, whether or not the specs took them for one: a reading that
+    leaves a window out is found past that window alone."""
+    if isinstance(config, dict):
+        own = {v for k, v in config.items() if type(v) is int and v > 0 and SOUNDS.search(k)}
+        return own.union(*map(said, config.values()))
+    return set()
 
 
-def _slides(layer: DecoderLayer) -> bool:
-    return isinstance(layer.mixer, Attention) and layer.mixer.window > 0
+def threshold(block: Block) -> int:
+    """After how many tokens a block computes what it did not before: its window, its chunk, its temperature's
+    interval, the positions of LongRoPE's short factors; 0 if it has none."""
+    match block:
+        case Mask():
+            return block.window or block.chunk or 0
+        case Temperature():
+            return block.interval
+        case Rotary(scaling=LongScaling()):
+            return block.scaling.original_positions
+        case Attention():
+            return block.window
+        case DecoderLayer():
+            return threshold(block.mixer)
+    return 0
 
 
 def prefill(assembly: Assembly, start: Prompt, dtype: str) -> Feed:
@@ -72,19 +108,51 @@ def prefill(assembly: Assembly, start: Prompt, dtype: str) -> Feed:
     return feed
 
 
+def crossing(assembly: Assembly, at: int, dtype: str, seed: int = 0) -> Feed:
+    """A step of one row that crosses a threshold, after a random past; recurrent states are zero."""
+    random = np.random.default_rng(seed)
+    sizes = {BATCH: 1, SEQUENCE: CROSSING, PAST: max(at - BEFORE, 0)}
+    sizes[TOTAL] = sizes[PAST] + CROSSING
+    vocabulary = next(s.block.vocabulary for s in assembly.steps if isinstance(s.block, Embedding))
+    given = {
+        "input_ids": random.integers(0, vocabulary, CROSSING),
+        "position_ids": np.arange(sizes[PAST], sizes[TOTAL]),
+        "attention_mask": np.ones(()),
+    }
+    feed = {}
+    for port in assembly.inputs:
+        value: np.ndarray = given.get(port.name, np.zeros(()))
+        shape = _shape(port, sizes)
+        if PAST in port.shape:
+            value = random.standard_normal(shape, np.float32)
+        feed[port.name] = np.ascontiguousarray(np.broadcast_to(value.astype(_dtype(port, dtype)), shape))
+    return feed
+
+
+def past_bytes(assembly: Assembly, tokens: int) -> int:
+    """What the caches of one row take after that many tokens, in fp32."""
+    sizes = {BATCH: 1, PAST: tokens}
+    return sum(4 * math.prod(_shape(p, sizes)) for p in assembly.inputs if PAST in p.shape)
+
+
 def advance(feed: Feed, outputs: Feed, chosen: np.ndarray) -> Feed:
-    """The feed of the next step: the tokens `chosen` [B, n], with the caches that the last step returned."""
+    """The feed of the next step: the tokens `chosen` [B, n], with the caches that the last step returned, if any."""
     mask = np.concatenate((feed["attention_mask"], np.ones_like(chosen)), 1)
     following = {"input_ids": chosen, "attention_mask": mask}
     if "position_ids" in feed:
         following["position_ids"] = feed["position_ids"][..., -1:] + 1 + np.arange(chosen.shape[1])
-    return following | {n: outputs[n.replace("past_key_values", "present")] for n in feed if n not in following}
+    grown = {n: n.replace("past_key_values", "present") for n in feed if n not in following}
+    return following | {n: outputs[present] for n, present in grown.items() if present in outputs}
 
 
 def block_sizes(block: Block) -> list[dict[str, int]]:
-    """Sizes to run one block at: a prompt, and a few tokens after a past that is longer than its window."""
-    past = max(21, max(reach(block), getattr(block, "window", 0) or 0) + 9)
-    return [{BATCH: 2, SEQUENCE: 13, PAST: 0}, {BATCH: 3, SEQUENCE: 1, PAST: 21}, {BATCH: 2, SEQUENCE: 3, PAST: past}]
+    """Sizes to run one block at: a prompt, a token after a past, and tokens that cross its threshold."""
+    past = max(21, threshold(block) - BEFORE)
+    return [
+        {BATCH: 2, SEQUENCE: 13, PAST: 0},
+        {BATCH: 3, SEQUENCE: 1, PAST: 21},
+        {BATCH: 2, SEQUENCE: CROSSING, PAST: past},
+    ]
 
 
 def block_feed(block: Block, dtype: str, sizes: dict[str, int], seed: int = 0) -> Feed:

@@ -13,29 +13,31 @@ import onnx
 from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import onnx_file
+from llmexport.export.archs import load, text_config
 from llmexport.export.assembly import Step
 from llmexport.export.manifest import Manifest
-from llmexport.export.spec import PAST, SEQUENCE, Mask
+from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.validate import feeds
 from llmexport.validate.compare import Difference, compare
 from llmexport.validate.report import REFERENCE, Report, Rung
-from llmexport.validate.runners import TOKENS, Feed, TorchRunner, TransformersRunner, onnx_runner
+from llmexport.validate.runners import Feed, TorchRunner, TransformersRunner, onnx_runner
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 from llmexport.validate.tolerance import tolerance as whole_tolerance
 
 DECODE_STEPS = 8
 PIECE = 3  # tokens of a prompt's later piece
+MOST_PAST = 4 * 2**30  # bytes of a random past in fp32, which is held for each step across a threshold
 BLOCKS, WHOLE = "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass
 class Run:
-    """What one runner made of the prompt and of every decode step: outputs, and its seconds."""
+    """What one runner made of the prompt, of every decode step and of steps across thresholds: outputs, and seconds."""
 
     outputs: list[Feed]
     seconds: list[float]
-    chosen: list[np.ndarray]  # the tokens after each run
+    chosen: list[np.ndarray]  # the tokens after each run but those across thresholds
 
 
 def climb(manifest: Manifest, *, tokens: int | None = None, seed: int = 0, progress: Progress) -> Report:
@@ -69,16 +71,17 @@ def _climb_whole(
         rungs.append(_blocks(manifest, torch_runner, model, recorded))
         progress("ONNX Runtime", 3, 4)
         with onnx_runner(model, manifest.folder) as runner:
-            found = _run(runner, feeds.prefill(assembly, prompt, manifest.dtype), ours.chosen)
+            found = _run(runner, manifest, prompt, ours.chosen)
         seconds["ONNX Runtime"] = _medians(found)
         rungs.append(_compare_runs(WHOLE, ours, found, prompt, whole_tolerance(manifest.dtype, assembly)))
     progress("done", 4, 4)
-    unreached = [w for w in feeds.windows(assembly) if w >= prompt.ids.shape[1]]
-    if unreached:
-        note = f"the prompt ends before windows of {unreached}, their masks alone do not: --tokens for the whole"
-        for rung in rungs:
+    crossed, left = _beyond(manifest, prompt)
+    for rung in rungs:
+        if left and rung.status != "not run":
+            held = "; what layers read was, alone" if rung.name == BLOCKS else ""
+            note = f"not run past {left} tokens, whose caches are over {MOST_PAST >> 30} GiB in fp32{held}"
             rung.note = f"{rung.note}; {note}" if rung.note else note
-    shape = {"batch": len(prompt.ids), "tokens": prompt.ids.shape[1], "decode_steps": DECODE_STEPS}
+    shape = {"batch": len(prompt.ids), "tokens": prompt.ids.shape[1], "decode_steps": DECODE_STEPS, "crossed": crossed}
     return Report(rungs, seconds, shape)
 
 
@@ -108,10 +111,26 @@ def _alone(
             yield {**place, "output": output, "difference": compare(expected, found[output])}
 
 
-def _run_recorded(runner: TorchRunner, manifest: Manifest, prompt: feeds.Prompt) -> tuple[Run, list[Feed]]:
-    """The prompt, greedy decoding and three tokens at once; and all values of the first and the last run."""
+def _beyond(manifest: Manifest, prompt: feeds.Prompt) -> tuple[list[int], list[int]]:
+    """The thresholds that the prompt does not pass: those to cross after a random past, and those too far for it."""
+    config = text_config(load(manifest.data["arch"]).arch, manifest.data["config"])
+    known = feeds.thresholds(manifest.assembly) | feeds.said(config)
+    far = sorted(t for t in known if t >= prompt.ids.shape[1])
+    near = [t for t in far if feeds.past_bytes(manifest.assembly, t) <= MOST_PAST]
+    return near, far[len(near) :]
+
+
+def _crossings(manifest: Manifest, prompt: feeds.Prompt) -> dict[str, Feed]:
+    """The steps across thresholds, by name."""
+    near, _ = _beyond(manifest, prompt)
+    return {f"across {t}": feeds.crossing(manifest.assembly, t, manifest.dtype) for t in near}
+
+
+def _run_recorded(runner: TorchRunner, manifest: Manifest, prompt: feeds.Prompt) -> tuple[Run, dict[str, Feed]]:
+    """The prompt, greedy decoding, three tokens at once and what crosses thresholds; and all values of those runs
+    that are no decode steps."""
     feed = feeds.prefill(manifest.assembly, prompt, manifest.dtype)
-    run, recorded = Run([], [], []), []
+    run, recorded = Run([], [], []), {}
     for i in range(DECODE_STEPS + 2):
         outputs = runner.infer(feed, check_inputs=False)
         greedy = outputs["logits"][:, -1:].argmax(-1)
@@ -119,29 +138,36 @@ def _run_recorded(runner: TorchRunner, manifest: Manifest, prompt: feeds.Prompt)
         run.outputs.append(outputs)
         run.seconds.append(runner.last_inference_time())
         if i in (0, DECODE_STEPS + 1):
-            recorded.append(runner.values)
+            recorded["last" if i else "prompt"] = runner.values
         feed = feeds.advance(feed, outputs, run.chosen[-1])
+    for name, feed in _crossings(manifest, prompt).items():
+        run.outputs.append(_logits(runner, feed))
+        recorded[name] = runner.values
     return run, recorded
 
 
-def _run(runner: BaseRunner, feed: Feed, chosen: list[np.ndarray]) -> Run:
+def _run(runner: BaseRunner, manifest: Manifest, prompt: feeds.Prompt, chosen: list[np.ndarray]) -> Run:
     """The same tokens, but the runner's own caches, so that an error in a cache adds up."""
-    run = Run([], [], chosen)
+    run, feed = Run([], [], chosen), feeds.prefill(manifest.assembly, prompt, manifest.dtype)
     for tokens in chosen:
         outputs = {n: np.copy(a) for n, a in runner.infer(feed, check_inputs=False).items()}
         run.outputs.append(outputs)
         run.seconds.append(runner.last_inference_time())
         feed = feeds.advance(feed, outputs, tokens)
+    run.outputs += [_logits(runner, crossing) for crossing in _crossings(manifest, prompt).values()]
     return run
+
+
+def _logits(runner: BaseRunner, feed: Feed) -> Feed:
+    return {"logits": np.copy(runner.infer(feed, check_inputs=False)["logits"])}
 
 
 def _reference(manifest: Manifest, prompt: feeds.Prompt, ours: Run, name: str = REFERENCE) -> Rung:
     """Our PyTorch against transformers, which carries its own cache."""
     if importlib.util.find_spec("transformers") is None:
         return Rung(name, "not run", "transformers is not installed: pip install transformers")
-    feed = feeds.prefill(manifest.assembly, prompt, manifest.dtype)
     with TransformersRunner(manifest) as runner:
-        reference = _run(runner, {n: feed[n] for n in TOKENS if n in feed}, ours.chosen)
+        reference = _run(runner, manifest, prompt, ours.chosen)
     return _compare_runs(name, reference, ours, prompt, whole_tolerance(manifest.dtype, manifest.assembly))
 
 
@@ -154,9 +180,9 @@ def _reference_float32(manifest: Manifest, prompt: feeds.Prompt) -> Rung:
 
 
 def _compare_runs(name: str, reference: Run, found: Run, prompt: feeds.Prompt, tolerance: Tolerance) -> Rung:
-    """Logits of every step, of real tokens only, and the caches of the last step if both return them."""
+    """Logits of every step, of real tokens only, and the caches of the last decode step if both return them."""
     details: list[dict[str, Any]] = []
-    last = len(reference.outputs) - 1
+    last = len(reference.chosen) - 1
     for i, (expected, other) in enumerate(zip(reference.outputs, found.outputs, strict=True)):
         for output in expected.keys() & other.keys():
             # Where tokens may stray, their entries of the caches do.
@@ -168,31 +194,35 @@ def _compare_runs(name: str, reference: Run, found: Run, prompt: feeds.Prompt, t
     return _rung(name, tolerance, details)
 
 
-def _blocks(manifest: Manifest, torch_runner: TorchRunner, model: onnx.ModelProto, recorded: list[Feed]) -> Rung:
+def _blocks(manifest: Manifest, torch_runner: TorchRunner, model: onnx.ModelProto, recorded: dict[str, Feed]) -> Rung:
     """Every step of the exported file alone, fed what PyTorch computed before it, so that no error adds up.
 
-    Masks are run past their windows as well, however long those are.
+    What layers read (masks, angles, temperatures) is run across its thresholds as well, however far those are.
     """
     details: list[dict[str, Any]] = []
     for step in manifest.assembly.steps:
         part = onnx_file.cut_step(model, step, manifest.dtype)
         with onnx_runner(part, manifest.folder) as runner:
-            for run, values in zip(("prompt", "last"), recorded, strict=True):
+            for run, values in recorded.items():
                 found = runner.infer({n: values[n] for n in step.inputs}, check_inputs=False)
                 place = {"step": step.name, "kind": step.block.kind, "run": run}
                 for output in step.outputs:
                     difference = compare(values[output], found[output])
                     details.append({**place, "output": output, "difference": difference})
-            if isinstance(step.block, Mask):
+            if not manifest.step_weights[step.name]:
                 details.extend(_alone(manifest, torch_runner, runner, step, seed=0))
     return _rung(BLOCKS, TOLERANCE[manifest.dtype], details)
 
 
 def _rung(name: str, tolerance: Tolerance, details: list[dict[str, Any]]) -> Rung:
-    """Passes if every detail is within the tolerance; shows the one that comes nearest to it."""
+    """Passes if every detail is within the tolerance, and no step's reference is everywhere one number, which a model
+    that computes nothing would equal too; shows the one that comes nearest to the tolerance."""
     worst: Difference = max((d["difference"] for d in details), key=lambda d: d.excess(tolerance))
-    status = "pass" if worst.excess(tolerance) <= 1 else "fail"
-    return Rung(name, status, "", worst, tolerance, details)
+    varied = {d["step"] for d in details if d["difference"].spread != 0}
+    flat = list(dict.fromkeys(d["step"] for d in details if d["step"] not in varied))
+    status = "pass" if worst.excess(tolerance) <= 1 and not flat else "fail"
+    note = f"proves nothing: the reference is one number everywhere, in step {flat[0]}" if flat else ""
+    return Rung(name, status, note, worst, tolerance, details)
 
 
 def _not_runnable(dtype: str) -> str:

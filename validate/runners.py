@@ -15,6 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -34,8 +35,12 @@ from llmexport.export.checkpoint import INDEX
 from llmexport.export.manifest import Manifest
 from llmexport.export.trace import torch_dtype
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 Feed = dict[str, np.ndarray]
 TOKENS = ("input_ids", "position_ids", "attention_mask")
+CACHED_KEY = re.compile(r"past_key_values\.(\d+)\.key")
 HELD = 4 * 2**30  # bytes of weights to keep between runs; larger models are read step by step
 
 
@@ -136,8 +141,8 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 class TransformersRunner(BaseRunner):  # type: ignore[misc]
     """The model as transformers runs it, from the weights in the export: the reference that nobody here wrote.
 
-    It carries its own cache from step to step, begins a new one when the feed's past is empty, and gives logits
-    only.
+    It carries its own cache from step to step, begins a new one when the feed's past is empty, or from the keys and
+    values that the feed holds; and gives logits only.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -190,9 +195,21 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
         given = {n: to_torch(feed_dict[n]) for n in TOKENS if n in feed_dict}
         if given["input_ids"].shape[1] == given["attention_mask"].shape[1]:
             self._cache = None
+        elif held := sorted(int(m[1]) for n in feed_dict if (m := CACHED_KEY.fullmatch(n))):
+            self._cache = self._filled(feed_dict, held)
         start = time.perf_counter()
         with torch.inference_mode():
             made = self._model(**given, past_key_values=self._cache, use_cache=True)
         self._cache = made.past_key_values
         self.inference_time = time.perf_counter() - start
         return OrderedDict(logits=to_numpy(made.logits))
+
+    def _filled(self, feed: Feed, layers: Sequence[int]) -> Cache:
+        """A cache as after the tokens whose keys and values the feed holds."""
+        import transformers
+
+        cache = transformers.DynamicCache(config=self._model.config)
+        for i in layers:
+            key, value = (to_torch(feed[f"past_key_values.{i}.{part}"]) for part in ("key", "value"))
+            cache.update(key, value, i)
+        return cache

@@ -31,7 +31,8 @@ def inverse_frequencies(block: spec.Rotary) -> Tensor:
         case spec.YarnScaling():
             return _yarn(block, block.scaling)
         case spec.LongScaling(short, long):
-            return steps / torch.tensor((short, long))
+            # One division, as there: a step's last bit is a hundredth of a radian at 131,072.
+            return 1.0 / (torch.tensor((short, long)) * block.theta**exponents)
     raise TypeError(f"no RoPE scaling {block.scaling}")
 
 

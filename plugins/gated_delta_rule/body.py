@@ -17,11 +17,7 @@ LONGEST = 32  # tokens of a chunk, a power of two
 
 
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """The same for ONNX Runtime and TensorRT.
-
-    ONNX Runtime 1.31, two CPU cores, B = 1, G = 16, H = 32, D = V = 128, against a Scan over tokens: 37 ms and
-    100 ms at T = 512, 0.6 ms and 0.5 ms at T = 1.
-    """
+    """The same for ONNX Runtime and TensorRT; tests/bench/bench_bodies.py times it."""
     g, h, d, v = (sizes[n] for n in "GHDV")
     return f"""
     zero = Constant <value_ints = [0]> ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,13 @@ MAX_ABS, RMS_RATIO = 1e-4, 1e-5  # the promise for fp32, not to be loosened
 RECURRENT = (5e-4, 5e-5)  # where the delta rule feeds roundoff back into its state
 PROMPT = 37  # odd, longer than every tiny window
 DECODE = 8
+RUNNERS = ("torch", "onnxruntime")
+FAR = 200  # where positions begin that do not begin at 0
+
+
+@functools.cache
+def session(folder: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
 
 class Decoder:
@@ -34,7 +42,7 @@ class Decoder:
             self.torch = TorchRunner(manifest.read(folder))
             self.torch.activate()
         else:
-            self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+            self.session = session(folder)
         self.past: dict[str, np.ndarray] = {}
 
     def step(self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -65,6 +73,7 @@ class Decoder:
         assert difference.scale > 0.5, "logits near zero would prove nothing"
 
 
+@functools.cache
 def reference(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.eval()
@@ -77,15 +86,14 @@ def prompt(length: int = PROMPT, padding: int = 5, seed: int = 1) -> tuple[np.nd
     return ids, mask
 
 
-@pytest.mark.parametrize("runner", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("shift", [0, 200])
+@pytest.mark.parametrize("shift", [0, FAR])
 def test_logits_match_transformers_through_prefill_and_decode(
-    case: Case, runner: str, shift: int, tiny_checkpoint, exported
+    case: Case, shift: int, tiny_checkpoint, exported
 ) -> None:
     """Batch 2, left padding, carried caches; positions that begin at 0, and far from it."""
     model = reference(tiny_checkpoint(case))
-    ours = Decoder(exported(case), runner)
+    ours = [Decoder(exported(case), runner) for runner in RUNNERS]
     ids, mask = prompt()
     positions = np.maximum(mask.cumsum(-1) - 1, 0) + shift
     cache = None
@@ -99,8 +107,9 @@ def test_logits_match_transformers_through_prefill_and_decode(
                 use_cache=True,
             )
         cache = made.past_key_values
-        expected, found = made.logits.numpy(), ours.step(ids, positions, mask)
-        ours.check(expected, found, mask.astype(bool) if step == 0 else None)
+        expected = made.logits.numpy()
+        for decoder in ours:
+            decoder.check(expected, decoder.step(ids, positions, mask), mask.astype(bool) if step == 0 else None)
         ids, positions = expected[:, -1:].argmax(-1), positions[:, -1:] + 1
         mask = np.concatenate((mask, np.ones_like(ids)), 1)
 
@@ -118,26 +127,19 @@ def test_greedy_tokens_match_generate_for_32_steps(case: Case, tiny_checkpoint, 
         do_sample=False,
         pad_token_id=0,
     )
-    ours = Decoder(exported(case), "onnxruntime")
+    for runner in RUNNERS:
+        found = greedy(Decoder(exported(case), runner), ids, mask)
+        assert np.array_equal(found, generated[:, PROMPT:].numpy()), runner
+
+
+def greedy(ours: Decoder, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     positions, chosen = np.maximum(mask.cumsum(-1) - 1, 0), []
     for _ in range(32):
         ids = ours.step(ids, positions, mask)[:, -1:].argmax(-1)
         positions = positions[:, -1:] + 1
         mask = np.concatenate((mask, np.ones_like(ids)), 1)
         chosen.append(ids)
-    assert np.array_equal(np.concatenate(chosen, 1), generated[:, PROMPT:].numpy())
-
-
-@pytest.mark.parametrize("case", FIRST, ids=str)
-def test_a_prompt_in_two_pieces_equals_the_whole(case: Case, exported) -> None:
-    ids, mask = prompt()
-    positions = np.maximum(mask.cumsum(-1) - 1, 0)
-    whole = Decoder(exported(case), "onnxruntime").step(ids, positions, mask)
-    pieces = Decoder(exported(case), "onnxruntime")
-    cut = 11
-    first = pieces.step(ids[:, :cut], positions[:, :cut], mask[:, :cut])
-    second = pieces.step(ids[:, cut:], positions[:, cut:], mask)
-    pieces.check(whole, np.concatenate((first, second), 1), mask.astype(bool))
+    return np.concatenate(chosen, 1)
 
 
 LONG = [c for c in FIRST if c.arch in ("glm4", "gpt_oss", "llama4", "qwen3_5_moe")]
@@ -146,25 +148,28 @@ LENGTHS = [(c, n) for c in FIRST for n in (1, 63, 130, *((64, 65, 1025) if c in 
 
 @pytest.mark.parametrize(("case", "length"), LENGTHS, ids=str)
 def test_prompts_of_other_lengths_match_transformers(case: Case, length: int, tiny_checkpoint, exported) -> None:
-    ids, mask = prompt(length, padding=0)
-    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    """Half of a row is padding, from 63 tokens on more than a chunk of the delta rule; positions begin far from 0."""
+    ids, mask = prompt(length, padding=length // 2 + 5 if length > 10 else 0)
+    positions = np.maximum(mask.cumsum(-1) - 1, 0) + FAR
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     with torch.no_grad():
-        expected = reference(tiny_checkpoint(case))(torch.from_numpy(ids)).logits.numpy()
+        made = reference(tiny_checkpoint(case))(**{n: torch.from_numpy(a) for n, a in given.items()})
     ours = Decoder(exported(case), "onnxruntime")
-    ours.check(expected, ours.step(ids, positions, mask))
+    ours.check(made.logits.numpy(), ours.step(ids, positions, mask), mask.astype(bool))
 
 
-@pytest.mark.parametrize("case", LONG, ids=str)
-@pytest.mark.parametrize("cut", [1, 64, 100])
-def test_a_long_prompt_in_two_pieces_equals_the_whole(case: Case, cut: int, exported) -> None:
-    """Past every window and chunk, cut within and between them, with padding on the left."""
-    ids, mask = prompt(197, padding=11)
-    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_a_prompt_in_two_pieces_equals_the_whole(case: Case, exported) -> None:
+    """Past every window and chunk; cut within the padding of a row, which is longer than a chunk of the delta rule,
+    and after it."""
+    ids, mask = prompt(197, padding=70)
+    positions = np.maximum(mask.cumsum(-1) - 1, 0) + FAR
     whole = Decoder(exported(case), "onnxruntime").step(ids, positions, mask)
-    pieces = Decoder(exported(case), "onnxruntime")
-    first = pieces.step(ids[:, :cut], positions[:, :cut], mask[:, :cut])
-    second = pieces.step(ids[:, cut:], positions[:, cut:], mask)
-    pieces.check(whole, np.concatenate((first, second), 1), mask.astype(bool))
+    for cut in (1, 64, 100) if case in LONG else (100,):
+        pieces = Decoder(exported(case), "onnxruntime")
+        first = pieces.step(ids[:, :cut], positions[:, :cut], mask[:, :cut])
+        second = pieces.step(ids[:, cut:], positions[:, cut:], mask)
+        pieces.check(whole, np.concatenate((first, second), 1), mask.astype(bool))
 
 
 def test_three_positions_a_token_match_transformers(tiny_checkpoint, exported) -> None:

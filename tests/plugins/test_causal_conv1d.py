@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import example as example_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_node import body_model, rtx_build, run_operator, session
@@ -86,28 +87,21 @@ def test_is_the_formula_at_any_size(sizes):
     assert compare(after, numbers(next_state)).max_abs == 0
 
 
-@pytest.mark.skipif(not onnx.defs.has("CausalConvWithState"), reason="this onnx is older than opset 27")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_equals_onnx_causal_conv_with_state_channels_last(tokens, with_bias, activation):
-    x, weight, state, bias = example(tokens)
+@pytest.mark.parametrize(("domain", "opset"), [("", 27), ("com.microsoft", 1)], ids=["onnx", "ONNX Runtime"])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(1, 140), st.integers(1, 12), st.integers(2, 6), st.integers(1, 3)),
+    with_bias=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS),
+)
+@example_of(sizes=(130, CHANNELS, TAPS, 2), with_bias=True, activation="silu")
+def test_equals_causal_conv_with_state_channels_last(domain, opset, sizes, with_bias, activation):
+    if not domain and not onnx.defs.has("CausalConvWithState"):
+        pytest.skip("this onnx is older than opset 27, which has CausalConvWithState")
+    x, weight, state, bias = example(sizes[0], torch.float32, *sizes[1:])
     bias = bias if with_bias else None
     given = [x.mT.numpy(), weight.numpy(), None if bias is None else bias.numpy(), state.mT.numpy()]
-    y, after = run_operator("CausalConvWithState", "", 27, given, 2, activation=activation)
-    found, found_after = causal_conv1d(x, weight, state, bias, activation)
-    assert compare(y.swapaxes(1, 2), found.numpy()).max_abs <= close(x, weight, state, bias)
-    assert compare(after.swapaxes(1, 2), found_after.numpy()).max_abs == 0
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_equals_onnx_runtimes_causal_conv_with_state(tokens, with_bias, activation):
-    x, weight, state, bias = example(tokens)
-    bias = bias if with_bias else None
-    given = [x.mT.numpy(), weight.numpy(), None if bias is None else bias.numpy(), state.mT.numpy()]
-    y, after = run_operator("CausalConvWithState", "com.microsoft", 1, given, 2, activation=activation)
+    y, after = run_operator("CausalConvWithState", domain, opset, given, 2, activation=activation)
     found, found_after = causal_conv1d(x, weight, state, bias, activation)
     assert compare(y.swapaxes(1, 2), found.numpy()).max_abs <= close(x, weight, state, bias)
     assert compare(after.swapaxes(1, 2), found_after.numpy()).max_abs == 0

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import example as example_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_node import body_model, rtx_build, run_operator, session
@@ -156,13 +157,20 @@ def test_is_transformers_with_and_without_its_norm(tokens, published):
 
 
 @pytest.mark.parametrize(("domain", "opset"), [("", 27), ("com.microsoft", 1)], ids=["onnx", "ONNX Runtime"])
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_equals_linear_attention(tokens, domain, opset):
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    tokens=st.integers(1, 150),
+    scale=st.sampled_from([SCALE, 0.7]),
+)
+@example_of(sizes=(2, 3, 16, 12), tokens=130, scale=SCALE)
+def test_equals_linear_attention_at_any_size(domain, opset, sizes, tokens, scale):
     if not domain and not onnx.defs.has("LinearAttention"):
         pytest.skip("this onnx is older than opset 27, which has LinearAttention")
-    inputs = normed(example(tokens))
+    groups, shared, d, values = sizes
+    inputs = normed(example(tokens, sizes={"G": groups, "H": groups * shared, "D": d, "V": values}))
     q, k, v, g, beta, state = inputs
-    q, k = (x.repeat_interleave(SIZES["H"] // SIZES["G"], 2) for x in (q, k))
+    q, k = (x.repeat_interleave(shared, 2) for x in (q, k))
     packed = [x.flatten(2).numpy() for x in (q, k, v)]
     y, after = run_operator(
         "LinearAttention",
@@ -171,11 +179,11 @@ def test_equals_linear_attention(tokens, domain, opset):
         [*packed, state.numpy(), g.numpy(), beta.numpy()],
         2,
         update_rule="gated_delta",
-        q_num_heads=SIZES["H"],
-        kv_num_heads=SIZES["H"],
-        scale=SCALE,
+        q_num_heads=groups * shared,
+        kv_num_heads=groups * shared,
+        scale=scale,
     )
-    assert largest_error((y.reshape(v.shape), after), gated_delta_rule(*inputs, SCALE, False)) < CLOSE
+    assert largest_error((y.reshape(v.shape), after), gated_delta_rule(*inputs, scale, False)) < CLOSE
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import onnxruntime
 import pytest
 import torch
+from hypothesis import example as example_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_cases import ALPHA, LAYOUTS, LIMIT, OPTIONAL, C, E, I, K, Layout, exact, example, excess
@@ -139,7 +140,7 @@ def onnx_runtime(op: str, feeds: dict[str, Tensor], **attributes: object) -> Ten
     """MoE or QMoE of com.microsoft, which also routes: by the softmax of the chosen logits."""
     kinds = {torch.float32: 1, torch.uint8: 2}
     inputs = [make_tensor_value_info(n, kinds[t.dtype], t.shape) for n, t in feeds.items()]
-    attributes |= {"k": K, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
+    attributes = {"k": K, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1} | attributes
     attributes |= {"activation_alpha": ALPHA, "activation_beta": 1.0, "swiglu_limit": LIMIT}
     node = make_node(op, list(feeds), ["y"], domain="com.microsoft", **attributes)
     graph = make_graph([node], "one", inputs, [make_tensor_value_info("y", 1, feeds["x"].shape)])
@@ -149,15 +150,21 @@ def onnx_runtime(op: str, feeds: dict[str, Tensor], **attributes: object) -> Ten
     return torch.from_numpy(session.run(None, {n: t.numpy() for n, t in feeds.items()})[0])
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_equals_moe_of_onnx_runtime(tokens):
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    tokens=st.tuples(st.integers(1, 2), st.integers(1, 130)),
+    experts=st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
+    widths=st.tuples(st.integers(1, 64), st.integers(1, 64)),
+)
+@example_of(tokens=(1, 130), experts=(E, K), widths=(C, I))
+def test_equals_moe_of_onnx_runtime_at_any_size(tokens, experts, widths):
     layout = Layout("swiglu_clamped", interleaved=True, bias=True)
-    tensors = example(layout, tokens)
-    logits = torch.randn(*tokens, E, generator=torch.Generator().manual_seed(1))
-    chosen = logits.topk(K)
+    tensors = example(layout, tokens, sizes=(*experts, *widths))
+    logits = torch.randn(*tokens, experts[0], generator=torch.Generator().manual_seed(1))
+    chosen = logits.topk(experts[1])
     feeds = {"x": tensors["x"].flatten(0, 1), "logits": logits.flatten(0, 1)}
     feeds |= {n: tensors[n] for n in ("gate_up", "gate_up_bias", "down", "down_bias")}
-    expected = onnx_runtime("MoE", feeds).reshape(tensors["x"].shape)
+    expected = onnx_runtime("MoE", feeds, k=experts[1]).reshape(tensors["x"].shape)
     tensors |= {"weights": chosen.values.softmax(-1), "experts": chosen.indices.int()}
     assert excess(expected, layout(tensors)) <= 1
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import example as example_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_node import body_model, rtx_build, run_operator, session
@@ -249,14 +250,21 @@ def test_without_sinks_is_gemma_2(case, softcap):
     assert (np.abs(numbers(expected.transpose(1, 2)) - numbers(attend(case, inputs))) <= bound).all()
 
 
-@pytest.mark.parametrize("sinks", [True, False])
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("window", [0, 1, 4, 30])
-@pytest.mark.parametrize(
-    ("tokens", "length"), [(9, (9, 9)), (1, (9, 9)), (1, (4, 9)), (4, (9,))], ids=["prompt", "one", "ragged", "more"]
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    tokens=st.sampled_from([1, 1, 2, 7, 20]),
+    past=st.sampled_from([(0, 0), (3, 8), (0, 40), (33, 17)]),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]),
+    size=st.sampled_from([8, 16, 32]),
+    window=st.integers(0, 50),
+    softcap=st.sampled_from([0.0, 2.0, 30.0]),
+    sinks=st.booleans(),
 )
-def test_equals_group_query_attention(tokens, length, window, softcap, sinks):
-    case = Case(tokens, (0,) * len(length), length, size=16, window=window, softcap=softcap, sinks=sinks)
+@example_of(tokens=1, past=(3, 8), heads=(4, 2), size=16, window=4, softcap=2.0, sinks=True)
+def test_equals_group_query_attention_at_any_size(tokens, past, heads, size, window, softcap, sinks):
+    # Several tokens after a past it takes of one row alone.
+    length = tuple(p + tokens for p in (past if tokens == 1 or past == (0, 0) else past[1:]))
+    case = Case(tokens, (0,) * len(length), length, max(length), *heads, size, window, softcap, sinks)
     q, k, v, start, end, sink = example(case)
     past = case.keys - tokens
 

@@ -51,12 +51,12 @@ def test_a_zero_reference_has_no_ratio() -> None:
 
 
 def test_an_error_where_nothing_was_expected_is_beyond_every_scaled_tolerance() -> None:
-    assert Difference(1e-3, math.inf, 0.0).excess(TOLERANCE["float16"]) == math.inf
-    assert Difference(0.0, 0.0, 0.0).excess(TOLERANCE["float16"]) == 0
+    assert Difference(1e-3, math.inf, 0.0, 0.0).excess(TOLERANCE["float16"]) == math.inf
+    assert Difference(0.0, 0.0, 0.0, 0.0).excess(TOLERANCE["float16"]) == 0
 
 
 def test_a_scaled_tolerance_grows_with_the_reference() -> None:
-    difference = Difference(max_abs=0.1, rms_ratio=0.0, scale=100.0)
+    difference = Difference(max_abs=0.1, rms_ratio=0.0, scale=100.0, spread=0.0)
     assert difference.excess(Tolerance(0.01, 1.0)) == pytest.approx(10)
     assert difference.excess(Tolerance(0.01, 1.0, scaled=True)) == pytest.approx(0.1)
 

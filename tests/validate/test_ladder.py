@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ import numpy as np
 import onnx
 import pytest
 from arch_cases import CASES, FIRST, Case
+from safetensors.numpy import load_file, save_file
+from tiny_configs import read
 
 from llmexport.export import archs, manifest, onnx_file, random_checkpoint
+from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.validate import feeds, ladder
 from llmexport.validate import report as files
 
@@ -121,12 +126,121 @@ def test_a_model_that_ignores_its_window_is_found(exported, tmp_path: Path) -> N
     assert climb(folder)["ONNX Runtime / PyTorch"].status == "fail"
 
 
-def test_a_window_longer_than_the_prompt_is_found_to_be_ignored_too(exported, tmp_path: Path) -> None:
-    """As of every published Mistral: 4,096 tokens. The mask alone is run past it."""
-    folder = export_of(tmp_path, "mistral", {"sliding_window": 4096})
-    assert climb(folder)["blocks: ONNX Runtime / PyTorch"].status == "pass"
-    edit_model(folder, "Less", widen)
-    assert climb(folder)["blocks: ONNX Runtime / PyTorch"].status == "fail"
+LONGROPE = {
+    "original_max_position_embeddings": 900,
+    "max_position_embeddings": 4096,
+    "sliding_window": 600,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 900,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+        "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8],
+    },
+}
+# Thresholds that no prompt of the ladder reaches, as all that are published.
+FAR = {
+    "mistral": {"sliding_window": 900},
+    "gemma2": {"sliding_window": 900},
+    "phi3": LONGROPE,
+    "llama4": {"floor_scale": 900, "attention_chunk_size": 900},
+}
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return functools.cache(lambda arch: export_of(tmp_path_factory.mktemp(arch), arch, FAR[arch]))
+
+
+@pytest.mark.parametrize("arch", FAR)
+def test_thresholds_beyond_the_prompt_are_crossed(arch: str, far) -> None:
+    report = ladder.climb(manifest.read(far(arch)), progress=silent)
+    known = {v for v in FAR[arch].values() if isinstance(v, int)} - {4096}
+    assert report.prompt["tokens"] < min(known)
+    assert set(report.prompt["crossed"]) == known
+    assert {(r.status, r.note) for r in report.rungs} == {("pass", "")}
+
+
+MISREAD_FAR = {
+    "window off by one": ("mistral", "Mask", "window", 901),
+    "window dropped": ("mistral", "Mask", "window", None),
+    "window of SinkAttention dropped": ("gemma2", "Attention", "window", 0),
+    "LongRoPE's long factors": ("phi3", "LongScaling", "long", [1.0, 2, 3, 4, 5, 6, 7, 8.5]),
+    "LongRoPE's length": ("phi3", "LongScaling", "original_positions", 1000),
+    "chunk off by one": ("llama4", "Mask", "chunk", 899),
+    "temperature's scale": ("llama4", "Temperature", "scale", 0.11),
+    "temperature's interval": ("llama4", "Temperature", "interval", 899),
+}
+
+
+@pytest.mark.parametrize("name", MISREAD_FAR)
+def test_what_is_misread_beyond_the_prompt_is_found(name: str, far, tmp_path: Path) -> None:
+    arch, cls, field, value = MISREAD_FAR[name]
+    folder = Path(shutil.copytree(far(arch), tmp_path / "export"))
+    misread(folder, cls, field, value)
+    assert climb(folder)["PyTorch / transformers"].status == "fail"
+
+
+def ignore_window(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
+    """Gives a layer with a window the function body of one without."""
+    [full] = {n.overload for n in model.graph.node if n.op_type == "SinkAttention"} - {node.overload}
+    node.overload = full
+
+
+def scale_more(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
+    """Makes the logarithm of a temperature count for 10 % more."""
+    names = {t.name: t for t in model.graph.initializer}
+    [scale] = [names[n] for m in model.graph.node if node.output[0] in m.input for n in m.input if n in names]
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(1.1), scale.name))
+
+
+@pytest.mark.parametrize(
+    ("arch", "op", "change", "step"),
+    [
+        ("mistral", "Less", widen, "mask_window_900"),
+        ("gemma2", "SinkAttention", ignore_window, "layers.2"),
+        ("llama4", "Log", scale_more, "temperature"),
+    ],
+)
+def test_what_a_file_computes_wrong_beyond_the_prompt_is_found_in_its_step(
+    arch: str, op: str, change, step: str, far, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(far(arch), tmp_path / "export"))
+    edit_model(folder, op, change)
+    rungs = climb(folder)
+    blocks = rungs["blocks: ONNX Runtime / PyTorch"]
+    wrong = {d["step"] for d in blocks.details if d["difference"].excess(blocks.tolerance) > 1}
+    assert (wrong, rungs["ONNX Runtime / PyTorch"].status) == ({step}, "fail")
+
+
+def test_a_threshold_whose_caches_would_be_too_large_is_said_not_to_be_crossed(
+    far, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "MOST_PAST", 0)
+    rungs = climb(far("mistral"))
+    assert all("not run past [900] tokens" in r.note for r in rungs.values())
+    blocks = rungs["blocks: ONNX Runtime / PyTorch"]
+    assert {d["step"] for d in blocks.details if d["run"] == "898 + 13 tokens"} == {"mask_window_900"}
+
+
+@pytest.mark.parametrize("arch", archs.names())
+def test_a_block_alone_crosses_its_threshold(arch: str) -> None:
+    for step in named_blocks(read(arch)).values():
+        at = feeds.threshold(step.block)
+        runs = [(s[PAST], s[PAST] + s[SEQUENCE]) for s in feeds.block_sizes(step.block)]
+        assert not at or any(past <= max(at - feeds.BEFORE, 21) and at < total for past, total in runs)
+
+
+def test_weights_of_zero_prove_nothing(exported, tmp_path: Path) -> None:
+    random_checkpoint.write(archs.load("llama"), tmp_path / "ck")
+    for shard in (tmp_path / "ck").glob("*.safetensors"):
+        tensors = {n: np.zeros_like(t) for n, t in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    request = onnx_file.Request(archs.load("llama"), open_checkpoint(tmp_path / "ck"))
+    onnx_file.write(request, tmp_path / "out", force=False, progress=silent)
+    rungs = climb(tmp_path / "out")
+    assert {r.status for r in rungs.values()} == {"fail"}
+    assert all("proves nothing" in r.note for r in rungs.values())
 
 
 def test_a_mask_alone_is_run_past_its_window(exported, tmp_path: Path) -> None:
@@ -186,14 +300,18 @@ def test_a_config_that_was_misread_is_found_in_every_dtype(name: str, dtype: str
     case, cls, field, value = MISREAD[name]
     which = next(c for c in CASES if c.name == case)
     folder = Path(shutil.copytree(exported(which, dtype), tmp_path / "export"))
+    misread(folder, cls, field, value)
+    reference = climb(folder)["PyTorch / transformers" + ("" if dtype == "float32" else ", float32")]
+    assert reference.status == "fail"
+
+
+def misread(folder: Path, cls: str, field: str, value: Any) -> None:
     data = json.loads((folder / "manifest.json").read_text())
     changed = [spec for block in data["blocks"] for spec in specs(block) if spec["is"] == cls]
     assert changed
     for spec in changed:
         spec[field] = value
     (folder / "manifest.json").write_text(json.dumps(data))
-    reference = climb(folder)["PyTorch / transformers" + ("" if dtype == "float32" else ", float32")]
-    assert reference.status == "fail"
 
 
 def specs(data: Any) -> Iterator[dict[str, Any]]:
@@ -227,17 +345,12 @@ def test_without_transformers_its_rung_says_how_to_get_it(exported, monkeypatch:
     assert (rung.status, "pip install" in rung.note) == ("not run", True)
 
 
-def test_a_prompt_too_short_for_the_window_is_said_to_be(exported) -> None:
-    rungs = climb(exported("mistral"), tokens=5)
-    assert all("ends before windows of [8]" in r.note for r in rungs.values())
-
-
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_prompts_are_odd_padded_and_longer_than_every_window(case: Case, exported) -> None:
     assembly = manifest.read(exported(case)).assembly
     prompt = feeds.prompt(assembly)
     assert prompt.ids.shape[1] % 2 == 1
-    assert prompt.ids.shape[1] > max(feeds.windows(assembly) + [0])
+    assert prompt.ids.shape[1] > max(feeds.thresholds(assembly) | {0})
     assert prompt.mask[1, 0] == 0
     assert prompt.mask.any(1).all()
 

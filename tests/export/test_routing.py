@@ -1,0 +1,79 @@
+"""Which experts a model chooses, against transformers' own routers on the hidden states of its own run."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from arch_cases import CASES, Case
+from tiny_configs import read
+from torch import Tensor, nn
+
+from llmexport.export import blocks, manifest, onnx_file
+from llmexport.export.spec import Moe
+from llmexport.validate import feeds
+from llmexport.validate.compare import compare
+from llmexport.validate.runners import onnx_runner, to_torch
+from llmexport.validate.tolerance import TOLERANCE
+
+ROUTED = [c for c in CASES if any(isinstance(x.block.mlp, Moe) for x in read(c.arch, **c.changes).layers)]
+TIE = 1e-6  # of two logits of order one: some units of fp32, which two right sums may differ by
+
+
+def heard(model: nn.Module, ids: np.ndarray) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of every router that a run of the model calls: hidden states, logits, and weights [tokens, experts], zero of
+    those that were not chosen."""
+    found = []
+
+    def listen(module: nn.Module, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+        if len(made) == 2:  # Llama 4's
+            weights, logits = made
+        else:
+            logits, chosen, experts = made
+            weights = torch.zeros_like(logits).scatter(1, experts, chosen)
+        found.append((given[0].reshape(len(logits), -1), logits, weights))
+
+    for module in model.modules():
+        if type(module).__name__.endswith("Router"):
+            module.register_forward_hook(listen)
+    with torch.no_grad():
+        model(torch.from_numpy(ids))
+    return found
+
+
+def check(logits: Tensor, expected: Tensor, weights: Tensor, experts: Tensor) -> None:
+    """The same experts, unless the last chosen and the first left out tie; of the same weights."""
+    weights, experts = (x.reshape(len(logits), -1) for x in (weights, experts.long()))
+    found = torch.zeros_like(logits).scatter(1, experts, weights)
+    best = logits.topk(min(experts.shape[1] + 1, logits.shape[1]), sorted=True).values
+    clear = best[:, -2] - best[:, -1] > TIE
+    assert clear.float().mean() > 0.99
+    assert torch.equal((found > 0)[clear], (expected > 0)[clear])
+    assert compare(expected.numpy(), found.numpy(), clear.numpy()).excess(TOLERANCE["float32"]) <= 1
+
+
+@pytest.mark.parametrize("case", ROUTED, ids=str)
+def test_every_layer_chooses_the_experts_that_transformers_chooses(case: Case, tiny_checkpoint, exported) -> None:
+    """Our router on the hidden states of theirs, and the exported file on its own."""
+    read_back = manifest.read(exported(case))
+    prompt = feeds.Prompt(np.random.default_rng(3).integers(0, 256, (2, 37)), np.ones((2, 37), np.int64))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint(case), attn_implementation="eager")
+    routings = heard(model.eval(), prompt.ids)
+    graph = onnx_file.load(read_back)
+    named = [n.output for n in graph.graph.node if n.op_type == "MoeRoute"]
+    graph.graph.output.extend(onnx.ValueInfoProto(name=n) for names in named for n in names)
+    feed = feeds.prefill(read_back.assembly, feeds.Prompt(prompt.ids, prompt.mask), "float32")
+    # transformers counts the positions of every row from 0.
+    feed["position_ids"] = np.ascontiguousarray(np.broadcast_to(np.arange(37), feed["position_ids"].shape))
+    with onnx_runner(graph, read_back.folder) as runner:
+        outputs = runner.infer(feed, check_inputs=False)
+    steps = [s for s in read_back.assembly.steps if isinstance(getattr(s.block, "mlp", None), Moe)]
+    checkpoint = read_back.checkpoint()
+    for step, names, (hidden, logits, expected) in zip(steps, named, routings, strict=True):
+        router = blocks.module(step.block.mlp.router, torch.float32)
+        stored = {n: read_back.step_weights[step.name][f"mlp.router.{n}"] for n, _ in router.named_parameters()}
+        router.load_state_dict({n: to_torch(checkpoint.read(t)) for n, t in stored.items()}, assign=True)
+        check(logits, expected, *router(hidden.unsqueeze(0)))
+        check(logits, expected, *(torch.from_numpy(np.copy(outputs[n])) for n in names))
