@@ -1,7 +1,8 @@
 """Times function bodies in ONNX Runtime on the CPU, beside its own operator: python tests/bench/bench_bodies.py
 
-GatedDeltaRule at Qwen3.5's sizes, a prompt and a token, against LinearAttention of com.microsoft. The numbers first;
-medians of --runs, body and operator in turn. Exit code 1 if the numbers differ.
+GatedDeltaRule at Qwen3.5's sizes, a prompt and a token: its body, which is a Scan over chunks, a Scan over tokens, and
+LinearAttention of com.microsoft. The numbers first; medians of --runs, in turn. Exit code 1 if the numbers
+differ.
 """
 
 import argparse
@@ -24,6 +25,40 @@ from llmexport.validate.compare import compare
 G, H, D, V = 16, 32, 128, 128
 SCALE = D**-0.5
 CLOSE = 1e-5  # of values of order one in fp32: the contract of the op
+
+
+# The recurrence, a token at a time.
+BY_TOKEN = f"""<ir_version: 10, opset_import: ["" : 23]>
+by_token (float[B,T,{H},{D}] q, float[B,T,{H},{D}] k, float[B,T,{H},{V}] v, float[B,T,{H}] g, float[B,T,{H}] beta,
+    float[B,{H},{D},{V}] state) => (float[B,T,{H},{V}] y, float[B,{H},{D},{V}] after) {{
+  last = Constant <value_ints = [-1]> ()
+  both = Constant <value_ints = [-2, -1]> ()
+  factor = Constant <value_float = {SCALE}> ()
+  q_scaled = Mul (q, factor)
+  q_rows = Unsqueeze (q_scaled, last)
+  k_rows = Unsqueeze (k, last)
+  g_wide = Unsqueeze (g, both)
+  beta_wide = Unsqueeze (beta, last)
+  decay = Exp (g_wide)
+  after, y = Scan <num_scan_inputs = 5, scan_input_axes = [1, 1, 1, 1, 1], scan_output_axes = [1],
+    body = token (float[] s, float[] q_t, float[] k_t, float[] v_t, float[] decay_t, float[] beta_t)
+        => (float[] s_next, float[] y_t) {{
+      zero = Constant <value_ints = [-2]> ()
+      s_old = Mul (s, decay_t)
+      k_line = Transpose <perm = [0, 1, 3, 2]> (k_t)
+      v_known_row = MatMul (k_line, s_old)
+      v_known = Squeeze (v_known_row, zero)
+      v_missed = Sub (v_t, v_known)
+      v_wanted = Mul (v_missed, beta_t)
+      v_row = Unsqueeze (v_wanted, zero)
+      added = Mul (k_t, v_row)
+      s_next = Add (s_old, added)
+      q_line = Transpose <perm = [0, 1, 3, 2]> (q_t)
+      y_row = MatMul (q_line, s_next)
+      y_t = Squeeze (y_row, zero)
+    }}
+  > (state, q_rows, k_rows, v, decay, beta_wide)
+}}"""
 
 
 def operator() -> onnxruntime.InferenceSession:
@@ -53,6 +88,7 @@ def main() -> int:
     runs = parser.parse_args().runs
     sizes = {"G": G, "H": H, "D": D, "V": V}
     ours = session(body_model("GatedDeltaRule", {"scale": SCALE, "l2_norm": False}, "float32", sizes))
+    by_token = session(onnx.parser.parse_model(BY_TOKEN))
     peer = operator()
     print(f"onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}")
     right = True
@@ -60,16 +96,21 @@ def main() -> int:
         feed = example(tokens)
         wide = feed | {n: np.repeat(feed[n], H // G, 2) for n in ("q", "k")}
         flat = wide | {n: wide[n].reshape(1, tokens, -1) for n in "qkv"}
-        y, after = ours.run(None, feed)
         expected, expected_after = peer.run(None, flat)
-        error = max(compare(expected.reshape(y.shape), y).max_abs, compare(expected_after, after).max_abs)
+        runs_of = (ours.run(None, feed), by_token.run(None, wide))
+        error = max(
+            compare(reference, found).max_abs
+            for run in runs_of
+            for reference, found in zip((expected.reshape(run[0].shape), expected_after), run, strict=True)
+        )
         if error >= CLOSE:
             print(f"GatedDeltaRule T={tokens}: WRONG NUMBERS, not timed; error {error:.1e}")
             right = False
             continue
-        seconds: dict[str, list[float]] = {"body": [], "LinearAttention": []}
+        timed = {"chunks": (ours, feed), "tokens": (by_token, wide), "LinearAttention": (peer, flat)}
+        seconds: dict[str, list[float]] = {name: [] for name in timed}
         for _ in range(runs):
-            for name, runtime, given in (("body", ours, feed), ("LinearAttention", peer, flat)):
+            for name, (runtime, given) in timed.items():
                 start = time.perf_counter()
                 runtime.run(None, given)
                 seconds[name].append(time.perf_counter() - start)
