@@ -414,7 +414,7 @@ def single(x: Tensor) -> Tensor: ...
 @pytest.mark.parametrize(
     ("reference", "parameter"),
     [(listed, "scales"), (optional, "bias"), (typed, "dtype")],
-    ids=lambda v: str(v),
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_a_parameter_that_is_no_attribute_is_refused_by_name(scratch_ops, reference, parameter):
     with pytest.raises(TypeError, match=f"SpecBad.*{parameter}"):
