@@ -18,6 +18,7 @@ CUDA_INCLUDE = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 # A kernel's rounding is stated operation by operation: no contraction into fma.
 EMULATED = (
     "-DLLMEXPORT_EMULATED",
+    "-DLLMEXPORT_SM90A",
     "-ffp-contract=off",
     "-Wno-unknown-pragmas",
     *map(str, sorted(PLUGINS.glob("cpu/*.cpp"))),

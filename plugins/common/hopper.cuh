@@ -106,6 +106,17 @@ __device__ __forceinline__ void loadBox(void* to, TensorMap const& map, Barrier&
       : "memory");
 }
 
+// By all threads of a warpgroup: from here on it has so many registers a thread, fewer than at
+// launch, or more, for which it waits until others give theirs.
+template <int kCount>
+__device__ __forceinline__ void giveRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void takeRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
 // Neither may move past it: what a thread does with sums, and what wgmma does with them.
 template <int kCount>
 __device__ __forceinline__ void keepInPlace(float (&sums)[kCount]) {
@@ -114,11 +125,16 @@ __device__ __forceinline__ void keepInPlace(float (&sums)[kCount]) {
 }
 
 // All of wgmma is called by all threads of a warpgroup alike. Before the first product, and before
-// one that follows on a wait.
+// one that follows on a wait;
+__device__ __forceinline__ void fenceWgmma() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// where the thread itself changed sums, with these. Nothing may be under way then.
 template <int kCount>
 __device__ __forceinline__ void fenceWgmma(float (&sums)[kCount]) {
   keepInPlace(sums);
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  fenceWgmma();
 }
 
 __device__ __forceinline__ void commitWgmma() {

@@ -2,6 +2,8 @@
 // arithmetic.
 #include "common/hopper.cuh"
 
+#include <atomic>
+
 namespace llmexport::emulator {
 
 uint32_t Block::sharedAddress(void const* at, char const* what) {
@@ -110,6 +112,8 @@ void Block::startProduct(Product const& product) {
 
 namespace {
 
+std::atomic<int64_t> warpProducts{0};
+
 // Element (mn, k) of what a descriptor stands for, by "Matrix Descriptor Format" and "Strides" of
 // the PTX ISA: in chunks of 16 bytes ((8, rows / 8), 2):((8, stride), 1) for K-major matrices and
 // ((8, columns / 64), (8, k / 8)):((1, leading), (8, stride)) for others, then swizzled.
@@ -129,6 +133,7 @@ uint16_t elementOf(Block& block, uint64_t descriptor, bool mnMajor, int mn, int 
 
 // The product that every lane of a warp issued, for its 16 rows of 64.
 void Block::multiply(std::vector<Product const*> const& ofLanes) {
+  ++warpProducts;
   Product const& first = *ofLanes[0];
   int const firstRow = running_ / kLanes % 4 * 16;
   std::vector<float> b(size_t(first.columns) * kWgmmaDepth);
@@ -201,3 +206,6 @@ void Block::checkAtEnd() const {
 }
 
 }  // namespace llmexport::emulator
+
+// How many wgmma the warps of this process finished: that a kernel used it, where it may choose.
+extern "C" int64_t llmexportEmulatedWgmma() { return llmexport::emulator::warpProducts.load(); }

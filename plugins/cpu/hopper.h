@@ -53,6 +53,12 @@ inline void loadBox(void* to, TensorMap const& map, Barrier& barrier, int at0, i
   emulator::loadBox(to, map, &barrier, {at0, at1, at2, at3});
 }
 
+template <int>
+void giveRegisters() {}
+template <int>
+void takeRegisters() {}
+
+inline void fenceWgmma() { emulator::Block::current().fenceWgmma(); }
 template <int kCount>
 void fenceWgmma(float (&)[kCount]) {
   emulator::Block::current().fenceWgmma();
