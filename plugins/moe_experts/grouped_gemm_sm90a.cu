@@ -75,7 +75,7 @@ __device__ __forceinline__ void loadTiles(Projection const& p, Routing const& ro
                                           Ring const& ring) {
   constexpr int kPerRow = kGroupedDepth / kChunk, kApart = kWarpgroup / kPerRow;
   constexpr int kCount = kGroupedRows / kApart;
-  constexpr int kBoxColumns = kTransposed ? kSwizzleElements : kGroupedColumns / 2;
+  constexpr int kBoxBytes = kBoxColumns<kTransposed> * kGroupedDepth * 2;
   int const thread = threadIdx.x % kWarpgroup, chunk = thread % kPerRow;
   T const* const input = static_cast<T const*>(p.input);
   unsigned step = 0;
@@ -93,10 +93,10 @@ __device__ __forceinline__ void loadTiles(Projection const& p, Routing const& ro
         Barrier& full = ring.full[ring.place(step)];
         arriveExpecting(full, kGroupedWeightBytes);
 #pragma unroll
-        for (int i = 0; i < kGroupedColumns / kBoxColumns; ++i) {
-          WeightBox const box = weightBox(kKind, share.columnTile, kBoxColumns, i);
-          loadBox(ring.weights(step) + i * kBoxColumns * kSwizzleBytes, map, full,
-                  kTransposed ? box.column : k, box.half, kTransposed ? k : box.column,
+        for (int i = 0; i < kGroupedColumns / kBoxColumns<kTransposed>; ++i) {
+          WeightBox const box =
+              weightBox<kTransposed>(kKind, p.interleaved, share.columnTile, i, k);
+          loadBox(ring.weights(step) + i * kBoxBytes, map, full, box.at0, box.at1, box.at2,
                   share.expert);
         }
       }

@@ -34,37 +34,49 @@ enum class TileColumns { kPlain, kHalves, kPairs };
 template <TileColumns kKind>
 constexpr int kOutputColumns = kKind == TileColumns::kPlain ? kGroupedColumns : kGroupedColumns / 2;
 
-// The weights as TMA reads them: [experts, columns, halves, depth] or, transposed, [experts, depth,
-// halves, columns], the last first; where halves are not told apart there is one.
+// Columns of one box of TMA.
+template <bool kTransposed>
+constexpr int kBoxColumns = kTransposed ? kSwizzleElements : kGroupedColumns / 2;
+
+// The weights as TMA reads them, [experts, halves, columns, depth], [experts, columns, halves,
+// depth] of interleaved rows or, transposed, [experts, depth, halves, columns], the last first;
+// where halves are not told apart there is one.
 inline TiledTensor groupedWeights(Projection const& p, TileColumns kind, bool transposed,
                                   int experts) {
   int64_t const depth = p.depth, width = p.width();
-  bool const halves = kind == TileColumns::kHalves, interleaved = p.gated && p.interleaved;
-  int64_t const columns = halves ? p.columns : width;
-  constexpr int kBox = kSwizzleElements;
+  int64_t const halves = kind == TileColumns::kHalves ? 2 : 1, columns = width / halves;
   if (transposed) {
     return {p.weights,
-            {columns, halves ? 2 : 1, depth, experts},
+            {columns, halves, depth, experts},
             {columns, width, width * depth},
-            {kBox, 1, kGroupedDepth, 1}};
+            {kBoxColumns<true>, 1, kGroupedDepth, 1}};
   }
-  bool const apart = halves && interleaved;
+  if (halves == 2 && p.interleaved) {
+    return {p.weights,
+            {depth, halves, columns, experts},
+            {depth, halves * depth, width * depth},
+            {kGroupedDepth, 1, kBoxColumns<false>, 1}};
+  }
   return {p.weights,
-          {depth, halves ? 2 : 1, columns, experts},
-          {apart ? depth : columns * depth, apart ? 2 * depth : depth, width * depth},
-          {kBox, 1, kGroupedColumns / 2, 1}};
+          {depth, columns, halves, experts},
+          {depth, columns * depth, width * depth},
+          {kGroupedDepth, kBoxColumns<false>, 1, 1}};
 }
 
-// Box i of a tile of weights, whose coordinates are of these columns and halves.
+// Where box i of a tile begins in the first three of those dimensions.
 struct WeightBox {
-  int column, half;
+  int at0, at1, at2;
 };
-__host__ __device__ constexpr WeightBox weightBox(TileColumns kind, int columnTile, int boxColumns,
-                                                  int i) {
+template <bool kTransposed>
+__host__ __device__ constexpr WeightBox weightBox(TileColumns kind, bool interleaved,
+                                                  int columnTile, int i, int k) {
   constexpr int kHalf = kGroupedColumns / 2;
-  int const at = i * boxColumns;
-  if (kind == TileColumns::kHalves) return {columnTile * kHalf + at % kHalf, at / kHalf};
-  return {columnTile * kGroupedColumns + at, 0};
+  int const at = i * kBoxColumns<kTransposed>;
+  bool const halves = kind == TileColumns::kHalves;
+  int const half = halves ? at / kHalf : 0;
+  int const column = columnTile * (halves ? kHalf : kGroupedColumns) + at - half * kHalf;
+  if (kTransposed) return {column, half, k};
+  return halves && interleaved ? WeightBox{k, half, column} : WeightBox{k, column, half};
 }
 
 // What piece `work` of all tiles is: rows at [first, first + rows) of the order, and a tile of

@@ -27,10 +27,14 @@ extern "C" void moe_weights(int kind, bool transposed, bool interleaved, int dep
   for (int box : tensor.box) *out++ = box;
 }
 
-extern "C" void moe_weight_box(int kind, int columnTile, int boxColumns, int i, int* out) {
-  WeightBox const box = weightBox(TileColumns(kind), columnTile, boxColumns, i);
-  out[0] = box.column;
-  out[1] = box.half;
+// Where box i begins, in the first three dimensions.
+extern "C" void moe_weight_box(int kind, bool transposed, bool interleaved, int columnTile, int i,
+                               int k, int* out) {
+  auto const of = transposed ? weightBox<true> : weightBox<false>;
+  WeightBox const box = of(TileColumns(kind), interleaved, columnTile, i, k);
+  out[0] = box.at0;
+  out[1] = box.at1;
+  out[2] = box.at2;
 }
 
 // tile: expert, first tile, first row, end row. Out: expert, first row, rows, tile of columns.

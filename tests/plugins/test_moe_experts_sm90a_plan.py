@@ -95,31 +95,31 @@ def weight_of(kind: int, interleaved: bool, columns: int, tile: int, c: int) -> 
 def test_tma_reads_the_columns_of_a_tile(
     library: ctypes.CDLL, kind: int, transposed: bool, interleaved: bool, depth: int, columns: int, experts: int
 ) -> None:
-    """Every element of every box, where all weights are different numbers and what TMA adds is -1."""
+    """Every element of every box, where all weights are different numbers and what TMA adds is -1. Dimensions are
+    nested, as cuTensorMapEncodeTiled asks.
+    """
     width = columns if kind == PLAIN else 2 * columns
     weights = np.arange(experts * width * depth).reshape(experts, width, depth)
-    stored = weights.swapaxes(1, 2) if transposed else weights
-    memory = np.ascontiguousarray(stored).ravel()
-    out, place = (ctypes.c_int64 * 11)(), (ctypes.c_int * 2)()
+    memory = np.ascontiguousarray(weights.swapaxes(1, 2) if transposed else weights).ravel()
+    out, place = (ctypes.c_int64 * 11)(), (ctypes.c_int * 3)()
     library.moe_weights(kind, transposed, interleaved, depth, columns, experts, out)
     sizes, strides, box = out[:4], [1, *out[4:7]], out[7:]
-    box_columns = box[0] if transposed else box[2]
+    for size, stride, following in zip(sizes, strides, [*strides[1:], len(memory)], strict=True):
+        assert following >= size * stride
     assert box[2 if transposed else 0] == DEPTH
+    box_columns = np.prod(box) // DEPTH
 
     def read(*first: int) -> np.ndarray:
         found = np.full(box, -1)
         for at in itertools.product(*(range(min(b, s - f)) for b, s, f in zip(box, sizes, first, strict=True))):
             found[at] = memory[sum((a + f) * s for a, f, s in zip(at, first, strides, strict=True))]
-        return found
+        return found.reshape(box_columns, DEPTH) if transposed else found.reshape(DEPTH, box_columns).T
 
     per_tile = COLUMNS // 2 if kind == HALVES else COLUMNS
     for tile in range(-(-(width if kind == PAIRS else columns) // per_tile)):
         for k, i in itertools.product(range(0, depth, DEPTH), range(COLUMNS // box_columns)):
-            library.moe_weight_box(kind, tile, box_columns, i, place)
-            column, half = place
-            found = read(*((column, half, k) if transposed else (k, half, column)), experts - 1)
-            found = found.reshape(box_columns, DEPTH) if transposed else found.reshape(DEPTH, box_columns)
-            found = found if transposed else found.T
+            library.moe_weight_box(kind, transposed, interleaved, tile, i, k, place)
+            found = read(*place, experts - 1)
             for c in range(box_columns):
                 at = weight_of(kind, interleaved, columns, tile, i * box_columns + c)
                 there = weights[experts - 1, at, k : k + DEPTH] if at is not None else np.zeros(0)
