@@ -94,7 +94,7 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
 namespace {
 
 // wgmma and TMA have never run on a GPU: until they are measured they are for who asks.
-bool asksForSm90a() {
+[[maybe_unused]] bool asksForSm90a() {
   char const* const asked = std::getenv("LLMEXPORT_SM90A");
   return asked && std::strcmp(asked, "1") == 0;
 }
