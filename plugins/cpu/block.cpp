@@ -14,9 +14,13 @@
 namespace llmexport::emulator {
 namespace {
 
-constexpr size_t kAlignment = 128;
-constexpr unsigned char kPoison = 0xFF;  // a NaN in every float type
-constexpr size_t kCopyBytes = 16;
+constexpr size_t kAlignment = 1024;              // of an atom of the 128-byte swizzle
+constexpr size_t kMostSharedBytes = 227 * 1024;  // sm_90 and sm_100; no architecture has more
+
+// A kernel that asks for more than there is everywhere is one of sm_90a.
+size_t mostShared(size_t dynamicBytes) {
+  return dynamicBytes > kLeastSharedBytes ? kMostSharedBytes : kLeastSharedBytes;
+}
 
 thread_local Block* currentBlock = nullptr;
 
@@ -77,6 +81,9 @@ void Block::run(uint3 index, uint64_t seed) {
   lanes_.assign((threads_.size() + kLanes - 1) / kLanes * kLanes, {});
   arrays_.clear();
   dynamic_ = poisoned(takenBytes_ = sharedBytes_);
+  unfenced_.assign(sharedBytes_ / kCopyBytes, false);
+  barriers_.clear();
+  products_.assign(lanes_.size() / kLanes, 0);
   random_.seed(unsigned(seed + 0x9E3779B9u * index.x + 0x85EBCA6Bu * index.y + index.z));
   for (size_t i = 0; i < threads_.size(); ++i) {
     Thread& thread = threads_[i];
@@ -84,24 +91,30 @@ void Block::run(uint3 index, uint64_t seed) {
                     unsigned(i) / size_.x / size_.y};
     thread.done = thread.hasWaited = false;
     thread.copies.assign(1, {});
+    thread.unfenced.clear();
+    thread.products.assign(1, {});
+    thread.fencedWgmma = false;
     thread.fiber.arm(enter);
   }
   std::vector<int> order(threads_.size());
   std::iota(order.begin(), order.end(), 0);
   std::vector<bool> const slow = drawSlow();
+  bool const late = unsigned(random_()) >> 8 & 1;
   bool everyone = false;
   while (live_ > 0) {
     std::shuffle(order.begin(), order.end(), random_);
     progress_ = false;
+    if (!late) finishTransfer();
     for (int i : order) {
       if (threads_[i].done || (slow[i] && !everyone)) continue;
       running_ = i;
       threadIdx = threads_[i].index;
       threads_[i].fiber.resume();
     }
-    if (!progress_ && everyone) reportDeadlock();
+    if (!progress_ && everyone && !finishTransfer()) reportDeadlock();
     everyone = !progress_;
   }
+  checkAtEnd();
   currentBlock = nullptr;
 }
 
@@ -129,18 +142,6 @@ void Block::reportDeadlock() const {
   fail("deadlock: %d of %zu threads wait, the first, (%u,%u,%u), for %s at line %d", live,
        threads_.size(), first->index.x, first->index.y, first->index.z, first->waitsFor,
        first->line);
-}
-
-// What a thread waits for changes only when another passes a wait or ends; hence `progress_`.
-template <class F>
-void Block::waitUntil(char const* what, int line, F ready) {
-  Thread& thread = threads_[running_];
-  while (!ready()) {
-    thread.waitsFor = what;
-    thread.line = line;
-    thread.fiber.yield();
-  }
-  progress_ = true;
 }
 
 void Block::barrier(int line) {
@@ -196,9 +197,9 @@ void* Block::sharedArray(int key, size_t bytes) {
   auto const found = arrays_.find(key);
   if (found != arrays_.end()) return found->second.get();
   takenBytes_ += bytes;
-  if (takenBytes_ > kLeastSharedBytes) {
+  if (takenBytes_ > mostShared(sharedBytes_)) {
     fail("%zu bytes of shared memory, %zu of them dynamic, where a block may have %zu", takenBytes_,
-         sharedBytes_, kLeastSharedBytes);
+         sharedBytes_, mostShared(sharedBytes_));
   }
   return arrays_.emplace(key, poisoned(bytes)).first->second.get();
 }
@@ -210,6 +211,7 @@ void Block::startCopy(Copy copy) {
     fail("cp.async of 16 bytes between misaligned addresses");
   }
   std::memset(copy.to, kPoison, kCopyBytes);
+  if (size_t const chunk = chunkOf(copy.to); chunk < unfenced_.size()) unfenced_[chunk] = true;
   threads_[running_].copies.back().push_back(copy);
 }
 
@@ -217,6 +219,7 @@ void Block::waitCopies(int pending) {
   auto& groups = threads_[running_].copies;
   while (int(groups.size()) - 1 > pending) {
     for (Copy const& copy : groups.front()) {
+      threads_[running_].unfenced.push_back(chunkOf(copy.to));
       if (copy.valid) {
         std::memcpy(copy.to, copy.from, kCopyBytes);
       } else {
@@ -235,7 +238,7 @@ cudaError_t runGrid(dim3 grid, dim3 block, size_t sharedBytes, bool early,
       grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (sharedBytes > kLeastSharedBytes) return cudaErrorInvalidValue;
+  if (sharedBytes > mostShared(sharedBytes)) return cudaErrorInvalidValue;
   char const* const asked = std::getenv("LLMEXPORT_EMULATOR_SEED");
   uint64_t const seed = asked ? std::strtoull(asked, nullptr, 10) : 0;
   uint64_t const start = seed % blocks;

@@ -1,7 +1,10 @@
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 
 #include "moe_experts/combine.cuh"
+#include "moe_experts/grouped_gemm_sm90a.h"
 #include "moe_experts/moe_experts.h"
 #include "moe_experts/scalar_projection.cuh"
 #include "moe_experts/sort.cuh"
@@ -113,6 +116,12 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
 
 namespace {
 
+// wgmma and TMA have never run on a GPU: until they are measured they are for who asks.
+[[maybe_unused]] bool asksForSm90a() {
+  char const* const asked = std::getenv("LLMEXPORT_SM90A");
+  return asked && std::strcmp(asked, "1") == 0;
+}
+
 struct Arguments {
   MoeExpertsSizes const& sizes;
   MoeExpertsAttributes const& attributes;
@@ -120,6 +129,7 @@ struct Arguments {
   MoeExpertsPlan const& plan;
   Dtype dtype;
   std::optional<Dtype> stored;
+  Device const& device;
   unsigned char* workspace;
   void* y;
   cudaStream_t stream;
@@ -156,7 +166,14 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
                              a.stored,
                              a.stream};
   if (a.plan.onTensorCores) {
-    if constexpr (sizeof(T) == 2) return launchOnTensorCores<T>(how, p, routing);
+    if constexpr (sizeof(T) == 2) {
+#ifdef LLMEXPORT_SM90A
+      if (groupedGemmServes(a.plan, a.dtype, a.stored, a.device) && asksForSm90a()) {
+        return launchGroupedGemm<T>(how, p, routing, a.plan.rowTiles, a.device);
+      }
+#endif
+      return launchOnTensorCores<T>(how, p, routing);
+    }
   }
   return launchScalar<T>(how, p, routing);
 }
@@ -222,9 +239,9 @@ cudaError_t moeExperts(Dtype dtype, std::optional<Dtype> stored, MoeExpertsSizes
   }
   bool const isAligned = aligned({inputs.x, inputs.gateUp, inputs.down, y, workspace});
   MoeExpertsPlan const plan = moeExpertsPlan(sizes, dtype, stored, isAligned, device);
-  Arguments const arguments{
-      sizes, attributes, inputs, plan, dtype, stored, static_cast<unsigned char*>(workspace),
-      y,     stream};
+  Arguments const arguments{sizes, attributes, inputs, plan,
+                            dtype, stored,     device, static_cast<unsigned char*>(workspace),
+                            y,     stream};
   return withType(dtype, [&](auto type) { return run<typename decltype(type)::type>(arguments); });
 }
 

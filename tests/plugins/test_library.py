@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from native import ROOT, cuda_library, need_nvcc, seconds_to_build
+from native import GATE, ROOT, cuda_library, need_nvcc, seconds_to_build
 from plugin_cases import served
 
 from llmexport.plugins import library
@@ -20,8 +20,6 @@ from llmexport.plugins.library import PluginError
 MINUTES_TO_COMPILE, CORES = 3, 2
 MEGABYTES = 60
 EMULATOR = ROOT / "tests" / "plugins" / "emulator"
-# A spill or a local array is an error, as in CMakeLists.txt.
-GATE = ["-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"]
 
 
 def test_compiles_for_every_architecture() -> None:

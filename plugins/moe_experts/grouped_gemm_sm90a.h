@@ -1,0 +1,107 @@
+// The projections by wgmma and TMA: which ones, in which tiles, and their launcher, which is there
+// if LLMEXPORT_SM90A is defined.
+#pragma once
+
+#include "common/device.h"
+#include "common/hopper.h"
+#include "moe_experts/projection.cuh"
+
+namespace llmexport {
+
+constexpr int kGroupedRows = 128, kGroupedColumns = 256, kGroupedDepth = 64;
+constexpr int kGroupedStages = 4;
+// Two warpgroups multiply 64 rows each, one loads.
+constexpr int kGroupedMultiplying = 2 * kWarpgroup, kGroupedThreads = 3 * kWarpgroup;
+constexpr int kGroupedInputBytes = kGroupedRows * kGroupedDepth * 2;
+constexpr int kGroupedWeightBytes = kGroupedColumns * kGroupedDepth * 2;
+constexpr int kGroupedStageBytes = kGroupedInputBytes + kGroupedWeightBytes;
+constexpr int kGroupedSharedBytes = kGroupedStages * kGroupedStageBytes;
+
+// Whether the kernels take these projections: the portable path would be on tensor cores (16 bits,
+// whole vectors, aligned) with the same row tiles, sorted, and weights need no conversion.
+inline bool groupedGemmServes(MoeExpertsPlan const& plan, Dtype dtype, std::optional<Dtype> stored,
+                              Device const& device) {
+  constexpr int kHopper = 90;
+  return device.capability == kHopper && plan.onTensorCores && plan.sorted &&
+         plan.tileRows == kGroupedRows && stored == dtype;
+}
+
+// How the columns of a tile are those of the weights. kHalves: gates first, then their ups, which
+// interleaved rows are not (TMA tells them apart) and interleaved columns are: those are kPairs.
+enum class TileColumns { kPlain, kHalves, kPairs };
+
+// Columns of the output that a tile has.
+template <TileColumns kKind>
+constexpr int kOutputColumns = kKind == TileColumns::kPlain ? kGroupedColumns : kGroupedColumns / 2;
+
+// Columns of one box of TMA.
+template <bool kTransposed>
+constexpr int kBoxColumns = kTransposed ? kSwizzleElements : kGroupedColumns / 2;
+
+// The weights as TMA reads them, [experts, halves, columns, depth], [experts, columns, halves,
+// depth] of interleaved rows or, transposed, [experts, depth, halves, columns], the last first;
+// where halves are not told apart there is one.
+inline TiledTensor groupedWeights(Projection const& p, TileColumns kind, bool transposed,
+                                  int experts) {
+  int64_t const depth = p.depth, width = p.width();
+  int64_t const halves = kind == TileColumns::kHalves ? 2 : 1, columns = width / halves;
+  if (transposed) {
+    return {p.weights,
+            {columns, halves, depth, experts},
+            {columns, width, width * depth},
+            {kBoxColumns<true>, 1, kGroupedDepth, 1}};
+  }
+  if (halves == 2 && p.interleaved) {
+    return {p.weights,
+            {depth, halves, columns, experts},
+            {depth, halves * depth, width * depth},
+            {kGroupedDepth, 1, kBoxColumns<false>, 1}};
+  }
+  return {p.weights,
+          {depth, columns, halves, experts},
+          {depth, columns * depth, width * depth},
+          {kGroupedDepth, kBoxColumns<false>, 1, 1}};
+}
+
+// Where box i of a tile begins in the first three of those dimensions.
+struct WeightBox {
+  int at0, at1, at2;
+};
+template <bool kTransposed>
+__host__ __device__ constexpr WeightBox weightBox(TileColumns kind, bool interleaved,
+                                                  int columnTile, int i, int k) {
+  constexpr int kHalf = kGroupedColumns / 2;
+  int const at = i * kBoxColumns<kTransposed>;
+  bool const halves = kind == TileColumns::kHalves;
+  int const half = halves ? at / kHalf : 0;
+  int const column = columnTile * (halves ? kHalf : kGroupedColumns) + at - half * kHalf;
+  if (kTransposed) return {column, half, k};
+  return halves && interleaved ? WeightBox{k, half, column} : WeightBox{k, column, half};
+}
+
+// What piece `work` of all tiles is: rows at [first, first + rows) of the order, and a tile of
+// columns. Rows first, so that those who share weights work side by side.
+struct GroupedShare {
+  int expert, first, rows, columnTile;
+};
+__host__ __device__ inline GroupedShare groupedShare(RowTile const& tile, int64_t work,
+                                                     int columnTiles) {
+  int const rowTiles = int(ceilDiv(tile.endRow - tile.firstRow, kGroupedRows));
+  int const local = int(work - int64_t(tile.firstTile) * columnTiles);
+  int const first = tile.firstRow + local % rowTiles * kGroupedRows;
+  int const rows = tile.endRow - first < kGroupedRows ? tile.endRow - first : kGroupedRows;
+  return {tile.expert, first, rows, local / rowTiles};
+}
+
+// Of a sorted routing; `rowTiles` is the length of its list of tiles.
+template <class T>
+cudaError_t launchGroupedGemm(ProjectionLaunch const& how, Projection const& p,
+                              Routing const& routing, int64_t rowTiles, Device const& device);
+extern template cudaError_t launchGroupedGemm<Half>(ProjectionLaunch const& how,
+                                                    Projection const& p, Routing const& routing,
+                                                    int64_t rowTiles, Device const& device);
+extern template cudaError_t launchGroupedGemm<Bfloat16>(ProjectionLaunch const& how,
+                                                        Projection const& p, Routing const& routing,
+                                                        int64_t rowTiles, Device const& device);
+
+}  // namespace llmexport
