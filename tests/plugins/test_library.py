@@ -17,7 +17,7 @@ from llmexport.plugins import library
 from llmexport.plugins.library import PluginError
 
 # With two cores to itself; CPU seconds, as others may be at work.
-MINUTES_TO_COMPILE, CORES = 3, 2
+MINUTES_TO_COMPILE, CORES = 6, 2
 MEGABYTES = 60
 EMULATOR = ROOT / "tests" / "plugins" / "emulator"
 
