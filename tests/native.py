@@ -22,10 +22,14 @@ CUDA_INCLUDE = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 # A kernel's rounding is stated operation by operation: no contraction into fma.
 EMULATED = (
     "-DLLMEXPORT_EMULATED",
+    "-DLLMEXPORT_SM90A",
     "-ffp-contract=off",
     "-Wno-unknown-pragmas",
     *map(str, sorted(PLUGINS.glob("cpu/*.cpp"))),
 )
+# A spill or a local array is an error, as in CMakeLists.txt.
+GATE = ("-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error")
+SM90A = ("-gencode=arch=compute_90a,code=sm_90a", *GATE)
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 

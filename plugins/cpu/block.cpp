@@ -12,9 +12,7 @@
 namespace llmexport::emulator {
 namespace {
 
-constexpr size_t kAlignment = 128;
-constexpr unsigned char kPoison = 0xFF;  // a NaN in every float type
-constexpr size_t kCopyBytes = 16;
+constexpr size_t kAlignment = 1024;             // of an atom of the 128-byte swizzle
 constexpr size_t kMaxSharedBytes = 227 * 1024;  // sm_90 and sm_100; no architecture has more
 
 thread_local Block* currentBlock = nullptr;
@@ -70,6 +68,9 @@ void Block::run(uint3 index, uint64_t seed) {
   lanes_.assign((threads_.size() + kLanes - 1) / kLanes * kLanes, {});
   arrays_.clear();
   dynamic_ = poisoned(sharedBytes_);
+  unfenced_.assign(sharedBytes_ / kCopyBytes, false);
+  barriers_.clear();
+  products_.assign(lanes_.size() / kLanes, 0);
   random_.seed(unsigned(seed + 0x9E3779B9u * index.x + 0x85EBCA6Bu * index.y + index.z));
   for (size_t i = 0; i < threads_.size(); ++i) {
     Thread& thread = threads_[i];
@@ -77,24 +78,30 @@ void Block::run(uint3 index, uint64_t seed) {
                     unsigned(i) / size_.x / size_.y};
     thread.done = false;
     thread.copies.assign(1, {});
+    thread.unfenced.clear();
+    thread.products.assign(1, {});
+    thread.fencedWgmma = false;
     thread.fiber.arm(enter);
   }
   std::vector<int> order(threads_.size());
   std::iota(order.begin(), order.end(), 0);
   std::vector<bool> const slow = drawSlow();
+  bool const late = unsigned(random_()) >> 8 & 1;
   bool everyone = false;
   while (live_ > 0) {
     std::shuffle(order.begin(), order.end(), random_);
     progress_ = false;
+    if (!late) finishTransfer();
     for (int i : order) {
       if (threads_[i].done || (slow[i] && !everyone)) continue;
       running_ = i;
       threadIdx = threads_[i].index;
       threads_[i].fiber.resume();
     }
-    if (!progress_ && everyone) reportDeadlock();
+    if (!progress_ && everyone && !finishTransfer()) reportDeadlock();
     everyone = !progress_;
   }
+  checkAtEnd();
   currentBlock = nullptr;
 }
 
@@ -122,18 +129,6 @@ void Block::reportDeadlock() const {
   fail("deadlock: %d of %zu threads wait, the first, (%u,%u,%u), for %s at line %d", live,
        threads_.size(), first->index.x, first->index.y, first->index.z, first->waitsFor,
        first->line);
-}
-
-// What a thread waits for changes only when another passes a wait or ends; hence `progress_`.
-template <class F>
-void Block::waitUntil(char const* what, int line, F ready) {
-  Thread& thread = threads_[running_];
-  while (!ready()) {
-    thread.waitsFor = what;
-    thread.line = line;
-    thread.fiber.yield();
-  }
-  progress_ = true;
 }
 
 void Block::barrier(int line) {
@@ -198,6 +193,7 @@ void Block::startCopy(Copy copy) {
     fail("cp.async of 16 bytes between misaligned addresses");
   }
   std::memset(copy.to, kPoison, kCopyBytes);
+  if (size_t const chunk = chunkOf(copy.to); chunk < unfenced_.size()) unfenced_[chunk] = true;
   threads_[running_].copies.back().push_back(copy);
 }
 
@@ -205,6 +201,7 @@ void Block::waitCopies(int pending) {
   auto& groups = threads_[running_].copies;
   while (int(groups.size()) - 1 > pending) {
     for (Copy const& copy : groups.front()) {
+      threads_[running_].unfenced.push_back(chunkOf(copy.to));
       if (copy.valid) {
         std::memcpy(copy.to, copy.from, kCopyBytes);
       } else {

@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -18,6 +19,8 @@
 namespace llmexport::emulator {
 
 constexpr int kLanes = 32;
+constexpr size_t kCopyBytes = 16;        // of a cp.async, and of a chunk
+constexpr unsigned char kPoison = 0xFF;  // a NaN in every float type
 
 // What a kernel does wrong ends the process, with one line that says what and where.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(char const* format, ...);
@@ -38,6 +41,24 @@ struct Lane {
   alignas(16) unsigned char value[64];
 };
 
+// An mbarrier: what its phase still waits for.
+struct Arrivals {
+  int expected, pending;
+  int64_t bytes = 0;
+  int parity = 0;
+};
+
+// A wgmma as one thread issued it; done when waited for.
+struct Product {
+  float* sums;
+  int columns;
+  bool transposed, accumulate;
+  std::optional<uint64_t> a;  // nothing if A is in the registers
+  uint32_t registers[4];
+  uint64_t b;
+  float (*toFloat)(uint16_t bits);
+};
+
 struct Thread {
   Fiber fiber;
   uint3 index{};
@@ -45,6 +66,9 @@ struct Thread {
   char const* waitsFor = nullptr;
   int line = 0;
   std::deque<std::vector<Copy>> copies;  // groups; the last is open
+  std::vector<size_t> unfenced;          // chunks that its copies wrote, unseen by the async proxy
+  std::deque<std::vector<Product>> products;  // groups
+  bool fencedWgmma = false;
 };
 
 class Block {
@@ -68,6 +92,20 @@ class Block {
   void startCopy(Copy copy);
   void commitCopies() { threads_[running_].copies.emplace_back(); }
   void waitCopies(int pending);
+
+  // For cpu/hopper.h. Shared addresses are from the beginning of dynamic shared memory.
+  uint32_t sharedAddress(void const* at, char const* what);
+  uint16_t readByAsyncProxy(uint32_t address);
+  void fenceProxyAsync();
+  void initBarrier(void const* barrier, int arrivals);
+  void arriveAt(void const* barrier, int arrivals, int64_t bytes);
+  void waitBarrier(void const* barrier, int parity, int line);
+  // `transfer` is done by and by, at the latest when no thread can go on without.
+  void startTransfer(std::function<void()> transfer) { transfers_.push_back(std::move(transfer)); }
+  void fenceWgmma() { threads_[running_].fencedWgmma = true; }
+  void startProduct(Product const& product);
+  void commitProducts() { threads_[running_].products.emplace_back(); }
+  void waitProducts(int pending, int line);
 
   // Every lane of `mask` gives `value`; then each gets read(give), where give(lane) is that lane's.
   template <class T, class Read>
@@ -96,10 +134,24 @@ class Block {
   Lane* lanesOfWarp() { return &lanes_[running_ / kLanes * kLanes]; }
   Lane* join(char const* what, int line, unsigned mask, void const* value, size_t bytes);
   void leave(unsigned mask);
+  // What a thread waits for changes only when another passes a wait, arrives or ends; hence
+  // `progress_`.
   template <class F>
-  void waitUntil(char const* what, int line, F ready);
+  void waitUntil(char const* what, int line, F ready) {
+    Thread& thread = threads_[running_];
+    while (!ready()) {
+      thread.waitsFor = what;
+      thread.line = line;
+      thread.fiber.yield();
+    }
+    progress_ = true;
+  }
   std::vector<bool> drawSlow();
   [[noreturn]] void reportDeadlock() const;
+  size_t chunkOf(void const* at) const;
+  bool finishTransfer();
+  void multiply(std::vector<Product const*> const& ofLanes);
+  void checkAtEnd() const;
 
   dim3 grid_, size_;
   size_t sharedBytes_;
@@ -108,6 +160,10 @@ class Block {
   std::vector<Lane> lanes_;
   std::map<int, Memory> arrays_;
   Memory dynamic_;
+  std::vector<bool> unfenced_;  // chunks of it that cp.async wrote, unseen by the async proxy
+  std::map<void const*, Arrivals> barriers_;
+  std::vector<std::function<void()>> transfers_;
+  std::vector<uint64_t> products_;  // of each warp, what it issued
   std::minstd_rand random_;
   int running_ = 0, live_ = 0, atBarrier_ = 0, barrierLine_ = 0;
   unsigned barriersPassed_ = 0;

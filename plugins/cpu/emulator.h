@@ -1,8 +1,8 @@
 // CUDA C++ for g++: kernels run on the CPU, so that tests need no GPU and can use sanitizers.
 //
 // Emulated: blocks, warps, shuffles, votes, barriers, shared memory, atomics, cp.async, ldmatrix
-// and mma.sync m16n8k16. Not: the memory model, timing, the rounding of approximate functions,
-// TMA, wgmma, clusters. Shared memory starts as NaN; the threads of a block take turns in an
+// and mma.sync m16n8k16; of sm_90a what common/hopper.cuh has. Not: the memory model (but for
+// cp.async that wgmma reads), timing, the rounding of approximate functions, clusters. Shared memory starts as NaN; the threads of a block take turns in an
 // order drawn from LLMEXPORT_EMULATOR_SEED, some only when the others can go no further; misuse
 // ends the process with a message.
 #pragma once
@@ -31,6 +31,8 @@
 #define __launch_bounds__(...)
 #undef __constant__
 #define __constant__
+#undef __grid_constant__
+#define __grid_constant__
 // Shared memory is declared by the macros below, which poison it and let ASan see its ends.
 #undef __shared__
 

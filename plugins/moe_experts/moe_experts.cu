@@ -1,7 +1,10 @@
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 
 #include "moe_experts/combine.cuh"
+#include "moe_experts/grouped_gemm_sm90a.h"
 #include "moe_experts/moe_experts.h"
 #include "moe_experts/scalar_projection.cuh"
 #include "moe_experts/sort.cuh"
@@ -90,6 +93,12 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
 
 namespace {
 
+// wgmma and TMA have never run on a GPU: until they are measured they are for who asks.
+bool asksForSm90a() {
+  char const* const asked = std::getenv("LLMEXPORT_SM90A");
+  return asked && std::strcmp(asked, "1") == 0;
+}
+
 struct Arguments {
   MoeExpertsSizes const& sizes;
   MoeExpertsAttributes const& attributes;
@@ -97,6 +106,7 @@ struct Arguments {
   MoeExpertsPlan const& plan;
   Dtype dtype;
   std::optional<Dtype> stored;
+  Device const& device;
   unsigned char* workspace;
   void* y;
   cudaStream_t stream;
@@ -131,7 +141,14 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
                              a.stored,
                              a.stream};
   if (a.plan.onTensorCores) {
-    if constexpr (sizeof(T) == 2) return launchOnTensorCores<T>(how, p, routing);
+    if constexpr (sizeof(T) == 2) {
+#ifdef LLMEXPORT_SM90A
+      if (groupedGemmServes(a.plan, a.dtype, a.stored, a.device) && asksForSm90a()) {
+        return launchGroupedGemm<T>(how, p, routing, a.plan.rowTiles, a.device);
+      }
+#endif
+      return launchOnTensorCores<T>(how, p, routing);
+    }
   }
   return launchScalar<T>(how, p, routing);
 }
@@ -189,7 +206,7 @@ cudaError_t run(Arguments const& a) {
 
 cudaError_t moeExperts(Dtype dtype, std::optional<Dtype> stored, MoeExpertsSizes const& sizes,
                        MoeExpertsAttributes const& attributes, MoeExpertsInputs const& inputs,
-                       void* y, void* workspace, cudaStream_t stream) {
+                       void* y, void* workspace, Device const& device, cudaStream_t stream) {
   if (sizes.tokens * sizes.hidden == 0) return cudaSuccess;
   if (sizes.pairs() > kMoeMaxPairs || sizes.experts > kMoeMaxExperts ||
       (!stored && attributes.transposed)) {
@@ -200,9 +217,9 @@ cudaError_t moeExperts(Dtype dtype, std::optional<Dtype> stored, MoeExpertsSizes
   for (LaunchPlan const* launched : {&plan.scale, &plan.up, &plan.down, &plan.combine}) {
     if (launched->grid.x > kMaxGridX) return cudaErrorInvalidValue;
   }
-  Arguments const arguments{
-      sizes, attributes, inputs, plan, dtype, stored, static_cast<unsigned char*>(workspace),
-      y,     stream};
+  Arguments const arguments{sizes, attributes, inputs, plan,
+                            dtype, stored,     device, static_cast<unsigned char*>(workspace),
+                            y,     stream};
   return withType(dtype, [&](auto type) { return run<typename decltype(type)::type>(arguments); });
 }
 

@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "common/device.h"
 #include "common/dtype.h"
 #include "common/launch_plan.h"
 #include "gated_act/gated_act.h"
@@ -66,6 +67,6 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
 // [0, sizes.experts) adds nothing. `workspace` is aligned to kVectorBytes.
 cudaError_t moeExperts(Dtype dtype, std::optional<Dtype> stored, MoeExpertsSizes const& sizes,
                        MoeExpertsAttributes const& attributes, MoeExpertsInputs const& inputs,
-                       void* y, void* workspace, cudaStream_t stream);
+                       void* y, void* workspace, Device const& device, cudaStream_t stream);
 
 }  // namespace llmexport

@@ -118,7 +118,7 @@ cudaError_t enqueue(Call const& call) {
                                 static_cast<uint8_t const*>(call.inputs[kGateUpScales]),
                                 static_cast<uint8_t const*>(call.inputs[kDownScales])};
   return moeExperts(call.dtype, call.stored, sizesOf(call.sizes, values), attributes, inputs,
-                    call.outputs[0], call.workspace, call.stream);
+                    call.outputs[0], call.workspace, call.device, call.stream);
 }
 
 Registration const registration({

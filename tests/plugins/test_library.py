@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from native import ROOT, cuda_library, need_nvcc
+from native import GATE, ROOT, cuda_library, need_nvcc
 from plugin_cases import served
 
 from llmexport.plugins import library
@@ -19,8 +19,6 @@ from llmexport.plugins.library import PluginError
 
 MINUTES_TO_COMPILE = 3
 EMULATOR = ROOT / "tests" / "plugins" / "emulator"
-# A spill or a local array is an error, as in CMakeLists.txt.
-GATE = ["-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"]
 
 
 def test_compiles_for_every_architecture_in_time() -> None:

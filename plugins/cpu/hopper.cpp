@@ -1,0 +1,211 @@
+// mbarriers, TMA and wgmma of one block, read from the PTX ISA and not from the kernels' own index
+// arithmetic.
+#include "common/hopper.cuh"
+
+#include <atomic>
+
+namespace llmexport::emulator {
+
+uint32_t Block::sharedAddress(void const* at, char const* what) {
+  auto const offset = static_cast<char const*>(at) - static_cast<char const*>(dynamic_.get());
+  if (offset < 0 || size_t(offset) >= sharedBytes_) fail("%s beside dynamic shared memory", what);
+  return uint32_t(offset);
+}
+
+// Past the last where it is not in dynamic shared memory.
+size_t Block::chunkOf(void const* at) const {
+  auto const first = reinterpret_cast<uintptr_t>(dynamic_.get());
+  return (reinterpret_cast<uintptr_t>(at) - first) / kCopyBytes;
+}
+
+void Block::fenceProxyAsync() {
+  for (size_t chunk : threads_[running_].unfenced) {
+    if (chunk < unfenced_.size()) unfenced_[chunk] = false;
+  }
+  threads_[running_].unfenced.clear();
+}
+
+uint16_t Block::readByAsyncProxy(uint32_t address) {
+  if (address + sizeof(uint16_t) > sharedBytes_) fail("wgmma reads past shared memory");
+  if (unfenced_[address / kCopyBytes]) {
+    fail("wgmma reads what cp.async writes, and no fenceProxyAsync is between");
+  }
+  uint16_t value;
+  std::memcpy(&value, static_cast<char const*>(dynamic_.get()) + address, sizeof value);
+  return value;
+}
+
+void Block::initBarrier(void const* barrier, int arrivals) {
+  if (!barriers_.emplace(barrier, Arrivals{arrivals, arrivals}).second) {
+    fail("mbarrier initialised twice");
+  }
+}
+
+void Block::arriveAt(void const* barrier, int arrivals, int64_t bytes) {
+  auto const found = barriers_.find(barrier);
+  if (found == barriers_.end()) fail("arrival at an mbarrier that is not initialised");
+  Arrivals& one = found->second;
+  progress_ = true;
+  one.pending -= arrivals;
+  one.bytes += bytes;
+  if (one.pending < 0) fail("more arrive at an mbarrier than its %d", one.expected);
+  if (one.pending == 0 && one.bytes == 0) {
+    one.pending = one.expected;
+    one.parity ^= 1;
+  }
+}
+
+void Block::waitBarrier(void const* barrier, int parity, int line) {
+  auto const found = barriers_.find(barrier);
+  if (found == barriers_.end()) fail("wait at line %d for no mbarrier", line);
+  waitUntil("an mbarrier", line, [&] { return found->second.parity != parity; });
+}
+
+// Any one that is under way: TMA keeps no order.
+bool Block::finishTransfer() {
+  if (transfers_.empty()) return false;
+  std::swap(transfers_[unsigned(random_()) % transfers_.size()], transfers_.back());
+  auto const transfer = std::move(transfers_.back());
+  transfers_.pop_back();
+  transfer();
+  return true;
+}
+
+void loadBox(void* to, TiledTensor const& tensor, void const* barrier,
+             std::array<int64_t, 4> const& at) {
+  Block& block = Block::current();
+  if (block.sharedAddress(to, "TMA") % kAtomBytes) fail("TMA to the middle of an atom");
+  std::memset(to, kPoison, size_t(tensor.boxBytes()));
+  block.startTransfer([=, &block] {
+    auto* row = static_cast<char*>(to);
+    for (int k = 0; k < tensor.box[3]; ++k) {
+      for (int j = 0; j < tensor.box[2]; ++j) {
+        for (int i = 0; i < tensor.box[1]; ++i, row += kSwizzleBytes) {
+          int64_t const place[] = {at[1] + i, at[2] + j, at[3] + k};
+          int64_t first = 0;
+          bool inside = true;
+          for (int d = 0; d < 3; ++d) {
+            inside = inside && place[d] >= 0 && place[d] < tensor.sizes[d + 1];
+            first += place[d] * tensor.strides[d];
+          }
+          for (int64_t e = 0; e < tensor.box[0]; ++e) {
+            uint16_t value = 0;
+            if (inside && at[0] + e >= 0 && at[0] + e < tensor.sizes[0]) {
+              value = static_cast<uint16_t const*>(tensor.data)[first + at[0] + e];
+            }
+            // Bits 4 to 6 of an address by its bits 7 to 9.
+            uint32_t const address = block.sharedAddress(row, "TMA") + uint32_t(e) * 2;
+            std::memcpy(row + (e * 2 ^ (address >> 7 & 7) << 4), &value, sizeof value);
+          }
+        }
+      }
+    }
+    block.arriveAt(barrier, 0, -tensor.boxBytes());
+  });
+}
+
+void Block::startProduct(Product const& product) {
+  Thread& thread = threads_[running_];
+  if (!thread.fencedWgmma) fail("wgmma with no wgmma.fence since the last wait");
+  thread.products.back().push_back(product);
+}
+
+namespace {
+
+std::atomic<int64_t> warpProducts{0};
+
+// Element (mn, k) of what a descriptor stands for, by "Matrix Descriptor Format" and "Strides" of
+// the PTX ISA: in chunks of 16 bytes ((8, rows / 8), 2):((8, stride), 1) for K-major matrices and
+// ((8, columns / 64), (8, k / 8)):((1, leading), (8, stride)) for others, then swizzled.
+uint16_t elementOf(Block& block, uint64_t descriptor, bool mnMajor, int mn, int k) {
+  constexpr uint64_t kSwizzle128 = 1;
+  auto const bytes = [&](int bit) { return uint32_t(descriptor >> bit & 0x3FFF) << 4; };
+  if (descriptor >> 62 != kSwizzle128) fail("wgmma of a matrix without the 128-byte swizzle");
+  if (descriptor >> 49 & 7) fail("wgmma of a matrix with a base offset");
+  uint32_t const address = bytes(0) +
+                           uint32_t(mnMajor ? mn % 64 * 2 + k % 8 * 128 : mn % 8 * 128 + k * 2) +
+                           (mnMajor ? uint32_t(mn / 64) * bytes(16) + uint32_t(k / 8) * bytes(32)
+                                    : uint32_t(mn / 8) * bytes(32));
+  return block.readByAsyncProxy(address ^ (address >> 7 & 7) << 4);
+}
+
+}  // namespace
+
+// The product that every lane of a warp issued, for its 16 rows of 64.
+void Block::multiply(std::vector<Product const*> const& ofLanes) {
+  ++warpProducts;
+  Product const& first = *ofLanes[0];
+  int const firstRow = running_ / kLanes % 4 * 16;
+  std::vector<float> b(size_t(first.columns) * kWgmmaDepth);
+  for (int k = 0; k < kWgmmaDepth; ++k) {
+    for (int n = 0; n < first.columns; ++n) {
+      b[k * first.columns + n] = first.toFloat(elementOf(*this, first.b, first.transposed, n, k));
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    float a[kWgmmaDepth];
+    for (int k = 0; k < kWgmmaDepth; ++k) {
+      uint32_t const pair =
+          ofLanes[row % 8 * 4 + k % 8 / 2]->registers[row / 8 + k / 8 * 2] >> k % 2 * 16;
+      a[k] = first.toFloat(first.a ? elementOf(*this, *first.a, false, firstRow + row, k)
+                                   : uint16_t(pair));
+    }
+    for (int n = 0; n < first.columns; ++n) {
+      Product const& of = *ofLanes[row % 8 * 4 + n % 8 / 2];
+      float& sum = of.sums[n / 8 * 4 + row / 8 * 2 + n % 2];
+      float total = of.accumulate ? sum : 0.0f;
+      for (int k = 0; k < kWgmmaDepth; ++k) total += a[k] * b[k * first.columns + n];
+      sum = total;
+    }
+  }
+}
+
+// Lane 0 does it for its warp, and the others wait for that.
+void Block::waitProducts(int pending, int line) {
+  constexpr char const* kWhat = "wgmma.wait_group";
+  auto& own = threads_[running_].products;
+  collective(kWhat, line, ~0u, &own, [&](auto give) {
+    if (lane() != 0) return 0;
+    while (int(own.size()) - 1 > pending) {
+      for (size_t i = 0; i < own.front().size(); ++i) {
+        Product const& first = own.front()[i];
+        std::vector<Product const*> ofLanes;
+        for (int l = 0; l < kLanes; ++l) {
+          auto const& group = give(l)->front();
+          if (group.size() != own.front().size() || group[i].a != first.a ||
+              group[i].b != first.b || group[i].columns != first.columns ||
+              group[i].accumulate != first.accumulate) {
+            fail("lanes of a warp issue different wgmma before line %d", line);
+          }
+          ofLanes.push_back(&group[i]);
+        }
+        multiply(ofLanes);
+        uint64_t& all = products_[size_t(running_) / kLanes];
+        all = (all ^ first.a.value_or(0) ^ first.b << 1) * 0x9E3779B97F4A7C15u + first.accumulate;
+      }
+      for (int l = 0; l < kLanes; ++l) give(l)->pop_front();
+    }
+    return 0;
+  });
+  collective(kWhat, line, ~0u, 0, [](auto) { return 0; });
+  threads_[running_].fencedWgmma = false;
+}
+
+void Block::checkAtEnd() const {
+  if (!transfers_.empty()) fail("a block ends before %zu loads of TMA", transfers_.size());
+  for (Thread const& thread : threads_) {
+    if (thread.products.size() > 1 || !thread.products[0].empty()) {
+      fail("a thread ends before its wgmma");
+    }
+  }
+  for (size_t warp = 0; warp < products_.size(); ++warp) {
+    if (products_[warp] != products_[warp / 4 * 4]) {
+      fail("warps of a warpgroup issue different wgmma");
+    }
+  }
+}
+
+}  // namespace llmexport::emulator
+
+// How many wgmma the warps of this process finished: that a kernel used it, where it may choose.
+extern "C" int64_t llmexportEmulatedWgmma() { return llmexport::emulator::warpProducts.load(); }

@@ -1,0 +1,43 @@
+// Choice and index arithmetic of MoeExperts by wgmma and TMA, for test_moe_experts_sm90a_plan.py by
+// ctypes.
+#include "moe_experts/grouped_gemm_sm90a.h"
+
+using namespace llmexport;
+
+// sizes: tokens, slots, experts, hidden, intermediate. stored: -1 for MXFP4.
+extern "C" bool moe_on_sm90a(int64_t const* sizes, int dtype, int stored, bool pointersAligned,
+                             int capability) {
+  auto const type = stored < 0 ? std::nullopt : std::optional(Dtype(stored));
+  auto const plan = moeExpertsPlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, Dtype(dtype),
+                                   type, pointersAligned);
+  return groupedGemmServes(plan, Dtype(dtype), type, {132, 227 * 1024, capability});
+}
+
+// What TMA reads of weights: sizes, strides and box, 11 numbers.
+extern "C" void moe_weights(int kind, bool transposed, bool interleaved, int depth, int columns,
+                            int experts, int64_t* out) {
+  Projection p{};
+  p.depth = depth;
+  p.columns = columns;
+  p.gated = TileColumns(kind) != TileColumns::kPlain;
+  p.interleaved = interleaved;
+  TiledTensor const tensor = groupedWeights(p, TileColumns(kind), transposed, experts);
+  for (int64_t size : tensor.sizes) *out++ = size;
+  for (int64_t stride : tensor.strides) *out++ = stride;
+  for (int box : tensor.box) *out++ = box;
+}
+
+extern "C" void moe_weight_box(int kind, int columnTile, int boxColumns, int i, int* out) {
+  WeightBox const box = weightBox(TileColumns(kind), columnTile, boxColumns, i);
+  out[0] = box.column;
+  out[1] = box.half;
+}
+
+// tile: expert, first tile, first row, end row. Out: expert, first row, rows, tile of columns.
+extern "C" void moe_share(int const* tile, int64_t work, int columnTiles, int* out) {
+  GroupedShare const share = groupedShare({tile[0], tile[1], tile[2], tile[3]}, work, columnTiles);
+  out[0] = share.expert;
+  out[1] = share.first;
+  out[2] = share.rows;
+  out[3] = share.columnTile;
+}

@@ -1,0 +1,164 @@
+"""MoeExperts' prefill by wgmma and TMA against float64, and bit by bit against the portable path.
+
+On a GPU that is no sm_90 these are the portable path's numbers once more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from moe_nodes import ACTIVATIONS, HALVES, LAYOUTS, MXFP4, Node, exact, is_near, is_right, name, run
+from native import SANITIZED, emulated_library
+from plugin_host import Machine
+from plugin_memory import CpuMemory
+
+SWITCH = "LLMEXPORT_SM90A"
+SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))
+
+# Rows that fill no tile, one and more; steps of a depth of 64 that fill no ring, one and more; columns that fill no
+# tile of 128 and 256, and several. More than 16 pairs an expert: fewer are the portable path's.
+NODES = [
+    Node(63, 2, 4, 456, 40),
+    Node(64, 2, 4, 40, 456),
+    Node(65, 1, 2, 64, 64, chosen=1),
+    Node(130, 1, 1, 72, 136),
+    Node(33, 1, 1, 312, 296),
+    Node(140, 4, 16, 72, 40, chosen=5),
+    Node(300, 1, 16, 64, 64, chosen=1),
+    Node(530, 1, 32, 64, 72),
+    Node(260, 8, 128, 64, 32, chosen=9),
+]
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "1")
+
+
+def wgmma_count() -> int:
+    """Of this process, on the emulator."""
+    library = ctypes.CDLL(str(emulated_library(SANITIZED if SANITIZE else ())))
+    library.llmexportEmulatedWgmma.restype = ctypes.c_int64
+    return library.llmexportEmulatedWgmma()
+
+
+@pytest.fixture
+def wgmmas(machine: Machine) -> Iterator[None]:
+    """That the test's kernels use wgmma; on the emulator, which counts."""
+    counts = machine.memory is CpuMemory
+    before = wgmma_count() if counts else 0
+    yield
+    assert not counts or wgmma_count() > before
+
+
+@pytest.mark.usefixtures("wgmmas")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("node", NODES, ids=name)
+def test_sizes(machine: Machine, node: Node, dtype: str) -> None:
+    assert is_right(machine, node, dtype)
+
+
+@pytest.mark.usefixtures("wgmmas")
+@pytest.mark.parametrize("biases", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_layouts(machine: Machine, layout: dict[str, bool], biases: bool, dtype: str) -> None:
+    assert is_right(machine, Node(70, 2, 4, 136, 72, biases=biases, **layout), dtype)
+
+
+@pytest.mark.usefixtures("wgmmas")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layouts_of_several_tiles_of_columns(machine: Machine, layout: dict[str, bool]) -> None:
+    assert is_right(machine, Node(33, 1, 1, 264, 280, biases=True, **layout), "bf16")
+
+
+@pytest.mark.usefixtures("wgmmas")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(machine: Machine, activation: str, layout: dict[str, bool]) -> None:
+    assert is_right(machine, Node(34, 1, 1, 64, 40, activation=activation, biases=True, **layout), "fp16")
+
+
+@pytest.mark.usefixtures("wgmmas")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_scaled_input(machine: Machine, dtype: str, transposed: bool) -> None:
+    assert is_right(machine, Node(65, 2, 2, 40, 72, scale_input=True, transposed=transposed), dtype)
+
+
+@pytest.mark.usefixtures("wgmmas")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_is_no_expert_adds_nothing(machine: Machine, dtype: str) -> None:
+    node = Node(80, 2, 4, 64, 40)
+    inputs = node.inputs(dtype)
+    inputs[2][0, ::2, 1], inputs[2][0, 1::3, 0] = -1, 4
+    inputs[2][0, -1] = 2**31 - 1
+    y = run(machine, node, inputs)
+    assert is_near(node, y, exact(node, inputs, dtype), dtype)
+    assert not y[0, -1].any()
+
+
+@pytest.mark.usefixtures("wgmmas")
+def test_a_nan_shows_in_its_token_alone(machine: Machine) -> None:
+    node = Node(70, 2, 4, 64, 40)
+    inputs = node.inputs("bf16")
+    inputs[0][0, 3, 7] = np.nan
+    found = np.isnan(run(machine, node, inputs).astype(np.float32))[0]
+    assert found[3].all()
+    assert not np.delete(found, 3, 0).any()
+
+
+@pytest.mark.usefixtures("wgmmas")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_result_does_not_depend_on_the_order_of_threads(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, layout: dict[str, bool]
+) -> None:
+    node, results = Node(90, 2, 4, 136, 72, **layout), set()
+    for seed in range(4):
+        monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
+        results.add(run(machine, node, node.inputs("bf16")).tobytes())
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_emulated_results_are_those_of_the_portable_path(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, layout: dict[str, bool]
+) -> None:
+    """The emulator adds up in the order of k for both: every other rounding is at the same place."""
+    if machine.memory is not CpuMemory:
+        pytest.skip("a GPU adds up in an order of its own")
+    node = Node(70, 2, 4, 136, 72, activation="swiglu_clamped", biases=True, **layout)
+    inputs = node.inputs("bf16")
+    found = run(machine, node, inputs)
+    monkeypatch.setenv(SWITCH, "0")
+    assert found.tobytes() == run(machine, node, inputs).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("node", "dtype"),
+    [
+        (Node(33, 1, 1, 64, 40, stored="fp16"), "bf16"),
+        (Node(33, 1, 1, 64, 64, stored=MXFP4, biases=True), "bf16"),
+        (Node(33, 1, 1, 64, 40), "fp32"),
+        (Node(33, 1, 1, 68, 40), "bf16"),
+        (Node(33, 1, 4, 64, 40), "bf16"),
+        (Node(20, 1, 1, 64, 40), "bf16"),
+    ],
+    ids=["other-type", "mxfp4", "fp32", "no-vectors", "few-rows", "unsorted"],
+)
+def test_the_rest_is_right_with_the_switch_on(machine: Machine, node: Node, dtype: str) -> None:
+    assert is_right(machine, node, dtype)
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_nothing_uses_it_unasked(machine: Machine, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    if machine.memory is not CpuMemory:
+        pytest.skip("the emulator counts")
+    monkeypatch.setenv(SWITCH, value)
+    before = wgmma_count()
+    assert is_right(machine, NODES[0], "bf16")
+    assert wgmma_count() == before
