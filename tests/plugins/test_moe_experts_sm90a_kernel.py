@@ -5,19 +5,15 @@ On a GPU that is no sm_90 these are the portable path's numbers once more.
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from moe_nodes import ACTIVATIONS, HALVES, LAYOUTS, MXFP4, Node, exact, is_near, is_right, name, run
-from native import SANITIZED, emulated_library
 from plugin_host import Machine
 from plugin_memory import CpuMemory
 
 SWITCH = "LLMEXPORT_SM90A"
-SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))
 
 # Rows that fill no tile, one and more; steps of a depth of 64 that fill no ring, one and more; columns that fill no
 # tile of 128 and 256, and several. More than 16 pairs an expert: fewer are the portable path's.
@@ -37,22 +33,6 @@ NODES = [
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "1")
-
-
-def wgmma_count() -> int:
-    """Of this process, on the emulator."""
-    library = ctypes.CDLL(str(emulated_library(SANITIZED if SANITIZE else ())))
-    library.llmexportEmulatedWgmma.restype = ctypes.c_int64
-    return library.llmexportEmulatedWgmma()
-
-
-@pytest.fixture
-def wgmmas(machine: Machine) -> Iterator[None]:
-    """That the test's kernels use wgmma; on the emulator, which counts."""
-    counts = machine.memory is CpuMemory
-    before = wgmma_count() if counts else 0
-    yield
-    assert not counts or wgmma_count() > before
 
 
 @pytest.mark.usefixtures("wgmmas")
@@ -155,7 +135,9 @@ def test_the_rest_is_right_with_the_switch_on(machine: Machine, node: Node, dtyp
 
 
 @pytest.mark.parametrize("value", ["", "0"])
-def test_nothing_uses_it_unasked(machine: Machine, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_nothing_uses_it_unasked(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, wgmma_count: Callable[[], int], value: str
+) -> None:
     if machine.memory is not CpuMemory:
         pytest.skip("the emulator counts")
     monkeypatch.setenv(SWITCH, value)
