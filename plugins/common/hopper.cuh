@@ -117,11 +117,16 @@ __device__ __forceinline__ void takeRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Neither may move past it: what a thread does with sums, and what wgmma does with them.
+// Neither may move past it: what a thread does with sums, or rows of A, and what wgmma does.
 template <int kCount>
 __device__ __forceinline__ void keepInPlace(float (&sums)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void keepInPlace(uint32_t (&a)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
 // All of wgmma is called by all threads of a warpgroup alike. Before the first product, and before
@@ -130,7 +135,7 @@ __device__ __forceinline__ void fenceWgmma() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// where the thread itself changed sums, with these. Nothing may be under way then.
+// where the thread itself changed sums, with these, for which nothing may be under way.
 template <int kCount>
 __device__ __forceinline__ void fenceWgmma(float (&sums)[kCount]) {
   keepInPlace(sums);
@@ -147,10 +152,10 @@ __device__ __forceinline__ void waitWgmma() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Until all are done: `sums` may be used.
-template <int kCount>
+// And `sums`, which are not of those, may be used.
+template <int kPending = 0, int kCount>
 __device__ __forceinline__ void finishWgmma(float (&sums)[kCount]) {
-  waitWgmma<0>();
+  waitWgmma<kPending>();
   keepInPlace(sums);
 }
 

@@ -7,9 +7,18 @@
 // more columns are more such tiles.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
 #include "common/launch_plan.h"
 
 namespace llmexport {
+
+// wgmma and TMA have never run on a GPU: until they are measured they are for who asks.
+inline bool asksForSm90a() {
+  char const* const asked = std::getenv("LLMEXPORT_SM90A");
+  return asked && std::strcmp(asked, "1") == 0;
+}
 
 constexpr int kSwizzleBytes = 128, kAtomBytes = 1024;
 constexpr int kSwizzleElements = kSwizzleBytes / 2;

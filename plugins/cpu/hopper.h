@@ -58,6 +58,8 @@ void giveRegisters() {}
 template <int>
 void takeRegisters() {}
 
+template <class Registers>
+void keepInPlace(Registers&) {}
 inline void fenceWgmma() { emulator::Block::current().fenceWgmma(); }
 template <int kCount>
 void fenceWgmma(float (&)[kCount]) {
@@ -68,9 +70,9 @@ template <int kPending>
 void waitWgmma(int line = __builtin_LINE()) {
   emulator::Block::current().waitProducts(kPending, line);
 }
-template <int kCount>
+template <int kPending = 0, int kCount>
 void finishWgmma(float (&)[kCount], int line = __builtin_LINE()) {
-  emulator::Block::current().waitProducts(0, line);
+  emulator::Block::current().waitProducts(kPending, line);
 }
 
 template <class T, bool kTransposed, int kCount>

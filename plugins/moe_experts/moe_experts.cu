@@ -1,6 +1,4 @@
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <utility>
 
 #include "moe_experts/combine.cuh"
@@ -115,12 +113,6 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
 }
 
 namespace {
-
-// wgmma and TMA have never run on a GPU: until they are measured they are for who asks.
-[[maybe_unused]] bool asksForSm90a() {
-  char const* const asked = std::getenv("LLMEXPORT_SM90A");
-  return asked && std::strcmp(asked, "1") == 0;
-}
 
 struct Arguments {
   MoeExpertsSizes const& sizes;

@@ -13,10 +13,19 @@ __device__ __forceinline__ int inTile(int row, int chunk) {
   return row * kD + (chunk ^ (row % 8)) * 8;
 }
 
+template <int kD>
+struct InTile {
+  __device__ __forceinline__ int operator()(int row, int chunk) const {
+    return inTile<kD>(row, chunk);
+  }
+};
+
 // Starts kThreads threads' copies of rows of `size` elements to a tile of kD columns, the rest of
-// which becomes zeros. Row r is at offsetOf(r) from `from`; it too becomes zeros if that is -1.
-template <int kD, int kRows, int kThreads, class T, class F>
-__device__ __forceinline__ void copyRows(T* tile, T const* from, int size, int thread, F offsetOf) {
+// which becomes zeros. Row r is at offsetOf(r) from `from`; it too becomes zeros if that is -1. Its
+// chunk c goes to placeOf(r, c) of the tile.
+template <int kD, int kRows, int kThreads, class T, class Place, class F>
+__device__ __forceinline__ void copyRows(T* tile, T const* from, int size, int thread,
+                                         Place placeOf, F offsetOf) {
   constexpr int kChunks = kD / 8;
   static_assert(kRows * kChunks % kThreads == 0, "every thread copies as many chunks");
 #pragma unroll
@@ -24,25 +33,27 @@ __device__ __forceinline__ void copyRows(T* tile, T const* from, int size, int t
     int const at = i * kThreads + thread, row = at / kChunks, chunk = at % kChunks;
     int64_t const offset = offsetOf(row);
     bool const there = offset >= 0 && chunk * 8 < size;
-    copyAsync16(tile + inTile<kD>(row, chunk), from + (there ? offset + chunk * 8 : 0), there);
+    copyAsync16(tile + placeOf(row, chunk), from + (there ? offset + chunk * 8 : 0), there);
   }
 }
 
 // The queries of a block's rows.
-template <int kD, int kRows, class T>
+template <int kD, int kThreads = kAttentionThreads, int kRows, class T, class Place = InTile<kD>>
 __device__ __forceinline__ void copyQueries(T* tile, AttentionCall<T> const& call,
-                                            AttentionPlace<kRows> const& place) {
-  copyRows<kD, kRows, kAttentionThreads>(
-      tile, call.q, call.size, threadIdx.x, [&](int i) -> int64_t {
+                                            AttentionPlace<kRows> const& place,
+                                            Place placeOf = {}) {
+  copyRows<kD, kRows, kThreads>(
+      tile, call.q, call.size, threadIdx.x, placeOf, [&](int i) -> int64_t {
         int const row = place.firstRow + i;
         return row < call.rows() ? call.place(place.batch, place.group, row) * call.size : -1;
       });
 }
 
 // kKeys keys of `k`, or their values, from `keys.first` on; zeros from `keys.end` on.
-template <int kD, int kKeys, int kThreads, class T>
-__device__ __forceinline__ void copyKeys(T* tile, T const* k, int size, KeyRange keys, int thread) {
-  copyRows<kD, kKeys, kThreads>(tile, k, size, thread, [&](int i) -> int64_t {
+template <int kD, int kKeys, int kThreads, class T, class Place = InTile<kD>>
+__device__ __forceinline__ void copyKeys(T* tile, T const* k, int size, KeyRange keys, int thread,
+                                         Place placeOf = {}) {
+  copyRows<kD, kKeys, kThreads>(tile, k, size, thread, placeOf, [&](int i) -> int64_t {
     int const key = keys.first + i;
     return key < keys.end ? int64_t(key) * size : -1;
   });

@@ -38,7 +38,7 @@ cudaError_t enqueue(Call const& call) {
                                            call.attributes[kWindow].integer};
   return sinkAttention(call.dtype, sizesOf(call.sizes), attributes, call.inputs[kQ],
                        call.inputs[kK], call.inputs[kV], call.inputs[kStart], call.inputs[kLength],
-                       call.inputs[kSinks], call.outputs[0], call.workspace, call.device.processors,
+                       call.inputs[kSinks], call.outputs[0], call.workspace, call.device,
                        call.stream);
 }
 

@@ -17,10 +17,11 @@ struct PrefillShape {
 };
 
 // Stores what a warp found. With one split it goes through shared memory, in place of the warp's
-// queries, so that 16 bytes are written at a time.
-template <int kD, int kTiles, class T, class Tile>
+// queries, so that 16 bytes are written at a time: chunk c of row r at placeOf(r, c) of `own`.
+template <int kD, int kTiles, class T, class Tile, class Place = InTile<kD>>
 __device__ __forceinline__ void storeRows(AttentionCall<T> const& call, Tile const& tile, T* own,
-                                          int batch, int group, int firstRow, int split) {
+                                          int batch, int group, int firstRow, int split,
+                                          Place placeOf = {}) {
   __syncwarp();  // its queries are no longer used
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
@@ -33,7 +34,7 @@ __device__ __forceinline__ void storeRows(AttentionCall<T> const& call, Tile con
         float const factor = normaliser(level, sum, call.sink(group, row));
 #pragma unroll
         for (int n = 0; n < kD / 8; ++n) {
-          auto* const to = reinterpret_cast<uint32_t*>(own + inTile<kD>(inWarp, n)) + tile.lane % 4;
+          auto* const to = reinterpret_cast<uint32_t*>(own + placeOf(inWarp, n)) + tile.lane % 4;
           *to = packed<T>(tile.values[m][n][2 * half] * factor,
                           tile.values[m][n][2 * half + 1] * factor);
         }
@@ -58,7 +59,7 @@ __device__ __forceinline__ void storeRows(AttentionCall<T> const& call, Tile con
   for (int at = tile.lane; at < rows * chunks; at += kWarp) {
     int const row = at / chunks, chunk = at % chunks;
     int64_t const to = call.place(batch, group, firstRow + row) * call.size;
-    store<8>(call.y + to + chunk * 8, load<8>(own + inTile<kD>(row, chunk)));
+    store<8>(call.y + to + chunk * 8, load<8>(own + placeOf(row, chunk)));
   }
 }
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "sink_attention/prefill_sm90a.h"
 #include "sink_attention/sink_attention.cuh"
 
 namespace llmexport {
@@ -103,8 +104,26 @@ size_t sinkAttentionWorkspace(SinkAttentionSizes const& s, int window, Dtype dty
 namespace {
 
 template <class T>
-cudaError_t attend(SinkAttentionPlan const& plan, AttentionCall<T> const& call,
-                   cudaStream_t stream) {
+cudaError_t attendOnTensorCores(SinkAttentionPlan const& plan,
+                                [[maybe_unused]] SinkAttentionSizes const& sizes,
+                                AttentionCall<T> const& call,
+                                [[maybe_unused]] Device const& device, cudaStream_t stream) {
+#ifdef LLMEXPORT_SM90A
+  if (hopperServes(plan, sizes, device) && asksForSm90a()) {
+    return launchHopperPrefill(sizes, call, stream);
+  }
+#endif
+  return withSize(call.size, [&](auto padded) {
+    constexpr int kD = decltype(padded)::value;
+    auto const kernel = plan.path == AttentionPath::kDecode ? sinkAttentionDecodeKernel<T, kD>
+                                                            : sinkAttentionPrefillKernel<T, kD>;
+    return launch(kernel, plan.attend, stream, call);
+  });
+}
+
+template <class T>
+cudaError_t attend(SinkAttentionPlan const& plan, SinkAttentionSizes const& sizes,
+                   AttentionCall<T> const& call, Device const& device, cudaStream_t stream) {
   if (plan.path == AttentionPath::kScalar) {
     // Of 16 bits come here only those that are not aligned.
     constexpr int kWidth = sizeof(T) == 4 ? kFullWidth<T> : 1;
@@ -116,12 +135,7 @@ cudaError_t attend(SinkAttentionPlan const& plan, AttentionCall<T> const& call,
   if constexpr (sizeof(T) == 4) {
     return cudaErrorInvalidValue;
   } else {
-    cudaError_t const error = withSize(call.size, [&](auto padded) {
-      constexpr int kD = decltype(padded)::value;
-      auto const kernel = plan.path == AttentionPath::kDecode ? sinkAttentionDecodeKernel<T, kD>
-                                                              : sinkAttentionPrefillKernel<T, kD>;
-      return launch(kernel, plan.attend, stream, call);
-    });
+    cudaError_t const error = attendOnTensorCores(plan, sizes, call, device, stream);
     if (error != cudaSuccess || plan.splits == 1) return error;
     return launch(sinkAttentionMergeKernel<T>, plan.merge, stream, call);
   }
@@ -132,14 +146,14 @@ cudaError_t attend(SinkAttentionPlan const& plan, AttentionCall<T> const& call,
 cudaError_t sinkAttention(Dtype dtype, SinkAttentionSizes const& s,
                           SinkAttentionAttributes const& attributes, void const* q, void const* k,
                           void const* v, void const* start, void const* length, void const* sinks,
-                          void* y, void* workspace, int processors, cudaStream_t stream) {
+                          void* y, void* workspace, Device const& device, cudaStream_t stream) {
   int64_t const rows = s.B * s.H * s.T;
   if (rows * s.D == 0) return cudaSuccess;
   if (std::max(rows, s.S) > INT32_MAX || s.D > kAttentionMaxSize || s.H % s.G != 0) {
     return cudaErrorInvalidValue;
   }
   SinkAttentionPlan const plan =
-      sinkAttentionPlan(s, attributes.window, dtype, aligned({q, k, v, y}), processors);
+      sinkAttentionPlan(s, attributes.window, dtype, aligned({q, k, v, y}), device.processors);
   float const unit = plan.path == AttentionPath::kScalar ? 1.0f : kLog2e;
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -164,7 +178,7 @@ cudaError_t sinkAttention(Dtype dtype, SinkAttentionSizes const& s,
     call.window = attributes.window > 0 ? attributes.window : INT32_MAX;
     call.scale = attributes.scale * unit;
     call.softcap = attributes.softcap * unit;
-    return attend(plan, call, stream);
+    return attend(plan, s, call, device, stream);
   });
 }
 

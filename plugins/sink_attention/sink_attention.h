@@ -1,6 +1,7 @@
 // Attention with sinks, window and soft cap; its meaning is in __init__.py.
 #pragma once
 
+#include "common/device.h"
 #include "common/dtype.h"
 #include "common/launch_plan.h"
 
@@ -42,6 +43,6 @@ size_t sinkAttentionWorkspace(SinkAttentionSizes const& sizes, int window, Dtype
 cudaError_t sinkAttention(Dtype dtype, SinkAttentionSizes const& sizes,
                           SinkAttentionAttributes const& attributes, void const* q, void const* k,
                           void const* v, void const* start, void const* length, void const* sinks,
-                          void* y, void* workspace, int processors, cudaStream_t stream);
+                          void* y, void* workspace, Device const& device, cudaStream_t stream);
 
 }  // namespace llmexport

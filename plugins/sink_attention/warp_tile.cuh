@@ -31,6 +31,8 @@ struct WarpTile {
   static constexpr float kStartLog2 = std::is_same_v<T, Half> ? 7.0f : 0.0f;
   static constexpr float kMostLog2 = kStartLog2 + 8.0f;
 
+  using Logits = float[kTiles][kKeys / 8][4];
+
   int lane;
   uint32_t held[kHoldQuery ? kTiles : 1][kHoldQuery ? kD / 16 : 1][4];  // of the queries
   uint32_t weights[kTiles][kKeys / 16][4];
@@ -96,11 +98,47 @@ struct WarpTile {
   // Weighs the keys of a tile, the first of which is keys.first; from keys.end on there are none.
   __device__ __forceinline__ void score(AttentionCall<T> const& call, T const* rows, T const* tile,
                                         KeyRange keys) {
-    float logits[kTiles][kKeys / 8][4];
+    Logits logits;
     multiply(logits, rows, tile);
+    weigh(
+        call, logits, keys, [&](int m, int part, float factor) { rescale(m, part, factor); },
+        [&](int m, int n, int part, float left, float right) {
+          weights[m][n / 2][n % 2 * 2 + part] = packed<T>(left, right);
+        });
+  }
+
+  // What follows on multiply(). Calls rescale(m, half, factor) where sums and values of a row get a
+  // new unit, and use(m, n, half, left, right) with the weights of logits[m][n][2 * half] and the
+  // one after it. Touches neither `values` nor `weights` itself.
+  template <class Rescale, class Use>
+  __device__ __forceinline__ void weigh(AttentionCall<T> const& call, Logits& logits, KeyRange keys,
+                                        Rescale rescale, Use use) {
     scaleAndCap(logits, call.scale, call.softcap);
     if (!seesAll(keys, call.window)) hide(logits, keys, call.window);
-    weigh(logits);
+    raiseLevels(logits, rescale);
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // A row that has seen nothing has no level: its logits are -inf, and so weigh nothing.
+        float const base = level[m][half] == -INFINITY ? 0.0f : level[m][half];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+          float const left = exp2Fast(logits[m][n][2 * half] - base);
+          float const right = exp2Fast(logits[m][n][2 * half + 1] - base);
+          sum[m][half] += left + right;
+          use(m, n, half, left, right);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void rescale(int m, int half, float factor) {
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+      values[m][n][2 * half] *= factor;
+      values[m][n][2 * half + 1] *= factor;
+    }
   }
 
   // Adds the values of the keys last weighed.
@@ -134,8 +172,6 @@ struct WarpTile {
   }
 
  private:
-  using Logits = float[kTiles][kKeys / 8][4];
-
   __device__ __forceinline__ void multiply(Logits& logits, T const* rows, T const* keys) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -213,7 +249,8 @@ struct WarpTile {
     }
   }
 
-  __device__ __forceinline__ void weigh(Logits& logits) {
+  template <class Rescale>
+  __device__ __forceinline__ void raiseLevels(Logits const& logits, Rescale rescale) {
     float most[kTiles][2];
     bool rises = false;
 #pragma unroll
@@ -231,39 +268,17 @@ struct WarpTile {
         rises = rises || top - kMostLog2 > level[m][half];
       }
     }
-    if (__any_sync(~0u, rises)) raiseLevels(most);
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // A row that has seen nothing has no level: its logits are -inf, and so weigh nothing.
-        float const base = level[m][half] == -INFINITY ? 0.0f : level[m][half];
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-          float const left = exp2Fast(logits[m][n][2 * half] - base);
-          float const right = exp2Fast(logits[m][n][2 * half + 1] - base);
-          sum[m][half] += left + right;
-          weights[m][n / 2][n % 2 * 2 + half] = packed<T>(left, right);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void raiseLevels(float const (&most)[kTiles][2]) {
+    if (!__any_sync(~0u, rises)) return;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float const now = most[m][half] - kStartLog2;
-        bool const rises = most[m][half] - kMostLog2 > level[m][half];
-        float const factor = rises ? exp2Fast(level[m][half] - now) : 1.0f;
-        if (rises) level[m][half] = now;
+        bool const above = most[m][half] - kMostLog2 > level[m][half];
+        float const factor = above ? exp2Fast(level[m][half] - now) : 1.0f;
+        if (above) level[m][half] = now;
         sum[m][half] *= factor;
-#pragma unroll
-        for (int n = 0; n < kD / 8; ++n) {
-          values[m][n][2 * half] *= factor;
-          values[m][n][2 * half + 1] *= factor;
-        }
+        rescale(m, half, factor);
       }
     }
   }

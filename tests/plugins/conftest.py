@@ -1,7 +1,9 @@
 """The plugin library on the machines that can run it: emulated on the CPU, and real on a GPU."""
 
+import ctypes
 import os
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import pytest
 from native import SANITIZED, emulated_library, gpu_library
@@ -29,3 +31,24 @@ def machine(request: pytest.FixtureRequest) -> Machine:
     if request.param == "gpu":
         return Machine(Library(gpu_library()), GpuMemory)
     return Machine(Library(emulated_library(SANITIZED if SANITIZE else ())), CpuMemory)
+
+
+@pytest.fixture
+def wgmma_count() -> Callable[[], int]:
+    """How many the kernels of this process have finished, on the emulator."""
+    library = ctypes.CDLL(str(emulated_library(SANITIZED if SANITIZE else ())))
+    library.llmexportEmulatedWgmma.restype = ctypes.c_int64
+    return lambda: int(library.llmexportEmulatedWgmma())
+
+
+@pytest.fixture
+def wgmmas(machine: Machine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels are asked to use wgmma, and the test's do; on the emulator, which counts."""
+    monkeypatch.setenv("LLMEXPORT_SM90A", "1")
+    if machine.memory is not CpuMemory:
+        yield
+        return
+    count = request.getfixturevalue("wgmma_count")
+    before = count()
+    yield
+    assert count() > before

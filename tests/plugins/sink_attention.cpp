@@ -30,5 +30,5 @@ extern "C" int attention_run(int64_t const* sizes, float scale, int window, int 
                              int processors, void* const* pointers) {
   return sinkAttention(Dtype(dtype), sizesOf(sizes), {scale, 0.0f, window}, pointers[0],
                        pointers[1], pointers[2], pointers[3], pointers[4], pointers[5], pointers[6],
-                       pointers[7], processors, nullptr);
+                       pointers[7], {processors, 0}, nullptr);
 }

@@ -5,21 +5,15 @@ On a GPU that is no sm_90 these are the portable path's numbers once more.
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from moe_nodes import ACTIVATIONS, HALVES, LAYOUTS, MXFP4, Node, exact, is_near, is_right, name, run
-from native import SANITIZED, emulated_library
 from plugin_host import Machine
 from plugin_memory import CpuMemory
 
 SWITCH = "LLMEXPORT_SM90A"
-SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))
-# The types differ in conversions alone, and sanitizers are slow.
-TYPES = HALVES[:1] if SANITIZE else HALVES
 
 # Rows that fill no tile, one and more; steps of a depth of 64 that fill no ring, one and more; columns that fill no
 # tile of 128 and 256, and several. More than 16 pairs an expert: fewer are the portable path's.
@@ -41,24 +35,8 @@ def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "1")
 
 
-def wgmma_count() -> int:
-    """Of this process, on the emulator."""
-    library = ctypes.CDLL(str(emulated_library(SANITIZED if SANITIZE else ())))
-    library.llmexportEmulatedWgmma.restype = ctypes.c_int64
-    return library.llmexportEmulatedWgmma()
-
-
-@pytest.fixture
-def wgmmas(machine: Machine) -> Iterator[None]:
-    """That the test's kernels use wgmma; on the emulator, which counts."""
-    counts = machine.memory is CpuMemory
-    before = wgmma_count() if counts else 0
-    yield
-    assert not counts or wgmma_count() > before
-
-
 @pytest.mark.usefixtures("wgmmas")
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("node", NODES, ids=name)
 def test_sizes(machine: Machine, node: Node, dtype: str) -> None:
     assert is_right(machine, node, dtype)
@@ -67,7 +45,7 @@ def test_sizes(machine: Machine, node: Node, dtype: str) -> None:
 @pytest.mark.usefixtures("wgmmas")
 @pytest.mark.parametrize("biases", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", HALVES)
 def test_layouts(machine: Machine, layout: dict[str, bool], biases: bool, dtype: str) -> None:
     assert is_right(machine, Node(70, 2, 4, 136, 72, biases=biases, **layout), dtype)
 
@@ -87,13 +65,13 @@ def test_activations(machine: Machine, activation: str, layout: dict[str, bool])
 
 @pytest.mark.usefixtures("wgmmas")
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", HALVES)
 def test_scaled_input(machine: Machine, dtype: str, transposed: bool) -> None:
     assert is_right(machine, Node(65, 2, 2, 40, 72, scale_input=True, transposed=transposed), dtype)
 
 
 @pytest.mark.usefixtures("wgmmas")
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", HALVES)
 def test_what_is_no_expert_adds_nothing(machine: Machine, dtype: str) -> None:
     node = Node(80, 2, 4, 64, 40)
     inputs = node.inputs(dtype)
@@ -157,7 +135,9 @@ def test_the_rest_is_right_with_the_switch_on(machine: Machine, node: Node, dtyp
 
 
 @pytest.mark.parametrize("value", ["", "0"])
-def test_nothing_uses_it_unasked(machine: Machine, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_nothing_uses_it_unasked(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, wgmma_count: Callable[[], int], value: str
+) -> None:
     if machine.memory is not CpuMemory:
         pytest.skip("the emulator counts")
     monkeypatch.setenv(SWITCH, value)
