@@ -46,7 +46,7 @@ def tensorrt_form(
     It finds an op by type alone: a function hides a plugin of its name, and of two functions of one name, whatever
     their overload, it would call one. It gives plugins no uint8 (NvInferRuntimePlugin.h) and makes int32 of uint8
     constants: weights that only plugins read become int8, byte for byte. It has no fused kernel for attention in
-    float32, and RTX 1.7.1 takes all memory to decompose one beside a Loop: we do.
+    float32 but decomposes it, for which RTX 1.7.1 takes all memory beside a Loop: it is decomposed here.
     """
     rest = onnx.ModelProto()
     rest.CopyFrom(model)
@@ -80,7 +80,7 @@ def _misread(node: onnx.NodeProto) -> list[str]:
 
 
 def _decompose_attention(model: onnx.ModelProto) -> None:
-    """Calls PRIMITIVES for each Attention of float32 with q, k, v of [B, heads, T, D], a mask and a scale."""
+    """Calls PRIMITIVES for each Attention of float32 with q, k, v of [B, heads, T, D] and a mask of true and false."""
     graph = model.graph
     typed = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     attentions = [
@@ -90,6 +90,9 @@ def _decompose_attention(model: onnx.ModelProto) -> None:
         and len(n.input) == 4
         and all(i in typed and len(typed[i].shape.dim) == 4 for i in n.input)
         and typed[n.input[0]].elem_type == onnx.TensorProto.FLOAT
+        and typed[n.input[3]].elem_type == onnx.TensorProto.BOOL
+        and all(typed[i].shape.dim[1].dim_value for i in n.input)
+        and typed[n.input[3]].shape.dim[1].dim_value == 1
         and not _misread(n)
     ]
     for node in attentions:

@@ -32,7 +32,7 @@ SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; longer windows are 
 SHIFT = 100
 # Tokens of a step that crosses a threshold, and how many of them come before it.
 CROSSING, BEFORE = 13, 2
-SOUNDS = re.compile("window|chunk|floor_scale|original_max_position")
+SOUNDS = re.compile("window$|window_size|chunk|floor_scale|original_max_position")
 
 
 @dataclass(frozen=True)

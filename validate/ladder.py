@@ -78,7 +78,7 @@ def _climb_whole(
     crossed, left = _beyond(manifest, prompt)
     for rung in rungs:
         if left and rung.status != "not run":
-            held = "; what layers read was, alone" if rung.name == BLOCKS else ""
+            held = "; masks, angles and temperatures were, alone" if rung.name == BLOCKS else ""
             note = f"not run past {left} tokens, whose caches are over {MOST_PAST >> 30} GiB in fp32{held}"
             rung.note = f"{rung.note}; {note}" if rung.note else note
     shape = {"batch": len(prompt.ids), "tokens": prompt.ids.shape[1], "decode_steps": DECODE_STEPS, "crossed": crossed}
@@ -120,10 +120,10 @@ def _beyond(manifest: Manifest, prompt: feeds.Prompt) -> tuple[list[int], list[i
     return near, far[len(near) :]
 
 
-def _crossings(manifest: Manifest, prompt: feeds.Prompt) -> dict[str, Feed]:
-    """The steps across thresholds, by name."""
-    near, _ = _beyond(manifest, prompt)
-    return {f"across {t}": feeds.crossing(manifest.assembly, t, manifest.dtype) for t in near}
+def _crossings(manifest: Manifest, prompt: feeds.Prompt) -> Iterator[tuple[str, Feed]]:
+    """The steps across thresholds, by name, each made when it is asked for."""
+    for t in _beyond(manifest, prompt)[0]:
+        yield f"across {t}", feeds.crossing(manifest.assembly, t, manifest.dtype)
 
 
 def _run_recorded(runner: TorchRunner, manifest: Manifest, prompt: feeds.Prompt) -> tuple[Run, dict[str, Feed]]:
@@ -140,7 +140,7 @@ def _run_recorded(runner: TorchRunner, manifest: Manifest, prompt: feeds.Prompt)
         if i in (0, DECODE_STEPS + 1):
             recorded["last" if i else "prompt"] = runner.values
         feed = feeds.advance(feed, outputs, run.chosen[-1])
-    for name, feed in _crossings(manifest, prompt).items():
+    for name, feed in _crossings(manifest, prompt):
         run.outputs.append(_logits(runner, feed))
         recorded[name] = runner.values
     return run, recorded
@@ -154,7 +154,7 @@ def _run(runner: BaseRunner, manifest: Manifest, prompt: feeds.Prompt, chosen: l
         run.outputs.append(outputs)
         run.seconds.append(runner.last_inference_time())
         feed = feeds.advance(feed, outputs, tokens)
-    run.outputs += [_logits(runner, crossing) for crossing in _crossings(manifest, prompt).values()]
+    run.outputs += [_logits(runner, crossing) for _, crossing in _crossings(manifest, prompt)]
     return run
 
 

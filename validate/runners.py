@@ -195,8 +195,8 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
         given = {n: to_torch(feed_dict[n]) for n in TOKENS if n in feed_dict}
         if given["input_ids"].shape[1] == given["attention_mask"].shape[1]:
             self._cache = None
-        elif held := sorted(int(m[1]) for n in feed_dict if (m := CACHED_KEY.fullmatch(n))):
-            self._cache = self._filled(feed_dict, held)
+        elif any(n not in TOKENS for n in feed_dict):
+            self._cache = self._filled(feed_dict)
         start = time.perf_counter()
         with torch.inference_mode():
             made = self._model(**given, past_key_values=self._cache, use_cache=True)
@@ -204,12 +204,12 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
         self.inference_time = time.perf_counter() - start
         return OrderedDict(logits=to_numpy(made.logits))
 
-    def _filled(self, feed: Feed, layers: Sequence[int]) -> Cache:
+    def _filled(self, feed: Feed) -> Cache:
         """A cache as after the tokens whose keys and values the feed holds."""
         import transformers
 
         cache = transformers.DynamicCache(config=self._model.config)
-        for i in layers:
+        for i in sorted(int(m[1]) for n in feed if (m := CACHED_KEY.fullmatch(n))):
             key, value = (to_torch(feed[f"past_key_values.{i}.{part}"]) for part in ("key", "value"))
             cache.update(key, value, i)
         return cache

@@ -2,9 +2,10 @@
 //
 // Emulated: blocks, warps, shuffles, votes, barriers, shared memory, atomics, cp.async, ldmatrix
 // and mma.sync m16n8k16; of sm_90a what common/hopper.cuh has. Not: the memory model (but for
-// cp.async that wgmma reads), timing, the rounding of approximate functions, clusters. Shared memory starts as NaN; the threads of a block take turns in an
-// order drawn from LLMEXPORT_EMULATOR_SEED, some only when the others can go no further; misuse
-// ends the process with a message.
+// cp.async that wgmma reads), timing, the rounding of approximate functions, clusters. Shared
+// memory starts as NaN; the threads of a block take turns in an order drawn from
+// LLMEXPORT_EMULATOR_SEED, some only when the others can go no further; misuse ends the process
+// with a message.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -46,8 +46,9 @@ struct Ring {
   __device__ __forceinline__ void waitEmpty(unsigned step) const {
     waitBarrier(empty[place(step)], int((step / kGroupedStages + 1) & 1));
   }
-  // By a warp, whose lanes are all done.
+  // By a warp, when all its lanes are done.
   __device__ __forceinline__ void release(unsigned step) const {
+    __syncwarp();
     if (threadIdx.x % kWarp == 0) arrive(empty[place(step)]);
   }
   // By a warp of loaders: its copies of this step are there, and wgmma may see them.
@@ -80,11 +81,16 @@ __device__ __forceinline__ void loadTiles(Projection const& p, Routing const& ro
   T const* const input = static_cast<T const*>(p.input);
   unsigned step = 0;
   forEachShare(routing, works, columnTiles, [&](GroupedShare const& share) {
-    int rows[kCount];  // of the input, -1 past the last
+    int rows[kCount];  // of the input, -1 past the last; first loaded, all at once
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       int const row = thread / kPerRow + i * kApart;
-      rows[i] = row < share.rows ? routing.order[share.first + row] / p.pairsPerRow : -1;
+      rows[i] = routing.order[share.first + (row < share.rows ? row : 0)];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const row = thread / kPerRow + i * kApart;
+      rows[i] = row < share.rows ? rows[i] / p.pairsPerRow : -1;
     }
 #pragma unroll 1
     for (int k = 0; k < p.depth; k += kGroupedDepth, ++step) {

@@ -39,7 +39,7 @@ int32_t check(Sizes const& s, Values const& values) {
                                (long long)s['R'], (long long)s['C']);
   }
   int64_t const width = transposed ? s['Q'] : s['P'];
-  if (width >= 0 && width % 2 != 0) {
+  if (width == 0 || (width > 0 && width % 2 != 0)) {
     return refuse("MoeExperts: gate_up is %lld wide, which are no gates and ups", (long long)width);
   }
   if (differ(s['J'], width)) {

@@ -194,9 +194,9 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
 }
 
 // Share `at` of the projection: rows of one expert, gathered, and a tile of its columns; false if
-// there is none. Sums are fp32, 16 deep at a time. Rounded to T: converted weights, the sum, the sum
-// with the bias, so far as GptOssExperts, Qwen3_5MoeExperts and Llama4TextExperts of transformers;
-// then act(gate) * up once, where those round every step (gated_act.cuh).
+// there is none. Sums are fp32, 16 deep at a time. Rounded to T: converted weights, the sum, the
+// sum with the bias, so far as GptOssExperts, Qwen3_5MoeExperts and Llama4TextExperts of
+// transformers; then act(gate) * up once, where those round every step (gated_act.cuh).
 template <class T, class W, bool kTransposed, class S>
 __device__ __forceinline__ bool projectShare(Projection const& p, Routing const& routing,
                                              int columnTiles, unsigned at) {

@@ -179,7 +179,8 @@ __device__ __forceinline__ void weighRoutes(RouteWinner* winners,
 // of 32 bits serve where the logit itself is the choice. Where a score is, it is computed to the
 // last places, as near ties hang on them.
 template <class T, class Key, int kPerLane>
-__global__ void __launch_bounds__(kRouteThreads, kRouteBlocks) moeRouteKernel(MoeRouteArguments<T> const a) {
+__global__ void __launch_bounds__(kRouteThreads, kRouteBlocks)
+    moeRouteKernel(MoeRouteArguments<T> const a) {
   using Precision = std::conditional_t<sizeof(Key) == 8, float, T>;
   constexpr int kWidth = kFullWidth<T>;
   int const lane = threadIdx.x, lanes = blockDim.x, topK = a.attributes.topK;

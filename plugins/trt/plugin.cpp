@@ -163,7 +163,9 @@ int32_t Plugin::onShapeChange(trt::PluginTensorDesc const* in, int32_t nbInputs,
   if (!device_) {
     Device device{};
     cudaError_t const error = queryDevice(device);
-    if (error != cudaSuccess) return refuse("%s: CUDA error %d of the device", op_.name, int(error));
+    if (error != cudaSuccess) {
+      return refuse("%s: CUDA error %d of the device", op_.name, int(error));
+    }
     device_ = device;
   }
   return 0;
