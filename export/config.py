@@ -47,10 +47,10 @@ class Config:
         value = self._data.get(key)
         if value is not None:
             return value
-        if default is not None and key in self._data:
-            raise ExportError(f"config.json: {key} is null, which means nothing here: write its value")
         if default is _REQUIRED:
             raise ExportError(f"config.json has no {key!r}: is it the config of a whole checkpoint?")
+        if default is not None and key in self._data:
+            raise ExportError(f"config.json: {key} is null, which means nothing here: write its value")
         return default
 
     def has(self, key: str) -> bool:
