@@ -55,6 +55,7 @@ struct Product {
   bool transposed, accumulate;
   std::optional<uint64_t> a;  // nothing if A is in the registers
   uint32_t registers[4];
+  uint32_t const* held;  // where they are, and stay until waited for
   uint64_t b;
   float (*toFloat)(uint16_t bits);
 };

@@ -2,6 +2,7 @@
 // arithmetic.
 #include "common/hopper.cuh"
 
+#include <algorithm>
 #include <atomic>
 
 namespace llmexport::emulator {
@@ -176,6 +177,9 @@ void Block::waitProducts(int pending, int line) {
               group[i].b != first.b || group[i].columns != first.columns ||
               group[i].accumulate != first.accumulate) {
             fail("lanes of a warp issue different wgmma before line %d", line);
+          }
+          if (group[i].held && !std::equal(group[i].held, group[i].held + 4, group[i].registers)) {
+            fail("rows of A change in the registers before the wait at line %d", line);
           }
           ofLanes.push_back(&group[i]);
         }

@@ -78,7 +78,7 @@ void finishWgmma(float (&)[kCount], int line = __builtin_LINE()) {
 template <class T, bool kTransposed, int kCount>
 void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
   emulator::Block::current().startProduct(
-      {d, 2 * kCount, kTransposed, accumulate, a, {}, b, emulator::toFloat<T>});
+      {d, 2 * kCount, kTransposed, accumulate, a, {}, nullptr, b, emulator::toFloat<T>});
 }
 template <class T, bool kTransposed, int kCount>
 void wgmma(float (&d)[kCount], uint32_t const (&a)[4], uint64_t b, bool accumulate) {
@@ -88,6 +88,7 @@ void wgmma(float (&d)[kCount], uint32_t const (&a)[4], uint64_t b, bool accumula
                                            accumulate,
                                            std::nullopt,
                                            {a[0], a[1], a[2], a[3]},
+                                           a,
                                            b,
                                            emulator::toFloat<T>});
 }

@@ -109,6 +109,7 @@ def test_products_are_right_under_sanitizers(emulated: Path, columns: str, seed:
         ("no_expectation", "for an mbarrier at line|ends before . loads of TMA|WRONG NUMBERS"),
         ("early_release", "WRONG NUMBERS"),
         ("late_wait", "WRONG NUMBERS"),
+        ("changed_rows", "rows of A change in the registers before the wait"),
         ("half_a_warpgroup", "warps of a warpgroup issue different wgmma"),
     ],
 )

@@ -85,11 +85,11 @@ def test_sinks_that_weigh_nothing_or_all(machine: Machine, sink: float) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_logit_that_grows_from_key_to_key(machine: Machine, dtype: str) -> None:
-    """The level of the weights is raised from tile to tile, while values of the tile before are being added."""
+    """By 9 powers of two a tile: the level of the weights is raised in each, and what was added before is rescaled."""
     q, k, *rest = RAISED.inputs(dtype)
     q[...], k[...] = 0, 0
     q[..., 0] = 1
-    k[..., 0] = np.arange(RAISED.S) // 16 / 2
+    k[..., 0] = np.arange(RAISED.S) // 8 * 0.4
     inputs = [q, k, *rest]
     assert attention(RAISED, inputs).near(run(machine, RAISED, inputs), dtype)
 
@@ -104,12 +104,12 @@ def test_a_nan_shows_in_the_row_that_has_it(machine: Machine) -> None:
     assert not found[1, :-1].any()
 
 
-@pytest.mark.parametrize("shape", [SIZES[6], RAGGED[1], WINDOWED[3]], ids=name)
+@pytest.mark.parametrize(("shape", "orders"), [(SIZES[3], 30), (SIZES[6], 2), (WINDOWED[3], 4)])
 def test_result_does_not_depend_on_the_order_of_threads(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, shape: Shape
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, shape: Shape, orders: int
 ) -> None:
     results = set()
-    for seed in range(4):
+    for seed in range(orders):
         monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
         results.add(run(machine, shape, shape.inputs("bf16")).tobytes())
     assert len(results) == 1

@@ -22,7 +22,15 @@ constexpr int kABytes = kWgmmaRows * kDepth * 2;
 template <int kColumns>
 constexpr int kStageBytes = kABytes + kColumns * kDepth * 2;
 
-enum class Bug { kNone, kNoProxyFence, kNoExpectation, kEarlyRelease, kLateWait, kHalfAWarpgroup };
+enum class Bug {
+  kNone,
+  kNoProxyFence,
+  kNoExpectation,
+  kEarlyRelease,
+  kLateWait,
+  kHalfAWarpgroup,
+  kChangedRows,
+};
 
 // C[M, N] = A[M, K] * B, B as [N, K] or, if kTransposed, [K, N]. Grid (N / kColumns, M / 64); a
 // warpgroup multiplies, one more warp loads: A by cp.async, B by TMA. kRegisters: A goes through
@@ -105,6 +113,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     commitWgmma();
+    if (kBug == Bug::kChangedRows) registers[0][0] ^= 1;
     if (kBug != Bug::kLateWait || step + 1 < steps) finishWgmma(sums);
     if (kBug != Bug::kEarlyRelease) arrive(empty[stage]);
   }
@@ -165,6 +174,7 @@ bool withBug(std::string const& bug) {
   if (bug == "no_expectation") return isRight<Half, 64, false, false, Bug::kNoExpectation>();
   if (bug == "early_release") return isRight<Half, 64, false, false, Bug::kEarlyRelease>();
   if (bug == "late_wait") return isRight<Half, 64, false, false, Bug::kLateWait>();
+  if (bug == "changed_rows") return isRight<Half, 64, false, true, Bug::kChangedRows>();
   return isRight<Half, 64, false, false, Bug::kHalfAWarpgroup>();
 }
 #else
