@@ -46,9 +46,8 @@ struct Ring {
   __device__ __forceinline__ void waitEmpty(unsigned step) const {
     waitBarrier(empty[place(step)], int((step / kGroupedStages + 1) & 1));
   }
-  // By a warp, when all its lanes are done.
+  // By a warp, whose lanes are all done.
   __device__ __forceinline__ void release(unsigned step) const {
-    __syncwarp();
     if (threadIdx.x % kWarp == 0) arrive(empty[place(step)]);
   }
   // By a warp of loaders: its copies of this step are there, and wgmma may see them.
@@ -238,6 +237,7 @@ __device__ __forceinline__ void multiplyTiles(Projection const& p, Routing const
 #pragma unroll 1
       for (int k = 0; k < p.depth; k += kGroupedDepth, ++step) {
         ring.waitFull(step);
+        __syncwarp();
         ring.release(step);
       }
       return;
@@ -259,7 +259,7 @@ __device__ __forceinline__ void multiplyTiles(Projection const& p, Routing const
         wgmma<T, kTransposed>(sums, rows + i * kMajorStep, columns + i * kWeightStep, k + i > 0);
       }
       commitWgmma();
-      // The step before is done with its stage; this one may go on.
+      // The step before is done with its stage, in all lanes alike; this one may go on.
       waitWgmma<1>();
       if (k > 0) ring.release(step - 1);
       k += kGroupedDepth;
