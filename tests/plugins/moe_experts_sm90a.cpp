@@ -8,9 +8,10 @@ using namespace llmexport;
 extern "C" bool moe_on_sm90a(int64_t const* sizes, int dtype, int stored, bool pointersAligned,
                              int capability) {
   auto const type = stored < 0 ? std::nullopt : std::optional(Dtype(stored));
+  Device const device{132, 227 * 1024, capability};
   auto const plan = moeExpertsPlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, Dtype(dtype),
-                                   type, pointersAligned);
-  return groupedGemmServes(plan, Dtype(dtype), type, {132, 227 * 1024, capability});
+                                   type, pointersAligned, device);
+  return groupedGemmServes(plan, Dtype(dtype), type, device);
 }
 
 // What TMA reads of weights: sizes, strides and box, 11 numbers.

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     commitWgmma();
-    if (kBug == Bug::kChangedRows) registers[0][0] ^= 1;
+    if constexpr (kBug == Bug::kChangedRows) registers[0][0] ^= 1;
     if (kBug != Bug::kLateWait || step + 1 < steps) finishWgmma(sums);
     if (kBug != Bug::kEarlyRelease) arrive(empty[stage]);
   }
