@@ -17,7 +17,11 @@ LONGEST = 32  # tokens of a chunk, a power of two
 
 
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """The same for ONNX Runtime and TensorRT; tests/bench/bench_bodies.py times it."""
+    """The same for ONNX Runtime and TensorRT.
+
+    tests/bench/bench_bodies.py, ONNX Runtime 1.31, two CPU cores, B = 1, G = 16, H = 32, D = V = 128: 64 ms at T = 512
+    and 0.9 ms at T = 1; a Scan over tokens takes 233 and 0.7 ms, LinearAttention of com.microsoft 77 and 0.3 ms.
+    """
     g, h, d, v = (sizes[n] for n in "GHDV")
     return f"""
     zero = Constant <value_ints = [0]> ()
