@@ -11,7 +11,7 @@ from plugin_host import Library, Machine
 from plugin_memory import CpuMemory, GpuMemory
 
 SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))
-SANITIZED_CASES = 20  # of each test, spread over all that it has: the sanitizers take ten times as long
+SANITIZED_CASES = 12  # of each test, spread over all that it has: the sanitizers take ten times as long
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
