@@ -15,6 +15,7 @@ from llmexport.validate.tolerance import Tolerance
 
 # Results are rounded once; the largest is off by half a unit in its last place, or by one where
 # fp32 inside falls on the other side of a tie than float64. rms: a uniform rounding error is 0.29 units.
+HALVES = ("fp16", "bf16")
 UNIT = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
 # fp32 inside adds a few units of its own; rsqrt, exp and erf are good to two.
 UNITS = {"fp32": (8.0, 4.0), "fp16": (1.01, 0.4), "bf16": (1.01, 0.4)}

@@ -16,7 +16,6 @@ from plugin_host import DTYPES, Machine
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
 
-HALVES = ("fp16", "bf16")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "swiglu_clamped")
 LAYOUTS = [{"transposed": t, "interleaved": i} for t, i in ((False, False), (False, True), (True, False), (True, True))]
 MXFP4 = "mxfp4"

@@ -1,6 +1,7 @@
 """Compiles what the tests of plugins/ need, once for each state of the sources."""
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -33,6 +34,7 @@ EMULATED = (
 GATE = ("-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error")
 SM90A = ("-gencode=arch=compute_90a,code=sm_90a", *GATE)
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))  # whether this process runs under them
 
 
 def need_cuda_headers() -> None:
@@ -92,10 +94,19 @@ def _compile(command: list[str], sources: Sequence[Path], flags: Sequence[str], 
     run([*options, *linked, *objects, "-o", target])
 
 
-def emulated_library(flags: Sequence[str] = ()) -> Path:
+def emulated_library(sanitize: bool = SANITIZE) -> Path:
     """The plugin library with its kernels on the CPU emulator."""
+    flags = SANITIZED if sanitize else ()
     sources = {path for pattern in ("trt/*.cpp", "*/*.cu", "*/plugin.cpp") for path in PLUGINS.glob(pattern)}
-    return compiled("plugins" + "-sanitized" * bool(flags), sorted(sources), ["-shared", *EMULATED, *flags])
+    return compiled("plugins" + "-sanitized" * sanitize, sorted(sources), ["-shared", *EMULATED, *flags])
+
+
+def beside_emulated(file: str) -> ctypes.CDLL:
+    """The C functions that a file of tests/plugins has for a test, linked with the emulated library."""
+    flags = [*(SANITIZED if SANITIZE else ()), "-DLLMEXPORT_EMULATED", "-Wno-unknown-pragmas"]
+    linked = ["-shared", "-Wl,--no-as-needed", str(emulated_library())]
+    source = ROOT / "tests" / "plugins" / file
+    return ctypes.CDLL(str(compiled(source.stem + "-sanitized" * SANITIZE, [source], [*flags, *linked])))
 
 
 def need_nvcc() -> str:

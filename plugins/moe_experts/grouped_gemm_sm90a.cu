@@ -300,8 +300,8 @@ __global__ void __launch_bounds__(kGroupedThreads, 1)
 }
 
 template <class T, bool kTransposed, TileColumns kKind>
-cudaError_t launchTiles(ProjectionLaunch const& how, Projection const& p, Routing const& routing,
-                        int64_t rowTiles, Device const& device) {
+cudaError_t launchTiles(Projection const& p, Routing const& routing, int64_t rowTiles,
+                        Device const& device, cudaStream_t stream) {
   TiledTensor const tensor = groupedWeights(p, kKind, kTransposed, routing.expertCount);
   if (!tensor.isServed()) return cudaErrorInvalidValue;
   TensorMap map;
@@ -311,31 +311,31 @@ cudaError_t launchTiles(ProjectionLaunch const& how, Projection const& p, Routin
   int64_t const works = rowTiles * columnTiles;
   LaunchPlan const plan{dim3(unsigned(std::min<int64_t>(works, device.processors))),
                         dim3(kGroupedThreads), kGroupedSharedBytes};
-  return launchEarly(groupedGemmKernel<T, kTransposed, kKind>, plan, how.stream, p, routing, works,
+  return launchEarly(groupedGemmKernel<T, kTransposed, kKind>, plan, stream, p, routing, works,
                      columnTiles, map);
 }
 
 }  // namespace
 
 template <class T>
-cudaError_t launchGroupedGemm(ProjectionLaunch const& how, Projection const& p,
-                              Routing const& routing, int64_t rowTiles, Device const& device) {
+cudaError_t launchGroupedGemm(Projection const& p, bool transposed, Routing const& routing,
+                              int64_t rowTiles, Device const& device, cudaStream_t stream) {
   if (!p.gated) {
-    auto const plain = how.transposed ? launchTiles<T, true, TileColumns::kPlain>
-                                      : launchTiles<T, false, TileColumns::kPlain>;
-    return plain(how, p, routing, rowTiles, device);
+    auto const plain = transposed ? launchTiles<T, true, TileColumns::kPlain>
+                                  : launchTiles<T, false, TileColumns::kPlain>;
+    return plain(p, routing, rowTiles, device, stream);
   }
-  auto const gated = !how.transposed ? launchTiles<T, false, TileColumns::kHalves>
+  auto const gated = !transposed     ? launchTiles<T, false, TileColumns::kHalves>
                      : p.interleaved ? launchTiles<T, true, TileColumns::kPairs>
                                      : launchTiles<T, true, TileColumns::kHalves>;
-  return gated(how, p, routing, rowTiles, device);
+  return gated(p, routing, rowTiles, device, stream);
 }
 
-template cudaError_t launchGroupedGemm<Half>(ProjectionLaunch const& how, Projection const& p,
+template cudaError_t launchGroupedGemm<Half>(Projection const& p, bool transposed,
                                              Routing const& routing, int64_t rowTiles,
-                                             Device const& device);
-template cudaError_t launchGroupedGemm<Bfloat16>(ProjectionLaunch const& how, Projection const& p,
+                                             Device const& device, cudaStream_t stream);
+template cudaError_t launchGroupedGemm<Bfloat16>(Projection const& p, bool transposed,
                                                  Routing const& routing, int64_t rowTiles,
-                                                 Device const& device);
+                                                 Device const& device, cudaStream_t stream);
 
 }  // namespace llmexport

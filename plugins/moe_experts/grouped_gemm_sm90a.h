@@ -95,13 +95,13 @@ __host__ __device__ inline GroupedShare groupedShare(RowTile const& tile, int64_
 
 // Of a sorted routing; `rowTiles` is the length of its list of tiles.
 template <class T>
-cudaError_t launchGroupedGemm(ProjectionLaunch const& how, Projection const& p,
-                              Routing const& routing, int64_t rowTiles, Device const& device);
-extern template cudaError_t launchGroupedGemm<Half>(ProjectionLaunch const& how,
-                                                    Projection const& p, Routing const& routing,
-                                                    int64_t rowTiles, Device const& device);
-extern template cudaError_t launchGroupedGemm<Bfloat16>(ProjectionLaunch const& how,
-                                                        Projection const& p, Routing const& routing,
-                                                        int64_t rowTiles, Device const& device);
+cudaError_t launchGroupedGemm(Projection const& p, bool transposed, Routing const& routing,
+                              int64_t rowTiles, Device const& device, cudaStream_t stream);
+extern template cudaError_t launchGroupedGemm<Half>(Projection const& p, bool transposed,
+                                                    Routing const& routing, int64_t rowTiles,
+                                                    Device const& device, cudaStream_t stream);
+extern template cudaError_t launchGroupedGemm<Bfloat16>(Projection const& p, bool transposed,
+                                                        Routing const& routing, int64_t rowTiles,
+                                                        Device const& device, cudaStream_t stream);
 
 }  // namespace llmexport

@@ -161,7 +161,8 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
     if constexpr (sizeof(T) == 2) {
 #ifdef LLMEXPORT_SM90A
       if (groupedGemmServes(a.plan, a.dtype, a.stored, a.device) && asksForSm90a()) {
-        return launchGroupedGemm<T>(how, p, routing, a.plan.rowTiles, a.device);
+        return launchGroupedGemm<T>(p, a.attributes.transposed, routing, a.plan.rowTiles, a.device,
+                                    a.stream);
       }
 #endif
       return launchOnTensorCores<T>(how, p, routing);

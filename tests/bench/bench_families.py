@@ -72,11 +72,17 @@ def run(*arguments: str | Path, log: Path) -> tuple[int, float, float]:
     return process.returncode, round(time.perf_counter() - start, 1), round(usage.ru_maxrss * 1024 / MB, 1)
 
 
+def done(*arguments: str | Path, log: Path) -> tuple[float, float]:
+    """What run() took. Ends this program with what llmexport said, if that failed."""
+    code, seconds, peak = run(*arguments, log=log)
+    if code:
+        raise SystemExit(log.read_text())
+    return seconds, peak
+
+
 def checkpoint(work: Path, config: dict[str, Any], *flags: str) -> Path:
     (work / "config.json").write_text(json.dumps(config))
-    code, _, _ = run("checkpoint", "--config", work / "config.json", "-o", work / "in", *flags, log=work / "log")
-    if code:
-        raise SystemExit((work / "log").read_text())
+    done("checkpoint", "--config", work / "config.json", "-o", work / "in", *flags, log=work / "log")
     return work / "in"
 
 
@@ -84,9 +90,7 @@ def width(work: Path, name: str, kind: str) -> dict[str, Any]:
     """One model of one or two layers: the ladder's rungs and what they took."""
     source = checkpoint(work, changed(published(name), WIDTH[name][kind]))
     held = sum(p.stat().st_size for p in source.iterdir())
-    code, export_s, _ = run("onnx", "--checkpoint", source, "-o", work / "out", log=work / "log")
-    if code:
-        raise SystemExit((work / "log").read_text())
+    export_s, _ = done("onnx", "--checkpoint", source, "-o", work / "out", log=work / "log")
     code, seconds, peak = run("validate", work / "out", "--tokens", "19", log=work / "log")
     if not (work / "out" / "report.json").exists():
         raise SystemExit((work / "log").read_text())
@@ -110,12 +114,8 @@ def engine(work: Path, name: str, kind: str) -> dict[str, Any]:
     if not library.find():
         raise SystemExit("no plugin library: llmexport plugins build")
     source = checkpoint(work, changed(published(name), WIDTH[name][kind]))
-    code, _, _ = run("onnx", "--checkpoint", source, "--dtype", "bfloat16", "-o", work / "out", log=work / "log")
-    if code:
-        raise SystemExit((work / "log").read_text())
-    code, seconds, peak = run("engine", work / "out", log=work / "log")
-    if code:
-        raise SystemExit((work / "log").read_text())
+    done("onnx", "--checkpoint", source, "--dtype", "bfloat16", "-o", work / "out", log=work / "log")
+    seconds, peak = done("engine", work / "out", log=work / "log")
     ops = json.loads((work / "out" / "manifest.json").read_text())["ops"]
     built = json.loads((work / "out" / "engine.json").read_text())
     plugin_layers = {op: n for p in built["plugins"] for op, n in p["ops"].items()}
@@ -135,9 +135,7 @@ def hollow(work: Path, name: str, kind: str) -> dict[str, Any]:
     costs = {}
     for which in ("first", "again"):
         flags = ("--force",) if which == "again" else ()
-        code, seconds, peak = run("onnx", "--checkpoint", source, "-o", work / "out", *flags, log=work / "log")
-        if code:
-            raise SystemExit((work / "log").read_text())
+        seconds, peak = done("onnx", "--checkpoint", source, "-o", work / "out", *flags, log=work / "log")
         costs[which] = {"wall_s": seconds, "peak_rss_mb": peak}
     passed = all(c["wall_s"] < LIMIT_S and c["peak_rss_mb"] < LIMIT_MB for c in costs.values())
     added = round(new_bytes(work / "out", source) / MB, 2)

@@ -1,16 +1,14 @@
 """The plugin library on the machines that can run it: emulated on the CPU, and real on a GPU."""
 
 import ctypes
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import pytest
-from native import SANITIZED, emulated_library, gpu_library
+from native import SANITIZE, emulated_library, gpu_library
 from plugin_host import Library, Machine
 from plugin_memory import CpuMemory, GpuMemory
 
-SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))
 SANITIZED_CASES = 12  # of each test, spread over all that it has: the sanitizers take ten times as long
 
 
@@ -30,13 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def machine(request: pytest.FixtureRequest) -> Machine:
     if request.param == "gpu":
         return Machine(Library(gpu_library()), GpuMemory)
-    return Machine(Library(emulated_library(SANITIZED if SANITIZE else ())), CpuMemory)
+    return Machine(Library(emulated_library()), CpuMemory)
 
 
 @pytest.fixture
 def wgmma_count() -> Callable[[], int]:
     """How many the kernels of this process have finished, on the emulator."""
-    library = ctypes.CDLL(str(emulated_library(SANITIZED if SANITIZE else ())))
+    library = ctypes.CDLL(str(emulated_library()))
     library.llmexportEmulatedWgmma.restype = ctypes.c_int64
     return lambda: int(library.llmexportEmulatedWgmma())
 
@@ -52,3 +50,16 @@ def wgmmas(machine: Machine, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
     before = count()
     yield
     assert count() > before
+
+
+@pytest.fixture(params=["", "0"])
+def unasked(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, wgmma_count: Callable[[], int]
+) -> Iterator[None]:
+    """Kernels are not asked to use wgmma, and the test's do not."""
+    if machine.memory is not CpuMemory:
+        pytest.skip("the emulator counts")
+    monkeypatch.setenv("LLMEXPORT_SM90A", request.param)
+    before = wgmma_count()
+    yield
+    assert wgmma_count() == before

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import compiled, emulated_library
+from native import beside_emulated
 
 FP32, FP16, BF16 = range(3)
 MAX_GRID_X = 2**31 - 1
@@ -45,9 +44,7 @@ Planned = Callable[[Sizes, int, bool], Plan]
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    flags = ["-shared", "-Wl,--no-as-needed", str(emulated_library())]
-    source = Path(__file__).parent / "gated_delta_rule.cpp"
-    built = ctypes.CDLL(str(compiled("gated-delta-rule", [source], flags)))
+    built = beside_emulated("gated_delta_rule.cpp")
     built.delta_rule_workspace.restype = ctypes.c_int64
     return built
 

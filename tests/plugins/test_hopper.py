@@ -119,9 +119,10 @@ def test_each_mistake_shows(emulated: Path, bug: str, says: str, seed: str) -> N
     assert re.search(says, done.stdout + done.stderr)
 
 
-def test_instructions_compile_for_sm_90a(tmp_path: Path) -> None:
-    """A wgmma that the compiler has to wait for is no warning of ptxas, but is said."""
-    command = [need_nvcc(), "-std=c++17", "-I", PLUGINS, *SM90A, "-c", SOURCE, "-o", tmp_path / "hopper.o"]
+@pytest.mark.parametrize("source", [SOURCE, *sorted(PLUGINS.glob("*/*_sm90a.cu"))], ids=lambda path: path.stem)
+def test_compiles_for_sm_90a_and_waits_for_no_wgmma(tmp_path: Path, source: Path) -> None:
+    """No spill, no local memory. A wgmma that the compiler has to wait for is no warning of ptxas, but is said."""
+    command = [need_nvcc(), "-std=c++17", "-I", PLUGINS, *SM90A, "-c", source, "-o", tmp_path / "sm90a.o"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "serialized" not in done.stdout + done.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import compiled, emulated_library
+from native import beside_emulated
 
 HERE = Path(__file__).parent
 ITEM_SIZES = (4, 2, 2)  # of fp32, fp16, bf16
@@ -44,8 +44,7 @@ class Plan:
 
 @pytest.fixture(scope="module")
 def plan() -> Callable[..., Plan]:
-    flags = ["-shared", "-Wl,--no-as-needed", str(emulated_library())]
-    library = ctypes.CDLL(str(compiled("plans", [HERE / "plans.cpp"], flags)))
+    library = beside_emulated("plans.cpp")
 
     def made(op: str, sizes: tuple[int, ...], dtype: int, aligned: bool) -> Plan:
         out = (ctypes.c_int64 * 10)()

@@ -5,15 +5,14 @@ Imports torch in one test alone: test_sanitizers.py runs it under sanitizers.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from kernel_numbers import HALVES
 from moe_nodes import (
     ACTIVATIONS,
     BLOCK,
-    HALVES,
     LAYOUTS,
     MXFP4,
     Node,
@@ -24,9 +23,8 @@ from moe_nodes import (
     name,
     run,
 )
+from native import SANITIZE
 from plugin_host import DTYPES, Machine, Refused
-
-SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))
 
 # Tokens that fill no tile, one and more; steps of a depth of 64 that fill no ring, one and more, and no step.
 FEW_ROWS = [

@@ -6,13 +6,12 @@ import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import compiled, emulated_library
+from native import beside_emulated, emulated_library
 from plugin_host import DTYPES, Library
 from plugin_memory import CpuMemory
 
@@ -62,8 +61,7 @@ Parted = Callable[[Sizes, int], list[int]]
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    flags = ["-shared", "-Wl,--no-as-needed", str(emulated_library())]
-    return ctypes.CDLL(str(compiled("moe-experts", [Path(__file__).parent / "moe_experts.cpp"], flags)))
+    return beside_emulated("moe_experts.cpp")
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,10 @@ On a GPU that is no sm_90 these are the portable path's numbers once more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
-from moe_nodes import ACTIVATIONS, HALVES, LAYOUTS, MXFP4, Node, exact, is_near, is_right, name, run
+from kernel_numbers import HALVES
+from moe_nodes import ACTIVATIONS, LAYOUTS, MXFP4, Node, exact, is_near, is_right, name, run
 from plugin_host import Machine
 from plugin_memory import CpuMemory
 
@@ -134,13 +133,6 @@ def test_the_rest_is_right_with_the_switch_on(machine: Machine, node: Node, dtyp
     assert is_right(machine, node, dtype)
 
 
-@pytest.mark.parametrize("value", ["", "0"])
-def test_nothing_uses_it_unasked(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, wgmma_count: Callable[[], int], value: str
-) -> None:
-    if machine.memory is not CpuMemory:
-        pytest.skip("the emulator counts")
-    monkeypatch.setenv(SWITCH, value)
-    before = wgmma_count()
+@pytest.mark.usefixtures("unasked")
+def test_nothing_uses_it_unasked(machine: Machine) -> None:
     assert is_right(machine, NODES[0], "bf16")
-    assert wgmma_count() == before

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from native import PLUGINS, SM90A, compiled, emulated_library, need_nvcc
+from native import beside_emulated
 
 HERE = Path(__file__).parent
 FP32, FP16, BF16 = range(3)
@@ -20,17 +19,7 @@ ROWS, COLUMNS, DEPTH = 128, 256, 64
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    flags = ["-shared", "-DLLMEXPORT_EMULATED", "-Wno-unknown-pragmas", "-Wl,--no-as-needed", str(emulated_library())]
-    return ctypes.CDLL(str(compiled("moe-experts-sm90a", [HERE / "moe_experts_sm90a.cpp"], flags)))
-
-
-def test_compiles_for_sm_90a_and_waits_for_no_wgmma(tmp_path: Path) -> None:
-    """No spill, no local memory. A wgmma that the compiler has to wait for is no warning of ptxas, but is said."""
-    source = PLUGINS / "moe_experts" / "grouped_gemm_sm90a.cu"
-    command = [need_nvcc(), "-std=c++17", "-I", PLUGINS, *SM90A, "-c", source, "-o", tmp_path / "sm90a.o"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "serialized" not in done.stdout + done.stderr
+    return beside_emulated("moe_experts_sm90a.cpp")
 
 
 QWEN, GPT_OSS, SCOUT = (4096, 8, 256, 2048, 512), (4096, 4, 32, 2880, 2880), (4096, 1, 16, 5120, 8192)

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from native import SANITIZED, emulated_library
+from native import emulated_library
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in HERE.glob("test_*kernel*.py")))
 def test_kernels_under_sanitizers(file: str) -> None:
-    emulated_library(SANITIZED)
+    emulated_library(sanitize=True)
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = {
         **os.environ,

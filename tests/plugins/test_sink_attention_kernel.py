@@ -6,19 +6,14 @@ Imports torch in one test alone: test_sanitizers.py runs it under sanitizers.
 from __future__ import annotations
 
 import ctypes
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from attention_nodes import Shape, attention, name, near, run
-from native import SANITIZED, compiled, emulated_library
+from kernel_numbers import HALVES
+from native import SANITIZE, beside_emulated
 from plugin_host import DTYPES, Machine, Refused
 from plugin_memory import CpuMemory, Output
-
-SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))
-# One of them is enough where every access is checked.
-HALVES = ("bf16",) if SANITIZE else ("fp16", "bf16")
 
 # By the way rows and keys are taken: 16 rows a block, alone or among others, with the keys in one part or several.
 FEW_ROWS = [
@@ -213,10 +208,7 @@ def test_refuses_sizes(machine: Machine, capfd: pytest.CaptureFixture[str], size
 
 @pytest.fixture(scope="module")
 def launcher() -> ctypes.CDLL:
-    flags = SANITIZED if SANITIZE else ()
-    source = Path(__file__).parent / "sink_attention.cpp"
-    linked = ["-shared", *flags, "-Wl,--no-as-needed", str(emulated_library(flags))]
-    return ctypes.CDLL(str(compiled("sink-attention" + "-sanitized" * SANITIZE, [source], linked)))
+    return beside_emulated("sink_attention.cpp")
 
 
 @pytest.mark.parametrize("processors", [1, 4, 100])

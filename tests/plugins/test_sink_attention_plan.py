@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import compiled, emulated_library
+from native import beside_emulated
 
 SCALAR, DECODE, PREFILL = range(3)
 FP32, FP16, BF16 = range(3)
@@ -39,9 +38,7 @@ Planned = Callable[..., Plan]
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    flags = ["-shared", "-Wl,--no-as-needed", str(emulated_library())]
-    source = Path(__file__).parent / "sink_attention.cpp"
-    built = ctypes.CDLL(str(compiled("sink-attention", [source], flags)))
+    built = beside_emulated("sink_attention.cpp")
     built.attention_workspace.restype = ctypes.c_int64
     return built
 

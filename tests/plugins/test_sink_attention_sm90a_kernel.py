@@ -5,15 +5,11 @@ On a GPU that is no sm_90 these are the portable path's numbers once more.
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from attention_nodes import Shape, attention, name, near, run
+from kernel_numbers import HALVES
 from plugin_host import Machine
-
-# One of them is enough where every access is checked.
-HALVES = ("bf16",) if os.environ.get("LLMEXPORT_TEST_SANITIZED") else ("fp16", "bf16")
 
 # Rows that fill no tile of 128, one and more; keys of one tile, several, and more than the ring holds; heads that fill
 # their columns or do not. On the emulator's 4 SMs those of few blocks and many keys take them in two or three splits.

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from attention_nodes import Shape, near
-from native import PLUGINS, SM90A, compiled, emulated_library, need_nvcc
+from native import beside_emulated
 from plugin_host import Machine
-from plugin_memory import CpuMemory
 
 HERE = Path(__file__).parent
 FP32, FP16, BF16 = range(3)
@@ -22,19 +19,9 @@ ATOM, ROW = 1024, 128
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    flags = ["-shared", "-DLLMEXPORT_EMULATED", "-Wno-unknown-pragmas", "-Wl,--no-as-needed", str(emulated_library())]
-    built = ctypes.CDLL(str(compiled("sink-attention-sm90a", [HERE / "sink_attention_sm90a.cpp"], flags)))
+    built = beside_emulated("sink_attention_sm90a.cpp")
     built.attention_on_sm90a.restype = ctypes.c_bool
     return built
-
-
-def test_compiles_for_sm_90a_and_waits_for_no_wgmma(tmp_path: Path) -> None:
-    """No spill, no local memory. A wgmma that the compiler has to wait for is no warning of ptxas, but is said."""
-    source = PLUGINS / "sink_attention" / "prefill_sm90a.cu"
-    command = [need_nvcc(), "-std=c++17", "-I", PLUGINS, *SM90A, "-c", source, "-o", tmp_path / "sm90a.o"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "serialized" not in done.stdout + done.stderr
 
 
 GPT_OSS, GEMMA, QWEN = (1, 64, 8, 4096, 4096, 64), (1, 8, 4, 4096, 8192, 256), (1, 16, 2, 2048, 2048, 256)
@@ -65,16 +52,9 @@ def test_takes_prefill_of_16_bits_on_hopper_alone(
     assert library.attention_on_sm90a(given, dtype, ctypes.c_bool(aligned), capability) == taken
 
 
-@pytest.mark.parametrize("value", ["", "0"])
-def test_nothing_uses_it_unasked(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, wgmma_count: Callable[[], int], value: str
-) -> None:
-    if machine.memory is not CpuMemory:
-        pytest.skip("the emulator counts")
-    monkeypatch.setenv("LLMEXPORT_SM90A", value)
-    before = wgmma_count()
+@pytest.mark.usefixtures("unasked")
+def test_nothing_uses_it_unasked(machine: Machine) -> None:
     assert near(machine, Shape(1, 1, 1, 65, 65, 64), "bf16")
-    assert wgmma_count() == before
 
 
 def test_tiles_fit_into_shared_memory(library: ctypes.CDLL) -> None:
