@@ -203,6 +203,12 @@ def test_no_code_asks_which_architecture_it_is():
     assert broken([p for p in SOURCES if p.parent.name != "archs"], asked) == {}
 
 
+def test_no_model_type_is_claimed_twice():
+    claimed = [t for n in archs.names() for t in archs.load(n).arch.model_types]
+    claimed += [a.whole.model_type for n in archs.names() if (a := archs.load(n).arch).whole]
+    assert sorted(claimed) == sorted(set(claimed))
+
+
 OP_FOLDERS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))
 
 

@@ -134,7 +134,7 @@ class Attention(Mixer):
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
-        return {"qk_norm": (self.qk_norm, "q_norm.")} if self.qk_norm else {}
+        return {name: (self.qk_norm, f"{name}.") for name in ("q_norm", "k_norm")} if self.qk_norm else {}
 
 
 @dataclass(frozen=True)

@@ -159,11 +159,12 @@ def to_data(value: Any) -> Any:
 def from_data(data: Any) -> Any:
     """The spec that `to_data` wrote. Raises KeyError on a class that this version does not know."""
     if isinstance(data, dict):
-        cls = _CLASSES[data["is"]]
+        cls = _class(data["is"])
         return cls(**{k: from_data(v) for k, v in data.items() if k != "is"})
     return tuple(from_data(v) for v in data) if isinstance(data, list) else data
 
 
-_CLASSES: dict[str, Any] = {
-    c.__name__: c for c in (*Block.kinds.values(), Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port)
-}
+def _class(name: str) -> Any:
+    # Asked of the blocks when it is called: a module with further ones may be imported later.
+    others = (Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port)
+    return {c.__name__: c for c in (*Block.kinds.values(), *others)}[name]

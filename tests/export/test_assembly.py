@@ -203,6 +203,16 @@ def test_data_of_an_unknown_class_is_refused():
         from_data({"is": "Unheard", "size": 3})
 
 
+def test_a_block_of_a_module_imported_later_comes_back_from_json(monkeypatch):
+    monkeypatch.setattr(Block, "kinds", dict(Block.kinds))
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(Block):
+        size: int
+
+    assert same(Later(3)) == Later(3)
+
+
 def test_a_block_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         NORM.size = 3
