@@ -1,6 +1,7 @@
 """RoPE in config.json: every form that was published, and no other."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -224,18 +225,16 @@ def test_gemma_3_of_a_rope_that_none_is_published_with_is_refused(rope):
     assert f"type '{rope['rope_type']}' is not supported here, default, linear are" in line
 
 
-@pytest.mark.parametrize("arch", archs.names())
-@pytest.mark.parametrize("key", ["rope_type", "type"])
-@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("kind", ["dynamic", "ntk", "proportional", "mrope", ""])
-def test_an_unsupported_rope_scaling_is_refused_by_name(arch, kind, key, field):
-    rope = {key: kind, "factor": 2.0}
-    if field == "rope_parameters":
-        rope = everywhere(arch, rope)
-    elif arch == "gemma3_text" and key == "type":
-        assert f"of types ['default', '{kind}']: choose one" in refusal(arch, rope_parameters=None, rope_scaling=rope)
-        return
-    assert f"type '{kind}' is not supported" in refusal(arch, **{"rope_parameters": None, field: rope})
+def test_an_unsupported_rope_scaling_is_refused_by_name_in_every_architecture(kind):
+    keys, fields = ("rope_type", "type"), ("rope_parameters", "rope_scaling")
+    for arch, key, field in itertools.product(archs.names(), keys, fields):
+        rope, said = {key: kind, "factor": 2.0}, f"type '{kind}' is not supported"
+        if field == "rope_parameters":
+            rope = everywhere(arch, rope)
+        elif arch == "gemma3_text" and key == "type":
+            said = f"of types ['default', '{kind}']: choose one"
+        assert said in refusal(arch, **{"rope_parameters": None, field: rope}), (arch, key, field)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_numbers import Values, near, random, rounded, same, wide
+from pairwise import pairwise
 from plugin_host import DTYPES, Machine, Refused, Run
 from plugin_memory import Memory, Output
 
@@ -40,10 +41,7 @@ def right(found: list[Values], inputs: list[Values], dtype: str, activation: str
 SIZES = [(1, 1, 5), (3, 2, 8), (2, 3, 37), (2, 7, 72), (1, 63, 40), (2, 64, 20), (1, 65, 264), (3, 130, 264)]
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("taps", [2, 3, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "dtype", "taps", "shift"), pairwise(SIZES, [*DTYPES], (2, 3, 4), (0, 1)))
 def test_sizes(machine: Machine, size: tuple[int, int, int], dtype: str, taps: int, shift: int) -> None:
     inputs = tensors(size, taps, dtype)
     found = machine.library.create("CausalConv1d", {"activation": "silu"}).run(machine.memory(), inputs, shift)

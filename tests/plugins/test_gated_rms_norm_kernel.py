@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_numbers import Values, near, random, rounded, same, wide
+from pairwise import pairwise
 from plugin_host import DTYPES, Machine
 
 EPSILON = 1e-6
@@ -23,11 +24,10 @@ def exact(inputs: list[Values], dtype: str, activation: str, early: bool) -> Val
         return weighted * (gate if activation == "silu" else 1) / (1 + np.exp(-gate))
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("early", [False, True], ids=["round-after-weight", "round-before-weight"])
-@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "dtype", "activation", "early", "shift"),
+    pairwise(SIZES, [*DTYPES], ("silu", "sigmoid"), (False, True), (0, 1)),
+)
 def test_sizes(
     machine: Machine, size: tuple[int, int, int], dtype: str, activation: str, early: bool, shift: int
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_numbers import Values, near, random, wide
+from pairwise import pairwise
 from plugin_host import DTYPES, Machine, Refused
 
 SCORINGS = ("softmax", "softmax_top_k", "sigmoid")
@@ -65,12 +66,14 @@ def is_right(machine: Machine, inputs: list[Values], attributes: dict[str, Any],
 EXPERTS = [(4, 1), (8, 8), (16, 1), (32, 4), (60, 4), (64, 6), (100, 7), (128, 8), (256, 8), (260, 5), (512, 10)]
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("scoring", SCORINGS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("e", "k"), EXPERTS)
-def test_experts(machine: Machine, e: int, k: int, dtype: str, scoring: str, with_bias: bool, shift: int) -> None:
+@pytest.mark.parametrize(
+    ("experts", "dtype", "scoring", "with_bias", "shift"),
+    pairwise(EXPERTS, [*DTYPES], SCORINGS, (False, True), (0, 1)),
+)
+def test_experts(
+    machine: Machine, experts: tuple[int, int], dtype: str, scoring: str, with_bias: bool, shift: int
+) -> None:
+    e, k = experts
     inputs = [random((1, 7, e), dtype, e), random((e,), dtype, k)][: 2 if with_bias else 1]
     assert is_right(machine, inputs, asked(k, scoring), dtype, shift)
 
