@@ -1,82 +1,12 @@
-"""How blocks make a model: steps in order, each a block with its values and weights named.
-
-The one description that the stitcher, our PyTorch and the manifest share. A value has one name for the whole
-model; a weight is named as in the checkpoint.
-"""
+"""What an assembly of blocks says: the blocks that can stand alone, and what the checkpoint calls their weights."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, Block, Model, Port
-
-# What every model takes besides its caches, in this order.
-TOKENS = ("input_ids", "position_ids", "attention_mask")
-# Paths of the two parameters that may be tied.
-HEAD, TABLE = "head.projection.weight", "embedding.weight"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One block at its place. `inputs` and `outputs` name the values at the block's ports, in order.
-
-    `path` is where the block's parameters start in the model, as `layers.3.`; Arch.names knows such paths.
-    """
-
-    name: str
-    block: Block
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    path: str
-
-
-@dataclass(frozen=True)
-class Assembly:
-    """A graph of blocks: what goes in, the steps, what comes out. Ports here are named by value."""
-
-    inputs: tuple[Port, ...]
-    steps: tuple[Step, ...]
-    outputs: tuple[Port, ...]
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The distinct blocks, in order of first use."""
-        return tuple(dict.fromkeys(s.block for s in self.steps))
-
-
-def assemble(model: Model) -> Assembly:
-    """The whole model, as `input_ids, position_ids, attention_mask, past` to `logits, present`."""
-    context = _context(model)
-    steps = [Step("embedding", model.embedding, ("input_ids",), ("hidden.0",), "embedding."), *context.values()]
-    past, present = [], []
-    for i, layer in enumerate(model.layers):
-        mixer = layer.block.mixer
-        read = {p.name: v for b in layer.reads for p, v in zip(b.outputs, context[b].outputs, strict=True)}
-        cached = tuple(p.name.replace("past_", f"past_key_values.{i}.", 1) for p in mixer.cache)
-        grown = tuple(p.name.replace("present_", f"present.{i}.", 1) for p in mixer.present)
-        inputs = (f"hidden.{i}", *(read[p.name] for p in mixer.context), *cached)
-        steps.append(Step(f"layers.{i}", layer.block, inputs, (f"hidden.{i + 1}", *grown), f"layers.{i}."))
-        past += _named(cached, mixer.cache)
-        present += _named(grown, mixer.present)
-    steps.append(Step("head", model.head, (f"hidden.{len(model.layers)}",), ("logits",), "head."))
-    ports = {p.name: p for s in steps if s.block in (model.embedding, *context) for p in s.block.inputs}
-    tokens = tuple(ports[n] for n in TOKENS if n in ports)
-    return Assembly((*tokens, *past), tuple(steps), (*model.head.outputs, *present))
-
-
-def _context(model: Model) -> dict[Block, Step]:
-    """The blocks that layers read, as steps. A second of a kind without a label of its own is numbered."""
-    steps: dict[Block, Step] = {}
-    for block in dict.fromkeys(b for layer in model.layers for b in layer.reads):
-        twins = sum(b.label == block.label for b in steps)
-        suffix = block.label.removeprefix(block.kind) + (f"_{twins}" if twins else "")
-        name = block.kind + suffix
-        values = tuple(p.name + suffix for p in block.outputs)
-        steps[block] = Step(name, block, tuple(p.name for p in block.inputs), values, f"{name}.")
-    return steps
+from llmexport.export.spec import Arch, Assembly, Model, Step
 
 
 def alone(step: Step) -> Assembly:
@@ -90,7 +20,7 @@ def alone(step: Step) -> Assembly:
 def named_blocks(model: Model) -> dict[str, Step]:
     """Every block that can be exported alone, by name: its kind, and its place where a model has two of a kind."""
     found: dict[str, Step] = {}
-    every = [part for step in assemble(model).steps for part in parts(step)]
+    every = [part for step in model.steps for part in parts(step)]
     places = [part.name.replace(".", "_") for part in every]
     for part, place in zip(every, places, strict=True):
         if part.block in [s.block for s in found.values()]:
@@ -110,12 +40,12 @@ def find_block(model: Model, name: str) -> Step:
 
 def checkpoint_name(arch: Arch, model: Model, path: str) -> str:
     """The checkpoint's name of the parameter at `path`, as `layers.3.mlp.up_proj.weight`."""
-    return _stored_name(arch, TABLE if model.tied and path == HEAD else path)
+    return _stored_name(arch, model.ties.get(path, path))
 
 
-def tied_names(arch: Arch) -> tuple[str, str]:
-    """What a checkpoint calls the head's projection, and the embedding table that it may be tied to."""
-    return _stored_name(arch, HEAD), _stored_name(arch, TABLE)
+def tied_names(arch: Arch, model: Model) -> list[tuple[str, str]]:
+    """What a checkpoint calls each tied parameter, and the one whose weights it shares."""
+    return [(_stored_name(arch, copy), _stored_name(arch, original)) for copy, original in model.ties.items()]
 
 
 def part_names(arch: Arch, path: str, experts: int) -> tuple[str, ...]:
@@ -137,18 +67,14 @@ def _generic_name(arch: Arch, path: str) -> tuple[str, str]:
 
     Raises KeyError if the architecture names no such path: a mistake in its data file.
     """
-    match = re.match(r"layers\.(\d+)\.", path)
+    match = re.search(r"\.(\d+)\.", path)
     index = match.group(1) if match else ""
-    generic = path.replace(f"layers.{index}.", "layers.{i}.", 1)
+    generic = path.replace(f".{index}.", ".{i}.", 1) if match else path
     starts = [s for s in arch.names if generic.startswith(s)]
     if not starts:
         raise KeyError(f"{path}: no name of this architecture fits")
     start = max(starts, key=len)
     return arch.names[start] + generic[len(start) :], index
-
-
-def _named(names: tuple[str, ...], ports: tuple[Port, ...]) -> list[Port]:
-    return [Port(n, p.shape, p.dtype) for n, p in zip(names, ports, strict=True)]
 
 
 def parts(step: Step) -> Iterator[Step]:

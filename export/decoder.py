@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from llmexport.export.config import Config
-from llmexport.export.spec import Activation, Attention, Block, DecoderLayer, Embedding, Head, Layer, Mlp, Model, Norm
+from llmexport.export.spec import Activation, Attention, Block, DecoderLayer, Embedding, Head, Mlp, Model, Norm
+from llmexport.export.wiring import Wiring
 
 # The published names of Llama and of all who followed it.
 NAMES = MappingProxyType(
@@ -19,6 +20,11 @@ NAMES = MappingProxyType(
         "head.projection.": "lm_head.",
     }
 )
+
+# What every decoder takes besides its states, in this order.
+TOKENS = ("input_ids", "position_ids", "attention_mask")
+# The parameter that may be tied, and the one that it is tied to.
+TIED = MappingProxyType({"head.projection.weight": "embedding.weight"})
 
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
@@ -80,12 +86,28 @@ class Decoder:
         softcap: float = 0.0,
     ) -> Model:
         """`layers` are the blocks and what each reads; `tied` is for configs that do not say."""
-        return Model(
-            embedding=Embedding(self.vocabulary, self.hidden, scale),
-            layers=tuple(Layer(block, reads) for block, reads in layers),
-            head=Head(norm, self.vocabulary, softcap),
-            tied=self.config.flag("tie_word_embeddings", tied),
-        )
+        embedding, head = Embedding(self.vocabulary, self.hidden, scale), Head(norm, self.vocabulary, softcap)
+        return wired(embedding, layers, head, tied=self.config.flag("tie_word_embeddings", tied))
+
+
+def wired(
+    embedding: Embedding, layers: Iterable[tuple[DecoderLayer, tuple[Block, ...]]], head: Head, *, tied: bool
+) -> Model:
+    """A decoder as one graph: `input_ids, position_ids, attention_mask, past` to `logits, present`.
+
+    `layers` are the blocks and the context that each reads; `tied`: the head's projection is the embedding table.
+    """
+    layers, wiring = list(layers), Wiring()
+    shared = [b for _, reads in layers for b in reads]
+    ports = {p.name: p for b in (embedding, *shared) for p in b.inputs}
+    wiring.take(*(ports[n] for n in TOKENS if n in ports))
+    (hidden,) = wiring.place("embedding", embedding, ["hidden.0"])
+    wiring.share(shared)
+    for i, (block, reads) in enumerate(layers):
+        (hidden,) = wiring.place(f"layers.{i}", block, [f"hidden.{i + 1}"], state=f"{i}", context=reads, hidden=hidden)
+    wiring.place("head", head, hidden=hidden)
+    wiring.give(*head.outputs)
+    return Model((wiring.done(),), TIED if tied else {})
 
 
 def decoder(config: Config, head_size: int | None = None, *, grouped: bool = True) -> Decoder:

@@ -25,11 +25,10 @@ from types import MappingProxyType
 from typing import Any
 
 from llmexport.export import manifest
-from llmexport.export.assembly import Assembly
 from llmexport.export.errors import EngineError
 from llmexport.export.onnx_file import MODEL, Progress, load
 from llmexport.export.output import write_errors
-from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Port
+from llmexport.export.spec import AXES, Assembly, Axis, Port, Sizes, summands
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.plugins import library
 
@@ -68,15 +67,12 @@ ANOTHER_GRAPH = re.compile(
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 TYPES |= {"INT32": "int32", "INT64": "int64", "BOOL": "bool", "UINT8": "uint8"}
 
-Sizes = tuple[int, int, int]
-DEFAULTS: Mapping[str, Sizes] = MappingProxyType({BATCH: (1, 1, 4), SEQUENCE: (1, 64, 512), PAST: (0, 512, 2048)})
-
 
 @dataclass(frozen=True)
 class Profile:
     """The sizes that an engine takes and is tuned for: (min, opt, max) of dynamic dimensions by name.
 
-    What is not named has its sizes from `DEFAULTS`; `total` is past + sequence and cannot be named.
+    What is not named has the sizes of its Axis; one that is a sum, as `total` is past + sequence, cannot be named.
     """
 
     sizes: Mapping[str, Sizes] = field(default_factory=dict)
@@ -84,25 +80,26 @@ class Profile:
     def __post_init__(self) -> None:
         for name, (low, opt, high) in self.sizes.items():
             said = f"profile says {name}={low}:{opt}:{high}"
-            least = 0 if name == PAST else 1
-            if name == TOTAL:
-                raise EngineError(f"{said}, but {TOTAL} is {PAST} + {SEQUENCE}: name those")
-            if not least <= low <= opt <= high < 2**31:
-                raise EngineError(f"{said}: make it {least} <= min <= opt <= max < 2**31")
+            axis = AXES.get(name, Axis(name))
+            if axis.sum_of:
+                raise EngineError(f"{said}, but {name} is {' + '.join(axis.sum_of)}: name those")
+            if not axis.least <= low <= opt <= high < 2**31:
+                raise EngineError(f"{said}: make it {axis.least} <= min <= opt <= max < 2**31")
 
     def resolve(self, ports: Iterable[Port]) -> dict[str, Sizes]:
         """The sizes of every dynamic dimension of these ports. Raises EngineError on one that they lack."""
         dims = {d for p in ports for d in p.shape if isinstance(d, str)}
-        free = dims - {TOTAL} | ({PAST, SEQUENCE} if TOTAL in dims else set())
+        free = {n for d in dims for n in summands(d)}
         if stray := sorted(set(self.sizes) - free):
             known = ", ".join(sorted(free))
             raise EngineError(f"profile names {', '.join(stray)}: this export has the sizes {known}")
-        sizes = {d: s for d, s in {**DEFAULTS, **self.sizes}.items() if d in free}
+        defaults = {a.name: a.profile for a in AXES.values() if a.profile}
+        sizes = {d: s for d, s in {**defaults, **self.sizes}.items() if d in free}
         if unsaid := sorted(free - set(sizes)):
             raise EngineError(f"{', '.join(unsaid)} has no default sizes: name it in --profile")
-        if TOTAL in dims:
-            (a, b, c), (x, y, z) = sizes[PAST], sizes[SEQUENCE]
-            sizes[TOTAL] = (a + x, b + y, c + z)
+        for dim in dims - free:
+            low, opt, high = map(sum, zip(*(sizes[n] for n in summands(dim)), strict=True))
+            sizes[dim] = (low, opt, high)
         return sizes
 
 

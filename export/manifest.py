@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export import cache
-from llmexport.export.assembly import Assembly, Step
 from llmexport.export.checkpoint import Checkpoint, Shard, StoredTensor, read_header
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Port, from_data, to_data
+from llmexport.export.spec import Assembly, Port, Step, from_data, to_data
 
 if TYPE_CHECKING:
     from llmexport.export.onnx_file import Built, Request

@@ -17,10 +17,7 @@ from google.protobuf.message import DecodeError
 from llmexport.export import cache, manifest, weights
 from llmexport.export.archs import Named, text_config
 from llmexport.export.assembly import (
-    Assembly,
-    Step,
     alone,
-    assemble,
     checkpoint_name,
     find_block,
     named_blocks,
@@ -32,7 +29,7 @@ from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.manifest import Manifest
 from llmexport.export.output import new_folder, place_weights
-from llmexport.export.spec import OPSET, Block, Model, Port, to_data
+from llmexport.export.spec import OPSET, Assembly, Block, Model, Port, Step, to_data
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
 from llmexport.graphs.stitch import Piece, stitch
@@ -109,7 +106,7 @@ def new_export(request: Request, target: Path, *, force: bool, marker: str = man
 def fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
     """Exports into an empty folder; returns the manifest."""
     model = read_model(request.arch, request.checkpoint.config)
-    assembly = assemble(model) if request.block is None else alone(find_block(model, request.block))
+    assembly = model.graphs[0].assembly if request.block is None else alone(find_block(model, request.block))
     built = build(request, model, assembly, progress)
     used = {request.checkpoint.tensors[n].file for p in built.wanted.values() for n in p.sources}
     shards = [s for s in request.checkpoint.shards if s.file in used]
@@ -153,9 +150,8 @@ def build(request: Request, model: Model, assembly: Assembly, progress: Progress
                 step_weights[step.name][value.name] = list(parameter.parts) or parameter.name
         own |= {p.name: n for p, n in zip(step.block.outputs, step.outputs, strict=True)}
     ignore = arch.ignore
-    if model.tied:
-        head, table = tied_names(arch)
-        ignore += (head,) if weights.check_tied(head, table, request.checkpoint) else ()
+    for copy, original in tied_names(arch, model):
+        ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
     weights.check(wanted, request.checkpoint, ignore, whole=request.block is None)
     stored = {n: weights.stored_type(p, request.checkpoint) for n, p in wanted.items() if p.as_stored}
 

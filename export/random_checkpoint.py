@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from llmexport.export import weights
 from llmexport.export.archs import Named
-from llmexport.export.assembly import assemble, checkpoint_name, part_names, parts
+from llmexport.export.assembly import checkpoint_name, part_names, parts
 from llmexport.export.checkpoint import INDEX, ITEMSIZE
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
@@ -79,7 +79,7 @@ def _parameters(arch: Named, config: Mapping[str, Any]) -> Iterator[tuple[str, _
     from llmexport.export.trace import module_shapes, packed_parameters
 
     model = read_model(arch, config)
-    for step in assemble(model).steps:
+    for step in model.steps:
         means = {part.path: mean for part in parts(step) if (mean := _mean(part.block)) is not None}
         packed = packed_parameters(step.block)
         for path, shape in module_shapes(step.block).items():

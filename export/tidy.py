@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from llmexport.export.spec import PAST, SEQUENCE, TOTAL
+from llmexport.export.spec import AXES
 
 
 def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -23,11 +23,13 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     typed = [v for v in graph.value_info if v.name in made]
     del graph.value_info[:]
     graph.value_info.extend(typed)
+    sums = {frozenset(a.sum_of): a.name for a in AXES.values() if a.sum_of}
     for value in (*graph.input, *graph.output, *graph.value_info):
         value.ClearField("metadata_props")
         for dim in value.type.tensor_type.shape.dim:
-            if set(dim.dim_param.split(" + ")) == {SEQUENCE, PAST}:
-                dim.dim_param = TOTAL
+            dim_sum = sums.get(frozenset(dim.dim_param.split(" + ")))
+            if dim_sum:
+                dim.dim_param = dim_sum
     _settle_reshapes(graph)
     return model
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from llmexport.export import blocks
 from llmexport.export.blocks import standard
-from llmexport.export.spec import BATCH, OPSET, PAST, SEQUENCE, TOTAL, Block, Port
+from llmexport.export.spec import BATCH, OPSET, PAST, SEQUENCE, Block, Port, with_sums
 from llmexport.export.tidy import tidy
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
 
 # Sizes to trace at: distinct, so that no two dimensions are taken for one, and above 1, which would be special.
-SIZES = {BATCH: 2, SEQUENCE: 5, PAST: 3, TOTAL: 8}
+SIZES = with_sums({BATCH: 2, SEQUENCE: 5, PAST: 3})
 
 
 def trace_block(block: Block, dtype: str) -> onnx.ModelProto:

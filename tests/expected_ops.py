@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from llmexport.export.assembly import Assembly, Step
-from llmexport.export.spec import Attention, DecoderLayer, Head, Moe, Norm
+from llmexport.export.spec import Assembly, Attention, DecoderLayer, Head, Moe, Norm, Step
 
 NO_SUM = "its input is not a sum"
 NO_SILU = "the sigmoid is not multiplied with its own input"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from llmexport.export import archs
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
-from llmexport.export.spec import Attention, DecoderLayer, Mask, Model, Rotary
+from llmexport.export.spec import Attention, Block, DecoderLayer, Mask, Model, Rotary
 
 
 def read(arch: str, **changes: Any) -> Model:
@@ -49,15 +50,35 @@ def everywhere(arch: str, rope: dict[str, Any]) -> dict[str, Any]:
     return {"sliding_attention": rope, "full_attention": dict(rope)} if arch == "gemma3_text" else rope
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A decoder layer at its place, and the context blocks whose outputs it reads."""
+
+    block: DecoderLayer
+    reads: tuple[Block, ...]
+
+
+def placed_layers(model: Model) -> list[Placed]:
+    makers = {value: s.block for s in model.steps for value in s.outputs if not isinstance(s.block, DecoderLayer)}
+    return [
+        Placed(s.block, tuple(dict.fromkeys(makers[v] for v in s.inputs[1:] if v in makers)))
+        for s in model.steps
+        if isinstance(s.block, DecoderLayer)
+    ]
+
+
 def rotary(model: Model) -> Rotary:
     """The RoPE that all layers share."""
-    [found] = {b for layer in model.layers for b in layer.reads if isinstance(b, Rotary)}
+    [found] = {b for layer in placed_layers(model) for b in layer.reads if isinstance(b, Rotary)}
     return found
 
 
 def windows(model: Model) -> list[int | None]:
     """How far each layer's attention looks back."""
-    return [_window(layer.block, next((b for b in layer.reads if isinstance(b, Mask)), None)) for layer in model.layers]
+    found = [
+        (layer.block, next((b for b in layer.reads if isinstance(b, Mask)), None)) for layer in placed_layers(model)
+    ]
+    return [_window(block, mask) for block, mask in found]
 
 
 def _window(block: DecoderLayer, mask: Mask | None) -> int | None:

@@ -10,12 +10,11 @@ from typing import Any
 import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
 import numpy as np
 
-from llmexport.export.assembly import Assembly
 from llmexport.export.spec import (
     BATCH,
     PAST,
     SEQUENCE,
-    TOTAL,
+    Assembly,
     Attention,
     Block,
     DecoderLayer,
@@ -25,6 +24,7 @@ from llmexport.export.spec import (
     Port,
     Rotary,
     Temperature,
+    with_sums,
 )
 from llmexport.validate.runners import Feed
 
@@ -99,7 +99,7 @@ def threshold(block: Block) -> int:
 def prefill(assembly: Assembly, start: Prompt, dtype: str) -> Feed:
     """The feed of the first step: the whole prompt, an empty past."""
     given = {"input_ids": start.ids, "position_ids": start.positions, "attention_mask": start.mask}
-    sizes = {BATCH: len(start.ids), SEQUENCE: start.ids.shape[1], TOTAL: start.ids.shape[1], PAST: 0}
+    sizes = with_sums({BATCH: len(start.ids), SEQUENCE: start.ids.shape[1], PAST: 0})
     feed = {}
     for port in assembly.inputs:
         # Several positions a token, as mRoPE has them, are equal for text.
@@ -111,12 +111,11 @@ def prefill(assembly: Assembly, start: Prompt, dtype: str) -> Feed:
 def crossing(assembly: Assembly, at: int, dtype: str, seed: int = 0) -> Feed:
     """A step of one row that crosses a threshold, after a random past; recurrent states are zero."""
     random = np.random.default_rng(seed)
-    sizes = {BATCH: 1, SEQUENCE: CROSSING, PAST: max(at - BEFORE, 0)}
-    sizes[TOTAL] = sizes[PAST] + CROSSING
+    sizes = with_sums({BATCH: 1, SEQUENCE: CROSSING, PAST: max(at - BEFORE, 0)})
     vocabulary = next(s.block.vocabulary for s in assembly.steps if isinstance(s.block, Embedding))
     given = {
         "input_ids": random.integers(0, vocabulary, CROSSING),
-        "position_ids": np.arange(sizes[PAST], sizes[TOTAL]),
+        "position_ids": sizes[PAST] + np.arange(CROSSING),
         "attention_mask": np.ones(()),
     }
     feed = {}
@@ -158,7 +157,7 @@ def block_sizes(block: Block) -> list[dict[str, int]]:
 def block_feed(block: Block, dtype: str, sizes: dict[str, int], seed: int = 0) -> Feed:
     """A random feed for one block alone, by its ports: what each port means decides what is drawn."""
     random = np.random.default_rng(seed)
-    sizes = sizes | {TOTAL: sizes[PAST] + sizes[SEQUENCE]}
+    sizes, total = with_sums(sizes), sizes[PAST] + sizes[SEQUENCE]
     angles = random.uniform(0, 100, (sizes[BATCH], sizes[SEQUENCE], 1))
     feed = {}
     for port in block.inputs:
@@ -168,7 +167,7 @@ def block_feed(block: Block, dtype: str, sizes: dict[str, int], seed: int = 0) -
             case "input_ids":
                 value = random.integers(0, getattr(block, "vocabulary", 100), shape)
             case "position_ids":
-                value = np.broadcast_to(np.arange(sizes[PAST], sizes[TOTAL]), shape)
+                value = np.broadcast_to(np.arange(sizes[PAST], total), shape)
             case "attention_mask":
                 # Padding on the left, and of another length in each row.
                 value = np.arange(shape[1]) >= 2 * np.arange(shape[0])[:, None]
@@ -177,7 +176,7 @@ def block_feed(block: Block, dtype: str, sizes: dict[str, int], seed: int = 0) -
             case "start":
                 value = np.arange(shape[0])
             case "length":
-                value = np.full(shape, sizes[TOTAL])
+                value = np.full(shape, total)
             case "present_tokens":
                 value = np.arange(shape[1]) >= np.arange(shape[0])[:, None]
             case "temperature":

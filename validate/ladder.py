@@ -14,9 +14,8 @@ from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import onnx_file
 from llmexport.export.archs import load, text_config
-from llmexport.export.assembly import Step
 from llmexport.export.manifest import Manifest
-from llmexport.export.spec import PAST, SEQUENCE
+from llmexport.export.spec import PAST, SEQUENCE, Step
 from llmexport.validate import feeds
 from llmexport.validate.compare import Difference, compare
 from llmexport.validate.report import REFERENCE, Report, Rung

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from llmexport.export import blocks
 from llmexport.export.archs import load, text_config, whole_names
-from llmexport.export.assembly import Step
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.manifest import Manifest
+from llmexport.export.spec import Step
 from llmexport.export.trace import torch_dtype
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from llmexport.export.assembly import Assembly
-from llmexport.export.spec import DecoderLayer, GatedDeltaNet, Moe
+from llmexport.export.spec import Assembly, DecoderLayer, GatedDeltaNet, Moe
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = Norm(block.qk_norm), Norm(block.qk_norm)
         if block.sinks:
             self.sinks = nn.Parameter(torch.empty(block.heads))
-        self.names = [p.name for p in (*block.context, *block.cache)]
+        self.names = [p.name for p in (*block.context, *(s.past for s in block.states))]
 
     def forward(self, normed: Tensor, *read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`read` is the context and the cache, in the order of the block's ports."""

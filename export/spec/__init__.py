@@ -4,7 +4,8 @@ A block is a hashable value: equal blocks are traced once. Every block names its
 whose symbolic dimensions are the dynamic axes of the exported graph. Nothing here imports torch.
 """
 
-from llmexport.export.spec.block import BATCH, DTYPES, OPSET, PAST, SEQUENCE, TOTAL, Block, Dim, Port
+from llmexport.export.spec.axis import AXES, BATCH, PAST, SEQUENCE, TOTAL, Axis, Sizes, summands, with_sums
+from llmexport.export.spec.block import DTYPES, OPSET, Block, Dim, Port, State
 from llmexport.export.spec.context import (
     LinearScaling,
     Llama3Scaling,
@@ -18,13 +19,13 @@ from llmexport.export.spec.context import (
     YarnScaling,
 )
 from llmexport.export.spec.feed_forward import MXFP4_BLOCK, Activation, Experts, Mlp, Moe, Router, SharedExpert
+from llmexport.export.spec.graph import Assembly, Graph, Step
 from llmexport.export.spec.mixer import Attention, CausalConv, GatedDeltaNet, GatedNorm, Mixer, Norm
 from llmexport.export.spec.model import (
     Arch,
     DecoderLayer,
     Embedding,
     Head,
-    Layer,
     Model,
     Whole,
     from_data,
@@ -32,6 +33,7 @@ from llmexport.export.spec.model import (
 )
 
 __all__ = [
+    "AXES",
     "BATCH",
     "DTYPES",
     "MXFP4_BLOCK",
@@ -41,7 +43,9 @@ __all__ = [
     "TOTAL",
     "Activation",
     "Arch",
+    "Assembly",
     "Attention",
+    "Axis",
     "Block",
     "CausalConv",
     "DecoderLayer",
@@ -50,8 +54,8 @@ __all__ = [
     "Experts",
     "GatedDeltaNet",
     "GatedNorm",
+    "Graph",
     "Head",
-    "Layer",
     "LinearScaling",
     "Llama3Scaling",
     "LongScaling",
@@ -67,10 +71,15 @@ __all__ = [
     "Router",
     "Scaling",
     "SharedExpert",
+    "Sizes",
     "Span",
+    "State",
+    "Step",
     "Temperature",
     "Whole",
     "YarnScaling",
     "from_data",
+    "summands",
     "to_data",
+    "with_sums",
 ]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-# The dynamic axes. `total` is past + sequence: what attention sees and the next step's past.
-BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
+from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL
+
 OPSET = 23  # ai.onnx, of everything that is exported
 DTYPES = ("float32", "float16", "bfloat16")
 Dim = int | str
@@ -20,6 +20,17 @@ class Port:
     name: str
     shape: tuple[Dim, ...]
     dtype: str = "T"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a block carries from one step to the next: `present` of a step is `past` of the next.
+
+    A state whose two shapes differ grows.
+    """
+
+    past: Port
+    present: Port
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,11 @@ class Block:
     def parts(self) -> Mapping[str, tuple[Block, str]]:
         """The blocks inside: field -> block and the path of its parameters in this block's module."""
         return {}
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """What it carries; each `past` is among its inputs and each `present` among its outputs."""
+        return ()
 
     @property
     def as_stored(self) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec.block import ATTENTION_MASK, BATCH, INPUT_IDS, SEQUENCE, TOTAL, Block, Port
+from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL
+from llmexport.export.spec.block import ATTENTION_MASK, INPUT_IDS, Block, Port
 
 
 @dataclass(frozen=True)

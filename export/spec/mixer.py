@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec.block import BATCH, PAST, SEQUENCE, TOTAL, Block, Port, hidden
+from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE, TOTAL
+from llmexport.export.spec.block import Block, Port, State, hidden
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ class Norm(Block):
 
 @dataclass(frozen=True)
 class Mixer(Block):
-    """Base of what reads normed hidden states, `context` that layers share and a cache, and grows the cache.
-
-    Every port `past_<what>` of the cache has a `present_<what>` among the outputs.
-    """
+    """Base of what reads normed hidden states, `context` that layers share, and states."""
 
     hidden: int
 
@@ -48,20 +46,12 @@ class Mixer(Block):
         raise NotImplementedError(self.kind)
 
     @property
-    def cache(self) -> tuple[Port, ...]:
-        raise NotImplementedError(self.kind)
-
-    @property
-    def present(self) -> tuple[Port, ...]:
-        raise NotImplementedError(self.kind)
-
-    @property
     def inputs(self) -> tuple[Port, ...]:
-        return (hidden("normed", self.hidden), *self.context, *self.cache)
+        return (hidden("normed", self.hidden), *self.context, *(s.past for s in self.states))
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (hidden("attended", self.hidden), *self.present)
+        return (hidden("attended", self.hidden), *(s.present for s in self.states))
 
 
 @dataclass(frozen=True)
@@ -123,14 +113,9 @@ class Attention(Mixer):
         return (*ports, Port("temperature", (SEQUENCE,), "float32")) if self.temperature else tuple(ports)
 
     @property
-    def cache(self) -> tuple[Port, ...]:
-        shape = (BATCH, self.kv_heads, PAST, self.head_size)
-        return (Port("past_key", shape), Port("past_value", shape))
-
-    @property
-    def present(self) -> tuple[Port, ...]:
-        shape = (BATCH, self.kv_heads, TOTAL, self.head_size)
-        return (Port("present_key", shape), Port("present_value", shape))
+    def states(self) -> tuple[State, ...]:
+        past, present = ((BATCH, self.kv_heads, axis, self.head_size) for axis in (PAST, TOTAL))
+        return tuple(State(Port(f"past_{n}", past), Port(f"present_{n}", present)) for n in ("key", "value"))
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
@@ -146,14 +131,16 @@ class CausalConv(Block):
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (hidden("mixed", self.channels), self.state("past_conv_state"))
+        return (hidden("mixed", self.channels), *(s.past for s in self.states))
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (hidden("convolved", self.channels), self.state("present_conv_state"))
+        return (hidden("convolved", self.channels), *(s.present for s in self.states))
 
-    def state(self, name: str) -> Port:
-        return Port(name, (BATCH, self.kernel - 1, self.channels))
+    @property
+    def states(self) -> tuple[State, ...]:
+        shape = (BATCH, self.kernel - 1, self.channels)
+        return (State(Port("past_conv_state", shape), Port("present_conv_state", shape)),)
 
 
 @dataclass(frozen=True)
@@ -205,16 +192,11 @@ class GatedDeltaNet(Mixer):
         return (Port("present_tokens", (BATCH, SEQUENCE)),)
 
     @property
-    def cache(self) -> tuple[Port, ...]:
-        return (self.convolution.state("past_conv_state"), self._state("past_recurrent_state"))
-
-    @property
-    def present(self) -> tuple[Port, ...]:
-        return (self.convolution.state("present_conv_state"), self._state("present_recurrent_state"))
+    def states(self) -> tuple[State, ...]:
+        shape = (BATCH, self.value_heads, self.key_size, self.value_size)
+        past, present = (Port(f"{when}_recurrent_state", shape, "float32") for when in ("past", "present"))
+        return (*self.convolution.states, State(past, present))
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
         return {"convolution": (self.convolution, "conv1d."), "norm": (self.norm, "norm.")}
-
-    def _state(self, name: str) -> Port:
-        return Port(name, (BATCH, self.value_heads, self.key_size, self.value_size), "float32")

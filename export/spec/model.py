@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmexport.export.spec.block import BATCH, INPUT_IDS, SEQUENCE, Block, Port, hidden
+from llmexport.export.spec.axis import BATCH, SEQUENCE
+from llmexport.export.spec.block import INPUT_IDS, Block, Port, State, hidden
 from llmexport.export.spec.context import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from llmexport.export.spec.feed_forward import Mlp, Moe
+from llmexport.export.spec.graph import Graph, Step
 from llmexport.export.spec.mixer import Attention, GatedDeltaNet, Norm
 
 if TYPE_CHECKING:
@@ -50,11 +52,15 @@ class DecoderLayer(Block):
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (hidden("hidden", self.mixer.hidden), *self.mixer.context, *self.mixer.cache)
+        return (hidden("hidden", self.mixer.hidden), *self.mixer.context, *(s.past for s in self.states))
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (hidden("hidden_out", self.mixer.hidden), *self.mixer.present)
+        return (hidden("hidden_out", self.mixer.hidden), *(s.present for s in self.states))
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        return self.mixer.states
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
@@ -92,21 +98,19 @@ class Head(Block):
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A decoder layer at its place, and the context blocks whose outputs it reads, by the names of its ports."""
-
-    block: DecoderLayer
-    reads: tuple[Block, ...]
-
-
-@dataclass(frozen=True)
 class Model:
-    """A decoder-only language model. `tied`: the head's projection is the embedding table."""
+    """Graphs, in the order they run; one reads an earlier one's outputs by their names.
 
-    embedding: Embedding
-    layers: tuple[Layer, ...]
-    head: Head
-    tied: bool
+    `ties` maps the path of a parameter to that of the one whose weights it shares.
+    """
+
+    graphs: tuple[Graph, ...]
+    ties: Mapping[str, str]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Those of all graphs."""
+        return tuple(s for g in self.graphs for s in g.assembly.steps)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,7 @@ from arch_cases import CASES, Case
 
 from llmexport.export import archs
 from llmexport.export.assembly import (
-    Assembly,
-    Step,
     alone,
-    assemble,
     checkpoint_name,
     find_block,
     named_blocks,
@@ -30,6 +27,7 @@ from llmexport.export.spec import (
     PAST,
     SEQUENCE,
     TOTAL,
+    Assembly,
     Attention,
     Block,
     CausalConv,
@@ -55,6 +53,7 @@ from llmexport.export.spec import (
     Scaling,
     SharedExpert,
     Span,
+    Step,
     Temperature,
     YarnScaling,
     from_data,
@@ -223,7 +222,7 @@ def test_every_kind_of_block_is_tested_here():
 
 
 def test_every_kind_of_block_occurs_in_a_case():
-    found = {part.block.kind for case in CASES for step in assemble(model_of(case)).steps for part in parts(step)}
+    found = {part.block.kind for case in CASES for step in model_of(case).steps for part in parts(step)}
     assert found == KINDS.keys()
 
 
@@ -241,7 +240,7 @@ def test_every_scaling_of_rope_is_tested_here():
 
 @cases
 def test_every_step_reads_what_is_there_already(case):
-    assembly = assemble(model_of(case))
+    assembly = model_of(case).graphs[0].assembly
     there = {p.name for p in assembly.inputs}
     for step in assembly.steps:
         assert set(step.inputs) <= there
@@ -251,14 +250,14 @@ def test_every_step_reads_what_is_there_already(case):
 
 @cases
 def test_every_value_is_made_once(case):
-    assembly = assemble(model_of(case))
+    assembly = model_of(case).graphs[0].assembly
     made = [p.name for p in assembly.inputs] + [n for s in assembly.steps for n in s.outputs]
     assert len(made) == len(set(made))
 
 
 @cases
 def test_maker_and_readers_agree_on_the_shape_of_a_value(case):
-    assembly = assemble(model_of(case))
+    assembly = model_of(case).graphs[0].assembly
     shapes: dict[str, set[Any]] = {p.name: {(p.shape, p.dtype)} for p in (*assembly.inputs, *assembly.outputs)}
     for step in assembly.steps:
         for names, ports in ((step.inputs, step.block.inputs), (step.outputs, step.block.outputs)):
@@ -268,7 +267,7 @@ def test_maker_and_readers_agree_on_the_shape_of_a_value(case):
 
 
 def test_the_model_has_the_names_that_people_know():
-    assembly = assemble(model_of("llama"))
+    assembly = model_of("llama").graphs[0].assembly
     pairs = [(i, kind) for i in range(3) for kind in ("key", "value")]
     inputs = ["input_ids", "position_ids", "attention_mask", *(f"past_key_values.{i}.{p}" for i, p in pairs)]
     assert [p.name for p in assembly.inputs] == inputs
@@ -276,7 +275,7 @@ def test_the_model_has_the_names_that_people_know():
 
 
 def test_a_model_of_gated_delta_nets_has_their_states_beside_keys_and_values():
-    ports = {p.name: (p.shape, p.dtype) for p in assemble(model_of("qwen3_5_moe")).inputs}
+    ports = {p.name: (p.shape, p.dtype) for p in model_of("qwen3_5_moe").graphs[0].assembly.inputs}
     states = {"conv_state": ((BATCH, 3, 128), "T"), "recurrent_state": ((BATCH, 4, 16, 16), "float32")}
     cache = dict.fromkeys(("key", "value"), ((BATCH, 2, PAST, 32), "T"))
     assert ports == {
@@ -295,18 +294,18 @@ def kinds(assembly: Assembly) -> list[str]:
 
 @pytest.mark.parametrize("arch", ["gemma", "llama", "mistral"])
 def test_equal_layers_are_one_block(arch):
-    assembly = assemble(model_of(arch))
+    assembly = model_of(arch).graphs[0].assembly
     assert len([s for s in assembly.steps if s.block.kind == "decoder_layer"]) == 3
     assert kinds(assembly) == ["embedding", "rotary", "mask", "decoder_layer", "head"]
 
 
 def test_layers_of_two_windows_are_one_block_and_two_masks():
-    assembly = assemble(model_of("qwen2"))
+    assembly = model_of("qwen2").graphs[0].assembly
     assert kinds(assembly) == ["embedding", "rotary", "mask", "mask", "decoder_layer", "head"]
 
 
 def test_a_layer_reads_the_mask_of_its_window():
-    steps = {s.name: s for s in assemble(model_of("qwen2")).steps}
+    steps = {s.name: s for s in model_of("qwen2").steps}
     assert [steps[f"layers.{i}"].inputs[3] for i in range(3)] == ["mask", "mask_window_8", "mask_window_8"]
 
 
@@ -325,19 +324,19 @@ READS = {
 @pytest.mark.parametrize("name", READS)
 def test_a_layer_reads_what_its_kind_of_layer_reads(name):
     model = model_of(next(c for c in CASES if c.name == name))
-    steps = [s for s in assemble(model).steps if isinstance(s.block, DecoderLayer)]
-    contexts = [s.inputs[1 : len(s.inputs) - len(s.block.mixer.cache)] for s in steps]
+    steps = [s for s in model.steps if isinstance(s.block, DecoderLayer)]
+    contexts = [s.inputs[1 : len(s.inputs) - len(s.block.states)] for s in steps]
     assert contexts == READS[name]
 
 
 def test_layers_that_turn_by_other_angles_are_one_block():
-    blocks = assemble(model_of("gemma3_text")).blocks
+    blocks = model_of("gemma3_text").graphs[0].assembly.blocks
     assert sum(isinstance(b, DecoderLayer) for b in blocks) == 1
     assert [b.theta for b in blocks if isinstance(b, Rotary)] == [10000.0, 1000000.0]
 
 
 def test_layers_whose_window_is_part_of_their_attention_are_two_blocks():
-    layers = [b for b in assemble(model_of("gpt_oss")).blocks if isinstance(b, DecoderLayer)]
+    layers = [b for b in model_of("gpt_oss").graphs[0].assembly.blocks if isinstance(b, DecoderLayer)]
     assert [layer.mixer.window for layer in layers] == [8, 0]
 
 
@@ -379,7 +378,7 @@ def test_every_block_of_a_model_has_one_name(case):
     model = model_of(case)
     blocks = [s.block for s in named_blocks(model).values()]
     assert len(blocks) == len(set(blocks))
-    assert set(blocks) == {part.block for step in assemble(model).steps for part in parts(step)}
+    assert set(blocks) == {part.block for step in model.steps for part in parts(step)}
 
 
 def test_an_unknown_block_is_refused_with_the_names_there_are():
@@ -390,11 +389,11 @@ def test_an_unknown_block_is_refused_with_the_names_there_are():
 @cases
 def test_weights_are_those_that_transformers_saves(case, tiny_checkpoint):
     folder = tiny_checkpoint(case)
-    found = list(wanted_shapes(case, folder, lambda model: list(assemble(model).steps)))
+    found = list(wanted_shapes(case, folder, lambda model: list(model.steps)))
     model = model_of(case)
     # The embedding's table, which a tied head takes again.
     names = [n for n, _ in found]
-    assert len(names) - len(set(names)) == model.tied
+    assert len(names) - len(set(names)) == len(model.ties)
     assert dict(found) == {n: t.shape for n, t in open_checkpoint(folder).tensors.items()}
 
 

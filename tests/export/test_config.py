@@ -5,7 +5,7 @@ import re
 
 import pytest
 import transformers
-from tiny_configs import one_line, read, read_whole, refusal, refusal_of_whole, windows
+from tiny_configs import one_line, placed_layers, read, read_whole, refusal, refusal_of_whole, windows
 
 from llmexport.export import archs
 from llmexport.export.config import HARMLESS, Config
@@ -77,14 +77,14 @@ def test_the_pattern_that_transformers_writes_and_does_not_read_must_agree():
 
 
 def test_llama_4_turns_where_no_rope_layers_is_1():
-    layers = read("llama4", no_rope_layers=[0, 1, 1, 0]).layers
+    layers = placed_layers(read("llama4", no_rope_layers=[0, 1, 1, 0]))
     assert [layer.block.mixer.turned for layer in layers] == [0, 16, 16, 0]
     assert [any(isinstance(b, Rotary) for b in layer.reads) for layer in layers] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("found", [None, []])
 def test_llama_4_goes_without_rope_in_every_fourth_layer_unless_told(found):
-    layers = read("llama4", no_rope_layers=found, num_hidden_layers=8).layers
+    layers = placed_layers(read("llama4", no_rope_layers=found, num_hidden_layers=8))
     assert [layer.block.mixer.turned > 0 for layer in layers] == [True, True, True, False] * 2
 
 
@@ -101,12 +101,12 @@ def test_llama_4_goes_without_rope_in_every_fourth_layer_unless_told(found):
     ],
 )
 def test_experts_are_in_the_layers_that_the_config_says(arch, changes, sparse):
-    layers = read(arch, **changes).layers
+    layers = placed_layers(read(arch, **changes))
     assert [i for i, layer in enumerate(layers) if isinstance(layer.block.mlp, Moe)] == sparse
 
 
 def experts(**changes) -> Experts:
-    [found] = {layer.block.mlp.experts for layer in read("gpt_oss", **changes).layers}
+    [found] = {layer.block.mlp.experts for layer in placed_layers(read("gpt_oss", **changes))}
     return found
 
 
@@ -212,14 +212,14 @@ def test_more_experts_a_token_than_there_are_is_refused(arch):
 @pytest.mark.parametrize("arch", TYPED)
 @pytest.mark.parametrize("kinds", [["full_attention"], ["full_attention"] * 9, [], "full_attention", {"0": 1}])
 def test_layer_types_of_another_number_of_layers_are_refused(arch, kinds):
-    layers = len(read(arch).layers)
+    layers = len(placed_layers(read(arch)))
     assert f"layer_types must list {layers} kinds" in refusal(arch, layer_types=kinds)
 
 
 @pytest.mark.parametrize("arch", TYPED)
 @pytest.mark.parametrize("kind", ["mamba", "", None, 7])
 def test_an_unknown_kind_of_layer_is_refused_by_name(arch, kind):
-    kinds = [*["full_attention"] * (len(read(arch).layers) - 1), kind]
+    kinds = [*["full_attention"] * (len(placed_layers(read(arch))) - 1), kind]
     assert f"layer_types names {kind}, known are" in refusal(arch, layer_types=kinds)
 
 
@@ -309,8 +309,8 @@ def test_a_value_that_is_not_understood_is_refused(arch, changes, said):
 def test_the_tie_may_be_said_beside_the_text_model(arch):
     tiny = {k: v for k, v in archs.load(arch).arch.tiny.items() if k != "tie_word_embeddings"}
     whole = {"model_type": archs.load(arch).arch.whole.model_type, "text_config": tiny}
-    assert read_model(archs.load(arch), whole | {"tie_word_embeddings": True}).tied
-    assert not read_model(archs.load(arch), whole).tied
+    assert read_model(archs.load(arch), whole | {"tie_word_embeddings": True}).ties
+    assert not read_model(archs.load(arch), whole).ties
 
 
 @pytest.mark.parametrize("arch", WHOLE)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from arch_cases import FIRST
 from published_configs import PUBLISHED
-from tiny_configs import everywhere, one_line
+from tiny_configs import everywhere, one_line, placed_layers
 
 from llmexport.export import archs, blocks
 from llmexport.export.config import HARMLESS, LONGEST, MOST
@@ -123,7 +123,7 @@ def test_junk_in_place_of_any_value_is_refused_or_gives_a_model_that_turns(arch)
     """`ours` passes on any error but the one-line refusal."""
     read = [model for config in junk(arch) if isinstance(model := ours(config), Model)]
     assert read
-    rotaries = {b for model in read for layer in model.layers for b in layer.reads if isinstance(b, Rotary)}
+    rotaries = {b for model in read for layer in placed_layers(model) for b in layer.reads if isinstance(b, Rotary)}
     assert [b for b in rotaries if not steps(b).isfinite().all()] == []
 
 
@@ -138,5 +138,5 @@ def test_the_largest_sizes_that_are_read_can_be_laid_out(arch):
         config[key] = next(n for n in (2**31 - 1, LONGEST, MOST) if "at most" not in str(ours(config | {key: n})))
     model = ours(config)
     assert isinstance(model, Model), model
-    for block in {layer.block for layer in model.layers} | {model.head, model.embedding}:
+    for block in {s.block for s in model.steps}:
         assert all(math.prod(shape) * 4 < 2**63 for shape in module_shapes(block).values())

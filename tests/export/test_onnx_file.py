@@ -19,7 +19,7 @@ from arch_cases import CASES, FIRST, Case
 from published_configs import PUBLISHED
 
 from llmexport.export import archs, manifest, onnx_file, random_checkpoint
-from llmexport.export.assembly import assemble, named_blocks, parts
+from llmexport.export.assembly import named_blocks, parts
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.validate import feeds, ladder
@@ -123,7 +123,7 @@ def test_every_block_exports_alone_and_equals_its_pytorch(case: Case, tiny_check
     # Copies, as onnx refuses to load hard links.
     wanted = request(tiny_checkpoint(case), weights="copy")
     records = onnx_file.write_blocks(wanted, tmp_path / "out", force=False, progress=silent)
-    steps = assemble(onnx_file.read_model(archs.load(case.arch), wanted.checkpoint.config)).steps
+    steps = onnx_file.read_model(archs.load(case.arch), wanted.checkpoint.config).steps
     inside = {type(part.block).__name__ for step in steps for part in parts(step)}
     assert {r["blocks"][0]["is"] for r in records.values()} == inside
     for name in records:

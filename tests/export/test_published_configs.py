@@ -12,6 +12,7 @@ from published_configs import LONG_FACTOR, PUBLISHED, SHORT_FACTOR, WITH_MORE_KE
 from tiny_configs import read, read_whole
 
 from llmexport.export import archs
+from llmexport.export.decoder import wired
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import (
     Attention,
@@ -20,7 +21,6 @@ from llmexport.export.spec import (
     Experts,
     GatedDeltaNet,
     Head,
-    Layer,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
@@ -90,15 +90,15 @@ def test_every_architecture_has_a_published_config():
 def gemma_2b() -> Model:
     norm = Norm(2048, 1e-6, 1.0, "after_weight")
     block = DecoderLayer(norm, Attention(2048, 8, 1, 256), norm, Mlp(2048, 16384, "gelu_tanh"))
-    layer = Layer(block, (Rotary(256, 10000.0), Mask()))
-    return Model(Embedding(256000, 2048, 2048**0.5), (layer,) * 18, Head(norm, 256000), tied=True)
+    layer = (block, (Rotary(256, 10000.0), Mask()))
+    return wired(Embedding(256000, 2048, 2048**0.5), (layer,) * 18, Head(norm, 256000), tied=True)
 
 
 def llama(layers: int, hidden: int, block: DecoderLayer, rotary: Rotary, vocabulary: int, tied: bool = False) -> Model:
     """Alike layers that see everything."""
     reads = (rotary, Mask())
-    return Model(
-        Embedding(vocabulary, hidden), (Layer(block, reads),) * layers, Head(block.input_norm, vocabulary), tied
+    return wired(
+        Embedding(vocabulary, hidden), ((block, reads),) * layers, Head(block.input_norm, vocabulary), tied=tied
     )
 
 
@@ -133,8 +133,8 @@ def gpt_oss_20b() -> Model:
     layers = []
     for window in (128, 0) * 12:
         attention = Attention(2880, 64, 8, 64, qkv_bias=True, out_bias=True, sinks=True, window=window)
-        layers.append(Layer(DecoderLayer(norm, attention, norm, moe), reads))
-    return Model(Embedding(201088, 2880), tuple(layers), Head(norm, 201088), tied=False)
+        layers.append((DecoderLayer(norm, attention, norm, moe), reads))
+    return wired(Embedding(201088, 2880), tuple(layers), Head(norm, 201088), tied=False)
 
 
 def llama_4_scout() -> Model:
@@ -148,9 +148,9 @@ def llama_4_scout() -> Model:
     turns = Attention(5120, 40, 8, 128, interleaved=True, qk_norm=unit, qk_norm_place="after_rotary")
     straight = Attention(5120, 40, 8, 128, rotated=0, temperature=True)
     rotary = Rotary(128, 500000.0, Llama3Scaling(16.0, 1.0, 1.0, 8192))
-    chunked = Layer(DecoderLayer(norm, turns, norm, moe), (rotary, Mask(chunk=8192)))
-    full = Layer(DecoderLayer(norm, straight, norm, moe), (Temperature(8192, 0.1), Mask()))
-    return Model(Embedding(202048, 5120), (chunked, chunked, chunked, full) * 12, Head(norm, 202048), tied=False)
+    chunked = (DecoderLayer(norm, turns, norm, moe), (rotary, Mask(chunk=8192)))
+    full = (DecoderLayer(norm, straight, norm, moe), (Temperature(8192, 0.1), Mask()))
+    return wired(Embedding(202048, 5120), (chunked, chunked, chunked, full) * 12, Head(norm, 202048), tied=False)
 
 
 def qwen3_5_35b() -> Model:
@@ -163,9 +163,9 @@ def qwen3_5_35b() -> Model:
     net = GatedDeltaNet(2048, key_heads=16, key_size=128, value_heads=32, value_size=128, kernel=4, epsilon=1e-6)
     heads = Norm(256, 1e-6, 1.0, "after_weight")
     attention = Attention(2048, 16, 2, 256, rotated=64, qk_norm=heads, output_gate=True)
-    linear = Layer(DecoderLayer(norm, net, norm, moe), (Presence(),))
-    full = Layer(DecoderLayer(norm, attention, norm, moe), (Rotary(64, 10000000.0, sections=(11, 11, 10)), Mask()))
-    return Model(Embedding(248320, 2048), (linear, linear, linear, full) * 10, Head(norm, 248320), tied=False)
+    linear = (DecoderLayer(norm, net, norm, moe), (Presence(),))
+    full = (DecoderLayer(norm, attention, norm, moe), (Rotary(64, 10000000.0, sections=(11, 11, 10)), Mask()))
+    return wired(Embedding(248320, 2048), (linear, linear, linear, full) * 10, Head(norm, 248320), tied=False)
 
 
 def gemma_2_2b() -> Model:
@@ -174,18 +174,18 @@ def gemma_2_2b() -> Model:
     for window in (4096, 0) * 13:
         attention = Attention(2304, 8, 4, 256, scale=256**-0.5, softcap=50.0, window=window)
         block = DecoderLayer(norm, attention, norm, Mlp(2304, 9216, "gelu_tanh"), norm, norm)
-        layers.append(Layer(block, (Rotary(256, 10000.0), Span())))
-    return Model(Embedding(256000, 2304, 2304**0.5), tuple(layers), Head(norm, 256000, 30.0), tied=True)
+        layers.append((block, (Rotary(256, 10000.0), Span())))
+    return wired(Embedding(256000, 2304, 2304**0.5), tuple(layers), Head(norm, 256000, 30.0), tied=True)
 
 
 def gemma_3_1b() -> Model:
     norm = Norm(1152, 1e-6, 1.0, "after_weight")
     attention = Attention(1152, 4, 1, 256, scale=256**-0.5, qk_norm=Norm(256, 1e-6, 1.0, "after_weight"))
     block = DecoderLayer(norm, attention, norm, Mlp(1152, 6912, "gelu_tanh"), norm, norm)
-    slides = Layer(block, (Rotary(256, 10000.0), Mask(512)))
-    full = Layer(block, (Rotary(256, 1000000.0), Mask()))
+    slides = (block, (Rotary(256, 10000.0), Mask(512)))
+    full = (block, (Rotary(256, 1000000.0), Mask()))
     layers = (*(*[slides] * 5, full) * 4, slides, slides)
-    return Model(Embedding(262144, 1152, 1152**0.5), layers, Head(norm, 262144), tied=True)
+    return wired(Embedding(262144, 1152, 1152**0.5), layers, Head(norm, 262144), tied=True)
 
 
 def qwen3_8b() -> Model:
@@ -200,8 +200,8 @@ def phi_3_mini(window: int, scaling: LongScaling | None) -> Model:
     norm = Norm(3072, 1e-5)
     attention = Attention(3072, 32, 32, 96, fused=True, rotated=96)
     block = DecoderLayer(norm, attention, norm, Mlp(3072, 8192, "silu", fused=True))
-    layer = Layer(block, (Rotary(96, 10000.0, scaling), Mask(window)))
-    return Model(Embedding(32064, 3072), (layer,) * 32, Head(norm, 32064), tied=False)
+    layer = (block, (Rotary(96, 10000.0, scaling), Mask(window)))
+    return wired(Embedding(32064, 3072), (layer,) * 32, Head(norm, 32064), tied=False)
 
 
 def olmo_1b() -> Model:

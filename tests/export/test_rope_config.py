@@ -9,7 +9,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from published_configs import PUBLISHED
-from tiny_configs import everywhere, read, refusal, rotary
+from tiny_configs import everywhere, placed_layers, read, refusal, rotary
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmexport.export import archs
@@ -140,7 +140,7 @@ def test_a_share_of_a_head_that_leaves_no_dimension_is_refused():
 def test_a_share_of_the_head_turns():
     for changes in ({"rope_parameters": {"partial_rotary_factor": 0.25}}, {"partial_rotary_factor": 0.25}):
         model = read("glm4", **{"rope_parameters": {}} | changes)
-        assert rotary(model).size == model.layers[0].block.mixer.turned == 4
+        assert rotary(model).size == placed_layers(model)[0].block.mixer.turned == 4
 
 
 def test_mrope_has_the_sections_of_the_config_or_those_of_the_family():
@@ -173,18 +173,18 @@ def test_sections_are_refused_where_a_token_has_one_position(arch):
 
 
 def test_gemma_3_has_a_rope_for_each_kind_of_layer():
-    found = [next(b for b in layer.reads if isinstance(b, Rotary)) for layer in read("gemma3_text").layers]
+    found = [next(b for b in layer.reads if isinstance(b, Rotary)) for layer in placed_layers(read("gemma3_text"))]
     local, scaled = Rotary(32, 10000.0), Rotary(32, 1000000.0, LinearScaling(8.0))
     assert found == [local, scaled, local]
 
 
 def test_gemma_3_of_the_first_release_scales_full_layers_alone():
     old = {"rope_theta": 500000, "rope_local_base_freq": 20000, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    layers = read("gemma3_text", rope_parameters=None, **old).layers
+    layers = placed_layers(read("gemma3_text", rope_parameters=None, **old))
     found = [next(b for b in layer.reads if isinstance(b, Rotary)) for layer in layers]
     assert found[:2] == [Rotary(32, 20000.0), Rotary(32, 500000.0, LinearScaling(8.0))]
     config = transformers.Gemma3TextConfig(**archs.load("gemma3_text").arch.tiny | {"rope_parameters": None} | old)
-    assert read_model(archs.load("gemma3_text"), config.to_dict()).layers == layers
+    assert placed_layers(read_model(archs.load("gemma3_text"), config.to_dict())) == layers
 
 
 BOTH = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "default"}}
@@ -192,7 +192,7 @@ BOTH = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_
 
 def test_gemma_3_looks_for_the_theta_of_each_kind_at_its_own_place():
     outer = {"rope_parameters": BOTH, "rope_theta": 500000.0, "rope_local_base_freq": 20000.0}
-    layers = read("gemma3_text", **outer).layers
+    layers = placed_layers(read("gemma3_text", **outer))
     found = [next(b for b in layer.reads if isinstance(b, Rotary)) for layer in layers]
     assert found[:2] == [Rotary(32, 20000.0), Rotary(32, 500000.0)]
     config = transformers.Gemma3TextConfig(**copy.deepcopy(dict(archs.load("gemma3_text").arch.tiny) | outer))

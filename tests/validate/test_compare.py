@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from tiny_configs import read
+from tiny_configs import placed_layers, read
 
 from llmexport.export import archs
-from llmexport.export.assembly import Assembly, assemble
-from llmexport.export.spec import GatedDeltaNet, Moe
+from llmexport.export.spec import Assembly, GatedDeltaNet, Moe
 from llmexport.validate.compare import Difference, Mismatch, compare
 from llmexport.validate.tolerance import RECURRENT, TOLERANCE, Tolerance, tolerance
 
@@ -92,12 +91,12 @@ def test_a_row_that_is_not_finite_is_never_left_out(value: float, row: int) -> N
 
 
 def model(arch: str) -> Assembly:
-    return assemble(read(arch))
+    return read(arch).graphs[0].assembly
 
 
 @pytest.mark.parametrize("arch", archs.names())
 def test_tokens_may_stray_where_experts_are_chosen_in_16_bits_alone(arch: str) -> None:
-    routed = any(isinstance(layer.block.mlp, Moe) for layer in read(arch).layers)
+    routed = any(isinstance(layer.block.mlp, Moe) for layer in placed_layers(read(arch)))
     for dtype, bound in TOLERANCE.items():
         assert (tolerance(dtype, model(arch)).strays > 0) == (routed and dtype != "float32")
         assert bound.strays == 0
@@ -105,7 +104,7 @@ def test_tokens_may_stray_where_experts_are_chosen_in_16_bits_alone(arch: str) -
 
 @pytest.mark.parametrize("arch", archs.names())
 def test_a_model_without_a_delta_rule_has_the_bound_of_its_dtype(arch: str) -> None:
-    recurrent = any(isinstance(layer.block.mixer, GatedDeltaNet) for layer in read(arch).layers)
+    recurrent = any(isinstance(layer.block.mixer, GatedDeltaNet) for layer in placed_layers(read(arch)))
     for dtype, bound in TOLERANCE.items():
         found = tolerance(dtype, model(arch))
         factor = RECURRENT if recurrent else 1.0

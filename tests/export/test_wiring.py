@@ -1,0 +1,105 @@
+"""Blocks at their places: what reads what, and what a step carries to the next."""
+
+from dataclasses import dataclass
+
+import pytest
+from arch_cases import CASES, Case
+
+from llmexport.export import archs
+from llmexport.export.onnx_file import read_model
+from llmexport.export.spec import Block, Embedding, Mask, Norm, Port, State
+from llmexport.export.wiring import Wiring
+
+NORM, IDS = Norm(8, 1e-6), Port("input_ids", ("batch", "sequence"), "int64")
+
+
+@pytest.fixture
+def two_states(monkeypatch: pytest.MonkeyPatch) -> Block:
+    """A block that reads and gives hidden states, and carries one state that grows and one that does not."""
+    monkeypatch.setattr(Block, "kinds", dict(Block.kinds))
+
+    @dataclass(frozen=True)
+    class Shift(Block):
+        @property
+        def inputs(self) -> tuple[Port, ...]:
+            return (Port("hidden", ("batch", "sequence", 8)), *(s.past for s in self.states))
+
+        @property
+        def outputs(self) -> tuple[Port, ...]:
+            return (Port("shifted", ("batch", "sequence", 8)), *(s.present for s in self.states))
+
+        @property
+        def states(self) -> tuple[State, ...]:
+            last = State(Port("past_token", ("batch", 8)), Port("present_token", ("batch", 8)))
+            return (State(Port("past_key", ("batch", "past", 8)), Port("present_key", ("batch", "total", 8))), last)
+
+    return Shift()
+
+
+def test_a_block_reads_what_is_given_or_what_is_called_like_its_port():
+    wiring = Wiring()
+    wiring.take(IDS)
+    assert wiring.place("embedding", Embedding(9, 8)) == ("hidden",)
+    assert wiring.place("first", NORM, ["a"]) == ("a",)
+    wiring.place("second", NORM, path="elsewhere.", hidden="a")
+    wiring.give(*NORM.outputs)
+    steps = wiring.done().assembly.steps
+    assert [(s.inputs, s.outputs) for s in steps] == [
+        (("input_ids",), ("hidden",)),
+        (("hidden",), ("a",)),
+        (("a",), ("normed",)),
+    ]
+    assert [s.path for s in steps] == ["embedding.", "first.", "elsewhere."]
+
+
+def test_states_are_inputs_and_outputs_of_the_graph_and_carried(two_states: Block):
+    wiring = Wiring("decoder")
+    wiring.take(Port("hidden", ("batch", "sequence", 8)))
+    wiring.place("mix", two_states, ["hidden.1"], state="0")
+    wiring.place("again", two_states, state="1", hidden="hidden.1")
+    wiring.give(Port("shifted", ("batch", "sequence", 8)))
+    graph = wiring.done()
+    assert [p.name for p in graph.assembly.inputs] == ["hidden", *graph.carried]
+    assert [p.name for p in graph.assembly.outputs] == ["shifted", *graph.carried.values()]
+    assert graph.carried == {
+        f"past_key_values.{i}.{what}": f"present.{i}.{what}" for i in range(2) for what in ("key", "token")
+    }
+    assert {p.name: p.shape for p in graph.assembly.inputs}["past_key_values.1.key"] == ("batch", "past", 8)
+
+
+def test_shared_blocks_are_placed_once_and_read_as_context():
+    wiring = Wiring()
+    wiring.take(IDS, Port("attention_mask", ("batch", "total"), "int64"))
+    wiring.share([Mask(), Mask(window=3), Mask()])
+    assert [(s.name, s.outputs) for s in wiring.done().assembly.steps] == [
+        ("mask", ("mask",)),
+        ("mask_window_3", ("mask_window_3",)),
+    ]
+
+
+def test_what_nothing_makes_cannot_be_read_or_given():
+    wiring = Wiring()
+    with pytest.raises(KeyError, match="norm reads hidden, which nothing before it makes"):
+        wiring.place("norm", NORM)
+    with pytest.raises(KeyError, match="give reads normed"):
+        wiring.give(*NORM.outputs)
+
+
+def test_a_value_is_made_once():
+    wiring = Wiring()
+    wiring.take(Port("hidden", ("batch", "sequence", 8)))
+    wiring.place("first", NORM)
+    with pytest.raises(KeyError, match="second makes normed again"):
+        wiring.place("second", NORM)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_state_of_a_model_is_carried_to_a_place_of_its_type(case: Case):
+    arch = archs.load(case.arch)
+    [graph] = read_model(arch, {**arch.arch.tiny, **case.changes}).graphs
+    past = {p.name: p for p in graph.assembly.inputs if p.name in graph.carried}
+    present = {p.name: p for p in graph.assembly.outputs}
+    assert len(graph.carried) == sum(len(s.block.states) for s in graph.assembly.steps) == len(past)
+    for before, after in graph.carried.items():
+        assert past[before].dtype == present[after].dtype
+        assert len(past[before].shape) == len(present[after].shape)
