@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmexport.export.config import Config
-from llmexport.export.spec import Activation, Attention, Block, DecoderLayer, Embedding, Head, Mlp, Model, Norm
+from llmexport.export.spec import Activation, Attention, Block, Embedding, Head, Layer, Mlp, Model, Norm
 from llmexport.export.wiring import Wiring
 
 # The published names of Llama and of all who followed it.
@@ -16,6 +16,9 @@ NAMES = MappingProxyType(
     {
         "embedding.": "model.embed_tokens.",
         "layers.{i}.": "model.layers.{i}.",
+        "layers.{i}.self_attn_input_norm.": "model.layers.{i}.input_layernorm.",
+        "layers.{i}.linear_attn_input_norm.": "model.layers.{i}.input_layernorm.",
+        "layers.{i}.mlp_input_norm.": "model.layers.{i}.post_attention_layernorm.",
         "head.norm.": "model.norm.",
         "head.projection.": "lm_head.",
     }
@@ -78,7 +81,7 @@ class Decoder:
 
     def model(
         self,
-        layers: Iterable[tuple[DecoderLayer, tuple[Block, ...]]],
+        layers: Iterable[tuple[Layer, tuple[Block, ...]]],
         norm: Norm,
         *,
         tied: bool,
@@ -90,9 +93,7 @@ class Decoder:
         return wired(embedding, layers, head, tied=self.config.flag("tie_word_embeddings", tied))
 
 
-def wired(
-    embedding: Embedding, layers: Iterable[tuple[DecoderLayer, tuple[Block, ...]]], head: Head, *, tied: bool
-) -> Model:
+def wired(embedding: Embedding, layers: Iterable[tuple[Layer, tuple[Block, ...]]], head: Head, *, tied: bool) -> Model:
     """A decoder as one graph: `input_ids, position_ids, attention_mask, past` to `logits, present`.
 
     `layers` are the blocks and the context that each reads; `tied`: the head's projection is the embedding table.

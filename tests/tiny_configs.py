@@ -10,7 +10,7 @@ import pytest
 from llmexport.export import archs
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
-from llmexport.export.spec import Attention, Block, DecoderLayer, Mask, Model, Rotary
+from llmexport.export.spec import Attention, Block, Layer, Mask, Model, Rotary
 
 
 def read(arch: str, **changes: Any) -> Model:
@@ -52,19 +52,22 @@ def everywhere(arch: str, rope: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Placed:
-    """A decoder layer at its place, and the context blocks whose outputs it reads."""
+    """What a decoder layer at its place holds, and the context blocks whose outputs it reads."""
 
-    block: DecoderLayer
+    mixer: Any
+    mlp: Any
     reads: tuple[Block, ...]
 
 
 def placed_layers(model: Model) -> list[Placed]:
-    makers = {value: s.block for s in model.steps for value in s.outputs if not isinstance(s.block, DecoderLayer)}
-    return [
-        Placed(s.block, tuple(dict.fromkeys(makers[v] for v in s.inputs[1:] if v in makers)))
-        for s in model.steps
-        if isinstance(s.block, DecoderLayer)
-    ]
+    makers = {value: s.block for s in model.steps for value in s.outputs if not isinstance(s.block, Layer)}
+    found = []
+    for step in model.steps:
+        if isinstance(step.block, Layer):
+            mixer, mlp = (sublayer.block for sublayer in step.block.sublayers)
+            reads = dict.fromkeys(makers[v] for v in step.inputs[1:] if v in makers)
+            found.append(Placed(mixer, mlp, tuple(reads)))
+    return found
 
 
 def rotary(model: Model) -> Rotary:
@@ -75,14 +78,8 @@ def rotary(model: Model) -> Rotary:
 
 def windows(model: Model) -> list[int | None]:
     """How far each layer's attention looks back."""
-    found = [
-        (layer.block, next((b for b in layer.reads if isinstance(b, Mask)), None)) for layer in placed_layers(model)
-    ]
-    return [_window(block, mask) for block, mask in found]
+    return [_window(x.mixer, next((b for b in x.reads if isinstance(b, Mask)), None)) for x in placed_layers(model)]
 
 
-def _window(block: DecoderLayer, mask: Mask | None) -> int | None:
-    if mask is not None:
-        return mask.window
-    assert isinstance(block.mixer, Attention)
-    return block.mixer.window or None
+def _window(mixer: Attention, mask: Mask | None) -> int | None:
+    return mixer.window or None if mask is None else mask.window

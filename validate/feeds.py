@@ -17,8 +17,8 @@ from llmexport.export.spec import (
     Assembly,
     Attention,
     Block,
-    DecoderLayer,
     Embedding,
+    Layer,
     LongScaling,
     Mask,
     Port,
@@ -91,8 +91,8 @@ def threshold(block: Block) -> int:
             return block.scaling.original_positions
         case Attention():
             return block.window
-        case DecoderLayer():
-            return threshold(block.mixer)
+        case Layer():
+            return max(threshold(s.block) for s in block.sublayers)
     return 0
 
 

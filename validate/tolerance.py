@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from llmexport.export.spec import Assembly, DecoderLayer, GatedDeltaNet, Moe
+from llmexport.export.assembly import parts
+from llmexport.export.spec import Assembly, GatedDeltaNet, Moe
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,8 @@ STRAYS = 0.5
 
 def tolerance(dtype: str, assembly: Assembly) -> Tolerance:
     """How far two runs of a whole model may differ."""
-    layers = [s.block for s in assembly.steps if isinstance(s.block, DecoderLayer)]
-    recurrent = any(isinstance(layer.mixer, GatedDeltaNet) for layer in layers)
-    routed = any(isinstance(layer.mlp, Moe) for layer in layers)
+    blocks = [part.block for step in assembly.steps for part in parts(step)]
+    recurrent, routed = (any(isinstance(b, kind) for b in blocks) for kind in (GatedDeltaNet, Moe))
     base, factor = TOLERANCE[dtype], RECURRENT if recurrent else 1.0
     strays = STRAYS if routed and dtype != "float32" else 0.0
     return dataclasses.replace(base, max_abs=factor * base.max_abs, rms_ratio=factor * base.rms_ratio, strays=strays)

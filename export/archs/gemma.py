@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
+from llmexport.export.spec import Arch, Mask, Model, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -15,7 +15,7 @@ def build(config: Config) -> Model:
     d = decoder(config, head_size=256)
     norm = d.norm(offset=1.0, rounding="after_weight")
     mlp = d.mlp(activation=config.choice("hidden_act", activations, "gelu_pytorch_tanh"))
-    layer = DecoderLayer(norm, d.attention(qkv_bias=bias, out_bias=bias), norm, mlp)
+    layer = decoder_layer(norm, d.attention(qkv_bias=bias, out_bias=bias), norm, mlp)
     reads = (config.rotary(d.head_size), Mask())
     return d.model([(layer, reads)] * d.layers, norm, tied=True, scale=d.hidden**0.5)
 

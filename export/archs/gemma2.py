@@ -2,12 +2,12 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Mask, Model, Span
+from llmexport.export.spec import Arch, Mask, Model, Span, decoder_layer
 
 # The norms of Gemma 2 and 3, whose post_attention_layernorm follows the attention.
 NORMS = {
-    "layers.{i}.mixer_output_norm.": "model.layers.{i}.post_attention_layernorm.",
-    "layers.{i}.post_attention_layernorm.": "model.layers.{i}.pre_feedforward_layernorm.",
+    "layers.{i}.self_attn_output_norm.": "model.layers.{i}.post_attention_layernorm.",
+    "layers.{i}.mlp_input_norm.": "model.layers.{i}.pre_feedforward_layernorm.",
     "layers.{i}.mlp_output_norm.": "model.layers.{i}.post_feedforward_layernorm.",
 }
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"}
@@ -31,7 +31,7 @@ def build(config: Config) -> Model:
         attention = d.attention(
             qkv_bias=bias, out_bias=bias, scale=scale, softcap=softcap, window=own if softcap else 0
         )
-        block = DecoderLayer(norm, attention, norm, mlp, mixer_output_norm=norm, mlp_output_norm=norm)
+        block = decoder_layer(norm, attention, norm, mlp, mixer_output_norm=norm, mlp_output_norm=norm)
         layers.append((block, (rotary, Span() if softcap else Mask(own or None))))
     head_cap = config.cap("final_logit_softcapping", absent=30.0)
     return d.model(layers, norm, tied=True, scale=d.hidden**0.5, softcap=head_cap)

@@ -3,7 +3,7 @@
 from llmexport.export.archs.gemma2 import ACTIVATIONS, NORMS
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Mask, Model, Norm
+from llmexport.export.spec import Arch, Mask, Model, Norm, decoder_layer
 
 # Of others transformers reads some keys from beside the kinds of layer, where nobody writes them.
 ROPE = {"default": "default", "linear": "linear"}
@@ -23,7 +23,7 @@ def build(config: Config) -> Model:
         scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
         qk_norm=Norm(d.head_size, norm.epsilon, 1.0, "after_weight"),
     )
-    block = DecoderLayer(norm, attention, norm, mlp, mixer_output_norm=norm, mlp_output_norm=norm)
+    block = decoder_layer(norm, attention, norm, mlp, mixer_output_norm=norm, mlp_output_norm=norm)
     local = config.rotary(d.head_size, 10000.0, types=ROPE, of="sliding_attention", theta_key="rope_local_base_freq")
     slides = (local, Mask(config.integer("sliding_window", 4096)))
     full = (config.rotary(d.head_size, 1000000.0, types=ROPE, of="full_attention"), Mask())

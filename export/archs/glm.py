@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
+from llmexport.export.spec import Arch, Mask, Model, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -10,7 +10,7 @@ def build(config: Config) -> Model:
     rotary = config.rotary(d.head_size, partial=0.5)
     norm = d.norm(1.5625e-7)
     attention = d.attention(qkv_bias=config.flag("attention_bias", True), rotated=rotary.size, interleaved=True)
-    layer = DecoderLayer(norm, attention, norm, d.mlp(fused=True))
+    layer = decoder_layer(norm, attention, norm, d.mlp(fused=True))
     return d.model([(layer, (rotary, Mask()))] * d.layers, norm, tied=False)
 
 

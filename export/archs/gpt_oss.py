@@ -3,7 +3,7 @@
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, DecoderLayer, Experts, Model, Moe, Router, Span
+from llmexport.export.spec import Arch, Experts, Model, Moe, Router, Span, decoder_layer
 from llmexport.export.values import show
 
 
@@ -43,7 +43,7 @@ def build(config: Config) -> Model:
     layers = []
     for own in config.layer_types({"full_attention": 0, "sliding_attention": window}, derived):
         attention = d.attention(qkv_bias=bias, out_bias=bias, sinks=True, window=own)
-        layers.append((DecoderLayer(norm, attention, norm, moe), reads))
+        layers.append((decoder_layer(norm, attention, norm, moe), reads))
     return d.model(layers, norm, tied=False)
 
 

@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
+from llmexport.export.spec import Arch, Mask, Model, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -11,7 +11,7 @@ def build(config: Config) -> Model:
     bias = config.flag("attention_bias")
     d = decoder(config, grouped=False)
     norm = d.norm()
-    layer = DecoderLayer(norm, d.attention(qkv_bias=bias, out_bias=bias), norm, d.mlp(bias=config.flag("mlp_bias")))
+    layer = decoder_layer(norm, d.attention(qkv_bias=bias, out_bias=bias), norm, d.mlp(bias=config.flag("mlp_bias")))
     return d.model([(layer, (config.rotary(d.head_size), Mask()))] * d.layers, norm, tied=False)
 
 

@@ -7,7 +7,6 @@ from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
     Arch,
     Block,
-    DecoderLayer,
     Experts,
     Mask,
     Mlp,
@@ -18,6 +17,7 @@ from llmexport.export.spec import (
     SharedExpert,
     Temperature,
     Whole,
+    decoder_layer,
 )
 
 FORWARD = "model.layers.{i}.feed_forward."
@@ -50,7 +50,7 @@ def build(config: Config) -> Model:
     layers = []
     for i, (mask, turn) in enumerate(zip(config.layer_types(masks, derived), turning, strict=True)):
         own: tuple[Block, ...] = (rotary,) if turn else (temperature,) if tuned else ()
-        block = DecoderLayer(norm, turns if turn else straight, norm, moe if i in sparse else dense)
+        block = decoder_layer(norm, turns if turn else straight, norm, moe if i in sparse else dense)
         layers.append((block, (*own, mask)))
     return d.model(layers, norm, tied=False)
 

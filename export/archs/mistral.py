@@ -2,13 +2,13 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
+from llmexport.export.spec import Arch, Mask, Model, decoder_layer
 
 
 def build(config: Config) -> Model:
     d = decoder(config)
     norm = d.norm()
-    layer = DecoderLayer(norm, d.attention(), norm, d.mlp())
+    layer = decoder_layer(norm, d.attention(), norm, d.mlp())
     reads = (config.rotary(d.head_size), Mask(config.window("sliding_window", absent=4096)))
     return d.model([(layer, reads)] * d.layers, norm, tied=False)
 

@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Experts, Mask, Model, Moe, Router
+from llmexport.export.spec import Arch, Experts, Mask, Model, Moe, Router, decoder_layer
 
 MOE = "model.layers.{i}.block_sparse_moe."
 
@@ -16,7 +16,7 @@ def build(config: Config) -> Model:
         Experts(d.hidden, config.length("intermediate_size"), experts, top_k, d.activation()),
     )
     reads = (config.rotary(d.head_size, 1000000.0), Mask(config.window("sliding_window", absent=None)))
-    return d.model([(DecoderLayer(norm, d.attention(), norm, moe), reads)] * d.layers, norm, tied=False)
+    return d.model([(decoder_layer(norm, d.attention(), norm, moe), reads)] * d.layers, norm, tied=False)
 
 
 ARCH = Arch(

@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Mask, Model, Norm
+from llmexport.export.spec import Arch, Mask, Model, Norm, decoder_layer
 
 EPSILON = 1e-5  # fixed in the model file
 
@@ -12,7 +12,7 @@ def build(config: Config) -> Model:
     d = decoder(config, grouped=False)
     norm = Norm(d.hidden, EPSILON, statistics="layer", weighted=False)
     clip = config.number("clip_qkv") if config.get("clip_qkv", None) is not None else None
-    layer = DecoderLayer(norm, d.attention(qkv_bias=bias, out_bias=bias, clip=clip), norm, d.mlp())
+    layer = decoder_layer(norm, d.attention(qkv_bias=bias, out_bias=bias, clip=clip), norm, d.mlp())
     return d.model([(layer, (config.rotary(d.head_size), Mask()))] * d.layers, norm, tied=False)
 
 

@@ -3,7 +3,7 @@
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
+from llmexport.export.spec import Arch, Mask, Model, decoder_layer
 from llmexport.export.values import show
 
 # The first releases called LongRoPE by other names.
@@ -23,7 +23,7 @@ def build(config: Config) -> Model:
     norm = d.norm(1e-5)
     config.expect("attention_bias", False)
     check_code(config)
-    layer = DecoderLayer(norm, d.attention(fused=True, rotated=rotary.size), norm, d.mlp(fused=True))
+    layer = decoder_layer(norm, d.attention(fused=True, rotated=rotary.size), norm, d.mlp(fused=True))
     reads = (rotary, Mask(config.window("sliding_window", absent=None)))
     return d.model([(layer, reads)] * d.layers, norm, tied=False)
 

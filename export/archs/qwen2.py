@@ -3,7 +3,7 @@
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
+from llmexport.export.spec import Arch, Mask, Model, decoder_layer
 
 
 def masks(config: Config) -> tuple[Mask, ...]:
@@ -24,7 +24,7 @@ def build(config: Config) -> Model:
     config.expect("use_mrope", False)
     d = decoder(config)
     norm = d.norm()
-    layer = DecoderLayer(norm, d.attention(qkv_bias=True), norm, d.mlp())
+    layer = decoder_layer(norm, d.attention(qkv_bias=True), norm, d.mlp())
     rotary = config.rotary(d.head_size)
     return d.model([(layer, (rotary, mask)) for mask in masks(config)], norm, tied=False)
 

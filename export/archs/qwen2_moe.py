@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Experts, Mask, Mlp, Model, Moe, Router, SharedExpert
+from llmexport.export.spec import Arch, Experts, Mask, Mlp, Model, Moe, Router, SharedExpert, decoder_layer
 
 MOE = "model.layers.{i}.mlp."
 
@@ -25,7 +25,7 @@ def build(config: Config) -> Model:
     layers = []
     for i, mask in enumerate(masks(config, d.layers)):
         mlp = plain if i in dense or (i + 1) % step else moe
-        layers.append((DecoderLayer(norm, attention, norm, mlp), (rotary, mask)))
+        layers.append((decoder_layer(norm, attention, norm, mlp), (rotary, mask)))
     return d.model(layers, norm, tied=False)
 
 

@@ -3,7 +3,7 @@
 from llmexport.export.archs.qwen2 import masks
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, DecoderLayer, Model, Norm
+from llmexport.export.spec import Arch, Model, Norm, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -11,7 +11,7 @@ def build(config: Config) -> Model:
     bias = config.flag("attention_bias")
     norm = d.norm()
     attention = d.attention(qkv_bias=bias, out_bias=bias, qk_norm=Norm(d.head_size, norm.epsilon))
-    layer = DecoderLayer(norm, attention, norm, d.mlp())
+    layer = decoder_layer(norm, attention, norm, d.mlp())
     rotary = config.rotary(d.head_size)
     return d.model([(layer, (rotary, mask)) for mask in masks(config)], norm, tied=False)
 

@@ -5,7 +5,6 @@ from llmexport.export.config import Config
 from llmexport.export.decoder import NAMES, TINY, decoder
 from llmexport.export.spec import (
     Arch,
-    DecoderLayer,
     Experts,
     GatedDeltaNet,
     Mask,
@@ -17,6 +16,7 @@ from llmexport.export.spec import (
     Router,
     SharedExpert,
     Whole,
+    decoder_layer,
 )
 
 MOE = "model.layers.{i}.mlp."
@@ -60,8 +60,8 @@ def build(config: Config) -> Model:
     interval = config.integer("full_attention_interval", 4)
     derived = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(d.layers)]
     kinds = {
-        "linear_attention": (DecoderLayer(norm, linear, norm, moe), (Presence(),)),
-        "full_attention": (DecoderLayer(norm, full, norm, moe), (rotary, Mask())),
+        "linear_attention": (decoder_layer(norm, linear, norm, moe), (Presence(),)),
+        "full_attention": (decoder_layer(norm, full, norm, moe), (rotary, Mask())),
     }
     return d.model(config.layer_types(kinds, derived), norm, tied=False)
 

@@ -9,8 +9,9 @@ from torch import nn
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
 from llmexport.export.blocks.context import Mask, Presence, Rotary, Span, Temperature
-from llmexport.export.blocks.decoder import DecoderLayer, Embedding, Head
+from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
+from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.moe import Experts, Moe, Router, SharedExpert
 from llmexport.export.blocks.norm import Norm
@@ -35,6 +36,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
     match block:
         case spec.Embedding():
             return Embedding(block, dtype)
+        case spec.Layer():
+            return Layer(block, _module, dtype)
         case spec.Rotary():
             return Rotary(block, dtype)
         case spec.Presence():
@@ -48,7 +51,6 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
 PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
-    spec.DecoderLayer: DecoderLayer,
     spec.Experts: Experts,
     spec.GatedDeltaNet: GatedDeltaNet,
     spec.GatedNorm: GatedNorm,

@@ -20,10 +20,10 @@ from llmexport.export.spec.context import (
 )
 from llmexport.export.spec.feed_forward import MXFP4_BLOCK, Activation, Experts, Mlp, Moe, Router, SharedExpert
 from llmexport.export.spec.graph import Assembly, Graph, Step
+from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, CausalConv, GatedDeltaNet, GatedNorm, Mixer, Norm
 from llmexport.export.spec.model import (
     Arch,
-    DecoderLayer,
     Embedding,
     Head,
     Model,
@@ -48,7 +48,6 @@ __all__ = [
     "Axis",
     "Block",
     "CausalConv",
-    "DecoderLayer",
     "Dim",
     "Embedding",
     "Experts",
@@ -56,6 +55,7 @@ __all__ = [
     "GatedNorm",
     "Graph",
     "Head",
+    "Layer",
     "LinearScaling",
     "Llama3Scaling",
     "LongScaling",
@@ -75,9 +75,11 @@ __all__ = [
     "Span",
     "State",
     "Step",
+    "Sublayer",
     "Temperature",
     "Whole",
     "YarnScaling",
+    "decoder_layer",
     "from_data",
     "summands",
     "to_data",

@@ -1,4 +1,4 @@
-"""The two ends of a decoder, the layer between them, the model, and an architecture."""
+"""The two ends of a decoder, the model, and an architecture."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.spec.axis import BATCH, SEQUENCE
-from llmexport.export.spec.block import INPUT_IDS, Block, Port, State, hidden
+from llmexport.export.spec.block import INPUT_IDS, Block, Port, hidden
 from llmexport.export.spec.context import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
-from llmexport.export.spec.feed_forward import Mlp, Moe
 from llmexport.export.spec.graph import Graph, Step
-from llmexport.export.spec.mixer import Attention, GatedDeltaNet, Norm
+from llmexport.export.spec.layer import Sublayer
+from llmexport.export.spec.mixer import Norm
 
 if TYPE_CHECKING:
     from llmexport.export.config import Config
@@ -33,47 +33,6 @@ class Embedding(Block):
     @property
     def outputs(self) -> tuple[Port, ...]:
         return (hidden("hidden", self.hidden),)
-
-
-@dataclass(frozen=True)
-class DecoderLayer(Block):
-    """Pre-norm decoder layer: x + mixer(norm(x)), then x + mlp(norm(x)).
-
-    The output norms, if there are any, apply to what the mixer and the MLP give, before it is added (sandwich
-    norms, modeling_glm4.py and modeling_gemma2.py).
-    """
-
-    input_norm: Norm
-    mixer: Attention | GatedDeltaNet
-    post_attention_norm: Norm
-    mlp: Mlp | Moe
-    mixer_output_norm: Norm | None = None
-    mlp_output_norm: Norm | None = None
-
-    @property
-    def inputs(self) -> tuple[Port, ...]:
-        return (hidden("hidden", self.mixer.hidden), *self.mixer.context, *(s.past for s in self.states))
-
-    @property
-    def outputs(self) -> tuple[Port, ...]:
-        return (hidden("hidden_out", self.mixer.hidden), *(s.present for s in self.states))
-
-    @property
-    def states(self) -> tuple[State, ...]:
-        return self.mixer.states
-
-    @property
-    def parts(self) -> Mapping[str, tuple[Block, str]]:
-        mixer = "self_attn." if isinstance(self.mixer, Attention) else "linear_attn."
-        found: dict[str, tuple[Block | None, str]] = {
-            "input_norm": (self.input_norm, "input_layernorm."),
-            "mixer": (self.mixer, mixer),
-            "mixer_output_norm": (self.mixer_output_norm, "mixer_output_norm."),
-            "post_attention_norm": (self.post_attention_norm, "post_attention_layernorm."),
-            "mlp": (self.mlp, "mlp."),
-            "mlp_output_norm": (self.mlp_output_norm, "mlp_output_norm."),
-        }
-        return {field: (block, path) for field, (block, path) in found.items() if block}
 
 
 @dataclass(frozen=True)
@@ -170,5 +129,5 @@ def from_data(data: Any) -> Any:
 
 def _class(name: str) -> Any:
     # Asked of the blocks when it is called: a module with further ones may be imported later.
-    others = (Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port)
+    others = (Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port, Sublayer)
     return {c.__name__: c for c in (*Block.kinds.values(), *others)}[name]

@@ -31,12 +31,12 @@ from llmexport.export.spec import (
     Attention,
     Block,
     CausalConv,
-    DecoderLayer,
     Embedding,
     Experts,
     GatedDeltaNet,
     GatedNorm,
     Head,
+    Layer,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
@@ -54,8 +54,10 @@ from llmexport.export.spec import (
     SharedExpert,
     Span,
     Step,
+    Sublayer,
     Temperature,
     YarnScaling,
+    decoder_layer,
     from_data,
     to_data,
 )
@@ -63,7 +65,7 @@ from llmexport.export.trace import module_shapes
 from llmexport.export.weights import Parameter
 
 
-def each(block: Block, **changes: Any) -> list[Block]:
+def each(block: Any, /, **changes: Any) -> list[Any]:
     """The block, and it again with each change alone."""
     return [block, *(dataclasses.replace(block, **{field: value}) for field, value in changes.items())]
 
@@ -132,15 +134,19 @@ BLOCKS = [
     ),
     *each(SHARED, mlp=Mlp(64, 64, "silu"), gated=True),
     *each(Moe(ROUTER, EXPERTS), router=Router(64, 8, 2, "sigmoid"), experts=Experts(64, 64, 8, 2), shared=SHARED),
-    *each(
-        DecoderLayer(NORM, ATTENTION, NORM, MLP),
-        input_norm=Norm(64, 1e-5),
-        mixer=DELTA_NET,
-        post_attention_norm=Norm(64, 1e-5),
-        mlp=Moe(ROUTER, EXPERTS),
-        mixer_output_norm=NORM,
-        mlp_output_norm=NORM,
+    *each(decoder_layer(NORM, ATTENTION, NORM, MLP), parallel=True),
+    *(
+        Layer((sublayer,))
+        for sublayer in each(
+            Sublayer("mlp", MLP, NORM),
+            name="mixed",
+            block=Moe(ROUTER, EXPERTS),
+            input_norm=None,
+            output_norm=NORM,
+            sum_norm=NORM,
+        )
     ),
+    decoder_layer(NORM, DELTA_NET, NORM, MLP),
     *each(Head(NORM, 256), norm=Norm(64, 1e-5), vocabulary=128, softcap=30.0),
 ]
 # Base of attention and the gated delta net: no block of its own.
@@ -295,13 +301,13 @@ def kinds(assembly: Assembly) -> list[str]:
 @pytest.mark.parametrize("arch", ["gemma", "llama", "mistral"])
 def test_equal_layers_are_one_block(arch):
     assembly = model_of(arch).graphs[0].assembly
-    assert len([s for s in assembly.steps if s.block.kind == "decoder_layer"]) == 3
-    assert kinds(assembly) == ["embedding", "rotary", "mask", "decoder_layer", "head"]
+    assert len([s for s in assembly.steps if s.block.kind == "layer"]) == 3
+    assert kinds(assembly) == ["embedding", "rotary", "mask", "layer", "head"]
 
 
 def test_layers_of_two_windows_are_one_block_and_two_masks():
     assembly = model_of("qwen2").graphs[0].assembly
-    assert kinds(assembly) == ["embedding", "rotary", "mask", "mask", "decoder_layer", "head"]
+    assert kinds(assembly) == ["embedding", "rotary", "mask", "mask", "layer", "head"]
 
 
 def test_a_layer_reads_the_mask_of_its_window():
@@ -324,20 +330,20 @@ READS = {
 @pytest.mark.parametrize("name", READS)
 def test_a_layer_reads_what_its_kind_of_layer_reads(name):
     model = model_of(next(c for c in CASES if c.name == name))
-    steps = [s for s in model.steps if isinstance(s.block, DecoderLayer)]
+    steps = [s for s in model.steps if isinstance(s.block, Layer)]
     contexts = [s.inputs[1 : len(s.inputs) - len(s.block.states)] for s in steps]
     assert contexts == READS[name]
 
 
 def test_layers_that_turn_by_other_angles_are_one_block():
     blocks = model_of("gemma3_text").graphs[0].assembly.blocks
-    assert sum(isinstance(b, DecoderLayer) for b in blocks) == 1
+    assert sum(isinstance(b, Layer) for b in blocks) == 1
     assert [b.theta for b in blocks if isinstance(b, Rotary)] == [10000.0, 1000000.0]
 
 
 def test_layers_whose_window_is_part_of_their_attention_are_two_blocks():
-    layers = [b for b in model_of("gpt_oss").graphs[0].assembly.blocks if isinstance(b, DecoderLayer)]
-    assert [layer.mixer.window for layer in layers] == [8, 0]
+    layers = [b for b in model_of("gpt_oss").graphs[0].assembly.blocks if isinstance(b, Layer)]
+    assert [layer.sublayers[0].block.window for layer in layers] == [8, 0]
 
 
 def test_a_block_alone_has_its_ports_for_values():
@@ -347,12 +353,12 @@ def test_a_block_alone_has_its_ports_for_values():
 
 
 def test_the_kinds_of_a_dense_model_have_names():
-    names = ["embedding", "rotary", "mask", "decoder_layer", "norm", "attention", "mlp", "head"]
+    names = ["embedding", "rotary", "mask", "layer", "norm", "attention", "mlp", "head"]
     assert list(named_blocks(model_of("gemma"))) == names
 
 
 def test_the_second_of_a_kind_is_named_by_its_place():
-    assert list(named_blocks(model_of("qwen2")))[2:5] == ["mask", "mask_window_8", "decoder_layer"]
+    assert list(named_blocks(model_of("qwen2")))[2:5] == ["mask", "mask_window_8", "layer"]
 
 
 def test_a_mask_without_a_window_does_not_hide_one_that_comes_first():
@@ -422,9 +428,9 @@ def test_a_path_has_its_published_name(path, name):
 @pytest.mark.parametrize(
     ("arch", "path", "name"),
     [
-        ("glm4", "layers.3.mixer_output_norm.weight", "model.layers.3.post_self_attn_layernorm.weight"),
-        ("gemma2", "layers.3.mixer_output_norm.weight", "model.layers.3.post_attention_layernorm.weight"),
-        ("gemma2", "layers.3.post_attention_layernorm.weight", "model.layers.3.pre_feedforward_layernorm.weight"),
+        ("glm4", "layers.3.self_attn_output_norm.weight", "model.layers.3.post_self_attn_layernorm.weight"),
+        ("gemma2", "layers.3.self_attn_output_norm.weight", "model.layers.3.mlp_input_norm.weight"),
+        ("gemma2", "layers.3.mlp_input_norm.weight", "model.layers.3.pre_feedforward_layernorm.weight"),
         ("mixtral", "layers.3.mlp.router.weight", "model.layers.3.block_sparse_moe.gate.weight"),
         ("qwen2_moe", "layers.3.mlp.shared_expert.gate.weight", "model.layers.3.mlp.shared_expert_gate.weight"),
         ("qwen2_moe", "layers.3.mlp.shared_expert.up_proj.weight", "model.layers.3.mlp.shared_expert.up_proj.weight"),

@@ -78,14 +78,14 @@ def test_the_pattern_that_transformers_writes_and_does_not_read_must_agree():
 
 def test_llama_4_turns_where_no_rope_layers_is_1():
     layers = placed_layers(read("llama4", no_rope_layers=[0, 1, 1, 0]))
-    assert [layer.block.mixer.turned for layer in layers] == [0, 16, 16, 0]
+    assert [layer.mixer.turned for layer in layers] == [0, 16, 16, 0]
     assert [any(isinstance(b, Rotary) for b in layer.reads) for layer in layers] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("found", [None, []])
 def test_llama_4_goes_without_rope_in_every_fourth_layer_unless_told(found):
     layers = placed_layers(read("llama4", no_rope_layers=found, num_hidden_layers=8))
-    assert [layer.block.mixer.turned > 0 for layer in layers] == [True, True, True, False] * 2
+    assert [layer.mixer.turned > 0 for layer in layers] == [True, True, True, False] * 2
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_llama_4_goes_without_rope_in_every_fourth_layer_unless_told(found):
 )
 def test_experts_are_in_the_layers_that_the_config_says(arch, changes, sparse):
     layers = placed_layers(read(arch, **changes))
-    assert [i for i, layer in enumerate(layers) if isinstance(layer.block.mlp, Moe)] == sparse
+    assert [i for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)] == sparse
 
 
 def experts(**changes) -> Experts:
-    [found] = {layer.block.mlp.experts for layer in placed_layers(read("gpt_oss", **changes))}
+    [found] = {layer.mlp.experts for layer in placed_layers(read("gpt_oss", **changes))}
     return found
 
 

@@ -17,8 +17,9 @@ from one_node import model_of
 from onnx.helper import make_node
 
 from llmexport.export import engine, engine_build, manifest
+from llmexport.export.assembly import parts
 from llmexport.export.errors import EngineError, ExportError
-from llmexport.export.spec import DTYPES, Attention, DecoderLayer, Port
+from llmexport.export.spec import DTYPES, Attention, Port
 
 OLD = {engine.PLAN: b"an earlier plan", engine.RECORD: b"an earlier record"}
 
@@ -69,8 +70,8 @@ def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported:
     record = engine.build(folder, progress=silent)
     plan = (folder / engine.PLAN).read_bytes()
     assert record["plan"] == {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}
-    layers = [s.block for s in manifest.read(folder).assembly.steps if isinstance(s.block, DecoderLayer)]
-    masked = [b for b in layers if isinstance(b.mixer, Attention) and not b.mixer.spans]
+    inside = [part.block for step in manifest.read(folder).assembly.steps for part in parts(step)]
+    masked = [b for b in inside if isinstance(b, Attention) and not b.spans]
     # In float32 attention is written out.
     assert record["layers"].get("ATTENTION_INPUT", 0) == (0 if dtype == "float32" else len(masked))
     assert tree(folder) == before | {n: (folder / n).read_bytes() for n in (engine.PLAN, engine.RECORD)}

@@ -16,11 +16,11 @@ from llmexport.export.decoder import wired
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import (
     Attention,
-    DecoderLayer,
     Embedding,
     Experts,
     GatedDeltaNet,
     Head,
+    Layer,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
@@ -36,6 +36,7 @@ from llmexport.export.spec import (
     Span,
     Temperature,
     YarnScaling,
+    decoder_layer,
 )
 
 CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).arch.model_types[0]] for n in archs.names()}
@@ -89,28 +90,27 @@ def test_every_architecture_has_a_published_config():
 
 def gemma_2b() -> Model:
     norm = Norm(2048, 1e-6, 1.0, "after_weight")
-    block = DecoderLayer(norm, Attention(2048, 8, 1, 256), norm, Mlp(2048, 16384, "gelu_tanh"))
+    block = decoder_layer(norm, Attention(2048, 8, 1, 256), norm, Mlp(2048, 16384, "gelu_tanh"))
     layer = (block, (Rotary(256, 10000.0), Mask()))
     return wired(Embedding(256000, 2048, 2048**0.5), (layer,) * 18, Head(norm, 256000), tied=True)
 
 
-def llama(layers: int, hidden: int, block: DecoderLayer, rotary: Rotary, vocabulary: int, tied: bool = False) -> Model:
+def llama(layers: int, hidden: int, block: Layer, rotary: Rotary, vocabulary: int, tied: bool = False) -> Model:
     """Alike layers that see everything."""
-    reads = (rotary, Mask())
-    return wired(
-        Embedding(vocabulary, hidden), ((block, reads),) * layers, Head(block.input_norm, vocabulary), tied=tied
-    )
+    reads, norm = (rotary, Mask()), block.sublayers[0].input_norm
+    assert norm
+    return wired(Embedding(vocabulary, hidden), ((block, reads),) * layers, Head(norm, vocabulary), tied=tied)
 
 
 def llama_3_1_8b() -> Model:
     norm = Norm(4096, 1e-5)
-    block = DecoderLayer(norm, Attention(4096, 32, 8, 128), norm, Mlp(4096, 14336, "silu"))
+    block = decoder_layer(norm, Attention(4096, 32, 8, 128), norm, Mlp(4096, 14336, "silu"))
     return llama(32, 4096, block, Rotary(128, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)), 128256)
 
 
 def linear_scaling() -> Model:
     norm = Norm(64, 1e-5)
-    block = DecoderLayer(norm, Attention(64, 4, 4, 16), norm, Mlp(64, 128, "silu"))
+    block = decoder_layer(norm, Attention(64, 4, 4, 16), norm, Mlp(64, 128, "silu"))
     return llama(2, 64, block, Rotary(16, 20000.0, LinearScaling(4.0)), 256)
 
 
@@ -118,7 +118,7 @@ def glm_4(epsilon: float, *, sandwich: bool) -> Model:
     norm = Norm(4096, epsilon)
     attention = Attention(4096, 32, 2, 128, qkv_bias=True, rotated=64, interleaved=True)
     output = norm if sandwich else None
-    block = DecoderLayer(norm, attention, norm, Mlp(4096, 13696, "silu", fused=True), output, output)
+    block = decoder_layer(norm, attention, norm, Mlp(4096, 13696, "silu", fused=True), output, output)
     return llama(40, 4096, block, Rotary(64, 10000.0), 151552)
 
 
@@ -133,7 +133,7 @@ def gpt_oss_20b() -> Model:
     layers = []
     for window in (128, 0) * 12:
         attention = Attention(2880, 64, 8, 64, qkv_bias=True, out_bias=True, sinks=True, window=window)
-        layers.append((DecoderLayer(norm, attention, norm, moe), reads))
+        layers.append((decoder_layer(norm, attention, norm, moe), reads))
     return wired(Embedding(201088, 2880), tuple(layers), Head(norm, 201088), tied=False)
 
 
@@ -148,8 +148,8 @@ def llama_4_scout() -> Model:
     turns = Attention(5120, 40, 8, 128, interleaved=True, qk_norm=unit, qk_norm_place="after_rotary")
     straight = Attention(5120, 40, 8, 128, rotated=0, temperature=True)
     rotary = Rotary(128, 500000.0, Llama3Scaling(16.0, 1.0, 1.0, 8192))
-    chunked = (DecoderLayer(norm, turns, norm, moe), (rotary, Mask(chunk=8192)))
-    full = (DecoderLayer(norm, straight, norm, moe), (Temperature(8192, 0.1), Mask()))
+    chunked = (decoder_layer(norm, turns, norm, moe), (rotary, Mask(chunk=8192)))
+    full = (decoder_layer(norm, straight, norm, moe), (Temperature(8192, 0.1), Mask()))
     return wired(Embedding(202048, 5120), (chunked, chunked, chunked, full) * 12, Head(norm, 202048), tied=False)
 
 
@@ -163,8 +163,8 @@ def qwen3_5_35b() -> Model:
     net = GatedDeltaNet(2048, key_heads=16, key_size=128, value_heads=32, value_size=128, kernel=4, epsilon=1e-6)
     heads = Norm(256, 1e-6, 1.0, "after_weight")
     attention = Attention(2048, 16, 2, 256, rotated=64, qk_norm=heads, output_gate=True)
-    linear = (DecoderLayer(norm, net, norm, moe), (Presence(),))
-    full = (DecoderLayer(norm, attention, norm, moe), (Rotary(64, 10000000.0, sections=(11, 11, 10)), Mask()))
+    linear = (decoder_layer(norm, net, norm, moe), (Presence(),))
+    full = (decoder_layer(norm, attention, norm, moe), (Rotary(64, 10000000.0, sections=(11, 11, 10)), Mask()))
     return wired(Embedding(248320, 2048), (linear, linear, linear, full) * 10, Head(norm, 248320), tied=False)
 
 
@@ -173,7 +173,7 @@ def gemma_2_2b() -> Model:
     layers = []
     for window in (4096, 0) * 13:
         attention = Attention(2304, 8, 4, 256, scale=256**-0.5, softcap=50.0, window=window)
-        block = DecoderLayer(norm, attention, norm, Mlp(2304, 9216, "gelu_tanh"), norm, norm)
+        block = decoder_layer(norm, attention, norm, Mlp(2304, 9216, "gelu_tanh"), norm, norm)
         layers.append((block, (Rotary(256, 10000.0), Span())))
     return wired(Embedding(256000, 2304, 2304**0.5), tuple(layers), Head(norm, 256000, 30.0), tied=True)
 
@@ -181,7 +181,7 @@ def gemma_2_2b() -> Model:
 def gemma_3_1b() -> Model:
     norm = Norm(1152, 1e-6, 1.0, "after_weight")
     attention = Attention(1152, 4, 1, 256, scale=256**-0.5, qk_norm=Norm(256, 1e-6, 1.0, "after_weight"))
-    block = DecoderLayer(norm, attention, norm, Mlp(1152, 6912, "gelu_tanh"), norm, norm)
+    block = decoder_layer(norm, attention, norm, Mlp(1152, 6912, "gelu_tanh"), norm, norm)
     slides = (block, (Rotary(256, 10000.0), Mask(512)))
     full = (block, (Rotary(256, 1000000.0), Mask()))
     layers = (*(*[slides] * 5, full) * 4, slides, slides)
@@ -192,28 +192,28 @@ def qwen3_8b() -> Model:
     norm = Norm(4096, 1e-6)
     attention = Attention(4096, 32, 8, 128, qk_norm=Norm(128, 1e-6))
     return llama(
-        36, 4096, DecoderLayer(norm, attention, norm, Mlp(4096, 12288, "silu")), Rotary(128, 1000000.0), 151936
+        36, 4096, decoder_layer(norm, attention, norm, Mlp(4096, 12288, "silu")), Rotary(128, 1000000.0), 151936
     )
 
 
 def phi_3_mini(window: int, scaling: LongScaling | None) -> Model:
     norm = Norm(3072, 1e-5)
     attention = Attention(3072, 32, 32, 96, fused=True, rotated=96)
-    block = DecoderLayer(norm, attention, norm, Mlp(3072, 8192, "silu", fused=True))
+    block = decoder_layer(norm, attention, norm, Mlp(3072, 8192, "silu", fused=True))
     layer = (block, (Rotary(96, 10000.0, scaling), Mask(window)))
     return wired(Embedding(32064, 3072), (layer,) * 32, Head(norm, 32064), tied=False)
 
 
 def olmo_1b() -> Model:
     norm = Norm(2048, 1e-5, statistics="layer", weighted=False)
-    block = DecoderLayer(norm, Attention(2048, 16, 16, 128), norm, Mlp(2048, 8192, "silu"))
+    block = decoder_layer(norm, Attention(2048, 16, 16, 128), norm, Mlp(2048, 8192, "silu"))
     return llama(16, 2048, block, Rotary(128, 10000.0), 50304, tied=True)
 
 
 def mixtral_8x7b() -> Model:
     norm = Norm(4096, 1e-5)
     moe = Moe(Router(4096, 8, 2, "softmax", renormalise=True), Experts(4096, 14336, 8, 2, "silu"))
-    block = DecoderLayer(norm, Attention(4096, 32, 8, 128), norm, moe)
+    block = decoder_layer(norm, Attention(4096, 32, 8, 128), norm, moe)
     return llama(32, 4096, block, Rotary(128, 1000000.0), 32000)
 
 
@@ -224,7 +224,7 @@ def qwen1_5_moe() -> Model:
         Experts(2048, 1408, 60, 4, "silu"),
         SharedExpert(Mlp(2048, 5632, "silu"), gated=True),
     )
-    block = DecoderLayer(norm, Attention(2048, 16, 16, 128, qkv_bias=True), norm, moe)
+    block = decoder_layer(norm, Attention(2048, 16, 16, 128, qkv_bias=True), norm, moe)
     return llama(24, 2048, block, Rotary(128, 1000000.0), 151936)
 
 

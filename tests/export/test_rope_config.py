@@ -140,7 +140,7 @@ def test_a_share_of_a_head_that_leaves_no_dimension_is_refused():
 def test_a_share_of_the_head_turns():
     for changes in ({"rope_parameters": {"partial_rotary_factor": 0.25}}, {"partial_rotary_factor": 0.25}):
         model = read("glm4", **{"rope_parameters": {}} | changes)
-        assert rotary(model).size == placed_layers(model)[0].block.mixer.turned == 4
+        assert rotary(model).size == placed_layers(model)[0].mixer.turned == 4
 
 
 def test_mrope_has_the_sections_of_the_config_or_those_of_the_family():

@@ -8,17 +8,18 @@ import pytest
 import torch
 import transformers
 from arch_cases import CASES, Case
-from tiny_configs import read
+from tiny_configs import placed_layers, read
 from torch import Tensor, nn
 
 from llmexport.export import blocks, manifest, onnx_file
+from llmexport.export.assembly import parts
 from llmexport.export.spec import Moe
 from llmexport.validate import feeds
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import onnx_runner, to_torch
 from llmexport.validate.tolerance import TOLERANCE
 
-ROUTED = [c for c in CASES if any(isinstance(x.block.mlp, Moe) for x in read(c.arch, **c.changes).layers)]
+ROUTED = [c for c in CASES if any(isinstance(x.mlp, Moe) for x in placed_layers(read(c.arch, **c.changes)))]
 TIE = 1e-6  # of two logits of order one: some units of fp32, which two right sums may differ by
 
 
@@ -69,11 +70,15 @@ def test_every_layer_chooses_the_experts_that_transformers_chooses(case: Case, t
     feed["position_ids"] = np.ascontiguousarray(np.broadcast_to(np.arange(37), feed["position_ids"].shape))
     with onnx_runner(graph, read_back.folder) as runner:
         outputs = runner.infer(feed, check_inputs=False)
-    steps = [s for s in read_back.assembly.steps if isinstance(getattr(s.block, "mlp", None), Moe)]
+    every = [part for step in read_back.assembly.steps for part in parts(step)]
+    steps = [part for part in every if isinstance(part.block, Moe)]
     checkpoint = read_back.checkpoint()
     for step, names, (hidden, logits, expected) in zip(steps, named, routings, strict=True):
-        router = blocks.module(step.block.mlp.router, torch.float32)
-        stored = {n: read_back.step_weights[step.name][f"mlp.router.{n}"] for n, _ in router.named_parameters()}
+        router = blocks.module(step.block.router, torch.float32)
+        stored = {
+            n: read_back.step_weights[step.name.removesuffix(".mlp")][f"mlp.router.{n}"]
+            for n, _ in router.named_parameters()
+        }
         router.load_state_dict({n: to_torch(checkpoint.read(t)) for n, t in stored.items()}, assign=True)
         check(logits, expected, *router(hidden.unsqueeze(0)))
         check(logits, expected, *(torch.from_numpy(np.copy(outputs[n])) for n in names))

@@ -15,7 +15,6 @@ from llmexport.export.spec import (
     Attention,
     Block,
     CausalConv,
-    DecoderLayer,
     Embedding,
     Experts,
     GatedDeltaNet,
@@ -37,6 +36,7 @@ from llmexport.export.spec import (
     Span,
     Temperature,
     YarnScaling,
+    decoder_layer,
 )
 from llmexport.export.trace import SIZES, torch_dtype, trace_block, trace_body
 from llmexport.graphs.bodies import attach_bodies
@@ -51,8 +51,8 @@ GEMMA_NORM = Norm(33, 1e-6, 1.0, "after_weight")
 HEAD_NORM = Norm(10, 1e-6)
 UNIT_NORM = Norm(10, 1e-6, weighted=False)
 SILU_MLP = Mlp(33, 65, "silu")
-LAYER = DecoderLayer(GEMMA_NORM, Attention(33, 6, 2, 10), GEMMA_NORM, Mlp(33, 65, "gelu_tanh"))
-SANDWICH = DecoderLayer(
+LAYER = decoder_layer(GEMMA_NORM, Attention(33, 6, 2, 10), GEMMA_NORM, Mlp(33, 65, "gelu_tanh"))
+SANDWICH = decoder_layer(
     LLAMA_NORM, Attention(33, 6, 2, 10), LLAMA_NORM, SILU_MLP, mixer_output_norm=LLAMA_NORM, mlp_output_norm=LLAMA_NORM
 )
 SINKS = Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True, sinks=True, window=7)
@@ -65,7 +65,7 @@ CLAMPED = Experts(
     64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, transposed=True, interleaved=True, bias=True, scale_input=False
 )
 MXFP4 = Experts(64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, mxfp4=True)
-DELTA_LAYER = DecoderLayer(GEMMA_NORM, DELTA_NET, GEMMA_NORM, MOE)
+DELTA_LAYER = decoder_layer(GEMMA_NORM, DELTA_NET, GEMMA_NORM, MOE)
 CASES = [
     (Embedding(37, 33), "float32"),
     (Embedding(37, 33, 33**0.5), "float16"),

@@ -96,7 +96,7 @@ def model(arch: str) -> Assembly:
 
 @pytest.mark.parametrize("arch", archs.names())
 def test_tokens_may_stray_where_experts_are_chosen_in_16_bits_alone(arch: str) -> None:
-    routed = any(isinstance(layer.block.mlp, Moe) for layer in placed_layers(read(arch)))
+    routed = any(isinstance(layer.mlp, Moe) for layer in placed_layers(read(arch)))
     for dtype, bound in TOLERANCE.items():
         assert (tolerance(dtype, model(arch)).strays > 0) == (routed and dtype != "float32")
         assert bound.strays == 0
@@ -104,7 +104,7 @@ def test_tokens_may_stray_where_experts_are_chosen_in_16_bits_alone(arch: str) -
 
 @pytest.mark.parametrize("arch", archs.names())
 def test_a_model_without_a_delta_rule_has_the_bound_of_its_dtype(arch: str) -> None:
-    recurrent = any(isinstance(layer.block.mixer, GatedDeltaNet) for layer in placed_layers(read(arch)))
+    recurrent = any(isinstance(layer.mixer, GatedDeltaNet) for layer in placed_layers(read(arch)))
     for dtype, bound in TOLERANCE.items():
         found = tolerance(dtype, model(arch))
         factor = RECURRENT if recurrent else 1.0
