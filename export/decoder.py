@@ -87,9 +87,11 @@ class Decoder:
         tied: bool,
         scale: float = 1.0,
         softcap: float = 0.0,
+        logit_scale: float = 1.0,
     ) -> Model:
         """`layers` are the blocks and what each reads; `tied` is for configs that do not say."""
-        embedding, head = Embedding(self.vocabulary, self.hidden, scale), Head(norm, self.vocabulary, softcap)
+        embedding = Embedding(self.vocabulary, self.hidden, scale)
+        head = Head(norm, self.vocabulary, softcap, logit_scale)
         return wired(embedding, layers, head, tied=self.config.flag("tie_word_embeddings", tied))
 
 

@@ -22,8 +22,8 @@ class Attention(nn.Module):
             self.k_proj = nn.Linear(hidden, kv_width, bias=block.qkv_bias)
             self.v_proj = nn.Linear(hidden, kv_width, bias=block.qkv_bias)
         self.o_proj = nn.Linear(q_width, hidden, bias=block.out_bias)
-        if block.qk_norm:
-            self.q_norm, self.k_norm = Norm(block.qk_norm), Norm(block.qk_norm)
+        for name, norm in block.qk_norms.items():
+            self.add_module(name, Norm(norm))
         if block.sinks:
             self.sinks = nn.Parameter(torch.empty(block.heads))
         self.names = [p.name for p in (*block.context, *(s.past for s in block.states))]
@@ -71,7 +71,8 @@ class Attention(nn.Module):
         """Norm and RoPE of [B, T, heads, D], in the block's order, as [B, heads, T, D]."""
         block = self.block
         if block.qk_norm and block.qk_norm_place == "before_rotary":
-            x = getattr(self, norm)(x)
+            whole = block.qk_norm_over == "all_heads"
+            x = getattr(self, norm)(x.flatten(2)).view(x.shape) if whole else getattr(self, norm)(x)
         x = x.transpose(1, 2)
         if block.turned:
             x = rope(x, given["cos"], given["sin"], block.interleaved)

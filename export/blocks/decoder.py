@@ -23,10 +23,11 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     def __init__(self, block: spec.Head) -> None:
         super().__init__()
-        self.softcap = block.softcap
+        self.softcap, self.scale = block.softcap, block.scale
         self.norm = Norm(block.norm)
         self.projection = nn.Linear(block.norm.size, block.vocabulary, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = self.projection(self.norm(hidden))
+        logits = logits if self.scale == 1.0 else logits * self.scale
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

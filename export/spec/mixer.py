@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,8 @@ class Norm(Block):
     """RMSNorm (arXiv 1910.07467) with statistics in fp32 and weight `offset + w`; or LayerNorm (arXiv 1607.06450).
 
     `rounding` says where the result becomes the model's dtype: "before_weight" (Llama) or "after_weight"
-    (Gemma, which multiplies in fp32). Without `weighted` there is no parameter.
+    (Gemma, which multiplies in fp32). Without `weighted` there is no parameter. With `rows`, hidden states are
+    [..., rows, size] and every row has a weight of its own (Command R+, modeling_cohere.py).
     """
 
     size: int
@@ -25,14 +27,20 @@ class Norm(Block):
     rounding: Literal["before_weight", "after_weight"] = "before_weight"
     statistics: Literal["rms", "layer"] = "rms"
     weighted: bool = True
+    rows: int | None = None
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (hidden("hidden", self.size),)
+        return (Port("hidden", (BATCH, SEQUENCE, *self.shape)),)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (hidden("normed", self.size),)
+        return (Port("normed", (BATCH, SEQUENCE, *self.shape)),)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, and of the hidden states of a token."""
+        return (self.size,) if self.rows is None else (self.rows, self.size)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,8 @@ class Attention(Mixer):
     or a `softcap` on the logits, it is the SinkAttention op, and its `window` (0: none) part of the block.
 
     The first `rotated` dimensions of a head turn (None: all, 0: none), pairwise interleaved or by halves.
-    `qk_norm` applies to every head of q and k. `fused`: q, k and v are one matrix. `clip` bounds q, k and v.
+    `qk_norm` applies to every head of q and k, with one weight for all heads, one for each ("each_head") or over all
+    at once ("all_heads", modeling_olmo2.py). `fused`: q, k and v are one matrix. `clip` bounds q, k and v.
     `output_gate`: the q projection holds, head by head, q and a gate whose sigmoid multiplies the head's output.
     `temperature` scales q. `scale` is that of the logits (None: head_size ** -0.5).
     """
@@ -76,6 +85,7 @@ class Attention(Mixer):
     rotated: int | None = None
     interleaved: bool = False
     qk_norm: Norm | None = None
+    qk_norm_over: Literal["head", "each_head", "all_heads"] = "head"
     qk_norm_place: Literal["before_rotary", "after_rotary"] = "before_rotary"
     clip: float | None = None
     scale: float | None = None
@@ -119,7 +129,22 @@ class Attention(Mixer):
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
-        return {name: (self.qk_norm, f"{name}.") for name in ("q_norm", "k_norm")} if self.qk_norm else {}
+        return {name: (norm, f"{name}.") for name, norm in self.qk_norms.items()}
+
+    @property
+    def qk_norms(self) -> Mapping[str, Norm]:
+        """The norms of q and of k, if there are any."""
+        if self.qk_norm is None:
+            return {}
+        return {"q_norm": self._norm_of(self.qk_norm, self.heads), "k_norm": self._norm_of(self.qk_norm, self.kv_heads)}
+
+    def _norm_of(self, norm: Norm, heads: int) -> Norm:
+        match self.qk_norm_over:
+            case "each_head":
+                return dataclasses.replace(norm, rows=heads)
+            case "all_heads":
+                return dataclasses.replace(norm, size=heads * self.head_size)
+        return norm
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,15 @@ class Embedding(Block):
 
 @dataclass(frozen=True)
 class Head(Block):
-    """Final norm and the projection to the vocabulary; `softcap` > 0 bounds the logits (modeling_gemma2.py)."""
+    """Final norm and the projection to the vocabulary, times `scale` (modeling_cohere.py).
+
+    `softcap` > 0 bounds the logits (modeling_gemma2.py).
+    """
 
     norm: Norm
     vocabulary: int
     softcap: float = 0.0
+    scale: float = 1.0
 
     @property
     def inputs(self) -> tuple[Port, ...]:

@@ -90,7 +90,7 @@ BLOCKS = [
     Span(),
     *each(Temperature(8, 0.1), interval=16, scale=0.2),
     Presence(),
-    *each(NORM, size=32, epsilon=1e-5, offset=1.0, rounding="after_weight", statistics="layer", weighted=False),
+    *each(NORM, size=32, epsilon=1e-5, offset=1.0, rounding="after_weight", statistics="layer", weighted=False, rows=4),
     *each(
         ATTENTION,
         hidden=32,
@@ -104,6 +104,7 @@ BLOCKS = [
         interleaved=True,
         qk_norm=Norm(16, 1e-6),
         qk_norm_place="after_rotary",
+        qk_norm_over="all_heads",
         clip=0.5,
         scale=0.1,
         temperature=True,
@@ -147,7 +148,7 @@ BLOCKS = [
         )
     ),
     decoder_layer(NORM, DELTA_NET, NORM, MLP),
-    *each(Head(NORM, 256), norm=Norm(64, 1e-5), vocabulary=128, softcap=30.0),
+    *each(Head(NORM, 256), norm=Norm(64, 1e-5), vocabulary=128, softcap=30.0, scale=0.5),
 ]
 # Base of attention and the gated delta net: no block of its own.
 KINDS = {kind: cls for kind, cls in Block.kinds.items() if cls is not Mixer}

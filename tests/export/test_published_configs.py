@@ -210,6 +210,22 @@ def olmo_1b() -> Model:
     return llama(16, 2048, block, Rotary(128, 10000.0), 50304, tied=True)
 
 
+def olmo_2_7b() -> Model:
+    norm = Norm(4096, 1e-6, rounding="after_weight")
+    attention = Attention(4096, 32, 32, 128, qk_norm=norm, qk_norm_over="all_heads")
+    block = decoder_layer(None, attention, None, Mlp(4096, 11008, "silu"), norm, norm)
+    layer = (block, (Rotary(128, 500000.0), Mask()))
+    return wired(Embedding(100352, 4096), (layer,) * 32, Head(norm, 100352), tied=False)
+
+
+def aya_23_8b() -> Model:
+    norm = Norm(4096, 1e-5, statistics="layer")
+    attention = Attention(4096, 32, 8, 128, interleaved=True)
+    block = decoder_layer(norm, attention, None, Mlp(4096, 14336, "silu"), parallel=True)
+    layer = (block, (Rotary(128, 10000.0), Mask()))
+    return wired(Embedding(256000, 4096), (layer,) * 32, Head(norm, 256000, scale=0.0625), tied=True)
+
+
 def mixtral_8x7b() -> Model:
     norm = Norm(4096, 1e-5)
     moe = Moe(Router(4096, 8, 2, "softmax", renormalise=True), Experts(4096, 14336, 8, 2, "silu"))
@@ -232,6 +248,8 @@ def qwen1_5_moe() -> Model:
 LONG = LongScaling(tuple(SHORT_FACTOR), tuple(LONG_FACTOR), 4096, math.sqrt(1 + math.log(32.0) / math.log(4096)))
 MODELS = {
     "gemma-2b": gemma_2b(),
+    "OLMo-2-1124-7B": olmo_2_7b(),
+    "aya-23-8B": aya_23_8b(),
     "Llama-3.1-8B": llama_3_1_8b(),
     "linear scaling": linear_scaling(),
     "GLM-4-9B-0414": glm_4(1e-5, sandwich=True),
