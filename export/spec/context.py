@@ -139,7 +139,7 @@ class Temperature(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("temperature", (SEQUENCE,), "float32"),)
+        return (Port("temperature", (BATCH, SEQUENCE), "float32"),)
 
 
 @dataclass(frozen=True)
@@ -152,4 +152,4 @@ class Presence(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("present_tokens", (BATCH, SEQUENCE)),)
+        return (Port("present_tokens", (BATCH, SEQUENCE)), Port("tokens_end", (BATCH,), "int64"))
