@@ -169,8 +169,9 @@ def block_feed(block: Block, dtype: str, sizes: dict[str, int], seed: int = 0) -
             case "position_ids":
                 value = np.broadcast_to(np.arange(sizes[PAST], total), shape)
             case "attention_mask":
-                # Padding on the left, and of another length in each row.
+                # Padding on the left, of another length in each row, and after the first row.
                 value = np.arange(shape[1]) >= 2 * np.arange(shape[0])[:, None]
+                value[0, -1] = False
             case "mask":
                 value = np.broadcast_to(np.tri(shape[2], shape[3], k=sizes[PAST]), shape)
             case "start":
@@ -179,6 +180,8 @@ def block_feed(block: Block, dtype: str, sizes: dict[str, int], seed: int = 0) -
                 value = np.full(shape, total)
             case "present_tokens":
                 value = np.arange(shape[1]) >= np.arange(shape[0])[:, None]
+            case "tokens_end":
+                value = sizes[SEQUENCE] - np.arange(shape[0]) % (sizes[SEQUENCE] + 1)
             case "temperature":
                 value = random.uniform(1, 1.5, shape)
             case "weights":

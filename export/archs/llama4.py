@@ -1,5 +1,5 @@
 """Llama 4, text (transformers modeling_llama4.py): chunked attention with interleaved RoPE, every fourth layer full and
-without; temperature by cache slot; top-1 experts whose score multiplies their input, beside a shared one."""
+without; temperature; top-1 experts whose score multiplies their input, beside a shared one."""
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder

@@ -34,7 +34,7 @@ class Attention(nn.Module):
         q, k, v, gate = self._project(normed)
         q, k = self._turn(q, given, "q_norm"), self._turn(k, given, "k_norm")
         if block.temperature:
-            q = (q.float() * given["temperature"].reshape(1, 1, -1, 1)).to(q.dtype)
+            q = (q.float() * given["temperature"].unsqueeze(1).unsqueeze(-1)).to(q.dtype)
         key = torch.cat((given["past_key"], k), 2)
         value = torch.cat((given["past_value"], v.transpose(1, 2)), 2)
         scale = block.head_size**-0.5 if block.scale is None else block.scale

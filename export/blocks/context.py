@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.standard import padding_must_be_on_the_left
 
 
 def inverse_frequencies(block: spec.Rotary) -> Tensor:
@@ -94,6 +95,16 @@ def _slots(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     return torch.arange(sequence, device=input_ids.device) + (total - sequence)
 
 
+def _running(attention_mask: Tensor) -> Tensor:
+    """How many tokens of a row stand in its slots up to each one [B, S], padding left out."""
+    return (attention_mask != 0).to(torch.int64).cumsum(1)
+
+
+def _leading(running: Tensor) -> Tensor:
+    """How many slots of each row are padding before its first token [B]."""
+    return (running == 0).sum(1)
+
+
 class Mask(nn.Module):
     def __init__(self, block: spec.Mask) -> None:
         super().__init__()
@@ -101,21 +112,31 @@ class Mask(nn.Module):
 
     def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
         keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        queries = _slots(attention_mask, input_ids).unsqueeze(1)
-        distance = queries - keys
-        visible = torch.logical_and((attention_mask != 0).unsqueeze(1), distance >= 0)
-        if self.window is not None:
-            visible = torch.logical_and(visible, distance < self.window)
-        if self.chunk is not None:
-            padding = (attention_mask.cumsum(1) == 0).sum(1).reshape(-1, 1, 1)
-            chunks = [torch.div(x - padding, self.chunk, rounding_mode="floor") for x in (queries, keys)]
-            visible = torch.logical_and(visible, chunks[0] == chunks[1])
-        return torch.logical_or(visible, distance == 0).unsqueeze(1)
+        slots = _slots(attention_mask, input_ids)
+        queries = slots.unsqueeze(1)
+        visible = torch.logical_and((attention_mask != 0).unsqueeze(1), keys <= queries)
+        if self.window is not None or self.chunk is not None:
+            running = _running(attention_mask)
+            # Two tokens are as far apart as these two are: whatever padding stands before or between them.
+            query, key = running.index_select(1, slots).unsqueeze(2), running.unsqueeze(1)
+            if self.window is not None:
+                visible = torch.logical_and(visible, key > query - self.window)
+            if self.chunk is not None:
+                chunks = [torch.div(x - 1, self.chunk, rounding_mode="floor") for x in (query, key)]
+                visible = torch.logical_and(visible, chunks[0] == chunks[1])
+        return torch.logical_or(visible, keys == queries).unsqueeze(1)
 
 
 class Span(nn.Module):
     def forward(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        start = (attention_mask.cumsum(1) == 0).sum(1).to(torch.int32)
+        running = _running(attention_mask)
+        start = _leading(running)
+        # Where a slot is no padding, all from the first token to it are tokens, or padding is between.
+        slots = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        between = torch.logical_and(attention_mask != 0, start.unsqueeze(1) + running <= slots).sum(1)
+        refused = padding_must_be_on_the_left(between.clamp(max=1))
+        # A runtime that reads on beyond the end instead of failing finds no slot out of range.
+        start = (start + refused).clamp(0, attention_mask.shape[1]).to(torch.int32)
         return start, torch.ones_like(start) * attention_mask.shape[1]
 
 
@@ -125,8 +146,9 @@ class Temperature(nn.Module):
         self.block = block
 
     def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-        slots = _slots(attention_mask, input_ids).float()
-        return torch.log1p(torch.floor((slots + 1.0) / self.block.interval)) * self.block.scale + 1.0
+        running = _running(attention_mask)
+        counted = _leading(running).unsqueeze(1) + running.index_select(1, _slots(attention_mask, input_ids))
+        return torch.log1p(torch.floor(counted.float() / self.block.interval)) * self.block.scale + 1.0
 
 
 class Presence(nn.Module):
@@ -134,6 +156,15 @@ class Presence(nn.Module):
         super().__init__()
         self.dtype = dtype
 
-    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         # Not a slice, whose length a trace cannot tell from the mask's.
-        return (attention_mask.index_select(1, _slots(attention_mask, input_ids)) != 0).to(self.dtype)
+        present = (attention_mask.index_select(1, _slots(attention_mask, input_ids)) != 0).to(torch.int64)
+        running = present.cumsum(1)
+        tokens, leading = present.sum(1), _leading(running)
+        end = (present * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).amax(1)
+        earlier = (attention_mask != 0).sum(1) - tokens
+        between = torch.logical_or(
+            end > leading + tokens, torch.logical_and(torch.minimum(leading, earlier) > 0, tokens > 0)
+        )
+        refused = padding_must_be_on_the_left(between.to(torch.int64))
+        return (present + refused.unsqueeze(1) != 0).to(self.dtype), end

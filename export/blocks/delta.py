@@ -47,18 +47,37 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(width, block.hidden, bias=False)
 
     def forward(
-        self, normed: Tensor, present_tokens: Tensor, past_conv_state: Tensor, past_recurrent_state: Tensor
+        self,
+        normed: Tensor,
+        present_tokens: Tensor,
+        tokens_end: Tensor,
+        past_conv_state: Tensor,
+        past_recurrent_state: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         block = self.block
         batch, sequence, _ = normed.shape
-        normed = normed * present_tokens.unsqueeze(-1)
-        mixed, conv_state = self.conv1d(self.in_proj_qkv(normed), past_conv_state)
+        present = present_tokens.unsqueeze(-1)
+        normed = normed * present
+        mixing = self.in_proj_qkv(normed)
+        mixed, conv_state = self.conv1d(mixing, past_conv_state)
         keys, values = block.key_heads * block.key_size, block.value_heads * block.value_size
         q, k, v = mixed.split([keys, keys, values], -1)
         q, k = (x.reshape(batch, sequence, block.key_heads, block.key_size) for x in (q, k))
         v, z = (x.reshape(batch, sequence, block.value_heads, block.value_size) for x in (v, self.in_proj_z(normed)))
         g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(normed).float() + self.dt_bias.float())
-        beta = torch.sigmoid(self.in_proj_b(normed))
+        # Padding neither lets the state decay nor writes into it, though the convolution reaches into it.
+        g, beta = g * present.float(), torch.sigmoid(self.in_proj_b(normed)) * present
         recalled, state = gated_delta_rule(q, k, v, g, beta, past_recurrent_state, block.key_size**-0.5, True)
         gated = self.norm(recalled, z).reshape(batch, sequence, values)
-        return self.out_proj(gated), conv_state, state
+        return self.out_proj(gated), _carried(past_conv_state, mixing, tokens_end, conv_state), state
+
+
+def _carried(past: Tensor, x: Tensor, end: Tensor, following: Tensor) -> Tensor:
+    """The inputs [B, K - 1, C] that the next token's convolution reads: the last ones of past [B, K - 1, C] and of x
+    [B, T, C] up to end [B], after which there is padding; `following` where there is none."""
+    kept = past.shape[1]
+    end = end.reshape(-1, 1, 1)
+    place = end + torch.arange(kept, device=x.device).unsqueeze(-1)
+    index = place.expand(-1, -1, x.shape[2])
+    older, newer = past.gather(1, index.clamp(max=kept - 1)), x.gather(1, (index - kept).clamp(min=0))
+    return torch.where(end == x.shape[1], following, torch.where(place < kept, older, newer))

@@ -27,8 +27,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
+@torch.library.custom_op("llmexport::padding_must_be_on_the_left", mutates_args=())
+def padding_must_be_on_the_left(between: Tensor) -> Tensor:
+    """Zeros [B] where `between` [B] int64 is 0; fails where one is 1.
+
+    ai.onnx Gather from a tensor of one element, which ONNX Runtime refuses to read beyond its end, naming the node;
+    no optimiser can tell that it never does. TensorRT has no such check.
+    """
+    if between.any():
+        raise ValueError("attention_mask hides tokens between others: padding must be on the left")
+    return torch.zeros_like(between)
+
+
 rms_norm.register_fake(lambda x, weight, epsilon: torch.empty_like(x))
 attention.register_fake(lambda q, k, v, mask, scale: torch.empty_like(q))
+padding_must_be_on_the_left.register_fake(lambda between: torch.empty_like(between))
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -42,6 +55,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
         # onnxscript gives the operator all its optional outputs; the trace drops the unused ones.
         return ai_onnx.Attention(q, k, v, mask, scale=scale)[0]
 
+    def gather(between: Any) -> Any:
+        return ai_onnx.Gather(ai_onnx.Constant(value_ints=[0]), between)
+
     def cast(x: Any, dtype: int) -> Any:
         return ai_onnx.Identity(x) if x.dtype == dtype else ai_onnx.Cast(x, to=dtype)
 
@@ -50,4 +66,5 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.aten.to.dtype: cast,
         torch.ops.llmexport.rms_norm.default: rms_normalization,
         torch.ops.llmexport.attention.default: attention_23,
+        torch.ops.llmexport.padding_must_be_on_the_left.default: gather,
     }

@@ -91,9 +91,10 @@ class Rotary(Block):
 @dataclass(frozen=True)
 class Mask(Block):
     """Which of the `total` keys each query may see: causal by cache slot, no padding, the last `window`, its own
-    `chunk` of that many tokens, counted from the first that is no padding.
+    `chunk` of that many.
 
-    A query always sees itself, so that the row of a padding token is never empty: no backend then makes a NaN.
+    Windows and chunks count the tokens of a row and no padding, wherever it stands, so that a row in a batch sees
+    what it sees alone. A query always sees itself, so that the row of a padding token is never empty: no backend then makes a NaN.
     """
 
     window: int | None = None
@@ -115,7 +116,11 @@ class Mask(Block):
 
 @dataclass(frozen=True)
 class Span(Block):
-    """Where the keys of each row begin and end, for attention without a dense mask: padding is on the left only."""
+    """Where the keys of each row begin and end, for attention without a dense mask.
+
+    Padding is on the left, or after all tokens of the row: with a token behind padding that is behind a token, a run
+    fails in PyTorch and in ONNX Runtime; TensorRT does not tell.
+    """
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -128,8 +133,9 @@ class Span(Block):
 
 @dataclass(frozen=True)
 class Temperature(Block):
-    """1 + scale * log(1 + floor((p + 1) / interval)) for the cache slot p of every query, which its logits are
-    multiplied by (arXiv 2501.19399, modeling_llama4.py); slots of padding count."""
+    """1 + scale * log(1 + floor((p + 1) / interval)) for every query, which its logits are multiplied by (arXiv
+    2501.19399, modeling_llama4.py). Of the row's cache slots up to the query's, p + 1 are tokens or padding before
+    the first of them, which counts there; padding further right does not, as a row alone has none."""
 
     interval: int
     scale: float
@@ -140,12 +146,17 @@ class Temperature(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("temperature", (SEQUENCE,), "float32"),)
+        return (Port("temperature", (BATCH, SEQUENCE), "float32"),)
 
 
 @dataclass(frozen=True)
 class Presence(Block):
-    """1 for the tokens of this step, 0 for padding: layers with a recurrent state must not see padding."""
+    """1 for the tokens of this step, 0 for padding: layers with a recurrent state must not see padding. And where in
+    the step a row's tokens end: behind its last one, at 0 without any.
+
+    Padding is before or after a row's tokens of this step, before them only where the row has none yet: else a run
+    fails as Span's does.
+    """
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -153,4 +164,4 @@ class Presence(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("present_tokens", (BATCH, SEQUENCE)),)
+        return (Port("present_tokens", (BATCH, SEQUENCE)), Port("tokens_end", (BATCH,), "int64"))

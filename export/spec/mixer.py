@@ -120,7 +120,7 @@ class Attention(Mixer):
             ports += [Port("start", (BATCH,), "int32"), Port("length", (BATCH,), "int32")]
         else:
             ports.append(Port("mask", (BATCH, 1, SEQUENCE, TOTAL), "bool"))
-        return (*ports, Port("temperature", (SEQUENCE,), "float32")) if self.temperature else tuple(ports)
+        return (*ports, Port("temperature", (BATCH, SEQUENCE), "float32")) if self.temperature else tuple(ports)
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -214,7 +214,7 @@ class GatedDeltaNet(Mixer):
 
     @property
     def context(self) -> tuple[Port, ...]:
-        return (Port("present_tokens", (BATCH, SEQUENCE)),)
+        return (Port("present_tokens", (BATCH, SEQUENCE)), Port("tokens_end", (BATCH,), "int64"))
 
     @property
     def states(self) -> tuple[State, ...]:

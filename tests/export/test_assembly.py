@@ -321,7 +321,7 @@ READS = {
     "gpt_oss": [("cos", "sin", "start", "length")] * 3,
     "llama4": [("cos", "sin", "mask_chunk_8")] * 3 + [("mask", "temperature")],
     "llama4-maverick": [("cos", "sin", "mask_chunk_8"), ("mask",)] * 2,
-    "qwen3_5_moe": [("present_tokens",)] * 3 + [("cos", "sin", "mask")],
+    "qwen3_5_moe": [("present_tokens", "tokens_end")] * 3 + [("cos", "sin", "mask")],
     "gemma2": [("cos", "sin", "start", "length")] * 3,
     "gemma2-no-caps": [("cos", "sin", "mask_window_8"), ("cos", "sin", "mask"), ("cos", "sin", "mask_window_8")],
     "gemma3_text": [("cos", "sin", "mask_window_8"), ("cos_1", "sin_1", "mask"), ("cos", "sin", "mask_window_8")],

@@ -172,6 +172,80 @@ def test_a_prompt_in_two_pieces_equals_the_whole(case: Case, exported) -> None:
         pieces.check(whole, np.concatenate((first, second), 1), mask.astype(bool))
 
 
+PIECES = (PROMPT, 1, 5, 1, 1)  # tokens of each step
+RIGHT = {0: slice(PROMPT + 3, PROMPT + 7), 1: slice(PROMPT - 11, PROMPT)}  # within a step, a step, after the prompt
+HOLE = {1: slice(9, 16)}
+LEFT_ONLY = ("gemma2", "gpt_oss")
+ANYWHERE = [c for c in FIRST if c.arch not in LEFT_ONLY]
+REFUSED = "padding must be on the left|padding_must_be_on_the_left"
+
+
+def in_pieces(decoder: Decoder, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The logits of a batch that is run step by step, its positions counting tokens."""
+    positions, made, begin = np.maximum(mask.cumsum(-1) - 1, 0), [], 0
+    for end in np.cumsum(PIECES):
+        made.append(decoder.step(ids[:, begin:end], positions[:, begin:end], mask[:, :end]))
+        begin = end
+    return np.concatenate(made, 1)
+
+
+def padded(hidden: dict[int, slice]) -> tuple[np.ndarray, np.ndarray]:
+    ids, mask = prompt(sum(PIECES), padding=0, seed=3)
+    for row, slots in hidden.items():
+        mask[row, slots] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("hidden", [RIGHT, HOLE], ids=["right", "hole"])
+@pytest.mark.parametrize("case", ANYWHERE, ids=str)
+def test_a_row_padded_after_or_between_its_tokens_equals_transformers_on_the_row_alone(
+    case: Case, hidden: dict[int, slice], runner: str, tiny_checkpoint, exported
+) -> None:
+    """Windows, chunks and temperatures count tokens, states forget none; a convolution knows of no hole in a step."""
+    ids, mask = padded(hidden)
+    decoder, model = Decoder(exported(case), runner), reference(tiny_checkpoint(case))
+    if case.arch == "qwen3_5_moe" and hidden is HOLE:
+        with pytest.raises(Exception, match=REFUSED):
+            in_pieces(decoder, ids, mask)
+        return
+    found = in_pieces(decoder, ids, mask)
+    for row, real in enumerate(mask.astype(bool)):
+        with torch.no_grad():
+            expected = model(torch.from_numpy(ids[row, real][None])).logits.numpy()
+        decoder.check(expected, found[row, real][None])
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("case", [c for c in FIRST if c.arch in LEFT_ONLY], ids=str)
+def test_a_span_takes_padding_after_a_prompt_and_refuses_tokens_after_it(
+    case: Case, runner: str, tiny_checkpoint, exported
+) -> None:
+    ids, mask = prompt(padding=0)
+    mask[1, -11:] = 0
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    with torch.no_grad():
+        made = reference(tiny_checkpoint(case))(
+            *map(torch.from_numpy, (ids, mask)), position_ids=torch.from_numpy(positions)
+        )
+    decoder = Decoder(exported(case), runner)
+    decoder.check(made.logits.numpy(), decoder.step(ids, positions, mask), mask.astype(bool))
+    longer = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+    with pytest.raises(Exception, match=REFUSED):
+        decoder.step(ids[:, :1], positions[:, -1:] + 1, longer)
+    # A row that ended, or has not begun, is padding alone.
+    longer[1, PROMPT] = 0
+    decoder.step(ids[:, :1], positions[:, -1:] + 1, longer)
+    decoder.past = {}
+    mask[1] = 0
+    decoder.step(ids, positions, mask)
+    decoder.past = {}
+    mask[1] = 1
+    mask[1, 9] = 0
+    with pytest.raises(Exception, match=REFUSED):
+        decoder.step(ids, positions, mask)
+
+
 def test_three_positions_a_token_match_transformers(tiny_checkpoint, exported) -> None:
     """mRoPE: time, height and width differ within an image."""
     ids, mask = prompt(padding=0)
