@@ -44,8 +44,9 @@ Feed = dict[str, np.ndarray]
 TOKENS = ("input_ids", "position_ids", "attention_mask")
 CACHED_KEY = re.compile(r"past_key_values\.(\d+)\.key")
 OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
-REFUSALS = tuple(
-    e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception)
+REFUSALS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception)),
 )
 HELD = 4 * 2**30  # bytes of weights to keep between runs; larger models are read step by step
 
@@ -128,7 +129,7 @@ def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except (RuntimeError, *REFUSALS) as error:
+    except REFUSALS as error:
         said = " ".join(str(error).split())
         raise Mismatch(f"ONNX Runtime {installed} does not take the model: {said}") from error
     return OnnxrtRunner(session, name="ONNX Runtime")

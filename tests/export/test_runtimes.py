@@ -7,20 +7,25 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+import onnxruntime
 import pytest
 import torch
 import transformers
+from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-from llmexport.export import manifest
+from llmexport.export import archs, manifest, onnx_file, random_checkpoint
+from llmexport.export.checkpoint import open_checkpoint
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import OLDEST_RUNTIME
-from llmexport.validate.tolerance import tolerance
+from llmexport.validate.tolerance import TOLERANCE, tolerance
 
 OLDEST = "LLMEXPORT_OLDEST_ONNXRUNTIME"  # the folder that it is installed to
 ROOT = Path(__file__).parents[2]
@@ -87,6 +92,79 @@ def check(found: dict[str, np.ndarray], checkpoint: Path, export: Path) -> None:
     wanted = reference(checkpoint)
     assert found.keys() == wanted.keys()
     assert {n: d.max_abs for n, d in ((n, compare(wanted[n], found[n])) for n in wanted) if d.excess(allowed) > 1} == {}
+
+
+def folded(export: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model that README's lines fold and quantise in `folder`, which become folded.onnx and int8.onnx."""
+    [lines] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"onnxruntime": onnxruntime, "quantize_dynamic": quantize_dynamic}
+    monkeypatch.chdir(folder)
+    exec(textwrap.dedent(f"  {lines.strip()}").replace("OUT/", f"{export}/"), names)
+    return folder / "folded.onnx"
+
+
+def weighted(model: onnx.ModelProto, operator: str) -> list[onnx.NodeProto]:
+    """The nodes of this type whose second input is a constant."""
+    constants = {t.name for t in model.graph.initializer}
+    return [n for n in model.graph.node if n.op_type == operator and n.input[1] in constants]
+
+
+def arrays(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+@pytest.fixture(scope="module")
+def wide_of_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export in fp32 of a checkpoint in bf16, whose weights come through Transpose and Cast."""
+    folder = tmp_path_factory.mktemp("bf16")
+    random_checkpoint.write(archs.load("gemma"), folder / "checkpoint", dtype="bfloat16")
+    checkpoint = open_checkpoint(folder / "checkpoint")
+    request = onnx_file.Request(archs.load("gemma"), checkpoint)
+    onnx_file.write(request, folder / "out", force=False, progress=lambda what, done, of: None)
+    return folder / "out"
+
+
+def test_onnx_runtime_quantises_every_matrix_to_8_bits(wide_of_bf16: Path, tmp_path: Path, monkeypatch) -> None:
+    plain = onnx.load(folded(wide_of_bf16, tmp_path, monkeypatch))
+    quantised = onnx.load(tmp_path / "int8.onnx")
+    matrices = [n.input[1] for n in weighted(plain, "MatMul")]
+    assert len(matrices) == 3 * 7 + 1
+    assert len(weighted(quantised, "MatMulInteger")) == len(matrices)
+    assert not weighted(quantised, "MatMul")
+    values, scales = arrays(plain), arrays(quantised)
+    # The rms of a step's roundoff beside that of the weights; as much again, independent of it, of the other factor.
+    # An error passes on at its relative size; that all point one way is the worst case.
+    steps = [scales[f"{n}_scale"].item() / 12**0.5 / np.sqrt((values[n] ** 2).mean()) for n in matrices]
+    (_, wanted), (_, found) = (run(m, tmp_path) for m in (wide_of_bf16 / "model.onnx", tmp_path / "int8.onnx"))
+    worst = max(compare(wanted[n], found[n]).rms_ratio for n in wanted)
+    assert 0 < worst < 2**0.5 * sum(steps) < 0.5
+
+
+def test_onnx_runtime_quantises_every_matrix_to_4_bits(wide_of_bf16: Path, tmp_path: Path, monkeypatch) -> None:
+    """The numbers are those of the weights that the 4 bits stand for."""
+    plain = onnx.load(folded(wide_of_bf16, tmp_path, monkeypatch))
+    made = MatMulNBitsQuantizer(onnx.load(tmp_path / "folded.onnx"), block_size=32, is_symmetric=True)
+    made.process()
+    made.model.save_model_to_file(str(tmp_path / "int4.onnx"), True)
+    quantised = onnx.load(tmp_path / "int4.onnx")
+    matrices = {n.name: n.input[1] for n in weighted(plain, "MatMul")}
+    values, stored = arrays(plain), arrays(quantised)
+    nodes = weighted(quantised, "MatMulNBits")
+    assert len(nodes) == len(matrices) == 3 * 7 + 1
+    for node in nodes:
+        packed, scale = stored[node.input[1]], stored[node.input[2]]
+        codes = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], 32) - 8.0
+        name = next(m for m in matrices.values() if node.input[1].startswith(f"{m}_"))
+        rows, columns = values[name].shape
+        step = np.abs(scale).reshape(columns, -1, 1)
+        meant = (codes * scale.reshape(columns, -1, 1)).reshape(columns, -1)[:, :rows].T.astype(np.float32)
+        # Half a step; a whole one at the end that 4 bits lack.
+        assert (np.abs(meant - values[name]) <= step.repeat(32, 2).reshape(columns, -1)[:, :rows].T * 1.001).all()
+        [tensor] = [t for t in plain.graph.initializer if t.name == name]
+        tensor.CopyFrom(onnx.numpy_helper.from_array(meant, name))
+    onnx.save(plain, tmp_path / "meant.onnx")
+    (_, wanted), (_, found) = (run(tmp_path / f"{n}.onnx", tmp_path) for n in ("meant", "int4"))
+    assert max(compare(wanted[n], found[n]).excess(TOLERANCE["float32"]) for n in wanted) <= 1
 
 
 def surgeon(source: Path, target: Path) -> None:
