@@ -8,7 +8,8 @@ import onnx.parser
 from onnx.helper import get_attribute_value, make_node
 
 from llmexport.export.errors import EngineError
-from llmexport.plugins.spec import DOMAIN
+from llmexport.graphs.bodies import op_of
+from llmexport.plugins.spec import DOMAIN, op_name
 
 # All that TensorRT reads of Attention as ONNX means it.
 ATTENTION = ("scale", "q_num_heads", "kv_num_heads")
@@ -43,18 +44,18 @@ def tensorrt_form(
     """The model with the ops in `served` left to plugins and all other functions inlined; and the nodes that are
     left to plugins, name -> op. Raises EngineError on what TensorRT would misread.
 
-    It finds an op by type alone: a function hides a plugin of its name, and of two functions of one name, whatever
-    their overload, it would call one. It gives plugins no uint8 (NvInferRuntimePlugin.h) and makes int32 of uint8
-    constants: weights that only plugins read become int8, byte for byte. It has no fused kernel for attention in
-    float32 but decomposes it, for which RTX 1.7.1 takes all memory beside a Loop: it is decomposed here.
+    It finds an op by type alone: nodes that are left to plugins take their op's name again. It gives plugins no uint8
+    (NvInferRuntimePlugin.h) and makes int32 of uint8 constants: weights that only plugins read become int8, byte for
+    byte. It has no fused kernel for attention in float32 but decomposes it, for which RTX 1.7.1 takes all memory
+    beside a Loop: it is decomposed here.
     """
     rest = onnx.ModelProto()
     rest.CopyFrom(model)
     del rest.functions[:]
-    rest.functions.extend(f for f in model.functions if f.name not in served)
+    rest.functions.extend(f for f in model.functions if op_name(f.name) not in served)
     for node in rest.graph.node:
-        if node.domain == DOMAIN and node.op_type in served:
-            node.ClearField("overload")
+        if node.domain == DOMAIN and op_of(node) in served:
+            node.op_type = op_of(node)
     _decompose_attention(rest)
     inlined = onnx.inliner.inline_local_functions(rest)
     for node in inlined.graph.node:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx
+from onnx.helper import get_attribute_value, make_attribute
 
 from llmexport.export.spec import AXES
+
+# The other forms that a Constant's numbers may have.
+CONSTANTS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
 
 
 def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -32,6 +38,19 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
                 dim.dim_param = dim_sum
     _settle_reshapes(graph)
     return model
+
+
+def hold_tensors(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Makes every Constant, of branches and loops too, hold its numbers as a tensor, in place.
+
+    ONNX Runtime before 1.25 loses the shape of a list that stands in a function, and TopK asks for it.
+    """
+    for node in nodes:
+        for attribute in node.attribute:
+            hold_tensors(attribute.g.node)
+        if node.op_type == "Constant" and node.attribute[0].name in CONSTANTS:
+            value = np.array(get_attribute_value(node.attribute[0]), CONSTANTS[node.attribute[0].name])
+            node.attribute[0].CopyFrom(make_attribute("value", onnx.numpy_helper.from_array(value)))
 
 
 def _settle_reshapes(graph: onnx.GraphProto) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmexport.export import blocks
 from llmexport.export.blocks import standard
 from llmexport.export.spec import BATCH, OPSET, PAST, SEQUENCE, Block, Port, with_sums
-from llmexport.export.tidy import tidy
+from llmexport.export.tidy import hold_tensors, tidy
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
 
 # Sizes to trace at: distinct, so that no two dimensions are taken for one, and above 1, which would be special.
@@ -62,7 +62,7 @@ def trace_body(
     """The ONNX function body of an op, for one set of attribute values: the one it brings, or its reference, traced.
 
     `types` and `shapes` are those of a node's inputs, which may lack optional ones; the op's static dimensions are
-    fixed to them, the others stay dynamic. The overload name says what the body is for.
+    fixed to them, the others stay dynamic. Its name says what the body is for.
     """
     op = all_ops()[name]
     attributes = {n: op.attributes[n](v) for n, v in attributes.items()}
@@ -75,15 +75,15 @@ def trace_body(
         nodes = _parse(text, list(inputs), list(op.outputs))
     else:
         nodes = _trace_reference(op, attributes, inputs, types, sizes)
+    hold_tensors(nodes)
     return onnx.helper.make_function(
         DOMAIN,
-        op.name,
+        op.body_name(attributes, types, sizes),
         list(inputs),
         list(op.outputs),
         nodes,
         [onnx.helper.make_opsetid("", OPSET)],
         sorted(attributes),
-        overload=op.overload(attributes, types, sizes),
     )
 
 

@@ -22,6 +22,7 @@ ONNX_TYPES = {
     "BF16": TensorProto.BFLOAT16,
     "U8": TensorProto.UINT8,
 }
+WIDTHS: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2, TensorProto.UINT8: 1}
 BLOCK_BYTES = MXFP4_BLOCK // 2
 PIECE = 2**24  # bytes compared at a time
 LISTED = 10  # names in an error before "and N more"
@@ -132,34 +133,48 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
     """Turns the graph inputs named in `wanted` into external initialisers that point into the shards, in place.
 
     A tensor stored in another type than `dtype` gets a Cast, unless the graph takes it as it is stored; one in parts
-    is put together by a Concat. Runtimes fold both when they load.
+    is put together by a Concat. Runtimes fold both when they load. A Transpose or Gather of a narrower tensor comes
+    before its Cast: ONNX Runtime keeps what it folds on the way, and so keeps it narrow, or casts the rows it gathers.
     """
     graph = model.graph
     kept = [v for v in graph.input if v.name not in wanted]
     del graph.input[:]
     graph.input.extend(kept)
-    casts: dict[str, str] = {}
+    types = {n: stored_type(p, checkpoint) for n, p in wanted.items()}
+    recast = {n for n, p in wanted.items() if types[n] != dtype and not p.as_stored}
+    narrow = {n for n in recast if WIDTHS[types[n]] < WIDTHS[dtype]}
+    read = {name for node in graph.node for name in node.input[_moves(node, narrow) :]}
     nodes: list[onnx.NodeProto] = []
     for name, parameter in wanted.items():
         graph.initializer.extend(_external(checkpoint.tensors[n], parameter.part_shape) for n in parameter.sources)
-        found = stored_type(parameter, checkpoint)
         if parameter.parts:
             rows, shape = f"{name}/rows", f"{name}/shape"
             graph.initializer.append(onnx.numpy_helper.from_array(np.array(parameter.shape, np.int64), shape))
             nodes.append(onnx.helper.make_node("Concat", parameter.parts, [rows], name=rows, axis=0))
             nodes.append(onnx.helper.make_node("Reshape", [rows, shape], [name], name=f"{name}/stack"))
-            graph.value_info.append(onnx.helper.make_tensor_value_info(name, found, list(parameter.shape)))
-        if found != dtype and not parameter.as_stored:
-            cast = casts[name] = f"{name}/cast"
-            nodes.append(onnx.helper.make_node("Cast", [name], [cast], name=cast, to=dtype))
-            graph.value_info.append(onnx.helper.make_tensor_value_info(cast, dtype, list(parameter.shape)))
+            graph.value_info.append(onnx.helper.make_tensor_value_info(name, types[name], list(parameter.shape)))
+        if name in recast & read:
+            nodes.append(_cast(name, f"{name}/cast", dtype))
+            graph.value_info.append(onnx.helper.make_tensor_value_info(f"{name}/cast", dtype, list(parameter.shape)))
     for node in graph.node:
-        for i, name in enumerate(node.input):
-            if name in casts:
-                node.input[i] = casts[name]
-    nodes.extend(graph.node)
+        nodes.append(node)
+        if _moves(node, narrow):
+            moved = node.output[0]
+            node.output[0] = f"{moved}/stored"
+            nodes.append(_cast(node.output[0], moved, dtype))
+        else:
+            node.input[:] = [f"{n}/cast" if n in recast else n for n in node.input]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _moves(node: onnx.NodeProto, weights: set[str]) -> bool:
+    """Whether a node moves numbers of one of these weights, its first input, and computes nothing."""
+    return node.op_type in ("Transpose", "Gather") and not node.domain and node.input[0] in weights
+
+
+def _cast(name: str, result: str, dtype: int) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [name], [result], name=f"{name}/cast", to=dtype)
 
 
 def _external(stored: StoredTensor, shape: tuple[int, ...]) -> TensorProto:

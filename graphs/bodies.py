@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import onnx
 
-from llmexport.plugins.spec import DOMAIN, Attribute
+from llmexport.plugins.spec import DOMAIN, Attribute, op_name
 
 # (op, attributes, types and shapes of the node's inputs) -> body
 Body = Callable[[str, dict[str, Attribute], list[str], list[list[int | str]]], onnx.FunctionProto]
@@ -19,14 +19,15 @@ TYPES = {**DTYPES, 2: "uint8", 6: "int32"}
 def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
     """Adds the body of every llmexport op to `model`, in place, and returns how often each op occurs.
 
-    A body belongs to one set of attribute values, so each set is an overload of its own, named by the body.
-    Raises ValueError if the type or rank of an op's input is not in the graph.
+    A body belongs to one set of attribute values, and many tools tell functions apart by name alone: each body has
+    a name of its own, which its nodes take as their type. `op_of` gives the op again. Raises ValueError if the type
+    or rank of an op's input is not in the graph.
     """
     graph = model.graph
     typed = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     typed |= {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type for t in graph.initializer}
     bodies: dict[str, onnx.FunctionProto] = {}
-    known: dict[str, str] = {}  # what a body depends on -> its overload
+    known: dict[str, str] = {}  # what a body depends on -> its name
     for node in graph.node:
         if node.domain != DOMAIN:
             continue
@@ -38,16 +39,21 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
         wanted = (node.op_type, _attributes(node), types, shapes)
         if repr(wanted) not in known:
             made = body(*wanted)
-            known[repr(wanted)] = made.overload
-            bodies.setdefault(f"{made.name}:{made.overload}", made)
-        node.overload = known[repr(wanted)]
+            known[repr(wanted)] = made.name
+            bodies.setdefault(made.name, made)
+        node.op_type = known[repr(wanted)]
     model.functions.extend(bodies.values())
     return count(model)
 
 
 def count(model: onnx.ModelProto) -> dict[str, int]:
     """How often each of our ops occurs, in order of first use."""
-    return dict(Counter(n.op_type for n in model.graph.node if n.domain == DOMAIN))
+    return dict(Counter(op_of(n) for n in model.graph.node if n.domain == DOMAIN))
+
+
+def op_of(node: onnx.NodeProto) -> str:
+    """The op that one of our nodes is, with its body attached or without."""
+    return op_name(node.op_type)
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Attribute]:

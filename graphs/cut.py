@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import ModelProto, NodeProto
 
+from llmexport.graphs.bodies import op_of
 from llmexport.plugins.spec import DOMAIN
 
 
@@ -47,8 +48,8 @@ def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Seque
     part.graph.input.extend(inputs)
     typed = {v.name: v for v in (*graph.value_info, *graph.output)}
     part.graph.output.extend(typed[n] for n in outputs)
-    called = {(n.op_type, n.overload) for n in part.graph.node if n.domain == DOMAIN}
-    bodies = [f for f in model.functions if (f.name, f.overload) in called]
+    called = {n.op_type for n in part.graph.node if n.domain == DOMAIN}
+    bodies = [f for f in model.functions if f.name in called]
     del part.functions[:]
     part.functions.extend(bodies)
     return part
@@ -56,7 +57,7 @@ def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Seque
 
 def _straddling(node: NodeProto, given: set[str]) -> list[NodeProto]:
     """The node itself; or, for an AddRmsNorm whose sum is given, the same norm of that sum and zeros."""
-    if node.domain != DOMAIN or node.op_type != "AddRmsNorm" or node.output[1] not in given:
+    if node.domain != DOMAIN or op_of(node) != "AddRmsNorm" or node.output[1] not in given:
         return [node]
     total = node.output[1]
     zeros = onnx.helper.make_node("Sub", [total, total], [f"{total}/zeros"], name=f"{total}/zeros")

@@ -25,6 +25,7 @@ FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 TYPES = {"T": FLOATS, "W": (*FLOATS, "tensor(uint8)"), "float32": FLOATS[:1], "int32": ("tensor(int32)",)}
 TYPES |= {"uint8": ("tensor(uint8)",)}
 SIGNS = {"-": "m", ".": "p"}  # what stands for them in the name of a body: 1e-06 is 1em06
+SEPARATOR = "__"  # between the parts of that name; no op's name holds it
 Attribute = bool | int | float | str
 # (attributes, type of each input that is there, sizes of the static dimensions) -> the statements of the body in
 # ONNX's textual form, which name the op's inputs and outputs.
@@ -86,17 +87,25 @@ class Op:
             attributes=[OpSchema.Attribute(n, kinds[t], required=True) for n, t in self.attributes.items()],
         )
 
-    def overload(self, attributes: dict[str, Attribute], types: Sequence[str], sizes: dict[str, int]) -> str:
-        """The name of the function body for these attribute values, input types and static sizes."""
+    def body_name(self, attributes: dict[str, Attribute], types: Sequence[str], sizes: dict[str, int]) -> str:
+        """The name of the function body for these attribute values, input types and static sizes.
+
+        It begins with the op's own, see `op_name`.
+        """
         by_kind = [(self.types[n], t) for n, t in zip(self.inputs, types, strict=False)]
         dtype = next(t for kind, t in by_kind if kind == "T")
         stored = [t for kind, t in by_kind if kind == "W"]
-        names = [dtype, *(stored if set(stored) - {dtype} else ())]
+        names = [self.name, dtype, *(stored if set(stored) - {dtype} else ())]
         if without := len(self.inputs) - len(types):
             names.append(f"without_{without}")
         values = {**attributes, **sizes}
         names += (f"{n}_{int(v) if isinstance(v, bool) else v}" for n, v in sorted(values.items()))
-        return re.sub(r"[^0-9A-Za-z_]", lambda sign: SIGNS.get(sign[0], f"x{ord(sign[0]):x}"), "__".join(names))
+        return re.sub(r"[^0-9A-Za-z_]", lambda sign: SIGNS.get(sign[0], f"x{ord(sign[0]):x}"), SEPARATOR.join(names))
+
+
+def op_name(function: str) -> str:
+    """The op that a function body of this name belongs to; an op's own name is its own."""
+    return function.partition(SEPARATOR)[0]
 
 
 OPS: dict[str, Op] = {}
@@ -124,6 +133,8 @@ def op(
     def decorate(reference: Callable[..., Any]) -> Op:
         import torch
 
+        if SEPARATOR in name:
+            raise TypeError(f"{name}: an op's name ends where its bodies' names go on, at {SEPARATOR}")
         if name in OPS or reference.__name__ in (o.torch_name for o in OPS.values()):
             raise TypeError(f"{name} is defined twice, or {reference.__name__} is: was its module imported twice?")
         hints = _check_signature(name, reference, dims, outputs)

@@ -33,7 +33,7 @@ def body_model(
     shapes = {n: [sizes.get(d, d) for d in dims] for n, dims in inputs.items()}
     body = trace_body(name, attributes, [types[n] for n in inputs], list(shapes.values()))
     given = {n: int(v) if isinstance(v, bool) else v for n, v in attributes.items()}
-    node = helper.make_node(name, list(inputs), list(op.outputs), domain=DOMAIN, overload=body.overload, **given)
+    node = helper.make_node(body.name, list(inputs), list(op.outputs), domain=DOMAIN, **given)
     values = {n: helper.make_tensor_value_info(n, ELEMENTS[types[n]], shapes.get(n)) for n in (*inputs, *op.outputs)}
     graph = helper.make_graph([node], "one", [values[n] for n in inputs], [values[n] for n in op.outputs])
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]

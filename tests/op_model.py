@@ -29,7 +29,7 @@ def node_model(
     dims = {n: _dims(op, n, t) for n, t in tensors.items()}
     body = trace_body(name, attributes, [NAMES[t.dtype] for t in tensors.values()], list(dims.values()))
     integers = {n: int(v) if isinstance(v, bool) else v for n, v in attributes.items()}
-    node = make_node(name, list(tensors), list(op.outputs), "node", domain=DOMAIN, overload=body.overload, **integers)
+    node = make_node(body.name, list(tensors), list(op.outputs), "node", domain=DOMAIN, **integers)
     inputs = [make_tensor_value_info(n, ELEMENTS[t.dtype], dims[n]) for n, t in tensors.items() if n not in stored]
     values = dict.fromkeys(op.inputs) | {n: t.to("meta") for n, t in tensors.items()}
     found = op(**values, **attributes)

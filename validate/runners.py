@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
@@ -34,6 +35,7 @@ from llmexport.export.checkpoint import INDEX
 from llmexport.export.manifest import Manifest
 from llmexport.export.spec import Step
 from llmexport.export.trace import torch_dtype
+from llmexport.validate.compare import Mismatch
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -41,6 +43,11 @@ if TYPE_CHECKING:
 Feed = dict[str, np.ndarray]
 TOKENS = ("input_ids", "position_ids", "attention_mask")
 CACHED_KEY = re.compile(r"past_key_values\.(\d+)\.key")
+OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
+REFUSALS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception)),
+)
 HELD = 4 * 2**30  # bytes of weights to keep between runs; larger models are read step by step
 
 
@@ -106,11 +113,25 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 
 
 def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
-    """ONNX Runtime on the CPU; `weights` is the folder that external data lies in."""
+    """ONNX Runtime on the CPU; `weights` is the folder that external data lies in.
+
+    Raises Mismatch, in one line, if the ONNX Runtime here is too old or does not take the model.
+    """
+    installed = onnxruntime.__version__
+    if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < OLDEST_RUNTIME:
+        oldest = ".".join(map(str, OLDEST_RUNTIME))
+        raise Mismatch(
+            f"ONNX Runtime {installed} is installed, whose Attention is wrong where heads share a key; {oldest} or "
+            f"later is right: pip install 'onnxruntime>={oldest}'"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except REFUSALS as error:
+        said = " ".join(str(error).split())
+        raise Mismatch(f"ONNX Runtime {installed} does not take the model: {said}") from error
     return OnnxrtRunner(session, name="ONNX Runtime")
 
 

@@ -17,7 +17,7 @@ LONGEST = 32  # tokens of a chunk, a power of two
 
 
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """The same for ONNX Runtime and TensorRT.
+    """The same for ONNX Runtime, which before 1.24 wants the shapes of a Scan's outputs said, and TensorRT.
 
     tests/bench/bench_bodies.py, ONNX Runtime 1.31, two CPU cores, B = 1, G = 16, H = 32, D = V = 128: 64 ms at T = 512
     and 0.9 ms at T = 1; a Scan over tokens takes 233 and 0.7 ms, LinearAttention of com.microsoft 77 and 0.3 ms.
@@ -55,7 +55,8 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     state_after, y_chunks = Scan <
       num_scan_inputs = 9,
       body = chunk (float[] s, float[] kq_c, float[] k_c, float[] v_c, float[] beta_c, float[] inverse_c,
-          float[] weights_c, float[] in_c, float[] out_c, float[] whole_c) => (float[] s_next, float[] y_c) {{
+          float[] weights_c, float[] in_c, float[] out_c, float[] whole_c) => (
+          float[rows, {g}, {h // g}, {d}, {v}] s_next, float[rows, {g}, {h // g}, chunk_tokens, {v}] y_c) {{
         kq_s = MatMul (kq_c, s)
         k_s, q_s = Split <axis = -2, num_outputs = 2> (kq_s)
         v_known = Mul (k_s, in_c)

@@ -21,6 +21,7 @@ from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.assembly import named_blocks, parts
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
+from llmexport.graphs.bodies import op_of
 from llmexport.validate import feeds, ladder
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
@@ -70,7 +71,7 @@ def test_checker_and_strict_shape_inference_accept_copied_weights(case: Case, dt
 def test_a_model_has_the_ops_that_its_blocks_make_and_says_which_norms_it_left(case: Case, exported) -> None:
     found = manifest.read(exported(case))
     model = onnx.load(exported(case) / "model.onnx", load_external_data=False)
-    nodes = collections.Counter(n.op_type for n in model.graph.node if n.domain == "llmexport")
+    nodes = collections.Counter(op_of(n) for n in model.graph.node if n.domain == "llmexport")
     assert {"ops": nodes, "fusions": found.data["fusions"]} == GOLDEN[case.name]
     assert found.data["ops"] == nodes
 

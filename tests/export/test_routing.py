@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmexport.export import blocks, manifest, onnx_file
 from llmexport.export.assembly import parts
 from llmexport.export.spec import Moe
+from llmexport.graphs.bodies import op_of
 from llmexport.validate import feeds
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import onnx_runner, to_torch
@@ -63,7 +64,7 @@ def test_every_layer_chooses_the_experts_that_transformers_chooses(case: Case, t
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint(case), attn_implementation="eager")
     routings = heard(model.eval(), prompt.ids)
     graph = onnx_file.load(read_back)
-    named = [n.output for n in graph.graph.node if n.op_type == "MoeRoute"]
+    named = [n.output for n in graph.graph.node if op_of(n) == "MoeRoute"]
     graph.graph.output.extend(onnx.ValueInfoProto(name=n) for names in named for n in names)
     feed = feeds.prefill(read_back.assembly, feeds.Prompt(prompt.ids, prompt.mask), "float32")
     # transformers counts the positions of every row from 0.

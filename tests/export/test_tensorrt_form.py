@@ -84,18 +84,22 @@ def test_attention_that_cannot_be_read_is_not_written_out_either() -> None:
         tensorrt_form(model)
 
 
-def test_two_bodies_of_one_name_stay_two() -> None:
+@pytest.mark.parametrize(
+    ("served", "operators", "plugins"),
+    [(frozenset[str](), ["Relu", "Neg"], {}), (frozenset({"F"}), ["F", "F"], {"one": "F", "two": "F"})],
+)
+def test_two_bodies_of_one_op_are_inlined_apart_or_left_to_one_plugin(served, operators, plugins) -> None:
     opsets = [make_opsetid("", 23), make_opsetid("llmexport", 1)]
     bodies = [
-        make_function("llmexport", "F", ["x"], ["y"], [make_node(op, ["x"], ["y"])], opsets[:1], overload=op)
+        make_function("llmexport", f"F__{op}", ["x"], ["y"], [make_node(op, ["x"], ["y"])], opsets[:1])
         for op in ("Relu", "Neg")
     ]
     calls = [
-        make_node("F", ["a"], ["b"], domain="llmexport", overload="Relu"),
-        make_node("F", ["b"], ["c"], domain="llmexport", overload="Neg"),
+        make_node("F__Relu", ["a"], ["b"], "one", domain="llmexport"),
+        make_node("F__Neg", ["b"], ["c"], "two", domain="llmexport"),
     ]
-    form = tensorrt_form(model_of(calls, ["a"], ["c"], opsets, bodies))[0]
-    assert [n.op_type for n in form.graph.node] == ["Relu", "Neg"]
+    form, left = tensorrt_form(model_of(calls, ["a"], ["c"], opsets, bodies), served)
+    assert ([n.op_type for n in form.graph.node], left, len(form.functions)) == (operators, plugins, 0)
 
 
 def test_bytes_that_only_plugins_read_become_int8() -> None:

@@ -311,13 +311,12 @@ def test_bf16_is_traced_though_onnx_runtime_has_no_cpu_kernels_for_it():
 
 def test_a_body_is_named_for_what_it_was_made_for():
     body = trace_body("Rope", {"interleaved": 0}, ["float16"] * 3, [["B", "H", "T", 10], ["B", "T", 5], ["B", "T", 5]])
-    assert (body.domain, body.name) == (DOMAIN, "Rope")
+    assert (body.domain, body.name) == (DOMAIN, "Rope__float16__D_10__R_5__interleaved_0")
     assert (list(body.input), list(body.output)) == (["x", "cos", "sin"], ["y"])
     assert list(body.attribute) == ["interleaved"]
-    assert body.overload == "float16__D_10__R_5__interleaved_0"
 
 
 def test_a_body_for_dynamic_sizes_is_named_without_them():
     attributes = {"activation": "silu", "alpha": 0.0, "limit": 0.0}
-    names = {trace_body("GatedAct", attributes, ["float32"] * 2, [[b, "T", 9]] * 2).overload for b in (1, "B")}
-    assert names == {"float32__activation_silu__alpha_0p0__limit_0p0"}
+    names = {trace_body("GatedAct", attributes, ["float32"] * 2, [[b, "T", 9]] * 2).name for b in (1, "B")}
+    assert names == {"GatedAct__float32__activation_silu__alpha_0p0__limit_0p0"}

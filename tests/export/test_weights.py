@@ -293,6 +293,51 @@ def test_a_weight_that_is_taken_as_stored_is_not_cast(tmp_path):
     assert types == dict.fromkeys(("a", "b"), TensorProto.BFLOAT16)
 
 
+# A table that is read by rows, and turned to be multiplied with, as where embedding and head are tied; and scaled.
+TIED_GRAPH = """(int64[tokens] i, float[7, 3] table) => (float[tokens, 7] y, float[7, 3] z) {
+    [rows] rows = Gather(table, i)
+    [turned] turned = Transpose <perm = [1, 0]> (table)
+    [y] y = MatMul(rows, turned)
+    [z] z = Add(table, table)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "chains"),
+    [
+        ("BF16", "float", {"MatMul-Cast-Gather", "MatMul-Cast-Transpose", "Add-Cast"}),
+        ("F16", "float", {"MatMul-Cast-Gather", "MatMul-Cast-Transpose", "Add-Cast"}),
+        ("F32", "float", {"MatMul-Gather", "MatMul-Transpose", "Add"}),
+        # What is folded on the way is narrow here after the Cast.
+        ("F32", "float16", {"MatMul-Gather-Cast", "MatMul-Transpose-Cast", "Add-Cast"}),
+    ],
+)
+def test_a_table_is_turned_and_gathered_from_in_the_narrower_type(tmp_path, stored, dtype, chains):
+    values = np.random.default_rng(0).standard_normal((7, 3)).astype(NUMPY[stored])
+    save_file({"table": values}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    text = f'<ir_version: 10, opset_import: ["": 23]> g {TIED_GRAPH}'.replace("float[", f"{dtype}[")
+    model = onnx.parser.parse_model(text)
+    element = model.graph.output[0].type.tensor_type.elem_type
+    weights.bind(model, {"table": Parameter("table", (7, 3))}, open_checkpoint(tmp_path), element)
+    nodes = model.graph.node
+    makers = {n.output[0]: n for n in nodes}
+
+    def chain(node: onnx.NodeProto, name: str) -> str:
+        return f"{node.op_type}-{chain(makers[name], makers[name].input[0])}" if name in makers else node.op_type
+
+    assert {chain(n, i) for n in nodes if n.op_type in ("MatMul", "Add") for i in n.input} == chains
+    assert len({n.name for n in nodes}) == len(nodes)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    y, z = session.run(None, {"i": np.array([2, 5, 2])})
+    table = values.astype(y.dtype)
+    # Sums of three products.
+    assert np.allclose(y, table[[2, 5, 2]] @ table.T, rtol=0, atol=8 * np.finfo(y.dtype).eps)
+    assert np.array_equal(z, table + table)
+
+
 # Experts' matrices stacked, and one that is read as it is stored.
 STACKED_GRAPH = """(float[tokens, 5] x, float[2, 4, 5] gate_up) => (float[2, tokens, 4] y) {
     turned = Transpose <perm = [0, 2, 1]> (gate_up)

@@ -6,7 +6,7 @@ import onnx.parser
 import onnxruntime
 import pytest
 
-from llmexport.graphs.bodies import attach_bodies
+from llmexport.graphs.bodies import attach_bodies, op_of
 from llmexport.plugins.spec import DOMAIN, Attribute
 
 GATED = 'llmexport.GatedAct<activation = "silu", alpha = 0.5, limit = 7.0>'
@@ -33,13 +33,12 @@ class Bodies:
         node = onnx.helper.make_node(op, ["gate", "up"], ["y"])
         return onnx.helper.make_function(
             DOMAIN,
-            name,
+            f"{name}__{types[0]}__{attributes.get('activation')}",
             ["gate", "up"],
             ["y"],
             [node],
             [onnx.helper.make_opsetid("", 23)],
             sorted(attributes),
-            overload=f"{types[0]}__{attributes.get('activation')}",
         )
 
 
@@ -58,10 +57,13 @@ def test_the_types_are_those_of_the_inputs(dtype):
     assert bodies.asked[0][2:] == ([dtype] * 2, [[2, 3, 9]] * 2)
 
 
-def test_the_node_names_its_overload():
+def test_the_node_takes_the_name_of_its_body_and_still_says_its_op():
     made = model(f"({FP32} g, {FP32} u) => ({FP32} y) {{ y = {GATED}(g, u) }}")
+    assert op_of(made.graph.node[0]) == "GatedAct"
     attach_bodies(made, Bodies())
-    assert made.graph.node[0].overload == made.functions[0].overload == "float32__silu"
+    assert made.graph.node[0].op_type == made.functions[0].name == "GatedAct__float32__silu"
+    assert op_of(made.graph.node[0]) == "GatedAct"
+    assert not made.graph.node[0].overload + made.functions[0].overload
 
 
 def test_counts_every_occurrence_by_op():

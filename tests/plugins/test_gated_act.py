@@ -144,7 +144,7 @@ def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(activation, dt
     body = trace_body("GatedAct", attributes, [dtype] * 2, [["B", "T", "I"], ["B", "T", "I"]])
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     values = [onnx.helper.make_tensor_value_info(n, element, ["B", "T", "I"]) for n in ("gate", "up", "y")]
-    node = onnx.helper.make_node("GatedAct", ["gate", "up"], ["y"], domain=DOMAIN, overload=body.overload, **attributes)
+    node = onnx.helper.make_node(body.name, ["gate", "up"], ["y"], domain=DOMAIN, **attributes)
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "g", values[:2], values[2:]),
         functions=[body],

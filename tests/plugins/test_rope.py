@@ -125,11 +125,10 @@ def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, interle
     shapes = {"x": ["B", "H", "T", d], "cos": ["B", "T", r], "sin": ["B", "T", r], "y": ["B", "H", "T", d]}
     values = [onnx.helper.make_tensor_value_info(n, element, shape) for n, shape in shapes.items()]
     node = onnx.helper.make_node(
-        "Rope",
+        body.name,
         ["x", "cos", "sin"],
         ["y"],
         domain=DOMAIN,
-        overload=body.overload,
         interleaved=int(interleaved),
     )
     model = onnx.helper.make_model(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmexport.export.trace import trace_body
 from llmexport.plugins import spec
-from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops, op
+from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops, op, op_name
 
 # What TensorRT's ONNX parser imports itself, whatever the domain (shared/reference/tensorrt.md, 1.1 to 1.3),
 # besides the ONNX operators.
@@ -235,17 +235,28 @@ NAMES = [
 ]
 
 
-def test_each_set_of_values_types_and_sizes_has_an_overload_of_its_own(shrink):
-    assert len({shrink.overload(*case) for case in NAMES}) == len(NAMES)
+def test_each_set_of_values_types_and_sizes_has_a_body_name_of_its_own(shrink):
+    assert len({shrink.body_name(*case) for case in NAMES}) == len(NAMES)
 
 
-def test_an_overload_is_named_alike_whatever_the_order_of_the_attributes(shrink):
-    first = shrink.overload({"scale": 1.0, "flag": True}, ["float32"] * 2, {"D": 8})
-    assert first == shrink.overload({"flag": True, "scale": 1.0}, ["float32"] * 2, {"D": 8})
+def test_the_name_of_a_body_says_whose_it_is(shrink):
+    assert {op_name(shrink.body_name(*case)) for case in NAMES} == {op_name(shrink.name)} == {shrink.name}
 
 
-def test_a_flag_read_from_a_graph_as_an_integer_names_the_same_overload(shrink):
-    assert shrink.overload({"flag": True}, ["float32"] * 2, {}) == shrink.overload({"flag": 1}, ["float32"] * 2, {})
+def test_an_op_whose_name_would_end_within_is_refused(scratch_ops):
+    def two__words(x: Tensor) -> Tensor: ...
+
+    with pytest.raises(TypeError, match="Two__Words"):
+        op("Two__Words", 1, {"x": "B"}, ("y",))(two__words)
+
+
+def test_a_body_is_named_alike_whatever_the_order_of_the_attributes(shrink):
+    first = shrink.body_name({"scale": 1.0, "flag": True}, ["float32"] * 2, {"D": 8})
+    assert first == shrink.body_name({"flag": True, "scale": 1.0}, ["float32"] * 2, {"D": 8})
+
+
+def test_a_flag_read_from_a_graph_as_an_integer_names_the_same_body(shrink):
+    assert shrink.body_name({"flag": True}, ["float32"] * 2, {}) == shrink.body_name({"flag": 1}, ["float32"] * 2, {})
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -254,17 +265,17 @@ def test_a_flag_read_from_a_graph_as_an_integer_names_the_same_overload(shrink):
     mode=st.text(),
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
 )
-def test_an_overload_is_an_identifier(shrink, scale, mode, dtype):
-    assert shrink.overload({"scale": scale, "mode": mode}, [dtype] * 2, {"D": 8}).isidentifier()
+def test_a_body_name_is_an_identifier(shrink, scale, mode, dtype):
+    assert shrink.body_name({"scale": scale, "mode": mode}, [dtype] * 2, {"D": 8}).isidentifier()
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(one=st.floats(allow_nan=False), other=st.floats(allow_nan=False))
 @example(one=1e16, other=1e-16)
 @example(one=1.5, other=-1.5)
-def test_two_numbers_have_overloads_of_their_own(shrink, one, other):
+def test_two_numbers_have_body_names_of_their_own(shrink, one, other):
     assume(one != other)
-    assert shrink.overload({"scale": one}, ["float32"] * 2, {}) != shrink.overload(
+    assert shrink.body_name({"scale": one}, ["float32"] * 2, {}) != shrink.body_name(
         {"scale": other}, ["float32"] * 2, {}
     )
 
@@ -373,15 +384,15 @@ def test_a_body_that_is_no_onnx_is_not_taken(pick, monkeypatch):
         pick_trace(3)
 
 
-def test_an_overload_names_the_type_of_a_weight_kept_in_another(pick):
-    stored = [pick.overload({}, ["float32", w, "uint8", "float32", "float32"], {}) for w in ("float32", "bfloat16")]
-    assert stored == ["float32", "float32__bfloat16"]
+def test_a_body_name_says_the_type_of_a_weight_kept_in_another(pick):
+    stored = [pick.body_name({}, ["float32", w, "uint8", "float32", "float32"], {}) for w in ("float32", "bfloat16")]
+    assert stored == ["SpecPick__float32", "SpecPick__float32__bfloat16"]
 
 
-def test_an_overload_says_how_many_inputs_are_left_out(pick):
+def test_a_body_name_says_how_many_inputs_are_left_out(pick):
     types = ["float32", "uint8", "uint8", "float32", "float32"]
-    names = [pick.overload({}, types[:n], {}) for n in (5, 4, 3)]
-    assert names == ["float32__uint8", "float32__uint8__without_1", "float32__uint8__without_2"]
+    names = [pick.body_name({}, types[:n], {}) for n in (5, 4, 3)]
+    assert names == ["SpecPick__float32__uint8" + more for more in ("", "__without_1", "__without_2")]
 
 
 def test_a_required_tensor_after_one_that_may_be_left_out_is_refused(scratch_ops):

@@ -21,6 +21,7 @@ from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.spec import PAST, SEQUENCE
+from llmexport.graphs.bodies import op_of
 from llmexport.validate import feeds, ladder
 from llmexport.validate import report as files
 
@@ -42,7 +43,7 @@ def copy(exported, tmp_path: Path) -> Path:
 def edit_model(folder: Path, op: str, change) -> None:
     """Changes the last node of type `op`."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    node = [n for n in model.graph.node if n.op_type == op][-1]
+    node = [n for n in model.graph.node if op_of(n) == op][-1]
     change(node, model)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
 
@@ -183,8 +184,8 @@ def test_what_is_misread_beyond_the_prompt_is_found(name: str, far, tmp_path: Pa
 
 def ignore_window(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
     """Gives a layer with a window the function body of one without."""
-    [full] = {n.overload for n in model.graph.node if n.op_type == "SinkAttention"} - {node.overload}
-    node.overload = full
+    [full] = {n.op_type for n in model.graph.node if op_of(n) == "SinkAttention"} - {node.op_type}
+    node.op_type = full
 
 
 def scale_more(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
