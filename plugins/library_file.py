@@ -19,7 +19,6 @@ from llmexport.plugins.cache_folder import OTHERS_WRITE, owner
 from llmexport.plugins.errors import PluginError
 from llmexport.plugins.regular import open_regular, read_regular
 
-MODE = 0o755
 MOST_RECORD = 100_000  # bytes
 BUILD = "build it: llmexport plugins build"
 # ELF of 64 bits, little end first: what every GPU machine has.
@@ -71,9 +70,9 @@ def place(made: Path, path: Path, about: dict[str, Any]) -> None:
     if digest != _recorded(path) or digest != _digest_at(path):
         # In an order in which no library ever lies beside another's record.
         record_path(path).unlink(missing_ok=True)
-        _appear(path, lambda beside: shutil.copyfile(made, beside))
+        _appear(path, 0o755, lambda beside: shutil.copyfile(made, beside))
         text = json.dumps({**about, "sha256": digest}, indent=1)
-        _appear(record_path(path), lambda beside: beside.write_text(text))
+        _appear(record_path(path), 0o644, lambda beside: beside.write_text(text))
     # The last one that was asked for is the one that is found.
     os.utime(path)
 
@@ -84,12 +83,12 @@ def drop_unless_placed(made: Path, path: Path) -> None:
         made.unlink()
 
 
-def _appear(path: Path, write: Callable[[Path], object]) -> None:
+def _appear(path: Path, mode: int, write: Callable[[Path], object]) -> None:
     """The file at `path`, whole from the moment that it is there, and nobody else's to change."""
     beside = path.with_name(f".{path.name}")
     try:
         write(beside)
-        os.chmod(beside, MODE)
+        os.chmod(beside, mode)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)

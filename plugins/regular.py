@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+MOST = 10_000_000  # bytes of a file of settings; the largest published config.json has a hundredth of it
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a symbolic link",
@@ -36,7 +37,7 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
     return file
 
 
-def read_regular(path: Path, most: int, *, follow: bool = True) -> bytes:
+def read_regular(path: Path, most: int = MOST, *, follow: bool = True) -> bytes:
     """All bytes of the file at `path`. Raises OSError, also if it is no regular file or holds more than `most`."""
     with open_regular(path, follow=follow) as file:
         size = os.fstat(file.fileno()).st_size

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from llmexport.export import archs
-from llmexport.export.checkpoint import MAX_CONFIG
 from llmexport.export.cli import source
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.errors import ExportError
@@ -52,7 +51,7 @@ def command(
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        data = json.loads(read_regular(path, MAX_CONFIG))
+        data = json.loads(read_regular(path))
     except OSError as error:
         raise ExportError(f"cannot read the config {path}: {error.strerror}: give a config.json") from error
     except (ValueError, RecursionError) as error:
