@@ -93,6 +93,7 @@ def _store(path: Path, data: bytes) -> None:
         os.replace(beside, path)
     except OSError as error:
         _note(f"traces are not kept: cannot write to {path.parent}: {error.strerror}")
+    finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
 

@@ -92,7 +92,7 @@ def _check_above(folder: Path) -> None:
     for place in {*folder.parents, *Path(os.path.realpath(folder)).parents}:
         mode = os.stat(place).st_mode
         if mode & OTHERS_WRITE and not mode & stat.S_ISVTX:
-            cure = f"chmod go-w {shlex.quote(str(place))}, or {CHOOSE}"
+            cure = f"chmod go-w {shlex.quote(str(place))} (or +t, if all share it), or {CHOOSE}"
             raise CacheError(f"cache folder {folder} is not used: others can write to {place} above it: {cure}")
 
 

@@ -49,7 +49,7 @@ def check(path: Path, users: Set[int]) -> tuple[int, ...]:
             info = os.fstat(file.fileno())
             for uid in (link.st_uid, info.st_uid):
                 if uid not in users:
-                    whose = f"belongs to {owner(uid)}, not to {owner(os.geteuid())} or root"
+                    whose = f"belongs to {owner(uid)}, neither to root nor to you ({owner(os.geteuid())})"
                     raise PluginError(f"{path} {whose}, and is not loaded: {BUILD}")
             if info.st_mode & OTHERS_WRITE:
                 cure = f"if you trust it: chmod go-w {shlex.quote(str(path))}"
