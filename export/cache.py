@@ -12,10 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmexport.plugins.cache_folder import cache_folder
+from llmexport.export.values import visible
+from llmexport.plugins.cache_folder import OTHERS_WRITE, trusted_folder
+from llmexport.plugins.errors import CacheError
+from llmexport.plugins.regular import open_regular
 
 # What the entries depend on: these libraries, and our own source that traces, stitches and fuses.
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnx-graphsurgeon")
+LARGEST = 1 << 30  # bytes of an entry; traces have no weights, the largest known are a thousandth of it
 ROOT = Path(__file__).parent.parent
 SOURCES = (
     "graphs/*.py",
@@ -32,21 +36,39 @@ SOURCES = (
 def cached(kind: str, key: Any, make: Callable[[], bytes]) -> bytes:
     """The bytes that `make` gives for this key (JSON data), from disk if they were made before.
 
-    Entries live in $LLMEXPORT_CACHE, else in the user's cache folder. One that does not carry its own digest is
-    made anew; a folder that cannot be written costs only time.
+    Entries live in $LLMEXPORT_CACHE, else in the user's cache folder. One that does not carry the digest of its key
+    and data, or that another can have written, is made anew; a folder that cannot be used costs only time.
     """
     text = json.dumps([kind, key, versions(), _source_digest()], sort_keys=True)
-    path = cache_folder() / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    key_digest = hashlib.sha256(text.encode())
     try:
-        stored = path.read_bytes()
-    except OSError:
-        stored = b""
+        path = trusted_folder() / f"{kind}-{key_digest.hexdigest()[:32]}"
+    except CacheError as error:
+        _note(f"traces are not kept: {error}")
+        return make()
+    stored = _read(path)
     digest, data = stored[:32], stored[32:]
-    if data and hashlib.sha256(data).digest() == digest:
+    if data and _digest(key_digest.digest(), data) == digest:
         return data
     data = make()
-    _store(path, hashlib.sha256(data).digest() + data)
+    _store(path, _digest(key_digest.digest(), data) + data)
     return data
+
+
+def _digest(key: bytes, data: bytes) -> bytes:
+    """Of both, so that an entry under the name of another key is none."""
+    return hashlib.sha256(key + data).digest()
+
+
+def _read(path: Path) -> bytes:
+    """The entry at `path`; nothing if there is none, or one that another user has made or can change."""
+    try:
+        with open_regular(path, follow=False) as file:
+            info = os.fstat(file.fileno())
+            ours = info.st_uid == os.geteuid() and not info.st_mode & OTHERS_WRITE
+            return file.read() if ours and info.st_size <= LARGEST else b""
+    except OSError:
+        return b""
 
 
 @functools.cache
@@ -66,9 +88,19 @@ def _source_digest() -> str:
 def _store(path: Path, data: bytes) -> None:
     beside = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(data)
         os.replace(beside, path)
-    except OSError:
+    except OSError as error:
+        _note(f"traces are not kept: cannot write to {path.parent}: {error.strerror}")
+    finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Said once; on stderr, unless whoever uses this library has other plans for its log."""
+    import logging
+
+    logging.getLogger("llmexport").warning("note: %s", visible(text))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
+from llmexport.plugins.regular import open_regular, read_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +84,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read config, index and headers and hold them against each other; no tensor data is read."""
     config = read_config(folder)
     with _read_errors(folder):
-        indexed, single = (folder / INDEX).is_file(), (folder / SINGLE).is_file()
+        indexed, single = (folder / INDEX).exists(), (folder / SINGLE).exists()
         if not indexed and not single:
             raise _no_weights(folder)
     placed = _read_index(folder) if indexed else {}
@@ -113,23 +114,22 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ExportError(f"no folder {folder}: get one with `hf download <model> --local-dir <folder>`")
         if not folder.is_dir():
             raise ExportError(f"{folder} is not a folder: give the one that holds its config.json")
-        if not path.is_file():
+        if not path.exists():
             raise ExportError(f"{folder} has no config.json: give the folder of a published checkpoint")
         if (folder / ADAPTER).exists():
             raise ExportError(f"{folder} holds an adapter ({ADAPTER}): merge it into the model, or move it away")
-        return _parse_object(path.read_bytes(), path)
+        return _parse_object(read_regular(path), path)
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], Shard]:
     """Read and check the header of one safetensors file; tensors come in the order of their data."""
-    with _read_errors(path):
+    with _read_errors(path), open_regular(path) as file:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, MAX_HEADER):
-                problem = f"is no safetensors file: {size} bytes, of which it claims {length} for a header"
-                raise _broken(path, f"{problem} (after git clone: `git lfs pull`)")
-            header = file.read(length)
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_HEADER):
+            problem = f"is no safetensors file: {size} bytes, of which it claims {length} for a header"
+            raise _broken(path, f"{problem} (after git clone: `git lfs pull`)")
+        header = file.read(length)
 
     entries = _parse_object(header, path)
     metadata = entries.pop("__metadata__", {})
@@ -172,14 +172,14 @@ def _read_index(folder: Path) -> dict[str, str]:
     """The shard of every tensor, as the index says; all shards are files of this folder."""
     path = folder / INDEX
     with _read_errors(path):
-        placed = _parse_object(path.read_bytes(), path).get("weight_map")
+        placed = _parse_object(read_regular(path, MAX_HEADER), path).get("weight_map")
         if not isinstance(placed, dict) or not placed:
             raise _broken(path, "has no weight_map from tensor to shard")
         for name, file in placed.items():
             if not _is_shard_name(file):
                 raise _broken(path, f"places tensor {_show(name)} in {_show(file)}, no shard of this folder")
         files = sorted(set(placed.values()))
-        missing = [file for file in files if not (folder / file).is_file()]
+        missing = [file for file in files if not (folder / file).exists()]
     if missing:
         lacks = f"lacks {len(missing)} of the {len(files)} shards that {INDEX} names"
         raise ExportError(f"{folder} {lacks} ({_few(missing)}): finish the download")

@@ -232,13 +232,14 @@ def _run(
 def _builder(work: Path, module: str, timeout: float | None) -> Iterator[subprocess.Popen[str]]:
     """The builder's process. It has ended afterwards, whatever happens."""
     pipe = subprocess.PIPE
+    (work / "links").mkdir()
     with (
         open(work / "stderr", "xb") as stderr,
         # From `work`, as `-m` looks for modules where it is first.
         subprocess.Popen(
             [*COMMAND, str(work)],
             cwd=work,
-            env=library.builder_environment(module),
+            env=library.builder_environment(module, work / "links"),
             stdin=pipe,
             stdout=pipe,
             stderr=stderr,

@@ -14,6 +14,7 @@ from llmexport.export import cache
 from llmexport.export.checkpoint import Checkpoint, Shard, StoredTensor, read_header
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Assembly, Port, Step, from_data, to_data
+from llmexport.plugins.regular import read_regular
 
 if TYPE_CHECKING:
     from llmexport.export.onnx_file import Built, Request
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 NAME = "manifest.json"
 FORMAT = 1
 KEYS = {"arch", "block", "dtype", "target", "opset", "ops", "versions", "config"}  # that later steps read
+MOST = 100_000_000  # bytes; of the deepest known models it has a hundredth
 PAGES, PAGE = 64, 4096  # of a weight file, for its sample digest
 
 
@@ -95,12 +97,12 @@ class Manifest:
 def read(folder: Path) -> Manifest:
     """The manifest of the export in `folder`. Raises ExportError if it is none, or its weights have changed."""
     path = folder / NAME
-    if not path.is_file():
+    if not path.exists():
         blocks = sorted(p.parent.name for p in folder.glob(f"*/{NAME}"))
         hint = f"name one of its blocks: {', '.join(blocks)}" if blocks else "make one with `llmexport onnx`"
         raise ExportError(f"{folder} is no export, it has no {NAME}: {hint}")
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_regular(path, MOST))
         if data["format"] != FORMAT:
             raise ExportError(f"{path} is of format {data['format']}, this version reads {FORMAT}: export again")
         assembly, step_weights = _assembly(data)
@@ -112,6 +114,8 @@ def read(folder: Path) -> Manifest:
             raise KeyError(*missing)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ExportError(f"{path} is damaged or of another version ({error!r}): export again") from error
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror}: export again") from error
     for file, *identity in files:
         _check_unchanged(file, identity)
     return Manifest(folder, data, assembly, step_weights)

@@ -33,9 +33,11 @@ from llmexport.export.spec import OPSET, Assembly, Block, Model, Port, Step, to_
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
 from llmexport.graphs.stitch import Piece, stitch
+from llmexport.plugins.regular import read_regular
 from llmexport.plugins.spec import Attribute
 
 MODEL = "model.onnx"
+MOST_MODEL = 2**31 - 1  # bytes, protobuf's own limit
 BLOCKS = "blocks.json"
 ELEMENT_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
@@ -204,9 +206,11 @@ def load(found: Manifest) -> onnx.ModelProto:
     """
     path = found.folder / MODEL
     try:
-        proto = onnx.ModelProto.FromString(path.read_bytes())
+        proto = onnx.ModelProto.FromString(read_regular(path, MOST_MODEL))
     except FileNotFoundError as error:
         raise ExportError(f"{path} is missing from the export: export again") from error
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror}: export again") from error
     except DecodeError as error:
         raise ExportError(f"{path} is damaged: export again") from error
     if found.data["target"] == "tensorrt":

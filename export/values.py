@@ -8,12 +8,38 @@ from typing import Any
 from llmexport.export.errors import ExportError
 
 INT32_MAX = 2**31 - 1  # ops count tokens in int32
+LONGEST, TAIL, MOST_LINES = 2000, 500, 60  # characters of a line that is shown, of its end, lines of a message
 SMALL, LARGE = 1e-30, 1e30  # what lies beyond leaves fp32 with the next product
 
 
 def show(value: Any) -> str:
     """A value from a file, on one line and cut in length and depth."""
     return reprlib.repr(value)
+
+
+def visible(text: str) -> str:
+    """Text as one line that a terminal or a page may get, cut in length: what does not print is escaped.
+
+    That is what isprintable() says: control characters, newlines of every kind, marks that turn the direction of
+    writing, halves of characters.
+    """
+    if len(text) > LONGEST:
+        # The end of a message is what to do.
+        text = f"{text[: LONGEST - TAIL]}... ({len(text) - LONGEST} characters more) ...{text[-TAIL:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def message(text: str) -> str:
+    """A message as a terminal may get it: no line but its first begins at the margin.
+
+    It has more lines only where we have put them: a line of ours, then what a program said, two spaces in.
+    """
+    first, *said = text.split("\n  ", 1)
+    told = said[0].splitlines() if said else []
+    more = [f"... ({len(told) - MOST_LINES} lines more)"] if len(told) > MOST_LINES else []
+    return "\n  ".join(map(visible, [first, *told[:MOST_LINES], *more]))
 
 
 def key_name(key: str) -> str:

@@ -6,3 +6,11 @@ class UserError(Exception):
 
     Every layer raises its own: ExportError, EngineError, Mismatch.
     """
+
+
+class PluginError(UserError):
+    """The plugin library cannot be built, found or loaded here."""
+
+
+class CacheError(PluginError):
+    """The cache folder cannot be had, or somebody else could have written what lies in it."""

@@ -5,7 +5,9 @@ Imports neither torch nor TensorRT.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -13,12 +15,14 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmexport.plugins.cache_folder import cache_folder
-from llmexport.plugins.errors import UserError
+from llmexport.plugins import library_file
+from llmexport.plugins.cache_folder import cache_folder, trusted_folder
+from llmexport.plugins.errors import CacheError
+from llmexport.plugins.errors import PluginError as PluginError
 
 FILE = "libllmexport_plugins.so"
 SOURCES = Path(__file__).parent
@@ -29,10 +33,6 @@ GET_PLUGIN_NAME = 6
 MAX_PLUGINS = 1000  # more than that is no list of plugins
 
 
-class PluginError(UserError):
-    """The plugin library cannot be built, found or loaded here."""
-
-
 def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int | None = None) -> Path:
     """Compiles the library for these SM versions ("90"; the last also as PTX) and returns its path.
 
@@ -41,30 +41,61 @@ def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int
     """
     if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in archs):
         raise PluginError(f"archs are {','.join(archs)!r}: name SM versions, as in 80,90")
-    folder = build_dir or _builds() / "-".join(archs)
-    targets = ";".join([*(f"{a}-real" for a in archs[:-1]), archs[-1]])
+    archs = list(dict.fromkeys(archs))
     cmake = _tool("cmake", "pip install cmake")
     nvcc = _nvcc()
+    if build_dir:
+        folder = Path(os.path.abspath(build_dir))
+    else:
+        folder = trusted_folder("plugins", _builds().name, "-".join(archs))
+    targets = ";".join([*(f"{a}-real" for a in archs[:-1]), archs[-1]])
     options = [f"-DCMAKE_CUDA_ARCHITECTURES={targets}", f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DCMAKE_BUILD_TYPE=Release"]
-    _run([cmake, "-S", str(SOURCES), "-B", str(folder), *options])
-    _run([cmake, "--build", str(folder), "--parallel", str(jobs or os.cpu_count() or 1)])
+    # Linked elsewhere, so that what is found is always whole.
+    linked = folder / "linked"
+    options += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={linked}"]
+    with _alone(folder):
+        library_file.drop_unless_placed(linked / FILE, folder / FILE)
+        _run([cmake, "-S", str(SOURCES), "-B", str(folder), *options])
+        _run([cmake, "--build", str(folder), "--parallel", str(jobs or os.cpu_count() or 1)])
+        library_file.place(linked / FILE, folder / FILE, {"archs": archs, "sources": _builds().name})
     return folder / FILE
 
 
 def find() -> Path | None:
-    """The library that was installed with this package, else the last one that build() made of these sources."""
-    if (SOURCES / FILE).is_file():
+    """The library that was installed with this package, else the last one that build() made of these sources.
+
+    Raises CacheError if that one lies where others can have written.
+    """
+    if (SOURCES / FILE).exists():
         return SOURCES / FILE
-    return max(_builds().glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime, default=None)
+    try:
+        builds = _builds()
+    except CacheError:
+        # Without a home nothing was built.
+        return None
+    found = max(builds.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime, default=None)
+    if found:
+        trusted_folder("plugins", builds.name, found.parent.name, make=False)
+    return found
 
 
 def served(path: Path) -> frozenset[str]:
-    """The ops that the library at `path` has plugins for. Raises PluginError if it is no plugin library."""
+    """The ops that the library at `path` has plugins for.
+
+    Raises PluginError if it is no plugin library, is not whole, or if another user can have written it.
+    """
+    # Absolute, as the loader looks for a bare name elsewhere.
+    path = Path(os.path.abspath(path))
+    # Who installed this file may have installed the library beside it.
+    users = {0, os.geteuid(), *([os.stat(__file__).st_uid] if path == SOURCES / FILE else [])}
+    checked = library_file.check(path, users)
     try:
         library = ctypes.CDLL(str(path))
         get_creators = library.getCreators
     except (OSError, AttributeError) as error:
         raise PluginError(f"{path} is no plugin library: {error}. Build it: llmexport plugins build") from error
+    if library_file.identity(os.stat(path)) != checked:
+        raise PluginError(f"{path} was replaced while it was loaded: try again when nobody writes to it")
     count = ctypes.c_int32()
     get_creators.restype = ctypes.POINTER(ctypes.c_void_p)
     creators = get_creators(ctypes.byref(count))
@@ -79,6 +110,7 @@ def load(trt: Any, path: Path) -> frozenset[str]:
     A second time in one process it does nothing. Raises PluginError if TensorRT takes it not.
     """
     registry = trt.get_plugin_registry()
+    path = Path(os.path.abspath(path))
     ops = served(path)
     if not ops <= _registered(registry) and registry.load_library(str(path)) is None:
         raise PluginError(f"{trt.__name__} {trt.__version__} cannot load {path}: is another library of ours loaded?")
@@ -87,17 +119,18 @@ def load(trt: Any, path: Path) -> frozenset[str]:
     return ops
 
 
-def builder_environment(module: str) -> dict[str, str]:
+def builder_environment(module: str, spare: Path | None = None) -> dict[str, str]:
     """The environment in which a process can use plugins with this TensorRT module.
 
     TensorRT-RTX's parser opens libtensorrt_rtx.so at the first plugin and ends the process if there is none, but
-    its wheel has libtensorrt_rtx.so.1 only: a folder with a link by that name goes on the library path.
+    its wheel has libtensorrt_rtx.so.1 only: a folder with a link by that name goes on the library path. It is in
+    the cache; spare: an empty folder of this user's for it, where there is no cache to use.
     """
     environment = dict(os.environ)
     found = importlib.util.find_spec("tensorrt_rtx_libs") if module == "tensorrt_rtx" else None
     for place in found.submodule_search_locations or () if found else ():
         for real in Path(place).glob("libtensorrt_rtx.so.*"):
-            paths = [str(_link_folder(real)), environment.get("LD_LIBRARY_PATH", "")]
+            paths = [str(_link_folder(real, spare)), environment.get("LD_LIBRARY_PATH", "")]
             environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
     return environment
 
@@ -113,17 +146,51 @@ def _name(creator: int) -> str:
     return ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(slot or 0)(creator).decode()
 
 
-def _link_folder(real: Path) -> Path:
-    folder = cache_folder() / "links" / hashlib.sha256(str(real).encode()).hexdigest()[:16]
-    link = folder / real.with_suffix("").name  # less the version
-    if not link.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Beside and renamed, as another process may do the same now.
-        with tempfile.TemporaryDirectory(dir=folder) as hidden:
-            made = Path(hidden) / link.name
-            made.symlink_to(real)
-            os.replace(made, link)
+def _link_folder(real: Path, spare: Path | None) -> Path:
+    """A folder with a link to `real` under its name less the version, and nothing else that a loader could take."""
+    name = real.with_suffix("").name
+    try:
+        folder = trusted_folder("links", hashlib.sha256(str(real).encode()).hexdigest()[:16])
+    except CacheError:
+        if spare is None:
+            raise
+        folder = spare
+    try:
+        if others := sorted({*os.listdir(folder)} - {name}):
+            raise PluginError(f"{folder} holds {others[0]!r}, which is not ours: remove it")
+        if not _leads(folder / name, real):
+            # Beside and renamed, as another process may do the same now.
+            with tempfile.TemporaryDirectory(dir=folder.parent) as hidden:
+                made = Path(hidden) / name
+                made.symlink_to(real)
+                os.replace(made, folder / name)
+    except OSError as error:
+        raise PluginError(f"cannot link {real} in {folder}: {error.strerror}: make room, or remove it") from error
     return folder
+
+
+def _leads(link: Path, real: Path) -> bool:
+    """Whether it is a link of this user's to that file."""
+    try:
+        return os.readlink(link) == str(real) and os.lstat(link).st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One build in a folder at a time. Raises PluginError if there is another, or the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PluginError(f"another build is under way in {folder}: wait for it") from error
+            yield
+    except OSError as error:
+        cure = "make room, or name another --build-dir"
+        raise PluginError(f"cannot build in {folder} ({error.filename or ''}: {error.strerror}): {cure}") from error
 
 
 def _builds() -> Path:
@@ -143,12 +210,20 @@ def _tool(name: str, install: str) -> str:
 
 
 def _nvcc() -> str:
-    """nvcc by $CUDACXX, the PATH, or where the toolkit installs itself."""
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    candidates = [os.environ.get("CUDACXX", ""), "nvcc", *(f"{h}/bin/nvcc" for h in homes if h)]
-    for candidate in filter(None, candidates):
+    """nvcc by $CUDACXX, by $CUDA_HOME, by the PATH, or where the toolkit installs itself.
+
+    Raises PluginError if there is none, and if a variable names one that is not there.
+    """
+    home = os.environ.get("CUDA_HOME")
+    for variable, named in (("CUDACXX", os.environ.get("CUDACXX")), ("CUDA_HOME", home and f"{home}/bin/nvcc")):
+        if named:
+            if found := shutil.which(named):
+                return os.path.abspath(found)
+            value = os.environ[variable]
+            raise PluginError(f"{variable} is {value!r}, and {named!r} is no program: set it right, or unset it")
+    for candidate in ("nvcc", "/usr/local/cuda/bin/nvcc"):
         if found := shutil.which(candidate):
-            return found
+            return os.path.abspath(found)
     raise PluginError(
         "nvcc is not installed: install the CUDA toolkit 12.8 or later (Debian and Ubuntu, from NVIDIA's repository: "
         "sudo apt install cuda-nvcc-13-0 cuda-cudart-dev-13-0), or set CUDACXX to yours"

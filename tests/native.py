@@ -71,6 +71,7 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> P
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                 built = Path(folder) / name
                 _compile(command, sources, flags, built)
+                built.chmod(0o755)  # no library is loaded that others can write, as a umask may let them
                 built.rename(target)
     return target
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmexport.export.manifest import Manifest
 from llmexport.export.output import write_files
+from llmexport.export.values import visible
 from llmexport.validate.compare import Difference
 from llmexport.validate.tolerance import Tolerance
 
@@ -86,19 +87,23 @@ def page(manifest: Manifest, report: Report) -> str:
     rows = [(r.name, *_error(r), r.status, r.note) for r in report.rungs]
     times = [(n, *(f"{s[k] * 1e3:.2f} ms" for k in ("prefill", "decode"))) for n, s in report.seconds.items()]
     details = "".join(
-        f"<details><summary>{html.escape(r.name)}: {len(r.details)} comparisons</summary>{_details(r)}</details>"
+        f"<details><summary>{_text(r.name)}: {len(r.details)} comparisons</summary>{_details(r)}</details>"
         for r in report.rungs
         if r.details
     )
     return (
-        f"<!doctype html><meta charset=utf-8><title>llmexport: {html.escape(model['arch'])}</title>"
-        f"<style>{STYLE}</style><h1>{html.escape(model['arch'])}, {model['dtype']}</h1>"
+        f"<!doctype html><meta charset=utf-8><title>llmexport: {_text(model['arch'])}</title>"
+        f"<style>{STYLE}</style><h1>{_text(model['arch'])}, {_text(model['dtype'])}</h1>"
         f"<p class={'pass' if report.passed else 'fail'}>{report.verdict}</p>"
         + _table(("rung", "max abs", "rms ratio", "allowed", "status", "note"), rows)
         + (_table(("runner", "prefill", "decode step"), times) if times else "")
         + details
         + _table(("what", ""), [(k, str(v)) for k, v in model.items()])
     )
+
+
+def _text(said: object) -> str:
+    return html.escape(visible(str(said)))
 
 
 def _model(manifest: Manifest) -> dict[str, Any]:
@@ -122,11 +127,11 @@ def _details(rung: Rung) -> str:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(c)}" for c in columns)
+    head = "".join(f"<th>{_text(c)}" for c in columns)
     body = "".join("<tr>" + "".join(_cell(c) for c in row) for row in rows)
     return f"<table><tr>{head}{body}</table>"
 
 
 def _cell(text: str) -> str:
     mark = f" class={text.split()[0]}" if text in ("pass", "fail", "not run") else ""
-    return f"<td{mark}>{html.escape(text)}"
+    return f"<td{mark}>{_text(text)}"

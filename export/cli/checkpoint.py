@@ -12,6 +12,7 @@ from llmexport.export.cli import source
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import DTYPES
+from llmexport.plugins.regular import read_regular
 
 
 @click.command("checkpoint")
@@ -50,8 +51,10 @@ def command(
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        data = json.loads(read_regular(path))
+    except OSError as error:
+        raise ExportError(f"cannot read the config {path}: {error.strerror}: give a config.json") from error
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"cannot read the config {path}: {error}") from error
     if not isinstance(data, dict):
         raise ExportError(f"{path} holds no JSON object: is it a config.json?")

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from llmexport.export.values import visible
+
 F = TypeVar("F", bound=Callable[..., Any])
 BAR = 24
 
@@ -21,11 +23,16 @@ class Console:
         self.as_json = as_json
         self._live = sys.stderr.isatty() and not quiet
         self._last = ""
+        if quiet:
+            import logging
+
+            logging.getLogger("llmexport").setLevel(logging.ERROR)
 
     def progress(self, what: str, done: int, of: int) -> None:
         """A bar on a terminal, one plain line a step otherwise."""
         if self.quiet:
             return
+        what = visible(what)
         if self._live:
             full = BAR * done // max(of, 1)
             click.echo(f"\r\x1b[K{'█' * full}{'░' * (BAR - full)} {what}", nl=False, err=True)
@@ -37,7 +44,7 @@ class Console:
 
     def say(self, text: str) -> None:
         if not self.quiet and not self.as_json:
-            click.echo(text)
+            click.echo(visible(text))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A titled table; no columns, no header."""
@@ -51,9 +58,9 @@ class Console:
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(visible, row))
         terminal = Terminal(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
-        terminal.print(title, style="bold")
+        terminal.print(visible(title), style="bold")
         terminal.print(table)
         terminal.print()
 

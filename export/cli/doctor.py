@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 import click
 
 from llmexport.export.cli.console import Console, size, talkative
-from llmexport.plugins.cache_folder import cache_folder
+from llmexport.plugins.cache_folder import cache_folder, trusted_folder
+from llmexport.plugins.errors import CacheError
 
 # What each command needs, the distributions that serve it, and the command that installs one.
 PACKAGES = (
@@ -84,7 +85,12 @@ def _version(name: str) -> str:
 
 
 def _cache() -> Finding:
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+        if folder.exists():
+            trusted_folder(make=False)
+    except (CacheError, OSError) as error:
+        return Finding("trace cache", "", False, "fast exports", str(error))
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not os.access(existing, os.W_OK):
         return Finding("trace cache", "", False, "fast exports", f"set LLMEXPORT_CACHE: {folder} cannot be written")

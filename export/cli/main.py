@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from llmexport.export import values
 from llmexport.plugins.errors import UserError
 
 COMMANDS = ("archs", "onnx", "engine", "validate", "deploy", "checkpoint", "ops", "plugins", "doctor")
@@ -48,7 +49,8 @@ def main() -> None:
         _fail("interrupted: nothing was left behind, and what was there before is as it was")
 
 
-def _fail(message: str) -> None:
+def _fail(text: str) -> None:
+    message = values.message(text)
     if "--json" in sys.argv:
         click.echo(json.dumps({"error": message}))
     click.echo(f"error: {message}", err=True)

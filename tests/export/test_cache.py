@@ -87,6 +87,81 @@ def test_a_damaged_entry_is_made_anew_and_mended(folder, damage: Callable[[bytes
     assert [cache.cached("block", ["key"], make) for _ in range(2)] == [b"graph 2"] * 2
 
 
+def test_an_entry_under_the_name_of_another_key_is_made_anew(folder):
+    make = Make()
+    cache.cached("block", ["one"], make)
+    one = entry(folder)
+    cache.cached("block", ["two"], make)
+    (two,) = set(folder.iterdir()) - {one}
+    os.replace(one, two)
+    assert cache.cached("block", ["two"], make) == b"graph 3"
+
+
+def test_an_entry_that_others_can_write_is_made_anew_and_closed(folder):
+    make = Make()
+    cache.cached("block", ["key"], make)
+    entry(folder).chmod(0o666)
+    assert [cache.cached("block", ["key"], make) for _ in range(2)] == [b"graph 2"] * 2
+    assert entry(folder).stat().st_mode & 0o777 == 0o600
+
+
+def test_an_entry_of_another_user_is_made_anew(folder, monkeypatch):
+    make = Make()
+    cache.cached("block", ["key"], make)
+    monkeypatch.setattr(os, "fstat", changed_owner(entry(folder)))
+    assert cache.cached("block", ["key"], make) == b"graph 2"
+
+
+def changed_owner(path: Path) -> Callable[[int], os.stat_result]:
+    """fstat, by which the file that is now at `path` belongs to another user."""
+    inode, real = path.stat().st_ino, os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        info = real(descriptor)
+        return os.stat_result([*info[:4], info.st_uid + 1, *info[5:]]) if info.st_ino == inode else info
+
+    return fstat
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to(path.with_name("elsewhere")),
+        lambda path: path.touch() or os.truncate(path, 10**12),
+    ],
+    ids=["pipe", "device", "link", "a terabyte"],
+)
+def test_an_entry_that_is_no_file_of_ours_is_neither_read_nor_waited_for(folder, put):
+    make = Make()
+    cache.cached("block", ["key"], make)
+    path = entry(folder)
+    path.rename(path.with_name("elsewhere"))
+    put(path)
+    assert [cache.cached("block", ["key"], make) for _ in range(2)] == [b"graph 2"] * 2
+
+
+def test_a_folder_that_is_not_trusted_is_not_used_and_said_once(folder, caplog):
+    folder.mkdir()
+    (folder / "theirs").touch()
+    folder.chmod(0o777)
+    make = Make()
+    assert [cache.cached("block", ["key"], make) for _ in range(2)] == [b"graph 1", b"graph 2"]
+    assert [p.name for p in folder.iterdir()] == ["theirs"]
+    (said,) = caplog.messages
+    assert said.startswith(f"note: traces are not kept: cache folder {folder} can be written by others")
+
+
+def test_a_user_without_home_and_name_has_no_cache(monkeypatch, caplog):
+    for variable in ("LLMEXPORT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987654)
+    make = Make()
+    assert [cache.cached("block", ["key"], make) for _ in range(2)] == [b"graph 1", b"graph 2"]
+    assert len(caplog.messages) == 1
+
+
 def test_an_entry_that_is_a_folder_costs_only_time(folder):
     make = Make()
     cache.cached("block", ["key"], make)

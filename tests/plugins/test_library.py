@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import onnx.onnx_cpp2py_export
 import pytest
 from native import GATE, ROOT, cuda_library, need_nvcc, seconds_to_build
 from plugin_cases import served
@@ -97,6 +100,161 @@ def test_compiler_error_is_in_the_message(monkeypatch: pytest.MonkeyPatch, tmp_p
         library.build(["90"], tmp_path / "build")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "program"),
+    [("CUDACXX", "/nowhere/nvcc", "/nowhere/nvcc"), ("CUDA_HOME", "/no", "/no/bin/nvcc")],
+)
+def test_a_variable_that_names_no_nvcc_is_an_error(variable, value, program, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(PluginError, match=f"{variable} is '{value}', and '{program}' is no program"):
+        library.build(["90"], tmp_path)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What build() runs; it links a shared object of nobody's."""
+    ran: list[list[str]] = []
+
+    def run(command: list[str]) -> None:
+        ran.append(command)
+        for option in command:
+            if option.startswith("-DCMAKE_LIBRARY_OUTPUT_DIRECTORY="):
+                made = Path(option.split("=")[1]) / library.FILE
+                made.parent.mkdir(exist_ok=True)
+                shutil.copyfile(onnx.onnx_cpp2py_export.__file__, made)
+
+    monkeypatch.setattr(library, "_run", run)
+    monkeypatch.setattr(library, "_nvcc", lambda: "/usr/bin/nvcc")
+    monkeypatch.setattr(library, "_tool", lambda name, install: name)
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("archs", "targets"), [("80,80", "80"), ("90,90a,90", "90-real;90a"), ("80,90,80", "80-real;90")]
+)
+def test_an_architecture_named_twice_is_built_once(archs, targets, commands, tmp_path: Path) -> None:
+    library.build(archs.split(","), tmp_path / "build")
+    assert f"-DCMAKE_CUDA_ARCHITECTURES={targets}" in commands[0]
+
+
+def test_a_build_that_fails_leaves_the_earlier_library(commands, monkeypatch, tmp_path: Path) -> None:
+    path = library.build(["90"], tmp_path)
+    before = path.read_bytes()
+
+    def half_linked(command: list[str]) -> None:
+        (tmp_path / "linked" / library.FILE).write_bytes(before[:1000])
+        raise PluginError("killed")
+
+    monkeypatch.setattr(library, "_run", half_linked)
+    with pytest.raises(PluginError, match="killed"):
+        library.build(["90"], tmp_path)
+    assert path.read_bytes() == before
+    library.library_file.check(path, {0, os.geteuid()})
+
+
+def test_two_builds_in_one_folder_do_not_meet(commands, tmp_path: Path) -> None:
+    with library._alone(tmp_path), pytest.raises(PluginError, match="another build is under way"):
+        library.build(["90"], tmp_path)
+
+
+def test_a_build_where_nothing_can_be_written_is_one_line(commands, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PluginError, match=r"cannot build in .*file.*Not a directory.*: make room, or name another"):
+        library.build(["90"], tmp_path / "file" / "build")
+
+
+@pytest.fixture
+def cached(commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A library in the cache, which the loader must not touch."""
+    monkeypatch.setenv("LLMEXPORT_CACHE", str(tmp_path / "cache"))
+    path = library.build(["90"])
+    assert library.find() == path
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: pytest.fail(f"{path} was loaded"))
+    return path
+
+
+def test_a_truncated_library_is_not_loaded(cached: Path) -> None:
+    os.truncate(cached, 100_000)
+    with pytest.raises(PluginError, match="is cut or changed: build it: llmexport plugins build"):
+        library.served(library.find())
+
+
+def test_a_library_that_others_can_write_is_not_loaded(cached: Path) -> None:
+    cached.chmod(0o777)
+    with pytest.raises(PluginError, match="can be written by others, and is not loaded"):
+        library.served(library.find())
+
+
+def test_another_users_library_is_not_loaded_by_root_either(cached: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    os.chown(cached, 12345, 12345)
+    with pytest.raises(PluginError, match=r"belongs to uid 12345, neither to root nor to you .*, and is not loaded"):
+        library.served(library.find())
+
+
+def test_a_library_in_a_folder_that_others_can_write_is_not_found(cached: Path) -> None:
+    cached.parents[3].chmod(0o777)
+    with pytest.raises(PluginError, match="can be written by others, and is not used: chmod 700"):
+        library.find()
+
+
+def test_a_library_that_was_replaced_while_it_was_loaded_is_refused(cached: Path, monkeypatch) -> None:
+    class Replaced:
+        def __init__(self, path: str) -> None:
+            os.utime(path, (0, 0))
+            self.getCreators = None
+
+    monkeypatch.setattr(library.ctypes, "CDLL", Replaced)
+    with pytest.raises(PluginError, match="was replaced while it was loaded"):
+        library.served(cached)
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A wheel of TensorRT-RTX: its library, without the name that its parser opens."""
+    real = tmp_path / "wheel" / "libtensorrt_rtx.so.1"
+    real.parent.mkdir()
+    real.touch()
+    found = importlib.machinery.ModuleSpec("tensorrt_rtx_libs", None, is_package=True)
+    found.submodule_search_locations = [str(real.parent)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setenv("LLMEXPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    return real
+
+
+def linked(folder: str) -> Path:
+    return Path(os.readlink(Path(folder) / "libtensorrt_rtx.so"))
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_the_builder_finds_the_wheels_own_library(planted: bool, runtime: Path) -> None:
+    folder = library.builder_environment("tensorrt_rtx")["LD_LIBRARY_PATH"]
+    if planted:
+        (Path(folder) / "libtensorrt_rtx.so").unlink()
+        (Path(folder) / "libtensorrt_rtx.so").symlink_to("/evil.so")
+        assert library.builder_environment("tensorrt_rtx")["LD_LIBRARY_PATH"] == folder
+    assert linked(folder) == runtime
+
+
+def test_another_library_beside_the_link_is_refused(runtime: Path) -> None:
+    folder = library.builder_environment("tensorrt_rtx")["LD_LIBRARY_PATH"]
+    (Path(folder) / "libcuda.so.1").touch()
+    with pytest.raises(PluginError, match=r"holds 'libcuda.so.1', which is not ours: remove it"):
+        library.builder_environment("tensorrt_rtx")
+
+
+def test_without_a_cache_the_link_is_where_the_builder_works(runtime: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("LLMEXPORT_CACHE", str(runtime / "no folder"))
+    spare = tmp_path / "work" / "links"
+    spare.mkdir(parents=True)
+    assert library.builder_environment("tensorrt_rtx", spare)["LD_LIBRARY_PATH"] == str(spare)
+    assert linked(str(spare)) == runtime
+    with pytest.raises(PluginError, match="set LLMEXPORT_CACHE"):
+        library.builder_environment("tensorrt_rtx")
+
+
 def test_what_is_no_plugin_library_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "other.so"
     other.write_bytes(b"no library")
@@ -113,7 +271,7 @@ def test_finds_what_was_built_of_these_sources_only(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LLMEXPORT_CACHE", str(tmp_path / "cache"))
     assert library.find() is None
     built = library._builds() / "90" / library.FILE
-    built.parent.mkdir(parents=True)
+    built.parent.mkdir(parents=True, mode=0o700)
     built.touch()
     assert library.find() == built
     (sources / "rope" / "rope.cuh").write_text("// changed")

@@ -1,0 +1,145 @@
+"""The file of the plugin library: placed whole, with a record of its digest beside it, and checked before it is loaded.
+
+The loader maps a library of which the end is missing and dies of SIGBUS when it touches that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import struct
+from collections.abc import Callable, Set
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llmexport.plugins.cache_folder import OTHERS_WRITE, owner
+from llmexport.plugins.errors import PluginError
+from llmexport.plugins.regular import open_regular, read_regular
+
+MOST_RECORD = 100_000  # bytes
+BUILD = "build it: llmexport plugins build"
+# ELF of 64 bits, little end first: what every GPU machine has.
+MAGIC = b"\x7fELF\x02\x01"
+HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+SEGMENT = struct.Struct("<IIQQQQQQ")
+SECTION = struct.Struct("<IIQQQQIIQQ")
+SHARED_OBJECT, NO_BITS = 3, 8
+
+
+def identity(info: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from another and from itself after a change."""
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+
+
+def record_path(library: Path) -> Path:
+    return library.with_name(f"{library.name}.json")
+
+
+def check(path: Path, users: Set[int]) -> tuple[int, ...]:
+    """The identity of the library at `path`, which may be loaded: only `users` can have written it, and it is whole.
+
+    Raises PluginError if it may not.
+    """
+    try:
+        link = os.lstat(path)
+        with open_regular(path) as file:
+            info = os.fstat(file.fileno())
+            for uid in (link.st_uid, info.st_uid):
+                if uid not in users:
+                    whose = f"belongs to {owner(uid)}, neither to root nor to you ({owner(os.geteuid())})"
+                    raise PluginError(f"{path} {whose}, and is not loaded: {BUILD}")
+            if info.st_mode & OTHERS_WRITE:
+                cure = f"if you trust it: chmod go-w {shlex.quote(str(path))}"
+                raise PluginError(f"{path} can be written by others, and is not loaded: {cure}")
+            recorded = _recorded(path)
+            if recorded is None:
+                _check_whole(path, file, info.st_size)
+            elif _digest(file) != recorded:
+                raise PluginError(f"{path} is not the file that was built, it is cut or changed: {BUILD}")
+            return identity(info)
+    except OSError as error:
+        raise PluginError(f"{path} is no plugin library: {error.strerror}. B{BUILD[1:]}") from error
+
+
+def place(made: Path, path: Path, about: dict[str, Any]) -> None:
+    """Puts a copy of the library at `made` at `path`, and the record of its digest beside it. Raises OSError."""
+    digest = _digest_at(made)
+    if digest != _recorded(path) or digest != _digest_at(path):
+        # In an order in which no library ever lies beside another's record.
+        record_path(path).unlink(missing_ok=True)
+        _appear(path, 0o755, lambda beside: shutil.copyfile(made, beside))
+        text = json.dumps({**about, "sha256": digest}, indent=1)
+        _appear(record_path(path), 0o644, lambda beside: beside.write_text(text))
+    # The last one that was asked for is the one that is found.
+    os.utime(path)
+
+
+def drop_unless_placed(made: Path, path: Path) -> None:
+    """Removes what a broken build may have left at `made`, so that it is linked anew. Raises OSError."""
+    if made.exists() and _digest_at(made) != _recorded(path):
+        made.unlink()
+
+
+def _appear(path: Path, mode: int, write: Callable[[Path], object]) -> None:
+    """The file at `path`, whole from the moment that it is there, and nobody else's to change."""
+    beside = path.with_name(f".{path.name}")
+    try:
+        write(beside)
+        os.chmod(beside, mode)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _recorded(library: Path) -> str | None:
+    """The digest in the record beside it; None where there is no record, nothing where it says none. Raises OSError."""
+    try:
+        said = json.loads(read_regular(record_path(library), MOST_RECORD))["sha256"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return str(said)
+
+
+def _digest_at(path: Path) -> str:
+    """Nothing where there is no file."""
+    try:
+        with open_regular(path) as file:
+            return _digest(file)
+    except FileNotFoundError:
+        return ""
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_whole(path: Path, file: BinaryIO, size: int) -> None:
+    """All that the ELF headers describe must lie in the file."""
+    header = file.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise PluginError(f"{path} is no plugin library: it is no ELF file of 64 bits. B{BUILD[1:]}")
+    _, kind, _, _, _, segments_at, sections_at, _, _, *sizes = HEADER.unpack(header)
+    segment_size, segments, section_size, sections, _ = sizes
+    known = segment_size in (0, SEGMENT.size) and section_size in (0, SECTION.size)
+    if kind != SHARED_OBJECT or not known:
+        raise PluginError(f"{path} is no plugin library: its ELF header is not that of a shared object. B{BUILD[1:]}")
+    ends = [segments_at + segments * segment_size, sections_at + sections * section_size]
+    if max(ends) <= size:
+        file.seek(segments_at)
+        table = file.read(segments * segment_size)
+        ends += [offset + stored for _, _, offset, _, _, stored, *_ in SEGMENT.iter_unpack(table)]
+        file.seek(sections_at)
+        table = file.read(sections * section_size)
+        ends += [s[4] + s[5] for s in SECTION.iter_unpack(table) if s[1] != NO_BITS]
+    if max(ends) > size:
+        raise PluginError(f"{path} is truncated, it has {size} of {max(ends)} bytes: {BUILD}")
