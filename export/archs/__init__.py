@@ -6,15 +6,21 @@ import dataclasses
 import difflib
 import functools
 import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmexport.export.assembly import TABLE
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Whole
 from llmexport.export.values import show
+
+BASE = re.compile("For[A-Za-z]*$")
+# What a multimodal config has beside the keys of its text model.
+TOWERS = ("vision_config", "audio_config", "text_config", "thinker_config", "visual")
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,17 @@ def load(name: str) -> Named:
 
 def choose(name: str | None, config: Mapping[str, Any]) -> Named:
     """The architecture asked for, or else the one that `config.json` names; the two must agree."""
-    named = _by_type(name, config.get("model_type"))
+    named = _by_type(name, config)
     whole = _whole(named.arch, config)
     wanted = whole.architecture if whole else named.arch.causal_lm
     classes = config.get("architectures")
     if classes is None:
         classes = [wanted]
     if not isinstance(classes, list) or wanted not in classes:
-        raise ExportError(
-            f"config.json says architectures {repr(classes)[:200]}, {named.name} exports [{wanted!r}]: "
-            "other heads and variants are not supported"
-        )
+        why = "other heads and variants are not supported"
+        if classes == [BASE.sub("Model", wanted)]:
+            why = "a base model has no head that gives logits, load it with AutoModelForCausalLM and save it"
+        raise ExportError(f"config.json says architectures {show(classes)}, {named.name} exports [{wanted!r}]: {why}")
     return Named(named.name, _inside(named.arch, whole)) if whole else named
 
 
@@ -91,6 +97,15 @@ def _whole(arch: Arch, config: Mapping[str, Any]) -> Whole | None:
     return arch.whole if arch.whole and config.get("model_type") == arch.whole.model_type else None
 
 
+def as_stored(named: Named, tensors: Collection[str]) -> Named:
+    """The architecture with the names of this checkpoint: those of a base model, if that is what it is."""
+    base = named.arch.base
+    table = next(n for path, n in named.arch.names.items() if TABLE.startswith(path)) + "weight"
+    if any(n.startswith(base) for n in tensors) or table.removeprefix(base) not in tensors:
+        return named
+    return Named(named.name, _renamed(named.arch, lambda name: name.removeprefix(base)))
+
+
 def _inside(arch: Arch, whole: Whole) -> Arch:
     """The architecture with the names that its parameters have in the whole checkpoint."""
 
@@ -98,11 +113,16 @@ def _inside(arch: Arch, whole: Whole) -> Arch:
         starts = [s for s in whole.names if name.startswith(s)]
         return whole.names[starts[0]] + name.removeprefix(starts[0]) if starts else name
 
+    inside = _renamed(arch, rename)
+    return dataclasses.replace(inside, ignore=inside.ignore + whole.ignore)
+
+
+def _renamed(arch: Arch, rename: Callable[[str], str]) -> Arch:
     return dataclasses.replace(
         arch,
         names={path: rename(n) for path, n in arch.names.items()},
         stacks={rename(n): tuple(map(rename, names)) for n, names in arch.stacks.items()},
-        ignore=tuple(map(rename, arch.ignore)) + whole.ignore,
+        ignore=tuple(map(rename, arch.ignore)),
     )
 
 
@@ -110,19 +130,38 @@ def _types(arch: Arch) -> tuple[str, ...]:
     return arch.model_types + ((arch.whole.model_type,) if arch.whole else ())
 
 
-def _by_type(name: str | None, kind: Any) -> Named:
+def _by_type(name: str | None, config: Mapping[str, Any]) -> Named:
+    kind = config.get("model_type")
     if name is None:
         matches = [n for n in map(load, names()) if kind in _types(n.arch)]
         if not matches:
-            raise ExportError(
-                f"config.json is of model_type {kind!r}, which no architecture here exports: "
-                f"supported are {', '.join(names())}. A similar one would give a wrong model"
-            )
+            raise _unsupported(config)
         return matches[0]
     named = load(name)
     if kind not in _types(named.arch):
         raise ExportError(
             f"--arch {name} exports model_type {', '.join(_types(named.arch))}, "
-            f"but config.json says {kind!r}: leave --arch out, or check the folder"
+            f"but config.json says {show(kind)}: leave --arch out, or check the folder"
         )
     return named
+
+
+def _unsupported(config: Mapping[str, Any]) -> ExportError:
+    """Says what a config is of, and what is nearest to it here."""
+    kind, every = config.get("model_type"), [load(n) for n in names()]
+    if kind is None:
+        return ExportError("config.json has no 'model_type': is it the config of a model that transformers loads?")
+    towers = [k for k in TOWERS if isinstance(config.get(k), dict)]
+    text = config.get("text_config")
+    inner = text.get("model_type") if isinstance(text, dict) else None
+    by_type = {t: n.name for n in every for t in _types(n.arch)}
+    near = difflib.get_close_matches(str(inner or kind), by_type, n=3, cutoff=0.6)
+    near += [t for t in by_type if str(kind).startswith(t)]
+    said = [f"config.json is of model_type {show(kind)}, which no architecture here exports"]
+    if towers:
+        whole = ", ".join(n.name for n in every if n.arch.whole)
+        said.append(f"it is multimodal ({', '.join(towers)}), and of such the text model of {whole} is exported")
+    if near:
+        said.append(f"nearest is {', '.join(dict.fromkeys(by_type[t] for t in near))}")
+    said.append(f"supported are {', '.join(names())}")
+    return ExportError("; ".join(said) + ". A similar one would give a wrong model")
