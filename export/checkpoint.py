@@ -9,20 +9,18 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
+from llmexport.export.folder import ADAPTER, INDEX, SINGLE, what_it_is
+from llmexport.export.folder import few as _few
 
 if TYPE_CHECKING:
     import numpy as np
 
 # What ends the names of buffers that follow from the config: some indexes name ones that no shard holds.
 BUFFERS = (".rotary_emb.inv_freq",)
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-ADAPTER = "adapter_config.json"
 
 # safetensors name = numpy or ml_dtypes name, by item size. F4 and F6 pack several items in a byte: not read.
 _DTYPES_BY_SIZE = {
@@ -37,9 +35,6 @@ ITEMSIZE = {pair.split("=")[0]: size for size, pairs in _DTYPES_BY_SIZE.items() 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_RANK = 32  # numpy 1 takes no more
 MAX_NBYTES = 2**63 - 1  # numpy, ONNX and the file system count in int64
-
-_UNPICKLED = "weights are read from safetensors only, nothing is unpickled"
-_CONVERT = "convert them with transformers' from_pretrained and save_pretrained"
 
 # Values from a file that nobody vouches for are shown on one line, cut in length and depth.
 _short = reprlib.Repr()
@@ -122,7 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise ExportError(f"{folder} is not a folder: give the one that holds its config.json")
         if not path.is_file():
-            raise ExportError(f"{folder} has no config.json: {_what_it_is(folder)}")
+            raise ExportError(f"{folder} has no config.json: {what_it_is(folder)}")
         if (folder / ADAPTER).exists():
             raise ExportError(f"{folder} holds an adapter ({ADAPTER}): merge it into the model, or move it away")
         return _parse_object(path.read_bytes(), path)
@@ -195,42 +190,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _no_weights(folder: Path) -> ExportError:
-    return ExportError(f"{folder} has no weights that can be read: {_what_it_is(folder)}")
-
-
-# What folders hold that are no checkpoints in safetensors: names (fnmatch), what that is, what to do. The first that
-# fits is said.
-_OTHERS = (
-    (ADAPTER, "an adapter", "merge it into its model: peft's merge_and_unload, then save_pretrained"),
-    ("model_index.json", "a diffusers pipeline", "give the folder of its text model, if that is a causal one"),
-    ("adapter_model.*", "an adapter", "merge it into its model: peft's merge_and_unload, then save_pretrained"),
-    ("consolidated*.safetensors", "weights as Mistral publishes them", f"take those with config.json and {INDEX}"),
-    ("*.safetensors", "weights with no index of shards", f"download {INDEX} too, or rename a single file to {SINGLE}"),
-    ("*.gguf", "weights of llama.cpp", "take the safetensors checkpoint that they were made from"),
-    ("*.onnx", "an ONNX model already", "take the safetensors checkpoint that it was made from"),
-    ("consolidated*.pth", "weights as Meta publishes them", f"{_UNPICKLED}: take the folder of the -hf model"),
-    *((f"*.{e}", "pickled weights", f"{_UNPICKLED}: if you trust them, {_CONVERT}") for e in ("bin", "pt", "pth")),
-    ("*.h5", "weights of TensorFlow", _CONVERT),
-    ("*.msgpack", "weights of Flax", _CONVERT),
-    ("*.nemo", "weights of NeMo", "take its checkpoint in safetensors"),
-    ("*.npz", "weights of numpy or MLX", "take its checkpoint in safetensors"),
-)
-
-
-def _what_it_is(folder: Path) -> str:
-    """What lies in a folder that is no checkpoint, and what to do."""
-    files = sorted(path.name for path in folder.iterdir())
-    if not files:
-        return "the folder is empty, get one with `hf download <model> --local-dir <folder>`"
-    for pattern, what, cure in _OTHERS:
-        if found := [file for file in files if fnmatch(file.lower(), pattern)]:
-            return f"{_few(found)} {'is' if len(found) == 1 else 'are'} {what}: {cure}"
-    below = sorted(
-        str(p.parent.relative_to(folder)) for g in ("*", "snapshots/*") for p in folder.glob(f"{g}/config.json")
-    )
-    if below:
-        return f"there is one in {_few(below)}: give that folder"
-    return f"download config.json and {SINGLE}, or {INDEX} and its shards, into it"
+    return ExportError(f"{folder} has no weights that can be read: {what_it_is(folder)}")
 
 
 def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
@@ -266,10 +226,6 @@ def _is_shard_name(file: Any) -> bool:
     # NUL and lone surrogates are not printable; the file functions raise ValueError for them.
     plain = isinstance(file, str) and file.isprintable() and not set(file) & set("/\\:")
     return plain and file.endswith(".safetensors")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(map(_show, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _broken(path: Path, problem: str) -> ExportError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmexport.export.errors import ExportError
-from llmexport.export.values import show
+from llmexport.export.values import show, show_name
 
 CURE = (
     "take the unquantised model that it was made from, or dequantise it "
@@ -87,11 +87,11 @@ def found(failed: Collection[str], unused: Collection[str], stored: Mapping[str,
     words = ", ".join((layout.what, f"stored as {kind}", *_beside(folder)))
     if layout.what == "MXFP4":
         return (
-            f"the checkpoint holds {show(name)}: its experts are in MXFP4, of which this config.json says nothing "
+            f"the checkpoint holds {show_name(name)}: its experts are in MXFP4, of which this config.json says nothing "
             "that is read here: download config.json again; MXFP4 is exported of gpt_oss"
         )
     return (
-        f"the checkpoint's weights are quantised ({words}), as {show(name)} shows, "
+        f"the checkpoint's weights are quantised ({words}), as {show_name(name)} shows, "
         f"only unquantised ones can be exported here: {CURE}"
     )
 

@@ -29,6 +29,7 @@ MARKER = "llmexport-random.json"  # what --force may replace: a downloaded check
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SCALE_BIAS = 127  # of MXFP4: a scale of this is 1
 MOST_TENSORS = 2**18  # the largest published models have a quarter of that
+MOST_BYTES = 2**44  # seven times the largest published models in fp32
 ROWS = 2**22  # values drawn at a time: what bounds the memory beyond one shard
 
 
@@ -59,8 +60,7 @@ def write(
             raise ExportError(
                 f"the config asks for more than {MOST_TENSORS} tensors: are its numbers of layers and experts meant?"
             )
-    if not hollow:
-        _check_room(target, sum(_size(p, np.dtype(dtype).itemsize) for p in parameters.values()))
+    _check_room(target, sum(_size(p, np.dtype(dtype).itemsize) for p in parameters.values()), hollow)
     shards = _split(parameters, shard_bytes, np.dtype(dtype).itemsize)
     with new_folder(target, force=force, marker=MARKER) as folder:
         index: dict[str, str] = {}
@@ -113,11 +113,15 @@ def _size(parameter: _Parameter, itemsize: int) -> int:
     return math.prod(parameter.shape) * (1 if parameter.packed else itemsize)
 
 
-def _check_room(target: Path, size: int) -> None:
-    """Refuses to fill the disk; only a hollow checkpoint takes no space."""
+def _check_room(target: Path, size: int, hollow: bool) -> None:
+    """Refuses to fill the disk, of which a hollow checkpoint takes nothing, and sizes that no model has."""
+    if size > MOST_BYTES:
+        raise ExportError(
+            f"the config asks for {size / 1e12:.0f} TB of weights, at most {MOST_BYTES / 1e12:.0f} are written"
+        )
     parent = next(p for p in target.absolute().parents if p.is_dir())
     free = shutil.disk_usage(parent).free
-    if size > free:
+    if size > free and not hollow:
         raise ExportError(
             f"the weights would take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {parent}: --hollow takes none"
         )

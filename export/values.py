@@ -16,6 +16,15 @@ def show(value: Any) -> str:
     return reprlib.repr(value)
 
 
+_names = reprlib.Repr()
+_names.maxstring = 120
+
+
+def show_name(name: str) -> str:
+    """A name from a file, whole where it is of a length that names have."""
+    return _names.repr(name)
+
+
 def key_name(key: str) -> str:
     return key if key.isidentifier() else show(key)
 

@@ -9,7 +9,7 @@ from llmexport.export.assembly import Assembly, checkpoint_name, part_names
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Block, Model, to_data
-from llmexport.export.values import show
+from llmexport.export.values import show_name
 from llmexport.export.weights import Parameter
 
 SPARE = 1000  # tensors that may be missing beyond as many as there are, and are still counted one by one
@@ -36,7 +36,7 @@ def wanted_parameters(
             names += len(own[path].sources)
             if names > most:
                 raise ExportError(
-                    f"config.json asks for more than {most} tensors, as {show(own[path].sources[-1])}, "
+                    f"config.json asks for more than {most} tensors, as {show_name(own[path].sources[-1])}, "
                     f"the checkpoint holds {len(stored)}: is config.json from the same model, and is every shard there?"
                 )
     return found

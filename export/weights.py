@@ -15,7 +15,7 @@ from llmexport.export import quantised
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import MXFP4_BLOCK
-from llmexport.export.values import show
+from llmexport.export.values import show_name
 
 FLOATS, BYTES = ("F32", "F16", "BF16"), "U8"
 ONNX_TYPES = {
@@ -91,7 +91,9 @@ def _lacks(missing: list[str], unused: list[str], checkpoint: Checkpoint, head: 
         )
     if other := next((n for n in unused if n.endswith("." + missing[0])), None):
         start = other.removesuffix(missing[0])
-        return f"{lacks}Names start with {show(start)} there: take that away, or save the model without its wrapper"
+        return (
+            f"{lacks}Names start with {show_name(start)} there: take that away, or save the model without its wrapper"
+        )
     return lacks + "Is config.json from the same model, and is every shard there?"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmexport.export import nearest
 from llmexport.export.assembly import TABLE
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
@@ -19,8 +20,6 @@ from llmexport.export.spec import Arch, Whole
 from llmexport.export.values import show
 
 BASE = re.compile("For[A-Za-z]*$")
-# What a multimodal config has beside the keys of its text model.
-TOWERS = ("vision_config", "audio_config", "text_config", "thinker_config", "visual")
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,9 @@ def _by_type(name: str | None, config: Mapping[str, Any]) -> Named:
     if name is None:
         matches = [n for n in map(load, names()) if kind in _types(n.arch)]
         if not matches:
-            raise _unsupported(config)
+            every = [load(n) for n in names()]
+            by_type = {t: n.name for n in every for t in _types(n.arch)}
+            raise nearest.refusal(config, by_type, [n.name for n in every if n.arch.whole])
         return matches[0]
     named = load(name)
     if kind not in _types(named.arch):
@@ -144,24 +145,3 @@ def _by_type(name: str | None, config: Mapping[str, Any]) -> Named:
             f"but config.json says {show(kind)}: leave --arch out, or check the folder"
         )
     return named
-
-
-def _unsupported(config: Mapping[str, Any]) -> ExportError:
-    """Says what a config is of, and what is nearest to it here."""
-    kind, every = config.get("model_type"), [load(n) for n in names()]
-    if kind is None:
-        return ExportError("config.json has no 'model_type': is it the config of a model that transformers loads?")
-    towers = [k for k in TOWERS if isinstance(config.get(k), dict)]
-    text = config.get("text_config")
-    inner = text.get("model_type") if isinstance(text, dict) else None
-    by_type = {t: n.name for n in every for t in _types(n.arch)}
-    near = difflib.get_close_matches(str(inner or kind), by_type, n=3, cutoff=0.6)
-    near += [t for t in by_type if str(kind).startswith(t)]
-    said = [f"config.json is of model_type {show(kind)}, which no architecture here exports"]
-    if towers:
-        whole = ", ".join(n.name for n in every if n.arch.whole)
-        said.append(f"it is multimodal ({', '.join(towers)}), and of such the text model of {whole} is exported")
-    if near:
-        said.append(f"nearest is {', '.join(dict.fromkeys(by_type[t] for t in near))}")
-    said.append(f"supported are {', '.join(names())}")
-    return ExportError("; ".join(said) + ". A similar one would give a wrong model")
