@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Assembly, Model, Step
 
+# The path of the head's projection, which a base model lacks and whose weights may be the embedding table's.
+HEAD = "head.projection.weight"
+
 
 def alone(step: Step) -> Assembly:
     """One block as a model of its own; its values carry the names of the block's ports."""
@@ -48,13 +51,19 @@ def tied_names(arch: Arch, model: Model) -> list[tuple[str, str]]:
     return [(_stored_name(arch, copy), _stored_name(arch, original)) for copy, original in model.ties.items()]
 
 
+def head_name(arch: Arch) -> str:
+    """What a checkpoint calls the head's projection."""
+    return _stored_name(arch, HEAD)
+
+
 def part_names(arch: Arch, path: str, experts: int) -> tuple[str, ...]:
     """The checkpoint's names of the matrices that make up the stacked parameter at `path`, expert by expert.
 
     Empty if the architecture knows no such parts.
     """
     name, index = _generic_name(arch, path)
-    return tuple(p.format(i=index, e=e) for e in range(experts) for p in arch.stacks.get(name, ()))
+    matrices = arch.stacks.get(name, ())
+    return tuple(p.format(i=index, e=e) for e in range(experts if matrices else 0) for p in matrices)
 
 
 def _stored_name(arch: Arch, path: str) -> str:

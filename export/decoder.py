@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from llmexport.export.assembly import HEAD
 from llmexport.export.config import Config
-from llmexport.export.spec import Activation, Attention, Block, Embedding, Head, Layer, Mlp, Model, Norm
+from llmexport.export.spec import Activation, Attention, Block, Embedding, Head, Layer, Mask, Mlp, Model, Norm
 from llmexport.export.wiring import Wiring
 
 # The published names of Llama and of all who followed it.
@@ -27,10 +28,10 @@ NAMES = MappingProxyType(
 # What every decoder takes besides its states, in this order.
 TOKENS = ("input_ids", "position_ids", "attention_mask")
 # The parameter that may be tied, and the one that it is tied to.
-TIED = MappingProxyType({"head.projection.weight": "embedding.weight"})
+TIED = MappingProxyType({HEAD: "embedding.weight"})
 
 # Buffers that old checkpoints carry and that follow from the config.
-BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 # What the built-in tiny configs share.
 TINY = MappingProxyType(
@@ -91,6 +92,8 @@ class Decoder:
     ) -> Model:
         """`layers` are the blocks and what each reads; `tied` is for configs that do not say."""
         embedding = Embedding(self.vocabulary, self.hidden, scale)
+        layers = list(layers)
+        self.config.expect_layer_types([_kind(reads) for _, reads in layers])
         head = Head(norm, self.vocabulary, softcap, logit_scale)
         return wired(embedding, layers, head, tied=self.config.flag("tie_word_embeddings", tied))
 
@@ -111,6 +114,12 @@ def wired(embedding: Embedding, layers: Iterable[tuple[Layer, tuple[Block, ...]]
     wiring.place("head", head, hidden=hidden)
     wiring.give(*head.outputs)
     return Model((wiring.done(),), TIED if tied else {})
+
+
+def _kind(reads: Iterable[Block]) -> str:
+    """What layer_types call a layer that reads these blocks."""
+    slides = any(isinstance(b, Mask) and b.window for b in reads)
+    return "sliding_attention" if slides else "full_attention"
 
 
 def decoder(config: Config, head_size: int | None = None, *, grouped: bool = True) -> Decoder:
