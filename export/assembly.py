@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Assembly, Model, Step
 
-# The path of the head's projection, which a base model lacks and whose weights may be the embedding table's.
-HEAD = "head.projection.weight"
+# Paths of the two parameters that may be tied; a base model lacks the first.
+HEAD, TABLE = "head.projection.weight", "embedding.weight"
 
 
 def alone(step: Step) -> Assembly:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from llmexport.export.assembly import HEAD
+from llmexport.export.assembly import HEAD, TABLE
 from llmexport.export.config import Config
 from llmexport.export.spec import Activation, Attention, Block, Embedding, Head, Layer, Mask, Mlp, Model, Norm
 from llmexport.export.wiring import Wiring
@@ -28,7 +28,7 @@ NAMES = MappingProxyType(
 # What every decoder takes besides its states, in this order.
 TOKENS = ("input_ids", "position_ids", "attention_mask")
 # The parameter that may be tied, and the one that it is tied to.
-TIED = MappingProxyType({HEAD: "embedding.weight"})
+TIED = MappingProxyType({HEAD: TABLE})
 
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")

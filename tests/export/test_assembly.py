@@ -430,7 +430,7 @@ def test_a_path_has_its_published_name(path, name):
     ("arch", "path", "name"),
     [
         ("glm4", "layers.3.self_attn_output_norm.weight", "model.layers.3.post_self_attn_layernorm.weight"),
-        ("gemma2", "layers.3.self_attn_output_norm.weight", "model.layers.3.mlp_input_norm.weight"),
+        ("gemma2", "layers.3.self_attn_output_norm.weight", "model.layers.3.post_attention_layernorm.weight"),
         ("gemma2", "layers.3.mlp_input_norm.weight", "model.layers.3.pre_feedforward_layernorm.weight"),
         ("mixtral", "layers.3.mlp.router.weight", "model.layers.3.block_sparse_moe.gate.weight"),
         ("qwen2_moe", "layers.3.mlp.shared_expert.gate.weight", "model.layers.3.mlp.shared_expert_gate.weight"),
