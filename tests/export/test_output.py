@@ -3,6 +3,7 @@ import contextlib
 import errno
 import gc
 import inspect
+import json
 import os
 import shutil
 import sys
@@ -12,11 +13,16 @@ from types import FrameType, SimpleNamespace
 
 import pytest
 
-from llmexport.export import output
+from llmexport.export import output, workspace
 from llmexport.export.errors import ExportError
 from llmexport.export.output import new_folder, place_weights, write_errors, write_files
 
-OLD = {"manifest.json": b"old manifest", "model.onnx": b"old model", "sub/notes": b"kept by the user"}
+RECORD = {"format": 1, "arch": "a", "steps": [], "ops": {}, "config": {}, "weights": {"files": []}}
+OLD = {
+    "manifest.json": json.dumps(RECORD | {"files": ["sub/tokens"]}).encode(),
+    "model.onnx": b"old model",
+    "sub/tokens": b"listed",
+}
 NEW = {"manifest.json": b"new manifest", "model.onnx": b"new model", "sub/more": b"new"}
 
 Tree = dict[str, bytes | None]
@@ -67,6 +73,7 @@ class Fault:
         with pytest.MonkeyPatch.context() as patch:
             for name in ("mkdir", "fsync", "rename", "replace", "link"):
                 patch.setattr(os, name, self.before(getattr(os, name)))
+            patch.setattr(output, "exchange", self.before(output.exchange))
             patch.setattr(output, "open", self.open, raising=False)
             patch.setattr(Path, "write_bytes", self.before(Path.write_bytes))
             yield
@@ -109,7 +116,7 @@ def every_full_disk(action: Callable[[], object], folder: Path) -> None:
 
 def every_interrupt(reset: Callable[[], None], action: Callable[[], None], check: Callable[[], None]) -> None:
     """Run `action` with Ctrl-C at the first moment that Python looks for one, the second ... to its end."""
-    ours = {module.__file__ for module in (output, contextlib, shutil)}
+    ours = {module.__file__ for module in (output, workspace, contextlib, shutil)}
     for due in range(1, 10_000):
         reset()
         seen = 0
@@ -214,12 +221,6 @@ def test_force_refuses_a_folder_that_is_not_ours(target: Path) -> None:
     with pytest.raises(ExportError, match=r"out has no manifest.json, so it is no earlier output"):
         replace(target)
     assert tree(target.parent) == before
-
-
-def test_the_marker_can_be_another_file(target: Path) -> None:
-    with new_folder(target, force=True, marker="model.onnx"):
-        pass
-    assert tree(target) == {}
 
 
 def test_refuses_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
