@@ -31,7 +31,9 @@ def check(target: Path, record: str) -> None:
     try:
         ours = FILES[record](target)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ExportError(f"{target / record} is none of llmexport's, so {target} is no earlier output, {spared}") from error
+        raise ExportError(
+            f"{target / record} is none of llmexport's, so {target} is no earlier output, {spared}"
+        ) from error
     folders = {parent for file in ours for parent in Path(file).parents}
     for name in _inside(target):
         if name in ours or (Path(name) in folders and stat.S_ISDIR(os.lstat(target / name).st_mode)):
@@ -81,9 +83,7 @@ def _random(folder: Path) -> set[str]:
 
 
 # By the file that records an output.
-FILES: Mapping[str, Callable[[Path], set[str]]] = MappingProxyType(
-    {EXPORT: _export, BLOCKS: _blocks, RANDOM: _random}
-)
+FILES: Mapping[str, Callable[[Path], set[str]]] = MappingProxyType({EXPORT: _export, BLOCKS: _blocks, RANDOM: _random})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -103,6 +103,8 @@ class Profile:
         if TOTAL in dims:
             (a, b, c), (x, y, z) = sizes[PAST], sizes[SEQUENCE]
             sizes[TOTAL] = (a + x, b + y, c + z)
+            if c + z >= 2**31:
+                raise EngineError(f"profile says up to {c} {PAST} and {z} {SEQUENCE}: make their sum less than 2**31")
         return sizes
 
 

@@ -214,6 +214,9 @@ def load(found: Manifest) -> onnx.ModelProto:
         raise ExportError(f"{path} is missing from the export: export again") from error
     except DecodeError as error:
         raise ExportError(f"{path} is damaged: export again") from error
+    ports = [[p.name for p in values] for values in (proto.graph.input, proto.graph.output)]
+    if ports != [[p.name for p in said] for said in (found.assembly.inputs, found.assembly.outputs)]:
+        raise ExportError(f"{path} is not the model that was exported: export again")
     if found.data["target"] == "tensorrt":
         bodies.attach_bodies(proto, load_body)
     return proto

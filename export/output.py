@@ -74,10 +74,10 @@ def _place(new: Path, target: Path, old: Path | None) -> None:
     """Put `new` where `target` will be, or is, if there is a place for it, `old`, which its owner puts back."""
     own = os.stat(new).st_ino
     try:
-        there = old is not None and os.path.lexists(target)
-        if not there or not exchange(new, target):
-            if there:
-                os.rename(target, old)
+        if old is None or not os.path.lexists(target):
+            os.rename(new, target)
+        elif not exchange(new, target):
+            os.rename(target, old)
             os.rename(new, target)
         _sync(target.parent)
     except BaseException:

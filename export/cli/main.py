@@ -10,17 +10,18 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 import click
 
 from llmexport.export import interrupt
+from llmexport.export.cli import faults
 from llmexport.plugins.errors import UserError
 
 COMMANDS = ("archs", "onnx", "engine", "validate", "deploy", "checkpoint", "ops", "plugins", "doctor")
 MENDABLE, BUG = 2, 3
 # Of click 8.2 and later; before, help is an Exit.
-NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", click.exceptions.Exit)
+NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", click.exceptions.Exit)
 
 
 class Lazy(click.Group):
@@ -79,8 +80,6 @@ def _call() -> tuple[int, str]:
     except (KeyboardInterrupt, click.Abort):
         return MENDABLE, _interrupted()
     except Exception as error:
-        from llmexport.export.cli import faults
-
         line = faults.in_one_line(error)
         return (MENDABLE, line) if line else (BUG, traceback.format_exc())
 

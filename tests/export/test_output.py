@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import FrameType, SimpleNamespace
 
 import pytest
 
-from llmexport.export import output, workspace
+from llmexport.export import interrupt, output, workspace
 from llmexport.export.errors import ExportError
 from llmexport.export.output import new_folder, place_weights, write_errors, write_files
 
@@ -236,6 +237,47 @@ def test_refuses_a_mount_point(target: Path, monkeypatch: pytest.MonkeyPatch) ->
         replace(target)
 
 
+def test_a_name_by_way_of_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"gone/.. is not a folder: make it first"):
+        make(tmp_path / "gone/../out")
+    assert tree(tmp_path) == {}
+
+
+def test_what_is_put_into_the_old_output_meanwhile_is_not_deleted(target: Path) -> None:
+    with pytest.raises(ExportError, match=r"also holds 'notes'"):
+        make(target, lambda: fill(target, {"notes": b"mine"}), force=True)
+    assert tree(target) == {"sub": None, "notes": b"mine"} | OLD
+
+
+def test_an_old_output_is_at_its_place_at_every_call_of_the_system(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def look(name: str) -> None:
+        call = getattr(os, name)
+
+        def looked(*args: object, **options: object) -> object:
+            found.append(tree(target).get("model.onnx"))
+            return call(*args, **options)
+
+        monkeypatch.setattr(os, name, looked)
+
+    for name in ("rename", "fsync", "unlink", "rmdir"):
+        look(name)
+    replace(target)
+    assert set(found) == {b"old model", b"new model"}
+
+
+def test_an_interrupt_that_a_library_lost_stops_the_output_before_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "_came", [signal.SIGTERM])
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out")
+    assert tree(tmp_path) == {}
+
+
 def test_replaces_the_folder_behind_a_symbolic_link(target: Path) -> None:
     (target.parent / "link").symlink_to(target)
     replace(target.parent / "link")
@@ -289,6 +331,14 @@ def test_an_error_that_the_user_cannot_mend_keeps_its_traceback(tmp_path: Path) 
         (tmp_path / "no such file").read_bytes()
 
 
+@pytest.fixture(params=["in one step", "in two"])
+def exchanged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders change places as the system can, then as where it cannot."""
+    if request.param == "in two":
+        monkeypatch.setattr(output, "exchange", lambda new, target: False)
+
+
+@pytest.mark.usefixtures("exchanged")
 def test_a_full_disk_at_any_step_leaves_the_old_output(target: Path) -> None:
     every_full_disk(lambda: replace(target), target.parent)
     assert tree(target) == {"sub": None} | NEW
@@ -298,6 +348,7 @@ def test_a_full_disk_at_any_step_leaves_no_new_output(tmp_path: Path) -> None:
     every_full_disk(lambda: make(tmp_path / "out"), tmp_path)
 
 
+@pytest.mark.usefixtures("exchanged")
 def test_an_interrupt_at_any_moment_leaves_the_old_output_or_the_new(target: Path) -> None:
     found = []
 
@@ -334,6 +385,7 @@ def test_an_old_output_that_cannot_be_put_back_is_kept_and_named(target: Path, m
         rename(source, to)
 
     monkeypatch.setattr(os, "rename", broken)
+    monkeypatch.setattr(output, "exchange", lambda new, target: False)
     with pytest.raises(ExportError) as caught:
         replace(target)
     [kept] = target.parent.glob(".llmexport-*/old")
