@@ -15,7 +15,6 @@ _came: list[signal.Signals] = []
 @contextmanager
 def handled() -> Iterator[None]:
     """Within the block each of SIGNALS raises KeyboardInterrupt; one that was ignored, as under nohup, still is."""
-    _came.clear()
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {s: h for s in SIGNALS if (h := signal.getsignal(s)) not in (signal.SIG_IGN, None)}
@@ -26,6 +25,7 @@ def handled() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _came.clear()
 
 
 def came() -> str:

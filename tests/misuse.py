@@ -77,6 +77,8 @@ def problem(situation: Situation, base: Path, scratch: Path) -> str:
     """What does not hold in a situation; nothing if all does."""
     folder = Path(tempfile.mkdtemp(dir=scratch)) / "home"
     shutil.copytree(base, folder, symlinks=True)
+    for path in (scratch, folder.parent, folder):
+        path.chmod(0o755)
     situation.prepare(folder)
     before = contents(folder)
     with inside(folder):

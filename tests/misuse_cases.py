@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from misuse import REPORTS, Situation
+from misuse import Situation
 
 Prepare = Callable[[Path], object]
 DEEP = b"[" * 100_000
@@ -204,22 +205,53 @@ def exports() -> Iterator[Situation]:
         yield Situation("exports", f"{command}, model.onnx is of another", (command, "small"), foreign)
 
 
+# Wrong lines; EXPORT is one that would be right.
+EXPORT = "onnx --checkpoint ck -o new"
+WRONG = f"""
+nosuch
+--nosuch
+onnx
+onnx -o
+onnx --checkpoint ck
+onnx -o new --arch ../archs
+onnx -o new --arch gema
+{EXPORT} more
+{EXPORT} --nosuch
+{EXPORT} --dtype int8
+{EXPORT} --weights move
+{EXPORT} --target x
+{EXPORT} --block ''
+{EXPORT} --block nosuch
+{EXPORT} --arch ''
+checkpoint -o new
+checkpoint --arch gemma -o new --seed -1
+checkpoint --arch gemma -o new --seed x
+plugins nosuch
+plugins build --jobs 0
+plugins build --archs ''
+plugins build --archs x
+plugins build --archs 80,,90
+validate
+validate out more
+validate out --seed -1
+validate out --tokens 1
+validate out --tokens 1e9
+validate out --tokens 999999999999999999999999
+archs more
+ops more
+doctor --fix
+engine
+engine out --backend x
+deploy
+deploy --arch gemma -o ''
+"""
+
+
 def usage() -> Iterator[Situation]:
-    export = ("onnx", "--checkpoint", "ck", "-o", "new")
-    lines: Iterable[tuple[str, ...]] = (
-        ("nosuch",), ("--nosuch",), ("onnx",), ("onnx", "-o"), ("onnx", "--checkpoint", "ck"), (*export, "more"),
-        (*export, "--nosuch"), (*export, "--dtype", "int8"), (*export, "--weights", "move"), (*export, "--target", "x"),
-        (*export, "--block", ""), (*export, "--block", "nosuch"), (*export, "--block", "a\nerror: b"), (*export, "--arch", ""),
-        (*export, "--arch", "x\ny"), ("onnx", "-o", "new", "--arch", "../archs"), ("onnx", "-o", "new", "--arch", "gema"),
-        ("checkpoint", "-o", "new"), ("checkpoint", "--arch", "gemma", "-o", "new", "--seed", "-1"),
-        ("checkpoint", "--arch", "gemma", "-o", "new", "--seed", "x"), ("plugins",  "nosuch"), ("plugins", "build", "--jobs", "0"),
-        ("plugins", "build", "--archs", ""), ("plugins", "build", "--archs", "x"), ("plugins", "build", "--archs", "80,,90"),
-        ("validate",), ("validate", "out", "more"), ("validate", "out", "--seed", "-1"), ("validate", "out", "--tokens", "1"),
-        ("validate", "out", "--tokens", "1e9"), ("validate", "out", "--tokens", "9" * 30), ("archs", "more"), ("ops", "more"),
-        ("doctor", "--fix"), ("engine",), ("engine", "out", "--backend", "x"), ("deploy",), ("deploy", "--arch", "gemma", "-o", ""),
-    )  # fmt: skip
-    for arguments in lines:
-        yield Situation("usage", " ".join(arguments)[:60], arguments)
+    for line in WRONG.strip().splitlines():
+        yield Situation("usage", line, tuple(shlex.split(line)))
+    for option in ("--block", "--arch"):
+        yield Situation("usage", f"two lines for {option}", (*EXPORT.split(), option, "a\nerror: b"))
     for seconds in ("inf", "-inf", "nan", "1e308", "0", "-1", "x", ""):
         yield Situation("usage", f"--timeout {seconds}", ("engine", "small", "--timeout", seconds))
     for profile in (
@@ -292,47 +324,37 @@ def limits() -> Iterator[Situation]:
     ):
         yield Situation("limits", f"{command}, {size} kB", shell=f"ulimit -v {size}; $L {command} --json", either=True)
     for size in (0, 1, 16):
-        yield Situation(
-            "limits",
-            f"files of {size} kB",
-            shell=f"ulimit -f {size}; $L onnx --checkpoint ck -o new --weights copy --json -q | cat; exit ${{PIPESTATUS[0]}}",
-        )
+        line = f"ulimit -f {size}; $L {EXPORT} --weights copy --json -q | cat; exit ${{PIPESTATUS[0]}}"
+        yield Situation("limits", f"files of {size} kB", shell=line)
 
 
 def places() -> Iterator[Situation]:
-    """What is around the command: homes, caches, folders for temporary files, the interpreter's options."""
+    """What is around the command: homes, caches, the interpreter's options, other users."""
     export = "$L onnx --checkpoint ck -o new -q --block embedding"
-    lines = ("$L archs", export)
-    for line in lines:
-        for around in (
-            "LLMEXPORT_CACHE=/proc/x",
-            "LLMEXPORT_CACHE=/dev/null",
-            "LLMEXPORT_CACHE=no/such/place",
-            "LLMEXPORT_CACHE=loop",
-        ):
-            name = f"{around} {line.split()[1]}"
-            yield Situation("places", name, shell=f"ln -s loop loop; {around} {line} >/dev/null", code=0)
-        user = "chmod -R a+rwX . ..; env -u HOME -u LLMEXPORT_CACHE setpriv --reuid 12345 --clear-groups"
-        yield Situation("places", f"nobody at home, {line.split()[1]}", shell=f"{user} {line} >/dev/null", code=0)
-    yield Situation("places", "HOME that is not there", shell=f"env -u LLMEXPORT_CACHE HOME=/nowhere {export}", code=0)
+    away = link("loop", "loop")
+    for cache in ("/proc/x", "/dev/null", "no/such/place", "loop"):
+        yield Situation("places", f"cache {cache}", (), away, 0, f"LLMEXPORT_CACHE={cache} {export}")
+    yield Situation("places", "archs without a cache", (), away, 0, "LLMEXPORT_CACHE=loop $L archs >/dev/null")
+    yield Situation("places", "HOME that is not there", code=0, shell=f"env -u LLMEXPORT_CACHE HOME=/nowhere {export}")
     for line in ("$L archs", "$L --help", f"LLMEXPORT_CACHE=$PWD/cache {export}"):
-        yield Situation(
-            "places", f"PYTHONOPTIMIZE=2 {line}", shell=f"PYTHONOPTIMIZE=2 {line} >/dev/null", code=0, silent=True
-        )
-    yield Situation(
-        "places", "a folder that is gone", shell="mkdir d; cd d; rmdir ../d; $L onnx --arch gemma -o new -q --json"
-    )
-    yield Situation(
-        "places",
-        "a folder not to be written",
-        shell="chmod -R a+rX . ..; mkdir d; setpriv --reuid 12345 --clear-groups $L onnx --checkpoint ck -o d/new -q --json; c=$?; rmdir d; exit $c",
-    )
-    yield Situation(
-        "places",
-        "a checkpoint not to be read",
-        shell="chmod 755 . ..; mkdir -m 777 d; setpriv --reuid 12345 --clear-groups $L onnx --checkpoint ck -o d/new -q --json; c=$?; rmdir d; exit $c",
-        changes=frozenset({"."}),
-    )
+        optimised = f"PYTHONOPTIMIZE=2 {line} >/dev/null"
+        yield Situation("places", optimised, code=0, shell=optimised, silent=True)
+    gone = "mkdir d; cd d; rmdir ../d; $L onnx --arch gemma -o new -q --json"
+    yield Situation("places", "a current folder that is gone", shell=gone)
+    if os.geteuid() != 0:
+        return
+    nobody = "env -u HOME -u LLMEXPORT_CACHE setpriv --reuid 12345 --clear-groups"
+    for line in ("$L archs", export):
+        yield Situation("places", f"nobody, {line}", (), open_to_all, 0, f"{nobody} {line} >/dev/null")
+    closed = "mkdir d; setpriv --reuid 12345 --clear-groups $L onnx --checkpoint ck -o d/new -q --json; c=$?"
+    yield Situation("places", "an output not to be written", (), open_to_all, shell=f"{closed}; rmdir d; exit $c")
+    unread = f"{closed.replace('mkdir', 'mkdir -m 777')}; rmdir d; exit $c"
+    yield Situation("places", "a checkpoint not to be read", shell=unread)
+
+
+def open_to_all(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o777)
 
 
 def signals() -> Iterator[Situation]:
@@ -346,27 +368,27 @@ def signals() -> Iterator[Situation]:
                 shell=line,
                 says=f"interrupted by SIG{name}",
             )
-    again = "$L deploy --arch gemma -o new -q & sleep 2; kill -KILL $!; wait $!; sleep 0.2; ls -d .llmexport-* >&2; $L onnx --checkpoint ck -o new -q"
+    left = "sleep 2; kill -KILL $!; wait $!; sleep 0.2; ls -d .llmexport-* >&2"
+    again = f"$L deploy --arch gemma -o new -q & {left}; $L {EXPORT} -q"
     yield Situation("signals", "KILL, and another run", shell=again, code=0, says=".llmexport-")
-    yield Situation(
-        "signals",
-        "HUP under nohup",
-        shell="(sleep 1; kill -HUP $$) & exec nohup $L onnx --checkpoint ck -o new -q",
-        code=0,
-    )
+    hup = f"(sleep 1; kill -HUP $$) & exec nohup $L {EXPORT} -q"
+    yield Situation("signals", "HUP under nohup", shell=hup, code=0)
 
 
 def references() -> Iterator[Situation]:
-    """Configs that we take and transformers does not: the rung says so, the others are run."""
-    for key, value in (("rms_norm_eps", "1"),):
-        edit = f"""sed -i 's/"model_type"/"{key}": {value}, "model_type"/' ck/config.json; sed -i 's/"rms_norm_eps": 1e-06,//' ck/config.json"""
-        line = f"{edit}; $L onnx --checkpoint ck -o new -q; $L validate new --json"
-        yield Situation(
-            "references", f"{key}: {value}", shell=line, code=0, changes=frozenset({"ck/config.json"} | REPORTS)
-        )
+    """A config that we take and transformers does not: its rung is not run, the others are."""
+
+    def edit(folder: Path) -> None:
+        config = folder / "ck/config.json"
+        config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1'))
+
+    line = f"$L {EXPORT} -q; $L validate new --json | grep -q 'transformers does not take'"
+    yield Situation("references", "rms_norm_eps of 1", (), edit, 0, line)
 
 
 SITUATIONS = [
-    *force(), *outputs(), *checkpoints(), *exports(), *usage(), *streams(), *limits(), *places(), *signals(), *references(),
-]  # fmt: skip
+    s
+    for kind in (force, outputs, checkpoints, exports, usage, streams, limits, places, signals, references)
+    for s in kind()
+]
 KINDS = tuple(dict.fromkeys(s.kind for s in SITUATIONS))

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 from layouts import mxfp4
+from misuse import heed_signals
 from safetensors.numpy import load_file, save_file
 
-from llmexport.export import archs, output, random_checkpoint, trace
+from llmexport.export import archs, manifest, output, random_checkpoint, trace
 from llmexport.export.cli import deploy
 from llmexport.export.cli.console import Console
 from llmexport.export.cli.main import COMMANDS, main
@@ -256,13 +257,22 @@ def test_an_architecture_that_is_not_the_configs_is_refused(run: Run, checkpoint
 
 def test_an_existing_output_is_refused_without_force_and_replaced_with_it(run: Run, checkpoint: Path) -> None:
     assert run("onnx", "--checkpoint", checkpoint, "-o", "out")[0] == 0
-    (checkpoint.parent / "out" / "mine.txt").write_text("x")
+    (checkpoint.parent / "out" / "model.onnx").write_text("x")
     before = contents(checkpoint.parent)
     code, _, err = run("onnx", "--checkpoint", checkpoint, "-o", "out")
     assert (code, "--force" in err) == (2, True)
     assert contents(checkpoint.parent) == before
     assert run("onnx", "--checkpoint", checkpoint, "-o", "out", "--force")[0] == 0
-    assert not (checkpoint.parent / "out" / "mine.txt").exists()
+    assert (checkpoint.parent / "out" / "model.onnx").read_bytes() != b"x"
+
+
+def test_what_a_user_put_into_an_export_is_named_and_kept(run: Run, checkpoint: Path) -> None:
+    assert run("onnx", "--checkpoint", checkpoint, "-o", "out")[0] == 0
+    (checkpoint.parent / "out" / "mine.txt").write_text("x")
+    before = contents(checkpoint.parent)
+    code, _, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "--force", "-q")
+    assert (code, "also holds 'mine.txt'" in err) == (2, True)
+    assert contents(checkpoint.parent) == before
 
 
 def test_force_does_not_replace_a_folder_that_is_no_export(run: Run, checkpoint: Path) -> None:
@@ -320,21 +330,26 @@ def test_ctrl_c_at_any_step_leaves_everything_as_it_was(
         assert contents(checkpoint.parent) == before
 
 
-def test_sigint_to_the_process_leaves_nothing(checkpoint: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_process_leaves_nothing(checkpoint: Path, number: signal.Signals) -> None:
     """The signal itself, while a trace is under way: an empty trace cache makes that long."""
     command = [sys.executable, "-m", "llmexport.export.cli.main", "onnx", "--checkpoint", str(checkpoint), "-o"]
     environment = os.environ | {"LLMEXPORT_CACHE": str(checkpoint.parent / "cache")}
     process = subprocess.Popen(
-        [*command, str(checkpoint.parent / "out")], env=environment, stderr=subprocess.PIPE, text=True
+        [*command, str(checkpoint.parent / "out")],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_signals,
     )
     assert process.stderr is not None
     line = process.stderr.readline()
     assert line.startswith("trace")
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert err.splitlines()[-1].startswith("error: interrupted")
+    assert err.splitlines()[-1].startswith(f"error: interrupted by {number.name}")
     assert not [p for p in checkpoint.parent.iterdir() if p.name not in ("ck", "cache")]
 
 
@@ -344,9 +359,9 @@ def test_a_bug_keeps_its_traceback(run: Run, checkpoint: Path, monkeypatch: pyte
 
     monkeypatch.setenv("LLMEXPORT_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(trace, "trace_block", broken)
-    monkeypatch.setattr(sys, "argv", ["llmexport", "onnx", "--checkpoint", str(checkpoint), "-o", "out"])
-    with pytest.raises(RuntimeError, match="a bug"):
-        main()
+    code, out, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "--json")
+    assert (code, "RuntimeError: a bug" in json.loads(out)["error"]) == (3, True)
+    assert "Traceback (most recent call last)" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -366,6 +381,61 @@ def test_json_is_all_that_stdout_holds(run: Run, checkpoint: Path) -> None:
 def test_json_errors_are_json_too(run: Run) -> None:
     code, out, err = run("validate", "nowhere", "--json")
     assert (code, json.loads(out)["error"]) == (2, err.removeprefix("error: ").strip())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.EMFILE, os.strerror(errno.EMFILE), "x"),
+            "x: Too many open files: raise the limit of open files",
+        ),
+        (OSError(errno.ELOOP, os.strerror(errno.ELOOP), "x"), "x: Too many levels of symbolic links: mend"),
+        (OSError("no errno\nand a second line"), "no errno"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory (DefaultCPUAllocator"),
+        (RuntimeError("std::bad_alloc"), "out of memory (std::bad_alloc)"),
+        (ImportError("libx.so: failed to map segment from shared object"), "out of memory (libx.so"),
+        (RuntimeError("can't start new thread"), "can't start new thread: raise the limit of processes"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_wherever_it_is_met(
+    error: Exception, words: str, run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "record", raising(error))
+    code, out, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "-q", "--json")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: {words}")
+    assert json.loads(out) == {"error": err.removeprefix("error: ").removesuffix("\n")}
+
+
+def test_what_an_error_was_raised_from_says_what_it_is(
+    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a step failed") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+
+    monkeypatch.setattr(manifest, "record", broken)
+    code, _, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "-q")
+    assert (code, err) == (2, "error: x: No space left on device: free space or choose another disk\n")
+
+
+def test_a_name_cannot_forge_a_line_or_reach_the_terminal(run: Run) -> None:
+    code, _, err = run("onnx", "--arch", "gemma", "-o", "no\nerror: forged\x1b[31m/out", "-q")
+    assert (code, err.count("\n"), "\x1b" in err) == (2, 1, False)
+
+
+def test_json_has_no_word_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(as_json=True).result({"theta": float("inf"), "nested": [float("nan"), (1.5, None)]})
+    assert json.loads(capsys.readouterr().out) == {"theta": "inf", "nested": ["nan", [1.5, None]]}
+
+
+def test_a_full_stderr_stops_the_progress_and_not_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        console = Console()
+        console.progress("trace", 0, 2)
+        assert console.quiet
 
 
 def test_quiet_says_nothing(run: Run, checkpoint: Path) -> None:

@@ -50,7 +50,10 @@ def test_what_later_commands_add_may_be_replaced(tmp_path: Path) -> None:
 
 
 def test_the_files_that_a_manifest_lists_may_be_replaced(tmp_path: Path) -> None:
-    check(fill(tmp_path, "w", "tokenizer.json", "sub/x", manifest=MANIFEST | {"files": ["tokenizer.json", "sub/x"]}), EXPORT)
+    check(
+        fill(tmp_path, "w", "tokenizer.json", "sub/x", manifest=MANIFEST | {"files": ["tokenizer.json", "sub/x"]}),
+        EXPORT,
+    )
 
 
 def test_what_a_version_without_a_mark_wrote_may_be_replaced(tmp_path: Path) -> None:
