@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,20 @@ def handled() -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {s: h for s in SIGNALS if (h := signal.getsignal(s)) not in (signal.SIG_IGN, None)}
+    hook = sys.unraisablehook
+
+    def report(lost: sys.UnraisableHookArgs) -> None:
+        # It is not lost: `check` raises it again.
+        if not (_came and issubclass(lost.exc_type, KeyboardInterrupt)):
+            hook(lost)
+
     try:
+        sys.unraisablehook = report
         for number in before:
             signal.signal(number, _interrupt)
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
         _came.clear()

@@ -63,7 +63,7 @@ def exchange(new: Path, target: Path) -> bool:
 
 
 def _own(work: Path, target: Path | None, owner: list[IO[bytes]]) -> None:
-    owner.append(open(work / OWNER, "xb", buffering=0))
+    owner.append(open(work / OWNER, "xb", buffering=0))  # noqa: SIM115  _settle closes it
     try:
         fcntl.flock(owner[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

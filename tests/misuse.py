@@ -152,7 +152,8 @@ def run_shell(situation: Situation) -> Ended:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="backslashreplace",
         preexec_fn=heed_signals,
         start_new_session=True,
     )

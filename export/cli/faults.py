@@ -32,6 +32,8 @@ THREADS = re.compile(r"can't start new thread|Resource temporarily unavailable")
 def in_one_line(error: Exception) -> str:
     """What was found and what to do; nothing if the error is a bug."""
     for found in _causes(error):
+        if isinstance(found, OSError) and found.errno is not None:
+            return _of_system(found)
         said = str(found)
         if isinstance(found, MemoryError) or MEMORY.search(said):
             return f"out of memory ({_first(said) or 'of this process'}): {MORE_ADVICE[errno.ENOMEM]}"
@@ -40,18 +42,16 @@ def in_one_line(error: Exception) -> str:
         if THREADS.search(said):
             return f"{_first(said)}: {MORE_ADVICE[errno.EAGAIN]}"
         if isinstance(found, OSError):
-            return _of_system(found)
+            return _first(said) or type(found).__name__
         if isinstance(found, RecursionError) and _reads_json(found):
             return "JSON is nested too deeply to be read: is it the file that was meant?"
     return ""
 
 
 def _of_system(error: OSError) -> str:
-    if error.errno is None:
-        return _first(str(error)) or type(error).__name__
     names = " and ".join(str(n) for n in (error.filename, error.filename2) if n is not None)
-    advice = (MORE_ADVICE | ADVICE).get(error.errno, "")
-    return ": ".join(filter(None, (names, error.strerror, advice)))
+    advice = (MORE_ADVICE | ADVICE).get(error.errno or 0, "")
+    return ": ".join(filter(None, (names, error.strerror or type(error).__name__, advice)))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

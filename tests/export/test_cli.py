@@ -22,7 +22,7 @@ from layouts import mxfp4
 from misuse import heed_signals
 from safetensors.numpy import load_file, save_file
 
-from llmexport.export import archs, manifest, output, random_checkpoint, trace
+from llmexport.export import archs, output, random_checkpoint, trace
 from llmexport.export.cli import deploy
 from llmexport.export.cli.console import Console
 from llmexport.export.cli.main import COMMANDS, main
@@ -381,61 +381,6 @@ def test_json_is_all_that_stdout_holds(run: Run, checkpoint: Path) -> None:
 def test_json_errors_are_json_too(run: Run) -> None:
     code, out, err = run("validate", "nowhere", "--json")
     assert (code, json.loads(out)["error"]) == (2, err.removeprefix("error: ").strip())
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (
-            OSError(errno.EMFILE, os.strerror(errno.EMFILE), "x"),
-            "x: Too many open files: raise the limit of open files",
-        ),
-        (OSError(errno.ELOOP, os.strerror(errno.ELOOP), "x"), "x: Too many levels of symbolic links: mend"),
-        (OSError("no errno\nand a second line"), "no errno"),
-        (MemoryError(), "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory (DefaultCPUAllocator"),
-        (RuntimeError("std::bad_alloc"), "out of memory (std::bad_alloc)"),
-        (ImportError("libx.so: failed to map segment from shared object"), "out of memory (libx.so"),
-        (RuntimeError("can't start new thread"), "can't start new thread: raise the limit of processes"),
-    ],
-)
-def test_what_the_system_refuses_is_one_line_wherever_it_is_met(
-    error: Exception, words: str, run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(manifest, "record", raising(error))
-    code, out, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "-q", "--json")
-    assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(f"error: {words}")
-    assert json.loads(out) == {"error": err.removeprefix("error: ").removesuffix("\n")}
-
-
-def test_what_an_error_was_raised_from_says_what_it_is(
-    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("a step failed") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
-
-    monkeypatch.setattr(manifest, "record", broken)
-    code, _, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "-q")
-    assert (code, err) == (2, "error: x: No space left on device: free space or choose another disk\n")
-
-
-def test_a_name_cannot_forge_a_line_or_reach_the_terminal(run: Run) -> None:
-    code, _, err = run("onnx", "--arch", "gemma", "-o", "no\nerror: forged\x1b[31m/out", "-q")
-    assert (code, err.count("\n"), "\x1b" in err) == (2, 1, False)
-
-
-def test_json_has_no_word_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(as_json=True).result({"theta": float("inf"), "nested": [float("nan"), (1.5, None)]})
-    assert json.loads(capsys.readouterr().out) == {"theta": "inf", "nested": ["nan", [1.5, None]]}
-
-
-def test_a_full_stderr_stops_the_progress_and_not_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stderr", full)
-        console = Console()
-        console.progress("trace", 0, 2)
-        assert console.quiet
 
 
 def test_quiet_says_nothing(run: Run, checkpoint: Path) -> None:
