@@ -15,7 +15,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from llmexport.export.onnx_file import MODEL, Progress, load
 from llmexport.export.output import write_errors
 from llmexport.export.spec import AXES, Assembly, Axis, Port, Sizes, summands
 from llmexport.export.tensorrt_form import tensorrt_form
+from llmexport.export.workspace import workspace
 from llmexport.plugins import library
 
 PLAN = "model.plan"
@@ -100,6 +100,9 @@ class Profile:
         for dim in dims - free:
             low, opt, high = map(sum, zip(*(sizes[n] for n in summands(dim)), strict=True))
             sizes[dim] = (low, opt, high)
+            if high >= 2**31:
+                says = " and ".join(f"{sizes[n][2]} {n}" for n in summands(dim))
+                raise EngineError(f"profile says up to {says}: make their sum less than 2**31")
         return sizes
 
 
@@ -148,8 +151,7 @@ def build(
     sizes = (profile or Profile()).resolve(export.assembly.inputs)
     served = library.served(plugins) if plugins else frozenset()
     model, plugin_nodes = tensorrt_form(load(export), served)
-    with write_errors(folder / PLAN), tempfile.TemporaryDirectory(prefix=".llmexport-", dir=folder) as hidden:
-        work = Path(hidden)
+    with write_errors(folder / PLAN), workspace(folder) as work:
         (work / MODEL).write_bytes(model.SerializeToString())
         shapes = {p.name: _shapes(p, sizes) for p in export.assembly.inputs}
         job = {"module": chosen.module, "model": str(folder / MODEL), "profile": shapes}
