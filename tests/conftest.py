@@ -4,28 +4,50 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 from arch_cases import CASES, Case
-from layouts import randomise
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Beside others that test, each with one core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 Exporter = Callable[..., Path]
+# What a machine that runs the kernels need not have: no test that is marked gpu imports one of these.
+NOT_FOR_KERNELS = ("click", "onnx_graphsurgeon", "onnx_ir", "onnxruntime", "onnxscript", "polygraphy", "psutil", "rich")
+NOT_FOR_KERNELS += ("safetensors", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "transformers")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if not importlib.util.find_spec("xdist"):
+        parser.addoption("--dist", help="of pyproject.toml, for xdist, which is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Under `-m gpu` a module that needs what kernels do not is skipped, and says what it is."""
+    report = yield
+    missing = re.search(r"No module named '(\w+)", str(report.longrepr)) if report.failed else None
+    if missing and missing[1] in NOT_FOR_KERNELS and re.match(r"gpu\b", collector.config.option.markexpr):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {missing[1]} is not installed")
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
-def trace_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An own trace cache, empty at first: no test may pass on what an earlier session traced."""
     base = tmp_path_factory.getbasetemp()
     # Processes that test side by side have their folders in one of this session.
-    folder = (base if worker_id == "master" else base.parent) / "traces"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
     folder.mkdir(exist_ok=True)
     os.environ["LLMEXPORT_CACHE"] = str(folder)
     return folder
@@ -43,6 +65,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case 
     def make(case: Case) -> Path:
         import torch
         import transformers
+        from layouts import randomise
 
         from llmexport.export import archs
 

@@ -2,8 +2,9 @@
 
 Ceilings first, then for each case the numbers, and only where those are right the times: ours as TensorRT calls
 it, beside torch and, where installed, flashinfer, fla and cuDNN's frontend; and the bounds, which do not compute the
-same: a copy of the bytes that it touches, its matrix products alone. Writes tests/bench/results/<gpu>.json with the
-versions of all. Exit code 2 without a GPU, 1 if a number is wrong or a target is missed.
+same: a copy of the bytes that it touches, its matrix products alone. Writes tests/bench/results/<gpu>.json, or --out,
+after every case: several runs on the same kernels, with --only or with LLMEXPORT_SM90A, add up in one file. Exit code 2
+without a GPU, 1 if a number is wrong or a target is missed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import ctypes
 import datetime
 import functools
-import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -127,6 +128,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="one op")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--out", type=Path, help="the file of the results")
+    parser.add_argument("--commit", help="of these sources, where they are no checkout; also $LLMEXPORT_COMMIT")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: the ops are timed on a GPU only", file=sys.stderr)
@@ -134,25 +137,31 @@ def main() -> int:
 
     from gpu_clock import ceilings
     from op_cases import cases
+    from op_results import Results
     from plugin_host import Library
     from report import commit, versions
 
     from llmexport.plugins import library
 
     gpu = torch.cuda.get_device_name()
-    result: dict[str, Any] = {
-        "gpu": gpu,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "versions": versions(),
-    }
     major, minor = torch.cuda.get_device_capability()
     built = Library(library.build([f"{major}{minor}"], RESULTS.parents[2] / "build" / "bench"))
     limits = ceilings()
     said = f"copy {limits.copy / 1e12:.2f} TB/s, read {limits.read / 1e12:.2f}, gemm {limits.gemm / 1e12:.0f} TFLOP/s, "
     said += f"empty {limits.launch * 1e6:.2f} us"
-    print(f"{gpu}: {said}")
-    rows, met = [], True
+    print(f"{gpu}: {said}", flush=True)
+    run: dict[str, Any] = {
+        "gpu": gpu,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(arguments.commit),
+        "kernels": library._builds().name,
+        # As asksForSm90a() of plugins/common/hopper.h reads it.
+        "sm90a": os.environ.get("LLMEXPORT_SM90A") == "1",
+        "versions": versions(),
+        "ceilings": asdict(limits),
+    }
+    results = Results(arguments.out or RESULTS / f"{gpu.lower().replace(' ', '-')}.json", run)
+    met = True
     for case in cases():
         if arguments.only not in (None, case.op):
             continue
@@ -169,19 +178,9 @@ def main() -> int:
             )
         else:
             print(f"{case.op:14}{case.family:19} B={case.B:<3}T={case.T:<6} WRONG NUMBERS, not timed", flush=True)
+        results.add(row)
         met &= row["right"] and row["met"]
-        rows.append(row)
         torch.cuda.empty_cache()
-    RESULTS.mkdir(exist_ok=True)
-    result |= {"ceilings": asdict(limits), "rows": rows}
-    path = RESULTS / f"{gpu.lower().replace(' ', '-')}.json"
-    if arguments.only and path.exists():
-        # What the same commit measured of the other ops stays.
-        earlier = json.loads(path.read_text())
-        rows += [
-            row for row in earlier["rows"] if row["op"] != arguments.only and earlier["commit"] == result["commit"]
-        ]
-    path.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if met else 1
 
 

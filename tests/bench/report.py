@@ -66,16 +66,25 @@ def versions() -> dict[str, str]:
     return {name: installed[name] for name in PEERS if name in installed}
 
 
-def commit() -> str:
-    """Commit of this checkout, marked when tracked files other than results differ from it."""
+def commit(given: str | None = None) -> str:
+    """Commit of this checkout, marked when tracked files other than results differ from it; "unknown" in a tree that
+    is none. `given`, or $LLMEXPORT_COMMIT, says it of such a tree.
+    """
+    if said := given or os.environ.get("LLMEXPORT_COMMIT"):
+        return said
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", *arguments]
         done = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
-    changed = git("status", "--short", "--untracked-files=no", "--", ":/", ":!results")
-    return git("rev-parse", "HEAD") + (" modified" if changed else "")
+    try:
+        # A checkout round this tree does not know the file.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = git("status", "--short", "--untracked-files=no", "--", ":/", ":!results")
+        return git("rev-parse", "HEAD") + (" modified" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def show(rows: list[Row], aims: list[Target]) -> None:

@@ -1,0 +1,38 @@
+"""What the tests need of the machine they run on."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import NOT_FOR_KERNELS
+
+TESTS = Path(__file__).parent
+BLOCK = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {NOT_FOR_KERNELS}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def test_gpu_tests_are_collected_without_what_kernels_do_not_need(tmp_path: Path) -> None:
+    """All of them: a file that is skipped then has none."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCK)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        command, cwd=TESTS.parent, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    skipped = set(re.findall(r"^SKIPPED \[1\] (\S+):0: \w+ is not installed", done.stdout, re.MULTILINE))
+    assert "tests/graphs/test_pipeline.py" in skipped
+    assert [f for f in skipped if re.search(r"\bgpu\b|\bmachine\b", (TESTS.parent / f).read_text())] == []
+    assert re.search(r"^[1-9]\d{3}/\d+ tests collected", done.stdout, re.MULTILINE)
