@@ -121,8 +121,8 @@ def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
     if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < OLDEST_RUNTIME:
         oldest = ".".join(map(str, OLDEST_RUNTIME))
         raise Mismatch(
-            f"ONNX Runtime {installed} is installed, whose Attention is wrong where heads share a key; {oldest} or "
-            f"later is right: pip install 'onnxruntime>={oldest}'"
+            f"ONNX Runtime {installed} is installed, whose Attention is wrong where heads share a key: upgrade "
+            f"onnxruntime-gpu, or onnxruntime if that is what is installed, to {oldest} or later"
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
