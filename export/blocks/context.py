@@ -120,7 +120,7 @@ class Mask(nn.Module):
             # Two tokens are as far apart as these two are: whatever padding stands before or between them.
             query, key = running.index_select(1, slots).unsqueeze(2), running.unsqueeze(1)
             if self.window is not None:
-                visible = torch.logical_and(visible, key > query - self.window)
+                visible = torch.logical_and(visible, query - self.window < key)
             if self.chunk is not None:
                 chunks = [torch.div(x - 1, self.chunk, rounding_mode="floor") for x in (query, key)]
                 visible = torch.logical_and(visible, chunks[0] == chunks[1])

@@ -56,7 +56,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         return ai_onnx.Attention(q, k, v, mask, scale=scale)[0]
 
     def gather(between: Any) -> Any:
-        return ai_onnx.Gather(ai_onnx.Constant(value_ints=[0]), between)
+        nothing: Any = ai_onnx.Constant(value_ints=[0])
+        return ai_onnx.Gather(nothing, between)
 
     def cast(x: Any, dtype: int) -> Any:
         return ai_onnx.Identity(x) if x.dtype == dtype else ai_onnx.Cast(x, to=dtype)

@@ -94,7 +94,8 @@ class Mask(Block):
     `chunk` of that many.
 
     Windows and chunks count the tokens of a row and no padding, wherever it stands, so that a row in a batch sees
-    what it sees alone. A query always sees itself, so that the row of a padding token is never empty: no backend then makes a NaN.
+    what it sees alone. A query always sees itself, so that the row of a padding token is never empty: no backend
+    then makes a NaN.
     """
 
     window: int | None = None

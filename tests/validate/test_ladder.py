@@ -117,7 +117,8 @@ def test_a_wrong_weight_binding_is_found(copy: Path) -> None:
 
 def widen(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
     """Makes a mask's window endless."""
-    [limit] = [t for t in model.graph.initializer if t.name == node.input[1]]
+    [first] = [n for n in model.graph.node if node.input[0] in n.output]
+    [limit] = [t for t in model.graph.initializer if t.name == first.input[1]]
     limit.CopyFrom(onnx.numpy_helper.from_array(np.array(10**6, np.int64), limit.name))
 
 
