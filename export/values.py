@@ -9,6 +9,7 @@ from llmexport.export.errors import ExportError
 
 INT32_MAX = 2**31 - 1  # ops count tokens in int32
 LONGEST, TAIL, MOST_LINES = 2000, 500, 60  # characters of a line that is shown, of its end, lines of a message
+LONGEST_KEY = 80
 SMALL, LARGE = 1e-30, 1e30  # what lies beyond leaves fp32 with the next product
 
 
@@ -52,7 +53,7 @@ def show_name(name: str) -> str:
 
 
 def key_name(key: str) -> str:
-    return key if key.isidentifier() else show(key)
+    return key if key.isidentifier() and len(key) <= LONGEST_KEY else show(key)
 
 
 def whole(value: Any) -> Any:

@@ -15,7 +15,7 @@ from llmexport.export import quantised
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import MXFP4_BLOCK
-from llmexport.export.values import show_name
+from llmexport.export.values import show_name, visible
 
 FLOATS, BYTES = ("F32", "F16", "BF16"), "U8"
 ONNX_TYPES = {
@@ -209,4 +209,4 @@ def _external(stored: StoredTensor, shape: tuple[int, ...]) -> TensorProto:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    return ", ".join(map(visible, names[:LISTED])) + more

@@ -104,10 +104,11 @@ def _check_folder(folder: Path) -> None:
         if not info.st_mode & 0o077:
             return
         held = os.listdir(descriptor)
-        ours = all(OURS.fullmatch(name) for name in held)
-        if not held or (ours and not info.st_mode & OTHERS_WRITE):
+        readable = not info.st_mode & OTHERS_WRITE and all(OURS.fullmatch(name) for name in held)
+        if readable or not held:
             os.fchmod(descriptor, PRIVATE)
-            if os.listdir(descriptor) == held:
+            # Until just now, others could write to an empty one.
+            if readable or all(_is_ours(name, descriptor) for name in os.listdir(descriptor)):
                 return
     finally:
         os.close(descriptor)
@@ -116,6 +117,10 @@ def _check_folder(folder: Path) -> None:
     shared = info.st_mode & stat.S_ISVTX
     cure = CHOOSE if shared else f"chmod 700 {shlex.quote(str(folder))}, or {CHOOSE}"
     raise CacheError(f"cache folder {folder} {what}, and is not used: {cure}")
+
+
+def _is_ours(name: str, folder: int) -> bool:
+    return os.stat(name, dir_fd=folder, follow_symlinks=False).st_uid == os.geteuid()
 
 
 def _check_inside(folder: Path) -> None:

@@ -67,7 +67,7 @@ def check(path: Path, users: Set[int]) -> tuple[int, ...]:
 def place(made: Path, path: Path, about: dict[str, Any]) -> None:
     """Puts a copy of the library at `made` at `path`, and the record of its digest beside it. Raises OSError."""
     digest = _digest_at(made)
-    if digest != _recorded(path) or digest != _digest_at(path):
+    if not _is_placed(path, digest):
         # In an order in which no library ever lies beside another's record.
         record_path(path).unlink(missing_ok=True)
         _appear(path, 0o755, lambda beside: shutil.copyfile(made, beside))
@@ -81,6 +81,15 @@ def drop_unless_placed(made: Path, path: Path) -> None:
     """Removes what a broken build may have left at `made`, so that it is linked anew. Raises OSError."""
     if made.exists() and _digest_at(made) != _recorded(path):
         made.unlink()
+
+
+def _is_placed(path: Path, digest: str) -> bool:
+    """Whether the library at `path` is the one of that digest and may be loaded."""
+    try:
+        check(path, {0, os.geteuid()})
+    except PluginError:
+        return False
+    return _recorded(path) == digest
 
 
 def _appear(path: Path, mode: int, write: Callable[[Path], object]) -> None:

@@ -41,7 +41,8 @@ def read_regular(path: Path, most: int = MOST, *, follow: bool = True) -> bytes:
     """All bytes of the file at `path`. Raises OSError, also if it is no regular file or holds more than `most`."""
     with open_regular(path, follow=follow) as file:
         size = os.fstat(file.fileno()).st_size
-        data = b"" if size > most else file.read(most + 1)
+        # Some that the system makes, as in /proc, have bytes and no size.
+        data = b"" if size > most else file.read((size or most) + 1)
         if max(size, len(data)) > most:
             raise OSError(errno.EFBIG, f"it has more than the {most} bytes that such a file may have", str(path))
         return data

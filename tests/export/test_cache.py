@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from llmexport.plugins.cache_folder import cache_folder
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     chosen = tmp_path / "cache"
     monkeypatch.setenv("LLMEXPORT_CACHE", str(chosen))
+    cache._note.cache_clear()
     return chosen
 
 
@@ -143,6 +145,7 @@ def test_an_entry_that_is_no_file_of_ours_is_neither_read_nor_waited_for(folder,
 
 
 def test_a_folder_that_is_not_trusted_is_not_used_and_said_once(folder, caplog):
+    caplog.set_level(logging.WARNING, "llmexport")
     folder.mkdir()
     (folder / "theirs").touch()
     folder.chmod(0o777)
@@ -154,6 +157,7 @@ def test_a_folder_that_is_not_trusted_is_not_used_and_said_once(folder, caplog):
 
 
 def test_a_user_without_home_and_name_has_no_cache(monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "llmexport")
     for variable in ("LLMEXPORT_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 987654)

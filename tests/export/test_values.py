@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from llmexport.export import archs, random_checkpoint
 from llmexport.export.cli.console import Console
 from llmexport.export.cli.main import main
-from llmexport.export.values import LONGEST, message, visible
+from llmexport.export.values import LONGEST, key_name, message, visible
 
 FORGED = "x\nerror: forged\r\x1b[31m\u2028error: forged\u202etxt\x9b31m"
 
@@ -40,6 +40,11 @@ def test_a_long_text_keeps_its_beginning_and_its_end() -> None:
     assert shown.endswith("xxx and the cure")
     assert "(9998019 characters more)" in shown
     assert len(shown) < LONGEST + 50
+
+
+def test_a_long_key_is_cut() -> None:
+    assert key_name("hidden_size") == "hidden_size"
+    assert len(key_name("k" * 10**6)) < 100
 
 
 def test_a_message_has_lines_of_its_own_only() -> None:

@@ -60,6 +60,32 @@ def test_one_where_nobody_can_have_put_anything_is_closed(folder, found, names):
     assert mode(folder) == 0o700
 
 
+def appearing(path: Path, monkeypatch: pytest.MonkeyPatch, uid: int = -1) -> None:
+    """A file of that user's comes to `path` just before its folder is closed."""
+    close = os.fchmod
+
+    def fchmod(descriptor: int, mode: int) -> None:
+        path.touch()
+        os.chown(path, uid, -1)
+        close(descriptor, mode)
+
+    monkeypatch.setattr(os, "fchmod", fchmod)
+
+
+@pytest.mark.parametrize(("found", "names"), [(0o777, ()), (0o755, (TRACE,))])
+def test_two_of_ours_may_begin_at_once(folder, monkeypatch, found, names):
+    appearing(made(folder, found, *names) / f"graph-{'1' * 32}", monkeypatch)
+    assert trusted_folder() == folder
+
+
+def test_what_another_put_there_just_now_is_seen(folder, monkeypatch):
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    appearing(made(folder, 0o777) / TRACE, monkeypatch, 12345)
+    with pytest.raises(CacheError, match="can be written by others"):
+        trusted_folder()
+
+
 @pytest.mark.parametrize(
     ("found", "names", "why"),
     [

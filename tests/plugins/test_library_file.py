@@ -152,9 +152,11 @@ def test_a_broken_one_is_placed_anew_and_a_whole_one_only_found_as_the_last(shar
     library_file.place(shared, placed, {})
     assert placed.stat().st_ino == inode
     assert placed.stat().st_mtime > 0
-    change_a_byte(placed)
-    library_file.place(shared, placed, {})
-    assert placed.read_bytes() == shared.read_bytes()
+    for damage in (change_a_byte, lambda path: path.chmod(0o777), lambda path: path.unlink()):
+        damage(placed)
+        library_file.place(shared, placed, {})
+        assert placed.read_bytes() == shared.read_bytes()
+        library_file.check(placed, US)
 
 
 def test_what_a_broken_build_has_linked_is_linked_anew(shared: Path, placed: Path) -> None:

@@ -49,6 +49,12 @@ def test_a_file_of_the_most_bytes_is_read_and_one_of_more_is_not(tmp_path: Path)
         read_regular(path, 4)
 
 
+def test_a_file_without_a_size_is_read() -> None:
+    assert read_regular(Path("/proc/self/comm"), 100).strip()
+    with pytest.raises(OSError, match="more than the 1 bytes"):
+        read_regular(Path("/proc/self/comm"), 1)
+
+
 def test_a_terabyte_of_holes_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.touch()
