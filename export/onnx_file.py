@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,6 @@ from types import MappingProxyType
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from llmexport.export import cache, manifest, weights
 from llmexport.export.archs import Named, as_stored, text_config
@@ -27,8 +27,10 @@ from llmexport.export.assembly import (
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
-from llmexport.export.manifest import Manifest
-from llmexport.export.output import new_folder, place_weights
+from llmexport.export.identity import changed, identify
+from llmexport.export.manifest import MODEL, Manifest
+from llmexport.export.output import new_folder
+from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.spec import OPSET, Assembly, Block, Model, Port, Step, to_data
 from llmexport.export.wanted import wanted_parameters
 from llmexport.graphs import bodies, pipeline
@@ -37,7 +39,6 @@ from llmexport.graphs.stitch import Piece, stitch
 from llmexport.plugins.regular import read_regular
 from llmexport.plugins.spec import Attribute
 
-MODEL = "model.onnx"
 MOST_MODEL = 2**31 - 1  # bytes, protobuf's own limit
 BLOCKS = "blocks.json"
 ELEMENT_TYPES = {
@@ -54,7 +55,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to export: `block` is None for the whole model; `weights` is auto, link or copy.
+    """What to export: `block` is None for the whole model; `weights` is auto, link or copy; `digest` reads every byte.
 
     `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
     a body over a plugin of the same name.
@@ -66,6 +67,7 @@ class Request:
     block: str | None = None
     weights: str = "auto"
     target: str = "portable"
+    digest: bool = False
 
 
 def read_model(arch: Named, config: Mapping[str, Any]) -> Model:
@@ -143,11 +145,17 @@ def fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
     used = {request.checkpoint.tensors[n].file for p in built.wanted.values() for n in p.sources}
     shards = [s for s in request.checkpoint.shards if s.file in used]
     progress(f"weights ({len(shards)} files)", 0, 1)
-    placed = place_weights([request.checkpoint.folder / s.file for s in shards], folder, request.weights)
+    placed = place_weights({request.checkpoint.folder / s.file: s.stamp for s in shards}, folder, request.weights)
+    files = [identify(folder / s.file, s, placed[s.file], whole=request.digest) for s in shards]
+    check_config(request.checkpoint)
+    # A block is no model that a tokenizer belongs to.
+    companions = place_companions(request.checkpoint, folder) if request.block is None else {}
     progress("weights", 1, 1)
-    record = manifest.record(request, assembly, built, shards, placed) | {"notes": notes}
-    (folder / MODEL).write_bytes(built.proto.SerializeToString(deterministic=True))
-    (folder / manifest.NAME).write_text(json.dumps(record, indent=1))
+    record = manifest.record(request, assembly, built, files) | {"notes": notes}
+    data = built.proto.SerializeToString(deterministic=True)
+    record = manifest.finish(folder, record, companions, data)
+    (folder / MODEL).write_bytes(data)
+    (folder / manifest.NAME).write_bytes(manifest.encode(record))
     return record
 
 
@@ -219,20 +227,18 @@ def join(
 def load(found: Manifest) -> onnx.ModelProto:
     """The model of an export without its weights, and with the bodies of its ops, whatever its target.
 
-    Raises ExportError if it is missing or damaged.
+    Raises ExportError if it is missing or another than was exported.
     """
     path = found.folder / MODEL
     try:
-        proto = onnx.ModelProto.FromString(read_regular(path, MOST_MODEL))
+        data = read_regular(path, MOST_MODEL)
     except FileNotFoundError as error:
         raise ExportError(f"{path} is missing from the export: export again") from error
     except OSError as error:
         raise ExportError(f"cannot read {path}: {error.strerror}: export again") from error
-    except DecodeError as error:
-        raise ExportError(f"{path} is damaged: export again") from error
-    ports = [[p.name for p in values] for values in (proto.graph.input, proto.graph.output)]
-    if ports != [[p.name for p in said] for said in (found.assembly.inputs, found.assembly.outputs)]:
-        raise ExportError(f"{path} is not the model that was exported: export again")
+    if hashlib.sha256(data).hexdigest() != found.data["model_sha256"]:
+        raise changed(path)
+    proto = onnx.ModelProto.FromString(data)
     if found.data["target"] == "tensorrt":
         bodies.attach_bodies(proto, load_body)
     return proto

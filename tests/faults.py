@@ -14,7 +14,7 @@ from types import FrameType
 
 import pytest
 
-from llmexport.export import output, workspace
+from llmexport.export import output, placing, workspace
 from llmexport.export.errors import ExportError
 
 Tree = dict[str, bytes | None]
@@ -50,6 +50,7 @@ class Fault:
                 patch.setattr(os, name, self.before(getattr(os, name)))
             patch.setattr(output, "exchange", self.before(output.exchange))
             patch.setattr(output, "open", self.open, raising=False)
+            patch.setattr(placing, "open", self.open, raising=False)
             patch.setattr(Path, "write_bytes", self.before(Path.write_bytes))
             yield
 

@@ -63,6 +63,11 @@ class Console:
         for sentence in () if self.quiet else sentences:
             click.echo(f"note: {sentence}", err=True)
 
+    def lines(self, sentences: Sequence[str]) -> None:
+        """Sentences, each on a line of its own however long, so that what they quote is not cut."""
+        for sentence in sentences:
+            self.say(sentence)
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A titled table; no columns, no header."""
         if self.quiet or self.as_json:
