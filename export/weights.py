@@ -165,7 +165,7 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
     types = {n: stored_type(p, checkpoint) for n, p in wanted.items()}
     recast = {n for n, p in wanted.items() if types[n] != dtype and not p.as_stored}
     narrow = {n for n in recast if WIDTHS[types[n]] < WIDTHS[dtype]}
-    read = {name for node in graph.node for name in node.input[_moves(node, narrow) :]}
+    read = {name for node in graph.node for name in node.input[1 if _moves(node, narrow) else 0 :]}
     nodes: list[onnx.NodeProto] = []
     for name, parameter in wanted.items():
         graph.initializer.extend(_external(checkpoint.tensors[n], parameter.part_shape) for n in parameter.sources)
