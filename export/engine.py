@@ -15,7 +15,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +30,7 @@ from llmexport.export.onnx_file import MODEL, Progress, load
 from llmexport.export.output import write_errors
 from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Port
 from llmexport.export.tensorrt_form import tensorrt_form
+from llmexport.export.workspace import workspace
 from llmexport.plugins import library
 
 PLAN = "model.plan"
@@ -103,6 +103,8 @@ class Profile:
         if TOTAL in dims:
             (a, b, c), (x, y, z) = sizes[PAST], sizes[SEQUENCE]
             sizes[TOTAL] = (a + x, b + y, c + z)
+            if c + z >= 2**31:
+                raise EngineError(f"profile says up to {c} {PAST} and {z} {SEQUENCE}: make their sum less than 2**31")
         return sizes
 
 
@@ -151,8 +153,7 @@ def build(
     sizes = (profile or Profile()).resolve(export.assembly.inputs)
     served = library.served(plugins) if plugins else frozenset()
     model, plugin_nodes = tensorrt_form(load(export), served)
-    with write_errors(folder / PLAN), tempfile.TemporaryDirectory(prefix=".llmexport-", dir=folder) as hidden:
-        work = Path(hidden)
+    with write_errors(folder / PLAN), workspace(folder) as work:
         (work / MODEL).write_bytes(model.SerializeToString())
         shapes = {p.name: _shapes(p, sizes) for p in export.assembly.inputs}
         job = {"module": chosen.module, "model": str(folder / MODEL), "profile": shapes}

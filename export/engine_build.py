@@ -8,10 +8,12 @@ stdout is an event, a JSON list: ["log", text], ["parsed", inputs, outputs, plug
 from __future__ import annotations
 
 import collections
+import ctypes
 import importlib
 import json
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from typing import Any
 from llmexport.plugins import library
 
 Tell = Callable[..., None]
+PR_SET_PDEATHSIG = 1
 LONGEST = 1000  # characters of a message that are passed on
 # Said of every integer tensor, and no reason to worry.
 CHATTER = re.compile(r"Make sure (input|output) .* has Int64 binding")
@@ -28,6 +31,8 @@ CHATTER = re.compile(r"Make sure (input|output) .* has Int64 binding")
 
 def main(folder: Path) -> None:
     tell = _events()
+    # Both: only Linux has the first, and the second waits while TensorRT holds the interpreter.
+    _die_with_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads((folder / "job.json").read_bytes())
     trt = importlib.import_module(job["module"])
@@ -112,6 +117,13 @@ def _events() -> Tell:
             print(json.dumps(event), file=channel, flush=True)
 
     return tell
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent has ended, however that ends."""
+    call = getattr(ctypes.CDLL(None), "prctl", None)
+    if call is not None:
+        call(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end_with_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,14 +94,14 @@ def write_blocks(request: Request, target: Path, *, force: bool, progress: Progr
         for name in names:
             (folder / name).mkdir()
             records[name] = fill(dataclasses.replace(request, block=name), folder / name, progress)
-        (folder / BLOCKS).write_text(json.dumps({"blocks": list(names)}))
+        (folder / BLOCKS).write_text(json.dumps({"made_by": "llmexport", "blocks": list(names)}))
     return records
 
 
 @contextmanager
 def new_export(request: Request, target: Path, *, force: bool, marker: str = manifest.NAME) -> Iterator[Path]:
     """As `output.new_folder`; but --force must not delete the checkpoint with the output that holds it."""
-    if request.checkpoint.folder.resolve().is_relative_to(target.resolve()):
+    if Path(os.path.realpath(request.checkpoint.folder)).is_relative_to(os.path.realpath(target)):
         raise ExportError(f"the checkpoint lies in {target}, which the export would replace: choose another output")
     with new_folder(target, force=force, marker=marker) as folder:
         yield folder
@@ -213,6 +214,9 @@ def load(found: Manifest) -> onnx.ModelProto:
         raise ExportError(f"{path} is missing from the export: export again") from error
     except DecodeError as error:
         raise ExportError(f"{path} is damaged: export again") from error
+    ports = [[p.name for p in values] for values in (proto.graph.input, proto.graph.output)]
+    if ports != [[p.name for p in said] for said in (found.assembly.inputs, found.assembly.outputs)]:
+        raise ExportError(f"{path} is not the model that was exported: export again")
     if found.data["target"] == "tensorrt":
         bodies.attach_bodies(proto, load_body)
     return proto

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llmexport.export import earlier, interrupt
 from llmexport.export.errors import ExportError
+from llmexport.export.workspace import OLD, exchange, sweep, workspace
 
-_ADVICE = {
+ADVICE = {
     errno.ENOSPC: "free space or choose another disk",
     errno.EDQUOT: "free some of your quota or choose another disk",
     errno.EFBIG: "choose a file system that takes files of this size, and see `ulimit -f`",
@@ -36,42 +38,61 @@ def write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if not os.path.isdir(path.parent):
             raise ExportError(f"cannot write {path}: {path.parent} is not a folder: make it first") from error
-        if error.errno not in _ADVICE:
+        if error.errno not in ADVICE:
             raise
         at = f" at {error.filename}" if error.filename else ""
-        raise ExportError(f"cannot write {path}: {error.strerror}{at}: {_ADVICE[error.errno]}") from error
+        raise ExportError(f"cannot write {path}: {error.strerror}{at}: {ADVICE[error.errno]}") from error
 
 
 @contextmanager
 def new_folder(target: Path, *, force: bool, marker: str = "manifest.json") -> Iterator[Path]:
     """Yield an empty folder that becomes `target` if the block ends well and is removed if it does not.
 
-    With `force` it takes the place of an empty folder or of an earlier output, known by its file `marker`.
-    Until it stands there, any failure, Ctrl-C included, leaves `target` as it was.
+    With `force` it takes the place of an empty folder or of an earlier output, known by its file `marker` and
+    holding only what that records. At any moment one of the two stands there, whole; any failure, Ctrl-C included,
+    leaves `target` as it was.
     """
+    _check_parent(target)
     target = Path(os.path.realpath(target))
     with write_errors(target):
+        sweep(target.parent)
         _check_target(target, force, marker)
-        with _workspace(target.parent, target) as work:
+        with workspace(target.parent, target) as work:
             new = work / "new"
             os.mkdir(new)
             yield new
             for path in [*new.rglob("*"), new]:
                 _sync(path)
-            try:
-                if force and os.path.lexists(target):
-                    os.rename(target, work / "old")
-                os.rename(new, target)
-                _sync(target.parent)
-            except BaseException:
-                if not os.path.lexists(new):
-                    os.rename(target, new)
-                raise
+            if force:
+                # What was put there meanwhile is not deleted either.
+                _check_target(target, force, marker)
+            interrupt.check()
+            _place(new, target, work / OLD if force else None)
+
+
+def _place(new: Path, target: Path, old: Path | None) -> None:
+    """Put `new` where `target` will be, or is, if there is a place for it, `old`, which its owner puts back."""
+    own = os.stat(new).st_ino
+    try:
+        if old is None or not os.path.lexists(target):
+            os.rename(new, target)
+        elif not exchange(new, target):
+            os.rename(target, old)
+            os.rename(new, target)
+        _sync(target.parent)
+    except BaseException:
+        # The disk is asked what was done.
+        if os.path.lexists(target) and os.lstat(target).st_ino == own:
+            if os.path.lexists(new):
+                exchange(new, target)
+            else:
+                os.rename(target, new)
+        raise
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write or replace files of an existing output: all of them beside it, then rename in the given order."""
-    with write_errors(folder / next(iter(files))), _workspace(folder, folder) as work:
+    with write_errors(folder / next(iter(files))), workspace(folder) as work:
         for name, data in files.items():
             with open(work / name, "xb") as file:
                 file.write(data)
@@ -115,12 +136,13 @@ def _check_target(target: Path, force: bool, marker: str) -> None:
         raise ExportError(f"{target} is a mount point, which nothing can replace: choose a folder inside it")
     if not force:
         raise ExportError(f"{target} exists: choose another folder, or pass --force to replace it")
-    names = os.listdir(target)
-    if names and marker not in names:
-        raise ExportError(
-            f"{target} has no {marker}, so it is no earlier output, and --force does not replace it: "
-            "choose another folder, or remove it yourself"
-        )
+    earlier.check(target, marker)
+
+
+def _check_parent(target: Path) -> None:
+    # Before ".." is resolved: it has a meaning only where there is a folder.
+    if not os.path.isdir(target.parent):
+        raise ExportError(f"cannot write {target}: {target.parent} is not a folder: make it first")
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -154,30 +176,6 @@ def _copy(source: Path, target: Path) -> None:
             else:
                 writer.write(chunk)
         writer.truncate()
-
-
-@contextmanager
-def _workspace(folder: Path, target: Path) -> Iterator[Path]:
-    """Yield a new hidden folder in `folder`, and remove it. A `target` moved to "old" in it is put back."""
-    work = folder / f".llmexport-{os.urandom(8).hex()}"
-    try:
-        os.mkdir(work)
-        yield work
-    finally:
-        try:
-            _settle(work, target)
-        except BaseException:
-            # Ctrl-C just here: finish, then stop.
-            _settle(work, target)
-            raise
-
-
-def _settle(work: Path, target: Path) -> None:
-    # Asks the disk, as an interrupt can come between a rename and a variable that remembers it.
-    old = work / "old"
-    if os.path.lexists(old) and not os.path.lexists(target):
-        os.rename(old, target)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -60,7 +60,7 @@ def write(
                 tensors = {n: _draw(n, parameters[n], dtype, seed) for n in names}
                 save_file(tensors, folder / file, metadata={"format": "pt"})
             index |= dict.fromkeys(names, file)
-        (folder / MARKER).write_text(json.dumps({"seed": seed}))
+        (folder / MARKER).write_text(json.dumps({"made_by": "llmexport", "seed": seed}))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
 

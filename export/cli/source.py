@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +16,27 @@ from llmexport.export.checkpoint import Checkpoint, open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.output import write_errors
 from llmexport.export.spec import DTYPES
+from llmexport.export.workspace import workspace
 
 F = TypeVar("F", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)
+
+
+class Folder(click.Path):
+    """A path; an empty one, as of an unset variable, is not the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the name is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = Folder(path_type=Path)
 
 
 def options(command: F) -> F:
     """The options that say what to export, and into what."""
     for option in (
-        click.option("--force", is_flag=True, help="Replace an earlier output."),
+        click.option("--force", is_flag=True, help="Replace an earlier output, if nothing else lies in it."),
         click.option(
             "--weights",
             type=click.Choice(["auto", "link", "copy"]),
@@ -54,10 +66,9 @@ def open_source(arch: str | None, folder: Path | None, beside: Path) -> Iterator
     from llmexport.export import random_checkpoint
 
     # Beside the output, so that the shards can be linked and outlive the folder.
-    parent = beside.resolve().parent
+    target = Path(os.path.realpath(beside))
     with contextlib.ExitStack() as stack:
-        with write_errors(beside.resolve()):
-            name = stack.enter_context(tempfile.TemporaryDirectory(prefix=".llmexport-", dir=parent))
-        made = Path(name) / "checkpoint"
+        with write_errors(target):
+            made = stack.enter_context(workspace(target.parent)) / "checkpoint"
         random_checkpoint.write(named, made, shard_bytes=100_000)
         yield named, open_checkpoint(made)

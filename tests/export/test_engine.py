@@ -4,13 +4,16 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
+import psutil
 import pytest
 from arch_cases import FIRST, PRIMARY, Case
 from one_node import model_of
@@ -138,7 +141,7 @@ def test_a_node_that_tensorrt_cannot_read_is_named(folder: Path) -> None:
 
 def test_a_model_that_the_manifest_does_not_describe_is_an_error(folder: Path) -> None:
     replace(folder / "model.onnx", model_of([make_node("Relu", ["a"], ["b"])], ["a"], ["b"]).SerializeToString())
-    with pytest.raises(EngineError, match=r"reads input_ids as None, the export says \['int64', \[-1, -1\]\]"):
+    with pytest.raises(ExportError, match=r"model.onnx is not the model that was exported: export again"):
         engine.build(folder, progress=silent)
     assert tree(folder).items() >= OLD.items()
 
@@ -227,8 +230,13 @@ os.kill(os.getppid(), signal.SIGINT)
 time.sleep(60)
 """
     monkeypatch.setattr(engine, "COMMAND", child(code))
-    with pytest.raises(KeyboardInterrupt):
-        engine.build(folder, progress=silent)
+    # nohup, or a shell without job control, may have had it ignored.
+    before_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.build(folder, progress=silent)
+    finally:
+        signal.signal(signal.SIGINT, before_handler)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert tree(folder) == before
@@ -243,6 +251,37 @@ def test_the_builder_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
         process.wait(timeout=0.5)
     process.stdin.close()
     assert process.wait(timeout=10) == 1
+
+
+# A builder whose thread that waits for the end of stdin never ends, as if TensorRT held the interpreter.
+STUCK = """
+import sys, time
+from pathlib import Path
+from llmexport.export import engine_build
+engine_build._end_with_parent = lambda: (Path(sys.argv[1]) / "ready").touch() or time.sleep(60)
+engine_build.main(Path(sys.argv[1]))
+"""
+START = """
+import subprocess, sys
+process = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdin=subprocess.PIPE)
+print(process.pid, flush=True)
+process.wait()
+"""
+
+
+def test_a_builder_whose_threads_are_stuck_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    # A pipe in place of its job lets it wait.
+    os.mkfifo(tmp_path / "job.json")
+    command = [sys.executable, "-c", START, STUCK, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        builder = psutil.Process(int(parent.stdout.readline()))
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert builder.is_running()
+        parent.kill()
+    builder.wait(10)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +351,13 @@ def test_a_bad_profile_is_refused_in_one_line(text: str, reason: str) -> None:
 def test_a_profile_of_another_export_is_refused(folder: Path) -> None:
     with pytest.raises(EngineError, match=r"names past, rows: this export has the sizes batch, sequence$"):
         engine.build(folder, profile=engine.parse_profile("rows=1,past=0:1:2"), progress=silent)
+
+
+def test_a_total_that_leaves_int32_is_refused() -> None:
+    ports = [Port("mask", ("batch", "total"))]
+    sizes = engine.parse_profile("past=0:1:2147483647,sequence=1:1:1")
+    with pytest.raises(EngineError, match=r"up to 2147483647 past and 1 sequence: make their sum less than 2\*\*31"):
+        sizes.resolve(ports)
 
 
 def test_a_dimension_without_default_must_be_named() -> None:

@@ -1,37 +1,26 @@
-import builtins
-import contextlib
 import errno
-import gc
-import inspect
+import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
+from faults import Fault, every_full_disk, every_interrupt, fill, tree
 
-from llmexport.export import output
+from llmexport.export import interrupt, output
 from llmexport.export.errors import ExportError
 from llmexport.export.output import new_folder, place_weights, write_errors, write_files
 
-OLD = {"manifest.json": b"old manifest", "model.onnx": b"old model", "sub/notes": b"kept by the user"}
+RECORD = {"format": 1, "arch": "a", "steps": [], "ops": {}, "config": {}, "weights": {"files": []}}
+OLD = {
+    "manifest.json": json.dumps(RECORD | {"files": ["sub/tokens"]}).encode(),
+    "model.onnx": b"old model",
+    "sub/tokens": b"listed",
+}
 NEW = {"manifest.json": b"new manifest", "model.onnx": b"new model", "sub/more": b"new"}
-
-Tree = dict[str, bytes | None]
-
-
-def tree(folder: Path) -> Tree:
-    """Every file with its bytes, and every folder: hidden and stray ones too."""
-    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
-
-
-def fill(folder: Path, files: dict[str, bytes]) -> None:
-    for name, data in files.items():
-        if not (folder / name).parent.is_dir():
-            (folder / name).parent.mkdir()
-        (folder / name).write_bytes(data)
 
 
 def make(target: Path, then: Callable[[], object] = lambda: None, force: bool = False) -> None:
@@ -49,98 +38,6 @@ def target(tmp_path: Path) -> Path:
     """An output of an earlier run."""
     fill(tmp_path / "out", OLD)
     return tmp_path / "out"
-
-
-class Fault:
-    """Counts the calls that can find the disk full, and fails the one that is `due`."""
-
-    def __init__(self, due: int, error: OSError) -> None:
-        self.due, self.error, self.calls = due, error, 0
-
-    def step(self) -> None:
-        self.calls += 1
-        if self.calls == self.due:
-            raise self.error
-
-    @contextlib.contextmanager
-    def armed(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("mkdir", "fsync", "rename", "replace", "link"):
-                patch.setattr(os, name, self.before(getattr(os, name)))
-            patch.setattr(output, "open", self.open, raising=False)
-            patch.setattr(Path, "write_bytes", self.before(Path.write_bytes))
-            yield
-
-    def before(self, call: Callable[..., object]) -> Callable[..., object]:
-        def checked(*args: object, **options: object) -> object:
-            self.step()
-            return call(*args, **options)
-
-        return checked
-
-    def open(self, path: Path, mode: str) -> object:
-        if mode == "xb":
-            self.step()
-            try:
-                self.step()
-            except OSError:
-                # This time the file is there and its data is not.
-                path.touch()
-                raise
-        return builtins.open(path, mode)
-
-
-def every_full_disk(action: Callable[[], object], folder: Path) -> None:
-    """Run `action` with a full disk at its first step, its second ... to its end: `folder` stays the same."""
-    before = tree(folder)
-    for due in range(1, 100):
-        fault = Fault(due, OSError(errno.ENOSPC, "No space left on device"))
-        with fault.armed():
-            try:
-                action()
-            except ExportError as error:
-                message = str(error)
-            else:
-                break
-        assert "No space left on device: free space" in message
-        assert tree(folder) == before
-    assert fault.calls == due - 1 > 5
-
-
-def every_interrupt(reset: Callable[[], None], action: Callable[[], None], check: Callable[[], None]) -> None:
-    """Run `action` with Ctrl-C at the first moment that Python looks for one, the second ... to its end."""
-    ours = {module.__file__ for module in (output, contextlib, shutil)}
-    for due in range(1, 10_000):
-        reset()
-        seen = 0
-
-        def look(frame: FrameType, event: str, argument: object, due: int = due) -> None:
-            nonlocal seen
-            # Python runs a signal's handler when a Python function begins and when a C function has ended.
-            # A generator that goes on is no beginning: Python 3.10 would end it without its `finally`.
-            resumed = event == "call" and frame.f_code.co_flags & inspect.CO_GENERATOR
-            if event in ("call", "c_return") and frame.f_code.co_filename in ours and not resumed:
-                seen += 1
-                if seen == due:
-                    raise KeyboardInterrupt  # which also ends the profiling
-
-        sys.setprofile(look)
-        try:
-            action()
-        except (KeyboardInterrupt, OSError) as error:
-            # At some moments shutil.rmtree closes a file twice and so makes an OSError of it.
-            interrupt = error if isinstance(error, KeyboardInterrupt) else error.__context__
-            assert isinstance(interrupt, KeyboardInterrupt)
-            del interrupt
-        else:
-            assert seen > 50
-            return
-        finally:
-            sys.setprofile(None)
-        # A generator that is not told of the interrupt ends with the traceback that holds it.
-        gc.collect(0)
-        check()
-    raise AssertionError("the action never succeeds")
 
 
 def test_the_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -216,12 +113,6 @@ def test_force_refuses_a_folder_that_is_not_ours(target: Path) -> None:
     assert tree(target.parent) == before
 
 
-def test_the_marker_can_be_another_file(target: Path) -> None:
-    with new_folder(target, force=True, marker="model.onnx"):
-        pass
-    assert tree(target) == {}
-
-
 def test_refuses_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"a file")
     with pytest.raises(ExportError, match="out is not a folder"):
@@ -233,6 +124,47 @@ def test_refuses_a_mount_point(target: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os.path, "ismount", lambda path: path == target)
     with pytest.raises(ExportError, match=r"out is a mount point.*choose a folder inside it"):
         replace(target)
+
+
+def test_a_name_by_way_of_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"gone/.. is not a folder: make it first"):
+        make(tmp_path / "gone/../out")
+    assert tree(tmp_path) == {}
+
+
+def test_what_is_put_into_the_old_output_meanwhile_is_not_deleted(target: Path) -> None:
+    with pytest.raises(ExportError, match=r"also holds 'notes'"):
+        make(target, lambda: fill(target, {"notes": b"mine"}), force=True)
+    assert tree(target) == {"sub": None, "notes": b"mine"} | OLD
+
+
+def test_an_old_output_is_at_its_place_at_every_call_of_the_system(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def look(name: str) -> None:
+        call = getattr(os, name)
+
+        def looked(*args: object, **options: object) -> object:
+            found.append(tree(target).get("model.onnx"))
+            return call(*args, **options)
+
+        monkeypatch.setattr(os, name, looked)
+
+    for name in ("rename", "fsync", "unlink", "rmdir"):
+        look(name)
+    replace(target)
+    assert set(found) == {b"old model", b"new model"}
+
+
+def test_an_interrupt_that_a_library_lost_stops_the_output_before_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "_came", [signal.SIGTERM])
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out")
+    assert tree(tmp_path) == {}
 
 
 def test_replaces_the_folder_behind_a_symbolic_link(target: Path) -> None:
@@ -288,6 +220,14 @@ def test_an_error_that_the_user_cannot_mend_keeps_its_traceback(tmp_path: Path) 
         (tmp_path / "no such file").read_bytes()
 
 
+@pytest.fixture(params=["in one step", "in two"])
+def exchanged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders change places as the system can, then as where it cannot."""
+    if request.param == "in two":
+        monkeypatch.setattr(output, "exchange", lambda new, target: False)
+
+
+@pytest.mark.usefixtures("exchanged")
 def test_a_full_disk_at_any_step_leaves_the_old_output(target: Path) -> None:
     every_full_disk(lambda: replace(target), target.parent)
     assert tree(target) == {"sub": None} | NEW
@@ -297,6 +237,7 @@ def test_a_full_disk_at_any_step_leaves_no_new_output(tmp_path: Path) -> None:
     every_full_disk(lambda: make(tmp_path / "out"), tmp_path)
 
 
+@pytest.mark.usefixtures("exchanged")
 def test_an_interrupt_at_any_moment_leaves_the_old_output_or_the_new(target: Path) -> None:
     found = []
 
@@ -333,6 +274,7 @@ def test_an_old_output_that_cannot_be_put_back_is_kept_and_named(target: Path, m
         rename(source, to)
 
     monkeypatch.setattr(os, "rename", broken)
+    monkeypatch.setattr(output, "exchange", lambda new, target: False)
     with pytest.raises(ExportError) as caught:
         replace(target)
     [kept] = target.parent.glob(".llmexport-*/old")
