@@ -15,7 +15,7 @@ def command(quiet: bool, as_json: bool) -> None:
     """List the architectures that can be exported."""
     console = Console(quiet, as_json)
     found = [archs.load(n) for n in archs.names()]
-    about = {a.name: (inspect.getdoc(sys.modules[a.arch.build.__module__]) or "").splitlines()[0] for a in found}
+    about = {a.name: (inspect.getdoc(sys.modules[a.arch.build.__module__]) or "").partition("\n")[0] for a in found}
     console.table(
         "architectures",
         ("--arch", "model_type", "what"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
+
+from llmexport.export import interrupt
+from llmexport.plugins.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
 BAR = 24
@@ -17,15 +22,25 @@ class Console:
     """Says nothing if `quiet`, and only JSON on stdout if `as_json`."""
 
     def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
+        # Before the work, not after it.
+        if sys.stdout is None and (as_json or not quiet):
+            raise ConsoleError("stdout is closed, and the result is printed there: pass --quiet without --json")
         self.quiet = quiet
         self.as_json = as_json
-        self._live = sys.stderr.isatty() and not quiet
+        self._live = sys.stderr is not None and sys.stderr.isatty() and not quiet
         self._last = ""
 
     def progress(self, what: str, done: int, of: int) -> None:
-        """A bar on a terminal, one plain line a step otherwise."""
+        """A bar on a terminal, one plain line a step otherwise; nothing more once stderr takes no more."""
+        interrupt.check()
         if self.quiet:
             return
+        try:
+            self._progress(what, done, of)
+        except OSError:
+            self.quiet = True
+
+    def _progress(self, what: str, done: int, of: int) -> None:
         if self._live:
             full = BAR * done // max(of, 1)
             click.echo(f"\r\x1b[K{'█' * full}{'░' * (BAR - full)} {what}", nl=False, err=True)
@@ -37,7 +52,7 @@ class Console:
 
     def say(self, text: str) -> None:
         if not self.quiet and not self.as_json:
-            click.echo(text)
+            _print(text)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A titled table; no columns, no header."""
@@ -52,15 +67,37 @@ class Console:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        terminal = Terminal(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
+        # Written by us, as rich ends the process where a pipe breaks.
+        text, live = io.StringIO(), sys.stdout.isatty()
+        terminal = Terminal(file=text, force_terminal=live, width=None if live else 100, highlight=False, markup=False)
         terminal.print(title, style="bold")
         terminal.print(table)
-        terminal.print()
+        _print(text.getvalue())
 
     def result(self, data: Any) -> None:
         """The command's result, for scripts."""
         if self.as_json:
-            click.echo(json.dumps(data, indent=1))
+            _print(json.dumps(_strict(data), indent=1, allow_nan=False))
+
+
+class ConsoleError(UserError):
+    """The result cannot be printed."""
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except OSError as error:
+        raise ConsoleError(f"the work is done, but its result cannot be printed to stdout: {error.strerror}") from error
+
+
+def _strict(data: Any) -> Any:
+    """The same for JSON, which has no word for a float that is not finite: as text."""
+    if isinstance(data, dict):
+        return {k: _strict(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_strict(v) for v in data]
+    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def talkative(command: F) -> F:

@@ -39,7 +39,7 @@ def command(
     """
     console = Console(quiet, as_json)
     engine.check_backend(backend)
-    sizes = engine.parse_profile(profile) if profile else None
+    sizes = None if profile is None else engine.parse_profile(profile)
     kernels = library.find() if plugins else None
     with source.open_source(arch, checkpoint, output or Path("deploy")) as (named, found):
         request = onnx_file.Request(named, found, dtype, None, weights)

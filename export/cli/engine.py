@@ -14,6 +14,15 @@ from llmexport.export.engine import BACKENDS, build, parse_profile
 from llmexport.plugins import library
 
 F = TypeVar("F", bound=Callable[..., Any])
+LONGEST = 10**8  # seconds: three years, which a timer still takes
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds, which nan is not: it is outside of no range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        return seconds if seconds == seconds else self.fail("nan is no number of seconds", param, ctx)
 
 
 def options(command: F) -> F:
@@ -38,7 +47,7 @@ def options(command: F) -> F:
 @click.command("engine")
 @click.argument("folder", type=FOLDER)
 @options
-@click.option("--timeout", type=click.FloatRange(min=1), help="Seconds until the builder is given up.")
+@click.option("--timeout", type=Seconds(min=1, max=LONGEST), help="Seconds until the builder is given up.")
 @talkative
 def command(
     folder: Path, backend: str, profile: str | None, plugins: bool, timeout: float | None, quiet: bool, as_json: bool
@@ -48,7 +57,7 @@ def command(
     record = build(
         folder,
         backend=backend,
-        profile=parse_profile(profile) if profile else None,
+        profile=None if profile is None else parse_profile(profile),
         plugins=library.find() if plugins else None,
         timeout=timeout,
         progress=console.progress,

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
 
 import click
 
+from llmexport.export import interrupt
+from llmexport.export.cli import faults
 from llmexport.plugins.errors import UserError
 
 COMMANDS = ("archs", "onnx", "engine", "validate", "deploy", "checkpoint", "ops", "plugins", "doctor")
+MENDABLE, BUG = 2, 3
+# Of click 8.2 and later; before, help is an Exit.
+NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", click.exceptions.Exit)
 
 
 class Lazy(click.Group):
@@ -33,26 +44,96 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 a validation failed, 2 something that the user can mend, or Ctrl-C."""
+    """Exit codes: 0 done, 1 a comparison failed, 2 something that the user can mend, or an interrupt, 3 a bug."""
+    _open_closed()
+    with interrupt.handled():
+        code, error = _call()
+        if interrupt.came() and code < MENDABLE:
+            # A library lost the exception: it may be inside a callback, or catch everything.
+            code, error = MENDABLE, _interrupted()
+    if error:
+        _say(error, code)
+    for stream in (sys.stdout, sys.stderr):
+        with _as_possible(stream):
+            pass
+    sys.exit(code)
+
+
+def _call() -> tuple[int, str]:
+    """Runs the command; returns the exit code, and the error, if it is one."""
     try:
-        code = cli.main(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        if "_LLMEXPORT_COMPLETE" in os.environ:
+            cli.main(prog_name="llmexport", standalone_mode=False)
+        # Not cli.main(), which ends with code 1 where a pipe breaks.
+        with cli.make_context("llmexport", sys.argv[1:]) as context:
+            code = cli.invoke(context)
+        return (code if isinstance(code, int) else 0), ""
+    except click.exceptions.Exit as ended:
+        return ended.exit_code, ""
+    except NO_ARGUMENTS as asked:
+        click.echo(asked.format_message())
+        return 0, ""
     except click.ClickException as error:
-        if "--json" in sys.argv:
-            _fail(error.format_message())
-        error.show()
-        sys.exit(2)
+        return MENDABLE, _usage(error)
     except UserError as error:
-        _fail(str(error))
+        return MENDABLE, str(error)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted: nothing was left behind, and what was there before is as it was")
+        return MENDABLE, _interrupted()
+    except Exception as error:
+        line = faults.in_one_line(error)
+        return (MENDABLE, line) if line else (BUG, traceback.format_exc())
 
 
-def _fail(message: str) -> None:
-    if "--json" in sys.argv:
-        click.echo(json.dumps({"error": message}))
-    click.echo(f"error: {message}", err=True)
-    sys.exit(2)
+def _usage(error: click.ClickException) -> str:
+    """What click says, in one line, and where to read on."""
+    said = " ".join(error.format_message().split()).removesuffix(".")
+    context = getattr(error, "ctx", None)
+    return f"{said}: see `{context.command_path} --help`" if context else said
+
+
+def _interrupted() -> str:
+    name = interrupt.came() or "SIGINT"
+    return f"interrupted by {name}: nothing half done was left behind, and what was there before is whole"
+
+
+def _say(error: str, code: int) -> None:
+    """The error on stderr, and as JSON on stdout for who asked for JSON; where these can be written."""
+    error = error if code == BUG else _plain(error)
+    with _as_possible(sys.stdout):
+        if "--json" in sys.argv[1:]:
+            click.echo(json.dumps({"error": error}))
+    with _as_possible(sys.stderr):
+        click.echo(error if code == BUG else f"error: {error}", err=True)
+
+
+@contextmanager
+def _as_possible(stream: TextIO | None) -> Iterator[None]:
+    """Ends what is said to `stream`, if that is full or has no reader, without a word at the end of the process."""
+    try:
+        yield
+        if stream:
+            stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), cast(TextIO, stream).fileno())
+
+
+def _plain(text: str) -> str:
+    """The text without what a terminal obeys; names from files are in it. Its further lines are indented."""
+    one = re.sub(r"\n(?!  )", r"\\n", text)
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in one)
+
+
+def _open_closed() -> None:
+    """Open what was closed of stdin, stdout and stderr: else a file that is written next takes its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        # A name that is no text is shown, not an error.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import click
 
 from llmexport.export.cli.console import Console, talkative
 from llmexport.export.cli.source import FOLDER
+from llmexport.export.errors import ExportError
 
 if TYPE_CHECKING:
     from llmexport.validate.report import Report
@@ -40,9 +42,21 @@ def run(folder: Path, tokens: int | None, seed: int, console: Console) -> Report
     from llmexport.validate.report import write
 
     found = manifest.read(folder)
+    _check_memory(tokens or 0)
     made = ladder.climb(found, tokens=tokens, seed=seed, progress=console.progress)
     write(found, made)
     return made
+
+
+def _check_memory(tokens: int) -> None:
+    """Raise ExportError on a prompt that would take the whole machine down before any error."""
+    # Two rows, a score in fp32 of each token for each: less than one layer takes.
+    least, there = 8 * tokens**2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if least > there:
+        raise ExportError(
+            f"--tokens {tokens}: their attention takes {least / 1e9:.3g} GB or more, this machine has "
+            f"{there / 1e9:.3g} GB: name fewer"
+        )
 
 
 def summary(report: Report) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from layouts import mxfp4
+from misuse import heed_signals
 from safetensors.numpy import load_file, save_file
 
 from llmexport.export import archs, output, random_checkpoint, trace
@@ -256,13 +257,22 @@ def test_an_architecture_that_is_not_the_configs_is_refused(run: Run, checkpoint
 
 def test_an_existing_output_is_refused_without_force_and_replaced_with_it(run: Run, checkpoint: Path) -> None:
     assert run("onnx", "--checkpoint", checkpoint, "-o", "out")[0] == 0
-    (checkpoint.parent / "out" / "mine.txt").write_text("x")
+    (checkpoint.parent / "out" / "model.onnx").write_text("x")
     before = contents(checkpoint.parent)
     code, _, err = run("onnx", "--checkpoint", checkpoint, "-o", "out")
     assert (code, "--force" in err) == (2, True)
     assert contents(checkpoint.parent) == before
     assert run("onnx", "--checkpoint", checkpoint, "-o", "out", "--force")[0] == 0
-    assert not (checkpoint.parent / "out" / "mine.txt").exists()
+    assert (checkpoint.parent / "out" / "model.onnx").read_bytes() != b"x"
+
+
+def test_what_a_user_put_into_an_export_is_named_and_kept(run: Run, checkpoint: Path) -> None:
+    assert run("onnx", "--checkpoint", checkpoint, "-o", "out")[0] == 0
+    (checkpoint.parent / "out" / "mine.txt").write_text("x")
+    before = contents(checkpoint.parent)
+    code, _, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "--force", "-q")
+    assert (code, "also holds 'mine.txt'" in err) == (2, True)
+    assert contents(checkpoint.parent) == before
 
 
 def test_force_does_not_replace_a_folder_that_is_no_export(run: Run, checkpoint: Path) -> None:
@@ -320,21 +330,26 @@ def test_ctrl_c_at_any_step_leaves_everything_as_it_was(
         assert contents(checkpoint.parent) == before
 
 
-def test_sigint_to_the_process_leaves_nothing(checkpoint: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_process_leaves_nothing(checkpoint: Path, number: signal.Signals) -> None:
     """The signal itself, while a trace is under way: an empty trace cache makes that long."""
     command = [sys.executable, "-m", "llmexport.export.cli.main", "onnx", "--checkpoint", str(checkpoint), "-o"]
     environment = os.environ | {"LLMEXPORT_CACHE": str(checkpoint.parent / "cache")}
     process = subprocess.Popen(
-        [*command, str(checkpoint.parent / "out")], env=environment, stderr=subprocess.PIPE, text=True
+        [*command, str(checkpoint.parent / "out")],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_signals,
     )
     assert process.stderr is not None
     line = process.stderr.readline()
     assert line.startswith("trace")
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert err.splitlines()[-1].startswith("error: interrupted")
+    assert err.splitlines()[-1].startswith(f"error: interrupted by {number.name}")
     assert not [p for p in checkpoint.parent.iterdir() if p.name not in ("ck", "cache")]
 
 
@@ -344,9 +359,9 @@ def test_a_bug_keeps_its_traceback(run: Run, checkpoint: Path, monkeypatch: pyte
 
     monkeypatch.setenv("LLMEXPORT_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(trace, "trace_block", broken)
-    monkeypatch.setattr(sys, "argv", ["llmexport", "onnx", "--checkpoint", str(checkpoint), "-o", "out"])
-    with pytest.raises(RuntimeError, match="a bug"):
-        main()
+    code, out, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "--json")
+    assert (code, "RuntimeError: a bug" in json.loads(out)["error"]) == (3, True)
+    assert "Traceback (most recent call last)" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,117 @@
+"""What the system refuses, as a user meets it: one line, wherever it is met."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from misuse import call
+
+from llmexport.export import archs, manifest, random_checkpoint
+from llmexport.export.cli.console import Console
+
+
+@pytest.fixture
+def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """A command, in a folder with its checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    random_checkpoint.write(archs.load("gemma"), Path("ck"))
+    return ("onnx", "--checkpoint", "ck", "-o", "out", "-q")
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def broken(*_: object) -> None:
+        raise error
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.EMFILE, os.strerror(errno.EMFILE), "x"),
+            "x: Too many open files: raise the limit of open files",
+        ),
+        (OSError(errno.ELOOP, os.strerror(errno.ELOOP), "x"), "x: Too many levels of symbolic links: mend"),
+        (OSError("no errno\nand a second line"), "no errno"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory (DefaultCPUAllocator"),
+        (RuntimeError("std::bad_alloc"), "out of memory (std::bad_alloc)"),
+        (ImportError("libx.so: failed to map segment from shared object"), "out of memory (libx.so"),
+        (RuntimeError("can't start new thread"), "can't start new thread: raise the limit of processes"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_wherever_it_is_met(
+    error: Exception, words: str, export: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "record", raising(error))
+    ended = call((*export, "--json"))
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert ended.err.startswith(f"error: {words}")
+    assert json.loads(ended.out) == {"error": ended.err.removeprefix("error: ").removesuffix("\n")}
+
+
+def test_what_an_error_was_raised_from_says_what_it_is(
+    export: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a step failed") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+
+    monkeypatch.setattr(manifest, "record", broken)
+    ended = call(export)
+    assert (ended.code, ended.err) == (2, "error: x: No space left on device: free space or choose another disk\n")
+
+
+def test_a_name_cannot_forge_a_line_or_reach_the_terminal() -> None:
+    ended = call(("onnx", "--arch", "gemma", "-o", "no\nerror: forged\x1b[31m/out", "-q"))
+    assert (ended.code, ended.err.count("\n"), "\x1b" in ended.err) == (2, 1, False)
+
+
+def test_json_has_no_word_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(as_json=True).result({"theta": float("inf"), "nested": [float("nan"), (1.5, None)]})
+    assert json.loads(capsys.readouterr().out) == {"theta": "inf", "nested": ["nan", [1.5, None]]}
+
+
+def test_a_full_stderr_stops_the_progress_and_not_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What it holds cannot be written when it is closed either.
+    with suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        console = Console()
+        console.progress("trace", 0, 2)
+        assert console.quiet
+
+
+def test_json_that_is_too_deep_is_one_line_and_endless_recursion_of_ours_is_a_bug(
+    export: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    monkeypatch.setattr(manifest, "record", lambda *_: deep)
+    ended = call(export)
+    assert (ended.code, ended.err) == (2, "error: JSON is nested too deeply: is it the file that was meant?\n")
+
+    def endless(*_: object) -> None:
+        endless()
+
+    monkeypatch.setattr(manifest, "record", endless)
+    ended = call(export)
+    assert (ended.code, "RecursionError" in ended.err) == (3, True)
+
+
+def test_help_without_arguments_is_no_error() -> None:
+    ended = call(())
+    assert (ended.code, ended.err, "Usage: llmexport" in ended.out) == (0, "", True)
+
+
+def test_a_usage_error_is_one_line_and_says_where_to_read_on() -> None:
+    ended = call(("onnx", "--nosuch"))
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: No such option '--nosuch': see `llmexport onnx --help`\n"
