@@ -20,7 +20,7 @@ from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.validate import feeds
 from llmexport.validate.compare import Difference, compare
 from llmexport.validate.report import REFERENCE, Report, Rung
-from llmexport.validate.runners import Feed, TorchRunner, TransformersRunner, onnx_runner
+from llmexport.validate.runners import Feed, Refused, TorchRunner, TransformersRunner, onnx_runner
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 from llmexport.validate.tolerance import tolerance as whole_tolerance
 
@@ -166,8 +166,11 @@ def _reference(manifest: Manifest, prompt: feeds.Prompt, ours: Run, name: str = 
     """Our PyTorch against transformers, which carries its own cache."""
     if importlib.util.find_spec("transformers") is None:
         return Rung(name, "not run", "transformers is not installed: pip install transformers")
-    with TransformersRunner(manifest) as runner:
-        reference = _run(runner, manifest, prompt, ours.chosen)
+    try:
+        with TransformersRunner(manifest) as runner:
+            reference = _run(runner, manifest, prompt, ours.chosen)
+    except Refused as refusal:
+        return Rung(name, "not run", str(refusal))
     return _compare_runs(name, reference, ours, prompt, whole_tolerance(manifest.dtype, manifest.assembly))
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -138,6 +138,17 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().numpy()
 
 
+class Refused(Exception):
+    """transformers does not take a config that we take."""
+
+
+def _config(kind: Any, data: dict[str, Any]) -> Any:
+    try:
+        return kind.from_dict(data)
+    except Exception as error:
+        raise Refused(f"transformers does not take this config: {' '.join(str(error).split())}") from error
+
+
 class TransformersRunner(BaseRunner):  # type: ignore[misc]
     """The model as transformers runs it, from the weights in the export: the reference that nobody here wrote.
 
@@ -180,7 +191,7 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
             )
             self._model = model.from_pretrained(
                 folder,
-                config=model.config_class.from_dict(config),
+                config=_config(model.config_class, config),
                 key_mapping=names or None,
                 **({"quantization_config": packed} if packed else {}),
                 dtype=torch_dtype(self._manifest.dtype),
