@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-SECONDS = 30  # until a situation counts as a hang
+SECONDS = 120  # until a situation counts as a hang
 COMMAND = f"{sys.executable} -m llmexport.export.cli.main"
 REPORTS = {"report.json", "report.html"}
 

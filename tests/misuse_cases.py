@@ -250,6 +250,8 @@ deploy --arch gemma -o ''
 def usage() -> Iterator[Situation]:
     for line in WRONG.strip().splitlines():
         yield Situation("usage", line, tuple(shlex.split(line)))
+    for line in ("nosuch", "--nosuch", "onnx", f"{EXPORT} --dtype int8", "plugins nosuch", "validate out --tokens 1e9"):
+        yield Situation("usage", f"{line}, for people", shell=f"$L {line}")
     for option in ("--block", "--arch"):
         yield Situation("usage", f"two lines for {option}", (*EXPORT.split(), option, "a\nerror: b"))
     for seconds in ("inf", "-inf", "nan", "1e308", "0", "-1", "x", ""):

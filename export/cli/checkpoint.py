@@ -21,7 +21,7 @@ from llmexport.plugins.regular import read_regular
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--hollow", is_flag=True, help="Zeros that take no space on disk, for a model of any size.")
-@click.option("--force", is_flag=True, help="Replace an earlier output.")
+@click.option("--force", is_flag=True, help="Replace an earlier output, if nothing else lies in it.")
 @click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
 @talkative
 def command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -81,12 +82,12 @@ class Console:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*map(visible, row))
-        terminal = Terminal(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
         # Written by us, as rich ends the process where a pipe breaks.
-        with terminal.capture() as captured:
-            terminal.print(visible(title), style="bold")
-            terminal.print(table)
-        _print(captured.get())
+        text, live = io.StringIO(), sys.stdout.isatty()
+        terminal = Terminal(file=text, force_terminal=live, width=None if live else 100, highlight=False, markup=False)
+        terminal.print(visible(title), style="bold")
+        terminal.print(table)
+        _print(text.getvalue())
 
     def result(self, data: Any) -> None:
         """The command's result, for scripts."""

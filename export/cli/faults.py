@@ -43,8 +43,8 @@ def in_one_line(error: Exception) -> str:
             return f"{_first(said)}: {MORE_ADVICE[errno.EAGAIN]}"
         if isinstance(found, OSError):
             return _first(said) or type(found).__name__
-        if isinstance(found, RecursionError) and _reads_json(found):
-            return "JSON is nested too deeply to be read: is it the file that was meant?"
+        if isinstance(found, RecursionError) and _in_json(found):
+            return "JSON is nested too deeply: is it the file that was meant?"
     return ""
 
 
@@ -61,9 +61,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _reads_json(error: BaseException) -> bool:
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(str(frame.f_globals.get("__name__")).startswith("json.") for frame, _ in frames)
+def _in_json(error: BaseException) -> bool:
+    """Whether it came up where JSON is read, written or copied."""
+    modules = {str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return any(m == "copy" or m.startswith("json.") for m in modules)
 
 
 def _first(text: str) -> str:

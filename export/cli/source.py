@@ -36,7 +36,7 @@ FOLDER = Folder(path_type=Path)
 def options(command: F) -> F:
     """The options that say what to export, and into what."""
     for option in (
-        click.option("--force", is_flag=True, help="Replace an earlier output."),
+        click.option("--force", is_flag=True, help="Replace an earlier output, if nothing else lies in it."),
         click.option(
             "--weights",
             type=click.Choice(["auto", "link", "copy"]),

@@ -86,3 +86,32 @@ def test_a_full_stderr_stops_the_progress_and_not_the_work(monkeypatch: pytest.M
         console = Console()
         console.progress("trace", 0, 2)
         assert console.quiet
+
+
+def test_json_that_is_too_deep_is_one_line_and_endless_recursion_of_ours_is_a_bug(
+    export: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    monkeypatch.setattr(manifest, "record", lambda *_: deep)
+    ended = call(export)
+    assert (ended.code, ended.err) == (2, "error: JSON is nested too deeply: is it the file that was meant?\n")
+
+    def endless(*_: object) -> None:
+        endless()
+
+    monkeypatch.setattr(manifest, "record", endless)
+    ended = call(export)
+    assert (ended.code, "RecursionError" in ended.err) == (3, True)
+
+
+def test_help_without_arguments_is_no_error() -> None:
+    ended = call(())
+    assert (ended.code, ended.err, "Usage: llmexport" in ended.out) == (0, "", True)
+
+
+def test_a_usage_error_is_one_line_and_says_where_to_read_on() -> None:
+    ended = call(("onnx", "--nosuch"))
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: No such option '--nosuch': see `llmexport onnx --help`\n"

@@ -351,6 +351,19 @@ def test_without_transformers_its_rung_says_how_to_get_it(exported, monkeypatch:
     assert (rung.status, "pip install" in rung.note) == ("not run", True)
 
 
+@pytest.mark.parametrize(("key", "value"), [("use_cache", "x"), ("rms_norm_eps", 1)])
+def test_a_config_that_transformers_does_not_take_leaves_its_rung_and_says_why(
+    key: str, value: object, exported
+) -> None:
+    found = manifest.read(exported("gemma"))
+    found.data["config"][key] = value
+    prompt = feeds.prompt(found.assembly)
+    rung = ladder._reference(found, prompt, ladder.Run([], [], []))
+    assert rung.status == "not run"
+    assert re.match(rf"transformers does not take this config: .*{key}.*", rung.note)
+    assert "\n" not in rung.note
+
+
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_prompts_are_odd_padded_and_longer_than_every_window(case: Case, exported) -> None:
     assembly = manifest.read(exported(case)).assembly
