@@ -5,41 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmexport.export import rope
+from llmexport.export import quantised, rope
 from llmexport.export.errors import ExportError
-from llmexport.export.values import as_integer, as_positive, key_name, show
+from llmexport.export.keys import EQUAL, HARMLESS, HARMLESS_STARTS, NEUTRAL, QUANTISATION, SWITCHED
+from llmexport.export.values import as_integer, as_positive, key_name, same, show, whole
 
-# Keys that do not change what the exported graph computes: training, generation, bookkeeping.
-# fmt: off
-HARMLESS = frozenset(
-    {
-        "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "attention_dropout",
-        "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
-        "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
-        "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id",
-        "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
-        "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length",
-        "max_position_embeddings", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
-        "num_return_sequences", "output_attentions", "output_hidden_states", "output_router_logits", "output_scores",
-        "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty",
-        "resid_pdrop", "return_dict", "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise",
-        "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
-        "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
-        "transformers_version", "typical_p", "use_bfloat16", "use_cache",
-    }
-)
-# fmt: on
 _REQUIRED = object()
 # Far beyond any published model, and small enough that the bytes of no weight overflow 64 bits.
 LONGEST, MOST = 2**20, 4096
 
 
 class Config:
-    """The keys of one `config.json`, each read once by name; `finish` refuses those that nobody read."""
+    """The keys of one `config.json`, each read once by name; `finish` refuses those that nobody read.
+
+    `notes` are sentences for who exports: what is passed over, and where the graph is right all the same.
+    """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self._data = dict(data)
         self._read: set[str] = set()
+        self.notes: list[str] = []
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
         """The value of a key, or `default` where there is none. Null reads as None where that is the default."""
@@ -101,7 +86,7 @@ class Config:
         """Refuses a value other than those that this architecture's blocks are written for."""
         self._read.add(key)
         found = self._data.get(key, values[0])
-        if not any(found == v and type(found) is type(v) for v in values):
+        if not any(same(found, v) for v in values):
             raise ExportError(f"config.json: {key} is {show(found)}, only {show(values[0])} is supported here")
 
     def layer_types(self, choices: Mapping[str, Any], derived: Sequence[str]) -> tuple[Any, ...]:
@@ -115,22 +100,52 @@ class Config:
             raise ExportError(f"config.json: layer_types names {', '.join(unknown)}, known are {', '.join(choices)}")
         return tuple(choices[k] for k in kinds)
 
+    def expect_layer_types(self, kinds: Sequence[str]) -> None:
+        """Refuses layer_types that are not `kinds`, unless the architecture has read them itself."""
+        found = self._data.get("layer_types")
+        if "layer_types" in self._read or found is None:
+            return
+        self._read.add("layer_types")
+        if found != list(kinds):
+            known = ", ".join(dict.fromkeys(kinds))
+            raise ExportError(
+                f"config.json: layer_types is {show(found)}, all {len(kinds)} layers are {known} in this architecture"
+            )
+
     def layer_set(self, key: str, default: Sequence[int]) -> frozenset[int]:
         """A list of layers by number."""
         layers, found = self.count("num_hidden_layers"), self.get(key, None)
         found = list(default) if found is None else found
-        if not isinstance(found, list) or any(type(i) is not int or not 0 <= i < layers for i in found):
+        numbers: list[Any] = [whole(i) for i in found] if isinstance(found, list) else [None]
+        if any(type(i) is not int or not 0 <= i < layers for i in numbers):
             raise ExportError(f"config.json: {key} is {show(found)}, expected numbers of layers from 0 to {layers - 1}")
-        return frozenset(found)
+        return frozenset(numbers)
 
     rotary = rope.read
 
     def finish(self) -> None:
         """Raises ExportError if a key that could change the numbers was never read."""
-        unread = sorted(k for k in self._data.keys() - self._read - HARMLESS if self._data[k] is not None)
+        unread = sorted(k for k in self._data if not self._says_nothing(k))
+        for key in (k for k in QUANTISATION if k in unread):
+            raise quantised.refusal(f"config.json: {key}", quantised.describe(self._data[key]))
         if unread:
             keys = ", ".join(f"{key_name(k)}={show(self._data[k])}" for k in unread)
             raise ExportError(
                 f"config.json has keys that this architecture does not understand: {keys}. "
-                "Exporting without them could give a wrong model; if they change nothing, remove them"
+                "Exporting without them could give a wrong model: report the checkpoint, so that they are read here"
             )
+
+    def _says_nothing(self, key: str) -> bool:
+        """Whether a key was read, or cannot change what is exported."""
+        value = self._data[key]
+        if key in self._read or key in HARMLESS or key.startswith(HARMLESS_STARTS) or value is None:
+            return True
+        if key in EQUAL and EQUAL[key] in self._read:
+            return same(value, self._data.get(EQUAL[key]))
+        if key in SWITCHED and self._data.get(SWITCHED[key]) is False:
+            return True
+        if key in SWITCHED.values() and value is False:
+            # Who reads a window without its switch has one all the same, unless it is null.
+            switched = [k for k, switch in SWITCHED.items() if switch == key]
+            return all(k not in self._read or self._data.get(k, ...) is None for k in switched)
+        return any(same(value, v) for v in NEUTRAL.get(key, ()))

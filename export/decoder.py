@@ -8,7 +8,19 @@ from types import MappingProxyType
 from typing import Any
 
 from llmexport.export.config import Config
-from llmexport.export.spec import Activation, Attention, Block, DecoderLayer, Embedding, Head, Layer, Mlp, Model, Norm
+from llmexport.export.spec import (
+    Activation,
+    Attention,
+    Block,
+    DecoderLayer,
+    Embedding,
+    Head,
+    Layer,
+    Mask,
+    Mlp,
+    Model,
+    Norm,
+)
 
 # The published names of Llama and of all who followed it.
 NAMES = MappingProxyType(
@@ -21,7 +33,7 @@ NAMES = MappingProxyType(
 )
 
 # Buffers that old checkpoints carry and that follow from the config.
-BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 # What the built-in tiny configs share.
 TINY = MappingProxyType(
@@ -80,12 +92,20 @@ class Decoder:
         softcap: float = 0.0,
     ) -> Model:
         """`layers` are the blocks and what each reads; `tied` is for configs that do not say."""
+        layers = list(layers)
+        self.config.expect_layer_types([_kind(reads) for _, reads in layers])
         return Model(
             embedding=Embedding(self.vocabulary, self.hidden, scale),
             layers=tuple(Layer(block, reads) for block, reads in layers),
             head=Head(norm, self.vocabulary, softcap),
             tied=self.config.flag("tie_word_embeddings", tied),
         )
+
+
+def _kind(reads: Iterable[Block]) -> str:
+    """What layer_types call a layer that reads these blocks."""
+    slides = any(isinstance(b, Mask) and b.window for b in reads)
+    return "sliding_attention" if slides else "full_attention"
 
 
 def decoder(config: Config, head_size: int | None = None, *, grouped: bool = True) -> Decoder:

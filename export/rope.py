@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import LinearScaling, Llama3Scaling, LongScaling, Rotary, Scaling, YarnScaling
-from llmexport.export.values import as_integer, as_positive, key_name, show
+from llmexport.export.values import as_integer, as_positive, key_name, same, show, whole
 
 if TYPE_CHECKING:
     from llmexport.export.config import Config
 
 TYPES = MappingProxyType({t: t for t in ("default", "linear", "llama3", "yarn", "longrope")})
 ORIGINAL = "original_max_position_embeddings"
+# Keys that nothing reads, and those of other types or architectures at the values that change nothing.
+HARMLESS = ("finetuned",)
+NEUTRAL = MappingProxyType({"factor": 1, "partial_rotary_factor": 1})
 KINDS = ("sliding_attention", "full_attention")  # of layers, where each has its own RoPE
 
 
@@ -54,9 +57,13 @@ def read(
         known = ", ".join(dict.fromkeys(types.values()))
         raise ExportError(f"config.json: RoPE of type {show(found[0])} is not supported here, {known} are")
     scaling = _scaling(config, types[found[0]], keys, size)
-    if keys:
-        names = ", ".join(map(key_name, keys))
-        raise ExportError(f"config.json: RoPE has keys that are not understood: {names}")
+    unread = [k for k, v in keys.items() if v is not None and k not in HARMLESS and not same(v, NEUTRAL.get(k))]
+    if unread:
+        names = ", ".join(map(key_name, unread))
+        raise ExportError(
+            f"config.json: RoPE has keys that are not understood: {names}. "
+            "Exporting without them could give a wrong model: report the checkpoint, so that they are read here"
+        )
     return Rotary(size, theta, scaling, sections)
 
 
@@ -113,15 +120,22 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
             keys.pop(ORIGINAL, None)
             return None
         case "linear":
+            keys.pop(ORIGINAL, None)
             return LinearScaling(_factor(keys))
         case "llama3":
             return Llama3Scaling(
                 factor=_factor(keys),
                 low_frequency=as_positive("RoPE's low_freq_factor", keys.pop("low_freq_factor", None)),
                 high_frequency=as_positive("RoPE's high_freq_factor", keys.pop("high_freq_factor", None)),
-                original_positions=_positions(keys.pop(ORIGINAL, None)),
+                original_positions=_positions(config, keys),
             )
         case "yarn":
+            if "attn_factor" in keys:
+                ignored = show(keys.pop("attn_factor"))
+                config.notes.append(
+                    f"config.json: RoPE's attn_factor {ignored} is left out, as transformers does; "
+                    "vLLM multiplies cos and sin by it"
+                )
             factor, magnitude = _factor(keys), keys.pop("attention_factor", None)
             truncate = keys.pop("truncate", True)
             if type(truncate) is not bool:
@@ -129,7 +143,7 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
             found = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
             return YarnScaling(
                 factor=factor,
-                original_positions=_positions(keys.pop(ORIGINAL, None)),
+                original_positions=_positions(config, keys),
                 fast=as_positive("RoPE's beta_fast", keys.pop("beta_fast", None) or 32.0),
                 slow=as_positive("RoPE's beta_slow", keys.pop("beta_slow", None) or 1.0),
                 truncate=truncate,
@@ -142,7 +156,7 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
 
 def _long(config: Config, keys: dict[str, Any], size: int) -> LongScaling:
     # The logarithm of one is what the magnitude is divided by.
-    positions = as_integer(f"RoPE's {ORIGINAL}", keys.pop(ORIGINAL, None), least=2)
+    positions = _positions(config, keys, least=2)
     factor, magnitude = keys.pop("factor", None), keys.pop("attention_factor", None)
     if factor is None:
         factor = config.integer("max_position_embeddings") / positions
@@ -160,16 +174,24 @@ def _long(config: Config, keys: dict[str, Any], size: int) -> LongScaling:
 
 def _sections(keys: dict[str, Any], default: Sequence[int]) -> tuple[int, ...]:
     found = keys.pop("mrope_section", list(default))
-    if not isinstance(found, list) or any(type(n) is not int or n < 0 for n in found):
+    sizes: list[Any] = [whole(n) for n in found] if isinstance(found, list) else [None]
+    if any(type(n) is not int or n < 0 for n in sizes):
         raise ExportError(f"config.json: mrope_section is {show(found)}, expected a list of sizes")
     if keys.pop("mrope_interleaved", True) is not True:
         raise ExportError("config.json: mrope_interleaved is not true, other mRoPE layouts are not supported")
-    return tuple(found)
+    return tuple(sizes)
 
 
 def _factor(keys: dict[str, Any]) -> float:
     return as_positive("RoPE's factor", keys.pop("factor", None))
 
 
-def _positions(value: Any) -> int:
-    return as_integer(f"RoPE's {ORIGINAL}", value)
+def _positions(config: Config, keys: dict[str, Any], least: int = 1) -> int:
+    """The length before the stretch; transformers takes the stretched one where it is not said."""
+    if ORIGINAL not in keys:
+        keys[ORIGINAL] = config.integer("max_position_embeddings")
+        config.notes.append(
+            f"config.json: RoPE has no {ORIGINAL}: max_position_embeddings, {keys[ORIGINAL]}, is taken, "
+            "as by transformers"
+        )
+    return as_integer(f"RoPE's {ORIGINAL}", keys.pop(ORIGINAL), least)

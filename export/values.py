@@ -16,17 +16,37 @@ def show(value: Any) -> str:
     return reprlib.repr(value)
 
 
+_names = reprlib.Repr()
+_names.maxstring = 120
+
+
+def show_name(name: Any) -> str:
+    """A name from a file, or a list of such, whole where they are of a length that names have."""
+    return _names.repr(name)
+
+
 def key_name(key: str) -> str:
     return key if key.isidentifier() else show(key)
 
 
+def whole(value: Any) -> Any:
+    """A float without a fraction as the integer that was meant; anything else as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def same(value: Any, other: Any) -> bool:
+    """Whether two values of a config are equal; true is not 1, but 1.0 is."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
 def as_integer(key: str, value: Any, least: int = 1, most: int = INT32_MAX) -> int:
-    if type(value) is not int or value < least:
+    number = whole(value)
+    if type(number) is not int or number < least:
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ExportError(f"config.json: {key} is {show(value)}, expected {kind}")
-    if value > most:
+    if number > most:
         raise ExportError(f"config.json: {key} is {show(value)}, at most {most} is supported")
-    return value
+    return number
 
 
 def as_positive(key: str, value: Any) -> float:

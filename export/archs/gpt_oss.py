@@ -1,10 +1,10 @@
 """GPT-OSS (transformers modeling_gpt_oss.py): attention sinks, alternating windows, YaRN, clamped experts, MXFP4."""
 
+from llmexport.export import quantised
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, DecoderLayer, Experts, Model, Moe, Router, Span
-from llmexport.export.values import show
 
 
 def build(config: Config) -> Model:
@@ -53,7 +53,7 @@ def mxfp4(config: Config) -> bool:
     if found is None:
         return False
     if not isinstance(found, dict) or found.get("quant_method") != "mxfp4":
-        raise ExportError(f"config.json: quantization_config is {show(found)}, only mxfp4 is supported here")
+        raise quantised.refusal("config.json: quantization_config", quantised.describe(found), known="mxfp4")
     return not found.get("dequantize", False)
 
 

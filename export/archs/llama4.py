@@ -19,6 +19,7 @@ from llmexport.export.spec import (
     Temperature,
     Whole,
 )
+from llmexport.export.values import whole
 
 FORWARD = "model.layers.{i}.feed_forward."
 
@@ -39,7 +40,7 @@ def build(config: Config) -> Model:
     unit = Norm(d.head_size, norm.epsilon, weighted=False) if config.flag("use_qk_norm", True) else None
     rotary = config.rotary(d.head_size, 500000.0)
     turns = d.attention(qkv_bias=bias, out_bias=bias, interleaved=True, qk_norm=unit, qk_norm_place="after_rotary")
-    tuned = config.flag("attn_temperature_tuning", True)
+    tuned = is_tuned(config)
     temperature = Temperature(config.integer("floor_scale", 8192), config.number("attn_scale", 0.1))
     straight = d.attention(qkv_bias=bias, out_bias=bias, rotated=0, temperature=tuned)
     chunk = config.integer("attention_chunk_size", 8192)
@@ -53,6 +54,13 @@ def build(config: Config) -> Model:
         block = DecoderLayer(norm, turns if turn else straight, norm, moe if i in sparse else dense)
         layers.append((block, (*own, mask)))
     return d.model(layers, norm, tied=False)
+
+
+def is_tuned(config: Config) -> bool:
+    """Whether layers without RoPE have a temperature; the first release wrote a number for true."""
+    key = "attn_temperature_tuning"
+    counts = type(whole(config.get(key, True))) is int
+    return config.integer(key, least=0) > 0 if counts else config.flag(key, True)
 
 
 def rotated(config: Config, layers: int) -> list[bool]:

@@ -31,7 +31,8 @@ def build(config: Config) -> Model:
 def check_code(config: Config) -> None:
     """Refuses a checkpoint that brings other code than Microsoft's, which transformers took over."""
     found = config.get("auto_map", {})
-    if not isinstance(found, dict) or any(CODE.get(k) != v for k, v in found.items()):
+    # A model that was loaded from the hub and saved names the repository of its code too, before `--`.
+    if not isinstance(found, dict) or any(CODE.get(k) != str(v).rpartition("--")[2] for k, v in found.items()):
         raise ExportError(f"config.json: auto_map is {show(found)}, only the code of Phi-3 is supported here")
 
 

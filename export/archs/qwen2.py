@@ -3,7 +3,9 @@
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
+from llmexport.export.rope import ORIGINAL
 from llmexport.export.spec import Arch, DecoderLayer, Mask, Model
+from llmexport.export.values import as_integer
 
 
 def masks(config: Config) -> tuple[Mask, ...]:
@@ -20,8 +22,22 @@ def masks(config: Config) -> tuple[Mask, ...]:
     return tuple(Mask(window if s else None) for s in slides)
 
 
+def note_chunks(config: Config) -> None:
+    """Notes what a config asks for beyond the length that the model was trained at, which transformers leaves out."""
+    found = config.get("dual_chunk_attention_config", None)
+    if found is None:
+        return
+    length = as_integer(
+        f"dual_chunk_attention_config's {ORIGINAL}", found.get(ORIGINAL) if isinstance(found, dict) else found
+    )
+    config.notes.append(
+        f"config.json: dual_chunk_attention_config is left out, as transformers does: right up to {length} tokens"
+    )
+
+
 def build(config: Config) -> Model:
     config.expect("use_mrope", False)
+    note_chunks(config)
     d = decoder(config)
     norm = d.norm()
     layer = DecoderLayer(norm, d.attention(qkv_bias=True), norm, d.mlp())

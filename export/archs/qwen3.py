@@ -1,12 +1,13 @@
 """Qwen3 (transformers modeling_qwen3.py): RMSNorm on every head of q and k; upper layers may slide."""
 
-from llmexport.export.archs.qwen2 import masks
+from llmexport.export.archs.qwen2 import masks, note_chunks
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.spec import Arch, DecoderLayer, Model, Norm
 
 
 def build(config: Config) -> Model:
+    note_chunks(config)
     d = decoder(config, head_size=128)
     bias = config.flag("attention_bias")
     norm = d.norm()

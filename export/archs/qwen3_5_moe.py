@@ -2,7 +2,7 @@
 small experts beside a gated shared one, mRoPE over a quarter of a head."""
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import NAMES, TINY, decoder
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.spec import (
     Arch,
     DecoderLayer,
@@ -54,6 +54,8 @@ def build(config: Config) -> Model:
     config.expect("attn_output_gate", True)
     config.expect("mamba_ssm_dtype", "float32")
     config.expect("mlp_only_layers", [])
+    # Of the delta nets, by names of vLLM's.
+    config.choice("output_gate_type", {"silu": None, "swish": None}, "silu")
     # Layers that predict further tokens, which are no part of the language model.
     for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
         config.get(key, None)
@@ -79,7 +81,7 @@ ARCH = Arch(
         MOE + "experts.gate_up_proj": (MOE + "experts.{e}.gate_proj.weight", MOE + "experts.{e}.up_proj.weight"),
         MOE + "experts.down_proj": (MOE + "experts.{e}.down_proj.weight",),
     },
-    ignore=("mtp.*",),
+    ignore=("mtp.*", *BUFFERS),
     whole=Whole(
         model_type="qwen3_5_moe",
         architecture="Qwen3_5MoeForConditionalGeneration",
