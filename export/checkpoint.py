@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
+from llmexport.export.folder import ADAPTER, INDEX, SINGLE, what_it_is
+from llmexport.export.folder import few as _few
 
 if TYPE_CHECKING:
     import numpy as np
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-ADAPTER = "adapter_config.json"
+# What ends the names of buffers that follow from the config: some indexes name ones that no shard holds.
+BUFFERS = ("rotary_emb.inv_freq",)
 
 # safetensors name = numpy or ml_dtypes name, by item size. F4 and F6 pack several items in a byte: not read.
 _DTYPES_BY_SIZE = {
@@ -89,7 +90,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     placed = _read_index(folder) if indexed else {}
     named: dict[str, set[str]] = {}
     for name, file in placed.items():
-        named.setdefault(file, set()).add(name)
+        if not name.endswith(BUFFERS):
+            named.setdefault(file, set()).add(name)
     files = sorted(named) or [SINGLE]
     if single and SINGLE not in files:
         raise ExportError(f"{folder} has both {SINGLE} and {INDEX}: move away the weights that are not meant")
@@ -97,7 +99,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     shards = []
     for file in files:
         held, shard = read_header(folder / file)
-        for name in sorted(held.keys() ^ named.get(file, held.keys())):
+        weights = {name for name in held if not name.endswith(BUFFERS)}
+        for name in sorted(weights ^ named.get(file, weights)):
             does, where = "holds" if name in held else "lacks", placed.get(name, "no shard")
             problem = f"{does} tensor {_show(name)}, which {INDEX} puts in {where}"
             raise ExportError(f"{folder / file} {problem}: download both again")
@@ -114,7 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise ExportError(f"{folder} is not a folder: give the one that holds its config.json")
         if not path.is_file():
-            raise ExportError(f"{folder} has no config.json: give the folder of a published checkpoint")
+            raise ExportError(f"{folder} has no config.json: {what_it_is(folder)}")
         if (folder / ADAPTER).exists():
             raise ExportError(f"{folder} holds an adapter ({ADAPTER}): merge it into the model, or move it away")
         return _parse_object(path.read_bytes(), path)
@@ -178,7 +181,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         for name, file in placed.items():
             if not _is_shard_name(file):
                 raise _broken(path, f"places tensor {_show(name)} in {_show(file)}, no shard of this folder")
-        files = sorted(set(placed.values()))
+        files = sorted({file for name, file in placed.items() if not name.endswith(BUFFERS)})
         missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         lacks = f"lacks {len(missing)} of the {len(files)} shards that {INDEX} names"
@@ -187,15 +190,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _no_weights(folder: Path) -> ExportError:
-    files = sorted(path.name for path in folder.iterdir())
-    if shards := [file for file in files if file.endswith(".safetensors")]:
-        cure = f"download {INDEX} too, or rename a single file to {SINGLE}"
-        return ExportError(f"{folder} has {_few(shards)} and no index of shards: {cure}")
-    if pickles := [file for file in files if file.endswith((".bin", ".pt", ".pth"))]:
-        why = "weights are read from safetensors only, nothing is unpickled"
-        cure = "if you trust them, convert them with transformers' from_pretrained and save_pretrained"
-        return ExportError(f"{folder} has its weights in {_few(pickles)}: {why}: {cure}")
-    return ExportError(f"{folder} has no weights: download {SINGLE}, or {INDEX} and its shards, into it")
+    return ExportError(f"{folder} has no weights that can be read: {what_it_is(folder)}")
 
 
 def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
@@ -231,10 +226,6 @@ def _is_shard_name(file: Any) -> bool:
     # NUL and lone surrogates are not printable; the file functions raise ValueError for them.
     plain = isinstance(file, str) and file.isprintable() and not set(file) & set("/\\:")
     return plain and file.endswith(".safetensors")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(map(_show, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _broken(path: Path, problem: str) -> ExportError:

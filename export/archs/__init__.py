@@ -6,15 +6,20 @@ import dataclasses
 import difflib
 import functools
 import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmexport.export import nearest
+from llmexport.export.assembly import TABLE
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Whole
-from llmexport.export.values import show
+from llmexport.export.values import show, show_name
+
+BASE = re.compile("For[A-Za-z]*$")
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,18 @@ def load(name: str) -> Named:
 
 def choose(name: str | None, config: Mapping[str, Any]) -> Named:
     """The architecture asked for, or else the one that `config.json` names; the two must agree."""
-    named = _by_type(name, config.get("model_type"))
+    named = _by_type(name, config)
     whole = _whole(named.arch, config)
     wanted = whole.architecture if whole else named.arch.causal_lm
     classes = config.get("architectures")
     if classes is None:
         classes = [wanted]
     if not isinstance(classes, list) or wanted not in classes:
+        why = "other heads and variants are not supported"
+        if classes == [BASE.sub("Model", wanted)]:
+            why = "a base model has no head that gives logits, load it with AutoModelForCausalLM and save it"
         raise ExportError(
-            f"config.json says architectures {repr(classes)[:200]}, {named.name} exports [{wanted!r}]: "
-            "other heads and variants are not supported"
+            f"config.json says architectures {show_name(classes)}, {named.name} exports [{wanted!r}]: {why}"
         )
     return Named(named.name, _inside(named.arch, whole)) if whole else named
 
@@ -91,6 +98,15 @@ def _whole(arch: Arch, config: Mapping[str, Any]) -> Whole | None:
     return arch.whole if arch.whole and config.get("model_type") == arch.whole.model_type else None
 
 
+def as_stored(named: Named, tensors: Collection[str]) -> Named:
+    """The architecture with the names of this checkpoint: those of a base model, if that is what it is."""
+    base = named.arch.base
+    table = next(n for path, n in named.arch.names.items() if TABLE.startswith(path)) + "weight"
+    if any(n.startswith(base) for n in tensors) or table.removeprefix(base) not in tensors:
+        return named
+    return Named(named.name, _renamed(named.arch, lambda name: name.removeprefix(base)))
+
+
 def _inside(arch: Arch, whole: Whole) -> Arch:
     """The architecture with the names that its parameters have in the whole checkpoint."""
 
@@ -98,11 +114,16 @@ def _inside(arch: Arch, whole: Whole) -> Arch:
         starts = [s for s in whole.names if name.startswith(s)]
         return whole.names[starts[0]] + name.removeprefix(starts[0]) if starts else name
 
+    inside = _renamed(arch, rename)
+    return dataclasses.replace(inside, ignore=inside.ignore + whole.ignore)
+
+
+def _renamed(arch: Arch, rename: Callable[[str], str]) -> Arch:
     return dataclasses.replace(
         arch,
         names={path: rename(n) for path, n in arch.names.items()},
         stacks={rename(n): tuple(map(rename, names)) for n, names in arch.stacks.items()},
-        ignore=tuple(map(rename, arch.ignore)) + whole.ignore,
+        ignore=tuple(map(rename, arch.ignore)),
     )
 
 
@@ -110,19 +131,19 @@ def _types(arch: Arch) -> tuple[str, ...]:
     return arch.model_types + ((arch.whole.model_type,) if arch.whole else ())
 
 
-def _by_type(name: str | None, kind: Any) -> Named:
+def _by_type(name: str | None, config: Mapping[str, Any]) -> Named:
+    kind = config.get("model_type")
     if name is None:
         matches = [n for n in map(load, names()) if kind in _types(n.arch)]
         if not matches:
-            raise ExportError(
-                f"config.json is of model_type {kind!r}, which no architecture here exports: "
-                f"supported are {', '.join(names())}. A similar one would give a wrong model"
-            )
+            every = [load(n) for n in names()]
+            by_type = {t: n.name for n in every for t in _types(n.arch)}
+            raise nearest.refusal(config, by_type, [n.name for n in every if n.arch.whole])
         return matches[0]
     named = load(name)
     if kind not in _types(named.arch):
         raise ExportError(
             f"--arch {name} exports model_type {', '.join(_types(named.arch))}, "
-            f"but config.json says {kind!r}: leave --arch out, or check the folder"
+            f"but config.json says {show(kind)}: leave --arch out, or check the folder"
         )
     return named

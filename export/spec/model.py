@@ -134,7 +134,7 @@ class Arch:
     a stacked parameter to the names, with {e}, of the matrices of each expert that a checkpoint may have in its
     place; `in_parts`: published ones have. `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and
     the model does not need. `tiny` is the built-in config. `whole` is the multimodal checkpoint that the model is
-    published in.
+    published in. A base model's checkpoint, which has no head, leaves `base` out where a name starts with it.
     """
 
     model_types: tuple[str, ...]
@@ -146,6 +146,7 @@ class Arch:
     stacks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     in_parts: bool = False
     whole: Whole | None = None
+    base: str = "model."
 
 
 def to_data(value: Any) -> Any:
