@@ -124,7 +124,8 @@ def part_names(arch: Arch, path: str, experts: int) -> tuple[str, ...]:
     Empty if the architecture knows no such parts.
     """
     name, index = _generic_name(arch, path)
-    return tuple(p.format(i=index, e=e) for e in range(experts) for p in arch.stacks.get(name, ()))
+    matrices = arch.stacks.get(name, ())
+    return tuple(p.format(i=index, e=e) for e in range(experts if matrices else 0) for p in matrices)
 
 
 def _stored_name(arch: Arch, path: str) -> str:

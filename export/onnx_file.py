@@ -15,16 +15,14 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from llmexport.export import cache, manifest, weights
-from llmexport.export.archs import Named, text_config
+from llmexport.export.archs import Named, as_stored, text_config
 from llmexport.export.assembly import (
     Assembly,
     Step,
     alone,
     assemble,
-    checkpoint_name,
     find_block,
     named_blocks,
-    part_names,
     tied_names,
 )
 from llmexport.export.checkpoint import Checkpoint
@@ -33,6 +31,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.manifest import Manifest
 from llmexport.export.output import new_folder, place_weights
 from llmexport.export.spec import OPSET, Block, Model, Port, to_data
+from llmexport.export.wanted import wanted_parameters
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
 from llmexport.graphs.stitch import Piece, stitch
@@ -70,10 +69,38 @@ class Request:
 
 def read_model(arch: Named, config: Mapping[str, Any]) -> Model:
     """The model that a config describes. Raises ExportError on what this architecture does not understand."""
+    return read_noted(arch, config)[0]
+
+
+def read_noted(arch: Named, config: Mapping[str, Any]) -> tuple[Model, list[str]]:
+    """The same, with sentences on what the config says and the graph leaves out."""
     keys = Config(text_config(arch.arch, config))
     model = arch.arch.build(keys)
     keys.finish()
-    return model
+    return model, keys.notes
+
+
+def open_model(request: Request) -> tuple[Request, Model, list[str]]:
+    """The model of a request, which then has the names of its checkpoint, and notes for who exports.
+
+    What is made here is bounded by what the checkpoint holds: a config alone can ask for anything.
+    """
+    model, notes = read_noted(request.arch, request.checkpoint.config)
+    stored = request.checkpoint.tensors
+    arch = as_stored(request.arch, stored)
+    start = arch.arch.names["layers.{i}."].partition("{i}")[0]
+    held = {n.removeprefix(start).partition(".")[0] for n in stored if n.startswith(start)}
+    if held and len(model.layers) > len(held):
+        raise ExportError(
+            f"config.json says num_hidden_layers {len(model.layers)}, the checkpoint holds {len(held)} layers: "
+            "is config.json from the same model?"
+        )
+    if arch is not request.arch and model.tied:
+        notes.append(
+            f"the checkpoint is a base model, its names lack {arch.arch.base!r}: "
+            "the logits are made with its tied embedding table"
+        )
+    return dataclasses.replace(request, arch=arch), model, notes
 
 
 def write(request: Request, target: Path, *, force: bool, progress: Progress) -> dict[str, Any]:
@@ -87,7 +114,7 @@ def write(request: Request, target: Path, *, force: bool, progress: Progress) ->
 
 def write_blocks(request: Request, target: Path, *, force: bool, progress: Progress) -> dict[str, Any]:
     """Exports every block alone, each to a folder of its name in `target`; returns the manifests by name."""
-    names = named_blocks(read_model(request.arch, request.checkpoint.config))
+    names = named_blocks(open_model(request)[1])
     with new_export(request, target, force=force, marker=BLOCKS) as folder:
         records = {}
         for name in names:
@@ -108,7 +135,7 @@ def new_export(request: Request, target: Path, *, force: bool, marker: str = man
 
 def fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
     """Exports into an empty folder; returns the manifest."""
-    model = read_model(request.arch, request.checkpoint.config)
+    request, model, notes = open_model(request)
     assembly = assemble(model) if request.block is None else alone(find_block(model, request.block))
     built = build(request, model, assembly, progress)
     used = {request.checkpoint.tensors[n].file for p in built.wanted.values() for n in p.sources}
@@ -116,7 +143,7 @@ def fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
     progress(f"weights ({len(shards)} files)", 0, 1)
     placed = place_weights([request.checkpoint.folder / s.file for s in shards], folder, request.weights)
     progress("weights", 1, 1)
-    record = manifest.record(request, assembly, built, shards, placed)
+    record = manifest.record(request, assembly, built, shards, placed) | {"notes": notes}
     (folder / MODEL).write_bytes(built.proto.SerializeToString(deterministic=True))
     (folder / manifest.NAME).write_text(json.dumps(record, indent=1))
     return record
@@ -138,25 +165,23 @@ class Built:
 def build(request: Request, model: Model, assembly: Assembly, progress: Progress) -> Built:
     """The graph of an assembly, its weights bound to the checkpoint's tensors where they lie."""
     arch, dtype = request.arch.arch, request.dtype
-    graphs = trace_all(assembly.blocks, dtype, progress)
-    values: dict[str, dict[str, str]] = {}
-    wanted: dict[str, weights.Parameter] = {}
-    step_weights: dict[str, dict[str, str | list[str]]] = {}
-    for step in assembly.steps:
-        own = values[step.name] = {p.name: n for p, n in zip(step.block.inputs, step.inputs, strict=True)}
-        step_weights[step.name] = {}
-        for value in graphs[step.block].graph.input:
-            if value.name not in own:
-                parameter = _parameter(request, model, step, value)
-                own[value.name] = parameter.name
-                wanted[parameter.name] = parameter
-                step_weights[step.name][value.name] = list(parameter.parts) or parameter.name
-        own |= {p.name: n for p, n in zip(step.block.outputs, step.outputs, strict=True)}
-    ignore = arch.ignore
+    own = wanted_parameters(arch, request.checkpoint, model, assembly)
+    wanted = {p.name: p for parameters in own.values() for p in parameters.values()}
+    ignore, (head, table) = arch.ignore, tied_names(arch)
     if model.tied:
-        head, table = tied_names(arch)
         ignore += (head,) if weights.check_tied(head, table, request.checkpoint) else ()
-    weights.check(wanted, request.checkpoint, ignore, whole=request.block is None)
+    # A trace takes seconds: what does not fit is told before.
+    weights.check(wanted, request.checkpoint, ignore, whole=request.block is None, head=head)
+    graphs = trace_all(assembly.blocks, dtype, progress)
+    values = {
+        s.name: dict(zip((p.name for p in s.block.inputs), s.inputs, strict=True))
+        | {path: parameter.name for path, parameter in own[s.name].items()}
+        | dict(zip((p.name for p in s.block.outputs), s.outputs, strict=True))
+        for s in assembly.steps
+    }
+    step_weights: dict[str, dict[str, str | list[str]]] = {
+        name: {path: list(p.parts) or p.name for path, p in parameters.items()} for name, parameters in own.items()
+    }
     stored = {n: weights.stored_type(p, request.checkpoint) for n, p in wanted.items() if p.as_stored}
 
     def make() -> bytes:
@@ -169,18 +194,6 @@ def build(request: Request, model: Model, assembly: Assembly, progress: Progress
     del proto.metadata_props[:]
     weights.bind(proto, wanted, request.checkpoint, ELEMENT_TYPES[dtype])
     return Built(proto, fusions, bodies.count(proto), wanted, step_weights)
-
-
-def _parameter(request: Request, model: Model, step: Step, value: onnx.ValueInfoProto) -> weights.Parameter:
-    """The parameter behind an input of a step's graph: what the checkpoint calls it, whole or in parts."""
-    arch, stored = request.arch.arch, request.checkpoint.tensors
-    name = checkpoint_name(arch, model, step.path + value.name)
-    kind = value.type.tensor_type
-    shape = tuple(d.dim_value for d in kind.shape.dim)
-    parts = () if name in stored else part_names(arch, step.path + value.name, shape[0] if shape else 0)
-    return weights.Parameter(
-        name, shape, parts, value.name in step.block.as_stored, packed=kind.elem_type == onnx.TensorProto.UINT8
-    )
 
 
 def join(

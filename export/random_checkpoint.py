@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,13 +19,17 @@ from llmexport.export import weights
 from llmexport.export.archs import Named
 from llmexport.export.assembly import assemble, checkpoint_name, part_names, parts
 from llmexport.export.checkpoint import INDEX, ITEMSIZE
+from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
 from llmexport.export.spec import MXFP4_BLOCK, Block, GatedNorm, Norm
+from llmexport.export.wanted import load_parameters
 
 MARKER = "llmexport-random.json"  # what --force may replace: a downloaded checkpoint has none
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SCALE_BIAS = 127  # of MXFP4: a scale of this is 1
+MOST_TENSORS = 2**18  # the largest published models have a quarter of that
+MOST_BYTES = 2**44  # seven times the largest published models in fp32
 ROWS = 2**22  # values drawn at a time: what bounds the memory beyond one shard
 
 
@@ -48,7 +53,14 @@ def write(
     config = {"architectures": [arch.arch.causal_lm], "model_type": arch.arch.model_types[0], "dtype": dtype} | dict(
         config or arch.arch.tiny
     )
-    parameters = dict(_parameters(arch, config))
+    parameters: dict[str, _Parameter] = {}
+    for name, parameter in _parameters(arch, config):
+        parameters[name] = parameter
+        if len(parameters) > MOST_TENSORS:
+            raise ExportError(
+                f"the config asks for more than {MOST_TENSORS} tensors: are its numbers of layers and experts meant?"
+            )
+    _check_room(target, sum(_size(p, np.dtype(dtype).itemsize) for p in parameters.values()), hollow)
     shards = _split(parameters, shard_bytes, np.dtype(dtype).itemsize)
     with new_folder(target, force=force, marker=MARKER) as folder:
         index: dict[str, str] = {}
@@ -76,19 +88,18 @@ class _Parameter:
 
 def _parameters(arch: Named, config: Mapping[str, Any]) -> Iterator[tuple[str, _Parameter]]:
     """Name in the checkpoint of every parameter, and what it is."""
-    from llmexport.export.trace import module_shapes, packed_parameters
-
     model = read_model(arch, config)
-    for step in assemble(model).steps:
+    assembly = assemble(model)
+    shapes = {block: load_parameters(block) for block in assembly.blocks}
+    for step in assembly.steps:
         means = {part.path: mean for part in parts(step) if (mean := _mean(part.block)) is not None}
-        packed = packed_parameters(step.block)
-        for path, shape in module_shapes(step.block).items():
+        for path, (shape, packed) in shapes[step.block].items():
             full = step.path + path
             mean = next((m for start, m in means.items() if full == f"{start}weight"), 0.0)
             names = part_names(arch.arch, full, shape[0]) if arch.arch.in_parts else ()
             wanted = weights.Parameter(checkpoint_name(arch.arch, model, full), shape, names)
             for name in wanted.sources:
-                yield name, _Parameter(wanted.part_shape, mean, path in packed)
+                yield name, _Parameter(wanted.part_shape, mean, packed)
 
 
 def _mean(block: Block) -> float | None:
@@ -98,11 +109,29 @@ def _mean(block: Block) -> float | None:
     return 1.0 if isinstance(block, GatedNorm) else None
 
 
+def _size(parameter: _Parameter, itemsize: int) -> int:
+    return math.prod(parameter.shape) * (1 if parameter.packed else itemsize)
+
+
+def _check_room(target: Path, size: int, hollow: bool) -> None:
+    """Refuses to fill the disk, of which a hollow checkpoint takes nothing, and sizes that no model has."""
+    if size > MOST_BYTES:
+        raise ExportError(
+            f"the config asks for {size / 1e12:.0f} TB of weights, at most {MOST_BYTES / 1e12:.0f} are written"
+        )
+    parent = next(p for p in target.absolute().parents if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if size > free and not hollow:
+        raise ExportError(
+            f"the weights would take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {parent}: --hollow takes none"
+        )
+
+
 def _split(parameters: Mapping[str, _Parameter], limit: int, itemsize: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     room = limit
     for name, parameter in parameters.items():
-        size = math.prod(parameter.shape) * (1 if parameter.packed else itemsize)
+        size = _size(parameter, itemsize)
         if shards[-1] and size > room:
             shards.append([])
             room = limit

@@ -11,9 +11,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from llmexport.export import quantised
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import MXFP4_BLOCK
+from llmexport.export.values import show_name
 
 FLOATS, BYTES = ("F32", "F16", "BF16"), "U8"
 ONNX_TYPES = {
@@ -53,28 +55,43 @@ class Parameter:
         return (self.shape[0] * self.shape[1] // len(self.parts), *self.shape[2:])
 
 
-def check(wanted: Mapping[str, Parameter], checkpoint: Checkpoint, ignore: tuple[str, ...], whole: bool) -> None:
+def check(
+    wanted: Mapping[str, Parameter], checkpoint: Checkpoint, ignore: tuple[str, ...], whole: bool, head: str = ""
+) -> None:
     """Refuses a checkpoint that lacks a parameter, has it in another shape or type, or holds more.
 
     `wanted` is by checkpoint name. Only a `whole` model must use every tensor; one that fits a pattern of
-    `ignore` may be left over. Raises ExportError.
+    `ignore` may be left over. `head` is the name that a base model lacks. Raises ExportError.
     """
     stored = checkpoint.tensors
     sources = {n: p for p in wanted.values() for n in p.sources}
+    unused = [n for n in stored if n not in sources and not any(fnmatch(n, p) for p in ignore)]
     missing = [n for n in sources if n not in stored]
     if missing:
-        raise ExportError(
-            f"checkpoint lacks {len(missing)} tensors that its config.json asks for: {_some(missing)}. "
-            "Is config.json from the same model, and is every shard there?"
-        )
+        raise ExportError(_lacks(missing, unused, checkpoint, head))
     for name, parameter in sources.items():
-        _check_tensor(parameter, stored[name])
-    unused = [n for n in stored if n not in sources and not any(fnmatch(n, p) for p in ignore)]
+        if problem := _problem(parameter, stored[name]):
+            raise ExportError(quantised.found([name], unused, stored, checkpoint.folder) or problem)
     if whole and unused:
         raise ExportError(
             f"checkpoint holds {len(unused)} tensors that this architecture does not use: {_some(unused)}. "
             "Leaving them out could give a wrong model: is --arch right?"
         )
+
+
+def _lacks(missing: list[str], unused: list[str], checkpoint: Checkpoint, head: str) -> str:
+    """Why tensors may be missing, and what to do."""
+    if said := quantised.found(missing[:LISTED], unused, checkpoint.tensors, checkpoint.folder):
+        return said
+    lacks = f"checkpoint lacks {len(missing)} tensors that its config.json asks for: {_some(missing)}. "
+    if missing == [head]:
+        return f"{lacks}A base model has no head that gives logits: take the causal model that it is the base of"
+    if other := next((n for n in unused if n.endswith("." + missing[0])), None):
+        start = other.removesuffix(missing[0])
+        return (
+            f"{lacks}Names start with {show_name(start)} there: take that away, or save the model without its wrapper"
+        )
+    return lacks + "Is config.json from the same model, and is every shard there?"
 
 
 def check_tied(copy: str, original: str, checkpoint: Checkpoint) -> bool:
@@ -101,21 +118,23 @@ def _same_bits(checkpoint: Checkpoint, *names: str) -> bool:
     return all(np.array_equal(first[i : i + PIECE], second[i : i + PIECE]) for i in pieces)
 
 
-def _check_tensor(parameter: Parameter, stored: StoredTensor) -> None:
+def _problem(parameter: Parameter, stored: StoredTensor) -> str | None:
+    """What is wrong with the shape or the type of a tensor."""
     shape = parameter.part_shape
     # Packed numbers may be stored block by block, with a dimension for the blocks.
     blocks = (*shape[:-1], shape[-1] // BLOCK_BYTES, BLOCK_BYTES) if parameter.packed else shape
     if stored.shape not in (shape, blocks) or math.prod(stored.shape) != math.prod(shape):
-        raise ExportError(
+        return (
             f"{stored.name} is {list(stored.shape)} in the checkpoint, config.json makes it "
             f"{list(shape)}: is config.json from the same model?"
         )
     types = (BYTES,) if parameter.packed else FLOATS
     if stored.dtype not in types:
-        raise ExportError(
+        return (
             f"{stored.name} is stored as {stored.dtype}; {', '.join(types)} can be exported here. "
-            "Quantised checkpoints must be converted first"
+            "Load and save it with transformers in one of these; of a quantised one take the model it was made from"
         )
+    return None
 
 
 def stored_type(parameter: Parameter, checkpoint: Checkpoint) -> int:

@@ -39,6 +39,11 @@ class Console:
         if not self.quiet and not self.as_json:
             click.echo(text)
 
+    def notes(self, sentences: Sequence[str]) -> None:
+        """What the result is not, or is only so far, that no error stops."""
+        for sentence in () if self.quiet else sentences:
+            click.echo(f"note: {sentence}", err=True)
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A titled table; no columns, no header."""
         if self.quiet or self.as_json:

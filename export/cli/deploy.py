@@ -57,5 +57,6 @@ def command(
         *validate_command.summary(report),
     ]
     console.table(f"{named.name} in {target}", (), rows)
+    console.notes(record["notes"])
     console.result({"manifest": record, "engine": built, "report": report.as_data()})
     return 0 if report.passed else 1

@@ -47,10 +47,12 @@ def command(
                 ("block", "inputs", "outputs", "custom ops"),
                 [(n, names(r["inputs"]), names(r["outputs"]), counts(r["ops"])) for n, r in records.items()],
             )
+            console.notes(list(dict.fromkeys(n for r in records.values() for n in r["notes"])))
             console.result(records)
             return
         record = onnx_file.write(request, output, force=force, progress=console.progress)
     console.table(f"{named.name} in {output}", (), summary(record, output))
+    console.notes(record["notes"])
     console.result(record)
 
 

@@ -1,0 +1,55 @@
+"""What a model wants of its checkpoint, known before anything is traced."""
+
+from __future__ import annotations
+
+import json
+
+from llmexport.export import cache
+from llmexport.export.assembly import Assembly, checkpoint_name, part_names
+from llmexport.export.checkpoint import Checkpoint
+from llmexport.export.errors import ExportError
+from llmexport.export.spec import Arch, Block, Model, to_data
+from llmexport.export.values import show_name
+from llmexport.export.weights import Parameter
+
+SPARE = 1000  # tensors that may be missing beyond as many as there are, and are still counted one by one
+
+
+def wanted_parameters(
+    arch: Arch, checkpoint: Checkpoint, model: Model, assembly: Assembly
+) -> dict[str, dict[str, Parameter]]:
+    """The weights of every step by the path in its block: what the checkpoint calls each, whole or in parts.
+
+    Raises ExportError if the config asks for far more tensors than there are, before their names are made.
+    """
+    stored = checkpoint.tensors
+    shapes = {block: load_parameters(block) for block in assembly.blocks}
+    found: dict[str, dict[str, Parameter]] = {}
+    most = SPARE + 2 * len(stored)
+    names = 0
+    for step in assembly.steps:
+        own = found[step.name] = {}
+        for path, (shape, packed) in shapes[step.block].items():
+            name = checkpoint_name(arch, model, step.path + path)
+            parts = () if name in stored else part_names(arch, step.path + path, min(shape[0], most) if shape else 0)
+            own[path] = Parameter(name, shape, parts, path in step.block.as_stored, packed)
+            names += len(own[path].sources)
+            if names > most:
+                raise ExportError(
+                    f"config.json asks for more than {most} tensors, as {show_name(own[path].sources[-1])}, "
+                    f"the checkpoint holds {len(stored)}: is config.json from the same model, and is every shard there?"
+                )
+    return found
+
+
+def load_parameters(block: Block) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Path of every parameter of a block -> shape, and whether it is bytes that hold other numbers."""
+
+    def make() -> bytes:
+        from llmexport.export.trace import module_shapes, packed_parameters
+
+        packed = packed_parameters(block)
+        return json.dumps({n: [shape, n in packed] for n, shape in module_shapes(block).items()}).encode()
+
+    found = json.loads(cache.cached("parameters", to_data(block), make))
+    return {path: (tuple(shape), packed) for path, (shape, packed) in found.items()}
