@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # What ends the names of buffers that follow from the config: some indexes name ones that no shard holds.
-BUFFERS = (".rotary_emb.inv_freq",)
+BUFFERS = ("rotary_emb.inv_freq",)
 
 # safetensors name = numpy or ml_dtypes name, by item size. F4 and F6 pack several items in a byte: not read.
 _DTYPES_BY_SIZE = {

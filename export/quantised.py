@@ -79,12 +79,16 @@ def found(failed: Collection[str], unused: Collection[str], stored: Mapping[str,
     `failed` are the names of tensors that are missing or not as they should be, `unused` of those that nobody wants.
     """
     near = tuple(n.removesuffix(".weight") for n in failed)
-    match = _layout((n for n in unused if n.startswith(near)), stored)
+    # Experts that should be one tensor may lie one by one in a folder of that name.
+    around = tuple(f"{n.rpartition('.')[0]}." for n in near)
+    tries = (_layout((n for n in unused if n.startswith(starts)), stored) for starts in (near, around))
+    match = next((m for m in tries if m), None)
     if match is None:
         return None
     layout, name = match
-    kind = next((stored[n].dtype for n in failed if n in stored), stored[name].dtype)
-    words = ", ".join((layout.what, f"stored as {kind}", *_beside(folder)))
+    # The matrix itself lies beside the mark, or is what the mark ends.
+    matrix = name.removesuffix(layout.mark) + layout.beside[0] if layout.beside[0] in ("", ".weight") else name
+    words = ", ".join((layout.what, f"stored as {stored[matrix].dtype}", *_beside(folder)))
     if layout.what == "MXFP4":
         return (
             f"the checkpoint holds {show_name(name)}: its experts are in MXFP4, of which this config.json says nothing "

@@ -47,8 +47,8 @@ _names = reprlib.Repr()
 _names.maxstring = 120
 
 
-def show_name(name: str) -> str:
-    """A name from a file, whole where it is of a length that names have."""
+def show_name(name: Any) -> str:
+    """A name from a file, or a list of such, whole where they are of a length that names have."""
     return _names.repr(name)
 
 

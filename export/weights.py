@@ -86,10 +86,7 @@ def _lacks(missing: list[str], unused: list[str], checkpoint: Checkpoint, head: 
         return said
     lacks = f"checkpoint lacks {len(missing)} tensors that its config.json asks for: {_some(missing)}. "
     if missing == [head]:
-        return (
-            f"{lacks}A base model has no head that gives logits: "
-            "take the causal model, or set tie_word_embeddings to true if the head is the embedding table"
-        )
+        return f"{lacks}A base model has no head that gives logits: take the causal model that it is the base of"
     if other := next((n for n in unused if n.endswith("." + missing[0])), None):
         start = other.removesuffix(missing[0])
         return (

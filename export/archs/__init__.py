@@ -17,7 +17,7 @@ from llmexport.export.assembly import TABLE
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Whole
-from llmexport.export.values import show
+from llmexport.export.values import show, show_name
 
 BASE = re.compile("For[A-Za-z]*$")
 
@@ -56,7 +56,9 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Named:
         why = "other heads and variants are not supported"
         if classes == [BASE.sub("Model", wanted)]:
             why = "a base model has no head that gives logits, load it with AutoModelForCausalLM and save it"
-        raise ExportError(f"config.json says architectures {show(classes)}, {named.name} exports [{wanted!r}]: {why}")
+        raise ExportError(
+            f"config.json says architectures {show_name(classes)}, {named.name} exports [{wanted!r}]: {why}"
+        )
     return Named(named.name, _inside(named.arch, whole)) if whole else named
 
 

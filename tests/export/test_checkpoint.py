@@ -317,6 +317,20 @@ def test_refuses_a_tensor_that_the_index_does_not_name(sharded: Path) -> None:
     assert_refuses(sharded, f"{SHARD_2} holds tensor 'c'", "puts in no shard")
 
 
+BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize("shard", [SHARD_1, "model-00003-of-00003.safetensors"])
+def test_an_index_may_name_a_buffer_that_no_shard_holds(sharded: Path, shard: str) -> None:
+    place(sharded, {"a": SHARD_1, "b": SHARD_2, BUFFER: shard, "model.rotary_emb.inv_freq": shard})
+    assert open_checkpoint(sharded).tensors.keys() == {"a", "b"}
+
+
+def test_a_shard_may_hold_a_buffer_that_the_index_does_not_name(sharded: Path) -> None:
+    (sharded / SHARD_2).write_bytes(packed({"b": entry(0, 1, [1]), BUFFER: entry(1, 2, [1])}, b"\3\4"))
+    assert open_checkpoint(sharded).tensors.keys() == {"a", "b", BUFFER}
+
+
 def test_refuses_a_tensor_in_two_shards(sharded: Path) -> None:
     (sharded / SHARD_2).write_bytes(packed({"b": entry(0, 1, [1]), "a": entry(1, 2, [1])}, b"\3\4"))
     assert_refuses(sharded, f"{SHARD_2} holds tensor 'a'", f"puts in {SHARD_1}")

@@ -170,6 +170,10 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["../other.safetensors"],
     ),
     "layers that do not fit the config": (lambda f: edit_config(f, num_hidden_layers=2), ["layers.2."]),
+    "more layers than there are": (
+        lambda f: edit_config(f, num_hidden_layers=4096),
+        ["num_hidden_layers 4096", "holds 3 layers"],
+    ),
     "another kind of head": (
         lambda f: edit_config(f, architectures=["GemmaForSequenceClassification"]),
         ["GemmaForSequenceClassification", "GemmaForCausalLM"],
@@ -198,11 +202,11 @@ BAD_EXPERTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "blocks without scales": (lambda f: drop(f, "_scales"), ["lacks 1 tensors", "_scales"]),
     "4 bits that the config does not tell of": (
         lambda f: edit_config(f, quantization_config=None),
-        ["lacks 2 tensors"],
+        ["experts are in MXFP4", "config.json says nothing"],
     ),
     "another quantisation": (
         lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}),
-        ["fp8", "only mxfp4 is supported"],
+        ["quantised (fp8)", "only unquantised weights or mxfp4"],
     ),
     "layer_types that are too short": (
         lambda f: edit_config(f, layer_types=["full_attention"]),
@@ -381,6 +385,16 @@ def test_json_is_all_that_stdout_holds(run: Run, checkpoint: Path) -> None:
 def test_json_errors_are_json_too(run: Run) -> None:
     code, out, err = run("validate", "nowhere", "--json")
     assert (code, json.loads(out)["error"]) == (2, err.removeprefix("error: ").strip())
+
+
+def test_what_is_left_out_is_noted_on_stderr_and_in_the_json(run: Run, checkpoint: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "attn_factor": 0.5}
+    edit_config(checkpoint, rope_parameters=rope)
+    code, out, err = run("onnx", "--checkpoint", checkpoint, "-o", "out", "--block", "norm", "--json")
+    [note] = json.loads(out)["notes"]
+    assert code == 0
+    assert "attn_factor 0.5 is left out, as transformers does" in note
+    assert f"note: {note}\n" in err
 
 
 def test_quiet_says_nothing(run: Run, checkpoint: Path) -> None:

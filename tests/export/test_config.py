@@ -8,8 +8,9 @@ import transformers
 from tiny_configs import one_line, placed_layers, read, read_whole, refusal, refusal_of_whole, windows
 
 from llmexport.export import archs
-from llmexport.export.config import HARMLESS, Config
+from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
+from llmexport.export.keys import HARMLESS
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Experts, Moe, Rotary
 
@@ -190,8 +191,8 @@ def test_mxfp4_is_refused_where_no_experts_are_known_to_be_stored_so(arch):
 @pytest.mark.parametrize("found", [{"quant_method": "fp8"}, {"bits": 4}, {}, "mxfp4", ["mxfp4"], True])
 def test_gpt_oss_is_refused_in_any_other_quantisation(found):
     line = refusal("gpt_oss", quantization_config=found)
-    assert "quantization_config" in line
-    assert "only mxfp4 is supported" in line
+    assert "quantization_config says that the weights are quantised" in line
+    assert "only unquantised weights or mxfp4 can be exported here" in line
 
 
 @pytest.mark.parametrize("arch", ["gemma", "glm", "glm4", "llama", "olmo", "qwen2", "qwen3_5_moe"])
@@ -230,7 +231,7 @@ def test_an_unknown_kind_of_layer_is_refused_by_name(arch, kind):
         ("gemma", {"hidden_act": "silu"}, "hidden_act is 'silu', this architecture knows 'gelu'"),
         ("gemma", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
         ("llama", {"hidden_act": "relu2"}, "hidden_act is 'relu2'"),
-        ("llama", {"hidden_size": 64.0}, "hidden_size is 64.0, expected a positive integer"),
+        ("llama", {"hidden_size": 64.5}, "hidden_size is 64.5, expected a positive integer"),
         ("llama", {"hidden_size": "64"}, "hidden_size is '64', expected a positive integer"),
         ("llama", {"hidden_size": None}, "no 'hidden_size'"),
         ("llama", {"num_hidden_layers": True}, "num_hidden_layers is True, expected a positive integer"),
@@ -274,7 +275,14 @@ def test_an_unknown_kind_of_layer_is_refused_by_name(arch, kind):
         ("llama4", {"no_rope_layers": [1, 1, 1, 2]}, "no_rope_layers must list 4 times 0 or 1"),
         ("llama4", {"no_rope_layers": [1, 1, 1, "0"]}, "no_rope_layers must list 4 times 0 or 1"),
         ("llama4", {"no_rope_layers": 4}, "no_rope_layers must list 4 times 0 or 1"),
-        ("llama4", {"attn_temperature_tuning": 4}, "attn_temperature_tuning is 4, expected true or false"),
+        ("llama4", {"attn_temperature_tuning": "4"}, "attn_temperature_tuning is '4', expected true or false"),
+        ("llama4", {"attn_temperature_tuning": -1}, "attn_temperature_tuning is -1, expected an integer of at least 0"),
+        (
+            "qwen3_5_moe",
+            {"output_gate_type": "sigmoid"},
+            "output_gate_type is 'sigmoid', this architecture knows 'silu'",
+        ),
+        ("phi3", {"auto_map": {"AutoConfig": "a/b--other.Phi3Config"}}, "auto_map is {'AutoConfig'"),
         ("llama4", {"for_llm_compressor": True}, "for_llm_compressor is True, only False"),
         ("qwen2_moe", {"mlp_only_layers": [3]}, "mlp_only_layers is [3], expected numbers of layers from 0 to 2"),
         ("qwen3_5_moe", {"linear_num_value_heads": 3}, "3 value heads are not a multiple of 2 key heads"),
@@ -321,9 +329,15 @@ def test_two_ties_that_differ_are_refused(arch, tied):
 
 
 @pytest.mark.parametrize("arch", WHOLE)
-@pytest.mark.parametrize("key", ["hidden_size", "rope_theta", "quantization_config", "audio_config"])
+@pytest.mark.parametrize("key", ["hidden_size", "rope_theta", "audio_config"])
 def test_an_unknown_key_beside_the_text_model_is_refused(arch, key):
     assert f"{key}=" in refusal_of_whole(arch, {key: 4096})
+
+
+@pytest.mark.parametrize("arch", WHOLE)
+def test_quantisation_that_is_said_beside_the_text_model_is_refused(arch):
+    line = refusal_of_whole(arch, {"quantization_config": {"quant_method": "awq", "bits": 4}})
+    assert "quantization_config says that the weights are quantised (awq, 4 bits)" in line
 
 
 @pytest.mark.parametrize("arch", WHOLE)

@@ -16,8 +16,9 @@ from published_configs import PUBLISHED
 from tiny_configs import everywhere, one_line, placed_layers
 
 from llmexport.export import archs, blocks
-from llmexport.export.config import HARMLESS, LONGEST, MOST
+from llmexport.export.config import LONGEST, MOST
 from llmexport.export.errors import ExportError
+from llmexport.export.keys import HARMLESS
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Model, Rotary
 from llmexport.export.trace import module_shapes

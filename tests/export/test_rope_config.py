@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from llmexport.export import archs
 from llmexport.export.blocks.context import inverse_frequencies
 from llmexport.export.errors import ExportError
-from llmexport.export.onnx_file import read_model
+from llmexport.export.onnx_file import read_model, read_noted
 from llmexport.export.rope import ORIGINAL
 from llmexport.export.spec import LinearScaling, Llama3Scaling, LongScaling, Rotary, YarnScaling
 from llmexport.validate.compare import compare
@@ -122,7 +122,46 @@ def test_the_original_length_beside_longrope_is_refused_in_other_architectures()
     config = dict(archs.load("llama").arch.tiny) | {"rope_parameters": rope, ORIGINAL: 64}
     # transformers takes max_position_embeddings.
     assert transformers.LlamaConfig(**copy.deepcopy(config)).rope_parameters[ORIGINAL] == 512
-    assert f"{ORIGINAL} is None" in refusal("llama", rope_parameters=rope, **{ORIGINAL: 64})
+    assert f"{ORIGINAL}=64" in refusal("llama", rope_parameters=rope, **{ORIGINAL: 64})
+
+
+@pytest.mark.parametrize("rope", [YARN, LONG, LLAMA3], ids=lambda r: r["rope_type"])
+def test_the_original_length_that_is_not_said_is_the_longest_one_as_for_transformers(rope):
+    said = {k: v for k, v in rope.items() if k != ORIGINAL}
+    assert (
+        transformers.LlamaConfig(rope_parameters=dict(said), max_position_embeddings=96).rope_parameters[ORIGINAL] == 96
+    )
+    tiny = dict(archs.load("llama").arch.tiny) | {"rope_parameters": said, "max_position_embeddings": 96}
+    model, [note] = read_noted(archs.load("llama"), tiny)
+    assert rotary(model).scaling.original_positions == 96
+    assert "max_position_embeddings, 96, is taken" in note
+    del tiny["max_position_embeddings"]
+    with pytest.raises(ExportError, match="no 'max_position_embeddings'"):
+        read_model(archs.load("llama"), tiny)
+
+
+def test_an_attn_factor_is_left_out_as_by_transformers_and_noted():
+    config = dict(archs.load("llama").arch.tiny) | {"rope_parameters": YARN | {"attn_factor": 0.5}}
+    theirs = transformers.LlamaConfig(**copy.deepcopy(config))
+    found = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")[1]
+    model, [note] = read_noted(archs.load("llama"), config)
+    assert rotary(model).scaling.magnitude == found == MAGNITUDE
+    assert "attn_factor 0.5 is left out" in note
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        YARN | {"finetuned": True},
+        YARN | {"partial_rotary_factor": 1.0},
+        {"rope_type": "default", "rope_theta": 10000.0, "factor": 1.0},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0, ORIGINAL: 64},
+    ],
+)
+def test_a_key_of_rope_that_nothing_reads_or_that_changes_nothing_is_passed_over(rope):
+    config = transformers.LlamaConfig(**dict(archs.load("llama").arch.tiny) | {"rope_parameters": dict(rope)})
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    assert_alike(inverse_frequencies(of_llama(**rope)), theirs.inv_freq)
 
 
 @pytest.mark.parametrize("said", [{}, {"rope_theta": 150000.0}, {"rope_scaling": {}}])
@@ -250,15 +289,16 @@ def test_an_unsupported_rope_scaling_is_refused_by_name_in_every_architecture(ki
         ({k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}, "high_freq_factor is None"),
         (LLAMA3 | {"attention_factor": 1.0}, "not understood: attention_factor"),
         ({k: v for k, v in YARN.items() if k != "factor"}, "factor is None, expected a positive number"),
-        ({k: v for k, v in YARN.items() if not k.startswith("original")}, "original_max_position_embeddings is None"),
+        (YARN | {ORIGINAL: None}, "original_max_position_embeddings is None"),
         (YARN | {"truncate": 1}, "truncate is 1, expected true or false"),
         (YARN | {"beta_fast": -1}, "beta_fast is -1, expected a positive number"),
         (YARN | {"mscale": 1.0}, "not understood: mscale"),
+        (LLAMA3 | {"attn_factor": 1.0}, "not understood: attn_factor"),
         (YARN | {"attention_factor": 0}, "attention_factor is 0, expected a positive number"),
         (LONG | {"short_factor": [1.0] * 7}, "short_factor must list 8 numbers"),
         (LONG | {"long_factor": None}, "long_factor must list 8 numbers"),
         (LONG | {"long_factor": [0.0] * 8}, "long_factor is 0.0, expected a positive number"),
-        ({k: v for k, v in LONG.items() if not k.startswith("original")}, "original_max_position_embeddings is None"),
+        (LONG | {ORIGINAL: None}, "original_max_position_embeddings is None"),
         (LONG | {"original_max_position_embeddings": 1}, "embeddings is 1, expected an integer of at least 2"),
         ({"rope_theta": None}, "rope_theta is None, expected a positive number"),
         ({"rope_theta": 1.0}, "rope_theta is 1.0, expected a number above 1"),
@@ -296,6 +336,13 @@ def test_rope_parameters_and_rope_scaling_that_disagree_are_refused():
     assert "rope_scaling" in refusal("llama", **config)
 
 
+def assert_alike(steps: torch.Tensor, expected: torch.Tensor) -> None:
+    # Powers, quotients and one product: a few roundings of fp32, relative to each step as compared in ratios.
+    eps = torch.finfo(torch.float32).eps
+    ratios = (steps.double() / expected.double()).numpy()
+    assert compare(torch.ones(len(steps)).numpy(), ratios).excess(Tolerance(4 * eps, 4 * eps)) <= 1
+
+
 # Every type of RoPE, as some published model has it.
 TURNED = {
     "linear scaling": "linear",
@@ -314,8 +361,5 @@ def test_frequencies_are_those_of_transformers(name):
     expected, magnitude = ROPE_INIT_FUNCTIONS[TURNED[name]](theirs, torch.device("cpu"), **beyond)
     steps = inverse_frequencies(found)
     steps = steps[1] if beyond else steps
-    # Powers, quotients and one product: a few roundings of fp32, relative to each step as compared in ratios.
-    eps = torch.finfo(torch.float32).eps
-    ratios = (steps.double() / expected.double()).numpy()
-    assert compare(torch.ones(len(steps)).numpy(), ratios).excess(Tolerance(4 * eps, 4 * eps)) <= 1
+    assert_alike(steps, expected)
     assert getattr(found.scaling, "magnitude", 1.0) == magnitude

@@ -1,0 +1,120 @@
+"""The configs of 170 published models: each of a claimed family is read, or refused for a reason that is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tiny_configs import one_line
+
+from llmexport.export import archs, random_checkpoint
+from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import ExportError
+from llmexport.export.onnx_file import Request, fill, open_model, read_model, read_noted
+
+MODELS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "published_models.json").read_bytes())
+TYPES = {
+    t
+    for n in archs.names()
+    for t in (*archs.load(n).arch.model_types, getattr(archs.load(n).arch.whole, "model_type", None))
+}
+CLAIMED = [n for n, c in MODELS.items() if c.get("model_type") in TYPES]
+# How the weights are quantised, as config.json says it.
+QUANTISED = {
+    "Qwen/Qwen2.5-7B-Instruct-AWQ": "awq, 4 bits, groups of 128",
+    "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4": "gptq, 4 bits, groups of 128",
+    "Qwen/Qwen3-32B-FP8": "fp8, e4m3, blocks of 128 x 128",
+    "Qwen/Qwen3-32B-FP8-Static-PerTensor": "modelopt, FP8, 8 bits",
+    "Qwen/Qwen3-8B-FP8": "fp8, e4m3, blocks of 128 x 128",
+    "RedHatAI/Llama-4-Scout-17B-16E-Instruct-FP8-dynamic": "compressed-tensors, float-quantized, 8 bits",
+    "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8-dynamic": "compressed-tensors, float-quantized, 8 bits",
+    "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16": "compressed-tensors, pack-quantized, 4 bits, groups of 128",
+    "in a public repository: Qwen3-14B-MLX-4bit": "mlx, 4 bits, groups of 64",
+    "in a public repository: Wizard-Vicuna-30B-GPTQ": "gptq, 4 bits, one group",
+    "meta-llama/Llama-3.1-405B-Instruct-FP8": "fbgemm_fp8",
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8": "compressed-tensors, float-quantized, 8 bits",
+    "mlx-community/Llama-3.2-1B-Instruct-4bit": "mlx, 4 bits, groups of 64",
+    "nvidia/Qwen3.5-122B-A10B-NVFP4": "modelopt, NVFP4, 4 bits, groups of 16",
+    "nvidia/Qwen3.6-35B-A3B-NVFP4": "modelopt, MIXED_PRECISION, 8 bits",
+    "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit": "bitsandbytes, nf4, 4 bits",
+}
+# Its names are those of the multimodal model, its config that of the text model alone.
+REFUSED = {"in a public repository: Qwen3.5-25B-REAP (pruned)": "exports ['Qwen3_5MoeForCausalLM']"}
+READ = [n for n in CLAIMED if n not in QUANTISED and n not in REFUSED]
+NOTED = {
+    "Qwen/Qwen2.5-7B-Instruct-1M": "dual_chunk_attention_config is left out, as transformers does: right up to 262144",
+    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": "attn_factor 0.8782488562869419 is left out, as transformers does",
+}
+EXPORTED = ["deepseek-ai/DeepSeek-R1-0528-Qwen3-8B"]
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(ExportError) as error:
+        read_model(archs.choose(None, MODELS[name]), MODELS[name])
+    return one_line(error.value)
+
+
+def hollow(name: str, folder: Path) -> Request:
+    """The checkpoint of the published shapes, as files of holes."""
+    named = archs.choose(None, MODELS[name])
+    random_checkpoint.write(named, folder, config=MODELS[name], hollow=True)
+    return Request(named, open_checkpoint(folder))
+
+
+def test_the_tables_name_models_of_claimed_families():
+    assert len(MODELS) == 170
+    assert {*QUANTISED, *REFUSED, *NOTED, *EXPORTED} <= set(CLAIMED)
+    assert len(READ) == 84
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_model_of_a_claimed_family_is_read_as_transformers_reads_it(name):
+    config = MODELS[name]
+    known = copy.deepcopy(config)
+    if (rope := known.get("rope_scaling") or {}).get("type") == "su":
+        # What the first release called LongRoPE, which this transformers does not know any more.
+        rope["type"] = "longrope"
+    theirs = transformers.CONFIG_MAPPING[config["model_type"]](**known).to_dict()
+    named = archs.choose(None, config)
+    model, notes = read_noted(named, config)
+    assert model == read_model(named, theirs)
+    assert [NOTED[name] in note for note in notes] == [True] * (name in NOTED)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_model_is_refused_by_what_it_is_quantised(name):
+    line = refusal(name)
+    assert f"says that the weights are quantised ({QUANTISED[name]}), " in line
+    assert "take the unquantised model that it was made from" in line
+    assert "remove" not in line
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_does_not_add_up_is_refused(name):
+    assert REFUSED[name] in refusal(name)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in CLAIMED])
+def test_a_model_of_another_family_is_refused_by_its_name(name):
+    line = refusal(name)
+    assert f"model_type {MODELS[name]['model_type']!r}, which no architecture here exports" in line
+    assert ("multimodal" in line) == ("vision_config" in MODELS[name] or "text_config" in MODELS[name])
+
+
+@pytest.mark.parametrize("name", ["google/gemma-2-27b-it", "mistralai/Mixtral-8x22B-v0.1"])
+def test_what_a_config_may_ask_for_leaves_room_for_published_models(name, tmp_path):
+    _, model, notes = open_model(hollow(name, tmp_path / "ck"))
+    assert len(model.layers) == MODELS[name]["num_hidden_layers"]
+    assert notes == []
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_model_exports_from_files_of_holes(name, tmp_path):
+    (tmp_path / "out").mkdir()
+    record = fill(hollow(name, tmp_path / "ck"), tmp_path / "out", lambda *_: None)
+    assert [NOTED[name] in note for note in record["notes"]] == [True] * (name in NOTED)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["notes"] == record["notes"]
