@@ -27,7 +27,7 @@ from llmexport.plugins.errors import PluginError as PluginError
 
 FILE = "libllmexport_plugins.so"
 SOURCES = Path(__file__).parent
-ARCHS = ("80", "86", "89", "90", "100", "120")
+ARCHS = ("80", "86", "89", "90", "100", "110", "120")
 NAMESPACE = "llmexport"
 # Slots of TensorRT's IPluginCreatorV3One (trt/interface.h; tests/plugins/test_abi.py checks them).
 GET_PLUGIN_NAME = 6

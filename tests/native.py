@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,17 @@ def need_nvcc() -> str:
         return library._nvcc()
     except library.PluginError as error:
         pytest.skip(str(error))
+
+
+def cuda_tool(name: str) -> str:
+    """A tool of the toolkit, from it or from its wheel."""
+    wheels = [str(p) for p in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
+    found = shutil.which(
+        name, path=os.pathsep.join([*wheels, os.environ.get("PATH", ""), str(CUDA_INCLUDE.parent / "bin")])
+    )
+    if not found:
+        pytest.skip(f"no {name}: pip install nvidia-cuda-{name}")
+    return found
 
 
 @functools.cache

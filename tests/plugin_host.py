@@ -159,8 +159,12 @@ class Plugin:
         descs = ((Desc * len(io))(*these) for these in (io, most))
         return self.call("workspace", *descs, len(io) - outputs, outputs)
 
-    def prepare(self, memory: Memory, inputs: Sequence[np.ndarray], shift: int = 0) -> Run:
-        """Sets these shapes and lays out every tensor `shift` elements past an aligned address."""
+    def prepare(
+        self, memory: Memory, inputs: Sequence[np.ndarray], shift: int = 0, most: Sequence[Desc] | None = None
+    ) -> Run:
+        """Sets these shapes and lays out every tensor `shift` elements past an aligned address; the workspace, full of
+        NaN, is that of a profile whose largest dimensions are those of `most`.
+        """
         descs = [desc(x.shape, x.dtype) for x in inputs]
         shapes = self.output_shapes(descs, known=True)
         types = self.output_types([d.type for d in descs])
@@ -173,7 +177,7 @@ class Plugin:
             content = np.concatenate([padding, np.ascontiguousarray(x).reshape(-1).view(np.uint8)])
             addresses.append(memory.place(content) + shift * x.itemsize)
         outputs = [Output.make(memory, s, t, shift) for s, t in zip(shapes, dtypes, strict=True)]
-        workspace = Output.make(memory, (self.workspace(io, io),), np.dtype(np.uint8), 0)
+        workspace = Output.make(memory, (self.workspace(io, most or io),), np.dtype(np.uint8), 0)
         return Run(self, io, addresses, outputs, workspace)
 
     def run(self, memory: Memory, inputs: Sequence[np.ndarray], shift: int = 0) -> list[np.ndarray]:

@@ -6,18 +6,29 @@
 
 namespace llmexport {
 
-template <class T>
-__device__ __forceinline__ T addRounded(T a, T b) {
-  return fromFloat<T>(toFloat(a) + toFloat(b));
+template <class T, int kWidth>
+__device__ __forceinline__ Vector<T, kWidth> addRounded(Vector<T, kWidth> const& a,
+                                                        Vector<T, kWidth> const& b) {
+  float sums[kWidth];
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) sums[j] = toFloat(a.at[j]) + toFloat(b.at[j]);
+  return fromFloats<T>(sums);
 }
 
-// One output: both rounding orders that models use (see __init__.py).
-template <class T>
-__device__ __forceinline__ T scaled(float normed, T weight,
-                                    AddRmsNormAttributes const& attributes) {
-  float const scale = toFloat(weight) + attributes.weightOffset;
-  return fromFloat<T>(attributes.roundBeforeWeight ? rounded<T>(normed) * rounded<T>(scale)
-                                                   : normed * scale);
+// Outputs: both rounding orders that models use (see __init__.py).
+template <class T, int kWidth>
+__device__ __forceinline__ Vector<T, kWidth> scaled(Vector<T, kWidth> const& total, float scale,
+                                                    Vector<T, kWidth> const& weights,
+                                                    AddRmsNormAttributes const& attributes) {
+  float out[kWidth];
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    float const normed = toFloat(total.at[j]) * scale;
+    float const weight = toFloat(weights.at[j]) + attributes.weightOffset;
+    out[j] = attributes.roundBeforeWeight ? rounded<T>(normed) * rounded<T>(weight)
+                                          : normed * weight;
+  }
+  return fromFloats<T>(out);
 }
 
 // Block (threads of a row, rows); thread x holds vectors x, x + blockDim.x, ... of its row.
@@ -44,13 +55,13 @@ __global__ void __launch_bounds__(kRowMaxThreads, 1)
       auto const a = load<kWidth>(x + start + column);
       auto const b = load<kWidth>(residual + start + column);
       w[i] = load<kWidth>(weight + column);
+      total[i] = addRounded(a, b);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        total[i].at[j] = addRounded(a.at[j], b.at[j]);
         float const wide = toFloat(total[i].at[j]);
         squares += wide * wide;
       }
-      store<kWidth>(sum + start + column, total[i]);
+      storeWhole(sum + start + column, total[i]);
     }
   }
   float const scale = rsqrtf(sumOfRow(squares) / float(columns) + attributes.epsilon);
@@ -58,12 +69,7 @@ __global__ void __launch_bounds__(kRowMaxThreads, 1)
   for (int i = 0; i < kVectors; ++i) {
     int const column = int(threadIdx.x + i * blockDim.x) * kWidth;
     if (here && column < columns) {
-      Vector<T, kWidth> out;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        out.at[j] = scaled<T>(toFloat(total[i].at[j]) * scale, w[i].at[j], attributes);
-      }
-      store<kWidth>(y + start + column, out);
+      storeWhole(y + start + column, scaled(total[i], scale, w[i], attributes));
     }
   }
 }
@@ -79,25 +85,19 @@ __global__ void __launch_bounds__(kRowTwoPassThreads)
   for (int64_t column = threadIdx.x * kWidth; column < columns; column += stride) {
     auto const a = load<kWidth>(x + start + column);
     auto const b = load<kWidth>(residual + start + column);
-    Vector<T, kWidth> total;
+    auto const total = addRounded(a, b);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      total.at[j] = addRounded(a.at[j], b.at[j]);
       float const wide = toFloat(total.at[j]);
       squares += wide * wide;
     }
-    store<kWidth>(sum + start + column, total);
+    storeWhole(sum + start + column, total);
   }
   float const scale = rsqrtf(sumOfRow(squares) / float(columns) + attributes.epsilon);
   for (int64_t column = threadIdx.x * kWidth; column < columns; column += stride) {
     auto const total = load<kWidth>(sum + start + column);
     auto const w = load<kWidth>(weight + column);
-    Vector<T, kWidth> out;
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      out.at[j] = scaled<T>(toFloat(total.at[j]) * scale, w.at[j], attributes);
-    }
-    store<kWidth>(y + start + column, out);
+    storeWhole(y + start + column, scaled(total, scale, w, attributes));
   }
 }
 

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
     }
 #pragma unroll
     for (int i = 0; i < kTaps - 1; ++i) {
-      store<kWidth>(a.nextState + stateStart + i * a.channels, next[i]);
+      storeWhole(a.nextState + stateStart + i * a.channels, next[i]);
     }
   }
   float taps[kWidth * kTaps];  // [kWidth, kTaps], as it lies in memory
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
       if (t >= end) break;
       waitCopies<kConvAhead - 2>();
       Vec const in = *slot(t);
-      Vec out;
+      float out[kWidth];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         window[kTaps - 1 + i][j] = toFloat(in.at[j]);
@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
 #pragma unroll
         for (int k = 0; k < kTaps; ++k) sum += taps[j * kTaps + k] * window[i + k][j];
         float const r = rounded<T>(sum);
-        out.at[j] = fromFloat<T>(a.silu ? sigmoidTimes<T>(r, r) : r);
+        out[j] = a.silu ? sigmoidTimes<T>(r, r) : r;
       }
-      store<kWidth>(a.y + rowStart + t * a.channels, out);
+      storeWhole(a.y + rowStart + t * a.channels, fromFloats<T>(out));
       // Into the slot that the token before has left.
       fetch(t + kConvAhead - 1);
     }

@@ -1,9 +1,10 @@
 // Elements and vectors of elements: access, conversion, arithmetic that rounds where torch does.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
-#include "common/gpu.cuh"
+#include "common/exp2.cuh"
 
 namespace llmexport {
 
@@ -25,37 +26,96 @@ __device__ __forceinline__ void store(T* to, Vector<T, kCount> const& value) {
   *reinterpret_cast<Vector<T, kCount>*>(to) = value;
 }
 
+// To global memory, by one instruction: of a vector that is put together element by element the
+// compiler stores some parts on their own.
+template <int kCount, class T>
+__device__ __forceinline__ void storeWhole(T* to, Vector<T, kCount> const& value) {
+#ifndef LLMEXPORT_EMULATED
+  constexpr size_t kBytes = sizeof value;
+  if constexpr (kBytes % 4 == 0) {
+    uint32_t words[kBytes / 4];
+    memcpy(words, &value, kBytes);
+    if constexpr (kBytes == 16) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]),
+                   "r"(words[1]), "r"(words[2]), "r"(words[3])
+                   : "memory");
+      return;
+    } else if constexpr (kBytes == 4) {
+      asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(words[0]) : "memory");
+      return;
+    }
+  }
+#endif
+  store<kCount>(to, value);
+}
+
 __device__ __forceinline__ float toFloat(float x) { return x; }
 __device__ __forceinline__ float toFloat(Half x) { return __half2float(x); }
 __device__ __forceinline__ float toFloat(Bfloat16 x) { return __bfloat162float(x); }
 
-// To nearest, ties to even, as torch does.
+// Conversions are to nearest, ties to even, as torch does; of pairs, as the GPU is as slow with the
+// conversion of one value as with exp, and fast with that of two.
+
+// A pair as 16-bit T, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t packed(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, Half>) {
+    __half2 const pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  }
+  return bits;
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ Vector<T, kCount> fromFloats(float const (&values)[kCount]) {
+  Vector<T, kCount> result;
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result.at[i] = values[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      uint32_t const pair = packed<T>(values[i], i + 1 < kCount ? values[i + 1] : 0.0f);
+      memcpy(static_cast<void*>(result.at + i), &pair, (i + 1 < kCount ? 2 : 1) * sizeof(T));
+    }
+  }
+  return result;
+}
+
 template <class T>
 __device__ __forceinline__ T fromFloat(float x) {
-  if constexpr (sizeof(T) == 4) {
-    return x;
-  } else if constexpr (std::is_same_v<T, Half>) {
-    return __float2half_rn(x);
-  } else {
-    return __float2bfloat16_rn(x);
-  }
+  return fromFloats<T, 1>({x}).at[0];
 }
 
 template <class T>
 __device__ __forceinline__ float rounded(float x) {
-  return toFloat(fromFloat<T>(x));
+  if constexpr (std::is_same_v<T, Bfloat16>) {
+    // The upper half of a float.
+    uint32_t const pair = packed<T>(0.0f, x);
+    float result;
+    memcpy(&result, &pair, sizeof result);
+    return result;
+  } else {
+    return toFloat(fromFloat<T>(x));
+  }
 }
 
 // exp and division for results that are rounded to T. For fp32 expf (at most 2 units in the last
-// place) and division as IEEE rounds it; for fp16 and bf16 __expf (2 + 1.17 |x| units: under 2**-16
-// of it up to |x| = 88) and __fdividef (2 units; 0 for a divisor above 2**126, so that silu of a
-// bf16 below -87.3 is 0), which is less than their own rounding, 2**-11 and 2**-8.
+// place) and division as IEEE rounds it; for fp16 and bf16 instructions of the GPU's own, whose
+// errors are less than their rounding, 2**-11 and 2**-8: exp2Fast of x log2(e), under 2**-16 of it
+// up to |x| = 88, and 0 for what is below 2**-126; and the product with a reciprocal, 2 units, 0
+// for a divisor above 2**126, so that silu of a bf16 below -87.3 is 0.
 template <class T>
 __device__ __forceinline__ float expFor(float x) {
+  constexpr float kLog2OfE = 1.4426950408889634f;
   if constexpr (sizeof(T) == 4) {
     return expf(x);
   } else {
-    return __expf(x);
+    return exp2Fast(x * kLog2OfE);
   }
 }
 
@@ -64,7 +124,7 @@ __device__ __forceinline__ float divideFor(float a, float b) {
   if constexpr (sizeof(T) == 4) {
     return a / b;
   } else {
-    return __fdividef(a, b);
+    return a * reciprocalFast(b);
   }
 }
 

@@ -45,7 +45,8 @@ inline cudaError_t prepareKernel(void const* kernel, int& ptx) {
   return error;
 }
 
-// Early, as common/early_launch.cuh says, if asked for and the kernel's code has the wait.
+// Early, as common/early_launch.cuh says, if asked for and the kernel's code has the wait. Where
+// that is refused, as drivers have refused it under capture, the kernel is launched as any other.
 template <class... P, class... A>
 cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& plan,
                            cudaStream_t stream, A... args) {
@@ -63,6 +64,10 @@ cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& p
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = early && ptx >= kFirstWithWait ? 1 : 0;
+  cudaError_t const launched = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
+  if (launched == cudaSuccess || config.numAttrs == 0) return launched;
+  cudaGetLastError();  // or the caller finds it
+  config.numAttrs = 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }
 

@@ -126,6 +126,11 @@ T __ldg(T const* from) {
   return *from;
 }
 
+template <class T>
+T __ldcg(T const* from) {
+  return *from;
+}
+
 using std::max;
 using std::min;
 

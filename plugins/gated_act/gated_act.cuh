@@ -71,12 +71,10 @@ __global__ void __launch_bounds__(kGatedActThreads)
   for (int i = 0; i < kGatedActVectors; ++i) {
     int64_t const at = first + i * kStride;
     if (at + kWidth <= count) {
-      Vector<T, kWidth> out;
+      float out[kWidth];
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        out.at[j] = fromFloat<T>(act(toFloat(g[i].at[j]), toFloat(u[i].at[j])));
-      }
-      store<kWidth>(y + at, out);
+      for (int j = 0; j < kWidth; ++j) out[j] = act(toFloat(g[i].at[j]), toFloat(u[i].at[j]));
+      storeWhole(y + at, fromFloats<T>(out));
     }
   }
   int const rest = int(count % kWidth);

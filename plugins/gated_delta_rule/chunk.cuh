@@ -72,19 +72,6 @@ struct alignas(16) ChunkRecord {
 };
 
 template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, Half>) {
-    __half2 const pair = __floats2half2_rn(low, high);
-    memcpy(&bits, &pair, sizeof bits);
-  } else {
-    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-    memcpy(&bits, &pair, sizeof bits);
-  }
-  return bits;
-}
-
-template <class T>
 __device__ __forceinline__ Vector<float, 2> unpack(uint32_t bits) {
   Vector<T, 2> pair;
   memcpy(&pair, &bits, sizeof bits);
@@ -93,9 +80,9 @@ __device__ __forceinline__ Vector<float, 2> unpack(uint32_t bits) {
 
 template <class T>
 __device__ __forceinline__ void split(float first, float second, uint32_t& high, uint32_t& low) {
-  high = pack<T>(first, second);
+  high = packed<T>(first, second);
   auto const rounded = unpack<T>(high);
-  low = pack<T>(first - rounded.at[0], second - rounded.at[1]);
+  low = packed<T>(first - rounded.at[0], second - rounded.at[1]);
 }
 
 // Of a tile in two accumulators of mma, columns 0-7 and 8-15.

@@ -174,16 +174,16 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
     float const qNorm = (l2Norm ? rsqrtf(sums.qq + kDeltaEpsilon) : 1.0f) * scale;
     float const decay = expf(token.g), strength = toFloat(token.beta);
     float update[kThreadColumns];
-    Vector<T, kThreadColumns> out;
+    float out[kThreadColumns];
 #pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) {
       float const error = (toFloat(token.v.at[c]) - decay * kNorm * sums.kS[c]) * strength;
       update[c] = kNorm * error;
-      out.at[c] = fromFloat<T>(qNorm * (decay * sums.qS[c] + sums.qk * update[c]));
+      out[c] = qNorm * (decay * sums.qS[c] + sums.qk * update[c]);
     }
     if (here && rowGroup == 0) {
       int64_t const ofHead = (blockIdx.z * tokens + t) * heads + head;
-      storeColumns<kVectors>(y + ofHead * V + column, out);
+      storeColumns<kVectors>(y + ofHead * V + column, fromFloats<T>(out));
     }
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {

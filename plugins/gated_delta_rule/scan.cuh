@@ -255,9 +255,8 @@ __device__ __forceinline__ void writeY(ScanShared<T, D> const& shared, ScanPlace
     for (int e = 0; e < 4; e += 2) {
       int const token = i * kTile + at.row + e / 2 * 8;
       if (token >= rows) continue;
-      store<2>(y + token * stride + at.half * 8 + at.pair,
-               Vector<T, 2>{fromFloat<T>(sum[i][e] + small[i][e]),
-                            fromFloat<T>(sum[i][e + 1] + small[i][e + 1])});
+      storeWhole(y + token * stride + at.half * 8 + at.pair,
+                 fromFloats<T, 2>({sum[i][e] + small[i][e], sum[i][e + 1] + small[i][e + 1]}));
     }
   }
 }

@@ -8,12 +8,12 @@ namespace llmexport {
 
 // One output: both rounding orders of __init__.py.
 template <class T>
-__device__ __forceinline__ T normedAndGated(float normed, T weight, T gate,
-                                             GatedRmsNormAttributes const& attributes) {
+__device__ __forceinline__ float normedAndGated(float normed, T weight, T gate,
+                                                GatedRmsNormAttributes const& attributes) {
   float const w = toFloat(weight), g = toFloat(gate);
   float const weighted =
       attributes.roundBeforeWeight ? rounded<T>(rounded<T>(normed) * w) : normed * w;
-  return fromFloat<T>(weighted * sigmoidTimes<T>(attributes.silu ? g : 1.0f, g));
+  return weighted * sigmoidTimes<T>(attributes.silu ? g : 1.0f, g);
 }
 
 // Block (threads of a row, rows): a head of 128 takes 16 threads, eight heads a block. Thread x
@@ -59,13 +59,13 @@ __global__ void __launch_bounds__(kRowMaxThreads, 1)
   for (int i = 0; i < kVectors; ++i) {
     int const column = int(threadIdx.x + i * blockDim.x) * kWidth;
     if (here && column < columns) {
-      Vector<T, kWidth> out;
+      float out[kWidth];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         float const normed = toFloat(in[i].at[j]) * scale;
-        out.at[j] = normedAndGated<T>(normed, w[i].at[j], g[i].at[j], attributes);
+        out[j] = normedAndGated<T>(normed, w[i].at[j], g[i].at[j], attributes);
       }
-      store<kWidth>(y + start + column, out);
+      storeWhole(y + start + column, fromFloats<T>(out));
     }
   }
 }
@@ -90,12 +90,12 @@ __global__ void __launch_bounds__(kRowTwoPassThreads)
     auto const in = load<kWidth>(x + start + column);
     auto const g = load<kWidth>(gate + start + column);
     auto const w = load<kWidth>(weight + column);
-    Vector<T, kWidth> out;
+    float out[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      out.at[j] = normedAndGated<T>(toFloat(in.at[j]) * scale, w.at[j], g.at[j], attributes);
+      out[j] = normedAndGated<T>(toFloat(in.at[j]) * scale, w.at[j], g.at[j], attributes);
     }
-    store<kWidth>(y + start + column, out);
+    storeWhole(y + start + column, fromFloats<T>(out));
   }
 }
 

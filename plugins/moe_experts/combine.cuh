@@ -21,11 +21,12 @@ __global__ void __launch_bounds__(kCombineThreads)
   int64_t const pair = blockIdx.x / rowBlocks;
   int const column = int(blockIdx.x % rowBlocks * kCombineThreads + threadIdx.x) * kWidth;
   if (column >= columns) return;
-  auto values = load<kWidth>(x + pair / slots * columns + column);
+  auto const values = load<kWidth>(x + pair / slots * columns + column);
   float const weight = toFloat(weights[pair]);
+  float out[kWidth];
 #pragma unroll
-  for (T& value : values.at) value = fromFloat<T>(toFloat(value) * weight);
-  store<kWidth>(scaled + pair * columns + column, values);
+  for (int i = 0; i < kWidth; ++i) out[i] = toFloat(values.at[i]) * weight;
+  storeWhole(scaled + pair * columns + column, fromFloats<T>(out));
 }
 
 // y[token] = sum over its slots, in their order, of weight * output, by fma in fp32, rounded to T
@@ -61,10 +62,7 @@ __global__ void __launch_bounds__(kCombineThreads)
       for (int j = 0; j < kWidth; ++j) sums[j] += toFloat(values[i].at[j]) * weight;
     }
   }
-  Vector<T, kWidth> out;
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) out.at[i] = fromFloat<T>(sums[i]);
-  store<kWidth>(y + token * columns + column, out);
+  storeWhole(y + token * columns + column, fromFloats<T>(sums));
 }
 
 }  // namespace llmexport

@@ -149,14 +149,6 @@ __device__ __forceinline__ void turnWords(uint32_t (&words)[4]) {
   }
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t wordOf(float low, float high) {
-  Vector<T, 2> const both{fromFloat<T>(low), fromFloat<T>(high)};
-  uint32_t word;
-  memcpy(&word, &both, sizeof word);
-  return word;
-}
-
 // A product and its sum with the bias, as torch rounds them. `at` is a column of the tile.
 template <class T, TileColumns kKind>
 __device__ __forceinline__ float sumWithBias(Projection const& p, GroupedShare const& share,
@@ -213,7 +205,7 @@ __device__ __forceinline__ void writeTile(Projection const& p, Routing const& ro
       }
       uint32_t w[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = wordOf<T>(values[2 * i], values[2 * i + 1]);
+      for (int i = 0; i < 4; ++i) w[i] = packed<T>(values[2 * i], values[2 * i + 1]);
       turnWords(w);
       Vector<uint32_t, 4> out{w[0], w[1], w[2], w[3]};
       if constexpr (kPairs) {
@@ -221,7 +213,9 @@ __device__ __forceinline__ void writeTile(Projection const& p, Routing const& ro
                w[0] >> 16 | (w[1] & 0xFFFF0000), w[2] >> 16 | (w[3] & 0xFFFF0000)};
       }
       int const column = share.columnTile * kOutputColumns<kKind> + first + lane * kChunk;
-      if (there && column < p.columns) store<4>(reinterpret_cast<uint32_t*>(output + column), out);
+      if (there && column < p.columns) {
+        storeWhole(reinterpret_cast<uint32_t*>(output + column), out);
+      }
     }
   }
 }

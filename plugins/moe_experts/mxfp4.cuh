@@ -86,9 +86,8 @@ __device__ __forceinline__ void decodeMxfp4(uint32_t (&pairs)[4], uint32_t word,
   float const wide = mxfp4Scale(scale);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    Vector<T, 2> const pair{fromFloat<T>(mxfp4Value(word >> 4 * i & 15) * wide),
-                            fromFloat<T>(mxfp4Value(word >> (4 * i + 16) & 15) * wide)};
-    pairs[i] = bitsAs<uint32_t>(pair);
+    pairs[i] = packed<T>(mxfp4Value(word >> 4 * i & 15) * wide,
+                         mxfp4Value(word >> (4 * i + 16) & 15) * wide);
   }
 }
 

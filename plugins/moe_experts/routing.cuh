@@ -44,7 +44,9 @@ template <int kRows>
 __device__ __forceinline__ Share findSorted(Routing const& routing, unsigned at, int columnTiles,
                                             int (&pairs)[kRows]) {
   constexpr int kBand = 16;  // row tiles; of 128 rows by 4096 of 16 bits they are 16 MB
-  RowTile const tile = routing.tiles[at / columnTiles];
+  // A projection may read these before its own wait, while another kernel ends: not from an L1.
+  int4 const read = __ldcg(reinterpret_cast<int4 const*>(routing.tiles) + at / columnTiles);
+  RowTile const tile{read.x, read.y, read.z, read.w};
   if (tile.expert < 0) return {};
   int const rowTiles = int(ceilDiv(tile.endRow - tile.firstRow, kRows));
   int const local = int(at - int64_t(tile.firstTile) * columnTiles);
@@ -53,7 +55,7 @@ __device__ __forceinline__ Share findSorted(Routing const& routing, unsigned at,
   int const within = local - band * columnTiles;
   int const first = tile.firstRow + (band + within % height) * kRows;
   int const rows = tile.endRow - first < kRows ? tile.endRow - first : kRows;
-  if (int(threadIdx.x) < rows) pairs[threadIdx.x] = routing.order[first + threadIdx.x];
+  if (int(threadIdx.x) < rows) pairs[threadIdx.x] = __ldcg(routing.order + first + threadIdx.x);
   return {tile.expert, rows, within / height};
 }
 

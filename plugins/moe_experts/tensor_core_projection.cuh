@@ -140,8 +140,7 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
       int const row = warpRow + i * kMmaRows + half * 8 + lane / 4;
 #pragma unroll
       for (int j = 0; j < S::kColumnTiles; ++j) {
-        Vector<T, 2> const two{fromFloat<T>(sums[i][j][2 * half]),
-                               fromFloat<T>(sums[i][j][2 * half + 1])};
+        auto const two = fromFloats<T, 2>({sums[i][j][2 * half], sums[i][j][2 * half + 1]});
         store<2>(tile + row * kPitch + warpColumn + j * kMmaColumns + lane % 4 * 2, two);
       }
     }
@@ -171,6 +170,7 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
       int const column = (share.columnTile * S::kColumns + c) / 2;
       if (column >= p.columns) continue;
       withActivation<T>(p, [&](auto act) {
+        // Eight floats before they are rounded would spill.
         Vector<T, kChunk> out;
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) {
@@ -184,10 +184,10 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int const column = share.columnTile * S::kColumns + c + half * kChunk;
-        Vector<T, kChunk> out;
+        float out[kChunk];
 #pragma unroll
-        for (int e = 0; e < kChunk; ++e) out.at[e] = fromFloat<T>(values[half * kChunk + e]);
-        if (column < p.columns) store<kChunk>(output + column, out);
+        for (int e = 0; e < kChunk; ++e) out[e] = values[half * kChunk + e];
+        if (column < p.columns) storeWhole(output + column, fromFloats<T>(out));
       }
     }
   }
@@ -277,8 +277,7 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
 // Block b takes share b and, if persistent, those that follow at steps of the grid.
 //
 // The projection down reads the sorted pairs before its wait: the one up lets it start only after a
-// wait of its own, so that the sort has ended and its writes are where all SMs read. That they are
-// seen is by the letter promised only by one's own wait.
+// wait of its own, so that the sort has ended and its writes are in the L2, where findShare reads.
 template <class T, class W, bool kTransposed, class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     tensorCoreProjectionKernel(Projection p, Routing routing, int columnTiles, unsigned shares) {

@@ -188,13 +188,26 @@ template <class S>
 __device__ __forceinline__ void loadScales(Projection const& p, Share const& share,
                                            unsigned char* scales) {
   constexpr unsigned char kOne = 127;
-  int const pitch = scalePitch(p.depth, S::kDepth), blocks = p.depth / kMoeScaleBlock;
+  int depth = p.depth;
+  keepInLoop(depth);
+  int const pitch = scalePitch(depth, S::kDepth), blocks = depth / kMoeScaleBlock;
   uint8_t const* const from = p.scales + int64_t(share.expert) * p.width() * blocks;
-  for (int c = threadIdx.x / kWarp; c < S::kColumns; c += S::kThreads / kWarp) {
-    int const column = weightColumn<S>(p, share.columnTile, c, false);
+  // A warp has every kWarps-th column, and waits once for a batch of them; of more, registers spill.
+  constexpr int kWarps = S::kThreads / kWarp, kBatch = 8;
+  static_assert(S::kColumns % (kBatch * kWarps) == 0);
+#pragma unroll 1
+  for (int first = threadIdx.x / kWarp; first < S::kColumns; first += kBatch * kWarps) {
+#pragma unroll 1
     for (int block = threadIdx.x % kWarp; block < pitch; block += kWarp) {
-      bool const valid = column >= 0 && block < blocks;
-      scales[c * pitch + block] = valid ? from[int64_t(column) * blocks + block] : kOne;
+      unsigned char read[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        int const column = weightColumn<S>(p, share.columnTile, first + i * kWarps, false);
+        bool const valid = column >= 0 && block < blocks;
+        read[i] = valid ? from[place(column, blocks, block)] : kOne;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) scales[(first + i * kWarps) * pitch + block] = read[i];
     }
   }
 }

@@ -31,11 +31,14 @@ __global__ void __launch_bounds__(kRopeThreads)
   for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
     if (unit >= rotating) {
       int64_t const at = row0 + 2 * pairs + int64_t(unit - rotating) * kWidth;
+      Vector<T, kWidth> same[kRopeHeads];
 #pragma unroll
       for (int h = 0; h < kRopeHeads; ++h) {
-        if (head0 + h < heads) {
-          store<kWidth>(y + at + h * headStride, load<kWidth>(x + at + h * headStride));
-        }
+        if (head0 + h < heads) same[h] = load<kWidth>(x + at + h * headStride);
+      }
+#pragma unroll
+      for (int h = 0; h < kRopeHeads; ++h) {
+        if (head0 + h < heads) storeWhole<kWidth>(y + at + h * headStride, same[h]);
       }
       continue;
     }
@@ -54,8 +57,8 @@ __global__ void __launch_bounds__(kRopeThreads)
     auto const s = load<kWidth>(sin + token * pairs + unit * kWidth);
 #pragma unroll
     for (int h = 0; h < kRopeHeads; ++h) {
-      if (head0 + h >= heads) break;
-      Vector<T, kWidth> out[2];
+      if (head0 + h >= heads) continue;
+      float out[2][kWidth];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         constexpr int kStep = kInterleaved ? 2 : 1;
@@ -65,13 +68,13 @@ __global__ void __launch_bounds__(kRopeThreads)
         float const second = toFloat(in[h][other / kWidth].at[other % kWidth]);
         float const cosine = toFloat(c.at[j]), sine = toFloat(s.at[j]);
         // Each product is rounded, as in torch: fma would give other bits.
-        out[one / kWidth].at[one % kWidth] =
-            fromFloat<T>(__fsub_rn(__fmul_rn(first, cosine), __fmul_rn(second, sine)));
-        out[other / kWidth].at[other % kWidth] =
-            fromFloat<T>(__fadd_rn(__fmul_rn(second, cosine), __fmul_rn(first, sine)));
+        out[one / kWidth][one % kWidth] =
+            __fsub_rn(__fmul_rn(first, cosine), __fmul_rn(second, sine));
+        out[other / kWidth][other % kWidth] =
+            __fadd_rn(__fmul_rn(second, cosine), __fmul_rn(first, sine));
       }
-      store<kWidth>(y + at + h * headStride, out[0]);
-      store<kWidth>(y + at + h * headStride + apart, out[1]);
+      storeWhole(y + at + h * headStride, fromFloats<T>(out[0]));
+      storeWhole(y + at + h * headStride + apart, fromFloats<T>(out[1]));
     }
   }
 }

@@ -121,19 +121,18 @@ __global__ void __launch_bounds__(kAttentionThreads, DecodeShape<kD>::kBlocks)
     float const level = results.merge(inBlock, column, sum, wide);
     if (call.splits == 1) {
       float const factor = normaliser(level, sum, call.sink(place.group, row));
-      Vector<T, kWidth> out;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) out.at[i] = fromFloat<T>(wide[i] * factor);
+      for (int i = 0; i < kWidth; ++i) wide[i] *= factor;
       int64_t const to = call.place(place.batch, place.group, row) * call.size;
-      store<kWidth>(call.y + to + column, out);
+      storeWhole(call.y + to + column, fromFloats<T>(wide));
     } else {
       int64_t const part = call.part(place.batch, place.group, row, place.split);
       float const factor = normaliser(level, sum, -INFINITY);
 #pragma unroll
       for (int i = 0; i < kWidth; i += 4) {
-        store<4>(call.partial + part * call.size + column + i,
-                 Vector<float, 4>{wide[i] * factor, wide[i + 1] * factor, wide[i + 2] * factor,
-                                  wide[i + 3] * factor});
+        storeWhole<4>(call.partial + part * call.size + column + i,
+                      Vector<float, 4>{wide[i] * factor, wide[i + 1] * factor,
+                                       wide[i + 2] * factor, wide[i + 3] * factor});
       }
       if (column == 0) call.logWeight[part] = level + log2f(sum);
     }

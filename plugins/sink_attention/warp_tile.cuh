@@ -6,18 +6,6 @@
 
 namespace llmexport {
 
-// Two floats as T, the first in the low half.
-template <class T>
-__device__ __forceinline__ uint32_t packed(float low, float high) {
-  if constexpr (std::is_same_v<T, Half>) {
-    __half2 const pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<uint32_t const&>(pair);
-  } else {
-    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<uint32_t const&>(pair);
-  }
-}
-
 // kTiles * 16 rows of one warp. In fp32: logits, their level, sums and values. Rounded to T: the
 // weights, before they meet the values and before they are divided by their sum, which adds them
 // unrounded (FlashAttention-2; __init__.py rounds the result alone, transformers the divided

@@ -9,7 +9,9 @@ namespace {
 struct Facts {
   int device, ptx, staticBytes;       // what the runtime says
   int asked, times;                   // bytes of dynamic shared memory, and how often
-  int dynamicBytes, early, launched;  // of the last launch
+  int dynamicBytes, early, launched;  // of the last launch, and how many were asked for
+  int refuses;                        // what a launch is refused for: 1, that it is early; 2, anything
+  int lastError;
 } facts;
 
 void first(int) {}
@@ -46,7 +48,15 @@ cudaError_t cudaLaunchKernelExC(cudaLaunchConfig_t const* config, void const*, v
     facts.early += config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
   }
   ++facts.launched;
-  return cudaSuccess;
+  bool const refused = facts.refuses == 2 || (facts.refuses == 1 && facts.early);
+  if (refused) facts.lastError = cudaErrorInvalidResourceHandle;
+  return refused ? cudaErrorInvalidResourceHandle : cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() {
+  auto const last = cudaError_t(facts.lastError);
+  facts.lastError = cudaSuccess;
+  return last;
 }
 
 Facts* launch_facts() { return &facts; }

@@ -10,7 +10,7 @@ from native import EMULATED, PLUGINS, SANITIZED, compiled, need_gpu, need_nvcc
 HERE = Path(__file__).parent / "emulator"
 BUGS = ("-DBUG_NO_WAIT", "-DBUG_NO_BARRIER", "-DBUG_RACE", "-DBUG_LAG")
 SEEDS = ("0", "1", "2")
-RIGHT = ("gemm", "sum", "halves", "match", "rotate", "take", "chain", "too_many_threads")
+RIGHT = ("gemm", "sum", "halves", "match", "rotate", "take", "chain", "mxfp4", "too_many_threads")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import pytest
 from native import compiled
 
 SHARED_BYTES = 99 * 1024  # that launch.cpp's device has for a block
+EARLY, ANYTHING = 1, 2  # what launch.cpp's device refuses
+INVALID_HANDLE = 400  # cudaErrorInvalidResourceHandle
 STATIC = 4368  # of sortPairsKernel, whose dynamic bytes go up to the 48 KB that need no asking
 
 
@@ -18,6 +20,7 @@ class Facts(ctypes.Structure):
     _fields_ = [
         (n, ctypes.c_int)
         for n in ("device", "ptx", "static_bytes", "asked", "times", "dynamic_bytes", "early", "launched")
+        + ("refuses", "last_error")
     ]
 
 
@@ -35,9 +38,17 @@ def launched(tmp_path: Path) -> Launched:
     library.launch_facts.restype = ctypes.POINTER(Facts)
     facts: Facts = library.launch_facts().contents
 
-    def launch(second: bool = False, early: bool = False, dynamic: int = 0, device: int = 0, ptx: int = 90) -> Facts:
-        facts.device, facts.ptx, facts.static_bytes = device, ptx, STATIC
-        assert library.launch_kernel(ctypes.c_bool(second), ctypes.c_bool(early), dynamic) == 0
+    def launch(
+        second: bool = False,
+        early: bool = False,
+        dynamic: int = 0,
+        device: int = 0,
+        ptx: int = 90,
+        refuses: int = 0,
+        code: int = 0,
+    ) -> Facts:
+        facts.device, facts.ptx, facts.static_bytes, facts.refuses = device, ptx, STATIC, refuses
+        assert library.launch_kernel(ctypes.c_bool(second), ctypes.c_bool(early), dynamic) == code
         assert facts.dynamic_bytes == dynamic
         return facts
 
@@ -71,3 +82,15 @@ def test_starts_early_only_where_the_code_has_the_wait(launched: Launched, ptx: 
     """Code for sm_80 that a later GPU runs has none, whatever the GPU."""
     assert launched(early=True, ptx=ptx).early == early
     assert launched(early=False, ptx=ptx).early == 0
+
+
+def test_an_early_launch_that_is_refused_is_repeated_as_any_other(launched: Launched) -> None:
+    """With the same arguments, and no error is left for the caller to find."""
+    facts = launched(early=True, dynamic=1024, refuses=EARLY)
+    assert (facts.launched, facts.early, facts.last_error) == (2, 0, 0)
+
+
+def test_what_is_refused_for_another_reason_is_an_error(launched: Launched) -> None:
+    """Of a launch that is not early at once, and of an early one after the second try."""
+    assert launched(refuses=ANYTHING, code=INVALID_HANDLE).launched == 1
+    assert launched(early=True, refuses=ANYTHING, code=INVALID_HANDLE).launched == 3

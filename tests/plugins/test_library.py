@@ -8,12 +8,11 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import onnx.onnx_cpp2py_export
 import pytest
-from native import GATE, ROOT, cuda_library, need_nvcc, seconds_to_build
+from native import GATE, ROOT, cuda_library, cuda_tool, need_nvcc, seconds_to_build
 from plugin_cases import served
 
 from llmexport.plugins import library
@@ -41,11 +40,9 @@ def test_is_small_enough_to_ship() -> None:
 
 def test_holds_code_for_every_architecture_and_ptx_for_the_next() -> None:
     path = cuda_library()
-    wheels = [str(p) for p in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
-    found = shutil.which("cuobjdump", path=os.pathsep.join([*wheels, os.environ.get("PATH", "")]))
-    if not found:
-        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump")
-    listed = subprocess.run([found, "-lelf", "-lptx", path], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [cuda_tool("cuobjdump"), "-lelf", "-lptx", path], capture_output=True, text=True, check=True
+    ).stdout
     assert set(re.findall(r"sm_(\d+)\.cubin", listed)) == set(library.ARCHS)
     assert set(re.findall(r"sm_(\d+)\.ptx", listed)) == {library.ARCHS[-1]}
 

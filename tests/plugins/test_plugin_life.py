@@ -7,6 +7,7 @@ import struct
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from native import gpu_library
@@ -28,7 +29,7 @@ from plugin_host import (
     desc,
     field,
 )
-from plugin_memory import GpuMemory
+from plugin_memory import CpuMemory, GpuMemory, Memory
 
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
@@ -271,6 +272,22 @@ def test_numbers_are_the_references(machine: Machine, case: Case, dtype: str) ->
         assert name not in case.exact or (have == want).all()
 
 
+def test_numbers_are_right_in_a_profile_of_larger_shapes(machine: Machine, case: Case) -> None:
+    """Where parts of the workspace lie follows from the shapes, and what lies between them is NaN."""
+    dtype = case.dtypes[-1]
+    plugin = created(machine.library, case).attach()
+    larger = replace(case, sizes={**case.sizes, "B": case.sizes["B"] + 1, "T": 2 * case.sizes["T"] + 3})
+    most = all_descs(plugin, larger, dtype)
+    inputs = case.tensors(dtype)
+    plugin.configure(all_descs(plugin, case, dtype), most)
+    memory = machine.memory()
+    run = plugin.prepare(memory, [array_of(x) for x in inputs], most=most)
+    run.enqueue(memory.stream)
+    for want, have in zip(case.expected(inputs), run.results(), strict=True):
+        units = case.units[want.dtype.itemsize == 2] * UNIT[dtype if want.dtype.itemsize == 2 else "fp32"]
+        assert compare(want, have).excess(Tolerance(units, units, scaled=True)) <= 1
+
+
 def test_two_contexts_share_one_plugin(machine: Machine, case: Case) -> None:
     """Each keeps the shapes it was given, though the other's changed in between."""
     plugin, dtype = created(machine.library, case), case.dtypes[0]
@@ -294,6 +311,40 @@ CHAINS = {
 }
 CHAINS["splits"] = replace(CHAINS["splits"], sizes={**CASES["SinkAttention"].sizes, "T": 1, "S": 600})
 ON_GPU = {**CASES, **CHAINS}
+ROUTED = [n for n, case in ON_GPU.items() if case.op == "MoeExperts"]
+ROUTINGS, REPLAYS, CALLS = 7, 1000, 10  # of a graph on a GPU; of the plugin on the emulator
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_each_replay_follows_its_own_routing(machine: Machine, name: str) -> None:
+    """Bit by bit as a launch of that routing alone: nothing of the replay before is seen."""
+    case, memory = ON_GPU[name], machine.memory()
+    inputs = [array_of(x) for x in case.tensors("bf16")]
+    at, random = case.inputs.index("experts"), np.random.default_rng(0)
+    shape = (*inputs[at].shape[:-1], case.sizes["E"])
+    routings = [random.random(shape).argsort(-1)[..., : case.sizes["K"]].astype(np.int32) for _ in range(ROUTINGS)]
+    plugin = created(machine.library, case).attach()
+    alone = [plugin.run(memory, [*inputs[:at], r, *inputs[at + 1 :]])[0].tobytes() for r in routings]
+    assert len(set(alone)) == ROUTINGS
+    run = plugin.prepare(memory, inputs)
+    replay, count = (lambda: run.enqueue(memory.stream)), CALLS
+    if not isinstance(memory, CpuMemory):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run.enqueue(torch.cuda.current_stream().cuda_stream)
+        replay, count = graph.replay, REPLAYS
+    for i in range(count):
+        write(memory, run.inputs[at], routings[i % ROUTINGS])
+        replay()
+        assert run.results()[0].tobytes() == alone[i % ROUTINGS], i
+
+
+def write(memory: Memory, address: int, values: np.ndarray) -> None:
+    content = values.reshape(-1).view(np.uint8)
+    if isinstance(memory, CpuMemory):
+        memory.blocks[address][:] = content
+    else:
+        memory.blocks[address].copy_(torch.from_numpy(content))
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import pytest
 from attention_nodes import Shape, attention, name, near, run
 from kernel_numbers import HALVES
 from plugin_host import Machine
+from plugin_memory import CpuMemory
 
 # Rows that fill no tile of 128, one and more; keys of one tile, several, and more than the ring holds; heads that fill
 # their columns or do not. On the emulator's 4 SMs those of few blocks and many keys take them in two or three splits.
@@ -56,6 +57,13 @@ pytestmark = pytest.mark.usefixtures("wgmmas")
 @pytest.mark.parametrize("shape", [*SIZES, *RAGGED, *WINDOWED, *CAPPED], ids=name)
 def test_sizes(machine: Machine, shape: Shape, dtype: str) -> None:
     assert near(machine, shape, dtype)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_fewer_keys_than_a_box_of_tma_holds(machine: Machine, size: int) -> None:
+    """All of them on a GPU, where the driver makes the boxes; some rows come before the first key."""
+    some = (1, 7, 65, 127) if machine.memory is CpuMemory else range(1, 128)
+    assert [s for s in some if not near(machine, Shape(1, 10, 1, 7, s, size), "bf16")] == []
 
 
 @pytest.mark.parametrize("sink", [None, 1.0, -np.inf])

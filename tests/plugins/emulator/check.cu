@@ -3,12 +3,14 @@
 // checks the emulator itself.
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "array.h"
 #include "common/device.h"
 #include "kernels.cuh"
+#include "moe_experts/mxfp4.cuh"
 
 using namespace llmexport;
 
@@ -100,6 +102,43 @@ bool chainIsRight() {
   return true;
 }
 
+// Thread s decodes the codes from 0 to 15 with scale s, eight a word.
+template <class T>
+__global__ void decodeAll(uint32_t* pairs) {
+  for (int half = 0; half < 2; ++half) {
+    uint32_t decoded[4];
+    decodeMxfp4<T>(decoded, half ? 0xFEDCBA98u : 0x76543210u, int(threadIdx.x));
+    for (int i = 0; i < 4; ++i) pairs[threadIdx.x * 8 + half * 4 + i] = decoded[i];
+  }
+}
+
+// Every code with every scale, as the nearest T; 255 is no scale, and gives no number.
+template <class T>
+bool mxfp4IsRight() {
+  constexpr int kScales = 256;
+  constexpr float kMagnitudes[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  Array<uint32_t> y(std::vector<uint32_t>(kScales * 8, 0xFFFFFFFF));
+  run(decodeAll<T>, 1, kScales, y.data);
+  auto const found = y.host();
+  for (int scale = 0; scale < kScales; ++scale) {
+    for (int code = 0; code < 16; ++code) {
+      // Values i and i + 4 of a word are pair i.
+      uint32_t const pair = found[scale * 8 + code / 8 * 4 + code % 4];
+      auto const bits = uint16_t(code % 8 < 4 ? pair : pair >> 16);
+      T value;
+      std::memcpy(static_cast<void*>(&value), &bits, sizeof value);
+      if (scale == 255) {
+        if (std::isfinite(float(value))) return false;
+        continue;
+      }
+      float const wide = std::ldexp(kMagnitudes[code % 8], scale - 127);
+      T const wanted(code < 8 ? wide : -wide);
+      if (std::memcmp(&value, &wanted, sizeof value) != 0) return false;
+    }
+  }
+  return true;
+}
+
 bool check(std::string const& name) {
   Array<float> x(std::vector<float>(100)), y(std::vector<float>(100));
   Array<int> z(std::vector<int>(32));
@@ -113,6 +152,7 @@ bool check(std::string const& name) {
   if (name == "rotate") return rotateTwiceIsRight();
   if (name == "take") return takeAfterWorkIsRight();
   if (name == "chain") return chainIsRight();
+  if (name == "mxfp4") return mxfp4IsRight<Bfloat16>() && mxfp4IsRight<Half>();
   if (name == "out_of_bounds") run(copyUnchecked, 1, 128, x.data, y.data);
   if (name == "past_shared_end") run(pastSharedEnd, 1, 32, y.data);
   if (name == "misaligned") run(copyShifted, 1, 8, x.data, y.data);

@@ -1,0 +1,105 @@
+"""The machine code of the kernels: what the compiler made of vectors, conversions and reads, for SM 90."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from native import cuda_library, cuda_tool
+
+# An instruction without its address and predicate: `STG.E.128`.
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+# The element type and the elements of an access are the first two template arguments of all.
+WIDE = re.compile(
+    r"(rope|addRmsNorm|addRmsNormTwoPass|gatedAct|gatedRmsNorm|gatedRmsNormTwoPass|causalConv1d|scaleInput|combine)"
+    r"Kernel<(__half|__nv_bfloat16|float), (?:\(int\))?(4|8)[,>]"
+)
+Code = dict[str, list[str]]
+
+
+def code_of(listing: str) -> Code:
+    """The instructions of each kernel, by its name as C++ writes it."""
+    parts = re.split(r"^\s+Function : (\S+)$", listing, flags=re.MULTILINE)
+    names = subprocess.run(["c++filt"], input="\n".join(parts[1::2]), capture_output=True, text=True, check=True).stdout
+    return dict(zip(names.splitlines(), map(INSTRUCTION.findall, parts[2::2]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def code() -> Code:
+    library, cuobjdump = cuda_library(), cuda_tool("cuobjdump")
+    # cuobjdump calls nvdisasm.
+    folders = [os.path.dirname(cuda_tool("nvdisasm")), os.environ.get("PATH", "")]
+    environment = {**os.environ, "PATH": os.pathsep.join(folders)}
+    command = [cuobjdump, "-sass", "-arch"]
+    listings = [
+        subprocess.run([*command, arch, library], env=environment, capture_output=True, text=True, check=True).stdout
+        for arch in ("sm_90", "sm_90a")
+    ]
+    return code_of("".join(listings))
+
+
+def wide(code: Code) -> Iterator[tuple[str, list[str]]]:
+    """Kernels whose accesses have 16 bytes."""
+    found = {name: match for name in code if (match := WIDE.search(name))}
+    assert {match[1] for match in found.values()} == set(WIDE.pattern.split(")Kernel")[0].lstrip("(").split("|"))
+    return ((name, code[name]) for name in found)
+
+
+def test_vector_kernels_store_whole_vectors(code: Code) -> None:
+    """gated_act's last block also has the elements that fill no vector: one store."""
+    for name, instructions in wide(code):
+        narrow = [i for i in instructions if i.startswith(("STG", "ST.")) and "128" not in i]
+        assert len(narrow) <= ("gatedActKernel" in name), (name, narrow)
+        assert any(i.startswith("STG") and "128" in i for i in instructions), name
+
+
+def test_vector_kernels_load_whole_vectors(code: Code) -> None:
+    """scale and combine also read weights and experts, one at a time."""
+    for name, instructions in wide(code):
+        loads = [i for i in instructions if i.startswith("LDG.")]
+        assert any("128" in i for i in loads), name
+        scalars = {"gatedActKernel": 2}.get(name.partition("<")[0].rpartition("::")[2], 0)
+        if "scaleInput" not in name and "combine" not in name:
+            assert len([i for i in loads if "128" not in i]) <= scalars, (name, loads)
+
+
+def test_nothing_converts_one_value_to_16_bits(code: Code) -> None:
+    """F2F has a sixteenth of the rate of F2FP, which converts a pair."""
+    assert {n: i for n, its in code.items() for i in its if re.match(r"F2F\.(BF16|F16)", i)} == {}
+    assert any(i.startswith("F2FP.BF16") for its in code.values() for i in its)
+
+
+def test_exp_and_reciprocal_of_16_bit_results_take_one_instruction(code: Code) -> None:
+    """Each: those that keep subnormals scale before and after, by a comparison and two products."""
+    for name in (n for n in code if re.search(r"gatedActKernel<(__half|__nv_bfloat16), .*Silu", n)):
+        assert not [i for i in code[name] if i.startswith("FSETP")], name
+
+
+def test_no_16_bit_result_of_the_delta_rule_is_stored_on_its_own(code: Code) -> None:
+    scans = [n for n in code if "scanKernel<" in n]
+    assert len(scans) == 4
+    assert [n for n in scans if any(i.startswith("STG.E.U16") for i in code[n])] == []
+
+
+def projections(code: Code) -> list[str]:
+    found = [n for n in code if "tensorCoreProjectionKernel<" in n]
+    assert found
+    return found
+
+
+def test_a_projection_reads_what_was_sorted_past_the_l1(code: Code) -> None:
+    """It may read before its own wait, when nothing has emptied that: the tile, and the pairs of its rows."""
+    for name in projections(code):
+        strong = {i for i in code[name] if i.startswith("LDG.E") and "STRONG.GPU" in i}
+        assert strong == {"LDG.E.128.STRONG.GPU", "LDG.E.STRONG.GPU"}, name
+
+
+def test_scales_of_mxfp4_are_read_eight_at_a_time(code: Code) -> None:
+    for name in (n for n in projections(code) if "Mxfp4" in n):
+        scales = [i for i in code[name] if i in ("LDG.E.U8", "STS.U8")]
+        runs = [len(run) for run in re.findall("(?:L)+", "".join(i[0] for i in scales))]
+        assert scales[0] == "LDG.E.U8", name
+        assert min(runs) >= 8, (name, runs)
