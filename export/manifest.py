@@ -17,7 +17,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.identity import SAYS, WAYS, Held, changed, examine, whole_digest
 from llmexport.export.output import write_files
 from llmexport.export.spec import Assembly, Port, Step, from_data, to_data
-from llmexport.export.stamp import stamp
+from llmexport.export.stamp import check_stamp, read_errors, stamp
 from llmexport.plugins.regular import read_regular
 
 if TYPE_CHECKING:
@@ -125,17 +125,20 @@ class Manifest:
     def checked(self) -> str:
         """What was read of the weights to tell that they are those that were exported, for people."""
         ways = Counter(held.how for held in self.held.values())
-        texts = [f"{ways[how]} of {len(self.held)} files: {text}" for how, text in SAYS.items() if ways[how]]
-        if self.digested:
-            texts.append("digests of all bytes were recorded just now, nothing earlier to compare them with")
-        return "; ".join(texts) or "no weights"
+        rest = "read for the first time and their digests recorded" if self.digested else "not read"
+        said = [
+            f"{ways[how]} of {len(self.held)} files: {text.format(rest=rest)}"
+            for how, text in SAYS.items()
+            if ways[how]
+        ]
+        return "; ".join(said) or "no weights"
 
     def check_untouched(self) -> None:
         """Raise ExportError if a weight file was written or replaced since it was held against the manifest."""
         for name, held in self.held.items():
             path = self.folder / name
-            if not path.exists() or stamp(path) != held.stamp:
-                raise ExportError(f"{path} changed while it was used: run this again when nothing writes to it")
+            with read_errors(path):
+                check_stamp(path, held.stamp, path)
 
 
 def verified(found: Manifest) -> Manifest:
