@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import reprlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
+from llmexport.export.stamp import Stamp, stamp
+from llmexport.export.stamp import read_errors as _read_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,9 @@ _DTYPES_BY_SIZE = {
 NUMPY_NAME = dict(pair.split("=") for pairs in _DTYPES_BY_SIZE.values() for pair in pairs.split())
 ITEMSIZE = {pair.split("=")[0]: size for size, pairs in _DTYPES_BY_SIZE.items() for pair in pairs.split()}
 
+_KEYS = {"dtype", "shape", "data_offsets"}
 MAX_HEADER = 100_000_000  # the format's own limit
+MAX_TENSORS = 500_000  # in a file; the largest models published have some 100,000
 MAX_RANK = 32  # numpy 1 takes no more
 MAX_NBYTES = 2**63 - 1  # numpy, ONNX and the file system count in int64
 
@@ -56,6 +59,7 @@ class Shard:
     file: str
     nbytes: int  # of the whole file
     header_sha256: str  # of the header, not of the data: 140 GB open in milliseconds
+    stamp: Stamp  # when the header was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +126,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], Shard]:
     """Read and check the header of one safetensors file; tensors come in the order of their data."""
-    with _read_errors(path):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, MAX_HEADER):
-                problem = f"is no safetensors file: {size} bytes, of which it claims {length} for a header"
-                raise _broken(path, f"{problem} (after git clone: `git lfs pull`)")
-            header = file.read(length)
-
+    with _read_errors(path), path.open("rb") as file:
+        seen = stamp(file.fileno())
+        size, length = seen.nbytes, int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_HEADER):
+            problem = f"is no safetensors file: {size} bytes, of which it claims {length} for a header"
+            raise _broken(path, f"{problem} (after git clone: `git lfs pull`)")
+        header = file.read(length)
+        # Each entry is an object. Beyond this a file is made to take time and memory, not to hold a model.
+        if header.count(b"{") > MAX_TENSORS:
+            raise ExportError(f"{path} describes over {MAX_TENSORS} tensors: is it the weights of a language model?")
+        if stamp(file.fileno()) != seen:
+            raise ExportError(f"{path} changes while it is read: wait until nothing writes to it")
     entries = _parse_object(header, path)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -149,22 +156,22 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], Shard]:
         problem = "is truncated" if size < end else "is too long"
         raise _broken(path, f"{problem}: its header describes {end} bytes, it has {size}")
     digest = hashlib.sha256(header).hexdigest()
-    return {tensor.name: tensor for tensor in tensors}, Shard(path.name, size, digest)
+    return {tensor.name: tensor for tensor in tensors}, Shard(path.name, size, digest, seen)
 
 
 def _read_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    has = f"has tensor {_show(name)} with"
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise _broken(path, f"{has} {_show(entry)} in place of dtype, shape and data_offsets")
+    if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
+        raise _broken_entry(path, name, f"{_show(entry)} in place of dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        has = f"has tensor {_show(name)} with"
         raise ExportError(f"{path} {has} dtype {_show(dtype)}: convert it to one of {', '.join(ITEMSIZE)}")
     if not _is_shape(shape):
-        raise _broken(path, f"{has} the impossible shape {_show(shape)}")
+        raise _broken_entry(path, name, f"the impossible shape {_show(shape)}")
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
-        kind = f"{dtype} {_show(shape)}"
-        raise _broken(path, f"{has} data_offsets {_show(offsets)}, but {kind} takes {nbytes} bytes")
+        takes = f"{dtype} {_show(shape)} takes {nbytes} bytes"
+        raise _broken_entry(path, name, f"data_offsets {_show(offsets)}, but {takes}")
     return StoredTensor(name, dtype, tuple(shape), path.name, data_start + offsets[0], nbytes)
 
 
@@ -209,11 +216,9 @@ def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {key!r} appears twice")
-        result[key] = value
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError(f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} appears twice")
     return result
 
 
@@ -237,14 +242,9 @@ def _few(names: list[str]) -> str:
     return ", ".join(map(_show, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
+def _broken_entry(path: Path, name: str, problem: str) -> ExportError:
+    return _broken(path, f"has tensor {_show(name)} with {problem}")
+
+
 def _broken(path: Path, problem: str) -> ExportError:
     return ExportError(f"{path} {problem}: the file is damaged, download it again")
-
-
-@contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        what = f"cannot read {error.filename or path}: {error.strerror}"
-        raise ExportError(f"{what}: check that it is there and that you may read it") from error

@@ -27,7 +27,8 @@ from typing import Any
 from llmexport.export import manifest
 from llmexport.export.assembly import Assembly
 from llmexport.export.errors import EngineError
-from llmexport.export.onnx_file import MODEL, Progress, load
+from llmexport.export.manifest import MODEL
+from llmexport.export.onnx_file import Progress, load
 from llmexport.export.output import write_errors
 from llmexport.export.spec import BATCH, PAST, SEQUENCE, TOTAL, Port
 from llmexport.export.tensorrt_form import tensorrt_form
@@ -135,6 +136,7 @@ def build(
     profile: Profile | None = None,
     plugins: Path | None = None,
     timeout: float | None = None,
+    verify: bool = False,
     progress: Progress,
 ) -> dict[str, Any]:
     """Builds an engine of the export in `folder` and writes it there; returns what `engine.json` says.
@@ -143,12 +145,16 @@ def build(
     None, are built from their function bodies.
 
     timeout: seconds until the builder is given up, None to wait. Whatever fails, an earlier engine stays.
+    verify: every byte of the weights is held against the digests of the export. What was read of them is in "checked".
     Raises EngineError, and ExportError if `folder` is no export, was changed since, or cannot be written.
     """
     chosen = check_backend(backend)
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
     sizes = (profile or Profile()).resolve(export.assembly.inputs)
+    if verify:
+        progress("verify the weights", 0, 1)
+        export = manifest.verified(export)
     served = library.served(plugins) if plugins else frozenset()
     model, plugin_nodes = tensorrt_form(load(export), served)
     with write_errors(folder / PLAN), tempfile.TemporaryDirectory(prefix=".llmexport-", dir=folder) as hidden:
@@ -163,13 +169,15 @@ def build(
             "backend": backend,
             "target": chosen.target,
             **{k: export.data[k] for k in ("arch", "block", "dtype", "inputs", "outputs")},
-            "model_sha256": _sha256(folder / MODEL),
+            "model_sha256": export.data["model_sha256"],
             "weights": export.data["weights"]["files"],
+            "checked": export.checked,
             "profile": sizes,
             "plugins": [_library(plugins, plugin_nodes)] if plugins and plugin_nodes else [],
             **_run(work, chosen.module, export.assembly, plugin_nodes, timeout, progress),
             "plan": {"bytes": (work / PLAN).stat().st_size, "sha256": _sha256(work / PLAN)},
         }
+        export.check_untouched()
         _place(work, folder, record)
     progress("engine", 2, 2)
     return record

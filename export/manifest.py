@@ -5,28 +5,33 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export import cache
 from llmexport.export.assembly import Assembly, Step
-from llmexport.export.checkpoint import Checkpoint, Shard, StoredTensor, read_header
+from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header
 from llmexport.export.errors import ExportError
+from llmexport.export.identity import SAYS, WAYS, Held, changed, examine, whole_digest
+from llmexport.export.output import write_files
 from llmexport.export.spec import Port, from_data, to_data
+from llmexport.export.stamp import stamp
 
 if TYPE_CHECKING:
     from llmexport.export.onnx_file import Built, Request
 
-NAME = "manifest.json"
-FORMAT = 1
-KEYS = {"arch", "block", "dtype", "target", "opset", "ops", "versions", "config"}  # that later steps read
-PAGES, PAGE = 64, 4096  # of a weight file, for its sample digest
+NAME, MODEL = "manifest.json", "model.onnx"
+FORMAT = 2
+SEAL = "manifest_sha256"
+# That later steps read.
+KEYS = {"arch", "block", "dtype", "target", "opset", "ops", "versions", "config", "model_sha256", "files"}
 
 
-def record(request: Request, assembly: Assembly, built: Built, shards: list[Shard], placed: str) -> dict[str, Any]:
-    """The manifest of an export, as JSON data."""
+def record(request: Request, assembly: Assembly, built: Built, weights: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of an export, as JSON data, but for what its folder holds; weights: of each file, its identity."""
     blocks = assembly.blocks
     return {
         "format": FORMAT,
@@ -39,10 +44,7 @@ def record(request: Request, assembly: Assembly, built: Built, shards: list[Shar
         "outputs": [_port(p, request.dtype) for p in assembly.outputs],
         "ops": built.ops,
         "fusions": built.fusions,
-        "weights": {
-            "placed": placed,
-            "files": [_identity(request.checkpoint.folder / s.file, s) for s in shards],
-        },
+        "weights": {"placed": "+".join(sorted({w["placed"] for w in weights}, key=WAYS.index)), "files": weights},
         "versions": cache.versions(),
         "config": request.checkpoint.config,
         "blocks": [to_data(b) for b in blocks],
@@ -60,14 +62,40 @@ def record(request: Request, assembly: Assembly, built: Built, shards: list[Shar
     }
 
 
+def finish(folder: Path, data: dict[str, Any], companions: Mapping[str, str], model: bytes) -> dict[str, Any]:
+    """The rest of a manifest: what the folder holds beside the weights, and the digests that later steps check."""
+    files = sorted({NAME, MODEL, *companions, *(w["file"] for w in data["weights"]["files"])})
+    return seal(
+        data
+        | {"companions": dict(companions), "files": files, "inode": stamp(folder).inode}
+        | {"model_sha256": hashlib.sha256(model).hexdigest()}
+    )
+
+
+def seal(data: dict[str, Any]) -> dict[str, Any]:
+    """The same with a digest of its own content, whatever its order and layout."""
+    content = {k: v for k, v in data.items() if k != SEAL}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return content | {SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def encode(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, indent=1).encode()
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest as read back, with the assembly and the weights of its steps (path in block -> tensor or tensors)."""
+    """A manifest as read back, with the assembly and the weights of its steps (path in block -> tensor or tensors).
+
+    `held`: how each weight file was found; `digested`: digests of all their bytes were recorded just now.
+    """
 
     folder: Path
     data: dict[str, Any]
     assembly: Assembly
     step_weights: dict[str, dict[str, str | list[str]]]
+    held: dict[str, Held]
+    digested: bool = False
 
     def checkpoint(self) -> Checkpoint:
         """The weights that lie in the export's folder."""
@@ -92,6 +120,60 @@ class Manifest:
     def dtype(self) -> str:
         return str(self.data["dtype"])
 
+    @property
+    def checked(self) -> str:
+        """What was read of the weights to tell that they are those that were exported, for people."""
+        ways = Counter(held.how for held in self.held.values())
+        texts = [f"{ways[how]} of {len(self.held)} files: {text}" for how, text in SAYS.items() if ways[how]]
+        if self.digested:
+            texts.append("digests of all bytes were recorded just now, nothing earlier to compare them with")
+        return "; ".join(texts) or "no weights"
+
+    def check_untouched(self) -> None:
+        """Raise ExportError if a weight file was written or replaced since it was held against the manifest."""
+        for name, held in self.held.items():
+            path = self.folder / name
+            if not path.exists() or stamp(path) != held.stamp:
+                raise ExportError(f"{path} changed while it was used: run this again when nothing writes to it")
+
+
+def verified(found: Manifest) -> Manifest:
+    """The same after every byte of its weights was read. Raises ExportError if one is another, or none can tell."""
+    moved = stamp(found.folder).inode != found.data["inode"]
+    entries = found.data["weights"]["files"]
+    held = {e["file"]: examine(found.folder / e["file"], e, moved=moved, whole=True) for e in entries}
+    return dataclasses.replace(found, held=held)
+
+
+def has_digests(found: Manifest) -> bool:
+    return all("whole_sha256" in entry for entry in found.data["weights"]["files"])
+
+
+def digested(found: Manifest) -> Manifest:
+    """The same with digests of all bytes of its weights as they lie there, for a later `verified`."""
+    files = []
+    for entry in found.data["weights"]["files"]:
+        path = found.folder / entry["file"]
+        files.append(entry | {"whole_sha256": whole_digest(path)})
+    found.check_untouched()
+    data = found.data | {"weights": found.data["weights"] | {"files": files}}
+    return dataclasses.replace(found, data=data, digested=True)
+
+
+def restamp(found: Manifest) -> Manifest:
+    """The same with the inodes and times of its weights and folder as they are now, all bytes having been read."""
+    files = [
+        entry | {"inode": found.held[entry["file"]].stamp.inode, "mtime_ns": found.held[entry["file"]].stamp.mtime_ns}
+        for entry in found.data["weights"]["files"]
+    ]
+    weights = found.data["weights"] | {"files": files}
+    return dataclasses.replace(found, data=seal(found.data | {"weights": weights, "inode": stamp(found.folder).inode}))
+
+
+def rewrite(found: Manifest) -> None:
+    """Replace the manifest of an export by this one."""
+    write_files(found.folder, {NAME: encode(found.data)})
+
 
 def read(folder: Path) -> Manifest:
     """The manifest of the export in `folder`. Raises ExportError if it is none, or its weights have changed."""
@@ -104,18 +186,17 @@ def read(folder: Path) -> Manifest:
         data = json.loads(path.read_bytes())
         if data["format"] != FORMAT:
             raise ExportError(f"{path} is of format {data['format']}, this version reads {FORMAT}: export again")
+        if data[SEAL] != seal(data)[SEAL]:
+            raise changed(path)
         assembly, step_weights = _assembly(data)
-        files = [
-            (folder / f["file"], f["bytes"], f["header_sha256"], f["sample_sha256"]) for f in data["weights"]["files"]
-        ]
         missing = KEYS - data.keys()
         if missing:
             raise KeyError(*missing)
+        moved = stamp(folder).inode != data["inode"]
+        held = {f["file"]: examine(folder / f["file"], f, moved=moved) for f in data["weights"]["files"]}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ExportError(f"{path} is damaged or of another version ({error!r}): export again") from error
-    for file, *identity in files:
-        _check_unchanged(file, identity)
-    return Manifest(folder, data, assembly, step_weights)
+    return Manifest(folder, data, assembly, step_weights, held)
 
 
 def _assembly(data: dict[str, Any]) -> tuple[Assembly, dict[str, dict[str, str | list[str]]]]:
@@ -125,30 +206,6 @@ def _assembly(data: dict[str, Any]) -> tuple[Assembly, dict[str, dict[str, str |
     )
     ports = [tuple(Port(p["name"], tuple(p["shape"]), p["dtype"]) for p in data[k]) for k in ("inputs", "outputs")]
     return Assembly(ports[0], steps, ports[1]), {s["name"]: s["weights"] for s in data["steps"]}
-
-
-def _identity(path: Path, shard: Shard) -> dict[str, Any]:
-    """What tells a weight file from another of its size, without reading it whole."""
-    sample = _sample(path, shard.nbytes)
-    return {"file": shard.file, "bytes": shard.nbytes, "header_sha256": shard.header_sha256, "sample_sha256": sample}
-
-
-def _sample(path: Path, size: int) -> str:
-    """SHA-256 of PAGES pages spread evenly over the file: other weights of the same shapes differ in all of them."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        for i in range(PAGES):
-            digest.update(os.pread(file.fileno(), PAGE, size * i // PAGES))
-    return digest.hexdigest()
-
-
-def _check_unchanged(path: Path, identity: list[Any]) -> None:
-    """A hard-linked shard is the checkpoint's own file: whoever overwrites one changes the other."""
-    if not path.is_file():
-        raise ExportError(f"{path} is missing from the export: export again")
-    _, shard = read_header(path)
-    if [shard.nbytes, shard.header_sha256, _sample(path, shard.nbytes)] != identity:
-        raise ExportError(f"{path} is not the file that was exported, it has changed since: export again")
 
 
 def _retype(port: Port, dtype: str) -> Port:

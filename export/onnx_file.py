@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from llmexport.export import cache, manifest, weights
 from llmexport.export.archs import Named, text_config
@@ -30,15 +30,16 @@ from llmexport.export.assembly import (
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
-from llmexport.export.manifest import Manifest
-from llmexport.export.output import new_folder, place_weights
+from llmexport.export.identity import changed, identify
+from llmexport.export.manifest import MODEL, Manifest
+from llmexport.export.output import new_folder
+from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.spec import OPSET, Block, Model, Port, to_data
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
 from llmexport.graphs.stitch import Piece, stitch
 from llmexport.plugins.spec import Attribute
 
-MODEL = "model.onnx"
 BLOCKS = "blocks.json"
 ELEMENT_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
@@ -54,7 +55,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to export: `block` is None for the whole model; `weights` is auto, link or copy.
+    """What to export: `block` is None for the whole model; `weights` is auto, link or copy; `digest` reads every byte.
 
     `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
     a body over a plugin of the same name.
@@ -66,6 +67,7 @@ class Request:
     block: str | None = None
     weights: str = "auto"
     target: str = "portable"
+    digest: bool = False
 
 
 def read_model(arch: Named, config: Mapping[str, Any]) -> Model:
@@ -114,11 +116,17 @@ def fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
     used = {request.checkpoint.tensors[n].file for p in built.wanted.values() for n in p.sources}
     shards = [s for s in request.checkpoint.shards if s.file in used]
     progress(f"weights ({len(shards)} files)", 0, 1)
-    placed = place_weights([request.checkpoint.folder / s.file for s in shards], folder, request.weights)
+    placed = place_weights({request.checkpoint.folder / s.file: s.stamp for s in shards}, folder, request.weights)
+    files = [identify(folder / s.file, s, placed[s.file], whole=request.digest) for s in shards]
+    check_config(request.checkpoint)
+    # A block is no model that a tokenizer belongs to.
+    companions = place_companions(request.checkpoint, folder) if request.block is None else {}
     progress("weights", 1, 1)
-    record = manifest.record(request, assembly, built, shards, placed)
-    (folder / MODEL).write_bytes(built.proto.SerializeToString(deterministic=True))
-    (folder / manifest.NAME).write_text(json.dumps(record, indent=1))
+    record = manifest.record(request, assembly, built, files)
+    data = built.proto.SerializeToString(deterministic=True)
+    record = manifest.finish(folder, record, companions, data)
+    (folder / MODEL).write_bytes(data)
+    (folder / manifest.NAME).write_bytes(manifest.encode(record))
     return record
 
 
@@ -204,15 +212,16 @@ def join(
 def load(found: Manifest) -> onnx.ModelProto:
     """The model of an export without its weights, and with the bodies of its ops, whatever its target.
 
-    Raises ExportError if it is missing or damaged.
+    Raises ExportError if it is missing or another than was exported.
     """
     path = found.folder / MODEL
     try:
-        proto = onnx.ModelProto.FromString(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ExportError(f"{path} is missing from the export: export again") from error
-    except DecodeError as error:
-        raise ExportError(f"{path} is damaged: export again") from error
+    if hashlib.sha256(data).hexdigest() != found.data["model_sha256"]:
+        raise changed(path)
+    proto = onnx.ModelProto.FromString(data)
     if found.data["target"] == "tensorrt":
         bodies.attach_bodies(proto, load_body)
     return proto

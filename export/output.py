@@ -24,9 +24,6 @@ _ADVICE = {
     errno.ENOTEMPTY: "another run made it meanwhile, choose another folder",
 }
 
-# What link() says where it is the file system, or its policy, that has no hard link to offer.
-_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
-
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
@@ -81,29 +78,6 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
         _sync(folder)
 
 
-def place_weights(sources: list[Path], folder: Path, mode: str) -> str:
-    """Put files into `folder`, a new one, under their own names, as hard links or copies.
-
-    mode: "link", "copy", or "auto", which links and copies what cannot be linked. Returns what was done:
-    "link", "copy" or "link+copy". The files are not synced, `new_folder` does that.
-    """
-    with write_errors(folder):
-        # The file itself: a Hugging Face cache is a folder of symbolic links.
-        real = {folder / source.name: Path(os.path.realpath(source)) for source in sources}
-        copies = {to: file for to, file in real.items() if mode == "copy" or not _link(file, to)}
-        if copies and mode == "link":
-            raise ExportError(
-                f"cannot link {next(iter(copies.values()))} into {folder}: pass --weights copy, "
-                "or choose a folder on the file system of the checkpoint"
-            )
-        _check_space(folder, list(copies.values()))
-        for to, file in copies.items():
-            _copy(file, to)
-    if not copies:
-        return "link"
-    return "copy" if len(copies) == len(real) else "link+copy"
-
-
 def _check_target(target: Path, force: bool, marker: str) -> None:
     try:
         mode = os.lstat(target).st_mode
@@ -121,39 +95,6 @@ def _check_target(target: Path, force: bool, marker: str) -> None:
             f"{target} has no {marker}, so it is no earlier output, and --force does not replace it: "
             "choose another folder, or remove it yourself"
         )
-
-
-def _link(source: Path, target: Path) -> bool:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        return False
-    return True
-
-
-def _check_space(folder: Path, sources: list[Path]) -> None:
-    # A hole takes no space, and _copy leaves it a hole.
-    needed = sum(min(info.st_size, info.st_blocks * 512) for info in map(os.stat, sources))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ExportError(
-            f"cannot copy {needed / 1e9:.3g} GB of weights to {folder}, {free / 1e9:.3g} GB are free: "
-            "free space, or choose a folder on the file system of the checkpoint and --weights link"
-        )
-
-
-def _copy(source: Path, target: Path) -> None:
-    zeros = bytes(1 << 20)
-    # "x": writing into a hard link of an earlier run would change the checkpoint itself.
-    with open(source, "rb") as reader, open(target, "xb") as writer:
-        while chunk := reader.read(len(zeros)):
-            if chunk == zeros:
-                writer.seek(len(zeros), os.SEEK_CUR)
-            else:
-                writer.write(chunk)
-        writer.truncate()
 
 
 @contextmanager

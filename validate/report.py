@@ -40,11 +40,13 @@ class Rung:
 
 @dataclass
 class Report:
-    """All rungs, in order, and the median seconds of a prefill and of a decode step by runner."""
+    """All rungs, in order, the median seconds of a prefill and of a decode step by runner, and what was read of the
+    weights to tell that they are those that were exported."""
 
     rungs: list[Rung]
     seconds: dict[str, dict[str, float]]
     prompt: dict[str, int]
+    weights: str = ""
 
     @property
     def passed(self) -> bool:
@@ -97,7 +99,7 @@ def page(manifest: Manifest, report: Report) -> str:
         + _table(("rung", "max abs", "rms ratio", "allowed", "status", "note"), rows)
         + (_table(("runner", "prefill", "decode step"), times) if times else "")
         + details
-        + _table(("what", ""), [(k, str(v)) for k, v in model.items()])
+        + _table(("what", ""), [(k, str(v)) for k, v in model.items()] + [("weights read", report.weights)])
     )
 
 

@@ -39,6 +39,11 @@ class Console:
         if not self.quiet and not self.as_json:
             click.echo(text)
 
+    def lines(self, sentences: Sequence[str]) -> None:
+        """Sentences, each on a line of its own however long, so that what they quote is not cut."""
+        for sentence in sentences:
+            self.say(sentence)
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A titled table; no columns, no header."""
         if self.quiet or self.as_json:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
-from llmexport.export import engine, onnx_file
+from llmexport.export import engine, manifest, onnx_file
 from llmexport.export.cli import engine as engine_command
 from llmexport.export.cli import onnx as onnx_command
 from llmexport.export.cli import source
 from llmexport.export.cli import validate as validate_command
 from llmexport.export.cli.console import Console, size, talkative
+from llmexport.export.placing import openings
 from llmexport.plugins import library
 
 
@@ -48,7 +49,9 @@ def command(
         with onnx_file.new_export(request, target, force=force) as folder:
             record = onnx_file.fill(request, folder, console.progress)
             built = engine.build(folder, backend=backend, profile=sizes, plugins=kernels, progress=console.progress)
-            report = validate_command.run(folder, None, 0, console)
+            report = validate_command.run(folder, None, 0, False, console)
+            # With the digests that a first validation records.
+            record = manifest.read(folder).data
     files = {p.name: p.stat().st_size for p in sorted(target.iterdir()) if p.suffix != ".safetensors"}
     rows = [
         *onnx_command.summary(record, target),
@@ -57,5 +60,6 @@ def command(
         *validate_command.summary(report),
     ]
     console.table(f"{named.name} in {target}", (), rows)
+    console.lines(openings([record]))
     console.result({"manifest": record, "engine": built, "report": report.as_data()})
     return 0 if report.passed else 1

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from llmexport.export.cli.console import Console, size, talkative
-from llmexport.export.cli.source import FOLDER
+from llmexport.export.cli.source import FOLDER, verifying
 from llmexport.export.engine import BACKENDS, build, parse_profile
 from llmexport.plugins import library
 
@@ -39,9 +39,17 @@ def options(command: F) -> F:
 @click.argument("folder", type=FOLDER)
 @options
 @click.option("--timeout", type=click.FloatRange(min=1), help="Seconds until the builder is given up.")
+@verifying
 @talkative
 def command(
-    folder: Path, backend: str, profile: str | None, plugins: bool, timeout: float | None, quiet: bool, as_json: bool
+    folder: Path,
+    backend: str,
+    profile: str | None,
+    plugins: bool,
+    timeout: float | None,
+    verify: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Build a TensorRT engine of an export: model.plan and engine.json, in FOLDER."""
     console = Console(quiet, as_json)
@@ -51,6 +59,7 @@ def command(
         profile=parse_profile(profile) if profile else None,
         plugins=library.find() if plugins else None,
         timeout=timeout,
+        verify=verify,
         progress=console.progress,
     )
     console.table(f"engine in {folder}", (), summary(record))
@@ -66,5 +75,6 @@ def summary(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("takes", profile),
         ("plugin layers", plugins or "none: our ops are built from their bodies, see `llmexport plugins build`"),
         ("runs on", record["target"]),
+        ("weights read", record["checked"]),
         ("built in", f"{record['seconds']:.1f} s"),
     ]

@@ -10,6 +10,7 @@ import click
 from llmexport.export import onnx_file
 from llmexport.export.cli import source
 from llmexport.export.cli.console import Console, size, talkative
+from llmexport.export.placing import openings
 
 
 @click.command("onnx")
@@ -22,6 +23,7 @@ from llmexport.export.cli.console import Console, size, talkative
     help="portable runs everywhere; tensorrt is for trtexec with our plugins: no function bodies.",
 )
 @click.option("--block", help="Export one block alone by its name, or `all`: each in a folder of its own.")
+@click.option("--digest", is_flag=True, help="Read every byte of the weights and record digests, for --verify.")
 @click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
 @talkative
 def command(
@@ -32,6 +34,7 @@ def command(
     force: bool,
     target: str,
     block: str | None,
+    digest: bool,
     output: Path,
     quiet: bool,
     as_json: bool,
@@ -39,7 +42,7 @@ def command(
     """Export a checkpoint to ONNX: the whole model, or one of its blocks."""
     console = Console(quiet, as_json)
     with source.open_source(arch, checkpoint, output) as (named, found):
-        request = onnx_file.Request(named, found, dtype, None if block == "all" else block, weights, target)
+        request = onnx_file.Request(named, found, dtype, None if block == "all" else block, weights, target, digest)
         if block == "all":
             records = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
             console.table(
@@ -47,10 +50,12 @@ def command(
                 ("block", "inputs", "outputs", "custom ops"),
                 [(n, names(r["inputs"]), names(r["outputs"]), counts(r["ops"])) for n, r in records.items()],
             )
+            console.lines(openings(list(records.values())))
             console.result(records)
             return
         record = onnx_file.write(request, output, force=force, progress=console.progress)
     console.table(f"{named.name} in {output}", (), summary(record, output))
+    console.lines(openings([record]))
     console.result(record)
 
 
@@ -62,7 +67,8 @@ def summary(record: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     refused: dict[str, list[str]] = {}
     for name, reason in (r for f in fusions.values() for r in f["refused"]):
         refused.setdefault(reason, []).append(name)
-    new = [p for p in folder.iterdir() if p.stat().st_nlink == 1]
+    shared = {f["file"] for f in record["weights"]["files"] if f["placed"] != "copy"}
+    new = [folder / name for name in record["files"] if name not in shared]
     held = sum(f["bytes"] for f in record["weights"]["files"])
     return [
         ("blocks", f"{blocks} ({len(record['blocks'])} distinct, each traced once)"),
@@ -71,6 +77,7 @@ def summary(record: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         ("left unfused", "; ".join(f"{few(names)}: {why}" for why, names in refused.items()) or "nothing"),
         ("dtype", record["dtype"]),
         ("weights", f"{len(record['weights']['files'])} files, {size(held)}, {record['weights']['placed']}"),
+        ("beside them", ", ".join(record["companions"]) or "nothing"),
         ("new bytes on disk", size(sum(p.stat().st_size for p in new))),
     ]
 

@@ -29,7 +29,8 @@ def options(command: F) -> F:
             "--weights",
             type=click.Choice(["auto", "link", "copy"]),
             default="auto",
-            help="Hard links to the shards (no new bytes) or copies; auto links where the file system can.",
+            help="Hard links to the shards (no new bytes) or copies; auto takes the first of reflinks (no new bytes "
+            "either, and files that every tool opens), links and copies that the file system has.",
         ),
         click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
         click.option(
@@ -39,6 +40,15 @@ def options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def verifying(command: F) -> F:
+    """The option of commands that start from an export."""
+    return click.option(
+        "--verify",
+        is_flag=True,
+        help="Read every byte of the weights, against the digests of `onnx --digest` or of the first `validate`.",
+    )(command)
 
 
 @contextmanager

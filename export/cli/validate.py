@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llmexport.export.cli.console import Console, talkative
-from llmexport.export.cli.source import FOLDER
+from llmexport.export.cli.source import FOLDER, verifying
 
 if TYPE_CHECKING:
     from llmexport.validate.report import Report
@@ -20,34 +20,46 @@ if TYPE_CHECKING:
     "--tokens", type=click.IntRange(2), help="Length of the prompt; default: past every window of up to 500 tokens."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@verifying
 @talkative
-def command(folder: Path, tokens: int | None, seed: int, quiet: bool, as_json: bool) -> int:
+def command(folder: Path, tokens: int | None, seed: int, verify: bool, quiet: bool, as_json: bool) -> int:
     """Compare an export with PyTorch, block by block and whole, prefill and decode.
 
     Writes report.json and report.html into FOLDER. Exit code 1 if a rung fails.
     """
     console = Console(quiet, as_json)
-    report = run(folder, tokens, seed, console)
+    report = run(folder, tokens, seed, verify, console)
     console.table(f"validation of {folder}", (), summary(report))
     console.result(report.as_data())
     return 0 if report.passed else 1
 
 
-def run(folder: Path, tokens: int | None, seed: int, console: Console) -> Report:
-    """The report on the export in `folder`, also written there."""
+def run(folder: Path, tokens: int | None, seed: int, verify: bool, console: Console) -> Report:
+    """The report on the export in `folder`, also written there.
+
+    The first one that passes adds digests of all bytes of the weights to the manifest.
+    """
     from llmexport.export import manifest
     from llmexport.validate import ladder
     from llmexport.validate.report import write
 
     found = manifest.read(folder)
+    first = not manifest.has_digests(found)
+    if first or verify:
+        console.progress("read the weights", 0, 1)
+        found = manifest.digested(found) if first else manifest.verified(found)
     made = ladder.climb(found, tokens=tokens, seed=seed, progress=console.progress)
+    found.check_untouched()
+    made.weights = found.checked
     write(found, made)
+    if made.passed and (first or verify):
+        manifest.rewrite(manifest.restamp(found))
     return made
 
 
 def summary(report: Report) -> list[tuple[str, str]]:
     """Rows of the error at every rung and of the time of a step."""
-    rows = []
+    rows = [("weights read", report.weights)]
     for rung in report.rungs:
         text = rung.status
         if rung.difference and rung.tolerance:

@@ -15,6 +15,7 @@ import pytest
 from arch_cases import FIRST, PRIMARY, Case
 from one_node import model_of
 from onnx.helper import make_node
+from reseal import reseal
 
 from llmexport.export import engine, engine_build, manifest
 from llmexport.export.errors import EngineError, ExportError
@@ -111,6 +112,7 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
         "outputs": described["outputs"],
         "model_sha256": hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest(),
         "weights": described["weights"]["files"],
+        "checked": "2 of 2 files: every byte read",
         "profile": {"batch": [2, 2, 2], "sequence": [1, 64, 512], "past": [0, 8, 16], "total": [1, 72, 528]},
         "plugins": [],
         "messages": [],
@@ -138,6 +140,7 @@ def test_a_node_that_tensorrt_cannot_read_is_named(folder: Path) -> None:
 
 def test_a_model_that_the_manifest_does_not_describe_is_an_error(folder: Path) -> None:
     replace(folder / "model.onnx", model_of([make_node("Relu", ["a"], ["b"])], ["a"], ["b"]).SerializeToString())
+    reseal(folder)
     with pytest.raises(EngineError, match=r"reads input_ids as None, the export says \['int64', \[-1, -1\]\]"):
         engine.build(folder, progress=silent)
     assert tree(folder).items() >= OLD.items()
@@ -150,6 +153,7 @@ def build_instead(folder: Path, model: onnx.ModelProto) -> None:
     for kind, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
         described[kind] = [{"name": v.name, "shape": ["batch", 4], "dtype": "float32"} for v in values]
     replace(folder / "manifest.json", json.dumps(described).encode())
+    reseal(folder)
     before = tree(folder)
     try:
         engine.build(folder, progress=silent)
@@ -275,7 +279,7 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
         engine.build(tmp_path, progress=silent)
 
 
-@pytest.mark.parametrize(("data", "reason"), [(None, "is missing"), (b"\xff\xff", "is damaged")])
+@pytest.mark.parametrize(("data", "reason"), [(None, "is missing"), (b"\xff\xff", "is not the file")])
 def test_an_export_without_its_model_is_refused(data: bytes | None, reason: str, folder: Path) -> None:
     (folder / "model.onnx").unlink()
     if data:

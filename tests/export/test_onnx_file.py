@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 from arch_cases import CASES, FIRST, Case
 from published_configs import PUBLISHED
+from reseal import reseal
 
 from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.assembly import assemble, named_blocks, parts
@@ -91,7 +92,7 @@ def test_outputs_agree_before_and_after_fusion_to_fp32_rounding(
 
 
 def test_linked_weights_add_no_bytes_and_stay_the_checkpoints_own_files(tiny_checkpoint, exported) -> None:
-    checkpoint, folder = tiny_checkpoint("gemma"), exported("gemma")
+    checkpoint, folder = tiny_checkpoint("gemma"), exported("gemma", weights="link")
     for shard in checkpoint.glob("*.safetensors"):
         assert os.path.samefile(shard, folder / shard.name)
     new = sum(p.stat().st_size for p in folder.iterdir() if p.stat().st_nlink == 1)
@@ -242,5 +243,6 @@ def test_a_manifest_without_a_key_is_refused(key: str, exported, tmp_path) -> No
     data = json.loads((folder / "manifest.json").read_text())
     del data[key]
     (folder / "manifest.json").write_text(json.dumps(data))
+    reseal(folder)
     with pytest.raises(ExportError, match="damaged"):
         manifest.read(folder)

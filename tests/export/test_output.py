@@ -12,9 +12,10 @@ from types import FrameType, SimpleNamespace
 
 import pytest
 
-from llmexport.export import output
+from llmexport.export import output, placing
 from llmexport.export.errors import ExportError
-from llmexport.export.output import new_folder, place_weights, write_errors, write_files
+from llmexport.export.output import new_folder, write_errors, write_files
+from llmexport.export.stamp import stamp
 
 OLD = {"manifest.json": b"old manifest", "model.onnx": b"old model", "sub/notes": b"kept by the user"}
 NEW = {"manifest.json": b"new manifest", "model.onnx": b"new model", "sub/more": b"new"}
@@ -68,6 +69,7 @@ class Fault:
             for name in ("mkdir", "fsync", "rename", "replace", "link"):
                 patch.setattr(os, name, self.before(getattr(os, name)))
             patch.setattr(output, "open", self.open, raising=False)
+            patch.setattr(placing, "open", self.open, raising=False)
             patch.setattr(Path, "write_bytes", self.before(Path.write_bytes))
             yield
 
@@ -386,6 +388,17 @@ def test_write_files_interrupted_at_any_moment_leaves_whole_files(target: Path) 
     every_interrupt(lambda: fill(target, OLD), lambda: write_files(target, PAIR), lambda: check_pair(target))
 
 
+def place(shards: list[Path], folder: Path, mode: str) -> set[str]:
+    """Place files as they are now; returns in which ways."""
+    return set(placing.place_weights({shard: stamp(shard) for shard in shards}, folder, mode).values())
+
+
+@pytest.fixture(autouse=True)
+def no_reflinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system without them, whatever the one of these tests has."""
+    monkeypatch.setattr(placing, "reflink", lambda source, target: False)
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Path]:
     """Two shards, the second one a symbolic link as in a Hugging Face cache."""
@@ -397,14 +410,14 @@ def shards(tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("mode", ["link", "auto"])
 def test_links_weights_to_the_files_themselves(shards: list[Path], tmp_path: Path, mode: str) -> None:
-    assert place_weights(shards, tmp_path / "new", mode) == "link"
+    assert place(shards, tmp_path / "new", mode) == {"link"}
     for shard in shards:
         assert not (tmp_path / "new" / shard.name).is_symlink()
         assert (tmp_path / "new" / shard.name).samefile(shard)
 
 
 def test_copies_weights_when_asked(shards: list[Path], tmp_path: Path) -> None:
-    assert place_weights(shards, tmp_path / "new", "copy") == "copy"
+    assert place(shards, tmp_path / "new", "copy") == {"copy"}
     assert tree(tmp_path / "new") == {"1.safetensors": b"one", "2.safetensors": b"two"}
     assert not (tmp_path / "new/1.safetensors").samefile(shards[0])
 
@@ -418,8 +431,8 @@ def test_where_no_link_is_possible_auto_copies_and_link_names_the_option(
 
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(ExportError, match=r"cannot link .*1.safetensors.*pass --weights copy"):
-        place_weights(shards, tmp_path / "new", "link")
-    assert place_weights(shards, tmp_path / "new", "auto") == "copy"
+        place(shards, tmp_path / "new", "link")
+    assert place(shards, tmp_path / "new", "auto") == {"copy"}
     assert tree(tmp_path / "new") == {"1.safetensors": b"one", "2.safetensors": b"two"}
 
 
@@ -427,7 +440,7 @@ def test_auto_copies_only_what_it_cannot_link(
     shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "link", Fault(2, OSError(errno.EMLINK, "Too many links")).before(os.link))
-    assert place_weights(shards, tmp_path / "new", "auto") == "link+copy"
+    assert place(shards, tmp_path / "new", "auto") == {"link", "copy"}
     assert tree(tmp_path / "new") == {"1.safetensors": b"one", "2.safetensors": b"two"}
 
 
@@ -436,7 +449,7 @@ def test_a_link_that_fails_for_another_reason_is_not_copied(
 ) -> None:
     monkeypatch.setattr(os, "link", Fault(1, OSError(errno.EROFS, os.strerror(errno.EROFS))).before(os.link))
     with pytest.raises(ExportError, match="Read-only file system"):
-        place_weights(shards, tmp_path / "new", "auto")
+        place(shards, tmp_path / "new", "auto")
 
 
 def test_says_how_much_space_a_copy_needs(shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,13 +458,13 @@ def test_says_how_much_space_a_copy_needs(shards: list[Path], tmp_path: Path, mo
     monkeypatch.setattr(os, "stat", lambda path, **how: large if "/in/" in str(path) else stat(path, **how))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 10**9))
     with pytest.raises(ExportError, match=r"cannot copy 280 GB .*, 5 GB are free: free space"):
-        place_weights(shards, tmp_path / "new", "copy")
+        place(shards, tmp_path / "new", "copy")
 
 
 def test_never_writes_into_an_existing_file(shards: list[Path], tmp_path: Path) -> None:
-    place_weights(shards, tmp_path / "new", "link")
+    place(shards, tmp_path / "new", "link")
     with pytest.raises(FileExistsError):
-        place_weights(shards, tmp_path / "new", "copy")
+        place(shards, tmp_path / "new", "copy")
     assert shards[0].read_bytes() == b"one"
 
 
@@ -467,7 +480,7 @@ def test_a_copy_keeps_the_holes_and_needs_no_space_for_them(
         file.write(b"middle")
         file.truncate(size)
     (tmp_path / "new").mkdir()
-    place_weights([source], tmp_path / "new", "copy")
+    place([source], tmp_path / "new", "copy")
     copy = tmp_path / "new/sparse"
     assert copy.read_bytes() == source.read_bytes()
     assert copy.stat().st_blocks * 512 < 4 << 20
@@ -477,7 +490,7 @@ def test_a_copy_keeps_the_holes_and_needs_no_space_for_them(
 def test_weights_on_a_full_disk_leave_the_old_output(target: Path, shards: list[Path], mode: str) -> None:
     def act() -> None:
         with new_folder(target, force=True) as folder:
-            place_weights(shards, folder, mode)
+            place(shards, folder, mode)
             (folder / "model.onnx").write_bytes(b"new")
 
     every_full_disk(act, target.parent)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from arch_cases import CASES, FIRST, Case
+from reseal import reseal
 from safetensors.numpy import load_file, save_file
 from tiny_configs import read
 
@@ -45,6 +46,7 @@ def edit_model(folder: Path, op: str, change) -> None:
     node = [n for n in model.graph.node if n.op_type == op][-1]
     change(node, model)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
+    reseal(folder)
 
 
 @pytest.mark.parametrize("case", FIRST, ids=str)
@@ -90,6 +92,7 @@ def test_experts_in_a_wrong_order_are_found(exported, tmp_path: Path) -> None:
     gate, up = (i for i, n in enumerate(stack.input) if re.search(r"experts\.1\.w[13]", n))
     stack.input[gate], stack.input[up] = stack.input[up], stack.input[gate]
     (folder / "model.onnx").write_bytes(model.SerializeToString())
+    reseal(folder)
     blocks = climb(folder)["blocks: ONNX Runtime / PyTorch"]
     wrong = {d["step"] for d in blocks.details if d["difference"].excess(blocks.tolerance) > 1}
     assert (blocks.status, wrong) == ("fail", {"layers.1"})
@@ -312,6 +315,7 @@ def misread(folder: Path, cls: str, field: str, value: Any) -> None:
     for spec in changed:
         spec[field] = value
     (folder / "manifest.json").write_text(json.dumps(data))
+    reseal(folder)
 
 
 def specs(data: Any) -> Iterator[dict[str, Any]]:
