@@ -4,6 +4,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -20,6 +21,7 @@ from llmexport.export.checkpoint import (
     INDEX,
     ITEMSIZE,
     MAX_HEADER,
+    MAX_TENSORS,
     NUMPY_NAME,
     SINGLE,
     open_checkpoint,
@@ -472,3 +474,24 @@ def test_a_mutated_file_is_refused_or_safe_to_read(scratch: Path, content: bytes
     assert theirs.keys() == checkpoint.tensors.keys()
     for name, tensor in theirs.items():
         assert checkpoint.read(name).tobytes() == bytes(tensor["data"])
+
+
+def test_a_header_of_more_tensors_than_any_model_has_is_refused_before_it_is_parsed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse(*_: object, **__: object) -> object:
+        raise AssertionError("parsed")
+
+    text = b'{"a":{}' + b',"b":{}' * MAX_TENSORS + b"}"
+    (folder / SINGLE).write_bytes(packed(text))
+    monkeypatch.setattr(json, "loads", parse)
+    with pytest.raises(ExportError, match=r"describes over 500000 tensors: is it the weights of a language model\?"):
+        read_header(folder / SINGLE)
+
+
+def test_a_hundred_thousand_tensors_are_read_in_seconds(folder: Path) -> None:
+    (folder / SINGLE).write_bytes(packed({f"t{i}": entry(0, 0, [0]) for i in range(100_000)}))
+    start = time.process_time()
+    held, _ = read_header(folder / SINGLE)
+    assert len(held) == 100_000
+    assert time.process_time() - start < 10
