@@ -18,11 +18,11 @@ PAGES, PAGE = 64, 4096  # of a weight file, for its sample digest
 CHUNK, PIECE = 1 << 24, 1 << 20  # bytes that a thread digests on its own, and that it reads at a time
 WAYS = ("reflink", "link", "copy")  # to place a file, in the order in which "auto" tries them
 WHOLE, KNOWN, SAMPLED = "whole", "known", "sampled"
-# What each says of a file, for people.
+# What each says of a file, for people; `rest`: what became of its other bytes.
 SAYS = {
-    WHOLE: "every byte read",
-    KNOWN: "header and 64 pages read, size, inode and time of change as recorded, other bytes not read",
-    SAMPLED: "header and 64 pages read, other bytes not: it is a copy made since, whose inode or time tell nothing",
+    WHOLE: "every byte as recorded",
+    KNOWN: "header, 64 pages, inode and modification time as recorded, other bytes {rest}",
+    SAMPLED: "header and 64 pages as recorded, inode or modification time not, as in a copy, other bytes {rest}",
 }
 
 

@@ -124,10 +124,13 @@ class Manifest:
     def checked(self) -> str:
         """What was read of the weights to tell that they are those that were exported, for people."""
         ways = Counter(held.how for held in self.held.values())
-        texts = [f"{ways[how]} of {len(self.held)} files: {text}" for how, text in SAYS.items() if ways[how]]
-        if self.digested:
-            texts.append("digests of all bytes were recorded just now, nothing earlier to compare them with")
-        return "; ".join(texts) or "no weights"
+        rest = "read for the first time and their digests recorded" if self.digested else "not read"
+        said = [
+            f"{ways[how]} of {len(self.held)} files: {text.format(rest=rest)}"
+            for how, text in SAYS.items()
+            if ways[how]
+        ]
+        return "; ".join(said) or "no weights"
 
     def check_untouched(self) -> None:
         """Raise ExportError if a weight file was written or replaced since it was held against the manifest."""

@@ -10,10 +10,10 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
@@ -99,9 +99,9 @@ def check_config(checkpoint: Checkpoint) -> None:
         raise _changed(path)
 
 
-def openings(records: list[dict[str, Any]]) -> list[str]:
+def openings(folders: Iterable[Path]) -> list[str]:
     """Sentences on how the weights of these exports are opened, where that is not plain."""
-    if not any("link" in record["weights"]["placed"].split("+") for record in records):
+    if all(file.stat().st_nlink == 1 for folder in folders for file in folder.glob("*.safetensors")):
         return []
     return [
         "ONNX Runtime and TensorRT open these hard links. onnx.load, onnx.checker and tools on them (quantisers, "

@@ -60,6 +60,6 @@ def command(
         *validate_command.summary(report),
     ]
     console.table(f"{named.name} in {target}", (), rows)
-    console.lines(openings([record]))
+    console.lines(openings([target]))
     console.result({"manifest": record, "engine": built, "report": report.as_data()})
     return 0 if report.passed else 1

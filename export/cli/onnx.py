@@ -50,12 +50,12 @@ def command(
                 ("block", "inputs", "outputs", "custom ops"),
                 [(n, names(r["inputs"]), names(r["outputs"]), counts(r["ops"])) for n, r in records.items()],
             )
-            console.lines(openings(list(records.values())))
+            console.lines(openings(output / name for name in records))
             console.result(records)
             return
         record = onnx_file.write(request, output, force=force, progress=console.progress)
     console.table(f"{named.name} in {output}", (), summary(record, output))
-    console.lines(openings([record]))
+    console.lines(openings([output]))
     console.result(record)
 
 
@@ -67,8 +67,8 @@ def summary(record: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     refused: dict[str, list[str]] = {}
     for name, reason in (r for f in fusions.values() for r in f["refused"]):
         refused.setdefault(reason, []).append(name)
-    shared = {f["file"] for f in record["weights"]["files"] if f["placed"] != "copy"}
-    new = [folder / name for name in record["files"] if name not in shared]
+    shared = {f["file"] for f in record["weights"]["files"] if f["placed"] == "reflink"}
+    new = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1 and p.name not in shared]
     held = sum(f["bytes"] for f in record["weights"]["files"])
     return [
         ("blocks", f"{blocks} ({len(record['blocks'])} distinct, each traced once)"),

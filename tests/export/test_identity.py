@@ -79,7 +79,7 @@ def how(folder: Path) -> list[str]:
 def test_an_export_that_nobody_touched_says_what_was_not_read(checkpoint: Path) -> None:
     found = manifest.read(export(checkpoint))
     assert found.held[SHARD].how == KNOWN
-    assert found.checked == "1 of 1 files: " + identity.SAYS[KNOWN]
+    assert found.checked == "1 of 1 files: " + identity.SAYS[KNOWN].format(rest="not read")
     assert "other bytes not read" in found.checked
 
 
@@ -120,7 +120,7 @@ def test_with_digests_flipped_signs_are_found(checkpoint: Path) -> None:
 
 def test_verify_finds_what_size_time_inode_and_pages_do_not(checkpoint: Path) -> None:
     out = export(checkpoint, digest=True)
-    assert manifest.verified(manifest.read(out)).checked == "1 of 1 files: every byte read"
+    assert manifest.verified(manifest.read(out)).checked == "1 of 1 files: every byte as recorded"
     hide(checkpoint / SHARD, flip_between_pages)
     found = manifest.read(out)
     assert "other bytes not read" in found.checked
@@ -143,7 +143,7 @@ def test_an_export_copied_elsewhere_is_taken_and_said_to_be_sampled(copy: Any, c
         touch(there / SHARD)
     found = manifest.read(there)
     assert found.held[SHARD].how == SAMPLED
-    assert "it is a copy made since" in found.checked
+    assert found.checked.endswith("inode or modification time not, as in a copy, other bytes not read")
     # What the copy says for itself from now on.
     manifest.rewrite(manifest.restamp(manifest.digested(found)))
     assert how(there) == [KNOWN]
@@ -190,8 +190,8 @@ def swap_offsets(model: onnx.ModelProto) -> None:
         if tensor.external_data:
             by_size.setdefault(tuple(tensor.dims), []).append(tensor)
     first, second = next(same for same in by_size.values() if len(same) > 1)[:2]
-    entries = [next(e for e in t.external_data if e.key == "offset") for t in (first, second)]
-    entries[0].value, entries[1].value = entries[1].value, entries[0].value
+    for one, other in zip(first.external_data, second.external_data, strict=True):
+        one.value, other.value = other.value, one.value
 
 
 def subtract(model: onnx.ModelProto) -> None:
@@ -239,17 +239,35 @@ def test_a_manifest_laid_out_otherwise_says_the_same(copied: Path) -> None:
     assert manifest.read(copied).data == data
 
 
-def test_a_first_validation_records_digests_and_says_so(exported: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_first_validation_that_passes_records_digests_and_says_so(checkpoint: Path) -> None:
     from llmexport.export.cli import validate
     from llmexport.export.cli.console import Console
 
-    out = Path(shutil.copytree(exported("llama", block="head"), tmp_path / "export"))
+    found = open_checkpoint(checkpoint)
+    request = onnx_file.Request(archs.choose(None, found.config), found, block="embedding", weights="link")
+    out = checkpoint.parent / "out"
+    onnx_file.write(request, out, force=False, progress=silent)
     assert not manifest.has_digests(manifest.read(out))
     first = validate.run(out, None, 0, False, Console(quiet=True))
     assert first.passed
-    assert "digests of all bytes were recorded just now" in first.weights
+    assert first.weights.endswith("other bytes read for the first time and their digests recorded")
     assert json.loads((out / "report.json").read_text())["weights"] == first.weights
     assert first.weights in (out / "report.html").read_text()
-    assert manifest.has_digests(manifest.read(out))
-    again = validate.run(out, None, 0, True, Console(quiet=True))
-    assert again.weights.endswith("every byte read")
+    assert validate.run(out, None, 0, False, Console(quiet=True)).weights.endswith("other bytes not read")
+    assert validate.run(out, None, 0, True, Console(quiet=True)).weights == "1 of 1 files: every byte as recorded"
+    hide(checkpoint / SHARD, flip_between_pages)
+    with pytest.raises(ExportError, match="has changed since"):
+        validate.run(out, None, 0, True, Console(quiet=True))
+
+
+def test_a_validation_that_fails_records_no_digests(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would vouch for what was found wrong."""
+    from llmexport.export.cli import validate
+    from llmexport.export.cli.console import Console
+    from llmexport.validate import ladder
+    from llmexport.validate.report import Report, Rung
+
+    monkeypatch.setattr(ladder, "climb", lambda *_, **__: Report([Rung("a rung", "fail")], {}, {}))
+    out = export(checkpoint)
+    assert not validate.run(out, None, 0, False, Console(quiet=True)).passed
+    assert not manifest.has_digests(manifest.read(out))

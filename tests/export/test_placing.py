@@ -170,7 +170,7 @@ def test_auto_makes_reflinks_where_it_can(checkpoint: Path, monkeypatch: pytest.
     assert manifest.read(out).data["weights"]["placed"] == "reflink"
     # No hard link, so that onnx opens it; and no hint that it does not.
     onnx.load(out / "model.onnx")
-    assert placing.openings([manifest.read(out).data]) == []
+    assert placing.openings([out]) == []
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY])
@@ -185,7 +185,7 @@ def test_auto_links_where_the_file_system_has_no_reflinks(
     data = manifest.read(out).data
     assert (out / SHARD).samefile(checkpoint / SHARD)
     assert data["weights"]["placed"] == "link"
-    [hint] = placing.openings([data])
+    [hint] = placing.openings([out])
     assert "`--weights copy`" in hint
 
 
