@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
-from llmexport.export.stamp import Stamp, stamp
+from llmexport.export.stamp import Stamp, check_stamp, stamp
 from llmexport.export.stamp import read_errors as _read_errors
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Checkpoint:
             return np.empty(tensor.shape, dtype)
         path = self.folder / tensor.file
         with _read_errors(path):
+            check_stamp(path, next(s.stamp for s in self.shards if s.file == tensor.file), path)
             return np.memmap(path, dtype, "r", tensor.offset, tensor.shape)
 
 
@@ -133,11 +134,10 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], Shard]:
             problem = f"is no safetensors file: {size} bytes, of which it claims {length} for a header"
             raise _broken(path, f"{problem} (after git clone: `git lfs pull`)")
         header = file.read(length)
-        # Each entry is an object. Beyond this a file is made to take time and memory, not to hold a model.
+        # An entry is an object.
         if header.count(b"{") > MAX_TENSORS:
             raise ExportError(f"{path} describes over {MAX_TENSORS} tensors: is it the weights of a language model?")
-        if stamp(file.fileno()) != seen:
-            raise ExportError(f"{path} changes while it is read: wait until nothing writes to it")
+        check_stamp(file.fileno(), seen, path)
     entries = _parse_object(header, path)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -18,7 +18,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.identity import SAYS, WAYS, Held, changed, examine, whole_digest
 from llmexport.export.output import write_files
 from llmexport.export.spec import Port, from_data, to_data
-from llmexport.export.stamp import stamp
+from llmexport.export.stamp import check_stamp, read_errors, stamp
 
 if TYPE_CHECKING:
     from llmexport.export.onnx_file import Built, Request
@@ -136,8 +136,8 @@ class Manifest:
         """Raise ExportError if a weight file was written or replaced since it was held against the manifest."""
         for name, held in self.held.items():
             path = self.folder / name
-            if not path.exists() or stamp(path) != held.stamp:
-                raise ExportError(f"{path} changed while it was used: run this again when nothing writes to it")
+            with read_errors(path):
+                check_stamp(path, held.stamp, path)
 
 
 def verified(found: Manifest) -> Manifest:

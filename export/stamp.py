@@ -25,6 +25,12 @@ def stamp(file: int | Path) -> Stamp:
     return Stamp(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
 
 
+def check_stamp(file: int | Path, seen: Stamp, path: Path) -> None:
+    """Raise ExportError if the file, open or at its path, is not what it was when it was `seen`."""
+    if stamp(file) != seen:
+        raise ExportError(f"{path} changed while it was used: run this again when nothing writes to it any more")
+
+
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
     """Turn what the user can mend, while `path` is read, into an ExportError."""

@@ -59,7 +59,8 @@ def command(
         ("files", ", ".join(f"{n} {size(b)}" for n, b in files.items())),
         *validate_command.summary(report),
     ]
-    console.table(f"{named.name} in {target}", (), rows)
+    # Two steps may have read the same of the weights.
+    console.table(f"{named.name} in {target}", (), list(dict.fromkeys(rows)))
     console.lines(openings([target]))
     console.result({"manifest": record, "engine": built, "report": report.as_data()})
     return 0 if report.passed else 1

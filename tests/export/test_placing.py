@@ -17,9 +17,10 @@ import onnx
 import pytest
 
 from llmexport.export import archs, identity, manifest, onnx_file, placing, random_checkpoint
+from llmexport.export import checkpoint as checkpoint_module
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
-from llmexport.export.stamp import stamp
+from llmexport.export.stamp import Stamp, stamp
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -147,12 +148,24 @@ def test_a_config_that_changes_while_blocks_are_traced_is_refused(text: bytes | 
 
 
 def test_a_header_that_changes_while_it_is_read_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmexport.export import checkpoint as module
+    def stamp_first(file: int) -> Stamp:
+        seen = stamp(file)
+        append(checkpoint / SHARD, b"")
+        return seen
 
-    stamps = iter((stamp(checkpoint / SHARD), stamp(checkpoint / "config.json")))
-    monkeypatch.setattr(module, "stamp", lambda file: next(stamps))
-    with pytest.raises(ExportError, match=f"{SHARD} changes while it is read"):
+    monkeypatch.setattr(checkpoint_module, "stamp", stamp_first)
+    with pytest.raises(ExportError, match=f"{SHARD} changed while it was used"):
         open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("change", [rename, overwrite, truncate, append])
+def test_a_tensor_of_a_file_that_changed_is_not_read(change: Change, checkpoint: Path, originals: Path) -> None:
+    found = open_checkpoint(checkpoint)
+    name = list(found.tensors)[-1]
+    assert found.read(name).nbytes == found.tensors[name].nbytes
+    change(checkpoint / SHARD, (originals / "1" / SHARD).read_bytes())
+    with pytest.raises(ExportError, match=f"{SHARD} changed while it was used"):
+        found.read(name)
 
 
 def test_auto_makes_reflinks_where_it_can(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
