@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ from llmexport.export.archs import load, text_config
 from llmexport.export.manifest import Manifest
 from llmexport.export.spec import PAST, SEQUENCE, Step
 from llmexport.validate import feeds
-from llmexport.validate.compare import Difference, compare
+from llmexport.validate.compare import Difference, compare, median
 from llmexport.validate.report import REFERENCE, Report, Rung
-from llmexport.validate.runners import Feed, Refused, TorchRunner, TransformersRunner, onnx_runner
+from llmexport.validate.runners import Feed, Refused, TorchRunner, TransformersRunner, onnx_runner, unable
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 from llmexport.validate.tolerance import tolerance as whole_tolerance
 
@@ -42,15 +42,29 @@ class Run:
 def climb(manifest: Manifest, *, tokens: int | None = None, seed: int = 0, progress: Progress) -> Report:
     """Runs every rung that this machine can run. Raises Mismatch if two runs have different shapes."""
     whole = manifest.data["block"] is None
-    torch_runner = TorchRunner(manifest)
-    with torch_runner:
+    with TorchRunner(manifest) as torch_runner, _exact(manifest) as exact:
         if whole:
-            return _climb_whole(manifest, torch_runner, tokens, seed, progress)
-        return _climb_block(manifest, torch_runner, seed, progress)
+            return _climb_whole(manifest, torch_runner, exact, tokens, seed, progress)
+        return _climb_block(manifest, torch_runner, exact, seed, progress)
+
+
+@contextlib.contextmanager
+def _exact(manifest: Manifest) -> Iterator[TorchRunner | None]:
+    """Our PyTorch in fp32 for an export in 16 bits, which is judged by how far from it a right run is; else nothing."""
+    if manifest.dtype == "float32":
+        yield None
+        return
+    with TorchRunner(manifest.in_float32()) as runner:
+        yield runner
 
 
 def _climb_whole(
-    manifest: Manifest, torch_runner: TorchRunner, tokens: int | None, seed: int, progress: Progress
+    manifest: Manifest,
+    torch_runner: TorchRunner,
+    exact_runner: TorchRunner | None,
+    tokens: int | None,
+    seed: int,
+    progress: Progress,
 ) -> Report:
     assembly = manifest.assembly
     prompt = feeds.prompt(assembly, tokens=tokens, seed=seed)
@@ -58,21 +72,22 @@ def _climb_whole(
     ours, recorded = _run_recorded(torch_runner, manifest, prompt)
     seconds = {"PyTorch": _medians(ours)}
     progress("transformers", 1, 4)
-    rungs = [_reference(manifest, prompt, ours)]
-    if manifest.dtype != "float32":
-        rungs.append(_reference_float32(manifest, prompt))
+    exact = _run(exact_runner, manifest.in_float32(), prompt, ours.chosen) if exact_runner else None
+    rungs, theirs = _references(manifest, prompt, ours, exact)
     progress("blocks", 2, 4)
     reason = _not_runnable(manifest.dtype)
     if reason:
         rungs += [Rung(n, "not run", reason) for n in (BLOCKS, WHOLE)]
     else:
         model = onnx_file.load(manifest)
-        rungs.append(_blocks(manifest, torch_runner, model, recorded))
+        rungs.append(_blocks(manifest, torch_runner, exact_runner, model, recorded))
         progress("ONNX Runtime", 3, 4)
         with onnx_runner(model, manifest.folder) as runner:
             found = _run(runner, manifest, prompt, ours.chosen)
         seconds["ONNX Runtime"] = _medians(found)
-        rungs.append(_compare_runs(WHOLE, ours, found, prompt, whole_tolerance(manifest.dtype, assembly)))
+        tolerance = whole_tolerance(manifest.dtype, assembly)
+        yardsticks = [ours, *theirs] if exact else []
+        rungs.append(_compare_runs(WHOLE, exact or ours, found, prompt, tolerance, yardsticks))
     progress("done", 4, 4)
     crossed, left = _beyond(manifest, prompt)
     for rung in rungs:
@@ -84,7 +99,9 @@ def _climb_whole(
     return Report(rungs, seconds, shape)
 
 
-def _climb_block(manifest: Manifest, torch_runner: TorchRunner, seed: int, progress: Progress) -> Report:
+def _climb_block(
+    manifest: Manifest, torch_runner: TorchRunner, exact_runner: TorchRunner | None, seed: int, progress: Progress
+) -> Report:
     """One block alone, on random inputs."""
     reason = _not_runnable(manifest.dtype)
     if reason:
@@ -92,22 +109,46 @@ def _climb_block(manifest: Manifest, torch_runner: TorchRunner, seed: int, progr
     [step] = manifest.assembly.steps
     progress("block", 0, 1)
     with onnx_runner(onnx_file.load(manifest), manifest.folder) as runner:
-        details = list(_alone(manifest, torch_runner, runner, step, seed))
+        details = list(_alone(manifest, torch_runner, exact_runner, runner, step, seed))
     progress("block", 1, 1)
-    return Report([_rung(WHOLE, TOLERANCE[manifest.dtype], details)], {}, {})
+    return Report([_rung(WHOLE, details)], {}, {})
 
 
 def _alone(
-    manifest: Manifest, torch_runner: TorchRunner, runner: BaseRunner, step: Step, seed: int
+    manifest: Manifest,
+    torch_runner: TorchRunner,
+    exact_runner: TorchRunner | None,
+    runner: BaseRunner,
+    step: Step,
+    seed: int,
 ) -> Iterator[dict[str, Any]]:
     """One step on random inputs, in PyTorch and as `runner` runs it."""
     for sizes in feeds.block_sizes(step.block):
         drawn = feeds.block_feed(step.block, manifest.dtype, sizes, seed)
         feed = dict(zip(step.inputs, drawn.values(), strict=True))
         found = runner.infer(feed, check_inputs=False)
-        for output, expected in torch_runner.run_step(step, feed).items():
-            place = {"step": step.name, "kind": step.block.kind, "run": f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens"}
-            yield {**place, "output": output, "difference": compare(expected, found[output])}
+        expected, run = torch_runner.run_step(step, feed), f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens"
+        yield from _compare_step(manifest, exact_runner, step, run, feed, expected, found)
+
+
+def _compare_step(
+    manifest: Manifest,
+    exact_runner: TorchRunner | None,
+    step: Step,
+    run: str,
+    feed: Feed,
+    expected: Feed,
+    found: Feed,
+) -> Iterator[dict[str, Any]]:
+    """The outputs of one step: as far from what it gives in fp32 as PyTorch is in 16 bits; in fp32 from PyTorch."""
+    bound = TOLERANCE[manifest.dtype]
+    wide = {n: a.astype(np.float32) if a.dtype == manifest.dtype else a for n, a in feed.items()}
+    exact = exact_runner.run_step(step, wide) if exact_runner else None
+    for output in step.outputs:
+        place = {"step": step.name, "kind": step.block.kind, "run": run, "output": output}
+        reference = exact[output] if exact else expected[output]
+        allowed = bound.widened(compare(reference, expected[output])) if exact else bound
+        yield {**place, "difference": compare(reference, found[output]), "allowed": allowed}
 
 
 def _beyond(manifest: Manifest, prompt: feeds.Prompt) -> tuple[list[int], list[int]]:
@@ -161,29 +202,52 @@ def _logits(runner: BaseRunner, feed: Feed) -> Feed:
     return {"logits": np.copy(runner.infer(feed, check_inputs=False)["logits"])}
 
 
-def _reference(manifest: Manifest, prompt: feeds.Prompt, ours: Run, name: str = REFERENCE) -> Rung:
-    """Our PyTorch against transformers, which carries its own cache."""
-    if importlib.util.find_spec("transformers") is None:
-        return Rung(name, "not run", "transformers is not installed: pip install transformers")
+def _references(manifest: Manifest, prompt: feeds.Prompt, ours: Run, exact: Run | None) -> tuple[list[Rung], list[Run]]:
+    """Our PyTorch against transformers, which carries its own cache; and the run of transformers, if there is one.
+
+    In 16 bits transformers in fp32 is the reference, and transformers in 16 bits says how far from it is right. What
+    our PyTorch makes of the model in fp32, `exact`, is a rung of its own: roundoff can hide a wrong model.
+    """
+    names = [REFERENCE] if exact is None else [REFERENCE, f"{REFERENCE}, float32"]
+    tolerance = whole_tolerance(manifest.dtype, manifest.assembly)
     try:
-        with TransformersRunner(manifest) as runner:
-            reference = _run(runner, manifest, prompt, ours.chosen)
+        reference = _run_transformers(manifest, prompt, ours.chosen)
+        if exact is None:
+            return [_compare_runs(REFERENCE, reference, ours, prompt, tolerance)], [reference]
+        wide = _run_transformers(manifest.in_float32(), prompt, ours.chosen)
     except Refused as refusal:
-        return Rung(name, "not run", str(refusal))
-    return _compare_runs(name, reference, ours, prompt, whole_tolerance(manifest.dtype, manifest.assembly))
+        return [Rung(n, "not run", str(refusal)) for n in names], []
+    in_float32 = whole_tolerance("float32", manifest.assembly)
+    rungs = [
+        _compare_runs(names[0], wide, ours, prompt, tolerance, [reference]),
+        _compare_runs(names[1], wide, exact, prompt, in_float32),
+    ]
+    return rungs, [reference]
 
 
-def _reference_float32(manifest: Manifest, prompt: feeds.Prompt) -> Rung:
-    """The same in fp32, whatever the export's dtype: 16-bit roundoff can hide a wrong model."""
-    wide = manifest.in_float32()
-    with TorchRunner(wide) as runner:
-        ours, _ = _run_recorded(runner, wide, prompt)
-    return _reference(wide, prompt, ours, f"{REFERENCE}, float32")
+def _run_transformers(manifest: Manifest, prompt: feeds.Prompt, chosen: list[np.ndarray]) -> Run:
+    """Raises Refused where transformers cannot say what is right."""
+    if refusal := unable():
+        raise Refused(refusal)
+    with TransformersRunner(manifest) as runner:
+        return _run(runner, manifest, prompt, chosen)
 
 
-def _compare_runs(name: str, reference: Run, found: Run, prompt: feeds.Prompt, tolerance: Tolerance) -> Rung:
-    """Logits of every step, of real tokens only, and the caches of the last decode step if both return them."""
+def _compare_runs(
+    name: str,
+    reference: Run,
+    found: Run,
+    prompt: feeds.Prompt,
+    tolerance: Tolerance,
+    yardsticks: Sequence[Run] = (),
+) -> Rung:
+    """Logits of every step, of real tokens only, and the caches of the last decode step if both return them.
+
+    `yardsticks` are runs in 16 bits that are as right as any; how far they are off, there and in most places, widens
+    the tolerance.
+    """
     details: list[dict[str, Any]] = []
+    yards: list[list[Difference]] = []
     last = len(reference.chosen) - 1
     for i, (expected, other) in enumerate(zip(reference.outputs, found.outputs, strict=True)):
         for output in expected.keys() & other.keys():
@@ -192,11 +256,23 @@ def _compare_runs(name: str, reference: Run, found: Run, prompt: feeds.Prompt, t
                 continue
             real = prompt.mask.astype(bool) if output == "logits" and i == 0 else None
             difference = compare(expected[output], other[output], real, tolerance.strays)
-            details.append({"step": i, "output": output, "difference": difference})
-    return _rung(name, tolerance, details)
+            details.append({"step": i, "output": output, "difference": difference, "allowed": tolerance})
+            measured = [y.outputs[i][output] for y in yardsticks if output in y.outputs[i]]
+            yards.append([compare(expected[output], y, real, tolerance.strays) for y in measured])
+    typical = [median([y[k] for y in yards if k < len(y)]) for k in range(len(yardsticks))]
+    for detail, own in zip(details, yards, strict=True):
+        for yard in (*typical, *own):
+            detail["allowed"] = detail["allowed"].widened(yard)
+    return _rung(name, details)
 
 
-def _blocks(manifest: Manifest, torch_runner: TorchRunner, model: onnx.ModelProto, recorded: dict[str, Feed]) -> Rung:
+def _blocks(
+    manifest: Manifest,
+    torch_runner: TorchRunner,
+    exact_runner: TorchRunner | None,
+    model: onnx.ModelProto,
+    recorded: dict[str, Feed],
+) -> Rung:
     """Every step of the exported file alone, fed what PyTorch computed before it, so that no error adds up.
 
     What layers read (masks, angles, temperatures) is run across its thresholds as well, however far those are.
@@ -206,25 +282,24 @@ def _blocks(manifest: Manifest, torch_runner: TorchRunner, model: onnx.ModelProt
         part = onnx_file.cut_step(model, step, manifest.dtype)
         with onnx_runner(part, manifest.folder) as runner:
             for run, values in recorded.items():
-                found = runner.infer({n: values[n] for n in step.inputs}, check_inputs=False)
-                place = {"step": step.name, "kind": step.block.kind, "run": run}
-                for output in step.outputs:
-                    difference = compare(values[output], found[output])
-                    details.append({**place, "output": output, "difference": difference})
+                feed = {n: values[n] for n in step.inputs}
+                found = runner.infer(feed, check_inputs=False)
+                details.extend(_compare_step(manifest, exact_runner, step, run, feed, values, found))
             if not manifest.step_weights[step.name]:
-                details.extend(_alone(manifest, torch_runner, runner, step, seed=0))
-    return _rung(BLOCKS, TOLERANCE[manifest.dtype], details)
+                details.extend(_alone(manifest, torch_runner, exact_runner, runner, step, seed=0))
+    return _rung(BLOCKS, details)
 
 
-def _rung(name: str, tolerance: Tolerance, details: list[dict[str, Any]]) -> Rung:
-    """Passes if every detail is within the tolerance, and no step's reference is everywhere one number, which a model
-    that computes nothing would equal too; shows the one that comes nearest to the tolerance."""
-    worst: Difference = max((d["difference"] for d in details), key=lambda d: d.excess(tolerance))
+def _rung(name: str, details: list[dict[str, Any]]) -> Rung:
+    """Passes if every detail is within what is allowed of it, and no step's reference is everywhere one number, which
+    a model that computes nothing would equal too; shows the one that comes nearest to what is allowed."""
+    worst = max(details, key=lambda d: d["difference"].excess(d["allowed"]))
+    difference, tolerance = worst["difference"], worst["allowed"]
     varied = {d["step"] for d in details if d["difference"].spread != 0}
     flat = list(dict.fromkeys(d["step"] for d in details if d["step"] not in varied))
-    status = "pass" if worst.excess(tolerance) <= 1 and not flat else "fail"
+    status = "pass" if difference.excess(tolerance) <= 1 and not flat else "fail"
     note = f"proves nothing: the reference is one number everywhere, in step {flat[0]}" if flat else ""
-    return Rung(name, status, note, worst, tolerance, details)
+    return Rung(name, status, note, difference, tolerance, details)
 
 
 def _not_runnable(dtype: str) -> str:

@@ -7,6 +7,8 @@ can stand in for any of them.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
+import importlib.util
 import json
 import re
 import tempfile
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 Feed = dict[str, np.ndarray]
 TOKENS = ("input_ids", "position_ids", "attention_mask")
 CACHED_KEY = re.compile(r"past_key_values\.(\d+)\.key")
+OLDEST_TRANSFORMERS = (5, 20)  # whose numbers the tests hold the architectures against
 OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
 REFUSALS: tuple[type[Exception], ...] = (
     RuntimeError,
@@ -159,6 +162,20 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().numpy()
 
 
+def unable() -> str:
+    """Why the transformers that is installed, if one is, cannot be the reference; or nothing."""
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed: pip install transformers"
+    installed = importlib.metadata.version("transformers")
+    if tuple(int(n) for n in re.findall(r"\d+", installed)[:2]) < OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+        return (
+            f"transformers {installed} is installed, before 5 it does not read rope_parameters and is wrong without a "
+            f"word: pip install 'transformers>={oldest}'"
+        )
+    return ""
+
+
 class Refused(Exception):
     """transformers does not take a config that we take."""
 
@@ -200,7 +217,10 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
             for shard in weights.shards:
                 (folder / shard.file).symlink_to((self._manifest.folder / shard.file).resolve())
             arch = load(data["arch"]).arch
-            model = getattr(transformers, arch.causal_lm)
+            model = getattr(transformers, arch.causal_lm, None)
+            if model is None:
+                have = f"transformers {transformers.__version__}"
+                raise Refused(f"{have} has no {arch.causal_lm}: pip install -U transformers")
             # transformers writes into the dictionaries that it is given.
             config = copy.deepcopy(dict(text_config(arch, data["config"])))
             names = {f"^{re.escape(there)}": here for here, there in whole_names(arch, data["config"]).items()}
