@@ -18,8 +18,9 @@ from llmexport.export.manifest import Manifest
 from llmexport.export.spec import PAST, SEQUENCE, Step
 from llmexport.validate import feeds
 from llmexport.validate.compare import Difference, compare, median
+from llmexport.validate.reference import Refused, TransformersRunner, unable
 from llmexport.validate.report import REFERENCE, Report, Rung
-from llmexport.validate.runners import Feed, Refused, TorchRunner, TransformersRunner, onnx_runner, unable
+from llmexport.validate.runners import Feed, TorchRunner, onnx_runner
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 from llmexport.validate.tolerance import tolerance as whole_tolerance
 

@@ -206,7 +206,7 @@ def change_epsilon(model: onnx.ModelProto) -> None:
 
 @pytest.fixture(params=["model", "block"])
 def copied(request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path: Path) -> Path:
-    block = {"model": None, "block": "decoder_layer"}[request.param]
+    block = {"model": None, "block": "layer"}[request.param]
     return Path(shutil.copytree(exported("llama", block=block), tmp_path / "export"))
 
 

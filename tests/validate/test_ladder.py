@@ -23,7 +23,7 @@ from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import feeds, ladder, runners
+from llmexport.validate import feeds, ladder, reference
 from llmexport.validate import report as files
 
 
@@ -337,7 +337,7 @@ def test_bf16_says_why_onnx_runtime_was_not_run(exported) -> None:
 def test_a_verdict_says_when_transformers_was_not_asked(exported, monkeypatch: pytest.MonkeyPatch) -> None:
     found = manifest.read(exported("gemma"))
     assert ladder.climb(found, progress=silent).verdict == "every rung that was run passed"
-    monkeypatch.setattr(runners.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
     assert "not compared with transformers" in ladder.climb(found, progress=silent).verdict
 
 
@@ -346,7 +346,7 @@ def test_a_report_in_which_nothing_ran_has_not_passed() -> None:
 
 
 def test_without_transformers_its_rung_says_how_to_get_it(exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runners.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
     rung = climb(exported("gemma"))["PyTorch / transformers"]
     assert (rung.status, "pip install" in rung.note) == ("not run", True)
 

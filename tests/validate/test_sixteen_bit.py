@@ -17,7 +17,7 @@ from reseal import reseal
 
 from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
-from llmexport.validate import ladder, runners
+from llmexport.validate import ladder, reference
 from llmexport.validate.compare import Difference, median
 from llmexport.validate.tolerance import FACTOR, MOST, TOLERANCE
 
@@ -130,9 +130,9 @@ def test_a_median_is_of_each_error_in_units_of_its_reference() -> None:
 
 
 def test_transformers_before_5_is_no_reference(rough, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = runners.importlib.metadata.version
+    real = reference.importlib.metadata.version
     monkeypatch.setattr(
-        runners.importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name)
+        reference.importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name)
     )
     found = rungs(rough("float16"))
     for name in (PYTORCH, f"{PYTORCH}, float32"):
@@ -146,7 +146,7 @@ def test_transformers_before_5_is_no_reference(rough, monkeypatch: pytest.Monkey
 def test_an_architecture_that_transformers_lacks_is_said(rough, monkeypatch: pytest.MonkeyPatch) -> None:
     arch = archs.load("llama")
     later = dataclasses.replace(arch.arch, causal_lm="LlamaOfLaterForCausalLM")
-    monkeypatch.setattr(runners, "load", lambda name: dataclasses.replace(arch, arch=later))
+    monkeypatch.setattr(reference, "load", lambda name: dataclasses.replace(arch, arch=later))
     rung = rungs(rough("float16"))[PYTORCH]
     assert rung.status == "not run"
     assert "has no LlamaOfLaterForCausalLM: pip install -U transformers" in rung.note
