@@ -16,7 +16,7 @@ from llmexport.export import onnx_file
 from llmexport.export.archs import load, text_config
 from llmexport.export.manifest import Manifest
 from llmexport.export.spec import PAST, SEQUENCE, Step
-from llmexport.validate import feeds
+from llmexport.validate import feeds, overflow
 from llmexport.validate.compare import Difference, compare
 from llmexport.validate.report import REFERENCE, Report, Rung
 from llmexport.validate.runners import Feed, Refused, TorchRunner, TransformersRunner, onnx_runner
@@ -37,6 +37,7 @@ class Run:
     outputs: list[Feed]
     seconds: list[float]
     chosen: list[np.ndarray]  # the tokens after each run but those across thresholds
+    overflows: str | None = None  # the first step that made a number that is not finite
 
 
 def climb(manifest: Manifest, *, tokens: int | None = None, seed: int = 0, progress: Progress) -> Report:
@@ -73,6 +74,7 @@ def _climb_whole(
             found = _run(runner, manifest, prompt, ours.chosen)
         seconds["ONNX Runtime"] = _medians(found)
         rungs.append(_compare_runs(WHOLE, ours, found, prompt, whole_tolerance(manifest.dtype, assembly)))
+        overflow.explain(rungs[-2:], manifest.dtype, ours.overflows or overflow.first_alone(rungs[-2]))
     progress("done", 4, 4)
     crossed, left = _beyond(manifest, prompt)
     for rung in rungs:
@@ -136,11 +138,13 @@ def _run_recorded(runner: TorchRunner, manifest: Manifest, prompt: feeds.Prompt)
         run.chosen.append(greedy if i < DECODE_STEPS else prompt.ids[:, :PIECE])
         run.outputs.append(outputs)
         run.seconds.append(runner.last_inference_time())
+        run.overflows = run.overflows or overflow.first_step(manifest.assembly, runner.values)
         if i in (0, DECODE_STEPS + 1):
             recorded["last" if i else "prompt"] = runner.values
         feed = feeds.advance(feed, outputs, run.chosen[-1])
     for name, feed in _crossings(manifest, prompt):
         run.outputs.append(_logits(runner, feed))
+        run.overflows = run.overflows or overflow.first_step(manifest.assembly, runner.values)
         recorded[name] = runner.values
     return run, recorded
 
@@ -170,7 +174,9 @@ def _reference(manifest: Manifest, prompt: feeds.Prompt, ours: Run, name: str = 
             reference = _run(runner, manifest, prompt, ours.chosen)
     except Refused as refusal:
         return Rung(name, "not run", str(refusal))
-    return _compare_runs(name, reference, ours, prompt, whole_tolerance(manifest.dtype, manifest.assembly))
+    rung = _compare_runs(name, reference, ours, prompt, whole_tolerance(manifest.dtype, manifest.assembly))
+    overflow.explain([rung], manifest.dtype, ours.overflows)
+    return rung
 
 
 def _reference_float32(manifest: Manifest, prompt: feeds.Prompt) -> Rung:
