@@ -104,6 +104,8 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
             f"the checkpoint is a base model, its names lack {arch.arch.base!r}: "
             "the logits are made with its tied embedding table"
         )
+    if request.dtype == "float16" and arch.arch.overflows_float16:
+        notes.append(f"{arch.arch.overflows_float16}: bfloat16 and float32 do not overflow")
     return dataclasses.replace(request, arch=arch), model, notes
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,31 +11,19 @@ import onnx
 from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import onnx_file
-from llmexport.export.archs import load, text_config
 from llmexport.export.manifest import Manifest
 from llmexport.export.spec import PAST, SEQUENCE, Step
-from llmexport.validate import feeds
+from llmexport.validate import feeds, overflow, runs
 from llmexport.validate.compare import Difference, compare, median
 from llmexport.validate.reference import Refused, TransformersRunner, unable
 from llmexport.validate.report import REFERENCE, Report, Rung
 from llmexport.validate.runners import Feed, TorchRunner, onnx_runner
+from llmexport.validate.runs import DECODE_STEPS, Run, beyond, follow, medians, record
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 from llmexport.validate.tolerance import tolerance as whole_tolerance
 
-DECODE_STEPS = 8
-PIECE = 3  # tokens of a prompt's later piece
-MOST_PAST = 4 * 2**30  # bytes of a random past in fp32, which is held for each step across a threshold
 BLOCKS, WHOLE = "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Run:
-    """What one runner made of the prompt, of every decode step and of steps across thresholds: outputs, and seconds."""
-
-    outputs: list[Feed]
-    seconds: list[float]
-    chosen: list[np.ndarray]  # the tokens after each run but those across thresholds
 
 
 def climb(manifest: Manifest, *, tokens: int | None = None, seed: int = 0, progress: Progress) -> Report:
@@ -70,10 +56,10 @@ def _climb_whole(
     assembly = manifest.assembly
     prompt = feeds.prompt(assembly, tokens=tokens, seed=seed)
     progress("PyTorch", 0, 4)
-    ours, recorded = _run_recorded(torch_runner, manifest, prompt)
-    seconds = {"PyTorch": _medians(ours)}
+    ours, recorded = record(torch_runner, manifest, prompt)
+    seconds = {"PyTorch": medians(ours)}
     progress("transformers", 1, 4)
-    exact = _run(exact_runner, manifest.in_float32(), prompt, ours.chosen) if exact_runner else None
+    exact = follow(exact_runner, manifest.in_float32(), prompt, ours.chosen) if exact_runner else None
     rungs, theirs = _references(manifest, prompt, ours, exact)
     progress("blocks", 2, 4)
     reason = _not_runnable(manifest.dtype)
@@ -84,17 +70,19 @@ def _climb_whole(
         rungs.append(_blocks(manifest, torch_runner, exact_runner, model, recorded))
         progress("ONNX Runtime", 3, 4)
         with onnx_runner(model, manifest.folder) as runner:
-            found = _run(runner, manifest, prompt, ours.chosen)
-        seconds["ONNX Runtime"] = _medians(found)
+            found = follow(runner, manifest, prompt, ours.chosen)
+        seconds["ONNX Runtime"] = medians(found)
         tolerance = whole_tolerance(manifest.dtype, assembly)
         yardsticks = [ours, *theirs] if exact else []
         rungs.append(_compare_runs(WHOLE, exact or ours, found, prompt, tolerance, yardsticks))
+    alone = next((r for r in rungs if r.name == BLOCKS), None)
+    overflow.explain(rungs, manifest.dtype, ours.overflows or (overflow.first_alone(alone) if alone else None))
     progress("done", 4, 4)
-    crossed, left = _beyond(manifest, prompt)
+    crossed, left = beyond(manifest, prompt)
     for rung in rungs:
         if left and rung.status != "not run":
             held = "; masks, angles and temperatures were, alone" if rung.name == BLOCKS else ""
-            note = f"not run past {left} tokens, whose caches are over {MOST_PAST >> 30} GiB in fp32{held}"
+            note = f"not run past {left} tokens, whose caches are over {runs.MOST_PAST >> 30} GiB in fp32{held}"
             rung.note = f"{rung.note}; {note}" if rung.note else note
     shape = {"batch": len(prompt.ids), "tokens": prompt.ids.shape[1], "decode_steps": DECODE_STEPS, "crossed": crossed}
     return Report(rungs, seconds, shape)
@@ -152,57 +140,6 @@ def _compare_step(
         yield {**place, "difference": compare(reference, found[output]), "allowed": allowed}
 
 
-def _beyond(manifest: Manifest, prompt: feeds.Prompt) -> tuple[list[int], list[int]]:
-    """The thresholds that the prompt does not pass: those to cross after a random past, and those too far for it."""
-    config = text_config(load(manifest.data["arch"]).arch, manifest.data["config"])
-    known = feeds.thresholds(manifest.assembly) | feeds.said(config)
-    far = sorted(t for t in known if t >= prompt.ids.shape[1])
-    near = [t for t in far if feeds.past_bytes(manifest.assembly, t) <= MOST_PAST]
-    return near, far[len(near) :]
-
-
-def _crossings(manifest: Manifest, prompt: feeds.Prompt) -> Iterator[tuple[str, Feed]]:
-    """The steps across thresholds, by name, each made when it is asked for."""
-    for t in _beyond(manifest, prompt)[0]:
-        yield f"across {t}", feeds.crossing(manifest.assembly, t, manifest.dtype)
-
-
-def _run_recorded(runner: TorchRunner, manifest: Manifest, prompt: feeds.Prompt) -> tuple[Run, dict[str, Feed]]:
-    """The prompt, greedy decoding, three tokens at once and what crosses thresholds; and all values of those runs
-    that are no decode steps."""
-    feed = feeds.prefill(manifest.assembly, prompt, manifest.dtype)
-    run, recorded = Run([], [], []), {}
-    for i in range(DECODE_STEPS + 2):
-        outputs = runner.infer(feed, check_inputs=False)
-        greedy = outputs["logits"][:, -1:].argmax(-1)
-        run.chosen.append(greedy if i < DECODE_STEPS else prompt.ids[:, :PIECE])
-        run.outputs.append(outputs)
-        run.seconds.append(runner.last_inference_time())
-        if i in (0, DECODE_STEPS + 1):
-            recorded["last" if i else "prompt"] = runner.values
-        feed = feeds.advance(feed, outputs, run.chosen[-1])
-    for name, feed in _crossings(manifest, prompt):
-        run.outputs.append(_logits(runner, feed))
-        recorded[name] = runner.values
-    return run, recorded
-
-
-def _run(runner: BaseRunner, manifest: Manifest, prompt: feeds.Prompt, chosen: list[np.ndarray]) -> Run:
-    """The same tokens, but the runner's own caches, so that an error in a cache adds up."""
-    run, feed = Run([], [], chosen), feeds.prefill(manifest.assembly, prompt, manifest.dtype)
-    for tokens in chosen:
-        outputs = {n: np.copy(a) for n, a in runner.infer(feed, check_inputs=False).items()}
-        run.outputs.append(outputs)
-        run.seconds.append(runner.last_inference_time())
-        feed = feeds.advance(feed, outputs, tokens)
-    run.outputs += [_logits(runner, crossing) for _, crossing in _crossings(manifest, prompt)]
-    return run
-
-
-def _logits(runner: BaseRunner, feed: Feed) -> Feed:
-    return {"logits": np.copy(runner.infer(feed, check_inputs=False)["logits"])}
-
-
 def _references(manifest: Manifest, prompt: feeds.Prompt, ours: Run, exact: Run | None) -> tuple[list[Rung], list[Run]]:
     """Our PyTorch against transformers, which carries its own cache; and the run of transformers, if there is one.
 
@@ -231,7 +168,7 @@ def _run_transformers(manifest: Manifest, prompt: feeds.Prompt, chosen: list[np.
     if refusal := unable():
         raise Refused(refusal)
     with TransformersRunner(manifest) as runner:
-        return _run(runner, manifest, prompt, chosen)
+        return follow(runner, manifest, prompt, chosen)
 
 
 def _compare_runs(
@@ -306,7 +243,3 @@ def _rung(name: str, details: list[dict[str, Any]]) -> Rung:
 def _not_runnable(dtype: str) -> str:
     """Why ONNX Runtime's CPU provider cannot run a model of this dtype, or nothing."""
     return "ONNX Runtime has no bfloat16 MatMul on a CPU: validate a float32 export too" if dtype == "bfloat16" else ""
-
-
-def _medians(run: Run) -> dict[str, float]:
-    return {"prefill": run.seconds[0], "decode": statistics.median(run.seconds[1 : DECODE_STEPS + 1])}

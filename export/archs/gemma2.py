@@ -43,6 +43,8 @@ ARCH = Arch(
     build=build,
     names={**NAMES, **NORMS},
     ignore=BUFFERS,
+    # vLLM refuses float16 for it (_FLOAT16_NOT_SUPPORTED_MODELS of vllm/config/model.py).
+    overflows_float16="published Gemma 2 checkpoints are numerically unstable in float16",
     tiny={
         **{k: v for k, v in TINY.items() if k != "hidden_act"},
         "head_dim": 32,

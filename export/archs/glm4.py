@@ -24,6 +24,8 @@ ARCH = Arch(
         "layers.{i}.mlp_output_norm.": "model.layers.{i}.post_mlp_layernorm.",
     },
     ignore=BUFFERS,
+    # vLLM refuses float16 for it (_FLOAT16_NOT_SUPPORTED_MODELS of vllm/config/model.py).
+    overflows_float16="published GLM-4 checkpoints are numerically unstable in float16",
     tiny={
         **TINY,
         "head_dim": 16,

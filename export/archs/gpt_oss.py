@@ -63,6 +63,8 @@ ARCH = Arch(
     build=build,
     names=NAMES,
     ignore=BUFFERS,
+    # onnxruntime-genai pull request 2444: its last layer passes 65504, every logit is NaN.
+    overflows_float16="published GPT-OSS checkpoints overflow float16 in their last layers",
     tiny={
         **TINY,
         "intermediate_size": 32,

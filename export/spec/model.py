@@ -102,6 +102,7 @@ class Arch:
     place; `in_parts`: published ones have. `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and
     the model does not need. `tiny` is the built-in config. `whole` is the multimodal checkpoint that the model is
     published in. A base model's checkpoint, which has no head, leaves `base` out where a name starts with it.
+    `overflows_float16` says, where published checkpoints are known to overflow float16, which do and how it shows.
     """
 
     model_types: tuple[str, ...]
@@ -114,6 +115,7 @@ class Arch:
     in_parts: bool = False
     whole: Whole | None = None
     base: str = "model."
+    overflows_float16: str = ""
 
 
 def to_data(value: Any) -> Any:

@@ -23,7 +23,7 @@ from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import feeds, ladder, reference
+from llmexport.validate import feeds, ladder, reference, runs
 from llmexport.validate import report as files
 
 
@@ -221,7 +221,7 @@ def test_what_a_file_computes_wrong_beyond_the_prompt_is_found_in_its_step(
 def test_a_threshold_whose_caches_would_be_too_large_is_said_not_to_be_crossed(
     far, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ladder, "MOST_PAST", 0)
+    monkeypatch.setattr(runs, "MOST_PAST", 0)
     rungs = climb(far("mistral"))
     assert all("not run past [900] tokens" in r.note for r in rungs.values())
     blocks = rungs["blocks: ONNX Runtime / PyTorch"]

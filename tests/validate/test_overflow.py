@@ -1,0 +1,121 @@
+"""A number that is not finite is laid to the step that made it first."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llmexport.export import archs, manifest, onnx_file
+from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.cli.main import main
+from llmexport.export.cli.validate import summary
+from llmexport.export.spec import Assembly, Mask, Step
+from llmexport.validate import ladder, overflow
+from llmexport.validate import report as files
+from llmexport.validate.compare import compare
+from llmexport.validate.report import Report, Rung
+
+# The blocks do not matter here, only which values the steps read and make.
+CHAIN = Assembly((), tuple(Step(f"layers.{i}", Mask(), (f"v{i}",), (f"v{i + 1}",), "") for i in range(3)), ())
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("made", "step"),
+    [
+        ((1.0, 2.0, INF, NAN), "layers.1"),
+        ((1.0, NAN, NAN, NAN), "layers.0"),
+        ((1.0, 2.0, 3.0, -INF), "layers.2"),
+        ((1.0, 2.0, 3.0, 65504.0), None),
+        ((NAN, NAN, NAN, NAN), None),
+    ],
+    ids=["infinity in the middle", "NaN from finite numbers", "at the end", "all finite", "given, not made"],
+)
+def test_the_first_step_that_makes_what_is_not_finite(made: tuple[float, ...], step: str | None) -> None:
+    values = {f"v{i}": np.array([0.0, number], np.float16) for i, number in enumerate(made)}
+    assert overflow.first_step(CHAIN, values) == step
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_note_names_the_step_and_keeps_what_was_noted(dtype: str) -> None:
+    right, wrong = (compare(np.ones(2), np.array([1.0, found])) for found in (1.0, INF))
+    rungs = [Rung("a", "pass", "", right), Rung("b", "fail", "first", wrong), Rung("c", "not run", "why")]
+    overflow.explain(rungs, dtype, "layers.7")
+    said = {"float16": "overflows float16 in layers.7, use bfloat16"}
+    expected = said.get(dtype, "layers.7 gives numbers that are not finite")
+    assert [r.note for r in rungs] == ["", f"first; {expected}", "why"]
+
+
+def test_what_only_the_exported_file_overflows_is_found_block_by_block() -> None:
+    found = [1.0, INF, NAN]
+    details = [{"step": f"layers.{i}", "difference": compare(np.ones(1), np.array([n]))} for i, n in enumerate(found)]
+    assert overflow.first_alone(Rung("blocks", "fail", details=details)) == "layers.1"
+    assert overflow.first_alone(Rung("blocks", "pass", details=details[:1])) is None
+
+
+@pytest.fixture(scope="module")
+def climbed(tiny_checkpoint, tmp_path_factory) -> Callable[[str], tuple[manifest.Manifest, Report]]:
+    """Climbs with a Gemma 3 whose layer 1 makes numbers past 65504 between its MLP and the norm behind it."""
+    base = tmp_path_factory.mktemp("overflow")
+    shutil.copytree(tiny_checkpoint("gemma3_text"), base / "ck")
+    name = "model.layers.1.mlp.down_proj.weight"
+    index = json.loads((base / "ck/model.safetensors.index.json").read_text())
+    shard = base / "ck" / index["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name] *= np.float32(2e4) / np.abs(tensors[name]).max()
+    for other in ("gate_proj", "up_proj"):
+        tensors_name = name.replace("down_proj", other)
+        path = base / "ck" / index["weight_map"][tensors_name]
+        held = tensors if path == shard else load_file(path)
+        held[tensors_name] *= np.float32(20)
+        if path != shard:
+            save_file(held, path, {"format": "pt"})
+    save_file(tensors, shard, {"format": "pt"})
+
+    def climb(dtype: str) -> tuple[manifest.Manifest, Report]:
+        checkpoint = open_checkpoint(base / "ck")
+        request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, dtype)
+        onnx_file.write(request, base / dtype, force=False, progress=lambda what, done, of: None)
+        found = manifest.read(base / dtype)
+        return found, ladder.climb(found, progress=lambda what, done, of: None)
+
+    return climb
+
+
+def test_float16_that_overflows_is_said_to_in_every_form_of_the_report(climbed) -> None:
+    found, report = climbed("float16")
+    note = "overflows float16 in layers.1, use bfloat16"
+    rungs = {r.name: (r.status, r.note) for r in report.rungs}
+    assert rungs == {
+        "PyTorch / transformers": ("fail", note),
+        "PyTorch / transformers, float32": ("pass", ""),
+        "blocks: ONNX Runtime / PyTorch": ("fail", note),
+        "ONNX Runtime / PyTorch": ("fail", note),
+    }
+    files.write(found, report)
+    assert (found.folder / "report.html").read_text().count(note) == 3
+    assert [r["note"] for r in json.loads((found.folder / "report.json").read_text())["rungs"]].count(note) == 3
+    assert sum(said.endswith(note) for _, said in summary(report)) == 3
+
+
+def test_the_same_model_in_float32_passes(climbed) -> None:
+    assert {(r.status, r.note) for r in climbed("float32")[1].rungs} == {("pass", "")}
+
+
+@pytest.mark.parametrize(("arch", "dtype", "times"), [("gemma3_text", "float16", 1), ("gemma3_text", "float32", 0)])
+def test_an_export_is_warned_of_what_is_known(arch: str, dtype: str, times: int, tmp_path, monkeypatch, capsys) -> None:
+    command = ["llmexport", "onnx", "--arch", arch, "--dtype", dtype, "-o", str(tmp_path / "out"), "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    note = "published Gemma 3 checkpoints overflow float16 and give nan: bfloat16 and float32 do not overflow"
+    assert ended.value.code in (0, None)
+    assert err.count(f"note: {note}\n") == times
+    assert json.loads(out)["notes"] == [note] * times == manifest.read(tmp_path / "out").data["notes"]
