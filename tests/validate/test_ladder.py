@@ -321,9 +321,13 @@ def misread(folder: Path, cls: str, field: str, value: Any) -> None:
 
 
 def specs(data: Any) -> Iterator[dict[str, Any]]:
+    """Every block inside a manifest's data."""
     if isinstance(data, dict):
-        yield data
-        for value in data.values():
+        if "is" in data:
+            yield data
+        data = list(data.values())
+    if isinstance(data, list):
+        for value in data:
             yield from specs(value)
 
 

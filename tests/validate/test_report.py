@@ -12,7 +12,7 @@ HOSTILE = "<script>x</script>\u202etxt\x1b[31m\n"
 def test_a_hostile_name_is_shown_as_text() -> None:
     data = dict.fromkeys(("arch", "block", "dtype", "opset", "ops", "versions"), HOSTILE)
     shown = page(
-        Manifest(Path(), data, Assembly((), (), ()), {}),
+        Manifest(Path(), data, Assembly((), (), ()), {}, {}),
         Report([Rung(HOSTILE, "not run", HOSTILE)], {HOSTILE: {"prefill": 1, "decode": 1}}, {}),
     )
     assert "<script>" not in shown
