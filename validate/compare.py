@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmexport.plugins.errors import UserError
-from llmexport.validate.tolerance import Tolerance
+
+if TYPE_CHECKING:
+    from llmexport.validate.tolerance import Tolerance
 
 
 class Mismatch(UserError):
@@ -34,6 +38,12 @@ class Difference:
         largest = self.max_abs / bound if bound else math.inf
         parts = [largest if self.max_abs else 0.0, self.rms_ratio / tolerance.rms_ratio]
         return math.inf if any(map(math.isnan, parts)) else max(parts)
+
+
+def median(differences: Sequence[Difference]) -> Difference:
+    """Of each error by itself, in units of the reference: its largest magnitude and its rms."""
+    largest = [d.max_abs / d.scale if d.scale else 0.0 for d in differences]
+    return Difference(float(np.median(largest)), float(np.median([d.rms_ratio for d in differences])), 1.0, 1.0)
 
 
 def compare(

@@ -120,7 +120,7 @@ def _error(rung: Rung) -> tuple[str, str, str]:
 
 
 def _details(rung: Rung) -> str:
-    names = [k for k in rung.details[0] if k != "difference"]
+    names = [k for k in rung.details[0] if k not in ("difference", "allowed")]
     rows = [
         (*(str(d[n]) for n in names), f"{d['difference'].max_abs:.2e}", f"{d['difference'].rms_ratio:.2e}")
         for d in rung.details

@@ -47,8 +47,8 @@ def main() -> None:
     _open_closed()
     with interrupt.handled():
         code, error = _call()
-        if interrupt.came() and code < MENDABLE:
-            # A library lost the exception: it may be inside a callback, or catch everything.
+        if interrupt.came() and code != MENDABLE:
+            # A library lost the exception, inside a callback, or made another one of it.
             code, error = MENDABLE, _interrupted()
     if error:
         _say(error, code)

@@ -20,45 +20,57 @@ struct InTile {
   }
 };
 
-// How kThreads threads start copies of kRows rows to a tile of kD columns: a thread has one chunk
-// of rows that are kApart apart, which go to placeOf(row, chunk). What lies past the end of a row
-// or past the last row becomes zeros.
-template <int kD, int kRows, int kThreads>
-struct RowCopies {
-  static constexpr int kChunks = kD / 8, kApart = kThreads / kChunks, kCount = kRows / kApart;
-  static_assert(kThreads % kChunks == 0 && kRows % kApart == 0, "every thread copies as many");
-};
+// Starts kThreads threads' copies of rows of `size` elements to a tile of kD columns, the rest of
+// which becomes zeros. Row r is at offsetOf(r) from `from`; it too becomes zeros if that is -1. Its
+// chunk c goes to placeOf(r, c) of the tile.
+template <int kD, int kRows, int kThreads, class T, class Place, class F>
+__device__ __forceinline__ void copyRows(T* tile, T const* from, int size, int thread,
+                                         Place placeOf, F offsetOf) {
+  constexpr int kChunks = kD / 8;
+  static_assert(kRows * kChunks % kThreads == 0, "every thread copies as many chunks");
+#pragma unroll
+  for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
+    int const at = i * kThreads + thread, row = at / kChunks, chunk = at % kChunks;
+    int64_t const offset = offsetOf(row);
+    bool const there = offset >= 0 && chunk * 8 < size;
+    copyAsync16(tile + placeOf(row, chunk), from + (there ? offset + chunk * 8 : 0), there);
+  }
+}
 
 // The queries of a block's rows.
 template <int kD, int kThreads = kAttentionThreads, int kRows, class T, class Place = InTile<kD>>
 __device__ __forceinline__ void copyQueries(T* tile, AttentionCall<T> const& call,
                                             AttentionPlace<kRows> const& place,
                                             Place placeOf = {}) {
-  using Copies = RowCopies<kD, kRows, kThreads>;
-  int const chunk = threadIdx.x % Copies::kChunks;
-#pragma unroll
-  for (int i = 0; i < Copies::kCount; ++i) {
-    int const inTile = threadIdx.x / Copies::kChunks + i * Copies::kApart;
-    int const row = place.firstRow + inTile;
-    bool const there = row < call.rows() && chunk * 8 < call.size;
-    int64_t const from = call.place(place.batch, place.group, there ? row : 0) * call.size;
-    copyAsync16(tile + placeOf(inTile, chunk), call.q + from + (there ? chunk * 8 : 0), there);
-  }
+  copyRows<kD, kRows, kThreads>(
+      tile, call.q, call.size, threadIdx.x, placeOf, [&](int i) -> int64_t {
+        int const row = place.firstRow + i;
+        return row < call.rows() ? call.place(place.batch, place.group, row) * call.size : -1;
+      });
 }
 
-// kKeys keys of `k`, or their values, from `keys.first` on; zeros from `keys.end` on. They lie side
-// by side: one address, and from it steps of 32 bits.
+// kKeys keys of `k`, or their values, from `keys.first` on; zeros from `keys.end` on.
 template <int kD, int kKeys, int kThreads, class T, class Place = InTile<kD>>
 __device__ __forceinline__ void copyKeys(T* tile, T const* k, int size, KeyRange keys, int thread,
                                          Place placeOf = {}) {
-  using Copies = RowCopies<kD, kKeys, kThreads>;
-  int const chunk = thread % Copies::kChunks, row = thread / Copies::kChunks;
-  int const count = chunk * 8 < size ? keys.end - keys.first - row : 0;
-  T const* const from = k + uint64_t(unsigned(keys.first + row)) * unsigned(size) + chunk * 8;
+  if constexpr (kThreads == kWarp) {
+    // They lie side by side: one address, and from it steps of 32 bits. In prefill, whose heads of
+    // 256 need every register, that would spill.
+    constexpr int kChunks = kD / 8, kApart = kThreads / kChunks;
+    static_assert(kThreads % kChunks == 0 && kKeys % kApart == 0);
+    int const chunk = thread % kChunks, row = thread / kChunks;
+    int const count = chunk * 8 < size ? keys.end - keys.first - row : 0;
+    T const* const from = k + uint64_t(unsigned(keys.first + row)) * unsigned(size) + chunk * 8;
 #pragma unroll
-  for (int i = 0; i < Copies::kCount; ++i) {
-    copyAsync16(tile + placeOf(row + i * Copies::kApart, chunk),
-                from + unsigned(i * Copies::kApart * size), i * Copies::kApart < count);
+    for (int i = 0; i < kKeys / kApart; ++i) {
+      copyAsync16(tile + placeOf(row + i * kApart, chunk), from + unsigned(i * kApart * size),
+                  i * kApart < count);
+    }
+  } else {
+    copyRows<kD, kKeys, kThreads>(tile, k, size, thread, placeOf, [&](int i) -> int64_t {
+      int const key = keys.first + i;
+      return key < keys.end ? int64_t(key) * size : -1;
+    });
   }
 }
 

@@ -94,7 +94,7 @@ def test_json_that_is_too_deep_is_one_line_and_endless_recursion_of_ours_is_a_bu
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
-    monkeypatch.setattr(manifest, "record", lambda *_: deep)
+    monkeypatch.setattr(manifest, "record", lambda *_: {"deep": deep, "weights": {"files": []}})
     ended = call(export)
     assert (ended.code, ended.err) == (2, "error: JSON is nested too deeply: is it the file that was meant?\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from llmexport.export import archs, engine, identity, manifest, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint, read_header
+from llmexport.export.cli.main import main
 from llmexport.export.errors import ExportError
 from llmexport.export.identity import KNOWN, SAMPLED, WHOLE
 
@@ -204,7 +206,7 @@ def change_epsilon(model: onnx.ModelProto) -> None:
 
 @pytest.fixture(params=["model", "block"])
 def copied(request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path: Path) -> Path:
-    block = {"model": None, "block": "decoder_layer"}[request.param]
+    block = {"model": None, "block": "layer"}[request.param]
     return Path(shutil.copytree(exported("llama", block=block), tmp_path / "export"))
 
 
@@ -271,3 +273,27 @@ def test_a_validation_that_fails_records_no_digests(checkpoint: Path, monkeypatc
     out = export(checkpoint)
     assert not validate.run(out, None, 0, False, Console(quiet=True)).passed
     assert not manifest.has_digests(manifest.read(out))
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["llmexport", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_the_command_line_records_digests_and_verifies_them(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = checkpoint.parent / "out"
+    made = ("--checkpoint", checkpoint, "--block", "embedding", "--weights", "link", "-o", out, "--digest")
+    assert command(monkeypatch, "onnx", *made) == 0
+    assert "export with `--weights copy`" in capsys.readouterr().out
+    assert command(monkeypatch, "validate", out, "--verify", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == "1 of 1 files: every byte as recorded"
+    hide(checkpoint / SHARD, flip_between_pages)
+    for name in ("engine", "validate"):
+        assert command(monkeypatch, name, out, "--verify", "-q") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.endswith(f"{SHARD} is not the file that was exported, it has changed since: export again\n")

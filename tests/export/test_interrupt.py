@@ -1,16 +1,19 @@
 """Signals that ask a process to end: each unwinds it, none is lost, one that is ignored stays so."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
 from misuse import heed_signals
 
-from llmexport.export import interrupt
+from llmexport.export import archs, interrupt, random_checkpoint
 from llmexport.export.cli import main as module
 from llmexport.export.interrupt import SIGNALS
 
@@ -106,3 +109,28 @@ main.main()
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=heed_signals)
     assert run.stderr.startswith("error: interrupted by SIGINT: nothing half done")
     assert run.returncode == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_process_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """The signal itself, while a trace is under way: an empty trace cache makes that long."""
+    checkpoint = tmp_path / "ck"
+    random_checkpoint.write(archs.load("gemma"), checkpoint, shard_bytes=60_000)
+    command = [sys.executable, "-m", "llmexport.export.cli.main", "onnx", "--checkpoint", str(checkpoint), "-o"]
+    environment = os.environ | {"LLMEXPORT_CACHE": str(checkpoint.parent / "cache")}
+    process = subprocess.Popen(
+        [*command, str(checkpoint.parent / "out")],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_signals,
+    )
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert line.startswith("trace")
+    time.sleep(1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith(f"error: interrupted by {number.name}")
+    assert not [p for p in checkpoint.parent.iterdir() if p.name not in ("ck", "cache")]

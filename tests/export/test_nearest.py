@@ -22,7 +22,7 @@ def refusal(config):
         ("qwen2_5_vl", ["qwen2"]),
         ("mistral3", ["mistral"]),
         ("glm4_moe", ["glm4"]),
-        ("olmo2", ["olmo"]),
+        ("olmo3", ["olmo2", "olmo"]),
         ("phi3_v", ["phi3"]),
     ],
 )

@@ -30,7 +30,7 @@ FUSED, MXFP4 = "qwen3_5_moe-fused", "gpt_oss-mxfp4"
 LAYOUTS = [*WHOLE, FUSED, MXFP4]
 RUNGS = {"PyTorch / transformers", "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"}
 BLOCKS = {
-    "llama4": ["attention", "temperature", "mask_chunk_8", "layers_3_mixer", "router", "experts", "shared_expert"],
+    "llama4": ["attention", "temperature", "mask_chunk_8", "layers_3_self_attn", "router", "experts", "shared_expert"],
     "qwen3_5_moe": ["gated_delta_net", "causal_conv", "gated_norm", "presence", "attention", "router", "experts"],
     FUSED: ["experts", "moe"],
     MXFP4: ["attention", "span", "router", "experts", "moe"],

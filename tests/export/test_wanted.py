@@ -10,7 +10,6 @@ from safetensors.numpy import load_file, save_file
 from tiny_configs import one_line
 
 from llmexport.export import archs, onnx_file, random_checkpoint, wanted
-from llmexport.export.assembly import assemble
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import Request, fill, load_block, open_model, read_model
@@ -95,7 +94,7 @@ def test_a_random_checkpoint_beyond_any_disk_is_refused(hollow, hidden, said, tm
 
 @pytest.mark.parametrize("arch", ["gpt_oss", "llama4", "qwen3_5_moe"])
 def test_what_is_known_before_a_trace_is_what_the_graph_takes(arch):
-    for block in assemble(read_model(archs.load(arch), archs.load(arch).arch.tiny)).blocks:
+    for block in {s.block for s in read_model(archs.load(arch), archs.load(arch).arch.tiny).steps}:
         ports = {p.name for p in block.inputs}
         graph = load_block(block, "float32").graph
         taken = {
@@ -125,8 +124,8 @@ def test_a_base_model_with_a_tied_table_has_all_its_tensors(arch, tmp_path):
     plain = open_checkpoint(tmp_path / "ck")
     checkpoint = open_checkpoint(renamed(tmp_path / "ck", base))
     request, model, [note] = open_model(Request(archs.choose(None, checkpoint.config), checkpoint))
-    found = wanted.wanted_parameters(request.arch.arch, checkpoint, model, assemble(model))
-    known = wanted.wanted_parameters(archs.load(arch).arch, plain, model, assemble(model))
+    found = wanted.wanted_parameters(request.arch.arch, checkpoint, model, model.graphs[0].assembly)
+    known = wanted.wanted_parameters(archs.load(arch).arch, plain, model, model.graphs[0].assembly)
     assert {s: {p: base(w.name) for p, w in own.items()} for s, own in known.items()} == {
         s: {p: w.name for p, w in own.items()} for s, own in found.items()
     }

@@ -23,7 +23,7 @@ from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import feeds, ladder
+from llmexport.validate import feeds, ladder, reference, runs
 from llmexport.validate import report as files
 
 
@@ -221,7 +221,7 @@ def test_what_a_file_computes_wrong_beyond_the_prompt_is_found_in_its_step(
 def test_a_threshold_whose_caches_would_be_too_large_is_said_not_to_be_crossed(
     far, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ladder, "MOST_PAST", 0)
+    monkeypatch.setattr(runs, "MOST_PAST", 0)
     rungs = climb(far("mistral"))
     assert all("not run past [900] tokens" in r.note for r in rungs.values())
     blocks = rungs["blocks: ONNX Runtime / PyTorch"]
@@ -337,7 +337,7 @@ def test_bf16_says_why_onnx_runtime_was_not_run(exported) -> None:
 def test_a_verdict_says_when_transformers_was_not_asked(exported, monkeypatch: pytest.MonkeyPatch) -> None:
     found = manifest.read(exported("gemma"))
     assert ladder.climb(found, progress=silent).verdict == "every rung that was run passed"
-    monkeypatch.setattr(ladder.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
     assert "not compared with transformers" in ladder.climb(found, progress=silent).verdict
 
 
@@ -346,7 +346,7 @@ def test_a_report_in_which_nothing_ran_has_not_passed() -> None:
 
 
 def test_without_transformers_its_rung_says_how_to_get_it(exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
     rung = climb(exported("gemma"))["PyTorch / transformers"]
     assert (rung.status, "pip install" in rung.note) == ("not run", True)
 
@@ -358,7 +358,7 @@ def test_a_config_that_transformers_does_not_take_leaves_its_rung_and_says_why(
     found = manifest.read(exported("gemma"))
     found.data["config"][key] = value
     prompt = feeds.prompt(found.assembly)
-    rung = ladder._reference(found, prompt, ladder.Run([], [], []))
+    [rung], _ = ladder._references(found, prompt, ladder.Run([], [], []), None)
     assert rung.status == "not run"
     assert re.match(rf"transformers does not take this config: .*{key}.*", rung.note)
     assert "\n" not in rung.note
