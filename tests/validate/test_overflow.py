@@ -91,12 +91,14 @@ def test_float16_that_overflows_is_said_to_in_every_form_of_the_report(climbed) 
         "PyTorch / transformers": ("fail", note),
         "PyTorch / transformers, float32": ("pass", ""),
         "blocks: ONNX Runtime / PyTorch": ("fail", note),
-        "ONNX Runtime / PyTorch": ("fail", note),
+        # On a CPU it computes in fp32 from layer to layer, and agrees with PyTorch in fp32.
+        "ONNX Runtime / PyTorch": ("pass", ""),
     }
+    assert not report.passed
     files.write(found, report)
-    assert (found.folder / "report.html").read_text().count(note) == 3
-    assert [r["note"] for r in json.loads((found.folder / "report.json").read_text())["rungs"]].count(note) == 3
-    assert sum(said.endswith(note) for _, said in summary(report)) == 3
+    assert (found.folder / "report.html").read_text().count(note) == 2
+    assert [r["note"] for r in json.loads((found.folder / "report.json").read_text())["rungs"]].count(note) == 2
+    assert sum(said.endswith(note) for _, said in summary(report)) == 2
 
 
 def test_the_same_model_in_float32_passes(climbed) -> None:
