@@ -105,7 +105,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
             "the logits are made with its tied embedding table"
         )
     if request.dtype == "float16" and arch.arch.overflows_float16:
-        notes.append(f"{arch.arch.overflows_float16}: bfloat16 and float32 do not overflow")
+        notes.append(f"{arch.arch.overflows_float16}, use bfloat16 or float32")
     return dataclasses.replace(request, arch=arch), model, notes
 
 

@@ -76,7 +76,9 @@ def _climb_whole(
         yardsticks = [ours, *theirs] if exact else []
         rungs.append(_compare_runs(WHOLE, exact or ours, found, prompt, tolerance, yardsticks))
     alone = next((r for r in rungs if r.name == BLOCKS), None)
-    overflow.explain(rungs, manifest.dtype, ours.overflows or (overflow.first_alone(alone) if alone else None))
+    # A model that is not finite in fp32 either does not overflow.
+    lost = manifest.dtype if exact and all(np.isfinite(o["logits"]).all() for o in exact.outputs) else "float32"
+    overflow.explain(rungs, lost, ours.overflows or (overflow.first_alone(alone) if alone else None))
     progress("done", 4, 4)
     crossed, left = beyond(manifest, prompt)
     for rung in rungs:
