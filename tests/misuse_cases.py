@@ -317,14 +317,25 @@ def limits() -> Iterator[Situation]:
     for command in ("archs", "onnx --checkpoint ck -o new -q", "validate small -q"):
         for count in (8, 16):
             yield Situation(
-                "limits", f"{command}, {count} handles", shell=f"ulimit -n {count}; $L {command} --json", either=True
+                "limits",
+                f"{command}, {count} handles",
+                shell=f"ulimit -n {count}; $L {command} --json",
+                either=True,
+                # The first validation records digests.
+                changes=frozenset({"small/manifest.json"}),
             )
     for command, size in (
         ("onnx --checkpoint ck -o new -q", 150_000),
         ("validate small -q", 700_000),
         ("ops", 600_000),
     ):
-        yield Situation("limits", f"{command}, {size} kB", shell=f"ulimit -v {size}; $L {command} --json", either=True)
+        yield Situation(
+            "limits",
+            f"{command}, {size} kB",
+            shell=f"ulimit -v {size}; $L {command} --json",
+            either=True,
+            changes=frozenset({"small/manifest.json"}),
+        )
     for size in (0, 1, 16):
         line = f"ulimit -f {size}; $L {EXPORT} --weights copy --json -q | cat; exit ${{PIPESTATUS[0]}}"
         yield Situation("limits", f"files of {size} kB", shell=line)
@@ -362,7 +373,7 @@ def open_to_all(folder: Path) -> None:
 def signals() -> Iterator[Situation]:
     """A signal at a moment of a long command; what it leaves, and what the next run finds."""
     for name in ("INT", "TERM", "HUP"):
-        for seconds, command in ((0.5, DEPLOY), (1.2, DEPLOY), (1.2, "engine out -q")):
+        for seconds, command in ((0.5, DEPLOY), (1.2, DEPLOY), (0.6, "engine out -q")):
             line = f"(sleep {seconds}; kill -{name} $$) & exec $L {command}"
             yield Situation(
                 "signals",
