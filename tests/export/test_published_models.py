@@ -11,7 +11,7 @@ import pytest
 import transformers
 from tiny_configs import one_line
 
-from llmexport.export import archs, random_checkpoint
+from llmexport.export import archs, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import Request, fill, open_model, read_model, read_noted
@@ -108,6 +108,20 @@ def test_a_model_of_another_family_is_refused_by_its_name(name):
     line = refusal(name)
     assert f"model_type {MODELS[name]['model_type']!r}, which no architecture here exports" in line
     assert ("multimodal" in line) == ("vision_config" in MODELS[name] or "text_config" in MODELS[name])
+
+
+class Checked(Exception):
+    """All that is checked before the first trace is."""
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_checkpoint_of_the_published_shapes_is_taken_up_to_the_first_trace(name, tmp_path, monkeypatch):
+    def traced(*_: object) -> object:
+        raise Checked
+
+    monkeypatch.setattr(onnx_file, "trace_all", traced)
+    with pytest.raises(Checked):
+        fill(hollow(name, tmp_path / "ck"), tmp_path, lambda *_: None)
 
 
 @pytest.mark.parametrize("name", ["google/gemma-2-27b-it", "mistralai/Mixtral-8x22B-v0.1"])
