@@ -50,9 +50,9 @@ def identify(path: Path, shard: Shard, placed: str, *, whole: bool) -> dict[str,
 def examine(path: Path, said: Mapping[str, Any], *, moved: bool, whole: bool = False) -> Held:
     """Hold a weight file against what the manifest says of it; `whole` reads every byte.
 
-    A hard-linked shard is the checkpoint's own file: whoever overwrites one changes the other. So a file whose time
-    of change is another is refused, unless every byte of it can be shown to be the same, or the whole export is a
-    copy (`moved`), as times and inodes of copies say nothing. Raises ExportError.
+    A hard-linked shard is the checkpoint's own file: whoever overwrites one changes the other. So a file of another
+    inode or time of change is read whole where a digest tells of every byte; else it is refused, unless the whole
+    export is a copy (`moved`), as times and inodes of copies say nothing. Raises ExportError.
     """
     if not path.is_file():
         raise ExportError(f"{path} is missing from the export: export again")
@@ -65,9 +65,10 @@ def examine(path: Path, said: Mapping[str, Any], *, moved: bool, whole: bool = F
         # The pages are all of it.
         return Held(WHOLE, now)
     same_time, same_inode = now.mtime_ns == said["mtime_ns"], now.inode == said["inode"]
-    written = not same_time and (same_inode or not moved)
+    known = same_time and same_inode
+    written = not known and (same_inode or not moved)
     digest = said.get("whole_sha256")
-    if (whole or written) and digest is not None:
+    if (whole or not known) and digest is not None:
         if whole_digest(path) != digest:
             raise changed(path)
         return Held(WHOLE, now)
@@ -81,7 +82,7 @@ def examine(path: Path, said: Mapping[str, Any], *, moved: bool, whole: bool = F
             f"{path} was written, touched or replaced after the export; its size, header and {PAGES} pages are the "
             "same, no digest tells of its other bytes: export again (with --digest such a file is read whole instead)"
         )
-    return Held(KNOWN if same_time and same_inode else SAMPLED, now)
+    return Held(KNOWN if known else SAMPLED, now)
 
 
 def changed(path: Path) -> ExportError:

@@ -109,6 +109,8 @@ def _check_target(target: Path, force: bool, marker: str) -> None:
         raise ExportError(f"{target} is a mount point, which nothing can replace: choose a folder inside it")
     if not force:
         raise ExportError(f"{target} exists: choose another folder, or pass --force to replace it")
+    if Path(os.path.realpath(os.getcwd())).is_relative_to(target):
+        raise ExportError(f"{target} holds the folder that you are in, and --force would replace it: leave it first")
     earlier.check(target, marker)
 
 

@@ -30,6 +30,7 @@ class Console:
         self.as_json = as_json
         self._live = sys.stderr is not None and sys.stderr.isatty() and not quiet
         self._last = ""
+        self._mute = False  # once stderr takes no more
         if quiet:
             import logging
 
@@ -38,12 +39,12 @@ class Console:
     def progress(self, what: str, done: int, of: int) -> None:
         """A bar on a terminal, one plain line a step otherwise; nothing more once stderr takes no more."""
         interrupt.check()
-        if self.quiet:
+        if self.quiet or self._mute:
             return
         try:
             self._progress(visible(what), done, of)
         except OSError:
-            self.quiet = True
+            self._mute = True
 
     def _progress(self, what: str, done: int, of: int) -> None:
         if self._live:

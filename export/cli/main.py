@@ -92,7 +92,7 @@ def _usage(error: click.ClickException) -> str:
 
 def _interrupted() -> str:
     name = interrupt.came() or "SIGINT"
-    return f"interrupted by {name}: nothing half done was left behind, and what was there before is whole"
+    return f"interrupted by {name}: nothing half done was left behind, and what is there is whole"
 
 
 def _say(error: str, code: int) -> None:

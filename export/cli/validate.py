@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,8 @@ def run(folder: Path, tokens: int | None, seed: int, verify: bool, console: Cons
     from llmexport.validate.report import write
 
     found = manifest.read(folder)
+    if not os.access(folder, os.W_OK):
+        raise ExportError(f"{folder} cannot be written to, and the report belongs there: copy the export elsewhere")
     _check_memory(tokens or 0)
     first = not manifest.has_digests(found)
     if first or verify:
@@ -53,7 +56,8 @@ def run(folder: Path, tokens: int | None, seed: int, verify: bool, console: Cons
         found = manifest.digested(found) if first else manifest.verified(found)
     made = ladder.climb(found, tokens=tokens, seed=seed, progress=console.progress)
     found.check_untouched()
-    made.weights = found.checked
+    # Where a rung failed, nothing is recorded that later runs would trust.
+    made.weights = (found if made.passed else dataclasses.replace(found, digested=False)).checked
     write(found, made)
     if made.passed and (first or verify):
         manifest.rewrite(manifest.restamp(found))

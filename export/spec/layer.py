@@ -41,6 +41,13 @@ class Layer(Block):
     sublayers: tuple[Sublayer, ...]
     parallel: bool = False
 
+    def __post_init__(self) -> None:
+        if self.parallel and any(s.input_norm for s in self.sublayers[1:]):
+            raise ValueError("parallel sublayers read one input norm, the first one's")
+        given = [p.name for p in self.outputs]
+        if len(given) > len(set(given)):
+            raise ValueError(f"two sublayers give the same of {', '.join(given)}")
+
     @property
     def inputs(self) -> tuple[Port, ...]:
         read = {p.name: p for s in self.sublayers for p in s.block.inputs[1:]}

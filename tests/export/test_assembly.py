@@ -135,7 +135,8 @@ BLOCKS = [
     ),
     *each(SHARED, mlp=Mlp(64, 64, "silu"), gated=True),
     *each(Moe(ROUTER, EXPERTS), router=Router(64, 8, 2, "sigmoid"), experts=Experts(64, 64, 8, 2), shared=SHARED),
-    *each(decoder_layer(NORM, ATTENTION, NORM, MLP), parallel=True),
+    decoder_layer(NORM, ATTENTION, NORM, MLP),
+    decoder_layer(NORM, ATTENTION, None, MLP, parallel=True),
     *(
         Layer((sublayer,))
         for sublayer in each(
@@ -217,6 +218,14 @@ def test_a_block_of_a_module_imported_later_comes_back_from_json(monkeypatch):
         size: int
 
     assert same(Later(3)) == Later(3)
+
+
+def test_a_layer_whose_sublayers_would_share_what_each_needs_is_a_mistake():
+    twice = (Sublayer("first", ATTENTION, NORM), Sublayer("second", ATTENTION, NORM))
+    with pytest.raises(ValueError, match=r"two sublayers give the same of .*present_key"):
+        Layer(twice)
+    with pytest.raises(ValueError, match="read one input norm"):
+        decoder_layer(NORM, ATTENTION, NORM, MLP, parallel=True)
 
 
 def test_a_block_cannot_be_changed():

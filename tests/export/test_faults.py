@@ -85,7 +85,8 @@ def test_a_full_stderr_stops_the_progress_and_not_the_work(monkeypatch: pytest.M
         monkeypatch.setattr(sys, "stderr", full)
         console = Console()
         console.progress("trace", 0, 2)
-        assert console.quiet
+        console.progress("trace", 1, 2)
+        assert not console.quiet
 
 
 def test_json_that_is_too_deep_is_one_line_and_endless_recursion_of_ours_is_a_bug(

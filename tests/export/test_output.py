@@ -436,3 +436,12 @@ def test_weights_on_a_full_disk_leave_the_old_output(target: Path, shards: list[
 
     every_full_disk(act, target.parent)
     assert shards[0].read_bytes() == b"one"
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree(target)
+    for place in (target, target / "sub"):
+        monkeypatch.chdir(place)
+        with pytest.raises(ExportError, match="holds the folder that you are in, and --force would replace it"):
+            make(target, force=True)
+    assert tree(target) == before

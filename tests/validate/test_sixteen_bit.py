@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -17,10 +18,12 @@ from reseal import reseal
 
 from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.spec import Attention, Experts, Mlp, Moe, Norm, Router, decoder_layer
 from llmexport.validate import ladder, reference
-from llmexport.validate.compare import Difference, median
-from llmexport.validate.tolerance import FACTOR, MOST, TOLERANCE
+from llmexport.validate.compare import Difference, compare, median
+from llmexport.validate.tolerance import FACTOR, MOST, TOLERANCE, step_tolerance
 
+NORM = Norm(64, 1e-6)
 PYTORCH, FILE, BLOCKS = "PyTorch / transformers", "ONNX Runtime / PyTorch", "blocks: ONNX Runtime / PyTorch"
 
 
@@ -150,3 +153,17 @@ def test_an_architecture_that_transformers_lacks_is_said(rough, monkeypatch: pyt
     rung = rungs(rough("float16"))[PYTORCH]
     assert rung.status == "not run"
     assert "has no LlamaOfLaterForCausalLM: pip install -U transformers" in rung.note
+
+
+def test_a_token_that_a_roundoff_sends_to_another_expert_does_not_condemn_its_step() -> None:
+    layer = decoder_layer(NORM, Attention(64, 4, 2, 16), NORM, Moe(Router(64, 8, 2, "softmax"), Experts(64, 32, 8, 2)))
+    plain = decoder_layer(NORM, Attention(64, 4, 2, 16), NORM, Mlp(64, 128, "silu"))
+    wanted = np.random.default_rng(0).standard_normal((1, 40, 64)).astype(np.float32)
+    found = wanted.copy()
+    found[0, 7] = 1.0
+    for block, dtype, passes in ((layer, "float16", True), (plain, "float16", False), (layer, "float32", False)):
+        bound = step_tolerance(dtype, block)
+        assert (compare(wanted, found, strays=bound.strays).excess(bound) <= 1) == passes
+    found[0, :20] = 1.0
+    bound = step_tolerance("float16", layer)
+    assert compare(wanted, found, strays=bound.strays).excess(bound) > 1
