@@ -7,8 +7,8 @@ from typing import Any
 
 from llmexport.export import quantised, rope
 from llmexport.export.errors import ExportError
-from llmexport.export.keys import EQUAL, HARMLESS, HARMLESS_STARTS, NEUTRAL, QUANTISATION, SWITCHED
-from llmexport.export.values import as_integer, as_positive, key_name, same, show, whole
+from llmexport.export.keys import EQUAL, HARMLESS, HARMLESS_STARTS, NEUTRAL, NOT_NULL, QUANTISATION, SWITCHED
+from llmexport.export.values import as_integer, as_positive, key_name, same, show, visible, whole
 
 _REQUIRED = object()
 # Far beyond any published model, and small enough that the bytes of no weight overflow 64 bits.
@@ -97,7 +97,9 @@ class Config:
             raise ExportError(f"config.json: layer_types must list {layers} kinds of attention, found {show(kinds)}")
         unknown = sorted({str(k) for k in kinds} - choices.keys())
         if unknown:
-            raise ExportError(f"config.json: layer_types names {', '.join(unknown)}, known are {', '.join(choices)}")
+            raise ExportError(
+                f"config.json: layer_types names {', '.join(map(visible, unknown))}, known are {', '.join(choices)}"
+            )
         return tuple(choices[k] for k in kinds)
 
     def expect_layer_types(self, kinds: Sequence[str]) -> None:
@@ -138,12 +140,15 @@ class Config:
     def _says_nothing(self, key: str) -> bool:
         """Whether a key was read, or cannot change what is exported."""
         value = self._data[key]
-        if key in self._read or key in HARMLESS or key.startswith(HARMLESS_STARTS) or value is None:
+        if key in self._read or key in HARMLESS or key.startswith(HARMLESS_STARTS):
+            return True
+        if value is None and key not in NOT_NULL:
             return True
         if key in EQUAL and EQUAL[key] in self._read:
             return same(value, self._data.get(EQUAL[key]))
         if key in SWITCHED and self._data.get(SWITCHED[key]) is False:
-            return True
+            # The cache of transformers slides by the window of any config whose class does not read the switch.
+            return key != "sliding_window" or SWITCHED[key] in self._read
         if key in SWITCHED.values() and value is False:
             # Who reads a window without its switch has one all the same, unless it is null.
             switched = [k for k, switch in SWITCHED.items() if switch == key]

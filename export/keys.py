@@ -63,6 +63,8 @@ NEUTRAL = MappingProxyType(
 EQUAL = MappingProxyType({"sliding_window_size": "sliding_window"})
 
 # Keys that say nothing while the switch is off that another key is.
+# Keys whose null is not their absence: transformers takes a null is_causal for false.
+NOT_NULL = frozenset({"is_causal"})
 SWITCHED = MappingProxyType({"sliding_window": "use_sliding_window", "max_window_layers": "use_sliding_window"})
 
 # Where quantisation is spoken of; MLX writes the first twice, under both names.

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmexport.export.errors import ExportError
 from llmexport.export.values import show, show_name
+from llmexport.plugins.regular import read_regular
 
 CURE = (
     "take the unquantised model that it was made from, or dequantise it "
@@ -121,7 +122,7 @@ def _beside(folder: Path) -> Iterator[str]:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none, as it only adds to what the tensors tell."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -40,7 +40,8 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
         if repr(wanted) not in known:
             made = body(*wanted)
             known[repr(wanted)] = made.name
-            bodies.setdefault(made.name, made)
+            if bodies.setdefault(made.name, made) != made:
+                raise ValueError(f"{node.name}: two bodies are called {made.name}")
         node.op_type = known[repr(wanted)]
     model.functions.extend(bodies.values())
     return count(model)

@@ -48,6 +48,7 @@ def trusted_folder(*inside: str, make: bool = True) -> Path:
     """
     folder = cache_folder()
     try:
+        _check_above(folder)
         if make:
             _make(folder)
         _check_above(folder)
@@ -85,12 +86,20 @@ def _make(folder: Path) -> None:
 def _check_above(folder: Path) -> None:
     """Nobody else may be able to rename the folder, or to lead elsewhere what is named on the way to it."""
     for place in (folder, *folder.parents):
+        if not os.path.lexists(place):
+            continue
         info = os.lstat(place)
         if stat.S_ISLNK(info.st_mode) and info.st_uid not in (0, os.geteuid()):
             whose = f"{place} is a link of {owner(info.st_uid)}'s"
             raise CacheError(f"cache folder {folder} is not used: {whose}: {CHOOSE}")
     for place in {*folder.parents, *Path(os.path.realpath(folder)).parents}:
-        mode = os.stat(place).st_mode
+        if not os.path.exists(place):
+            continue
+        info = os.stat(place)
+        if info.st_uid not in (0, os.geteuid()):
+            whose = f"{place} above it belongs to {owner(info.st_uid)}"
+            raise CacheError(f"cache folder {folder} is not used: {whose}: {CHOOSE}")
+        mode = info.st_mode
         if mode & OTHERS_WRITE and not mode & stat.S_ISVTX:
             cure = f"chmod go-w {shlex.quote(str(place))} (or +t, if all share it), or {CHOOSE}"
             raise CacheError(f"cache folder {folder} is not used: others can write to {place} above it: {cure}")

@@ -20,7 +20,8 @@ WRITTEN = [
     ("llama", {"max_sequence_length": 2048, "neftune_noise_alpha": 5, "tokenizer_model_max_length": 2048}),
     ("llama", {"use_flash_attn": True, "name": "x", "is_causal": True}),
     ("llama", {"layer_types": ["full_attention"] * 3}),
-    ("llama", {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 2}),
+    ("llama", {"use_sliding_window": False, "max_window_layers": 2}),
+    ("qwen3", {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 2}),
     ("llama", {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1}),
     ("mistral", {"attention_bias": False, "mlp_bias": False, "layer_types": ["sliding_attention"] * 3}),
     ("mistral", {"sliding_window_size": 8}),
@@ -67,6 +68,10 @@ def test_a_feature_at_the_value_that_changes_nothing_is_passed_over(key):
         ("llama", {"sliding_window_size": 8}, "sliding_window_size=8"),
         ("llama", {"sliding_window": 8}, "sliding_window=8"),
         ("llama", {"sliding_window": 8, "use_sliding_window": True}, "sliding_window=8, use_sliding_window=True"),
+        # The cache of transformers slides by it, though a prefill does not.
+        ("llama", {"sliding_window": 8, "use_sliding_window": False}, "sliding_window=8"),
+        # transformers takes it for false.
+        ("llama", {"is_causal": None}, "is_causal=None"),
         # Which has its window whatever the switch says.
         ("mistral", {"use_sliding_window": False}, "use_sliding_window=False"),
         ("llama", {"layer_types": ["sliding_attention"] * 3}, "all 3 layers are full_attention"),

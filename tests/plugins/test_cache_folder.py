@@ -147,6 +147,19 @@ def test_a_link_of_another_user_is_not_followed(folder, tmp_path, monkeypatch):
         trusted_folder()
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_above_it_of_another_user_is_refused_and_nothing_is_made_in_it(tmp_path, monkeypatch, there):
+    above = tmp_path / "above"
+    above.mkdir()
+    monkeypatch.setenv("LLMEXPORT_CACHE", str(above / "deep" / "cache"))
+    if there:
+        trusted_folder()
+    give_away(above, monkeypatch)
+    with pytest.raises(CacheError, match="above it belongs to "):
+        trusted_folder()
+    assert [p.name for p in above.iterdir()] == ["deep"] * there
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_folder_above_it_that_others_can_write_is_refused_unless_sticky(folder, tmp_path, monkeypatch, linked):
     above = tmp_path / "above"
