@@ -392,11 +392,11 @@ def test_an_unknown_block_is_answered_with_the_blocks(run: Run) -> None:
 
 
 def test_a_failed_rung_is_exit_code_1(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmexport.validate import ladder
+    from llmexport.validate import tolerance
     from llmexport.validate.tolerance import Tolerance
 
     run("onnx", "--checkpoint", checkpoint, "-o", "out")
-    monkeypatch.setitem(ladder.TOLERANCE, "float32", Tolerance(1e-12, 1e-12))
+    monkeypatch.setitem(tolerance.TOLERANCE, "float32", Tolerance(1e-12, 1e-12))
     code, out, _ = run("validate", "out")
     assert (code, "fail" in out) == (1, True)
 
