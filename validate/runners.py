@@ -124,6 +124,11 @@ def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
     return OnnxrtRunner(session, name="ONNX Runtime")
 
 
+def not_runnable(dtype: str) -> str:
+    """Why ONNX Runtime's CPU provider cannot run a model of this dtype, or nothing."""
+    return "ONNX Runtime has no bfloat16 MatMul on a CPU: validate a float32 export too" if dtype == "bfloat16" else ""
+
+
 def metadata(manifest: Manifest, names: Sequence[str]) -> TensorMetadata:
     metadata = TensorMetadata()
     for port in manifest.assembly.inputs:

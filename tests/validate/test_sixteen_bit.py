@@ -19,9 +19,9 @@ from reseal import reseal
 from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.spec import Attention, Experts, Mlp, Moe, Norm, Router, decoder_layer
-from llmexport.validate import ladder, reference
+from llmexport.validate import feeds, ladder, reference, runs
 from llmexport.validate.compare import Difference, compare, median
-from llmexport.validate.tolerance import FACTOR, MOST, TOLERANCE, step_tolerance
+from llmexport.validate.tolerance import FACTOR, MOST, TOLERANCE, Tolerance, step_tolerance
 
 NORM = Norm(64, 1e-6)
 PYTORCH, FILE, BLOCKS = "PyTorch / transformers", "ONNX Runtime / PyTorch", "blocks: ONNX Runtime / PyTorch"
@@ -167,3 +167,55 @@ def test_a_token_that_a_roundoff_sends_to_another_expert_does_not_condemn_its_st
     found[0, :20] = 1.0
     bound = step_tolerance("float16", layer)
     assert compare(wanted, found, strays=bound.strays).excess(bound) > 1
+
+
+ROUTED, DENSE = Tolerance(0.01, 0.005, scaled=True, strays=0.5), Tolerance(0.01, 0.005, scaled=True)
+
+
+def run_of(prompt: feeds.Prompt, noise: dict[int, float]) -> runs.Run:
+    """Logits of a prompt, of two decode steps and of a step across a threshold; steps are `noise` of the rms off."""
+    random = np.random.default_rng(0)
+    shapes = [(*prompt.ids.shape, 32), (2, 1, 32), (2, 1, 32), (1, 13, 32)]
+    made = [random.standard_normal(shape) for shape in shapes]
+    made = [x + noise.get(i, 0.0) * random.standard_normal(x.shape) for i, x in enumerate(made)]
+    return runs.Run([{"logits": x} for x in made], [], [prompt.ids[:, :1]] * 3)
+
+
+@pytest.mark.parametrize(
+    ("noise", "tolerance", "status"),
+    [
+        ({1: 0.06, 2: 0.06}, ROUTED, "pass"),
+        ({1: 0.06, 2: 0.06}, DENSE, "fail"),
+        ({2: 0.7}, ROUTED, "fail"),
+        ({0: 0.06}, ROUTED, "fail"),
+        ({3: 0.06}, ROUTED, "fail"),
+    ],
+)
+def test_a_strayed_token_puts_steps_that_read_it_off_and_no_others(
+    noise: dict[int, float], tolerance: Tolerance, status: str
+) -> None:
+    prompt = feeds.Prompt(np.zeros((2, 40), np.int64), np.ones((2, 40), np.int64))
+    right = run_of(prompt, {})
+    found = ladder._compare_runs("x", right, run_of(prompt, noise), prompt, tolerance, [right])
+    assert found.status == status
+
+
+def exchange_key_and_value(model: onnx.ModelProto) -> None:
+    names = {"present.1.key": "present.1.value", "present.1.value": "present.1.key"}
+    for node in model.graph.node:
+        for held in (node.input, node.output):
+            held[:] = [names.get(n, n) for n in held]
+
+
+@pytest.mark.parametrize("arch", ["gpt_oss", "mixtral"])
+def test_wrong_caches_are_found_though_tokens_may_stray(arch: str, exported, tmp_path: Path) -> None:
+    found = edited(exported(arch, "float16"), tmp_path, exchange_key_and_value)
+    assert (found[PYTORCH].status, found[FILE].status) == ("pass", "fail")
+
+
+def test_a_rung_says_when_16_bits_are_too_few_to_tell() -> None:
+    prompt = feeds.Prompt(np.zeros((2, 40), np.int64), np.ones((2, 40), np.int64))
+    right, rough = run_of(prompt, {}), run_of(prompt, dict.fromkeys(range(4), 0.4))
+    for yardstick, said in ((rough, True), (right, False)):
+        rung = ladder._compare_runs("x", right, rough, prompt, DENSE, [yardstick])
+        assert (rung.status, rung.note.startswith("tells little")) == ("fail", said)
