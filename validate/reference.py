@@ -40,7 +40,7 @@ def unable() -> str:
     if tuple(int(n) for n in re.findall(r"\d+", installed)[:2]) < OLDEST_TRANSFORMERS:
         oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
         return (
-            f"transformers {installed} is installed, before 5 it does not read rope_parameters and is wrong without a "
+            f"transformers {installed} is installed, before {oldest} it is wrong for some architectures without a "
             f"word: pip install 'transformers>={oldest}'"
         )
     return ""
