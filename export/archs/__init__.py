@@ -83,7 +83,7 @@ def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
     if differ:
         raise ExportError(f"config.json and its {whole.config_key} differ in {', '.join(differ)}: make them agree")
     beside = Config({k: v for k, v in config.items() if k not in (whole.config_key, *whole.harmless, *shared)})
-    beside.finish()
+    beside.finish(causal=True)
     return {**{k: config[k] for k in shared if k in config}, **inner}
 
 
