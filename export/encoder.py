@@ -46,7 +46,7 @@ def post_norm(config: Config, **norm: Any) -> Model:
         raise ExportError(f"config.json: hidden_size {hidden} is not a multiple of {heads} attention heads")
     activation = config.choice("hidden_act", ACTIVATIONS, "gelu")
     normed = Norm(hidden, config.number("layer_norm_eps", 1e-12), statistics="layer", bias=True, **norm)
-    attention = Attention(hidden, heads, heads, hidden // heads, True, True, rotated=0, cached=False)
+    attention = Attention(hidden, heads, heads, hidden // heads, qkv_bias=True, out_bias=True, rotated=0, cached=False)
     mlp = Mlp(hidden, config.length("intermediate_size"), activation, bias=True, gated=False)
     layer = Layer((Sublayer("self_attn", attention, sum_norm=normed), Sublayer("mlp", mlp, sum_norm=normed)))
     vocabulary = config.length("vocab_size")
