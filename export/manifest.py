@@ -53,7 +53,7 @@ def _graph_data(graph: ExportedGraph, blocks: tuple[Block, ...]) -> dict[str, An
         "outputs": [to_data(p) for p in assembly.outputs],
         "carried": graph.carried,
         "ops": graph.ops,
-        "fusions": {name: dataclasses.asdict(fused) for name, fused in graph.fusions.items()},
+        "fusions": {n: {"count": f.count, "refused": [list(r) for r in f.refused]} for n, f in graph.fusions.items()},
         "steps": [
             {
                 "name": s.name,

@@ -118,6 +118,7 @@ def test_a_shard_that_changes_after_it_was_linked_is_refused_or_not_what_is_link
     sample = identity.sample
 
     def change_first(path: Path, size: int) -> str:
+        monkeypatch.setattr(identity, "sample", sample)
         change(checkpoint / SHARD, (originals / "1" / SHARD).read_bytes())
         return sample(path, size)
 
