@@ -114,6 +114,8 @@ class Engine:
 
 def check_backend(name: str) -> Backend:
     """The backend of that name. Raises EngineError with the command that installs it, if it is not here."""
+    if name not in BACKENDS:
+        raise EngineError(f"backend is {name!r}: choose one of {', '.join(BACKENDS)}")
     chosen = BACKENDS[name]
     if importlib.util.find_spec(chosen.module) is None:
         raise EngineError(f"{name} is not installed: {chosen.install}")

@@ -32,7 +32,7 @@ from llmexport.export.identity import changed, identify
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
-from llmexport.export.spec import OPSET, Assembly, Block, Graph, Model, Port, Step, to_data
+from llmexport.export.spec import DTYPES, OPSET, Assembly, Block, Graph, Model, Port, Step, to_data
 from llmexport.export.stamp import stamp
 from llmexport.export.wanted import wanted_parameters
 from llmexport.graphs import bodies, pipeline
@@ -44,6 +44,8 @@ from llmexport.plugins.spec import Attribute
 
 MOST_MODEL = 2**31 - 1  # bytes, protobuf's own limit
 BLOCKS = "blocks.json"
+WEIGHTS = ("auto", "link", "copy")
+TARGETS = ("portable", "tensorrt")
 ELEMENT_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
     "float16": onnx.TensorProto.FLOAT16,
@@ -69,6 +71,11 @@ class Request:
     weights: str = "auto"
     target: str = "portable"
     digest: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS)):
+            if (said := getattr(self, name)) not in choices:
+                raise ExportError(f"{name} is {said!r}: choose one of {', '.join(choices)}")
 
 
 def read_model(arch: Named, config: Mapping[str, Any]) -> Model:

@@ -14,6 +14,7 @@ from llmexport.export.cli import validate as validate_command
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.placing import openings
 from llmexport.export.profile import parse_profile
+from llmexport.export.source import open_source
 from llmexport.plugins import library
 
 
@@ -43,7 +44,7 @@ def command(
     engine.check_backend(backend)
     sizes = None if profile is None else parse_profile(profile)
     kernels = library.find() if plugins else None
-    with source.open_source(arch, checkpoint, output or Path("deploy")) as (named, found):
+    with open_source(arch, checkpoint, output or Path("deploy")) as (named, found):
         request = onnx_file.Request(named, found, dtype, None, weights)
         target = output or Path(f"{named.name}-deploy")
         # The three steps fill one new folder, which appears when all are done.

@@ -14,13 +14,14 @@ from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.exported import Export
 from llmexport.export.manifest import as_data
 from llmexport.export.placing import openings
+from llmexport.export.source import open_source
 
 
 @click.command("onnx")
 @source.options
 @click.option(
     "--target",
-    type=click.Choice(["portable", "tensorrt"]),
+    type=click.Choice(onnx_file.TARGETS),
     default="portable",
     show_default=True,
     help="portable runs everywhere; tensorrt is for trtexec with our plugins: no function bodies.",
@@ -44,7 +45,7 @@ def command(
 ) -> None:
     """Export a checkpoint to ONNX: the whole model, or one of its blocks."""
     console = Console(quiet, as_json)
-    with source.open_source(arch, checkpoint, output) as (named, found):
+    with open_source(arch, checkpoint, output) as (named, found):
         request = onnx_file.Request(named, found, dtype, None if block == "all" else block, weights, target, digest)
         if block == "all":
             exports = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
