@@ -12,7 +12,7 @@ from llmexport.export.archs import load
 from llmexport.export.errors import EngineError, ExportError
 
 README = Path(__file__).parents[2] / "README.md"
-[LINES] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+[LINES] = re.findall(r"```python\n(from llmexport.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_the_lines_of_the_readme_run(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_an_argument_that_is_none_of_the_choices_is_refused(name: str, value: st
 
 
 def test_a_backend_that_there_is_not_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="^backend is 'onnxruntime': choose one of tensorrt-rtx, tensorrt"):
+    with pytest.raises(EngineError, match=r"^backend is 'onnxruntime': choose one of tensorrt-rtx, tensorrt"):
         build_engine(tmp_path, backend="onnxruntime")
 
 
