@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -32,6 +31,7 @@ from llmexport.export.spec import AXES, Assembly, Axis, Port, Sizes, summands
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.export.workspace import workspace
 from llmexport.plugins import library
+from llmexport.plugins.regular import sha256
 
 PLAN = "model.plan"
 RECORD = "engine.json"
@@ -308,8 +308,5 @@ def _place(work: Path, folder: Path, record: dict[str, Any]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha256(file)

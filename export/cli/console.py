@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from llmexport.export import interrupt
-from llmexport.export.values import visible
+from llmexport.export.values import finite, visible
 from llmexport.plugins.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -95,7 +94,7 @@ class Console:
     def result(self, data: Any) -> None:
         """The command's result, for scripts."""
         if self.as_json:
-            _print(json.dumps(_strict(data), indent=1, allow_nan=False))
+            _print(json.dumps(finite(data), indent=1, allow_nan=False))
 
 
 class ConsoleError(UserError):
@@ -107,15 +106,6 @@ def _print(text: str) -> None:
         click.echo(text)
     except OSError as error:
         raise ConsoleError(f"the work is done, but its result cannot be printed to stdout: {error.strerror}") from error
-
-
-def _strict(data: Any) -> Any:
-    """The same for JSON, which has no word for a float that is not finite: as text."""
-    if isinstance(data, dict):
-        return {k: _strict(v) for k, v in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_strict(v) for v in data]
-    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def talkative(command: F) -> F:
