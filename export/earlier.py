@@ -11,10 +11,11 @@ from types import MappingProxyType
 from typing import Any
 
 from llmexport.export.errors import ExportError
+from llmexport.export.folder import INDEX
 from llmexport.export.workspace import sweep
 
+# The file by which each kind of output is known; a downloaded checkpoint has none of them.
 EXPORT, BLOCKS, RANDOM = "manifest.json", "blocks.json", "llmexport-random.json"
-INDEX = "model.safetensors.index.json"
 # What later commands add to an export, beside a plan for each graph.
 ADDED = {"engine.json", "report.json", "report.html"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import os
@@ -27,6 +26,7 @@ from llmexport.export.spec import Port, Sizes
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.export.workspace import workspace
 from llmexport.plugins import library
+from llmexport.plugins.regular import sha256
 
 RECORD = "engine.json"
 FORMAT = 2
@@ -260,8 +260,5 @@ def _place(work: Path, folder: Path, engine: Engine) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha256(file)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header
+from llmexport.export.earlier import EXPORT
 from llmexport.export.identity import SAYS, WAYS, Held, WeightFile
 from llmexport.export.spec import Assembly, Block, Graph, Step
 from llmexport.export.stamp import check_stamp, read_errors
 from llmexport.graphs.fusion import Fused
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Export:
     def files(self) -> list[str]:
         """All that it wrote into its folder."""
         graphs, weights = (g.file for g in self.graphs), (w.file for w in self.weights)
-        return sorted({MANIFEST, *graphs, *weights, *self.companions})
+        return sorted({EXPORT, *graphs, *weights, *self.companions})
 
     @property
     def placed(self) -> str:

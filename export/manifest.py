@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmexport.export.earlier import EXPORT as NAME
 from llmexport.export.errors import ExportError
-from llmexport.export.exported import MANIFEST as NAME
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.identity import WHOLE, WeightFile, changed, examine, whole_digest
 from llmexport.export.output import write_files

@@ -26,6 +26,7 @@ from llmexport.export.assembly import (
 )
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
+from llmexport.export.earlier import BLOCKS
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.identity import changed, identify
@@ -43,7 +44,6 @@ from llmexport.plugins.regular import read_regular
 from llmexport.plugins.spec import Attribute
 
 MOST_MODEL = 2**31 - 1  # bytes, protobuf's own limit
-BLOCKS = "blocks.json"
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt")
 ELEMENT_TYPES = {

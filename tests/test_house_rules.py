@@ -238,6 +238,10 @@ def test_llmexport_is_a_namespace():
     assert [n for n in ("__init__.py", "llmexport") if (ROOT / n).exists()] == []
 
 
+def test_every_portion_of_the_namespace_says_that_it_is_typed():
+    assert [f for f in FOLDERS if not (ROOT / f / "py.typed").is_file()] == []
+
+
 def says_nothing(node: ast.stmt) -> bool:
     return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmexport.export.exported import Export
 from llmexport.export.output import write_files
-from llmexport.export.values import visible
+from llmexport.export.values import finite, visible
 from llmexport.validate.compare import Difference
 from llmexport.validate.tolerance import Tolerance
 
@@ -65,15 +64,7 @@ class Report:
 
     def as_data(self) -> dict[str, Any]:
         """JSON data; what is not finite, as text."""
-        return _finite(asdict(self) | {"passed": self.passed, "verdict": self.verdict})
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {k: _finite(v) for k, v in data.items()}
-    if isinstance(data, list):
-        return [_finite(v) for v in data]
-    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
+        return finite(asdict(self) | {"passed": self.passed, "verdict": self.verdict})
 
 
 def write(manifest: Export, report: Report) -> None:
