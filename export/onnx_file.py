@@ -87,7 +87,7 @@ def read_noted(arch: Named, config: Mapping[str, Any]) -> tuple[Model, list[str]
     """The same, with sentences on what the config says and the graph leaves out."""
     keys = Config(text_config(arch.arch, config))
     model = arch.arch.build(keys)
-    keys.finish()
+    keys.finish(causal=any(g.carried for g in model.graphs))
     return model, keys.notes
 
 
@@ -99,7 +99,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     model, notes = read_noted(request.arch, request.checkpoint.config)
     stored = request.checkpoint.tensors
     arch = as_stored(request.arch, stored)
-    start = arch.arch.names["layers.{i}."].partition("{i}")[0]
+    start = next(n for n in arch.arch.names.values() if "{i}" in n).partition("{i}")[0]
     held = {n.removeprefix(start).partition(".")[0] for n in stored if n.startswith(start)}
     layers = sum(s.path.startswith("layers.") for s in model.steps)
     if held and layers > len(held):

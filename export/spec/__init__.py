@@ -7,6 +7,7 @@ whose symbolic dimensions are the dynamic axes of the exported graph. Nothing he
 from llmexport.export.spec.axis import AXES, BATCH, PAST, SEQUENCE, TOTAL, Axis, Sizes, summands, with_sums
 from llmexport.export.spec.block import DTYPES, OPSET, Block, Dim, Port, State
 from llmexport.export.spec.context import (
+    BidirectionalMask,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
@@ -47,6 +48,7 @@ __all__ = [
     "Assembly",
     "Attention",
     "Axis",
+    "BidirectionalMask",
     "Block",
     "CausalConv",
     "Dim",

@@ -73,6 +73,11 @@ class Block:
         return ()
 
     @property
+    def most(self) -> Mapping[str, int]:
+        """Axis -> the largest size that it takes, where there is one: a table has no more rows."""
+        return {}
+
+    @property
     def as_stored(self) -> tuple[str, ...]:
         """Paths of the parameters that its graph takes in the type they are stored in, whatever its own is."""
         return tuple(path + own for block, path in self.parts.values() for own in block.as_stored)
@@ -84,4 +89,5 @@ def hidden(name: str, width: int) -> Port:
 
 
 INPUT_IDS = Port("input_ids", (BATCH, SEQUENCE), "int64")
+TOKEN_TYPE_IDS = Port("token_type_ids", (BATCH, SEQUENCE), "int64")
 ATTENTION_MASK = Port("attention_mask", (BATCH, TOTAL), "int64")
