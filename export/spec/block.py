@@ -74,7 +74,7 @@ class Block:
 
     @property
     def most(self) -> Mapping[str, int]:
-        """Axis -> the largest size that it takes, where there is one: a table has no more rows."""
+        """Axis -> the largest size that it takes, where there is one, as a table has no more rows."""
         return {}
 
     @property

@@ -257,7 +257,7 @@ def test_an_encoder_carries_nothing_and_has_no_axis_but_batch_and_sequence() -> 
     assert graph.carried == {}
     ports = [p for s in graph.assembly.steps for p in (*s.block.inputs, *s.block.outputs)]
     assert {d for p in ports for d in p.shape if isinstance(d, str)} == {"batch", "sequence"}
-    assert graph.assembly.most == {"sequence": TABLE}
+    assert graph.assembly.steps[0].block.most == {"sequence": TABLE}
     kinds = [type(s.block) for s in graph.assembly.steps]
     assert (kinds[0], kinds.count(Layer)) == (Embedding, 3)
     attention = find_block(read("bert"), "attention").block
