@@ -210,7 +210,9 @@ def _assembly(data: dict[str, Any]) -> tuple[Assembly, dict[str, dict[str, str |
     steps = tuple(
         Step(s["name"], blocks[s["block"]], tuple(s["inputs"]), tuple(s["outputs"]), s["path"]) for s in data["steps"]
     )
-    ports = [tuple(Port(p["name"], tuple(p["shape"]), p["dtype"]) for p in data[k]) for k in ("inputs", "outputs")]
+    ports = [
+        tuple(Port(p["name"], tuple(p["shape"]), p["dtype"], p["use"]) for p in data[k]) for k in ("inputs", "outputs")
+    ]
     return Assembly(ports[0], steps, ports[1]), {s["name"]: s["weights"] for s in data["steps"]}
 
 
@@ -219,4 +221,9 @@ def _retype(port: Port, dtype: str) -> Port:
 
 
 def _port(port: Port, dtype: str) -> dict[str, Any]:
-    return {"name": port.name, "shape": port.shape, "dtype": dtype if port.dtype == "T" else port.dtype}
+    return {
+        "name": port.name,
+        "shape": port.shape,
+        "dtype": dtype if port.dtype == "T" else port.dtype,
+        "use": port.use,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from llmexport.export.spec import Assembly, Block, Graph, Port, Step
@@ -66,7 +67,7 @@ class Wiring:
         """
         past = {s.past.name: _state_name(s.past, state) for s in block.states}
         present = {s.present.name: _state_name(s.present, state) for s in block.states}
-        self._past |= {v: Port(v, s.past.shape, s.past.dtype) for s in block.states for v in [past[s.past.name]]}
+        self._past |= {v: dataclasses.replace(s.past, name=v) for s in block.states for v in [past[s.past.name]]}
         self._made |= set(past.values())
         shared = {p.name: v for b in context for p, v in self._outputs_of(b)}
         reads = {p.name: p.name for p in block.inputs} | shared | past | given
@@ -77,7 +78,7 @@ class Wiring:
             raise KeyError(f"{self._name}: {name} makes {', '.join(sorted(twice))} again")
         self._made |= set(named.values())
         self._present |= {
-            v: Port(v, s.present.shape, s.present.dtype) for s in block.states for v in [present[s.present.name]]
+            v: dataclasses.replace(s.present, name=v) for s in block.states for v in [present[s.present.name]]
         }
         self._carried |= zip(past.values(), present.values(), strict=True)
         inputs, outputs = (reads[p.name] for p in block.inputs), (named[p.name] for p in block.outputs)

@@ -87,10 +87,10 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
             for shard in weights.shards:
                 (folder / shard.file).symlink_to((self._manifest.folder / shard.file).resolve())
             arch = load(data["arch"]).arch
-            model = getattr(transformers, arch.causal_lm, None)
+            model = getattr(transformers, arch.reference.model_class, None)
             if model is None:
                 have = f"transformers {transformers.__version__}"
-                raise Refused(f"{have} has no {arch.causal_lm}: pip install -U transformers")
+                raise Refused(f"{have} has no {arch.reference.model_class}: pip install -U transformers")
             # transformers writes into the dictionaries that it is given.
             config = copy.deepcopy(dict(text_config(arch, data["config"])))
             names = {f"^{re.escape(there)}": here for here, there in whole_names(arch, data["config"]).items()}

@@ -48,7 +48,7 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Named:
     """The architecture asked for, or else the one that `config.json` names; the two must agree."""
     named = _by_type(name, config)
     whole = _whole(named.arch, config)
-    wanted = whole.architecture if whole else named.arch.causal_lm
+    wanted = whole.architecture if whole else named.arch.reference.model_class
     classes = config.get("architectures")
     if classes is None:
         classes = [wanted]
