@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
-from llmexport.export.folder import ADAPTER, INDEX, SINGLE, what_it_is
-from llmexport.export.folder import few as _few
+from llmexport.export.folder import ADAPTER, INDEX, SINGLE, few, what_it_is
 from llmexport.export.stamp import Stamp, check_stamp, stamp
 from llmexport.export.stamp import read_errors as _read_errors
 from llmexport.plugins.regular import open_regular, read_regular
@@ -193,7 +192,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         missing = [file for file in files if not (folder / file).exists()]
     if missing:
         lacks = f"lacks {len(missing)} of the {len(files)} shards that {INDEX} names"
-        raise ExportError(f"{folder} {lacks} ({_few(missing)}): finish the download")
+        raise ExportError(f"{folder} {lacks} ({few(missing)}): finish the download")
     return placed
 
 

@@ -19,13 +19,13 @@ from llmexport.export import weights
 from llmexport.export.archs import Named
 from llmexport.export.assembly import checkpoint_name, part_names, parts
 from llmexport.export.checkpoint import INDEX, ITEMSIZE
+from llmexport.export.earlier import RANDOM
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
 from llmexport.export.spec import MXFP4_BLOCK, Block, GatedNorm, Norm
 from llmexport.export.wanted import load_parameters
 
-MARKER = "llmexport-random.json"  # what --force may replace: a downloaded checkpoint has none
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SCALE_BIAS = 127  # of MXFP4: a scale of this is 1
 MOST_TENSORS = 2**18  # the largest published models have a quarter of that
@@ -64,7 +64,7 @@ def write(
             )
     _check_room(target, sum(_size(p, np.dtype(dtype).itemsize) for p in parameters.values()), hollow)
     shards = _split(parameters, shard_bytes, np.dtype(dtype).itemsize)
-    with new_folder(target, force=force, marker=MARKER) as folder:
+    with new_folder(target, force=force, marker=RANDOM) as folder:
         index: dict[str, str] = {}
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
@@ -74,7 +74,7 @@ def write(
                 tensors = {n: _draw(n, parameters[n], dtype, seed) for n in names}
                 save_file(tensors, folder / file, metadata={"format": "pt"})
             index |= dict.fromkeys(names, file)
-        (folder / MARKER).write_text(json.dumps({"made_by": "llmexport", "seed": seed}))
+        (folder / RANDOM).write_text(json.dumps({"made_by": "llmexport", "seed": seed}))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
 

@@ -5,7 +5,6 @@ The loader maps a library of which the end is missing and dies of SIGBUS when it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO
 
 from llmexport.plugins.cache_folder import OTHERS_WRITE, owner
 from llmexport.plugins.errors import PluginError
-from llmexport.plugins.regular import open_regular, read_regular
+from llmexport.plugins.regular import open_regular, read_regular, sha256
 
 MOST_RECORD = 100_000  # bytes
 BUILD = "build it: llmexport plugins build"
@@ -57,7 +56,7 @@ def check(path: Path, users: Set[int]) -> tuple[int, ...]:
             recorded = _recorded(path)
             if recorded is None:
                 _check_whole(path, file, info.st_size)
-            elif _digest(file) != recorded:
+            elif sha256(file) != recorded:
                 raise PluginError(f"{path} is not the file that was built, it is cut or changed: {BUILD}")
             return identity(info)
     except OSError as error:
@@ -120,16 +119,9 @@ def _digest_at(path: Path) -> str:
     """Nothing where there is no file."""
     try:
         with open_regular(path) as file:
-            return _digest(file)
+            return sha256(file)
     except FileNotFoundError:
         return ""
-
-
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_whole(path: Path, file: BinaryIO, size: int) -> None:

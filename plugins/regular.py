@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -46,6 +47,14 @@ def read_regular(path: Path, most: int = MOST, *, follow: bool = True) -> bytes:
         if max(size, len(data)) > most:
             raise OSError(errno.EFBIG, f"it has more than the {most} bytes that such a file may have", str(path))
         return data
+
+
+def sha256(file: BinaryIO) -> str:
+    """Of what is left to read in it."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _check_kind(path: Path, info: os.stat_result) -> None:

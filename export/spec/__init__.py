@@ -7,6 +7,7 @@ whose symbolic dimensions are the dynamic axes of the exported graph. Nothing he
 from llmexport.export.spec.axis import AXES, BATCH, PAST, SEQUENCE, TOTAL, Axis, Sizes, summands, with_sums
 from llmexport.export.spec.block import DTYPES, OPSET, Block, Dim, Port, State, Use
 from llmexport.export.spec.context import (
+    BidirectionalMask,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
@@ -19,7 +20,7 @@ from llmexport.export.spec.context import (
     YarnScaling,
 )
 from llmexport.export.spec.feed_forward import MXFP4_BLOCK, Activation, Experts, Mlp, Moe, Router, SharedExpert
-from llmexport.export.spec.graph import Assembly, Graph, Step
+from llmexport.export.spec.graph import ONLY, Assembly, Graph, Step
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, CausalConv, GatedDeltaNet, GatedNorm, Mixer, Norm
 from llmexport.export.spec.model import (
@@ -39,6 +40,7 @@ __all__ = [
     "BATCH",
     "DTYPES",
     "MXFP4_BLOCK",
+    "ONLY",
     "OPSET",
     "PAST",
     "SEQUENCE",
@@ -48,6 +50,7 @@ __all__ = [
     "Assembly",
     "Attention",
     "Axis",
+    "BidirectionalMask",
     "Block",
     "CausalConv",
     "Dim",

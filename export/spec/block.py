@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -42,6 +43,10 @@ class Port:
     shape: tuple[Dim, ...]
     dtype: str = "T"
     use: Use = "hidden"
+
+    def typed(self, dtype: str) -> Port:
+        """The port in a model that is exported in `dtype`."""
+        return dataclasses.replace(self, dtype=dtype) if self.dtype == "T" else self
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,11 @@ class Block:
         return ()
 
     @property
+    def most(self) -> Mapping[str, int]:
+        """Axis -> the largest size that it takes, where there is one: a table has no more rows."""
+        return {}
+
+    @property
     def as_stored(self) -> tuple[str, ...]:
         """Paths of the parameters that its graph takes in the type they are stored in, whatever its own is."""
         return tuple(path + own for block, path in self.parts.values() for own in block.as_stored)
@@ -106,4 +116,5 @@ def state(name: str, past: tuple[Dim, ...], present: tuple[Dim, ...], dtype: str
 
 
 INPUT_IDS = Port("input_ids", (BATCH, SEQUENCE), "int64", "tokens")
+TOKEN_TYPE_IDS = Port("token_type_ids", (BATCH, SEQUENCE), "int64", "token_types")
 ATTENTION_MASK = Port("attention_mask", (BATCH, TOTAL), "int64", "padding")

@@ -116,6 +116,20 @@ class Mask(Block):
 
 
 @dataclass(frozen=True)
+class BidirectionalMask(Block):
+    """Every token sees all tokens of its row and no padding, and padding sees the same (masking_utils.py,
+    create_bidirectional_mask). A row that is all padding sees all of it, so that no backend makes a NaN."""
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (Port("attention_mask", (BATCH, SEQUENCE), "int64", "padding"),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("mask", (BATCH, 1, SEQUENCE, SEQUENCE), "bool", "mask"),)
+
+
+@dataclass(frozen=True)
 class Span(Block):
     """Where the keys of each row begin and end, for attention without a dense mask.
 

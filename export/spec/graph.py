@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from llmexport.export.spec.block import Block, Port
 
+ONLY = "model"  # the name of a graph that is all of its model
+
 
 @dataclass(frozen=True)
 class Step:
@@ -37,6 +39,12 @@ class Assembly:
     def blocks(self) -> tuple[Block, ...]:
         """The distinct blocks, in order of first use."""
         return tuple(dict.fromkeys(s.block for s in self.steps))
+
+    @property
+    def most(self) -> Mapping[str, int]:
+        """The largest size of every axis that has one."""
+        bounds = [bound for b in self.blocks for bound in b.most.items()]
+        return {axis: min(size for a, size in bounds if a == axis) for axis, _ in bounds}
 
 
 @dataclass(frozen=True)

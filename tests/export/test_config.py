@@ -10,7 +10,7 @@ from tiny_configs import one_line, placed_layers, read, read_whole, refusal, ref
 from llmexport.export import archs
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
-from llmexport.export.keys import HARMLESS
+from llmexport.export.keys import ANY, CAUSAL
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Experts, Moe, Rotary
 
@@ -145,9 +145,21 @@ def test_an_unknown_key_that_is_null_says_nothing():
     assert read("llama", quantization_config=None) == read("llama")
 
 
-@pytest.mark.parametrize("key", sorted(HARMLESS))
+@pytest.mark.parametrize("key", sorted(ANY | CAUSAL))
 def test_a_harmless_key_changes_nothing(key):
     assert read("llama", **{key: 1}) == read("llama")
+
+
+def test_what_is_harmless_in_any_model_is_harmless_in_an_encoder():
+    assert all(read("bert", **{key: 1}) == read("bert") for key in ANY)
+
+
+@pytest.mark.parametrize("key", sorted(CAUSAL))
+def test_what_is_harmless_in_a_decoder_alone_is_read_or_refused_in_an_encoder(key):
+    if key == "max_position_embeddings":
+        assert read("bert", **{key: 1}) != read("bert")
+    else:
+        assert f"{key}=1" in refusal("bert", **{key: 1})
 
 
 # What some architectures know, each with a value that is not their tiny config's.
@@ -443,7 +455,7 @@ def test_a_key_without_a_default_must_be_there():
 def test_finish_accepts_a_config_whose_every_key_was_read():
     config = Config({"a": 1, "dtype": "bfloat16"})
     config.get("a")
-    config.finish()
+    config.finish(causal=True)
 
 
 def test_the_config_that_came_in_stays_as_it_was():
