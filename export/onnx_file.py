@@ -181,6 +181,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         checkpoint.config,
         text_config(arch, checkpoint.config),
         whole_names(arch, checkpoint.config),
+        arch.reference,
         cache.versions(),
         tuple(notes),
         companions,

@@ -50,9 +50,11 @@ def write(
     that leaving one out shows. The same seed gives the same bytes. Holds one shard in memory. `hollow`: the files are
     holes that read as zeros and take no space, of any size.
     """
-    config = {"architectures": [arch.arch.causal_lm], "model_type": arch.arch.model_types[0], "dtype": dtype} | dict(
-        config or arch.arch.tiny
-    )
+    config = {
+        "architectures": [arch.arch.reference.model_class],
+        "model_type": arch.arch.model_types[0],
+        "dtype": dtype,
+    } | dict(config or arch.arch.tiny)
     parameters: dict[str, _Parameter] = {}
     for name, parameter in _parameters(arch, config):
         parameters[name] = parameter

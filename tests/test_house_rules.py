@@ -195,7 +195,7 @@ def decided_on(path: Path) -> Iterator[str]:
 
 def test_no_code_asks_which_architecture_it_is():
     known = [archs.load(n) for n in archs.names()]
-    taken = {n.lower() for k in known for n in (k.name, *k.arch.model_types, k.arch.causal_lm)}
+    taken = {n.lower() for k in known for n in (k.name, *k.arch.model_types, k.arch.reference.model_class)}
 
     def asked(path: Path) -> set[str]:
         return taken & {word for text in decided_on(path) for word in re.findall(r"\w+", text.lower())}

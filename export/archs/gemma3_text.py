@@ -3,7 +3,7 @@
 from llmexport.export.archs.gemma2 import ACTIVATIONS, NORMS
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Mask, Model, Norm, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, Norm, causal_lm, decoder_layer
 
 # Of others transformers reads some keys from beside the kinds of layer, where nobody writes them.
 ROPE = {"default": "default", "linear": "linear"}
@@ -37,7 +37,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("gemma3_text",),
-    causal_lm="Gemma3ForCausalLM",
+    reference=causal_lm("Gemma3ForCausalLM"),
     build=build,
     names={**NAMES, **NORMS},
     ignore=BUFFERS,
