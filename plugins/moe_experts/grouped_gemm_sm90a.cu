@@ -14,7 +14,7 @@
 
 #include "common/async_copy.cuh"
 #include "common/early_launch.cuh"
-#include "common/hopper.cuh"
+#include "common/sm90a.cuh"
 #include "moe_experts/grouped_gemm_sm90a.h"
 
 namespace llmexport {

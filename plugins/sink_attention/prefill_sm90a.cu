@@ -8,7 +8,7 @@
 // Logits, sums and values are fp32; rounded to T are the weights, before they meet the values, and
 // the result, once: as on the portable path, with the arithmetic of its WarpTile (rows.cuh says
 // what transformers rounds). wgmma adds up the products of a sum in an order of its own.
-#include "common/hopper.cuh"
+#include "common/sm90a.cuh"
 #include "sink_attention/prefill.cuh"
 #include "sink_attention/prefill_sm90a.h"
 

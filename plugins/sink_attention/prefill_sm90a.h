@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/device.h"
-#include "common/hopper.h"
+#include "common/sm90a.h"
 #include "sink_attention/rows.cuh"
 
 namespace llmexport {

@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "sink_attention/prefill_sm90a.h"
-#include "sink_attention/sink_attention.cuh"
+#include "sink_attention/merge.cuh"
 
 namespace llmexport {
 namespace {
