@@ -21,8 +21,8 @@ constexpr int kGroupedSharedBytes = kGroupedStages * kGroupedStageBytes;
 // whole vectors, aligned) with the same row tiles, sorted, and weights need no conversion.
 inline bool groupedGemmServes(MoeExpertsPlan const& plan, Dtype dtype, std::optional<Dtype> stored,
                               Device const& device) {
-  constexpr int kHopper = 90;
-  return device.capability == kHopper && plan.onTensorCores && plan.sorted &&
+  constexpr int kSm90 = 90;
+  return device.capability == kSm90 && plan.onTensorCores && plan.sorted &&
          plan.tileRows == kGroupedRows && stored == dtype;
 }
 

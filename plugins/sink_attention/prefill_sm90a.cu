@@ -15,15 +15,15 @@
 namespace llmexport {
 namespace {
 
-constexpr int kAttendingWarps = kHopperAttending / kWarp, kLoadingWarps = kWarpgroup / kWarp;
+constexpr int kAttendingWarps = kSm90aAttending / kWarp, kLoadingWarps = kWarpgroup / kWarp;
 // In the mean the 168 of a thread that a block of 384 may have.
 constexpr int kAttendingRegisters = 232, kLoadingRegisters = 40;
 
 // The units of key_ring.cuh: keys (even) and values (odd) of tiles. Every attending warp waits for
 // each, and releases it.
 template <int kD>
-struct HopperRing {
-  using Shape = HopperShape<kD>;
+struct Sm90aRing {
+  using Shape = Sm90aShape<kD>;
   unsigned char* units;
   Barrier *full, *empty;
 
@@ -53,8 +53,8 @@ struct HopperRing {
 template <class T, int kD>
 __device__ __forceinline__ void loadUnits(AttentionCall<T> const& call, TensorMap const& k,
                                           TensorMap const& v, int batch, int group, KeyRange keys,
-                                          int steps, HopperRing<kD> const& ring) {
-  using Shape = HopperShape<kD>;
+                                          int steps, Sm90aRing<kD> const& ring) {
+  using Shape = Sm90aShape<kD>;
   int const thread = threadIdx.x % kWarpgroup;
 #pragma unroll 1
   for (int unit = 0; unit < 2 * steps; ++unit) {
@@ -98,8 +98,8 @@ __device__ __forceinline__ void startLogits(Logits& logits, uint32_t queries, ui
   for (int i = 0; i < kD / kWgmmaDepth; ++i) {
     int const slab = i / kInSlab * kSwizzleBytes;  // times its rows, in bytes
     uint64_t const step = i % kInSlab * kMajorStep;
-    wgmma<T, false>(flat(logits), kMajorMatrix(queries + slab * kHopperRows) + step,
-                    kMajorMatrix(keys + slab * HopperShape<kD>::kKeys) + step, i > 0);
+    wgmma<T, false>(flat(logits), kMajorMatrix(queries + slab * kSm90aRows) + step,
+                    kMajorMatrix(keys + slab * Sm90aShape<kD>::kKeys) + step, i > 0);
   }
   commitWgmma();
 }
@@ -107,7 +107,7 @@ __device__ __forceinline__ void startLogits(Logits& logits, uint32_t queries, ui
 // Starts adding the values of the keys last weighed; finishValues() waits for all that is started.
 template <class T, int kD, class Tile>
 __device__ __forceinline__ void startValues(Tile& tile, uint32_t values) {
-  constexpr int kKeys = HopperShape<kD>::kKeys;
+  constexpr int kKeys = Sm90aShape<kD>::kKeys;
   uint64_t const matrix = mnMajorMatrix(values, kKeys);
   keepInPlace(flat(tile.weights));
   fenceWgmma(flat(tile.values));
@@ -126,17 +126,17 @@ __device__ __forceinline__ void finishValues(Tile& tile) {
 
 template <class T, int kD>
 __device__ __forceinline__ void attendRows(AttentionCall<T> const& call,
-                                           AttentionPlace<kHopperRows> const& place, KeyRange keys,
+                                           AttentionPlace<kSm90aRows> const& place, KeyRange keys,
                                            int steps, T* query, Barrier& attending,
-                                           HopperRing<kD> const& ring) {
-  constexpr int kKeys = HopperShape<kD>::kKeys;
+                                           Sm90aRing<kD> const& ring) {
+  constexpr int kKeys = Sm90aShape<kD>::kKeys;
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   auto arriveAndWait = [&](int parity) {
     __syncwarp();
     if (lane == 0) arrive(attending);
     waitBarrier(attending, parity);
   };
-  copyQueries<kD, kHopperAttending>(query, call, place, InSlabs<kHopperRows>{});
+  copyQueries<kD, kSm90aAttending>(query, call, place, InSlabs<kSm90aRows>{});
   commitCopies();
   waitCopies<0>();
   fenceProxyAsync();
@@ -215,16 +215,16 @@ __device__ __forceinline__ void attendRows(AttentionCall<T> const& call,
   arriveAndWait(1);  // the queries are no longer used
   storeRows<kD, 1>(call, tile, query, place.batch, place.group, firstRow, place.split,
                    [&](int row, int chunk) {
-                     return InSlabs<kHopperRows>{}(warp * 16 + row, chunk);
+                     return InSlabs<kSm90aRows>{}(warp * 16 + row, chunk);
                    });
 }
 
 // Grid: AttentionPlace.
 template <class T, int kD>
-__global__ void __launch_bounds__(kHopperThreads, 1)
-    sinkAttentionHopperKernel(AttentionCall<T> call, const __grid_constant__ TensorMap k,
+__global__ void __launch_bounds__(kSm90aThreads, 1)
+    sinkAttentionSm90aKernel(AttentionCall<T> call, const __grid_constant__ TensorMap k,
                               const __grid_constant__ TensorMap v) {
-  using Shape = HopperShape<kD>;
+  using Shape = Sm90aShape<kD>;
   SWIZZLED_SHARED(shared);
   SHARED_ARRAY(Barrier, full, Shape::kUnits);
   SHARED_ARRAY(Barrier, empty, Shape::kUnits);
@@ -237,11 +237,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     initBarrier(attending[0], kAttendingWarps);
   }
   __syncthreads();
-  AttentionPlace<kHopperRows> const place(call);
+  AttentionPlace<kSm90aRows> const place(call);
   KeyRange const keys = place.template keys<Shape::kKeys>(call);
   int const steps = tilesOf(keys.end - keys.first, Shape::kKeys);
-  HopperRing<kD> const ring{shared + Shape::kQueryBytes, full, empty};
-  if (threadIdx.x >= kHopperAttending) {
+  Sm90aRing<kD> const ring{shared + Shape::kQueryBytes, full, empty};
+  if (threadIdx.x >= kSm90aAttending) {
     giveRegisters<kLoadingRegisters>();
     loadUnits(call, k, v, place.batch, place.group, keys, steps, ring);
   } else {
@@ -253,21 +253,21 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 template <class T, int kD>
 cudaError_t launchOf(SinkAttentionSizes const& s, AttentionCall<T> const& call,
                      cudaStream_t stream) {
-  using Shape = HopperShape<kD>;
+  using Shape = Sm90aShape<kD>;
   TensorMap k, v;
-  cudaError_t error = makeTensorMap(k, hopperKeys(call.k, s, Shape::kKeys));
-  if (error == cudaSuccess) error = makeTensorMap(v, hopperKeys(call.v, s, Shape::kKeys));
+  cudaError_t error = makeTensorMap(k, sm90aKeys(call.k, s, Shape::kKeys));
+  if (error == cudaSuccess) error = makeTensorMap(v, sm90aKeys(call.v, s, Shape::kKeys));
   if (error != cudaSuccess) return error;
-  int64_t const blocks = s.B * s.G * ceilDiv(s.H / s.G * s.T, kHopperRows);
-  LaunchPlan const plan{dim3(unsigned(blocks), unsigned(call.splits)), dim3(kHopperThreads),
+  int64_t const blocks = s.B * s.G * ceilDiv(s.H / s.G * s.T, kSm90aRows);
+  LaunchPlan const plan{dim3(unsigned(blocks), unsigned(call.splits)), dim3(kSm90aThreads),
                         Shape::kSharedBytes};
-  return launch(sinkAttentionHopperKernel<T, kD>, plan, stream, call, k, v);
+  return launch(sinkAttentionSm90aKernel<T, kD>, plan, stream, call, k, v);
 }
 
 }  // namespace
 
 template <class T>
-cudaError_t launchHopperPrefill(SinkAttentionSizes const& s, AttentionCall<T> const& call,
+cudaError_t launchSm90aPrefill(SinkAttentionSizes const& s, AttentionCall<T> const& call,
                                 cudaStream_t stream) {
   auto const launchIt = s.D <= 64    ? launchOf<T, 64>
                         : s.D <= 128 ? launchOf<T, 128>
@@ -275,10 +275,10 @@ cudaError_t launchHopperPrefill(SinkAttentionSizes const& s, AttentionCall<T> co
   return launchIt(s, call, stream);
 }
 
-template cudaError_t launchHopperPrefill<Half>(SinkAttentionSizes const& s,
+template cudaError_t launchSm90aPrefill<Half>(SinkAttentionSizes const& s,
                                                AttentionCall<Half> const& call,
                                                cudaStream_t stream);
-template cudaError_t launchHopperPrefill<Bfloat16>(SinkAttentionSizes const& s,
+template cudaError_t launchSm90aPrefill<Bfloat16>(SinkAttentionSizes const& s,
                                                    AttentionCall<Bfloat16> const& call,
                                                    cudaStream_t stream);
 

@@ -109,8 +109,8 @@ cudaError_t attendOnTensorCores(SinkAttentionPlan const& plan,
                                 AttentionCall<T> const& call,
                                 [[maybe_unused]] Device const& device, cudaStream_t stream) {
 #ifdef LLMEXPORT_SM90A
-  if (hopperServes(plan, sizes, device) && asksForSm90a()) {
-    return launchHopperPrefill(sizes, call, stream);
+  if (sm90aServes(plan, sizes, device) && asksForSm90a()) {
+    return launchSm90aPrefill(sizes, call, stream);
   }
 #endif
   return withSize(call.size, [&](auto padded) {

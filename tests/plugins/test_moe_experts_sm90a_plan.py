@@ -46,7 +46,7 @@ QWEN, GPT_OSS, SCOUT = (4096, 8, 256, 2048, 512), (4096, 4, 32, 2880, 2880), (40
         ((33, 1, 1, 64, 64), BF16, BF16, True, 90, True),
     ],
 )
-def test_takes_prefill_of_16_bits_on_hopper_alone(
+def test_takes_prefill_of_16_bits_on_sm90_alone(
     library: ctypes.CDLL,
     sizes: tuple[int, ...],
     dtype: int,
