@@ -1,13 +1,13 @@
-// Prefill by wgmma and TMA, for fp16 and bf16: what sinkAttentionPrefillKernel computes, in tiles
-// of 128 rows by 128 keys, or 64 where heads have 256 elements (FlashAttention-3, arXiv
+// Prefill by wgmma and TMA, for fp16 and bf16. It computes the same as sinkAttentionPrefillKernel,
+// in tiles of 128 rows by 128 keys, or 64 where heads have 256 elements (FlashAttention-3, arXiv
 // 2407.08608).
 //
 // A warpgroup loads keys and values into a ring, by TMA. Two others attend for 64 rows of the group
 // each; while one weighs a tile's keys, the tensor cores add the values of the tile before.
 //
-// Logits, sums and values are fp32; rounded to T are the weights, before they meet the values, and
-// the result, once: as on the portable path, with the arithmetic of its WarpTile (rows.cuh says
-// what transformers rounds). wgmma adds up the products of a sum in an order of its own.
+// Logits, sums and values are fp32. Weights are rounded to T before they meet the values, and the
+// result is rounded once: as on the portable path, with the arithmetic of its WarpTile (rows.cuh
+// says how transformers rounds). wgmma adds up the products of a sum in an order of its own.
 #include "common/sm90a.cuh"
 #include "sink_attention/prefill.cuh"
 #include "sink_attention/prefill_sm90a.h"
@@ -16,7 +16,7 @@ namespace llmexport {
 namespace {
 
 constexpr int kAttendingWarps = kSm90aAttending / kWarp, kLoadingWarps = kWarpgroup / kWarp;
-// In the mean the 168 of a thread that a block of 384 may have.
+// Their mean is 168: a thread of a block of 384 may have no more.
 constexpr int kAttendingRegisters = 232, kLoadingRegisters = 40;
 
 // The units of key_ring.cuh: keys (even) and values (odd) of tiles. Every attending warp waits for
@@ -47,9 +47,9 @@ struct Sm90aRing {
   }
 };
 
-// TMA knows where the cache ends, but not where the keys do: values past those may be NaN, and NaN
-// is what they add even if they weigh nothing. So a tile of values that reaches past `keys.end`
-// comes by cp.async, which puts zeros there; logits of such keys are overwritten.
+// TMA knows where the cache ends, but not where the keys do: values past those may be NaN, and they
+// add NaN even with a weight of zero. So a tile of values that reaches past `keys.end` comes by
+// cp.async, which puts zeros there; logits of such keys are overwritten.
 template <class T, int kD>
 __device__ __forceinline__ void loadUnits(AttentionCall<T> const& call, TensorMap const& k,
                                           TensorMap const& v, int batch, int group, KeyRange keys,
@@ -64,9 +64,9 @@ __device__ __forceinline__ void loadUnits(AttentionCall<T> const& call, TensorMa
     Barrier& full = ring.full[ring.place(unit)];
     ring.waitEmpty(unit);
     if (!byTma) {
-      copyKeys<kD, Shape::kKeys, kWarpgroup>(
-          reinterpret_cast<T*>(ring.at(unit)), call.v + call.firstKey(batch, group), call.size,
-          {first, keys.end}, thread, InSlabs<Shape::kKeys>{});
+      copyKeys<kD, Shape::kKeys, kWarpgroup>(reinterpret_cast<T*>(ring.at(unit)),
+                                             call.v + call.firstKey(batch, group), call.size,
+                                             {first, keys.end}, thread, InSlabs<Shape::kKeys>{});
       commitCopies();
       waitCopies<0>();
       fenceProxyAsync();
@@ -83,7 +83,7 @@ __device__ __forceinline__ void loadUnits(AttentionCall<T> const& call, TensorMa
   }
 }
 
-// One array, as wgmma takes it.
+// The same array with one dimension, as wgmma takes it.
 template <class E, int kA, int kB, int kC>
 __device__ __forceinline__ auto& flat(E (&array)[kA][kB][kC]) {
   return reinterpret_cast<E(&)[kA * kB * kC]>(array);
@@ -104,7 +104,8 @@ __device__ __forceinline__ void startLogits(Logits& logits, uint32_t queries, ui
   commitWgmma();
 }
 
-// Starts adding the values of the keys last weighed; finishValues() waits for all that is started.
+// Starts adding the values of the keys last weighed; finishValues() waits until nothing that was
+// started is left.
 template <class T, int kD, class Tile>
 __device__ __forceinline__ void startValues(Tile& tile, uint32_t values) {
   constexpr int kKeys = Sm90aShape<kD>::kKeys;
@@ -146,7 +147,7 @@ __device__ __forceinline__ void attendRows(AttentionCall<T> const& call,
   uint32_t const queries = sharedAddress(query) + inBlock * kSwizzleBytes;
   WarpTile<T, kD, 1, kKeys, false> tile(call, place.batch, firstRow);
   typename decltype(tile)::Logits logits;
-  // Of all steps, those of keys that rows of the warpgroup see.
+  // The steps whose keys rows of this warpgroup see.
   int first = 0, end = 0;
   if (int const groupRow = place.firstRow + inBlock; groupRow < call.rows()) {
     int const lastRow = min(groupRow + kWgmmaRows, call.rows()) - 1;
@@ -157,7 +158,8 @@ __device__ __forceinline__ void attendRows(AttentionCall<T> const& call,
     end = max(min(tilesOf(max(seen.end - keys.first, 0), kKeys), steps), first);
   }
   auto unitAt = [&](int unit) { return sharedAddress(ring.at(unit)); };
-  // In two steps, as the values and the weights before are in use during the first.
+  // Keys are weighed in two parts, weigh() and settle(), as the tensor cores still use the weights
+  // and values of the tile before during the first.
   float factors[2];
   auto weigh = [&](int step) {
     factors[0] = factors[1] = 1.0f;
@@ -213,17 +215,16 @@ __device__ __forceinline__ void attendRows(AttentionCall<T> const& call,
   for (int unit = 2 * end; unit < 2 * steps; ++unit) ring.pass(unit);
   tile.reduceSums();
   arriveAndWait(1);  // the queries are no longer used
-  storeRows<kD, 1>(call, tile, query, place.batch, place.group, firstRow, place.split,
-                   [&](int row, int chunk) {
-                     return InSlabs<kSm90aRows>{}(warp * 16 + row, chunk);
-                   });
+  storeRows<kD, 1>(
+      call, tile, query, place.batch, place.group, firstRow, place.split,
+      [&](int row, int chunk) { return InSlabs<kSm90aRows>{}(warp * 16 + row, chunk); });
 }
 
-// Grid: AttentionPlace.
+// The grid is that of AttentionPlace.
 template <class T, int kD>
 __global__ void __launch_bounds__(kSm90aThreads, 1)
     sinkAttentionSm90aKernel(AttentionCall<T> call, const __grid_constant__ TensorMap k,
-                              const __grid_constant__ TensorMap v) {
+                             const __grid_constant__ TensorMap v) {
   using Shape = Sm90aShape<kD>;
   SWIZZLED_SHARED(shared);
   SHARED_ARRAY(Barrier, full, Shape::kUnits);
@@ -268,7 +269,7 @@ cudaError_t launchOf(SinkAttentionSizes const& s, AttentionCall<T> const& call,
 
 template <class T>
 cudaError_t launchSm90aPrefill(SinkAttentionSizes const& s, AttentionCall<T> const& call,
-                                cudaStream_t stream) {
+                               cudaStream_t stream) {
   auto const launchIt = s.D <= 64    ? launchOf<T, 64>
                         : s.D <= 128 ? launchOf<T, 128>
                                      : launchOf<T, 256>;
@@ -276,10 +277,9 @@ cudaError_t launchSm90aPrefill(SinkAttentionSizes const& s, AttentionCall<T> con
 }
 
 template cudaError_t launchSm90aPrefill<Half>(SinkAttentionSizes const& s,
-                                               AttentionCall<Half> const& call,
-                                               cudaStream_t stream);
+                                              AttentionCall<Half> const& call, cudaStream_t stream);
 template cudaError_t launchSm90aPrefill<Bfloat16>(SinkAttentionSizes const& s,
-                                                   AttentionCall<Bfloat16> const& call,
-                                                   cudaStream_t stream);
+                                                  AttentionCall<Bfloat16> const& call,
+                                                  cudaStream_t stream);
 
 }  // namespace llmexport

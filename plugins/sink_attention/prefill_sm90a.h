@@ -1,4 +1,4 @@
-// Prefill by wgmma and TMA: which nodes, in which tiles, and its launcher, which is there if
+// Prefill by wgmma and TMA: the nodes that it takes, its tiles, and its launcher, which exists if
 // LLMEXPORT_SM90A is defined.
 #pragma once
 
@@ -12,8 +12,7 @@ namespace llmexport {
 constexpr int kSm90aRows = 2 * kWgmmaRows;
 constexpr int kSm90aAttending = 2 * kWarpgroup, kSm90aThreads = 3 * kWarpgroup;
 
-// The tiles that heads of up to kD elements are served by. Each is as many slabs of 64 columns,
-// [rows, 64], as it is wide.
+// The tiles for heads of up to kD elements. A tile consists of slabs of 64 columns, [rows, 64].
 template <int kD>
 struct Sm90aShape {
   static constexpr int kKeys = kD == 256 ? 64 : 128;
@@ -38,23 +37,24 @@ inline TiledTensor sm90aKeys(void const* keys, SinkAttentionSizes const& s, int 
           {kSwizzleElements, tileKeys, 1, 1}};
 }
 
-// Whether the kernel takes what the plan leaves to prefill: with fewer rows a warpgroup has none.
+// Whether the kernel takes a node that the plan gives to prefill: with fewer rows one warpgroup
+// would have none.
 inline bool sm90aServes(SinkAttentionPlan const& plan, SinkAttentionSizes const& s,
-                         Device const& device) {
+                        Device const& device) {
   constexpr int kSm90 = 90;
   return device.capability == kSm90 && plan.path == AttentionPath::kPrefill &&
          s.H / s.G * s.T > kWgmmaRows && sm90aKeys(nullptr, s, 1).isServed();
 }
 
-// In as many splits as the plan has.
+// Attends in `call.splits` splits.
 template <class T>
 cudaError_t launchSm90aPrefill(SinkAttentionSizes const& sizes, AttentionCall<T> const& call,
-                                cudaStream_t stream);
+                               cudaStream_t stream);
 extern template cudaError_t launchSm90aPrefill<Half>(SinkAttentionSizes const& sizes,
-                                                      AttentionCall<Half> const& call,
-                                                      cudaStream_t stream);
+                                                     AttentionCall<Half> const& call,
+                                                     cudaStream_t stream);
 extern template cudaError_t launchSm90aPrefill<Bfloat16>(SinkAttentionSizes const& sizes,
-                                                          AttentionCall<Bfloat16> const& call,
-                                                          cudaStream_t stream);
+                                                         AttentionCall<Bfloat16> const& call,
+                                                         cudaStream_t stream);
 
 }  // namespace llmexport

@@ -7,13 +7,13 @@ using namespace llmexport;
 // sizes: B, H, G, T, S, D.
 extern "C" bool attention_on_sm90a(int64_t const* s, int dtype, bool pointersAligned,
                                    int capability) {
-  constexpr int kProcessors = 132;
   SinkAttentionSizes const sizes{s[0], s[1], s[2], s[3], s[4], s[5]};
-  auto const plan = sinkAttentionPlan(sizes, 0, Dtype(dtype), pointersAligned, kProcessors);
-  return sm90aServes(plan, sizes, {kProcessors, 227 * 1024, capability});
+  Device const device{132, 227 * 1024, capability};
+  auto const plan = sinkAttentionPlan(sizes, {}, Dtype(dtype), pointersAligned, device);
+  return sm90aServes(plan, sizes, device);
 }
 
-// What TMA reads of keys: sizes, strides and box, 11 numbers.
+// The tensor of keys that TMA reads: sizes, strides and box, 11 numbers.
 extern "C" void attention_keys(int64_t const* s, int tileKeys, int64_t* out) {
   TiledTensor const tensor = sm90aKeys(nullptr, {s[0], s[1], s[2], s[3], s[4], s[5]}, tileKeys);
   for (int64_t size : tensor.sizes) *out++ = size;
