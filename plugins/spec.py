@@ -11,8 +11,8 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -149,22 +149,8 @@ def op(
         inputs = {n: tuple(dims[n].split()) for n in hints if n not in attributes}
         results = {n: tuple(d.split()) for n, d in outputs.items()}
         sizes = {n: dims[n] for n, t in attributes.items() if t is int and n in dims}
-        if stray := dims.keys() - inputs.keys() - sizes.keys():
-            raise TypeError(f"{name}: dims names {', '.join(sorted(stray))}, which is neither a tensor nor an int")
-        known = {d for shape in inputs.values() for d in shape}
-        if unknown := {d for shape in results.values() for d in shape} - known - set(sizes.values()):
-            raise TypeError(f"{name}: no input and no attribute has an output's dimension {', '.join(sorted(unknown))}")
-        texts = {n for n, t in attributes.items() if t is str}
-        if stray := (choices or {}).keys() ^ texts:
-            raise TypeError(f"{name}: choices must list the values of every str and of no other: {', '.join(stray)}")
-        kinds = {n: (types or {}).get(n, "T") for n in (*inputs, *results)}
-        if stray := ((types or {}).keys() - kinds.keys()) | (set(kinds.values()) - TYPES.keys()):
-            raise TypeError(f"{name}: types names {', '.join(sorted(stray))}, which is no tensor or no type")
-        if unknown := set(static) - known:
-            raise TypeError(f"{name}: no input has the static dimension {', '.join(unknown)}")
-        call = torch.library.custom_op(f"{DOMAIN}::{reference.__name__}", reference, mutates_args=())
-        call.register_fake(fake or reference)
-        OPS[name] = Op(
+        kinds = dict.fromkeys((*inputs, *results), "T") | (types or {})
+        made = Op(
             name,
             version,
             reference,
@@ -177,8 +163,12 @@ def op(
             choices or {},
             sizes,
             body,
-            call,
+            reference,
         )
+        _check_names(made, dims)
+        call = torch.library.custom_op(f"{DOMAIN}::{reference.__name__}", reference, mutates_args=())
+        call.register_fake(fake or reference)
+        OPS[name] = replace(made, call=call)
         return OPS[name]
 
     return decorate
@@ -207,6 +197,25 @@ def _check_signature(
     if returned != (Tensor,) * len(outputs):
         raise TypeError(f"{name}: the return type {returns} does not fit the outputs {', '.join(outputs)}")
     return hints
+
+
+def _check_names(made: Op, dims: dict[str, str]) -> None:
+    """Raises TypeError if @op was told of a tensor, type, dimension or string that the op has not."""
+
+    def check(stray: Collection[str], fault: str) -> None:
+        if stray:
+            raise TypeError(f"{made.name}: {fault}: {', '.join(sorted(stray))}")
+
+    tensors = made.inputs.keys() | made.outputs.keys()
+    known = {d for shape in made.inputs.values() for d in shape}
+    given = {d for shape in made.outputs.values() for d in shape}
+    check(made.types.keys() - tensors, "types names no tensor")
+    check(set(made.types.values()) - TYPES.keys(), "types names no type")
+    check(dims.keys() - made.inputs.keys() - made.sizes.keys(), "dims names neither a tensor nor an int")
+    check(given - known - set(made.sizes.values()), "no input and no int has this dimension of an output")
+    check(set(made.static) - known, "no input has this static dimension")
+    texts = {n for n, t in made.attributes.items() if t is str}
+    check(made.choices.keys() ^ texts, "choices are those of each str, and of nothing else")
 
 
 def all_ops() -> dict[str, Op]:

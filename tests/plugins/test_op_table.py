@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import ctypes
 
+import pytest
 from native import emulated_library
 from plugin_cases import OPS, served
+from torch import Tensor
 
-from llmexport.plugins import library
-from llmexport.plugins.spec import Op
+from llmexport.plugins import library, spec
+from llmexport.plugins.spec import Op, op
 
 KINDS = {bool: "bool", int: "int", float: "float"}
+
+
+@pytest.fixture
+def scratch_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops that a test defines are gone after it."""
+    monkeypatch.setattr(spec, "OPS", dict(spec.OPS))
 
 
 def table(op: Op) -> str:
@@ -37,3 +45,30 @@ def test_tables_say_what_the_references_say() -> None:
 
 def test_the_library_serves_the_ops_of_its_tables() -> None:
     assert library.served(emulated_library()) == served()
+
+
+def test_an_int_may_be_the_size_of_a_dimension(scratch_ops: None) -> None:
+    def table_sized(x: Tensor, count: int, mode: str) -> Tensor: ...
+
+    choices = {"mode": ("one", "other")}
+    made = op("TableSized", 1, {"x": "B", "count": "K"}, {"y": "B K"}, choices=choices)(table_sized)
+    assert table(made) == "TableSized(x: T[B]; count: int K, mode: one|other) -> y: T[BK]"
+
+
+@pytest.mark.parametrize(
+    ("dims", "output", "choices", "says"),
+    [
+        ({"x": "B"}, "B", {}, "choices .*: mode"),
+        ({"x": "B"}, "B", {"mode": ("one",), "scale": ("one",)}, "choices .*: scale"),
+        ({"x": "B", "scale": "K"}, "B", {"mode": ("one",)}, "dims names .*: scale"),
+        ({"x": "B", "z": "K"}, "B", {"mode": ("one",)}, "dims names .*: z"),
+        ({"x": "B"}, "B K", {"mode": ("one",)}, "dimension of an output: K"),
+    ],
+)
+def test_an_op_that_would_have_no_table_is_refused(
+    scratch_ops: None, dims: dict[str, str], output: str, choices: dict[str, tuple[str, ...]], says: str
+) -> None:
+    def table_bad(x: Tensor, mode: str, scale: float) -> Tensor: ...
+
+    with pytest.raises(TypeError, match=f"TableBad: .*{says}"):
+        op("TableBad", 1, dims, {"y": output}, choices=choices)(table_bad)

@@ -99,9 +99,7 @@ def shrink() -> Op:
     """An op with every kind of parameter; its reference halves x."""
     kept = dict(spec.OPS)
 
-    choices = {"mode": ("m", "n")}
-
-    @op("SpecShrink", 3, {"x": "B T D", "w": "D"}, {"y": "B T D", "z": "D"}, static=("D",), choices=choices)
+    @op("SpecShrink", 3, {"x": "B T D", "w": "D"}, {"y": "B T D", "z": "D"}, ("D",), choices={"mode": ("m", "n")})
     def spec_shrink(x: Tensor, w: Tensor, flag: bool, count: int, scale: float, mode: str) -> tuple[Tensor, Tensor]:
         """Halves x."""
         return x / 2, w.clone()
@@ -407,7 +405,7 @@ def test_a_required_tensor_after_one_that_may_be_left_out_is_refused(scratch_ops
 def test_a_type_of_no_tensor_or_of_no_name_is_refused(scratch_ops, types, named):
     def spec_stray(x: Tensor, scale: float) -> Tensor: ...
 
-    with pytest.raises(TypeError, match=f"SpecStray: types names {named}"):
+    with pytest.raises(TypeError, match=f"SpecStray: types names .*: {named}"):
         op("SpecStray", 1, {"x": "B"}, {"y": "B"}, types=types)(spec_stray)
 
 
@@ -419,7 +417,6 @@ def unannotated(x: Tensor, scale) -> Tensor: ...
 def variadic(x: Tensor, *rest: int) -> Tensor: ...
 def silent(x: Tensor): ...
 def single(x: Tensor) -> Tensor: ...
-def spoken(x: Tensor, mode: str) -> Tensor: ...
 
 
 @pytest.mark.parametrize(
@@ -441,33 +438,11 @@ def test_a_parameter_that_is_no_attribute_is_refused_by_name(scratch_ops, refere
         pytest.param(silent, {"y": "B"}, (), "return", id="no return type"),
         pytest.param(single, {"y": "B", "z": "B"}, (), "z", id="more outputs than it returns"),
         pytest.param(single, {"y": "B"}, ("D",), "D", id="a static dimension of no input"),
-        pytest.param(single, {"y": "B D"}, (), "D", id="an output's dimension of no input"),
-        pytest.param(spoken, {"y": "B"}, (), "mode", id="a string without choices"),
     ],
 )
 def test_a_signature_that_cannot_become_an_operator_is_refused(scratch_ops, reference, outputs, static, named):
     with pytest.raises(TypeError, match=f"SpecBad.*{named}"):
         op("SpecBad", 1, {"x": "B"}, outputs, static)(reference)
-
-
-@pytest.mark.parametrize(
-    ("dims", "choices", "named"),
-    [
-        ({"x": "B", "count": "K"}, None, None),
-        ({"x": "B", "scale": "K"}, None, "dims names scale"),
-        ({"x": "B", "z": "K"}, None, "dims names z"),
-        ({"x": "B"}, {"count": ("one",)}, "choices .*count"),
-    ],
-)
-def test_only_an_int_is_the_size_of_a_dimension_and_only_a_str_is_chosen(scratch_ops, dims, choices, named):
-    def spec_sized(x: Tensor, count: int, scale: float) -> Tensor: ...
-
-    define = op("SpecSized", 1, dims, {"y": "B K" if named is None else "B"}, choices=choices)
-    if named is None:
-        assert define(spec_sized).sizes == {"count": "K"}
-    else:
-        with pytest.raises(TypeError, match=f"SpecSized: {named}"):
-            define(spec_sized)
 
 
 def test_a_refused_op_is_not_among_the_ops(scratch_ops):
