@@ -88,13 +88,13 @@ bool supports(Node const& node) {
   auto const sizes = sizesOf(s, attributes);
   bool const isMxfp4 = node.stored == Stored::kMxfp4;
   if (!moeExpertsServes(sizes, attributes, node.stored)) return false;
-  if (isMxfp4 && node.inputs != kAllInputs) {
+  if (isMxfp4 && node.inputCount != kAllInputs) {
     return refuse(
         "MoeExperts: weights of bytes are MXFP4, which has biases and scales: %d inputs, "
         "not %zu",
-        kAllInputs, node.inputs);
+        kAllInputs, node.inputCount);
   }
-  if (!isMxfp4 && node.inputs > kGateUpScales) {
+  if (!isMxfp4 && node.inputCount > kGateUpScales) {
     return refuse("MoeExperts: there are scales, but the weights are no bytes of MXFP4");
   }
   if (attributes.transposed) return checkRow("down", 'S', s['S'], s['C'], false);

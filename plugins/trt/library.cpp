@@ -1,5 +1,4 @@
 // The symbols of the shared library: TensorRT asks for its creators, library.py for its ops.
-#include <algorithm>
 #include <memory>
 #include <string>
 
@@ -11,6 +10,13 @@ namespace {
 // Filled while the library is loaded, before anyone can ask for it.
 std::vector<std::unique_ptr<Creator>>& creators() {
   static std::vector<std::unique_ptr<Creator>> all;
+  return all;
+}
+
+template <class Items, class F>
+std::string joined(Items const& items, char const* between, F textOf) {
+  std::string all;
+  for (auto const& item : items) all += (all.empty() ? "" : between) + textOf(item);
   return all;
 }
 
@@ -41,41 +47,17 @@ std::string kindOf(Attribute const& attribute) {
     case Kind::kChoice:
       break;
   }
-  std::string all;
-  for (char const* const choice : attribute.choices)
-    all += (all.empty() ? "" : "|") + std::string(choice);
-  return all;
+  return joined(attribute.choices, "|", [](char const* choice) { return std::string(choice); });
 }
 
-std::string listOf(std::vector<Tensor> const& tensors) {
-  std::string all;
-  for (Tensor const& tensor : tensors) {
-    all += (all.empty() ? "" : ", ") + std::string(tensor.name) + ": " + nameOf(tensor.element) +
-           "[" + tensor.dims + "]" + (tensor.optional ? "?" : "");
-  }
-  return all;
-}
-
-std::string listOf(std::vector<Attribute> const& attributes) {
-  std::string all;
-  for (Attribute const& attribute : attributes) {
-    all += (all.empty() ? "" : ", ") + std::string(attribute.name) + ": " + kindOf(attribute);
-  }
-  return all;
-}
-
-// The tables of all ops, a line each, by name.
-std::string allTables() {
-  std::vector<std::string> lines;
-  for (auto const& creator : creators()) {
-    Op const& op = creator->op();
-    lines.push_back(std::string(op.name) + "(" + listOf(op.inputs) + "; " + listOf(op.attributes) +
-                    ") -> " + listOf(op.outputs) + "\n");
-  }
-  std::sort(lines.begin(), lines.end());
-  std::string all;
-  for (std::string const& line : lines) all += line;
-  return all;
+std::string tableOf(Op const& op) {
+  auto const tensor = [](Tensor const& t) {
+    return std::string(t.name) + ": " + nameOf(t.element) + "[" + t.dims +
+           (t.optional ? "]?" : "]");
+  };
+  auto const attribute = [](Attribute const& a) { return std::string(a.name) + ": " + kindOf(a); };
+  return std::string(op.name) + "(" + joined(op.inputs, ", ", tensor) + "; " +
+         joined(op.attributes, ", ", attribute) + ") -> " + joined(op.outputs, ", ", tensor);
 }
 
 }  // namespace
@@ -103,6 +85,8 @@ LLMEXPORT_EXPORT void setLoggerFinder(llmexport::trt::ILoggerFinder*) {}
 // The table of each op as a line:
 //   Pick(scores: T[BTE], bias: T[E]?; top_k: int K, scoring: softmax|sigmoid) -> best: int32[BTK]
 LLMEXPORT_EXPORT char const* llmexportOps() {
-  static std::string const tables = llmexport::allTables();
+  static std::string const tables =
+      llmexport::joined(llmexport::creators(), "\n",
+                        [](auto const& creator) { return llmexport::tableOf(creator->op()); });
   return tables.c_str();
 }

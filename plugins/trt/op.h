@@ -106,8 +106,8 @@ class Sizes {
 // A node whose types are known. Attributes are in the order of the table.
 struct Node {
   Dtype dtype;    // of its tensors of kT
-  Stored stored;  // of those of kW
-  size_t inputs;  // how many it has
+  Stored stored;  // the form of those of kW
+  size_t inputCount;
   Sizes const& sizes;
   Values const& attributes;
 };

@@ -27,7 +27,7 @@ bool supports(Node const& node) {
 }
 
 size_t workspace(Node const& node) {
-  return size_t(node.sizes['B'] * node.sizes['T']) * 5 + node.inputs;
+  return size_t(node.sizes['B'] * node.sizes['T']) * 5 + node.inputCount;
 }
 
 cudaError_t enqueue(Call const& call) {

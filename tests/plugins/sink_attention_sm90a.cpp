@@ -21,7 +21,7 @@ extern "C" void attention_keys(int64_t const* s, int tileKeys, int64_t* out) {
   for (int box : tensor.box) *out++ = box;
 }
 
-// Of a tile of 64 keys or of 128.
+// The place of a chunk in a tile of 64 keys or of 128.
 extern "C" int attention_place(int rows, int row, int chunk) {
   return rows == 64 ? InSlabs<64>{}(row, chunk) : InSlabs<128>{}(row, chunk);
 }

@@ -5,7 +5,7 @@ using namespace llmexport;
 
 extern "C" int sm90a_chunk(int row, int chunk) { return swizzledChunk(row, chunk); }
 
-// matrices: of these steps of depth, K-major and MN-major.
+// matrices: two descriptors, K-major and MN-major, `step` steps of depth from the address.
 extern "C" void sm90a_matrices(uint32_t address, int depth, int step, uint64_t* matrices) {
   matrices[0] = kMajorMatrix(address) + uint64_t(step) * kMajorStep;
   matrices[1] = mnMajorMatrix(address, depth) + uint64_t(step) * kMnMajorStep;
