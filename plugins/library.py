@@ -29,9 +29,7 @@ FILE = "libllmexport_plugins.so"
 SOURCES = Path(__file__).parent
 ARCHS = ("80", "86", "89", "90", "100", "110", "120")
 NAMESPACE = "llmexport"
-# Slots of TensorRT's IPluginCreatorV3One (trt/interface.h; tests/plugins/test_abi.py checks them).
-GET_PLUGIN_NAME = 6
-MAX_PLUGINS = 1000  # more than that is no list of plugins
+TABLE = re.compile(r"(\w+)\(.*; .*\) -> .+")  # a line of llmexportOps() in trt/library.cpp, by the name of its op
 
 
 def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int | None = None) -> Path:
@@ -83,7 +81,8 @@ def find() -> Path | None:
 def served(path: Path) -> frozenset[str]:
     """The ops that the library at `path` has plugins for.
 
-    Raises PluginError if it is no plugin library, is not whole, or if another user can have written it.
+    Raises PluginError if it is no plugin library of this version, is not whole, or if another user can have written
+    it.
     """
     # Absolute, as the loader looks for a bare name elsewhere.
     path = Path(os.path.abspath(path))
@@ -92,23 +91,27 @@ def served(path: Path) -> frozenset[str]:
     checked = library_file.check(path, users)
     try:
         library = ctypes.CDLL(str(path))
-        get_creators = library.getCreators
-    except (OSError, AttributeError) as error:
+        _, ops = library.getCreators, library.llmexportOps
+    except OSError as error:
         raise PluginError(f"{path} is no plugin library: {error}. Build it: llmexport plugins build") from error
+    except AttributeError as error:
+        missing = f"no plugin library of this version: {error}"
+        raise PluginError(f"{path} is {missing}. Build it anew: llmexport plugins build") from error
     if library_file.identity(os.stat(path)) != checked:
         raise PluginError(f"{path} was replaced while it was loaded: try again when nobody writes to it")
-    count = ctypes.c_int32()
-    get_creators.restype = ctypes.POINTER(ctypes.c_void_p)
-    creators = get_creators(ctypes.byref(count))
-    if not 0 < count.value <= MAX_PLUGINS:
-        raise PluginError(f"{path} lists {count.value} plugins: build it anew: llmexport plugins build")
-    return frozenset(_name(creators[i]) for i in range(count.value))
+    ops.restype = ctypes.c_char_p
+    lines = (ops() or b"").decode("ascii", "replace").splitlines()
+    tables = [TABLE.fullmatch(line) for line in lines]
+    if not tables or None in tables:
+        odd = next((line for line, table in zip(lines, tables, strict=True) if not table), "")
+        raise PluginError(f"{path} lists as an op {odd[:80]!r}: build it anew: llmexport plugins build")
+    return frozenset(table[1] for table in tables if table)
 
 
 def load(trt: Any, path: Path) -> frozenset[str]:
     """Registers the library with a TensorRT module (`tensorrt`, `tensorrt_rtx`); returns the ops it serves.
 
-    A second time in one process it does nothing. Raises PluginError if TensorRT takes it not.
+    A second time in one process it does nothing. Raises PluginError if TensorRT does not take it.
     """
     registry = trt.get_plugin_registry()
     path = Path(os.path.abspath(path))
@@ -138,13 +141,6 @@ def builder_environment(module: str, spare: Path | None = None) -> dict[str, str
 
 def _registered(registry: Any) -> frozenset[str]:
     return frozenset(c.name for c in registry.all_creators if c.plugin_namespace == NAMESPACE)
-
-
-def _name(creator: int) -> str:
-    """What getPluginName of a creator returns, called through its vtable."""
-    vtable = ctypes.c_void_p.from_address(creator).value or 0
-    slot = ctypes.c_void_p.from_address(vtable + GET_PLUGIN_NAME * ctypes.sizeof(ctypes.c_void_p)).value
-    return ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(slot or 0)(creator).decode()
 
 
 def _link_folder(real: Path, spare: Path | None) -> Path:

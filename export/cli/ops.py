@@ -23,7 +23,7 @@ def command(quiet: bool, as_json: bool) -> None:
             "op": op.name,
             "version": op.version,
             "inputs": {n: list(d) for n, d in op.inputs.items()},
-            "outputs": op.outputs,
+            "outputs": list(op.outputs),
             "attributes": {n: t.__name__ for n, t in op.attributes.items()},
             "dtypes": dtypes,
             "served": op.name in served,

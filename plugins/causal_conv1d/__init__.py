@@ -11,8 +11,9 @@ from llmexport.plugins.spec import op
     "CausalConv1d",
     version=1,
     dims={"x": "B T C", "weight": "C O K", "state": "B S C", "bias": "C"},
-    outputs=("y", "next_state"),
+    outputs={"y": "B T C", "next_state": "B S C"},
     static=("C", "O", "K", "S"),
+    choices={"activation": ("none", "silu")},
 )
 def causal_conv1d(
     x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, activation: str

@@ -96,7 +96,7 @@ class Block {
   void commitCopies() { threads_[running_].copies.emplace_back(); }
   void waitCopies(int pending);
 
-  // For cpu/hopper.h. Shared addresses are from the beginning of dynamic shared memory.
+  // For cpu/sm90a.h. Shared addresses are from the beginning of dynamic shared memory.
   uint32_t sharedAddress(void const* at, char const* what);
   uint16_t readByAsyncProxy(uint32_t address);
   void fenceProxyAsync();

@@ -6,8 +6,16 @@ from torch import Tensor
 
 from llmexport.plugins.spec import op
 
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "swiglu_clamped")
 
-@op("GatedAct", version=1, dims={"gate": "B T I", "up": "B T I"}, outputs=("y",))
+
+@op(
+    "GatedAct",
+    version=1,
+    dims={"gate": "B T I", "up": "B T I"},
+    outputs={"y": "B T I"},
+    choices={"activation": ACTIVATIONS},
+)
 def gated_act(gate: Tensor, up: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
     """activation(gate) * up (arXiv 2002.05202), for gate and up [B, T, I], in fp32 and rounded once.
 

@@ -26,7 +26,7 @@ def fake(
         "beta": "B T H",
         "state": "B H D V",
     },
-    outputs=("y", "next_state"),
+    outputs={"y": "B T H V", "next_state": "B H D V"},
     static=("G", "H", "D", "V"),
     types={"g": "float32", "state": "float32", "next_state": "float32"},
     body=body,

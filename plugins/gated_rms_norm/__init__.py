@@ -7,7 +7,13 @@ from torch import Tensor
 from llmexport.plugins.spec import op
 
 
-@op("GatedRmsNorm", version=1, dims={"x": "B T H D", "gate": "B T H D", "weight": "D"}, outputs=("y",))
+@op(
+    "GatedRmsNorm",
+    version=1,
+    dims={"x": "B T H D", "gate": "B T H D", "weight": "D"},
+    outputs={"y": "B T H D"},
+    choices={"activation": ("silu", "sigmoid")},
+)
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, epsilon: float, activation: str, round_before_weight: bool
 ) -> Tensor:

@@ -105,8 +105,7 @@ cudaError_t launchScalarTiles(ProjectionLaunch const& how, Projection const& p,
 
 template <class T>
 cudaError_t launchScalar(ProjectionLaunch const& how, Projection const& p, Routing const& routing) {
-  if (!how.stored) return launchScalarTiles<T, Mxfp4>(how, p, routing);
-  return withType(*how.stored, [&](auto type) {
+  return withStored(how.stored, [&](auto type) {
     return launchScalarTiles<T, typename decltype(type)::type>(how, p, routing);
   });
 }

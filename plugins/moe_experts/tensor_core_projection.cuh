@@ -312,13 +312,17 @@ cudaError_t launchTiles(ProjectionLaunch const& how, Projection const& p, Routin
 template <class T>
 cudaError_t launchOnTensorCores(ProjectionLaunch const& how, Projection const& p,
                                 Routing const& routing) {
-  if (!how.stored) return launchTiles<T, Mxfp4, false>(how, p, routing);
-  if (how.stored == Dtype::kFloat16) {
-    return how.transposed ? launchTiles<T, Half, true>(how, p, routing)
-                          : launchTiles<T, Half, false>(how, p, routing);
-  }
-  return how.transposed ? launchTiles<T, Bfloat16, true>(how, p, routing)
-                        : launchTiles<T, Bfloat16, false>(how, p, routing);
+  return withStored(how.stored, [&](auto type) {
+    using W = typename decltype(type)::type;
+    if constexpr (sizeof(W) > 2) {
+      return cudaErrorInvalidValue;
+    } else if constexpr (kIsMxfp4<W>) {
+      return launchTiles<T, W, false>(how, p, routing);
+    } else {
+      return how.transposed ? launchTiles<T, W, true>(how, p, routing)
+                            : launchTiles<T, W, false>(how, p, routing);
+    }
+  });
 }
 
 }  // namespace llmexport

@@ -24,10 +24,11 @@ def fake(
 @op(
     "MoeRoute",
     version=1,
-    dims={"logits": "B T E", "bias": "E"},
-    outputs=("weights", "experts"),
+    dims={"logits": "B T E", "bias": "E", "top_k": "K"},
+    outputs={"weights": "B T K", "experts": "B T K"},
     static=("E",),
     types={"experts": "int32"},
+    choices={"scoring": ("softmax", "softmax_top_k", "sigmoid")},
     body=body,
     fake=fake,
 )

@@ -10,7 +10,7 @@ from llmexport.plugins.spec import op
     "Rope",
     version=1,
     dims={"x": "B H T D", "cos": "B T R", "sin": "B T R"},
-    outputs=("y",),
+    outputs={"y": "B H T D"},
     static=("D", "R"),
 )
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

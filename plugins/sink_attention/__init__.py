@@ -10,7 +10,7 @@ from llmexport.plugins.spec import op
     "SinkAttention",
     version=1,
     dims={"q": "B H T D", "k": "B G S D", "v": "B G S D", "start": "B", "length": "B", "sinks": "H"},
-    outputs=("y",),
+    outputs={"y": "B H T D"},
     static=("H", "G", "D"),
     types={"start": "int32", "length": "int32"},
 )

@@ -1,6 +1,6 @@
 // mbarriers, TMA and wgmma of one block, read from the PTX ISA and not from the kernels' own index
 // arithmetic.
-#include "common/hopper.cuh"
+#include "common/sm90a.cuh"
 
 #include <algorithm>
 #include <atomic>

@@ -1,4 +1,4 @@
-// mbarrier, TMA and wgmma (sm_90a; PTX ISA 8.0 on), for 16-bit elements in the tiles of hopper.h.
+// mbarrier, TMA and wgmma (sm_90a; PTX ISA 8.0 on), for 16-bit elements in the tiles of sm90a.h.
 //
 // cp.async and stores are of the generic proxy, TMA and wgmma of the async proxy: who wrote by the
 // first calls fenceProxyAsync() before he says that the second may read.
@@ -7,10 +7,10 @@
 #include <type_traits>
 
 #include "common/gpu.cuh"
-#include "common/hopper.h"
+#include "common/sm90a.h"
 
 #ifdef LLMEXPORT_EMULATED
-#include "cpu/hopper.h"
+#include "cpu/sm90a.h"
 #else
 #include <cuda.h>
 
