@@ -26,8 +26,7 @@ class Fused:
 
 
 def fuse_each(graph: gs.Graph, ops: tuple[str, ...], fuse: Callable[[gs.Graph, gs.Node], None]) -> Fused:
-    """Calls `fuse` on every standard operator of these types; `fuse` edits the graph, or raises Refusal and leaves it
-    as it is."""
+    """Calls `fuse` on every standard operator of these types: `fuse` edits the graph, or raises Refusal instead."""
     fused = Fused()
     for node in [n for n in graph.nodes if n.op in ops and not n.domain]:
         try:
@@ -51,8 +50,7 @@ def produced_by(value: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def sole_consumer(value: gs.Tensor, what: str) -> gs.Node:
-    """The one node that reads `value`. Raises Refusal if several nodes read it, or none does, as with a graph
-    output."""
+    """The one node that reads `value`. Raises Refusal if several nodes do, or none does, as with a graph output."""
     if len(value.outputs) != 1:
         raise Refusal(f"{what} has {len(value.outputs)} consumers")
     return value.outputs[0]

@@ -67,7 +67,7 @@ def trusted_folder(*inside: str, make: bool = True) -> Path:
 
 
 def owner(uid: int) -> str:
-    """The name of a user, or the number if it has none."""
+    """The name of a user, or the number if there is no name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

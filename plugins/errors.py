@@ -2,8 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake of a user: one line says what was asked, what was found and what to do. The CLI prints it and exits
-    with code 2.
+    """A user's mistake, in one line: what was asked, what was found, what to do. The CLI prints it, with exit code 2.
 
     Every layer raises its own: ExportError, EngineError, Mismatch.
     """

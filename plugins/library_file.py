@@ -106,8 +106,7 @@ def _appear(path: Path, mode: int, write: Callable[[Path], object]) -> None:
 
 
 def _recorded(library: Path) -> str | None:
-    """The digest in the record beside the library; None without a record, empty if the record has none. Raises
-    OSError."""
+    """The digest in the record beside the library; None without a record, "" if it has no digest. Raises OSError."""
     try:
         said = json.loads(read_regular(record_path(library), MOST_RECORD))["sha256"]
     except FileNotFoundError:
@@ -118,7 +117,7 @@ def _recorded(library: Path) -> str | None:
 
 
 def _digest_at(path: Path) -> str:
-    """The digest of the file at `path`; empty if there is none."""
+    """The digest of the file at `path`; "" if there is none."""
     try:
         with open_regular(path) as file:
             return _digest(file)

@@ -24,9 +24,9 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
 
     follow: whether `path` may be a symbolic link.
     """
-    # Checked before it is opened, too: opening a device may do something.
+    # The kind is checked before the file is opened, too, as opening a device may do something.
     _check_kind(path, os.stat(path, follow_symlinks=follow))
-    # Opened without waiting, as another process may put a pipe there in between.
+    # The open does not wait, as another process may put a pipe there in between.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     file = os.fdopen(os.open(path, flags), "rb")
     try:

@@ -135,7 +135,7 @@ T __ldcg(T const* from) {
 using std::max;
 using std::min;
 
-// These round as their names say, as the emulator is compiled with -ffp-contract=off.
+// These round as their names say, because the emulator is compiled with -ffp-contract=off.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

@@ -11,10 +11,10 @@ from llmexport.plugins.spec import op
 def gated_act(gate: Tensor, up: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
     """activation(gate) * up (arXiv 2002.05202), for gate and up [B, T, I], in fp32 and rounded once.
 
-    transformers rounds activation(gate), too (LlamaMLP), or every step (GptOssExperts). activation is "silu",
-    "gelu_tanh" or "gelu_erf"; or "swiglu_clamped", which is gate * sigmoid(alpha * gate) * (up + 1) with gate <= limit
-    and |up| <= limit (modeling_gpt_oss.py). Only swiglu_clamped reads alpha and limit. Raises ValueError on any other
-    activation.
+    transformers rounds activation(gate), too (LlamaMLP), or every step (GptOssExperts).
+    activation is "silu", "gelu_tanh" or "gelu_erf"; or "swiglu_clamped", which is
+    gate * sigmoid(alpha * gate) * (up + 1) with gate <= limit and |up| <= limit (modeling_gpt_oss.py). Only
+    swiglu_clamped reads alpha and limit. Raises ValueError on any other activation.
     """
     g, u = gate.float(), up.float()
     if activation == "silu":

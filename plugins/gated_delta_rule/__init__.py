@@ -59,11 +59,10 @@ def gated_delta_rule(
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """y and the next state of a chunk, whose corrections of the state, v_new, are the solution of one triangular
-    system.
+    """y and the next state of a chunk, whose corrections of the state, v_new, solve one triangular system.
 
     q, k, v [B, H, C, features]; g, beta [B, H, C, 1]. This is as exact as token by token, whatever the keys, and 4 to
-    40 times faster: substitution solves the system, and every decay between two tokens is a sum of g of its own, as
+    40 times faster: substitution solves the system, and every decay between two tokens has a sum of g of its own, as
     differences of running sums would lose small steps after large ones.
     """
     decay = g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2).exp().tril()

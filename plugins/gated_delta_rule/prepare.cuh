@@ -72,8 +72,8 @@ __device__ __forceinline__ float inverseNorm(T const* rows, int row, bool l2Norm
   return rsqrtf(squares + kDeltaEpsilon);
 }
 
-// Inverts the diagonal tile of this warp of 1 + lower, by substitution: a lane takes a column, and
-// the upper 16 lanes repeat the work of the lower.
+// Inverts this warp's diagonal tile of 1 + lower, by substitution: a lane takes a column, and the
+// upper 16 lanes repeat the work of the lower.
 __device__ __forceinline__ void invertDiagonal(ChunkSystem& system) {
   int const tile = warpOfThread(), lane = threadIdx.x % kWarp, column = lane % kTile;
   float x[kTile];

@@ -133,8 +133,7 @@ def _blocks(experts: int, top_k: int) -> str:
 
 
 def _mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """The expert of block b on the block's rows. A runtime may compute branches that it does not take: past the last
-    block, b counts as that."""
+    """The expert of block b on its rows. A runtime may run branches not taken: past the last block, b counts as it."""
     transposed = bool(attributes["transposed"])
     two_halves = sizes["Q"] if transposed else sizes["P"]
     if attributes["interleaved"]:

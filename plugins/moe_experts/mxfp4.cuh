@@ -24,7 +24,7 @@ __device__ __forceinline__ float mxfp4Scale(int scale) {
 
 // The value of a code from 0 to 15, exactly.
 __device__ __forceinline__ float mxfp4Value(uint32_t code) {
-  // The code's bits, put where fp32 has the last ones of its exponent and the first of its
+  // The code's bits, put where fp32 has the last bits of its exponent and the first of its
   // mantissa.
   float const tiny = bitsAs<float>((code & 7) << 22 | (code & 8) << 28);
   return tiny * 0x1p126f;
@@ -32,7 +32,7 @@ __device__ __forceinline__ float mxfp4Value(uint32_t code) {
 
 // The layout of a 16-bit float, and the scales kLeast to kMost for which one multiplication with a
 // normal power of two is enough: it makes the value of a code's bits, put where the type has the
-// last ones of its exponent and the first of its mantissa.
+// last bits of its exponent and the first of its mantissa.
 template <class T>
 struct Mxfp4Bits;
 template <>

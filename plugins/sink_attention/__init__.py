@@ -27,11 +27,11 @@ def sink_attention(
 ) -> Tensor:
     """softmax(scale * q k^T, sink) v over the visible keys (modeling_gpt_oss.py, which rounds every step to q's type).
 
-    All is computed in fp32 and rounded once; the kernels for 16 bits round the weights, too, before they meet v. q [B,
-    H, T, D]; k, v [B, G, S, D], H a multiple of G; start, length [B] int32: row b has the keys start[b] <= j <
-    length[b] of its S. Query i stands at p = length[b] - T + i and sees key j if start[b] <= j <= p and, with a window
-    > 0, j > p - window. sinks [H] are logits of one more key per head whose value is zero: they only take weight away,
-    and a sink of -inf takes none. softcap > 0 turns a logit s into softcap * tanh(s / softcap) before the mask
+    All is computed in fp32 and rounded once; the kernels for 16 bits round the weights, too, before they meet v.
+    q [B, H, T, D]; k, v [B, G, S, D], H a multiple of G; start, length [B] int32: of its S keys, row b has those with
+    start[b] <= j < length[b]. Query i stands at p = length[b] - T + i and sees key j if start[b] <= j <= p and, with a
+    window > 0, j > p - window. sinks [H] are logits of one more key per head whose value is zero: they only take weight
+    away, and a sink of -inf takes none. softcap > 0 turns a logit s into softcap * tanh(s / softcap) before the mask
     (modeling_gemma2.py). A query that sees no key gives zeros.
     """
     batch, heads, tokens, size = q.shape

@@ -75,11 +75,11 @@ __device__ __forceinline__ void copyKeys(T* tile, T const* k, int size, KeyRange
   }
 }
 
-// A ring of kUnits tiles holds K and V of tiles of keys: unit u is K (u even) or V (odd) of tile u
-// / 2, at place u % kUnits. begin() starts to copy the queries and the first units, and lets the
-// block see the queries; walk() takes score() and add() through `steps` tiles. copyUnit(u) starts
-// to copy a unit; meet() lets the threads that share the ring see each other's copies, and waits
-// until all of them have used the unit before.
+// A ring of kUnits tiles holds K and V of tiles of keys: unit u has the keys (u even) or values
+// (odd) of tile u / 2, at place u % kUnits. begin() starts to copy the queries and the first units,
+// and lets the block see the queries; walk() takes score() and add() through `steps` tiles.
+// copyUnit(u) starts to copy a unit; meet() lets the threads that share the ring see each other's
+// copies, and waits until all of them have used the unit before.
 template <int kUnits, class CopyQueries, class CopyUnit>
 __device__ __forceinline__ void begin(int steps, CopyQueries copyQueries, CopyUnit copyUnit) {
   copyQueries();
