@@ -27,7 +27,7 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
     typed = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     typed |= {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type for t in graph.initializer}
     bodies: dict[str, onnx.FunctionProto] = {}
-    known: dict[str, str] = {}  # what a body depends on -> its name
+    known: dict[str, str] = {}  # all that a body depends on -> the body's name
     for node in graph.node:
         if node.domain != DOMAIN:
             continue
@@ -53,7 +53,7 @@ def count(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def op_of(node: onnx.NodeProto) -> str:
-    """The op that one of our nodes is, with its body attached or without."""
+    """The op of one of our nodes, whether its body is attached or not."""
     return op_name(node.op_type)
 
 

@@ -1,4 +1,4 @@
-"""What an op is: one torch reference, from which everything else about it is derived.
+"""An op: one torch reference, from which everything else about the op is derived.
 
 The torch op, its fake, the ONNX schema, the exporter's translation and the ONNX function body all come from the
 decorated function. This module itself imports neither torch nor onnx, so that a graph can be named and read
@@ -24,8 +24,8 @@ FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 # The types that a tensor of an op may have, by the name that @op gives them. W: a weight as it is stored.
 TYPES = {"T": FLOATS, "W": (*FLOATS, "tensor(uint8)"), "float32": FLOATS[:1], "int32": ("tensor(int32)",)}
 TYPES |= {"uint8": ("tensor(uint8)",)}
-SIGNS = {"-": "m", ".": "p"}  # what stands for them in the name of a body: 1e-06 is 1em06
-SEPARATOR = "__"  # between the parts of that name; no op's name holds it
+SIGNS = {"-": "m", ".": "p"}  # letters for signs in the name of a body: 1e-06 is 1em06
+SEPARATOR = "__"  # between the parts of a body's name; no op's name holds it
 Attribute = bool | int | float | str
 # (attributes, type of each input that is there, sizes of the static dimensions) -> the statements of the body in
 # ONNX's textual form, which name the op's inputs and outputs.
@@ -93,7 +93,7 @@ class Op:
     def body_name(self, attributes: dict[str, Attribute], types: Sequence[str], sizes: dict[str, int]) -> str:
         """The name of the function body for these attribute values, input types and static sizes.
 
-        It begins with the op's own, see `op_name`.
+        It begins with the op's own name, see `op_name`.
         """
         by_kind = [(self.types[n], t) for n, t in zip(self.inputs, types, strict=False)]
         dtype = next(t for kind, t in by_kind if kind == "T")
@@ -107,7 +107,7 @@ class Op:
 
 
 def op_name(function: str) -> str:
-    """The op that a function body of this name belongs to; an op's own name is its own."""
+    """The name of the op that a function body of this name belongs to; an op's own name stays as it is."""
     return function.partition(SEPARATOR)[0]
 
 
@@ -177,7 +177,7 @@ def op(
 def _check_signature(
     name: str, reference: Callable[..., Any], dims: dict[str, str], outputs: dict[str, str]
 ) -> dict[str, Any]:
-    """The type of every parameter. Raises TypeError if an operator cannot have one, or not these outputs."""
+    """The type of every parameter. Raises TypeError if no operator can have one of them, or these outputs."""
     from torch import Tensor
 
     hints = get_type_hints(reference)

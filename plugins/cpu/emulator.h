@@ -48,7 +48,7 @@
 
 namespace llmexport {
 
-// The kernel before has always ended; an `early` one is held to wait for it all the same.
+// The kernel before has always ended; an `early` kernel must wait for it all the same.
 template <class... P, class... A>
 cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t,
                            A... args) {

@@ -22,7 +22,7 @@ def gated_act(gate: Tensor, up: Tensor, activation: str, alpha: float, limit: fl
     transformers rounds activation(gate), too (LlamaMLP), or every step (GptOssExperts).
     activation is "silu", "gelu_tanh" or "gelu_erf"; or "swiglu_clamped", which is
     gate * sigmoid(alpha * gate) * (up + 1) with gate <= limit and |up| <= limit (modeling_gpt_oss.py). Only
-    that one reads alpha and limit. Raises ValueError on any other activation.
+    swiglu_clamped reads alpha and limit. Raises ValueError on any other activation.
     """
     g, u = gate.float(), up.float()
     if activation == "silu":

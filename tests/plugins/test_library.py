@@ -150,7 +150,7 @@ def test_a_build_that_fails_leaves_the_earlier_library(commands, monkeypatch, tm
 
 
 def test_two_builds_in_one_folder_do_not_meet(commands, tmp_path: Path) -> None:
-    with library._alone(tmp_path), pytest.raises(PluginError, match="another build is under way"):
+    with library._locked(tmp_path), pytest.raises(PluginError, match="another build is under way"):
         library.build(["90"], tmp_path)
 
 
