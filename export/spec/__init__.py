@@ -19,7 +19,7 @@ from llmexport.export.spec.context import (
     YarnScaling,
 )
 from llmexport.export.spec.feed_forward import MXFP4_BLOCK, Activation, Experts, Mlp, Moe, Router, SharedExpert
-from llmexport.export.spec.graph import Assembly, Graph, Step
+from llmexport.export.spec.graph import ONLY, Assembly, Graph, Step
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, CausalConv, GatedDeltaNet, GatedNorm, Mixer, Norm
 from llmexport.export.spec.model import (
@@ -37,6 +37,7 @@ __all__ = [
     "BATCH",
     "DTYPES",
     "MXFP4_BLOCK",
+    "ONLY",
     "OPSET",
     "PAST",
     "SEQUENCE",

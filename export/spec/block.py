@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +21,10 @@ class Port:
     name: str
     shape: tuple[Dim, ...]
     dtype: str = "T"
+
+    def typed(self, dtype: str) -> Port:
+        """The port in a model that is exported in `dtype`."""
+        return dataclasses.replace(self, dtype=dtype) if self.dtype == "T" else self
 
 
 @dataclass(frozen=True)

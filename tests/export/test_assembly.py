@@ -357,7 +357,7 @@ def test_layers_whose_window_is_part_of_their_attention_are_two_blocks():
 
 
 def test_a_block_alone_has_its_ports_for_values():
-    assembly = alone(find_block(model_of("llama"), "mlp"))
+    assembly = alone(find_block(model_of("llama"), "mlp")).assembly
     assert ([p.name for p in assembly.inputs], [p.name for p in assembly.outputs]) == (["normed"], ["mixed"])
     assert assembly.steps[0].path == "layers.0.mlp."
 

@@ -51,7 +51,7 @@ def raising(error: Exception) -> Callable[..., None]:
 def test_what_the_system_refuses_is_one_line_wherever_it_is_met(
     error: Exception, words: str, export: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "record", raising(error))
+    monkeypatch.setattr(manifest, "as_data", raising(error))
     ended = call((*export, "--json"))
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert ended.err.startswith(f"error: {words}")
@@ -64,7 +64,7 @@ def test_what_an_error_was_raised_from_says_what_it_is(
     def broken(*_: object) -> None:
         raise RuntimeError("a step failed") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
 
-    monkeypatch.setattr(manifest, "record", broken)
+    monkeypatch.setattr(manifest, "as_data", broken)
     ended = call(export)
     assert (ended.code, ended.err) == (2, "error: x: No space left on device: free space or choose another disk\n")
 
@@ -104,14 +104,14 @@ def test_json_that_is_too_deep_is_one_line_and_endless_recursion_of_ours_is_a_bu
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
-    monkeypatch.setattr(manifest, "record", lambda *_: {"deep": deep, "weights": {"files": []}})
+    monkeypatch.setattr(manifest, "as_data", lambda *_: {"deep": deep, "weights": {"files": []}})
     ended = call(export)
     assert (ended.code, ended.err) == (2, "error: JSON is nested too deeply: is it the file that was meant?\n")
 
     def endless(*_: object) -> None:
         endless()
 
-    monkeypatch.setattr(manifest, "record", endless)
+    monkeypatch.setattr(manifest, "as_data", endless)
     ended = call(export)
     assert (ended.code, "RecursionError" in ended.err) == (3, True)
 

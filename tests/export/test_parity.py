@@ -36,7 +36,7 @@ class Decoder:
     def __init__(self, folder: Path, runner: str) -> None:
         self.torch = None
         read = manifest.read(folder)
-        self.ports = {p["name"]: p for p in read.data["inputs"]}
+        self.ports = {p.name: p.typed("float32") for p in read.graphs[0].assembly.inputs}
         self.allowed = tolerance("float32", read.assembly)
         if runner == "torch":
             self.torch = TorchRunner(manifest.read(folder))
@@ -49,11 +49,11 @@ class Decoder:
         if not self.past:
             sizes = {"batch": len(ids), "past": 0}
             self.past = {
-                n: np.zeros([sizes.get(d, d) for d in p["shape"]], p["dtype"])
+                n: np.zeros([sizes.get(d, d) for d in p.shape], p.dtype)
                 for n, p in self.ports.items()
                 if n.startswith("past_key_values")
             }
-        if len(self.ports["position_ids"]["shape"]) == 3 and positions.ndim == 2:
+        if len(self.ports["position_ids"].shape) == 3 and positions.ndim == 2:
             positions = np.broadcast_to(positions, (3, *positions.shape))
         feed = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, **self.past}
         if self.torch:

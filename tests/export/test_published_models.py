@@ -135,5 +135,5 @@ def test_what_a_config_may_ask_for_leaves_room_for_published_models(name, tmp_pa
 def test_a_model_exports_from_files_of_holes(name, tmp_path):
     (tmp_path / "out").mkdir()
     record = fill(hollow(name, tmp_path / "ck"), tmp_path / "out", lambda *_: None)
-    assert [NOTED[name] in note for note in record["notes"]] == [True] * (name in NOTED)
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["notes"] == record["notes"]
+    assert [NOTED[name] in note for note in record.notes] == [True] * (name in NOTED)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["notes"] == list(record.notes)
