@@ -32,6 +32,7 @@ from llmexport.export.spec import AXES, Assembly, Axis, Port, Sizes, summands
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.export.workspace import workspace
 from llmexport.plugins import library
+from llmexport.plugins.dtypes import BY_TENSORRT
 
 PLAN = "model.plan"
 RECORD = "engine.json"
@@ -65,8 +66,7 @@ BACKENDS = MappingProxyType(
 ANOTHER_GRAPH = re.compile(
     "Unused Input: |currently ignores|Ignoring shape|[Cc]lamp(ing to|ed)|not found in plugin node|wrong shape"
 )
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-TYPES |= {"INT32": "int32", "INT64": "int64", "BOOL": "bool", "UINT8": "uint8"}
+TYPES = {name: d.name for name, d in BY_TENSORRT.items()}
 
 
 @dataclass(frozen=True)

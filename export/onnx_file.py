@@ -36,19 +36,12 @@ from llmexport.export.wanted import wanted_parameters
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
 from llmexport.graphs.stitch import Piece, stitch
+from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.regular import read_regular
 from llmexport.plugins.spec import Attribute
 
 MOST_MODEL = 2**31 - 1  # bytes, protobuf's own limit
 BLOCKS = "blocks.json"
-ELEMENT_TYPES = {
-    "float32": onnx.TensorProto.FLOAT,
-    "float16": onnx.TensorProto.FLOAT16,
-    "bfloat16": onnx.TensorProto.BFLOAT16,
-    "int32": onnx.TensorProto.INT32,
-    "int64": onnx.TensorProto.INT64,
-    "bool": onnx.TensorProto.BOOL,
-}
 # Told of each step of a long job: what is done, how many of how many.
 Progress = Callable[[str, int, int], None]
 
@@ -204,7 +197,7 @@ def build(request: Request, model: Model, assembly: Assembly, progress: Progress
     proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
     fusions = {p.key: json.loads(p.value) for p in proto.metadata_props}
     del proto.metadata_props[:]
-    weights.bind(proto, wanted, request.checkpoint, ELEMENT_TYPES[dtype])
+    weights.bind(proto, wanted, request.checkpoint, BY_NAME[dtype].onnx)
     return Built(proto, fusions, bodies.count(proto), wanted, step_weights)
 
 
@@ -278,7 +271,7 @@ def load_body(
 
 
 def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:
-    element = ELEMENT_TYPES[dtype if port.dtype == "T" else port.dtype]
+    element = BY_NAME[dtype if port.dtype == "T" else port.dtype].onnx
     return onnx.helper.make_tensor_value_info(port.name, element, list(port.shape))
 
 
