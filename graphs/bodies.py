@@ -7,13 +7,11 @@ from collections.abc import Callable
 
 import onnx
 
+from llmexport.plugins.dtypes import BY_ONNX
 from llmexport.plugins.spec import DOMAIN, Attribute, op_name
 
 # (op, attributes, types and shapes of the node's inputs) -> body
 Body = Callable[[str, dict[str, Attribute], list[str], list[list[int | str]]], onnx.FunctionProto]
-
-DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}
-TYPES = {**DTYPES, 2: "uint8", 6: "int32"}
 
 
 def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
@@ -35,7 +33,7 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
         if untyped:
             raise ValueError(f"{node.name}: type or rank of {', '.join(untyped)} is not known")
         shapes = [[d.dim_param or d.dim_value for d in typed[n].shape.dim] for n in node.input]
-        types = [TYPES[typed[n].elem_type] for n in node.input]
+        types = [BY_ONNX[typed[n].elem_type].name for n in node.input]
         wanted = (node.op_type, _attributes(node), types, shapes)
         if repr(wanted) not in known:
             made = body(*wanted)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmexport.graphs.bodies import DTYPES
+from llmexport.plugins.dtypes import BY_NAME, FLOATS
 from llmexport.plugins.spec import DOMAIN
 
 
@@ -76,8 +76,9 @@ def same_shape(*values: gs.Tensor) -> bool:
 
 def float_type(value: gs.Tensor) -> str:
     """float32, float16 or bfloat16, which graphsurgeon calls by its ONNX number; "" for any other type."""
-    name = DTYPES.get(value.dtype, "") if isinstance(value.dtype, int) else str(np.dtype(value.dtype or object))
-    return name if name in DTYPES.values() else ""
+    numbered = {BY_NAME[n].onnx: n for n in FLOATS}
+    name = numbered.get(value.dtype, "") if isinstance(value.dtype, int) else str(np.dtype(value.dtype or object))
+    return name if name in FLOATS else ""
 
 
 def check_operands(*values: gs.Tensor) -> None:

@@ -11,19 +11,19 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from llmexport.plugins.dtypes import BY_NAME, FLOATS
 
 if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "llmexport"
-FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 # The types that a tensor of an op may have, by the name that @op gives them. W: a weight as it is stored.
-TYPES = {"T": FLOATS, "W": (*FLOATS, "tensor(uint8)"), "float32": FLOATS[:1], "int32": ("tensor(int32)",)}
-TYPES |= {"uint8": ("tensor(uint8)",)}
+TYPES = {"T": FLOATS, "W": (*FLOATS, "uint8"), "float32": ("float32",), "int32": ("int32",), "uint8": ("uint8",)}
 SIGNS = {"-": "m", ".": "p"}  # letters for signs in the name of a body: 1e-06 is 1em06
 SEPARATOR = "__"  # between the parts of a body's name; no op's name holds it
 Attribute = bool | int | float | str
@@ -68,7 +68,11 @@ class Op:
     @functools.cached_property
     def schema(self) -> onnx.defs.OpSchema:
         """The operator schema for onnx's checker and shape inference."""
+        from onnx import TensorProto
         from onnx.defs import OpSchema
+
+        def tensors(names: Iterable[str]) -> list[str]:
+            return [f"tensor({TensorProto.DataType.Name(BY_NAME[n].onnx).lower()})" for n in names]
 
         kinds = {bool: OpSchema.AttrType.INT, int: OpSchema.AttrType.INT}
         kinds |= {float: OpSchema.AttrType.FLOAT, str: OpSchema.AttrType.STRING}
@@ -86,7 +90,7 @@ class Op:
                 for n in self.inputs
             ],
             outputs=[OpSchema.FormalParameter(n, self.types[n]) for n in self.outputs],
-            type_constraints=[(t, list(TYPES[t]), notes.get(t, t)) for t in dict.fromkeys(self.types.values())],
+            type_constraints=[(t, tensors(TYPES[t]), notes.get(t, t)) for t in dict.fromkeys(self.types.values())],
             attributes=[OpSchema.Attribute(n, kinds[t], required=True) for n, t in self.attributes.items()],
         )
 
