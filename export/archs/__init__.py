@@ -48,7 +48,7 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Named:
     """The architecture asked for, or else the one that `config.json` names; the two must agree."""
     named = _by_type(name, config)
     whole = _whole(named.arch, config)
-    wanted = whole.architecture if whole else named.arch.causal_lm
+    wanted = whole.architecture if whole else named.arch.reference.model_class
     classes = config.get("architectures")
     if classes is None:
         classes = [wanted]
@@ -111,7 +111,7 @@ def as_stored(named: Named, tensors: Collection[str]) -> Named:
     if has_own_head(named.arch):
         raise ExportError(
             f"the checkpoint is a base model, its names lack {base!r}: it has no head that gives logits, "
-            f"take a {named.arch.causal_lm}"
+            f"take a {named.arch.reference.model_class}"
         )
     return Named(named.name, renamed(named.arch, lambda name: name.removeprefix(base)))
 

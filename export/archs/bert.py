@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.encoder import post_norm
-from llmexport.export.spec import Arch, Model
+from llmexport.export.spec import Arch, Model, Reference
 
 LAYER = "bert.encoder.layer.{i}."
 
@@ -14,7 +14,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("bert",),
-    causal_lm="BertForMaskedLM",
+    reference=Reference("BertForMaskedLM", {"logits": "logits"}),
     build=build,
     names={
         "embedding.": "bert.embeddings.word_embeddings.",

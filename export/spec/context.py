@@ -80,12 +80,12 @@ class Rotary(Block):
     @property
     def inputs(self) -> tuple[Port, ...]:
         axes = (len(self.sections),) if self.sections else ()
-        return (Port("position_ids", (*axes, BATCH, SEQUENCE), "int64"),)
+        return (Port("position_ids", (*axes, BATCH, SEQUENCE), "int64", "positions"),)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
         shape = (BATCH, SEQUENCE, self.size // 2)
-        return (Port("cos", shape), Port("sin", shape))
+        return (Port("cos", shape, use="cos"), Port("sin", shape, use="sin"))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Mask(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("mask", (BATCH, 1, SEQUENCE, TOTAL), "bool"),)
+        return (Port("mask", (BATCH, 1, SEQUENCE, TOTAL), "bool", "mask"),)
 
     @property
     def label(self) -> str:
@@ -122,11 +122,11 @@ class BidirectionalMask(Block):
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (Port("attention_mask", (BATCH, SEQUENCE), "int64"),)
+        return (Port("attention_mask", (BATCH, SEQUENCE), "int64", "padding"),)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("mask", (BATCH, 1, SEQUENCE, SEQUENCE), "bool"),)
+        return (Port("mask", (BATCH, 1, SEQUENCE, SEQUENCE), "bool", "mask"),)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Span(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("start", (BATCH,), "int32"), Port("length", (BATCH,), "int32"))
+        return (Port("start", (BATCH,), "int32", "span_start"), Port("length", (BATCH,), "int32", "span_length"))
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Temperature(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("temperature", (BATCH, SEQUENCE), "float32"),)
+        return (Port("temperature", (BATCH, SEQUENCE), "float32", "temperature"),)
 
 
 @dataclass(frozen=True)
@@ -179,4 +179,5 @@ class Presence(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("present_tokens", (BATCH, SEQUENCE)), Port("tokens_end", (BATCH,), "int64"))
+        end = Port("tokens_end", (BATCH,), "int64", "presence_end")
+        return (Port("present_tokens", (BATCH, SEQUENCE), use="presence"), end)

@@ -145,4 +145,5 @@ class Moe(Block):
 
 def routed(top_k: int) -> tuple[Port, Port]:
     """The ports of a routing."""
-    return Port("weights", (BATCH, SEQUENCE, top_k)), Port("experts", (BATCH, SEQUENCE, top_k), "int32")
+    shape = (BATCH, SEQUENCE, top_k)
+    return Port("weights", shape, use="routing_weights"), Port("experts", shape, "int32", "routing_experts")

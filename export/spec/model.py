@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.spec.axis import BATCH, SEQUENCE
@@ -72,7 +73,7 @@ class Head(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("logits", (BATCH, SEQUENCE, self.vocabulary)),)
+        return (Port("logits", (BATCH, SEQUENCE, self.vocabulary), use="logits"),)
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
@@ -112,6 +113,19 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output."""
+
+    model_class: str
+    outputs: Mapping[str, str]
+
+
+def causal_lm(model_class: str) -> Reference:
+    """The reference of a model whose logits are those of the next token."""
+    return Reference(model_class, MappingProxyType({"logits": "logits"}))
+
+
+@dataclass(frozen=True)
 class Arch:
     """One architecture: how its `config.json` reads, and what its checkpoint calls things.
 
@@ -126,7 +140,7 @@ class Arch:
     """
 
     model_types: tuple[str, ...]
-    causal_lm: str
+    reference: Reference
     build: Callable[[Config], Model]
     names: Mapping[str, str]
     tiny: Mapping[str, Any]
@@ -144,18 +158,20 @@ def to_data(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"is": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {k: to_data(v) for k, v in value.items()}
     return [to_data(v) for v in value] if isinstance(value, tuple) else value
 
 
 def from_data(data: Any) -> Any:
     """The spec that `to_data` wrote. Raises KeyError on a class that this version does not know."""
     if isinstance(data, dict):
-        cls = _class(data["is"])
-        return cls(**{k: from_data(v) for k, v in data.items() if k != "is"})
+        values = {k: from_data(v) for k, v in data.items() if k != "is"}
+        return _class(data["is"])(**values) if "is" in data else values
     return tuple(from_data(v) for v in data) if isinstance(data, list) else data
 
 
 def _class(name: str) -> Any:
     # Asked of the blocks when it is called: a module with further ones may be imported later.
-    others = (Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port, Sublayer)
+    others = (Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port, Reference, Sublayer)
     return {c.__name__: c for c in (*Block.kinds.values(), *others)}[name]

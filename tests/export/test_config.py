@@ -375,7 +375,7 @@ def test_a_multimodal_config_without_a_text_model_is_refused(arch, inner):
 def test_a_config_is_known_by_its_type_alone_or_within_a_multimodal_one(arch):
     known = archs.load(arch).arch
     for kind, architecture in (
-        (known.model_types[0], known.causal_lm),
+        (known.model_types[0], known.reference.model_class),
         (known.whole.model_type, known.whole.architecture),
     ):
         assert archs.choose(None, {"model_type": kind, "architectures": [architecture]}).name == arch
@@ -385,7 +385,7 @@ def test_a_config_is_known_by_its_type_alone_or_within_a_multimodal_one(arch):
 def test_another_head_than_the_one_of_its_type_is_refused(arch):
     known = archs.load(arch).arch
     with pytest.raises(ExportError, match=re.escape(f"exports ['{known.whole.architecture}']")):
-        archs.choose(None, {"model_type": known.whole.model_type, "architectures": [known.causal_lm]})
+        archs.choose(None, {"model_type": known.whole.model_type, "architectures": [known.reference.model_class]})
 
 
 @pytest.mark.parametrize("found", [5, True, 0, "", "GemmaForCausalLM", {"GemmaForCausalLM": 1}, [], [5], [["x"]]])

@@ -55,7 +55,7 @@ def test_transformers_computes_the_same_decoder_whatever_its_config_says_of_enco
     said = {"is_decoder": False, "add_cross_attention": True, "is_encoder_decoder": True}
     said |= {"cross_attention_hidden_size": 48, "tie_encoder_decoder": True, "max_position_embeddings": 511}
     assert said.keys() == CAUSAL
-    model_class = getattr(transformers, archs.load(arch).arch.causal_lm)
+    model_class = getattr(transformers, archs.load(arch).arch.reference.model_class)
     tiny = dict(archs.load(arch).arch.tiny) | {"attn_implementation": "eager"}
     first, second = (model_class(model_class.config_class(**copy.deepcopy(tiny | k))).eval() for k in ({}, said))
     second.load_state_dict(first.state_dict())
