@@ -12,15 +12,7 @@ import pytest
 from arch_cases import CASES, Case
 
 from llmexport.export import archs
-from llmexport.export.assembly import (
-    TABLE,
-    alone,
-    checkpoint_name,
-    find_block,
-    named_blocks,
-    part_names,
-    parts,
-)
+from llmexport.export.assembly import TABLE, alone, checkpoint_name, find_block, named_blocks, part_names, parts
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
