@@ -187,7 +187,7 @@ def build(request: Request, model: Model, assembly: Assembly, progress: Progress
     step_weights: dict[str, dict[str, str | list[str]]] = {
         name: {path: list(p.parts) or p.name for path, p in parameters.items()} for name, parameters in own.items()
     }
-    stored = {n: weights.stored_type(p, request.checkpoint) for n, p in wanted.items() if p.as_stored}
+    stored = {n: weights.stored_type(p, request.checkpoint) for n, p in wanted.items() if p.dtype != "T"}
 
     def make() -> bytes:
         pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]

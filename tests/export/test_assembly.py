@@ -45,6 +45,7 @@ from llmexport.export.spec import (
     Mlp,
     Model,
     Moe,
+    Mxfp4,
     Norm,
     Port,
     Presence,
@@ -90,7 +91,8 @@ BLOCKS = [
     Span(),
     *each(Temperature(8, 0.1), interval=16, scale=0.2),
     Presence(),
-    *each(NORM, size=32, epsilon=1e-5, offset=1.0, rounding="after_weight", statistics="layer", weighted=False, rows=4),
+    *each(NORM, size=32, epsilon=1e-5, offset=1.0, rounding="after_weight", statistics="layer", weighted=False),
+    Norm(64, 1e-6, statistics="layer", rows=4),
     *each(
         ATTENTION,
         hidden=32,
@@ -131,7 +133,7 @@ BLOCKS = [
         interleaved=True,
         bias=False,
         scale_input=True,
-        mxfp4=True,
+        storage=Mxfp4(),
     ),
     *each(SHARED, mlp=Mlp(64, 64, "silu"), gated=True),
     *each(Moe(ROUTER, EXPERTS), router=Router(64, 8, 2, "sigmoid"), experts=Experts(64, 64, 8, 2), shared=SHARED),
@@ -218,6 +220,13 @@ def test_a_block_of_a_module_imported_later_comes_back_from_json(monkeypatch):
         size: int
 
     assert same(Later(3)) == Later(3)
+
+
+@pytest.mark.parametrize("field", [{"statistics": "rms"}, {"weighted": False}], ids=str)
+def test_rows_of_a_norm_are_for_a_layer_norm_with_weights(field):
+    assert Norm(64, 1e-6, statistics="layer", rows=4).shape == (4, 64)
+    with pytest.raises(ValueError, match="rows with weights of their own are for LayerNorm"):
+        Norm(64, 1e-6, **{"statistics": "layer", "rows": 4} | field)
 
 
 def test_a_layer_whose_sublayers_would_share_what_each_needs_is_a_mistake():
