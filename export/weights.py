@@ -49,9 +49,11 @@ class Parameter:
 
     @property
     def grouped_shape(self) -> tuple[int, ...]:
-        """The same with groups apart, if there are any."""
+        """The same with groups apart, if it has any."""
+        if not self.group:
+            return self.part_shape
         *others, last = self.part_shape
-        return (*others, last // self.group, self.group) if self.group else self.part_shape
+        return (*others, last // self.group, self.group)
 
 
 def check(

@@ -32,15 +32,15 @@ class Experts(nn.Module):
 
     def forward(self, normed: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         block, own = self.block, dict(self.named_parameters())
-        # Scales only where there are any.
-        values, *scales = zip(*([own[n + s.suffix] for s in held] for n, held in block.matrices.items()), strict=True)
+        values, *others = zip(*([own[n + s.suffix] for s in held] for n, held in block.matrices.items()), strict=True)
         return moe_experts(
             normed,
             weights,
             experts,
             *values,
             *(own.get(f"{n}_bias") for n in block.matrices),
-            *(scales[0] if scales else (None, None)),
+            # Scales, or nothing.
+            *(tensor for pair in others or [(None, None)] for tensor in pair),
             block.activation,
             block.alpha,
             block.limit,

@@ -53,7 +53,7 @@ class Mxfp4(Storage):
             raise ExportError(
                 f"MXFP4 packs {block} values a block, config.json makes rows of {columns}: is it from the same model?"
             )
-        # All 4-bit values alike have a deviation of 3: with this scale, 0.7 / sqrt(columns), as other weights.
+        # 4-bit values have a deviation of 3, which these scales make 1 / sqrt(columns): outputs stay of order one.
         middle = bias - round(math.log2(4 * columns**0.5))
         return (
             Stored("_blocks", (rows, columns // 2), "uint8", group=block // 2, usual=(0, 256)),

@@ -222,13 +222,6 @@ def test_a_block_of_a_module_imported_later_comes_back_from_json(monkeypatch):
     assert same(Later(3)) == Later(3)
 
 
-@pytest.mark.parametrize("field", [{"statistics": "rms"}, {"weighted": False}], ids=str)
-def test_rows_of_a_norm_are_for_a_layer_norm_with_weights(field):
-    assert Norm(64, 1e-6, statistics="layer", rows=4).shape == (4, 64)
-    with pytest.raises(ValueError, match="rows with weights of their own are for LayerNorm"):
-        Norm(64, 1e-6, **{"statistics": "layer", "rows": 4} | field)
-
-
 def test_a_layer_whose_sublayers_would_share_what_each_needs_is_a_mistake():
     twice = (Sublayer("first", ATTENTION, NORM), Sublayer("second", ATTENTION, NORM))
     with pytest.raises(ValueError, match=r"two sublayers give the same of .*present_key"):

@@ -183,6 +183,12 @@ def test_every_kind_of_block_is_traced_here():
     assert {block.kind for block, _ in CASES} == Block.kinds.keys() - {Mixer.kind}
 
 
+@pytest.mark.parametrize("field", [{"statistics": "rms"}, {"weighted": False}], ids=str)
+def test_rows_of_a_norm_are_for_a_layer_norm_with_weights(field):
+    with pytest.raises(ValueError, match="rows with weights of their own are for LayerNorm"):
+        Norm(64, 1e-6, **{"statistics": "layer", "rows": 4} | field)
+
+
 def test_no_run_is_of_the_size_that_was_traced():
     assert sizes(SIZES[BATCH], SIZES[SEQUENCE], SIZES[PAST]) not in [sizes(*run) for run in RUNS]
 
