@@ -61,6 +61,11 @@ def head_name(arch: Arch) -> str:
     return _stored_name(arch, HEAD)
 
 
+def older_name(arch: Arch, name: str) -> str:
+    """What the checkpoints of old releases call a tensor: mostly the same."""
+    return next((name.removesuffix(end) + old for end, old in arch.older.items() if name.endswith(end)), name)
+
+
 def part_names(arch: Arch, path: str, experts: int) -> tuple[str, ...]:
     """The checkpoint's names of the matrices that make up the stacked parameter at `path`, expert by expert.
 

@@ -12,7 +12,7 @@ from typing import Any
 from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header
 from llmexport.export.earlier import EXPORT
 from llmexport.export.identity import SAYS, WAYS, Held, WeightFile
-from llmexport.export.spec import Assembly, Block, Graph, Step
+from llmexport.export.spec import Assembly, Block, Graph, Reference, Step
 from llmexport.export.stamp import check_stamp, read_errors
 from llmexport.graphs.fusion import Fused
 
@@ -41,10 +41,11 @@ class Export:
     """An export, as its manifest says, and how its weight files were found (`held`, by name) when it was read.
 
     block: the name of the one block that it is, None for a whole model. dtype: what "T" stands for in its ports.
-    config: the checkpoint's; `text_config` is the part of it that the model was built from. renamed: how the
-    checkpoint renames the model's tensors, start of the name in the model's own class -> start there. versions: of
-    the libraries that made it. companions: digests of the files beside the weights. inode: of the folder when it was
-    made, by which a copy is known. digested: digests of every byte were recorded just now.
+    config: the checkpoint's; `text_config` is the part of it that the model was built from. renamed: how the checkpoint
+    renames the model's tensors, start of the name in the model's own class -> start there. reference: what of
+    transformers it is compared with. versions: of the libraries that made it. companions: digests of the files beside
+    the weights. inode: of the folder when it was made, by which a copy is known. digested: digests of every byte were
+    recorded just now.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Export:
     config: Mapping[str, Any]
     text_config: Mapping[str, Any]
     renamed: Mapping[str, str]
+    reference: Reference
     versions: Mapping[str, str | None]
     notes: tuple[str, ...]
     companions: Mapping[str, str]

@@ -25,7 +25,7 @@ MOST = 100_000_000  # bytes; of the deepest known models it has a hundredth
 
 
 # The fields of an export that are JSON as they are.
-OTHERS = {"folder", "graphs", "weights", "notes", "held", "digested"}
+OTHERS = {"folder", "graphs", "reference", "weights", "notes", "held", "digested"}
 PLAIN = [f.name for f in dataclasses.fields(Export) if f.name not in OTHERS]
 
 
@@ -36,6 +36,7 @@ def as_data(export: Export) -> dict[str, Any]:
         {"format": FORMAT}
         | {name: getattr(export, name) for name in PLAIN}
         | {
+            "reference": to_data(export.reference),
             "notes": list(export.notes),
             "files": export.files,
             "weights": {"placed": export.placed, "files": [dataclasses.asdict(w) for w in export.weights]},
@@ -76,6 +77,7 @@ def from_record(folder: Path, data: Mapping[str, Any]) -> Export:
         **{name: data[name] for name in PLAIN},
         graphs=tuple(_graph(name, graph, blocks) for name, graph in data["graphs"].items()),
         weights=tuple(WeightFile(**w) for w in data["weights"]["files"]),
+        reference=from_data(data["reference"]),
         notes=tuple(data["notes"]),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from llmexport.export import cache
-from llmexport.export.assembly import checkpoint_name, part_names
+from llmexport.export.assembly import checkpoint_name, older_name, part_names
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Assembly, Block, Model, to_data
@@ -31,6 +31,7 @@ def wanted_parameters(
         own = found[step.name] = {}
         for path, (shape, packed) in shapes[step.block].items():
             name = checkpoint_name(arch, model, step.path + path)
+            name = next((n for n in (name, older_name(arch, name)) if n in stored), name)
             parts = () if name in stored else part_names(arch, step.path + path, min(shape[0], most) if shape else 0)
             own[path] = Parameter(name, shape, parts, path in step.block.as_stored, packed)
             names += len(own[path].sources)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmexport.export import archs
+from llmexport.export.config import Config
+
 
 @dataclass(frozen=True)
 class Case:
@@ -83,6 +86,19 @@ CASES = (
         "use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": True, "decoder_sparse_step": 2,
         "mlp_only_layers": [],
     }),
+    Case("bert", "bert"),
+    Case("bert", "bert-relu-untied", {
+        "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
+    }),
 )  # fmt: skip
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]  # one case an architecture
+
+
+def carries(case: Case) -> bool:
+    """Whether a step of the model reads what earlier ones left, as a decoder's does and an encoder's does not."""
+    arch = archs.load(case.arch).arch
+    return any(g.carried for g in arch.build(Config({**arch.tiny, **case.changes})).graphs)
+
+
+DECODERS, ENCODERS = ([c for c in CASES if carries(c) is carried] for carried in (True, False))

@@ -18,7 +18,6 @@ import torch
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from llmexport.export.archs import load
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.exported import Export
 from llmexport.export.trace import torch_dtype
@@ -85,11 +84,11 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
             (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
             for shard in weights.shards:
                 (folder / shard.file).symlink_to((self._manifest.folder / shard.file).resolve())
-            arch = load(self._manifest.arch).arch
-            model = getattr(transformers, arch.causal_lm, None)
+            reference = self._manifest.reference
+            model = getattr(transformers, reference.model_class, None)
             if model is None:
                 have = f"transformers {transformers.__version__}"
-                raise Refused(f"{have} has no {arch.causal_lm}: pip install -U transformers")
+                raise Refused(f"{have} has no {reference.model_class}: pip install -U transformers")
             # transformers writes into the dictionaries that it is given.
             config = copy.deepcopy(dict(self._manifest.text_config))
             names = {f"^{re.escape(there)}": here for here, there in self._manifest.renamed.items()}

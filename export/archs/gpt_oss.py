@@ -4,7 +4,7 @@ from llmexport.export import quantised
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, Experts, Model, Moe, Router, Span, decoder_layer
+from llmexport.export.spec import Arch, Experts, Model, Moe, Router, Span, causal_lm, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -59,7 +59,7 @@ def mxfp4(config: Config) -> bool:
 
 ARCH = Arch(
     model_types=("gpt_oss",),
-    causal_lm="GptOssForCausalLM",
+    reference=causal_lm("GptOssForCausalLM"),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

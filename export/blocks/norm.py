@@ -19,6 +19,7 @@ class Norm(nn.Module):
         elif block.statistics == "rms":
             with torch.device("cpu"):
                 self.register_buffer("weight", torch.ones(block.shape))
+        self.bias = nn.Parameter(torch.empty(block.shape)) if block.bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         block = self.block
@@ -26,7 +27,8 @@ class Norm(nn.Module):
             return (self._normalised(hidden.float()) * (self.weight.float() + block.offset)).to(hidden.dtype)
         if block.statistics == "layer":
             weight = self.weight.float() if block.weighted else None
-            return F.layer_norm(hidden.float(), (block.size,), weight, None, block.epsilon).to(hidden.dtype)
+            bias = None if self.bias is None else self.bias.float()
+            return F.layer_norm(hidden.float(), (block.size,), weight, bias, block.epsilon).to(hidden.dtype)
         if block.rounding == "before_weight" and block.weighted:
             return rms_norm(hidden, self.weight + block.offset if block.offset else self.weight, block.epsilon)
         wide = self.weight.float() + block.offset if block.offset else self.weight.float()

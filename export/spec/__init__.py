@@ -5,8 +5,9 @@ whose symbolic dimensions are the dynamic axes of the exported graph. Nothing he
 """
 
 from llmexport.export.spec.axis import AXES, BATCH, PAST, SEQUENCE, TOTAL, Axis, Sizes, summands, with_sums
-from llmexport.export.spec.block import DTYPES, OPSET, Block, Dim, Port, State
+from llmexport.export.spec.block import DTYPES, OPSET, Block, Dim, Port, State, Use
 from llmexport.export.spec.context import (
+    BidirectionalMask,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
@@ -27,7 +28,9 @@ from llmexport.export.spec.model import (
     Embedding,
     Head,
     Model,
+    Reference,
     Whole,
+    causal_lm,
     from_data,
     to_data,
 )
@@ -47,6 +50,7 @@ __all__ = [
     "Assembly",
     "Attention",
     "Axis",
+    "BidirectionalMask",
     "Block",
     "CausalConv",
     "Dim",
@@ -68,6 +72,7 @@ __all__ = [
     "Norm",
     "Port",
     "Presence",
+    "Reference",
     "Rotary",
     "Router",
     "Scaling",
@@ -78,8 +83,10 @@ __all__ = [
     "Step",
     "Sublayer",
     "Temperature",
+    "Use",
     "Whole",
     "YarnScaling",
+    "causal_lm",
     "decoder_layer",
     "from_data",
     "summands",

@@ -1,4 +1,4 @@
-"""What follows the mixer in a layer: the gated MLP, and the mixture of experts."""
+"""What follows the mixer in a layer: the MLP, and the mixture of experts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from typing import Literal
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.block import BATCH, SEQUENCE, Block, Port, hidden
 
-Activation = Literal["silu", "gelu_tanh", "gelu_erf", "swiglu_clamped"]
+Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "swiglu_clamped"]
 MXFP4_BLOCK = 32
 
 
 @dataclass(frozen=True)
 class Mlp(Block):
-    """Gated MLP (arXiv 2002.05202): down(activation(gate(x)) * up(x)). `fused`: gate and up are one matrix."""
+    """Gated MLP (arXiv 2002.05202): down(activation(gate(x)) * up(x)). `fused`: gate and up are one matrix.
+
+    Unless `gated`, it is down(activation(up(x))).
+    """
 
     hidden: int
     intermediate: int
     activation: Activation
     bias: bool = False
     fused: bool = False
+    gated: bool = True
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -141,4 +145,5 @@ class Moe(Block):
 
 def routed(top_k: int) -> tuple[Port, Port]:
     """The ports of a routing."""
-    return Port("weights", (BATCH, SEQUENCE, top_k)), Port("experts", (BATCH, SEQUENCE, top_k), "int32")
+    shape = (BATCH, SEQUENCE, top_k)
+    return Port("weights", shape, use="routing_weights"), Port("experts", shape, "int32", "routing_experts")

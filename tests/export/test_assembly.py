@@ -57,6 +57,7 @@ from llmexport.export.spec import (
     Sublayer,
     Temperature,
     YarnScaling,
+    causal_lm,
     decoder_layer,
     from_data,
     to_data,
@@ -200,9 +201,9 @@ def test_blocks_that_differ_have_different_data():
     assert len({json.dumps(to_data(b)) for b in BLOCKS}) == len(BLOCKS)
 
 
-def test_a_port_comes_back_from_json():
-    port = Port("hidden", ("batch", "sequence", 64))
-    assert from_data(json.loads(json.dumps(to_data(port)))) == port
+@pytest.mark.parametrize("value", [Port("x", ("batch", "sequence", 64), use="logits"), causal_lm("LlamaForCausalLM")])
+def test_a_port_and_a_reference_come_back_from_json(value):
+    assert from_data(json.loads(json.dumps(to_data(value)))) == value
 
 
 def test_data_of_an_unknown_class_is_refused():

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from llmexport.export.exported import Export
+from llmexport.export.spec import causal_lm
 from llmexport.validate.report import Report, Rung, page
 
 HOSTILE = "<script>x</script>\u202etxt\x1b[31m\n"
@@ -17,6 +18,7 @@ def test_a_hostile_name_is_shown_as_text() -> None:
         config={},
         text_config={},
         renamed={},
+        reference=causal_lm(HOSTILE),
         versions={HOSTILE: HOSTILE},
         notes=(),
         companions={},
