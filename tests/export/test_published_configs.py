@@ -28,6 +28,7 @@ from llmexport.export.spec import (
     Mlp,
     Model,
     Moe,
+    Mxfp4,
     Norm,
     Presence,
     Rotary,
@@ -127,7 +128,7 @@ def gpt_oss_20b() -> Model:
     norm = Norm(2880, 1e-5, rounding="after_weight")
     moe = Moe(
         Router(2880, 32, 4, "softmax_top_k", bias=True),
-        Experts(2880, 2880, 32, 4, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, mxfp4=True),
+        Experts(2880, 2880, 32, 4, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, storage=Mxfp4()),
     )
     yarn = YarnScaling(32.0, 4096, 32.0, 1.0, truncate=False, magnitude=0.1 * math.log(32.0) + 1.0)
     reads = (Rotary(64, 150000.0, yarn), Span())

@@ -29,6 +29,7 @@ from llmexport.export.spec import (
     Mixer,
     Mlp,
     Moe,
+    Mxfp4,
     Norm,
     Port,
     Presence,
@@ -54,6 +55,7 @@ GEMMA_NORM = Norm(33, 1e-6, 1.0, "after_weight")
 LAYER_NORM = Norm(33, 1e-5, statistics="layer", bias=True)
 HEAD_NORM = Norm(10, 1e-6)
 UNIT_NORM = Norm(10, 1e-6, weighted=False)
+ROWS_NORM = Norm(10, 1e-5, statistics="layer", rows=6)
 SILU_MLP = Mlp(33, 65, "silu")
 LAYER = decoder_layer(GEMMA_NORM, Attention(33, 6, 2, 10), GEMMA_NORM, Mlp(33, 65, "gelu_tanh"))
 SANDWICH = decoder_layer(
@@ -71,7 +73,7 @@ MOE = Moe(ROUTER, EXPERTS, SharedExpert(SILU_MLP, gated=True))
 CLAMPED = Experts(
     64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, transposed=True, interleaved=True, bias=True, scale_input=False
 )
-MXFP4 = Experts(64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, mxfp4=True)
+MXFP4 = Experts(64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, storage=Mxfp4())
 DELTA_LAYER = decoder_layer(GEMMA_NORM, DELTA_NET, GEMMA_NORM, MOE)
 CASES = [
     (Embedding(37, 33), "float32"),
@@ -101,11 +103,15 @@ CASES = [
     (Norm(33, 1e-5, statistics="layer"), "float16"),
     (Norm(33, 1e-5, statistics="layer", weighted=False), "float32"),
     (LAYER_NORM, "float16"),
+    (ROWS_NORM, "float32"),
+    (ROWS_NORM, "float16"),
     (Attention(33, 3, 1, 10), "float32"),
     (Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True), "float32"),
     (Attention(33, 6, 2, 10, fused=True, rotated=6, interleaved=True, clip=0.5), "float32"),
     (Attention(33, 6, 2, 10, qk_norm=HEAD_NORM, output_gate=True), "float32"),
     (Attention(33, 6, 2, 10, qk_norm=UNIT_NORM, qk_norm_place="after_rotary", interleaved=True), "float32"),
+    (Attention(33, 6, 2, 10, qk_norm=HEAD_NORM, qk_norm_over="all_heads"), "float32"),
+    (Attention(33, 6, 2, 10, qk_norm=Norm(10, 1e-5, statistics="layer"), qk_norm_over="each_head"), "float32"),
     (Attention(33, 6, 2, 10, rotated=0, temperature=True), "float32"),
     (UNCACHED, "float32"),
     (UNCACHED, "float16"),
@@ -161,12 +167,11 @@ def filled(block: Block, dtype: str) -> torch.nn.Module:
     seed = torch.Generator().manual_seed(0)
     for path, parameter in list(module.named_parameters()):
         owner, _, name = path.rpartition(".")
-        if parameter.is_floating_point():
-            values = torch.randn(parameter.shape, generator=seed) * parameter.shape[-1] ** -0.5
+        usual = block.stored[path].usual if path in block.stored else None
+        if usual:
+            values = torch.randint(*map(int, usual), parameter.shape, generator=seed)
         else:
-            # All 4-bit values, and scales of 1/64 to 1/4.
-            low, high = (121, 126) if name.endswith("_scales") else (0, 256)
-            values = torch.randint(low, high, parameter.shape, generator=seed)
+            values = torch.randn(parameter.shape, generator=seed) * parameter.shape[-1] ** -0.5
         weight = torch.nn.Parameter(values.to(parameter.dtype), requires_grad=False)
         setattr(module.get_submodule(owner), name, weight)
     return module
@@ -191,6 +196,12 @@ def with_bodies(model: onnx.ModelProto) -> onnx.ModelProto:
 def test_every_kind_of_block_is_traced_here():
     # All but the base of attention and the gated delta net.
     assert {block.kind for block, _ in CASES} == Block.kinds.keys() - {Mixer.kind}
+
+
+@pytest.mark.parametrize("field", [{"statistics": "rms"}, {"weighted": False}], ids=str)
+def test_rows_of_a_norm_are_for_a_layer_norm_with_weights(field):
+    with pytest.raises(ValueError, match="rows with weights of their own are for LayerNorm"):
+        Norm(64, 1e-6, **{"statistics": "layer", "rows": 4} | field)
 
 
 def test_no_run_is_of_the_size_that_was_traced():
