@@ -144,7 +144,7 @@ def build(
     chosen = check_backend(backend)
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
-    sizes = (profile or Profile()).resolve(p for g in export.graphs for p in g.assembly.inputs)
+    sizes = (profile or Profile()).resolve((p for g in export.graphs for p in g.assembly.inputs), export.blocks)
     if verify:
         progress("verify the weights", 0, 1)
         export = manifest.verified(export)

@@ -210,7 +210,7 @@ def build(
         for s in assembly.steps
     }
     wanted = {p.name: p for parameters in own.values() for p in parameters.values()}
-    stored = {n: weights.stored_type(p, request.checkpoint) for n, p in wanted.items() if p.as_stored}
+    stored = {n: weights.stored_type(p, request.checkpoint) for n, p in wanted.items() if p.dtype != "T"}
 
     def make() -> bytes:
         pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]

@@ -14,12 +14,10 @@ from onnx import TensorProto
 from llmexport.export import quantised
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import MXFP4_BLOCK
+from llmexport.export.spec import ANY_FLOAT
 from llmexport.export.values import show_name, visible
 from llmexport.plugins.dtypes import BY_NAME, BY_ONNX, BY_SAFETENSORS, FLOATS
 
-BYTES = BY_NAME["uint8"].safetensors
-BLOCK_BYTES = MXFP4_BLOCK // 2
 PIECE = 2**24  # bytes compared at a time
 LISTED = 10  # names in an error before "and N more"
 
@@ -29,14 +27,14 @@ class Parameter:
     """A weight that the model wants: its name in the checkpoint and its shape.
 
     `parts` are the tensors it is made of, stacked in this order, where the checkpoint has no such tensor.
-    `as_stored`: it enters the graph in the type it is stored in. `packed`: it is bytes that hold other numbers.
+    `dtype` and `group` are those of Stored.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[str, ...] = ()
-    as_stored: bool = False
-    packed: bool = False
+    dtype: str = "T"
+    group: int | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -48,6 +46,14 @@ class Parameter:
         if not self.parts:
             return self.shape
         return (self.shape[0] * self.shape[1] // len(self.parts), *self.shape[2:])
+
+    @property
+    def grouped_shape(self) -> tuple[int, ...]:
+        """The same with groups apart, if it has any."""
+        if not self.group:
+            return self.part_shape
+        *others, last = self.part_shape
+        return (*others, last // self.group, self.group)
 
 
 def check(
@@ -116,14 +122,12 @@ def _same_bits(checkpoint: Checkpoint, *names: str) -> bool:
 def _problem(parameter: Parameter, stored: StoredTensor) -> str | None:
     """What is wrong with the shape or the type of a tensor."""
     shape = parameter.part_shape
-    # Packed numbers may be stored block by block, with a dimension for the blocks.
-    blocks = (*shape[:-1], shape[-1] // BLOCK_BYTES, BLOCK_BYTES) if parameter.packed else shape
-    if stored.shape not in (shape, blocks) or math.prod(stored.shape) != math.prod(shape):
+    if stored.shape not in (shape, parameter.grouped_shape) or math.prod(stored.shape) != math.prod(shape):
         return (
             f"{stored.name} is {list(stored.shape)} in the checkpoint, config.json makes it "
             f"{list(shape)}: is config.json from the same model?"
         )
-    types = (BYTES,) if parameter.packed else tuple(BY_NAME[n].safetensors for n in FLOATS)
+    types = [BY_NAME[n].safetensors for n in (FLOATS if parameter.dtype in ANY_FLOAT else (parameter.dtype,))]
     if stored.dtype not in types:
         return (
             f"{stored.name} is stored as {stored.dtype}; {', '.join(types)} can be exported here. "
@@ -154,7 +158,7 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
     del graph.input[:]
     graph.input.extend(kept)
     types = {n: stored_type(p, checkpoint) for n, p in wanted.items()}
-    recast = {n for n, p in wanted.items() if types[n] != dtype and not p.as_stored}
+    recast = {n for n, p in wanted.items() if types[n] != dtype and p.dtype == "T"}
     narrow = {n for n in recast if BY_ONNX[types[n]].bits < BY_ONNX[dtype].bits}
     read = {name for node in graph.node for name in node.input[1 if _moves(node, narrow) else 0 :]}
     nodes: list[onnx.NodeProto] = []

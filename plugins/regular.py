@@ -50,7 +50,7 @@ def read_regular(path: Path, most: int = MOST, *, follow: bool = True) -> bytes:
 
 
 def sha256(file: BinaryIO) -> str:
-    """Of what is left to read in it."""
+    """The digest of the bytes that are left to read."""
     digest = hashlib.sha256()
     while chunk := file.read(1 << 20):
         digest.update(chunk)

@@ -204,7 +204,7 @@ def _check_signature(
 
 
 def _check_names(made: Op, dims: dict[str, str]) -> None:
-    """Raises TypeError if @op was told of a tensor, type, dimension or string that the op has not."""
+    """Raises TypeError if @op names a tensor, type, dimension or string that the op does not have."""
 
     def check(stray: Collection[str], fault: str) -> None:
         if stray:

@@ -229,6 +229,18 @@ def test_types_are_named_in_one_table():
     assert broken([p for p in SOURCES if name(p) != "plugins/dtypes.py"], named) == {}
 
 
+def test_no_code_asks_how_the_name_of_a_stored_tensor_ends():
+    storage = ROOT / "export/spec/storage.py"
+    calls = [n for n in ast.walk(tree(storage)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "Stored"]
+    endings = tuple({ast.literal_eval(c.args[0]) for c in calls} - {""})
+    assert endings
+
+    def asked(path: Path) -> set[str]:
+        return {text for text in decided_on(path) if text.endswith(endings)}
+
+    assert broken([p for p in python("export", "validate") if p != storage], asked) == {}
+
+
 OP_FOLDERS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))
 
 

@@ -88,7 +88,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         state = dict(module.named_buffers())
         for path, names in weights.items():
             tensor = self._read(names).reshape(shapes[path])
-            state[path] = tensor if path in step.block.as_stored else tensor.to(dtype)
+            state[path] = tensor.to(dtype) if step.block.dtype_of(path) == "T" else tensor
         module.load_state_dict(state, assign=True, strict=True)
         if self._hold:
             self._modules[step.name] = module

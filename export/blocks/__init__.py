@@ -26,8 +26,8 @@ def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
     """
     with torch.device("meta"):
         made = _module(block, dtype)
-    for parameter in made.parameters():
-        if parameter.is_floating_point():
+    for path, parameter in made.named_parameters():
+        if block.dtype_of(path) in spec.ANY_FLOAT:
             parameter.data = parameter.data.to(dtype)
     return made.requires_grad_(False).eval()
 

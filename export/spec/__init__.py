@@ -19,7 +19,7 @@ from llmexport.export.spec.context import (
     Temperature,
     YarnScaling,
 )
-from llmexport.export.spec.feed_forward import MXFP4_BLOCK, Activation, Experts, Mlp, Moe, Router, SharedExpert
+from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Step
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, CausalConv, GatedDeltaNet, GatedNorm, Mixer, Norm
@@ -34,12 +34,13 @@ from llmexport.export.spec.model import (
     from_data,
     to_data,
 )
+from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 
 __all__ = [
+    "ANY_FLOAT",
     "AXES",
     "BATCH",
     "DTYPES",
-    "MXFP4_BLOCK",
     "ONLY",
     "OPSET",
     "PAST",
@@ -69,7 +70,9 @@ __all__ = [
     "Mlp",
     "Model",
     "Moe",
+    "Mxfp4",
     "Norm",
+    "Plain",
     "Port",
     "Presence",
     "Reference",
@@ -81,6 +84,8 @@ __all__ = [
     "Span",
     "State",
     "Step",
+    "Storage",
+    "Stored",
     "Sublayer",
     "Temperature",
     "Use",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL
+from llmexport.export.spec.storage import Stored
 from llmexport.plugins.dtypes import FLOATS
 
 OPSET = 23  # ai.onnx, of everything that is exported
@@ -97,13 +98,17 @@ class Block:
 
     @property
     def most(self) -> Mapping[str, int]:
-        """Axis -> the largest size that it takes, where there is one: a table has no more rows."""
+        """Axis -> the largest size that it takes, where there is one, as a table has no more rows."""
         return {}
 
     @property
-    def as_stored(self) -> tuple[str, ...]:
-        """Paths of the parameters that its graph takes in the type they are stored in, whatever its own is."""
-        return tuple(path + own for block, path in self.parts.values() for own in block.as_stored)
+    def stored(self) -> Mapping[str, Stored]:
+        """By their paths, the parameters that a Storage speaks of. All others are floats, cast to the model's type."""
+        return {path + own: s for block, path in self.parts.values() for own, s in block.stored.items()}
+
+    def dtype_of(self, path: str) -> str:
+        """The type of a parameter, as `Stored.dtype` says it."""
+        return self.stored[path].dtype if path in self.stored else "T"
 
 
 def hidden(name: str, width: int) -> Port:

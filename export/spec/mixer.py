@@ -19,7 +19,7 @@ class Norm(Block):
 
     `rounding` says where the result becomes the model's dtype: "before_weight" (Llama) or "after_weight"
     (Gemma, which multiplies in fp32). Without `weighted` there is no parameter. With `rows`, hidden states are
-    [..., rows, size] and every row has a weight of its own (Command R+, modeling_cohere.py).
+    [..., rows, size] and every row has a LayerNorm and a weight of its own (Command R+, modeling_cohere.py).
     """
 
     size: int
@@ -30,6 +30,10 @@ class Norm(Block):
     weighted: bool = True
     rows: int | None = None
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and not (self.statistics == "layer" and self.weighted):
+            raise ValueError("rows with weights of their own are for LayerNorm, weighted")
 
     @property
     def inputs(self) -> tuple[Port, ...]:

@@ -15,6 +15,7 @@ from llmexport.export.spec.feed_forward import Activation
 from llmexport.export.spec.graph import Graph, Step
 from llmexport.export.spec.layer import Sublayer
 from llmexport.export.spec.mixer import Norm
+from llmexport.export.spec.storage import Storage
 
 if TYPE_CHECKING:
     from llmexport.export.config import Config
@@ -172,6 +173,6 @@ def from_data(data: Any) -> Any:
 
 
 def _class(name: str) -> Any:
-    # Asked of the blocks when it is called: a module with further ones may be imported later.
+    # Asked of the base classes when it is called: a module with further ones may be imported later.
     others = (Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port, Reference, Sublayer)
-    return {c.__name__: c for c in (*Block.kinds.values(), *others)}[name]
+    return {c.__name__: c for c in (*Block.kinds.values(), *Storage.__subclasses__(), *others)}[name]

@@ -1,5 +1,5 @@
-// mbarriers, TMA and wgmma of one block, read from the PTX ISA and not from the kernels' own index
-// arithmetic.
+// mbarriers, TMA and wgmma of one block, written from the PTX ISA and not from the kernels' own
+// index arithmetic.
 #include "common/sm90a.cuh"
 
 #include <algorithm>

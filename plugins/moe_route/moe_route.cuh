@@ -72,7 +72,7 @@ __device__ __forceinline__ void sortRouteKeys(Key (&keys)[kCount]) {
 template <class Precision>
 struct RouteScore {
   Scoring scoring;
-  float most = -INFINITY, total = 0.0f;  // of a row, for kSoftmax: largest logit, sum of exp
+  float most = -INFINITY, total = 0.0f;  // a row's largest logit and sum of exp, for kSoftmax
 
   template <int kPerLane>
   __device__ __forceinline__ void readRow(float const (&logits)[kPerLane], int count, int lanes) {
