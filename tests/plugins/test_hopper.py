@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native import EMULATED, PLUGINS, SANITIZED, SM90A, compiled, need_gpu, need_nvcc
+from native import PLUGINS, SM90A, compiled, need_gpu, need_nvcc
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "emulator" / "hopper.cu"
@@ -25,12 +25,12 @@ def run(program: Path, columns: str, bug: str = "none", seed: str = "0") -> subp
 
 @pytest.fixture(scope="module")
 def emulated() -> Path:
-    return compiled("hopper", [SOURCE], [*EMULATED, *SANITIZED])
+    return compiled("emulator_hopper", sanitize=True)
 
 
 @pytest.fixture(scope="module")
 def arithmetic() -> ctypes.CDLL:
-    return ctypes.CDLL(str(compiled("hopper-arithmetic", [HERE / "hopper.cpp"], ["-shared"])))
+    return ctypes.CDLL(str(compiled("hopper")))
 
 
 def test_a_row_keeps_its_chunks_and_eight_rows_take_eight_places_for_one(arithmetic: ctypes.CDLL) -> None:
