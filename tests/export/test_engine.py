@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import onnx
 import psutil
 import pytest
-from arch_cases import FIRST, PRIMARY, Case
+from arch_cases import FIRST, ONCE, PRIMARY, Case, slow
 from one_node import model_of
 from onnx.helper import make_node
 from reseal import reseal
@@ -26,6 +26,8 @@ from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.spec import DTYPES, Attention, Port
 
 OLD = {engine.PLAN: b"an earlier plan", engine.RECORD: b"an earlier record"}
+
+pytestmark = pytest.mark.engine
 
 Export = Callable[..., Path]
 
@@ -63,8 +65,9 @@ def child(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-# The five families in every dtype, the others in one; with plugins all are, in test_engine_plugins.py.
-BUILDS = [(c, d) for c in FIRST for d in DTYPES if c.arch in PRIMARY or d == "float16"]
+# Slow: the five families in every dtype, the others in float16; with plugins all are, in test_engine_plugins.py.
+MORE = [(c, d) for c in FIRST for d in DTYPES if (c.arch in PRIMARY or d == "float16") and (c, d) not in ONCE]
+BUILDS = [*ONCE, *map(slow, MORE)]
 
 
 @pytest.mark.parametrize(("case", "dtype"), BUILDS, ids=str)
