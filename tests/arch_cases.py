@@ -98,8 +98,6 @@ ONCE = tuple((case, ("float32", "bfloat16", "float16", "float32")[i % 4]) for i,
 
 def others_slow(all_of_them: Sequence[Any], at_once: Collection[Any]) -> list[Any]:
     """The parameters of a test that runs those `at_once` in every session, and the others where slow tests run."""
-    return [p if p in at_once else slow(p) for p in all_of_them]
-
-
-def slow(parameters: Any) -> Any:
-    return pytest.param(*(parameters if isinstance(parameters, tuple) else [parameters]), marks=pytest.mark.slow)
+    slow = [p if isinstance(p, tuple) else (p,) for p in all_of_them]
+    marked = [pytest.param(*p, marks=pytest.mark.slow) for p in slow]
+    return [p if p in at_once else other for p, other in zip(all_of_them, marked, strict=True)]

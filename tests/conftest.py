@@ -23,8 +23,10 @@ Exporter = Callable[..., Path]
 NOT_FOR_KERNELS = ("click", "onnx_graphsurgeon", "onnx_ir", "onnxruntime", "onnxscript", "polygraphy", "psutil", "rich")
 NOT_FOR_KERNELS += ("safetensors", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "transformers")
 
-# The tier of a test by what its fixtures make; where no fixture says it, the test or its file is marked by hand.
-TIERS = {"exported": "model", "tiny_checkpoint": "model", "machine": "kernel", "cuda_library": "engine"}
+# The tier of a test by what its fixtures, or what its file takes from native.py, make; a file that builds engines
+# says so itself.
+TIERS = {"exported": "model", "tiny_checkpoint": "model", "cuda_library": "engine"}
+TIERS |= dict.fromkeys(("machine", "compiled", "beside_emulated", "emulated_library"), "kernel")
 NOT_QUICK = {*TIERS.values(), "slow", "gpu"}
 
 
@@ -37,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks each test with its tiers, and as slow where nvcc has to compile the whole library; the rest is quick."""
     for item in items:
-        used = TIERS.keys() & getattr(item, "fixturenames", ())
+        used = TIERS.keys() & {*getattr(item, "fixturenames", ()), *vars(getattr(item, "module", object))}
         for mark in {TIERS[name] for name in used} | {"slow" for name in used if name == "cuda_library"}:
             item.add_marker(mark)
         if not NOT_QUICK & {mark.name for mark in item.iter_markers()}:

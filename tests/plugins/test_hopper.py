@@ -119,6 +119,7 @@ def test_each_mistake_shows(emulated: Path, bug: str, says: str, seed: str) -> N
     assert re.search(says, done.stdout + done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [SOURCE, *sorted(PLUGINS.glob("*/*_sm90a.cu"))], ids=lambda path: path.stem)
 def test_compiles_for_sm_90a_and_waits_for_no_wgmma(tmp_path: Path, source: Path) -> None:
     """No spill, no local memory. A wgmma that the compiler has to wait for is no warning of ptxas, but is said."""

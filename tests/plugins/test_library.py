@@ -55,6 +55,7 @@ def test_shows_two_symbols_and_needs_no_tensorrt(cuda_library: Path) -> None:
     assert not re.search(r"NEEDED.*(nvinfer|tensorrt|cuda)", needed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "120"])
 def test_tensor_core_and_copy_instructions_compile(arch: str, tmp_path: Path) -> None:
     """The PTX of common/, which so far only the emulator's tests use."""
