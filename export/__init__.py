@@ -1,1 +1,74 @@
-"""From a checkpoint to ONNX and on to an engine."""
+"""From a checkpoint to ONNX and on to an engine: `export`, then `build_engine`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmexport.export.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from llmexport.export.engine import Engine
+    from llmexport.export.exported import Export
+
+__all__ = ["build_engine", "export"]
+# What each function needs is imported when it is called: a command pays for what it does.
+
+
+def export(
+    checkpoint: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    dtype: str = "float32",
+    block: str | None = None,
+    weights: str = "auto",
+    target: str = "portable",
+    digest: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Export:
+    """Exports a checkpoint to the new folder `output`, which appears whole or not at all.
+
+    checkpoint: a folder with config.json and safetensors; None for the tiny random one of `arch`. block: one by its
+    name, None for the whole model. The other arguments are the options of `llmexport onnx`. Raises UserError
+    (llmexport.plugins.errors), with one line that says what to do.
+    """
+    from llmexport.export import onnx_file
+    from llmexport.export.source import open_source
+
+    folder = Path(output)
+    with open_source(arch, None if checkpoint is None else Path(checkpoint), folder) as (named, found):
+        request = onnx_file.Request(named, found, dtype, block, weights, target, digest)
+        return onnx_file.write(request, folder, force=force, progress=progress)
+
+
+def build_engine(
+    folder: str | os.PathLike[str],
+    *,
+    backend: str = "tensorrt-rtx",
+    profile: str | None = None,
+    plugins: bool = True,
+    timeout: float | None = None,
+    verify: bool = False,
+    progress: Progress = silent,
+) -> Engine:
+    """Builds a TensorRT engine of each graph of the export in `folder`, and writes them there.
+
+    The arguments are the options of `llmexport engine`: `profile` is as in "batch=1:1:4,sequence=1:64:512". Raises
+    UserError (llmexport.plugins.errors), with one line that says what to do.
+    """
+    from llmexport.export import engine
+    from llmexport.export.profile import parse_profile
+    from llmexport.plugins import library
+
+    return engine.build(
+        Path(folder),
+        backend=backend,
+        profile=None if profile is None else parse_profile(profile),
+        plugins=library.find() if plugins else None,
+        timeout=timeout,
+        verify=verify,
+        progress=progress,
+    )

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, Assembly, Model, Step
+from llmexport.export.spec import ONLY, Arch, Assembly, Graph, Model, Step
 
 # Paths of the two parameters that may be tied; a base model lacks the first.
 HEAD, TABLE = "head.projection.weight", "embedding.weight"
 
 
-def alone(step: Step) -> Assembly:
+def alone(step: Step) -> Graph:
     """One block as a model of its own; its values carry the names of the block's ports."""
     block = step.block
     inputs, outputs = block.inputs, block.outputs
     own = Step(step.name, block, tuple(p.name for p in inputs), tuple(p.name for p in outputs), step.path)
-    return Assembly(inputs, (own,), outputs)
+    carried = {s.past.name: s.present.name for s in block.states}
+    return Graph(ONLY, Assembly(inputs, (own,), outputs), carried)
 
 
 def named_blocks(model: Model) -> dict[str, Step]:
-    """Every block that can be exported alone, by name: its kind, and its place where a model has two of a kind."""
+    """Every block that can be exported alone, by name: its kind, and its place where a model has two of a kind.
+
+    A place is in a graph: its name stands first where a model has several.
+    """
     found: dict[str, Step] = {}
-    every = [part for step in model.steps for part in parts(step)]
-    places = [part.name.replace(".", "_") for part in every]
-    for part, place in zip(every, places, strict=True):
+    several = len(model.graphs) > 1
+    every = [(g.name, part) for g in model.graphs for step in g.assembly.steps for part in parts(step)]
+    places = [(f"{graph}." * several + part.name).replace(".", "_") for graph, part in every]
+    for (_, part), place in zip(every, places, strict=True):
         if part.block in [s.block for s in found.values()]:
             continue
         kind = part.block.kind
@@ -54,6 +60,28 @@ def tied_names(arch: Arch, model: Model) -> list[tuple[str, str]]:
 def head_name(arch: Arch) -> str:
     """What a checkpoint calls the head's projection."""
     return _stored_name(arch, HEAD)
+
+
+def older_name(arch: Arch, name: str) -> str:
+    """What the checkpoints of old releases call a tensor: mostly the same."""
+    return next((name.removesuffix(end) + old for end, old in arch.older.items() if name.endswith(end)), name)
+
+
+def renamed(arch: Arch, rename: Callable[[str], str]) -> Arch:
+    """The architecture whose tensors another layout calls otherwise."""
+    return dataclasses.replace(
+        arch,
+        names={path: rename(n) for path, n in arch.names.items()},
+        stacks={rename(n): tuple(map(rename, names)) for n, names in arch.stacks.items()},
+        ignore=tuple(map(rename, arch.ignore)),
+    )
+
+
+def has_own_head(arch: Arch) -> bool:
+    """Whether a base model lacks more of the head than the projection, which may be its table of words."""
+    head = HEAD.partition(".")[0] + "."
+    beside = [n for path, n in arch.names.items() if path.startswith(head) and not HEAD.startswith(path)]
+    return not all(n.startswith(arch.base) for n in beside)
 
 
 def part_names(arch: Arch, path: str, experts: int) -> tuple[str, ...]:

@@ -7,7 +7,18 @@ from typing import Any
 
 from llmexport.export import quantised, rope
 from llmexport.export.errors import ExportError
-from llmexport.export.keys import EQUAL, HARMLESS, HARMLESS_STARTS, NEUTRAL, NOT_NULL, QUANTISATION, SWITCHED
+from llmexport.export.keys import (
+    ANY,
+    CAUSAL,
+    EQUAL,
+    HARMLESS_STARTS,
+    NEUTRAL,
+    NEUTRAL_CAUSAL,
+    NEUTRAL_ENCODER,
+    NOT_NULL,
+    QUANTISATION,
+    SWITCHED,
+)
 from llmexport.export.values import as_integer, as_positive, key_name, same, show, visible, whole
 
 _REQUIRED = object()
@@ -125,9 +136,12 @@ class Config:
 
     rotary = rope.read
 
-    def finish(self) -> None:
-        """Raises ExportError if a key that could change the numbers was never read."""
-        unread = sorted(k for k in self._data if not self._says_nothing(k))
+    def finish(self, *, causal: bool) -> None:
+        """Raises ExportError if a key that could change the numbers was never read.
+
+        `causal`: the model is a decoder, else an encoder.
+        """
+        unread = sorted(k for k in self._data if not self._says_nothing(k, causal))
         for key in (k for k in QUANTISATION if k in unread):
             raise quantised.refusal(f"config.json: {key}", quantised.describe(self._data[key]))
         if unread:
@@ -137,10 +151,10 @@ class Config:
                 "Exporting without them could give a wrong model: report the checkpoint, so that they are read here"
             )
 
-    def _says_nothing(self, key: str) -> bool:
+    def _says_nothing(self, key: str, causal: bool) -> bool:
         """Whether a key was read, or cannot change what is exported."""
         value = self._data[key]
-        if key in self._read or key in HARMLESS or key.startswith(HARMLESS_STARTS):
+        if key in self._read or key in ANY or key.startswith(HARMLESS_STARTS) or (causal and key in CAUSAL):
             return True
         if value is None and key not in NOT_NULL:
             return True
@@ -153,4 +167,5 @@ class Config:
             # Who reads a window without its switch has one all the same, unless it is null.
             switched = [k for k, switch in SWITCHED.items() if switch == key]
             return all(k not in self._read or self._data.get(k, ...) is None for k in switched)
-        return any(same(value, v) for v in NEUTRAL.get(key, ()))
+        own = NEUTRAL_CAUSAL if causal else NEUTRAL_ENCODER
+        return any(same(value, v) for v in (*NEUTRAL.get(key, ()), *own.get(key, ())))

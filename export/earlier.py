@@ -11,12 +11,13 @@ from types import MappingProxyType
 from typing import Any
 
 from llmexport.export.errors import ExportError
+from llmexport.export.folder import INDEX
 from llmexport.export.workspace import sweep
 
+# The file by which each kind of output is known; a downloaded checkpoint has none of them.
 EXPORT, BLOCKS, RANDOM = "manifest.json", "blocks.json", "llmexport-random.json"
-INDEX = "model.safetensors.index.json"
-# What later commands add to an export.
-ADDED = {"model.plan", "engine.json", "report.json", "report.html"}
+# What later commands add to an export, beside a plan for each graph.
+ADDED = {"engine.json", "report.json", "report.html"}
 
 
 def check(target: Path, record: str) -> None:
@@ -60,9 +61,11 @@ def _export(folder: Path) -> set[str]:
     """The files of an export."""
     data = _read(folder / EXPORT)
     listed = {f["file"] for f in data["weights"]["files"]} | set(data.get("files", ()))
-    if type(data["format"]) is not int or not {"arch", "steps", "ops", "config"} <= data.keys():
+    if type(data["format"]) is not int or not {"arch", "blocks", "config"} <= data.keys():
         raise ValueError("not a manifest of ours")
-    return {EXPORT, "model.onnx"} | ADDED | listed
+    # One of an earlier version has one graph, and does not name it.
+    graphs = {f"{name}{end}" for name in data.get("graphs", ["model"]) for end in (".onnx", ".plan")}
+    return {EXPORT} | graphs | ADDED | listed
 
 
 def _blocks(folder: Path) -> set[str]:

@@ -1,42 +1,36 @@
-"""From an export to a TensorRT engine: `model.plan` and `engine.json`, in the export's own folder.
-
-The builder runs in a process of its own (`engine_build.py`), so that its crash is an error and not ours.
-"""
+"""From an export to TensorRT engines: `<graph>.plan` for each graph, and `engine.json`, in the export's own folder."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import hashlib
+import dataclasses
 import importlib.util
 import json
 import os
-import re
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llmexport.export import manifest
+from llmexport.export import builder, manifest
+from llmexport.export.engine_build import JOB, MODEL, PLAN
 from llmexport.export.errors import EngineError
-from llmexport.export.manifest import MODEL
-from llmexport.export.onnx_file import Progress, load
+from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.identity import WeightFile
+from llmexport.export.onnx_file import load
 from llmexport.export.output import write_errors
-from llmexport.export.spec import AXES, Assembly, Axis, Port, Sizes, summands
+from llmexport.export.profile import Profile
+from llmexport.export.progress import Progress, silent
+from llmexport.export.spec import Port, Sizes
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.export.workspace import workspace
 from llmexport.plugins import library
+from llmexport.plugins.dtypes import BY_TENSORRT
+from llmexport.plugins.regular import sha256
 
-PLAN = "model.plan"
 RECORD = "engine.json"
-FORMAT = 1
-COMMAND = (sys.executable, "-X", "faulthandler", "-m", "llmexport.export.engine_build")
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -61,68 +55,67 @@ BACKENDS = MappingProxyType(
     }
 )
 
-# Warnings after which TensorRT goes on with a part of the model left out or changed.
-ANOTHER_GRAPH = re.compile(
-    "Unused Input: |currently ignores|Ignoring shape|[Cc]lamp(ing to|ed)|not found in plugin node|wrong shape"
-)
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-TYPES |= {"INT32": "int32", "INT64": "int64", "BOOL": "bool", "UINT8": "uint8"}
+TYPES = {name: d.name for name, d in BY_TENSORRT.items()}
 
 
 @dataclass(frozen=True)
-class Profile:
-    """The sizes that an engine takes and is tuned for: (min, opt, max) of dynamic dimensions by name.
+class Plan:
+    """The engine of one graph.
 
-    What is not named has the sizes of its Axis; one that is a sum, as `total` is past + sequence, cannot be named.
+    model_sha256: of the graph's `.onnx`. inputs, outputs: with the dtypes of the engine. carried: as in the manifest.
+    layers: how many TensorRT read, by kind. plugins: how often each op is a plugin layer. messages: TensorRT's
+    warnings. seconds: how long the builder ran.
     """
 
-    sizes: Mapping[str, Sizes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, (low, opt, high) in self.sizes.items():
-            said = f"profile says {name}={low}:{opt}:{high}"
-            axis = AXES.get(name, Axis(name))
-            if axis.sum_of:
-                raise EngineError(f"{said}, but {name} is {' + '.join(axis.sum_of)}: name those")
-            if not axis.least <= low <= opt <= high < 2**31:
-                raise EngineError(f"{said}: make it {axis.least} <= min <= opt <= max < 2**31")
-
-    def resolve(self, ports: Iterable[Port]) -> dict[str, Sizes]:
-        """The sizes of every dynamic dimension of these ports. Raises EngineError on one that they lack."""
-        dims = {d for p in ports for d in p.shape if isinstance(d, str)}
-        free = {n for d in dims for n in summands(d)}
-        if stray := sorted(set(self.sizes) - free):
-            known = ", ".join(sorted(free))
-            raise EngineError(f"profile names {', '.join(stray)}: this export has the sizes {known}")
-        defaults = {a.name: a.profile for a in AXES.values() if a.profile}
-        sizes = {d: s for d, s in {**defaults, **self.sizes}.items() if d in free}
-        if unsaid := sorted(free - set(sizes)):
-            raise EngineError(f"{', '.join(unsaid)} has no default sizes: name it in --profile")
-        for dim in dims - free:
-            low, opt, high = map(sum, zip(*(sizes[n] for n in summands(dim)), strict=True))
-            sizes[dim] = (low, opt, high)
-            if high >= 2**31:
-                says = " and ".join(f"{sizes[n][2]} {n}" for n in summands(dim))
-                raise EngineError(f"profile says up to {says}: make their sum less than 2**31")
-        return sizes
+    file: str
+    bytes: int
+    sha256: str
+    model_sha256: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    carried: Mapping[str, str]
+    layers: Mapping[str, int]
+    plugins: Mapping[str, int]
+    messages: tuple[str, ...]
+    seconds: float
 
 
-def parse_profile(text: str) -> Profile:
-    """The profile in a text like `batch=1:1:4,sequence=1:64:512,past=0:512:2048`; `batch=4` is 4:4:4."""
-    sizes: dict[str, Sizes] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)=(\d{1,10})(?::(\d{1,10}):(\d{1,10}))?\s*", part, re.ASCII)
-        if not match:
-            raise EngineError(f"profile says {part!r}: write name=min:opt:max, as in batch=1:1:4, or batch=4")
-        name, low, opt, high = match.groups()
-        if name in sizes:
-            raise EngineError(f"profile names {name} twice")
-        sizes[name] = (int(low), int(opt or low), int(high or low))
-    return Profile(sizes)
+@dataclass(frozen=True)
+class Library:
+    """A plugin library, which must be loaded before the engine is."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What `engine.json` says: what all plans share, and the plan of each graph by name.
+
+    target: the GPUs that the plans run on. checked: how much of the weights was read. profile: (min, opt, max) of
+    each dynamic dimension.
+    """
+
+    backend: str
+    version: str
+    target: str
+    arch: str
+    block: str | None
+    dtype: str
+    weights: tuple[WeightFile, ...]
+    checked: str
+    profile: Mapping[str, Sizes]
+    plugins: tuple[Library, ...]
+    graphs: Mapping[str, Plan]
+
+    def as_data(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
 def check_backend(name: str) -> Backend:
     """The backend of that name. Raises EngineError with the command that installs it, if it is not here."""
+    if name not in BACKENDS:
+        raise EngineError(f"backend is {name!r}: choose one of {', '.join(BACKENDS)}")
     chosen = BACKENDS[name]
     if importlib.util.find_spec(chosen.module) is None:
         raise EngineError(f"{name} is not installed: {chosen.install}")
@@ -137,148 +130,106 @@ def build(
     plugins: Path | None = None,
     timeout: float | None = None,
     verify: bool = False,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Builds an engine of the export in `folder` and writes it there; returns what `engine.json` says.
+    progress: Progress = silent,
+) -> Engine:
+    """Builds an engine of every graph of the export in `folder` and writes them there, `engine.json` last.
 
     plugins: the plugin library, whose kernels take the place of the ops it serves; other ops, or all if it is
     None, are built from their function bodies.
 
-    timeout: seconds until the builder is given up, None to wait. Whatever fails, an earlier engine stays.
-    verify: every byte of the weights is held against the digests of the export. What was read of them is in "checked".
+    timeout: seconds until the builder of a graph is given up, None to wait. Whatever fails, earlier engines stay.
+    verify: every byte of the weights is held against the digests of the export.
     Raises EngineError, and ExportError if `folder` is no export, was changed since, or cannot be written.
     """
     chosen = check_backend(backend)
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
-    sizes = (profile or Profile()).resolve(export.assembly.inputs)
+    sizes = (profile or Profile()).resolve((p for g in export.graphs for p in g.assembly.inputs), export.blocks)
     if verify:
         progress("verify the weights", 0, 1)
         export = manifest.verified(export)
     served = library.served(plugins) if plugins else frozenset()
-    model, plugin_nodes = tensorrt_form(load(export), served)
-    with write_errors(folder / PLAN), workspace(folder) as work:
-        (work / MODEL).write_bytes(model.SerializeToString())
-        shapes = {p.name: _shapes(p, sizes) for p in export.assembly.inputs}
-        job = {"module": chosen.module, "model": str(folder / MODEL), "profile": shapes}
-        job |= {"library": str(plugins)} if plugin_nodes else {}
-        (work / "job.json").write_text(json.dumps(job))
-        record = {
-            "format": FORMAT,
-            "backend": backend,
-            "target": chosen.target,
-            **{k: export.data[k] for k in ("arch", "block", "dtype", "inputs", "outputs")},
-            "model_sha256": export.data["model_sha256"],
-            "weights": export.data["weights"]["files"],
-            "checked": export.checked,
-            "profile": sizes,
-            "plugins": [_library(plugins, plugin_nodes)] if plugins and plugin_nodes else [],
-            **_run(work, chosen.module, export.assembly, plugin_nodes, timeout, progress),
-            "plan": {"bytes": (work / PLAN).stat().st_size, "sha256": _sha256(work / PLAN)},
-        }
+    with write_errors(folder / plan_name(export.graphs[0].name)), workspace(folder) as work:
+        job = _Job(export, chosen.module, sizes, plugins, served, timeout, work, progress)
+        built = {g.name: job.build(i, g) for i, g in enumerate(export.graphs)}
+        plans = {name: plan for name, (plan, _) in built.items()}
+        used = any(p.plugins for p in plans.values())
+        engine = Engine(
+            backend,
+            next(version for _, version in built.values()),
+            chosen.target,
+            export.arch,
+            export.block,
+            export.dtype,
+            export.weights,
+            export.checked,
+            sizes,
+            (Library(str(plugins), _sha256(plugins)),) if plugins and used else (),
+            plans,
+        )
         export.check_untouched()
-        _place(work, folder, record)
-    progress("engine", 2, 2)
-    return record
+        _place(work, folder, engine)
+    progress("engine", 2 * len(plans), 2 * len(plans))
+    return engine
 
 
-def _library(path: Path, nodes: dict[str, str]) -> dict[str, Any]:
-    """What engine.json says of the plugin library: it must be loaded before the engine is."""
-    return {"file": str(path), "sha256": _sha256(path), "ops": dict(collections.Counter(nodes.values()))}
+def plan_name(graph: str) -> str:
+    return f"{graph}.plan"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The graphs of an export to build, each in a folder of its own in `work`."""
+
+    export: Export
+    module: str
+    sizes: Mapping[str, Sizes]
+    library: Path | None
+    served: frozenset[str]
+    timeout: float | None
+    work: Path
+    progress: Progress
+
+    def build(self, place: int, graph: ExportedGraph) -> tuple[Plan, str]:
+        """Leaves the plan of a graph, the `place`-th, in its folder; returns it and the version of TensorRT."""
+        steps, assembly, work = 2 * len(self.export.graphs), graph.assembly, self.work / graph.name
+        self.progress("engine: read", 2 * place, steps)
+        model, nodes = tensorrt_form(load(self.export, graph), self.served)
+        work.mkdir()
+        (work / MODEL).write_bytes(model.SerializeToString())
+        shapes = {p.name: _shapes(p, self.sizes) for p in assembly.inputs}
+        job = {"module": self.module, "model": str(self.export.folder / graph.file), "profile": shapes}
+        job |= {"library": str(self.library)} if nodes else {}
+        (work / JOB).write_text(json.dumps(job))
+        dtype = self.export.dtype
+        inputs, outputs = (tuple(p.typed(dtype) for p in ports) for ports in (assembly.inputs, assembly.outputs))
+
+        def check(read: builder.Network) -> None:
+            _check_plugins(nodes, read.plugins)
+            _check_ports(inputs, read.inputs)
+            _check_ports(outputs, read.outputs)
+            self.progress("engine: build", 2 * place + 1, steps)
+
+        ran = builder.run(work, self.module, self.timeout, check)
+        plan = Plan(
+            plan_name(graph.name),
+            (work / PLAN).stat().st_size,
+            _sha256(work / PLAN),
+            graph.sha256,
+            inputs,
+            outputs,
+            graph.carried,
+            ran.network.layers,
+            collections.Counter(nodes.values()),
+            ran.messages,
+            ran.seconds,
+        )
+        return plan, ran.network.version
 
 
 def _shapes(port: Port, sizes: Mapping[str, Sizes]) -> list[list[int]]:
     """Its least, best and largest shape."""
     return [[d if isinstance(d, int) else sizes[d][i] for d in port.shape] for i in range(3)]
-
-
-def _run(
-    work: Path,
-    module: str,
-    export: Assembly,
-    plugin_nodes: dict[str, str],
-    timeout: float | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Runs the job in `work`, which leaves the plan there; returns what `engine.json` says about the run."""
-    start = time.monotonic()
-    messages: collections.deque[str] = collections.deque(maxlen=20)
-    facts: dict[str, Any] = {}
-    built = False
-    progress("engine: read", 0, 2)
-    with _builder(work, module, timeout) as child:
-        for line in child.stdout or ():
-            if not line.endswith("\n"):
-                # It died in the middle of an event.
-                break
-            match json.loads(line):
-                case ["log", text]:
-                    messages.append(text)
-                    if ANOTHER_GRAPH.search(text):
-                        raise EngineError(f"TensorRT would build another graph than the model's: {text}")
-                case ["parsed", inputs, outputs, plugin_layers, facts]:
-                    _check_plugins(plugin_nodes, plugin_layers)
-                    _check_ports(export.inputs, inputs)
-                    _check_ports(export.outputs, outputs)
-                    progress("engine: build", 1, 2)
-                case ["unreadable", reasons]:
-                    raise EngineError(f"TensorRT cannot read the model: {'; '.join(reasons)}")
-                case ["unbuildable"]:
-                    raise EngineError("\n  ".join(["TensorRT cannot build the model:", *messages]))
-                case ["unwritable", code]:
-                    raise OSError(code, os.strerror(code))
-                case ["built"]:
-                    built = True
-        code = child.wait()
-    seconds = time.monotonic() - start
-    if code or not built:
-        late = timeout is not None and seconds >= timeout
-        reason = f"was stopped after {timeout:g} s, see --timeout" if late else _reason(code)
-        raise EngineError("\n  ".join([f"TensorRT's builder {reason}", *messages, *_tail(work / "stderr")]))
-    return {**facts, "messages": list(dict.fromkeys(messages)), "seconds": round(seconds, 2)}
-
-
-@contextlib.contextmanager
-def _builder(work: Path, module: str, timeout: float | None) -> Iterator[subprocess.Popen[str]]:
-    """The builder's process. It has ended afterwards, whatever happens."""
-    pipe = subprocess.PIPE
-    (work / "links").mkdir()
-    with (
-        open(work / "stderr", "xb") as stderr,
-        # From `work`, as `-m` looks for modules where it is first.
-        subprocess.Popen(
-            [*COMMAND, str(work)],
-            cwd=work,
-            env=library.builder_environment(module, work / "links"),
-            stdin=pipe,
-            stdout=pipe,
-            stderr=stderr,
-            text=True,
-        ) as child,
-    ):
-        timer = threading.Timer(timeout or 0, child.kill)
-        try:
-            if timeout is not None:
-                timer.start()
-            yield child
-        finally:
-            timer.cancel()
-            child.kill()
-            child.wait()
-
-
-def _reason(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    name = signal.Signals(-code).name
-    return f"was killed by {name}" + (", as happens when memory runs out" if name == "SIGKILL" else "")
-
-
-def _tail(path: Path) -> list[str]:
-    """The last lines of a log of any size."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 4000))
-        return file.read().decode(errors="replace").splitlines()[-20:]
 
 
 def _check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
@@ -297,19 +248,17 @@ def _check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
             raise EngineError(f"TensorRT reads {name} as {read.get(name)}, the export says {said.get(name)}")
 
 
-def _place(work: Path, folder: Path, record: dict[str, Any]) -> None:
+def _place(work: Path, folder: Path, engine: Engine) -> None:
     with open(work / RECORD, "x") as file:
-        json.dump(record, file, indent=1)
+        json.dump(engine.as_data(), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    # The record last: its digest of the plan says whether the two belong together.
-    for name in (PLAN, RECORD):
-        os.replace(work / name, folder / name)
+    for name, plan in engine.graphs.items():
+        os.replace(work / name / PLAN, folder / plan.file)
+    # The record last: its digests of the plans say whether they belong together.
+    os.replace(work / RECORD, folder / RECORD)
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha256(file)

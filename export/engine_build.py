@@ -22,6 +22,7 @@ from typing import Any
 
 from llmexport.plugins import library
 
+JOB, MODEL, PLAN = "job.json", "model.onnx", "model.plan"  # in the folder of a job
 Tell = Callable[..., None]
 PR_SET_PDEATHSIG = 1
 LONGEST = 1000  # characters of a message that are passed on
@@ -34,13 +35,13 @@ def main(folder: Path) -> None:
     # Both: only Linux has the first, and the second waits while TensorRT holds the interpreter.
     _die_with_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    job = json.loads((folder / "job.json").read_bytes())
+    job = json.loads((folder / JOB).read_bytes())
     trt = importlib.import_module(job["module"])
-    plan = _build(trt, job, (folder / "model.onnx").read_bytes(), tell)
+    plan = _build(trt, job, (folder / MODEL).read_bytes(), tell)
     if plan is None:
         return
     try:
-        with open(folder / "model.plan", "xb") as file:
+        with open(folder / PLAN, "xb") as file:
             file.write(plan)
             file.flush()
             os.fsync(file.fileno())

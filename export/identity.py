@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmexport.export.checkpoint import MAX_HEADER, Shard, read_header
 from llmexport.export.errors import ExportError
@@ -26,6 +24,23 @@ SAYS = {
 }
 
 
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file of an export: its size, how it was placed there, digests of it, and its stamp then.
+
+    `whole_sha256` is None where nobody has read every byte yet.
+    """
+
+    file: str
+    bytes: int
+    placed: str
+    header_sha256: str
+    sample_sha256: str
+    whole_sha256: str | None
+    inode: int
+    mtime_ns: int
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """A weight file as it was found: how much was read of it, and its stamp then."""
@@ -34,20 +49,18 @@ class Held:
     stamp: Stamp
 
 
-def identify(path: Path, shard: Shard, placed: str, *, whole: bool) -> dict[str, Any]:
-    """What a manifest says of a weight file that was placed so. Raises ExportError if it is not `shard` any more."""
-    entry = {"file": path.name, "bytes": shard.nbytes, "header_sha256": shard.header_sha256, "placed": placed}
+def identify(path: Path, shard: Shard, placed: str, *, whole: bool) -> WeightFile:
+    """A weight file that was placed so, as it is now. Raises ExportError if it is not `shard` any more."""
     before = stamp(path)
-    digests = {"sample_sha256": sample(path, shard.nbytes)}
-    if whole:
-        digests["whole_sha256"] = whole_digest(path)
+    sampled, digest = sample(path, shard.nbytes), whole_digest(path) if whole else None
     # A link shares its file with whoever writes to the checkpoint.
     if before.nbytes != shard.nbytes or _header_digest(path) != shard.header_sha256 or stamp(path) != before:
         raise ExportError(f"{path.name} changed while it was exported: export again when nothing writes to it any more")
-    return entry | digests | {"inode": before.inode, "mtime_ns": before.mtime_ns}
+    header = shard.header_sha256
+    return WeightFile(path.name, shard.nbytes, placed, header, sampled, digest, before.inode, before.mtime_ns)
 
 
-def examine(path: Path, said: Mapping[str, Any], *, moved: bool, whole: bool = False) -> Held:
+def examine(path: Path, said: WeightFile, *, moved: bool, whole: bool = False) -> Held:
     """Hold a weight file against what the manifest says of it; `whole` reads every byte.
 
     A hard-linked shard is the checkpoint's own file: whoever overwrites one changes the other. So a file of another
@@ -59,17 +72,16 @@ def examine(path: Path, said: Mapping[str, Any], *, moved: bool, whole: bool = F
     _, shard = read_header(path)
     now = shard.stamp
     found = [shard.nbytes, shard.header_sha256, sample(path, shard.nbytes)]
-    if found != [said["bytes"], said["header_sha256"], said["sample_sha256"]]:
+    if found != [said.bytes, said.header_sha256, said.sample_sha256]:
         raise changed(path)
     if shard.nbytes <= PAGES * PAGE:
         # The pages are all of it.
         return Held(WHOLE, now)
-    same_time, same_inode = now.mtime_ns == said["mtime_ns"], now.inode == said["inode"]
+    same_time, same_inode = now.mtime_ns == said.mtime_ns, now.inode == said.inode
     known = same_time and same_inode
     written = not known and (same_inode or not moved)
-    digest = said.get("whole_sha256")
-    if (whole or not known) and digest is not None:
-        if whole_digest(path) != digest:
+    if (whole or not known) and said.whole_sha256 is not None:
+        if whole_digest(path) != said.whole_sha256:
             raise changed(path)
         return Held(WHOLE, now)
     if whole:

@@ -6,31 +6,36 @@ from types import MappingProxyType
 
 # Keys that do not change what the exported graph computes, whatever they hold: training, generation, bookkeeping.
 # fmt: off
-HARMLESS = frozenset(
+ANY = frozenset(
     {
         "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
-        "_flash_attn_2_enabled", "_name_or_path", "add_cross_attention", "architectures",
-        "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "attn_pdrop", "bad_words_ids",
-        "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
-        "classifier_dropout", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
-        "do_sample", "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id",
-        "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
-        "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range",
-        "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length", "max_position_embeddings",
-        "max_sequence_length", "min_length", "model_max_length", "model_type", "name", "neftune_noise_alpha",
-        "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences",
-        "output_attentions", "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id",
-        "prefix", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty", "resid_dropout",
-        "resid_pdrop", "return_dict", "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise",
-        "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
-        "tie_encoder_decoder", "tokenizer_class", "tokenizer_model_max_length", "top_k", "top_p", "torch_dtype",
-        "torchscript", "transformers.js_config", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
-        "use_flash_attention", "use_flash_attention_2", "use_flash_attn",
+        "_flash_attn_2_enabled", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+        "attn_implementation", "attn_pdrop", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+        "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id",
+        "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size",
+        "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+        "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "id2label",
+        "initializer_range", "label2id", "length_penalty", "max_length", "max_sequence_length", "min_length",
+        "model_max_length", "model_type", "name", "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups",
+        "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states",
+        "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+        "remove_invalid_values", "repetition_penalty", "resid_dropout", "resid_pdrop", "return_dict",
+        "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "suppress_tokens",
+        "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "tokenizer_model_max_length",
+        "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
+        "use_bfloat16", "use_cache", "use_flash_attention", "use_flash_attention_2", "use_flash_attn",
+    }
+)
+# The same in a causal decoder: one by its family, whatever these say, and without a table of positions.
+CAUSAL = frozenset(
+    {
+        "add_cross_attention", "cross_attention_hidden_size", "is_decoder", "is_encoder_decoder",
+        "max_position_embeddings", "tie_encoder_decoder",
     }
 )
 # fmt: on
-# What a tool writes under names of its own.
-HARMLESS_STARTS = ("unsloth_",)
+# What a tool writes under names of its own, and the sizes of a pooler, which no exported head reads.
+HARMLESS_STARTS = ("pooler_", "unsloth_")
 
 # Features that an architecture which does not read the key does not have: the values at which it is not in use.
 NEUTRAL = MappingProxyType(
@@ -40,7 +45,6 @@ NEUTRAL = MappingProxyType(
         "embedding_multiplier": (1,),
         "full_attn_mod": (1,),
         "interpolate_factor": (1,),
-        "is_causal": (True,),
         "language_model_only": (False,),
         "lm_head_bias": (False,),
         "logit_scale": (1,),
@@ -58,13 +62,26 @@ NEUTRAL = MappingProxyType(
         "use_qk_norm": (False,),
     }
 )
+# The same of one kind of model: a causal decoder, or an encoder, which the first key of these would make the other.
+NEUTRAL_CAUSAL = MappingProxyType({"is_causal": (True,)})
+NEUTRAL_ENCODER = MappingProxyType(
+    {
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+        "directionality": ("bidi",),
+        "is_causal": (False,),
+        "is_encoder_decoder": (False,),
+        "tie_encoder_decoder": (False,),
+    }
+)
 
 # Keys that say again what another says.
 EQUAL = MappingProxyType({"sliding_window_size": "sliding_window"})
 
-# Keys that say nothing while the switch is off that another key is.
 # Keys whose null is not their absence: transformers takes a null is_causal for false.
 NOT_NULL = frozenset({"is_causal"})
+
+# Keys that say nothing while the switch is off that another key is.
 SWITCHED = MappingProxyType({"sliding_window": "use_sliding_window", "max_window_layers": "use_sliding_window"})
 
 # Where quantisation is spoken of; MLX writes the first twice, under both names.

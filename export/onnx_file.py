@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder with `model.onnx`: trace, stitch, fuse, bind, write."""
+"""From a checkpoint to a folder with one `.onnx` for each graph: trace, stitch, fuse, bind, write."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 
 from llmexport.export import cache, manifest, weights
-from llmexport.export.archs import Named, as_stored, text_config
+from llmexport.export.archs import Named, as_stored, text_config, whole_names
 from llmexport.export.assembly import (
     alone,
     find_block,
@@ -26,31 +26,27 @@ from llmexport.export.assembly import (
 )
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
+from llmexport.export.earlier import BLOCKS
 from llmexport.export.errors import ExportError
+from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.identity import changed, identify
-from llmexport.export.manifest import MODEL, Manifest
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
-from llmexport.export.spec import OPSET, Assembly, Block, Model, Port, Step, to_data
+from llmexport.export.progress import Progress, silent
+from llmexport.export.spec import DTYPES, OPSET, Assembly, Block, Graph, Model, Port, Step, to_data
+from llmexport.export.stamp import stamp
 from llmexport.export.wanted import wanted_parameters
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
+from llmexport.graphs.fusion import Fused
 from llmexport.graphs.stitch import Piece, stitch
+from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.regular import read_regular
 from llmexport.plugins.spec import Attribute
 
 MOST_MODEL = 2**31 - 1  # bytes, protobuf's own limit
-BLOCKS = "blocks.json"
-ELEMENT_TYPES = {
-    "float32": onnx.TensorProto.FLOAT,
-    "float16": onnx.TensorProto.FLOAT16,
-    "bfloat16": onnx.TensorProto.BFLOAT16,
-    "int32": onnx.TensorProto.INT32,
-    "int64": onnx.TensorProto.INT64,
-    "bool": onnx.TensorProto.BOOL,
-}
-# Told of each step of a long job: what is done, how many of how many.
-Progress = Callable[[str, int, int], None]
+WEIGHTS = ("auto", "link", "copy")
+TARGETS = ("portable", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -69,6 +65,11 @@ class Request:
     target: str = "portable"
     digest: bool = False
 
+    def __post_init__(self) -> None:
+        for name, choices in (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS)):
+            if (said := getattr(self, name)) not in choices:
+                raise ExportError(f"{name} is {said!r}: choose one of {', '.join(choices)}")
+
 
 def read_model(arch: Named, config: Mapping[str, Any]) -> Model:
     """The model that a config describes. Raises ExportError on what this architecture does not understand."""
@@ -79,7 +80,7 @@ def read_noted(arch: Named, config: Mapping[str, Any]) -> tuple[Model, list[str]
     """The same, with sentences on what the config says and the graph leaves out."""
     keys = Config(text_config(arch.arch, config))
     model = arch.arch.build(keys)
-    keys.finish()
+    keys.finish(causal=any(g.carried for g in model.graphs))
     return model, keys.notes
 
 
@@ -91,7 +92,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     model, notes = read_noted(request.arch, request.checkpoint.config)
     stored = request.checkpoint.tensors
     arch = as_stored(request.arch, stored)
-    start = arch.arch.names["layers.{i}."].partition("{i}")[0]
+    start = next(n for n in arch.arch.names.values() if "{i}" in n).partition("{i}")[0]
     held = {n.removeprefix(start).partition(".")[0] for n in stored if n.startswith(start)}
     layers = sum(s.path.startswith("layers.") for s in model.steps)
     if held and layers > len(held):
@@ -109,25 +110,26 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     return dataclasses.replace(request, arch=arch), model, notes
 
 
-def write(request: Request, target: Path, *, force: bool, progress: Progress) -> dict[str, Any]:
-    """Exports the whole model or one block to the folder `target`, which appears whole or not at all.
-
-    Returns its manifest.
-    """
+def write(request: Request, target: Path, *, force: bool = False, progress: Progress = silent) -> Export:
+    """Exports the whole model or one block to the folder `target`, which appears whole or not at all."""
     with new_export(request, target, force=force) as folder:
-        return fill(request, folder, progress)
+        export = fill(request, folder, progress)
+    return dataclasses.replace(export, folder=target)
 
 
-def write_blocks(request: Request, target: Path, *, force: bool, progress: Progress) -> dict[str, Any]:
-    """Exports every block alone, each to a folder of its name in `target`; returns the manifests by name."""
+def write_blocks(
+    request: Request, target: Path, *, force: bool = False, progress: Progress = silent
+) -> dict[str, Export]:
+    """Exports every block alone, each to a folder of its name in `target`; returns them by name."""
     names = named_blocks(open_model(request)[1])
     with new_export(request, target, force=force, marker=BLOCKS) as folder:
-        records = {}
+        exports = {}
         for name in names:
             (folder / name).mkdir()
-            records[name] = fill(dataclasses.replace(request, block=name), folder / name, progress)
+            export = fill(dataclasses.replace(request, block=name), folder / name, progress)
+            exports[name] = dataclasses.replace(export, folder=target / name)
         (folder / BLOCKS).write_text(json.dumps({"made_by": "llmexport", "blocks": list(names)}))
-    return records
+    return exports
 
 
 @contextmanager
@@ -139,51 +141,67 @@ def new_export(request: Request, target: Path, *, force: bool, marker: str = man
         yield folder
 
 
-def fill(request: Request, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Exports into an empty folder; returns the manifest."""
+def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
+    """Exports into an empty folder, and reads back what lies there."""
     request, model, notes = open_model(request)
-    assembly = model.graphs[0].assembly if request.block is None else alone(find_block(model, request.block))
-    built = build(request, model, assembly, progress)
-    used = {request.checkpoint.tensors[n].file for p in built.wanted.values() for n in p.sources}
-    shards = [s for s in request.checkpoint.shards if s.file in used]
+    arch, checkpoint = request.arch.arch, request.checkpoint
+    graphs = model.graphs if request.block is None else (alone(find_block(model, request.block)),)
+    own = {g.name: wanted_parameters(arch, checkpoint, model, g.assembly) for g in graphs}
+    wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
+    # A trace takes seconds: what does not fit is told before.
+    _check_weights(request, model, wanted)
+    built = [build(request, g, own[g.name], progress) for g in graphs]
+    used = {checkpoint.tensors[n].file for p in wanted for n in p.sources}
+    shards = [s for s in checkpoint.shards if s.file in used]
     progress(f"weights ({len(shards)} files)", 0, 1)
-    placed = place_weights({request.checkpoint.folder / s.file: s.stamp for s in shards}, folder, request.weights)
-    files = [identify(folder / s.file, s, placed[s.file], whole=request.digest) for s in shards]
-    check_config(request.checkpoint)
+    placed = place_weights({checkpoint.folder / s.file: s.stamp for s in shards}, folder, request.weights)
+    files = tuple(identify(folder / s.file, s, placed[s.file], whole=request.digest) for s in shards)
+    check_config(checkpoint)
     # A block is no model that a tokenizer belongs to.
-    companions = place_companions(request.checkpoint, folder) if request.block is None else {}
+    companions = place_companions(checkpoint, folder) if request.block is None else {}
     progress("weights", 1, 1)
-    record = manifest.record(request, assembly, built, files) | {"notes": notes}
-    data = built.proto.SerializeToString(deterministic=True)
-    record = manifest.finish(folder, record, companions, data)
-    (folder / MODEL).write_bytes(data)
-    (folder / manifest.NAME).write_bytes(manifest.encode(record))
-    return record
+    for graph, data in built:
+        (folder / graph.file).write_bytes(data)
+    export = Export(
+        folder,
+        request.arch.name,
+        request.block,
+        request.dtype,
+        request.target,
+        OPSET,
+        tuple(graph for graph, _ in built),
+        files,
+        checkpoint.config,
+        text_config(arch, checkpoint.config),
+        whole_names(arch, checkpoint.config),
+        arch.reference,
+        cache.versions(),
+        tuple(notes),
+        companions,
+        stamp(folder).inode,
+    )
+    (folder / manifest.NAME).write_bytes(manifest.encode(manifest.as_data(export)))
+    return manifest.read(folder)
 
 
-@dataclass(frozen=True)
-class Built:
-    """The finished graph; what the passes did; how often each custom op occurs; the weights it wants, by their
-    name in the checkpoint; and the weights of each step, by the path in its block, with the names of all its parts
-    where the checkpoint has it in parts."""
-
-    proto: onnx.ModelProto
-    fusions: dict[str, dict[str, Any]]
-    ops: dict[str, int]
-    wanted: dict[str, weights.Parameter]
-    step_weights: dict[str, dict[str, str | list[str]]]
-
-
-def build(request: Request, model: Model, assembly: Assembly, progress: Progress) -> Built:
-    """The graph of an assembly, its weights bound to the checkpoint's tensors where they lie."""
-    arch, dtype = request.arch.arch, request.dtype
-    own = wanted_parameters(arch, request.checkpoint, model, assembly)
-    wanted = {p.name: p for parameters in own.values() for p in parameters.values()}
+def _check_weights(request: Request, model: Model, wanted: list[weights.Parameter]) -> None:
+    """Raise ExportError unless the checkpoint holds what the graphs want, and nothing that they leave unsaid."""
+    arch = request.arch.arch
     ignore = arch.ignore
     for copy, original in tied_names(arch, model):
         ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
-    # A trace takes seconds: what does not fit is told before.
-    weights.check(wanted, request.checkpoint, ignore, whole=request.block is None, head=head_name(arch))
+    by_name = {p.name: p for p in wanted}
+    weights.check(by_name, request.checkpoint, ignore, whole=request.block is None, head=head_name(arch))
+
+
+def build(
+    request: Request, graph: Graph, own: Mapping[str, Mapping[str, weights.Parameter]], progress: Progress = silent
+) -> tuple[ExportedGraph, bytes]:
+    """A graph with its weights bound to the checkpoint's tensors where they lie, and its file.
+
+    own: the weights that each step wants, by the path in its block.
+    """
+    assembly, dtype = graph.assembly, request.dtype
     graphs = trace_all(assembly.blocks, dtype, progress)
     values = {
         s.name: dict(zip((p.name for p in s.block.inputs), s.inputs, strict=True))
@@ -191,10 +209,8 @@ def build(request: Request, model: Model, assembly: Assembly, progress: Progress
         | dict(zip((p.name for p in s.block.outputs), s.outputs, strict=True))
         for s in assembly.steps
     }
-    step_weights: dict[str, dict[str, str | list[str]]] = {
-        name: {path: list(p.parts) or p.name for path, p in parameters.items()} for name, parameters in own.items()
-    }
-    stored = {n: weights.stored_type(p, request.checkpoint) for n, p in wanted.items() if p.as_stored}
+    wanted = {p.name: p for parameters in own.values() for p in parameters.values()}
+    stored = {n: weights.stored_type(p, request.checkpoint) for n, p in wanted.items() if p.dtype != "T"}
 
     def make() -> bytes:
         pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]
@@ -202,10 +218,14 @@ def build(request: Request, model: Model, assembly: Assembly, progress: Progress
 
     key = [to_data(assembly), values, dtype, request.target, stored, [p.__name__ for p in pipeline.PIPELINE]]
     proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
-    fusions = {p.key: json.loads(p.value) for p in proto.metadata_props}
+    fusions = {p.key: Fused(**json.loads(p.value)) for p in proto.metadata_props}
     del proto.metadata_props[:]
-    weights.bind(proto, wanted, request.checkpoint, ELEMENT_TYPES[dtype])
-    return Built(proto, fusions, bodies.count(proto), wanted, step_weights)
+    weights.bind(proto, wanted, request.checkpoint, BY_NAME[dtype].onnx)
+    data = proto.SerializeToString(deterministic=True)
+    names = {step: {path: p.parts or p.name for path, p in parameters.items()} for step, parameters in own.items()}
+    digest = hashlib.sha256(data).hexdigest()
+    counts = bodies.count(proto)
+    return ExportedGraph(graph.name, assembly, graph.carried, names, counts, fusions, digest), data
 
 
 def join(
@@ -222,31 +242,31 @@ def join(
     if target == "portable":
         bodies.attach_bodies(proto, load_body)
     for name, fused in fusions.items():
-        proto.metadata_props.add(key=name, value=json.dumps({"count": fused.count, "refused": fused.refused}))
+        proto.metadata_props.add(key=name, value=json.dumps(dataclasses.asdict(fused)))
     return proto
 
 
-def load(found: Manifest) -> onnx.ModelProto:
-    """The model of an export without its weights, and with the bodies of its ops, whatever its target.
+def load(export: Export, graph: ExportedGraph) -> onnx.ModelProto:
+    """A graph of an export without its weights, and with the bodies of its ops, whatever the export's target.
 
-    Raises ExportError if it is missing or another than was exported.
+    Raises ExportError if its file is missing or another than was exported.
     """
-    path = found.folder / MODEL
+    path = export.folder / graph.file
     try:
         data = read_regular(path, MOST_MODEL)
     except FileNotFoundError as error:
         raise ExportError(f"{path} is missing from the export: export again") from error
     except OSError as error:
         raise ExportError(f"cannot read {path}: {error.strerror}: export again") from error
-    if hashlib.sha256(data).hexdigest() != found.data["model_sha256"]:
+    if hashlib.sha256(data).hexdigest() != graph.sha256:
         raise changed(path)
     proto = onnx.ModelProto.FromString(data)
-    if found.data["target"] == "tensorrt":
+    if export.target == "tensorrt":
         bodies.attach_bodies(proto, load_body)
     return proto
 
 
-def trace_all(blocks: tuple[Block, ...], dtype: str, progress: Progress) -> dict[Block, onnx.ModelProto]:
+def trace_all(blocks: tuple[Block, ...], dtype: str, progress: Progress = silent) -> dict[Block, onnx.ModelProto]:
     """The graph of every distinct block, from the cache or traced now."""
     graphs = {}
     for i, block in enumerate(blocks):
@@ -278,11 +298,12 @@ def load_body(
 
 
 def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:
-    element = ELEMENT_TYPES[dtype if port.dtype == "T" else port.dtype]
-    return onnx.helper.make_tensor_value_info(port.name, element, list(port.shape))
+    return onnx.helper.make_tensor_value_info(port.name, BY_NAME[port.typed(dtype).dtype].onnx, list(port.shape))
 
 
 def cut_step(model: onnx.ModelProto, step: Step, dtype: str) -> onnx.ModelProto:
     """The part of an exported model that computes one step; weights stay where they are."""
-    inputs = [value_info(Port(n, p.shape, p.dtype), dtype) for n, p in zip(step.inputs, step.block.inputs, strict=True)]
+    inputs = [
+        value_info(dataclasses.replace(p, name=n), dtype) for n, p in zip(step.inputs, step.block.inputs, strict=True)
+    ]
     return cut(model, inputs, step.outputs)

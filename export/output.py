@@ -41,7 +41,7 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool, marker: str = "manifest.json") -> Iterator[Path]:
+def new_folder(target: Path, *, force: bool, marker: str = earlier.EXPORT) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` if the block ends well and is removed if it does not.
 
     With `force` it takes the place of an empty folder or of an earlier output, known by its file `marker` and

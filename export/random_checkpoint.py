@@ -18,16 +18,15 @@ from safetensors.numpy import save_file
 from llmexport.export import weights
 from llmexport.export.archs import Named
 from llmexport.export.assembly import checkpoint_name, part_names, parts
-from llmexport.export.checkpoint import INDEX, ITEMSIZE
+from llmexport.export.checkpoint import INDEX
+from llmexport.export.earlier import RANDOM
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
-from llmexport.export.spec import MXFP4_BLOCK, Block, GatedNorm, Norm
+from llmexport.export.spec import ANY_FLOAT, Block, GatedNorm, Norm
 from llmexport.export.wanted import load_parameters
+from llmexport.plugins.dtypes import BY_NAME
 
-MARKER = "llmexport-random.json"  # what --force may replace: a downloaded checkpoint has none
-SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-SCALE_BIAS = 127  # of MXFP4: a scale of this is 1
 MOST_TENSORS = 2**18  # the largest published models have a quarter of that
 MOST_BYTES = 2**44  # seven times the largest published models in fp32
 ROWS = 2**22  # values drawn at a time: what bounds the memory beyond one shard
@@ -50,55 +49,63 @@ def write(
     that leaving one out shows. The same seed gives the same bytes. Holds one shard in memory. `hollow`: the files are
     holes that read as zeros and take no space, of any size.
     """
-    config = {"architectures": [arch.arch.causal_lm], "model_type": arch.arch.model_types[0], "dtype": dtype} | dict(
-        config or arch.arch.tiny
-    )
+    config = {
+        "architectures": [arch.arch.reference.model_class],
+        "model_type": arch.arch.model_types[0],
+        "dtype": dtype,
+    } | dict(config or arch.arch.tiny)
     parameters: dict[str, _Parameter] = {}
-    for name, parameter in _parameters(arch, config):
+    for name, parameter in _parameters(arch, config, dtype):
         parameters[name] = parameter
         if len(parameters) > MOST_TENSORS:
             raise ExportError(
                 f"the config asks for more than {MOST_TENSORS} tensors: are its numbers of layers and experts meant?"
             )
-    _check_room(target, sum(_size(p, np.dtype(dtype).itemsize) for p in parameters.values()), hollow)
-    shards = _split(parameters, shard_bytes, np.dtype(dtype).itemsize)
-    with new_folder(target, force=force, marker=MARKER) as folder:
+    _check_room(target, sum(p.nbytes for p in parameters.values()), hollow)
+    shards = _split(parameters, shard_bytes)
+    with new_folder(target, force=force, marker=RANDOM) as folder:
         index: dict[str, str] = {}
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
             if hollow:
-                _write_holes(folder / file, {n: parameters[n] for n in names}, dtype)
+                _write_holes(folder / file, {n: parameters[n] for n in names})
             else:
-                tensors = {n: _draw(n, parameters[n], dtype, seed) for n in names}
+                tensors = {n: _draw(n, parameters[n], seed) for n in names}
                 save_file(tensors, folder / file, metadata={"format": "pt"})
             index |= dict.fromkeys(names, file)
-        (folder / MARKER).write_text(json.dumps({"made_by": "llmexport", "seed": seed}))
+        (folder / RANDOM).write_text(json.dumps({"made_by": "llmexport", "seed": seed}))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
 
 
 @dataclass(frozen=True)
 class _Parameter:
-    """What to draw: numbers about `mean`; or bytes, if they are packed numbers."""
+    """What to draw: numbers about `mean`, or evenly from `usual`."""
 
     shape: tuple[int, ...]
+    dtype: str
     mean: float
-    packed: bool
+    usual: tuple[float, float] | None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * BY_NAME[self.dtype].bits // 8
 
 
-def _parameters(arch: Named, config: Mapping[str, Any]) -> Iterator[tuple[str, _Parameter]]:
+def _parameters(arch: Named, config: Mapping[str, Any], dtype: str) -> Iterator[tuple[str, _Parameter]]:
     """Name in the checkpoint of every parameter, and what it is."""
     model = read_model(arch, config)
-    shapes = {block: load_parameters(block) for block in {s.block for s in model.steps}}
+    stored_as = {block: load_parameters(block) for block in {s.block for s in model.steps}}
     for step in model.steps:
         means = {part.path: mean for part in parts(step) if (mean := _mean(part.block)) is not None}
-        for path, (shape, packed) in shapes[step.block].items():
-            full = step.path + path
+        for path, tensor in stored_as[step.block].items():
+            full, shape = step.path + path, tensor.shape
             mean = next((m for start, m in means.items() if full == f"{start}weight"), 0.0)
             names = part_names(arch.arch, full, shape[0]) if arch.arch.in_parts else ()
-            wanted = weights.Parameter(checkpoint_name(arch.arch, model, full), shape, names)
+            wanted = weights.Parameter(checkpoint_name(arch.arch, model, full), shape, names, group=tensor.group)
+            kind = dtype if tensor.dtype in ANY_FLOAT else tensor.dtype
             for name in wanted.sources:
-                yield name, _Parameter(wanted.part_shape, mean, packed)
+                yield name, _Parameter(wanted.grouped_shape, kind, mean, tensor.usual)
 
 
 def _mean(block: Block) -> float | None:
@@ -106,10 +113,6 @@ def _mean(block: Block) -> float | None:
     if isinstance(block, Norm):
         return 1.0 - block.offset
     return 1.0 if isinstance(block, GatedNorm) else None
-
-
-def _size(parameter: _Parameter, itemsize: int) -> int:
-    return math.prod(parameter.shape) * (1 if parameter.packed else itemsize)
 
 
 def _check_room(target: Path, size: int, hollow: bool) -> None:
@@ -126,26 +129,25 @@ def _check_room(target: Path, size: int, hollow: bool) -> None:
         )
 
 
-def _split(parameters: Mapping[str, _Parameter], limit: int, itemsize: int) -> list[list[str]]:
+def _split(parameters: Mapping[str, _Parameter], limit: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     room = limit
     for name, parameter in parameters.items():
-        size = _size(parameter, itemsize)
-        if shards[-1] and size > room:
+        if shards[-1] and parameter.nbytes > room:
             shards.append([])
             room = limit
         shards[-1].append(name)
-        room -= size
+        room -= parameter.nbytes
     return shards
 
 
-def _write_holes(path: Path, parameters: Mapping[str, _Parameter], dtype: str) -> None:
+def _write_holes(path: Path, parameters: Mapping[str, _Parameter]) -> None:
     """A safetensors file whose data is one hole."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, parameter in parameters.items():
-        kind = "U8" if parameter.packed else SAFETENSORS[dtype]
-        start, end = end, end + math.prod(parameter.shape) * ITEMSIZE[kind]
+        start, end = end, end + parameter.nbytes
+        kind = BY_NAME[parameter.dtype].safetensors
         header[name] = {"dtype": kind, "shape": parameter.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with path.open("wb") as file:
@@ -153,22 +155,17 @@ def _write_holes(path: Path, parameters: Mapping[str, _Parameter], dtype: str) -
         file.truncate(file.tell() + end)
 
 
-def _draw(name: str, parameter: _Parameter, dtype: str, seed: int) -> np.ndarray:
+def _draw(name: str, parameter: _Parameter, seed: int) -> np.ndarray:
     random = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    shape = parameter.shape
-    if parameter.packed:
-        return _draw_packed(random, name, shape)
+    shape, dtype = parameter.shape, np.dtype(parameter.dtype)
+    if parameter.usual:
+        low, high = parameter.usual
+        if np.issubdtype(dtype, np.integer):
+            return random.integers(int(low), int(high), shape, dtype)
+        return random.uniform(low, high, shape).astype(dtype)
     deviation = 0.2 if len(shape) == 1 else 0.6 * shape[-1] ** -0.5
-    values = np.empty(math.prod(shape), np.dtype(dtype))
+    values = np.empty(math.prod(shape), dtype)
     for start in range(0, values.size, ROWS):
         part = random.standard_normal(min(ROWS, values.size - start), np.float32)
         values[start : start + ROWS] = part * deviation + parameter.mean
     return values.reshape(shape)
-
-
-def _draw_packed(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """MXFP4 as published: blocks [..., N / 32, 16] of any bits, scales [..., N / 32] that keep logits of order one."""
-    if name.endswith("_scales"):
-        middle = SCALE_BIAS - round(math.log2(4 * (shape[-1] * MXFP4_BLOCK) ** 0.5))
-        return random.integers(middle - 1, middle + 2, shape, np.uint8)
-    return random.integers(0, 256, (*shape[:-1], shape[-1] * 2 // MXFP4_BLOCK, MXFP4_BLOCK // 2), np.uint8)

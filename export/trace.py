@@ -116,11 +116,6 @@ def module_shapes(block: Block) -> dict[str, tuple[int, ...]]:
     return {n: tuple(p.shape) for n, p in blocks.module(block, torch.float32).named_parameters()}
 
 
-def packed_parameters(block: Block) -> set[str]:
-    """The paths of those parameters that are bytes which hold other numbers."""
-    return {n for n, p in blocks.module(block, torch.float32).named_parameters() if p.dtype == torch.uint8}
-
-
 def torch_dtype(dtype: str) -> torch.dtype:
     """The torch dtype of this name, as "float32"."""
     found = getattr(torch, dtype)

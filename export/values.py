@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from typing import Any
 
@@ -41,6 +42,15 @@ def message(text: str) -> str:
     told = said[0].splitlines() if said else []
     more = [f"... ({len(told) - MOST_LINES} lines more)"] if len(told) > MOST_LINES else []
     return "\n  ".join(map(visible, [first, *told[:MOST_LINES], *more]))
+
+
+def finite(data: Any) -> Any:
+    """The same data for JSON, which has no word for a float that is not finite: as text."""
+    if isinstance(data, dict):
+        return {k: finite(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(v) for v in data]
+    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
 _names = reprlib.Repr()

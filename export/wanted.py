@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 from llmexport.export import cache
-from llmexport.export.assembly import checkpoint_name, part_names
+from llmexport.export.assembly import checkpoint_name, older_name, part_names
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, Assembly, Block, Model, to_data
+from llmexport.export.spec import Arch, Assembly, Block, Model, Stored, to_data
 from llmexport.export.values import show_name
 from llmexport.export.weights import Parameter
 
@@ -23,16 +23,17 @@ def wanted_parameters(
     Raises ExportError if the config asks for far more tensors than there are, before their names are made.
     """
     stored = checkpoint.tensors
-    shapes = {block: load_parameters(block) for block in assembly.blocks}
+    stored_as = {block: load_parameters(block) for block in assembly.blocks}
     found: dict[str, dict[str, Parameter]] = {}
     most = SPARE + 2 * len(stored)
     names = 0
     for step in assembly.steps:
         own = found[step.name] = {}
-        for path, (shape, packed) in shapes[step.block].items():
-            name = checkpoint_name(arch, model, step.path + path)
+        for path, tensor in stored_as[step.block].items():
+            name, shape = checkpoint_name(arch, model, step.path + path), tensor.shape
+            name = next((n for n in (name, older_name(arch, name)) if n in stored), name)
             parts = () if name in stored else part_names(arch, step.path + path, min(shape[0], most) if shape else 0)
-            own[path] = Parameter(name, shape, parts, path in step.block.as_stored, packed)
+            own[path] = Parameter(name, shape, parts, tensor.dtype, tensor.group)
             names += len(own[path].sources)
             if names > most:
                 raise ExportError(
@@ -42,14 +43,13 @@ def wanted_parameters(
     return found
 
 
-def load_parameters(block: Block) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Path of every parameter of a block -> shape, and whether it is bytes that hold other numbers."""
+def load_parameters(block: Block) -> dict[str, Stored]:
+    """Path of every parameter of a block -> what holds it."""
 
     def make() -> bytes:
-        from llmexport.export.trace import module_shapes, packed_parameters
+        from llmexport.export.trace import module_shapes
 
-        packed = packed_parameters(block)
-        return json.dumps({n: [shape, n in packed] for n, shape in module_shapes(block).items()}).encode()
+        return json.dumps(module_shapes(block)).encode()
 
-    found = json.loads(cache.cached("parameters", to_data(block), make))
-    return {path: (tuple(shape), packed) for path, (shape, packed) in found.items()}
+    shapes = json.loads(cache.cached("parameters", to_data(block), make))
+    return {path: Stored("", tuple(shape)) for path, shape in shapes.items()} | dict(block.stored)

@@ -14,18 +14,10 @@ from onnx import TensorProto
 from llmexport.export import quantised
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import MXFP4_BLOCK
+from llmexport.export.spec import ANY_FLOAT
 from llmexport.export.values import show_name, visible
+from llmexport.plugins.dtypes import BY_NAME, BY_ONNX, BY_SAFETENSORS, FLOATS
 
-FLOATS, BYTES = ("F32", "F16", "BF16"), "U8"
-ONNX_TYPES = {
-    "F32": TensorProto.FLOAT,
-    "F16": TensorProto.FLOAT16,
-    "BF16": TensorProto.BFLOAT16,
-    "U8": TensorProto.UINT8,
-}
-WIDTHS: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2, TensorProto.UINT8: 1}
-BLOCK_BYTES = MXFP4_BLOCK // 2
 PIECE = 2**24  # bytes compared at a time
 LISTED = 10  # names in an error before "and N more"
 
@@ -35,14 +27,14 @@ class Parameter:
     """A weight that the model wants: its name in the checkpoint and its shape.
 
     `parts` are the tensors it is made of, stacked in this order, where the checkpoint has no such tensor.
-    `as_stored`: it enters the graph in the type it is stored in. `packed`: it is bytes that hold other numbers.
+    `dtype` and `group` are those of Stored.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[str, ...] = ()
-    as_stored: bool = False
-    packed: bool = False
+    dtype: str = "T"
+    group: int | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -54,6 +46,14 @@ class Parameter:
         if not self.parts:
             return self.shape
         return (self.shape[0] * self.shape[1] // len(self.parts), *self.shape[2:])
+
+    @property
+    def grouped_shape(self) -> tuple[int, ...]:
+        """The same with groups apart, if it has any."""
+        if not self.group:
+            return self.part_shape
+        *others, last = self.part_shape
+        return (*others, last // self.group, self.group)
 
 
 def check(
@@ -122,14 +122,12 @@ def _same_bits(checkpoint: Checkpoint, *names: str) -> bool:
 def _problem(parameter: Parameter, stored: StoredTensor) -> str | None:
     """What is wrong with the shape or the type of a tensor."""
     shape = parameter.part_shape
-    # Packed numbers may be stored block by block, with a dimension for the blocks.
-    blocks = (*shape[:-1], shape[-1] // BLOCK_BYTES, BLOCK_BYTES) if parameter.packed else shape
-    if stored.shape not in (shape, blocks) or math.prod(stored.shape) != math.prod(shape):
+    if stored.shape not in (shape, parameter.grouped_shape) or math.prod(stored.shape) != math.prod(shape):
         return (
             f"{stored.name} is {list(stored.shape)} in the checkpoint, config.json makes it "
             f"{list(shape)}: is config.json from the same model?"
         )
-    types = (BYTES,) if parameter.packed else FLOATS
+    types = [BY_NAME[n].safetensors for n in (FLOATS if parameter.dtype in ANY_FLOAT else (parameter.dtype,))]
     if stored.dtype not in types:
         return (
             f"{stored.name} is stored as {stored.dtype}; {', '.join(types)} can be exported here. "
@@ -145,7 +143,7 @@ def stored_type(parameter: Parameter, checkpoint: Checkpoint) -> int:
         raise ExportError(
             f"the parts of {parameter.name} are stored as {', '.join(sorted(found))}: convert them to one"
         )
-    return ONNX_TYPES[found.pop()]
+    return BY_SAFETENSORS[found.pop()].onnx
 
 
 def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Checkpoint, dtype: int) -> None:
@@ -160,8 +158,8 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
     del graph.input[:]
     graph.input.extend(kept)
     types = {n: stored_type(p, checkpoint) for n, p in wanted.items()}
-    recast = {n for n, p in wanted.items() if types[n] != dtype and not p.as_stored}
-    narrow = {n for n in recast if WIDTHS[types[n]] < WIDTHS[dtype]}
+    recast = {n for n, p in wanted.items() if types[n] != dtype and p.dtype == "T"}
+    narrow = {n for n in recast if BY_ONNX[types[n]].bits < BY_ONNX[dtype].bits}
     read = {name for node in graph.node for name in node.input[1 if _moves(node, narrow) else 0 :]}
     nodes: list[onnx.NodeProto] = []
     for name, parameter in wanted.items():
@@ -197,7 +195,7 @@ def _cast(name: str, result: str, dtype: int) -> onnx.NodeProto:
 
 
 def _external(stored: StoredTensor, shape: tuple[int, ...]) -> TensorProto:
-    tensor = TensorProto(name=stored.name, data_type=ONNX_TYPES[stored.dtype], dims=shape)
+    tensor = TensorProto(name=stored.name, data_type=BY_SAFETENSORS[stored.dtype].onnx, dims=shape)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", stored.file), ("offset", stored.offset), ("length", stored.nbytes)):
         tensor.external_data.add(key=key, value=str(value))

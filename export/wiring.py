@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
-from llmexport.export.spec import Assembly, Block, Graph, Port, Step
+from llmexport.export.spec import ONLY, Assembly, Block, Graph, Port, Step
 
 # What a state's value is called before a step and after it, by the start of its port's name.
 PREFIXES = {"past_": "past_key_values", "present_": "present"}
@@ -18,7 +19,7 @@ class Wiring:
     before it is made.
     """
 
-    def __init__(self, name: str = "model") -> None:
+    def __init__(self, name: str = ONLY) -> None:
         self._name = name
         self._inputs: dict[str, Port] = {}
         self._past: dict[str, Port] = {}
@@ -66,7 +67,11 @@ class Wiring:
         """
         past = {s.past.name: _state_name(s.past, state) for s in block.states}
         present = {s.present.name: _state_name(s.present, state) for s in block.states}
-        self._past |= {v: Port(v, s.past.shape, s.past.dtype) for s in block.states for v in [past[s.past.name]]}
+        for s in block.states:
+            before, after = past[s.past.name], present[s.present.name]
+            self._past[before] = dataclasses.replace(s.past, name=before)
+            self._present[after] = dataclasses.replace(s.present, name=after)
+            self._carried[before] = after
         self._made |= set(past.values())
         shared = {p.name: v for b in context for p, v in self._outputs_of(b)}
         reads = {p.name: p.name for p in block.inputs} | shared | past | given
@@ -76,10 +81,6 @@ class Wiring:
         if twice := self._made & set(named.values()):
             raise KeyError(f"{self._name}: {name} makes {', '.join(sorted(twice))} again")
         self._made |= set(named.values())
-        self._present |= {
-            v: Port(v, s.present.shape, s.present.dtype) for s in block.states for v in [present[s.present.name]]
-        }
-        self._carried |= zip(past.values(), present.values(), strict=True)
         inputs, outputs = (reads[p.name] for p in block.inputs), (named[p.name] for p in block.outputs)
         self._steps.append(Step(name, block, tuple(inputs), tuple(outputs), f"{name}." if path is None else path))
         return tuple(named[n] for n in others)

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from llmexport.export import archs
+from llmexport.export.config import Config
+
 
 @dataclass(frozen=True)
 class Case:
@@ -86,6 +89,10 @@ CASES = (
         "use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": True, "decoder_sparse_step": 2,
         "mlp_only_layers": [],
     }),
+    Case("bert", "bert"),
+    Case("bert", "bert-relu-untied", {
+        "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
+    }),
 )  # fmt: skip
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 # one case an architecture
@@ -94,6 +101,15 @@ FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]
 IN_FP16, IN_BF16 = FIRST[::2], FIRST[1::2]
 # Each of them in one dtype, and every dtype in some.
 ONCE = tuple((case, ("float32", "bfloat16", "float16", "float32")[i % 4]) for i, case in enumerate(FIRST))
+
+
+def carries(case: Case) -> bool:
+    """Whether a step of the model reads what earlier ones left, as a decoder's does and an encoder's does not."""
+    arch = archs.load(case.arch).arch
+    return any(g.carried for g in arch.build(Config({**arch.tiny, **case.changes})).graphs)
+
+
+DECODERS, ENCODERS = ([c for c in CASES if carries(c) is carried] for carried in (True, False))
 
 
 def others_slow(all_of_them: Sequence[Any], at_once: Collection[Any]) -> list[Any]:

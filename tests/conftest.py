@@ -96,7 +96,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case 
 
         arch = archs.load(case.arch).arch
         folder = tmp_path_factory.mktemp(case.name) / "checkpoint"
-        model_class = getattr(transformers, arch.causal_lm)
+        model_class = getattr(transformers, arch.reference.model_class)
         torch.manual_seed(0)
         # A copy, as transformers writes into the dictionaries that it is given.
         model = model_class(model_class.config_class(**copy.deepcopy({**arch.tiny, **case.changes})))

@@ -13,7 +13,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from llmexport.export.engine import ANOTHER_GRAPH, COMMAND
+from llmexport.export.builder import ANOTHER_GRAPH, COMMAND
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.export.trace import trace_body
 from llmexport.plugins import library

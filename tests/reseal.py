@@ -11,6 +11,7 @@ def reseal(folder: Path) -> None:
     """Gives the manifest the digests of what lies there. Other names of the file stay as they are."""
     path = folder / manifest.NAME
     data = json.loads(path.read_bytes())
-    data["model_sha256"] = hashlib.sha256((folder / manifest.MODEL).read_bytes()).hexdigest()
+    for name, graph in data.get("graphs", {}).items():
+        graph["sha256"] = hashlib.sha256((folder / f"{name}.onnx").read_bytes()).hexdigest()
     path.unlink()
     path.write_bytes(manifest.encode(manifest.seal(data)))

@@ -15,6 +15,7 @@ import pytest
 from arch_cases import CASES
 
 from llmexport.export import archs
+from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.spec import all_ops
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +32,7 @@ ENGINE_LIBRARIES = {"tensorrt", "tensorrt_rtx", "tensorrt_lean", "polygraphy"}
 SOFT, HARD, DATA = 250, 500, 150  # lines of a source file, of any file, of an architecture's data
 # Files over the soft limit, each with the reason why it is one file.
 LONG = {
-    "export/engine.py": "one job end to end: profile, builder process, its errors, engine.json",
+    "export/engine.py": "one job end to end: the graphs of an export, their plans, engine.json",
     "export/onnx_file.py": "one job end to end: from a request to the folder, and what reads it back",
 }
 # Imported by an export whose blocks are all known, which must not pay for torch.
@@ -195,7 +196,7 @@ def decided_on(path: Path) -> Iterator[str]:
 
 def test_no_code_asks_which_architecture_it_is():
     known = [archs.load(n) for n in archs.names()]
-    taken = {n.lower() for k in known for n in (k.name, *k.arch.model_types, k.arch.causal_lm)}
+    taken = {n.lower() for k in known for n in (k.name, *k.arch.model_types, k.arch.reference.model_class)}
 
     def asked(path: Path) -> set[str]:
         return taken & {word for text in decided_on(path) for word in re.findall(r"\w+", text.lower())}
@@ -207,6 +208,37 @@ def test_no_model_type_is_claimed_twice():
     claimed = [t for n in archs.names() for t in archs.load(n).arch.model_types]
     claimed += [a.whole.model_type for n in archs.names() if (a := archs.load(n).arch).whole]
     assert sorted(claimed) == sorted(set(claimed))
+
+
+def test_types_are_named_in_one_table():
+    foreign = {n for d in BY_NAME.values() for n in (d.safetensors, d.tensorrt) if n}
+
+    def named(path: Path) -> set[str]:
+        nodes = list(ast.walk(tree(path)))
+        texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        pairs = [p for n in nodes if isinstance(n, ast.Dict) for p in zip(n.keys, n.values, strict=True)]
+        # {1: "float32"}, {"float32": TensorProto.FLOAT} and their like.
+        ours = {ast.unparse(k or v) for k, v in pairs if {*map(label, (k, v))} >= {"name", "number"}}
+        return (texts & foreign) | ours
+
+    def label(node: ast.expr | None) -> str:
+        if isinstance(node, ast.Constant):
+            return "name" if node.value in BY_NAME else "number" if isinstance(node.value, int) else ""
+        return "number" if node and ".TensorProto." in f".{ast.unparse(node)}" else ""
+
+    assert broken([p for p in SOURCES if name(p) != "plugins/dtypes.py"], named) == {}
+
+
+def test_no_code_asks_how_the_name_of_a_stored_tensor_ends():
+    storage = ROOT / "export/spec/storage.py"
+    calls = [n for n in ast.walk(tree(storage)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "Stored"]
+    endings = tuple({ast.literal_eval(c.args[0]) for c in calls} - {""})
+    assert endings
+
+    def asked(path: Path) -> set[str]:
+        return {text for text in decided_on(path) if text.endswith(endings)}
+
+    assert broken([p for p in python("export", "validate") if p != storage], asked) == {}
 
 
 OP_FOLDERS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))
@@ -236,6 +268,10 @@ def test_no_init_file_in_tests():
 
 def test_llmexport_is_a_namespace():
     assert [n for n in ("__init__.py", "llmexport") if (ROOT / n).exists()] == []
+
+
+def test_every_portion_of_the_namespace_says_that_it_is_typed():
+    assert [f for f in FOLDERS if not (ROOT / f / "py.typed").is_file()] == []
 
 
 def says_nothing(node: ast.stmt) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import onnx
 from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import onnx_file
-from llmexport.export.manifest import Manifest
+from llmexport.export.exported import Export
+from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import PAST, SEQUENCE, Step
 from llmexport.validate import feeds, overflow, runs
 from llmexport.validate.compare import Difference, compare, median
@@ -24,12 +25,11 @@ from llmexport.validate.tolerance import MOST, Tolerance, step_tolerance
 from llmexport.validate.tolerance import tolerance as whole_tolerance
 
 BLOCKS, WHOLE = "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"
-Progress = Callable[[str, int, int], None]
 
 
-def climb(manifest: Manifest, *, tokens: int | None = None, seed: int = 0, progress: Progress) -> Report:
+def climb(manifest: Export, *, tokens: int | None = None, seed: int = 0, progress: Progress = silent) -> Report:
     """Runs every rung that this machine can run. Raises Mismatch if two runs have different shapes."""
-    whole = manifest.data["block"] is None
+    whole = manifest.block is None
     with TorchRunner(manifest) as torch_runner, _exact(manifest) as exact:
         if whole:
             return _climb_whole(manifest, torch_runner, exact, tokens, seed, progress)
@@ -37,7 +37,7 @@ def climb(manifest: Manifest, *, tokens: int | None = None, seed: int = 0, progr
 
 
 @contextlib.contextmanager
-def _exact(manifest: Manifest) -> Iterator[TorchRunner | None]:
+def _exact(manifest: Export) -> Iterator[TorchRunner | None]:
     """Our PyTorch in fp32 for an export in 16 bits, which is judged by how far from it a right run is; else nothing."""
     if manifest.dtype == "float32":
         yield None
@@ -47,7 +47,7 @@ def _exact(manifest: Manifest) -> Iterator[TorchRunner | None]:
 
 
 def _climb_whole(
-    manifest: Manifest,
+    manifest: Export,
     torch_runner: TorchRunner,
     exact_runner: TorchRunner | None,
     tokens: int | None,
@@ -67,7 +67,7 @@ def _climb_whole(
     if reason:
         rungs += [Rung(n, "not run", reason) for n in (BLOCKS, WHOLE)]
     else:
-        model = onnx_file.load(manifest)
+        model = onnx_file.load(manifest, manifest.graphs[0])
         rungs.append(_blocks(manifest, torch_runner, exact_runner, model, recorded))
         progress("ONNX Runtime", 3, 4)
         with onnx_runner(model, manifest.folder) as runner:
@@ -92,7 +92,7 @@ def _climb_whole(
 
 
 def _climb_block(
-    manifest: Manifest, torch_runner: TorchRunner, exact_runner: TorchRunner | None, seed: int, progress: Progress
+    manifest: Export, torch_runner: TorchRunner, exact_runner: TorchRunner | None, seed: int, progress: Progress
 ) -> Report:
     """One block alone, on random inputs."""
     reason = not_runnable(manifest.dtype)
@@ -100,14 +100,14 @@ def _climb_block(
         return Report([Rung(WHOLE, "not run", reason)], {}, {})
     [step] = manifest.assembly.steps
     progress("block", 0, 1)
-    with onnx_runner(onnx_file.load(manifest), manifest.folder) as runner:
+    with onnx_runner(onnx_file.load(manifest, manifest.graphs[0]), manifest.folder) as runner:
         details = list(_alone(manifest, torch_runner, exact_runner, runner, step, seed))
     progress("block", 1, 1)
     return Report([_rung(WHOLE, details)], {}, {})
 
 
 def _alone(
-    manifest: Manifest,
+    manifest: Export,
     torch_runner: TorchRunner,
     exact_runner: TorchRunner | None,
     runner: BaseRunner,
@@ -124,7 +124,7 @@ def _alone(
 
 
 def _compare_step(
-    manifest: Manifest,
+    manifest: Export,
     exact_runner: TorchRunner | None,
     step: Step,
     run: str,
@@ -145,7 +145,7 @@ def _compare_step(
         yield {**place, "difference": compare(reference, found[output], strays=own.strays), "allowed": allowed}
 
 
-def _references(manifest: Manifest, prompt: feeds.Prompt, ours: Run, exact: Run | None) -> tuple[list[Rung], list[Run]]:
+def _references(manifest: Export, prompt: feeds.Prompt, ours: Run, exact: Run | None) -> tuple[list[Rung], list[Run]]:
     """Our PyTorch against transformers, which carries its own cache; and the run of transformers, if there is one.
 
     In 16 bits transformers in fp32 is the reference, and transformers in 16 bits says how far from it is right. What
@@ -168,7 +168,7 @@ def _references(manifest: Manifest, prompt: feeds.Prompt, ours: Run, exact: Run 
     return rungs, [reference]
 
 
-def _run_transformers(manifest: Manifest, prompt: feeds.Prompt, chosen: list[np.ndarray]) -> Run:
+def _run_transformers(manifest: Export, prompt: feeds.Prompt, chosen: list[np.ndarray]) -> Run:
     """Raises Refused where transformers cannot say what is right."""
     if refusal := unable():
         raise Refused(refusal)
@@ -211,7 +211,7 @@ def _compare_runs(
 
 
 def _blocks(
-    manifest: Manifest,
+    manifest: Export,
     torch_runner: TorchRunner,
     exact_runner: TorchRunner | None,
     model: onnx.ModelProto,

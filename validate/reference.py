@@ -18,9 +18,8 @@ import torch
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from llmexport.export.archs import load, text_config, whole_names
 from llmexport.export.checkpoint import INDEX
-from llmexport.export.manifest import Manifest
+from llmexport.export.exported import Export
 from llmexport.export.trace import torch_dtype
 from llmexport.validate.runners import Feed, metadata, to_numpy, to_torch
 
@@ -64,7 +63,7 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
     values that the feed holds; and gives logits only.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Export) -> None:
         super().__init__(name="transformers")
         self._manifest = manifest
 
@@ -77,23 +76,22 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
         transformers.utils.logging.disable_progress_bar()
         # It lists the vision tensors that the text model leaves.
         transformers.utils.logging.set_verbosity_error()
-        data = self._manifest.data
         weights = self._manifest.checkpoint()
         with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
             folder = Path(name)
-            (folder / "config.json").write_text(json.dumps(data["config"]))
+            (folder / "config.json").write_text(json.dumps(self._manifest.config))
             index = {t.name: t.file for t in weights.tensors.values()}
             (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
             for shard in weights.shards:
                 (folder / shard.file).symlink_to((self._manifest.folder / shard.file).resolve())
-            arch = load(data["arch"]).arch
-            model = getattr(transformers, arch.causal_lm, None)
+            reference = self._manifest.reference
+            model = getattr(transformers, reference.model_class, None)
             if model is None:
                 have = f"transformers {transformers.__version__}"
-                raise Refused(f"{have} has no {arch.causal_lm}: pip install -U transformers")
+                raise Refused(f"{have} has no {reference.model_class}: pip install -U transformers")
             # transformers writes into the dictionaries that it is given.
-            config = copy.deepcopy(dict(text_config(arch, data["config"])))
-            names = {f"^{re.escape(there)}": here for here, there in whole_names(arch, data["config"]).items()}
+            config = copy.deepcopy(dict(self._manifest.text_config))
+            names = {f"^{re.escape(there)}": here for here, there in self._manifest.renamed.items()}
             # Weights in 4 bits are computed with in the runner's dtype, as in our export.
             packed = (
                 transformers.utils.quantization_config.Mxfp4Config(dequantize=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llmexport.export.manifest import Manifest
+from llmexport.export.exported import Export
 from llmexport.export.output import write_files
-from llmexport.export.values import visible
+from llmexport.export.values import finite, visible
 from llmexport.validate.compare import Difference
 from llmexport.validate.tolerance import Tolerance
 
@@ -65,25 +64,17 @@ class Report:
 
     def as_data(self) -> dict[str, Any]:
         """JSON data; what is not finite, as text."""
-        return _finite(asdict(self) | {"passed": self.passed, "verdict": self.verdict})
+        return finite(asdict(self) | {"passed": self.passed, "verdict": self.verdict})
 
 
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {k: _finite(v) for k, v in data.items()}
-    if isinstance(data, list):
-        return [_finite(v) for v in data]
-    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def write(manifest: Manifest, report: Report) -> None:
+def write(manifest: Export, report: Report) -> None:
     """Writes both files into the export's folder, replacing earlier ones."""
     data = {"model": _model(manifest), **report.as_data()}
     files = {"report.json": json.dumps(data, indent=1), "report.html": page(manifest, report)}
     write_files(manifest.folder, {n: t.encode() for n, t in files.items()})
 
 
-def page(manifest: Manifest, report: Report) -> str:
+def page(manifest: Export, report: Report) -> str:
     """The report as one self-contained HTML page."""
     model = _model(manifest)
     rows = [(r.name, *_error(r), r.status, r.note) for r in report.rungs]
@@ -108,9 +99,13 @@ def _text(said: object) -> str:
     return html.escape(visible(str(said)))
 
 
-def _model(manifest: Manifest) -> dict[str, Any]:
-    keys = ("arch", "block", "dtype", "opset", "ops", "versions")
-    return {k: manifest.data[k] for k in keys}
+def _model(export: Export) -> dict[str, Any]:
+    ops = {g.name: g.ops for g in export.graphs}
+    versions = export.versions
+    return {"arch": export.arch, "block": export.block, "dtype": export.dtype, "opset": export.opset} | {
+        "ops": ops,
+        "versions": versions,
+    }
 
 
 def _error(rung: Rung) -> tuple[str, str, str]:

@@ -26,7 +26,7 @@ from polygraphy.datatype import DataType
 from torch import Tensor
 
 from llmexport.export import blocks
-from llmexport.export.manifest import Manifest
+from llmexport.export.exported import Export
 from llmexport.export.spec import Step
 from llmexport.export.trace import torch_dtype
 from llmexport.validate.compare import Mismatch
@@ -46,7 +46,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
     `values` holds everything that the last run computed, by value name.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Export) -> None:
         super().__init__(name="PyTorch")
         self._manifest = manifest
         self._checkpoint = manifest.checkpoint()
@@ -88,13 +88,13 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         state = dict(module.named_buffers())
         for path, names in weights.items():
             tensor = self._read(names).reshape(shapes[path])
-            state[path] = tensor if path in step.block.as_stored else tensor.to(dtype)
+            state[path] = tensor.to(dtype) if step.block.dtype_of(path) == "T" else tensor
         module.load_state_dict(state, assign=True, strict=True)
         if self._hold:
             self._modules[step.name] = module
         return module
 
-    def _read(self, names: str | list[str]) -> Tensor:
+    def _read(self, names: str | tuple[str, ...]) -> Tensor:
         """A tensor of the checkpoint, or several, one after the other."""
         if isinstance(names, str):
             return to_torch(self._checkpoint.read(names))
@@ -129,7 +129,7 @@ def not_runnable(dtype: str) -> str:
     return "ONNX Runtime has no bfloat16 MatMul on a CPU: validate a float32 export too" if dtype == "bfloat16" else ""
 
 
-def metadata(manifest: Manifest, names: Sequence[str]) -> TensorMetadata:
+def metadata(manifest: Export, names: Sequence[str]) -> TensorMetadata:
     metadata = TensorMetadata()
     for port in manifest.assembly.inputs:
         if port.name in names:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from polygraphy.backend.base import BaseRunner
 
-from llmexport.export.archs import load, text_config
-from llmexport.export.manifest import Manifest
+from llmexport.export.exported import Export
 from llmexport.validate import feeds, overflow
 from llmexport.validate.runners import Feed, TorchRunner
 
@@ -29,7 +28,7 @@ class Run:
     overflows: str | None = None  # the first step that made a number that is not finite
 
 
-def record(runner: TorchRunner, manifest: Manifest, prompt: feeds.Prompt) -> tuple[Run, dict[str, Feed]]:
+def record(runner: TorchRunner, manifest: Export, prompt: feeds.Prompt) -> tuple[Run, dict[str, Feed]]:
     """The prompt, greedy decoding, three tokens at once and what crosses thresholds; and all values of those runs
     that are no decode steps."""
     feed = feeds.prefill(manifest.assembly, prompt, manifest.dtype)
@@ -51,7 +50,7 @@ def record(runner: TorchRunner, manifest: Manifest, prompt: feeds.Prompt) -> tup
     return run, recorded
 
 
-def follow(runner: BaseRunner, manifest: Manifest, prompt: feeds.Prompt, chosen: list[np.ndarray]) -> Run:
+def follow(runner: BaseRunner, manifest: Export, prompt: feeds.Prompt, chosen: list[np.ndarray]) -> Run:
     """The same tokens, but the runner's own caches, so that an error in a cache adds up."""
     run, feed = Run([], [], chosen), feeds.prefill(manifest.assembly, prompt, manifest.dtype)
     for tokens in chosen:
@@ -67,16 +66,15 @@ def _logits(runner: BaseRunner, feed: Feed) -> Feed:
     return {"logits": np.copy(runner.infer(feed, check_inputs=False)["logits"])}
 
 
-def beyond(manifest: Manifest, prompt: feeds.Prompt) -> tuple[list[int], list[int]]:
+def beyond(manifest: Export, prompt: feeds.Prompt) -> tuple[list[int], list[int]]:
     """The thresholds that the prompt does not pass: those to cross after a random past, and those too far for it."""
-    config = text_config(load(manifest.data["arch"]).arch, manifest.data["config"])
-    known = feeds.thresholds(manifest.assembly) | feeds.said(config)
+    known = feeds.thresholds(manifest.assembly) | feeds.said(manifest.text_config)
     far = sorted(t for t in known if t >= prompt.ids.shape[1])
     near = [t for t in far if feeds.past_bytes(manifest.assembly, t) <= MOST_PAST]
     return near, far[len(near) :]
 
 
-def _crossings(manifest: Manifest, prompt: feeds.Prompt) -> Iterator[tuple[str, Feed]]:
+def _crossings(manifest: Export, prompt: feeds.Prompt) -> Iterator[tuple[str, Feed]]:
     """The steps across thresholds, by name, each made when it is asked for."""
     for t in beyond(manifest, prompt)[0]:
         yield f"across {t}", feeds.crossing(manifest.assembly, t, manifest.dtype)

@@ -7,13 +7,13 @@ import difflib
 import functools
 import importlib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmexport.export import nearest
-from llmexport.export.assembly import TABLE
+from llmexport.export.assembly import TABLE, has_own_head, renamed
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Whole
@@ -48,14 +48,15 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Named:
     """The architecture asked for, or else the one that `config.json` names; the two must agree."""
     named = _by_type(name, config)
     whole = _whole(named.arch, config)
-    wanted = whole.architecture if whole else named.arch.causal_lm
+    wanted = whole.architecture if whole else named.arch.reference.model_class
     classes = config.get("architectures")
     if classes is None:
         classes = [wanted]
     if not isinstance(classes, list) or wanted not in classes:
         why = "other heads and variants are not supported"
         if classes == [BASE.sub("Model", wanted)]:
-            why = "a base model has no head that gives logits, load it with AutoModelForCausalLM and save it"
+            why = "a base model has no head that gives logits, "
+            why += f"take a {wanted}" if has_own_head(named.arch) else "load it with AutoModelForCausalLM and save it"
         raise ExportError(
             f"config.json says architectures {show_name(classes)}, {named.name} exports [{wanted!r}]: {why}"
         )
@@ -83,7 +84,7 @@ def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
     if differ:
         raise ExportError(f"config.json and its {whole.config_key} differ in {', '.join(differ)}: make them agree")
     beside = Config({k: v for k, v in config.items() if k not in (whole.config_key, *whole.harmless, *shared)})
-    beside.finish()
+    beside.finish(causal=True)
     return {**{k: config[k] for k in shared if k in config}, **inner}
 
 
@@ -99,12 +100,20 @@ def _whole(arch: Arch, config: Mapping[str, Any]) -> Whole | None:
 
 
 def as_stored(named: Named, tensors: Collection[str]) -> Named:
-    """The architecture with the names of this checkpoint: those of a base model, if that is what it is."""
+    """The architecture with the names of this checkpoint: those of a base model, if that is what it is.
+
+    Raises ExportError on a base model whose head cannot be made of what it holds.
+    """
     base = named.arch.base
     table = next(n for path, n in named.arch.names.items() if TABLE.startswith(path)) + "weight"
     if any(n.startswith(base) for n in tensors) or table.removeprefix(base) not in tensors:
         return named
-    return Named(named.name, _renamed(named.arch, lambda name: name.removeprefix(base)))
+    if has_own_head(named.arch):
+        raise ExportError(
+            f"the checkpoint is a base model, its names lack {base!r}: it has no head that gives logits, "
+            f"take a {named.arch.reference.model_class}"
+        )
+    return Named(named.name, renamed(named.arch, lambda name: name.removeprefix(base)))
 
 
 def _inside(arch: Arch, whole: Whole) -> Arch:
@@ -114,17 +123,8 @@ def _inside(arch: Arch, whole: Whole) -> Arch:
         starts = [s for s in whole.names if name.startswith(s)]
         return whole.names[starts[0]] + name.removeprefix(starts[0]) if starts else name
 
-    inside = _renamed(arch, rename)
-    return dataclasses.replace(inside, ignore=inside.ignore + whole.ignore)
-
-
-def _renamed(arch: Arch, rename: Callable[[str], str]) -> Arch:
-    return dataclasses.replace(
-        arch,
-        names={path: rename(n) for path, n in arch.names.items()},
-        stacks={rename(n): tuple(map(rename, names)) for n, names in arch.stacks.items()},
-        ignore=tuple(map(rename, arch.ignore)),
-    )
+    inside = renamed(arch, rename)
+    return dataclasses.replace(inside, ignore=inside.ignore + whole.ignore, base=rename(arch.base))
 
 
 def _types(arch: Arch) -> tuple[str, ...]:

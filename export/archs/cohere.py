@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Mask, Model, Norm, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, Norm, causal_lm, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -19,7 +19,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("cohere",),
-    causal_lm="CohereForCausalLM",
+    reference=causal_lm("CohereForCausalLM"),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

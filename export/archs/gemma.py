@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Mask, Model, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -22,7 +22,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("gemma",),
-    causal_lm="GemmaForCausalLM",
+    reference=causal_lm("GemmaForCausalLM"),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Mask, Model, Span, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, Span, causal_lm, decoder_layer
 
 # The norms of Gemma 2 and 3, whose post_attention_layernorm follows the attention.
 NORMS = {
@@ -39,7 +39,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("gemma2",),
-    causal_lm="Gemma2ForCausalLM",
+    reference=causal_lm("Gemma2ForCausalLM"),
     build=build,
     names={**NAMES, **NORMS},
     ignore=BUFFERS,

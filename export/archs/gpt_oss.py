@@ -4,7 +4,7 @@ from llmexport.export import quantised
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, Experts, Model, Moe, Router, Span, decoder_layer
+from llmexport.export.spec import Arch, Experts, Model, Moe, Mxfp4, Plain, Router, Span, causal_lm, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -13,7 +13,7 @@ def build(config: Config) -> Model:
     experts, top_k = config.count("num_local_experts", 128), config.count("num_experts_per_tok", 4)
     if config.count("experts_per_token", top_k) != top_k:
         raise ExportError("config.json: experts_per_token and num_experts_per_tok differ: remove one")
-    packed = mxfp4(config)
+    storage = Mxfp4() if mxfp4(config) else Plain()
     moe = Moe(
         Router(d.hidden, experts, top_k, "softmax_top_k", bias=True),
         Experts(
@@ -24,10 +24,10 @@ def build(config: Config) -> Model:
             activation="swiglu_clamped",
             alpha=config.number("swiglu_alpha", 1.702),
             limit=config.number("swiglu_limit", 7.0),
-            transposed=not packed,
+            transposed=storage == Plain(),
             interleaved=True,
             bias=True,
-            mxfp4=packed,
+            storage=storage,
         ),
     )
     config.expect("hidden_act", "silu")
@@ -59,7 +59,7 @@ def mxfp4(config: Config) -> bool:
 
 ARCH = Arch(
     model_types=("gpt_oss",),
-    causal_lm="GptOssForCausalLM",
+    reference=causal_lm("GptOssForCausalLM"),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

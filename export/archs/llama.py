@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Mask, Model, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -17,7 +17,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("llama",),
-    causal_lm="LlamaForCausalLM",
+    reference=causal_lm("LlamaForCausalLM"),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

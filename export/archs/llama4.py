@@ -17,6 +17,7 @@ from llmexport.export.spec import (
     SharedExpert,
     Temperature,
     Whole,
+    causal_lm,
     decoder_layer,
 )
 from llmexport.export.values import whole
@@ -74,7 +75,7 @@ def rotated(config: Config, layers: int) -> list[bool]:
 
 ARCH = Arch(
     model_types=("llama4_text",),
-    causal_lm="Llama4ForCausalLM",
+    reference=causal_lm("Llama4ForCausalLM"),
     build=build,
     names={**NAMES, "layers.{i}.mlp.": FORWARD},
     ignore=BUFFERS,

@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Experts, Mask, Model, Moe, Router, decoder_layer
+from llmexport.export.spec import Arch, Experts, Mask, Model, Moe, Router, causal_lm, decoder_layer
 
 MOE = "model.layers.{i}.block_sparse_moe."
 
@@ -21,7 +21,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("mixtral",),
-    causal_lm="MixtralForCausalLM",
+    reference=causal_lm("MixtralForCausalLM"),
     build=build,
     names={
         **NAMES,

@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Mask, Model, Norm, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, Norm, causal_lm, decoder_layer
 
 EPSILON = 1e-5  # fixed in the model file
 
@@ -18,7 +18,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("olmo",),
-    causal_lm="OlmoForCausalLM",
+    reference=causal_lm("OlmoForCausalLM"),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Mask, Model, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -16,7 +16,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("olmo2",),
-    causal_lm="Olmo2ForCausalLM",
+    reference=causal_lm("Olmo2ForCausalLM"),
     build=build,
     names={
         **NAMES,

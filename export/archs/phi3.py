@@ -3,7 +3,7 @@
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, Mask, Model, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 from llmexport.export.values import show
 
 # The first releases called LongRoPE by other names.
@@ -38,7 +38,7 @@ def check_code(config: Config) -> None:
 
 ARCH = Arch(
     model_types=("phi3",),
-    causal_lm="Phi3ForCausalLM",
+    reference=causal_lm("Phi3ForCausalLM"),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

@@ -4,7 +4,7 @@ from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
 from llmexport.export.rope import ORIGINAL
-from llmexport.export.spec import Arch, Mask, Model, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 from llmexport.export.values import as_integer
 
 
@@ -47,7 +47,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("qwen2",),
-    causal_lm="Qwen2ForCausalLM",
+    reference=causal_lm("Qwen2ForCausalLM"),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

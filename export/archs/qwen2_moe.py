@@ -2,7 +2,7 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Experts, Mask, Mlp, Model, Moe, Router, SharedExpert, decoder_layer
+from llmexport.export.spec import Arch, Experts, Mask, Mlp, Model, Moe, Router, SharedExpert, causal_lm, decoder_layer
 
 MOE = "model.layers.{i}.mlp."
 
@@ -42,7 +42,7 @@ def masks(config: Config, layers: int) -> tuple[Mask, ...]:
 
 ARCH = Arch(
     model_types=("qwen2_moe",),
-    causal_lm="Qwen2MoeForCausalLM",
+    reference=causal_lm("Qwen2MoeForCausalLM"),
     build=build,
     names={
         **NAMES,

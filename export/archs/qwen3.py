@@ -3,7 +3,7 @@
 from llmexport.export.archs.qwen2 import masks, note_chunks
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Model, Norm, decoder_layer
+from llmexport.export.spec import Arch, Model, Norm, causal_lm, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -19,7 +19,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("qwen3",),
-    causal_lm="Qwen3ForCausalLM",
+    reference=causal_lm("Qwen3ForCausalLM"),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

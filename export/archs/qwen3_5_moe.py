@@ -16,6 +16,7 @@ from llmexport.export.spec import (
     Router,
     SharedExpert,
     Whole,
+    causal_lm,
     decoder_layer,
 )
 
@@ -70,7 +71,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("qwen3_5_moe_text",),
-    causal_lm="Qwen3_5MoeForCausalLM",
+    reference=causal_lm("Qwen3_5MoeForCausalLM"),
     build=build,
     names={
         **NAMES,

@@ -8,7 +8,7 @@ from torch import nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
-from llmexport.export.blocks.context import Mask, Presence, Rotary, Span, Temperature
+from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.blocks.layer import Layer
@@ -26,8 +26,8 @@ def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
     """
     with torch.device("meta"):
         made = _module(block, dtype)
-    for parameter in made.parameters():
-        if parameter.is_floating_point():
+    for path, parameter in made.named_parameters():
+        if block.dtype_of(path) in spec.ANY_FLOAT:
             parameter.data = parameter.data.to(dtype)
     return made.requires_grad_(False).eval()
 
@@ -42,6 +42,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return Rotary(block, dtype)
         case spec.Presence():
             return Presence(dtype)
+        case spec.BidirectionalMask():
+            return BidirectionalMask()
         case spec.Span():
             return Span()
     return PLAIN[type(block)](block)

@@ -28,15 +28,16 @@ class Attention(nn.Module):
             self.sinks = nn.Parameter(torch.empty(block.heads))
         self.names = [p.name for p in (*block.context, *(s.past for s in block.states))]
 
-    def forward(self, normed: Tensor, *read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, normed: Tensor, *read: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """`read` is the context and the cache, in the order of the block's ports."""
         block, given = self.block, dict(zip(self.names, read, strict=True))
         q, k, v, gate = self._project(normed)
         q, k = self._turn(q, given, "q_norm"), self._turn(k, given, "k_norm")
         if block.temperature:
             q = (q.float() * given["temperature"].unsqueeze(1).unsqueeze(-1)).to(q.dtype)
-        key = torch.cat((given["past_key"], k), 2)
-        value = torch.cat((given["past_value"], v.transpose(1, 2)), 2)
+        key, value = k, v.transpose(1, 2)
+        if block.cached:
+            key, value = torch.cat((given["past_key"], key), 2), torch.cat((given["past_value"], value), 2)
         scale = block.head_size**-0.5 if block.scale is None else block.scale
         if block.spans:
             sinks = self.sinks if block.sinks else None
@@ -46,7 +47,8 @@ class Attention(nn.Module):
             mixed = attention(q, key, value, given["mask"], scale)
         batch, sequence, _ = normed.shape
         mixed = mixed.transpose(1, 2).reshape(batch, sequence, block.heads * block.head_size)
-        return self.o_proj(mixed if gate is None else mixed * torch.sigmoid(gate)), key, value
+        attended: Tensor = self.o_proj(mixed if gate is None else mixed * torch.sigmoid(gate))
+        return (attended, key, value) if block.cached else attended
 
     def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v as [B, T, heads, D], and the output gate [B, T, H * D] if there is one."""

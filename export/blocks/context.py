@@ -127,6 +127,15 @@ class Mask(nn.Module):
         return torch.logical_or(visible, keys == queries).unsqueeze(1)
 
 
+class BidirectionalMask(nn.Module):
+    def forward(self, attention_mask: Tensor) -> Tensor:
+        tokens = attention_mask != 0
+        visible = torch.logical_or(tokens, tokens.sum(1, keepdim=True) == 0)
+        # Of full shape, as TensorRT's fused attention wants it.
+        queries = torch.ones_like(tokens).unsqueeze(2)
+        return torch.logical_and(queries, visible.unsqueeze(1)).unsqueeze(1)
+
+
 class Span(nn.Module):
     def forward(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         running = _running(attention_mask)

@@ -1,10 +1,11 @@
-"""The two ends of a decoder."""
+"""The two ends of a model."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.mlp import ACTIVATIONS
 from llmexport.export.blocks.norm import Norm
 
 
@@ -14,20 +15,33 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(block.vocabulary, block.hidden))
         # Gemma rounds the scale to the weight's dtype before it multiplies.
         self.scale = float(torch.tensor(block.scale, dtype=dtype, device="cpu"))
+        self.types = nn.Embedding(block.types, block.hidden) if block.types else None
+        self.positions = nn.Embedding(block.positions, block.hidden) if block.positions else None
+        self.norm = Norm(block.norm) if block.norm else None
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, *token_type_ids: Tensor) -> Tensor:
         hidden = F.embedding(input_ids, self.weight)
-        return hidden if self.scale == 1.0 else hidden * self.scale
+        hidden = hidden if self.scale == 1.0 else hidden * self.scale
+        if self.types:
+            hidden = hidden + self.types(*token_type_ids)
+        if self.positions:
+            # Not a slice, which ends with the table and lets longer rows read too little.
+            hidden = hidden + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+        return self.norm(hidden) if self.norm else hidden
 
 
 class Head(nn.Module):
     def __init__(self, block: spec.Head) -> None:
         super().__init__()
-        self.softcap, self.scale = block.softcap, block.scale
+        self.softcap, self.scale, size = block.softcap, block.scale, block.norm.size
+        self.transform = nn.Linear(size, size) if block.transform else None
+        self.activation = ACTIVATIONS[block.transform] if block.transform else None
         self.norm = Norm(block.norm)
-        self.projection = nn.Linear(block.norm.size, block.vocabulary, bias=False)
+        self.projection = nn.Linear(size, block.vocabulary, bias=block.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.transform and self.activation:
+            hidden = self.activation(self.transform(hidden))
         logits = self.projection(self.norm(hidden))
         logits = logits if self.scale == 1.0 else logits * self.scale
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

@@ -1,4 +1,4 @@
-"""The gated MLP."""
+"""The MLP, gated or not."""
 
 import functools
 from collections.abc import Callable
@@ -12,6 +12,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "gelu_erf": F.gelu,
+    "relu": F.relu,
 }
 
 
@@ -19,16 +20,18 @@ class Mlp(nn.Module):
     def __init__(self, block: spec.Mlp) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[block.activation]
-        self.fused = block.fused
+        self.block = block
         if block.fused:
             self.gate_up_proj = nn.Linear(block.hidden, 2 * block.intermediate, bias=block.bias)
         else:
-            self.gate_proj = nn.Linear(block.hidden, block.intermediate, bias=block.bias)
+            if block.gated:
+                self.gate_proj = nn.Linear(block.hidden, block.intermediate, bias=block.bias)
             self.up_proj = nn.Linear(block.hidden, block.intermediate, bias=block.bias)
         self.down_proj = nn.Linear(block.intermediate, block.hidden, bias=block.bias)
 
     def forward(self, normed: Tensor) -> Tensor:
-        gate, up = (
-            self.gate_up_proj(normed).chunk(2, -1) if self.fused else (self.gate_proj(normed), self.up_proj(normed))
-        )
+        if not self.block.gated:
+            return self.down_proj(self.activation(self.up_proj(normed)))
+        fused = self.block.fused
+        gate, up = self.gate_up_proj(normed).chunk(2, -1) if fused else (self.gate_proj(normed), self.up_proj(normed))
         return self.down_proj(self.activation(gate) * up)

@@ -23,26 +23,24 @@ class Experts(nn.Module):
     def __init__(self, block: spec.Experts) -> None:
         super().__init__()
         self.block = block
-        gate_up, down = (2 * block.intermediate, block.hidden), (block.hidden, block.intermediate)
-        for name, (rows, columns) in (("gate_up_proj", gate_up), ("down_proj", down)):
-            if block.mxfp4:
-                self._add(f"{name}_blocks", rows, columns // 2, dtype=torch.uint8)
-                self._add(f"{name}_scales", rows, columns // spec.MXFP4_BLOCK, dtype=torch.uint8)
-            else:
-                self._add(name, *((columns, rows) if block.transposed else (rows, columns)))
+        for name, held in block.matrices.items():
+            for s in held:
+                dtype = torch.float32 if s.dtype in spec.ANY_FLOAT else getattr(torch, s.dtype)
+                self._add(name + s.suffix, s.shape, dtype)
             if block.bias:
-                self._add(f"{name}_bias", rows)
+                self._add(f"{name}_bias", (block.experts, block.sizes[name][0]))
 
     def forward(self, normed: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         block, own = self.block, dict(self.named_parameters())
-        suffix = "_blocks" if block.mxfp4 else ""
+        values, *others = zip(*([own[n + s.suffix] for s in held] for n, held in block.matrices.items()), strict=True)
         return moe_experts(
             normed,
             weights,
             experts,
-            *(own[f"{n}_proj{suffix}"] for n in ("gate_up", "down")),
-            *(own.get(f"{n}_proj_bias") for n in ("gate_up", "down")),
-            *(own.get(f"{n}_proj_scales") for n in ("gate_up", "down")),
+            *values,
+            *(own.get(f"{n}_bias") for n in block.matrices),
+            # Scales, or nothing.
+            *(tensor for pair in others or [(None, None)] for tensor in pair),
             block.activation,
             block.alpha,
             block.limit,
@@ -51,9 +49,8 @@ class Experts(nn.Module):
             block.scale_input,
         )
 
-    def _add(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
-        tensor = torch.empty(self.block.experts, *shape, dtype=dtype)
-        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
 
 
 class SharedExpert(Mlp):

@@ -19,22 +19,19 @@ class Norm(nn.Module):
         elif block.statistics == "rms":
             with torch.device("cpu"):
                 self.register_buffer("weight", torch.ones(block.shape))
+        self.bias = nn.Parameter(torch.empty(block.shape)) if block.bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         block = self.block
         if block.rows is not None:
-            return (self._normalised(hidden.float()) * (self.weight.float() + block.offset)).to(hidden.dtype)
+            # The operator takes one weight for all rows.
+            normed = F.layer_norm(hidden.float(), (block.size,), None, None, block.epsilon)
+            return (normed * self.weight.float()).to(hidden.dtype)
         if block.statistics == "layer":
             weight = self.weight.float() if block.weighted else None
-            return F.layer_norm(hidden.float(), (block.size,), weight, None, block.epsilon).to(hidden.dtype)
+            bias = None if self.bias is None else self.bias.float()
+            return F.layer_norm(hidden.float(), (block.size,), weight, bias, block.epsilon).to(hidden.dtype)
         if block.rounding == "before_weight" and block.weighted:
             return rms_norm(hidden, self.weight + block.offset if block.offset else self.weight, block.epsilon)
         wide = self.weight.float() + block.offset if block.offset else self.weight.float()
         return rms_norm(hidden.float(), wide, block.epsilon).to(hidden.dtype)
-
-    def _normalised(self, wide: Tensor) -> Tensor:
-        """Before the weight, which is one a row: the operators take one for all."""
-        size, epsilon = self.block.size, self.block.epsilon
-        if self.block.statistics == "layer":
-            return F.layer_norm(wide, (size,), None, None, epsilon)
-        return rms_norm(wide, torch.ones(size, device=wide.device), epsilon)

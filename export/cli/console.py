@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from llmexport.export import interrupt
-from llmexport.export.values import visible
+from llmexport.export.values import finite, visible
 from llmexport.plugins.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,24 +36,17 @@ class Console:
             logging.getLogger("llmexport").setLevel(logging.ERROR)
 
     def progress(self, what: str, done: int, of: int) -> None:
-        """A bar on a terminal, one plain line a step otherwise; nothing more once stderr takes no more."""
+        """A bar on a terminal, one plain line a step otherwise."""
         interrupt.check()
-        if self.quiet or self._mute:
-            return
-        try:
-            self._progress(visible(what), done, of)
-        except OSError:
-            self._mute = True
-
-    def _progress(self, what: str, done: int, of: int) -> None:
+        what = visible(what)
         if self._live:
             full = BAR * done // max(of, 1)
-            click.echo(f"\r\x1b[K{'█' * full}{'░' * (BAR - full)} {what}", nl=False, err=True)
+            self._beside(f"\r\x1b[K{'█' * full}{'░' * (BAR - full)} {what}", nl=False)
             if done >= of:
-                click.echo("\r\x1b[K", nl=False, err=True)
+                self._beside("\r\x1b[K", nl=False)
         elif done < of and what != self._last:
             self._last = what
-            click.echo(f"{what} ({done + 1}/{of})", err=True)
+            self._beside(f"{what} ({done + 1}/{of})")
 
     def say(self, text: str) -> None:
         if not self.quiet and not self.as_json:
@@ -62,8 +54,17 @@ class Console:
 
     def notes(self, sentences: Sequence[str]) -> None:
         """What the result is not, or is only so far, that no error stops."""
-        for sentence in () if self.quiet else sentences:
-            click.echo(f"note: {sentence}", err=True)
+        for sentence in sentences:
+            self._beside(f"note: {visible(sentence)}")
+
+    def _beside(self, text: str, nl: bool = True) -> None:
+        """To stderr. One that is full or has no reader costs what it would have said, not the work."""
+        if self.quiet or self._mute:
+            return
+        try:
+            click.echo(text, nl=nl, err=True)
+        except OSError:
+            self._mute = True
 
     def lines(self, sentences: Sequence[str]) -> None:
         """Sentences, each on a line of its own however long, so that what they quote is not cut."""
@@ -93,7 +94,7 @@ class Console:
     def result(self, data: Any) -> None:
         """The command's result, for scripts."""
         if self.as_json:
-            _print(json.dumps(_strict(data), indent=1, allow_nan=False))
+            _print(json.dumps(finite(data), indent=1, allow_nan=False))
 
 
 class ConsoleError(UserError):
@@ -105,15 +106,6 @@ def _print(text: str) -> None:
         click.echo(text)
     except OSError as error:
         raise ConsoleError(f"the work is done, but its result cannot be printed to stdout: {error.strerror}") from error
-
-
-def _strict(data: Any) -> Any:
-    """The same for JSON, which has no word for a float that is not finite: as text."""
-    if isinstance(data, dict):
-        return {k: _strict(v) for k, v in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_strict(v) for v in data]
-    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def talkative(command: F) -> F:

@@ -13,6 +13,8 @@ from llmexport.export.cli import source
 from llmexport.export.cli import validate as validate_command
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.placing import openings
+from llmexport.export.profile import parse_profile
+from llmexport.export.source import open_source
 from llmexport.plugins import library
 
 
@@ -40,28 +42,28 @@ def command(
     """
     console = Console(quiet, as_json)
     engine.check_backend(backend)
-    sizes = None if profile is None else engine.parse_profile(profile)
+    sizes = None if profile is None else parse_profile(profile)
     kernels = library.find() if plugins else None
-    with source.open_source(arch, checkpoint, output or Path("deploy")) as (named, found):
+    with open_source(arch, checkpoint, output or Path("deploy")) as (named, found):
         request = onnx_file.Request(named, found, dtype, None, weights)
         target = output or Path(f"{named.name}-deploy")
         # The three steps fill one new folder, which appears when all are done.
         with onnx_file.new_export(request, target, force=force) as folder:
-            record = onnx_file.fill(request, folder, console.progress)
+            onnx_file.fill(request, folder, console.progress)
             built = engine.build(folder, backend=backend, profile=sizes, plugins=kernels, progress=console.progress)
             report = validate_command.run(folder, None, 0, False, console)
             # With the digests that a first validation records.
-            record = manifest.read(folder).data
+            export = manifest.read(folder)
     files = {p.name: p.stat().st_size for p in sorted(target.iterdir()) if p.suffix != ".safetensors"}
     rows = [
-        *onnx_command.summary(record, target),
+        *onnx_command.summary(export, target),
         *engine_command.summary(built),
         ("files", ", ".join(f"{n} {size(b)}" for n, b in files.items())),
         *validate_command.summary(report),
     ]
     # Two steps may have read the same of the weights.
     console.table(f"{named.name} in {target}", (), list(dict.fromkeys(rows)))
-    console.notes(record["notes"])
+    console.notes(export.notes)
     console.lines(openings([target]))
-    console.result({"manifest": record, "engine": built, "report": report.as_data()})
+    console.result({"manifest": manifest.as_data(export), "engine": built.as_data(), "report": report.as_data()})
     return 0 if report.passed else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,8 @@ import click
 
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.source import FOLDER, verifying
-from llmexport.export.engine import BACKENDS, build, parse_profile
+from llmexport.export.engine import BACKENDS, Engine, build
+from llmexport.export.profile import parse_profile
 from llmexport.plugins import library
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,9 +62,9 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Build a TensorRT engine of an export: model.plan and engine.json, in FOLDER."""
+    """Build TensorRT engines of an export: a .plan for each graph, and engine.json, in FOLDER."""
     console = Console(quiet, as_json)
-    record = build(
+    built = build(
         folder,
         backend=backend,
         profile=None if profile is None else parse_profile(profile),
@@ -71,19 +73,21 @@ def command(
         verify=verify,
         progress=console.progress,
     )
-    console.table(f"engine in {folder}", (), summary(record))
-    console.result(record)
+    console.table(f"engine in {folder}", (), summary(built))
+    console.result(built.as_data())
 
 
-def summary(record: dict[str, Any]) -> list[tuple[str, str]]:
+def summary(engine: Engine) -> list[tuple[str, str]]:
     """Rows of what was built."""
-    profile = ", ".join(f"{n} {low} to {high}" for n, (low, _, high) in record["profile"].items())
-    plugins = ", ".join(f"{n} {op}" for p in record["plugins"] for op, n in p["ops"].items())
+    plans = engine.graphs.values()
+    profile = ", ".join(f"{n} {low} to {high}" for n, (low, _, high) in engine.profile.items())
+    layers: Counter[str] = sum((Counter(p.plugins) for p in plans), Counter())
+    plugins = ", ".join(f"{n} {op}" for op, n in layers.items())
     return [
-        ("engine", f"{record['backend']} {record['version']}, {size(record['plan']['bytes'])}"),
+        ("engine", f"{engine.backend} {engine.version}, {', '.join(size(p.bytes) for p in plans)}"),
         ("takes", profile),
         ("plugin layers", plugins or "none: our ops are built from their bodies, see `llmexport plugins build`"),
-        ("runs on", record["target"]),
-        ("weights read", record["checked"]),
-        ("built in", f"{record['seconds']:.1f} s"),
+        ("runs on", engine.target),
+        ("weights read", engine.checked),
+        ("built in", f"{sum(p.seconds for p in plans):.1f} s"),
     ]

@@ -19,8 +19,8 @@ from llmexport.plugins.errors import UserError
 
 COMMANDS = ("archs", "onnx", "engine", "validate", "deploy", "checkpoint", "ops", "plugins", "doctor")
 MENDABLE, BUG = 2, 3
-# Of click 8.2 and later; before, help is an Exit.
-NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", click.exceptions.Exit)
+# Of click 8.2 and later; before, help is an Exit, and this catches nothing.
+NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 class Lazy(click.Group):
@@ -63,15 +63,9 @@ def _call() -> tuple[int, str]:
     try:
         if "_LLMEXPORT_COMPLETE" in os.environ:
             cli.main(prog_name="llmexport", standalone_mode=False)
-        # Not cli.main(), which ends with code 1 where a pipe breaks.
-        with cli.make_context("llmexport", sys.argv[1:]) as context:
-            code = cli.invoke(context)
-        return (code if isinstance(code, int) else 0), ""
+        return _run(), ""
     except click.exceptions.Exit as ended:
         return ended.exit_code, ""
-    except NO_ARGUMENTS as asked:
-        click.echo(asked.format_message())
-        return 0, ""
     except click.ClickException as error:
         return MENDABLE, _usage(error)
     except UserError as error:
@@ -81,6 +75,17 @@ def _call() -> tuple[int, str]:
     except Exception as error:
         line = faults.in_one_line(error)
         return (MENDABLE, line) if line else (BUG, traceback.format_exc())
+
+
+def _run() -> int:
+    try:
+        # Not cli.main(), which ends with code 1 where a pipe breaks.
+        with cli.make_context("llmexport", sys.argv[1:]) as context:
+            code = cli.invoke(context)
+    except NO_ARGUMENTS as asked:
+        click.echo(asked.format_message())
+        return 0
+    return code if isinstance(code, int) else 0
 
 
 def _usage(error: click.ClickException) -> str:

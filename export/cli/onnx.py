@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from llmexport.export import onnx_file
 from llmexport.export.cli import source
 from llmexport.export.cli.console import Console, size, talkative
+from llmexport.export.exported import Export
+from llmexport.export.manifest import as_data
 from llmexport.export.placing import openings
+from llmexport.export.source import open_source
 
 
 @click.command("onnx")
 @source.options
 @click.option(
     "--target",
-    type=click.Choice(["portable", "tensorrt"]),
+    type=click.Choice(onnx_file.TARGETS),
     default="portable",
     show_default=True,
     help="portable runs everywhere; tensorrt is for trtexec with our plugins: no function bodies.",
@@ -41,57 +45,67 @@ def command(
 ) -> None:
     """Export a checkpoint to ONNX: the whole model, or one of its blocks."""
     console = Console(quiet, as_json)
-    with source.open_source(arch, checkpoint, output) as (named, found):
+    with open_source(arch, checkpoint, output) as (named, found):
         request = onnx_file.Request(named, found, dtype, None if block == "all" else block, weights, target, digest)
         if block == "all":
-            records = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
+            exports = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
             console.table(
-                f"{named.name}: {len(records)} blocks in {output}",
+                f"{named.name}: {len(exports)} blocks in {output}",
                 ("block", "inputs", "outputs", "custom ops"),
-                [(n, names(r["inputs"]), names(r["outputs"]), counts(r["ops"])) for n, r in records.items()],
+                [(n, *ports(e), counts(ops(e))) for n, e in exports.items()],
             )
-            console.notes(list(dict.fromkeys(n for r in records.values() for n in r["notes"])))
-            console.lines(openings(output / name for name in records))
-            console.result(records)
+            console.notes(list(dict.fromkeys(note for e in exports.values() for note in e.notes)))
+            console.lines(openings(output / name for name in exports))
+            console.result({name: as_data(e) for name, e in exports.items()})
             return
-        record = onnx_file.write(request, output, force=force, progress=console.progress)
-    console.table(f"{named.name} in {output}", (), summary(record, output))
-    console.notes(record["notes"])
+        export = onnx_file.write(request, output, force=force, progress=console.progress)
+    console.table(f"{named.name} in {output}", (), summary(export, output))
+    console.notes(export.notes)
     console.lines(openings([output]))
-    console.result(record)
+    console.result(as_data(export))
 
 
-def summary(record: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """Rows of what was exported: blocks, ops, fusions, files."""
-    kinds = [record["blocks"][s["block"]]["is"] for s in record["steps"]]
-    blocks = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
-    fusions = record["fusions"]
+def summary(export: Export, folder: Path) -> list[tuple[str, str]]:
+    """Rows of what was exported: graphs where there are several, blocks, ops, fusions, files."""
+    graphs = ", ".join(g.file for g in export.graphs)
+    blocks = counts(Counter(type(s.block).__name__ for s in export.steps))
+    fused: Counter[str] = Counter()
     refused: dict[str, list[str]] = {}
-    for name, reason in (r for f in fusions.values() for r in f["refused"]):
-        refused.setdefault(reason, []).append(name)
-    shared = {f["file"] for f in record["weights"]["files"] if f["placed"] == "reflink"}
+    for name, fusion in (f for g in export.graphs for f in g.fusions.items()):
+        fused[name.removeprefix("fuse_")] += fusion.count
+        for node, reason in fusion.refused:
+            refused.setdefault(reason, []).append(node)
+    shared = {w.file for w in export.weights if w.placed == "reflink"}
     new = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1 and p.name not in shared]
-    held = sum(f["bytes"] for f in record["weights"]["files"])
+    held = sum(w.bytes for w in export.weights)
     return [
-        ("blocks", f"{blocks} ({len(record['blocks'])} distinct, each traced once)"),
-        ("custom ops", counts(record["ops"])),
-        ("fused", counts({n.removeprefix("fuse_"): f["count"] for n, f in fusions.items()})),
+        *([("graphs", graphs)] if len(export.graphs) > 1 else []),
+        ("blocks", f"{blocks} ({len(export.blocks)} distinct, each traced once)"),
+        ("custom ops", counts(ops(export))),
+        ("fused", counts(fused)),
         ("left unfused", "; ".join(f"{few(names)}: {why}" for why, names in refused.items()) or "nothing"),
-        ("dtype", record["dtype"]),
-        ("weights", f"{len(record['weights']['files'])} files, {size(held)}, {record['weights']['placed']}"),
-        ("beside them", ", ".join(record["companions"]) or "nothing"),
+        ("dtype", export.dtype),
+        ("weights", f"{len(export.weights)} files, {size(held)}, {export.placed}"),
+        ("beside them", ", ".join(export.companions) or "nothing"),
         ("new bytes on disk", size(sum(p.stat().st_size for p in new))),
     ]
 
 
-def counts(numbers: dict[str, int]) -> str:
+def ops(export: Export) -> Mapping[str, int]:
+    """How often each custom op occurs in all graphs."""
+    return sum((Counter(g.ops) for g in export.graphs), Counter())
+
+
+def ports(export: Export) -> tuple[str, str]:
+    """The names of the inputs and of the outputs of a graph that is alone."""
+    assembly = export.graphs[0].assembly
+    return ", ".join(p.name for p in assembly.inputs), ", ".join(p.name for p in assembly.outputs)
+
+
+def counts(numbers: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {what}" for what, n in numbers.items()) or "none"
 
 
 def few(found: list[str]) -> str:
     """A list of names, cut."""
     return ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
-
-
-def names(ports: list[dict[str, Any]]) -> str:
-    return ", ".join(p["name"] for p in ports)

@@ -1,22 +1,15 @@
-"""Where a command's checkpoint comes from: a folder of the user's, or the built-in tiny one."""
+"""The options that say what to export, and from where."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from llmexport.export import archs
-from llmexport.export.checkpoint import Checkpoint, open_checkpoint
-from llmexport.export.errors import ExportError
-from llmexport.export.output import write_errors
+from llmexport.export.onnx_file import WEIGHTS
 from llmexport.export.spec import DTYPES
-from llmexport.export.workspace import workspace
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,7 +32,7 @@ def options(command: F) -> F:
         click.option("--force", is_flag=True, help="Replace an earlier output, if nothing else lies in it."),
         click.option(
             "--weights",
-            type=click.Choice(["auto", "link", "copy"]),
+            type=click.Choice(WEIGHTS),
             default="auto",
             help="Hard links to the shards (no new bytes) or copies; auto takes the first of reflinks (no new bytes "
             "either, and files that every tool opens), links and copies that the file system has.",
@@ -61,24 +54,3 @@ def verifying(command: F) -> F:
         is_flag=True,
         help="Read every byte of the weights, against the digests of `onnx --digest` or of the first `validate`.",
     )(command)
-
-
-@contextmanager
-def open_source(arch: str | None, folder: Path | None, beside: Path) -> Iterator[tuple[archs.Named, Checkpoint]]:
-    """The checkpoint in `folder`; without one, a tiny random one, for as long as the export takes."""
-    if folder is not None:
-        checkpoint = open_checkpoint(folder)
-        yield archs.choose(arch, checkpoint.config), checkpoint
-        return
-    if arch is None:
-        raise ExportError("say what to export: --checkpoint DIR, or --arch NAME for its built-in tiny config")
-    named = archs.load(arch)
-    from llmexport.export import random_checkpoint
-
-    # Beside the output, so that the shards can be linked and outlive the folder.
-    target = Path(os.path.realpath(beside))
-    with contextlib.ExitStack() as stack:
-        with write_errors(target):
-            made = stack.enter_context(workspace(target.parent)) / "checkpoint"
-        random_checkpoint.write(named, made, shard_bytes=100_000)
-        yield named, open_checkpoint(made)

@@ -5,8 +5,9 @@ whose symbolic dimensions are the dynamic axes of the exported graph. Nothing he
 """
 
 from llmexport.export.spec.axis import AXES, BATCH, PAST, SEQUENCE, TOTAL, Axis, Sizes, summands, with_sums
-from llmexport.export.spec.block import DTYPES, OPSET, Block, Dim, Port, State
+from llmexport.export.spec.block import DTYPES, OPSET, Block, Dim, Port, State, Use
 from llmexport.export.spec.context import (
+    BidirectionalMask,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
@@ -18,8 +19,8 @@ from llmexport.export.spec.context import (
     Temperature,
     YarnScaling,
 )
-from llmexport.export.spec.feed_forward import MXFP4_BLOCK, Activation, Experts, Mlp, Moe, Router, SharedExpert
-from llmexport.export.spec.graph import Assembly, Graph, Step
+from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
+from llmexport.export.spec.graph import ONLY, Assembly, Graph, Step
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, CausalConv, GatedDeltaNet, GatedNorm, Mixer, Norm
 from llmexport.export.spec.model import (
@@ -27,16 +28,20 @@ from llmexport.export.spec.model import (
     Embedding,
     Head,
     Model,
+    Reference,
     Whole,
+    causal_lm,
     from_data,
     to_data,
 )
+from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 
 __all__ = [
+    "ANY_FLOAT",
     "AXES",
     "BATCH",
     "DTYPES",
-    "MXFP4_BLOCK",
+    "ONLY",
     "OPSET",
     "PAST",
     "SEQUENCE",
@@ -46,6 +51,7 @@ __all__ = [
     "Assembly",
     "Attention",
     "Axis",
+    "BidirectionalMask",
     "Block",
     "CausalConv",
     "Dim",
@@ -64,9 +70,12 @@ __all__ = [
     "Mlp",
     "Model",
     "Moe",
+    "Mxfp4",
     "Norm",
+    "Plain",
     "Port",
     "Presence",
+    "Reference",
     "Rotary",
     "Router",
     "Scaling",
@@ -75,10 +84,14 @@ __all__ = [
     "Span",
     "State",
     "Step",
+    "Storage",
+    "Stored",
     "Sublayer",
     "Temperature",
+    "Use",
     "Whole",
     "YarnScaling",
+    "causal_lm",
     "decoder_layer",
     "from_data",
     "summands",

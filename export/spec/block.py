@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL
+from llmexport.export.spec.storage import Stored
+from llmexport.plugins.dtypes import FLOATS
 
 OPSET = 23  # ai.onnx, of everything that is exported
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = FLOATS
 Dim = int | str
+# What the numbers at a port are: whoever feeds one asks this, and never its name.
+Use = Literal[
+    "hidden",  # hidden states, and all that is like them
+    "logits",  # a score of each word of the vocabulary
+    "tokens",  # ids of words
+    "token_types",  # the segment that each token is of
+    "positions",  # where a token stands in its row
+    "padding",  # of the row so far: 1 for a token, 0 for padding
+    "mask",  # which keys each query sees
+    "span_start",  # where the keys of a row begin
+    "span_length",  # and where they end
+    "presence",  # of this step: 1 for a token, 0 for padding
+    "presence_end",  # where this step's tokens of a row end
+    "cos",  # of the angles that RoPE turns by
+    "sin",
+    "temperature",  # a factor of each query
+    "routing_weights",  # how much each chosen expert counts
+    "routing_experts",  # which they are, no two alike
+    "state",  # what a block kept of earlier tokens: keys, values, inputs
+    "recurrence",  # what a block summed up of all earlier tokens, zero before the first
+]
 
 
 @dataclass(frozen=True)
@@ -20,6 +44,11 @@ class Port:
     name: str
     shape: tuple[Dim, ...]
     dtype: str = "T"
+    use: Use = "hidden"
+
+    def typed(self, dtype: str) -> Port:
+        """The port in a model that is exported in `dtype`."""
+        return dataclasses.replace(self, dtype=dtype) if self.dtype == "T" else self
 
 
 @dataclass(frozen=True)
@@ -68,9 +97,18 @@ class Block:
         return ()
 
     @property
-    def as_stored(self) -> tuple[str, ...]:
-        """Paths of the parameters that its graph takes in the type they are stored in, whatever its own is."""
-        return tuple(path + own for block, path in self.parts.values() for own in block.as_stored)
+    def most(self) -> Mapping[str, int]:
+        """Axis -> the largest size that it takes, where there is one, as a table has no more rows."""
+        return {}
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """By their paths, the parameters that a Storage speaks of. All others are floats, cast to the model's type."""
+        return {path + own: s for block, path in self.parts.values() for own, s in block.stored.items()}
+
+    def dtype_of(self, path: str) -> str:
+        """The type of a parameter, as `Stored.dtype` says it."""
+        return self.stored[path].dtype if path in self.stored else "T"
 
 
 def hidden(name: str, width: int) -> Port:
@@ -78,5 +116,11 @@ def hidden(name: str, width: int) -> Port:
     return Port(name, (BATCH, SEQUENCE, width))
 
 
-INPUT_IDS = Port("input_ids", (BATCH, SEQUENCE), "int64")
-ATTENTION_MASK = Port("attention_mask", (BATCH, TOTAL), "int64")
+def state(name: str, past: tuple[Dim, ...], present: tuple[Dim, ...], dtype: str = "T", use: Use = "state") -> State:
+    """A state of this name and of these shapes."""
+    return State(Port(f"past_{name}", past, dtype, use), Port(f"present_{name}", present, dtype, use))
+
+
+INPUT_IDS = Port("input_ids", (BATCH, SEQUENCE), "int64", "tokens")
+TOKEN_TYPE_IDS = Port("token_type_ids", (BATCH, SEQUENCE), "int64", "token_types")
+ATTENTION_MASK = Port("attention_mask", (BATCH, TOTAL), "int64", "padding")

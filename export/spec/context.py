@@ -80,12 +80,12 @@ class Rotary(Block):
     @property
     def inputs(self) -> tuple[Port, ...]:
         axes = (len(self.sections),) if self.sections else ()
-        return (Port("position_ids", (*axes, BATCH, SEQUENCE), "int64"),)
+        return (Port("position_ids", (*axes, BATCH, SEQUENCE), "int64", "positions"),)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
         shape = (BATCH, SEQUENCE, self.size // 2)
-        return (Port("cos", shape), Port("sin", shape))
+        return (Port("cos", shape, use="cos"), Port("sin", shape, use="sin"))
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,26 @@ class Mask(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("mask", (BATCH, 1, SEQUENCE, TOTAL), "bool"),)
+        return (Port("mask", (BATCH, 1, SEQUENCE, TOTAL), "bool", "mask"),)
 
     @property
     def label(self) -> str:
         window = "" if self.window is None else f"_window_{self.window}"
         return self.kind + window + ("" if self.chunk is None else f"_chunk_{self.chunk}")
+
+
+@dataclass(frozen=True)
+class BidirectionalMask(Block):
+    """Every token sees all tokens of its row and no padding, and padding sees the same (masking_utils.py,
+    create_bidirectional_mask). A row that is all padding sees all of it, so that no backend makes a NaN."""
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (Port("attention_mask", (BATCH, SEQUENCE), "int64", "padding"),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("mask", (BATCH, 1, SEQUENCE, SEQUENCE), "bool", "mask"),)
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,7 @@ class Span(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("start", (BATCH,), "int32"), Port("length", (BATCH,), "int32"))
+        return (Port("start", (BATCH,), "int32", "span_start"), Port("length", (BATCH,), "int32", "span_length"))
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,7 @@ class Temperature(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("temperature", (BATCH, SEQUENCE), "float32"),)
+        return (Port("temperature", (BATCH, SEQUENCE), "float32", "temperature"),)
 
 
 @dataclass(frozen=True)
@@ -165,4 +179,5 @@ class Presence(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("present_tokens", (BATCH, SEQUENCE)), Port("tokens_end", (BATCH,), "int64"))
+        end = Port("tokens_end", (BATCH,), "int64", "presence_end")
+        return (Port("present_tokens", (BATCH, SEQUENCE), use="presence"), end)

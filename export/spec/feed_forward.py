@@ -1,27 +1,32 @@
-"""What follows the mixer in a layer: the gated MLP, and the mixture of experts."""
+"""What follows the mixer in a layer: the MLP, and the mixture of experts."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.block import BATCH, SEQUENCE, Block, Port, hidden
+from llmexport.export.spec.storage import Plain, Storage, Stored
 
-Activation = Literal["silu", "gelu_tanh", "gelu_erf", "swiglu_clamped"]
-MXFP4_BLOCK = 32
+Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "swiglu_clamped"]
 
 
 @dataclass(frozen=True)
 class Mlp(Block):
-    """Gated MLP (arXiv 2002.05202): down(activation(gate(x)) * up(x)). `fused`: gate and up are one matrix."""
+    """Gated MLP (arXiv 2002.05202): down(activation(gate(x)) * up(x)). `fused`: gate and up are one matrix.
+
+    Unless `gated`, it is down(activation(up(x))).
+    """
 
     hidden: int
     intermediate: int
     activation: Activation
     bias: bool = False
     fused: bool = False
+    gated: bool = True
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -62,7 +67,7 @@ class Experts(Block):
 
     Weights are [E, 2I, C] and [E, C, I], or the other way round if `transposed`; gate and up are halves of 2I, or
     alternate if `interleaved`. `scale_input`: the routing weight multiplies what goes in, not what comes out.
-    `mxfp4`: the weights are blocks of 32 4-bit values and their scales, not transposed.
+    `storage` is that of each expert's matrices.
     """
 
     hidden: int
@@ -76,21 +81,31 @@ class Experts(Block):
     interleaved: bool = False
     bias: bool = False
     scale_input: bool = False
-    mxfp4: bool = False
+    storage: Storage = dataclasses.field(default=Plain())
 
     def __post_init__(self) -> None:
-        if self.mxfp4 and (self.transposed or not self.bias):
-            raise ValueError("MXFP4 experts have biases and are not transposed")
-        if self.mxfp4 and (self.hidden % MXFP4_BLOCK or self.intermediate % MXFP4_BLOCK):
-            raise ExportError(
-                f"MXFP4 packs {MXFP4_BLOCK} values a block: hidden_size {self.hidden} and intermediate_size "
-                f"{self.intermediate} must be multiples of that"
-            )
+        scaled = any(len(held) > 1 for held in self.matrices.values())
+        if scaled and (self.transposed or not self.bias):
+            raise ValueError("experts with scales have biases and are not transposed")
 
     @property
-    def as_stored(self) -> tuple[str, ...]:
-        kinds = ("_blocks", "_scales") if self.mxfp4 else ("",)
-        return tuple(f"{n}_proj{kind}" for n in ("gate_up", "down") for kind in kinds)
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """Rows and columns of an expert's matrices, by name."""
+        return {"gate_up_proj": (2 * self.intermediate, self.hidden), "down_proj": (self.hidden, self.intermediate)}
+
+    @property
+    def matrices(self) -> Mapping[str, tuple[Stored, ...]]:
+        """What holds a matrix of all experts, by its name."""
+        turn = -1 if self.transposed else 1
+        return {n: tuple(map(self._of_all, self.storage.tensors(*size[::turn]))) for n, size in self.sizes.items()}
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        return {name + s.suffix: s for name, held in self.matrices.items() for s in held}
+
+    def _of_all(self, one: Stored) -> Stored:
+        # The op casts floats itself, expert by expert: these are the largest weights there are.
+        return dataclasses.replace(one, shape=(self.experts, *one.shape), dtype="W" if one.dtype == "T" else one.dtype)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -141,4 +156,5 @@ class Moe(Block):
 
 def routed(top_k: int) -> tuple[Port, Port]:
     """The ports of a routing."""
-    return Port("weights", (BATCH, SEQUENCE, top_k)), Port("experts", (BATCH, SEQUENCE, top_k), "int32")
+    shape = (BATCH, SEQUENCE, top_k)
+    return Port("weights", shape, use="routing_weights"), Port("experts", shape, "int32", "routing_experts")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from llmexport.export.spec.block import Block, Port
 
+ONLY = "model"  # the name of a graph that is all of its model
+
 
 @dataclass(frozen=True)
 class Step:

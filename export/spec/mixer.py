@@ -9,16 +9,17 @@ from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE, TOTAL
-from llmexport.export.spec.block import Block, Port, State, hidden
+from llmexport.export.spec.block import Block, Port, State, hidden, state
 
 
 @dataclass(frozen=True)
 class Norm(Block):
-    """RMSNorm (arXiv 1910.07467) with statistics in fp32 and weight `offset + w`; or LayerNorm (arXiv 1607.06450).
+    """RMSNorm (arXiv 1910.07467) with statistics in fp32 and weight `offset + w`; or LayerNorm (arXiv 1607.06450),
+    which may have a `bias`.
 
     `rounding` says where the result becomes the model's dtype: "before_weight" (Llama) or "after_weight"
     (Gemma, which multiplies in fp32). Without `weighted` there is no parameter. With `rows`, hidden states are
-    [..., rows, size] and every row has a weight of its own (Command R+, modeling_cohere.py).
+    [..., rows, size] and every row has a LayerNorm and a weight of its own (Command R+, modeling_cohere.py).
     """
 
     size: int
@@ -28,6 +29,11 @@ class Norm(Block):
     statistics: Literal["rms", "layer"] = "rms"
     weighted: bool = True
     rows: int | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and not (self.statistics == "layer" and self.weighted):
+            raise ValueError("rows with weights of their own are for LayerNorm, weighted")
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -64,7 +70,8 @@ class Mixer(Block):
 
 @dataclass(frozen=True)
 class Attention(Mixer):
-    """Self-attention with RoPE, grouped queries (arXiv 2305.13245) and a grown KV cache.
+    """Self-attention with RoPE, grouped queries (arXiv 2305.13245) and a grown KV cache; unless `cached`, over the
+    step's own tokens alone.
 
     What a query may see is an input, the mask: layers that differ in their window alone are one block. With `sinks`
     or a `softcap` on the logits, it is the SinkAttention op, and its `window` (0: none) part of the block.
@@ -94,6 +101,7 @@ class Attention(Mixer):
     sinks: bool = False
     softcap: float = 0.0
     window: int = 0
+    cached: bool = True
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -115,17 +123,23 @@ class Attention(Mixer):
     @property
     def context(self) -> tuple[Port, ...]:
         angles = (BATCH, SEQUENCE, self.turned // 2)
-        ports = [Port("cos", angles), Port("sin", angles)] if self.turned else []
+        ports = [Port("cos", angles, use="cos"), Port("sin", angles, use="sin")] if self.turned else []
         if self.spans:
-            ports += [Port("start", (BATCH,), "int32"), Port("length", (BATCH,), "int32")]
+            ports.append(Port("start", (BATCH,), "int32", "span_start"))
+            ports.append(Port("length", (BATCH,), "int32", "span_length"))
         else:
-            ports.append(Port("mask", (BATCH, 1, SEQUENCE, TOTAL), "bool"))
-        return (*ports, Port("temperature", (BATCH, SEQUENCE), "float32")) if self.temperature else tuple(ports)
+            keys = TOTAL if self.cached else SEQUENCE
+            ports.append(Port("mask", (BATCH, 1, SEQUENCE, keys), "bool", "mask"))
+        if self.temperature:
+            ports.append(Port("temperature", (BATCH, SEQUENCE), "float32", "temperature"))
+        return tuple(ports)
 
     @property
     def states(self) -> tuple[State, ...]:
+        if not self.cached:
+            return ()
         past, present = ((BATCH, self.kv_heads, axis, self.head_size) for axis in (PAST, TOTAL))
-        return tuple(State(Port(f"past_{n}", past), Port(f"present_{n}", present)) for n in ("key", "value"))
+        return tuple(state(n, past, present) for n in ("key", "value"))
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
@@ -165,7 +179,7 @@ class CausalConv(Block):
     @property
     def states(self) -> tuple[State, ...]:
         shape = (BATCH, self.kernel - 1, self.channels)
-        return (State(Port("past_conv_state", shape), Port("present_conv_state", shape)),)
+        return (state("conv_state", shape, shape),)
 
 
 @dataclass(frozen=True)
@@ -214,13 +228,13 @@ class GatedDeltaNet(Mixer):
 
     @property
     def context(self) -> tuple[Port, ...]:
-        return (Port("present_tokens", (BATCH, SEQUENCE)), Port("tokens_end", (BATCH,), "int64"))
+        end = Port("tokens_end", (BATCH,), "int64", "presence_end")
+        return (Port("present_tokens", (BATCH, SEQUENCE), use="presence"), end)
 
     @property
     def states(self) -> tuple[State, ...]:
         shape = (BATCH, self.value_heads, self.key_size, self.value_size)
-        past, present = (Port(f"{when}_recurrent_state", shape, "float32") for when in ("past", "present"))
-        return (*self.convolution.states, State(past, present))
+        return (*self.convolution.states, state("recurrent_state", shape, shape, "float32", "recurrence"))
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:

@@ -1,18 +1,21 @@
-"""The two ends of a decoder, the model, and an architecture."""
+"""The two ends of a model, the model, and an architecture."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.spec.axis import BATCH, SEQUENCE
-from llmexport.export.spec.block import INPUT_IDS, Block, Port, hidden
+from llmexport.export.spec.block import INPUT_IDS, TOKEN_TYPE_IDS, Block, Port, hidden
 from llmexport.export.spec.context import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
+from llmexport.export.spec.feed_forward import Activation
 from llmexport.export.spec.graph import Graph, Step
 from llmexport.export.spec.layer import Sublayer
 from llmexport.export.spec.mixer import Norm
+from llmexport.export.spec.storage import Storage
 
 if TYPE_CHECKING:
     from llmexport.export.config import Config
@@ -20,32 +23,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embedding(Block):
-    """Token embedding, times `scale` rounded to the model's dtype (modeling_gemma.py)."""
+    """Token embedding, times `scale` rounded to the model's dtype (modeling_gemma.py).
+
+    An encoder adds one for each of `types` of tokens and one for each of `positions`, which count from 0 whatever is
+    padding, then norms the sum (modeling_bert.py). 0 and None: there are none.
+    """
 
     vocabulary: int
     hidden: int
     scale: float = 1.0
+    types: int = 0
+    positions: int = 0
+    norm: Norm | None = None
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (INPUT_IDS,)
+        return (INPUT_IDS, TOKEN_TYPE_IDS) if self.types else (INPUT_IDS,)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
         return (hidden("hidden", self.hidden),)
+
+    @property
+    def parts(self) -> Mapping[str, tuple[Block, str]]:
+        return {"norm": (self.norm, "norm.")} if self.norm else {}
+
+    @property
+    def most(self) -> Mapping[str, int]:
+        return {SEQUENCE: self.positions} if self.positions else {}
 
 
 @dataclass(frozen=True)
 class Head(Block):
     """Final norm and the projection to the vocabulary, times `scale` (modeling_cohere.py).
 
-    `softcap` > 0 bounds the logits (modeling_gemma2.py).
+    `softcap` > 0 bounds the logits (modeling_gemma2.py). A head for masked tokens has a dense layer with this
+    activation, `transform`, before the norm, and a `bias` of the projection (modeling_bert.py).
     """
 
     norm: Norm
     vocabulary: int
     softcap: float = 0.0
     scale: float = 1.0
+    transform: Activation | None = None
+    bias: bool = False
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -53,7 +74,7 @@ class Head(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("logits", (BATCH, SEQUENCE, self.vocabulary)),)
+        return (Port("logits", (BATCH, SEQUENCE, self.vocabulary), use="logits"),)
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
@@ -93,26 +114,41 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output."""
+
+    model_class: str
+    outputs: Mapping[str, str]
+
+
+def causal_lm(model_class: str) -> Reference:
+    """The reference of a model whose logits are those of the next token."""
+    return Reference(model_class, MappingProxyType({"logits": "logits"}))
+
+
+@dataclass(frozen=True)
 class Arch:
     """One architecture: how its `config.json` reads, and what its checkpoint calls things.
 
     `names` maps the start of a parameter's path in our model (`embedding.`, `layers.{i}.`, `head.norm.`) to the
     start of its name in the checkpoint; the longest start that fits is taken. `stacks` maps the checkpoint's name of
     a stacked parameter to the names, with {e}, of the matrices of each expert that a checkpoint may have in its
-    place; `in_parts`: published ones have. `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and
-    the model does not need. `tiny` is the built-in config. `whole` is the multimodal checkpoint that the model is
-    published in. A base model's checkpoint, which has no head, leaves `base` out where a name starts with it.
+    place; `in_parts`: published ones have. `older` maps how a name ends to how it ends in the files of old releases.
+    `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and the model does not need. `tiny` is the
+    built-in config. `whole` is the multimodal checkpoint that the model is published in. A base model's checkpoint,
+    which has no head, leaves `base` out where a name starts with it.
     `overflows_float16` says, where published checkpoints are known to overflow float16, which do and how it shows.
     """
 
     model_types: tuple[str, ...]
-    causal_lm: str
+    reference: Reference
     build: Callable[[Config], Model]
     names: Mapping[str, str]
     tiny: Mapping[str, Any]
     ignore: tuple[str, ...] = ()
     stacks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     in_parts: bool = False
+    older: Mapping[str, str] = dataclasses.field(default_factory=dict)
     whole: Whole | None = None
     base: str = "model."
     overflows_float16: str = ""
@@ -123,18 +159,20 @@ def to_data(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"is": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {k: to_data(v) for k, v in value.items()}
     return [to_data(v) for v in value] if isinstance(value, tuple) else value
 
 
 def from_data(data: Any) -> Any:
     """The spec that `to_data` wrote. Raises KeyError on a class that this version does not know."""
     if isinstance(data, dict):
-        cls = _class(data["is"])
-        return cls(**{k: from_data(v) for k, v in data.items() if k != "is"})
+        values = {k: from_data(v) for k, v in data.items() if k != "is"}
+        return _class(data["is"])(**values) if "is" in data else values
     return tuple(from_data(v) for v in data) if isinstance(data, list) else data
 
 
 def _class(name: str) -> Any:
-    # Asked of the blocks when it is called: a module with further ones may be imported later.
-    others = (Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port, Sublayer)
-    return {c.__name__: c for c in (*Block.kinds.values(), *others)}[name]
+    # Asked of the base classes when it is called: a module with further ones may be imported later.
+    others = (Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port, Reference, Sublayer)
+    return {c.__name__: c for c in (*Block.kinds.values(), *Storage.__subclasses__(), *others)}[name]

@@ -116,14 +116,15 @@ def engine(work: Path, name: str, kind: str) -> dict[str, Any]:
     source = checkpoint(work, changed(published(name), WIDTH[name][kind]))
     done("onnx", "--checkpoint", source, "--dtype", "bfloat16", "-o", work / "out", log=work / "log")
     seconds, peak = done("engine", work / "out", log=work / "log")
-    ops = json.loads((work / "out" / "manifest.json").read_text())["ops"]
+    ops = json.loads((work / "out" / "manifest.json").read_text())["graphs"]["model"]["ops"]
     built = json.loads((work / "out" / "engine.json").read_text())
-    plugin_layers = {op: n for p in built["plugins"] for op, n in p["ops"].items()}
+    plan = built["graphs"]["model"]
+    plugin_layers = plan["plugins"]
     return {
-        "engine_mb": round(built["plan"]["bytes"] / MB, 1),
+        "engine_mb": round(plan["bytes"] / MB, 1),
         "engine_s": seconds,
         "peak_rss_mb": peak,
-        "passed": plugin_layers == ops and built["layers"]["PLUGIN_V3"] == sum(ops.values()),
+        "passed": plugin_layers == ops and plan["layers"]["PLUGIN_V3"] == sum(ops.values()),
         "plugin_layers": plugin_layers,
     }
 

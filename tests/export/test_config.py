@@ -10,7 +10,7 @@ from tiny_configs import one_line, placed_layers, read, read_whole, refusal, ref
 from llmexport.export import archs
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
-from llmexport.export.keys import HARMLESS
+from llmexport.export.keys import ANY, CAUSAL
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Experts, Moe, Rotary
 
@@ -145,9 +145,21 @@ def test_an_unknown_key_that_is_null_says_nothing():
     assert read("llama", quantization_config=None) == read("llama")
 
 
-@pytest.mark.parametrize("key", sorted(HARMLESS))
+@pytest.mark.parametrize("key", sorted(ANY | CAUSAL))
 def test_a_harmless_key_changes_nothing(key):
     assert read("llama", **{key: 1}) == read("llama")
+
+
+def test_what_is_harmless_in_any_model_is_harmless_in_an_encoder():
+    assert all(read("bert", **{key: 1}) == read("bert") for key in ANY)
+
+
+@pytest.mark.parametrize("key", sorted(CAUSAL))
+def test_what_is_harmless_in_a_decoder_alone_is_read_or_refused_in_an_encoder(key):
+    if key == "max_position_embeddings":
+        assert read("bert", **{key: 1}) != read("bert")
+    else:
+        assert f"{key}=1" in refusal("bert", **{key: 1})
 
 
 # What some architectures know, each with a value that is not their tiny config's.
@@ -363,7 +375,7 @@ def test_a_multimodal_config_without_a_text_model_is_refused(arch, inner):
 def test_a_config_is_known_by_its_type_alone_or_within_a_multimodal_one(arch):
     known = archs.load(arch).arch
     for kind, architecture in (
-        (known.model_types[0], known.causal_lm),
+        (known.model_types[0], known.reference.model_class),
         (known.whole.model_type, known.whole.architecture),
     ):
         assert archs.choose(None, {"model_type": kind, "architectures": [architecture]}).name == arch
@@ -373,7 +385,7 @@ def test_a_config_is_known_by_its_type_alone_or_within_a_multimodal_one(arch):
 def test_another_head_than_the_one_of_its_type_is_refused(arch):
     known = archs.load(arch).arch
     with pytest.raises(ExportError, match=re.escape(f"exports ['{known.whole.architecture}']")):
-        archs.choose(None, {"model_type": known.whole.model_type, "architectures": [known.causal_lm]})
+        archs.choose(None, {"model_type": known.whole.model_type, "architectures": [known.reference.model_class]})
 
 
 @pytest.mark.parametrize("found", [5, True, 0, "", "GemmaForCausalLM", {"GemmaForCausalLM": 1}, [], [5], [["x"]]])
@@ -443,7 +455,7 @@ def test_a_key_without_a_default_must_be_there():
 def test_finish_accepts_a_config_whose_every_key_was_read():
     config = Config({"a": 1, "dtype": "bfloat16"})
     config.get("a")
-    config.finish()
+    config.finish(causal=True)
 
 
 def test_the_config_that_came_in_stays_as_it_was():

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from arch_cases import FIRST
+from arch_cases import DECODERS, FIRST
 from published_configs import PUBLISHED
 from tiny_configs import everywhere, one_line, placed_layers
 
 from llmexport.export import archs, blocks
 from llmexport.export.config import LONGEST, MOST
 from llmexport.export.errors import ExportError
-from llmexport.export.keys import HARMLESS
+from llmexport.export.keys import ANY, CAUSAL
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Model, Rotary
 from llmexport.export.trace import module_shapes
@@ -29,7 +29,12 @@ CONFIGS = PUBLISHED | {
     c.name: {"model_type": archs.load(c.arch).arch.model_types[0], **archs.load(c.arch).arch.tiny} for c in FIRST
 }
 # Those beside the text model of a multimodal config too.
-NOT_READ = HARMLESS.union(*(w.harmless for n in archs.names() if (w := archs.load(n).arch.whole)))
+NOT_READ = ANY.union(*(w.harmless for n in archs.names() if (w := archs.load(n).arch.whole)))
+
+
+def not_read(arch: str) -> frozenset[str]:
+    """Keys that an architecture passes over, whatever they hold."""
+    return NOT_READ | CAUSAL if arch in {c.arch for c in DECODERS} else NOT_READ
 
 
 def paths(config: dict[str, Any], start: Path = ()) -> Iterator[Path]:
@@ -75,7 +80,8 @@ def theirs(config: dict[str, Any]) -> Model | str:
 @pytest.mark.parametrize("value", [ABSENT, None], ids=["absent", "null"])
 def test_a_key_that_is_missing_is_refused_or_means_what_it_means_to_transformers(name, value):
     config = CONFIGS[name]
-    found = {p: ours(changed(config, p, value)) for p in paths(config) if p[-1] not in NOT_READ}
+    passed_over = not_read(archs.choose(None, config).name)
+    found = {p: ours(changed(config, p, value)) for p in paths(config) if p[-1] not in passed_over}
     differ = {
         p: other
         for p, model in found.items()
@@ -101,7 +107,9 @@ def keys(arch: str) -> list[str]:
     """All that the architecture could look at."""
     written = transformers.CONFIG_MAPPING[archs.load(arch).arch.model_types[0]]().to_dict().keys()
     more = {"rope_scaling", "rope_theta", "hidden_activation", "layer_types", "quantization_config", "auto_map"}
-    return sorted((written | more | archs.load(arch).arch.tiny.keys() | {"architectures", "model_type"}) - NOT_READ)
+    return sorted(
+        (written | more | archs.load(arch).arch.tiny.keys() | {"architectures", "model_type"}) - not_read(arch)
+    )
 
 
 def junk(arch: str) -> Iterator[dict[str, Any]]:
@@ -135,7 +143,7 @@ def test_the_largest_sizes_that_are_read_can_be_laid_out(arch):
     if arch == "qwen3_5_moe":
         # So that the sections of mRoPE still make its part of the head.
         config["rope_parameters"] = {"partial_rotary_factor": 8 / LONGEST, "mrope_section": [2, 1, 1]}
-    for key in [k for k, v in config.items() if type(v) is int and k not in ("num_hidden_layers", *NOT_READ)]:
+    for key in [k for k, v in config.items() if type(v) is int and k not in ("num_hidden_layers", *not_read(arch))]:
         config[key] = next(n for n in (2**31 - 1, LONGEST, MOST) if "at most" not in str(ours(config | {key: n})))
     model = ours(config)
     assert isinstance(model, Model), model

@@ -13,7 +13,7 @@ from llmexport.export.earlier import BLOCKS, EXPORT, RANDOM, check
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import Request
 
-MANIFEST = {"format": 1, "arch": "a", "steps": [], "ops": {}, "config": {}, "weights": {"files": [{"file": "w"}]}}
+MANIFEST = {"format": 1, "arch": "a", "blocks": [], "config": {}, "weights": {"files": [{"file": "w"}]}}
 
 
 def silent(what: str, done: int, of: int) -> None:
@@ -46,7 +46,7 @@ def fill(folder: Path, *names: str, manifest: dict[str, object] | None = None) -
 
 
 def test_what_later_commands_add_may_be_replaced(tmp_path: Path) -> None:
-    check(fill(tmp_path, "w", "model.onnx", engine.PLAN, engine.RECORD, "report.json", "report.html"), EXPORT)
+    check(fill(tmp_path, "w", "model.onnx", "model.plan", engine.RECORD, "report.json", "report.html"), EXPORT)
 
 
 def test_the_files_that_a_manifest_lists_may_be_replaced(tmp_path: Path) -> None:

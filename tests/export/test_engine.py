@@ -19,13 +19,16 @@ from arch_cases import FIRST, ONCE, PRIMARY, Case, others_slow
 from one_node import model_of
 from onnx.helper import make_node
 from reseal import reseal
+from tiny_configs import read
 
-from llmexport.export import engine, engine_build, manifest
+from llmexport.export import builder, engine, engine_build, manifest
 from llmexport.export.assembly import parts
 from llmexport.export.errors import EngineError, ExportError
-from llmexport.export.spec import DTYPES, Attention, Port
+from llmexport.export.profile import Profile, parse_profile
+from llmexport.export.spec import DTYPES, Attention, Port, to_data
 
-OLD = {engine.PLAN: b"an earlier plan", engine.RECORD: b"an earlier record"}
+PLAN = "model.plan"
+OLD = {PLAN: b"an earlier plan", engine.RECORD: b"an earlier record"}
 
 pytestmark = pytest.mark.engine
 
@@ -75,13 +78,14 @@ def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported:
     folder = linked(exported(case, dtype), tmp_path)
     before = tree(folder)
     record = engine.build(folder, progress=silent)
-    plan = (folder / engine.PLAN).read_bytes()
-    assert record["plan"] == {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}
+    plan = (folder / PLAN).read_bytes()
+    [built] = record.graphs.values()
+    assert (built.bytes, built.sha256) == (len(plan), hashlib.sha256(plan).hexdigest())
     inside = [part.block for step in manifest.read(folder).assembly.steps for part in parts(step)]
     masked = [b for b in inside if isinstance(b, Attention) and not b.spans]
     # In float32 attention is written out.
-    assert record["layers"].get("ATTENTION_INPUT", 0) == (0 if dtype == "float32" else len(masked))
-    assert tree(folder) == before | {n: (folder / n).read_bytes() for n in (engine.PLAN, engine.RECORD)}
+    assert built.layers.get("ATTENTION_INPUT", 0) == (0 if dtype == "float32" else len(masked))
+    assert tree(folder) == before | {n: (folder / n).read_bytes() for n in (PLAN, engine.RECORD)}
 
 
 @pytest.mark.parametrize(
@@ -94,43 +98,56 @@ def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported:
 )
 def test_builds_a_block_alone(block: str, dims: set[str], exported: Export, tmp_path: Path) -> None:
     record = engine.build(linked(exported("llama", block=block), tmp_path), progress=silent)
-    assert (record["block"], set(record["profile"])) == (block, dims)
+    assert (record.block, set(record.profile)) == (block, dims)
 
 
 def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Path) -> None:
     folder = linked(exported("llama", block="attention"), tmp_path)
-    profile = engine.parse_profile("batch=2,past=0:8:16")
+    profile = parse_profile("batch=2,past=0:8:16")
     steps: list[tuple[str, int, int]] = []
     engine.build(folder, profile=profile, progress=lambda *step: steps.append(step))
     record = json.loads((folder / engine.RECORD).read_bytes())
     described = json.loads((folder / "manifest.json").read_bytes())
-    assert record.pop("seconds") > 0
-    assert "ATTENTION_INPUT" not in record.pop("layers")
-    assert record.pop("plan")["bytes"] == (folder / engine.PLAN).stat().st_size
+    [graph] = described["graphs"].values()
+    plan = record["graphs"]["model"]
+    assert plan.pop("seconds") > 0
+    assert "ATTENTION_INPUT" not in plan.pop("layers")
+    assert plan.pop("bytes") == (folder / PLAN).stat().st_size
+    assert plan.pop("sha256") == hashlib.sha256((folder / PLAN).read_bytes()).hexdigest()
+    ports = {kind: [dict(p) for p in graph[kind]] for kind in ("inputs", "outputs")}
+    for port in (*ports["inputs"], *ports["outputs"]):
+        del port["is"]
+        port["dtype"] = port["dtype"].replace("T", "float32")
     assert record == {
-        "format": 1,
+        "format": 2,
         "backend": "tensorrt-rtx",
         "version": importlib.metadata.version("tensorrt_rtx"),
         "target": "NVIDIA GPUs of compute capability 8.0 and later",
         "arch": "llama",
         "block": "attention",
         "dtype": "float32",
-        "inputs": described["inputs"],
-        "outputs": described["outputs"],
-        "model_sha256": hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest(),
         "weights": described["weights"]["files"],
         "checked": "2 of 2 files: every byte as recorded",
         "profile": {"batch": [2, 2, 2], "sequence": [1, 64, 512], "past": [0, 8, 16], "total": [1, 72, 528]},
         "plugins": [],
-        "messages": [],
+        "graphs": {
+            "model": {
+                "file": PLAN,
+                "model_sha256": hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest(),
+                **ports,
+                "carried": {"past_key": "present_key", "past_value": "present_value"},
+                "plugins": {},
+                "messages": [],
+            }
+        },
     }
     assert steps == [("engine: read", 0, 2), ("engine: build", 1, 2), ("engine", 2, 2)]
 
 
 def test_a_later_engine_takes_the_place_of_an_earlier(folder: Path) -> None:
     record = engine.build(folder, progress=silent)
-    assert json.loads((folder / engine.RECORD).read_bytes())["plan"] == record["plan"]
-    assert len((folder / engine.PLAN).read_bytes()) == record["plan"]["bytes"]
+    assert json.loads((folder / engine.RECORD).read_bytes()) == json.loads(json.dumps(record.as_data()))
+    assert len((folder / PLAN).read_bytes()) == record.graphs["model"].bytes
 
 
 def test_an_input_that_tensorrt_does_not_use_is_an_error(folder: Path) -> None:
@@ -158,7 +175,7 @@ def build_instead(folder: Path, model: onnx.ModelProto) -> None:
     replace(folder / "model.onnx", model.SerializeToString())
     described = json.loads((folder / "manifest.json").read_bytes())
     for kind, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
-        described[kind] = [{"name": v.name, "shape": ["batch", 4], "dtype": "float32"} for v in values]
+        described["graphs"]["model"][kind] = [to_data(Port(v.name, ("batch", 4))) for v in values]
     replace(folder / "manifest.json", json.dumps(described).encode())
     reseal(folder)
     before = tree(folder)
@@ -182,7 +199,7 @@ def test_a_death_of_the_builder_is_reported(
     code: str, reason: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tree(folder)
-    monkeypatch.setattr(engine, "COMMAND", child(code))
+    monkeypatch.setattr(builder, "COMMAND", child(code))
     with pytest.raises(EngineError, match=f"^TensorRT's builder {reason}$"):
         engine.build(folder, progress=silent)
     assert tree(folder) == before
@@ -198,7 +215,7 @@ for i in range(1000):
     print(f"noise {i}", file=sys.stderr, flush=True)
 os.abort()
 """
-    monkeypatch.setattr(engine, "COMMAND", child(code))
+    monkeypatch.setattr(builder, "COMMAND", child(code))
     with pytest.raises(EngineError) as caught:
         engine.build(folder, progress=silent)
     lines = str(caught.value).splitlines()
@@ -207,7 +224,7 @@ os.abort()
 
 def test_what_tensorrt_said_of_a_failed_build_is_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(folder)
-    monkeypatch.setattr(engine, "COMMAND", child("""print('["log", "ERROR: no kernel"]\\n["unbuildable"]')"""))
+    monkeypatch.setattr(builder, "COMMAND", child("""print('["log", "ERROR: no kernel"]\\n["unbuildable"]')"""))
     with pytest.raises(EngineError, match=r"^TensorRT cannot build the model:\n  ERROR: no kernel$"):
         engine.build(folder, progress=silent)
     assert tree(folder) == before
@@ -215,7 +232,7 @@ def test_what_tensorrt_said_of_a_failed_build_is_shown(folder: Path, monkeypatch
 
 def test_a_builder_that_takes_too_long_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(folder)
-    monkeypatch.setattr(engine, "COMMAND", child("import time; time.sleep(60)"))
+    monkeypatch.setattr(builder, "COMMAND", child("import time; time.sleep(60)"))
     with pytest.raises(EngineError, match=r"was stopped after 0\.2 s"):
         engine.build(folder, timeout=0.2, progress=silent)
     assert tree(folder) == before
@@ -223,7 +240,7 @@ def test_a_builder_that_takes_too_long_is_stopped(folder: Path, monkeypatch: pyt
 
 def test_a_full_disk_leaves_the_earlier_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(folder)
-    monkeypatch.setattr(engine, "COMMAND", child("""import errno; print(f'["unwritable", {errno.ENOSPC}]')"""))
+    monkeypatch.setattr(builder, "COMMAND", child("""import errno; print(f'["unwritable", {errno.ENOSPC}]')"""))
     with pytest.raises(ExportError, match=r"cannot write .*model\.plan: No space left on device: free space"):
         engine.build(folder, progress=silent)
     assert tree(folder) == before
@@ -237,7 +254,7 @@ open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
 os.kill(os.getppid(), signal.SIGINT)
 time.sleep(60)
 """
-    monkeypatch.setattr(engine, "COMMAND", child(code))
+    monkeypatch.setattr(builder, "COMMAND", child(code))
     # nohup, or a shell without job control, may have had it ignored.
     before_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -253,7 +270,7 @@ time.sleep(60)
 def test_the_builder_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
     # A pipe in place of its job lets it wait.
     os.mkfifo(tmp_path / "job.json")
-    process = subprocess.Popen([*engine.COMMAND, str(tmp_path)], stdin=subprocess.PIPE)
+    process = subprocess.Popen([*builder.COMMAND, str(tmp_path)], stdin=subprocess.PIPE)
     assert process.stdin
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.5)
@@ -352,18 +369,18 @@ def test_an_export_without_its_model_is_refused(data: bytes | None, reason: str,
 )
 def test_a_bad_profile_is_refused_in_one_line(text: str, reason: str) -> None:
     with pytest.raises(EngineError, match=reason) as caught:
-        engine.parse_profile(text)
+        parse_profile(text)
     assert "\n" not in str(caught.value)
 
 
 def test_a_profile_of_another_export_is_refused(folder: Path) -> None:
     with pytest.raises(EngineError, match=r"names past, rows: this export has the sizes batch, sequence$"):
-        engine.build(folder, profile=engine.parse_profile("rows=1,past=0:1:2"), progress=silent)
+        engine.build(folder, profile=parse_profile("rows=1,past=0:1:2"), progress=silent)
 
 
 def test_a_total_that_leaves_int32_is_refused() -> None:
     ports = [Port("mask", ("batch", "total"))]
-    sizes = engine.parse_profile("past=0:1:2147483647,sequence=1:1:1")
+    sizes = parse_profile("past=0:1:2147483647,sequence=1:1:1")
     with pytest.raises(EngineError, match=r"up to 2147483647 past and 1 sequence: make their sum less than 2\*\*31"):
         sizes.resolve(ports)
 
@@ -371,5 +388,13 @@ def test_a_total_that_leaves_int32_is_refused() -> None:
 def test_a_dimension_without_default_must_be_named() -> None:
     ports = [Port("x", ("batch", "experts", 8))]
     with pytest.raises(EngineError, match="experts has no default sizes"):
-        engine.Profile().resolve(ports)
-    assert engine.parse_profile("experts=1:2:4").resolve(ports) == {"batch": (1, 1, 4), "experts": (1, 2, 4)}
+        Profile().resolve(ports)
+    assert parse_profile("experts=1:2:4").resolve(ports) == {"batch": (1, 1, 4), "experts": (1, 2, 4)}
+
+
+def test_a_profile_ends_with_the_table_of_positions() -> None:
+    [graph] = read("bert").graphs
+    ports, blocks = graph.assembly.inputs, graph.assembly.blocks
+    assert Profile().resolve(ports, blocks) == {"batch": (1, 1, 4), "sequence": (1, 64, 320)}
+    with pytest.raises(EngineError, match="profile says up to 321 sequence: this model takes 320 at most"):
+        parse_profile("sequence=1:8:321").resolve(ports, blocks)

@@ -49,27 +49,27 @@ def test_every_op_of_ours_is_a_plugin_layer_of_the_emulated_library(
 def check_layers(export: Path, library: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export, tmp_path / "export"))
     record = engine.build(folder, plugins=library, progress=silent)
-    ops = manifest.read(folder).data["ops"]
-    assert record["layers"]["PLUGIN_V3"] == sum(ops.values())
-    assert record["plugins"] == [
-        {"file": str(library), "sha256": hashlib.sha256(library.read_bytes()).hexdigest(), "ops": ops}
-    ]
-    assert json.loads((folder / "engine.json").read_text()) == json.loads(json.dumps(record))
-    assert not [m for m in record["messages"] if "Unused Input" in m]
+    [plan], [graph] = record.graphs.values(), manifest.read(folder).graphs
+    assert plan.plugins == graph.ops
+    assert plan.layers.get("PLUGIN_V3", 0) == sum(graph.ops.values())
+    used = engine.Library(str(library), hashlib.sha256(library.read_bytes()).hexdigest())
+    assert record.plugins == ((used,) if graph.ops else ())
+    assert json.loads((folder / "engine.json").read_text()) == json.loads(json.dumps(record.as_data()))
+    assert not [m for m in plan.messages if "Unused Input" in m]
 
 
 def test_without_plugins_the_bodies_are_built(copy: Path) -> None:
     record = engine.build(copy, plugins=None, progress=silent)
-    assert record["plugins"] == []
-    assert "PLUGIN_V3" not in record["layers"]
+    assert record.plugins == ()
+    assert "PLUGIN_V3" not in record.graphs["model"].layers
 
 
 def test_ops_that_the_library_does_not_serve_are_built_from_their_bodies(copy: Path, monkeypatch) -> None:
     library = emulated_library()
     monkeypatch.setattr(engine.library, "served", lambda path: frozenset({"Rope"}))
     record = engine.build(copy, plugins=library, progress=silent)
-    assert record["plugins"][0]["ops"] == {"Rope": 6}
-    assert record["layers"]["PLUGIN_V3"] == 6
+    assert record.graphs["model"].plugins == {"Rope": 6}
+    assert record.graphs["model"].layers["PLUGIN_V3"] == 6
 
 
 def test_an_op_that_does_not_become_a_plugin_layer_is_an_error(copy: Path, monkeypatch) -> None:
@@ -98,7 +98,7 @@ def test_the_form_for_trtexec_has_no_bodies_and_builds(tiny_checkpoint, tmp_path
     assert not model.functions
     assert {n.op_type for n in model.graph.node if n.domain == "llmexport"} == {"Rope", "AddRmsNorm", "GatedAct"}
     record = engine.build(tmp_path / "export", plugins=emulated_library(), progress=silent)
-    assert record["plugins"][0]["ops"] == manifest.read(tmp_path / "export").data["ops"]
+    assert record.graphs["model"].plugins == manifest.read(tmp_path / "export").graphs[0].ops
 
 
 def test_the_form_for_trtexec_can_be_validated_too(tiny_checkpoint, tmp_path: Path) -> None:

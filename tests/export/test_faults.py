@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from misuse import call
+from misuse import Situation, call, run_shell
 
 from llmexport.export import archs, manifest, random_checkpoint
 from llmexport.export.cli.console import Console
@@ -51,7 +51,7 @@ def raising(error: Exception) -> Callable[..., None]:
 def test_what_the_system_refuses_is_one_line_wherever_it_is_met(
     error: Exception, words: str, export: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "record", raising(error))
+    monkeypatch.setattr(manifest, "as_data", raising(error))
     ended = call((*export, "--json"))
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert ended.err.startswith(f"error: {words}")
@@ -64,7 +64,7 @@ def test_what_an_error_was_raised_from_says_what_it_is(
     def broken(*_: object) -> None:
         raise RuntimeError("a step failed") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
 
-    monkeypatch.setattr(manifest, "record", broken)
+    monkeypatch.setattr(manifest, "as_data", broken)
     ended = call(export)
     assert (ended.code, ended.err) == (2, "error: x: No space left on device: free space or choose another disk\n")
 
@@ -79,14 +79,23 @@ def test_json_has_no_word_that_json_lacks(capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(capsys.readouterr().out) == {"theta": "inf", "nested": ["nan", [1.5, None]]}
 
 
-def test_a_full_stderr_stops_the_progress_and_not_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What it holds cannot be written when it is closed either.
-    with suppress(OSError), open("/dev/full", "w") as full:
+def test_a_full_stderr_stops_the_progress_and_the_notes_and_not_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115  what it holds cannot be written when it is closed either
+    try:
         monkeypatch.setattr(sys, "stderr", full)
         console = Console()
+        console.notes(["float16 may overflow"])
         console.progress("trace", 0, 2)
         console.progress("trace", 1, 2)
-        assert not console.quiet
+        Console().notes(["not compared"])
+    finally:
+        with suppress(OSError):
+            full.close()
+
+
+def test_a_note_that_quotes_a_config_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().notes(["left out is a\nnote: forged\x1b[31m"])
+    assert capsys.readouterr().err == "note: left out is a\\nnote: forged\\x1b[31m\n"
 
 
 def test_json_that_is_too_deep_is_one_line_and_endless_recursion_of_ours_is_a_bug(
@@ -95,14 +104,14 @@ def test_json_that_is_too_deep_is_one_line_and_endless_recursion_of_ours_is_a_bu
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
-    monkeypatch.setattr(manifest, "record", lambda *_: {"deep": deep, "weights": {"files": []}})
+    monkeypatch.setattr(manifest, "as_data", lambda *_: {"deep": deep, "weights": {"files": []}})
     ended = call(export)
     assert (ended.code, ended.err) == (2, "error: JSON is nested too deeply: is it the file that was meant?\n")
 
     def endless(*_: object) -> None:
         endless()
 
-    monkeypatch.setattr(manifest, "record", endless)
+    monkeypatch.setattr(manifest, "as_data", endless)
     ended = call(export)
     assert (ended.code, "RecursionError" in ended.err) == (3, True)
 
@@ -110,6 +119,12 @@ def test_json_that_is_too_deep_is_one_line_and_endless_recursion_of_ours_is_a_bu
 def test_help_without_arguments_is_no_error() -> None:
     ended = call(())
     assert (ended.code, ended.err, "Usage: llmexport" in ended.out) == (0, "", True)
+
+
+@pytest.mark.parametrize("arguments", ["", " plugins"])
+def test_help_without_arguments_that_cannot_be_printed_is_one_line(arguments: str) -> None:
+    ended = run_shell(Situation("streams", "help", shell=f"$L{arguments} >/dev/full"))
+    assert (ended.code, ended.err.count("\n"), "No space left" in ended.err) == (2, 1, True)
 
 
 def test_a_usage_error_is_one_line_and_says_where_to_read_on() -> None:

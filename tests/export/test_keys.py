@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 import transformers
+from arch_cases import DECODERS, FIRST
 from tiny_configs import read, read_whole, refusal
 
 from llmexport.export import archs
-from llmexport.export.keys import NEUTRAL
+from llmexport.export.keys import CAUSAL, NEUTRAL, NEUTRAL_CAUSAL
 from llmexport.export.onnx_file import read_noted
 
 # As published checkpoints have them, where nothing in the architecture reads them.
@@ -49,10 +50,25 @@ def test_transformers_computes_the_same_with_it(arch, keys):
         assert torch.equal(first(ids).logits, second(ids).logits)
 
 
-@pytest.mark.parametrize("key", NEUTRAL)
+@pytest.mark.parametrize("arch", [c.arch for c in FIRST if c in DECODERS])
+def test_transformers_computes_the_same_decoder_whatever_its_config_says_of_encoders(arch):
+    said = {"is_decoder": False, "add_cross_attention": True, "is_encoder_decoder": True}
+    said |= {"cross_attention_hidden_size": 48, "tie_encoder_decoder": True, "max_position_embeddings": 511}
+    assert said.keys() == CAUSAL
+    model_class = getattr(transformers, archs.load(arch).arch.reference.model_class)
+    tiny = dict(archs.load(arch).arch.tiny) | {"attn_implementation": "eager"}
+    first, second = (model_class(model_class.config_class(**copy.deepcopy(tiny | k))).eval() for k in ({}, said))
+    second.load_state_dict(first.state_dict())
+    ids = torch.randint(3, 256, (1, 20))
+    with torch.no_grad():
+        made = [m(ids[:, 15:], past_key_values=m(ids[:, :15]).past_key_values).logits for m in (first, second)]
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("key", NEUTRAL | NEUTRAL_CAUSAL)
 def test_a_feature_at_the_value_that_changes_nothing_is_passed_over(key):
     arch = "mixtral" if key in ("mlp_bias", "attention_bias", "rope_interleaved") else "llama"
-    for value in NEUTRAL[key]:
+    for value in (NEUTRAL | NEUTRAL_CAUSAL)[key]:
         assert read(arch, **{key: value}) == read(arch)
 
 

@@ -118,6 +118,7 @@ def test_a_shard_that_changes_after_it_was_linked_is_refused_or_not_what_is_link
     sample = identity.sample
 
     def change_first(path: Path, size: int) -> str:
+        monkeypatch.setattr(identity, "sample", sample)
         change(checkpoint / SHARD, (originals / "1" / SHARD).read_bytes())
         return sample(path, size)
 
@@ -180,7 +181,7 @@ def test_auto_makes_reflinks_where_it_can(checkpoint: Path, monkeypatch: pytest.
     out = export(checkpoint, "auto")
     assert (checkpoint / SHARD).stat().st_ino in shared
     assert not (out / SHARD).samefile(checkpoint / SHARD)
-    assert manifest.read(out).data["weights"]["placed"] == "reflink"
+    assert manifest.read(out).placed == "reflink"
     # No hard link, so that onnx opens it; and no hint that it does not.
     onnx.load(out / "model.onnx")
     assert placing.openings([out]) == []
@@ -195,7 +196,7 @@ def test_auto_links_where_the_file_system_has_no_reflinks(
 
     monkeypatch.setattr(placing.fcntl, "ioctl", refuse)
     out = export(checkpoint, "auto")
-    data = manifest.read(out).data
+    data = manifest.as_data(manifest.read(out))
     assert (out / SHARD).samefile(checkpoint / SHARD)
     assert data["weights"]["placed"] == "link"
     [hint] = placing.openings([out])
@@ -233,7 +234,7 @@ def reflinking(tmp_path: Path) -> Iterator[Path]:
 def test_a_real_file_system_with_reflinks_shares_the_bytes(checkpoint: Path, reflinking: Path) -> None:
     source = Path(shutil.copytree(checkpoint, reflinking / "ck"))
     out = export(source, "auto")
-    assert manifest.read(out).data["weights"]["placed"] == "reflink"
+    assert manifest.read(out).placed == "reflink"
     assert (out / SHARD).read_bytes() == (source / SHARD).read_bytes()
     onnx.load(out / "model.onnx")
     # A later change of the checkpoint is none of the export.
@@ -273,7 +274,7 @@ def test_what_says_how_a_model_is_used_travels_and_nothing_else(checkpoint: Path
     (tmp_path / "blob").write_text("linked")
     (checkpoint / "processor_config.json").symlink_to(tmp_path / "blob")
     out = export(checkpoint)
-    data = manifest.read(out).data
+    data = manifest.as_data(manifest.read(out))
     expected = sorted([*travels, "config.json", "processor_config.json"])
     assert list(data["companions"]) == expected
     assert data["files"] == sorted([*expected, SHARD, "manifest.json", "model.onnx"])
@@ -288,7 +289,7 @@ def test_what_says_how_a_model_is_used_travels_and_nothing_else(checkpoint: Path
 def test_a_companion_that_was_edited_does_not_stop_what_is_computed_without_it(checkpoint: Path) -> None:
     out = export(checkpoint)
     (out / "config.json").write_text("{}")
-    assert manifest.read(out).data["config"] == json.loads((checkpoint / "config.json").read_text())
+    assert manifest.read(out).config == json.loads((checkpoint / "config.json").read_text())
 
 
 def test_a_companion_that_cannot_be_read_is_one_line(checkpoint: Path) -> None:
@@ -304,5 +305,5 @@ def test_a_block_lists_its_files_and_has_no_companions(checkpoint: Path) -> None
     records = onnx_file.write_blocks(request, checkpoint.parent / "out", force=False, progress=silent)
     for name, record in records.items():
         inside = sorted(p.name for p in (checkpoint.parent / "out" / name).iterdir())
-        assert record["files"] == inside
-        assert record["companions"] == {}
+        assert record.files == inside
+        assert record.companions == {}

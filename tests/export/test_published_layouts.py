@@ -19,12 +19,13 @@ from safetensors.numpy import load_file, save_file
 from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
+from llmexport.export.exported import Export
 from llmexport.graphs.bodies import op_of
 from llmexport.validate import feeds, ladder
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import tolerance
 
-Export = Callable[..., manifest.Manifest]
+Exporter = Callable[..., Export]
 WHOLE = [n for n in archs.names() if archs.load(n).arch.whole]
 FUSED, MXFP4 = "qwen3_5_moe-fused", "gpt_oss-mxfp4"
 LAYOUTS = [*WHOLE, FUSED, MXFP4]
@@ -55,24 +56,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="module")
-def exported_layout(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Export:
+def exported_layout(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Exporter:
     """The export of a layout; `exported_layout(layout, dtype="float16", block="moe")`."""
 
     @functools.cache
-    def make(layout: str, **wanted: str) -> manifest.Manifest:
+    def make(layout: str, **wanted: str) -> Export:
         return export(checkpoint(layout), tmp_path_factory.mktemp(layout) / "export", **wanted)
 
     return make
 
 
-def export(source: Path, folder: Path, **wanted: str) -> manifest.Manifest:
+def export(source: Path, folder: Path, **wanted: str) -> Export:
     opened = open_checkpoint(source)
     request = onnx_file.Request(archs.choose(None, opened.config), opened, **wanted)
     onnx_file.write(request, folder, force=False, progress=silent)
     return manifest.read(folder)
 
 
-def statuses(found: manifest.Manifest) -> dict[str, str]:
+def statuses(found: Export) -> dict[str, str]:
     return {r.name: r.status for r in ladder.climb(found, progress=silent).rungs}
 
 
@@ -80,35 +81,35 @@ def prompt() -> feeds.Prompt:
     return feeds.Prompt(np.random.default_rng(0).integers(0, 256, (1, 37)), np.ones((1, 37), np.int64))
 
 
-def logits(found: manifest.Manifest) -> np.ndarray:
+def logits(found: Export) -> np.ndarray:
     session = onnxruntime.InferenceSession(found.folder / "model.onnx", providers=["CPUExecutionProvider"])
     return session.run(["logits"], feeds.prefill(found.assembly, prompt(), "float32"))[0]
 
 
-def graph(found: manifest.Manifest) -> onnx.GraphProto:
+def graph(found: Export) -> onnx.GraphProto:
     return onnx.load(found.folder / "model.onnx", load_external_data=False).graph
 
 
-def external(found: manifest.Manifest) -> dict[str, onnx.TensorProto]:
+def external(found: Export) -> dict[str, onnx.TensorProto]:
     """The weights of the graph, by name."""
     return {t.name: t for t in graph(found).initializer if t.external_data}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rung_of_a_published_layout_passes(layout: str, exported_layout: Export) -> None:
+def test_every_rung_of_a_published_layout_passes(layout: str, exported_layout: Exporter) -> None:
     assert statuses(exported_layout(layout)) == dict.fromkeys(RUNGS, "pass")
 
 
 @pytest.mark.parametrize(("layout", "block"), [(n, b) for n, blocks in BLOCKS.items() for b in blocks])
-def test_a_block_of_a_published_layout_exports_alone(layout: str, block: str, exported_layout: Export) -> None:
+def test_a_block_of_a_published_layout_exports_alone(layout: str, block: str, exported_layout: Exporter) -> None:
     found = exported_layout(layout, block=block)
-    assert found.data["block"] == block
+    assert found.block == block
     assert statuses(found) == {"ONNX Runtime / PyTorch": "pass"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_export_adds_no_weight_bytes(
-    layout: str, checkpoint: Callable[[str], Path], exported_layout: Export
+    layout: str, checkpoint: Callable[[str], Path], exported_layout: Exporter
 ) -> None:
     source, found = checkpoint(layout), exported_layout(layout)
     used = {e.value for t in external(found).values() for e in t.external_data if e.key == "location"}
@@ -121,11 +122,11 @@ def test_an_export_adds_no_weight_bytes(
 
 @pytest.mark.parametrize("layout", WHOLE)
 def test_logits_are_those_of_the_multimodal_model_itself(
-    layout: str, checkpoint: Callable[[str], Path], exported_layout: Export
+    layout: str, checkpoint: Callable[[str], Path], exported_layout: Exporter
 ) -> None:
     """Not of the text model alone, which the ladder loads."""
     found = exported_layout(layout)
-    [architecture] = found.data["config"]["architectures"]
+    [architecture] = found.config["architectures"]
     model = getattr(transformers, architecture).from_pretrained(checkpoint(layout), attn_implementation="eager").eval()
     with torch.no_grad():
         expected = model(torch.from_numpy(prompt().ids)).logits.numpy()
@@ -136,7 +137,7 @@ def test_logits_are_those_of_the_multimodal_model_itself(
 
 @pytest.mark.parametrize("layout", WHOLE)
 def test_an_export_has_the_weights_of_the_text_model_alone(
-    layout: str, checkpoint: Callable[[str], Path], exported_layout: Export
+    layout: str, checkpoint: Callable[[str], Path], exported_layout: Exporter
 ) -> None:
     stored = open_checkpoint(checkpoint(layout)).tensors
     vision = {n for n in stored if n.startswith(("vision_model.", "multi_modal_projector.", "model.visual."))}
@@ -156,7 +157,7 @@ def test_a_tensor_of_another_tower_is_refused(layout: str, checkpoint: Callable[
 
 
 def test_experts_in_one_tensor_equal_experts_one_by_one(
-    checkpoint: Callable[[str], Path], exported_layout: Export
+    checkpoint: Callable[[str], Path], exported_layout: Exporter
 ) -> None:
     one, many = (external(exported_layout(layout)) for layout in (FUSED, "qwen3_5_moe"))
     start = "model.language_model.layers.0.mlp.experts."
@@ -170,13 +171,13 @@ def test_experts_in_one_tensor_equal_experts_one_by_one(
 
 
 def test_experts_in_four_bits_stay_bytes_in_the_graph(
-    checkpoint: Callable[[str], Path], exported_layout: Export
+    checkpoint: Callable[[str], Path], exported_layout: Exporter
 ) -> None:
     found = exported_layout(MXFP4)
     model = graph(found)
     stored = open_checkpoint(checkpoint(MXFP4)).tensors
     packed = {n: t for n, t in stored.items() if n.endswith(("_blocks", "_scales"))}
-    assert len(packed) == 4 * found.data["config"]["num_hidden_layers"]
+    assert len(packed) == 4 * found.config["num_hidden_layers"]
     weights = external(found)
     assert {weights[n].data_type for n in packed} == {onnx.TensorProto.UINT8}
     readers = [(op_of(n), i) for n in model.node for i in n.input if i in packed]
@@ -184,7 +185,7 @@ def test_experts_in_four_bits_stay_bytes_in_the_graph(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_experts_in_four_bits_equal_transformers_in_16_bits(dtype: str, exported_layout: Export) -> None:
+def test_experts_in_four_bits_equal_transformers_in_16_bits(dtype: str, exported_layout: Exporter) -> None:
     found = statuses(exported_layout(MXFP4, dtype=dtype))
     runs = "pass" if dtype == "float16" else "not run"
     assert found == {
@@ -238,6 +239,6 @@ def test_files_of_experts_one_by_one_are_linked(arch: str, tiny_checkpoint, expo
     assert sum(p.stat().st_size for p in folder.iterdir() if p.stat().st_nlink == 1) < 1_000_000
 
 
-def experts_of(found: manifest.Manifest) -> range:
-    config = found.data["config"]
+def experts_of(found: Export) -> range:
+    config = found.config
     return range(config.get("num_experts") or config["num_local_experts"])

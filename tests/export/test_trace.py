@@ -13,6 +13,7 @@ from llmexport.export.spec import (
     SEQUENCE,
     TOTAL,
     Attention,
+    BidirectionalMask,
     Block,
     CausalConv,
     Embedding,
@@ -20,6 +21,7 @@ from llmexport.export.spec import (
     GatedDeltaNet,
     GatedNorm,
     Head,
+    Layer,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
@@ -27,6 +29,7 @@ from llmexport.export.spec import (
     Mixer,
     Mlp,
     Moe,
+    Mxfp4,
     Norm,
     Port,
     Presence,
@@ -34,6 +37,7 @@ from llmexport.export.spec import (
     Router,
     SharedExpert,
     Span,
+    Sublayer,
     Temperature,
     YarnScaling,
     decoder_layer,
@@ -48,13 +52,18 @@ from llmexport.validate.tolerance import Tolerance
 
 LLAMA_NORM = Norm(33, 1e-5)
 GEMMA_NORM = Norm(33, 1e-6, 1.0, "after_weight")
+LAYER_NORM = Norm(33, 1e-5, statistics="layer", bias=True)
 HEAD_NORM = Norm(10, 1e-6)
 UNIT_NORM = Norm(10, 1e-6, weighted=False)
+ROWS_NORM = Norm(10, 1e-5, statistics="layer", rows=6)
 SILU_MLP = Mlp(33, 65, "silu")
 LAYER = decoder_layer(GEMMA_NORM, Attention(33, 6, 2, 10), GEMMA_NORM, Mlp(33, 65, "gelu_tanh"))
 SANDWICH = decoder_layer(
     LLAMA_NORM, Attention(33, 6, 2, 10), LLAMA_NORM, SILU_MLP, mixer_output_norm=LLAMA_NORM, mlp_output_norm=LLAMA_NORM
 )
+UNCACHED = Attention(33, 3, 3, 10, qkv_bias=True, out_bias=True, rotated=0, cached=False)
+MLP = Mlp(33, 65, "gelu_erf", bias=True, gated=False)
+POST_NORM = Layer((Sublayer("self_attn", UNCACHED, sum_norm=LAYER_NORM), Sublayer("mlp", MLP, sum_norm=LAYER_NORM)))
 SINKS = Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True, sinks=True, window=7)
 SOFTCAP = Attention(33, 6, 2, 10, softcap=2.0, scale=0.2)
 DELTA_NET = GatedDeltaNet(33, key_heads=2, key_size=10, value_heads=6, value_size=7, kernel=4, epsilon=1e-6)
@@ -64,11 +73,12 @@ MOE = Moe(ROUTER, EXPERTS, SharedExpert(SILU_MLP, gated=True))
 CLAMPED = Experts(
     64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, transposed=True, interleaved=True, bias=True, scale_input=False
 )
-MXFP4 = Experts(64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, mxfp4=True)
+MXFP4 = Experts(64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, storage=Mxfp4())
 DELTA_LAYER = decoder_layer(GEMMA_NORM, DELTA_NET, GEMMA_NORM, MOE)
 CASES = [
     (Embedding(37, 33), "float32"),
     (Embedding(37, 33, 33**0.5), "float16"),
+    (Embedding(37, 33, types=2, positions=200, norm=LAYER_NORM), "float32"),
     (Rotary(10, 10000.0), "float32"),
     (Rotary(10, 10000.0, LinearScaling(4.0)), "float32"),
     (Rotary(10, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64)), "float16"),
@@ -79,6 +89,7 @@ CASES = [
     (Mask(), "float32"),
     (Mask(7), "float32"),
     (Mask(chunk=7), "float32"),
+    (BidirectionalMask(), "float32"),
     (Span(), "float32"),
     (Temperature(8, 0.1), "float32"),
     (Presence(), "float32"),
@@ -91,12 +102,19 @@ CASES = [
     (Norm(33, 1e-5, weighted=False), "float16"),
     (Norm(33, 1e-5, statistics="layer"), "float16"),
     (Norm(33, 1e-5, statistics="layer", weighted=False), "float32"),
+    (LAYER_NORM, "float16"),
+    (ROWS_NORM, "float32"),
+    (ROWS_NORM, "float16"),
     (Attention(33, 3, 1, 10), "float32"),
     (Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True), "float32"),
     (Attention(33, 6, 2, 10, fused=True, rotated=6, interleaved=True, clip=0.5), "float32"),
     (Attention(33, 6, 2, 10, qk_norm=HEAD_NORM, output_gate=True), "float32"),
     (Attention(33, 6, 2, 10, qk_norm=UNIT_NORM, qk_norm_place="after_rotary", interleaved=True), "float32"),
+    (Attention(33, 6, 2, 10, qk_norm=HEAD_NORM, qk_norm_over="all_heads"), "float32"),
+    (Attention(33, 6, 2, 10, qk_norm=Norm(10, 1e-5, statistics="layer"), qk_norm_over="each_head"), "float32"),
     (Attention(33, 6, 2, 10, rotated=0, temperature=True), "float32"),
+    (UNCACHED, "float32"),
+    (UNCACHED, "float16"),
     (SINKS, "float32"),
     (SINKS, "float16"),
     (SOFTCAP, "float32"),
@@ -110,6 +128,7 @@ CASES = [
     (Mlp(33, 65, "gelu_tanh", bias=True), "float32"),
     (Mlp(33, 65, "gelu_erf"), "float16"),
     (Mlp(33, 65, "silu", fused=True), "float32"),
+    (Mlp(33, 65, "relu", gated=False), "float32"),
     (ROUTER, "float32"),
     (Router(33, 9, 3, "softmax_top_k", bias=True), "float32"),
     (Router(33, 9, 1, "sigmoid"), "float32"),
@@ -126,9 +145,11 @@ CASES = [
     (LAYER, "float32"),
     (LAYER, "float16"),
     (SANDWICH, "float32"),
+    (POST_NORM, "float32"),
     (DELTA_LAYER, "float32"),
     (Head(LLAMA_NORM, 37), "float32"),
     (Head(LLAMA_NORM, 37, softcap=3.0), "float32"),
+    (Head(LAYER_NORM, 37, transform="gelu_erf", bias=True), "float32"),
 ]
 # batch, sequence, past: a decode step, a first token, prefills longer than what was traced, and a chunk.
 RUNS = [(1, 1, 6), (1, 1, 0), (3, 63, 0), (1, 130, 0), (2, 5, 130)]
@@ -146,12 +167,11 @@ def filled(block: Block, dtype: str) -> torch.nn.Module:
     seed = torch.Generator().manual_seed(0)
     for path, parameter in list(module.named_parameters()):
         owner, _, name = path.rpartition(".")
-        if parameter.is_floating_point():
-            values = torch.randn(parameter.shape, generator=seed) * parameter.shape[-1] ** -0.5
+        usual = block.stored[path].usual if path in block.stored else None
+        if usual:
+            values = torch.randint(*map(int, usual), parameter.shape, generator=seed)
         else:
-            # All 4-bit values, and scales of 1/64 to 1/4.
-            low, high = (121, 126) if name.endswith("_scales") else (0, 256)
-            values = torch.randint(low, high, parameter.shape, generator=seed)
+            values = torch.randn(parameter.shape, generator=seed) * parameter.shape[-1] ** -0.5
         weight = torch.nn.Parameter(values.to(parameter.dtype), requires_grad=False)
         setattr(module.get_submodule(owner), name, weight)
     return module
@@ -176,6 +196,12 @@ def with_bodies(model: onnx.ModelProto) -> onnx.ModelProto:
 def test_every_kind_of_block_is_traced_here():
     # All but the base of attention and the gated delta net.
     assert {block.kind for block, _ in CASES} == Block.kinds.keys() - {Mixer.kind}
+
+
+@pytest.mark.parametrize("field", [{"statistics": "rms"}, {"weighted": False}], ids=str)
+def test_rows_of_a_norm_are_for_a_layer_norm_with_weights(field):
+    with pytest.raises(ValueError, match="rows with weights of their own are for LayerNorm"):
+        Norm(64, 1e-6, **{"statistics": "layer", "rows": 4} | field)
 
 
 def test_no_run_is_of_the_size_that_was_traced():

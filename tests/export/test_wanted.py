@@ -100,7 +100,7 @@ def test_what_is_known_before_a_trace_is_what_the_graph_takes(arch):
         taken = {
             v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in graph.input if v.name not in ports
         }
-        assert {path: shape for path, (shape, _) in wanted.load_parameters(block).items()} == taken
+        assert {path: held.shape for path, held in wanted.load_parameters(block).items()} == taken
 
 
 def renamed(folder: Path, rename, drop: str = "") -> Path:

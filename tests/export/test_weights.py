@@ -165,8 +165,8 @@ def test_parts_of_two_types_are_refused_by_the_name_of_their_stack():
 
 
 # 4-bit values of 3 experts, 2 rows of 64, as bytes of two and as blocks of 16 bytes.
-BLOCKS = Parameter("down_blocks", (3, 2, 32), as_stored=True, packed=True)
-SCALES = Parameter("down_scales", (3, 2, 2), as_stored=True, packed=True)
+BLOCKS = Parameter("down_blocks", (3, 2, 32), dtype="uint8", group=16)
+SCALES = Parameter("down_scales", (3, 2, 2), dtype="uint8")
 PACKED = {p.name: p for p in (BLOCKS, SCALES)}
 
 
@@ -189,7 +189,7 @@ def test_packed_values_in_other_blocks_are_refused(shape):
 
 
 def test_a_row_that_is_no_whole_number_of_blocks_is_refused_in_blocks():
-    ragged = Parameter("down_blocks", (3, 2, 40), as_stored=True, packed=True)
+    ragged = Parameter("down_blocks", (3, 2, 40), dtype="uint8", group=16)
     refusal({"down_blocks": ragged}, stored(tensor("down_blocks", (3, 2, 2, 16), "U8")))
 
 
@@ -286,7 +286,7 @@ def test_onnx_runtime_computes_with_the_checkpoints_numbers(tmp_path, dtype):
 
 
 def test_a_weight_that_is_taken_as_stored_is_not_cast(tmp_path):
-    want = wanted("a", "b") | {"a": Parameter("a", SHAPE, as_stored=True)}
+    want = wanted("a", "b") | {"a": Parameter("a", SHAPE, dtype="W")}
     model, _ = bound(tmp_path, "BF16", want)
     assert [list(n.input) for n in model.graph.node if n.op_type == "Cast"] == [["b"]]
     readers = [n for n in model.graph.node if "a" in n.input]
@@ -384,9 +384,9 @@ def test_parts_lie_where_the_checkpoint_has_them(tmp_path):
     assert sum(t.ByteSize() for t in model.graph.initializer if not t.external_data) < 100
 
 
-@pytest.mark.parametrize(("as_stored", "casts"), [(False, 1), (True, 0)])
-def test_a_stack_is_cast_once_or_never(tmp_path, as_stored, casts):
-    model, _ = bound_stack(tmp_path, "BF16", dataclasses.replace(STACK, as_stored=as_stored))
+@pytest.mark.parametrize(("dtype", "casts"), [("T", 1), ("W", 0)])
+def test_a_stack_is_cast_once_or_never(tmp_path, dtype, casts):
+    model, _ = bound_stack(tmp_path, "BF16", dataclasses.replace(STACK, dtype=dtype))
     operators = [n.op_type for n in model.graph.node]
     assert operators.count("Cast") == casts
     [stack] = [v for v in model.graph.value_info if v.name == "gate_up"]

@@ -103,3 +103,21 @@ def test_every_state_of_a_model_is_carried_to_a_place_of_its_type(case: Case):
     for before, after in graph.carried.items():
         assert past[before].dtype == present[after].dtype
         assert len(past[before].shape) == len(present[after].shape)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_value_is_of_one_use_wherever_it_is_made_and_read(case: Case):
+    arch = archs.load(case.arch)
+    for graph in read_model(arch, {**arch.arch.tiny, **case.changes}).graphs:
+        uses: dict[str, set[str]] = {}
+        for port in (*graph.assembly.inputs, *graph.assembly.outputs):
+            uses.setdefault(port.name, set()).add(port.use)
+        for step in graph.assembly.steps:
+            ends = (
+                zip(step.inputs, step.block.inputs, strict=True),
+                zip(step.outputs, step.block.outputs, strict=True),
+            )
+            for value, port in (pair for pairs in ends for pair in pairs):
+                uses.setdefault(value, set()).add(port.use)
+        assert {n: found for n, found in uses.items() if len(found) > 1} == {}
+        assert all(uses[before] == uses[after] for before, after in graph.carried.items())

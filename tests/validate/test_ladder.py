@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -366,7 +367,8 @@ def test_a_config_that_transformers_does_not_take_leaves_its_rung_and_says_why(
     key: str, value: object, exported
 ) -> None:
     found = manifest.read(exported("gemma"))
-    found.data["config"][key] = value
+    changed = {**found.config, key: value}
+    found = dataclasses.replace(found, config=changed, text_config=changed)
     prompt = feeds.prompt(found.assembly)
     [rung], _ = ladder._references(found, prompt, ladder.Run([], [], []), None)
     assert rung.status == "not run"

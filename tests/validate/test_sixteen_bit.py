@@ -18,7 +18,7 @@ from reseal import reseal
 
 from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
-from llmexport.export.spec import Attention, Experts, Mlp, Moe, Norm, Router, decoder_layer
+from llmexport.export.spec import Attention, Experts, Mlp, Moe, Norm, Router, causal_lm, decoder_layer
 from llmexport.validate import feeds, ladder, reference, runs
 from llmexport.validate.compare import Difference, compare, median
 from llmexport.validate.tolerance import FACTOR, MOST, TOLERANCE, Tolerance, step_tolerance
@@ -146,11 +146,9 @@ def test_an_older_transformers_is_no_reference(rough, monkeypatch: pytest.Monkey
     assert found[FILE].status == "pass"
 
 
-def test_an_architecture_that_transformers_lacks_is_said(rough, monkeypatch: pytest.MonkeyPatch) -> None:
-    arch = archs.load("llama")
-    later = dataclasses.replace(arch.arch, causal_lm="LlamaOfLaterForCausalLM")
-    monkeypatch.setattr(reference, "load", lambda name: dataclasses.replace(arch, arch=later))
-    rung = rungs(rough("float16"))[PYTORCH]
+def test_an_architecture_that_transformers_lacks_is_said(rough) -> None:
+    later = dataclasses.replace(manifest.read(rough("float16")), reference=causal_lm("LlamaOfLaterForCausalLM"))
+    rung = next(r for r in ladder.climb(later).rungs if r.name == PYTORCH)
     assert rung.status == "not run"
     assert "has no LlamaOfLaterForCausalLM: pip install -U transformers" in rung.note
 

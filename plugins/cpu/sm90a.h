@@ -1,5 +1,5 @@
-// What common/hopper.cuh is on the CPU. TMA's bytes and wgmma's sums arrive late: a reader that
-// does not wait finds poison, or what was there before.
+// common/sm90a.cuh on the CPU. TMA's bytes and wgmma's sums arrive late: a reader that does not
+// wait finds poison, or the values before.
 #pragma once
 
 #include "common/dtype.h"

@@ -1,0 +1,106 @@
+"""What the configs of BERT and of those who followed it say in the same words, and the blocks that follow from it."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from llmexport.export.assembly import HEAD, TABLE
+from llmexport.export.config import Config
+from llmexport.export.errors import ExportError
+from llmexport.export.spec import (
+    Attention,
+    BidirectionalMask,
+    Embedding,
+    Head,
+    Layer,
+    Mlp,
+    Model,
+    Norm,
+    Sublayer,
+)
+from llmexport.export.wiring import Wiring
+
+# What every encoder takes, in this order.
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+# What the norms were called when the first checkpoints were published.
+OLDER = MappingProxyType({"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"})
+
+# What the built-in tiny configs share.
+TINY = MappingProxyType(
+    {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 320,
+        "type_vocab_size": 3,
+    }
+)
+
+ACTIVATIONS = MappingProxyType(
+    {
+        "gelu": "gelu_erf",
+        "gelu_new": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "relu": "relu",
+        "silu": "silu",
+        "swish": "silu",
+    }
+)
+
+
+def names(base: str) -> dict[str, str]:
+    """The published names of BERT's body and of its like, which start with `base`."""
+    layer = f"{base}encoder.layer.{{i}}."
+    return {
+        "embedding.": f"{base}embeddings.word_embeddings.",
+        "embedding.types.": f"{base}embeddings.token_type_embeddings.",
+        "embedding.positions.": f"{base}embeddings.position_embeddings.",
+        "embedding.norm.": f"{base}embeddings.LayerNorm.",
+        "layers.{i}.self_attn.q_proj.": f"{layer}attention.self.query.",
+        "layers.{i}.self_attn.k_proj.": f"{layer}attention.self.key.",
+        "layers.{i}.self_attn.v_proj.": f"{layer}attention.self.value.",
+        "layers.{i}.self_attn.o_proj.": f"{layer}attention.output.dense.",
+        "layers.{i}.self_attn_sum_norm.": f"{layer}attention.output.LayerNorm.",
+        "layers.{i}.mlp.up_proj.": f"{layer}intermediate.dense.",
+        "layers.{i}.mlp.down_proj.": f"{layer}output.dense.",
+        "layers.{i}.mlp_sum_norm.": f"{layer}output.LayerNorm.",
+    }
+
+
+def post_norm(config: Config) -> Model:
+    """An encoder whose layers norm their sums, with a head for masked tokens (modeling_bert.py)."""
+    hidden, heads = config.length("hidden_size"), config.count("num_attention_heads")
+    if hidden % heads:
+        raise ExportError(f"config.json: hidden_size {hidden} is not a multiple of {heads} attention heads")
+    activation = config.choice("hidden_act", ACTIVATIONS, "gelu")
+    normed = Norm(hidden, config.number("layer_norm_eps", 1e-12), statistics="layer", bias=True)
+    attention = Attention(hidden, heads, heads, hidden // heads, qkv_bias=True, out_bias=True, rotated=0, cached=False)
+    mlp = Mlp(hidden, config.length("intermediate_size"), activation, bias=True, gated=False)
+    layer = Layer((Sublayer("self_attn", attention, sum_norm=normed), Sublayer("mlp", mlp, sum_norm=normed)))
+    vocabulary = config.length("vocab_size")
+    types, positions = config.length("type_vocab_size", 2), config.length("max_position_embeddings")
+    embedding = Embedding(vocabulary, hidden, types=types, positions=positions, norm=normed)
+    head = Head(normed, vocabulary, transform=activation, bias=True)
+    layers = (layer,) * config.count("num_hidden_layers")
+    return wired(embedding, layers, head, tied=config.flag("tie_word_embeddings", True))
+
+
+def wired(embedding: Embedding, layers: tuple[Layer, ...], head: Head, *, tied: bool) -> Model:
+    """An encoder as one graph: `input_ids, attention_mask, token_type_ids` to `logits`.
+
+    `tied`: the head's projection is the embedding table, and its bias the one that stands beside it.
+    """
+    wiring, mask = Wiring(), BidirectionalMask()
+    ports = {p.name: p for b in (embedding, mask) for p in b.inputs}
+    wiring.take(*(ports[n] for n in TOKENS if n in ports))
+    (hidden,) = wiring.place("embedding", embedding, ["hidden.0"])
+    wiring.share([mask])
+    for i, layer in enumerate(layers):
+        (hidden,) = wiring.place(f"layers.{i}", layer, [f"hidden.{i + 1}"], context=[mask], hidden=hidden)
+    wiring.place("head", head, hidden=hidden)
+    wiring.give(*head.outputs)
+    return Model((wiring.done(),), {HEAD: TABLE, "head.projection.bias": "head.bias"} if tied else {})

@@ -1,0 +1,36 @@
+"""Where a checkpoint comes from: a folder of the user's, or the built-in tiny one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmexport.export import archs
+from llmexport.export.checkpoint import Checkpoint, open_checkpoint
+from llmexport.export.errors import ExportError
+from llmexport.export.output import write_errors
+from llmexport.export.workspace import workspace
+
+
+@contextmanager
+def open_source(arch: str | None, folder: Path | None, beside: Path) -> Iterator[tuple[archs.Named, Checkpoint]]:
+    """The checkpoint in `folder`; without one, a tiny random one, for as long as the export takes."""
+    if folder is not None:
+        checkpoint = open_checkpoint(folder)
+        yield archs.choose(arch, checkpoint.config), checkpoint
+        return
+    if arch is None:
+        raise ExportError("say what to export: --checkpoint DIR, or --arch NAME for its built-in tiny config")
+    named = archs.load(arch)
+    from llmexport.export import random_checkpoint
+
+    # Beside the output, so that the shards can be linked and outlive the folder.
+    target = Path(os.path.realpath(beside))
+    with contextlib.ExitStack() as stack:
+        with write_errors(target):
+            made = stack.enter_context(workspace(target.parent)) / "checkpoint"
+        random_checkpoint.write(named, made, shard_bytes=100_000)
+        yield named, open_checkpoint(made)

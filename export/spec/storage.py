@@ -1,0 +1,61 @@
+"""How a matrix is stored in a checkpoint, as a value: a class for each way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llmexport.export.errors import ExportError
+
+ANY_FLOAT = ("T", "W")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One of the tensors that hold a matrix. Its name is the matrix's with `suffix`, its `shape` the graph's.
+
+    `dtype` is "T" for floats of any type, cast to the model's; "W" for floats that the graph takes in the type they
+    are stored in; else the one type that it has. A checkpoint may set `group`s of the last dimension apart, as one
+    dimension more. A random checkpoint draws evenly from `usual` on and below its end; if it is None, as any weight.
+    """
+
+    suffix: str
+    shape: tuple[int, ...]
+    dtype: str = "T"
+    group: int | None = None
+    usual: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Base of the ways to store a matrix."""
+
+    def tensors(self, rows: int, columns: int) -> tuple[Stored, ...]:
+        """What holds a matrix, its values first. Raises ExportError if one of these sizes cannot be stored so."""
+        raise NotImplementedError(type(self).__name__)
+
+
+@dataclass(frozen=True)
+class Plain(Storage):
+    """One tensor of floats."""
+
+    def tensors(self, rows: int, columns: int) -> tuple[Stored, ...]:
+        return (Stored("", (rows, columns)),)
+
+
+@dataclass(frozen=True)
+class Mxfp4(Storage):
+    """4-bit floats, two a byte, in blocks of 32 that share a power of two (OCP Microscaling Formats 1.0)."""
+
+    def tensors(self, rows: int, columns: int) -> tuple[Stored, ...]:
+        block, bias = 32, 127
+        if columns % block:
+            raise ExportError(
+                f"MXFP4 packs {block} values a block, config.json makes rows of {columns}: is it from the same model?"
+            )
+        # 4-bit values have a deviation of 3, which these scales make 1 / sqrt(columns): outputs stay of order one.
+        middle = bias - round(math.log2(4 * columns**0.5))
+        return (
+            Stored("_blocks", (rows, columns // 2), "uint8", group=block // 2, usual=(0, 256)),
+            Stored("_scales", (rows, columns // block), "uint8", usual=(middle - 1, middle + 2)),
+        )

@@ -1,0 +1,128 @@
+"""A model of two graphs, one of which reads the other's output: its files, its engines, and what may replace them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from arch_cases import CASES, Case
+
+from llmexport.export import archs, earlier, engine, manifest, onnx_file
+from llmexport.export.assembly import named_blocks
+from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.config import Config
+from llmexport.export.exported import Export
+from llmexport.export.spec import Graph, Model
+from llmexport.export.wiring import Wiring
+from llmexport.validate import feeds
+from llmexport.validate.compare import compare
+
+Exported = Callable[..., Path]
+
+
+def in_two(model: Model) -> Model:
+    """The same model: its embedding in a graph of its own, and the rest."""
+    [whole] = model.graphs
+    embedding, *others = whole.assembly.steps
+    table, rest = Wiring("embed"), whole.assembly
+    table.take(*embedding.block.inputs)
+    table.place("embedding", embedding.block, embedding.outputs)
+    [port] = (dataclasses.replace(p, name=n) for p, n in zip(embedding.block.outputs, embedding.outputs, strict=True))
+    table.give(port)
+    read = {n for s in others for n in s.inputs}
+    inputs = (port, *(p for p in rest.inputs if p.name in read))
+    decoder = Graph("decoder", dataclasses.replace(rest, inputs=inputs, steps=tuple(others)), whole.carried)
+    return Model((table.done(), decoder), model.ties)
+
+
+@pytest.fixture(scope="module")
+def request_(tiny_checkpoint: Callable[[str], Path]) -> onnx_file.Request:
+    named = archs.load("llama")
+
+    def build(config: Config) -> Model:
+        return in_two(named.arch.build(config))
+
+    split = archs.Named(named.name, dataclasses.replace(named.arch, build=build))
+    return onnx_file.Request(split, open_checkpoint(tiny_checkpoint("llama")))
+
+
+@pytest.fixture(scope="module")
+def export(request_: onnx_file.Request, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    return onnx_file.write(request_, tmp_path_factory.mktemp("two") / "out")
+
+
+def run(path: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    wanted = {i.name: feed[i.name] for i in session.get_inputs()}
+    return dict(zip((o.name for o in session.get_outputs()), session.run(None, wanted), strict=True))
+
+
+def test_each_graph_has_a_file_and_the_weights_lie_there_once(export: Export, exported: Exported) -> None:
+    shards = {w.file for w in export.weights}
+    assert {p.name for p in export.folder.iterdir()} == {
+        *("manifest.json", "embed.onnx", "decoder.onnx", "config.json", "generation_config.json"),
+        *shards,
+    }
+    assert shards == {p.name for p in exported("llama").glob("*.safetensors")}
+    described = json.loads((export.folder / "manifest.json").read_text())["graphs"]
+    assert list(described) == ["embed", "decoder"]
+    assert [s["name"] for s in described["embed"]["steps"]] == ["embedding"]
+    assert described["embed"]["carried"] == {}
+    assert described["decoder"]["carried"]["past_key_values.0.key"] == "present.0.key"
+
+
+def test_the_graphs_in_their_order_give_what_the_whole_model_gives(export: Export, exported: Exported) -> None:
+    whole = manifest.read(exported("llama")).graphs[0].assembly
+    feed = feeds.prefill(whole, feeds.prompt(whole), "float32")
+    expected = run(exported("llama") / "model.onnx", feed)
+    embedded = run(export.folder / "embed.onnx", feed)
+    found = run(export.folder / "decoder.onnx", {**feed, **embedded})
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert compare(expected[name], found[name]).max_abs <= 1e-6
+
+
+def test_a_block_of_one_of_several_graphs_is_named_with_its_graph(request_: onnx_file.Request) -> None:
+    names = named_blocks(onnx_file.read_model(request_.arch, request_.checkpoint.config))
+    assert {"embedding", "layer", "norm"} <= names.keys()
+    twins = in_two(onnx_file.read_model(archs.load("gemma3_text"), archs.load("gemma3_text").arch.tiny))
+    assert any(n.startswith("decoder_") for n in named_blocks(twins))
+    assert not any(n.startswith("model_") for n in named_blocks(twins))
+
+
+def test_every_graph_is_built_and_the_record_says_which_plan_is_whose(export: Export, tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    built = engine.build(export.folder, progress=lambda *step: steps.append(step))
+    assert [(what, done, of) for what, done, of in steps] == [
+        *(("engine: read", 0, 4), ("engine: build", 1, 4), ("engine: read", 2, 4), ("engine: build", 3, 4)),
+        ("engine", 4, 4),
+    ]
+    record = json.loads((export.folder / "engine.json").read_text())
+    assert record == json.loads(json.dumps(built.as_data()))
+    for name in ("embed", "decoder"):
+        plan = (export.folder / f"{name}.plan").read_bytes()
+        assert record["graphs"][name]["file"] == f"{name}.plan"
+        assert record["graphs"][name]["sha256"] == hashlib.sha256(plan).hexdigest()
+    # What --force may replace.
+    earlier.check(export.folder, manifest.NAME)
+
+
+def test_a_profile_names_the_sizes_of_all_graphs(export: Export) -> None:
+    ports = [p for g in export.graphs for p in g.assembly.inputs]
+    assert engine.Profile().resolve(ports).keys() == {"batch", "sequence", "past", "total"}
+
+
+@pytest.mark.parametrize("case", CASES[::4], ids=str)
+def test_what_is_read_back_is_what_was_built(case: Case, exported: Exported, tiny_checkpoint: Exported) -> None:
+    config = open_checkpoint(tiny_checkpoint(case)).config
+    found = manifest.read(exported(case, "float16"))
+    graphs = [(g.name, g.assembly, g.carried) for g in found.graphs]
+    model = onnx_file.read_model(archs.choose(None, config), config)
+    assert graphs == [(g.name, g.assembly, g.carried) for g in model.graphs]
+    assert manifest.from_record(found.folder, manifest.as_data(found)) == dataclasses.replace(found, held={})
