@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from arch_cases import CASES, FIRST, Case
+from arch_cases import CASES, FIRST, ONCE, PRIMARY, Case, others_slow
 from published_configs import PUBLISHED
 from reseal import reseal
 
@@ -24,6 +24,7 @@ from llmexport.export.assembly import named_blocks, parts
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
+from llmexport.export.spec import DTYPES
 from llmexport.graphs.bodies import op_of
 from llmexport.validate import feeds, ladder
 from llmexport.validate.compare import compare
@@ -63,13 +64,12 @@ def request(folder: Path, **changes: object) -> onnx_file.Request:
     return onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", others_slow(FIRST, [c for c in FIRST if c.arch in PRIMARY]), ids=str)
 def test_a_process_that_never_heard_of_llmexport_runs_the_model(case: Case, exported) -> None:
     subprocess.run([sys.executable, "-c", PLAIN, str(exported(case) / "model.onnx")], check=True, cwd="/")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), others_slow([(c, d) for c in FIRST for d in DTYPES], ONCE), ids=str)
 def test_checker_and_strict_shape_inference_accept_copied_weights(case: Case, dtype: str, exported) -> None:
     path = exported(case, dtype, weights="copy") / "model.onnx"
     onnx.checker.check_model(path, full_check=True)

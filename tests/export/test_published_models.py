@@ -133,6 +133,7 @@ def test_what_a_config_may_ask_for_leaves_room_for_published_models(name, tmp_pa
     assert notes == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_model_exports_from_files_of_holes(name, tmp_path):
     (tmp_path / "out").mkdir()

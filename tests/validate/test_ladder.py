@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from arch_cases import CASES, FIRST, Case
+from arch_cases import CASES, FIRST, IN_FP16, Case, others_slow
 from reseal import reseal
 from safetensors.numpy import load_file, save_file
 from tiny_configs import read
@@ -51,8 +51,14 @@ def edit_model(folder: Path, op: str, change) -> None:
     reseal(folder)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+CLIMBED = [(c, d) for d in ("float32", "float16") for c in FIRST]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    others_slow(CLIMBED, [(c, d) for c, d in CLIMBED if d == "float32" or c in IN_FP16]),
+    ids=str,
+)
 def test_every_rung_of_a_right_export_passes(case: Case, dtype: str, exported) -> None:
     rungs = climb(exported(case, dtype))
     wide = {} if dtype == "float32" else {"PyTorch / transformers, float32": "pass"}
