@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import ONLY, Arch, Assembly, Graph, Model, Part, Step
@@ -64,6 +65,23 @@ def head_name(arch: Arch) -> str:
 def older_name(arch: Arch, name: str) -> str:
     """What the checkpoints of old releases call a tensor: mostly the same."""
     return next((name.removesuffix(end) + old for end, old in arch.older.items() if name.endswith(end)), name)
+
+
+def renamed(arch: Arch, rename: Callable[[str], str]) -> Arch:
+    """The architecture whose tensors another layout calls otherwise."""
+    return dataclasses.replace(
+        arch,
+        names={path: rename(n) for path, n in arch.names.items()},
+        stacks={rename(n): tuple(map(rename, names)) for n, names in arch.stacks.items()},
+        ignore=tuple(map(rename, arch.ignore)),
+    )
+
+
+def has_own_head(arch: Arch) -> bool:
+    """Whether a base model lacks more of the head than the projection, which may be its table of words."""
+    head = HEAD.partition(".")[0] + "."
+    beside = [n for path, n in arch.names.items() if path.startswith(head) and not HEAD.startswith(path)]
+    return not all(n.startswith(arch.base) for n in beside)
 
 
 def part_names(arch: Arch, path: str, experts: int) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.folder import ADAPTER, INDEX, SINGLE, few, what_it_is
 from llmexport.export.stamp import Stamp, check_stamp, stamp
 from llmexport.export.stamp import read_errors as _read_errors
+from llmexport.plugins.dtypes import BY_SAFETENSORS
 from llmexport.plugins.regular import open_regular, read_regular
 
 if TYPE_CHECKING:
@@ -23,15 +24,8 @@ if TYPE_CHECKING:
 # What ends the names of buffers that follow from the config: some indexes name ones that no shard holds.
 BUFFERS = ("rotary_emb.inv_freq",)
 
-# safetensors name = numpy or ml_dtypes name, by item size. F4 and F6 pack several items in a byte: not read.
-_DTYPES_BY_SIZE = {
-    1: "BOOL=bool U8=uint8 I8=int8 F8_E4M3=float8_e4m3fn F8_E5M2=float8_e5m2 F8_E8M0=float8_e8m0fnu",
-    2: "U16=uint16 I16=int16 F16=float16 BF16=bfloat16",
-    4: "U32=uint32 I32=int32 F32=float32",
-    8: "U64=uint64 I64=int64 F64=float64 C64=complex64",
-}
-NUMPY_NAME = dict(pair.split("=") for pairs in _DTYPES_BY_SIZE.values() for pair in pairs.split())
-ITEMSIZE = {pair.split("=")[0]: size for size, pairs in _DTYPES_BY_SIZE.items() for pair in pairs.split()}
+# Bytes of an item, by safetensors' name. Types that pack several items in a byte are not read.
+ITEMSIZE = {name: d.bits // 8 for name, d in BY_SAFETENSORS.items() if d.bits % 8 == 0}
 
 _KEYS = {"dtype", "shape", "data_offsets"}
 MAX_HEADER = 100_000_000  # the format's own limit
@@ -76,7 +70,7 @@ class Checkpoint:
         import numpy as np
 
         tensor = self.tensors[name]
-        dtype = np.dtype(NUMPY_NAME[tensor.dtype])
+        dtype = np.dtype(BY_SAFETENSORS[tensor.dtype].name)
         if tensor.nbytes == 0:
             return np.empty(tensor.shape, dtype)
         path = self.folder / tensor.file

@@ -137,7 +137,10 @@ class Config:
     rotary = rope.read
 
     def finish(self, *, causal: bool) -> None:
-        """Raises ExportError if a key that could change the numbers of a `causal` decoder, or an encoder, was not read."""
+        """Raises ExportError if a key that could change the numbers was never read.
+
+        `causal`: the model is a decoder, else an encoder.
+        """
         unread = sorted(k for k in self._data if not self._says_nothing(k, causal))
         for key in (k for k in QUANTISATION if k in unread):
             raise quantised.refusal(f"config.json: {key}", quantised.describe(self._data[key]))

@@ -26,6 +26,7 @@ from llmexport.export.spec import Port, Sizes
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.export.workspace import workspace
 from llmexport.plugins import library
+from llmexport.plugins.dtypes import BY_TENSORRT
 from llmexport.plugins.regular import sha256
 
 RECORD = "engine.json"
@@ -54,8 +55,7 @@ BACKENDS = MappingProxyType(
     }
 )
 
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-TYPES |= {"INT32": "int32", "INT64": "int64", "BOOL": "bool", "UINT8": "uint8"}
+TYPES = {name: d.name for name, d in BY_TENSORRT.items()}
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def build(
     chosen = check_backend(backend)
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
-    sizes = (profile or Profile()).resolve(p for g in export.graphs for p in g.assembly.inputs)
+    sizes = (profile or Profile()).resolve((p for g in export.graphs for p in g.assembly.inputs), export.blocks)
     if verify:
         progress("verify the weights", 0, 1)
         export = manifest.verified(export)

@@ -40,20 +40,13 @@ from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
 from llmexport.graphs.fusion import Fused
 from llmexport.graphs.stitch import Piece, stitch
+from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.regular import read_regular
 from llmexport.plugins.spec import Attribute
 
 MOST_MODEL = 2**31 - 1  # bytes, protobuf's own limit
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt")
-ELEMENT_TYPES = {
-    "float32": onnx.TensorProto.FLOAT,
-    "float16": onnx.TensorProto.FLOAT16,
-    "bfloat16": onnx.TensorProto.BFLOAT16,
-    "int32": onnx.TensorProto.INT32,
-    "int64": onnx.TensorProto.INT64,
-    "bool": onnx.TensorProto.BOOL,
-}
 
 
 @dataclass(frozen=True)
@@ -225,7 +218,7 @@ def build(
     proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
     fusions = {p.key: Fused(**json.loads(p.value)) for p in proto.metadata_props}
     del proto.metadata_props[:]
-    weights.bind(proto, wanted, request.checkpoint, ELEMENT_TYPES[dtype])
+    weights.bind(proto, wanted, request.checkpoint, BY_NAME[dtype].onnx)
     data = proto.SerializeToString(deterministic=True)
     names = {step: {path: p.parts or p.name for path, p in parameters.items()} for step, parameters in own.items()}
     digest = hashlib.sha256(data).hexdigest()
@@ -303,7 +296,7 @@ def load_body(
 
 
 def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(port.name, ELEMENT_TYPES[port.typed(dtype).dtype], list(port.shape))
+    return onnx.helper.make_tensor_value_info(port.name, BY_NAME[port.typed(dtype).dtype].onnx, list(port.shape))
 
 
 def cut_step(model: onnx.ModelProto, step: Step, dtype: str) -> onnx.ModelProto:

@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from llmexport.export.errors import EngineError
-from llmexport.export.spec import AXES, Axis, Port, Sizes, summands
+from llmexport.export.spec import AXES, Axis, Block, Port, Sizes, summands
 
 
 @dataclass(frozen=True)
 class Profile:
     """The sizes that an engine takes and is tuned for: (min, opt, max) of dynamic dimensions by name.
 
-    What is not named has the sizes of its Axis; one that is a sum, as `total` is past + sequence, cannot be named.
+    What is not named has the sizes of its Axis, as far as the model takes them; one that is a sum, as `total` is
+    past + sequence, cannot be named.
     """
 
     sizes: Mapping[str, Sizes] = field(default_factory=dict)
@@ -28,14 +29,22 @@ class Profile:
             if not axis.least <= low <= opt <= high < 2**31:
                 raise EngineError(f"{said}: make it {axis.least} <= min <= opt <= max < 2**31")
 
-    def resolve(self, ports: Iterable[Port]) -> dict[str, Sizes]:
-        """The sizes of every dynamic dimension of these ports. Raises EngineError on one that they lack."""
+    def resolve(self, ports: Iterable[Port], blocks: Iterable[Block] = ()) -> dict[str, Sizes]:
+        """The sizes of every dynamic dimension of these ports, which are of a graph of these blocks.
+
+        Raises EngineError on a dimension that they lack, and on sizes that a block does not take.
+        """
         dims = {d for p in ports for d in p.shape if isinstance(d, str)}
         free = {n for d in dims for n in summands(d)}
         if stray := sorted(set(self.sizes) - free):
             known = ", ".join(sorted(free))
             raise EngineError(f"profile names {', '.join(stray)}: this export has the sizes {known}")
-        defaults = {a.name: a.profile for a in AXES.values() if a.profile}
+        bounds = [bound for block in blocks for bound in block.most.items()]
+        most = {axis: min(size for a, size in bounds if a == axis) for axis, _ in bounds}
+        for name, (_, _, high) in self.sizes.items():
+            if high > most.get(name, high):
+                raise EngineError(f"profile says up to {high} {name}: this model takes {most[name]} at most")
+        defaults = {a.name: _up_to(most.get(a.name), a.profile) for a in AXES.values() if a.profile}
         sizes = {d: s for d, s in {**defaults, **self.sizes}.items() if d in free}
         if unsaid := sorted(free - set(sizes)):
             raise EngineError(f"{', '.join(unsaid)} has no default sizes: name it in --profile")
@@ -46,6 +55,11 @@ class Profile:
                 says = " and ".join(f"{sizes[n][2]} {n}" for n in summands(dim))
                 raise EngineError(f"profile says up to {says}: make their sum less than 2**31")
         return sizes
+
+
+def _up_to(most: int | None, sizes: Sizes) -> Sizes:
+    low, opt, high = (n if most is None else min(n, most) for n in sizes)
+    return low, opt, high
 
 
 def parse_profile(text: str) -> Profile:

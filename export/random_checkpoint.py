@@ -25,8 +25,8 @@ from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
 from llmexport.export.spec import MXFP4_BLOCK, Block, GatedNorm, Norm
 from llmexport.export.wanted import load_parameters
+from llmexport.plugins.dtypes import BY_NAME
 
-SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SCALE_BIAS = 127  # of MXFP4: a scale of this is 1
 MOST_TENSORS = 2**18  # the largest published models have a quarter of that
 MOST_BYTES = 2**44  # seven times the largest published models in fp32
@@ -146,7 +146,7 @@ def _write_holes(path: Path, parameters: Mapping[str, _Parameter], dtype: str) -
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, parameter in parameters.items():
-        kind = "U8" if parameter.packed else SAFETENSORS[dtype]
+        kind = BY_NAME["uint8" if parameter.packed else dtype].safetensors
         start, end = end, end + math.prod(parameter.shape) * ITEMSIZE[kind]
         header[name] = {"dtype": kind, "shape": parameter.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()

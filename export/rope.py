@@ -1,4 +1,4 @@
-"""Reads what a config says of RoPE, in any of the forms that published ones have."""
+"""Reads RoPE from a config, in any of the forms that published configs have."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 TYPES = MappingProxyType({t: t for t in ("default", "linear", "llama3", "yarn", "longrope")})
 ORIGINAL = "original_max_position_embeddings"
-# Keys that nothing reads, and those of other types or architectures at the values that change nothing.
+# Keys that nothing reads, and keys of other types or architectures with the values that change nothing.
 HARMLESS = ("finetuned",)
 NEUTRAL = MappingProxyType({"factor": 1, "partial_rotary_factor": 1})
-KINDS = ("sliding_attention", "full_attention")  # of layers, where each has its own RoPE
+KINDS = ("sliding_attention", "full_attention")  # the kinds of layer, where each has its own RoPE
 
 
 def read(
@@ -31,22 +31,23 @@ def read(
     sections: Sequence[int] = (),
     types: Mapping[str, str] = TYPES,
     original: int | None = None,
-    of: str | None = None,
+    layer_kind: str | None = None,
     theta_key: str = "rope_theta",
 ) -> Rotary:
     """RoPE, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` and the like.
 
-    `theta`, `partial` (the share of a head that turns) and `sections` (of mRoPE) hold where the config does not
-    say; an architecture that knows no shares or sections gives none, and a config with any is refused. `types` are
-    the types that it knows, and what they are called here. `original` is the length before LongRoPE's stretch, where
-    that is said elsewhere. `of` is the kind of layer that is meant, where each has its own RoPE, and `theta_key`
-    where its theta may stand outside. Raises ExportError on a type or key of RoPE that is not known.
+    `theta`, `partial` (the share of a head that is rotated) and `sections` (of mRoPE) hold where the config does not
+    say; an architecture that knows no shares or sections gives none, and a config with any is refused. `types` maps the
+    types that the architecture knows to their names here. `original` is the length before LongRoPE's stretch, if the
+    config says it elsewhere. `layer_kind`: which entry of `rope_parameters` to read, where each kind of layer has its
+    own. `theta_key`: top-level key that old configs use for theta. Raises ExportError on a type or key of RoPE that is
+    not known.
     """
-    keys = _shared(config) if of is None else _of_kind(config, of)
+    keys = _shared(config) if layer_kind is None else _of_kind(config, layer_kind)
     theta = as_positive(theta_key, _one(config, keys, "rope_theta", theta_key, theta))
     if theta <= 1:
         raise ExportError(f"config.json: {theta_key} is {theta}, expected a number above 1")
-    size = head_size if partial is None else _turned(config, keys, head_size, partial)
+    size = head_size if partial is None else _rotated(config, keys, head_size, partial)
     sections = _sections(keys, sections) if sections else ()
     if original is not None and keys.setdefault(ORIGINAL, original) != original:
         raise ExportError(f"config.json says {ORIGINAL} twice, {show(keys[ORIGINAL])} and {original}: remove one")
@@ -67,8 +68,8 @@ def read(
     return Rotary(size, theta, scaling, sections)
 
 
-def _turned(config: Config, keys: dict[str, Any], head_size: int, partial: float) -> int:
-    """How many dimensions of a head turn."""
+def _rotated(config: Config, keys: dict[str, Any], head_size: int, partial: float) -> int:
+    """How many dimensions of a head are rotated."""
     name = "partial_rotary_factor"
     share = as_positive(name, _one(config, keys, name, name, partial))
     if share > 1:
@@ -77,7 +78,7 @@ def _turned(config: Config, keys: dict[str, Any], head_size: int, partial: float
 
 
 def _objects(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What transformers 5 wrote, and what those before it did."""
+    """`rope_parameters`, which transformers 5 writes, and `rope_scaling`, which versions before it wrote."""
     new, old = (config.get(k, None) for k in ("rope_parameters", "rope_scaling"))
     new, old = ({} if v is None else v for v in (new, old))
     if not isinstance(new, dict) or not isinstance(old, dict):
@@ -93,15 +94,15 @@ def _shared(config: Config) -> dict[str, Any]:
     return dict(new or old)
 
 
-def _of_kind(config: Config, of: str) -> dict[str, Any]:
-    """The same of one kind of layer; the old keys scaled full attention alone."""
+def _of_kind(config: Config, layer_kind: str) -> dict[str, Any]:
+    """The dictionary for one kind of layer, to be used up; the old keys scaled full attention alone."""
     new, old = _objects(config)
     if not new:
-        # Which transformers updates with the old keys: `type` alone does not turn it into another.
-        return {"rope_type": "default"} | (old if of == "full_attention" else {})
+        # transformers updates this dictionary with the old keys: `type` alone does not change its type.
+        return {"rope_type": "default"} | (old if layer_kind == "full_attention" else {})
     if new.keys() != set(KINDS) or not all(isinstance(v, dict) for v in new.values()):
         raise ExportError(f"config.json: rope_parameters must hold one object each for {' and '.join(KINDS)} alone")
-    return dict(new[of])
+    return dict(new[layer_kind])
 
 
 def _one(config: Config, keys: dict[str, Any], name: str, outer_name: str, default: float) -> Any:
@@ -116,7 +117,7 @@ def _one(config: Config, keys: dict[str, Any], name: str, outer_name: str, defau
 def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scaling | None:
     match kind:
         case "default":
-            # Some write it though nothing reads it then.
+            # Some configs have it, though nothing reads it for this type.
             keys.pop(ORIGINAL, None)
             return None
         case "linear":
@@ -155,7 +156,7 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
 
 
 def _long(config: Config, keys: dict[str, Any], size: int) -> LongScaling:
-    # The logarithm of one is what the magnitude is divided by.
+    # The magnitude is divided by the logarithm of the length, which is 0 for a length of 1.
     positions = _positions(config, keys, least=2)
     factor, magnitude = keys.pop("factor", None), keys.pop("attention_factor", None)
     if factor is None:
@@ -187,7 +188,7 @@ def _factor(keys: dict[str, Any]) -> float:
 
 
 def _positions(config: Config, keys: dict[str, Any], least: int = 1) -> int:
-    """The length before the stretch; transformers takes the stretched one where it is not said."""
+    """The length before the stretch; transformers takes the stretched length where the config does not say."""
     if ORIGINAL not in keys:
         keys[ORIGINAL] = config.integer("max_position_embeddings")
         config.notes.append(

@@ -16,15 +16,9 @@ from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import MXFP4_BLOCK
 from llmexport.export.values import show_name, visible
+from llmexport.plugins.dtypes import BY_NAME, BY_ONNX, BY_SAFETENSORS, FLOATS
 
-FLOATS, BYTES = ("F32", "F16", "BF16"), "U8"
-ONNX_TYPES = {
-    "F32": TensorProto.FLOAT,
-    "F16": TensorProto.FLOAT16,
-    "BF16": TensorProto.BFLOAT16,
-    "U8": TensorProto.UINT8,
-}
-WIDTHS: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2, TensorProto.UINT8: 1}
+BYTES = BY_NAME["uint8"].safetensors
 BLOCK_BYTES = MXFP4_BLOCK // 2
 PIECE = 2**24  # bytes compared at a time
 LISTED = 10  # names in an error before "and N more"
@@ -129,7 +123,7 @@ def _problem(parameter: Parameter, stored: StoredTensor) -> str | None:
             f"{stored.name} is {list(stored.shape)} in the checkpoint, config.json makes it "
             f"{list(shape)}: is config.json from the same model?"
         )
-    types = (BYTES,) if parameter.packed else FLOATS
+    types = (BYTES,) if parameter.packed else tuple(BY_NAME[n].safetensors for n in FLOATS)
     if stored.dtype not in types:
         return (
             f"{stored.name} is stored as {stored.dtype}; {', '.join(types)} can be exported here. "
@@ -145,7 +139,7 @@ def stored_type(parameter: Parameter, checkpoint: Checkpoint) -> int:
         raise ExportError(
             f"the parts of {parameter.name} are stored as {', '.join(sorted(found))}: convert them to one"
         )
-    return ONNX_TYPES[found.pop()]
+    return BY_SAFETENSORS[found.pop()].onnx
 
 
 def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Checkpoint, dtype: int) -> None:
@@ -161,7 +155,7 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
     graph.input.extend(kept)
     types = {n: stored_type(p, checkpoint) for n, p in wanted.items()}
     recast = {n for n, p in wanted.items() if types[n] != dtype and not p.as_stored}
-    narrow = {n for n in recast if WIDTHS[types[n]] < WIDTHS[dtype]}
+    narrow = {n for n in recast if BY_ONNX[types[n]].bits < BY_ONNX[dtype].bits}
     read = {name for node in graph.node for name in node.input[1 if _moves(node, narrow) else 0 :]}
     nodes: list[onnx.NodeProto] = []
     for name, parameter in wanted.items():
@@ -197,7 +191,7 @@ def _cast(name: str, result: str, dtype: int) -> onnx.NodeProto:
 
 
 def _external(stored: StoredTensor, shape: tuple[int, ...]) -> TensorProto:
-    tensor = TensorProto(name=stored.name, data_type=ONNX_TYPES[stored.dtype], dims=shape)
+    tensor = TensorProto(name=stored.name, data_type=BY_SAFETENSORS[stored.dtype].onnx, dims=shape)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", stored.file), ("offset", stored.offset), ("length", stored.nbytes)):
         tensor.external_data.add(key=key, value=str(value))

@@ -7,13 +7,11 @@ from collections.abc import Callable
 
 import onnx
 
+from llmexport.plugins.dtypes import BY_ONNX
 from llmexport.plugins.spec import DOMAIN, Attribute, op_name
 
 # (op, attributes, types and shapes of the node's inputs) -> body
 Body = Callable[[str, dict[str, Attribute], list[str], list[list[int | str]]], onnx.FunctionProto]
-
-DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}
-TYPES = {**DTYPES, 2: "uint8", 6: "int32"}
 
 
 def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
@@ -27,7 +25,7 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
     typed = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     typed |= {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type for t in graph.initializer}
     bodies: dict[str, onnx.FunctionProto] = {}
-    known: dict[str, str] = {}  # what a body depends on -> its name
+    known: dict[str, str] = {}  # all that a body depends on -> the body's name
     for node in graph.node:
         if node.domain != DOMAIN:
             continue
@@ -35,7 +33,7 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
         if untyped:
             raise ValueError(f"{node.name}: type or rank of {', '.join(untyped)} is not known")
         shapes = [[d.dim_param or d.dim_value for d in typed[n].shape.dim] for n in node.input]
-        types = [TYPES[typed[n].elem_type] for n in node.input]
+        types = [BY_ONNX[typed[n].elem_type].name for n in node.input]
         wanted = (node.op_type, _attributes(node), types, shapes)
         if repr(wanted) not in known:
             made = body(*wanted)
@@ -53,7 +51,7 @@ def count(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def op_of(node: onnx.NodeProto) -> str:
-    """The op that one of our nodes is, with its body attached or without."""
+    """The op of one of our nodes, whether its body is attached or not."""
     return op_name(node.op_type)
 
 

@@ -1,4 +1,4 @@
-"""What every fusion pass shares: its result, and how it looks at a graphsurgeon graph and edits it."""
+"""The result of a fusion pass, and the functions by which every pass reads a graphsurgeon graph and edits it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmexport.graphs.bodies import DTYPES
+from llmexport.plugins.dtypes import BY_NAME, FLOATS
 from llmexport.plugins.spec import DOMAIN
 
 
 class Refusal(Exception):
-    """Why one candidate was left as it is."""
+    """The reason why one candidate is left as it is."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Fused:
 
 
 def fuse_each(graph: gs.Graph, ops: tuple[str, ...], fuse: Callable[[gs.Graph, gs.Node], None]) -> Fused:
-    """Calls `fuse` on every standard operator of these types; it edits the graph, or raises Refusal and does not."""
+    """Calls `fuse` on every standard operator of these types: `fuse` edits the graph, or raises Refusal instead."""
     fused = Fused()
     for node in [n for n in graph.nodes if n.op in ops and not n.domain]:
         try:
@@ -50,7 +50,7 @@ def produced_by(value: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def sole_consumer(value: gs.Tensor, what: str) -> gs.Node:
-    """The one node that reads `value`. Raises Refusal if others do, or if it is a graph output: none reads it."""
+    """The one node that reads `value`. Raises Refusal if several nodes do, or none does, as with a graph output."""
     if len(value.outputs) != 1:
         raise Refusal(f"{what} has {len(value.outputs)} consumers")
     return value.outputs[0]
@@ -76,8 +76,9 @@ def same_shape(*values: gs.Tensor) -> bool:
 
 def float_type(value: gs.Tensor) -> str:
     """float32, float16 or bfloat16, which graphsurgeon calls by its ONNX number; "" for any other type."""
-    name = DTYPES.get(value.dtype, "") if isinstance(value.dtype, int) else str(np.dtype(value.dtype or object))
-    return name if name in DTYPES.values() else ""
+    numbered = {BY_NAME[n].onnx: n for n in FLOATS}
+    name = numbered.get(value.dtype, "") if isinstance(value.dtype, int) else str(np.dtype(value.dtype or object))
+    return name if name in FLOATS else ""
 
 
 def check_operands(*values: gs.Tensor) -> None:

@@ -20,7 +20,7 @@ def run(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Fused]]:
 
     Function bodies do not survive the round trip: attach them afterwards.
     """
-    # It warns of every bfloat16, which it carries through all the same, and of a missing package for colours.
+    # GraphSurgeon warns of every bfloat16, which it carries through all the same, and of a missing package for colours.
     G_LOGGER.severity = G_LOGGER.ERROR
     graph = gs.import_onnx(model)
     results = {step.__name__: step(graph) for step in PIPELINE}

@@ -1,6 +1,6 @@
-"""Where traces and built libraries are kept between runs: a folder that nobody but its user can write to.
+"""The folder that keeps traces and built libraries between runs: nobody but its user can write to it.
 
-What lies in it becomes models and runs as code, so it is held to the rules that ssh has for keys.
+Its files become models and run as code, so it is held to the rules that ssh has for keys.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from llmexport.plugins.errors import CacheError
 
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 PRIVATE = 0o700
-# What we put into it: traces, half-written ones, libraries and links.
+# Names of our own files in it: traces, half-written ones, libraries and links.
 OURS = re.compile(r"plugins|links|\.?[a-z_]+-[0-9a-f]{32}(-[0-9a-f]+)?")
 CHOOSE = "set LLMEXPORT_CACHE to a folder of your own"
 
 
 def cache_folder() -> Path:
-    """$LLMEXPORT_CACHE, else llmexport's own in the user's cache folder; absolute, and not looked at yet.
+    """$LLMEXPORT_CACHE, else `llmexport` in the user's cache folder: an absolute path, which is not checked.
 
     Raises CacheError if there is no home to put it in.
     """
@@ -41,10 +41,11 @@ def cache_folder() -> Path:
 
 
 def trusted_folder(*inside: str, make: bool = True) -> Path:
-    """The cache folder, or the one in it by that path, in which only this user can have written.
+    """The cache folder, or the folder `inside` it, to which only this user can have written.
 
-    make: whether it is made where it is missing. One that is ours and open to others is closed, if nobody can have
-    put anything there. Raises CacheError on any other, on what cannot be made, and on one that is missing.
+    make: whether missing folders are made. A cache folder of this user's that is open to others is closed, if nobody
+    else can have put anything there. Raises CacheError on any other folder that is open, and on one that is missing or
+    cannot be made.
     """
     folder = cache_folder()
     try:
@@ -59,14 +60,14 @@ def trusted_folder(*inside: str, make: bool = True) -> Path:
                 _make(folder)
             _check_inside(folder)
     except OSError as error:
-        # The name is a number where an open file was asked.
+        # error.filename is a number if the call was given an open file.
         where = folder if error.filename is None or isinstance(error.filename, int) else error.filename
         raise CacheError(f"cache folder {folder} cannot be used ({where}: {error.strerror}): {CHOOSE}") from error
     return folder
 
 
 def owner(uid: int) -> str:
-    """A user as people know him."""
+    """The name of a user, or the number if there is no name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -74,7 +75,7 @@ def owner(uid: int) -> str:
 
 
 def _make(folder: Path) -> None:
-    """Makes it and what is missing above it, for this user alone."""
+    """Makes the folder and the missing ones above it, for this user alone."""
     if not folder.is_dir():
         if not folder.parent.is_dir():
             _make(folder.parent)
@@ -84,7 +85,7 @@ def _make(folder: Path) -> None:
 
 
 def _check_above(folder: Path) -> None:
-    """Nobody else may be able to rename the folder, or to lead elsewhere what is named on the way to it."""
+    """Raises CacheError if another user can rename the folder, or can redirect a link on the way to it."""
     for place in (folder, *folder.parents):
         if not os.path.lexists(place):
             continue
@@ -116,13 +117,13 @@ def _check_folder(folder: Path) -> None:
         readable = not info.st_mode & OTHERS_WRITE and all(OURS.fullmatch(name) for name in held)
         if readable or not held:
             os.fchmod(descriptor, PRIVATE)
-            # Until just now, others could write to an empty one.
+            # Others could write to an empty folder until now.
             if readable or all(_is_ours(name, descriptor) for name in os.listdir(descriptor)):
                 return
     finally:
         os.close(descriptor)
     what = "can be written by others" if info.st_mode & OTHERS_WRITE else "is open to others and holds other things"
-    # Whoever closes /tmp stops the machine.
+    # A folder that users share, as /tmp, must stay open.
     shared = info.st_mode & stat.S_ISVTX
     cure = CHOOSE if shared else f"chmod 700 {shlex.quote(str(folder))}, or {CHOOSE}"
     raise CacheError(f"cache folder {folder} {what}, and is not used: {cure}")

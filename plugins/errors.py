@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """What was asked, what was found, what to do, in one line. The CLI prints it and exits with code 2.
+    """A user's mistake, in one line: what was asked, what was found, what to do. The CLI prints it, with exit code 2.
 
     Every layer raises its own: ExportError, EngineError, Mismatch.
     """
@@ -13,4 +13,4 @@ class PluginError(UserError):
 
 
 class CacheError(PluginError):
-    """The cache folder cannot be had, or somebody else could have written what lies in it."""
+    """The cache folder cannot be had, or somebody else could have written files in it."""

@@ -29,16 +29,14 @@ FILE = "libllmexport_plugins.so"
 SOURCES = Path(__file__).parent
 ARCHS = ("80", "86", "89", "90", "100", "110", "120")
 NAMESPACE = "llmexport"
-# Slots of TensorRT's IPluginCreatorV3One (trt/interface.h; tests/plugins/test_abi.py checks them).
-GET_PLUGIN_NAME = 6
-MAX_PLUGINS = 1000  # more than that is no list of plugins
+TABLE = re.compile(r"(\w+)\(.*; .*\) -> .+")  # a line of llmexportOps() in trt/library.cpp, by the name of its op
 
 
 def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int | None = None) -> Path:
     """Compiles the library for these SM versions ("90"; the last also as PTX) and returns its path.
 
-    build_dir: kept and used again; None is a folder for these versions and sources, where find() looks.
-    Raises PluginError naming what is to be installed, or with the compiler's message.
+    build_dir: a folder that is kept and used again; None takes the one for these versions and sources, where find()
+    looks. Raises PluginError with the name of a missing tool, or with the compiler's message.
     """
     if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in archs):
         raise PluginError(f"archs are {','.join(archs)!r}: name SM versions, as in 80,90")
@@ -51,10 +49,10 @@ def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int
         folder = trusted_folder("plugins", _builds().name, "-".join(archs))
     targets = ";".join([*(f"{a}-real" for a in archs[:-1]), archs[-1]])
     options = [f"-DCMAKE_CUDA_ARCHITECTURES={targets}", f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DCMAKE_BUILD_TYPE=Release"]
-    # Linked elsewhere, so that what is found is always whole.
+    # The linker writes elsewhere, so that find() sees whole libraries only.
     linked = folder / "linked"
     options += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={linked}"]
-    with _alone(folder):
+    with _locked(folder):
         library_file.drop_unless_placed(linked / FILE, folder / FILE)
         _run([cmake, "-S", str(SOURCES), "-B", str(folder), *options])
         _run([cmake, "--build", str(folder), "--parallel", str(jobs or os.cpu_count() or 1)])
@@ -65,7 +63,7 @@ def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int
 def find() -> Path | None:
     """The library that was installed with this package, else the last one that build() made of these sources.
 
-    Raises CacheError if that one lies where others can have written.
+    Raises CacheError if a built library lies where others can have written.
     """
     if (SOURCES / FILE).exists():
         return SOURCES / FILE
@@ -83,7 +81,8 @@ def find() -> Path | None:
 def served(path: Path) -> frozenset[str]:
     """The ops that the library at `path` has plugins for.
 
-    Raises PluginError if it is no plugin library, is not whole, or if another user can have written it.
+    Raises PluginError if it is no plugin library of this version, is not whole, or if another user can have written
+    it.
     """
     # Absolute, as the loader looks for a bare name elsewhere.
     path = Path(os.path.abspath(path))
@@ -92,23 +91,27 @@ def served(path: Path) -> frozenset[str]:
     checked = library_file.check(path, users)
     try:
         library = ctypes.CDLL(str(path))
-        get_creators = library.getCreators
-    except (OSError, AttributeError) as error:
+        _, ops = library.getCreators, library.llmexportOps
+    except OSError as error:
         raise PluginError(f"{path} is no plugin library: {error}. Build it: llmexport plugins build") from error
+    except AttributeError as error:
+        missing = f"no plugin library of this version: {error}"
+        raise PluginError(f"{path} is {missing}. Build it anew: llmexport plugins build") from error
     if library_file.identity(os.stat(path)) != checked:
         raise PluginError(f"{path} was replaced while it was loaded: try again when nobody writes to it")
-    count = ctypes.c_int32()
-    get_creators.restype = ctypes.POINTER(ctypes.c_void_p)
-    creators = get_creators(ctypes.byref(count))
-    if not 0 < count.value <= MAX_PLUGINS:
-        raise PluginError(f"{path} lists {count.value} plugins: build it anew: llmexport plugins build")
-    return frozenset(_name(creators[i]) for i in range(count.value))
+    ops.restype = ctypes.c_char_p
+    lines = (ops() or b"").decode("ascii", "replace").splitlines()
+    tables = [TABLE.fullmatch(line) for line in lines]
+    if not tables or None in tables:
+        odd = next((line for line, table in zip(lines, tables, strict=True) if not table), "")
+        raise PluginError(f"{path} lists as an op {odd[:80]!r}: build it anew: llmexport plugins build")
+    return frozenset(table[1] for table in tables if table)
 
 
 def load(trt: Any, path: Path) -> frozenset[str]:
     """Registers the library with a TensorRT module (`tensorrt`, `tensorrt_rtx`); returns the ops it serves.
 
-    A second time in one process it does nothing. Raises PluginError if TensorRT takes it not.
+    A second time in one process it does nothing. Raises PluginError if TensorRT does not take it.
     """
     registry = trt.get_plugin_registry()
     path = Path(os.path.abspath(path))
@@ -123,9 +126,9 @@ def load(trt: Any, path: Path) -> frozenset[str]:
 def builder_environment(module: str, spare: Path | None = None) -> dict[str, str]:
     """The environment in which a process can use plugins with this TensorRT module.
 
-    TensorRT-RTX's parser opens libtensorrt_rtx.so at the first plugin and ends the process if there is none, but
-    its wheel has libtensorrt_rtx.so.1 only: a folder with a link by that name goes on the library path. It is in
-    the cache; spare: an empty folder of this user's for it, where there is no cache to use.
+    TensorRT-RTX's parser opens libtensorrt_rtx.so at the first plugin and ends the process if there is none, but its
+    wheel has libtensorrt_rtx.so.1 only: a folder with a link by that name goes on the library path. The folder is in
+    the cache or, if no cache can be used, is `spare`: an empty folder of this user's.
     """
     environment = dict(os.environ)
     found = importlib.util.find_spec("tensorrt_rtx_libs") if module == "tensorrt_rtx" else None
@@ -138,13 +141,6 @@ def builder_environment(module: str, spare: Path | None = None) -> dict[str, str
 
 def _registered(registry: Any) -> frozenset[str]:
     return frozenset(c.name for c in registry.all_creators if c.plugin_namespace == NAMESPACE)
-
-
-def _name(creator: int) -> str:
-    """What getPluginName of a creator returns, called through its vtable."""
-    vtable = ctypes.c_void_p.from_address(creator).value or 0
-    slot = ctypes.c_void_p.from_address(vtable + GET_PLUGIN_NAME * ctypes.sizeof(ctypes.c_void_p)).value
-    return ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(slot or 0)(creator).decode()
 
 
 def _link_folder(real: Path, spare: Path | None) -> Path:
@@ -160,7 +156,7 @@ def _link_folder(real: Path, spare: Path | None) -> Path:
         if others := sorted({*os.listdir(folder)} - {name}):
             raise PluginError(f"{folder} holds {others[0]!r}, which is not ours: remove it")
         if not _leads(folder / name, real):
-            # Beside and renamed, as another process may do the same now.
+            # The link is made beside and renamed, as another process may do the same now.
             with tempfile.TemporaryDirectory(dir=folder.parent) as hidden:
                 made = Path(hidden) / name
                 made.symlink_to(real)
@@ -171,7 +167,7 @@ def _link_folder(real: Path, spare: Path | None) -> Path:
 
 
 def _leads(link: Path, real: Path) -> bool:
-    """Whether it is a link of this user's to that file."""
+    """Whether `link` is this user's and leads to `real`."""
     try:
         return os.readlink(link) == str(real) and os.lstat(link).st_uid == os.geteuid()
     except OSError:
@@ -179,8 +175,8 @@ def _leads(link: Path, real: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One build in a folder at a time. Raises PluginError if there is another, or the folder cannot be written."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lets in one build at a time. Raises PluginError if another is in the folder, or the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "a") as lock:
@@ -215,7 +211,7 @@ def _tool(name: str, install: str) -> str:
 
 
 def _nvcc() -> str:
-    """nvcc by $CUDACXX, by $CUDA_HOME, by the PATH, or where the toolkit installs itself.
+    """The nvcc that $CUDACXX, $CUDA_HOME or the PATH names, or that lies where the toolkit installs itself.
 
     Raises PluginError if there is none, and if a variable names one that is not there.
     """

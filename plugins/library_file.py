@@ -1,6 +1,6 @@
 """The file of the plugin library: placed whole, with a record of its digest beside it, and checked before it is loaded.
 
-The loader maps a library of which the end is missing and dies of SIGBUS when it touches that.
+The loader maps a library whose end is missing, and dies of SIGBUS when it touches that part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmexport.plugins.regular import open_regular, read_regular, sha256
 
 MOST_RECORD = 100_000  # bytes
 BUILD = "build it: llmexport plugins build"
-# ELF of 64 bits, little end first: what every GPU machine has.
+# ELF of 64 bits, little end first, as on every machine with a GPU.
 MAGIC = b"\x7fELF\x02\x01"
 HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 SEGMENT = struct.Struct("<IIQQQQQQ")
@@ -29,7 +29,7 @@ SHARED_OBJECT, NO_BITS = 3, 8
 
 
 def identity(info: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from another and from itself after a change."""
+    """Numbers that tell a file from any other, and from itself before a change."""
     return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
@@ -38,9 +38,9 @@ def record_path(library: Path) -> Path:
 
 
 def check(path: Path, users: Set[int]) -> tuple[int, ...]:
-    """The identity of the library at `path`, which may be loaded: only `users` can have written it, and it is whole.
+    """The identity of the library at `path`, after a check that it is whole and that only `users` can have written it.
 
-    Raises PluginError if it may not.
+    Raises PluginError if it may not be loaded.
     """
     try:
         link = os.lstat(path)
@@ -67,23 +67,23 @@ def place(made: Path, path: Path, about: dict[str, Any]) -> None:
     """Puts a copy of the library at `made` at `path`, and the record of its digest beside it. Raises OSError."""
     digest = _digest_at(made)
     if not _is_placed(path, digest):
-        # In an order in which no library ever lies beside another's record.
+        # In this order no library ever lies beside another's record.
         record_path(path).unlink(missing_ok=True)
         _appear(path, 0o755, lambda beside: shutil.copyfile(made, beside))
         text = json.dumps({**about, "sha256": digest}, indent=1)
         _appear(record_path(path), 0o644, lambda beside: beside.write_text(text))
-    # The last one that was asked for is the one that is found.
+    # library.find() takes the newest: the last library that was asked for.
     os.utime(path)
 
 
 def drop_unless_placed(made: Path, path: Path) -> None:
-    """Removes what a broken build may have left at `made`, so that it is linked anew. Raises OSError."""
+    """Removes the library that a broken build may have left at `made`, so that it is linked anew. Raises OSError."""
     if made.exists() and _digest_at(made) != _recorded(path):
         made.unlink()
 
 
 def _is_placed(path: Path, digest: str) -> bool:
-    """Whether the library at `path` is the one of that digest and may be loaded."""
+    """Whether the library at `path` has this digest and may be loaded."""
     try:
         check(path, {0, os.geteuid()})
     except PluginError:
@@ -92,7 +92,7 @@ def _is_placed(path: Path, digest: str) -> bool:
 
 
 def _appear(path: Path, mode: int, write: Callable[[Path], object]) -> None:
-    """The file at `path`, whole from the moment that it is there, and nobody else's to change."""
+    """Makes a file that is whole from the moment it is at `path`, and has `mode`."""
     beside = path.with_name(f".{path.name}")
     try:
         write(beside)
@@ -105,7 +105,7 @@ def _appear(path: Path, mode: int, write: Callable[[Path], object]) -> None:
 
 
 def _recorded(library: Path) -> str | None:
-    """The digest in the record beside it; None where there is no record, nothing where it says none. Raises OSError."""
+    """The digest in the record beside the library; None without a record, "" if it has no digest. Raises OSError."""
     try:
         said = json.loads(read_regular(record_path(library), MOST_RECORD))["sha256"]
     except FileNotFoundError:
@@ -116,7 +116,7 @@ def _recorded(library: Path) -> str | None:
 
 
 def _digest_at(path: Path) -> str:
-    """Nothing where there is no file."""
+    """The digest of the file at `path`; "" if there is none."""
     try:
         with open_regular(path) as file:
             return sha256(file)

@@ -21,13 +21,13 @@ KINDS = {
 
 
 def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
-    """The file at `path`, opened to read. Raises OSError, which says what it is if it is no regular file.
+    """The file at `path`, opened to read. Raises OSError; if the file is not regular, the error says what it is.
 
     follow: whether `path` may be a symbolic link.
     """
-    # Before it is opened, as opening a device may do something.
+    # The kind is checked before the file is opened, too, as opening a device may do something.
     _check_kind(path, os.stat(path, follow_symlinks=follow))
-    # Without waiting, as another may put a pipe there in between.
+    # The open does not wait, as another process may put a pipe there in between.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     file = os.fdopen(os.open(path, flags), "rb")
     try:
@@ -42,7 +42,7 @@ def read_regular(path: Path, most: int = MOST, *, follow: bool = True) -> bytes:
     """All bytes of the file at `path`. Raises OSError, also if it is no regular file or holds more than `most`."""
     with open_regular(path, follow=follow) as file:
         size = os.fstat(file.fileno()).st_size
-        # Some that the system makes, as in /proc, have bytes and no size.
+        # Files that the system makes, as in /proc, have bytes and no size.
         data = b"" if size > most else file.read((size or most) + 1)
         if max(size, len(data)) > most:
             raise OSError(errno.EFBIG, f"it has more than the {most} bytes that such a file may have", str(path))

@@ -1,4 +1,4 @@
-"""What an op is: one torch reference, from which everything else about it is derived.
+"""An op: one torch reference, from which everything else about the op is derived.
 
 The torch op, its fake, the ONNX schema, the exporter's translation and the ONNX function body all come from the
 decorated function. This module itself imports neither torch nor onnx, so that a graph can be named and read
@@ -11,21 +11,21 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from llmexport.plugins.dtypes import BY_NAME, FLOATS
 
 if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "llmexport"
-FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 # The types that a tensor of an op may have, by the name that @op gives them. W: a weight as it is stored.
-TYPES = {"T": FLOATS, "W": (*FLOATS, "tensor(uint8)"), "float32": FLOATS[:1], "int32": ("tensor(int32)",)}
-TYPES |= {"uint8": ("tensor(uint8)",)}
-SIGNS = {"-": "m", ".": "p"}  # what stands for them in the name of a body: 1e-06 is 1em06
-SEPARATOR = "__"  # between the parts of that name; no op's name holds it
+TYPES = {"T": FLOATS, "W": (*FLOATS, "uint8"), "float32": ("float32",), "int32": ("int32",), "uint8": ("uint8",)}
+SIGNS = {"-": "m", ".": "p"}  # letters for signs in the name of a body: 1e-06 is 1em06
+SEPARATOR = "__"  # between the parts of a body's name; no op's name holds it
 Attribute = bool | int | float | str
 # (attributes, type of each input that is there, sizes of the static dimensions) -> the statements of the body in
 # ONNX's textual form, which name the op's inputs and outputs.
@@ -36,22 +36,25 @@ Body = Callable[[dict[str, Attribute], dict[str, str], dict[str, int]], str]
 class Op:
     """An op in domain and plugin namespace `llmexport`; `name` is its ONNX op type and plugin name.
 
-    `inputs` maps each tensor to its dimensions by name; a function body is made for given sizes of the `static`
-    ones and works on any size of the others. The last inputs may be `optional`: a node leaves out any number of
-    them from the end. `types` names the type of each input and output in TYPES. `attributes` maps each scalar to
-    its Python type. `body` writes the function body where the reference is not what is exported. An op is called
-    like the function it came from.
+    `inputs` and `outputs` map each tensor to its dimensions by name; a function body is made for given sizes of the
+    `static` ones and works on any size of the others. The last inputs may be `optional`: a node leaves out any number
+    of them from the end. `types` names the type of each input and output in TYPES. `attributes` maps each scalar to
+    its Python type, `choices` each string among them to the values it may have, `sizes` each one that is the size of a
+    dimension to that dimension. `body` writes the function body where the reference is not what is exported. An op is
+    called like the function it came from.
     """
 
     name: str
     version: int
     reference: Callable[..., Any]
     inputs: dict[str, tuple[str, ...]]
-    outputs: tuple[str, ...]
+    outputs: dict[str, tuple[str, ...]]
     static: tuple[str, ...]
     types: dict[str, str]
     optional: tuple[str, ...]
     attributes: dict[str, type]
+    choices: dict[str, tuple[str, ...]]
+    sizes: dict[str, str]
     body: Body | None
     call: Callable[..., Any] = field(repr=False)
 
@@ -65,7 +68,11 @@ class Op:
     @functools.cached_property
     def schema(self) -> onnx.defs.OpSchema:
         """The operator schema for onnx's checker and shape inference."""
+        from onnx import TensorProto
         from onnx.defs import OpSchema
+
+        def tensors(names: Iterable[str]) -> list[str]:
+            return [f"tensor({TensorProto.DataType.Name(BY_NAME[n].onnx).lower()})" for n in names]
 
         kinds = {bool: OpSchema.AttrType.INT, int: OpSchema.AttrType.INT}
         kinds |= {float: OpSchema.AttrType.FLOAT, str: OpSchema.AttrType.STRING}
@@ -83,14 +90,14 @@ class Op:
                 for n in self.inputs
             ],
             outputs=[OpSchema.FormalParameter(n, self.types[n]) for n in self.outputs],
-            type_constraints=[(t, list(TYPES[t]), notes.get(t, t)) for t in dict.fromkeys(self.types.values())],
+            type_constraints=[(t, tensors(TYPES[t]), notes.get(t, t)) for t in dict.fromkeys(self.types.values())],
             attributes=[OpSchema.Attribute(n, kinds[t], required=True) for n, t in self.attributes.items()],
         )
 
     def body_name(self, attributes: dict[str, Attribute], types: Sequence[str], sizes: dict[str, int]) -> str:
         """The name of the function body for these attribute values, input types and static sizes.
 
-        It begins with the op's own, see `op_name`.
+        It begins with the op's own name, see `op_name`.
         """
         by_kind = [(self.types[n], t) for n, t in zip(self.inputs, types, strict=False)]
         dtype = next(t for kind, t in by_kind if kind == "T")
@@ -104,7 +111,7 @@ class Op:
 
 
 def op_name(function: str) -> str:
-    """The op that a function body of this name belongs to; an op's own name is its own."""
+    """The name of the op that a function body of this name belongs to; an op's own name stays as it is."""
     return function.partition(SEPARATOR)[0]
 
 
@@ -115,19 +122,22 @@ def op(
     name: str,
     version: int,
     dims: dict[str, str],
-    outputs: tuple[str, ...],
+    outputs: dict[str, str],
     static: tuple[str, ...] = (),
     types: dict[str, str] | None = None,
+    choices: dict[str, tuple[str, ...]] | None = None,
     body: Body | None = None,
     fake: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Makes an op of its torch reference.
 
-    `dims` names the dimensions of every tensor parameter, as in {"x": "B H T D"}; `types` the types in TYPES of
-    those inputs and outputs that are not T. Parameters of type bool, int, float and str become attributes; those
-    of type Tensor | None must be the last tensors. `fake` gives outputs of the right shapes and types where the
-    reference itself cannot on tensors without values. `body` writes the ONNX function body in place of the traced
-    reference. Raises TypeError on a signature that cannot become an ONNX operator.
+    `dims` names the dimensions of every tensor parameter, as in {"x": "B H T D"}, and of every int parameter that is
+    the size of one; `outputs` those of every output, of which each is an input's or such a parameter's; `types` the
+    types in TYPES of those inputs and outputs that are not T. Parameters of type bool, int, float and str become
+    attributes, and `choices` lists the values of those of type str; those of type Tensor | None must be the last
+    tensors. `fake` gives outputs of the right shapes and types where the reference itself cannot on tensors without
+    values. `body` writes the ONNX function body in place of the traced reference. Raises TypeError on a signature
+    that cannot become an ONNX operator.
     """
 
     def decorate(reference: Callable[..., Any]) -> Op:
@@ -141,23 +151,37 @@ def op(
         optional = tuple(n for n, t in hints.items() if t == torch.Tensor | None)
         attributes = {n: t for n, t in hints.items() if t is not torch.Tensor and n not in optional}
         inputs = {n: tuple(dims[n].split()) for n in hints if n not in attributes}
-        kinds = {n: (types or {}).get(n, "T") for n in (*inputs, *outputs)}
-        if stray := ((types or {}).keys() - kinds.keys()) | (set(kinds.values()) - TYPES.keys()):
-            raise TypeError(f"{name}: types names {', '.join(sorted(stray))}, which is no tensor or no type")
-        if unknown := set(static) - {d for shape in inputs.values() for d in shape}:
-            raise TypeError(f"{name}: no input has the static dimension {', '.join(unknown)}")
+        results = {n: tuple(d.split()) for n, d in outputs.items()}
+        sizes = {n: dims[n] for n, t in attributes.items() if t is int and n in dims}
+        kinds = dict.fromkeys((*inputs, *results), "T") | (types or {})
+        made = Op(
+            name,
+            version,
+            reference,
+            inputs,
+            results,
+            static,
+            kinds,
+            optional,
+            attributes,
+            choices or {},
+            sizes,
+            body,
+            reference,
+        )
+        _check_names(made, dims)
         call = torch.library.custom_op(f"{DOMAIN}::{reference.__name__}", reference, mutates_args=())
         call.register_fake(fake or reference)
-        OPS[name] = Op(name, version, reference, inputs, outputs, static, kinds, optional, attributes, body, call)
+        OPS[name] = replace(made, call=call)
         return OPS[name]
 
     return decorate
 
 
 def _check_signature(
-    name: str, reference: Callable[..., Any], dims: dict[str, str], outputs: tuple[str, ...]
+    name: str, reference: Callable[..., Any], dims: dict[str, str], outputs: dict[str, str]
 ) -> dict[str, Any]:
-    """The type of every parameter. Raises TypeError if an operator cannot have one, or not these outputs."""
+    """The type of every parameter. Raises TypeError if no operator can have one of them, or these outputs."""
     from torch import Tensor
 
     hints = get_type_hints(reference)
@@ -177,6 +201,25 @@ def _check_signature(
     if returned != (Tensor,) * len(outputs):
         raise TypeError(f"{name}: the return type {returns} does not fit the outputs {', '.join(outputs)}")
     return hints
+
+
+def _check_names(made: Op, dims: dict[str, str]) -> None:
+    """Raises TypeError if @op was told of a tensor, type, dimension or string that the op has not."""
+
+    def check(stray: Collection[str], fault: str) -> None:
+        if stray:
+            raise TypeError(f"{made.name}: {fault}: {', '.join(sorted(stray))}")
+
+    tensors = made.inputs.keys() | made.outputs.keys()
+    known = {d for shape in made.inputs.values() for d in shape}
+    given = {d for shape in made.outputs.values() for d in shape}
+    check(made.types.keys() - tensors, "types names no tensor")
+    check(set(made.types.values()) - TYPES.keys(), "types names no type")
+    check(dims.keys() - made.inputs.keys() - made.sizes.keys(), "dims names neither a tensor nor an int")
+    check(given - known - set(made.sizes.values()), "no input and no int has this dimension of an output")
+    check(set(made.static) - known, "no input has this static dimension")
+    texts = {n for n, t in made.attributes.items() if t is str}
+    check(made.choices.keys() ^ texts, "choices are those of each str, and of nothing else")
 
 
 def all_ops() -> dict[str, Op]:

@@ -43,6 +43,13 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
         "pad_token_id": 0, "rope_theta": 10000, "torch_dtype": "float16", "transformers_version": "4.40.0.dev0",
         "use_cache": true, "use_qk_norm": false, "vocab_size": 256000
     },
+    "bert-base-uncased": {
+        "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": false,
+        "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02,
+        "intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+        "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0, "position_embedding_type": "absolute",
+        "transformers_version": "4.6.0.dev0", "type_vocab_size": 2, "use_cache": true, "vocab_size": 30522
+    },
     "Llama-2-7b": {
         "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
         "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
@@ -288,4 +295,13 @@ WITH_MORE_KEYS: dict[str, dict[str, Any]] = json.loads("""{
         "vocab_size": 49152
     }
 }""")
+WITH_MORE_KEYS["bert-base-chinese"] = PUBLISHED["bert-base-uncased"] | {
+    "directionality": "bidi",
+    "pooler_fc_size": 768,
+    "pooler_num_attention_heads": 12,
+    "pooler_num_fc_layers": 3,
+    "pooler_size_per_head": 128,
+    "pooler_type": "first_token_transform",
+    "vocab_size": 21128,
+}
 WITH_MORE_KEYS["Qwen2.5-0.5B"] = PUBLISHED["Qwen2.5-0.5B-Instruct"] | {"use_mrope": False}

@@ -15,6 +15,7 @@ import pytest
 from arch_cases import CASES
 
 from llmexport.export import archs
+from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.spec import all_ops
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +208,25 @@ def test_no_model_type_is_claimed_twice():
     claimed = [t for n in archs.names() for t in archs.load(n).arch.model_types]
     claimed += [a.whole.model_type for n in archs.names() if (a := archs.load(n).arch).whole]
     assert sorted(claimed) == sorted(set(claimed))
+
+
+def test_types_are_named_in_one_table():
+    foreign = {n for d in BY_NAME.values() for n in (d.safetensors, d.tensorrt) if n}
+
+    def named(path: Path) -> set[str]:
+        nodes = list(ast.walk(tree(path)))
+        texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        pairs = [p for n in nodes if isinstance(n, ast.Dict) for p in zip(n.keys, n.values, strict=True)]
+        # {1: "float32"}, {"float32": TensorProto.FLOAT} and their like.
+        ours = {ast.unparse(k or v) for k, v in pairs if {*map(label, (k, v))} >= {"name", "number"}}
+        return (texts & foreign) | ours
+
+    def label(node: ast.expr | None) -> str:
+        if isinstance(node, ast.Constant):
+            return "name" if node.value in BY_NAME else "number" if isinstance(node.value, int) else ""
+        return "number" if node and ".TensorProto." in f".{ast.unparse(node)}" else ""
+
+    assert broken([p for p in SOURCES if name(p) != "plugins/dtypes.py"], named) == {}
 
 
 OP_FOLDERS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))

@@ -7,13 +7,13 @@ import difflib
 import functools
 import importlib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmexport.export import nearest
-from llmexport.export.assembly import HEAD, TABLE
+from llmexport.export.assembly import TABLE, has_own_head, renamed
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Whole
@@ -56,7 +56,7 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Named:
         why = "other heads and variants are not supported"
         if classes == [BASE.sub("Model", wanted)]:
             why = "a base model has no head that gives logits, "
-            why += f"take a {wanted}" if _has_own_head(named.arch) else "load it with AutoModelForCausalLM and save it"
+            why += f"take a {wanted}" if has_own_head(named.arch) else "load it with AutoModelForCausalLM and save it"
         raise ExportError(
             f"config.json says architectures {show_name(classes)}, {named.name} exports [{wanted!r}]: {why}"
         )
@@ -108,19 +108,12 @@ def as_stored(named: Named, tensors: Collection[str]) -> Named:
     table = next(n for path, n in named.arch.names.items() if TABLE.startswith(path)) + "weight"
     if any(n.startswith(base) for n in tensors) or table.removeprefix(base) not in tensors:
         return named
-    if _has_own_head(named.arch):
+    if has_own_head(named.arch):
         raise ExportError(
             f"the checkpoint is a base model, its names lack {base!r}: it has no head that gives logits, "
             f"take a {named.arch.reference.model_class}"
         )
-    return Named(named.name, _renamed(named.arch, lambda name: name.removeprefix(base)))
-
-
-def _has_own_head(arch: Arch) -> bool:
-    """Whether a base model lacks more of the head than the projection, which may be its table of words."""
-    head = HEAD.partition(".")[0] + "."
-    beside = [n for path, n in arch.names.items() if path.startswith(head) and not HEAD.startswith(path)]
-    return not all(n.startswith(arch.base) for n in beside)
+    return Named(named.name, renamed(named.arch, lambda name: name.removeprefix(base)))
 
 
 def _inside(arch: Arch, whole: Whole) -> Arch:
@@ -130,17 +123,8 @@ def _inside(arch: Arch, whole: Whole) -> Arch:
         starts = [s for s in whole.names if name.startswith(s)]
         return whole.names[starts[0]] + name.removeprefix(starts[0]) if starts else name
 
-    inside = _renamed(arch, rename)
+    inside = renamed(arch, rename)
     return dataclasses.replace(inside, ignore=inside.ignore + whole.ignore, base=rename(arch.base))
-
-
-def _renamed(arch: Arch, rename: Callable[[str], str]) -> Arch:
-    return dataclasses.replace(
-        arch,
-        names={path: rename(n) for path, n in arch.names.items()},
-        stacks={rename(n): tuple(map(rename, names)) for n, names in arch.stacks.items()},
-        ignore=tuple(map(rename, arch.ignore)),
-    )
 
 
 def _types(arch: Arch) -> tuple[str, ...]:

@@ -24,9 +24,11 @@ def build(config: Config) -> Model:
         qk_norm=Norm(d.head_size, norm.epsilon, 1.0, "after_weight"),
     )
     block = decoder_layer(norm, attention, norm, mlp, mixer_output_norm=norm, mlp_output_norm=norm)
-    local = config.rotary(d.head_size, 10000.0, types=ROPE, of="sliding_attention", theta_key="rope_local_base_freq")
+    local = config.rotary(
+        d.head_size, 10000.0, types=ROPE, layer_kind="sliding_attention", theta_key="rope_local_base_freq"
+    )
     slides = (local, Mask(config.integer("sliding_window", 4096)))
-    full = (config.rotary(d.head_size, 1000000.0, types=ROPE, of="full_attention"), Mask())
+    full = (config.rotary(d.head_size, 1000000.0, types=ROPE, layer_kind="full_attention"), Mask())
     pattern = config.integer("sliding_window_pattern", 6)
     # Written by transformers beside layer_types, and not read again.
     config.expect("_sliding_window_pattern", pattern, None)

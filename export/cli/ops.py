@@ -12,20 +12,20 @@ from llmexport.export.cli.console import Console, talkative
 def command(quiet: bool, as_json: bool) -> None:
     """List our ops: inputs, outputs, attributes, dtypes, and whether the plugin library serves them."""
     from llmexport.plugins import library
-    from llmexport.plugins.spec import FLOATS, all_ops
+    from llmexport.plugins.dtypes import FLOATS
+    from llmexport.plugins.spec import all_ops
 
     console = Console(quiet, as_json)
     built = library.find()
     served = library.served(built) if built else frozenset()
-    dtypes = [kind.removeprefix("tensor(").removesuffix(")") for kind in FLOATS]
     records = [
         {
             "op": op.name,
             "version": op.version,
             "inputs": {n: list(d) for n, d in op.inputs.items()},
-            "outputs": op.outputs,
+            "outputs": list(op.outputs),
             "attributes": {n: t.__name__ for n, t in op.attributes.items()},
-            "dtypes": dtypes,
+            "dtypes": FLOATS,
             "served": op.name in served,
         }
         for op in all_ops().values()
@@ -39,7 +39,7 @@ def command(quiet: bool, as_json: bool) -> None:
                 ", ".join(f"{n} [{' '.join(d)}]" for n, d in r["inputs"].items()),
                 ", ".join(r["outputs"]),
                 ", ".join(f"{n}: {t}" for n, t in r["attributes"].items()),
-                ", ".join(dtypes),
+                ", ".join(FLOATS),
                 "yes" if r["served"] else "no",
             )
             for r in records

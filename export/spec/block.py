@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL
+from llmexport.plugins.dtypes import FLOATS
 
 OPSET = 23  # ai.onnx, of everything that is exported
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = FLOATS
 Dim = int | str
 # What the numbers at a port are: whoever feeds one asks this, and never its name.
 Use = Literal[
@@ -96,7 +97,7 @@ class Block:
 
     @property
     def most(self) -> Mapping[str, int]:
-        """Axis -> the largest size that it takes, where there is one: a table has no more rows."""
+        """Axis -> the largest size that it takes, where there is one, as a table has no more rows."""
         return {}
 
     @property

@@ -59,12 +59,6 @@ class Assembly:
         """The distinct blocks, in order of first use."""
         return tuple(dict.fromkeys(s.block for s in self.steps))
 
-    @property
-    def most(self) -> Mapping[str, int]:
-        """The largest size of every axis that has one."""
-        bounds = [bound for b in self.blocks for bound in b.most.items()]
-        return {axis: min(size for a, size in bounds if a == axis) for axis, _ in bounds}
-
 
 @dataclass(frozen=True)
 class Graph:

@@ -10,7 +10,7 @@ from llmexport.plugins.spec import op
     "AddRmsNorm",
     version=1,
     dims={"x": "B T C", "residual": "B T C", "weight": "C"},
-    outputs=("y", "sum"),
+    outputs={"y": "B T C", "sum": "B T C"},
 )
 def add_rms_norm(
     x: Tensor,

@@ -1,43 +1,47 @@
 #include "add_rms_norm/add_rms_norm.cuh"
+#include "common/refuse.h"
 
 namespace llmexport {
-
 namespace {
 
 struct Arguments {
-  RowPlan plan;
+  RowPlan const& plan;
   int64_t rows, columns;
-  AddRmsNormAttributes attributes;
-  void const *x, *residual, *weight;
-  void *y, *sum;
+  AddRmsNormAttributes const& attributes;
+  AddRmsNormTensors const& tensors;
   cudaStream_t stream;
 };
 
 template <class T, int kVectors>
 cudaError_t startInRegisters(Arguments const& a) {
+  AddRmsNormTensors const& t = a.tensors;
   return launch(addRmsNormKernel<T, kFullWidth<T>, kVectors>, a.plan.launch, a.stream,
-                static_cast<T const*>(a.x), static_cast<T const*>(a.residual),
-                static_cast<T const*>(a.weight), static_cast<T*>(a.y), static_cast<T*>(a.sum),
-                a.rows, int(a.columns), a.attributes);
+                typed<T>(t.x), typed<T>(t.residual), typed<T>(t.weight), typed<T>(t.y),
+                typed<T>(t.sum), a.rows, int(a.columns), a.attributes);
 }
 
 template <class T, int kWidth>
 cudaError_t startTwoPass(Arguments const& a) {
-  return launch(addRmsNormTwoPassKernel<T, kWidth>, a.plan.launch, a.stream,
-                static_cast<T const*>(a.x), static_cast<T const*>(a.residual),
-                static_cast<T const*>(a.weight), static_cast<T*>(a.y), static_cast<T*>(a.sum),
-                a.columns, a.attributes);
+  AddRmsNormTensors const& t = a.tensors;
+  return launch(addRmsNormTwoPassKernel<T, kWidth>, a.plan.launch, a.stream, typed<T>(t.x),
+                typed<T>(t.residual), typed<T>(t.weight), typed<T>(t.y), typed<T>(t.sum), a.columns,
+                a.attributes);
 }
 
 }  // namespace
 
-cudaError_t addRmsNorm(Dtype dtype, int64_t rows, int64_t columns,
-                       AddRmsNormAttributes const& attributes, void const* x, void const* residual,
-                       void const* weight, void* y, void* sum, cudaStream_t stream) {
-  if (rows * columns == 0) return cudaSuccess;
-  if (rows > kMaxGridX) return cudaErrorInvalidValue;
-  auto const plan = rowPlan(rows, columns, dtype, aligned({x, residual, weight, y, sum}));
-  Arguments const a{plan, rows, columns, attributes, x, residual, weight, y, sum, stream};
+bool addRmsNormServes(AddRmsNormSizes const& s) {
+  return isAtMost("AddRmsNorm", "BT", {s.B, s.T}, kMaxGridX);
+}
+
+cudaError_t addRmsNorm(Dtype dtype, AddRmsNormSizes const& s,
+                       AddRmsNormAttributes const& attributes, AddRmsNormTensors const& t,
+                       cudaStream_t stream) {
+  if (!addRmsNormServes(s)) return cudaErrorInvalidValue;
+  int64_t const rows = s.B * s.T;
+  if (rows * s.C == 0) return cudaSuccess;
+  auto const plan = rowPlan(rows, s.C, dtype, aligned({t.x, t.residual, t.weight, t.y, t.sum}));
+  Arguments const a{plan, rows, s.C, attributes, t, stream};
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     switch (plan.vectors) {

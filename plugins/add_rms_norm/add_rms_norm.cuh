@@ -15,7 +15,7 @@ __device__ __forceinline__ Vector<T, kWidth> addRounded(Vector<T, kWidth> const&
   return fromFloats<T>(sums);
 }
 
-// Outputs: both rounding orders that models use (see __init__.py).
+// A vector of y, in either of the rounding orders that models use (see __init__.py).
 template <class T, int kWidth>
 __device__ __forceinline__ Vector<T, kWidth> scaled(Vector<T, kWidth> const& total, float scale,
                                                     Vector<T, kWidth> const& weights,
@@ -33,12 +33,14 @@ __device__ __forceinline__ Vector<T, kWidth> scaled(Vector<T, kWidth> const& tot
 
 // Block (threads of a row, rows); thread x holds vectors x, x + blockDim.x, ... of its row.
 //
-// Rounded to T: the sum, as modeling_llama.py's; y once or, with roundBeforeWeight, the normalised
-// value and the product (LlamaRMSNorm; once: GemmaRMSNorm, GptOssRMSNorm). All else is fp32:
-// squares of the rounded sum, a thread's in order, then sumOfRow; rsqrtf (2 units in the last
-// place). The points are those of transformers; only the order of the sum of squares is not.
+// The sum is rounded to T, as in modeling_llama.py. y is rounded once (GemmaRMSNorm,
+// GptOssRMSNorm); with roundBeforeWeight the normalised value, the weight with its offset, and
+// their product are rounded (LlamaRMSNorm). All else is fp32: a thread adds the squares of the
+// rounded sum in order, sumOfRow adds the threads'; rsqrtf is good to 2 units in the last place.
+// transformers rounds at the same points; only the order in which it adds squares is another.
 //
-// One block an SM is enough: without saying so, ptxas spills on sm_120 to fit three.
+// The bounds ask for no more than one block an SM: without that, ptxas spills on sm_120 to fit
+// three.
 template <class T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kRowMaxThreads, 1)
     addRmsNormKernel(T const* x, T const* residual, T const* weight, T* y, T* sum, int64_t rows,
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kRowMaxThreads, 1)
   }
 }
 
-// A block a row, of any length: each thread reads its part of the sum again, which it wrote itself.
+// A block takes a row of any length: each thread reads the part of the sum that it wrote again.
 // Rounds as addRmsNormKernel.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kRowTwoPassThreads)

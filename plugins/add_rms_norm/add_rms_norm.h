@@ -6,14 +6,25 @@
 
 namespace llmexport {
 
+struct AddRmsNormSizes {
+  int64_t B, T, C;
+};
+
 struct AddRmsNormAttributes {
   float epsilon, weightOffset;
   bool roundBeforeWeight;
 };
 
-// x, residual, y and sum [rows, columns], weight [columns].
-cudaError_t addRmsNorm(Dtype dtype, int64_t rows, int64_t columns,
-                       AddRmsNormAttributes const& attributes, void const* x, void const* residual,
-                       void const* weight, void* y, void* sum, cudaStream_t stream);
+struct AddRmsNormTensors {
+  void const *x, *residual;  // [B, T, C]
+  void const* weight;        // [C]
+  void *y, *sum;             // [B, T, C]
+};
+
+bool addRmsNormServes(AddRmsNormSizes const& sizes);
+
+cudaError_t addRmsNorm(Dtype dtype, AddRmsNormSizes const& sizes,
+                       AddRmsNormAttributes const& attributes, AddRmsNormTensors const& tensors,
+                       cudaStream_t stream);
 
 }  // namespace llmexport

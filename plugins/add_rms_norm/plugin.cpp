@@ -4,16 +4,24 @@
 namespace llmexport {
 namespace {
 
-int32_t supports(Node const& node) {
-  return checkProduct("AddRmsNorm", node.sizes, "BT", kMaxGridX);
+enum Inputs { kX, kResidual, kWeight };
+enum Outputs { kY, kSum };
+enum Attributes { kEpsilon, kWeightOffset, kRoundBeforeWeight };
+
+AddRmsNormSizes sizesOf(Sizes const& s) { return {s['B'], s['T'], s['C']}; }
+
+AddRmsNormAttributes attributesOf(Values const& values) {
+  return {values[kEpsilon].real, values[kWeightOffset].real,
+          values[kRoundBeforeWeight].integer != 0};
 }
 
+bool supports(Node const& node) { return addRmsNormServes(sizesOf(node.sizes)); }
+
 cudaError_t enqueue(Call const& call) {
-  Sizes const& s = call.sizes;
-  AddRmsNormAttributes const attributes{call.attributes[0].real, call.attributes[1].real,
-                                        call.attributes[2].integer != 0};
-  return addRmsNorm(call.dtype, s['B'] * s['T'], s['C'], attributes, call.inputs[0], call.inputs[1],
-                    call.inputs[2], call.outputs[0], call.outputs[1], call.stream);
+  AddRmsNormTensors const tensors{call.input(kX), call.input(kResidual), call.input(kWeight),
+                                  call.output(kY), call.output(kSum)};
+  return addRmsNorm(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
+                    call.stream);
 }
 
 Registration const registration({

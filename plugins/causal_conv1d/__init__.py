@@ -11,23 +11,24 @@ from llmexport.plugins.spec import op
     "CausalConv1d",
     version=1,
     dims={"x": "B T C", "weight": "C O K", "state": "B S C", "bias": "C"},
-    outputs=("y", "next_state"),
+    outputs={"y": "B T C", "next_state": "B S C"},
     static=("C", "O", "K", "S"),
+    choices={"activation": ("none", "silu")},
 )
 def causal_conv1d(
     x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """y[t] = activation(bias + sum over i of weight[i] * x[t - K + 1 + i]), every channel alone.
+    """y[t] = activation(bias + sum over i of weight[i] * x[t - K + 1 + i]), each channel by itself.
 
-    x [B, T, C]; weight [C, 1, K] as nn.Conv1d keeps it; state [B, K - 1, C] holds the inputs before x, oldest
-    first, zeros at the beginning of a sequence; next_state those before the next call, however short x is. The sum
-    is in fp32 and rounded to x's dtype, then activated. activation is "none" or "silu". The operator of ai.onnx 27
-    CausalConvWithState, in [B, T, C]. Raises ValueError on any other activation.
+    x [B, T, C]; weight [C, 1, K] as nn.Conv1d keeps it; state [B, K - 1, C] holds the inputs before x, oldest first,
+    zeros at the beginning of a sequence; next_state holds those before the next call, however short x is. The sum is in
+    fp32 and rounded to x's dtype, then activated. activation is "none" or "silu". The op is CausalConvWithState of
+    ai.onnx 27, in [B, T, C]. Raises ValueError on any other activation.
     """
     if activation not in ("none", "silu"):
         raise ValueError(f"CausalConv1d knows no activation {activation!r}")
     seen = torch.cat((state, x), 1)
-    # Shifted products, as runtimes take one convolution of C groups for C convolutions.
+    # A sum of shifted products: runtimes run one convolution of C groups as C convolutions.
     wide, taps = seen.float(), weight[:, 0].float().unbind(-1)
     total = sum((wide[:, i : i + x.shape[1]] * tap for i, tap in enumerate(taps)), start=torch.zeros(()))
     y = (total if bias is None else total + bias.float()).to(x.dtype)

@@ -1,13 +1,17 @@
-#include "causal_conv1d/causal_conv1d.cuh"
-
 #include <algorithm>
+
+#include "causal_conv1d/causal_conv1d.cuh"
+#include "common/refuse.h"
 
 namespace llmexport {
 namespace {
 
-// Enough to cover the latency of memory with what each has under way.
+// Taps of a channel that there are kernels for.
+constexpr int64_t kFewestTaps = 2, kMostTaps = 4;
+// Threads of an SM whose loads under way cover the latency of memory.
 constexpr int64_t kThreadsPerProcessor = 1024;
-// Of a chunk. Fewer read the kTaps - 1 inputs before them for too little; more help no further.
+// Tokens of a chunk. A shorter one reads the kTaps - 1 inputs before it for too little; a longer
+// one is no faster.
 constexpr int64_t kFewestTokens = 8, kMostTokens = 64;
 
 template <class T, int kWidth>
@@ -19,6 +23,17 @@ auto kernelFor(int64_t taps) {
 
 }  // namespace
 
+bool causalConv1dServes(CausalConv1dSizes const& s) {
+  if (s.K != kUnknown && (s.K < kFewestTaps || s.K > kMostTaps)) {
+    return refuse("CausalConv1d: weight has K = %lld taps, the kernels are for %lld to %lld",
+                  (long long)s.K, (long long)kFewestTaps, (long long)kMostTaps);
+  }
+  // A block takes a warp of channels or more.
+  return isAtMost("CausalConv1d", "C", {s.C}, kMaxGridY * kWarp) &&
+         isAtMost("CausalConv1d", "BT", {s.B, s.T}, kMaxGridX) &&
+         isAtMost("CausalConv1d", "B", {s.B}, kMaxGridX);
+}
+
 CausalConv1dPlan causalConv1dPlan(CausalConv1dSizes const& s, Dtype dtype, bool pointersAligned,
                                   Device const& device) {
   int const full = kVectorBytes / int(sizeOf(dtype));
@@ -27,7 +42,7 @@ CausalConv1dPlan causalConv1dPlan(CausalConv1dSizes const& s, Dtype dtype, bool 
   unsigned lanes = 1;
   while (lanes < kWarp && lanes < vectors) lanes *= 2;
   unsigned const chunksPerBlock = kConvThreads / lanes;
-  // As long as may be with every SM busy.
+  // Chunks are as long as may be with every SM busy.
   int64_t const wanted = s.B * s.T * vectors / (device.processors * kThreadsPerProcessor);
   int64_t const length =
       std::clamp(ceilDiv(wanted, kConvUnrolled) * kConvUnrolled, kFewestTokens, kMostTokens);
@@ -40,27 +55,27 @@ CausalConv1dPlan causalConv1dPlan(CausalConv1dSizes const& s, Dtype dtype, bool 
           chunks};
 }
 
-cudaError_t causalConv1d(Dtype dtype, CausalConv1dSizes const& s, bool silu,
-                         CausalConv1dTensors const& t, Device const& device, cudaStream_t stream) {
-  if (s.K < kConvFewestTaps || s.K > kConvMostTaps) return cudaErrorInvalidValue;
+cudaError_t causalConv1d(Dtype dtype, CausalConv1dSizes const& s,
+                         CausalConv1dAttributes const& attributes, CausalConv1dTensors const& t,
+                         Device const& device, cudaStream_t stream) {
+  if (!causalConv1dServes(s)) return cudaErrorInvalidValue;
   if (s.B * s.C == 0) return cudaSuccess;
   auto const plan = causalConv1dPlan(
       s, dtype, aligned({t.x, t.weight, t.state, t.bias, t.y, t.nextState}), device);
-  if (s.B * plan.chunks > kMaxGridX || s.C > kConvMostChannels) return cudaErrorInvalidValue;
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    CausalConv1dArguments<T> const a{static_cast<T const*>(t.x),
-                                     static_cast<T const*>(t.weight),
-                                     static_cast<T const*>(t.state),
-                                     static_cast<T const*>(t.bias),
-                                     static_cast<T*>(t.y),
-                                     static_cast<T*>(t.nextState),
+    CausalConv1dArguments<T> const a{typed<T>(t.x),
+                                     typed<T>(t.weight),
+                                     typed<T>(t.state),
+                                     typed<T>(t.bias),
+                                     typed<T>(t.y),
+                                     typed<T>(t.nextState),
                                      s.B,
                                      s.T,
                                      s.C,
                                      plan.chunks,
                                      plan.length,
-                                     silu};
+                                     attributes.silu};
     auto const kernel = plan.width > 1 ? kernelFor<T, kFullWidth<T>>(s.K) : kernelFor<T, 1>(s.K);
     return launch(kernel, plan.launch, stream, a);
   });

@@ -7,9 +7,9 @@
 namespace llmexport {
 
 constexpr int kConvThreads = 128;
-constexpr int kConvBlocks = 4;  // on an SM; a fifth would spill
-// Inputs that a thread has under way, in shared memory: as many registers would leave too few
-// threads. 16 KB a block.
+constexpr int kConvBlocks = 4;  // blocks on an SM; a fifth would spill
+// Inputs that a thread has under way. They lie in shared memory, 16 KB a block: as many registers
+// would leave too few threads.
 constexpr int kConvAhead = 8;
 constexpr int kConvUnrolled = 4;
 
@@ -21,7 +21,8 @@ struct CausalConv1dArguments {
   bool silu;
 };
 
-// The inputs of a call and, before them, those of the state: `at` counts from the state's first.
+// Input `at`, counted from the first one of the state: the inputs of the call follow those of the
+// state.
 template <class T, int kWidth, int kTaps>
 __device__ __forceinline__ Vector<T, kWidth> convInput(CausalConv1dArguments<T> const& a,
                                                        T const* xOfBatch, int64_t stateStart,
@@ -31,16 +32,17 @@ __device__ __forceinline__ Vector<T, kWidth> convInput(CausalConv1dArguments<T> 
 }
 
 // Grid (chunks of the batch / blockDim.y, channels / (blockDim.x * kWidth)), block (channels /
-// kWidth, chunks). A thread goes through the `length` tokens of its chunk for kWidth channels; the
-// kTaps - 1 inputs before them it reads itself.
+// kWidth, chunks). A thread goes through the `length` tokens of its chunk for kWidth channels; it
+// reads the kTaps - 1 inputs before them itself.
 //
-// The sum is fp32, the bias first, then the taps from the oldest on, by fma; it is rounded to T
-// and, if activated, once more: causal_conv1d_fn of modeling_qwen3_5_moe.py is a convolution and an
-// activation in T, too. The order in which its convolution adds is that of its library. exp and
-// division of silu as element.cuh says. States are copied bit by bit.
+// The sum is fp32: the bias first, then the taps from the oldest on, by fma. It is rounded to T
+// and, if activated, once more, as causal_conv1d_fn of modeling_qwen3_5_moe.py has a convolution
+// and an activation in T; the order in which that convolution adds is its library's. element.cuh
+// says how good silu's exp and division are. States are copied bit by bit.
 //
-// Whoever reads the state, the first chunk, also writes the next one, after it has read: the two
-// may be one tensor. What a thread fetches it alone reads: there is no barrier.
+// The threads of the first chunk, which alone read the state, also write the next state, after they
+// have read: the two may be one tensor. A thread reads only inputs that it fetched itself, so that
+// no barrier is needed.
 template <class T, int kWidth, int kTaps>
 __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
     causalConv1dKernel(CausalConv1dArguments<T> const a) {
@@ -70,7 +72,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
 #pragma unroll
   for (int i = 0; i < kConvAhead - 1; ++i) fetch(first + i);
 
-  // Inputs of the last kTaps - 1 tokens, then of those that are computed together.
+  // The inputs of the kTaps - 1 tokens before, then those of the tokens that are computed together.
   float window[kTaps - 1 + kConvUnrolled][kWidth];
 #pragma unroll
   for (int i = 0; i < kTaps - 1; ++i) {
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
     for (int j = 0; j < kWidth; ++j) window[i][j] = toFloat(past.at[j]);
   }
   if (first == 0) {
-    // Read together: one after another would wait for memory kTaps - 1 times.
+    // All are read together: one after another would wait for memory kTaps - 1 times.
     Vec next[kTaps - 1];
 #pragma unroll
     for (int i = 0; i < kTaps - 1; ++i) {
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
       storeWhole(a.nextState + stateStart + i * a.channels, next[i]);
     }
   }
-  float taps[kWidth * kTaps];  // [kWidth, kTaps], as it lies in memory
+  float taps[kWidth * kTaps];  // [kWidth, kTaps], as the weight lies in memory
 #pragma unroll
   for (int i = 0; i < kTaps; ++i) {
     auto const some = load<kWidth>(a.weight + channel * kTaps + i * kWidth);
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
         out[j] = a.silu ? sigmoidTimes<T>(r, r) : r;
       }
       storeWhole(a.y + rowStart + t * a.channels, fromFloats<T>(out));
-      // Into the slot that the token before has left.
+      // The input goes into the slot that the token before has left.
       fetch(t + kConvAhead - 1);
     }
 #pragma unroll

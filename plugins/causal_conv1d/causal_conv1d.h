@@ -7,12 +7,21 @@
 
 namespace llmexport {
 
-// Taps of a channel that there are kernels for.
-constexpr int64_t kConvFewestTaps = 2, kConvMostTaps = 4;
-constexpr int64_t kConvMostChannels = kMaxGridY * kWarp;  // a block takes a warp of them or more
-
 struct CausalConv1dSizes {
   int64_t B, T, C, K;
+};
+
+struct CausalConv1dAttributes {
+  bool silu;  // otherwise there is no activation
+};
+
+struct CausalConv1dTensors {
+  void const* x;       // [B, T, C]
+  void const* weight;  // [C, 1, K]
+  void const* state;   // [B, K - 1, C]
+  void const* bias;    // [C] or null
+  void* y;             // [B, T, C]
+  void* nextState;     // [B, K - 1, C], may be `state` itself
 };
 
 struct CausalConv1dPlan {
@@ -22,16 +31,13 @@ struct CausalConv1dPlan {
   int64_t chunks;  // of so many tokens, in a row of the batch
 };
 
+bool causalConv1dServes(CausalConv1dSizes const& sizes);
+
 CausalConv1dPlan causalConv1dPlan(CausalConv1dSizes const& sizes, Dtype dtype, bool pointersAligned,
                                   Device const& device);
 
-struct CausalConv1dTensors {
-  void const *x, *weight, *state, *bias;  // bias may be null
-  void *y, *nextState;                    // nextState may be state itself
-};
-
-// x and y [B, T, C], weight [C, K], state and nextState [B, K - 1, C], bias [C].
-cudaError_t causalConv1d(Dtype dtype, CausalConv1dSizes const& sizes, bool silu,
+cudaError_t causalConv1d(Dtype dtype, CausalConv1dSizes const& sizes,
+                         CausalConv1dAttributes const& attributes,
                          CausalConv1dTensors const& tensors, Device const& device,
                          cudaStream_t stream);
 

@@ -4,31 +4,34 @@
 namespace llmexport {
 namespace {
 
-int32_t check(Sizes const& sizes, Values const&) {
+enum Inputs { kX, kWeight, kState, kBias };
+enum Outputs { kY, kNextState };
+enum Attributes { kActivation };
+enum Activations { kNone, kSilu };
+
+CausalConv1dSizes sizesOf(Sizes const& s) { return {s['B'], s['T'], s['C'], s['K']}; }
+
+CausalConv1dAttributes attributesOf(Values const& values) {
+  return {values[kActivation].integer == kSilu};
+}
+
+bool check(Sizes const& sizes, Values const&) {
   int64_t const O = sizes['O'], K = sizes['K'], S = sizes['S'];
-  if (O != Sizes::kUnknown && O != 1) {
+  if (O != kUnknown && O != 1) {
     return refuse("CausalConv1d: weight has %lld inputs for each channel, not 1", (long long)O);
   }
-  if (K == Sizes::kUnknown || S == Sizes::kUnknown || S == K - 1) return 0;
+  if (K == kUnknown || S == kUnknown || S == K - 1) return true;
   return refuse("CausalConv1d: state has S = %lld inputs, but weight K = %lld taps, not S + 1",
                 (long long)S, (long long)K);
 }
 
-int32_t supports(Node const& node) {
-  int64_t const K = node.sizes['K'];
-  if (K != Sizes::kUnknown && (K < kConvFewestTaps || K > kConvMostTaps)) {
-    return refuse("CausalConv1d: weight has K = %lld taps, the kernels are for %lld to %lld",
-                  (long long)K, (long long)kConvFewestTaps, (long long)kConvMostTaps);
-  }
-  int32_t const error = checkProduct("CausalConv1d", node.sizes, "C", kConvMostChannels);
-  return error ? error : checkProduct("CausalConv1d", node.sizes, "BT", kMaxGridX);
-}
+bool supports(Node const& node) { return causalConv1dServes(sizesOf(node.sizes)); }
 
 cudaError_t enqueue(Call const& call) {
-  Sizes const& s = call.sizes;
-  return causalConv1d(call.dtype, {s['B'], s['T'], s['C'], s['K']}, call.attributes[0].integer != 0,
-                      {call.inputs[0], call.inputs[1], call.inputs[2], call.inputs[3],
-                       call.outputs[0], call.outputs[1]},
+  CausalConv1dTensors const tensors{call.input(kX),     call.input(kWeight),
+                                    call.input(kState), call.input(kBias),
+                                    call.output(kY),    call.output(kNextState)};
+  return causalConv1d(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
                       call.device, call.stream);
 }
 

@@ -6,7 +6,8 @@
 #ifndef LLMEXPORT_EMULATED
 namespace llmexport {
 
-// 16 bytes, both addresses aligned to 16; zeros and no read if not `valid`.
+// Starts to copy 16 bytes; both addresses are aligned to 16. Writes zeros and reads nothing if not
+// `valid`.
 __device__ __forceinline__ void copyAsync16(void* to, void const* from, bool valid = true) {
   auto const shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),

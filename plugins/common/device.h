@@ -1,4 +1,4 @@
-// What launch plans ask of the GPU.
+// The facts of a GPU that launch plans depend on.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,7 @@
 
 namespace llmexport {
 
-// Shared memory that a block may have on every architecture: that of sm_86, sm_89 and sm_120.
+// Shared memory that a block may have on every architecture: sm_86, sm_89 and sm_120 have no more.
 constexpr size_t kLeastSharedBytes = 99 * 1024;
 
 struct Device {
@@ -16,7 +16,7 @@ struct Device {
   int capability = 0;  // 90 for compute capability 9.0
 };
 
-// Of the current device. Asked when shapes change, not at every launch.
+// Reads the current device. Plugins call it when shapes change, not at every launch.
 inline cudaError_t queryDevice(Device& device) {
 #ifdef LLMEXPORT_EMULATED
   // Few SMs, which a small test can fill, and the instructions of sm_90a.

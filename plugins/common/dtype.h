@@ -1,4 +1,4 @@
-// The element types an op is compiled for.
+// The element types an op is compiled for, and the forms in which weights are stored.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,6 +15,22 @@ using Bfloat16 = __nv_bfloat16;
 enum class Dtype { kFloat32, kFloat16, kBfloat16 };
 
 constexpr size_t sizeOf(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// How the weights of a node are stored; kNone if the op has none that are stored in a form of
+// their own. A format of packed values is one more line here.
+enum class Stored { kNone, kFloat32, kFloat16, kBfloat16, kMxfp4 };
+
+constexpr Stored storedAs(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return Stored::kFloat32;
+    case Dtype::kFloat16:
+      return Stored::kFloat16;
+    case Dtype::kBfloat16:
+      return Stored::kBfloat16;
+  }
+  return Stored::kNone;
+}
 
 template <class T>
 struct Type {
@@ -33,6 +49,16 @@ cudaError_t withType(Dtype dtype, F function) {
       return function(Type<Bfloat16>{});
   }
   return cudaErrorInvalidValue;
+}
+
+// A launcher's pointer as a kernel takes it.
+template <class T>
+T const* typed(void const* pointer) {
+  return static_cast<T const*>(pointer);
+}
+template <class T>
+T* typed(void* pointer) {
+  return static_cast<T*>(pointer);
 }
 
 }  // namespace llmexport

@@ -1,11 +1,12 @@
-// Kernels of one chain of launches that start while the one before still runs (programmatic
-// dependent launch, in code for sm_90 on; other code starts when it has ended).
+// A chain of launches in which a kernel may start while the one before it still runs (programmatic
+// dependent launch, in code for sm_90 on; other code starts when the kernel before has ended).
 //
-// A kernel that is launched early calls waitForPrevious() in every block, before it touches what
-// an earlier kernel of the chain wrote or reads; then all earlier ones have ended, as each waited
-// in turn. The first of a chain is launched by launch(). A kernel whose blocks have all called
-// letNextStart(), or ended, lets the next one start. One that calls it after waitForPrevious()
-// promises the next one that what came before itself has ended.
+// A kernel that is launched early calls waitForPrevious() in every block, before it touches memory
+// that an earlier kernel of the chain writes or reads; after the call all earlier kernels have
+// ended, as each of them waited in turn. The first kernel of a chain is launched by launch(). The
+// next kernel may start when every block of this one has called letNextStart() or ended. A kernel
+// that calls letNextStart() after waitForPrevious() promises the next one that all kernels before
+// itself have ended.
 #pragma once
 
 #include "common/gpu.cuh"

@@ -26,8 +26,8 @@ __device__ __forceinline__ void store(T* to, Vector<T, kCount> const& value) {
   *reinterpret_cast<Vector<T, kCount>*>(to) = value;
 }
 
-// To global memory, by one instruction: of a vector that is put together element by element the
-// compiler stores some parts on their own.
+// Stores to global memory by one instruction: the compiler would split the store of a vector that
+// was put together element by element.
 template <int kCount, class T>
 __device__ __forceinline__ void storeWhole(T* to, Vector<T, kCount> const& value) {
 #ifndef LLMEXPORT_EMULATED
@@ -53,10 +53,10 @@ __device__ __forceinline__ float toFloat(float x) { return x; }
 __device__ __forceinline__ float toFloat(Half x) { return __half2float(x); }
 __device__ __forceinline__ float toFloat(Bfloat16 x) { return __bfloat162float(x); }
 
-// Conversions are to nearest, ties to even, as torch does; of pairs, as the GPU is as slow with the
-// conversion of one value as with exp, and fast with that of two.
+// Conversions round to nearest, ties to even, as torch does. They take pairs: the GPU converts two
+// values at once fast, but one alone as slowly as it takes exp.
 
-// A pair as 16-bit T, the first in the low half.
+// Two values as a pair of 16-bit T.
 template <class T>
 __device__ __forceinline__ uint32_t packed(float low, float high) {
   uint32_t bits;
@@ -94,7 +94,7 @@ __device__ __forceinline__ T fromFloat(float x) {
 template <class T>
 __device__ __forceinline__ float rounded(float x) {
   if constexpr (std::is_same_v<T, Bfloat16>) {
-    // The upper half of a float.
+    // A bf16 is the upper half of a float.
     uint32_t const pair = packed<T>(0.0f, x);
     float result;
     memcpy(&result, &pair, sizeof result);
@@ -104,11 +104,12 @@ __device__ __forceinline__ float rounded(float x) {
   }
 }
 
-// exp and division for results that are rounded to T. For fp32 expf (at most 2 units in the last
-// place) and division as IEEE rounds it; for fp16 and bf16 instructions of the GPU's own, whose
-// errors are less than their rounding, 2**-11 and 2**-8: exp2Fast of x log2(e), under 2**-16 of it
-// up to |x| = 88, and 0 for what is below 2**-126; and the product with a reciprocal, 2 units, 0
-// for a divisor above 2**126, so that silu of a bf16 below -87.3 is 0.
+// exp and division for results that are rounded to T. fp32 has expf (at most 2 units in the last
+// place) and division as IEEE rounds it. fp16 and bf16 have instructions of the GPU, whose errors
+// are less than the rounding to T, 2**-11 and 2**-8. Their exp is exp2Fast of x log2(e): its
+// relative error is under 2**-16 up to |x| = 88, and results below 2**-126 are 0. Their division is
+// the product with a reciprocal: its error is 2 units in the last place, and a divisor above 2**126
+// gives 0, so that silu of a bf16 below -87.3 is 0.
 template <class T>
 __device__ __forceinline__ float expFor(float x) {
   constexpr float kLog2OfE = 1.4426950408889634f;

@@ -1,4 +1,5 @@
-// Powers of two and reciprocals in one instruction. What is below 2**-126, given or found, is 0.
+// Powers of two and reciprocals in one instruction. Arguments and results below 2**-126 in
+// magnitude count as 0.
 #pragma once
 
 #include "common/gpu.cuh"
@@ -6,7 +7,7 @@
 namespace llmexport {
 
 #ifdef LLMEXPORT_EMULATED
-// A subnormal as the instructions below take and give it.
+// x, but 0 if it is subnormal, as the instructions below take and give it.
 inline float flushed(float x) { return std::abs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 #endif
 

@@ -1,4 +1,4 @@
-// What every kernel includes: CUDA, or the CPU emulator in its place.
+// CUDA, or the CPU emulator in its place: every kernel includes this file.
 //
 // Kernels are launched by launch(), declare shared memory by SHARED_ARRAY and DYNAMIC_SHARED, and
 // leave PTX to the headers of this folder; then the same source runs on both.
@@ -20,11 +20,11 @@
 
 namespace llmexport {
 
-// On the current device, lets `kernel` have all shared memory that a block may have there, and
-// sets `ptx` to the architecture that it was compiled for: 90 even where a later one runs it.
+// Lets `kernel` have all shared memory that a block may have on the current device, and sets `ptx`
+// to the architecture that the kernel's code was compiled for: 90 even where a later GPU runs it.
 //
-// Asks once a host thread, kernel and device. All ask for the same, so that none takes away what
-// another is about to launch with.
+// CUDA is asked once for each host thread, kernel and device. All threads set the same limit, so
+// that none lowers it before another's launch.
 inline cudaError_t prepareKernel(void const* kernel, int& ptx) {
   thread_local std::map<std::pair<void const*, int>, int> prepared;
   int device = 0, bytes = 0;
@@ -45,8 +45,9 @@ inline cudaError_t prepareKernel(void const* kernel, int& ptx) {
   return error;
 }
 
-// Early, as common/early_launch.cuh says, if asked for and the kernel's code has the wait. Where
-// that is refused, as drivers have refused it under capture, the kernel is launched as any other.
+// Launches a kernel: early, as common/early_launch.cuh says, if `early` and the kernel's code has
+// the wait. If the driver refuses an early launch, as some have under capture, the kernel is
+// launched like any other.
 template <class... P, class... A>
 cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& plan,
                            cudaStream_t stream, A... args) {
@@ -66,7 +67,7 @@ cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& p
   config.numAttrs = early && ptx >= kFirstWithWait ? 1 : 0;
   cudaError_t const launched = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
   if (launched == cudaSuccess || config.numAttrs == 0) return launched;
-  cudaGetLastError();  // or the caller finds it
+  cudaGetLastError();  // clears the error, which the caller would find
   config.numAttrs = 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }

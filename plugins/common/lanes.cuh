@@ -1,5 +1,5 @@
-// Reductions over the lanes of a warp that work on one row: a power of two, side by side. All 32
-// take part; every lane of a row gets its result.
+// Reductions over the lanes of a warp that work on one row: they lie side by side, and their number
+// is a power of two. All 32 lanes take part; every lane of a row gets the row's result.
 #pragma once
 
 #include "common/gpu.cuh"

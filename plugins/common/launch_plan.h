@@ -1,4 +1,4 @@
-// Where a kernel's threads go: a pure function of shapes, so that it is tested without a GPU.
+// The grid and the block of a kernel: a pure function of shapes, to be tested without a GPU.
 #pragma once
 
 #include <vector_types.h>

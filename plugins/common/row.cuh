@@ -6,8 +6,9 @@
 
 namespace llmexport {
 
-// The sum over the threads of a row: blockDim.x of them, a power of two up to a warp, or warps. In
-// fp32, a tree of lanes and then of warps: the same order, and so the same bits, in every run.
+// The sum over the blockDim.x threads of a row: a power of two up to a warp, or whole warps. It is
+// added in fp32 by a tree of lanes and then one of warps: the order, and so the bits, are the same
+// in every run.
 __device__ __forceinline__ float sumOfRow(float value) {
   int const lanes = blockDim.x < kWarp ? int(blockDim.x) : kWarp;
   value = sumOverLanes(value, lanes);

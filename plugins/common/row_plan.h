@@ -1,4 +1,4 @@
-// Which threads take a row that is reduced to one number, as in a norm.
+// Threads for rows that are each reduced to one number, as in a norm.
 #pragma once
 
 #include "common/dtype.h"
@@ -7,14 +7,14 @@
 namespace llmexport {
 
 constexpr int kRowWarpBlock = 128;   // threads of a block whose rows take a warp or less each
-constexpr int kRowMaxThreads = 512;  // for one row; 1024 would spill
-constexpr int kRowMaxVectors = 4;    // more would leave too few threads for the latency
+constexpr int kRowMaxThreads = 512;  // threads of one row; 1024 would spill
+constexpr int kRowMaxVectors = 4;    // more would leave too few threads to hide the latency
 constexpr int kRowTwoPassThreads = 256;
 
 struct RowPlan {
   LaunchPlan launch;
   int width;    // elements of one access
-  int vectors;  // that a thread keeps of its row in registers; 0: the row is read twice
+  int vectors;  // vectors of a row that a thread keeps in registers; 0: the row is read twice
 };
 
 inline RowPlan rowPlan(int64_t rows, int64_t columns, Dtype dtype, bool pointersAligned) {
@@ -35,7 +35,8 @@ inline RowPlan rowPlan(int64_t rows, int64_t columns, Dtype dtype, bool pointers
             : needed <= 2 ? 2
                           : kRowMaxVectors};
   }
-  // Two vectors a thread keep more rows on an SM; four where that would be a large block.
+  // Two vectors a thread let more rows run on an SM; a row takes four where two would make a large
+  // block.
   constexpr int64_t kLargeBlock = 256;
   int const vectors = perRow <= 2 * kLargeBlock ? 2 : kRowMaxVectors;
   int64_t const threads = ceilDiv(ceilDiv(perRow, vectors), kWarp) * kWarp;

@@ -1,6 +1,7 @@
 // mma.sync m16n8k16 with fp32 accumulation, and ldmatrix, which loads its fragments (sm_80 on).
-// Products of 16-bit factors are exact; PTX leaves open in which order one mma adds its 16, and how
-// it rounds those sums. The CPU emulator adds them one after another, to nearest.
+// Products of 16-bit factors are exact; PTX leaves open in which order one mma adds its 16
+// products, and how it rounds the sums. The CPU emulator adds the products one after another and
+// rounds to nearest.
 #pragma once
 
 #include "common/gpu.cuh"
@@ -26,7 +27,7 @@ LLMEXPORT_MMA(Bfloat16, "bf16")
 LLMEXPORT_MMA(Half, "f16")
 #undef LLMEXPORT_MMA
 
-// Four 8x8 matrices of 16-bit elements; lane i points at row i % 8 of matrix i / 8.
+// Loads four 8x8 matrices of 16-bit elements; lane i points at row i % 8 of matrix i / 8.
 __device__ __forceinline__ void loadMatrix(uint32_t (&r)[4], void const* row) {
   auto const shared = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

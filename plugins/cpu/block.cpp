@@ -14,10 +14,10 @@
 namespace llmexport::emulator {
 namespace {
 
-constexpr size_t kAlignment = 1024;              // of an atom of the 128-byte swizzle
+constexpr size_t kAlignment = 1024;              // an atom of the 128-byte swizzle
 constexpr size_t kMostSharedBytes = 227 * 1024;  // sm_90 and sm_100; no architecture has more
 
-// A kernel that asks for more than there is everywhere is one of sm_90a.
+// A kernel that asks for more than every architecture has is taken for one of sm_90a.
 size_t mostShared(size_t dynamicBytes) {
   return dynamicBytes > kLeastSharedBytes ? kMostSharedBytes : kLeastSharedBytes;
 }

@@ -19,10 +19,10 @@
 namespace llmexport::emulator {
 
 constexpr int kLanes = 32;
-constexpr size_t kCopyBytes = 16;        // of a cp.async, and of a chunk
+constexpr size_t kCopyBytes = 16;        // bytes of a cp.async, and of a chunk
 constexpr unsigned char kPoison = 0xFF;  // a NaN in every float type
 
-// What a kernel does wrong ends the process, with one line that says what and where.
+// Ends the process with one line that says what a kernel does wrong, and where.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(char const* format, ...);
 
 struct Copy {
@@ -41,21 +41,21 @@ struct Lane {
   alignas(16) unsigned char value[64];
 };
 
-// An mbarrier: what its phase still waits for.
+// An mbarrier: the arrivals and bytes that its phase expects and still waits for.
 struct Arrivals {
   int expected, pending;
   int64_t bytes = 0;
   int parity = 0;
 };
 
-// A wgmma as one thread issued it; done when waited for.
+// A wgmma as one thread issued it; it is computed when the thread waits for it.
 struct Product {
   float* sums;
   int columns;
   bool transposed, accumulate;
   std::optional<uint64_t> a;  // nothing if A is in the registers
   uint32_t registers[4];
-  uint32_t const* held;  // where they are, and stay until waited for
+  uint32_t const* held;  // where the thread has them, unchanged until the wait
   uint64_t b;
   float (*toFloat)(uint16_t bits);
 };
@@ -96,21 +96,22 @@ class Block {
   void commitCopies() { threads_[running_].copies.emplace_back(); }
   void waitCopies(int pending);
 
-  // For cpu/hopper.h. Shared addresses are from the beginning of dynamic shared memory.
+  // For cpu/sm90a.h. Shared addresses are from the beginning of dynamic shared memory.
   uint32_t sharedAddress(void const* at, char const* what);
   uint16_t readByAsyncProxy(uint32_t address);
   void fenceProxyAsync();
   void initBarrier(void const* barrier, int arrivals);
   void arriveAt(void const* barrier, int arrivals, int64_t bytes);
   void waitBarrier(void const* barrier, int parity, int line);
-  // `transfer` is done by and by, at the latest when no thread can go on without.
+  // `transfer` is done by and by, at the latest when no thread can go on without it.
   void startTransfer(std::function<void()> transfer) { transfers_.push_back(std::move(transfer)); }
   void fenceWgmma() { threads_[running_].fencedWgmma = true; }
   void startProduct(Product const& product);
   void commitProducts() { threads_[running_].products.emplace_back(); }
   void waitProducts(int pending, int line);
 
-  // Every lane of `mask` gives `value`; then each gets read(give), where give(lane) is that lane's.
+  // Every lane of `mask` gives `value`; then each gets read(give), where give(lane) is that lane's
+  // value.
   template <class T, class Read>
   auto collective(char const* what, int line, unsigned mask, T const& value, Read read) {
     static_assert(sizeof(T) <= sizeof(Lane::value));
@@ -137,8 +138,8 @@ class Block {
   Lane* lanesOfWarp() { return &lanes_[running_ / kLanes * kLanes]; }
   Lane* join(char const* what, int line, unsigned mask, void const* value, size_t bytes);
   void leave(unsigned mask);
-  // What a thread waits for changes only when another passes a wait, arrives or ends; hence
-  // `progress_`.
+  // A thread can go on only after another passes a wait, arrives or ends: `progress_` records that
+  // one did.
   template <class F>
   void waitUntil(char const* what, int line, F ready) {
     Thread& thread = threads_[running_];
@@ -157,17 +158,17 @@ class Block {
   void checkAtEnd() const;
 
   dim3 grid_, size_;
-  size_t sharedBytes_, takenBytes_ = 0;  // dynamic; and of all shared memory
+  size_t sharedBytes_, takenBytes_ = 0;  // dynamic shared memory; and all that is taken
   bool early_;
   std::function<void()> const& body_;
   std::vector<Thread> threads_;
   std::vector<Lane> lanes_;
   std::map<int, Memory> arrays_;
   Memory dynamic_;
-  std::vector<bool> unfenced_;  // chunks of it that cp.async wrote, unseen by the async proxy
+  std::vector<bool> unfenced_;  // its chunks that cp.async wrote, unseen by the async proxy
   std::map<void const*, Arrivals> barriers_;
   std::vector<std::function<void()>> transfers_;
-  std::vector<uint64_t> products_;  // of each warp, what it issued
+  std::vector<uint64_t> products_;  // a hash of the wgmma that each warp issued
   std::minstd_rand random_;
   int running_ = 0, live_ = 0, atBarrier_ = 0, barrierLine_ = 0;
   unsigned barriersPassed_ = 0;

@@ -1,7 +1,7 @@
 // CUDA C++ for g++: kernels run on the CPU, so that tests need no GPU and can use sanitizers.
 //
 // Emulated: blocks, warps, shuffles, votes, barriers, shared memory, atomics, cp.async, ldmatrix
-// and mma.sync m16n8k16; of sm_90a what common/hopper.cuh has. Not: the memory model (but for
+// and mma.sync m16n8k16; of sm_90a what common/sm90a.cuh has. Not: the memory model (but for
 // cp.async that wgmma reads), timing, the rounding of approximate functions, clusters. Shared
 // memory starts as NaN; the threads of a block take turns in an order drawn from
 // LLMEXPORT_EMULATOR_SEED, some only when the others can go no further; misuse ends the process
@@ -48,7 +48,7 @@
 
 namespace llmexport {
 
-// The kernel before has always ended; an `early` one is held to wait for it all the same.
+// The kernel before has always ended; an `early` kernel must wait for it all the same.
 template <class... P, class... A>
 cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t,
                            A... args) {

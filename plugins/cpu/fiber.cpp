@@ -42,7 +42,8 @@ void arrive(A...) {}
 
 }  // namespace
 
-// Saves what a call preserves and the stack pointer in *from, and takes both from `to`.
+// Saves the registers that a call preserves on the stack, whose pointer goes to *from, and restores
+// both from `to`.
 extern "C" void llmexportSwitchStacks(void** from, void* to);
 asm(R"(
 .text
@@ -67,7 +68,7 @@ llmexportSwitchStacks:
 .size llmexportSwitchStacks, .-llmexportSwitchStacks
 )");
 
-// The lowest page is never mapped in: running off the stack is a fault, not a corruption.
+// The lowest page allows no access: running off the stack is a fault, not a corruption.
 Fiber::Fiber() {
   void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -82,7 +83,7 @@ Fiber::~Fiber() { munmap(stack_, kStackBytes); }
 
 void Fiber::arm(void (*entry)()) {
 #if defined(__SANITIZE_ADDRESS__)
-  // The last to use this stack left it in the middle of a frame.
+  // The last thread on this stack left it in the middle of a frame.
   __asan_unpoison_memory_region(stack_ + kPage, kStackBytes - kPage);
 #endif
   constexpr int kSavedRegisters = 6;

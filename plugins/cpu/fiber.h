@@ -14,12 +14,12 @@ class Fiber {
 
   // Arms the fiber to call `entry`, which ends with finish() and never returns.
   void arm(void (*entry)());
-  // From the scheduler: runs the fiber until it yields or finishes.
+  // Called by the scheduler: runs the fiber until it yields or finishes.
   void resume();
-  // From the fiber: back to the scheduler.
+  // Called by the fiber: these return to the scheduler.
   void yield();
   [[noreturn]] void finish();
-  // First statement of `entry`.
+  // Called by `entry` first of all.
   static void entered();
 
  private:

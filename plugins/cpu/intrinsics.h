@@ -1,4 +1,4 @@
-// CUDA's intrinsics by their own names. `line` is where the kernel calls, for messages.
+// CUDA's intrinsics by their own names. `line` is the line of a kernel's call, for messages.
 #pragma once
 
 #include "cpu/block.h"
@@ -11,7 +11,8 @@ inline void __syncthreads(LLMEXPORT_LINE) { llmexport::emulator::Block::current(
 
 namespace llmexport::emulator {
 
-// Each lane takes the value of lane from(own lane), or keeps its own where that leaves its segment.
+// Each lane takes the value of lane from(own lane), or keeps its own where that lane is outside its
+// segment.
 template <class T, class F>
 T shuffle(char const* what, int line, unsigned mask, T value, int width, F from) {
   Block& block = Block::current();
@@ -134,7 +135,7 @@ T __ldcg(T const* from) {
 using std::max;
 using std::min;
 
-// Compiled with -ffp-contract=off, so these round as their names say.
+// These round as their names say, because the emulator is compiled with -ffp-contract=off.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

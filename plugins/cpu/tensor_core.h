@@ -1,4 +1,4 @@
-// What common/async_copy.cuh and common/tensor_core.cuh are on the CPU; layouts as PTX gives them.
+// common/async_copy.cuh and common/tensor_core.cuh on the CPU, with the layouts of PTX.
 #pragma once
 
 #include <type_traits>
@@ -48,7 +48,7 @@ void waitCopies() {
   emulator::Block::current().waitCopies(kPending);
 }
 
-// Lane l gets elements (l / 4, l % 4 * 2) and the one to its right, of each 8x8 matrix.
+// Lane l gets element (l / 4, l % 4 * 2) of each 8x8 matrix, and the one to its right.
 inline void loadMatrix(uint32_t (&r)[4], void const* row, int line = __builtin_LINE()) {
   emulator::loadMatrix("ldmatrix", line, r, row, [](int l, auto at) {
     return at(l / 4, l % 4 * 2) | at(l / 4, l % 4 * 2 + 1) << 16;
@@ -74,7 +74,7 @@ void mma16x8x16(float (&d)[4], uint32_t const (&a)[4], uint32_t const (&b)[2],
     for (int e = 0; e < 4; ++e) {
       int const row = group + e / 2 * 8, column = pair * 2 + e % 2;
       for (int k = 0; k < 16; ++k) {
-        // Element k of a row lies in lane k % 8 / 2 of its group, register k / 8 from the first.
+        // Element k of a row of a, or a column of b, lies in lane k % 8 / 2 of its four.
         Fragments const ofRow = give(row % 8 * 4 + k % 8 / 2);
         Fragments const ofColumn = give(column * 4 + k % 8 / 2);
         d[e] += emulator::element<T>(ofRow.a[row / 8 + k / 8 * 2], k % 2) *

@@ -6,15 +6,23 @@ from torch import Tensor
 
 from llmexport.plugins.spec import op
 
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "swiglu_clamped")
 
-@op("GatedAct", version=1, dims={"gate": "B T I", "up": "B T I"}, outputs=("y",))
+
+@op(
+    "GatedAct",
+    version=1,
+    dims={"gate": "B T I", "up": "B T I"},
+    outputs={"y": "B T I"},
+    choices={"activation": ACTIVATIONS},
+)
 def gated_act(gate: Tensor, up: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
     """activation(gate) * up (arXiv 2002.05202), for gate and up [B, T, I], in fp32 and rounded once.
 
     transformers rounds activation(gate), too (LlamaMLP), or every step (GptOssExperts).
     activation is "silu", "gelu_tanh" or "gelu_erf"; or "swiglu_clamped", which is
     gate * sigmoid(alpha * gate) * (up + 1) with gate <= limit and |up| <= limit (modeling_gpt_oss.py). Only
-    that one reads alpha and limit. Raises ValueError on any other activation.
+    swiglu_clamped reads alpha and limit. Raises ValueError on any other activation.
     """
     g, u = gate.float(), up.float()
     if activation == "silu":

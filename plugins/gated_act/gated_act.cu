@@ -1,20 +1,26 @@
+#include "common/refuse.h"
 #include "gated_act/gated_act.cuh"
 
 namespace llmexport {
 
-GatedActPlan gatedActPlan(int64_t count, Dtype dtype, bool pointersAligned) {
+bool gatedActServes(GatedActSizes const& s) {
+  // Where an access has one element.
+  constexpr int64_t kMost = kMaxGridX * kGatedActThreads * kGatedActVectors;
+  return isAtMost("GatedAct", "BTI", {s.B, s.T, s.I}, kMost);
+}
+
+GatedActPlan gatedActPlan(GatedActSizes const& s, Dtype dtype, bool pointersAligned) {
   int const width = pointersAligned ? kVectorBytes / int(sizeOf(dtype)) : 1;
-  int64_t const blocks = ceilDiv(count, kGatedActThreads * kGatedActVectors * width);
+  int64_t const blocks = ceilDiv(s.B * s.T * s.I, kGatedActThreads * kGatedActVectors * width);
   return {{dim3(unsigned(blocks)), dim3(kGatedActThreads)}, width};
 }
 
 namespace {
 
 struct Arguments {
-  GatedActPlan plan;
+  GatedActPlan const& plan;
   int64_t count;
-  void const *gate, *up;
-  void* y;
+  GatedActTensors const& tensors;
   cudaStream_t stream;
 };
 
@@ -22,31 +28,31 @@ template <class T, class Act>
 cudaError_t start(Arguments const& a, Act act) {
   auto const kernel =
       a.plan.width > 1 ? gatedActKernel<T, kFullWidth<T>, Act> : gatedActKernel<T, 1, Act>;
-  return launch(kernel, a.plan.launch, a.stream, static_cast<T const*>(a.gate),
-                static_cast<T const*>(a.up), static_cast<T*>(a.y), a.count, act);
+  GatedActTensors const& t = a.tensors;
+  return launch(kernel, a.plan.launch, a.stream, typed<T>(t.gate), typed<T>(t.up), typed<T>(t.y),
+                a.count, act);
 }
 
 }  // namespace
 
-cudaError_t gatedAct(Dtype dtype, int64_t count, Activation activation, float alpha, float limit,
-                     void const* gate, void const* up, void* y, cudaStream_t stream) {
+cudaError_t gatedAct(Dtype dtype, GatedActSizes const& s, GatedActAttributes const& attributes,
+                     GatedActTensors const& t, cudaStream_t stream) {
+  if (!gatedActServes(s)) return cudaErrorInvalidValue;
+  int64_t const count = s.B * s.T * s.I;
   if (count == 0) return cudaSuccess;
-  GatedActPlan const plan = gatedActPlan(count, dtype, aligned({gate, up, y}));
-  if (ceilDiv(count, kGatedActThreads * kGatedActVectors * plan.width) > kMaxGridX) {
-    return cudaErrorInvalidValue;
-  }
-  Arguments const arguments{plan, count, gate, up, y, stream};
+  GatedActPlan const plan = gatedActPlan(s, dtype, aligned({t.gate, t.up, t.y}));
+  Arguments const a{plan, count, t, stream};
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    switch (activation) {
+    switch (attributes.activation) {
       case Activation::kSilu:
-        return start<T>(arguments, Silu<T>{});
+        return start<T>(a, Silu<T>{});
       case Activation::kGeluTanh:
-        return start<T>(arguments, GeluTanh<T>{});
+        return start<T>(a, GeluTanh<T>{});
       case Activation::kGeluErf:
-        return start<T>(arguments, GeluErf<T>{});
+        return start<T>(a, GeluErf<T>{});
       case Activation::kSwigluClamped:
-        return start<T>(arguments, SwigluClamped<T>{alpha, limit});
+        return start<T>(a, SwigluClamped<T>{attributes.alpha, attributes.limit});
     }
     return cudaErrorInvalidValue;
   });

@@ -46,13 +46,13 @@ struct SwigluClamped {
   }
 };
 
-// Block b takes kGatedActThreads * kGatedActVectors vectors from its place on; the last block also
-// the count % kWidth elements that fill no vector.
+// Block b takes the b-th kGatedActThreads * kGatedActVectors vectors; the last block also takes the
+// count % kWidth elements that fill no vector.
 //
-// All in fp32, y rounded to T once. transformers rounds more often: LlamaMLP and GemmaMLP round
-// act(gate) to T before the product; GptOssExperts also alpha * gate, its sigmoid, gate * sigmoid
-// and up + 1. exp and division as element.cuh says; erff is good to 2 units in the last place; tanh
-// is taken as a sigmoid.
+// All is computed in fp32, and y is rounded to T once. transformers rounds more often: LlamaMLP and
+// GemmaMLP round act(gate) to T before the product; GptOssExperts rounds alpha * gate, its sigmoid,
+// gate * sigmoid and up + 1. element.cuh says how good exp and division are; erff is good to 2
+// units in the last place; tanh is computed as a sigmoid.
 template <class T, int kWidth, class Act>
 __global__ void __launch_bounds__(kGatedActThreads)
     gatedActKernel(T const* gate, T const* up, T* y, int64_t count, Act act) {

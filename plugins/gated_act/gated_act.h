@@ -8,15 +8,31 @@ namespace llmexport {
 
 enum class Activation { kSilu, kGeluTanh, kGeluErf, kSwigluClamped };
 
+struct GatedActSizes {
+  int64_t B, T, I;
+};
+
+struct GatedActAttributes {
+  Activation activation;
+  float alpha, limit;  // of kSwigluClamped alone
+};
+
+// All [B, T, I]; y may be gate or up itself.
+struct GatedActTensors {
+  void const *gate, *up;
+  void* y;
+};
+
 struct GatedActPlan {
   LaunchPlan launch;
   int width;  // elements of one access
 };
 
-GatedActPlan gatedActPlan(int64_t count, Dtype dtype, bool pointersAligned);
+bool gatedActServes(GatedActSizes const& sizes);
 
-// `alpha` and `limit` are read by kSwigluClamped alone. y may be gate or up itself.
-cudaError_t gatedAct(Dtype dtype, int64_t count, Activation activation, float alpha, float limit,
-                     void const* gate, void const* up, void* y, cudaStream_t stream);
+GatedActPlan gatedActPlan(GatedActSizes const& sizes, Dtype dtype, bool pointersAligned);
+
+cudaError_t gatedAct(Dtype dtype, GatedActSizes const& sizes, GatedActAttributes const& attributes,
+                     GatedActTensors const& tensors, cudaStream_t stream);
 
 }  // namespace llmexport

@@ -4,11 +4,22 @@
 namespace llmexport {
 namespace {
 
+enum Inputs { kGate, kUp };
+enum Outputs { kY };
+enum Attributes { kActivation, kAlpha, kLimit };
+
+GatedActSizes sizesOf(Sizes const& s) { return {s['B'], s['T'], s['I']}; }
+
+GatedActAttributes attributesOf(Values const& values) {
+  return {Activation(values[kActivation].integer), values[kAlpha].real, values[kLimit].real};
+}
+
+bool supports(Node const& node) { return gatedActServes(sizesOf(node.sizes)); }
+
 cudaError_t enqueue(Call const& call) {
-  Sizes const& s = call.sizes;
-  return gatedAct(call.dtype, s['B'] * s['T'] * s['I'], Activation(call.attributes[0].integer),
-                  call.attributes[1].real, call.attributes[2].real, call.inputs[0], call.inputs[1],
-                  call.outputs[0], call.stream);
+  GatedActTensors const tensors{call.input(kGate), call.input(kUp), call.output(kY)};
+  return gatedAct(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
+                  call.stream);
 }
 
 Registration const registration({
@@ -20,6 +31,8 @@ Registration const registration({
      {"alpha", Kind::kFloat},
      {"limit", Kind::kFloat}},
     enqueue,
+    nullptr,
+    supports,
 });
 
 }  // namespace

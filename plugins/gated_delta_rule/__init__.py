@@ -26,7 +26,7 @@ def fake(
         "beta": "B T H",
         "state": "B H D V",
     },
-    outputs=("y", "next_state"),
+    outputs={"y": "B T H V", "next_state": "B H D V"},
     static=("G", "H", "D", "V"),
     types={"g": "float32", "state": "float32", "next_state": "float32"},
     body=body,
@@ -37,12 +37,12 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Token by token: S = exp(g) S; S = S + k (beta (v - k^T S)); y = scale q^T S (arXiv 2412.06464).
 
-    q, k [B, T, G, D]; v [B, T, H, V], H a multiple of G, consecutive heads of v sharing one of q and k; g, the log
-    of the decay, [B, T, H] fp32; beta [B, T, H]; state and next_state [B, H, D, V] fp32. l2_norm divides q and k
-    by sqrt(sum of squares + 1e-6) first. All in fp32, y rounded once: it is no mean of values, and beyond 65504
-    infinite in fp16, where bf16 holds it. The operator of ai.onnx 27 LinearAttention, update rule gated_delta, and
-    of modeling_qwen3_5_moe.py, which rounds as here. Computed in chunks of tokens, so that a NaN of a token may
-    spread to the others of its chunk.
+    q, k [B, T, G, D]; v [B, T, H, V], H a multiple of G, consecutive heads of v sharing one of q and k; g, the log of
+    the decay, [B, T, H] fp32; beta [B, T, H]; state and next_state [B, H, D, V] fp32. l2_norm divides q and k by
+    sqrt(sum of squares + 1e-6) first. All is computed in fp32 and y is rounded once: y is no mean of values, and beyond
+    65504 is infinite in fp16, where bf16 holds it. The op is LinearAttention of ai.onnx 27 with update rule
+    gated_delta, and that of modeling_qwen3_5_moe.py, which rounds alike. Tokens are computed in chunks, so that a NaN
+    of a token may spread to the others of its chunk.
     """
     shared = v.shape[2] // q.shape[2]
     wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
@@ -59,11 +59,11 @@ def gated_delta_rule(
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """y and the next state of tokens whose corrections of the state, v_new, are the solution of one triangular system.
+    """y and the next state of a chunk, whose corrections of the state, v_new, solve one triangular system.
 
-    q, k, v [B, H, C, features]; g, beta [B, H, C, 1]. As exact as token by token, whatever the keys, and 4 to 40
-    times faster: solved by substitution, and every decay between two tokens is a sum of g by itself, as differences
-    of running sums would lose what is small after what is large.
+    q, k, v [B, H, C, features]; g, beta [B, H, C, 1]. This is as exact as token by token, whatever the keys, and 4 to
+    40 times faster: substitution solves the system, and every decay between two tokens has a sum of g of its own, as
+    differences of running sums would lose small steps after large ones.
     """
     decay = g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2).exp().tril()
     decay_in = g.cumsum(-2).exp()

@@ -1,7 +1,7 @@
 """The ONNX function body of GatedDeltaRule: a Scan over chunks of tokens, with all that needs no state outside it.
 
-Every tensor of it is [chunks, B, G, H / G, C, features]. The C tokens of a chunk are as many as can be, up to
-LONGEST, with the least padding: one token is a chunk of one. What the chunk adds to the state's values is
+Every tensor of the Scan is [chunks, B, G, H / G, C, features]. A chunk has as many tokens, C, as can be up to LONGEST
+with the least padding: one token is a chunk of one. The values that a chunk adds to the state are
 
     v_new = (1 + A)^-1 beta (v - decay_in k S),  A[i, j] = beta[i] k[i] k[j] decay[i, j] below the diagonal,
 
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from llmexport.plugins.spec import Attribute
 
-L2_EPSILON = 1e-6  # of the L2 norm of q and k, added to the sum of squares
+L2_EPSILON = 1e-6  # added to the sum of squares in the L2 norm of q and k
 LONGEST = 32  # tokens of a chunk, a power of two
 
 
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """The same for ONNX Runtime, which before 1.24 wants the shapes of a Scan's outputs said, and TensorRT.
+    """One body for TensorRT and ONNX Runtime, which before 1.24 wants the shapes of a Scan's outputs said.
 
     tests/bench/bench_bodies.py, ONNX Runtime 1.31, two CPU cores, B = 1, G = 16, H = 32, D = V = 128: 64 ms at T = 512
     and 0.9 ms at T = 1; a Scan over tokens takes 233 and 0.7 ms, LinearAttention of com.microsoft 77 and 0.3 ms.
@@ -83,7 +83,7 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
 
 
 def _chunk_sizes() -> str:
-    """`count` chunks of `size` tokens, `missing` of them after the end."""
+    """Makes `count` chunks of `size` tokens; `missing` of the tokens are past the end."""
     return f"""
     longest = Constant <value_ints = [{LONGEST}]> ()
     tokens_less = Sub (tokens, one)
@@ -108,7 +108,7 @@ def _normed(name: str) -> str:
 
 
 def _chunked(name: str, source: str, *features: int) -> str:
-    """Zeros after the end neither decay the state nor add to it."""
+    """Cuts `source` into chunks. Zeros past the end neither decay the state nor add to it."""
     return f"""
     {name}_padded = Pad ({source}, padding, , one)
     {name}_features = Constant <value_ints = [{", ".join(map(str, features))}]> ()
@@ -118,7 +118,7 @@ def _chunked(name: str, source: str, *features: int) -> str:
 
 
 def _decays() -> str:
-    """Each sum of g by itself: differences of running sums would lose what is small after what is large.
+    """Every sum of g is made by itself: differences of running sums would lose small steps after large ones.
 
     level[i, j] for j < i is the bit length of i ^ j: n if i and j are in two blocks of 2^(n - 1) tokens that make
     one of 2^n. It is 0 on the diagonal and -1 above it.
@@ -150,8 +150,8 @@ def _decays() -> str:
 
 
 def _inverse() -> str:
-    """(1 + A)^-1, block by block from size 1 up: the inverse of [[P, 0], [R, Q]] is
-    [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]. Forward substitution in another order, and as stable; powers of A are not."""
+    """(1 + A)^-1, block by block from size 1 up: the inverse of [[P, 0], [R, Q]] is [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]].
+    This is forward substitution in another order, and as stable; powers of A are not."""
     top = LONGEST.bit_length() - 1
     steps = ["unit = Cast <to = 1> (is_same)", _corner(1), "inverse_1 = Sub (unit, r_1)"]
     for n in range(2, top + 1):
@@ -165,7 +165,7 @@ def _inverse() -> str:
 
 
 def _corner(n: int) -> str:
-    """What of A lies below the diagonal blocks of 2^(n - 1) and in those of 2^n."""
+    """The part of A below the diagonal blocks of 2^(n - 1) tokens and in those of 2^n."""
     return f"""level_{n} = Constant <value_int = {n}> ()
     is_{n} = Equal (level, level_{n})
     r_{n} = Where (is_{n}, a, nothing)"""

@@ -1,7 +1,7 @@
-// What prepare.cuh and scan.cuh share: chunks, their records in the workspace, matrices in parts.
+// Chunks, their records in the workspace, and matrices in parts, for prepare.cuh and scan.cuh.
 //
-// In a chunk, with the state S before it, G_i the sum of g up to token i, G_C that of all and n_i
-// the inverse norm of k_i, m_i that of q_i times scale:
+// In a chunk, let S be the state before it, G_i the sum of g up to token i, G_C the sum of all, n_i
+// the inverse norm of k_i, and m_i the inverse norm of q_i times scale. Then
 //
 //   lower_ij = beta_i n_i n_j exp(G_i - G_j) k_i k_j for j < i, else 0
 //   inverse = (1 + lower)^-1 diag(beta)
@@ -13,17 +13,18 @@
 //
 // prepare makes the first three for all chunks at once, scan the rest, chunk after chunk. No W or U
 // of the WY form is stored: k as it came is an exact operand of the tensor cores, where W would be
-// another of fp32, of four times the bytes. What is fp32 goes in as two parts, high and low, whose
-// product with other parts leaves out low times low.
+// one more of fp32, with twice the bytes, and for each of H heads instead of G. An operand of fp32
+// goes in as two parts, high and low; the product with another's parts leaves out low times low.
 //
-// Whatever T is, v - n exp(G) k S, the inverse, the scores and u for y are bf16 parts, which keep
-// 16 bits; S, and u for S', are parts of T: 16 bits, or of fp16 22, each row scaled into its range
-// by a power of two. torch_chunk_gated_delta_rule of modeling_qwen3_5_moe.py does all of it in fp32
-// and rounds y alone, as is done here last.
+// Whatever T is, v - n exp(G) k S, the inverse, the scores and u for y are parts of bf16, which
+// keep 16 bits. S, and u for S', are parts of T: they keep 16 bits in bf16, and 22 in fp16, into
+// whose range a power of two scales each row. torch_chunk_gated_delta_rule of
+// modeling_qwen3_5_moe.py computes all of this in fp32 and rounds y alone; the last step here
+// rounds y too.
 //
 // Zeros above a diagonal are multiplied, too: a NaN or infinity in k, v or beta of a token makes
-// NaN of earlier tokens of its tile of 16; in torch_chunk_gated_delta_rule, and in __init__.py, of
-// its chunk.
+// earlier tokens of its tile of 16 NaN; in torch_chunk_gated_delta_rule, and in __init__.py, it
+// does so to earlier tokens of its chunk.
 #pragma once
 
 #include <cstring>
@@ -42,25 +43,27 @@ constexpr int kTriangleTiles = kChunkTiles * (kChunkTiles + 1) / 2;  // on and b
 
 constexpr __device__ int triangleTile(int row, int column) { return row * (row + 1) / 2 + column; }
 
-// The same in all lanes, as the compiler can see: what depends on it needs no divergent branch.
+// The index of the warp. The compiler can see that it is the same in all lanes, so that branches on
+// it need not diverge.
 __device__ __forceinline__ int warpOfThread() {
   return __shfl_sync(~0u, int(threadIdx.x / kWarp), 0);
 }
 
-// A tile as the left operand of mma: a[0] is rows 0-7, columns 0-7; a[1] rows 8-15; a[2], a[3]
-// columns 8-15; a lane holds two neighbours of row lane / 4. The same registers are the right
-// operand of the tile's transpose: {a[0], a[2]} and {a[1], a[3]} its columns 0-7 and 8-15.
+// A tile as the left operand of mma: a[0] and a[1] are rows 0-7 and rows 8-15 of columns 0-7, a[2]
+// and a[3] those of columns 8-15; a lane holds two neighbours of row lane / 4. As the right operand
+// the same registers are the tile's transpose: {a[0], a[2]} are its columns 0-7, {a[1], a[3]} its
+// columns 8-15.
 struct alignas(16) Fragment {
   uint32_t a[4];
 };
 
-// A tile as the sum of two: what T holds of it, and of the rest.
+// A tile as the sum of two: itself rounded to T, and the rest rounded to T.
 struct Parts {
   Fragment high, low;
 };
 
-// What prepare leaves for scan of one chunk of one head: tiles on and below the diagonal, first
-// their high parts, then the low ones.
+// The results of prepare for one chunk of one head, which scan reads: tiles on and below the
+// diagonal, first their high parts, then the low ones.
 struct alignas(16) ChunkRecord {
   Fragment inverse[2][kTriangleTiles][kWarp];
   Fragment scores[2][kTriangleTiles][kWarp];
@@ -85,7 +88,7 @@ __device__ __forceinline__ void split(float first, float second, uint32_t& high,
   low = packed<T>(first - rounded.at[0], second - rounded.at[1]);
 }
 
-// Of a tile in two accumulators of mma, columns 0-7 and 8-15.
+// The parts of a tile in two accumulators of mma, columns 0-7 and 8-15.
 template <class T>
 __device__ __forceinline__ Parts split(float const (&left)[4], float const (&right)[4]) {
   Parts parts;
@@ -105,8 +108,8 @@ __device__ __forceinline__ void multiply(float (&sum)[4], Fragment const& a, Fra
   mma16x8x16<T>(sum, a.a, columns);
 }
 
-// The products of parts that count, the largest last. The caller's loop over them is outside that
-// over its sums: mma needs the time to finish one before the next is added.
+// The products of parts that count, the largest last. A caller loops over them outside its loop
+// over sums: mma needs the time to finish one product of a sum before the next is added.
 constexpr int kProducts = 3;
 __device__ __forceinline__ Fragment const& leftOf(int product, Parts const& parts) {
   return product == 0 ? parts.low : parts.high;
@@ -116,7 +119,7 @@ __device__ __forceinline__ Fragment const& rightOf(int product, Parts const& par
 }
 
 // Rows of kWidth elements in shared memory, placed so that 8 rows of one column are on different
-// banks: rotated against each other or, where a row is too short for that, apart.
+// banks: their pieces are permuted or, where a row is too short for that, rows lie apart.
 template <int kWidth>
 constexpr __device__ int pitch() {
   return kWidth >= kChunk ? kWidth : kWidth + 8;
@@ -127,7 +130,7 @@ __device__ __forceinline__ int place(int row, int column) {
   return row * pitch<kWidth>() + piece * 8;
 }
 
-// Starts to copy a chunk's rows to shared memory; zeros past `rows` and `columns`.
+// Starts to copy a chunk's rows to shared memory; writes zeros past `rows` and `columns`.
 template <int kWidth, class T>
 __device__ __forceinline__ void copyChunk(T* to, T const* from, int64_t stride, int64_t rows,
                                           int columns) {

@@ -1,13 +1,20 @@
 #include <algorithm>
+#include <utility>
 
+#include "common/refuse.h"
 #include "gated_delta_rule/gated_delta_rule.cuh"
 
 namespace llmexport {
 namespace {
 
-// Below, the recurrence is at least as fast: a chunk takes two launches and the time of about as
-// many of its steps (reckoned, not measured).
+// Up to so many tokens the recurrence is at least as fast: a chunk takes two launches and the time
+// of about as many of its steps (reckoned, not measured).
 constexpr int64_t kFewTokens = 16;
+
+// Whether there are kernels for matrices of this many rows or columns.
+constexpr bool isServed(int64_t size) {
+  return size == 16 || size == 32 || size == 64 || size == 128;
+}
 
 bool hasChunks(GatedDeltaRuleSizes const& sizes, Dtype dtype) {
   bool const wide = sizes.D == 64 || sizes.D == 128;  // two warps' halves of whole tiles
@@ -23,43 +30,55 @@ size_t scanSharedBytes(GatedDeltaRuleSizes const& sizes) {
 }
 
 struct Arguments {
-  GatedDeltaRulePlan plan;
-  GatedDeltaRuleSizes sizes;
-  float scale;
-  bool l2Norm;
-  GatedDeltaRuleTensors tensors;
+  GatedDeltaRulePlan const& plan;
+  GatedDeltaRuleSizes const& sizes;
+  GatedDeltaRuleAttributes const& attributes;
+  GatedDeltaRuleTensors const& tensors;
   void* workspace;
   cudaStream_t stream;
 };
-
-template <class T>
-T const* typed(void const* pointer) {
-  return static_cast<T const*>(pointer);
-}
 
 template <class T, bool kVectors>
 cudaError_t startRecurrence(Arguments const& a) {
   GatedDeltaRuleTensors const& t = a.tensors;
   return launch(recurrenceKernel<T, kVectors>, a.plan.recurrence, a.stream, typed<T>(t.q),
-                typed<T>(t.k), typed<T>(t.v), t.g, typed<T>(t.beta), t.state, static_cast<T*>(t.y),
-                t.nextState, a.sizes.T, int(a.sizes.G), int(a.sizes.D), int(a.sizes.V), a.scale,
-                a.l2Norm);
+                typed<T>(t.k), typed<T>(t.v), t.g, typed<T>(t.beta), t.state, typed<T>(t.y),
+                t.nextState, a.sizes.T, int(a.sizes.G), int(a.sizes.D), int(a.sizes.V),
+                a.attributes.scale, a.attributes.l2Norm);
 }
 
 template <class T, int D>
 cudaError_t startChunks(Arguments const& a) {
   GatedDeltaRuleTensors const& t = a.tensors;
-  auto* const records = static_cast<ChunkRecord*>(a.workspace);
-  cudaError_t const error =
-      launch(prepareKernel<T, D>, a.plan.prepare, a.stream, typed<T>(t.q), typed<T>(t.k), t.g,
-             typed<T>(t.beta), records, a.sizes.T, int(a.sizes.G), a.scale, a.l2Norm);
+  auto* const records = typed<ChunkRecord>(a.workspace);
+  cudaError_t const error = launch(prepareKernel<T, D>, a.plan.prepare, a.stream, typed<T>(t.q),
+                                   typed<T>(t.k), t.g, typed<T>(t.beta), records, a.sizes.T,
+                                   int(a.sizes.G), a.attributes.scale, a.attributes.l2Norm);
   if (error != cudaSuccess) return error;
   return launch(scanKernel<T, D>, a.plan.scan, a.stream, typed<T>(t.q), typed<T>(t.k),
-                typed<T>(t.v), t.state, records, static_cast<T*>(t.y), t.nextState, a.sizes.T,
+                typed<T>(t.v), t.state, records, typed<T>(t.y), t.nextState, a.sizes.T,
                 int(a.sizes.G), int(a.sizes.V));
 }
 
 }  // namespace
+
+bool gatedDeltaRuleFits(GatedDeltaRuleSizes const& s) {
+  if (s.G == kUnknown || s.H == kUnknown || (s.G > 0 && s.H % s.G == 0)) return true;
+  return refuse("GatedDeltaRule: v has H = %lld heads, no multiple of the G = %lld of q and k",
+                (long long)s.H, (long long)s.G);
+}
+
+bool gatedDeltaRuleServes(GatedDeltaRuleSizes const& s) {
+  if (!gatedDeltaRuleFits(s)) return false;
+  for (auto const& [letter, size] : {std::pair('D', s.D), std::pair('V', s.V)}) {
+    if (size == kUnknown || isServed(size)) continue;
+    return refuse("GatedDeltaRule: %c is %lld, but there are kernels for 16, 32, 64 and 128 only",
+                  letter, (long long)size);
+  }
+  return isAtMost("GatedDeltaRule", "B", {s.B}, kMaxGridY) &&
+         isAtMost("GatedDeltaRule", "H", {s.H}, kMaxGridY) &&
+         isAtMost("GatedDeltaRule", "T", {s.T}, INT32_MAX);
+}
 
 GatedDeltaRulePlan gatedDeltaRulePlan(GatedDeltaRuleSizes const& sizes, Dtype dtype,
                                       bool pointersAligned) {
@@ -84,17 +103,14 @@ size_t gatedDeltaRuleWorkspace(GatedDeltaRuleSizes const& sizes, Dtype dtype) {
   return size_t(sizes.B * sizes.H * ceilDiv(sizes.T, kChunk)) * sizeof(ChunkRecord);
 }
 
-cudaError_t gatedDeltaRule(Dtype dtype, GatedDeltaRuleSizes const& s, float scale, bool l2Norm,
+cudaError_t gatedDeltaRule(Dtype dtype, GatedDeltaRuleSizes const& s,
+                           GatedDeltaRuleAttributes const& attributes,
                            GatedDeltaRuleTensors const& t, void* workspace, cudaStream_t stream) {
+  if (!gatedDeltaRuleServes(s)) return cudaErrorInvalidValue;
   if (s.B * s.H == 0) return cudaSuccess;
-  bool const served = gatedDeltaRuleServes(s.D) && gatedDeltaRuleServes(s.V);
-  bool const shared = s.G > 0 && s.H % s.G == 0;
-  if (!served || !shared || std::max(s.B, s.H) > kMaxGridY || s.T > INT32_MAX) {
-    return cudaErrorInvalidValue;
-  }
   bool const pointersAligned = aligned({t.q, t.k, t.v, t.state, t.y, t.nextState});
   auto const plan = gatedDeltaRulePlan(s, dtype, pointersAligned);
-  Arguments const a{plan, s, scale, l2Norm, t, workspace, stream};
+  Arguments const a{plan, s, attributes, t, workspace, stream};
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (sizeof(T) == 2) {

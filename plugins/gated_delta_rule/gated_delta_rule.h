@@ -10,24 +10,10 @@ struct GatedDeltaRuleSizes {
   int64_t B, T, G, H, D, V;
 };
 
-// Either the recurrence, or first what of every chunk needs no state, then the scan over chunks.
-struct GatedDeltaRulePlan {
-  bool chunked;
-  int width;  // elements of one access of the recurrence
-  LaunchPlan recurrence, prepare, scan;
+struct GatedDeltaRuleAttributes {
+  float scale;
+  bool l2Norm;
 };
-
-// Whether there are kernels for matrices of this many rows or columns.
-constexpr bool gatedDeltaRuleServes(int64_t size) {
-  return size == 16 || size == 32 || size == 64 || size == 128;
-}
-
-// For sizes of at least one element each, but T.
-GatedDeltaRulePlan gatedDeltaRulePlan(GatedDeltaRuleSizes const& sizes, Dtype dtype,
-                                      bool pointersAligned);
-
-// Bytes that suffice for these sizes and all smaller ones.
-size_t gatedDeltaRuleWorkspace(GatedDeltaRuleSizes const& sizes, Dtype dtype);
 
 struct GatedDeltaRuleTensors {
   void const *q, *k, *v;
@@ -38,8 +24,27 @@ struct GatedDeltaRuleTensors {
   float* nextState;  // may be `state` itself
 };
 
-// `workspace`, of the bytes above, is aligned to kVectorBytes.
-cudaError_t gatedDeltaRule(Dtype dtype, GatedDeltaRuleSizes const& sizes, float scale, bool l2Norm,
+// There are two ways: token by token (`recurrence`); or `prepare` computes for all chunks at once
+// whatever needs no state, and `scan` carries the state through them.
+struct GatedDeltaRulePlan {
+  bool chunked;
+  int width;  // elements of one access of the recurrence
+  LaunchPlan recurrence, prepare, scan;
+};
+
+bool gatedDeltaRuleFits(GatedDeltaRuleSizes const& sizes);
+bool gatedDeltaRuleServes(GatedDeltaRuleSizes const& sizes);
+
+// For sizes of at least one element each, except T, which may be 0.
+GatedDeltaRulePlan gatedDeltaRulePlan(GatedDeltaRuleSizes const& sizes, Dtype dtype,
+                                      bool pointersAligned);
+
+// Bytes that suffice for these sizes and all smaller ones.
+size_t gatedDeltaRuleWorkspace(GatedDeltaRuleSizes const& sizes, Dtype dtype);
+
+// `workspace` has the bytes above and is aligned to kVectorBytes.
+cudaError_t gatedDeltaRule(Dtype dtype, GatedDeltaRuleSizes const& sizes,
+                           GatedDeltaRuleAttributes const& attributes,
                            GatedDeltaRuleTensors const& tensors, void* workspace,
                            cudaStream_t stream);
 

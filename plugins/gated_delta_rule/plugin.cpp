@@ -4,41 +4,33 @@
 namespace llmexport {
 namespace {
 
-GatedDeltaRuleSizes sizesOf(Node const& node) {
-  Sizes const& s = node.sizes;
+enum Inputs { kQ, kK, kV, kG, kBeta, kState };
+enum Outputs { kY, kNextState };
+enum Attributes { kScale, kL2Norm };
+
+GatedDeltaRuleSizes sizesOf(Sizes const& s) {
   return {s['B'], s['T'], s['G'], s['H'], s['D'], s['V']};
 }
 
-int32_t check(Sizes const& sizes, Values const&) {
-  int64_t const G = sizes['G'], H = sizes['H'];
-  if (G == Sizes::kUnknown || H == Sizes::kUnknown || (G > 0 && H % G == 0)) return 0;
-  return refuse("GatedDeltaRule: v has H = %lld heads, no multiple of the G = %lld of q and k",
-                (long long)H, (long long)G);
+GatedDeltaRuleAttributes attributesOf(Values const& values) {
+  return {values[kScale].real, values[kL2Norm].integer != 0};
 }
 
-int32_t supports(Node const& node) {
-  for (char const letter : {'D', 'V'}) {
-    int64_t const size = node.sizes[letter];
-    if (size == Sizes::kUnknown || gatedDeltaRuleServes(size)) continue;
-    return refuse("GatedDeltaRule: %c is %lld, but there are kernels for 16, 32, 64 and 128 only",
-                  letter, (long long)size);
-  }
-  for (char const* const letter : {"B", "H"}) {
-    int32_t const error = checkProduct("GatedDeltaRule", node.sizes, letter, kMaxGridY);
-    if (error) return error;
-  }
-  return checkProduct("GatedDeltaRule", node.sizes, "T", INT32_MAX);
-}
+bool check(Sizes const& sizes, Values const&) { return gatedDeltaRuleFits(sizesOf(sizes)); }
 
-size_t workspace(Node const& node) { return gatedDeltaRuleWorkspace(sizesOf(node), node.dtype); }
+bool supports(Node const& node) { return gatedDeltaRuleServes(sizesOf(node.sizes)); }
+
+size_t workspace(Node const& node) {
+  return gatedDeltaRuleWorkspace(sizesOf(node.sizes), node.dtype);
+}
 
 cudaError_t enqueue(Call const& call) {
-  GatedDeltaRuleTensors const tensors{call.inputs[0],  call.inputs[1],
-                                      call.inputs[2],  static_cast<float const*>(call.inputs[3]),
-                                      call.inputs[4],  static_cast<float const*>(call.inputs[5]),
-                                      call.outputs[0], static_cast<float*>(call.outputs[1])};
-  return gatedDeltaRule(call.dtype, sizesOf(call), call.attributes[0].real,
-                        call.attributes[1].integer != 0, tensors, call.workspace, call.stream);
+  GatedDeltaRuleTensors const tensors{call.input(kQ),    call.input(kK),
+                                      call.input(kV),    call.input<float>(kG),
+                                      call.input(kBeta), call.input<float>(kState),
+                                      call.output(kY),   call.output<float>(kNextState)};
+  return gatedDeltaRule(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
+                        call.workspace, call.stream);
 }
 
 Registration const registration({

@@ -6,15 +6,15 @@
 
 namespace llmexport {
 
-// exp(-128) is 0 in fp32: a stronger decay is the same one, and -inf - -inf would be NaN.
+// exp(-128) is 0 in fp32, so that a stronger decay may be cut to it; -inf - -inf would be NaN.
 constexpr float kStrongestDecay = -128.0f;
 constexpr double kLog2OfE = 1.4426950408889634;
-constexpr int kWarpTiles = kChunkTiles + 1;  // of k k^T and q k^T together
+constexpr int kWarpTiles = kChunkTiles + 1;  // a warp's tiles of k k^T and q k^T together
 constexpr int kLowerPitch = kChunk + 8;    // floats, so that 4 rows of pairs are on different banks
 constexpr int kDiagonalPitch = kTile + 4;  // floats, rows still aligned to 16 bytes
 
-// What a block knows of each of its tokens. The sum of g up to it, in powers of two, is in two
-// floats: differences of neighbours stay exact where the sums are thousands.
+// Numbers of a block's tokens. The sum of g up to a token, times log2(e), is kept in two floats:
+// differences of neighbours stay exact where the sums are thousands.
 struct ChunkTokens {
   float decayHigh[kChunk], decayLow[kChunk], beta[kChunk], kNorm[kChunk], qNorm[kChunk];
 
@@ -26,13 +26,13 @@ struct ChunkTokens {
   }
 };
 
-// `lower` by [column][row], each inverse of a diagonal tile by [column][row].
+// `lower` of chunk.cuh, and the inverses of the diagonal tiles of 1 + lower, all by [column][row].
 struct ChunkSystem {
   float lower[kChunk][kLowerPitch];
   float inverse[kChunkTiles][kTile][kDiagonalPitch];
 };
 
-// Running sums of g by the first warp, two tokens a lane.
+// The first warp makes the running sums of g, two tokens a lane.
 __device__ __forceinline__ void sumDecay(ChunkTokens& tokens, float const* g, int64_t stride,
                                          int64_t rows) {
   int const lane = threadIdx.x % kWarp;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void sumDecay(ChunkTokens& tokens, float const* g, in
   }
 }
 
-// 1 / |row|, a thread a row.
+// 1 / |row|; a thread takes a row.
 template <int D, class T>
 __device__ __forceinline__ float inverseNorm(T const* rows, int row, bool l2Norm) {
   if (!l2Norm) return 1.0f;
@@ -72,8 +72,8 @@ __device__ __forceinline__ float inverseNorm(T const* rows, int row, bool l2Norm
   return rsqrtf(squares + kDeltaEpsilon);
 }
 
-// Inverse of 1 + lower for the diagonal tile of this warp, by substitution: a lane a column, the
-// upper 16 lanes doing the work of the lower.
+// Inverts this warp's diagonal tile of 1 + lower, by substitution: a lane takes a column, and the
+// upper 16 lanes repeat the work of the lower.
 __device__ __forceinline__ void invertDiagonal(ChunkSystem& system) {
   int const tile = warpOfThread(), lane = threadIdx.x % kWarp, column = lane % kTile;
   float x[kTile];
@@ -91,7 +91,7 @@ __device__ __forceinline__ void invertDiagonal(ChunkSystem& system) {
   }
 }
 
-// A tile of fp32 in shared memory, in rows of `pitch`.
+// The parts of an fp32 tile in shared memory, whose rows are `pitch` floats apart.
 __device__ __forceinline__ Parts loadParts(float const* tile, int pitch) {
   int const lane = threadIdx.x % kWarp;
   Parts parts;
@@ -120,8 +120,9 @@ __device__ __forceinline__ void multiplyParts(float (&sum)[2][4], Parts const& a
   }
 }
 
-// Row `row` of tiles of the inverse, each warp its own, from the diagonal to the left:
-// X_ij = -(sum over k in (j, i] of X_ik lower_kj) X_jj. A tile needs none of other warps.
+// Computes row `row` of the inverse's tiles, from the diagonal to the left: X_ij = -(sum over k in
+// (j, i] of X_ik lower_kj) X_jj. Each warp has a row of its own, and needs only diagonal tiles X_jj
+// of others.
 __device__ __forceinline__ void invertRow(ChunkSystem const& system, ChunkTokens const& tokens,
                                           int row, ChunkRecord& record) {
   int const lane = threadIdx.x % kWarp;
@@ -159,8 +160,8 @@ __device__ __forceinline__ void invertRow(ChunkSystem const& system, ChunkTokens
   }
 }
 
-// The tiles of a warp on and below the diagonal: of row `warp` of k k^T, then of row 3 - warp of
-// q k^T, five in all.
+// The five tiles of a warp, on and below the diagonal: those of row `warp` of k k^T, then those of
+// row 3 - warp of q k^T.
 struct WarpTiles {
   int warp = warpOfThread();
   __device__ __forceinline__ bool isKey(int i) const { return i <= warp; }
@@ -174,7 +175,7 @@ using TileSums = float[kWarpTiles][2][4];
 template <class T, int D>
 __device__ __forceinline__ void multiplyTiles(T const* keys, T const* queries,
                                               WarpTiles const& tiles, TileSums& sums) {
-  constexpr int kFirst = 0, kLast = kWarpTiles - 1;  // always of k k^T and of q k^T
+  constexpr int kFirst = 0, kLast = kWarpTiles - 1;  // always a tile of k k^T, one of q k^T
 #pragma unroll
   for (int d = 0; d < D; d += kTile) {
     Fragment const key = loadTile<D>(keys, tiles.row(kFirst) * kTile, d);
@@ -191,7 +192,7 @@ __device__ __forceinline__ void multiplyTiles(T const* keys, T const* queries,
   }
 }
 
-// Norms, decay and beta on the sums: `lower` to shared memory, scores to the record.
+// Applies norms, decay and beta to the sums; writes `lower` to shared memory, scores to the record.
 __device__ __forceinline__ void finishTiles(ChunkTokens const& tokens, float scale,
                                             WarpTiles const& tiles, TileSums& sums,
                                             ChunkSystem& system, ChunkRecord& record) {
@@ -216,7 +217,7 @@ __device__ __forceinline__ void finishTiles(ChunkTokens const& tokens, float sca
   }
 }
 
-// A thread a token.
+// A thread writes the factors of one token.
 __device__ __forceinline__ void writeFactors(ChunkTokens const& tokens, float scale,
                                              ChunkRecord& record) {
   int const token = threadIdx.x, last = kChunk - 1;
@@ -228,10 +229,11 @@ __device__ __forceinline__ void writeFactors(ChunkTokens const& tokens, float sc
   if (token == last) record.decay = since;
 }
 
-// Grid (chunks, H, B). Products of k and q as they are, norms, decay and beta in fp32 on the sums,
-// then the inverse: warp w its rows 16 w. Follows torch_chunk_gated_delta_rule of
-// modeling_qwen3_5_moe.py, less what depends on v; nothing is rounded but the parts of chunk.cuh.
-// Sums of g are in double, where that adds in fp32; exp2Fast is good to 2**-22, rsqrtf to 2 units.
+// Grid (chunks, H, B). Multiplies k and q as they are, applies norms, decay and beta to the sums in
+// fp32, then inverts: warp w has the 16 rows from 16 w on. Follows torch_chunk_gated_delta_rule of
+// modeling_qwen3_5_moe.py, less the terms that depend on v; only the parts of chunk.cuh are
+// rounded. Sums of g are in double, where transformers adds in fp32; exp2Fast is good to 2**-22,
+// rsqrtf to 2 units in the last place.
 template <class T, int D>
 __global__ void __launch_bounds__(kChunkThreads)
     prepareKernel(T const* q, T const* k, float const* g, T const* beta, ChunkRecord* records,
@@ -265,14 +267,14 @@ __global__ void __launch_bounds__(kChunkThreads)
   WarpTiles const tiles;
   TileSums sums = {};
   multiplyTiles<T, D>(keys, queries, tiles, sums);
-  // Norms are there for all, and nobody reads k and q any more.
+  // All threads see the norms, and none reads k and q any more: `system` takes their place.
   __syncthreads();
 
   ChunkSystem& system = *reinterpret_cast<ChunkSystem*>(shared);
   ChunkRecord& record = records[(int64_t(blockIdx.z) * heads + head) * gridDim.x + blockIdx.x];
   finishTiles(own, scale, tiles, sums, system, record);
   writeFactors(own, scale, record);
-  // The diagonal tile of a warp is its own work, all else also that of others.
+  // A warp made its diagonal tile itself, but not all other tiles that invertRow() reads.
   __syncwarp();
   invertDiagonal(system);
   __syncthreads();

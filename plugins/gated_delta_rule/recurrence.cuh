@@ -4,17 +4,18 @@
 
 namespace llmexport {
 
-constexpr float kDeltaEpsilon = 1e-6f;  // of the L2 norm of q and k, added to the sum of squares
+constexpr float kDeltaEpsilon = 1e-6f;  // added to the sum of squares in the L2 norm of q and k
 
-// A thread holds 4 columns of up to 8 rows of the state: 16 groups of 8 lanes, a group every 16th
-// row, so that a warp reads whole 128-byte lines and a block 8 KiB to 16 KiB at once.
+// A thread holds 4 columns of up to 8 rows of the state. A block has 16 groups of 8 lanes, each of
+// which takes every 16th row, so that a warp reads whole 128-byte lines and a block 2 KiB (D = 16)
+// to 16 KiB (D = 128) at once.
 constexpr int kRecurrenceThreads = 128;
-constexpr int kRecurrenceColumns = 32;  // of V that a block takes
+constexpr int kRecurrenceColumns = 32;  // columns of V that a block takes
 constexpr int kThreadColumns = 4, kThreadRows = 8;
 constexpr int kRowLanes = kRecurrenceColumns / kThreadColumns;
 constexpr int kRowGroups = kRecurrenceThreads / kRowLanes;
 constexpr int kMostRows = kThreadRows * kRowGroups;
-// Blocks on an SM, for 80 KiB of states on their way; of fp32 tokens five would spill.
+// Blocks on an SM, for 80 KiB of states under way; with fp32 tokens five would spill.
 template <class T>
 constexpr int kRecurrenceBlocks = sizeof(T) == 2 ? 5 : 4;
 
@@ -36,7 +37,7 @@ __device__ __forceinline__ void storeColumns(T* to, Vector<T, kThreadColumns> co
   }
 }
 
-// A thread's rows of the state, `stride` elements apart.
+// A thread's rows of the state, which lie `stride` elements apart in memory.
 using StateRows = float[kThreadRows][kThreadColumns];
 
 template <bool kVectors>
@@ -60,7 +61,8 @@ __device__ __forceinline__ void storeRows(StateRows const& s, float* to, int row
   }
 }
 
-// What a thread reads of a token: an element of q and k for all, the rest for itself.
+// The part of a token that a thread reads: an element of q and one of k for the whole block, the
+// rest for itself.
 template <class T>
 struct RecurrenceToken {
   T q, k, beta;
@@ -68,12 +70,12 @@ struct RecurrenceToken {
   float g;
 };
 
-// Sums over the rows of the state: of k S and q S by column, and of k k, q q and q k.
+// Sums over the rows of the state: k S and q S by column, and k k, q q and q k.
 struct alignas(16) RecurrenceSums {
   float kS[kThreadColumns], qS[kThreadColumns], kk, qq, qk, unused;
 };
 
-// Adds over the row groups: within each warp by shuffles, then over warps, all in one order.
+// Adds up the row groups: within each warp by shuffles, then over warps, always in one order.
 // `partial` is [warps][kRowLanes].
 __device__ __forceinline__ void sumOverRows(RecurrenceSums& sums, RecurrenceSums* partial) {
   constexpr int kWarps = kRecurrenceThreads / kWarp;
@@ -90,7 +92,7 @@ __device__ __forceinline__ void sumOverRows(RecurrenceSums& sums, RecurrenceSums
   if (threadIdx.x % kWarp < kRowLanes) partial[threadIdx.x / kWarp * kRowLanes + lane] = sums;
   __syncthreads();
   sums = partial[lane];
-  // Unrolled, it would hold all partial sums at once, and spill.
+  // Unrolled, the loop would hold all partial sums at once, and spill.
 #pragma unroll 1
   for (int w = 1; w < kWarps; ++w) {
     RecurrenceSums const& more = partial[w * kRowLanes + lane];
@@ -100,29 +102,29 @@ __device__ __forceinline__ void sumOverRows(RecurrenceSums& sums, RecurrenceSums
   }
 }
 
-// Grid (columns of V / kRecurrenceColumns, H, B). Thread t holds rows t / kRowLanes + 16 i of
-// columns t % kRowLanes * 4 on: the state is read once and written once, and stays in registers for
-// all tokens between. One pass over the state a token, as q^T S' = exp(g) q^T S + (q^T k) error;
+// Grid (columns of V / kRecurrenceColumns, H, B). Thread t holds rows t / kRowLanes + 16 i of the 4
+// columns from t % kRowLanes * 4 on: the state is read once, stays in registers for all tokens, and
+// is written once. A token takes one pass over the state, as q^T S' = exp(g) q^T S + (q^T k) error;
 // norms of q and k are applied to the sums.
 //
-// All in fp32, y rounded to T once, as torch_recurrent_gated_delta_rule of modeling_qwen3_5_moe.py,
-// which applies norms and scale to q and k first and reads y from the new state. Sums over D: a
-// thread's rows in order, then lanes, then warps. expf and rsqrtf: 2 units in the last place. An
-// fp16 y beyond 65504 is infinite, as there.
+// All is computed in fp32 and y is rounded to T once, as in torch_recurrent_gated_delta_rule of
+// modeling_qwen3_5_moe.py, which applies norms and scale to q and k first and reads y from the new
+// state. Sums over D add a thread's rows in order, then lanes, then warps. expf and rsqrtf are good
+// to 2 units in the last place. An fp16 y beyond 65504 is infinite, as in transformers.
 template <class T, bool kVectors>
 __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
     recurrenceKernel(T const* q, T const* k, T const* v, float const* g, T const* beta,
                      float const* state, T* y, float* nextState, int64_t tokens, int groups, int D,
                      int V, float scale, bool l2Norm) {
-  // So many buffers that whoever writes one again has passed a barrier after its last reader: sums
-  // are read right after the barrier of their token, k up to the next one.
+  // There are so many buffers that a thread which writes one again has passed a barrier after its
+  // last reader: sums are read right after the barrier of their token, k up to the next barrier.
   constexpr int kPartials = kRecurrenceThreads / kWarp * kRowLanes;
   SHARED_ARRAY(RecurrenceSums, partial, 2 * kPartials);
   SHARED_ARRAY(float, queries, 3 * kMostRows);
   SHARED_ARRAY(float, keys, 3 * kMostRows);
   int const head = blockIdx.y, heads = gridDim.y, rowGroup = threadIdx.x / kRowLanes;
   int const column = blockIdx.x * kRecurrenceColumns + threadIdx.x % kRowLanes * kThreadColumns;
-  bool const here = column < V;  // the others still take part in shuffles and barriers
+  bool const here = column < V;  // other threads still take part in shuffles and barriers
   int const rows = here ? D / kRowGroups : 0, element = threadIdx.x;
   int64_t const group = head / (heads / groups);
   int64_t const firstRow = ((int64_t(blockIdx.z) * heads + head) * D + rowGroup) * V + column;
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
     keys[t % 3 * kMostRows + element] = toFloat(token.k);
   };
 
-  // A token is read two steps before it counts, and shared one step before.
+  // A token is read two steps before its own step, and shared one step before.
   RecurrenceToken<T> token{}, next{};
   if (tokens > 0) share(token = read(0), 0);
   if (tokens > 1) next = read(1);

@@ -5,12 +5,12 @@
 
 namespace llmexport {
 
-constexpr int kScanColumns = 32;  // of V that a block takes
-constexpr int kHalves = 2;        // of D, each with a warp
+constexpr int kScanColumns = 32;  // columns of V that a block takes
+constexpr int kHalves = 2;        // halves of D, each with a warp
 constexpr int kQuad = 4;          // lanes that hold a row of an accumulator
 constexpr int kChunkAccumulators = kChunk / 8;
 
-// What the warps of the two halves of D give each other, four floats a lane at a time.
+// Four floats a lane, in which the warps of the two halves of D give each other their sums.
 using Exchanged = Vector<float, 4>;
 constexpr int kExchanged = kChunkAccumulators + kChunkTiles;
 
@@ -23,7 +23,7 @@ struct alignas(16) ScanShared {
   Exchanged exchanged[kChunkThreads / kWarp][kExchanged][kWarp];
 };
 
-// Where a warp and a lane stand: 16 columns of V, a half of D.
+// The places of a warp, 16 columns of V and a half of D, and of a lane.
 struct ScanPlace {
   int lane = threadIdx.x % kWarp, warp = warpOfThread();
   int half = warp % kHalves, columnInBlock = warp / kHalves * kTile;
@@ -31,7 +31,7 @@ struct ScanPlace {
   int row = lane / kQuad, pair = lane % kQuad * 2;  // in an accumulator: rows row and row + 8
 };
 
-// fp32 has the range of bf16, but not of fp16.
+// Whether rows must be scaled into the range of T: bf16 has the range of fp32, fp16 has not.
 template <class T>
 constexpr bool kScaled = std::is_same_v<T, Half>;
 
@@ -50,7 +50,7 @@ __device__ __forceinline__ float largest(float const (&x)[kCount][4], int row) {
   return most;
 }
 
-// One scale for a row of all of `x`, by the largest.
+// The scale of each row by its largest element in all of `x`.
 template <class T, int... kCounts>
 __device__ __forceinline__ RowScale rowScale(float const (&... x)[kCounts][4]) {
   RowScale scale;
@@ -60,7 +60,7 @@ __device__ __forceinline__ RowScale rowScale(float const (&... x)[kCounts][4]) {
       float most = 0.0f;
       ((most = fmaxf(most, largest(x, row))), ...);
       most = maxOverLanes(most, kQuad);
-      // The exponent alone; 1 for what has no inverse.
+      // The scale is the exponent alone, or 1 if that has no inverse.
       constexpr uint32_t kOne = 0x3F800000, kExponent = 0x7F800000, kLargest = 0x7E800000;
       uint32_t up;
       memcpy(&up, &most, sizeof up);
@@ -85,7 +85,7 @@ __device__ __forceinline__ void scaleRows(float (&x)[kCount][4], float const (&b
   }
 }
 
-// The same scales where the rows are columns.
+// Applies such scales to a transposed matrix, whose columns are those rows.
 template <class T, int kCount>
 __device__ __forceinline__ void scaleColumns(float (&x)[kCount][2][4], float const (&by)[2],
                                              ScanPlace const& at) {
@@ -115,8 +115,8 @@ __device__ __forceinline__ void copyRecord(ChunkRecord& to, ChunkRecord const& f
   }
 }
 
-// This half's part of (k S)^T, by [V][token], and of q S, by [token][V]. Of the latter it keeps 8
-// of the 16 columns, whose y it finishes, and gives the other half the rest.
+// Computes this half's part of (k S)^T, by [V][token], and of q S, by [token][V]. Each half keeps 8
+// of the 16 columns of q S, whose y it finishes, and gives the other half the rest.
 template <class T, int D>
 __device__ __forceinline__ void readState(ScanShared<T, D>& shared, T const* keys,
                                           ScanPlace const& at, float (&state)[D / 16][4],
@@ -168,7 +168,7 @@ __device__ __forceinline__ void readState(ScanShared<T, D>& shared, T const* key
   }
 }
 
-// u^T = (v - n exp(G) k S)^T inverse^T, by [V][token], in both halves.
+// u^T = (v - n exp(G) k S)^T inverse^T, by [V][token]; both halves compute it.
 template <class T, int D>
 __device__ __forceinline__ void findUpdate(ScanShared<T, D> const& shared, ScanPlace const& at,
                                            float (&keyState)[kChunkAccumulators][4],
@@ -216,7 +216,7 @@ __device__ __forceinline__ void writeY(ScanShared<T, D> const& shared, ScanPlace
                                        float const (&update)[kChunkAccumulators][4], T* y,
                                        int64_t stride, int64_t rows, bool here) {
   ChunkRecord const& record = shared.record;
-  // The small products have sums of their own: shorter chains of mma that wait for each other.
+  // The small products have sums of their own, for shorter chains of mma that wait for each other.
   float sum[kChunkTiles][4], small[kChunkTiles][4] = {};
 #pragma unroll
   for (int i = 0; i < kChunkTiles; ++i) {
@@ -299,15 +299,15 @@ __device__ __forceinline__ void moveState(ChunkRecord const& record, T const* ke
   scaleRows<T>(state, scale.up);
 }
 
-// Grid (columns of V / kScanColumns, H, B). Warp w holds half w % 2 of the rows of 16 columns of
-// the state, those from w / 2 * 16 on of the block's, transposed and in registers, over all chunks.
-// Accumulators of one product are operands of the next, so shared memory holds what is read and
-// what the halves add up.
+// Grid (columns of V / kScanColumns, H, B). Warp w holds half w % 2 of the state's rows in 16
+// columns, those from w / 2 * 16 on of the block's, transposed and in registers, over all chunks.
+// Accumulators of one product are operands of the next, so that shared memory holds only inputs and
+// the sums that the halves give each other.
 //
-// States stay fp32, y is rounded to T once, infinite in fp16 beyond 65504, as in
-// torch_chunk_gated_delta_rule of modeling_qwen3_5_moe.py; chunk.cuh says what the factors keep.
-// Sums: along D 16 at a time, then the two halves; over a chunk's tokens by tiles, those of the low
-// parts apart in y.
+// States stay fp32, and y is rounded to T once and is infinite in fp16 beyond 65504, as in
+// torch_chunk_gated_delta_rule of modeling_qwen3_5_moe.py; chunk.cuh says how many bits the factors
+// keep. Sums go along D 16 at a time, then over the two halves; over a chunk's tokens they go by
+// tiles, and in y the low parts have sums of their own.
 template <class T, int D>
 __global__ void __launch_bounds__(kChunkThreads)
     scanKernel(T const* q, T const* k, T const* v, float const* state, ChunkRecord const* records,
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kChunkThreads)
   DYNAMIC_SHARED(bytes);
   auto& shared = *reinterpret_cast<ScanShared<T, D>*>(bytes);
   ScanPlace const at;
-  bool const here = at.column < V;  // of V = 16 the others have zeros
+  bool const here = at.column < V;  // if V = 16 the other warps have zeros
   int const head = blockIdx.y, heads = gridDim.y, group = head / (heads / groups);
   int64_t const matrix = (int64_t(blockIdx.z) * heads + head) * D * V;
   int64_t const keyStride = int64_t(groups) * D, valueStride = int64_t(heads) * V;
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     copyChunk<D>(shared.queries, q + first * keyStride, keyStride, rows, D);
     commitCopies();
   };
-  // Element e of accumulator i of S^T, in [D, V].
+  // The place of element e of accumulator i of S^T in the states [B, H, D, V].
   auto place = [&](int i, int e) {
     int const d = at.half * (D / 2) + i * 8 + at.pair + e % 2;
     return matrix + int64_t(d) * V + at.column + at.row + e / 2 * 8;
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     int64_t const first = chunk * kChunk, rows = tokens - first;
     T const* const keys = shared.keys[chunk % 2];
     waitCopies<0>();
-    // k and q are there, and nobody reads the chunk before.
+    // All threads see k and q, and none reads the chunk before any more.
     __syncthreads();
     copyChunk<kScanColumns>(shared.values, v + first * valueStride, valueStride, rows,
                             V - blockIdx.x * kScanColumns);
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     float keyState[kChunkAccumulators][4] = {}, queryState[kChunkTiles][4];
     readState<T, D>(shared, keys, at, s, keyState, queryState);
     waitCopies<0>();
-    // v, the record and what the halves give each other are there; nobody reads q any more.
+    // All threads see v, the record and the halves' sums, and none reads q any more.
     __syncthreads();
     if (chunk + 1 < chunks) copyKeysAndQueries(chunk + 1);
     float update[kChunkAccumulators][4] = {};

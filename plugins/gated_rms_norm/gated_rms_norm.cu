@@ -1,41 +1,46 @@
+#include "common/refuse.h"
 #include "gated_rms_norm/gated_rms_norm.cuh"
 
 namespace llmexport {
 namespace {
 
 struct Arguments {
-  RowPlan plan;
+  RowPlan const& plan;
   int64_t rows, columns;
-  GatedRmsNormAttributes attributes;
-  void const *x, *gate, *weight;
-  void* y;
+  GatedRmsNormAttributes const& attributes;
+  GatedRmsNormTensors const& tensors;
   cudaStream_t stream;
 };
 
 template <class T, int kVectors>
 cudaError_t startInRegisters(Arguments const& a) {
+  GatedRmsNormTensors const& t = a.tensors;
   return launch(gatedRmsNormKernel<T, kFullWidth<T>, kVectors>, a.plan.launch, a.stream,
-                static_cast<T const*>(a.x), static_cast<T const*>(a.gate),
-                static_cast<T const*>(a.weight), static_cast<T*>(a.y), a.rows, int(a.columns),
-                a.attributes);
+                typed<T>(t.x), typed<T>(t.gate), typed<T>(t.weight), typed<T>(t.y), a.rows,
+                int(a.columns), a.attributes);
 }
 
 template <class T, int kWidth>
 cudaError_t startTwoPass(Arguments const& a) {
-  return launch(gatedRmsNormTwoPassKernel<T, kWidth>, a.plan.launch, a.stream,
-                static_cast<T const*>(a.x), static_cast<T const*>(a.gate),
-                static_cast<T const*>(a.weight), static_cast<T*>(a.y), a.columns, a.attributes);
+  GatedRmsNormTensors const& t = a.tensors;
+  return launch(gatedRmsNormTwoPassKernel<T, kWidth>, a.plan.launch, a.stream, typed<T>(t.x),
+                typed<T>(t.gate), typed<T>(t.weight), typed<T>(t.y), a.columns, a.attributes);
 }
 
 }  // namespace
 
-cudaError_t gatedRmsNorm(Dtype dtype, int64_t rows, int64_t columns,
-                         GatedRmsNormAttributes const& attributes, void const* x, void const* gate,
-                         void const* weight, void* y, cudaStream_t stream) {
-  if (rows * columns == 0) return cudaSuccess;
-  if (rows > kMaxGridX) return cudaErrorInvalidValue;
-  auto const plan = rowPlan(rows, columns, dtype, aligned({x, gate, weight, y}));
-  Arguments const a{plan, rows, columns, attributes, x, gate, weight, y, stream};
+bool gatedRmsNormServes(GatedRmsNormSizes const& s) {
+  return isAtMost("GatedRmsNorm", "BTH", {s.B, s.T, s.H}, kMaxGridX);
+}
+
+cudaError_t gatedRmsNorm(Dtype dtype, GatedRmsNormSizes const& s,
+                         GatedRmsNormAttributes const& attributes, GatedRmsNormTensors const& t,
+                         cudaStream_t stream) {
+  if (!gatedRmsNormServes(s)) return cudaErrorInvalidValue;
+  int64_t const rows = s.B * s.T * s.H;
+  if (rows * s.D == 0) return cudaSuccess;
+  auto const plan = rowPlan(rows, s.D, dtype, aligned({t.x, t.gate, t.weight, t.y}));
+  Arguments const a{plan, rows, s.D, attributes, t, stream};
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     switch (plan.vectors) {

@@ -6,7 +6,7 @@
 
 namespace llmexport {
 
-// One output: both rounding orders of __init__.py.
+// An element of y, in either of the rounding orders of __init__.py.
 template <class T>
 __device__ __forceinline__ float normedAndGated(float normed, T weight, T gate,
                                                 GatedRmsNormAttributes const& attributes) {
@@ -16,15 +16,15 @@ __device__ __forceinline__ float normedAndGated(float normed, T weight, T gate,
   return weighted * sigmoidTimes<T>(attributes.silu ? g : 1.0f, g);
 }
 
-// Block (threads of a row, rows): a head of 128 takes 16 threads, eight heads a block. Thread x
-// holds vectors x, x + blockDim.x, ... of its row and reads the gate before it needs it. One block
-// an SM is enough, as in add_rms_norm.cuh.
+// Block (threads of a row, rows): a head of 128 elements of 16 bits takes 16 threads, eight heads a
+// block. Thread x holds vectors x, x + blockDim.x, ... of its row and reads the gate before it
+// needs it. The bounds ask for no more than one block an SM, as in add_rms_norm.cuh.
 //
-// Rounded to T: with roundBeforeWeight the normalised value, its product with the weight and y, as
-// Qwen3_5MoeRMSNormGated of modeling_qwen3_5_moe.py; else y alone. All else is fp32: squares, a
-// thread's in order, then sumOfRow; rsqrtf (2 units in the last place); the gate's exp and division
-// as element.cuh says. Where x is infinite y is NaN (inf * 0), and 0 in the rest of the head, as
-// there.
+// y alone is rounded to T; with roundBeforeWeight the normalised value and its product with the
+// weight are rounded too, as in Qwen3_5MoeRMSNormGated of modeling_qwen3_5_moe.py. All else is
+// fp32: a thread adds squares in order, sumOfRow adds the threads'; rsqrtf is good to 2 units in
+// the last place; element.cuh says how good the gate's exp and division are. Where x is infinite y
+// is NaN (inf * 0), and the rest of the head is 0, as in transformers.
 template <class T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kRowMaxThreads, 1)
     gatedRmsNormKernel(T const* x, T const* gate, T const* weight, T* y, int64_t rows, int columns,
@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kRowMaxThreads, 1)
   }
 }
 
-// A block a row, of any length and alignment, which is read twice. Rounds as gatedRmsNormKernel.
+// A block takes a row of any length and alignment, and reads it twice. Rounds as
+// gatedRmsNormKernel.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kRowTwoPassThreads)
     gatedRmsNormTwoPassKernel(T const* x, T const* gate, T const* weight, T* y, int64_t columns,

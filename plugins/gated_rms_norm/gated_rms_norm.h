@@ -6,15 +6,26 @@
 
 namespace llmexport {
 
+struct GatedRmsNormSizes {
+  int64_t B, T, H, D;
+};
+
 struct GatedRmsNormAttributes {
   float epsilon;
   bool silu;  // otherwise the gate's sigmoid
   bool roundBeforeWeight;
 };
 
-// x, gate and y [rows, columns], weight [columns].
-cudaError_t gatedRmsNorm(Dtype dtype, int64_t rows, int64_t columns,
-                         GatedRmsNormAttributes const& attributes, void const* x, void const* gate,
-                         void const* weight, void* y, cudaStream_t stream);
+struct GatedRmsNormTensors {
+  void const *x, *gate;  // [B, T, H, D]
+  void const* weight;    // [D]
+  void* y;               // [B, T, H, D]
+};
+
+bool gatedRmsNormServes(GatedRmsNormSizes const& sizes);
+
+cudaError_t gatedRmsNorm(Dtype dtype, GatedRmsNormSizes const& sizes,
+                         GatedRmsNormAttributes const& attributes,
+                         GatedRmsNormTensors const& tensors, cudaStream_t stream);
 
 }  // namespace llmexport

@@ -4,16 +4,25 @@
 namespace llmexport {
 namespace {
 
-int32_t supports(Node const& node) {
-  return checkProduct("GatedRmsNorm", node.sizes, "BTH", kMaxGridX);
+enum Inputs { kX, kGate, kWeight };
+enum Outputs { kY };
+enum Attributes { kEpsilon, kActivation, kRoundBeforeWeight };
+enum Activations { kSilu, kSigmoid };
+
+GatedRmsNormSizes sizesOf(Sizes const& s) { return {s['B'], s['T'], s['H'], s['D']}; }
+
+GatedRmsNormAttributes attributesOf(Values const& values) {
+  return {values[kEpsilon].real, values[kActivation].integer == kSilu,
+          values[kRoundBeforeWeight].integer != 0};
 }
 
+bool supports(Node const& node) { return gatedRmsNormServes(sizesOf(node.sizes)); }
+
 cudaError_t enqueue(Call const& call) {
-  Sizes const& s = call.sizes;
-  GatedRmsNormAttributes const attributes{call.attributes[0].real, call.attributes[1].integer == 0,
-                                          call.attributes[2].integer != 0};
-  return gatedRmsNorm(call.dtype, s['B'] * s['T'] * s['H'], s['D'], attributes, call.inputs[0],
-                      call.inputs[1], call.inputs[2], call.outputs[0], call.stream);
+  GatedRmsNormTensors const tensors{call.input(kX), call.input(kGate), call.input(kWeight),
+                                    call.output(kY)};
+  return gatedRmsNorm(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
+                      call.stream);
 }
 
 Registration const registration({

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llmexport.plugins.gated_act import gated_act
+from llmexport.plugins.gated_act import ACTIVATIONS, gated_act
 from llmexport.plugins.moe_experts.body import body
 from llmexport.plugins.moe_experts.mxfp4 import dequantise
 from llmexport.plugins.spec import op
@@ -43,7 +43,7 @@ def fake(
         "gate_up_scales": "E P M",
         "down_scales": "E R N",
     },
-    outputs=("y",),
+    outputs={"y": "B T C"},
     static=("C", "K", "E", "P", "Q", "R", "S"),
     types={
         "experts": "int32",
@@ -52,6 +52,7 @@ def fake(
         "gate_up_scales": "uint8",
         "down_scales": "uint8",
     },
+    choices={"activation": ACTIVATIONS},
     body=body,
     fake=fake,
 )

@@ -30,10 +30,10 @@ GATED = {
 
 
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """A Loop of as many turns as there can be blocks. Each that is one gathers the weights of its expert as they are
-    stored, and decodes and casts those alone; the others are skipped.
+    """A Loop of as many turns as there can be blocks. A turn that has a block gathers the weights of its expert as they
+    are stored, and decodes and casts those alone; the other turns are skipped.
 
-    One form for both runtimes. TensorRT has neither NonZero nor Unique, cannot add to a tensor by index, and takes
+    One form serves both runtimes. TensorRT has neither NonZero nor Unique, cannot add to a tensor by index, and takes
     the number of turns from shapes. ONNX Runtime wants each expert's weights gathered once, as they are.
     """
     if attributes["activation"] not in GATED:
@@ -77,9 +77,9 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
 
 
 def _blocks(experts: int, top_k: int) -> str:
-    """A choice is a token's k-th expert; the choices of an expert fill blocks of `size` rows, of which only its last
-    has rows left. `place`: the row of each choice; `choice_at`: the choice in each row, 0 where there is none;
-    `last`: the end of each expert's blocks.
+    """A choice is a token's k-th expert; the choices of an expert fill blocks of `size` rows, and only its last block
+    has rows left. `place`: the row of each choice; `choice_at`: the choice in each row, 0 where there is none; `last`:
+    the end of each expert's blocks.
 
     size: half as much again as the choices of an expert would be if all had the same.
     """
@@ -133,7 +133,7 @@ def _blocks(experts: int, top_k: int) -> str:
 
 
 def _mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """The expert of block b on its rows; of the last block, should a runtime compute branches it does not take."""
+    """The expert of block b on its rows. A runtime may run branches not taken: past the last block, b counts as it."""
     transposed = bool(attributes["transposed"])
     two_halves = sizes["Q"] if transposed else sizes["P"]
     if attributes["interleaved"]:
@@ -216,9 +216,9 @@ def _constants(attributes: dict[str, Attribute]) -> str:
 
 
 def _tables() -> str:
-    """two_values: what a byte holds, the low nibble first; powers: what a byte of scales means."""
+    """two_values: the values in a byte, the low nibble first; powers: the factor that a byte of scales means."""
     pairs = [f"{VALUES[byte % 16]}, {VALUES[byte // 16]}" for byte in range(256)]
-    # 2^128 is no fp32; torch.ldexp takes it for infinite.
+    # 2^128 is no fp32; torch.ldexp makes it infinite, too.
     powers = [str(2.0 ** (byte - SCALE_BIAS)) for byte in range(255)] + ["inf"]
     return f"""two = Constant <value_ints = [2]> ()
     two_values = Constant <value = float[256, 2] {{{", ".join(pairs)}}}> ()

@@ -1,4 +1,4 @@
-// What comes before and after an expert: inputs times their weight, and the weighted sum.
+// The steps before and after the experts: inputs times their weight, and the weighted sum.
 #pragma once
 
 #include "common/early_launch.cuh"
@@ -8,11 +8,11 @@
 namespace llmexport {
 
 constexpr int kCombineThreads = 128;
-constexpr int kCombineReads = 4;  // that a thread has under way
+constexpr int kCombineReads = 4;  // reads that a thread has under way
 
 // Row `pair` of the outputs = row `pair / slots` of x * weights[pair], rounded to T once
-// (Llama4TextMoe of modeling_llama4.py multiplies in T, which is the same). Block b takes
-// kCombineThreads vectors of a row; rowBlocks of them are a row.
+// (Llama4TextMoe of modeling_llama4.py multiplies in T, which is the same). A block takes
+// kCombineThreads vectors of a row, rowBlocks blocks a row.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kCombineThreads)
     scaleInputKernel(T const* x, T const* weights, T* scaled, int slots, int columns,
@@ -30,12 +30,12 @@ __global__ void __launch_bounds__(kCombineThreads)
 }
 
 // y[token] = sum over its slots, in their order, of weight * output, by fma in fp32, rounded to T
-// once; weights is null where the input was scaled. Pairs of no expert have no output. Blocks as
-// above, of a token.
+// once; `weights` is null where the input was scaled. Pairs without an expert have no output.
+// rowBlocks blocks take a token.
 //
 // transformers rounds each weight * output to T: GptOssExperts and Qwen3_5MoeExperts then add to a
 // sum in T, expert by expert; its grouped_mm and batched_mm (integrations/moe.py) add in fp32, as
-// here.
+// this kernel does.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kCombineThreads)
     combineKernel(T const* outputs, T const* weights, Routing routing, T* y, int slots, int columns,

@@ -6,15 +6,15 @@
 // cp.async; two others multiply 64 rows each. So loads of a tile begin while the one before is
 // written.
 //
-// Sums are fp32, of wgmma, and rounded to T, then with the bias; the activation is fp32 and rounded
-// once, as on the portable path (GptOssExperts of modeling_gpt_oss.py, Qwen3MoeExperts of
+// wgmma's sums are fp32; they are rounded to T, and again with the bias. The activation is fp32 and
+// rounded once, as on the portable path (GptOssExperts of modeling_gpt_oss.py, Qwen3MoeExperts of
 // modeling_qwen3_moe.py). The roles and the ring are those of DeepGEMM's sm90 kernels, the gather
 // in the load is SonicMoE's (arXiv 2512.14080).
 #include <algorithm>
 
 #include "common/async_copy.cuh"
 #include "common/early_launch.cuh"
-#include "common/hopper.cuh"
+#include "common/sm90a.cuh"
 #include "moe_experts/grouped_gemm_sm90a.h"
 
 namespace llmexport {
@@ -23,7 +23,7 @@ namespace {
 constexpr int kChunk = 8;  // elements of one copy
 constexpr int kMultiplyingWarps = kGroupedMultiplying / kWarp;
 constexpr int kLoadingWarps = kWarpgroup / kWarp;
-// In the mean the 168 of a thread that a block of 384 may have; 128 are sums.
+// Their mean is 168: a thread of a block of 384 may have no more. Sums take 128.
 constexpr int kMultiplyingRegisters = 224, kLoadingRegisters = 56;
 // Stages whose copies are under way before the loader waits for the oldest.
 constexpr int kCopiesAhead = kGroupedStages - 2;
@@ -46,11 +46,11 @@ struct Ring {
   __device__ __forceinline__ void waitEmpty(unsigned step) const {
     waitBarrier(empty[place(step)], int((step / kGroupedStages + 1) & 1));
   }
-  // By a warp, whose lanes are all done.
+  // Called by a warp whose lanes are all done.
   __device__ __forceinline__ void release(unsigned step) const {
     if (threadIdx.x % kWarp == 0) arrive(empty[place(step)]);
   }
-  // By a warp of loaders: its copies of this step are there, and wgmma may see them.
+  // Called by a warp of loaders whose copies of this step have arrived: wgmma may see them.
   __device__ __forceinline__ void publish(unsigned step) const {
     fenceProxyAsync();
     __syncwarp();
@@ -80,7 +80,7 @@ __device__ __forceinline__ void loadTiles(Projection const& p, Routing const& ro
   T const* const input = static_cast<T const*>(p.input);
   unsigned step = 0;
   forEachShare(routing, works, columnTiles, [&](GroupedShare const& share) {
-    int rows[kCount];  // of the input, -1 past the last; first loaded, all at once
+    int rows[kCount];  // of the input, -1 past the last; all are loaded before one is used
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       int const row = thread / kPerRow + i * kApart;
@@ -166,8 +166,8 @@ __device__ __forceinline__ float sumWithBias(Projection const& p, GroupedShare c
   return rounded<T>(rounded<T>(sum) + bias);
 }
 
-// 32 columns of the output at a time, of which each of four lanes writes 8: few values are under
-// way beside the sums.
+// Writes 32 columns of the output at a time, 8 by each of four lanes: few values are live beside
+// the sums.
 template <class T, TileColumns kKind>
 __device__ __forceinline__ void writeTile(Projection const& p, Routing const& routing,
                                           GroupedShare const& share, GroupedSums const& sums) {
@@ -187,7 +187,7 @@ __device__ __forceinline__ void writeTile(Projection const& p, Routing const& ro
       float values[8], ups[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        // Of pairs, groups of 8 columns of the tile are 4 of the output, one in each lane.
+        // With kPairs 8 columns of the tile are 4 of the output, one in each lane.
         int const group = kPairs ? first / 4 + i : first / 8 + i / 2;
         int const sum = group * 4 + half * 2 + (kPairs ? 0 : i % 2);
         int const at = group * 8 + lane * 2 + (kPairs ? 0 : i % 2);
@@ -238,7 +238,7 @@ __device__ __forceinline__ void multiplyTiles(Projection const& p, Routing const
     }
     GroupedSums sums;
     int k = 0;
-    // With a way round the loop ptxas lets each wgmma wait for the one before.
+    // A branch around the loop would make ptxas let each wgmma wait for the one before.
 #pragma unroll 1
     do {
       ring.waitFull(step);
@@ -253,7 +253,7 @@ __device__ __forceinline__ void multiplyTiles(Projection const& p, Routing const
         wgmma<T, kTransposed>(sums, rows + i * kMajorStep, columns + i * kWeightStep, k + i > 0);
       }
       commitWgmma();
-      // The step before is done with its stage, in all lanes alike; this one may go on.
+      // The step before is done with its stage, in all lanes alike; this step may still run.
       waitWgmma<1>();
       if (k > 0) ring.release(step - 1);
       k += kGroupedDepth;

@@ -1,9 +1,9 @@
-// The projections by wgmma and TMA: which ones, in which tiles, and their launcher, which is there
+// Projections by wgmma and TMA: those that they take, their tiles, and their launcher, which exists
 // if LLMEXPORT_SM90A is defined.
 #pragma once
 
 #include "common/device.h"
-#include "common/hopper.h"
+#include "common/sm90a.h"
 #include "moe_experts/projection.cuh"
 
 namespace llmexport {
@@ -19,15 +19,16 @@ constexpr int kGroupedSharedBytes = kGroupedStages * kGroupedStageBytes;
 
 // Whether the kernels take these projections: the portable path would be on tensor cores (16 bits,
 // whole vectors, aligned) with the same row tiles, sorted, and weights need no conversion.
-inline bool groupedGemmServes(MoeExpertsPlan const& plan, Dtype dtype, std::optional<Dtype> stored,
+inline bool groupedGemmServes(MoeExpertsPlan const& plan, Dtype dtype, Stored stored,
                               Device const& device) {
-  constexpr int kHopper = 90;
-  return device.capability == kHopper && plan.onTensorCores && plan.sorted &&
-         plan.tileRows == kGroupedRows && stored == dtype;
+  constexpr int kSm90 = 90;
+  return device.capability == kSm90 && plan.onTensorCores && plan.sorted &&
+         plan.tileRows == kGroupedRows && stored == storedAs(dtype);
 }
 
-// How the columns of a tile are those of the weights. kHalves: gates first, then their ups, which
-// interleaved rows are not (TMA tells them apart) and interleaved columns are: those are kPairs.
+// The order of the columns of a tile. kHalves has gates first, then their ups: TMA also reads
+// interleaved rows in that order. It cannot do so with interleaved columns: kPairs has each gate
+// beside its up.
 enum class TileColumns { kPlain, kHalves, kPairs };
 
 // Columns of the output that a tile has.
@@ -38,9 +39,9 @@ constexpr int kOutputColumns = kKind == TileColumns::kPlain ? kGroupedColumns : 
 template <bool kTransposed>
 constexpr int kBoxColumns = kTransposed ? kSwizzleElements : kGroupedColumns / 2;
 
-// The weights as TMA reads them, [experts, halves, columns, depth], [experts, columns, halves,
-// depth] of interleaved rows or, transposed, [experts, depth, halves, columns], the last first;
-// where halves are not told apart there is one.
+// The weights as TMA reads them: [experts, halves, columns, depth]; [experts, columns, halves,
+// depth] if rows are interleaved; [experts, depth, halves, columns] if transposed. TiledTensor has
+// the last dimension first. Without kHalves there is one half.
 inline TiledTensor groupedWeights(Projection const& p, TileColumns kind, bool transposed,
                                   int experts) {
   int64_t const depth = p.depth, width = p.width();
@@ -79,8 +80,8 @@ __host__ __device__ constexpr WeightBox weightBox(TileColumns kind, bool interle
   return halves && interleaved ? WeightBox{k, half, column} : WeightBox{k, column, half};
 }
 
-// What piece `work` of all tiles is: rows at [first, first + rows) of the order, and a tile of
-// columns. Rows first, so that those who share weights work side by side.
+// Piece `work` of all tiles: rows [first, first + rows) of the order, and a tile of columns. Pieces
+// count rows first, so that blocks which share weights work side by side.
 struct GroupedShare {
   int expert, first, rows, columnTile;
 };
@@ -93,7 +94,7 @@ __host__ __device__ inline GroupedShare groupedShare(RowTile const& tile, int64_
   return {tile.expert, first, rows, local / rowTiles};
 }
 
-// Of a sorted routing; `rowTiles` is the length of its list of tiles.
+// `routing` is sorted, and `rowTiles` is the length of its list of tiles.
 template <class T>
 cudaError_t launchGroupedGemm(Projection const& p, bool transposed, Routing const& routing,
                               int64_t rowTiles, Device const& device, cudaStream_t stream);

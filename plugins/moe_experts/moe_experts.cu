@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/refuse.h"
 #include "moe_experts/combine.cuh"
 #include "moe_experts/grouped_gemm_sm90a.h"
 #include "moe_experts/moe_experts.h"
@@ -11,8 +12,11 @@
 namespace llmexport {
 namespace {
 
-// Of shared memory: what CUDA keeps of each block, and that with what a block of a projection has
-// beside its dynamic.
+// A pair, and the end of a run of pairs, are an int.
+constexpr int64_t kMostPairs = int64_t(1) << 30;
+
+// Shared memory that a block takes besides its dynamic part: the 1 KiB that CUDA keeps; with the
+// static arrays of a projection, at most 3 KiB.
 constexpr size_t kSharedKept = 1024, kSharedBeside = 3 * 1024;
 
 struct Tile {
@@ -32,7 +36,7 @@ Tile tileOf(MoeExpertsSizes const& sizes) {
           Layout::sharedBytes(int(sizes.intermediate))};
 }
 
-// For few rows if an expert has few where all pairs are spread over all experts.
+// The tile of few rows if an expert would get no more than that, with the pairs spread evenly.
 template <class W>
 Tile tileFor(MoeExpertsSizes const& sizes) {
   using Few = typename Tiles<W>::Few;
@@ -42,7 +46,7 @@ Tile tileFor(MoeExpertsSizes const& sizes) {
 
 constexpr Tile kScalarTile{kScalarRows, 2 * kScalarColumns, kScalarThreads, 0, 0, 0};
 
-// Row tiles at most: each expert with pairs has one that need not be full.
+// An upper bound of the row tiles: each expert with pairs has one that need not be full.
 int64_t mostRowTiles(MoeExpertsSizes const& sizes, int tileRows) {
   int64_t const chosen = std::min(sizes.experts, sizes.pairs());
   return chosen + (sizes.pairs() - chosen) / tileRows;
@@ -54,28 +58,47 @@ LaunchPlan blocks(int64_t count, int threads, size_t sharedBytes) {
   return {dim3(unsigned(count)), dim3(unsigned(threads)), sharedBytes};
 }
 
-// A block a share or, where blocks take share after share, so many as run at a time.
+// There is a block for each share or, where blocks take share after share, for as many as run at a
+// time.
 LaunchPlan blocksOf(Tile const& tile, int64_t shares, size_t sharedBytes, Device const& device) {
   if (tile.resident == 0) return blocks(shares, tile.threads, sharedBytes);
-  // An SM has what one block may have and what CUDA keeps of that one.
+  // An SM has the bytes that one block may have and those that CUDA keeps of it.
   size_t const fit = (device.sharedBytes + kSharedKept) / (sharedBytes + kSharedBeside);
   int64_t const resident = std::clamp<int64_t>(int64_t(fit), 1, tile.resident);
   return blocks(std::min(shares, resident * device.processors), tile.threads, sharedBytes);
 }
 
-}  // namespace
-
-// With the smallest tiles, which are the most, and a block of `combine` as narrow as can be.
-int64_t moeExpertsMostBlocks(MoeExpertsSizes const& sizes) {
+// An upper bound of the blocks of any launch and of the shares of a projection: it counts the
+// smallest tiles, and the narrowest blocks of `combine`.
+int64_t mostBlocks(MoeExpertsSizes const& sizes) {
   int64_t const columns = std::max(sizes.hidden, 2 * sizes.intermediate);
   return std::max(sizes.pairs() * ceilDiv(sizes.hidden, kCombineThreads),
                   mostRowTiles(sizes, kScalarTile.rows) * ceilDiv(columns, kScalarTile.columns));
 }
 
+}  // namespace
+
+bool moeExpertsServes(MoeExpertsSizes const& s, MoeExpertsAttributes const& attributes,
+                      Stored stored) {
+  if (s.experts > kMoeMaxExperts) {
+    return refuse("MoeExperts: E = %lld experts, the kernels sort %d", (long long)s.experts,
+                  kMoeMaxExperts);
+  }
+  if (!isAtMost("MoeExperts", "BTK", {s.tokens, s.slots}, kMostPairs)) return false;
+  bool const known = std::min({s.tokens, s.slots, s.experts, s.hidden, s.intermediate}) >= 0;
+  int64_t const all = known ? mostBlocks(s) : 0;
+  if (all > kMaxGridX) {
+    return refuse("MoeExperts: %lld pairs of C = %lld columns take %lld blocks, a grid holds %lld",
+                  (long long)s.pairs(), (long long)s.hidden, (long long)all, (long long)kMaxGridX);
+  }
+  bool const refused = stored == Stored::kMxfp4 && attributes.transposed;
+  return !refused || refuse("MoeExperts: MXFP4 weights are never transposed");
+}
+
 MoeExpertsWorkspace moeExpertsWorkspace(MoeExpertsSizes const& sizes, Dtype dtype) {
   size_t const pairs = size_t(sizes.pairs());
   bool const sorted = pairs > kUnsortedPairs;
-  // The smallest tiles are the most.
+  // There are the most tiles where they are smallest.
   int const tileRows = std::min({kScalarRows, Tiles<Half>::Few::kRows, Tiles<Mxfp4>::Few::kRows});
   size_t const tiles = sorted ? size_t(mostRowTiles(sizes, tileRows)) : 0;
   MoeExpertsWorkspace parts{};
@@ -86,15 +109,14 @@ MoeExpertsWorkspace moeExpertsWorkspace(MoeExpertsSizes const& sizes, Dtype dtyp
   return parts;
 }
 
-MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype,
-                              std::optional<Dtype> stored, bool pointersAligned,
-                              Device const& device) {
+MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype, Stored stored,
+                              bool pointersAligned, Device const& device) {
   MoeExpertsPlan plan{};
   bool const vectors =
       pointersAligned && sizes.hidden % kChunk == 0 && sizes.intermediate % kChunk == 0;
-  Tile const fast = stored ? tileFor<Half>(sizes) : tileFor<Mxfp4>(sizes);
+  Tile const fast = stored == Stored::kMxfp4 ? tileFor<Mxfp4>(sizes) : tileFor<Half>(sizes);
   plan.onTensorCores =
-      vectors && dtype != Dtype::kFloat32 && stored != Dtype::kFloat32 &&
+      vectors && dtype != Dtype::kFloat32 && stored != Stored::kFloat32 &&
       std::max(fast.sharedUp, fast.sharedDown) + kSharedBeside <= kLeastSharedBytes;
   Tile const tile = plan.onTensorCores ? fast : kScalarTile;
   plan.sorted = sizes.pairs() > kUnsortedPairs;
@@ -117,13 +139,11 @@ namespace {
 struct Arguments {
   MoeExpertsSizes const& sizes;
   MoeExpertsAttributes const& attributes;
-  MoeExpertsInputs const& inputs;
+  MoeExpertsTensors const& tensors;
   MoeExpertsPlan const& plan;
   Dtype dtype;
-  std::optional<Dtype> stored;
-  Device const& device;
   unsigned char* workspace;
-  void* y;
+  Device const& device;
   cudaStream_t stream;
 };
 
@@ -131,18 +151,16 @@ template <class T>
 cudaError_t scaleInput(Arguments const& a, T* scaled) {
   auto const kernel =
       a.plan.width > 1 ? scaleInputKernel<T, kFullWidth<T>> : scaleInputKernel<T, 1>;
-  return launch(kernel, a.plan.scale, a.stream, static_cast<T const*>(a.inputs.x),
-                static_cast<T const*>(a.inputs.weights), scaled, int(a.sizes.slots),
-                int(a.sizes.hidden), a.plan.rowBlocks);
+  return launch(kernel, a.plan.scale, a.stream, typed<T>(a.tensors.x), typed<T>(a.tensors.weights),
+                scaled, int(a.sizes.slots), int(a.sizes.hidden), a.plan.rowBlocks);
 }
 
 template <class T>
 cudaError_t combine(Arguments const& a, Routing const& routing, T const* outputs) {
   auto const kernel = a.plan.width > 1 ? combineKernel<T, kFullWidth<T>> : combineKernel<T, 1>;
-  auto const* const weights =
-      a.attributes.scaleInput ? nullptr : static_cast<T const*>(a.inputs.weights);
+  auto const* const weights = a.attributes.scaleInput ? nullptr : typed<T>(a.tensors.weights);
   return launchEarly(kernel, a.plan.combine, a.stream, outputs, weights, routing,
-                     static_cast<T*>(a.y), int(a.sizes.slots), int(a.sizes.hidden),
+                     typed<T>(a.tensors.y), int(a.sizes.slots), int(a.sizes.hidden),
                      a.plan.rowBlocks);
 }
 
@@ -155,12 +173,12 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
                              unsigned(a.plan.rowTiles * columnTiles),
                              a.attributes.transposed,
                              p.gated && !a.plan.sorted && !a.attributes.scaleInput,
-                             a.stored,
+                             a.tensors.stored,
                              a.stream};
   if (a.plan.onTensorCores) {
     if constexpr (sizeof(T) == 2) {
 #ifdef LLMEXPORT_SM90A
-      if (groupedGemmServes(a.plan, a.dtype, a.stored, a.device) && asksForSm90a()) {
+      if (groupedGemmServes(a.plan, a.dtype, a.tensors.stored, a.device) && asksForSm90a()) {
         return launchGroupedGemm<T>(p, a.attributes.transposed, routing, a.plan.rowTiles, a.device,
                                     a.stream);
       }
@@ -171,7 +189,7 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
   return launchScalar<T>(how, p, routing);
 }
 
-// All launches, each of which needs what the one before wrote.
+// All launches; each reads the results of the one before.
 template <class T>
 cudaError_t run(Arguments const& a) {
   MoeExpertsWorkspace const parts = moeExpertsWorkspace(a.sizes, a.dtype);
@@ -179,7 +197,7 @@ cudaError_t run(Arguments const& a) {
   T* const outputs = reinterpret_cast<T*>(a.workspace + parts.outputs);
   int* const order = reinterpret_cast<int*>(a.workspace + parts.order);
   auto* const tiles = reinterpret_cast<RowTile*>(a.workspace + parts.tiles);
-  Routing routing{a.inputs.experts, int(a.sizes.pairs()), int(a.sizes.experts), nullptr, nullptr};
+  Routing routing{a.tensors.experts, int(a.sizes.pairs()), int(a.sizes.experts), nullptr, nullptr};
   cudaError_t error = cudaSuccess;
   if (a.attributes.scaleInput) error = scaleInput(a, outputs);
   if (error == cudaSuccess && a.plan.sorted) {
@@ -193,11 +211,11 @@ cudaError_t run(Arguments const& a) {
   }
   MoeExpertsAttributes const& is = a.attributes;
   int const hidden = int(a.sizes.hidden), intermediate = int(a.sizes.intermediate);
-  Projection const up{is.scaleInput ? outputs : a.inputs.x,
+  Projection const up{is.scaleInput ? outputs : a.tensors.x,
                       is.scaleInput ? 1 : int(a.sizes.slots),
-                      a.inputs.gateUp,
-                      a.inputs.gateUpScales,
-                      a.inputs.gateUpBias,
+                      a.tensors.gateUp,
+                      a.tensors.gateUpScales,
+                      a.tensors.gateUpBias,
                       gated,
                       hidden,
                       intermediate,
@@ -209,9 +227,9 @@ cudaError_t run(Arguments const& a) {
   Projection down = up;
   down.input = gated;
   down.pairsPerRow = 1;
-  down.weights = a.inputs.down;
-  down.scales = a.inputs.downScales;
-  down.bias = a.inputs.downBias;
+  down.weights = a.tensors.down;
+  down.scales = a.tensors.downScales;
+  down.bias = a.tensors.downBias;
   down.output = outputs;
   std::swap(down.depth, down.columns);
   down.gated = false;
@@ -222,20 +240,15 @@ cudaError_t run(Arguments const& a) {
 
 }  // namespace
 
-cudaError_t moeExperts(Dtype dtype, std::optional<Dtype> stored, MoeExpertsSizes const& sizes,
-                       MoeExpertsAttributes const& attributes, MoeExpertsInputs const& inputs,
-                       void* y, void* workspace, Device const& device, cudaStream_t stream) {
-  if (sizes.tokens * sizes.hidden == 0) return cudaSuccess;
-  if (sizes.pairs() > kMoeMaxPairs || sizes.experts > kMoeMaxExperts ||
-      moeExpertsMostBlocks(sizes) > kMaxGridX || (!stored && attributes.transposed)) {
-    return cudaErrorInvalidValue;
-  }
-  bool const isAligned = aligned({inputs.x, inputs.gateUp, inputs.down, y, workspace});
-  MoeExpertsPlan const plan = moeExpertsPlan(sizes, dtype, stored, isAligned, device);
-  Arguments const arguments{sizes, attributes, inputs, plan,
-                            dtype, stored,     device, static_cast<unsigned char*>(workspace),
-                            y,     stream};
-  return withType(dtype, [&](auto type) { return run<typename decltype(type)::type>(arguments); });
+cudaError_t moeExperts(Dtype dtype, MoeExpertsSizes const& s,
+                       MoeExpertsAttributes const& attributes, MoeExpertsTensors const& t,
+                       void* workspace, Device const& device, cudaStream_t stream) {
+  if (!moeExpertsServes(s, attributes, t.stored)) return cudaErrorInvalidValue;
+  if (s.tokens * s.hidden == 0) return cudaSuccess;
+  bool const isAligned = aligned({t.x, t.gateUp, t.down, t.y, workspace});
+  MoeExpertsPlan const plan = moeExpertsPlan(s, dtype, t.stored, isAligned, device);
+  Arguments const a{s, attributes, t, plan, dtype, typed<unsigned char>(workspace), device, stream};
+  return withType(dtype, [&](auto type) { return run<typename decltype(type)::type>(a); });
 }
 
 }  // namespace llmexport

@@ -24,14 +24,15 @@ __device__ __forceinline__ float mxfp4Scale(int scale) {
 
 // The value of a code from 0 to 15, exactly.
 __device__ __forceinline__ float mxfp4Value(uint32_t code) {
-  // Its bits where fp32 has the last ones of its exponent and the first of its mantissa.
+  // The code's bits, put where fp32 has the last bits of its exponent and the first of its
+  // mantissa.
   float const tiny = bitsAs<float>((code & 7) << 22 | (code & 8) << 28);
   return tiny * 0x1p126f;
 }
 
-// Where a 16-bit float has sign, exponent and mantissa, and for which scales a value's bits, put
-// where the type has the last ones of its exponent and the first of its mantissa, become the value
-// by one multiplication with a normal power of two.
+// The layout of a 16-bit float, and the scales kLeast to kMost for which one multiplication with a
+// normal power of two is enough: it makes the value of a code's bits, put where the type has the
+// last bits of its exponent and the first of its mantissa.
 template <class T>
 struct Mxfp4Bits;
 template <>
@@ -54,7 +55,7 @@ __device__ __forceinline__ uint32_t shiftedLeft(uint32_t x) {
   }
 }
 
-// Values i and i + 4 of a word of eight, the first in the low nibble, as a pair of T, unscaled.
+// Values i and i + 4 of a word of eight, whose low nibble is value 0, as a pair of T, unscaled.
 template <class T, int i>
 __device__ __forceinline__ uint32_t mxfp4Bits(uint32_t word) {
   constexpr int kAt = Mxfp4Bits<T>::kMantissa - 1;
@@ -68,9 +69,10 @@ __device__ __forceinline__ uint32_t mxfp4Product(uint32_t word, uint32_t multipl
   return bitsAs<uint32_t>(__hmul2(bitsAs<Pair>(mxfp4Bits<T, i>(word)), bitsAs<Pair>(multiplier)));
 }
 
-// The eight values of a word, scaled and rounded to T: values i and i + 4 are pair i. Two bits of
-// mantissa times a power of two are exact in bf16 and, but for what fp16 cannot reach, in fp16; so
-// _convert_moe_packed_tensors of transformers' integrations/mxfp4.py gives the same in bf16.
+// Decodes the eight values of a word, scaled and rounded to T: values i and i + 4 are pair i. Two
+// bits of mantissa times a power of two are exact in bf16, and in fp16 within its range;
+// _convert_moe_packed_tensors of transformers' integrations/mxfp4.py therefore gives the same in
+// bf16.
 template <class T>
 __device__ __forceinline__ void decodeMxfp4(uint32_t (&pairs)[4], uint32_t word, int scale) {
   using Bits = Mxfp4Bits<T>;

@@ -1,5 +1,5 @@
-// What the two projections of an expert share, on tensor cores and without: their parts, and what
-// follows the multiplication.
+// The two projections of an expert, on tensor cores and without: their operands, and the bias and
+// the activation that follow the product.
 #pragma once
 
 #include "common/element.cuh"
@@ -11,7 +11,26 @@ namespace llmexport {
 // The type of packed MXFP4 weights.
 struct Mxfp4 {};
 
-// input times weights of each pair's expert; up to the gated activation if `gated`, down if not.
+// Calls `function` with Type<W>{} of the C++ type of weights in this form.
+template <class F>
+cudaError_t withStored(Stored stored, F function) {
+  switch (stored) {
+    case Stored::kFloat32:
+      return function(Type<float>{});
+    case Stored::kFloat16:
+      return function(Type<Half>{});
+    case Stored::kBfloat16:
+      return function(Type<Bfloat16>{});
+    case Stored::kMxfp4:
+      return function(Type<Mxfp4>{});
+    case Stored::kNone:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+// The product of each pair's input and its expert's weights: up to the gated activation if `gated`,
+// down if not.
 struct Projection {
   void const* input;  // [.., depth]; pair / pairsPerRow is a pair's row
   int pairsPerRow;
@@ -31,13 +50,14 @@ struct Projection {
 struct ProjectionLaunch {
   LaunchPlan plan;
   int columnTiles, tileRows;
-  unsigned shares;           // row tiles times column tiles
-  bool transposed, isFirst;  // of the chain of launches
-  std::optional<Dtype> stored;
+  unsigned shares;  // row tiles times column tiles
+  bool transposed;  // the weights
+  bool isFirst;     // of the chain of launches
+  Stored stored;
   cudaStream_t stream;
 };
 
-// As torch rounds it: the product to T, then its sum with the bias.
+// The product rounded to T, and then its sum with the bias, as torch rounds them.
 template <class T>
 __device__ __forceinline__ float withBias(float product, T const* bias, int column) {
   float const value = rounded<T>(product);

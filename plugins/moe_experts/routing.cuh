@@ -1,4 +1,5 @@
-// Which pairs a block of a projection takes: pairs of one expert, found without the host.
+// The pairs that a block of a projection takes: they have one expert, and are found without the
+// host.
 #pragma once
 
 #include "common/gpu.cuh"
@@ -7,15 +8,15 @@
 namespace llmexport {
 
 constexpr unsigned kAllLanes = ~0u;
-// So few pairs are one read and one match of a warp: every block does that rather than wait for a
-// sort.
+// Up to this many pairs take a warp one read and one match: every block does that rather than wait
+// for a sort.
 constexpr int kUnsortedPairs = kWarp;
 
-// A part of an expert's pairs: those at [firstRow, endRow) of the order from the tile's own place
-// on. No expert: -1.
+// A tile of an expert's pairs: tile i of the list is number i - firstTile of its expert. The expert
+// is -1 if there is none.
 struct alignas(16) RowTile {
-  int expert, firstTile;  // the expert's first
-  int firstRow, endRow;   // of all the expert's tiles
+  int expert, firstTile;
+  int firstRow, endRow;  // the places in `order` of all pairs of the expert
 };
 
 struct Routing {
@@ -25,7 +26,8 @@ struct Routing {
   RowTile const* tiles;  // null if not sorted
 };
 
-// What a block takes of a projection: rows of one expert, and a tile of columns. No expert: -1.
+// A block's part of a projection: rows of one expert, and a tile of columns. The expert is -1 if
+// there is none.
 struct Share {
   int expert = -1, rows = 0, columnTile = 0;
 };
@@ -38,13 +40,15 @@ __device__ __forceinline__ int expertOf(Routing const& routing, int pair) {
   return unsigned(expert) < unsigned(routing.expertCount) ? expert : -1;
 }
 
-// Rows first: those who share a tile of weights are at work side by side. In bands, so that the
-// rows that they read again for the next columns are still in the L2 cache.
+// Shares count through rows first, so that blocks which share a tile of weights work side by side.
+// They do so within bands of rows, so that rows which are read again for the next columns are still
+// in the L2 cache.
 template <int kRows>
 __device__ __forceinline__ Share findSorted(Routing const& routing, unsigned at, int columnTiles,
                                             int (&pairs)[kRows]) {
   constexpr int kBand = 16;  // row tiles; of 128 rows by 4096 of 16 bits they are 16 MB
-  // A projection may read these before its own wait, while another kernel ends: not from an L1.
+  // A projection may read tiles before its own wait, while another kernel ends: the L1 may be
+  // stale.
   int4 const read = __ldcg(reinterpret_cast<int4 const*>(routing.tiles) + at / columnTiles);
   RowTile const tile{read.x, read.y, read.z, read.w};
   if (tile.expert < 0) return {};
@@ -59,8 +63,8 @@ __device__ __forceinline__ Share findSorted(Routing const& routing, unsigned at,
   return {tile.expert, rows, within / height};
 }
 
-// Of at most kUnsortedPairs pairs. In every expert's list of pairs the 1st, the (kRows + 1)th ...
-// lead a tile; share `at` is of the tile of leader at / columnTiles.
+// Finds a share among at most kUnsortedPairs pairs. In every expert's list of pairs the 1st, the
+// (kRows + 1)th ... lead a tile; share `at` belongs to the tile of leader at / columnTiles.
 template <int kRows>
 __device__ __forceinline__ Share findUnsorted(Routing const& routing, unsigned at, int columnTiles,
                                               int (&pairs)[kRows]) {
@@ -85,7 +89,7 @@ __device__ __forceinline__ Share findUnsorted(Routing const& routing, unsigned a
   return {mine, rows, int(at) % columnTiles};
 }
 
-// Share `at`; its pairs are in `pairs` for all threads. After one of no expert come no others.
+// Share `at`; all threads see its pairs in `pairs`. No share follows one that has no expert.
 template <int kRows>
 __device__ __forceinline__ Share findShare(Routing const& routing, unsigned at, int columnTiles,
                                            int (&pairs)[kRows]) {

@@ -1,4 +1,5 @@
-// A projection without tensor cores: fp32, and sizes and addresses that 16-byte copies do not fit.
+// A projection without tensor cores, for fp32 and for sizes and addresses that 16-byte copies do
+// not fit.
 #pragma once
 
 #include "common/early_launch.cuh"
@@ -7,7 +8,8 @@
 
 namespace llmexport {
 
-constexpr int kScalarRows = 16, kScalarColumns = 16;  // of two columns each: gate and up, if gated
+// A tile has kScalarColumns pairs of columns: a gate and an up, if gated.
+constexpr int kScalarRows = 16, kScalarColumns = 16;
 constexpr int kScalarDepth = 32;
 constexpr int kScalarThreads = kScalarRows * kScalarColumns;
 
@@ -28,8 +30,9 @@ __device__ __forceinline__ float weightOf(Projection const& p, bool transposed, 
 }
 
 // Block b takes the share that findShare gives it: kScalarRows rows of one expert by kScalarColumns
-// columns, each a gate and an up, or two columns kScalarColumns apart. A thread adds up both of one
-// row: by fma in fp32, in order of depth. Rounds to T where tensorCoreProjectionKernel does.
+// pairs of columns, each a gate and an up, or two columns kScalarColumns apart. A thread adds up a
+// pair for one row, by fma in fp32, in order of depth. Rounds to T where tensorCoreProjectionKernel
+// does.
 template <class T, class W>
 __global__ void __launch_bounds__(kScalarThreads)
     scalarProjectionKernel(Projection p, Routing routing, int columnTiles, bool transposed) {
@@ -60,7 +63,7 @@ __global__ void __launch_bounds__(kScalarThreads)
           valid ? toFloat(input[int64_t(pairs[r] / p.pairsPerRow) * p.depth + k]) : 0.0f;
     }
     for (int i = threadIdx.x; i < 2 * kScalarColumns * kScalarDepth; i += kScalarThreads) {
-      // Threads side by side read what lies side by side.
+      // Neighbouring threads read neighbouring elements.
       int const c = transposed ? i % (2 * kScalarColumns) : i / kScalarDepth;
       int const within = transposed ? i / (2 * kScalarColumns) : i % kScalarDepth;
       int const column = columnOf(c % kScalarColumns, c / kScalarColumns), k = first + within;
@@ -105,8 +108,7 @@ cudaError_t launchScalarTiles(ProjectionLaunch const& how, Projection const& p,
 
 template <class T>
 cudaError_t launchScalar(ProjectionLaunch const& how, Projection const& p, Routing const& routing) {
-  if (!how.stored) return launchScalarTiles<T, Mxfp4>(how, p, routing);
-  return withType(*how.stored, [&](auto type) {
+  return withStored(how.stored, [&](auto type) {
     return launchScalarTiles<T, typename decltype(type)::type>(how, p, routing);
   });
 }

@@ -11,7 +11,7 @@ constexpr int kSortThreads = 1024;
 constexpr int kSortWarps = kSortThreads / kWarp;
 constexpr int kSortBatch = 8;  // reads that a thread has under way
 
-// Calls take(pair, its expert or -1, lanes whose pairs have the same) for the pairs of one warp.
+// Calls take(pair, its expert or -1, lanes whose pairs have the same one) for one warp's pairs.
 template <class F>
 __device__ __forceinline__ void takeRun(Routing const& routing, F take) {
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -49,10 +49,11 @@ __device__ __forceinline__ uint64_t sumBefore(uint64_t value) {
   return before + sum - value;
 }
 
-// One block. Every warp takes a run of pairs and counts them by expert; from the counts follows
-// where the pairs of an expert and a warp go in `order`, which keeps their order within an expert.
-// Then the list of row tiles, filled up with tiles of no expert to `rowTiles`, which suffices for
-// any routing. Integers alone; no result depends on the order of threads.
+// Grid: one block. Every warp takes a run of pairs and counts them by expert; the counts give the
+// place in `order` of each warp's pairs of an expert, so that an expert's pairs keep their order.
+// Then the block lists the row tiles, and fills the list up with tiles of no expert to `rowTiles`,
+// which suffices for any routing. All sums are of integers; no result depends on the order of
+// threads.
 __global__ void __launch_bounds__(kSortThreads)
     sortPairsKernel(Routing routing, int tileRows, int rowTiles, int* order, RowTile* tiles) {
   letNextStart();
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kSortThreads)
       rows += ofWarp;
     }
   }
-  // Two sums at once, of rows and of tiles.
+  // One sum carries two: tiles in its upper half, rows in its lower.
   uint64_t const before = sumBefore(uint64_t(ceilDiv(rows, tileRows)) << 32 | unsigned(rows));
   if (thread <= count) {
     firstRow[thread] = int(before & 0xFFFFFFFFu);
@@ -85,7 +86,8 @@ __global__ void __launch_bounds__(kSortThreads)
   }
   __syncthreads();
   for (int tile = thread; tile < rowTiles; tile += kSortThreads) {
-    // The last expert that begins at or before it; one without pairs ends where it begins.
+    // Finds the last expert that begins at or before the tile; one without pairs ends where it
+    // begins.
     int low = 0, high = count;
     while (high - low > 1) {
       int const middle = (low + high) / 2;

@@ -1,8 +1,8 @@
 // A projection by mma.sync, for fp16 and bf16.
 //
 // A block multiplies up to kRows rows of one expert by kColumns columns of its weights. Both come
-// through a ring of stages in shared memory, each kDepth deep, and weights stay in it as they are
-// stored: transposed ones are turned by ldmatrix, other types converted in registers.
+// through a ring of stages in shared memory, each kDepth deep. Weights lie there as they are
+// stored: ldmatrix transposes them if need be, and other types are converted in registers.
 #pragma once
 
 #include "common/early_launch.cuh"
@@ -36,13 +36,13 @@ __device__ __forceinline__ void multiply(Sums<S>& sums, T const* input, W const*
   constexpr int kWeightChunks = (kTransposed ? S::kColumns : S::kDepth) / kChunk;
   static_assert(kInputChunks == 8);
   int const lane = threadIdx.x % kWarp;
-  // Of a row's 8 chunks, one n further on lies where the place of the first differs by n in its
-  // last bits.
+  // In a row of 8 chunks, the place of the one n further on is that of the first with n XORed into
+  // it.
   int inputAt = chunkAt<kInputChunks>(warpRow + lane % 16, lane / 16);
   int weightAt = kTransposed
                      ? chunkAt<kWeightChunks>(lane % 16, warpColumn / kChunk + lane / 16)
                      : chunkAt<kWeightChunks>(warpColumn + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-// With all four at once the compiler reads so far ahead that registers spill.
+// Unrolled by all four, the compiler reads so far ahead that registers spill.
 #pragma unroll 2
   for (int k = 0; k < S::kDepth; k += kMmaDepth) {
     keepInLoop(inputAt);
@@ -73,8 +73,8 @@ __device__ __forceinline__ void multiply(Sums<S>& sums, T const* input, W const*
   }
 }
 
-// The order of k in a block of MXFP4 is ours to choose: a thread takes 8 that follow each other, a
-// word of weights, and pairs them i with i + 4, as decodeMxfp4 gives them.
+// The same for MXFP4. A sum may take the k of a block in any order: a thread takes 8 that follow
+// each other, a word of weights, and pairs i with i + 4, as decodeMxfp4 gives them.
 template <class T, class S>
 __device__ __forceinline__ void multiplyMxfp4(Sums<S>& sums, T const* input,
                                               unsigned char const* weights,
@@ -104,7 +104,7 @@ __device__ __forceinline__ void multiplyMxfp4(Sums<S>& sums, T const* input,
         int const at =
             (inputAt ^ block * kWordsPerBlock) + (i * kMmaRows + half * 8) * kInputChunks;
         in[half] = load<4>(reinterpret_cast<uint32_t const*>(input + at * kChunk));
-        // Values 0 and 4, 1 and 5, then 2 and 6, 3 and 7.
+        // Pairs values 0 and 4, 1 and 5, then 2 and 6, 3 and 7.
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           uint32_t const low = in[half].at[e], high = in[half].at[e + 2];
@@ -125,12 +125,12 @@ __device__ __forceinline__ void multiplyMxfp4(Sums<S>& sums, T const* input,
 }
 
 // Rounds the sums into a tile in shared memory, and from there writes rows of the output: products
-// and bias as they are, or what the activation makes of gates and ups.
+// with their bias or, if gated, the activation of gates and ups.
 template <class T, class S>
 __device__ __forceinline__ void finish(Projection const& p, Share const& share,
                                        int const (&pairs)[S::kRows], Sums<S> const& sums, T* tile,
                                        int warpRow, int warpColumn, bool adjacent) {
-  // One chunk more, so that 8 rows begin in different banks.
+  // Rows lie one chunk further apart, so that 8 of them begin in different banks.
   constexpr int kPitch = S::kColumns + kChunk;
   int const lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -146,7 +146,7 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
     }
   }
   __syncthreads();
-  // A thread takes two chunks, which have a chunk of gates and the ups that belong to them.
+  // A thread takes two chunks, which if gated hold 8 gates and the ups that belong to them.
   constexpr int kTwo = 2 * kChunk, kPerRow = S::kColumns / kTwo;
   T const* const bias =
       p.bias ? static_cast<T const*>(p.bias) + int64_t(share.expert) * p.width() : nullptr;
@@ -170,7 +170,7 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
       int const column = (share.columnTile * S::kColumns + c) / 2;
       if (column >= p.columns) continue;
       withActivation<T>(p, [&](auto act) {
-        // Eight floats before they are rounded would spill.
+        // Each is rounded at once: eight floats would spill.
         Vector<T, kChunk> out;
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) {
@@ -193,10 +193,11 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
   }
 }
 
-// Share `at` of the projection: rows of one expert, gathered, and a tile of its columns; false if
-// there is none. Sums are fp32, 16 deep at a time. Rounded to T: converted weights, the sum, the
-// sum with the bias, so far as GptOssExperts, Qwen3_5MoeExperts and Llama4TextExperts of
-// transformers; then act(gate) * up once, where those round every step (gated_act.cuh).
+// Computes share `at` of the projection: rows of one expert, gathered, and a tile of its columns.
+// Returns false if there is no such share. Sums are fp32, 16 deep at a time. Converted weights, the
+// sum, and the sum with the bias are rounded to T, as in GptOssExperts, Qwen3_5MoeExperts and
+// Llama4TextExperts of transformers; then act(gate) * up is rounded once, where those round every
+// step (gated_act.cuh).
 template <class T, class W, bool kTransposed, class S>
 __device__ __forceinline__ bool projectShare(Projection const& p, Routing const& routing,
                                              int columnTiles, unsigned at) {
@@ -216,7 +217,7 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
   __syncthreads();
   InputCopies<T, S> const inputs{static_cast<T const*>(p.input), inputRows, p.depth};
   WeightCopies<W, kTransposed, S> const weights(p, share);
-  // Weights come whatever the kernel before is at.
+  // Copies of weights need not wait for the kernel before.
 #pragma unroll 1
   for (int i = 0; i < S::kStages - 1 && i * S::kDepth < p.depth; ++i) {
     weights.start(shared + i * Layout::kBytes + Layout::kInputBytes, i * S::kDepth);
@@ -224,8 +225,8 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
   unsigned char* const scales = shared + Layout::kAllBytes;
   if constexpr (kIsMxfp4<W>) loadScales<S>(p, share, scales);
   waitForPrevious();
-  // The first group has all of these weights; each has a step's inputs. A step past the last is an
-  // empty group, so that a wait counts steps.
+  // The first group of copies has all of these weights, and each group has a step's inputs. A step
+  // past the last is an empty group, so that a wait counts steps.
 #pragma unroll 1
   for (int i = 0; i < S::kStages - 1; ++i) {
     if (i * S::kDepth < p.depth) {
@@ -241,12 +242,12 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
   bool const works =
       warpRow < share.rows && weightColumn<S>(p, share.columnTile, warpColumn, adjacent) >= 0;
   Sums<S> sums = {};
-  // Where the tiles of this step are, and those of the step before, in bytes.
+  // The places in bytes of this step's tiles, and of those of the step before.
   int stage = 0, freed = Layout::kAllBytes - Layout::kBytes;
 #pragma unroll 1
   for (int depth = 0; depth < p.depth; depth += S::kDepth) {
     waitCopies<S::kStages - 2>();
-    // This step's tiles are there for all threads, and all are done with the step before.
+    // All threads see this step's tiles, and all are done with the step before.
     __syncthreads();
     int const next = depth + (S::kStages - 1) * S::kDepth;
     if (next < p.depth) {
@@ -274,14 +275,15 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
   return true;
 }
 
-// Block b takes share b and, if persistent, those that follow at steps of the grid.
+// Block b takes share b and, if persistent, every gridDim.x-th share after it.
 //
-// The projection down reads the sorted pairs before its wait: the one up lets it start only after a
-// wait of its own, so that the sort has ended and its writes are in the L2, where findShare reads.
+// The projection down reads the sorted pairs before its wait. The projection up lets it start only
+// after a wait of its own, so that the sort has ended and its writes are in the L2, where findShare
+// reads.
 template <class T, class W, bool kTransposed, class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     tensorCoreProjectionKernel(Projection p, Routing routing, int columnTiles, unsigned shares) {
-  // The projection down reads what the one before the last wrote, the other what the last wrote.
+  // The projection up waits for the sort, whose pairs it reads.
   if (p.gated) waitForPrevious();
   letNextStart();
   if constexpr (S::kPersistent) {
@@ -312,13 +314,17 @@ cudaError_t launchTiles(ProjectionLaunch const& how, Projection const& p, Routin
 template <class T>
 cudaError_t launchOnTensorCores(ProjectionLaunch const& how, Projection const& p,
                                 Routing const& routing) {
-  if (!how.stored) return launchTiles<T, Mxfp4, false>(how, p, routing);
-  if (how.stored == Dtype::kFloat16) {
-    return how.transposed ? launchTiles<T, Half, true>(how, p, routing)
-                          : launchTiles<T, Half, false>(how, p, routing);
-  }
-  return how.transposed ? launchTiles<T, Bfloat16, true>(how, p, routing)
-                        : launchTiles<T, Bfloat16, false>(how, p, routing);
+  return withStored(how.stored, [&](auto type) {
+    using W = typename decltype(type)::type;
+    if constexpr (sizeof(W) > 2) {
+      return cudaErrorInvalidValue;
+    } else if constexpr (kIsMxfp4<W>) {
+      return launchTiles<T, W, false>(how, p, routing);
+    } else {
+      return how.transposed ? launchTiles<T, W, true>(how, p, routing)
+                            : launchTiles<T, W, false>(how, p, routing);
+    }
+  });
 }
 
 }  // namespace llmexport

@@ -14,7 +14,7 @@ struct TileShape {
   static constexpr int kRows = rows, kColumns = columns, kDepth = depth;
   static constexpr int kWarpsAcross = warpsAcross, kStages = stages;
   static constexpr int kThreads = warpsDown * warpsAcross * kWarp;
-  static constexpr int kBlocks = blocks;  // of an SM, for whose registers there is room
+  static constexpr int kBlocks = blocks;  // that an SM has registers for
   // Whether a block takes share after share. For few rows the loop would take a fourth more
   // registers, and a decode's shares are hardly more than the blocks that run at a time.
   static constexpr bool kPersistent = rows > kMmaRows;
@@ -23,7 +23,8 @@ struct TileShape {
   static constexpr int kColumnTiles = kWarpColumns / kMmaColumns;
 };
 
-// Few rows: weights are what takes time, so much of them is under way. Many: tensor cores are.
+// With few rows the weights take the time, so much of them is under way. With many the tensor cores
+// do.
 // MXFP4 has fewer bytes: a deeper tile reads as much at a time, and rows side by side in a warp
 // decode a weight less often.
 template <class W>

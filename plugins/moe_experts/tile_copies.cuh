@@ -1,4 +1,4 @@
-// How the tiles of a projection's inputs and weights come into shared memory, and where they lie.
+// Copies of a projection's inputs and weights to tiles in shared memory, and their places there.
 #pragma once
 
 #include "common/async_copy.cuh"
@@ -7,15 +7,15 @@
 
 namespace llmexport {
 
-// Where chunk `chunk` of row `row` lies in a tile of rows of 8 chunks or more: 8 rows' chunks of
-// one place are in different banks, as are 4 chunks of two rows that follow each other.
+// The place of chunk `chunk` of row `row` in a tile whose rows have 8 chunks or more: one chunk of
+// each of 8 rows, or 4 chunks of each of two rows that follow each other, are in different banks.
 template <int kChunksPerRow>
 __device__ __forceinline__ int chunkAt(int row, int chunk) {
   static_assert(kChunksPerRow % 8 == 0);
   return row * kChunksPerRow + (chunk ^ ((row & 1) << 2 | (row >> 1 & 3)));
 }
 
-// The same for the i-th of rows that are kApart apart.
+// The same for the i-th of rows from `first` on that are kApart apart.
 template <int kChunksPerRow, int kApart>
 __device__ __forceinline__ int chunkAt(int first, int i, int chunk) {
   if constexpr (kApart % 8 == 0) {
@@ -25,9 +25,9 @@ __device__ __forceinline__ int chunkAt(int first, int i, int chunk) {
   }
 }
 
-// The column of the weights that column `c` of a tile holds, or -1 beyond the last. Chunks of gate
-// and up take turns; `adjacent` leaves interleaved ones as they are, where a chunk is what lies
-// side by side.
+// The column of the weights that column `c` of a tile holds, or -1 beyond the last. `adjacent`:
+// gate and up alternate element by element in memory, and columns are taken as they lie; otherwise
+// a tile has chunks of 8 of each in turn.
 template <class S>
 __device__ __forceinline__ int weightColumn(Projection const& p, int columnTile, int c,
                                             bool adjacent) {
@@ -42,17 +42,18 @@ __device__ __forceinline__ int weightColumn(Projection const& p, int columnTile,
   return p.interleaved ? 2 * column + isUp : isUp * p.columns + column;
 }
 
-// Element `at` of row `row`: one multiplication of 32 by 32 bits, where one of 64 takes three.
+// The offset of element `at` of row `row`, by one multiplication of 32 by 32 bits: a multiplication
+// of 64 bits takes three.
 __device__ __forceinline__ int64_t place(int row, int columns, int at) {
   return int64_t(uint64_t(unsigned(row)) * unsigned(columns) + unsigned(at));
 }
 
-// What is computed from x is computed where it is used: moved out of the loop round it, it would
-// take registers that there are not.
+// Keeps computations from x in their loop: the compiler would move them out of it, where the
+// results take registers that are not left.
 __device__ __forceinline__ void keepInLoop(int& x) { asm volatile("" : "+r"(x)); }
 
-// The copies of a thread into a stage's tile of inputs, [kRows, kDepth] in chunks. `rows` holds
-// the row of each in shared memory, -1 past the last.
+// The copies of a thread into a stage's tile of inputs, [kRows, kDepth] in chunks. `rows`, in
+// shared memory, holds the input's row for each of the tile, -1 past the last.
 template <class T, class S>
 struct InputCopies {
   static constexpr int kPerRow = S::kDepth / kChunk, kApart = S::kThreads / kPerRow;
@@ -72,7 +73,7 @@ struct InputCopies {
   }
 };
 
-// The weights of one expert from column `column` on, where that is there.
+// The weights of one expert from column `column` on, or from column 0 if that is -1.
 template <class W>
 __device__ __forceinline__ W const* weightsFrom(Projection const& p, int expert, int64_t column,
                                                 int columnElements) {
@@ -80,7 +81,7 @@ __device__ __forceinline__ W const* weightsFrom(Projection const& p, int expert,
   return static_cast<W const*>(p.weights) + first * columnElements;
 }
 
-// Of columns of a tile that are kApart apart, from c on: how many are there.
+// How many of a tile's kCount columns from c on, kApart apart, the weights have.
 template <class S, int kApart, int kCount>
 __device__ __forceinline__ int columnsThere(Projection const& p, Share const& share, int c) {
   static_assert(kApart % (2 * kChunk) == 0 || kCount == 1);
@@ -92,13 +93,13 @@ __device__ __forceinline__ int columnsThere(Projection const& p, Share const& sh
   return count;
 }
 
-// How far apart those are in the weights.
+// How far apart such columns are in the weights.
 template <int kApart>
 __device__ __forceinline__ int apartInWeights(Projection const& p) {
   return p.gated && !p.interleaved ? kApart / 2 : kApart;
 }
 
-// The same of 16-bit weights, stored [width, depth].
+// The copies of a thread into a stage's tile of 16-bit weights, stored [width, depth].
 template <class W, bool kTransposed, class S>
 struct WeightCopies {
   static constexpr int kPerRow = S::kDepth / kChunk, kApart = S::kThreads / kPerRow;
@@ -125,13 +126,13 @@ struct WeightCopies {
   }
 };
 
-// Stored [depth, width].
+// The same for weights that are stored [depth, width].
 template <class W, class S>
 struct WeightCopies<W, true, S> {
   static constexpr int kPerRow = S::kColumns / kChunk, kApart = S::kThreads / kPerRow;
   static constexpr int kCount = S::kDepth / kApart;
   W const* from;
-  int width, depth;  // no depth past the last column
+  int width, depth;  // depth is 0 past the last column
 
   __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
       : from(weightsFrom<W>(p, share.expert, 0, p.depth)), width(p.width()) {
@@ -154,15 +155,15 @@ struct WeightCopies<W, true, S> {
   }
 };
 
-// MXFP4: a stage holds [kDepth / 32, kColumns] blocks of 16 bytes. Scales are few and no multiple
-// of a copy: all of a tile are read before the first step.
+// The same for MXFP4: a stage holds [kDepth / 32, kColumns] blocks of 16 bytes. Scales are few, and
+// their bytes no multiple of a copy's: loadScales() reads a whole tile's before the first step.
 template <class S>
 struct WeightCopies<Mxfp4, false, S> {
   static constexpr int kBlockBytes = kMoeScaleBlock / 2;
   static constexpr int kPerRow = S::kDepth / kMoeScaleBlock, kApart = S::kThreads / kPerRow;
   static constexpr int kCount = S::kColumns / kApart;
   unsigned char const* from;
-  int count, apart, bytes;  // of a column
+  int count, apart, bytes;  // bytes of a column
 
   __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
       : from(weightsFrom<unsigned char>(
@@ -183,7 +184,7 @@ struct WeightCopies<Mxfp4, false, S> {
   }
 };
 
-// Scales [kColumns, pitch] of a tile; 1 where there are no weights.
+// Reads the scales of a tile, [kColumns, pitch]; a scale is 1 where there are no weights.
 template <class S>
 __device__ __forceinline__ void loadScales(Projection const& p, Share const& share,
                                            unsigned char* scales) {
@@ -192,7 +193,8 @@ __device__ __forceinline__ void loadScales(Projection const& p, Share const& sha
   keepInLoop(depth);
   int const pitch = scalePitch(depth, S::kDepth), blocks = depth / kMoeScaleBlock;
   uint8_t const* const from = p.scales + int64_t(share.expert) * p.width() * blocks;
-  // A warp has every kWarps-th column, and waits once for a batch of them; of more, registers spill.
+  // A warp has every kWarps-th column, and waits once for a batch of them; a larger batch would
+  // spill.
   constexpr int kWarps = S::kThreads / kWarp, kBatch = 8;
   static_assert(S::kColumns % (kBatch * kWarps) == 0);
 #pragma unroll 1

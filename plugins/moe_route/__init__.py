@@ -1,4 +1,4 @@
-"""MoeRoute: which experts a token goes to, and with what weight."""
+"""MoeRoute: the experts that a token goes to, and their weights."""
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ def fake(
 @op(
     "MoeRoute",
     version=1,
-    dims={"logits": "B T E", "bias": "E"},
-    outputs=("weights", "experts"),
+    dims={"logits": "B T E", "bias": "E", "top_k": "K"},
+    outputs={"weights": "B T K", "experts": "B T K"},
     static=("E",),
     types={"experts": "int32"},
+    choices={"scoring": ("softmax", "softmax_top_k", "sigmoid")},
     body=body,
     fake=fake,
 )
@@ -43,11 +44,11 @@ def moe_route(
 ) -> tuple[Tensor, Tensor]:
     """The top_k experts of every token and their weights, computed in fp32 and rounded once.
 
-    logits [B, T, E]; weights [B, T, K] in their dtype and experts [B, T, K] int32, best first, the lower index
-    winning a tie. scoring says what a weight is:
-      "softmax"        of all logits (modeling_mixtral.py, modeling_qwen3_5_moe.py)
-      "softmax_top_k"  of the chosen logits alone (modeling_gpt_oss.py)
-      "sigmoid"        of the logit (modeling_llama4.py, modeling_deepseek_v3.py)
+    logits [B, T, E]; weights [B, T, K] in their dtype and experts [B, T, K] int32, best first, the lower index winning
+    a tie. scoring says how a weight is made:
+      "softmax"        a softmax over all logits (modeling_mixtral.py, modeling_qwen3_5_moe.py)
+      "softmax_top_k"  a softmax over the chosen logits alone (modeling_gpt_oss.py)
+      "sigmoid"        the sigmoid of the logit (modeling_llama4.py, modeling_deepseek_v3.py)
     Experts are chosen by their logits; or, if there is a bias [E], by score + bias, while the weights stay without
     it. groups > 1 splits the experts into that many equal groups, of which only the groups_kept whose two best
     choices sum highest are eligible (modeling_deepseek_v3.py). renormalise divides the weights by their sum and

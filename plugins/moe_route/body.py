@@ -6,7 +6,7 @@ from llmexport.plugins.spec import Attribute
 
 
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """All in fp32. Leaves a tie to TopK, which in ONNX Runtime prefers the lower index, as ONNX asks of it."""
+    """All is computed in fp32. TopK breaks ties; in ONNX Runtime it prefers the lower index, as ONNX asks of it."""
     scoring = attributes["scoring"]
     scores = {"softmax": "Softmax <axis = -1>", "sigmoid": "Sigmoid", "softmax_top_k": "Identity"}
     if scoring not in scores:
@@ -39,7 +39,7 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
 
 
 def _choice(groups: int, kept: int, biased: bool) -> str:
-    """What experts are chosen by: -inf outside the groups that are kept."""
+    """The numbers that experts are chosen by: -inf outside the groups that are kept."""
     whole = "choice" if groups == 1 else "choice_whole"
     steps = f"{whole} = Identity (wide)"
     if biased:

@@ -1,17 +1,48 @@
+#include "common/refuse.h"
 #include "moe_route/moe_route.cuh"
 
 namespace llmexport {
+namespace {
 
-MoeRoutePlan moeRoutePlan(int64_t rows, int64_t experts, MoeRouteAttributes const& attributes) {
-  constexpr int kFew = 8, kMany = 16;
-  int const perLane = experts <= kFew * kWarp ? kFew : kMany;
+constexpr int kFewPerLane = 8, kMostPerLane = 16;  // experts that a thread holds in registers
+constexpr int64_t kMostExperts = kMostPerLane * kWarp;
+
+}  // namespace
+
+bool moeRouteFits(MoeRouteSizes const& s, MoeRouteAttributes const& a) {
+  long long const E = s.E;
+  if (a.groups < 1 || a.groupsKept < 1 || a.groupsKept > a.groups) {
+    return refuse("MoeRoute: %d of %d groups are kept", a.groupsKept, a.groups);
+  }
+  if (E == kUnknown) return true;
+  if (a.topK > E) return refuse("MoeRoute: top_k is %d, but there are E = %lld experts", a.topK, E);
+  if (a.groups > 1 && (E % a.groups != 0 || E / a.groups < 2)) {
+    return refuse("MoeRoute: E = %lld experts are not %d groups of two or more", E, a.groups);
+  }
+  return true;
+}
+
+bool moeRouteServes(MoeRouteSizes const& s, MoeRouteAttributes const& a) {
+  if (!moeRouteFits(s, a)) return false;
+  if (s.E > kMostExperts) {
+    return refuse("MoeRoute: E = %lld experts, the kernel holds %lld", (long long)s.E,
+                  (long long)kMostExperts);
+  }
+  if (a.groups > kWarp) {
+    return refuse("MoeRoute: %d groups, the kernel has a lane for %d", a.groups, kWarp);
+  }
+  return isAtMost("MoeRoute", "BT", {s.B, s.T}, kMaxGridX);
+}
+
+MoeRoutePlan moeRoutePlan(MoeRouteSizes const& s, MoeRouteAttributes const& attributes) {
+  int const perLane = s.E <= kFewPerLane * kWarp ? kFewPerLane : kMostPerLane;
   bool const grouped = attributes.groups > 1;
   unsigned lanes = grouped ? kWarp : 1;
-  while (lanes * perLane < experts) lanes *= 2;
+  while (lanes * perLane < s.E) lanes *= 2;
   unsigned const rowsPerBlock = kRouteThreads / lanes;
-  size_t const rowBytes = size_t(attributes.topK) * sizeof(RouteWinner) +
-                          (grouped ? size_t(experts) * sizeof(float) : 0);
-  return {{dim3(unsigned(ceilDiv(rows, rowsPerBlock))), dim3(lanes, rowsPerBlock),
+  size_t const rowBytes =
+      size_t(attributes.topK) * sizeof(RouteWinner) + (grouped ? size_t(s.E) * sizeof(float) : 0);
+  return {{dim3(unsigned(ceilDiv(s.B * s.T, rowsPerBlock))), dim3(lanes, rowsPerBlock),
            rowsPerBlock * rowBytes},
           perLane};
 }
@@ -20,33 +51,30 @@ namespace {
 
 template <class T, class Key>
 cudaError_t start(MoeRoutePlan const& plan, MoeRouteArguments<T> const& a, cudaStream_t stream) {
-  auto const kernel = plan.perLane == 8 ? moeRouteKernel<T, Key, 8> : moeRouteKernel<T, Key, 16>;
+  auto const kernel = plan.perLane == kFewPerLane ? moeRouteKernel<T, Key, kFewPerLane>
+                                                  : moeRouteKernel<T, Key, kMostPerLane>;
   return launch(kernel, plan.launch, stream, a);
 }
 
 }  // namespace
 
-cudaError_t moeRoute(Dtype dtype, int64_t rows, int64_t experts,
-                     MoeRouteAttributes const& attributes, void const* logits, void const* bias,
-                     void* weights, int32_t* chosen, cudaStream_t stream) {
-  if (rows * attributes.topK == 0) return cudaSuccess;
-  if (rows > kMaxGridX || experts > kRouteMaxExperts || attributes.topK > experts ||
-      attributes.groups > kRouteMaxGroups) {
-    return cudaErrorInvalidValue;
-  }
-  auto const plan = moeRoutePlan(rows, experts, attributes);
+cudaError_t moeRoute(Dtype dtype, MoeRouteSizes const& s, MoeRouteAttributes const& attributes,
+                     MoeRouteTensors const& t, cudaStream_t stream) {
+  if (!moeRouteServes(s, attributes)) return cudaErrorInvalidValue;
+  if (s.B * s.T * attributes.topK == 0) return cudaSuccess;
+  auto const plan = moeRoutePlan(s, attributes);
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    MoeRouteArguments<T> const a{static_cast<T const*>(logits),
-                                 static_cast<T const*>(bias),
-                                 static_cast<T*>(weights),
-                                 chosen,
-                                 rows,
-                                 int(experts),
-                                 aligned({logits}) && experts % kFullWidth<T> == 0,
+    MoeRouteArguments<T> const a{typed<T>(t.logits),
+                                 typed<T>(t.bias),
+                                 typed<T>(t.weights),
+                                 t.experts,
+                                 s.B * s.T,
+                                 int(s.E),
+                                 aligned({t.logits}) && s.E % kFullWidth<T> == 0,
                                  attributes};
     if constexpr (sizeof(T) == 2) {
-      if (!bias && attributes.groups == 1) return start<T, uint32_t>(plan, a, stream);
+      if (!t.bias && attributes.groups == 1) return start<T, uint32_t>(plan, a, stream);
     }
     return start<T, uint64_t>(plan, a, stream);
   });

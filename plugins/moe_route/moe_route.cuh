@@ -10,7 +10,8 @@
 namespace llmexport {
 
 constexpr int kRouteThreads = 128;
-constexpr int kRouteBlocks = 4;  // that fit an SM: 128 registers a thread, as 16 keys of fp32 need
+// Blocks that fit an SM at 128 registers a thread, which 16 keys of fp32 need.
+constexpr int kRouteBlocks = 4;
 
 template <class T>
 struct MoeRouteArguments {
@@ -28,10 +29,12 @@ struct RouteWinner {
   float weight;
 };
 
-// A key orders experts by their choice, and those of one choice by index, the lower first. No two
-// are equal; 0 is below all. NaN is above all, as torch sorts it, and -0 equals 0.
+// A key orders experts by `choice`, the number that they are chosen by, and experts of equal choice
+// by index, the lower first. No two keys are equal, and 0 is below all. NaN is above all other
+// choices, as torch sorts it, and -0 equals 0.
 //
-// uint64_t: any float. uint32_t: a value of a 16-bit type, which leaves half of it to the index.
+// A uint64_t takes any float; a uint32_t takes a value of a 16-bit type, which leaves half of the
+// key to the index.
 template <class T, class Key>
 __device__ __forceinline__ Key routeKey(float choice, int expert) {
   using Float = std::conditional_t<sizeof(Key) == 8, float, T>;
@@ -47,8 +50,8 @@ __device__ __forceinline__ Key routeKey(float choice, int expert) {
 __device__ __forceinline__ int routeExpert(uint64_t key) { return int(~0u - uint32_t(key)); }
 __device__ __forceinline__ int routeExpert(uint32_t key) { return int(0xFFFFu - (key & 0xFFFFu)); }
 
-// Batcher's odd-even merge sort, descending: 19 comparisons of 8, 63 of 16. Merges sorted runs of
-// kRun in steps that compare keys kApart.
+// Batcher's odd-even merge sort, descending: 19 comparisons for 8 keys, 63 for 16. Merges sorted
+// runs of kRun keys in steps that compare keys kApart places apart.
 template <int kRun = 1, int kApart = 1, int kCount, class Key>
 __device__ __forceinline__ void sortRouteKeys(Key (&keys)[kCount]) {
   if constexpr (kRun < kCount) {
@@ -65,11 +68,11 @@ __device__ __forceinline__ void sortRouteKeys(Key (&keys)[kCount]) {
   }
 }
 
-// The score of a logit. Its exp and division are as good as those of `Precision`.
+// The score of a logit. Its exp and division are those for results of type `Precision`.
 template <class Precision>
 struct RouteScore {
   Scoring scoring;
-  float most = -INFINITY, total = 0.0f;  // of a row's logits and their exp, for kSoftmax
+  float most = -INFINITY, total = 0.0f;  // of a row, for kSoftmax: largest logit, sum of exp
 
   template <int kPerLane>
   __device__ __forceinline__ void readRow(float const (&logits)[kPerLane], int count, int lanes) {
@@ -93,7 +96,7 @@ struct RouteScore {
 };
 
 // The groups whose two best choices sum highest, the lower group winning a tie: a bit for each.
-// `choices` are those of the row; lane g looks through group g.
+// `choices` are the row's; lane g looks through group g.
 __device__ __forceinline__ unsigned bestRouteGroups(float const* choices, int experts,
                                                     MoeRouteAttributes const& attributes) {
   int const lane = threadIdx.x, size = experts / attributes.groups;
@@ -115,7 +118,7 @@ __device__ __forceinline__ unsigned bestRouteGroups(float const* choices, int ex
   return __ballot_sync(~0u, lane < attributes.groups && better < attributes.groupsKept);
 }
 
-// Makes the choices outside the best groups -infinity; a row has a warp.
+// Makes the choices outside the best groups -infinity; a row has a whole warp.
 template <int kPerLane>
 __device__ __forceinline__ void dropRouteGroups(float (&choice)[kPerLane], float* choices,
                                                 int experts,
@@ -134,7 +137,8 @@ __device__ __forceinline__ void dropRouteGroups(float (&choice)[kPerLane], float
   }
 }
 
-// From the scores of a row's winners to their weights; each lane has those that it wrote.
+// Turns the scores of a row's winners into their weights; each lane takes the winners that it
+// wrote.
 template <class Precision>
 __device__ __forceinline__ void weighRoutes(RouteWinner* winners,
                                             MoeRouteAttributes const& attributes) {
@@ -166,18 +170,19 @@ __device__ __forceinline__ void weighRoutes(RouteWinner* winners,
   }
 }
 
-// Block (lanes of a row, rows); a lane holds kPerLane experts that lie together. Shared memory: the
-// winners of each row, then, with groups, its choices.
+// Block (lanes of a row, rows); a lane holds kPerLane experts that lie together. Shared memory
+// holds the winners of all rows, then, with groups, the choices of all rows.
 //
-// All in fp32, weights rounded to T once, as modeling_qwen3_5_moe.py (softmax of all),
-// modeling_gpt_oss.py (of the chosen) and modeling_llama4.py (sigmoid); modeling_mixtral.py and
-// modeling_deepseek_v3.py (bias, groups) keep weights in fp32. The 1e-20 is DeepSeek's. Qwen and
-// Mixtral choose by the softmax, this by the logit: the same but where two softmaxes are equal.
-// Exp and division: element.cuh, of `Precision`; sums: a lane's in order, then a tree of lanes.
+// All is computed in fp32 and weights are rounded to T once, as in modeling_qwen3_5_moe.py (softmax
+// of all), modeling_gpt_oss.py (softmax of the chosen) and modeling_llama4.py (sigmoid);
+// modeling_mixtral.py and modeling_deepseek_v3.py (bias, groups) keep weights in fp32. The 1e-20 is
+// DeepSeek's. Qwen and Mixtral choose by the softmax, this kernel by the logit, which differs only
+// where two softmaxes are equal. exp and division are element.cuh's for `Precision`; sums add a
+// lane's terms in order, then lanes by a tree.
 //
-// Each lane sorts its experts; then, topK times, the best of the lanes' first is taken away. Keys
-// of 32 bits serve where the logit itself is the choice. Where a score is, it is computed to the
-// last places, as near ties hang on them.
+// Each lane sorts its experts; then, topK times, the best of the lanes' first keys is taken away.
+// Keys of 32 bits serve where the choice is the logit itself. Where it is made of a score, the
+// score has the precision of fp32, as near ties hang on its last places.
 template <class T, class Key, int kPerLane>
 __global__ void __launch_bounds__(kRouteThreads, kRouteBlocks)
     moeRouteKernel(MoeRouteArguments<T> const a) {

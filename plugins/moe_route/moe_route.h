@@ -6,10 +6,11 @@
 
 namespace llmexport {
 
-constexpr int64_t kRouteMaxExperts = 512;    // that a warp holds in registers, 16 a lane
-constexpr int64_t kRouteMaxGroups = kWarp;  // a lane each
-
 enum class Scoring { kSoftmax, kSoftmaxTopK, kSigmoid };
+
+struct MoeRouteSizes {
+  int64_t B, T, E;
+};
 
 struct MoeRouteAttributes {
   int32_t topK;
@@ -19,17 +20,25 @@ struct MoeRouteAttributes {
   int32_t groups, groupsKept;
 };
 
+struct MoeRouteTensors {
+  void const* logits;  // [B, T, E]
+  void const* bias;    // [E] or null
+  void* weights;       // [B, T, topK]
+  int32_t* experts;    // [B, T, topK]
+};
+
 struct MoeRoutePlan {
   LaunchPlan launch;
   int perLane;  // experts of one thread
 };
 
-// With groups a row has a whole warp, even where fewer lanes would hold it.
-MoeRoutePlan moeRoutePlan(int64_t rows, int64_t experts, MoeRouteAttributes const& attributes);
+bool moeRouteFits(MoeRouteSizes const& sizes, MoeRouteAttributes const& attributes);
+bool moeRouteServes(MoeRouteSizes const& sizes, MoeRouteAttributes const& attributes);
 
-// logits [rows, experts], bias [experts] or null, weights and chosen [rows, topK].
-cudaError_t moeRoute(Dtype dtype, int64_t rows, int64_t experts,
-                     MoeRouteAttributes const& attributes, void const* logits, void const* bias,
-                     void* weights, int32_t* chosen, cudaStream_t stream);
+// With groups a row has a whole warp, even where fewer lanes would hold it.
+MoeRoutePlan moeRoutePlan(MoeRouteSizes const& sizes, MoeRouteAttributes const& attributes);
+
+cudaError_t moeRoute(Dtype dtype, MoeRouteSizes const& sizes, MoeRouteAttributes const& attributes,
+                     MoeRouteTensors const& tensors, cudaStream_t stream);
 
 }  // namespace llmexport

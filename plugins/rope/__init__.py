@@ -10,20 +10,20 @@ from llmexport.plugins.spec import op
     "Rope",
     version=1,
     dims={"x": "B H T D", "cos": "B T R", "sin": "B T R"},
-    outputs=("y",),
+    outputs={"y": "B H T D"},
     static=("D", "R"),
 )
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate pairs of x by the angles whose cos and sin are given (arXiv 2104.09864).
 
-    x [B, H, T, D]; cos, sin [B, T, R], 2 * R <= D; dimensions from 2 * R on pass through. Pair i is
-    (x[i], x[R + i]), or (x[2i], x[2i + 1]) if interleaved. Computed in fp32, rounded once; modeling_llama.py rounds
-    each product, too, and modeling_llama4.py does not round cos and sin.
+    x [B, H, T, D]; cos, sin [B, T, R], 2 * R <= D; dimensions from 2 * R on pass through. Pair i is (x[i], x[R + i]),
+    or (x[2i], x[2i + 1]) if interleaved. y is computed in fp32 and rounded once; modeling_llama.py rounds each product,
+    too, and modeling_llama4.py does not round cos and sin.
     """
     rotated = 2 * cos.shape[-1]
     c, s = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
-    turned = x[..., :rotated].float() if rotated < x.shape[-1] else x.float()
-    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    part = x[..., :rotated].float() if rotated < x.shape[-1] else x.float()
+    first, second = (part[..., 0::2], part[..., 1::2]) if interleaved else part.chunk(2, -1)
     pair = (first * c - second * s, second * c + first * s)
     y = (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype)
     return torch.cat((y, x[..., rotated:]), -1) if rotated < x.shape[-1] else y

@@ -4,24 +4,21 @@
 namespace llmexport {
 namespace {
 
-int32_t check(Sizes const& sizes, Values const&) {
-  int64_t const D = sizes['D'], R = sizes['R'];
-  if (D == Sizes::kUnknown || R == Sizes::kUnknown || 2 * R <= D) return 0;
-  return refuse("Rope: cos has R = %lld angles, but x has D = %lld dimensions, fewer than 2 * R",
-                (long long)R, (long long)D);
-}
+enum Inputs { kX, kCos, kSin };
+enum Outputs { kY };
+enum Attributes { kInterleaved };
 
-int32_t supports(Node const& node) {
-  for (char const* const letters : {"BT", "H", "D"}) {
-    if (int32_t const error = checkProduct("Rope", node.sizes, letters, INT32_MAX)) return error;
-  }
-  return 0;
-}
+RopeSizes sizesOf(Sizes const& s) { return {s['B'], s['H'], s['T'], s['D'], s['R']}; }
+
+RopeAttributes attributesOf(Values const& values) { return {values[kInterleaved].integer != 0}; }
+
+bool check(Sizes const& sizes, Values const&) { return ropeFits(sizesOf(sizes)); }
+
+bool supports(Node const& node) { return ropeServes(sizesOf(node.sizes)); }
 
 cudaError_t enqueue(Call const& call) {
-  Sizes const& s = call.sizes;
-  return rope(call.dtype, {s['B'], s['H'], s['T'], s['D'], s['R']}, call.attributes[0].integer,
-              call.inputs[0], call.inputs[1], call.inputs[2], call.outputs[0], call.stream);
+  RopeTensors const tensors{call.input(kX), call.input(kCos), call.input(kSin), call.output(kY)};
+  return rope(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors, call.stream);
 }
 
 Registration const registration({

@@ -12,10 +12,10 @@ constexpr int kRopeHeads = 4;
 // Grid (tokens of the batch / blockDim.y, heads / kRopeHeads). Block (lanes, tokens): along x a
 // thread takes kWidth pairs of its token or, past the rotated part, kWidth elements to copy.
 //
-// In fp32, two products and their sum each rounded to fp32, y to T once; what is copied keeps its
+// Two products and their sum are each rounded to fp32, and y to T once; copied elements keep their
 // bits. apply_rotary_pos_emb of modeling_llama.py, modeling_glm.py and others computes in T: it
-// rounds both products to T too. modeling_llama4.py rounds once as here, but has cos and sin in
-// fp32, here of T.
+// rounds both products to T too. modeling_llama4.py rounds once, as this kernel does, but has cos
+// and sin in fp32, where they are of T here.
 template <class T, int kWidth, bool kInterleaved>
 __global__ void __launch_bounds__(kRopeThreads)
     ropeKernel(T const* x, T const* cos, T const* sin, T* y, int64_t tokens, int tokensPerBatch,
@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kRopeThreads)
       }
       continue;
     }
-    // A unit's 2 * kWidth elements lie together if pairs are interleaved, else R apart.
+    // A unit's 2 * kWidth elements lie together if pairs are interleaved, else its halves lie R
+    // apart.
     int64_t const at = row0 + int64_t(unit) * kWidth * (kInterleaved ? 2 : 1);
     int64_t const apart = kInterleaved ? kWidth : pairs;
     Vector<T, kWidth> in[kRopeHeads][2];

@@ -10,16 +10,27 @@ struct RopeSizes {
   int64_t B, H, T, D, R;
 };
 
+struct RopeAttributes {
+  bool interleaved;
+};
+
+struct RopeTensors {
+  void const *x, *cos, *sin;
+  void* y;  // may be x itself
+};
+
 struct RopePlan {
   LaunchPlan launch;
   int width;  // pairs that a thread rotates at a time
 };
 
+bool ropeFits(RopeSizes const& sizes);
+bool ropeServes(RopeSizes const& sizes);
+
 // For sizes of at least one element each.
 RopePlan ropePlan(RopeSizes const& sizes, Dtype dtype, bool pointersAligned);
 
-// y, of x's shape, may be x itself.
-cudaError_t rope(Dtype dtype, RopeSizes const& sizes, bool interleaved, void const* x,
-                 void const* cos, void const* sin, void* y, cudaStream_t stream);
+cudaError_t rope(Dtype dtype, RopeSizes const& sizes, RopeAttributes const& attributes,
+                 RopeTensors const& tensors, cudaStream_t stream);
 
 }  // namespace llmexport

@@ -10,7 +10,7 @@ from llmexport.plugins.spec import op
     "SinkAttention",
     version=1,
     dims={"q": "B H T D", "k": "B G S D", "v": "B G S D", "start": "B", "length": "B", "sinks": "H"},
-    outputs=("y",),
+    outputs={"y": "B H T D"},
     static=("H", "G", "D"),
     types={"start": "int32", "length": "int32"},
 )
@@ -27,12 +27,12 @@ def sink_attention(
 ) -> Tensor:
     """softmax(scale * q k^T, sink) v over the visible keys (modeling_gpt_oss.py, which rounds every step to q's type).
 
-    In fp32, rounded once; the kernels for 16 bits round the weights, too, before they meet v.
-    q [B, H, T, D]; k, v [B, G, S, D], H a multiple of G; start, length [B] int32: of the S keys of row b, those
-    from start[b] to length[b] are there. Query i stands at p = length[b] - T + i and sees key j if
-    start[b] <= j <= p and, with a window > 0, j > p - window. sinks [H] are logits of one more key per head whose
-    value is zero: they only take weight away, and one of -inf none. softcap > 0 turns a logit s into softcap *
-    tanh(s / softcap) before the mask (modeling_gemma2.py). A query that sees no key gives zeros.
+    All is computed in fp32 and rounded once; the kernels for 16 bits round the weights, too, before they meet v.
+    q [B, H, T, D]; k, v [B, G, S, D], H a multiple of G; start, length [B] int32: of its S keys, row b has those with
+    start[b] <= j < length[b]. Query i stands at p = length[b] - T + i and sees key j if start[b] <= j <= p and, with a
+    window > 0, j > p - window. sinks [H] are logits of one more key per head whose value is zero: they only take weight
+    away, and a sink of -inf takes none. softcap > 0 turns a logit s into softcap * tanh(s / softcap) before the mask
+    (modeling_gemma2.py). A query that sees no key gives zeros.
     """
     batch, heads, tokens, size = q.shape
     groups, keys = k.shape[1], k.shape[2]
@@ -56,6 +56,6 @@ def sink_attention(
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sink - most)
-    # 0 of a row without keys and without a sink, or with one of -inf; else at least 1.
+    # The total is 0 for a row without keys whose sink is missing or -inf; else it is at least 1.
     weights = (weights / total.clamp(min=1e-30)).reshape(batch, groups, heads // groups * tokens, keys)
     return (weights @ v.float()).reshape(batch, heads, tokens, size).to(q.dtype)

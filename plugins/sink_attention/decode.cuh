@@ -1,21 +1,22 @@
-// Few rows against many keys: the warps of a block share the keys, and blocks may.
+// Few rows against many keys: the warps of a block share the keys, and several blocks may.
 #pragma once
 
 #include "sink_attention/warp_tile.cuh"
 
 namespace llmexport {
 
-// For heads of up to kD. Shared memory stays within the 99 KB that every architecture from sm_80
-// on has.
+// The shape of a block for heads of up to kD elements. Shared memory stays within the 99 KB that
+// every architecture from sm_80 on has.
 template <int kD>
 struct DecodeShape {
   static constexpr int kRows = 16, kKeys = 16;
   static constexpr int kStep = kAttentionWarps * kKeys;
-  // Tiles of keys or values that a warp has in use and on their way.
+  // Tiles of keys or values that a warp has in use and under way.
   static constexpr int kUnits = kD == 64 ? 6 : kD == 128 ? 4 : 2;
-  static constexpr bool kHoldQuery = kD <= 128;                     // registers are left for it
-  static constexpr int kBlocks = kD == 64 ? 4 : kD == 128 ? 3 : 2;  // an SM, by their registers
-  static constexpr int kPitch = kD + 8;  // of merged values, whose rows lie on different banks
+  static constexpr bool kHoldQuery = kD <= 128;  // whether registers are left for queries
+  // Blocks that an SM has the registers for.
+  static constexpr int kBlocks = kD == 64 ? 4 : kD == 128 ? 3 : 2;
+  static constexpr int kPitch = kD + 8;  // puts rows of merged values on different banks
   static constexpr size_t kRingBytes =
       size_t(kRows + kAttentionWarps * kUnits * kKeys) * kD * sizeof(Half);
   static constexpr size_t kMergeBytes =
@@ -23,7 +24,7 @@ struct DecodeShape {
   static constexpr size_t kSharedBytes = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;
 };
 
-// What each warp found of each row, in shared memory.
+// The results of each warp for each row, in shared memory.
 template <int kD>
 struct WarpResults {
   using Shape = DecodeShape<kD>;
@@ -61,7 +62,7 @@ struct WarpResults {
 #pragma unroll
     for (int w = 0; w < kAttentionWarps; ++w) {
       int const its = w * Shape::kRows + row;
-      // Of equal levels also if they are -inf.
+      // Equal levels have a unit of 1 even if they are -inf.
       float const unit = levels[its] == level ? 1.0f : exp2Fast(levels[its] - level);
       sum += unit * sums[its];
 #pragma unroll
@@ -71,12 +72,13 @@ struct WarpResults {
   }
 };
 
-// Up to 16 rows of a group. Its four warps take turns at tiles of 16 keys, each through a ring of
-// its own, and merge their results at the end. Grid: AttentionPlace.
+// A block takes up to 16 rows of a group. Its four warps take turns at tiles of 16 keys, each
+// through a ring of its own, and merge their results at the end. AttentionPlace describes the grid.
 //
-// In fp32, but for the weights: WarpTile. A warp adds its tiles in order, the block its warps. With
-// one split the result is rounded to T; with more it goes to the workspace in fp32, without the
-// sink. modeling_gpt_oss.py and modeling_gemma2.py round at other places: rows.cuh.
+// All is computed in fp32 except the weights, which WarpTile rounds. A warp adds its tiles in
+// order, then the block adds its warps. With one split the result is rounded to T; with more it
+// goes to the workspace in fp32, without the sink. modeling_gpt_oss.py and modeling_gemma2.py round
+// at other places, which rows.cuh lists.
 template <class T, int kD>
 __global__ void __launch_bounds__(kAttentionThreads, DecodeShape<kD>::kBlocks)
     sinkAttentionDecodeKernel(AttentionCall<T> call) {

@@ -7,7 +7,7 @@
 namespace llmexport {
 
 // The place of a 16-byte chunk in a tile of rows of kD elements: permuted within its row, so that
-// one chunk of eight rows lies on all banks.
+// one chunk each of eight rows covers all banks.
 template <int kD>
 __device__ __forceinline__ int inTile(int row, int chunk) {
   return row * kD + (chunk ^ (row % 8)) * 8;
@@ -20,9 +20,9 @@ struct InTile {
   }
 };
 
-// Starts kThreads threads' copies of rows of `size` elements to a tile of kD columns, the rest of
-// which becomes zeros. Row r is at offsetOf(r) from `from`; it too becomes zeros if that is -1. Its
-// chunk c goes to placeOf(r, c) of the tile.
+// Starts the copies that kThreads threads make of rows of `size` elements to a tile of kD columns,
+// whose other columns become zeros. Row r begins offsetOf(r) elements after `from`, and becomes
+// zeros if that is -1; its chunk c goes to placeOf(r, c) of the tile.
 template <int kD, int kRows, int kThreads, class T, class Place, class F>
 __device__ __forceinline__ void copyRows(T* tile, T const* from, int size, int thread,
                                          Place placeOf, F offsetOf) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ void copyRows(T* tile, T const* from, int size, int t
   }
 }
 
-// The queries of a block's rows.
+// Starts to copy the queries of a block's rows.
 template <int kD, int kThreads = kAttentionThreads, int kRows, class T, class Place = InTile<kD>>
 __device__ __forceinline__ void copyQueries(T* tile, AttentionCall<T> const& call,
                                             AttentionPlace<kRows> const& place,
@@ -49,13 +49,14 @@ __device__ __forceinline__ void copyQueries(T* tile, AttentionCall<T> const& cal
       });
 }
 
-// kKeys keys of `k`, or their values, from `keys.first` on; zeros from `keys.end` on.
+// Starts to copy kKeys keys of `k`, or their values, from `keys.first` on; writes zeros from
+// `keys.end` on.
 template <int kD, int kKeys, int kThreads, class T, class Place = InTile<kD>>
 __device__ __forceinline__ void copyKeys(T* tile, T const* k, int size, KeyRange keys, int thread,
                                          Place placeOf = {}) {
   if constexpr (kThreads == kWarp) {
-    // They lie side by side: one address, and from it steps of 32 bits. In prefill, whose heads of
-    // 256 need every register, that would spill.
+    // Keys lie side by side, so that one address and steps of 32 bits from it are enough. In
+    // prefill, whose heads of 256 need every register, these would spill.
     constexpr int kChunks = kD / 8, kApart = kThreads / kChunks;
     static_assert(kThreads % kChunks == 0 && kKeys % kApart == 0);
     int const chunk = thread % kChunks, row = thread / kChunks;
@@ -74,11 +75,11 @@ __device__ __forceinline__ void copyKeys(T* tile, T const* k, int size, KeyRange
   }
 }
 
-// A ring of kUnits tiles holds K and V of tiles of keys: unit u is K (u even) or V (odd) of tile
-// u / 2, at place u % kUnits. begin() starts copying queries and first units, and lets the block
-// see the queries; walk() takes score() and add() through `steps` tiles. copyUnit(u) starts copying
-// a unit; meet() lets those who share the ring see each other's copies, and waits until all have
-// used the unit before.
+// A ring of kUnits tiles holds K and V of tiles of keys: unit u has the keys (u even) or values
+// (odd) of tile u / 2, at place u % kUnits. begin() starts to copy the queries and the first units,
+// and lets the block see the queries; walk() takes score() and add() through `steps` tiles.
+// copyUnit(u) starts to copy a unit; meet() lets the threads that share the ring see each other's
+// copies, and waits until all of them have used the unit before.
 template <int kUnits, class CopyQueries, class CopyUnit>
 __device__ __forceinline__ void begin(int steps, CopyQueries copyQueries, CopyUnit copyUnit) {
   copyQueries();

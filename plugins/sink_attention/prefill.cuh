@@ -1,14 +1,14 @@
-// Many rows: the warps of a block share them, and go through the keys together.
+// Many rows: the warps of a block share the rows, and go through the keys together.
 #pragma once
 
 #include "sink_attention/warp_tile.cuh"
 
 namespace llmexport {
 
-// As DecodeShape.
+// The shape of a block for heads of up to kD elements.
 template <int kD>
 struct PrefillShape {
-  static constexpr int kTiles = kD == 256 ? 1 : 2;  // of 16 rows a warp
+  static constexpr int kTiles = kD == 256 ? 1 : 2;  // a warp's tiles of 16 rows
   static constexpr int kRows = kAttentionWarps * kTiles * 16;
   static constexpr int kKeys = kD == 64 ? 64 : 32;
   static constexpr int kUnits = kD == 256 ? 3 : 4;
@@ -16,13 +16,14 @@ struct PrefillShape {
   static constexpr size_t kSharedBytes = size_t(kRows + kUnits * kKeys) * kD * sizeof(Half);
 };
 
-// Stores what a warp found. With one split it goes through shared memory, in place of the warp's
-// queries, so that 16 bytes are written at a time: chunk c of row r at placeOf(r, c) of `own`.
+// Stores the results of a warp. With one split they go through shared memory, in place of the
+// warp's queries, so that 16 bytes are written at a time: chunk c of row r lies at placeOf(r, c) of
+// `own`.
 template <int kD, int kTiles, class T, class Tile, class Place = InTile<kD>>
 __device__ __forceinline__ void storeRows(AttentionCall<T> const& call, Tile const& tile, T* own,
                                           int batch, int group, int firstRow, int split,
                                           Place placeOf = {}) {
-  __syncwarp();  // its queries are no longer used
+  __syncwarp();  // the warp's queries are no longer used
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -63,9 +64,9 @@ __device__ __forceinline__ void storeRows(AttentionCall<T> const& call, Tile con
   }
 }
 
-// Many rows of a group, kTiles * 16 a warp, over tiles of keys in one ring (FlashAttention-2, arXiv
-// 2307.08691). Warps whose rows see nothing of a tile pass it by. Rounds as the decode kernel, but
-// a row is one warp's, which adds its tiles in order.
+// A block takes many rows of a group, kTiles * 16 a warp, over tiles of keys in one ring
+// (FlashAttention-2, arXiv 2307.08691). Warps whose rows see no key of a tile pass it by. Rounds as
+// the decode kernel, but a row belongs to one warp, which adds its tiles in order.
 template <class T, int kD>
 __global__ void __launch_bounds__(kAttentionThreads)
     sinkAttentionPrefillKernel(AttentionCall<T> call) {

@@ -1,29 +1,29 @@
-// Prefill by wgmma and TMA, for fp16 and bf16: what sinkAttentionPrefillKernel computes, in tiles
-// of 128 rows by 128 keys, or 64 where heads have 256 elements (FlashAttention-3, arXiv
+// Prefill by wgmma and TMA, for fp16 and bf16. It computes the same as sinkAttentionPrefillKernel,
+// in tiles of 128 rows by 128 keys, or 64 where heads have 256 elements (FlashAttention-3, arXiv
 // 2407.08608).
 //
 // A warpgroup loads keys and values into a ring, by TMA. Two others attend for 64 rows of the group
 // each; while one weighs a tile's keys, the tensor cores add the values of the tile before.
 //
-// Logits, sums and values are fp32; rounded to T are the weights, before they meet the values, and
-// the result, once: as on the portable path, with the arithmetic of its WarpTile (rows.cuh says
-// what transformers rounds). wgmma adds up the products of a sum in an order of its own.
-#include "common/hopper.cuh"
+// Logits, sums and values are fp32. Weights are rounded to T before they meet the values, and the
+// result is rounded once: as on the portable path, with the arithmetic of its WarpTile (rows.cuh
+// says how transformers rounds). wgmma adds up the products of a sum in an order of its own.
+#include "common/sm90a.cuh"
 #include "sink_attention/prefill.cuh"
 #include "sink_attention/prefill_sm90a.h"
 
 namespace llmexport {
 namespace {
 
-constexpr int kAttendingWarps = kHopperAttending / kWarp, kLoadingWarps = kWarpgroup / kWarp;
-// In the mean the 168 of a thread that a block of 384 may have.
+constexpr int kAttendingWarps = kSm90aAttending / kWarp, kLoadingWarps = kWarpgroup / kWarp;
+// Their mean is 168: a thread of a block of 384 may have no more.
 constexpr int kAttendingRegisters = 232, kLoadingRegisters = 40;
 
 // The units of key_ring.cuh: keys (even) and values (odd) of tiles. Every attending warp waits for
 // each, and releases it.
 template <int kD>
-struct HopperRing {
-  using Shape = HopperShape<kD>;
+struct Sm90aRing {
+  using Shape = Sm90aShape<kD>;
   unsigned char* units;
   Barrier *full, *empty;
 
@@ -47,14 +47,14 @@ struct HopperRing {
   }
 };
 
-// TMA knows where the cache ends, but not where the keys do: values past those may be NaN, and NaN
-// is what they add even if they weigh nothing. So a tile of values that reaches past `keys.end`
-// comes by cp.async, which puts zeros there; logits of such keys are overwritten.
+// TMA knows where the cache ends, but not where the keys do: values past those may be NaN, and they
+// add NaN even with a weight of zero. So a tile of values that reaches past `keys.end` comes by
+// cp.async, which puts zeros there; logits of such keys are overwritten.
 template <class T, int kD>
 __device__ __forceinline__ void loadUnits(AttentionCall<T> const& call, TensorMap const& k,
                                           TensorMap const& v, int batch, int group, KeyRange keys,
-                                          int steps, HopperRing<kD> const& ring) {
-  using Shape = HopperShape<kD>;
+                                          int steps, Sm90aRing<kD> const& ring) {
+  using Shape = Sm90aShape<kD>;
   int const thread = threadIdx.x % kWarpgroup;
 #pragma unroll 1
   for (int unit = 0; unit < 2 * steps; ++unit) {
@@ -64,9 +64,9 @@ __device__ __forceinline__ void loadUnits(AttentionCall<T> const& call, TensorMa
     Barrier& full = ring.full[ring.place(unit)];
     ring.waitEmpty(unit);
     if (!byTma) {
-      copyKeys<kD, Shape::kKeys, kWarpgroup>(
-          reinterpret_cast<T*>(ring.at(unit)), call.v + call.firstKey(batch, group), call.size,
-          {first, keys.end}, thread, InSlabs<Shape::kKeys>{});
+      copyKeys<kD, Shape::kKeys, kWarpgroup>(reinterpret_cast<T*>(ring.at(unit)),
+                                             call.v + call.firstKey(batch, group), call.size,
+                                             {first, keys.end}, thread, InSlabs<Shape::kKeys>{});
       commitCopies();
       waitCopies<0>();
       fenceProxyAsync();
@@ -83,7 +83,7 @@ __device__ __forceinline__ void loadUnits(AttentionCall<T> const& call, TensorMa
   }
 }
 
-// One array, as wgmma takes it.
+// The same array with one dimension, as wgmma takes it.
 template <class E, int kA, int kB, int kC>
 __device__ __forceinline__ auto& flat(E (&array)[kA][kB][kC]) {
   return reinterpret_cast<E(&)[kA * kB * kC]>(array);
@@ -98,16 +98,17 @@ __device__ __forceinline__ void startLogits(Logits& logits, uint32_t queries, ui
   for (int i = 0; i < kD / kWgmmaDepth; ++i) {
     int const slab = i / kInSlab * kSwizzleBytes;  // times its rows, in bytes
     uint64_t const step = i % kInSlab * kMajorStep;
-    wgmma<T, false>(flat(logits), kMajorMatrix(queries + slab * kHopperRows) + step,
-                    kMajorMatrix(keys + slab * HopperShape<kD>::kKeys) + step, i > 0);
+    wgmma<T, false>(flat(logits), kMajorMatrix(queries + slab * kSm90aRows) + step,
+                    kMajorMatrix(keys + slab * Sm90aShape<kD>::kKeys) + step, i > 0);
   }
   commitWgmma();
 }
 
-// Starts adding the values of the keys last weighed; finishValues() waits for all that is started.
+// Starts adding the values of the keys last weighed; finishValues() waits until nothing that was
+// started is left.
 template <class T, int kD, class Tile>
 __device__ __forceinline__ void startValues(Tile& tile, uint32_t values) {
-  constexpr int kKeys = HopperShape<kD>::kKeys;
+  constexpr int kKeys = Sm90aShape<kD>::kKeys;
   uint64_t const matrix = mnMajorMatrix(values, kKeys);
   keepInPlace(flat(tile.weights));
   fenceWgmma(flat(tile.values));
@@ -126,17 +127,17 @@ __device__ __forceinline__ void finishValues(Tile& tile) {
 
 template <class T, int kD>
 __device__ __forceinline__ void attendRows(AttentionCall<T> const& call,
-                                           AttentionPlace<kHopperRows> const& place, KeyRange keys,
+                                           AttentionPlace<kSm90aRows> const& place, KeyRange keys,
                                            int steps, T* query, Barrier& attending,
-                                           HopperRing<kD> const& ring) {
-  constexpr int kKeys = HopperShape<kD>::kKeys;
+                                           Sm90aRing<kD> const& ring) {
+  constexpr int kKeys = Sm90aShape<kD>::kKeys;
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   auto arriveAndWait = [&](int parity) {
     __syncwarp();
     if (lane == 0) arrive(attending);
     waitBarrier(attending, parity);
   };
-  copyQueries<kD, kHopperAttending>(query, call, place, InSlabs<kHopperRows>{});
+  copyQueries<kD, kSm90aAttending>(query, call, place, InSlabs<kSm90aRows>{});
   commitCopies();
   waitCopies<0>();
   fenceProxyAsync();
@@ -146,7 +147,7 @@ __device__ __forceinline__ void attendRows(AttentionCall<T> const& call,
   uint32_t const queries = sharedAddress(query) + inBlock * kSwizzleBytes;
   WarpTile<T, kD, 1, kKeys, false> tile(call, place.batch, firstRow);
   typename decltype(tile)::Logits logits;
-  // Of all steps, those of keys that rows of the warpgroup see.
+  // The steps whose keys rows of this warpgroup see.
   int first = 0, end = 0;
   if (int const groupRow = place.firstRow + inBlock; groupRow < call.rows()) {
     int const lastRow = min(groupRow + kWgmmaRows, call.rows()) - 1;
@@ -157,7 +158,8 @@ __device__ __forceinline__ void attendRows(AttentionCall<T> const& call,
     end = max(min(tilesOf(max(seen.end - keys.first, 0), kKeys), steps), first);
   }
   auto unitAt = [&](int unit) { return sharedAddress(ring.at(unit)); };
-  // In two steps, as the values and the weights before are in use during the first.
+  // Keys are weighed in two parts, weigh() and settle(), as the tensor cores still use the weights
+  // and values of the tile before during the first.
   float factors[2];
   auto weigh = [&](int step) {
     factors[0] = factors[1] = 1.0f;
@@ -213,18 +215,17 @@ __device__ __forceinline__ void attendRows(AttentionCall<T> const& call,
   for (int unit = 2 * end; unit < 2 * steps; ++unit) ring.pass(unit);
   tile.reduceSums();
   arriveAndWait(1);  // the queries are no longer used
-  storeRows<kD, 1>(call, tile, query, place.batch, place.group, firstRow, place.split,
-                   [&](int row, int chunk) {
-                     return InSlabs<kHopperRows>{}(warp * 16 + row, chunk);
-                   });
+  storeRows<kD, 1>(
+      call, tile, query, place.batch, place.group, firstRow, place.split,
+      [&](int row, int chunk) { return InSlabs<kSm90aRows>{}(warp * 16 + row, chunk); });
 }
 
-// Grid: AttentionPlace.
+// The grid is that of AttentionPlace.
 template <class T, int kD>
-__global__ void __launch_bounds__(kHopperThreads, 1)
-    sinkAttentionHopperKernel(AttentionCall<T> call, const __grid_constant__ TensorMap k,
-                              const __grid_constant__ TensorMap v) {
-  using Shape = HopperShape<kD>;
+__global__ void __launch_bounds__(kSm90aThreads, 1)
+    sinkAttentionSm90aKernel(AttentionCall<T> call, const __grid_constant__ TensorMap k,
+                             const __grid_constant__ TensorMap v) {
+  using Shape = Sm90aShape<kD>;
   SWIZZLED_SHARED(shared);
   SHARED_ARRAY(Barrier, full, Shape::kUnits);
   SHARED_ARRAY(Barrier, empty, Shape::kUnits);
@@ -237,11 +238,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     initBarrier(attending[0], kAttendingWarps);
   }
   __syncthreads();
-  AttentionPlace<kHopperRows> const place(call);
+  AttentionPlace<kSm90aRows> const place(call);
   KeyRange const keys = place.template keys<Shape::kKeys>(call);
   int const steps = tilesOf(keys.end - keys.first, Shape::kKeys);
-  HopperRing<kD> const ring{shared + Shape::kQueryBytes, full, empty};
-  if (threadIdx.x >= kHopperAttending) {
+  Sm90aRing<kD> const ring{shared + Shape::kQueryBytes, full, empty};
+  if (threadIdx.x >= kSm90aAttending) {
     giveRegisters<kLoadingRegisters>();
     loadUnits(call, k, v, place.batch, place.group, keys, steps, ring);
   } else {
@@ -253,33 +254,32 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 template <class T, int kD>
 cudaError_t launchOf(SinkAttentionSizes const& s, AttentionCall<T> const& call,
                      cudaStream_t stream) {
-  using Shape = HopperShape<kD>;
+  using Shape = Sm90aShape<kD>;
   TensorMap k, v;
-  cudaError_t error = makeTensorMap(k, hopperKeys(call.k, s, Shape::kKeys));
-  if (error == cudaSuccess) error = makeTensorMap(v, hopperKeys(call.v, s, Shape::kKeys));
+  cudaError_t error = makeTensorMap(k, sm90aKeys(call.k, s, Shape::kKeys));
+  if (error == cudaSuccess) error = makeTensorMap(v, sm90aKeys(call.v, s, Shape::kKeys));
   if (error != cudaSuccess) return error;
-  int64_t const blocks = s.B * s.G * ceilDiv(s.H / s.G * s.T, kHopperRows);
-  LaunchPlan const plan{dim3(unsigned(blocks), unsigned(call.splits)), dim3(kHopperThreads),
+  int64_t const blocks = s.B * s.G * ceilDiv(s.H / s.G * s.T, kSm90aRows);
+  LaunchPlan const plan{dim3(unsigned(blocks), unsigned(call.splits)), dim3(kSm90aThreads),
                         Shape::kSharedBytes};
-  return launch(sinkAttentionHopperKernel<T, kD>, plan, stream, call, k, v);
+  return launch(sinkAttentionSm90aKernel<T, kD>, plan, stream, call, k, v);
 }
 
 }  // namespace
 
 template <class T>
-cudaError_t launchHopperPrefill(SinkAttentionSizes const& s, AttentionCall<T> const& call,
-                                cudaStream_t stream) {
+cudaError_t launchSm90aPrefill(SinkAttentionSizes const& s, AttentionCall<T> const& call,
+                               cudaStream_t stream) {
   auto const launchIt = s.D <= 64    ? launchOf<T, 64>
                         : s.D <= 128 ? launchOf<T, 128>
                                      : launchOf<T, 256>;
   return launchIt(s, call, stream);
 }
 
-template cudaError_t launchHopperPrefill<Half>(SinkAttentionSizes const& s,
-                                               AttentionCall<Half> const& call,
-                                               cudaStream_t stream);
-template cudaError_t launchHopperPrefill<Bfloat16>(SinkAttentionSizes const& s,
-                                                   AttentionCall<Bfloat16> const& call,
-                                                   cudaStream_t stream);
+template cudaError_t launchSm90aPrefill<Half>(SinkAttentionSizes const& s,
+                                              AttentionCall<Half> const& call, cudaStream_t stream);
+template cudaError_t launchSm90aPrefill<Bfloat16>(SinkAttentionSizes const& s,
+                                                  AttentionCall<Bfloat16> const& call,
+                                                  cudaStream_t stream);
 
 }  // namespace llmexport

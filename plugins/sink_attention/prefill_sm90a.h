@@ -1,24 +1,23 @@
-// Prefill by wgmma and TMA: which nodes, in which tiles, and its launcher, which is there if
+// Prefill by wgmma and TMA: the nodes that it takes, its tiles, and its launcher, which exists if
 // LLMEXPORT_SM90A is defined.
 #pragma once
 
 #include "common/device.h"
-#include "common/hopper.h"
+#include "common/sm90a.h"
 #include "sink_attention/rows.cuh"
 
 namespace llmexport {
 
 // A block attends for 128 rows: two warpgroups have 64 each, one loads.
-constexpr int kHopperRows = 2 * kWgmmaRows;
-constexpr int kHopperAttending = 2 * kWarpgroup, kHopperThreads = 3 * kWarpgroup;
+constexpr int kSm90aRows = 2 * kWgmmaRows;
+constexpr int kSm90aAttending = 2 * kWarpgroup, kSm90aThreads = 3 * kWarpgroup;
 
-// The tiles that heads of up to kD elements are served by. Each is as many slabs of 64 columns,
-// [rows, 64], as it is wide.
+// The tiles for heads of up to kD elements. A tile consists of slabs of 64 columns, [rows, 64].
 template <int kD>
-struct HopperShape {
+struct Sm90aShape {
   static constexpr int kKeys = kD == 256 ? 64 : 128;
   static constexpr int kUnits = 4;  // tiles of keys or values in the ring
-  static constexpr int kQueryBytes = kHopperRows * kD * 2, kUnitBytes = kKeys * kD * 2;
+  static constexpr int kQueryBytes = kSm90aRows * kD * 2, kUnitBytes = kKeys * kD * 2;
   static constexpr int kSharedBytes = kQueryBytes + kUnits * kUnitBytes;
 };
 
@@ -31,30 +30,31 @@ struct InSlabs {
 };
 
 // k or v as TMA reads it: tileKeys keys of one group, 64 columns at a time.
-inline TiledTensor hopperKeys(void const* keys, SinkAttentionSizes const& s, int tileKeys) {
+inline TiledTensor sm90aKeys(void const* keys, SinkAttentionSizes const& s, int tileKeys) {
   return {keys,
           {s.D, s.S, s.G, s.B},
           {s.D, s.S * s.D, s.G * s.S * s.D},
           {kSwizzleElements, tileKeys, 1, 1}};
 }
 
-// Whether the kernel takes what the plan leaves to prefill: with fewer rows a warpgroup has none.
-inline bool hopperServes(SinkAttentionPlan const& plan, SinkAttentionSizes const& s,
-                         Device const& device) {
-  constexpr int kHopper = 90;
-  return device.capability == kHopper && plan.path == AttentionPath::kPrefill &&
-         s.H / s.G * s.T > kWgmmaRows && hopperKeys(nullptr, s, 1).isServed();
+// Whether the kernel takes a node that the plan gives to prefill: with fewer rows one warpgroup
+// would have none.
+inline bool sm90aServes(SinkAttentionPlan const& plan, SinkAttentionSizes const& s,
+                        Device const& device) {
+  constexpr int kSm90 = 90;
+  return device.capability == kSm90 && plan.path == AttentionPath::kPrefill &&
+         s.H / s.G * s.T > kWgmmaRows && sm90aKeys(nullptr, s, 1).isServed();
 }
 
-// In as many splits as the plan has.
+// Attends in `call.splits` splits.
 template <class T>
-cudaError_t launchHopperPrefill(SinkAttentionSizes const& sizes, AttentionCall<T> const& call,
-                                cudaStream_t stream);
-extern template cudaError_t launchHopperPrefill<Half>(SinkAttentionSizes const& sizes,
-                                                      AttentionCall<Half> const& call,
-                                                      cudaStream_t stream);
-extern template cudaError_t launchHopperPrefill<Bfloat16>(SinkAttentionSizes const& sizes,
-                                                          AttentionCall<Bfloat16> const& call,
-                                                          cudaStream_t stream);
+cudaError_t launchSm90aPrefill(SinkAttentionSizes const& sizes, AttentionCall<T> const& call,
+                               cudaStream_t stream);
+extern template cudaError_t launchSm90aPrefill<Half>(SinkAttentionSizes const& sizes,
+                                                     AttentionCall<Half> const& call,
+                                                     cudaStream_t stream);
+extern template cudaError_t launchSm90aPrefill<Bfloat16>(SinkAttentionSizes const& sizes,
+                                                         AttentionCall<Bfloat16> const& call,
+                                                         cudaStream_t stream);
 
 }  // namespace llmexport

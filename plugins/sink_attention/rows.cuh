@@ -1,10 +1,10 @@
-// Rows of a group, and the keys they see.
+// The rows of a group, and the keys that they see.
 //
-// Where transformers rounds and these kernels do not: eager_attention_forward of
-// modeling_gpt_oss.py rounds q k^T, its product with the scale, the difference from the largest
-// logit and the softmax to T; that of modeling_gemma2.py q k^T, the product, each of the three
-// steps of the soft cap and the softmax. Here all of that is fp32, and the result is rounded to T
-// once; what else is rounded, the kernels say.
+// transformers rounds where these kernels do not: eager_attention_forward of modeling_gpt_oss.py
+// rounds q k^T, its product with the scale, the difference from the largest logit and the softmax
+// to T; that of modeling_gemma2.py rounds q k^T, the product, each of the three steps of the soft
+// cap and the softmax. Here all of these are fp32, and the result is rounded to T once; each kernel
+// says what else it rounds.
 #pragma once
 
 #include "common/element.cuh"
@@ -16,15 +16,16 @@ namespace llmexport {
 constexpr int kAttentionThreads = 128, kAttentionWarps = kAttentionThreads / kWarp;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// What the kernels get. `scale` and `softcap` hold log2(e): logits are in powers of two.
+// The arguments of the kernels. `scale` and `softcap` have the factor log2(e), and logits are
+// exponents of two; in the scalar kernel both are natural.
 template <class T>
 struct AttentionCall {
   T const *q, *k, *v;
   int const *start, *length;
   T const* sinks;  // or null
   T* y;
-  float* partial;    // [B * H * T, splits, size]: the results of the splits,
-  float* logWeight;  // [B * H * T, splits]: and log2 of what each weighs
+  float* partial;    // [B * H * T, splits, size]: the results of the splits
+  float* logWeight;  // [B * H * T, splits]: log2 of the weight of each result
   int batches, heads, groups, ratio, tokens, keys, size, splits;
   int window;  // INT32_MAX if there is none
   float scale, softcap;
@@ -32,20 +33,20 @@ struct AttentionCall {
   // Row r of a group is query r / ratio of its head r % ratio: rows that are near each other see
   // nearly the same keys.
   __device__ __forceinline__ int rows() const { return ratio * tokens; }
-  // Its place among the B * H * T rows of q and y.
+  // The place of a group's row among the B * H * T rows of q and y.
   __device__ __forceinline__ int64_t place(int batch, int group, int row) const {
     int const head = group * ratio + row % ratio;
     return (int64_t(batch) * heads + head) * tokens + row / ratio;
   }
-  // The place of a split's result of it.
+  // The place of a split's result for such a row.
   __device__ __forceinline__ int64_t part(int batch, int group, int row, int split) const {
     return place(batch, group, row) * splits + split;
   }
-  // -inf, which weighs nothing, without sinks.
+  // The sink of a row; without sinks -inf, which weighs nothing.
   __device__ __forceinline__ float sink(int group, int row) const {
     return sinks ? toFloat(sinks[group * ratio + row % ratio]) * kLog2e : -INFINITY;
   }
-  // Where a query stands among the keys; -1 before all of them.
+  // The place of a query among the keys; -1 if it is before all of them.
   __device__ __forceinline__ int position(int batch, int query) const {
     int64_t const at = int64_t(length[batch]) - tokens + query;
     return int(at < 0 ? -1 : at > INT32_MAX ? INT32_MAX : at);
@@ -63,7 +64,7 @@ struct KeyRange {
   int first, end;
 };
 
-// The keys that queries from position `low` to `high` see among them, all of which are there.
+// The keys that any query from position `low` to `high` sees; the cache holds all of them.
 template <class T>
 __device__ __forceinline__ KeyRange keysOf(AttentionCall<T> const& call, int batch, int low,
                                            int high) {
@@ -71,7 +72,7 @@ __device__ __forceinline__ KeyRange keysOf(AttentionCall<T> const& call, int bat
   return {first, max(first, min(high, call.keys - 1) + 1)};
 }
 
-// The part of a range that is one split's: a multiple of kStep keys, but for the last.
+// The part of a range that one split takes: a multiple of kStep keys, except for the last part.
 template <int kStep>
 __device__ __forceinline__ KeyRange splitOf(KeyRange all, int split, int splits) {
   int64_t const each = int64_t(tilesOf(tilesOf(all.end - all.first, splits), kStep)) * kStep;
@@ -79,7 +80,7 @@ __device__ __forceinline__ KeyRange splitOf(KeyRange all, int split, int splits)
   return {int(min(first, int64_t(all.end))), int(min(first + each, int64_t(all.end)))};
 }
 
-// Where a block of kRows rows works. Grid (row tiles * batches * groups, splits): the last rows of
+// The work of a block of kRows rows. Grid (row tiles * batches * groups, splits): the last rows of
 // all groups come first, as they see the most keys.
 template <int kRows>
 struct AttentionPlace {
@@ -95,7 +96,7 @@ struct AttentionPlace {
     split = int(blockIdx.y);
   }
 
-  // Of the keys that the rows see, those of this split.
+  // The keys of this split that the rows see.
   template <int kStep, class T>
   __device__ __forceinline__ KeyRange keys(AttentionCall<T> const& call) const {
     int const lastRow = min(firstRow + kRows, call.rows()) - 1;
@@ -105,8 +106,8 @@ struct AttentionPlace {
   }
 };
 
-// One over the weight of all keys and of the sink, if one times `unit` is what a row's sum and
-// values count in. `level` is log2 of that unit; -inf if the row saw no key.
+// The factor that makes a row's values its result: one over the weight of all keys and of the sink.
+// The row's sum and values count in units of 2**level; the level is -inf if the row saw no key.
 __device__ __forceinline__ float normaliser(float level, float sum, float sink) {
   float const top = fmaxf(level, sink);
   if (top == -INFINITY) return 0.0f;

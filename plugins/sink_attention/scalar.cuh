@@ -5,13 +5,14 @@
 
 namespace llmexport {
 
-// Any size up to kAttentionMaxSize and any alignment. Grid: the B * H * T rows. Each warp takes
-// every fourth run of 32 keys, a lane a key for its logit and every 32nd column for its value;
-// logits here are natural.
+// Serves any size up to kAttentionMaxSize and any alignment. Grid: the B * H * T rows. Each warp
+// takes every fourth run of 32 keys; a lane takes a key for its logit, and every 32nd column of the
+// values. Logits here are natural.
 //
-// All in fp32, y rounded to T once; modeling_gpt_oss.py and modeling_gemma2.py: rows.cuh. A logit
-// adds its columns in order, by fma, and is scaled after; a warp adds its keys in order, rescaled
-// as the largest logit rises; then the four warps. expf and tanhf: 2 units in the last place.
+// All is computed in fp32 and y is rounded to T once; rows.cuh says how transformers rounds. A
+// logit adds its columns in order, by fma, and is scaled after; a warp adds its keys in order,
+// rescaled as the largest logit rises; then the four warps' sums are added. expf and tanhf are good
+// to 2 units in the last place.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kAttentionThreads)
     sinkAttentionScalarKernel(AttentionCall<T> call) {

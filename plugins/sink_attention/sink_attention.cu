@@ -1,18 +1,24 @@
 #include <algorithm>
 
+#include "common/refuse.h"
+#include "sink_attention/decode.cuh"
+#include "sink_attention/merge.cuh"
+#include "sink_attention/prefill.cuh"
 #include "sink_attention/prefill_sm90a.h"
-#include "sink_attention/sink_attention.cuh"
+#include "sink_attention/scalar.cuh"
 
 namespace llmexport {
 namespace {
 
-constexpr int64_t kDecodeRows = 2 * 16;  // up to which 16 a block read the keys no more than twice
-// Blocks for each SM, up to which keys are split; the workspace is for so many SMs at most.
+// Up to so many rows, blocks of 16 read the keys no more than twice.
+constexpr int64_t kDecodeRows = 2 * 16;
+// Keys are split as long as there are fewer blocks for each SM; the workspace is for so many SMs at
+// most.
 constexpr int64_t kBlocksPerProcessor = 2, kMostProcessors = 160;
 constexpr int64_t kMostWanted = kBlocksPerProcessor * kMostProcessors;
 static_assert(kMostWanted <= kAttentionMaxSplits);
-// Keys of a split. With fewer, a split writes more bytes of results than it reads of keys, twice
-// the rows of which a split of many rows writes.
+// Least keys of a split. With fewer it would write, and the merge read, too many bytes of results
+// for the bytes of keys that it reads; a prefill block has more rows, and so more results.
 constexpr int64_t kDecodeLeastKeys = 128, kPrefillLeastKeys = 256;
 
 // The least head size that the kernels are made for and that holds this one.
@@ -60,8 +66,25 @@ bool onTensorCores(int64_t size, Dtype dtype, bool pointersAligned) {
 
 }  // namespace
 
-SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& s, int window, Dtype dtype,
-                                    bool pointersAligned, int processors) {
+bool sinkAttentionFits(SinkAttentionSizes const& s) {
+  if (s.H == kUnknown || s.G == kUnknown || (s.G > 0 && s.H % s.G == 0)) return true;
+  return refuse("SinkAttention: q has H = %lld heads, no multiple of the G = %lld of k and v",
+                (long long)s.H, (long long)s.G);
+}
+
+bool sinkAttentionServes(SinkAttentionSizes const& s) {
+  if (!sinkAttentionFits(s)) return false;
+  if (s.D > kAttentionMaxSize) {
+    return refuse("SinkAttention: heads have D = %lld, over the %d that the kernels are made for",
+                  (long long)s.D, kAttentionMaxSize);
+  }
+  return isAtMost("SinkAttention", "BHT", {s.B, s.H, s.T}, INT32_MAX) &&
+         isAtMost("SinkAttention", "S", {s.S}, INT32_MAX);
+}
+
+SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& s,
+                                    SinkAttentionAttributes const& attributes, Dtype dtype,
+                                    bool pointersAligned, Device const& device) {
   dim3 const block(kAttentionThreads);
   if (!onTensorCores(s.D, dtype, pointersAligned)) {
     return {AttentionPath::kScalar, {dim3(unsigned(s.B * s.H * s.T)), block}, {}, 1, 0};
@@ -72,9 +95,9 @@ SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& s, int window, Dty
   BlockShape const shape = blockShape(path, s.D);
   int64_t const blocks = s.B * s.G * ceilDiv(rows, shape.rows);
   // A decode block waits for memory, so that one too many is better than one too few.
-  int64_t const most = kBlocksPerProcessor * std::min<int64_t>(processors, kMostProcessors);
+  int64_t const most = kBlocksPerProcessor * std::min<int64_t>(device.processors, kMostProcessors);
   int64_t const wanted = few ? ceilDiv(most, blocks) : most / blocks;
-  int64_t const keys = mostKeys(s, window, shape.rows);
+  int64_t const keys = mostKeys(s, attributes.window, shape.rows);
   int64_t const possible = ceilDiv(keys, few ? kDecodeLeastKeys : kPrefillLeastKeys);
   int64_t const splits = std::max<int64_t>(std::min(wanted, possible), 1);
   int64_t const all = s.B * s.H * s.T;
@@ -90,12 +113,13 @@ SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& s, int window, Dty
   return plan;
 }
 
-size_t sinkAttentionWorkspace(SinkAttentionSizes const& s, int window, Dtype dtype) {
+size_t sinkAttentionWorkspace(SinkAttentionSizes const& s,
+                              SinkAttentionAttributes const& attributes, Dtype dtype) {
   if (!onTensorCores(s.D, dtype, true) || s.B * s.H * s.T * s.S == 0) return 0;
   // Keys are split only where that makes no more blocks than these, each with all its rows.
   int64_t const decode = 2 * kMostWanted * blockShape(AttentionPath::kDecode, s.D).rows;
   int64_t const prefill = kMostWanted * blockShape(AttentionPath::kPrefill, s.D).rows;
-  int64_t const keys = mostKeys(s, window, s.H / s.G * s.T);
+  int64_t const keys = mostKeys(s, attributes.window, s.H / s.G * s.T);
   int64_t const splits = std::min(ceilDiv(keys, kDecodeLeastKeys), kMostWanted);
   int64_t const rows = std::min(s.B * s.H * s.T * splits, std::max(decode, prefill));
   return splits > 1 ? splitBytes(rows, s.D) : 0;
@@ -106,11 +130,11 @@ namespace {
 template <class T>
 cudaError_t attendOnTensorCores(SinkAttentionPlan const& plan,
                                 [[maybe_unused]] SinkAttentionSizes const& sizes,
-                                AttentionCall<T> const& call,
-                                [[maybe_unused]] Device const& device, cudaStream_t stream) {
+                                AttentionCall<T> const& call, [[maybe_unused]] Device const& device,
+                                cudaStream_t stream) {
 #ifdef LLMEXPORT_SM90A
-  if (hopperServes(plan, sizes, device) && asksForSm90a()) {
-    return launchHopperPrefill(sizes, call, stream);
+  if (sm90aServes(plan, sizes, device) && asksForSm90a()) {
+    return launchSm90aPrefill(sizes, call, stream);
   }
 #endif
   return withSize(call.size, [&](auto padded) {
@@ -125,7 +149,7 @@ template <class T>
 cudaError_t attend(SinkAttentionPlan const& plan, SinkAttentionSizes const& sizes,
                    AttentionCall<T> const& call, Device const& device, cudaStream_t stream) {
   if (plan.path == AttentionPath::kScalar) {
-    // Of 16 bits come here only those that are not aligned.
+    // Tensors of 16 bits come here only if they are not aligned.
     constexpr int kWidth = sizeof(T) == 4 ? kFullWidth<T> : 1;
     bool const wide = aligned({call.k}) && call.size % kWidth == 0;
     auto const kernel =
@@ -144,28 +168,25 @@ cudaError_t attend(SinkAttentionPlan const& plan, SinkAttentionSizes const& size
 }  // namespace
 
 cudaError_t sinkAttention(Dtype dtype, SinkAttentionSizes const& s,
-                          SinkAttentionAttributes const& attributes, void const* q, void const* k,
-                          void const* v, void const* start, void const* length, void const* sinks,
-                          void* y, void* workspace, Device const& device, cudaStream_t stream) {
+                          SinkAttentionAttributes const& attributes, SinkAttentionTensors const& t,
+                          void* workspace, Device const& device, cudaStream_t stream) {
+  if (!sinkAttentionServes(s)) return cudaErrorInvalidValue;
   int64_t const rows = s.B * s.H * s.T;
   if (rows * s.D == 0) return cudaSuccess;
-  if (std::max(rows, s.S) > INT32_MAX || s.D > kAttentionMaxSize || s.H % s.G != 0) {
-    return cudaErrorInvalidValue;
-  }
   SinkAttentionPlan const plan =
-      sinkAttentionPlan(s, attributes.window, dtype, aligned({q, k, v, y}), device.processors);
+      sinkAttentionPlan(s, attributes, dtype, aligned({t.q, t.k, t.v, t.y}), device);
   float const unit = plan.path == AttentionPath::kScalar ? 1.0f : kLog2e;
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     AttentionCall<T> call{};
-    call.q = static_cast<T const*>(q);
-    call.k = static_cast<T const*>(k);
-    call.v = static_cast<T const*>(v);
-    call.start = static_cast<int const*>(start);
-    call.length = static_cast<int const*>(length);
-    call.sinks = static_cast<T const*>(sinks);
-    call.y = static_cast<T*>(y);
-    call.partial = static_cast<float*>(workspace);
+    call.q = typed<T>(t.q);
+    call.k = typed<T>(t.k);
+    call.v = typed<T>(t.v);
+    call.start = t.start;
+    call.length = t.length;
+    call.sinks = typed<T>(t.sinks);
+    call.y = typed<T>(t.y);
+    call.partial = typed<float>(workspace);
     call.logWeight = call.partial + rows * plan.splits * s.D;
     call.batches = int(s.B);
     call.heads = int(s.H);

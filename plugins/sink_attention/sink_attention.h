@@ -18,9 +18,16 @@ struct SinkAttentionAttributes {
   int window;
 };
 
+struct SinkAttentionTensors {
+  void const *q, *k, *v;
+  int32_t const *start, *length;
+  void const* sinks;  // or null
+  void* y;
+};
+
 // Which kernel attends. The rows of a group are the T queries of its H / G heads.
 enum class AttentionPath {
-  kScalar,   // a block a row: fp32, and what the tensor cores' loads cannot take
+  kScalar,   // a block a row: fp32, and tensors that the tensor cores' loads cannot take
   kDecode,   // 16 rows a block, whose warps share the keys
   kPrefill,  // many rows a block, whose warps share the rows
 };
@@ -32,17 +39,22 @@ struct SinkAttentionPlan {
   size_t workspaceBytes;
 };
 
-// For sizes of at least one element each, but S; on a device of so many SMs.
-SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& sizes, int window, Dtype dtype,
-                                    bool pointersAligned, int processors);
+bool sinkAttentionFits(SinkAttentionSizes const& sizes);
+bool sinkAttentionServes(SinkAttentionSizes const& sizes);
+
+// For sizes of at least one element each, except S, which may be 0.
+SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& sizes,
+                                    SinkAttentionAttributes const& attributes, Dtype dtype,
+                                    bool pointersAligned, Device const& device);
 
 // Bytes that suffice on any device for these sizes and all smaller B, T and S.
-size_t sinkAttentionWorkspace(SinkAttentionSizes const& sizes, int window, Dtype dtype);
+size_t sinkAttentionWorkspace(SinkAttentionSizes const& sizes,
+                              SinkAttentionAttributes const& attributes, Dtype dtype);
 
-// `sinks` may be null. `workspace`: of sinkAttentionPlan's bytes, aligned to kVectorBytes.
+// `workspace` has the plan's bytes and is aligned to kVectorBytes.
 cudaError_t sinkAttention(Dtype dtype, SinkAttentionSizes const& sizes,
-                          SinkAttentionAttributes const& attributes, void const* q, void const* k,
-                          void const* v, void const* start, void const* length, void const* sinks,
-                          void* y, void* workspace, Device const& device, cudaStream_t stream);
+                          SinkAttentionAttributes const& attributes,
+                          SinkAttentionTensors const& tensors, void* workspace,
+                          Device const& device, cudaStream_t stream);
 
 }  // namespace llmexport

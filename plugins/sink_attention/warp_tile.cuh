@@ -6,14 +6,15 @@
 
 namespace llmexport {
 
-// kTiles * 16 rows of one warp. In fp32: logits, their level, sums and values. Rounded to T: the
-// weights, before they meet the values and before they are divided by their sum, which adds them
+// kTiles * 16 rows of one warp. Logits, their level, sums and values are fp32. Weights are rounded
+// to T before they meet the values and before they are divided by their sum, which adds them
 // unrounded (FlashAttention-2; __init__.py rounds the result alone, transformers the divided
-// weights). exp is exp2Fast, 2**-22; the soft cap's tanh is up to 2**-20 off, however small it is.
+// weights). exp is exp2Fast, good to 2**-22; the soft cap's tanh is up to 2**-20 off, however small
+// it is.
 //
 // Weights are 2**(logit - level). The level of a row follows its largest logit only where weights
-// would pass 2**kMostLog2, so that most tiles need no rescaling; it starts kStartLog2 below, which
-// keeps small weights out of fp16's subnormals.
+// would pass 2**kMostLog2, so that most tiles need no rescaling; it is then set kStartLog2 below
+// that logit, which keeps small weights out of fp16's subnormals.
 template <class T, int kD, int kTiles, int kKeys, bool kHoldQuery>
 struct WarpTile {
   static constexpr float kStartLog2 = std::is_same_v<T, Half> ? 7.0f : 0.0f;
@@ -22,15 +23,17 @@ struct WarpTile {
   using Logits = float[kTiles][kKeys / 8][4];
 
   int lane;
-  uint32_t held[kHoldQuery ? kTiles : 1][kHoldQuery ? kD / 16 : 1][4];  // of the queries
+  uint32_t held[kHoldQuery ? kTiles : 1][kHoldQuery ? kD / 16 : 1][4];  // queries
   uint32_t weights[kTiles][kKeys / 16][4];
-  // Fragments of mma's results: of a row of 4 lanes; [i / 2] is the upper or the lower eight rows.
+  // Fragments of mma's results: 4 lanes share a row; elements 0 and 1 are of the upper eight rows,
+  // 2 and 3 of the lower.
   float values[kTiles][kD / 8][4];
   float level[kTiles][2], sum[kTiles][2];
-  int position[kTiles][2];  // of the rows this lane has results of
-  int lowest, highest;      // of the rows of the warp
+  int position[kTiles][2];  // positions of the rows that this lane has results of
+  int lowest, highest;      // position of the warp's rows
 
-  // Rows from `first` on of the group; those past the last count as the last, and are not stored.
+  // Takes the group's rows from `first` on; rows past the last count as the last, and are not
+  // stored.
   __device__ __forceinline__ WarpTile(AttentionCall<T> const& call, int batch, int first)
       : lane(threadIdx.x % kWarp) {
     auto positionOf = [&](int row) {
@@ -54,12 +57,13 @@ struct WarpTile {
     highest = first < call.rows() ? positionOf(first + kTiles * 16 - 1) : -1;
   }
 
-  // Of a result, among the rows of the warp.
+  // The row of a result, among the rows of the warp.
   __device__ __forceinline__ int rowOf(int m, int half) const {
     return m * 16 + half * 8 + lane / 4;
   }
 
-  // Whether a row sees a key of the tile that starts at `key`; and whether all see all.
+  // Whether any row sees any key of the tile that starts at `key`; and whether all rows see all
+  // keys.
   __device__ __forceinline__ bool seesAny(int key, int window) const {
     return key <= highest && lowest - (key + kKeys - 1) < window;
   }
@@ -72,7 +76,7 @@ struct WarpTile {
     loadMatrix(fragment, rows + inTile<kD>(m * 16 + lane % 16, 2 * k + lane / 16));
   }
 
-  // `rows`: the warp's, in a tile of shared memory.
+  // `rows` are the warp's queries, in a tile of shared memory.
   __device__ __forceinline__ void holdQuery(T const* rows) {
     if constexpr (kHoldQuery) {
 #pragma unroll
@@ -83,7 +87,8 @@ struct WarpTile {
     }
   }
 
-  // Weighs the keys of a tile, the first of which is keys.first; from keys.end on there are none.
+  // Weighs the keys of a tile, the first of which is keys.first; there are no keys from keys.end
+  // on.
   __device__ __forceinline__ void score(AttentionCall<T> const& call, T const* rows, T const* tile,
                                         KeyRange keys) {
     Logits logits;
@@ -95,9 +100,9 @@ struct WarpTile {
         });
   }
 
-  // What follows on multiply(). Calls rescale(m, half, factor) where sums and values of a row get a
-  // new unit, and use(m, n, half, left, right) with the weights of logits[m][n][2 * half] and the
-  // one after it. Touches neither `values` nor `weights` itself.
+  // Makes weights of the logits that multiply() left. Calls rescale(m, half, factor) where sums and
+  // values of a row get a new unit, and use(m, n, half, left, right) with the weights of
+  // logits[m][n][2 * half] and the one after it. Touches neither `values` nor `weights` itself.
   template <class Rescale, class Use>
   __device__ __forceinline__ void weigh(AttentionCall<T> const& call, Logits& logits, KeyRange keys,
                                         Rescale rescale, Use use) {
@@ -147,7 +152,7 @@ struct WarpTile {
     }
   }
 
-  // Makes `sum` that of the whole row in each of the four lanes that share it.
+  // Makes `sum` the sum of the whole row in each of the four lanes that share the row.
   __device__ __forceinline__ void reduceSums() {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -197,7 +202,7 @@ struct WarpTile {
   }
 
   __device__ __forceinline__ static void scaleAndCap(Logits& logits, float scale, float softcap) {
-    // tanh(x) = 1 - 2 / (1 + e**(2 x)), whose error is that of fp32 about 1.
+    // tanh(x) = 1 - 2 / (1 + e**(2 x)), whose absolute error is that of fp32 near 1.
     bool const capped = softcap > 0.0f;
     float const factor = capped ? scale / softcap * 2.0f * kLog2e : scale;
 #pragma unroll

@@ -10,8 +10,8 @@ namespace {
 using trt::PluginField;
 using trt::PluginFieldType;
 
-// `what` is what the attribute is, in words.
-bool parseInteger(Op const& op, PluginField const& field, char const* what, int64_t& number) {
+// `kind` is the attribute's, in words.
+bool parseInteger(Op const& op, PluginField const& field, char const* kind, int64_t& number) {
   if (field.type == PluginFieldType::kINT32) {
     int32_t narrow;
     std::memcpy(&narrow, field.data, sizeof narrow);
@@ -23,15 +23,14 @@ bool parseInteger(Op const& op, PluginField const& field, char const* what, int6
     return true;
   }
   return refuse("%s: %s has field type %d, %s is an int32", op.name, field.name, int(field.type),
-                what),
-         false;
+                kind);
 }
 
 bool parseBool(Op const& op, PluginField const& field, Value& value) {
   int64_t number = 0;
   if (!parseInteger(op, field, "a bool", number)) return false;
   if (number != 0 && number != 1) {
-    return refuse("%s: %s is %lld, not 0 or 1", op.name, field.name, (long long)number), false;
+    return refuse("%s: %s is %lld, not 0 or 1", op.name, field.name, (long long)number);
   }
   value.integer = int32_t(number);
   return true;
@@ -43,8 +42,7 @@ bool parseInt(Op const& op, Attribute const& attribute, PluginField const& field
   int64_t const least = attribute.dim ? 0 : INT32_MIN;
   if (number < least || number > INT32_MAX) {
     return refuse("%s: %s is %lld, which is no %s", op.name, field.name, (long long)number,
-                  attribute.dim ? "size" : "int32"),
-           false;
+                  attribute.dim ? "size" : "int32");
   }
   value.integer = int32_t(number);
   return true;
@@ -53,19 +51,17 @@ bool parseInt(Op const& op, Attribute const& attribute, PluginField const& field
 bool parseFloat(Op const& op, PluginField const& field, Value& value) {
   if (field.type != PluginFieldType::kFLOAT32) {
     return refuse("%s: %s has field type %d, a float is a float32", op.name, field.name,
-                  int(field.type)),
-           false;
+                  int(field.type));
   }
   std::memcpy(&value.real, field.data, sizeof value.real);
-  if (std::isnan(value.real)) return refuse("%s: %s is NaN", op.name, field.name), false;
+  if (std::isnan(value.real)) return refuse("%s: %s is NaN", op.name, field.name);
   return true;
 }
 
 bool parseChoice(Op const& op, Attribute const& attribute, PluginField const& field, Value& value) {
   if (field.type != PluginFieldType::kCHAR) {
     return refuse("%s: %s has field type %d, a string is chars", op.name, field.name,
-                  int(field.type)),
-           false;
+                  int(field.type));
   }
   auto const* const text = static_cast<char const*>(field.data);
   std::string const given(text, strnlen(text, size_t(field.length)));
@@ -77,16 +73,14 @@ bool parseChoice(Op const& op, Attribute const& attribute, PluginField const& fi
     }
     known += (i ? ", " : "") + std::string(attribute.choices[i]);
   }
-  return refuse("%s: %s is '%s', not one of %s", op.name, field.name, given.c_str(), known.c_str()),
-         false;
+  return refuse("%s: %s is '%s', not one of %s", op.name, field.name, given.c_str(), known.c_str());
 }
 
 bool parseOne(Op const& op, Attribute const& attribute, PluginField const& field, Value& value) {
   bool const isText = attribute.kind == Kind::kChoice;
   if (!field.data || (isText ? field.length < 1 : field.length != 1)) {
     return refuse("%s: %s has %d values, not one", op.name, field.name,
-                  field.data ? field.length : 0),
-           false;
+                  field.data ? field.length : 0);
   }
   switch (attribute.kind) {
     case Kind::kBool:

@@ -1,9 +1,9 @@
 // The part of TensorRT's plugin ABI that a V3 plugin meets: TensorRT 10.0 and later, and TensorRT
 // for RTX.
 //
-// Declared here so that the library builds where TensorRT has no headers, and so that one build
-// serves every version. What counts is the order of virtual functions and members and the values
-// of enumerators; tests/plugins/test_abi.py compares all of them with NVIDIA's headers.
+// It is declared here so that the library builds where TensorRT has no headers, and so that one
+// build serves every version. Only the order of virtual functions and members and the values of
+// enumerators count; tests/plugins/test_abi.py compares all of them with NVIDIA's headers.
 // ILogger is left out: its vtable moved in TensorRT 11.
 #pragma once
 
@@ -61,7 +61,7 @@ struct DynamicPluginTensorDesc {
   Dims min, max, opt;
 };
 
-// `length` counts elements of `type`; of kCHAR, the terminating NUL too.
+// `length` counts elements of `type`; for kCHAR it includes the terminating NUL.
 struct PluginField {
   char const* name;
   void const* data;
@@ -79,7 +79,7 @@ struct InterfaceInfo {
   int32_t major, minor;
 };
 
-// An expression is an object with a vtable of no interest and a pointer to what answers.
+// An expression is an object with a vtable of no interest and a pointer to the object that answers.
 class VDimensionExpr {
  public:
   virtual ~VDimensionExpr() noexcept = default;

@@ -1,7 +1,6 @@
-// What the shared library shows to TensorRT: its creators, and nothing else.
-#include <cstdarg>
-#include <cstdio>
+// The symbols of the shared library: TensorRT asks for its creators, library.py for its ops.
 #include <memory>
+#include <string>
 
 #include "trt/plugin.h"
 
@@ -14,20 +13,57 @@ std::vector<std::unique_ptr<Creator>>& creators() {
   return all;
 }
 
+template <class Items, class F>
+std::string joined(Items const& items, char const* between, F textOf) {
+  std::string all;
+  for (auto const& item : items) all += (all.empty() ? "" : between) + textOf(item);
+  return all;
+}
+
+char const* nameOf(Element element) {
+  switch (element) {
+    case Element::kT:
+      return "T";
+    case Element::kW:
+      return "W";
+    case Element::kFloat32:
+      return "float32";
+    case Element::kInt32:
+      return "int32";
+    case Element::kUint8:
+      break;
+  }
+  return "uint8";
+}
+
+std::string kindOf(Attribute const& attribute) {
+  switch (attribute.kind) {
+    case Kind::kBool:
+      return "bool";
+    case Kind::kInt:
+      return attribute.dim ? std::string("int ") + attribute.dim : "int";
+    case Kind::kFloat:
+      return "float";
+    case Kind::kChoice:
+      break;
+  }
+  return joined(attribute.choices, "|", [](char const* choice) { return std::string(choice); });
+}
+
+std::string tableOf(Op const& op) {
+  auto const tensor = [](Tensor const& t) {
+    return std::string(t.name) + ": " + nameOf(t.element) + "[" + t.dims +
+           (t.optional ? "]?" : "]");
+  };
+  auto const attribute = [](Attribute const& a) { return std::string(a.name) + ": " + kindOf(a); };
+  return std::string(op.name) + "(" + joined(op.inputs, ", ", tensor) + "; " +
+         joined(op.attributes, ", ", attribute) + ") -> " + joined(op.outputs, ", ", tensor);
+}
+
 }  // namespace
 
 Registration::Registration(Op op) {
   creators().push_back(std::make_unique<Creator>(std::move(op)));
-}
-
-int32_t refuse(char const* format, ...) noexcept {
-  char line[512];
-  std::va_list args;
-  va_start(args, format);
-  std::vsnprintf(line, sizeof line, format, args);
-  va_end(args);
-  std::fprintf(stderr, "llmexport: %s\n", line);
-  return 1;
 }
 
 }  // namespace llmexport
@@ -45,3 +81,12 @@ LLMEXPORT_EXPORT llmexport::trt::IPluginCreatorInterface* const* getCreators(int
 }
 
 LLMEXPORT_EXPORT void setLoggerFinder(llmexport::trt::ILoggerFinder*) {}
+
+// The table of each op as a line:
+//   Pick(scores: T[BTE], bias: T[E]?; top_k: int K, scoring: softmax|sigmoid) -> best: int32[BTK]
+LLMEXPORT_EXPORT char const* llmexportOps() {
+  static std::string const tables =
+      llmexport::joined(llmexport::creators(), "\n",
+                        [](auto const& creator) { return llmexport::tableOf(creator->op()); });
+  return tables.c_str();
+}

@@ -8,6 +8,11 @@
 #include "trt/types.h"
 
 namespace llmexport {
+namespace {
+
+constexpr int32_t kAccepted = 0, kRefused = 1;
+
+}  // namespace
 
 trt::IPluginCapability* Plugin::getCapabilityInterface(trt::PluginCapabilityType type) noexcept {
   switch (type) {
@@ -30,16 +35,14 @@ bool Plugin::countsAre(int32_t nbInputs, int32_t nbOutputs) const {
   size_t const inputs = size_t(nbInputs);
   if (inputs >= least && inputs <= most && size_t(nbOutputs) == outputs) return true;
   if (least < most) {
-    refuse("%s has %zu to %zu inputs and %zu outputs, not %d and %d", op_.name, least, most,
-           outputs, nbInputs, nbOutputs);
-  } else {
-    refuse("%s has %zu inputs and %zu outputs, not %d and %d", op_.name, most, outputs, nbInputs,
-           nbOutputs);
+    return refuse("%s has %zu to %zu inputs and %zu outputs, not %d and %d", op_.name, least, most,
+                  outputs, nbInputs, nbOutputs);
   }
-  return false;
+  return refuse("%s has %zu inputs and %zu outputs, not %d and %d", op_.name, most, outputs,
+                nbInputs, nbOutputs);
 }
 
-// Input or, from nbInputs on, output.
+// The table's tensor at this place among inputs and then outputs.
 Tensor const& Plugin::tensor(int32_t i, int32_t nbInputs) const {
   return i < nbInputs ? op_.inputs[size_t(i)] : op_.outputs[size_t(i - nbInputs)];
 }
@@ -61,28 +64,28 @@ std::optional<Plugin::Form> Plugin::read(Desc const* in, int32_t nbInputs, Desc 
   auto const sizes = shapes.checked();
   if (!sizes) return std::nullopt;
   Form const form{types.dtype(), types.stored(), size_t(nbInputs), *sizes};
-  if (op_.supports && op_.supports(node(form)) != 0) return std::nullopt;
+  if (op_.supports && !op_.supports(node(form))) return std::nullopt;
   return form;
 }
 
 int32_t Plugin::getOutputDataTypes(trt::DataType* outputTypes, int32_t nbOutputs,
                                    trt::DataType const* inputTypes,
                                    int32_t nbInputs) const noexcept {
-  if (!countsAre(nbInputs, nbOutputs)) return 1;
+  if (!countsAre(nbInputs, nbOutputs)) return kRefused;
   TypeReader types(op_);
   for (int32_t i = 0; i < nbInputs; ++i) {
-    if (!types.read(op_.inputs[size_t(i)], inputTypes[i])) return 1;
+    if (!types.read(op_.inputs[size_t(i)], inputTypes[i])) return kRefused;
   }
   for (int32_t i = 0; i < nbOutputs; ++i) {
     outputTypes[i] = types.typeOf(op_.outputs[size_t(i)].element);
   }
-  return 0;
+  return kAccepted;
 }
 
 int32_t Plugin::getOutputShapes(trt::DimsExprs const* inputs, int32_t nbInputs,
                                 trt::DimsExprs const*, int32_t, trt::DimsExprs* outputs,
                                 int32_t nbOutputs, trt::IExprBuilder& builder) noexcept {
-  if (!countsAre(nbInputs, nbOutputs)) return 1;
+  if (!countsAre(nbInputs, nbOutputs)) return kRefused;
   ShapeReader reader(op_, attributes_);
   std::array<trt::IDimensionExpr const*, 26> sizeOf{};
   for (size_t i = 0; i < size_t(nbInputs); ++i) {
@@ -92,11 +95,11 @@ int32_t Plugin::getOutputShapes(trt::DimsExprs const* inputs, int32_t nbInputs,
       auto*& known = sizeOf[size_t(letters[d] - 'A')];
       // A constant tells TensorRT more than an expression does.
       if (!known || size->isConstant()) known = size;
-      return size->isConstant() ? size->getConstantValue() : Sizes::kUnknown;
+      return size->isConstant() ? size->getConstantValue() : kUnknown;
     };
-    if (!reader.read(op_.inputs[i], inputs[i].nbDims, sizeIfKnown)) return 1;
+    if (!reader.read(op_.inputs[i], inputs[i].nbDims, sizeIfKnown)) return kRefused;
   }
-  if (!reader.checked()) return 1;
+  if (!reader.checked()) return kRefused;
   for (size_t i = 0; i < op_.attributes.size(); ++i) {
     char const letter = op_.attributes[i].dim;
     if (letter) sizeOf[size_t(letter - 'A')] = builder.constant(attributes_[i].integer);
@@ -106,7 +109,7 @@ int32_t Plugin::getOutputShapes(trt::DimsExprs const* inputs, int32_t nbInputs,
     outputs[i].nbDims = int32_t(std::strlen(letters));
     for (int32_t d = 0; letters[d]; ++d) outputs[i].d[d] = sizeOf[size_t(letters[d] - 'A')];
   }
-  return 0;
+  return kAccepted;
 }
 
 bool Plugin::supportsFormatCombination(int32_t pos, trt::DynamicPluginTensorDesc const* inOut,
@@ -123,22 +126,21 @@ int32_t Plugin::configurePlugin(trt::DynamicPluginTensorDesc const* in, int32_t 
                                 int32_t nbOutputs) noexcept {
   auto desc = [](trt::DynamicPluginTensorDesc const& d) -> auto const& { return d.desc; };
   auto form = read(in, nbInputs, out, nbOutputs, desc);
-  if (!form) return 1;
-  if (!op_.supports) return 0;
+  if (!form) return kRefused;
   Sizes const known = form->sizes;
   form->sizes = largestSizes(in, nbInputs, known);
-  return op_.supports(node(*form));
+  return op_.supports && !op_.supports(node(*form)) ? kRefused : kAccepted;
 }
 
-// `known`, and of the others the largest of the profile. TensorRT bounds each tensor for itself: of
-// two bounds of one letter the larger counts.
+// The sizes that are `known`, and the largest of the profile for the others. TensorRT bounds each
+// tensor for itself: of two bounds of one letter the larger counts.
 Sizes Plugin::largestSizes(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
                            Sizes const& known) const {
   Sizes sizes = known;
   for (int32_t i = 0; i < nbInputs; ++i) {
     for (int32_t d = 0; d < in[i].max.nbDims; ++d) {
       char const letter = op_.inputs[size_t(i)].dims[d];
-      if (known[letter] == Sizes::kUnknown) {
+      if (known[letter] == kUnknown) {
         sizes[letter] = std::max(sizes[letter], in[i].max.d[d]);
       }
     }
@@ -159,22 +161,26 @@ int32_t Plugin::onShapeChange(trt::PluginTensorDesc const* in, int32_t nbInputs,
                               trt::PluginTensorDesc const* out, int32_t nbOutputs) noexcept {
   auto desc = [](trt::PluginTensorDesc const& d) -> auto const& { return d; };
   form_ = read(in, nbInputs, out, nbOutputs, desc);
-  if (!form_) return 1;
+  if (!form_) return kRefused;
   if (!device_) {
     Device device{};
     cudaError_t const error = queryDevice(device);
     if (error != cudaSuccess) {
-      return refuse("%s: CUDA error %d of the device", op_.name, int(error));
+      refuse("%s: CUDA error %d of the device", op_.name, int(error));
+      return kRefused;
     }
     device_ = device;
   }
-  return 0;
+  return kAccepted;
 }
 
 int32_t Plugin::enqueue(trt::PluginTensorDesc const*, trt::PluginTensorDesc const*,
                         void const* const* inputs, void* const* outputs, void* workspace,
                         cudaStream_t stream) noexcept {
-  if (!form_) return refuse("%s: enqueued without shapes", op_.name);
+  if (!form_) {
+    refuse("%s: enqueued without shapes", op_.name);
+    return kRefused;
+  }
   std::array<void const*, kMaxInputs> all{};
   std::copy_n(inputs, form_->inputs, all.begin());
   cudaError_t const error =

@@ -48,10 +48,10 @@ class Plugin final : public trt::IPluginV3,
   trt::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
  private:
-  // What the table says of a node, whose sizes may be unknown.
+  // The types and sizes of a node; a size may be unknown.
   struct Form {
     Dtype dtype;
-    std::optional<Dtype> stored;
+    Stored stored;
     size_t inputs;
     Sizes sizes;
   };
@@ -69,10 +69,10 @@ class Plugin final : public trt::IPluginV3,
 
   Op const& op_;
   Values attributes_;
-  // Set by onShapeChange.
+  // onShapeChange sets these.
   std::optional<Form> form_;
   std::optional<Device> device_;
-  // Made anew by each getFieldsToSerialize: a copy's would point into the original.
+  // getFieldsToSerialize makes them anew each time: a copy's would point into the original.
   std::array<trt::PluginField, kMaxAttributes> fields_{};
   trt::PluginFieldCollection collection_{};
 };
@@ -81,6 +81,8 @@ class Creator final : public trt::IPluginCreatorV3One {
  public:
   explicit Creator(Op op);
   Creator(Creator const&) = delete;
+
+  Op const& op() const { return op_; }
 
   trt::IPluginV3* createPlugin(char const* name, trt::PluginFieldCollection const* fields,
                                trt::TensorRTPhase phase) noexcept override;

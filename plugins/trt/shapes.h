@@ -8,13 +8,13 @@
 namespace llmexport {
 
 // Takes the sizes from attributes, then from the dimensions of inputs and outputs. Refuses, naming
-// the tensor, another rank than the table says, two sizes for one letter, and what `op.check`
-// refuses.
+// the tensor, another rank than the table's and a second size for a letter; and sizes that
+// `op.check` refuses.
 class ShapeReader {
  public:
   ShapeReader(Op const& op, Values const& attributes);
 
-  // `sizeOf(i)` is the size of dimension i, or Sizes::kUnknown.
+  // `sizeOf(i)` is the size of dimension i, or kUnknown.
   template <class F>
   bool read(Tensor const& tensor, int32_t rank, F sizeOf) {
     if (!rankIs(tensor, rank)) return false;
@@ -25,6 +25,7 @@ class ShapeReader {
   }
 
   Sizes const& sizes() const { return sizes_; }
+  // The sizes, unless `op.check` refuses them.
   std::optional<Sizes> checked() const;
 
  private:

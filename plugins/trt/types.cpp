@@ -45,8 +45,8 @@ bool TypeReader::accept(Tensor const& tensor, trt::DataType type) {
 
 bool TypeReader::read(Tensor const& tensor, trt::DataType type) {
   if (accept(tensor, type)) return true;
-  refuse("%s: %s has type %d, not %s", op_.name, tensor.name, int(type), allowed(tensor.element));
-  return false;
+  return refuse("%s: %s has type %d, not %s", op_.name, tensor.name, int(type),
+                allowed(tensor.element));
 }
 
 trt::DataType TypeReader::typeOf(Element element) const {
@@ -67,8 +67,11 @@ trt::DataType TypeReader::typeOf(Element element) const {
 
 Dtype TypeReader::dtype() const { return *floatOf(*shared_); }
 
-std::optional<Dtype> TypeReader::stored() const {
-  return stored_ ? floatOf(*stored_) : std::nullopt;
+Stored TypeReader::stored() const {
+  if (!stored_) return Stored::kNone;
+  // MXFP4 is the one format of bytes.
+  if (*stored_ == trt::DataType::kINT8) return Stored::kMxfp4;
+  return storedAs(*floatOf(*stored_));
 }
 
 }  // namespace llmexport

@@ -14,13 +14,13 @@ class TypeReader {
 
   // Whether the table and the tensors before it allow this type.
   bool accept(Tensor const& tensor, trt::DataType type);
-  // The same, and says so if they do not.
+  // The same; refuses the type if they do not.
   bool read(Tensor const& tensor, trt::DataType type);
 
-  // Of an element whose tensors were read.
+  // The type that stands for an element; of kT and kW a tensor was read before.
   trt::DataType typeOf(Element element) const;
   Dtype dtype() const;
-  std::optional<Dtype> stored() const;
+  Stored stored() const;
 
  private:
   Op const& op_;

@@ -155,7 +155,7 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(arguments.commit),
         "kernels": library._builds().name,
-        # As asksForSm90a() of plugins/common/hopper.h reads it.
+        # As asksForSm90a() of plugins/common/sm90a.h reads it.
         "sm90a": os.environ.get("LLMEXPORT_SM90A") == "1",
         "versions": versions(),
         "ceilings": asdict(limits),

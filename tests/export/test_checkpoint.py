@@ -21,13 +21,13 @@ from llmexport.export.checkpoint import (
     ITEMSIZE,
     MAX_HEADER,
     MAX_TENSORS,
-    NUMPY_NAME,
     SINGLE,
     open_checkpoint,
     read_config,
     read_header,
 )
 from llmexport.export.errors import ExportError
+from llmexport.plugins.dtypes import BY_SAFETENSORS
 
 SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -117,7 +117,7 @@ def test_takes_scalars_empty_tensors_padding_and_metadata(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ITEMSIZE)
 def test_reads_the_same_bytes_as_safetensors(folder: Path, dtype: str) -> None:
-    values = np.arange(30).reshape(2, 3, 5).astype(NUMPY_NAME[dtype])
+    values = np.arange(30).reshape(2, 3, 5).astype(BY_SAFETENSORS[dtype].name)
     # Three bytes before it: data need not be aligned.
     header = {"odd": entry(0, 3, [3]), "w": entry(3, 3 + values.nbytes, [2, 3, 5], dtype)}
     content = packed(header, b"abc" + values.tobytes())

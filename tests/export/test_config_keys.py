@@ -107,7 +107,9 @@ def keys(arch: str) -> list[str]:
     """All that the architecture could look at."""
     written = transformers.CONFIG_MAPPING[archs.load(arch).arch.model_types[0]]().to_dict().keys()
     more = {"rope_scaling", "rope_theta", "hidden_activation", "layer_types", "quantization_config", "auto_map"}
-    return sorted((written | more | archs.load(arch).arch.tiny.keys() | {"architectures", "model_type"}) - not_read(arch))
+    return sorted(
+        (written | more | archs.load(arch).arch.tiny.keys() | {"architectures", "model_type"}) - not_read(arch)
+    )
 
 
 def junk(arch: str) -> Iterator[dict[str, Any]]:

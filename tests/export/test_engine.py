@@ -19,6 +19,7 @@ from arch_cases import FIRST, PRIMARY, Case
 from one_node import model_of
 from onnx.helper import make_node
 from reseal import reseal
+from tiny_configs import read
 
 from llmexport.export import builder, engine, engine_build, manifest
 from llmexport.export.assembly import parts
@@ -386,3 +387,11 @@ def test_a_dimension_without_default_must_be_named() -> None:
     with pytest.raises(EngineError, match="experts has no default sizes"):
         Profile().resolve(ports)
     assert parse_profile("experts=1:2:4").resolve(ports) == {"batch": (1, 1, 4), "experts": (1, 2, 4)}
+
+
+def test_a_profile_ends_with_the_table_of_positions() -> None:
+    [graph] = read("bert").graphs
+    ports, blocks = graph.assembly.inputs, graph.assembly.blocks
+    assert Profile().resolve(ports, blocks) == {"batch": (1, 1, 4), "sequence": (1, 64, 320)}
+    with pytest.raises(EngineError, match="profile says up to 321 sequence: this model takes 320 at most"):
+        parse_profile("sequence=1:8:321").resolve(ports, blocks)

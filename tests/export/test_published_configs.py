@@ -11,7 +11,7 @@ import transformers
 from published_configs import LONG_FACTOR, PUBLISHED, SHORT_FACTOR, WITH_MORE_KEYS
 from tiny_configs import read, read_whole
 
-from llmexport.export import archs
+from llmexport.export import archs, encoder
 from llmexport.export.decoder import wired
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import (
@@ -34,6 +34,7 @@ from llmexport.export.spec import (
     Router,
     SharedExpert,
     Span,
+    Sublayer,
     Temperature,
     YarnScaling,
     decoder_layer,
@@ -226,6 +227,15 @@ def aya_23_8b() -> Model:
     return wired(Embedding(256000, 4096), (layer,) * 32, Head(norm, 256000, scale=0.0625), tied=True)
 
 
+def bert_base() -> Model:
+    norm = Norm(768, 1e-12, statistics="layer", bias=True)
+    attention = Attention(768, 12, 12, 64, qkv_bias=True, out_bias=True, rotated=0, cached=False)
+    mlp = Mlp(768, 3072, "gelu_erf", bias=True, gated=False)
+    layer = Layer((Sublayer("self_attn", attention, sum_norm=norm), Sublayer("mlp", mlp, sum_norm=norm)))
+    embedding = Embedding(30522, 768, types=2, positions=512, norm=norm)
+    return encoder.wired(embedding, (layer,) * 12, Head(norm, 30522, transform="gelu_erf", bias=True), tied=True)
+
+
 def mixtral_8x7b() -> Model:
     norm = Norm(4096, 1e-5)
     moe = Moe(Router(4096, 8, 2, "softmax", renormalise=True), Experts(4096, 14336, 8, 2, "silu"))
@@ -250,6 +260,7 @@ MODELS = {
     "gemma-2b": gemma_2b(),
     "OLMo-2-1124-7B": olmo_2_7b(),
     "aya-23-8B": aya_23_8b(),
+    "bert-base-uncased": bert_base(),
     "Llama-3.1-8B": llama_3_1_8b(),
     "linear scaling": linear_scaling(),
     "GLM-4-9B-0414": glm_4(1e-5, sandwich=True),

@@ -46,6 +46,8 @@ QUANTISED = {
 # Its names are those of the multimodal model, its config that of the text model alone.
 REFUSED = {
     "in a public repository: Qwen3.5-25B-REAP (pruned)": "exports ['Qwen3_5MoeForCausalLM']",
+    # A sentence encoder.
+    "BAAI/bge-large-en": "a base model has no head that gives logits, take a BertForMaskedLM",
     # What is known of it: no more than its type.
     "CohereForAI/c4ai-command-r-v01": "config.json has no 'hidden_size'",
 }

@@ -13,6 +13,7 @@ from llmexport.export.spec import (
     SEQUENCE,
     TOTAL,
     Attention,
+    BidirectionalMask,
     Block,
     CausalConv,
     Embedding,
@@ -20,6 +21,7 @@ from llmexport.export.spec import (
     GatedDeltaNet,
     GatedNorm,
     Head,
+    Layer,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
@@ -34,6 +36,7 @@ from llmexport.export.spec import (
     Router,
     SharedExpert,
     Span,
+    Sublayer,
     Temperature,
     YarnScaling,
     decoder_layer,
@@ -48,6 +51,7 @@ from llmexport.validate.tolerance import Tolerance
 
 LLAMA_NORM = Norm(33, 1e-5)
 GEMMA_NORM = Norm(33, 1e-6, 1.0, "after_weight")
+LAYER_NORM = Norm(33, 1e-5, statistics="layer", bias=True)
 HEAD_NORM = Norm(10, 1e-6)
 UNIT_NORM = Norm(10, 1e-6, weighted=False)
 SILU_MLP = Mlp(33, 65, "silu")
@@ -55,6 +59,9 @@ LAYER = decoder_layer(GEMMA_NORM, Attention(33, 6, 2, 10), GEMMA_NORM, Mlp(33, 6
 SANDWICH = decoder_layer(
     LLAMA_NORM, Attention(33, 6, 2, 10), LLAMA_NORM, SILU_MLP, mixer_output_norm=LLAMA_NORM, mlp_output_norm=LLAMA_NORM
 )
+UNCACHED = Attention(33, 3, 3, 10, qkv_bias=True, out_bias=True, rotated=0, cached=False)
+MLP = Mlp(33, 65, "gelu_erf", bias=True, gated=False)
+POST_NORM = Layer((Sublayer("self_attn", UNCACHED, sum_norm=LAYER_NORM), Sublayer("mlp", MLP, sum_norm=LAYER_NORM)))
 SINKS = Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True, sinks=True, window=7)
 SOFTCAP = Attention(33, 6, 2, 10, softcap=2.0, scale=0.2)
 DELTA_NET = GatedDeltaNet(33, key_heads=2, key_size=10, value_heads=6, value_size=7, kernel=4, epsilon=1e-6)
@@ -69,6 +76,7 @@ DELTA_LAYER = decoder_layer(GEMMA_NORM, DELTA_NET, GEMMA_NORM, MOE)
 CASES = [
     (Embedding(37, 33), "float32"),
     (Embedding(37, 33, 33**0.5), "float16"),
+    (Embedding(37, 33, types=2, positions=200, norm=LAYER_NORM), "float32"),
     (Rotary(10, 10000.0), "float32"),
     (Rotary(10, 10000.0, LinearScaling(4.0)), "float32"),
     (Rotary(10, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64)), "float16"),
@@ -79,6 +87,7 @@ CASES = [
     (Mask(), "float32"),
     (Mask(7), "float32"),
     (Mask(chunk=7), "float32"),
+    (BidirectionalMask(), "float32"),
     (Span(), "float32"),
     (Temperature(8, 0.1), "float32"),
     (Presence(), "float32"),
@@ -91,12 +100,15 @@ CASES = [
     (Norm(33, 1e-5, weighted=False), "float16"),
     (Norm(33, 1e-5, statistics="layer"), "float16"),
     (Norm(33, 1e-5, statistics="layer", weighted=False), "float32"),
+    (LAYER_NORM, "float16"),
     (Attention(33, 3, 1, 10), "float32"),
     (Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True), "float32"),
     (Attention(33, 6, 2, 10, fused=True, rotated=6, interleaved=True, clip=0.5), "float32"),
     (Attention(33, 6, 2, 10, qk_norm=HEAD_NORM, output_gate=True), "float32"),
     (Attention(33, 6, 2, 10, qk_norm=UNIT_NORM, qk_norm_place="after_rotary", interleaved=True), "float32"),
     (Attention(33, 6, 2, 10, rotated=0, temperature=True), "float32"),
+    (UNCACHED, "float32"),
+    (UNCACHED, "float16"),
     (SINKS, "float32"),
     (SINKS, "float16"),
     (SOFTCAP, "float32"),
@@ -110,6 +122,7 @@ CASES = [
     (Mlp(33, 65, "gelu_tanh", bias=True), "float32"),
     (Mlp(33, 65, "gelu_erf"), "float16"),
     (Mlp(33, 65, "silu", fused=True), "float32"),
+    (Mlp(33, 65, "relu", gated=False), "float32"),
     (ROUTER, "float32"),
     (Router(33, 9, 3, "softmax_top_k", bias=True), "float32"),
     (Router(33, 9, 1, "sigmoid"), "float32"),
@@ -126,9 +139,11 @@ CASES = [
     (LAYER, "float32"),
     (LAYER, "float16"),
     (SANDWICH, "float32"),
+    (POST_NORM, "float32"),
     (DELTA_LAYER, "float32"),
     (Head(LLAMA_NORM, 37), "float32"),
     (Head(LLAMA_NORM, 37, softcap=3.0), "float32"),
+    (Head(LAYER_NORM, 37, transform="gelu_erf", bias=True), "float32"),
 ]
 # batch, sequence, past: a decode step, a first token, prefills longer than what was traced, and a chunk.
 RUNS = [(1, 1, 6), (1, 1, 0), (3, 63, 0), (1, 130, 0), (2, 5, 130)]

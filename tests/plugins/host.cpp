@@ -113,7 +113,7 @@ HOST PluginFieldCollection const* host_fields(IPluginV3* plugin) {
   return runtime(plugin)->getFieldsToSerialize();
 }
 
-// What an engine does when it is written and read: a new plugin from a copy of the fields, whose
+// Does the same as writing and reading an engine: a new plugin from a copy of the fields, whose
 // bytes are then overwritten.
 HOST IPluginV3* host_recreate(IPluginCreatorV3One* creator, IPluginV3* plugin) {
   PluginFieldCollection const* const fields = runtime(plugin)->getFieldsToSerialize();

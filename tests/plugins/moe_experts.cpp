@@ -9,12 +9,11 @@ MoeExpertsSizes sizesOf(int64_t const* s) { return {s[0], s[1], s[2], s[3], s[4]
 
 }  // namespace
 
-// sizes: tokens, slots, experts, hidden, intermediate, SMs, shared memory of a block. stored: -1
-// for MXFP4. Of each launch, in their order: grid.x, block.x, bytes of shared memory.
+// sizes: tokens, slots, experts, hidden, intermediate, SMs, shared memory of a block. It writes
+// grid.x, block.x and bytes of shared memory of each launch, in their order.
 extern "C" void moe_plan(int64_t const* sizes, int dtype, int stored, bool pointersAligned,
                          int64_t* out) {
-  auto const type = stored < 0 ? std::nullopt : std::optional(Dtype(stored));
-  auto const plan = moeExpertsPlan(sizesOf(sizes), Dtype(dtype), type, pointersAligned,
+  auto const plan = moeExpertsPlan(sizesOf(sizes), Dtype(dtype), Stored(stored), pointersAligned,
                                    {int(sizes[5]), size_t(sizes[6])});
   int64_t const values[] = {plan.onTensorCores, plan.sorted, plan.tileRows,  plan.rowTiles,
                             plan.upTiles,       plan.width,  plan.downTiles, plan.rowBlocks};

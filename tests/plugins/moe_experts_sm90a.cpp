@@ -4,17 +4,16 @@
 
 using namespace llmexport;
 
-// sizes: tokens, slots, experts, hidden, intermediate. stored: -1 for MXFP4.
+// sizes: tokens, slots, experts, hidden, intermediate.
 extern "C" bool moe_on_sm90a(int64_t const* sizes, int dtype, int stored, bool pointersAligned,
                              int capability) {
-  auto const type = stored < 0 ? std::nullopt : std::optional(Dtype(stored));
   Device const device{132, 227 * 1024, capability};
   auto const plan = moeExpertsPlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, Dtype(dtype),
-                                   type, pointersAligned, device);
-  return groupedGemmServes(plan, Dtype(dtype), type, device);
+                                   Stored(stored), pointersAligned, device);
+  return groupedGemmServes(plan, Dtype(dtype), Stored(stored), device);
 }
 
-// What TMA reads of weights: sizes, strides and box, 11 numbers.
+// The tensor of weights that TMA reads: sizes, strides and box, 11 numbers.
 extern "C" void moe_weights(int kind, bool transposed, bool interleaved, int depth, int columns,
                             int experts, int64_t* out) {
   Projection p{};

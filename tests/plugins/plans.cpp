@@ -38,7 +38,7 @@ extern "C" void plan_rows(int64_t const* sizes, int dtype, bool pointersAligned,
 
 extern "C" void plan_gated_act(int64_t const* sizes, int dtype, bool pointersAligned,
                                int64_t* out) {
-  auto const plan = gatedActPlan(sizes[0], Dtype(dtype), pointersAligned);
+  auto const plan = gatedActPlan({1, 1, sizes[0]}, Dtype(dtype), pointersAligned);
   write(plan.launch, out);
   out[7] = plan.width;
 }
@@ -60,7 +60,7 @@ extern "C" void plan_moe_route(int64_t const* sizes, int, bool, int64_t* out) {
   MoeRouteAttributes attributes{};
   attributes.topK = int32_t(sizes[2]);
   attributes.groups = int32_t(sizes[3]);
-  auto const plan = moeRoutePlan(sizes[0], sizes[1], attributes);
+  auto const plan = moeRoutePlan({1, sizes[0], sizes[1]}, attributes);
   write(plan.launch, out);
   out[8] = plan.perLane;
 }

@@ -7,43 +7,46 @@
 namespace llmexport {
 namespace {
 
-int32_t check(Sizes const& sizes, Values const& attributes) {
-  if (sizes['C'] == Sizes::kUnknown || sizes['K'] <= sizes['C']) return 0;
-  return refuse("Probe: top_k is %d, but x has C = %lld", attributes[0].integer,
+enum Inputs { kX, kWeight, kCount, kTable, kScales };
+enum Outputs { kY, kFacts };
+enum Attributes { kTopK, kOffset, kFactCount };
+
+bool check(Sizes const& sizes, Values const& attributes) {
+  if (sizes['C'] == kUnknown || sizes['K'] <= sizes['C']) return true;
+  return refuse("Probe: top_k is %d, but x has C = %lld", attributes[kTopK].integer,
                 (long long)sizes['C']);
 }
 
-int32_t supports(Node const& node) {
-  if (node.dtype == Dtype::kFloat32 && !node.stored) {
+bool supports(Node const& node) {
+  if (node.dtype == Dtype::kFloat32 && node.stored == Stored::kMxfp4) {
     return refuse("Probe: fp32 and a uint8 weight");
   }
   int64_t const E = node.sizes['E'];
-  if (E == Sizes::kUnknown || E % 8 == 0) return 0;
+  if (E == kUnknown || E % 8 == 0) return true;
   return refuse("Probe: E is %lld, no multiple of 8", (long long)E);
 }
 
 size_t workspace(Node const& node) {
-  return size_t(node.sizes['B'] * node.sizes['T']) * 5 + node.inputs;
+  return size_t(node.sizes['B'] * node.sizes['T']) * 5 + node.inputCount;
 }
 
 cudaError_t enqueue(Call const& call) {
   Sizes const& s = call.sizes;
   std::memset(call.workspace, 1, workspace(call));
-  auto* facts = static_cast<int32_t*>(call.outputs[1]);
   int32_t const found[] = {
       int32_t(call.dtype),
-      call.stored ? int32_t(*call.stored) : -1,
-      int32_t(call.inputs[3] != nullptr),
-      int32_t(call.inputs[4] != nullptr),
+      int32_t(call.stored),
+      int32_t(call.input(kTable) != nullptr),
+      int32_t(call.input(kScales) != nullptr),
       int32_t(s['K']),
-      call.attributes[1].integer,
+      call.attributes[kOffset].integer,
       call.device.processors,
       int32_t(call.device.sharedBytes),
-      static_cast<int32_t const*>(call.inputs[2])[s['B'] - 1],
+      call.input<int32_t>(kCount)[s['B'] - 1],
   };
   static_assert(sizeof found / sizeof found[0] == 9);
-  std::memcpy(facts, found, sizeof found);
-  std::memset(call.outputs[0], 0, size_t(s['B'] * s['T'] * s['K']) * sizeOf(call.dtype));
+  std::memcpy(call.output(kFacts), found, sizeof found);
+  std::memset(call.output(kY), 0, size_t(s['B'] * s['T'] * s['K']) * sizeOf(call.dtype));
   return cudaSuccess;
 }
 

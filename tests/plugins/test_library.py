@@ -47,10 +47,10 @@ def test_holds_code_for_every_architecture_and_ptx_for_the_next() -> None:
     assert set(re.findall(r"sm_(\d+)\.ptx", listed)) == {library.ARCHS[-1]}
 
 
-def test_shows_two_symbols_and_needs_no_tensorrt() -> None:
+def test_shows_three_symbols_and_needs_no_tensorrt() -> None:
     path = cuda_library()
     shown = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
-    assert sorted(line.split()[-1] for line in shown.splitlines()) == ["getCreators", "setLoggerFinder"]
+    assert sorted(line.split()[-1] for line in shown.splitlines()) == ["getCreators", "llmexportOps", "setLoggerFinder"]
     needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"NEEDED.*(nvinfer|tensorrt|cuda)", needed)
 
@@ -150,7 +150,7 @@ def test_a_build_that_fails_leaves_the_earlier_library(commands, monkeypatch, tm
 
 
 def test_two_builds_in_one_folder_do_not_meet(commands, tmp_path: Path) -> None:
-    with library._alone(tmp_path), pytest.raises(PluginError, match="another build is under way"):
+    with library._locked(tmp_path), pytest.raises(PluginError, match="another build is under way"):
         library.build(["90"], tmp_path)
 
 
@@ -200,7 +200,7 @@ def test_a_library_that_was_replaced_while_it_was_loaded_is_refused(cached: Path
     class Replaced:
         def __init__(self, path: str) -> None:
             os.utime(path, (0, 0))
-            self.getCreators = None
+            self.getCreators = self.llmexportOps = None
 
     monkeypatch.setattr(library.ctypes, "CDLL", Replaced)
     with pytest.raises(PluginError, match="was replaced while it was loaded"):
@@ -259,6 +259,27 @@ def test_what_is_no_plugin_library_is_refused(tmp_path: Path) -> None:
         library.served(other)
     with pytest.raises(PluginError, match="is no plugin library"):
         library.served(Path("libm.so.6"))
+
+
+@pytest.mark.parametrize(
+    ("symbols", "says"),
+    [
+        ("void getCreators() {}", "is no plugin library of this version: .*: undefined symbol: llmexportOps. Build it"),
+        ("void llmexportOps() {}", "is no plugin library of this version: .*: undefined symbol: getCreators. Build it"),
+        ("void getCreators() {} char const* llmexportOps() { return nullptr; }", "lists as an op '': build it anew"),
+        ('void getCreators() {} char const* llmexportOps() { return ""; }', "lists as an op '': build it anew"),
+        ('void getCreators() {} char const* llmexportOps() { return "A(; ) -> y\\nB"; }', "lists as an op 'B': build"),
+    ],
+)
+def test_a_library_of_another_version_is_one_line(symbols: str, says: str, tmp_path: Path) -> None:
+    if not shutil.which("g++"):
+        pytest.skip("no g++: apt install g++")
+    source, other = tmp_path / "other.cpp", tmp_path / "other.so"
+    source.write_text(f'extern "C" {{ {symbols} }}')
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", other], check=True)
+    other.chmod(0o755)
+    with pytest.raises(PluginError, match=says):
+        library.served(other)
 
 
 def test_finds_what_was_built_of_these_sources_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def io(inputs: list[np.ndarray[Any, Any]], y: str = "fp16") -> list[Desc]:
 
 @pytest.mark.parametrize(("inputs", "there"), [(3, [0, 0]), (4, [1, 0]), (5, [1, 1])])
 @pytest.mark.parametrize(
-    ("x", "weight", "codes"), [("fp16", "bf16", [1, 2]), ("bf16", "uint8", [2, -1]), ("fp32", "fp32", [0, 0])]
+    ("x", "weight", "codes"), [("fp16", "bf16", [1, 3]), ("bf16", "uint8", [2, 4]), ("fp32", "fp32", [0, 1])]
 )
 def test_a_call_tells_types_inputs_attributes_and_device(
     plugin: Plugin, x: str, weight: str, codes: list[int], inputs: int, there: list[int]

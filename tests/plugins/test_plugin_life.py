@@ -208,6 +208,8 @@ def test_configures_with_dynamic_dimensions(library: Library, case: Case) -> Non
     ("name", "letter", "most", "says"),
     [
         ("Rope", "T", 2**30, "Rope: the product of BT is 2147483648, the kernels take 2147483647"),
+        ("Rope", "H", 2**20, "Rope: the product of H is 1048576, the kernels take 262140"),
+        ("GatedAct", "T", 2**40, "GatedAct: the product of BTI is 81363860455424, the kernels take 1099511627264"),
         ("AddRmsNorm", "T", 2**31, "AddRmsNorm: the product of BT is 4294967296, the kernels take 2147483647"),
         ("CausalConv1d", "B", 2**31, "CausalConv1d: the product of BT is 135291469824, the kernels take 2147483647"),
         ("CausalConv1d", "C", 2**21, "CausalConv1d: the product of C is 2097152, the kernels take 2097120"),

@@ -45,7 +45,7 @@ GPT_OSS, GEMMA, QWEN = (1, 64, 8, 4096, 4096, 64), (1, 8, 4, 4096, 8192, 256), (
         ((1, 64, 8, 9, 0, 64), BF16, True, 90, False),
     ],
 )
-def test_takes_prefill_of_16_bits_on_hopper_alone(
+def test_takes_prefill_of_16_bits_on_sm90_alone(
     library: ctypes.CDLL, sizes: tuple[int, ...], dtype: int, aligned: bool, capability: int, taken: bool
 ) -> None:
     given = (ctypes.c_int64 * 6)(*sizes)

@@ -1,20 +1,20 @@
+// Merges the results of the splits of the keys.
 #pragma once
 
-#include "sink_attention/decode.cuh"
-#include "sink_attention/prefill.cuh"
-#include "sink_attention/scalar.cuh"
+#include "common/element.cuh"
+#include "sink_attention/rows.cuh"
 
 namespace llmexport {
 
 constexpr int kAttentionMaxSplits = 512;
 
-// Merges the splits of a row, and the sink with them. Block a row: each warp takes every fourth
-// split, a lane two columns at a time.
+// Merges the splits of a row, and the sink with them. A block takes a row: each warp takes every
+// fourth split, a lane two columns at a time.
 //
-// In fp32, y rounded to T once; a warp adds its splits in order, then the four warps. A split
-// weighs exp2Fast (2**-22) of a log2f (1 unit in the last place), whose own size costs 2**-24 of
-// it: 2**-17 of a weight where logits are about 100. modeling_gpt_oss.py has no splits; its
-// rounding: rows.cuh.
+// All is fp32 and y is rounded to T once; a warp adds its splits in order, then the four warps'
+// sums are added. A split weighs exp2Fast (2**-22) of a log2f (1 unit in the last place), whose own
+// size costs 2**-24 of it: 2**-17 of a weight where logits are about 100. modeling_gpt_oss.py has
+// no splits; rows.cuh says how it rounds.
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads)
     sinkAttentionMergeKernel(AttentionCall<T> call) {

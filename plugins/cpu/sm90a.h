@@ -1,4 +1,4 @@
-// What common/hopper.cuh is on the CPU. TMA's bytes and wgmma's sums arrive late: a reader that
+// What common/sm90a.cuh is on the CPU. TMA's bytes and wgmma's sums arrive late: a reader that
 // does not wait finds poison, or what was there before.
 #pragma once
 

@@ -8,7 +8,7 @@
 #include "array.h"
 #include "common/async_copy.cuh"
 #include "common/element.cuh"
-#include "common/hopper.cuh"
+#include "common/sm90a.cuh"
 #include "common/tensor_core.cuh"
 
 using namespace llmexport;

@@ -1,5 +1,5 @@
-// Where 16-bit elements lie in tiles that are swizzled by 128 bytes, and how wgmma and TMA are
-// told: host arithmetic, so that it is tested without a GPU.
+// Tiles of 16-bit elements that are swizzled by 128 bytes, and their descriptions for wgmma and
+// TMA: host arithmetic, so that it is tested without a GPU.
 //
 // Such a tile has rows of 128 bytes, 64 elements; chunk c of 16 bytes of row r lies at place
 // c ^ r % 8, and 8 rows are an atom, at a multiple of 1024 bytes. K-major tiles, [rows, 64 of k],
@@ -14,7 +14,8 @@
 
 namespace llmexport {
 
-// wgmma and TMA have never run on a GPU: until they are measured they are for who asks.
+// Whether the environment asks for wgmma and TMA. They have never run on a GPU, and are not the
+// default before they are measured.
 inline bool asksForSm90a() {
   char const* const asked = std::getenv("LLMEXPORT_SM90A");
   return asked && std::strcmp(asked, "1") == 0;
@@ -30,8 +31,9 @@ __host__ __device__ constexpr int swizzledChunk(int row, int chunk) {
   return row * 8 + (chunk ^ row % 8);
 }
 
-// A matrix in shared memory to wgmma: where it begins; for MN-major ones the bytes from 64 columns
-// to the next 64 (`leading`); and those from an atom to the next, of rows or of k (`stride`).
+// wgmma's description of a matrix in shared memory: its address; for MN-major ones the bytes from
+// 64 columns to the next 64 (`leading`); the bytes from an atom of rows, or of k, to the next
+// (`stride`).
 __host__ __device__ constexpr uint64_t matrixDescriptor(uint32_t address, uint32_t leading,
                                                         uint32_t stride) {
   constexpr uint64_t kSwizzle128 = 1;
@@ -39,7 +41,8 @@ __host__ __device__ constexpr uint64_t matrixDescriptor(uint32_t address, uint32
          kSwizzle128 << 62;
 }
 
-// Of tiles without gaps. A matrix kWgmmaDepth deeper is one step on: descriptor + step.
+// These describe tiles without gaps. A matrix that begins kWgmmaDepth deeper is one step on:
+// descriptor + step.
 __host__ __device__ constexpr uint64_t kMajorMatrix(uint32_t address) {
   return matrixDescriptor(address, 16, kAtomBytes);
 }
@@ -50,8 +53,8 @@ __host__ __device__ constexpr uint64_t mnMajorMatrix(uint32_t address, int depth
 }
 constexpr uint64_t kMnMajorStep = kWgmmaDepth * kSwizzleBytes >> 4;
 
-// What TMA reads: a tensor of 16-bit elements whose dimension 0 is contiguous, and the box of it
-// that one load takes, 64 elements wide. What of a box is past the end of a dimension is zero.
+// A tensor of 16-bit elements as TMA reads it: dimension 0 is contiguous, and one load takes a box,
+// 64 elements wide. Elements of a box beyond the tensor's end read as zero.
 struct TiledTensor {
   void const* data;
   int64_t sizes[4];
@@ -59,7 +62,7 @@ struct TiledTensor {
   int box[4];
 
   constexpr int boxBytes() const { return box[0] * box[1] * box[2] * box[3] * 2; }
-  // What TMA asks of addresses, sizes and strides.
+  // Whether TMA takes such an address, sizes, strides and box.
   bool isServed() const {
     constexpr int64_t kMostSize = int64_t(1) << 32, kMostStride = int64_t(1) << 40;
     constexpr int kMostBox = 256;

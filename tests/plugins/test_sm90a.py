@@ -1,4 +1,4 @@
-"""What common/hopper.cuh says to wgmma and TMA: its index arithmetic by the PTX ISA, and products on the emulator."""
+"""What common/sm90a.cuh says to wgmma and TMA: its index arithmetic by the PTX ISA, and products on the emulator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from native import EMULATED, PLUGINS, SANITIZED, SM90A, compiled, need_gpu, need_nvcc
 
 HERE = Path(__file__).parent
-SOURCE = HERE / "emulator" / "hopper.cu"
+SOURCE = HERE / "emulator" / "sm90a.cu"
 COLUMNS = ("64", "128", "256")
 SEEDS = ("0", "1", "2")
 ROW, ATOM = 128, 1024
@@ -25,16 +25,16 @@ def run(program: Path, columns: str, bug: str = "none", seed: str = "0") -> subp
 
 @pytest.fixture(scope="module")
 def emulated() -> Path:
-    return compiled("hopper", [SOURCE], [*EMULATED, *SANITIZED])
+    return compiled("sm90a", [SOURCE], [*EMULATED, *SANITIZED])
 
 
 @pytest.fixture(scope="module")
 def arithmetic() -> ctypes.CDLL:
-    return ctypes.CDLL(str(compiled("hopper-arithmetic", [HERE / "hopper.cpp"], ["-shared"])))
+    return ctypes.CDLL(str(compiled("sm90a-arithmetic", [HERE / "sm90a.cpp"], ["-shared"])))
 
 
 def test_a_row_keeps_its_chunks_and_eight_rows_take_eight_places_for_one(arithmetic: ctypes.CDLL) -> None:
-    places = [[arithmetic.hopper_chunk(row, chunk) for chunk in range(8)] for row in range(64)]
+    places = [[arithmetic.sm90a_chunk(row, chunk) for chunk in range(8)] for row in range(64)]
     for row, of_row in enumerate(places):
         assert sorted(of_row) == list(range(row * 8, row * 8 + 8))
     for chunk in range(8):
@@ -46,7 +46,7 @@ def test_a_chunk_is_where_the_address_bits_put_it(arithmetic: ctypes.CDLL) -> No
     for row in range(128):
         for chunk in range(8):
             address = row * ROW + chunk * 16
-            assert arithmetic.hopper_chunk(row, chunk) * 16 == address ^ (address >> 7 & 7) << 4
+            assert arithmetic.sm90a_chunk(row, chunk) * 16 == address ^ (address >> 7 & 7) << 4
 
 
 @pytest.mark.parametrize("depth", [16, 64])
@@ -58,7 +58,7 @@ def test_descriptors_have_the_fields_of_the_ptx_isa(arithmetic: ctypes.CDLL, add
     """
     for step in range(depth // 16):
         found = (ctypes.c_uint64 * 2)()
-        arithmetic.hopper_matrices(address, depth, step, found)
+        arithmetic.sm90a_matrices(address, depth, step, found)
         k_major, mn_major = ({"first": d & 0x3FFF, "leading": d >> 16 & 0x3FFF, "rest": d >> 30} for d in found)
         stride_and_swizzle = ATOM // 16 << 2 | 1 << 32
         assert k_major == {"first": (address + step * 32) // 16, "leading": 1, "rest": stride_and_swizzle}
@@ -88,9 +88,9 @@ GOOD = {"data": 4096, "sizes": [72, 40, 3, 2], "strides": [72, 72 * 40, 72 * 120
 )
 def test_tma_serves_what_the_driver_would_take(arithmetic: ctypes.CDLL, change: dict, served: bool) -> None:
     of = {**GOOD, **change}
-    arithmetic.hopper_serves.restype = ctypes.c_bool
+    arithmetic.sm90a_serves.restype = ctypes.c_bool
     sizes, strides = (ctypes.c_int64 * 4)(*of["sizes"]), (ctypes.c_int64 * 3)(*of["strides"])
-    found = arithmetic.hopper_serves(ctypes.c_uint64(of["data"]), sizes, strides, (ctypes.c_int * 4)(*of["box"]))
+    found = arithmetic.sm90a_serves(ctypes.c_uint64(of["data"]), sizes, strides, (ctypes.c_int * 4)(*of["box"]))
     assert found == served
 
 
@@ -137,7 +137,7 @@ def test_gpu_agrees_with_the_emulator(tmp_path: Path, columns: str) -> None:
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("wgmma is of compute capability 9.0 alone")
-    program = tmp_path / "hopper"
+    program = tmp_path / "sm90a"
     subprocess.run([need_nvcc(), "-std=c++17", "-I", PLUGINS, *SM90A, SOURCE, "-o", program], check=True)
     done = run(program, columns)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 // mbarriers, TMA and wgmma of one block, read from the PTX ISA and not from the kernels' own index
 // arithmetic.
-#include "common/hopper.cuh"
+#include "common/sm90a.cuh"
 
 #include <algorithm>
 #include <atomic>
@@ -13,7 +13,7 @@ uint32_t Block::sharedAddress(void const* at, char const* what) {
   return uint32_t(offset);
 }
 
-// Past the last where it is not in dynamic shared memory.
+// The chunk of dynamic shared memory that holds `at`; past the last if none does.
 size_t Block::chunkOf(void const* at) const {
   auto const first = reinterpret_cast<uintptr_t>(dynamic_.get());
   return (reinterpret_cast<uintptr_t>(at) - first) / kCopyBytes;
@@ -62,7 +62,7 @@ void Block::waitBarrier(void const* barrier, int parity, int line) {
   waitUntil("an mbarrier", line, [&] { return found->second.parity != parity; });
 }
 
-// Any one that is under way: TMA keeps no order.
+// Finishes any transfer that is under way: TMA keeps no order.
 bool Block::finishTransfer() {
   if (transfers_.empty()) return false;
   std::swap(transfers_[unsigned(random_()) % transfers_.size()], transfers_.back());
@@ -94,7 +94,7 @@ void loadBox(void* to, TiledTensor const& tensor, void const* barrier,
             if (inside && at[0] + e >= 0 && at[0] + e < tensor.sizes[0]) {
               value = static_cast<uint16_t const*>(tensor.data)[first + at[0] + e];
             }
-            // Bits 4 to 6 of an address by its bits 7 to 9.
+            // Bits 4 to 6 of an address are XORed with its bits 7 to 9.
             uint32_t const address = block.sharedAddress(row, "TMA") + uint32_t(e) * 2;
             std::memcpy(row + (e * 2 ^ (address >> 7 & 7) << 4), &value, sizeof value);
           }
@@ -115,9 +115,10 @@ namespace {
 
 std::atomic<int64_t> warpProducts{0};
 
-// Element (mn, k) of what a descriptor stands for, by "Matrix Descriptor Format" and "Strides" of
-// the PTX ISA: in chunks of 16 bytes ((8, rows / 8), 2):((8, stride), 1) for K-major matrices and
-// ((8, columns / 64), (8, k / 8)):((1, leading), (8, stride)) for others, then swizzled.
+// Element (mn, k) of the matrix that a descriptor stands for, by "Matrix Descriptor Format" and
+// "Strides" of the PTX ISA. The layout in chunks of 16 bytes is ((8, rows / 8), 2):((8, stride), 1)
+// for K-major matrices and ((8, columns / 64), (8, k / 8)):((1, leading), (8, stride)) for others,
+// then swizzled.
 uint16_t elementOf(Block& block, uint64_t descriptor, bool mnMajor, int mn, int k) {
   constexpr uint64_t kSwizzle128 = 1;
   auto const bytes = [&](int bit) { return uint32_t(descriptor >> bit & 0x3FFF) << 4; };
@@ -132,7 +133,7 @@ uint16_t elementOf(Block& block, uint64_t descriptor, bool mnMajor, int mn, int 
 
 }  // namespace
 
-// The product that every lane of a warp issued, for its 16 rows of 64.
+// Computes the product that every lane of a warp issued, for the warp's 16 rows of 64.
 void Block::multiply(std::vector<Product const*> const& ofLanes) {
   ++warpProducts;
   Product const& first = *ofLanes[0];
@@ -161,7 +162,7 @@ void Block::multiply(std::vector<Product const*> const& ofLanes) {
   }
 }
 
-// Lane 0 does it for its warp, and the others wait for that.
+// Lane 0 computes the products of its warp, and the other lanes wait for it.
 void Block::waitProducts(int pending, int line) {
   constexpr char const* kWhat = "wgmma.wait_group";
   auto& own = threads_[running_].products;
@@ -211,5 +212,5 @@ void Block::checkAtEnd() const {
 
 }  // namespace llmexport::emulator
 
-// How many wgmma the warps of this process finished: that a kernel used it, where it may choose.
+// How many wgmma the warps of this process finished: a test sees by it that a kernel chose wgmma.
 extern "C" int64_t llmexportEmulatedWgmma() { return llmexport::emulator::warpProducts.load(); }

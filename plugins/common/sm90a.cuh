@@ -1,28 +1,29 @@
-// mbarrier, TMA and wgmma (sm_90a; PTX ISA 8.0 on), for 16-bit elements in the tiles of hopper.h.
+// mbarrier, TMA and wgmma (sm_90a; PTX ISA 8.0 on), for 16-bit elements in the tiles of sm90a.h.
 //
-// cp.async and stores are of the generic proxy, TMA and wgmma of the async proxy: who wrote by the
-// first calls fenceProxyAsync() before he says that the second may read.
+// cp.async and stores access memory by the generic proxy, TMA and wgmma by the async proxy: a
+// thread that wrote by the first calls fenceProxyAsync() before it signals that the second may
+// read.
 #pragma once
 
 #include <type_traits>
 
 #include "common/gpu.cuh"
-#include "common/hopper.h"
+#include "common/sm90a.h"
 
 #ifdef LLMEXPORT_EMULATED
-#include "cpu/hopper.h"
+#include "cpu/sm90a.h"
 #else
 #include <cuda.h>
 
-// Dynamic shared memory that begins with an atom.
+// Dynamic shared memory that begins at a multiple of an atom.
 #define SWIZZLED_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace llmexport {
 
 using TensorMap = CUtensorMap;  // an argument of a kernel: `const __grid_constant__ TensorMap`
 
-// For tensors that are served. The driver's function comes through the runtime: nothing links to
-// libcuda.
+// Encodes a tensor for which isServed() holds. The driver's function is found through the runtime,
+// so that nothing links to libcuda.
 inline cudaError_t makeTensorMap(TensorMap& map, TiledTensor const& tensor) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   constexpr unsigned kSince = 12000;
@@ -55,12 +56,14 @@ __device__ __forceinline__ void fenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Completes a phase when `arrivals` have arrived and all bytes are there that they expected.
+// An mbarrier. A phase is complete when `arrivals` threads have arrived and all bytes that they
+// expect have come.
 struct Barrier {
   uint64_t state;
 };
 
-// By one thread; the block's next __syncthreads shows it to the others, and to TMA.
+// One thread calls this; the block's next __syncthreads shows the barrier to the others, and to
+// TMA.
 __device__ __forceinline__ void initBarrier(Barrier& barrier, int arrivals) {
   asm volatile(
       "mbarrier.init.shared::cta.b64 [%0], %1;\n"
@@ -74,7 +77,7 @@ __device__ __forceinline__ void arrive(Barrier& barrier) {
                : "memory");
 }
 
-// And expects `bytes` of TMA besides.
+// Arrives, and makes the phase expect `bytes` from TMA.
 __device__ __forceinline__ void arriveExpecting(Barrier& barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
                    sharedAddress(&barrier)),
@@ -82,8 +85,8 @@ __device__ __forceinline__ void arriveExpecting(Barrier& barrier, int bytes) {
                : "memory");
 }
 
-// Until the phase of this parity is complete: 0 for the first, then 1, 0 ... A new barrier lets
-// through who waits for the parity 1.
+// Waits until the phase of this parity is complete: the first phase has parity 0, the next 1, then
+// 0 ... At a new barrier a wait for parity 1 ends at once.
 __device__ __forceinline__ void waitBarrier(Barrier& barrier, int parity) {
   asm volatile(
       "{\n"
@@ -96,7 +99,8 @@ __device__ __forceinline__ void waitBarrier(Barrier& barrier, int parity) {
       : "memory");
 }
 
-// By one thread: a box from these coordinates on, to an atom. Its bytes count for `barrier`.
+// One thread calls this: it starts to load the box that begins at these coordinates, to an atom.
+// The bytes count for `barrier`.
 __device__ __forceinline__ void loadBox(void* to, TensorMap const& map, Barrier& barrier, int at0,
                                         int at1, int at2, int at3) {
   asm volatile(
@@ -106,8 +110,8 @@ __device__ __forceinline__ void loadBox(void* to, TensorMap const& map, Barrier&
       : "memory");
 }
 
-// By all threads of a warpgroup: from here on it has so many registers a thread, fewer than at
-// launch, or more, for which it waits until others give theirs.
+// All threads of a warpgroup call these, and have kCount registers from then on: fewer than at
+// launch, or more, for which the warpgroup waits until others have given theirs.
 template <int kCount>
 __device__ __forceinline__ void giveRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -117,7 +121,8 @@ __device__ __forceinline__ void takeRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Neither may move past it: what a thread does with sums, or rows of A, and what wgmma does.
+// Keeps the compiler from moving a thread's own use of sums, or of rows of A, past wgmma's use of
+// them.
 template <int kCount>
 __device__ __forceinline__ void keepInPlace(float (&sums)[kCount]) {
 #pragma unroll
@@ -129,13 +134,13 @@ __device__ __forceinline__ void keepInPlace(uint32_t (&a)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
-// All of wgmma is called by all threads of a warpgroup alike. Before the first product, and before
-// one that follows on a wait;
+// All threads of a warpgroup call the functions of wgmma alike. This one stands before the first
+// product, and before the first one after a wait.
 __device__ __forceinline__ void fenceWgmma() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// where the thread itself changed sums, with these, for which nothing may be under way.
+// The same where the thread itself changed `sums`, to which no product may be under way.
 template <int kCount>
 __device__ __forceinline__ void fenceWgmma(float (&sums)[kCount]) {
   keepInPlace(sums);
@@ -146,13 +151,13 @@ __device__ __forceinline__ void commitWgmma() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until at most `kPending` committed groups are under way.
+// Waits until at most `kPending` committed groups are under way.
 template <int kPending>
 __device__ __forceinline__ void waitWgmma() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// And `sums`, which are not of those, may be used.
+// Waits likewise; then the thread may use `sums`, to which no group under way may belong.
 template <int kPending = 0, int kCount>
 __device__ __forceinline__ void finishWgmma(float (&sums)[kCount]) {
   waitWgmma<kPending>();
@@ -182,13 +187,15 @@ __device__ __forceinline__ void finishWgmma(float (&sums)[kCount]) {
 #define LLMEXPORT_OUTS64 LLMEXPORT_OUTS(0), LLMEXPORT_OUTS(32)
 #define LLMEXPORT_OUTS128 LLMEXPORT_OUTS64, LLMEXPORT_OUTS(64), LLMEXPORT_OUTS(96)
 
-// `count` sums of n columns; then how the operands past them are written, and those of A.
-#define LLMEXPORT_WGMMA_OF(type, count, n, a, b, keep, turned, ...)                   \
-  asm volatile("{.reg .pred keep; setp.ne.b32 keep, " keep                            \
-               ", 0;\n"                                                               \
-               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type         \
-               " {" LLMEXPORT_SUMS##count "}, " a ", " b ", keep, 1, 1, " turned ";}" \
-               : LLMEXPORT_OUTS##count                                                \
+// One product of `n` columns, `count` sums a thread. `a`, `b`, `keep` and `transposed` number the
+// operands after the sums: A, B, whether to accumulate, and which of the two are transposed. The
+// other arguments are the inputs that hold A.
+#define LLMEXPORT_WGMMA_OF(type, count, n, a, b, keep, transposed, ...)                   \
+  asm volatile("{.reg .pred keep; setp.ne.b32 keep, " keep                                \
+               ", 0;\n"                                                                   \
+               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type             \
+               " {" LLMEXPORT_SUMS##count "}, " a ", " b ", keep, 1, 1, " transposed ";}" \
+               : LLMEXPORT_OUTS##count                                                    \
                : __VA_ARGS__, "l"(matrixB), "r"(int(accumulate)), "n"(int(kTransposed)))
 #define LLMEXPORT_WGMMA(count, ...)                           \
   if constexpr (kCount == count && std::is_same_v<T, Half>) { \
@@ -197,9 +204,10 @@ __device__ __forceinline__ void finishWgmma(float (&sums)[kCount]) {
     LLMEXPORT_WGMMA_OF("bf16", count, __VA_ARGS__);           \
   }
 
-// Starts d = a * b + (accumulate ? d : 0): 64 rows, 2 * kCount columns, kWgmmaDepth deep. Row r of
-// the 16 of a warp, which begin at 16 * (warp % 4), and column c are in lane r % 8 * 4 + c % 8 / 2,
-// at c / 8 * 4 + r / 8 * 2 + c % 2. A is K-major, and B unless kTransposed. A by its descriptor,
+// Starts d = a * b + (accumulate ? d : 0): 64 rows, 2 * kCount columns, kWgmmaDepth deep. A warp
+// has the 16 rows from 16 * (warp % 4) on; column c of its row r is in lane r % 8 * 4 + c % 8 / 2,
+// at d[c / 8 * 4 + r / 8 * 2 + c % 2]. A is K-major, and so is B unless kTransposed. This one takes
+// A by its descriptor.
 template <class T, bool kTransposed, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t matrixA, uint64_t matrixB,
                                       bool accumulate) {
@@ -209,7 +217,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t matrixA, uint
   LLMEXPORT_WGMMA(128, "256", "%128", "%129", "%130", "0, %131", "l"(matrixA))
 }
 
-// or each warp's 16 rows of it in the registers that mma16x8x16 takes.
+// The same with each warp's 16 rows of A in registers, as mma16x8x16 takes them.
 template <class T, bool kTransposed, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint32_t const (&a)[4], uint64_t matrixB,
                                       bool accumulate) {

@@ -1,0 +1,49 @@
+"""A launcher without a plugin in front of it refuses what its kernels do not take, and says why."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+from native import beside_emulated
+from plugin_cases import served
+
+INVALID_VALUE = 1
+# An op, the sizes of its launcher's struct (MoeRoute: and top_k), the reason.
+CASES = [
+    ("Rope", (2, 4, 2**30, 64, 32), "the product of BT is 2147483648, the kernels take 2147483647"),
+    ("Rope", (1, 2**18, 1, 64, 32), "the product of H is 262144, the kernels take 262140"),
+    ("Rope", (1, 4, 1, 30, 16), "cos has R = 16 angles, but x has D = 30 dimensions, fewer than 2 * R"),
+    ("AddRmsNorm", (2, 2**30, 8), "the product of BT is 2147483648, the kernels take 2147483647"),
+    ("GatedRmsNorm", (2, 2**29, 2, 8), "the product of BTH is 2147483648, the kernels take 2147483647"),
+    ("GatedAct", (1, 2**30, 2**10), "the product of BTI is 1099511627776, the kernels take 1099511627264"),
+    ("CausalConv1d", (1, 1, 8, 5), "weight has K = 5 taps, the kernels are for 2 to 4"),
+    ("CausalConv1d", (1, 1, 2**21, 4), "the product of C is 2097152, the kernels take 2097120"),
+    ("CausalConv1d", (2**31, 0, 8, 4), "the product of B is 2147483648, the kernels take 2147483647"),
+    ("MoeRoute", (1, 1, 513, 4), "E = 513 experts, the kernel holds 512"),
+    ("MoeRoute", (1, 1, 8, 9), "top_k is 9, but there are E = 8 experts"),
+    ("MoeExperts", (2**30, 2, 8, 64, 64), "the product of BTK is 2147483648, the kernels take 1073741824"),
+    ("MoeExperts", (1, 2, 513, 64, 64), "E = 513 experts, the kernels sort 512"),
+    ("SinkAttention", (1, 4, 2, 1, 1, 257), "heads have D = 257, over the 256 that the kernels are made for"),
+    ("SinkAttention", (1, 4, 3, 1, 1, 64), "q has H = 4 heads, no multiple of the G = 3 of k and v"),
+    ("SinkAttention", (1, 4, 0, 1, 1, 64), "q has H = 4 heads, no multiple of the G = 0 of k and v"),
+    ("GatedDeltaRule", (1, 1, 1, 4, 48, 64), "D is 48, but there are kernels for 16, 32, 64 and 128 only"),
+    ("GatedDeltaRule", (1, 1, 0, 4, 64, 64), "v has H = 4 heads, no multiple of the G = 0 of q and k"),
+]
+
+
+@pytest.fixture(scope="module")
+def launchers() -> ctypes.CDLL:
+    return beside_emulated("limits.cpp")
+
+
+@pytest.mark.parametrize(("op", "sizes", "says"), CASES, ids=[f"{op}: {says}" for op, _, says in CASES])
+def test_a_launcher_refuses_sizes_that_its_kernels_do_not_take(
+    launchers: ctypes.CDLL, capfd: pytest.CaptureFixture[str], op: str, sizes: tuple[int, ...], says: str
+) -> None:
+    assert getattr(launchers, f"launch_{op}")((ctypes.c_int64 * len(sizes))(*sizes)) == INVALID_VALUE
+    assert capfd.readouterr().err == f"llmexport: {op}: {says}\n"
+
+
+def test_every_launcher_has_limits() -> None:
+    assert {op for op, _, _ in CASES} == served()

@@ -1,0 +1,74 @@
+"""The tables of plugin.cpp, as the library says them, word by word against @op."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+from native import emulated_library
+from plugin_cases import OPS, served
+from torch import Tensor
+
+from llmexport.plugins import library, spec
+from llmexport.plugins.spec import Op, op
+
+KINDS = {bool: "bool", int: "int", float: "float"}
+
+
+@pytest.fixture
+def scratch_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops that a test defines are gone after it."""
+    monkeypatch.setattr(spec, "OPS", dict(spec.OPS))
+
+
+def table(op: Op) -> str:
+    """What llmexportOps() of trt/library.cpp should say of it."""
+
+    def tensors(dims: dict[str, tuple[str, ...]]) -> str:
+        return ", ".join(f"{n}: {op.types[n]}[{''.join(d)}]{'?' * (n in op.optional)}" for n, d in dims.items())
+
+    def kind(attribute: str) -> str:
+        if attribute in op.choices:
+            return "|".join(op.choices[attribute])
+        return " ".join([KINDS[op.attributes[attribute]], *op.sizes.get(attribute, "")])
+
+    attributes = ", ".join(f"{n}: {kind(n)}" for n in op.attributes)
+    return f"{op.name}({tensors(op.inputs)}; {attributes}) -> {tensors(op.outputs)}"
+
+
+def test_tables_say_what_the_references_say() -> None:
+    """Names, dimensions and types of inputs and outputs, which are optional, attributes, their kinds and choices."""
+    ops = ctypes.CDLL(str(emulated_library())).llmexportOps
+    ops.restype = ctypes.c_char_p
+    assert sorted(ops().decode().splitlines()) == sorted(table(OPS[name]) for name in served())
+
+
+def test_the_library_serves_the_ops_of_its_tables() -> None:
+    assert library.served(emulated_library()) == served()
+
+
+def test_an_int_may_be_the_size_of_a_dimension(scratch_ops: None) -> None:
+    def table_sized(x: Tensor, count: int, mode: str) -> Tensor: ...
+
+    choices = {"mode": ("one", "other")}
+    made = op("TableSized", 1, {"x": "B", "count": "K"}, {"y": "B K"}, choices=choices)(table_sized)
+    assert table(made) == "TableSized(x: T[B]; count: int K, mode: one|other) -> y: T[BK]"
+
+
+@pytest.mark.parametrize(
+    ("dims", "output", "choices", "says"),
+    [
+        ({"x": "B"}, "B", {}, "choices .*: mode"),
+        ({"x": "B"}, "B", {"mode": ("one",), "scale": ("one",)}, "choices .*: scale"),
+        ({"x": "B", "scale": "K"}, "B", {"mode": ("one",)}, "dims names .*: scale"),
+        ({"x": "B", "z": "K"}, "B", {"mode": ("one",)}, "dims names .*: z"),
+        ({"x": "B"}, "B K", {"mode": ("one",)}, "dimension of an output: K"),
+    ],
+)
+def test_an_op_that_would_have_no_table_is_refused(
+    scratch_ops: None, dims: dict[str, str], output: str, choices: dict[str, tuple[str, ...]], says: str
+) -> None:
+    def table_bad(x: Tensor, mode: str, scale: float) -> Tensor: ...
+
+    with pytest.raises(TypeError, match=f"TableBad: .*{says}"):
+        op("TableBad", 1, dims, {"y": output}, choices=choices)(table_bad)
