@@ -102,9 +102,9 @@ def test_an_encoder_takes_no_more_tokens_than_it_has_positions(exported) -> None
 def test_a_script_of_a_decoder_is_a_prompt_greedy_tokens_and_a_piece(exported) -> None:
     export = manifest.read(exported("llama"))
     with drive.in_torch(export) as model:
-        script, run, recorded = drive.record(model, stages.prompt(export, tokens=35))
+        script, run, recorded = drive.record(model, stages.prompt(export))
     assert [s.kind for s in script] == ["opening", *["decode"] * drive.DECODE_STEPS, "piece"]
-    assert [s.past for s in script] == [0, *range(35, 35 + drive.DECODE_STEPS + 1)]
+    assert [s.past for s in script] == [0, *range(67, 67 + drive.DECODE_STEPS + 1)]
     assert recorded.keys() == {"prompt", "last"}
     for before, stage, outputs in zip(script, script[1:-1], run.outputs, strict=False):
         assert np.array_equal(stage.ids, outputs["logits"][:, -1:].argmax(-1))
