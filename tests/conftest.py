@@ -94,7 +94,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case 
 
         from llmexport.export import archs
 
-        arch = archs.load(case.arch).arch
+        arch = archs.load(case.arch)
         folder = tmp_path_factory.mktemp(case.name) / "checkpoint"
         model_class = getattr(transformers, arch.reference.model_class)
         torch.manual_seed(0)

@@ -32,7 +32,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of over a megabyte, of which 64 pages are a part."""
     arch = archs.load("gemma")
     folder = tmp_path_factory.mktemp("large") / "ck"
-    random_checkpoint.write(arch, folder, config={**arch.arch.tiny, "vocab_size": 16384}, dtype="float32")
+    random_checkpoint.write(arch, folder, config={**arch.tiny, "vocab_size": 16384}, dtype="float32")
     assert (folder / SHARD).stat().st_size > 8 * identity.PAGES * identity.PAGE
     return folder
 

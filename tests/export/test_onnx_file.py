@@ -172,7 +172,7 @@ def test_the_graph_does_not_grow_by_more_than_its_layers(tmp_path) -> None:
     arch = archs.load("llama")
     blocks = {}
     for layers in (2, 9):
-        random_checkpoint.write(arch, tmp_path / f"{layers}", config={**arch.arch.tiny, "num_hidden_layers": layers})
+        random_checkpoint.write(arch, tmp_path / f"{layers}", config={**arch.tiny, "num_hidden_layers": layers})
         record = onnx_file.write(
             request(tmp_path / f"{layers}"), tmp_path / f"out{layers}", force=False, progress=silent
         )

@@ -27,7 +27,7 @@ from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import tolerance
 
 Exporter = Callable[..., Export]
-WHOLE = [n for n in archs.names() if archs.load(n).arch.whole]
+WHOLE = [n for n in archs.names() if archs.load(n).multimodal]
 FUSED, MXFP4 = "qwen3_5_moe-fused", "gpt_oss-mxfp4"
 LAYOUTS = [*WHOLE, FUSED, MXFP4]
 RUNGS = {"PyTorch / transformers", "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"}

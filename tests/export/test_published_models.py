@@ -21,7 +21,7 @@ MODELS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "pub
 TYPES = {
     t
     for n in archs.names()
-    for t in (*archs.load(n).arch.model_types, getattr(archs.load(n).arch.whole, "model_type", None))
+    for t in (*archs.load(n).model_types, getattr(archs.load(n).multimodal, "model_type", None))
 }
 CLAIMED = [n for n, c in MODELS.items() if c.get("model_type") in TYPES]
 # How the weights are quantised, as config.json says it.

@@ -113,10 +113,10 @@ def test_a_storage_is_a_value():
 def held(folder: Path) -> tuple[dict[str, Parameter], Checkpoint]:
     """What a tiny GPT-OSS wants of the checkpoint that is drawn for it, and that checkpoint."""
     named = archs.load("gpt_oss")
-    config = {**named.arch.tiny, "quantization_config": {"quant_method": "mxfp4"}}
+    config = {**named.tiny, "quantization_config": {"quant_method": "mxfp4"}}
     random_checkpoint.write(named, folder, config=config)
     checkpoint, model = open_checkpoint(folder), read_model(named, config)
-    own = wanted_parameters(named.arch, checkpoint, model, model.graphs[0].assembly)
+    own = wanted_parameters(named, checkpoint, model, model.graphs[0].assembly)
     return {p.name: p for parameters in own.values() for p in parameters.values()}, checkpoint
 
 

@@ -268,7 +268,7 @@ def test_a_mask_that_shows_padding_is_found(exported, tmp_path: Path) -> None:
 
 
 def export_of(folder: Path, arch: str, changes: dict[str, Any], **request: Any) -> Path:
-    random_checkpoint.write(archs.load(arch), folder / "ck", config={**archs.load(arch).arch.tiny, **changes})
+    random_checkpoint.write(archs.load(arch), folder / "ck", config={**archs.load(arch).tiny, **changes})
     checkpoint = open_checkpoint(folder / "ck")
     wanted = onnx_file.Request(archs.load(arch), checkpoint, **request)
     onnx_file.write(wanted, folder / "out", force=False, progress=silent)
