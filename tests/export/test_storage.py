@@ -94,7 +94,7 @@ def test_rows_that_are_no_whole_number_of_blocks_are_refused(sizes: dict[str, in
             **{"hidden": 64, "intermediate": 32, "experts": 4, "top_k": 2, "bias": True, "storage": Mxfp4()} | sizes
         )
     [columns] = sizes.values()
-    assert f"MXFP4 packs 32 values a block, config.json makes rows of {columns}: " in str(error.value)
+    assert f"MXFP4 packs 32 values a block, which rows of {columns} do not fill" in str(error.value)
 
 
 @pytest.mark.parametrize("fields", [{"bias": False}, {"bias": True, "transposed": True}], ids=str)
