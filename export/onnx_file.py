@@ -204,9 +204,7 @@ def build(
     assembly, dtype = graph.assembly, request.dtype
     graphs = trace_all(assembly.blocks, dtype, progress)
     values = {
-        s.name: dict(zip((p.name for p in s.block.inputs), s.inputs, strict=True))
-        | {path: parameter.name for path, parameter in own[s.name].items()}
-        | dict(zip((p.name for p in s.block.outputs), s.outputs, strict=True))
+        s.name: {**s.reads, **{path: parameter.name for path, parameter in own[s.name].items()}, **s.makes}
         for s in assembly.steps
     }
     wanted = {p.name: p for parameters in own.values() for p in parameters.values()}

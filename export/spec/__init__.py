@@ -20,7 +20,7 @@ from llmexport.export.spec.context import (
     YarnScaling,
 )
 from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
-from llmexport.export.spec.graph import ONLY, Assembly, Graph, Step
+from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, CausalConv, GatedDeltaNet, GatedNorm, Mixer, Norm
 from llmexport.export.spec.model import (
@@ -72,6 +72,7 @@ __all__ = [
     "Moe",
     "Mxfp4",
     "Norm",
+    "Part",
     "Plain",
     "Port",
     "Presence",

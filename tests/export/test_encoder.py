@@ -225,6 +225,7 @@ def test_what_makes_another_model_is_refused(changes: dict[str, object], said: s
         {"is_decoder": False, "add_cross_attention": False, "is_encoder_decoder": False, "chunk_size_feed_forward": 1},
         {"directionality": "bidi", "pooler_type": "first_token_transform", "pooler_fc_size": 768, "use_cache": True},
         {"position_embedding_type": "absolute", "cross_attention_hidden_size": None, "is_causal": False},
+        {"is_causal": None},
     ],
 )
 def test_what_an_encoder_says_of_itself_changes_nothing(keys: dict[str, object], tiny_checkpoint) -> None:
@@ -237,6 +238,13 @@ def test_what_an_encoder_says_of_itself_changes_nothing(keys: dict[str, object],
         ids = torch.arange(20)[None]
         # The feed-forward in chunks sums in another order.
         assert compare(plain(ids).logits.numpy(), told(ids).logits.numpy()).excess(TOLERANCE["float32"]) <= 1
+
+
+def test_layers_that_the_checkpoint_lacks_are_counted(tiny_checkpoint, tmp_path) -> None:
+    folder = relaid(tiny_checkpoint("bert"), tmp_path / "ck", dict)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    assert "says num_hidden_layers 4, the checkpoint holds 3 layers" in refused(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish"])

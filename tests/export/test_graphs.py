@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from arch_cases import CASES, Case
+from first_feed import first_feed
 
 from llmexport.export import archs, earlier, engine, manifest, onnx_file
 from llmexport.export.assembly import named_blocks
@@ -20,7 +21,7 @@ from llmexport.export.config import Config
 from llmexport.export.exported import Export
 from llmexport.export.spec import Graph, Model
 from llmexport.export.wiring import Wiring
-from llmexport.validate import feeds
+from llmexport.validate import stages
 from llmexport.validate.compare import compare
 
 Exported = Callable[..., Path]
@@ -78,8 +79,8 @@ def test_each_graph_has_a_file_and_the_weights_lie_there_once(export: Export, ex
 
 
 def test_the_graphs_in_their_order_give_what_the_whole_model_gives(export: Export, exported: Exported) -> None:
-    whole = manifest.read(exported("llama")).graphs[0].assembly
-    feed = feeds.prefill(whole, feeds.prompt(whole), "float32")
+    whole = manifest.read(exported("llama"))
+    feed = first_feed(whole.graphs[0], stages.prompt(whole))
     expected = run(exported("llama") / "model.onnx", feed)
     embedded = run(export.folder / "embed.onnx", feed)
     found = run(export.folder / "decoder.onnx", {**feed, **embedded})

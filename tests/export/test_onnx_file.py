@@ -16,6 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 from arch_cases import CASES, FIRST, ONCE, PRIMARY, Case, others_slow
+from first_feed import first_feed
 from published_configs import PUBLISHED
 from reseal import reseal
 
@@ -26,7 +27,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
 from llmexport.export.spec import DTYPES
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import feeds, ladder
+from llmexport.validate import ladder, stages
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
 
@@ -91,8 +92,8 @@ def test_outputs_agree_before_and_after_fusion_to_fp32_rounding(
 ) -> None:
     monkeypatch.setattr(onnx_file.pipeline, "PIPELINE", ())
     onnx_file.write(request(tiny_checkpoint(case)), tmp_path / "plain", force=False, progress=silent)
-    assembly = manifest.read(exported(case)).assembly
-    feed = feeds.prefill(assembly, feeds.prompt(assembly, tokens=21), "float32")
+    found = manifest.read(exported(case))
+    feed = first_feed(found.graphs[0], stages.prompt(found, tokens=21))
     logits = []
     for folder in (tmp_path / "plain", exported(case)):
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])

@@ -42,6 +42,7 @@ class Decoder:
     def __init__(self, folder: Path, runner: str) -> None:
         self.torch = None
         read = manifest.read(folder)
+        self.carried = read.graphs[0].carried
         self.ports = {p.name: p.typed("float32") for p in read.graphs[0].assembly.inputs}
         self.allowed = tolerance("float32", read.assembly)
         if runner == "torch":
@@ -57,7 +58,7 @@ class Decoder:
             self.past = {
                 n: np.zeros([sizes.get(d, d) for d in p.shape], p.dtype)
                 for n, p in self.ports.items()
-                if n.startswith("past_key_values")
+                if n in self.carried
             }
         if len(self.ports["position_ids"].shape) == 3 and positions.ndim == 2:
             positions = np.broadcast_to(positions, (3, *positions.shape))
@@ -67,7 +68,7 @@ class Decoder:
         else:
             names = [o.name for o in self.session.get_outputs()]
             outputs = dict(zip(names, self.session.run(names, feed), strict=True))
-        self.past = {n: outputs[n.replace("past_key_values", "present")] for n in self.past}
+        self.past = {n: outputs[self.carried[n]] for n in self.past}
         return outputs["logits"]
 
     def check(self, expected: np.ndarray, found: np.ndarray, where: np.ndarray | None = None) -> None:

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,11 +96,11 @@ def check(found: dict[str, np.ndarray], checkpoint: Path, export: Path) -> None:
 
 
 def folded(export: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The model that README's lines fold and quantise in `folder`, which become folded.onnx and int8.onnx."""
-    [lines] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The model that the lines of export/README.md fold and quantise in `folder`: folded.onnx and int8.onnx."""
+    [lines] = re.findall(r"```python\n(.*?)```", (ROOT / "export/README.md").read_text(), re.DOTALL)
     names = {"onnxruntime": onnxruntime, "quantize_dynamic": quantize_dynamic}
     monkeypatch.chdir(folder)
-    exec(textwrap.dedent(f"  {lines.strip()}").replace("OUT/", f"{export}/"), names)
+    exec(lines.replace("OUT/", f"{export}/"), names)
     return folder / "folded.onnx"
 
 
@@ -219,4 +218,4 @@ def test_the_oldest_runtime_is_the_same_everywhere() -> None:
     oldest = ".".join(map(str, OLDEST_RUNTIME))
     assert re.findall(r'"onnxruntime(?:-gpu)?>=([\d.]+);', (ROOT / "pyproject.toml").read_text()) == [oldest] * 2
     assert re.findall(r"onnxruntime==([\d.]+)", (ROOT / ".ci" / "run").read_text()) == [oldest]
-    assert f"ONNX Runtime {oldest} " in (ROOT / "README.md").read_text()
+    assert f"ONNX Runtime {oldest} " in (ROOT / "export/README.md").read_text()
