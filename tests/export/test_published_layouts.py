@@ -39,9 +39,6 @@ BLOCKS = {
 }
 
 
-def silent(what: str, done: int, of: int) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A tiny checkpoint in this layout."""
@@ -70,12 +67,12 @@ def exported_layout(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callab
 def export(source: Path, folder: Path, **wanted: str) -> Export:
     opened = open_checkpoint(source)
     request = onnx_file.Request(archs.choose(None, opened.config), opened, **wanted)
-    onnx_file.write(request, folder, force=False, progress=silent)
+    onnx_file.write(request, folder, force=False)
     return manifest.read(folder)
 
 
 def statuses(found: Export) -> dict[str, str]:
-    return {r.name: r.status for r in ladder.climb(found, progress=silent).rungs}
+    return {r.name: r.status for r in ladder.climb(found).rungs}
 
 
 def prompt() -> stages.Stage:

@@ -34,7 +34,7 @@ def opened(folder: Path, arch: str, **changes: object) -> Request:
 
 def refusal(request: Request, folder: Path) -> str:
     with pytest.raises(ExportError) as error:
-        fill(request, folder, lambda *_: None)
+        fill(request, folder)
     return one_line(error.value)
 
 
