@@ -232,7 +232,7 @@ KEYS = {
 
 def test_no_name_of_a_port_an_axis_or_a_graph_decides_anything():
     """Names are given in spec and wiring; a module reads those of its own block; an architecture maps names."""
-    cases = [(archs.load(c.arch), {**archs.load(c.arch).arch.tiny, **c.changes}) for c in CASES]
+    cases = [(archs.load(c.arch), {**archs.load(c.arch).tiny, **c.changes}) for c in CASES]
     graphs = [g for named, config in cases for g in read_model(named, config).graphs]
     blocks = {part.block for g in graphs for step in g.assembly.steps for part in parts(step)}
     ports = [p for b in blocks for p in (*b.inputs, *b.outputs)]
