@@ -36,7 +36,6 @@ SOFT, HARD, DATA = 250, 500, 150  # lines of a source file, of any file, of an a
 # Files over the soft limit, each with the reason why it is one file.
 LONG = {
     "export/engine.py": "one job end to end: the graphs of an export, their plans, engine.json",
-    "export/onnx_file.py": "one job end to end: from a request to the folder, and what reads it back",
 }
 # Imported by an export whose blocks are all known, which must not pay for torch.
 WARM = [

@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import pytest
 
-from llmexport.export import archs, engine, identity, manifest, onnx_file, random_checkpoint
+from llmexport.export import archs, engine, graph_file, identity, manifest, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint, read_header
 from llmexport.export.cli.main import main
 from llmexport.export.errors import ExportError
@@ -210,7 +210,7 @@ def copied(request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_pa
 
 def load(folder: Path) -> onnx.ModelProto:
     found = manifest.read(folder)
-    return onnx_file.load(found, found.graphs[0])
+    return graph_file.load(found, found.graphs[0])
 
 
 @pytest.mark.parametrize("change", [swap_offsets, subtract, change_epsilon])

@@ -12,7 +12,8 @@ from tiny_configs import one_line
 from llmexport.export import archs, onnx_file, random_checkpoint, wanted
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
-from llmexport.export.onnx_file import Request, fill, load_block, open_model, read_model
+from llmexport.export.graph_file import load_block
+from llmexport.export.onnx_file import Request, fill, open_model, read_model
 
 
 @pytest.fixture
