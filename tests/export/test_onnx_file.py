@@ -20,7 +20,7 @@ from first_feed import first_feed
 from published_configs import PUBLISHED
 from reseal import reseal
 
-from llmexport.export import archs, manifest, onnx_file, random_checkpoint
+from llmexport.export import archs, graph_file, manifest, onnx_file, random_checkpoint
 from llmexport.export.assembly import named_blocks, parts
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
@@ -87,7 +87,7 @@ def test_a_model_has_the_ops_that_its_blocks_make_and_says_which_norms_it_left(c
 def test_outputs_agree_before_and_after_fusion_to_fp32_rounding(
     case: Case, tiny_checkpoint, exported, monkeypatch, tmp_path
 ) -> None:
-    monkeypatch.setattr(onnx_file.pipeline, "PIPELINE", ())
+    monkeypatch.setattr(graph_file.pipeline, "PIPELINE", ())
     onnx_file.write(request(tiny_checkpoint(case)), tmp_path / "plain", force=False)
     found = manifest.read(exported(case))
     feed = first_feed(found.graphs[0], stages.prompt(found, tokens=21))

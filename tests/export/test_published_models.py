@@ -11,7 +11,7 @@ import pytest
 import transformers
 from tiny_configs import one_line
 
-from llmexport.export import archs, onnx_file, random_checkpoint
+from llmexport.export import archs, graph_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import Request, fill, open_model, read_model, read_noted
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_the_published_shapes_is_taken_up_to_the_first_trace(nam
     def traced(*_: object) -> object:
         raise Checked
 
-    monkeypatch.setattr(onnx_file, "trace_all", traced)
+    monkeypatch.setattr(graph_file, "trace_all", traced)
     with pytest.raises(Checked):
         fill(hollow(name, tmp_path / "ck"), tmp_path)
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_configs import one_line
 
-from llmexport.export import archs, onnx_file, random_checkpoint, wanted
+from llmexport.export import archs, graph_file, random_checkpoint, wanted
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.graph_file import load_block
@@ -21,7 +21,7 @@ def no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     def trace(*_: object) -> None:
         raise AssertionError("traced before the checkpoint was checked")
 
-    monkeypatch.setattr(onnx_file, "trace_all", trace)
+    monkeypatch.setattr(graph_file, "trace_all", trace)
 
 
 def opened(folder: Path, arch: str, **changes: object) -> Request:
