@@ -47,9 +47,9 @@ def request_(tiny_checkpoint: Callable[[str], Path]) -> onnx_file.Request:
     named = archs.load("llama")
 
     def build(config: Config) -> Model:
-        return in_two(named.arch.build(config))
+        return in_two(named.build(config))
 
-    split = archs.Named(named.name, dataclasses.replace(named.arch, build=build))
+    split = dataclasses.replace(named, build=build)
     return onnx_file.Request(split, open_checkpoint(tiny_checkpoint("llama")))
 
 
@@ -92,7 +92,7 @@ def test_the_graphs_in_their_order_give_what_the_whole_model_gives(export: Expor
 def test_a_block_of_one_of_several_graphs_is_named_with_its_graph(request_: onnx_file.Request) -> None:
     names = named_blocks(onnx_file.read_model(request_.arch, request_.checkpoint.config))
     assert {"embedding", "layer", "norm"} <= names.keys()
-    twins = in_two(onnx_file.read_model(archs.load("gemma3_text"), archs.load("gemma3_text").arch.tiny))
+    twins = in_two(onnx_file.read_model(archs.load("gemma3_text"), archs.load("gemma3_text").tiny))
     assert any(n.startswith("decoder_") for n in named_blocks(twins))
     assert not any(n.startswith("model_") for n in named_blocks(twins))
 
