@@ -7,27 +7,27 @@ import re
 from collections.abc import Callable, Iterator
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import ONLY, Arch, Assembly, Graph, Model, Step
+from llmexport.export.spec import ONLY, Arch, Assembly, Graph, Model, Part, Step
 
 # Paths of the two parameters that may be tied; a base model lacks the first.
 HEAD, TABLE = "head.projection.weight", "embedding.weight"
 
 
-def alone(step: Step) -> Graph:
+def alone(part: Part) -> Graph:
     """One block as a model of its own; its values carry the names of the block's ports."""
-    block = step.block
+    block = part.block
     inputs, outputs = block.inputs, block.outputs
-    own = Step(step.name, block, tuple(p.name for p in inputs), tuple(p.name for p in outputs), step.path)
+    own = Step(part.name, block, tuple(p.name for p in inputs), tuple(p.name for p in outputs), part.path)
     carried = {s.past.name: s.present.name for s in block.states}
     return Graph(ONLY, Assembly(inputs, (own,), outputs), carried)
 
 
-def named_blocks(model: Model) -> dict[str, Step]:
+def named_blocks(model: Model) -> dict[str, Part]:
     """Every block that can be exported alone, by name: its kind, and its place where a model has two of a kind.
 
     A place is in a graph: its name stands first where a model has several.
     """
-    found: dict[str, Step] = {}
+    found: dict[str, Part] = {}
     several = len(model.graphs) > 1
     every = [(g.name, part) for g in model.graphs for step in g.assembly.steps for part in parts(step)]
     places = [(f"{graph}." * several + part.name).replace(".", "_") for graph, part in every]
@@ -40,7 +40,7 @@ def named_blocks(model: Model) -> dict[str, Step]:
     return found
 
 
-def find_block(model: Model, name: str) -> Step:
+def find_block(model: Model, name: str) -> Part:
     blocks = named_blocks(model)
     if name not in blocks:
         raise ExportError(f"no block {name!r} in this model, its blocks are: {', '.join(blocks)}, or all")
@@ -114,8 +114,8 @@ def _generic_name(arch: Arch, path: str) -> tuple[str, str]:
     return arch.names[start] + generic[len(start) :], index
 
 
-def parts(step: Step) -> Iterator[Step]:
-    """A step and the blocks inside it, outermost first."""
-    yield step
-    for field, (block, path) in step.block.parts.items():
-        yield from parts(Step(f"{step.name}.{field}", block, (), (), f"{step.path}{path}"))
+def parts(of: Step | Part) -> Iterator[Part]:
+    """A step's block and the blocks inside it, outermost first."""
+    yield Part(of.name, of.block, of.path)
+    for field, (block, path) in of.block.parts.items():
+        yield from parts(Part(f"{of.name}.{field}", block, f"{of.path}{path}"))

@@ -55,8 +55,6 @@ BACKENDS = MappingProxyType(
     }
 )
 
-TYPES = {name: d.name for name, d in BY_TENSORRT.items()}
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -242,7 +240,7 @@ def _check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
 def _check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
     """What TensorRT read, [name, type, shape with -1] each, must be what the export says."""
     said = {p.name: [p.dtype, [d if isinstance(d, int) else -1 for d in p.shape]] for p in ports}
-    read = {name: [TYPES.get(kind, kind), shape] for name, kind, shape in found}
+    read = {name: [BY_TENSORRT[kind].name if kind in BY_TENSORRT else kind, shape] for name, kind, shape in found}
     for name in said | read:
         if said.get(name) != read.get(name):
             raise EngineError(f"TensorRT reads {name} as {read.get(name)}, the export says {said.get(name)}")

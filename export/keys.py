@@ -26,7 +26,7 @@ ANY = frozenset(
         "use_bfloat16", "use_cache", "use_flash_attention", "use_flash_attention_2", "use_flash_attn",
     }
 )
-# The same in a causal decoder: one by its family, whatever these say, and without a table of positions.
+# The same in a causal decoder, whose family says that it is one and which has no table of positions.
 CAUSAL = frozenset(
     {
         "add_cross_attention", "cross_attention_hidden_size", "is_decoder", "is_encoder_decoder",
@@ -62,14 +62,14 @@ NEUTRAL = MappingProxyType(
         "use_qk_norm": (False,),
     }
 )
-# The same of one kind of model: a causal decoder, or an encoder, which the first key of these would make the other.
+# The same in a causal decoder alone, and in an encoder alone, which some of these would make a decoder.
 NEUTRAL_CAUSAL = MappingProxyType({"is_causal": (True,)})
 NEUTRAL_ENCODER = MappingProxyType(
     {
         "is_decoder": (False,),
         "add_cross_attention": (False,),
         "directionality": ("bidi",),
-        "is_causal": (False,),
+        "is_causal": (False, None),
         "is_encoder_decoder": (False,),
         "tie_encoder_decoder": (False,),
     }

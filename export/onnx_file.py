@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 
 from llmexport.export import cache, manifest, weights
-from llmexport.export.archs import Named, as_stored, text_config, whole_names
+from llmexport.export.archs import as_stored, multimodal_names, text_config
 from llmexport.export.assembly import (
     alone,
     find_block,
@@ -33,7 +33,7 @@ from llmexport.export.identity import changed, identify
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
-from llmexport.export.spec import DTYPES, OPSET, Assembly, Block, Graph, Model, Port, Step, to_data
+from llmexport.export.spec import DTYPES, OPSET, Arch, Assembly, Block, Graph, Model, Port, Step, to_data
 from llmexport.export.stamp import stamp
 from llmexport.export.wanted import wanted_parameters
 from llmexport.graphs import bodies, pipeline
@@ -57,7 +57,7 @@ class Request:
     a body over a plugin of the same name.
     """
 
-    arch: Named
+    arch: Arch
     checkpoint: Checkpoint
     dtype: str = "float32"
     block: str | None = None
@@ -71,15 +71,15 @@ class Request:
                 raise ExportError(f"{name} is {said!r}: choose one of {', '.join(choices)}")
 
 
-def read_model(arch: Named, config: Mapping[str, Any]) -> Model:
+def read_model(arch: Arch, config: Mapping[str, Any]) -> Model:
     """The model that a config describes. Raises ExportError on what this architecture does not understand."""
     return read_noted(arch, config)[0]
 
 
-def read_noted(arch: Named, config: Mapping[str, Any]) -> tuple[Model, list[str]]:
+def read_noted(arch: Arch, config: Mapping[str, Any]) -> tuple[Model, list[str]]:
     """The same, with sentences on what the config says and the graph leaves out."""
-    keys = Config(text_config(arch.arch, config))
-    model = arch.arch.build(keys)
+    keys = Config(text_config(arch, config))
+    model = arch.build(keys)
     keys.finish(causal=any(g.carried for g in model.graphs))
     return model, keys.notes
 
@@ -92,7 +92,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     model, notes = read_noted(request.arch, request.checkpoint.config)
     stored = request.checkpoint.tensors
     arch = as_stored(request.arch, stored)
-    start = next(n for n in arch.arch.names.values() if "{i}" in n).partition("{i}")[0]
+    start = next(n for n in arch.names.values() if "{i}" in n).partition("{i}")[0]
     held = {n.removeprefix(start).partition(".")[0] for n in stored if n.startswith(start)}
     layers = sum(s.path.startswith("layers.") for s in model.steps)
     if held and layers > len(held):
@@ -102,11 +102,11 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
         )
     if arch is not request.arch and model.ties:
         notes.append(
-            f"the checkpoint is a base model, its names lack {arch.arch.base!r}: "
+            f"the checkpoint is a base model, its names lack {arch.base!r}: "
             "the logits are made with its tied embedding table"
         )
-    if request.dtype == "float16" and arch.arch.overflows_float16:
-        notes.append(f"{arch.arch.overflows_float16}, use bfloat16 or float32")
+    if request.dtype == "float16" and arch.overflows_float16:
+        notes.append(f"{arch.overflows_float16}, use bfloat16 or float32")
     return dataclasses.replace(request, arch=arch), model, notes
 
 
@@ -144,7 +144,7 @@ def new_export(request: Request, target: Path, *, force: bool, marker: str = man
 def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     """Exports into an empty folder, and reads back what lies there."""
     request, model, notes = open_model(request)
-    arch, checkpoint = request.arch.arch, request.checkpoint
+    arch, checkpoint = request.arch, request.checkpoint
     graphs = model.graphs if request.block is None else (alone(find_block(model, request.block)),)
     own = {g.name: wanted_parameters(arch, checkpoint, model, g.assembly) for g in graphs}
     wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
@@ -173,7 +173,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         files,
         checkpoint.config,
         text_config(arch, checkpoint.config),
-        whole_names(arch, checkpoint.config),
+        multimodal_names(arch, checkpoint.config),
         arch.reference,
         cache.versions(),
         tuple(notes),
@@ -186,7 +186,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
 
 def _check_weights(request: Request, model: Model, wanted: list[weights.Parameter]) -> None:
     """Raise ExportError unless the checkpoint holds what the graphs want, and nothing that they leave unsaid."""
-    arch = request.arch.arch
+    arch = request.arch
     ignore = arch.ignore
     for copy, original in tied_names(arch, model):
         ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
@@ -204,9 +204,7 @@ def build(
     assembly, dtype = graph.assembly, request.dtype
     graphs = trace_all(assembly.blocks, dtype, progress)
     values = {
-        s.name: dict(zip((p.name for p in s.block.inputs), s.inputs, strict=True))
-        | {path: parameter.name for path, parameter in own[s.name].items()}
-        | dict(zip((p.name for p in s.block.outputs), s.outputs, strict=True))
+        s.name: {**s.reads, **{path: parameter.name for path, parameter in own[s.name].items()}, **s.makes}
         for s in assembly.steps
     }
     wanted = {p.name: p for parameters in own.values() for p in parameters.values()}

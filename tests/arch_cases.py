@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import pytest
 
 from llmexport.export import archs
 from llmexport.export.config import Config
@@ -92,13 +95,25 @@ CASES = (
     }),
 )  # fmt: skip
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
-FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]  # one case an architecture
+# one case an architecture
+FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]
+# Every session tries the one half of them in fp16 and the other in bf16; slow tests try both in both.
+IN_FP16, IN_BF16 = FIRST[::2], FIRST[1::2]
+# Each of them in one dtype, and every dtype in some.
+ONCE = tuple((case, ("float32", "bfloat16", "float16", "float32")[i % 4]) for i, case in enumerate(FIRST))
 
 
 def carries(case: Case) -> bool:
     """Whether a step of the model reads what earlier ones left, as a decoder's does and an encoder's does not."""
-    arch = archs.load(case.arch).arch
+    arch = archs.load(case.arch)
     return any(g.carried for g in arch.build(Config({**arch.tiny, **case.changes})).graphs)
 
 
 DECODERS, ENCODERS = ([c for c in CASES if carries(c) is carried] for carried in (True, False))
+
+
+def others_slow(all_of_them: Sequence[Any], at_once: Collection[Any]) -> list[Any]:
+    """The parameters of a test that runs those `at_once` in every session, and the others where slow tests run."""
+    slow = [p if isinstance(p, tuple) else (p,) for p in all_of_them]
+    marked = [pytest.param(*p, marks=pytest.mark.slow) for p in slow]
+    return [p if p in at_once else other for p, other in zip(all_of_them, marked, strict=True)]

@@ -23,10 +23,27 @@ Exporter = Callable[..., Path]
 NOT_FOR_KERNELS = ("click", "onnx_graphsurgeon", "onnx_ir", "onnxruntime", "onnxscript", "polygraphy", "psutil", "rich")
 NOT_FOR_KERNELS += ("safetensors", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "transformers")
 
+# The tier of a test by what its fixtures, or what its file takes from native.py, make; a file that builds engines
+# says so itself.
+TIERS = {"exported": "model", "tiny_checkpoint": "model", "cuda_library": "engine"}
+TIERS |= dict.fromkeys(("machine", "compiled", "beside_emulated", "emulated_library"), "kernel")
+NOT_QUICK = {*TIERS.values(), "slow", "gpu"}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     if not importlib.util.find_spec("xdist"):
         parser.addoption("--dist", help="of pyproject.toml, for xdist, which is not installed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test with its tiers, and as slow where nvcc has to compile the whole library; the rest is quick."""
+    for item in items:
+        used = TIERS.keys() & {*getattr(item, "fixturenames", ()), *vars(getattr(item, "module", object))}
+        for mark in {TIERS[name] for name in used} | {"slow" for name in used if name == "cuda_library"}:
+            item.add_marker(mark)
+        if not NOT_QUICK & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("quick")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -53,6 +70,14 @@ def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def cuda_library() -> Path:
+    """The plugin library as nvcc compiles it for every architecture."""
+    import native
+
+    return native.cuda_library()
+
+
 def as_case(which: Case | str) -> Case:
     return which if isinstance(which, Case) else next(c for c in CASES if c.arch == which)
 
@@ -69,7 +94,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case 
 
         from llmexport.export import archs
 
-        arch = archs.load(case.arch).arch
+        arch = archs.load(case.arch)
         folder = tmp_path_factory.mktemp(case.name) / "checkpoint"
         model_class = getattr(transformers, arch.reference.model_class)
         torch.manual_seed(0)

@@ -317,27 +317,13 @@ def streams() -> Iterator[Situation]:
 
 
 def limits() -> Iterator[Situation]:
-    for command in ("archs", "onnx --checkpoint ck -o new -q", "validate small -q"):
-        for count in (8, 16):
-            yield Situation(
-                "limits",
-                f"{command}, {count} handles",
-                shell=f"ulimit -n {count}; $L {command} --json",
-                either=True,
-                # The first validation records digests.
-                changes=frozenset({"small/manifest.json"}),
-            )
-    for command, size in (
-        ("onnx --checkpoint ck -o new -q", 150_000),
-        ("ops", 600_000),
-    ):
-        yield Situation(
-            "limits",
-            f"{command}, {size} kB",
-            shell=f"ulimit -v {size}; $L {command} --json",
-            either=True,
-            changes=frozenset({"small/manifest.json"}),
-        )
+    export = "onnx --checkpoint ck -o new -q"
+    handles = [(c, f"-n {n}") for c in ("archs", export, "validate small -q") for n in (8, 16)]
+    for command, limit in (*handles, (export, "-v 150000"), ("ops", "-v 600000")):
+        line = f"ulimit {limit}; $L {command} --json"
+        # The first validation records digests.
+        changes = frozenset({"small/manifest.json"})
+        yield Situation("limits", f"{command}, ulimit {limit}", shell=line, either=True, changes=changes)
     for size in (0, 1, 16):
         line = f"ulimit -f {size}; $L {EXPORT} --weights copy --json -q | cat; exit ${{PIPESTATUS[0]}}"
         yield Situation("limits", f"files of {size} kB", shell=line)

@@ -1,19 +1,16 @@
-"""Compiles what the tests of plugins/ need, once for each state of the sources."""
+"""Compiles what the tests of plugins/ need."""
 
 import contextlib
 import ctypes
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sysconfig
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,18 +20,9 @@ from llmexport.plugins import library
 ROOT = Path(__file__).parents[1]
 PLUGINS = ROOT / "plugins"
 CUDA_INCLUDE = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-# A kernel's rounding is stated operation by operation: no contraction into fma.
-EMULATED = (
-    "-DLLMEXPORT_EMULATED",
-    "-DLLMEXPORT_SM90A",
-    "-ffp-contract=off",
-    "-Wno-unknown-pragmas",
-    *map(str, sorted(PLUGINS.glob("cpu/*.cpp"))),
-)
 # A spill or a local array is an error, as in CMakeLists.txt.
 GATE = ("-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error")
 SM90A = ("-gencode=arch=compute_90a,code=sm_90a", *GATE)
-SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))  # whether this process runs under them
 
 
@@ -55,60 +43,40 @@ def alone(name: str) -> Iterator[None]:
         yield
 
 
-def compiled(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
-    """A program or, with -shared among the flags, a library; kept under build/ until a source changes."""
+@functools.cache
+def compiled(target: str, sanitize: bool = SANITIZE) -> Path:
+    """A program or library that tests/plugins/CMakeLists.txt names, made anew where a source of it has changed."""
     need_cuda_headers()
-    command = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-fPIC", "-pthread"]
-    command += ["-I", str(PLUGINS), "-isystem", str(CUDA_INCLUDE)]
-    digest = hashlib.sha256("\0".join([*command, *flags, *map(str, sources)]).encode())
-    for path in sorted([*PLUGINS.rglob("*"), *(ROOT / "tests" / "plugins").rglob("*")]):
-        if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
-            digest.update(path.read_bytes())
-    target = ROOT / "build" / "tests" / f"{name}-{digest.hexdigest()[:16]}"
-    with alone(name):
-        if not target.exists():
-            for old in target.parent.glob(f"{name}-{'?' * 16}"):
-                old.unlink(missing_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                built = Path(folder) / name
-                _compile(command, sources, flags, built)
-                built.chmod(0o755)  # no library is loaded that others can write, as a umask may let them
-                built.rename(target)
-    return target
-
-
-def _compile(command: list[str], sources: Sequence[Path], flags: Sequence[str], target: Path) -> None:
-    """Each source for itself, as many at once as there are cores; those among the flags too."""
-    units = [*sources, *(Path(f) for f in flags if f.endswith(".cpp"))]
-    options = [f for f in flags if f.startswith("-") and not f.startswith("-Wl,")]
-    linked = [f for f in flags if f not in options and not f.endswith(".cpp")]
-    objects = [target.parent / f"{i}.o" for i in range(len(units))]
-
-    def run(arguments: Sequence[str | Path]) -> None:
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-
-    def compile_one(unit: Path, made: Path) -> None:
-        run([*options, "-x", "c++", "-c", unit, "-o", made])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, units, objects))
-    run([*options, *linked, *objects, "-o", target])
+    cmake, ninja = tool("cmake"), tool("ninja")
+    if not cmake:
+        pytest.skip("no cmake: pip install cmake")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
+    folder = ROOT / "build" / "tests" / ("sanitized" if sanitize else "plain") / ("ninja" if ninja else "make")
+    configure = [cmake, "-S", ROOT / "tests" / "plugins", "-B", folder, f"-DSANITIZED={sanitize}", *generator]
+    configure += [f"-DCMAKE_{kind}_OUTPUT_DIRECTORY={folder}" for kind in ("LIBRARY", "RUNTIME")]
+    build = [cmake, "--build", folder, "--target", target, "--parallel", str(os.cpu_count())]
+    with alone(folder.parent.name):
+        for command in (configure, build):
+            # No library is loaded that others can write, as a umask may let them.
+            done = subprocess.run(command, capture_output=True, text=True, umask=0o022)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    library = folder / f"lib{target}.so"
+    return library if library.exists() else folder / target
 
 
 def emulated_library(sanitize: bool = SANITIZE) -> Path:
     """The plugin library with its kernels on the CPU emulator."""
-    flags = SANITIZED if sanitize else ()
-    sources = {path for pattern in ("trt/*.cpp", "*/*.cu", "*/plugin.cpp") for path in PLUGINS.glob(pattern)}
-    return compiled("plugins" + "-sanitized" * sanitize, sorted(sources), ["-shared", *EMULATED, *flags])
+    return compiled("llmexport_plugins", sanitize)
 
 
 def beside_emulated(file: str) -> ctypes.CDLL:
     """The C functions that a file of tests/plugins has for a test, linked with the emulated library."""
-    flags = [*(SANITIZED if SANITIZE else ()), "-DLLMEXPORT_EMULATED", "-Wno-unknown-pragmas"]
-    linked = ["-shared", "-Wl,--no-as-needed", str(emulated_library())]
-    source = ROOT / "tests" / "plugins" / file
-    return ctypes.CDLL(str(compiled(source.stem + "-sanitized" * SANITIZE, [source], [*flags, *linked])))
+    return ctypes.CDLL(str(compiled(Path(file).stem)))
+
+
+def tool(name: str) -> str | None:
+    """A program, of the PATH or installed beside this Python."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
 def need_nvcc() -> str:

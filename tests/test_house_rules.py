@@ -196,7 +196,7 @@ def decided_on(path: Path) -> Iterator[str]:
 
 def test_no_code_asks_which_architecture_it_is():
     known = [archs.load(n) for n in archs.names()]
-    taken = {n.lower() for k in known for n in (k.name, *k.arch.model_types, k.arch.reference.model_class)}
+    taken = {n.lower() for k in known for n in (k.name, *k.model_types, k.reference.model_class)}
 
     def asked(path: Path) -> set[str]:
         return taken & {word for text in decided_on(path) for word in re.findall(r"\w+", text.lower())}
@@ -205,8 +205,8 @@ def test_no_code_asks_which_architecture_it_is():
 
 
 def test_no_model_type_is_claimed_twice():
-    claimed = [t for n in archs.names() for t in archs.load(n).arch.model_types]
-    claimed += [a.whole.model_type for n in archs.names() if (a := archs.load(n).arch).whole]
+    claimed = [t for n in archs.names() for t in archs.load(n).model_types]
+    claimed += [a.multimodal.model_type for n in archs.names() if (a := archs.load(n)).multimodal]
     assert sorted(claimed) == sorted(set(claimed))
 
 

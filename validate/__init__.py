@@ -1,1 +1,67 @@
-"""Runs the same feeds through PyTorch, ONNX Runtime and engines, and compares."""
+"""Runs the same tokens through transformers, our PyTorch and ONNX Runtime, and compares: `validate`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmexport.export.errors import ExportError
+from llmexport.export.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from llmexport.validate.report import Report
+
+__all__ = ["validate"]
+
+
+def validate(
+    folder: str | os.PathLike[str],
+    *,
+    tokens: int | None = None,
+    seed: int = 0,
+    verify: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """The report on the export in `folder`, also written there.
+
+    The arguments are the options of `llmexport validate`. The first validation that passes adds digests of all bytes
+    of the weights to the manifest. Raises UserError (llmexport.plugins.errors), with one line that says what to do.
+    """
+    # What takes long to import is imported when it is needed.
+    import dataclasses
+
+    from llmexport.export import manifest
+    from llmexport.validate import ladder
+    from llmexport.validate.report import write
+
+    for name, value, least in (("tokens", tokens, 2), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise ExportError(f"{name} is {value}: make it {least} or more")
+    export = manifest.read(Path(folder))
+    if not os.access(folder, os.W_OK):
+        raise ExportError(f"{folder} cannot be written to, and the report belongs there: copy the export elsewhere")
+    _check_memory(tokens or 0)
+    first = not manifest.has_digests(export)
+    if first or verify:
+        progress("read the weights", 0, 1)
+        export = manifest.digested(export) if first else manifest.verified(export)
+    report = ladder.climb(export, tokens=tokens, seed=seed, progress=progress)
+    export.check_untouched()
+    # Where a rung failed, nothing is recorded that later runs would trust.
+    report.weights = (export if report.passed else dataclasses.replace(export, digested=False)).checked
+    write(export, report)
+    if report.passed and (first or verify):
+        manifest.rewrite(manifest.restamp(export))
+    return report
+
+
+def _check_memory(tokens: int) -> None:
+    """Raise ExportError on a prompt that would take the whole machine down before any error."""
+    # Two rows, a score in fp32 of each token for each: less than one layer takes.
+    least, there = 8 * tokens**2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if least > there:
+        raise ExportError(
+            f"--tokens {tokens}: their attention takes {least / 1e9:.3g} GB or more, this machine has "
+            f"{there / 1e9:.3g} GB: name fewer"
+        )

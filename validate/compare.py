@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmexport.plugins.errors import UserError
-
-if TYPE_CHECKING:
-    from llmexport.validate.tolerance import Tolerance
+from llmexport.validate.tolerance import Tolerance
 
 
 class Mismatch(UserError):
@@ -21,10 +18,11 @@ class Mismatch(UserError):
 
 @dataclass(frozen=True)
 class Difference:
-    """max |found - reference|, rms(found - reference) / rms(reference), and of the reference its largest magnitude and
-    the spread between its least and its largest number.
+    """How far `found` is from a reference.
 
-    The first two are NaN if either run holds a NaN, and then within no tolerance.
+    max_abs is the largest |found - reference|, rms_ratio is rms(found - reference) / rms(reference): both are NaN if
+    either run holds a NaN, and then within no tolerance. scale is the reference's largest magnitude, spread the
+    distance from its least number to its largest.
     """
 
     max_abs: float
@@ -41,7 +39,7 @@ class Difference:
 
 
 def median(differences: Sequence[Difference]) -> Difference:
-    """Of each error by itself, in units of the reference: its largest magnitude and its rms."""
+    """The median largest error and the median rms, each by itself, in units of the reference."""
     largest = [d.max_abs / d.scale if d.scale else 0.0 for d in differences]
     return Difference(float(np.median(largest)), float(np.median([d.rms_ratio for d in differences])), 1.0, 1.0)
 
@@ -51,8 +49,8 @@ def compare(
 ) -> Difference:
     """The difference of two arrays of one shape, in float64, over the leading entries that `where` selects.
 
-    `strays` is the share of rows (of the last axis) that is left out, those that differ most, but none that is not
-    finite. Raises Mismatch if the shapes differ.
+    `strays` is the share of rows (along the last axis) that is left out: the rows that differ most, but none that is
+    not finite. Raises Mismatch if the shapes differ.
     """
     if reference.shape != found.shape:
         raise Mismatch(f"shapes differ: {list(reference.shape)} and {list(found.shape)}")

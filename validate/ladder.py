@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,194 +13,191 @@ import onnx
 from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import onnx_file
-from llmexport.export.exported import Export
+from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import PAST, SEQUENCE, Step
-from llmexport.validate import feeds, overflow, runs
+from llmexport.validate import drive, overflow, stages
 from llmexport.validate.compare import Difference, compare, median
-from llmexport.validate.reference import Refused, TransformersRunner, unable
+from llmexport.validate.drive import Recorded, Run, TorchDriver, beyond, driver, follow, in_torch, record
+from llmexport.validate.feeds import Feed, block_feed
+from llmexport.validate.reference import Refused, Transformers
 from llmexport.validate.report import REFERENCE, Report, Rung
-from llmexport.validate.runners import Feed, TorchRunner, not_runnable, onnx_runner
-from llmexport.validate.runs import DECODE_STEPS, Run, beyond, follow, medians, record
+from llmexport.validate.runners import not_runnable, onnx_runner
+from llmexport.validate.stages import Script
 from llmexport.validate.tolerance import MOST, Tolerance, step_tolerance
 from llmexport.validate.tolerance import tolerance as whole_tolerance
 
 BLOCKS, WHOLE = "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"
 
 
-def climb(manifest: Export, *, tokens: int | None = None, seed: int = 0, progress: Progress = silent) -> Report:
+def climb(export: Export, *, tokens: int | None = None, seed: int = 0, progress: Progress = silent) -> Report:
     """Runs every rung that this machine can run. Raises Mismatch if two runs have different shapes."""
-    whole = manifest.block is None
-    with TorchRunner(manifest) as torch_runner, _exact(manifest) as exact:
-        if whole:
-            return _climb_whole(manifest, torch_runner, exact, tokens, seed, progress)
-        return _climb_block(manifest, torch_runner, exact, seed, progress)
+    with in_torch(export) as ours, _exact(export) as exact:
+        if export.block is None:
+            return _climb_whole(export, ours, exact, tokens, seed, progress)
+        return _climb_block(export, ours, exact, seed, progress)
 
 
 @contextlib.contextmanager
-def _exact(manifest: Export) -> Iterator[TorchRunner | None]:
+def _exact(export: Export) -> Iterator[TorchDriver | None]:
     """Our PyTorch in fp32 for an export in 16 bits, which is judged by how far from it a right run is; else nothing."""
-    if manifest.dtype == "float32":
+    if export.dtype == "float32":
         yield None
         return
-    with TorchRunner(manifest.in_float32()) as runner:
-        yield runner
+    with in_torch(export.in_float32()) as exact:
+        yield exact
 
 
 def _climb_whole(
-    manifest: Export,
-    torch_runner: TorchRunner,
-    exact_runner: TorchRunner | None,
+    export: Export,
+    torch: TorchDriver,
+    exact_torch: TorchDriver | None,
     tokens: int | None,
     seed: int,
     progress: Progress,
 ) -> Report:
-    assembly = manifest.assembly
-    prompt = feeds.prompt(assembly, tokens=tokens, seed=seed)
+    prompt = stages.prompt(export, tokens=tokens, seed=seed)
     progress("PyTorch", 0, 4)
-    ours, recorded = record(torch_runner, manifest, prompt)
-    seconds = {"PyTorch": medians(ours)}
+    script, ours, recorded = record(torch, prompt)
+    seconds = {"PyTorch": ours.medians}
     progress("transformers", 1, 4)
-    exact = follow(exact_runner, manifest.in_float32(), prompt, ours.chosen) if exact_runner else None
-    rungs, theirs = _references(manifest, prompt, ours, exact)
+    exact = follow(exact_torch, export, script) if exact_torch else None
+    rungs, theirs = _references(export, script, ours, exact)
     progress("blocks", 2, 4)
-    reason = not_runnable(manifest.dtype)
+    reason = not_runnable(export.dtype)
     if reason:
         rungs += [Rung(n, "not run", reason) for n in (BLOCKS, WHOLE)]
     else:
-        model = onnx_file.load(manifest, manifest.graphs[0])
-        rungs.append(_blocks(manifest, torch_runner, exact_runner, model, recorded))
+        models = {g.name: onnx_file.load(export, g) for g in export.graphs}
+        rungs.append(_blocks(export, torch, exact_torch, models, recorded))
         progress("ONNX Runtime", 3, 4)
-        with onnx_runner(model, manifest.folder) as runner:
-            found = follow(runner, manifest, prompt, ours.chosen)
-        seconds["ONNX Runtime"] = medians(found)
-        tolerance = whole_tolerance(manifest.dtype, assembly)
+        with driver(export, lambda graph: onnx_runner(models[graph.name], export.folder)) as runtime:
+            found = follow(runtime, export, script, timed=True)
+        seconds["ONNX Runtime"] = found.medians
+        tolerance = whole_tolerance(export.dtype, export)
         yardsticks = [ours, *theirs] if exact else []
-        rungs.append(_compare_runs(WHOLE, exact or ours, found, prompt, tolerance, yardsticks))
+        rungs.append(_compare_runs(WHOLE, script, exact or ours, found, tolerance, yardsticks))
     alone = next((r for r in rungs if r.name == BLOCKS), None)
     # A model that is not finite in fp32 either does not overflow.
-    lost = manifest.dtype if exact and all(np.isfinite(o["logits"]).all() for o in exact.outputs) else "float32"
+    lost = export.dtype if exact and exact.finite else "float32"
     overflow.explain(rungs, lost, ours.overflows or (overflow.first_alone(alone) if alone else None))
     progress("done", 4, 4)
-    crossed, left = beyond(manifest, prompt)
+    _note_uncrossed(rungs, beyond(export, prompt)[1])
+    return Report(rungs, seconds, _shape(script))
+
+
+def _note_uncrossed(rungs: list[Rung], left: list[int]) -> None:
+    """Adds to the note of every rung that was run the thresholds that were too far for it."""
     for rung in rungs:
         if left and rung.status != "not run":
             held = "; masks, angles and temperatures were, alone" if rung.name == BLOCKS else ""
-            note = f"not run past {left} tokens, whose caches are over {runs.MOST_PAST >> 30} GiB in fp32{held}"
+            note = f"not run past {left} tokens, whose caches are over {drive.MOST_PAST >> 30} GiB in fp32{held}"
             rung.note = f"{rung.note}; {note}" if rung.note else note
-    shape = {"batch": len(prompt.ids), "tokens": prompt.ids.shape[1], "decode_steps": DECODE_STEPS, "crossed": crossed}
-    return Report(rungs, seconds, shape)
+
+
+def _shape(script: Script) -> dict[str, Any]:
+    """The sizes of a script, for the report."""
+    batch, tokens = script[0].ids.shape
+    kinds = [s.kind for s in script]
+    crossed = [s.past + stages.BEFORE for s in script if s.kind == "crossing"]
+    return {"batch": batch, "tokens": tokens, "decode_steps": kinds.count("decode"), "crossed": crossed}
 
 
 def _climb_block(
-    manifest: Export, torch_runner: TorchRunner, exact_runner: TorchRunner | None, seed: int, progress: Progress
+    export: Export, torch: TorchDriver, exact_torch: TorchDriver | None, seed: int, progress: Progress
 ) -> Report:
     """One block alone, on random inputs."""
-    reason = not_runnable(manifest.dtype)
+    reason = not_runnable(export.dtype)
     if reason:
         return Report([Rung(WHOLE, "not run", reason)], {}, {})
-    [step] = manifest.assembly.steps
+    [graph] = export.graphs
+    [step] = graph.assembly.steps
     progress("block", 0, 1)
-    with onnx_runner(onnx_file.load(manifest, manifest.graphs[0]), manifest.folder) as runner:
-        details = list(_alone(manifest, torch_runner, exact_runner, runner, step, seed))
+    with onnx_runner(onnx_file.load(export, graph), export.folder) as runner:
+        details = list(_alone(Judge(export, graph, torch, exact_torch), runner, step, seed))
     progress("block", 1, 1)
     return Report([_rung(WHOLE, details)], {}, {})
 
 
-def _alone(
-    manifest: Export,
-    torch_runner: TorchRunner,
-    exact_runner: TorchRunner | None,
-    runner: BaseRunner,
-    step: Step,
-    seed: int,
-) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Judge:
+    """Says what a step of a graph should give: our PyTorch, and in 16 bits also our PyTorch in fp32."""
+
+    export: Export
+    graph: ExportedGraph
+    torch: TorchDriver
+    exact_torch: TorchDriver | None
+
+    def compare(self, step: Step, run: str, feed: Feed, expected: Feed, found: Feed) -> Iterator[dict[str, Any]]:
+        """The outputs of one step: in 16 bits as far from what fp32 gives as PyTorch is; in fp32 from PyTorch."""
+        dtype, name = self.export.dtype, self.graph.name
+        bound = step_tolerance(dtype, step)
+        wide = {n: a.astype(np.float32) if a.dtype == dtype else a for n, a in feed.items()}
+        exact = self.exact_torch.runners[name].run_step(step, wide) if self.exact_torch else None
+        place = step.name if len(self.export.graphs) == 1 else f"{name}: {step.name}"
+        for output in step.outputs:
+            reference = exact[output] if exact else expected[output]
+            # The states of a step are made before its router is asked.
+            own = bound if output == step.outputs[0] else dataclasses.replace(bound, strays=0.0)
+            allowed = own.widened(compare(reference, expected[output], strays=own.strays)) if exact else own
+            difference = compare(reference, found[output], strays=own.strays)
+            detail = {"step": place, "kind": step.block.kind, "run": run, "output": output}
+            yield {**detail, "difference": difference, "allowed": allowed}
+
+
+def _alone(judge: Judge, runner: BaseRunner, step: Step, seed: int) -> Iterator[dict[str, Any]]:
     """One step on random inputs, in PyTorch and as `runner` runs it."""
-    for sizes in feeds.block_sizes(step.block):
-        drawn = feeds.block_feed(step.block, manifest.dtype, sizes, seed)
-        feed = dict(zip(step.inputs, drawn.values(), strict=True))
+    for sizes in stages.block_sizes(step.block):
+        drawn = block_feed(step.block, judge.export.dtype, sizes, seed)
+        feed = {value: drawn[port] for port, value in step.reads.items()}
         found = runner.infer(feed, check_inputs=False)
-        expected, run = torch_runner.run_step(step, feed), f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens"
-        yield from _compare_step(manifest, exact_runner, step, run, feed, expected, found)
+        expected = judge.torch.runners[judge.graph.name].run_step(step, feed)
+        yield from judge.compare(step, f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens", feed, expected, found)
 
 
-def _compare_step(
-    manifest: Export,
-    exact_runner: TorchRunner | None,
-    step: Step,
-    run: str,
-    feed: Feed,
-    expected: Feed,
-    found: Feed,
-) -> Iterator[dict[str, Any]]:
-    """The outputs of one step: as far from what it gives in fp32 as PyTorch is in 16 bits; in fp32 from PyTorch."""
-    bound = step_tolerance(manifest.dtype, step.block)
-    wide = {n: a.astype(np.float32) if a.dtype == manifest.dtype else a for n, a in feed.items()}
-    exact = exact_runner.run_step(step, wide) if exact_runner else None
-    for output in step.outputs:
-        place = {"step": step.name, "kind": step.block.kind, "run": run, "output": output}
-        reference = exact[output] if exact else expected[output]
-        # The states of a step are made before its router is asked.
-        own = bound if output == step.outputs[0] else dataclasses.replace(bound, strays=0.0)
-        allowed = own.widened(compare(reference, expected[output], strays=own.strays)) if exact else own
-        yield {**place, "difference": compare(reference, found[output], strays=own.strays), "allowed": allowed}
-
-
-def _references(manifest: Export, prompt: feeds.Prompt, ours: Run, exact: Run | None) -> tuple[list[Rung], list[Run]]:
+def _references(export: Export, script: Script, ours: Run, exact: Run | None) -> tuple[list[Rung], list[Run]]:
     """Our PyTorch against transformers, which carries its own cache; and the run of transformers, if there is one.
 
     In 16 bits transformers in fp32 is the reference, and transformers in 16 bits says how far from it is right. What
     our PyTorch makes of the model in fp32, `exact`, is a rung of its own: roundoff can hide a wrong model.
     """
     names = [REFERENCE] if exact is None else [REFERENCE, f"{REFERENCE}, float32"]
-    tolerance = whole_tolerance(manifest.dtype, manifest.assembly)
+    tolerance = whole_tolerance(export.dtype, export)
     try:
-        reference = _run_transformers(manifest, prompt, ours.chosen)
+        reference = follow(Transformers(export), export, script)
         if exact is None:
-            return [_compare_runs(REFERENCE, reference, ours, prompt, tolerance)], [reference]
-        wide = _run_transformers(manifest.in_float32(), prompt, ours.chosen)
+            return [_compare_runs(REFERENCE, script, reference, ours, tolerance)], [reference]
+        wide = follow(Transformers(export.in_float32()), export, script)
     except Refused as refusal:
         return [Rung(n, "not run", str(refusal)) for n in names], []
-    in_float32 = whole_tolerance("float32", manifest.assembly)
+    in_float32 = whole_tolerance("float32", export)
     rungs = [
-        _compare_runs(names[0], wide, ours, prompt, tolerance, [reference]),
-        _compare_runs(names[1], wide, exact, prompt, in_float32),
+        _compare_runs(names[0], script, wide, ours, tolerance, [reference]),
+        _compare_runs(names[1], script, wide, exact, in_float32),
     ]
     return rungs, [reference]
 
 
-def _run_transformers(manifest: Export, prompt: feeds.Prompt, chosen: list[np.ndarray]) -> Run:
-    """Raises Refused where transformers cannot say what is right."""
-    if refusal := unable():
-        raise Refused(refusal)
-    with TransformersRunner(manifest) as runner:
-        return follow(runner, manifest, prompt, chosen)
-
-
 def _compare_runs(
-    name: str,
-    reference: Run,
-    found: Run,
-    prompt: feeds.Prompt,
-    tolerance: Tolerance,
-    yardsticks: Sequence[Run] = (),
+    name: str, script: Script, reference: Run, found: Run, tolerance: Tolerance, yardsticks: Sequence[Run] = ()
 ) -> Rung:
-    """Logits of every step, of real tokens only, and the caches of the last decode step if both return them.
+    """The outputs of every stage that both return, of real tokens only: nobody reads what a model makes of padding,
+    and a padded row that sees nothing may be anything. Of what is carried on, that of the last piece.
 
     `yardsticks` are runs in 16 bits that are as right as any; how far they are off, there and in most places, widens
     the tolerance.
     """
     details: list[dict[str, Any]] = []
     yards: list[list[Difference]] = []
-    last = len(reference.chosen) - 1
-    for i, (expected, other) in enumerate(zip(reference.outputs, found.outputs, strict=True)):
+    for i, (stage, expected, other) in enumerate(zip(script, reference.outputs, found.outputs, strict=True)):
+        allowed = tolerance if stage.begins else tolerance.carried
         for output in expected.keys() & other.keys():
+            state = output in found.carried
             # Where tokens may stray, their entries of the caches do.
-            if output != "logits" and (i != last or tolerance.strays):
+            if state and tolerance.strays:
                 continue
-            real = prompt.mask.astype(bool) if output == "logits" and i == 0 else None
+            real = None if state else stage.real
             difference = compare(expected[output], other[output], real, tolerance.strays)
-            allowed = tolerance.carried if 0 < i <= last else tolerance
             details.append({"step": i, "output": output, "difference": difference, "allowed": allowed})
             measured = [y.outputs[i][output] for y in yardsticks if output in y.outputs[i]]
             yards.append([compare(expected[output], y, real, tolerance.strays) for y in measured])
@@ -211,26 +209,28 @@ def _compare_runs(
 
 
 def _blocks(
-    manifest: Export,
-    torch_runner: TorchRunner,
-    exact_runner: TorchRunner | None,
-    model: onnx.ModelProto,
-    recorded: dict[str, Feed],
+    export: Export,
+    torch: TorchDriver,
+    exact_torch: TorchDriver | None,
+    models: Mapping[str, onnx.ModelProto],
+    recorded: Recorded,
 ) -> Rung:
-    """Every step of the exported file alone, fed what PyTorch computed before it, so that no error adds up.
+    """Every step of the exported files alone, fed what PyTorch computed before it, so that no error adds up.
 
-    What layers read (masks, angles, temperatures) is run across its thresholds as well, however far those are.
+    Steps without weights (masks, angles, temperatures) are run across their thresholds as well, however far those are.
     """
     details: list[dict[str, Any]] = []
-    for step in manifest.assembly.steps:
-        part = onnx_file.cut_step(model, step, manifest.dtype)
-        with onnx_runner(part, manifest.folder) as runner:
+    for graph, step in ((g, s) for g in export.graphs for s in g.assembly.steps):
+        judge = Judge(export, graph, torch, exact_torch)
+        part = onnx_file.cut_step(models[graph.name], step, export.dtype)
+        with onnx_runner(part, export.folder) as runner:
             for run, values in recorded.items():
-                feed = {n: values[n] for n in step.inputs}
-                found = runner.infer(feed, check_inputs=False)
-                details.extend(_compare_step(manifest, exact_runner, step, run, feed, values, found))
-            if not manifest.step_weights[step.name]:
-                details.extend(_alone(manifest, torch_runner, exact_runner, runner, step, seed=0))
+                # A graph that was run once for a prompt has no values of the stages after it.
+                if made := values.get(graph.name):
+                    feed = {n: made[n] for n in step.inputs}
+                    details.extend(judge.compare(step, run, feed, made, runner.infer(feed, check_inputs=False)))
+            if not graph.step_weights[step.name]:
+                details.extend(_alone(judge, runner, step, seed=0))
     return _rung(BLOCKS, details)
 
 

@@ -9,25 +9,29 @@ import json
 import re
 import tempfile
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from polygraphy.backend.base import BaseRunner
-from polygraphy.common import TensorMetadata
 
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.exported import Export
+from llmexport.export.spec import Use
 from llmexport.export.trace import torch_dtype
-from llmexport.validate.runners import Feed, metadata, to_numpy, to_torch
+from llmexport.validate.feeds import Feed, beside, states
+from llmexport.validate.runners import to_numpy, to_torch
+from llmexport.validate.stages import Stage
 
 if TYPE_CHECKING:
     from transformers import Cache
 
-TOKENS = ("input_ids", "position_ids", "attention_mask")
-CACHED_KEY = re.compile(r"past_key_values\.(\d+)\.key")
+# What transformers calls the tokens, and what is known of them, in the calls of all models.
+KEYWORDS: dict[Use, str] = {
+    "tokens": "input_ids",
+    "positions": "position_ids",
+    "padding": "attention_mask",
+    "token_types": "token_type_ids",
+}
 OLDEST_TRANSFORMERS = (5, 20)  # whose numbers the tests hold the architectures against
 
 
@@ -56,80 +60,89 @@ def _config(kind: Any, data: dict[str, Any]) -> Any:
         raise Refused(f"transformers does not take this config: {' '.join(str(error).split())}") from error
 
 
-class TransformersRunner(BaseRunner):  # type: ignore[misc]
+class Transformers:
     """The model as transformers runs it, from the weights in the export: the reference that nobody here wrote.
 
-    It carries its own cache from step to step, begins a new one when the feed's past is empty, or from the keys and
-    values that the feed holds; and gives logits only.
+    It carries its own cache from stage to stage, and begins a crossing with the random keys and values that our
+    runners read. Raises Refused where it cannot say what is right.
     """
 
-    def __init__(self, manifest: Export) -> None:
-        super().__init__(name="transformers")
-        self._manifest = manifest
+    def __init__(self, export: Export) -> None:
+        if refusal := unable():
+            raise Refused(refusal)
+        if unknown := [p.name for p in beside(export)]:
+            raise Refused(f"nobody knows what transformers calls {', '.join(unknown)}")
+        self.seconds = 0.0
+        self._export = export
+        self._model = _load(export)
+        carried = {n for g in export.graphs for n in g.carried}
+        ports = [p for g in export.graphs for p in g.assembly.inputs if p.name not in carried]
+        # A model without RoPE reads no positions.
+        self._given = {KEYWORDS[p.use]: p for p in ports if p.use in KEYWORDS}
+        self._cached = bool(carried)
+        self._cache: Cache | None = None
 
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        return metadata(self._manifest, TOKENS)
-
-    def activate_impl(self) -> None:
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        # It lists the vision tensors that the text model leaves.
-        transformers.utils.logging.set_verbosity_error()
-        weights = self._manifest.checkpoint()
-        with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
-            folder = Path(name)
-            (folder / "config.json").write_text(json.dumps(self._manifest.config))
-            index = {t.name: t.file for t in weights.tensors.values()}
-            (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-            for shard in weights.shards:
-                (folder / shard.file).symlink_to((self._manifest.folder / shard.file).resolve())
-            reference = self._manifest.reference
-            model = getattr(transformers, reference.model_class, None)
-            if model is None:
-                have = f"transformers {transformers.__version__}"
-                raise Refused(f"{have} has no {reference.model_class}: pip install -U transformers")
-            # transformers writes into the dictionaries that it is given.
-            config = copy.deepcopy(dict(self._manifest.text_config))
-            names = {f"^{re.escape(there)}": here for here, there in self._manifest.renamed.items()}
-            # Weights in 4 bits are computed with in the runner's dtype, as in our export.
-            packed = (
-                transformers.utils.quantization_config.Mxfp4Config(dequantize=True)
-                if "quantization_config" in config
-                else None
-            )
-            self._model = model.from_pretrained(
-                folder,
-                config=_config(model.config_class, config),
-                key_mapping=names or None,
-                **({"quantization_config": packed} if packed else {}),
-                dtype=torch_dtype(self._manifest.dtype),
-                attn_implementation="eager",
-            ).eval()
-
-    def deactivate_impl(self) -> None:
-        del self._model
-
-    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
-        # A model without RoPE has no position_ids.
-        given = {n: to_torch(feed_dict[n]) for n in TOKENS if n in feed_dict}
-        if given["input_ids"].shape[1] == given["attention_mask"].shape[1]:
-            self._cache = None
-        elif any(n not in TOKENS for n in feed_dict):
-            self._cache = self._filled(feed_dict)
+    def run(self, stage: Stage) -> Feed:
+        """The outputs that the export's reference names."""
+        given = {keyword: to_torch(stage.at(port)) for keyword, port in self._given.items()}
+        if stage.begins:
+            self._cache = self._filled(stage) if stage.past else None
+        cache = {"past_key_values": self._cache, "use_cache": True} if self._cached else {}
         start = time.perf_counter()
         with torch.inference_mode():
-            made = self._model(**given, past_key_values=self._cache, use_cache=True)
-        self._cache = made.past_key_values
-        self.inference_time = time.perf_counter() - start
-        return OrderedDict(logits=to_numpy(made.logits))
+            made = self._model(**given, **cache)
+        self.seconds = time.perf_counter() - start
+        self._cache = made.past_key_values if self._cached else None
+        return {port: to_numpy(getattr(made, name)) for port, name in self._export.reference.outputs.items()}
 
-    def _filled(self, feed: Feed) -> Cache:
-        """A cache as after the tokens whose keys and values the feed holds."""
+    def _filled(self, stage: Stage) -> Cache:
+        """A cache as after the tokens whose keys and values a crossing begins with."""
         import transformers
 
         cache = transformers.DynamicCache(config=self._model.config)
-        for i in sorted(int(m[1]) for n in feed if (m := CACHED_KEY.fullmatch(n))):
-            key, value = (to_torch(feed[f"past_key_values.{i}.{part}"]) for part in ("key", "value"))
-            cache.update(key, value, i)
+        for graph in self._export.graphs:
+            values = states(graph, self._export.dtype, stage.sizes)
+            layers = [s for s in graph.assembly.steps if s.block.states]
+            for i, step in enumerate(layers):
+                # A state that never grows is zero, as where the cache begins.
+                grown = [step.reads[s.past.name] for s in step.block.states if s.past.shape != s.present.shape]
+                if grown:
+                    cache.update(*(to_torch(values[n]) for n in grown), i)
         return cache
+
+
+def _load(export: Export) -> Any:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    # It lists the vision tensors that the text model leaves.
+    transformers.utils.logging.set_verbosity_error()
+    model = getattr(transformers, export.reference.model_class, None)
+    if model is None:
+        have = f"transformers {transformers.__version__}"
+        raise Refused(f"{have} has no {export.reference.model_class}: pip install -U transformers")
+    weights = export.checkpoint()
+    with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(export.config))
+        index = {t.name: t.file for t in weights.tensors.values()}
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        for shard in weights.shards:
+            (folder / shard.file).symlink_to((export.folder / shard.file).resolve())
+        # transformers writes into the dictionaries that it is given.
+        config = copy.deepcopy(dict(export.text_config))
+        names = {f"^{re.escape(there)}": here for here, there in export.renamed.items()}
+        # Weights in 4 bits are computed with in the runner's dtype, as in our export.
+        packed = (
+            transformers.utils.quantization_config.Mxfp4Config(dequantize=True)
+            if "quantization_config" in config
+            else None
+        )
+        return model.from_pretrained(
+            folder,
+            config=_config(model.config_class, config),
+            key_mapping=names or None,
+            **({"quantization_config": packed} if packed else {}),
+            dtype=torch_dtype(export.dtype),
+            attn_implementation="eager",
+        ).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from llmexport.validate.compare import Difference
 from llmexport.validate.tolerance import Tolerance
 
 REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
+TIMED = ("prefill", "decode")  # the second by models that have decode steps
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { padding: .2rem .8rem; text-align: left }
@@ -40,8 +41,12 @@ class Rung:
 
 @dataclass
 class Report:
-    """All rungs, in order, the median seconds of a prefill and of a decode step by runner, and what was read of the
-    weights to tell that they are those that were exported."""
+    """All rungs, in order, and how long the runners took.
+
+    seconds: by runner, the medians of `prefill` (further calls of the prompt, once all stages have been run) and of
+    `decode` (the decode steps, one call each): of PyTorch the time in its modules, of ONNX Runtime that in `run`.
+    prompt: the sizes of what was run. weights: how much of them was read to tell that they are those exported.
+    """
 
     rungs: list[Rung]
     seconds: dict[str, dict[str, float]]
@@ -78,7 +83,7 @@ def page(manifest: Export, report: Report) -> str:
     """The report as one self-contained HTML page."""
     model = _model(manifest)
     rows = [(r.name, *_error(r), r.status, r.note) for r in report.rungs]
-    times = [(n, *(f"{s[k] * 1e3:.2f} ms" for k in ("prefill", "decode"))) for n, s in report.seconds.items()]
+    times = [(runner, *(_milliseconds(taken, k) for k in TIMED)) for runner, taken in report.seconds.items()]
     details = "".join(
         f"<details><summary>{_text(r.name)}: {len(r.details)} comparisons</summary>{_details(r)}</details>"
         for r in report.rungs
@@ -89,10 +94,14 @@ def page(manifest: Export, report: Report) -> str:
         f"<style>{STYLE}</style><h1>{_text(model['arch'])}, {_text(model['dtype'])}</h1>"
         f"<p class={'pass' if report.passed else 'fail'}>{report.verdict}</p>"
         + _table(("rung", "max abs", "rms ratio", "allowed", "status", "note"), rows)
-        + (_table(("runner", "prefill", "decode step"), times) if times else "")
+        + (_table(("runner, warm", "prefill", "decode step"), times) if times else "")
         + details
         + _table(("what", ""), [(k, str(v)) for k, v in model.items()] + [("weights read", report.weights)])
     )
+
+
+def _milliseconds(seconds: Mapping[str, float], name: str) -> str:
+    return f"{seconds[name] * 1e3:.2f} ms" if name in seconds else ""
 
 
 def _text(said: object) -> str:

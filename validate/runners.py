@@ -1,7 +1,6 @@
-"""Things that run an exported model on a feed: our PyTorch and ONNX Runtime; transformers is in `reference.py`.
+"""Our PyTorch and ONNX Runtime, which run one graph of an export on a feed.
 
-All take and give dicts of numpy arrays by value name and are Polygraphy runners, so that an engine's TrtRunner
-can stand in for any of them.
+Both take and give dicts of numpy arrays by value name and are Polygraphy runners, as an engine's TrtRunner is.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import re
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import ml_dtypes
@@ -26,12 +25,12 @@ from polygraphy.datatype import DataType
 from torch import Tensor
 
 from llmexport.export import blocks
-from llmexport.export.exported import Export
-from llmexport.export.spec import Step
+from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.spec import Port, Step
 from llmexport.export.trace import torch_dtype
 from llmexport.validate.compare import Mismatch
+from llmexport.validate.feeds import Feed
 
-Feed = dict[str, np.ndarray]
 OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
 REFUSALS: tuple[type[Exception], ...] = (
     RuntimeError,
@@ -41,35 +40,36 @@ HELD = 4 * 2**30  # bytes of weights to keep between runs; larger models are rea
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
-    """Our PyTorch: the blocks of the assembly, in order, in the export's dtype, on the CPU.
+    """Our PyTorch: the blocks of a graph (None: the first), in order, in the export's dtype, on the CPU.
 
     `values` holds everything that the last run computed, by value name.
     """
 
-    def __init__(self, manifest: Export) -> None:
+    def __init__(self, export: Export, graph: ExportedGraph | None = None) -> None:
         super().__init__(name="PyTorch")
-        self._manifest = manifest
-        self._checkpoint = manifest.checkpoint()
+        self._dtype = export.dtype
+        self._graph = graph or export.graphs[0]
+        self._checkpoint = export.checkpoint()
         self._modules: dict[str, torch.nn.Module] = {}
         size = sum(t.nbytes for t in self._checkpoint.tensors.values())
         self._hold = size <= HELD
         self.values: Feed = {}
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        return metadata(self._manifest, [p.name for p in self._manifest.assembly.inputs])
+        return metadata(self._graph.assembly.inputs, self._dtype)
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
         values = {n: to_torch(a) for n, a in feed_dict.items()}
         self.inference_time = 0.0
         with torch.inference_mode():
-            for step in self._manifest.assembly.steps:
+            for step in self._graph.assembly.steps:
                 module = self._module(step)
                 start = time.perf_counter()
                 made = module(*(values[n] for n in step.inputs))
                 self.inference_time += time.perf_counter() - start
                 values |= zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=True)
         self.values = {n: to_numpy(t) for n, t in values.items()}
-        return OrderedDict((p.name, self.values[p.name]) for p in self._manifest.assembly.outputs)
+        return OrderedDict((p.name, self.values[p.name]) for p in self._graph.assembly.outputs)
 
     def run_step(self, step: Step, feed: Feed) -> Feed:
         """One step alone; `feed` and what is returned are by value name."""
@@ -81,9 +81,9 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
     def _module(self, step: Step) -> torch.nn.Module:
         if step.name in self._modules:
             return self._modules[step.name]
-        dtype = torch_dtype(self._manifest.dtype)
+        dtype = torch_dtype(self._dtype)
         module = blocks.module(step.block, dtype)
-        weights = self._manifest.step_weights[step.name]
+        weights = self._graph.step_weights[step.name]
         shapes = {n: p.shape for n, p in module.named_parameters()}
         state = dict(module.named_buffers())
         for path, names in weights.items():
@@ -129,12 +129,11 @@ def not_runnable(dtype: str) -> str:
     return "ONNX Runtime has no bfloat16 MatMul on a CPU: validate a float32 export too" if dtype == "bfloat16" else ""
 
 
-def metadata(manifest: Export, names: Sequence[str]) -> TensorMetadata:
+def metadata(ports: Iterable[Port], dtype: str) -> TensorMetadata:
     metadata = TensorMetadata()
-    for port in manifest.assembly.inputs:
-        if port.name in names:
-            dtype = DataType.__dict__[(manifest.dtype if port.dtype == "T" else port.dtype).upper()]
-            metadata.add(port.name, dtype, tuple(d if isinstance(d, int) else -1 for d in port.shape))
+    for port in ports:
+        kind = DataType.__dict__[port.typed(dtype).dtype.upper()]
+        metadata.add(port.name, kind, tuple(d if isinstance(d, int) else -1 for d in port.shape))
     return metadata
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmexport.export.assembly import parts
-from llmexport.export.spec import Assembly, Block, GatedDeltaNet, Moe, Step
-from llmexport.validate.compare import Difference
+from llmexport.export.spec import Assembly, GatedDeltaNet, Moe, Part, Step
+
+if TYPE_CHECKING:
+    from llmexport.export.exported import Export
+    from llmexport.validate.compare import Difference
 
 # A right export in 16 bits is no further from fp32 than another right run in 16 bits is, by this factor. How far that
 # is depends on the model: transformers itself is 2 to 28 roundoffs of the rms off in fp16 (Llama of 3 to 24 layers,
@@ -90,15 +94,15 @@ STRAYS = 0.5
 STEP_STRAYS = 0.2
 
 
-def step_tolerance(dtype: str, block: Block) -> Tolerance:
-    """How far two runs of one block may differ, which read the same numbers."""
-    routed = any(isinstance(part.block, Moe) for part in parts(Step("", block, (), (), "")))
+def step_tolerance(dtype: str, step: Step | Part) -> Tolerance:
+    """How far two runs of one step may differ, which read the same numbers."""
+    routed = any(isinstance(part.block, Moe) for part in parts(step))
     return dataclasses.replace(TOLERANCE[dtype], strays=STEP_STRAYS if routed and dtype != "float32" else 0.0)
 
 
-def tolerance(dtype: str, assembly: Assembly) -> Tolerance:
+def tolerance(dtype: str, model: Assembly | Export) -> Tolerance:
     """How far two runs of a whole model may differ."""
-    blocks = [part.block for step in assembly.steps for part in parts(step)]
+    blocks = [part.block for step in model.steps for part in parts(step)]
     recurrent, routed = (any(isinstance(b, kind) for b in blocks) for kind in (GatedDeltaNet, Moe))
     base, factor = TOLERANCE[dtype], RECURRENT if recurrent else 1.0
     strays = STRAYS if routed and dtype != "float32" else 0.0

@@ -16,6 +16,7 @@ from llmexport.export.placing import openings
 from llmexport.export.profile import parse_profile
 from llmexport.export.source import open_source
 from llmexport.plugins import library
+from llmexport.validate import validate
 
 
 @click.command("deploy")
@@ -51,7 +52,7 @@ def command(
         with onnx_file.new_export(request, target, force=force) as folder:
             onnx_file.fill(request, folder, console.progress)
             built = engine.build(folder, backend=backend, profile=sizes, plugins=kernels, progress=console.progress)
-            report = validate_command.run(folder, None, 0, False, console)
+            report = validate(folder, progress=console.progress)
             # With the digests that a first validation records.
             export = manifest.read(folder)
     files = {p.name: p.stat().st_size for p in sorted(target.iterdir()) if p.suffix != ".safetensors"}

@@ -20,7 +20,7 @@ from llmexport.export.spec.context import (
     YarnScaling,
 )
 from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
-from llmexport.export.spec.graph import ONLY, Assembly, Graph, Step
+from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, CausalConv, GatedDeltaNet, GatedNorm, Mixer, Norm
 from llmexport.export.spec.model import (
@@ -28,8 +28,8 @@ from llmexport.export.spec.model import (
     Embedding,
     Head,
     Model,
+    Multimodal,
     Reference,
-    Whole,
     causal_lm,
     from_data,
     to_data,
@@ -70,8 +70,10 @@ __all__ = [
     "Mlp",
     "Model",
     "Moe",
+    "Multimodal",
     "Mxfp4",
     "Norm",
+    "Part",
     "Plain",
     "Port",
     "Presence",
@@ -89,7 +91,6 @@ __all__ = [
     "Sublayer",
     "Temperature",
     "Use",
-    "Whole",
     "YarnScaling",
     "causal_lm",
     "decoder_layer",

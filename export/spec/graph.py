@@ -23,6 +23,25 @@ class Step:
     outputs: tuple[str, ...]
     path: str
 
+    @property
+    def reads(self) -> Mapping[str, str]:
+        """Input port of the block -> value."""
+        return dict(zip((p.name for p in self.block.inputs), self.inputs, strict=True))
+
+    @property
+    def makes(self) -> Mapping[str, str]:
+        """Output port of the block -> value."""
+        return dict(zip((p.name for p in self.block.outputs), self.outputs, strict=True))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block at its place in a model, which may be inside another; `path` is as a Step's."""
+
+    name: str
+    block: Block
+    path: str
+
 
 @dataclass(frozen=True)
 class Assembly:

@@ -60,7 +60,7 @@ def feed(case: Case, tokens: int, right: int = 0, left: int = 0) -> Feed:
     random = np.random.default_rng(tokens)
     ids, mask = random.integers(0, 256, (3, tokens)), np.ones((3, tokens), np.int64)
     mask[1, tokens - right :], mask[2, :left] = 0, 0
-    kinds = case.changes.get("type_vocab_size", archs.load(case.arch).arch.tiny["type_vocab_size"])
+    kinds = case.changes.get("type_vocab_size", archs.load(case.arch).tiny["type_vocab_size"])
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": random.integers(0, kinds, (3, tokens))}
 
 
@@ -225,18 +225,26 @@ def test_what_makes_another_model_is_refused(changes: dict[str, object], said: s
         {"is_decoder": False, "add_cross_attention": False, "is_encoder_decoder": False, "chunk_size_feed_forward": 1},
         {"directionality": "bidi", "pooler_type": "first_token_transform", "pooler_fc_size": 768, "use_cache": True},
         {"position_embedding_type": "absolute", "cross_attention_hidden_size": None, "is_causal": False},
+        {"is_causal": None},
     ],
 )
 def test_what_an_encoder_says_of_itself_changes_nothing(keys: dict[str, object], tiny_checkpoint) -> None:
     assert read("bert", **keys) == read("bert")
     plain = reference(tiny_checkpoint("bert"))
-    config = type(plain.config)(**{**archs.load("bert").arch.tiny, **keys}, attn_implementation="eager")
+    config = type(plain.config)(**{**archs.load("bert").tiny, **keys}, attn_implementation="eager")
     told = type(plain)(config).eval()
     told.load_state_dict(plain.state_dict())
     with torch.no_grad():
         ids = torch.arange(20)[None]
         # The feed-forward in chunks sums in another order.
         assert compare(plain(ids).logits.numpy(), told(ids).logits.numpy()).excess(TOLERANCE["float32"]) <= 1
+
+
+def test_layers_that_the_checkpoint_lacks_are_counted(tiny_checkpoint, tmp_path) -> None:
+    folder = relaid(tiny_checkpoint("bert"), tmp_path / "ck", dict)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    assert "says num_hidden_layers 4, the checkpoint holds 3 layers" in refused(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish"])

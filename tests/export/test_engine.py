@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import onnx
 import psutil
 import pytest
-from arch_cases import FIRST, PRIMARY, Case
+from arch_cases import FIRST, ONCE, PRIMARY, Case, others_slow
 from one_node import model_of
 from onnx.helper import make_node
 from reseal import reseal
@@ -29,6 +29,8 @@ from llmexport.export.spec import DTYPES, Attention, Port, to_data
 
 PLAN = "model.plan"
 OLD = {PLAN: b"an earlier plan", engine.RECORD: b"an earlier record"}
+
+pytestmark = pytest.mark.engine
 
 Export = Callable[..., Path]
 
@@ -68,9 +70,10 @@ def child(code: str) -> tuple[str, ...]:
 
 # The five families in every dtype, the others in one; with plugins all are, in test_engine_plugins.py.
 BUILDS = [(c, d) for c in FIRST for d in DTYPES if c.arch in PRIMARY or d == "float16"]
+FAMILIES = [(c, d) for c, d in ONCE if c.arch in PRIMARY]
 
 
-@pytest.mark.parametrize(("case", "dtype"), BUILDS, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), others_slow(BUILDS, FAMILIES), ids=str)
 def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported: Export, tmp_path: Path) -> None:
     folder = linked(exported(case, dtype), tmp_path)
     before = tree(folder)

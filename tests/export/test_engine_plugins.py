@@ -1,4 +1,8 @@
-"""Engines in which our ops are our plugins: real kernels, real builder, no GPU."""
+"""Engines in which our ops are our plugins: a real builder, no GPU.
+
+The builder asks plugins for shapes, types and formats, and runs none: the emulated library answers as the one of nvcc
+does, with which the first test builds too.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,13 @@ from pathlib import Path
 
 import onnx
 import pytest
-from arch_cases import FIRST, Case
-from native import cuda_library
+from arch_cases import FIRST, ONCE, Case
+from native import emulated_library
 
 from llmexport.export import engine, manifest, onnx_file
 from llmexport.export.errors import EngineError
+
+pytestmark = pytest.mark.engine
 
 
 def silent(what: str, done: int, of: int) -> None: ...
@@ -27,9 +33,21 @@ def copy(exported, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("case", FIRST, ids=str)
-def test_every_op_of_ours_is_a_plugin_layer(case: Case, dtype: str, exported, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(exported(case, dtype), tmp_path / "export"))
-    library = cuda_library()
+def test_every_op_of_ours_is_a_plugin_layer(
+    case: Case, dtype: str, exported, cuda_library: Path, tmp_path: Path
+) -> None:
+    check_layers(exported(case, dtype), cuda_library, tmp_path)
+
+
+@pytest.mark.parametrize(("case", "dtype"), ONCE, ids=str)
+def test_every_op_of_ours_is_a_plugin_layer_of_the_emulated_library(
+    case: Case, dtype: str, exported, tmp_path: Path
+) -> None:
+    check_layers(exported(case, dtype), emulated_library(), tmp_path)
+
+
+def check_layers(export: Path, library: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(export, tmp_path / "export"))
     record = engine.build(folder, plugins=library, progress=silent)
     [plan], [graph] = record.graphs.values(), manifest.read(folder).graphs
     assert plan.plugins == graph.ops
@@ -47,7 +65,7 @@ def test_without_plugins_the_bodies_are_built(copy: Path) -> None:
 
 
 def test_ops_that_the_library_does_not_serve_are_built_from_their_bodies(copy: Path, monkeypatch) -> None:
-    library = cuda_library()
+    library = emulated_library()
     monkeypatch.setattr(engine.library, "served", lambda path: frozenset({"Rope"}))
     record = engine.build(copy, plugins=library, progress=silent)
     assert record.graphs["model"].plugins == {"Rope": 6}
@@ -56,7 +74,7 @@ def test_ops_that_the_library_does_not_serve_are_built_from_their_bodies(copy: P
 
 def test_an_op_that_does_not_become_a_plugin_layer_is_an_error(copy: Path, monkeypatch) -> None:
     """The engine would run, by another kernel than engine.json says."""
-    library = cuda_library()
+    library = emulated_library()
     original = engine.tensorrt_form
 
     def one_more(*arguments):
@@ -79,7 +97,7 @@ def test_the_form_for_trtexec_has_no_bodies_and_builds(tiny_checkpoint, tmp_path
     model = onnx.load(tmp_path / "export" / "model.onnx", load_external_data=False)
     assert not model.functions
     assert {n.op_type for n in model.graph.node if n.domain == "llmexport"} == {"Rope", "AddRmsNorm", "GatedAct"}
-    record = engine.build(tmp_path / "export", plugins=cuda_library(), progress=silent)
+    record = engine.build(tmp_path / "export", plugins=emulated_library(), progress=silent)
     assert record.graphs["model"].plugins == manifest.read(tmp_path / "export").graphs[0].ops
 
 

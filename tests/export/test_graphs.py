@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from arch_cases import CASES, Case
+from first_feed import first_feed
 
 from llmexport.export import archs, earlier, engine, manifest, onnx_file
 from llmexport.export.assembly import named_blocks
@@ -20,7 +21,7 @@ from llmexport.export.config import Config
 from llmexport.export.exported import Export
 from llmexport.export.spec import Graph, Model
 from llmexport.export.wiring import Wiring
-from llmexport.validate import feeds
+from llmexport.validate import stages
 from llmexport.validate.compare import compare
 
 Exported = Callable[..., Path]
@@ -46,9 +47,9 @@ def request_(tiny_checkpoint: Callable[[str], Path]) -> onnx_file.Request:
     named = archs.load("llama")
 
     def build(config: Config) -> Model:
-        return in_two(named.arch.build(config))
+        return in_two(named.build(config))
 
-    split = archs.Named(named.name, dataclasses.replace(named.arch, build=build))
+    split = dataclasses.replace(named, build=build)
     return onnx_file.Request(split, open_checkpoint(tiny_checkpoint("llama")))
 
 
@@ -78,8 +79,8 @@ def test_each_graph_has_a_file_and_the_weights_lie_there_once(export: Export, ex
 
 
 def test_the_graphs_in_their_order_give_what_the_whole_model_gives(export: Export, exported: Exported) -> None:
-    whole = manifest.read(exported("llama")).graphs[0].assembly
-    feed = feeds.prefill(whole, feeds.prompt(whole), "float32")
+    whole = manifest.read(exported("llama"))
+    feed = first_feed(whole.graphs[0], stages.prompt(whole))
     expected = run(exported("llama") / "model.onnx", feed)
     embedded = run(export.folder / "embed.onnx", feed)
     found = run(export.folder / "decoder.onnx", {**feed, **embedded})
@@ -91,7 +92,7 @@ def test_the_graphs_in_their_order_give_what_the_whole_model_gives(export: Expor
 def test_a_block_of_one_of_several_graphs_is_named_with_its_graph(request_: onnx_file.Request) -> None:
     names = named_blocks(onnx_file.read_model(request_.arch, request_.checkpoint.config))
     assert {"embedding", "layer", "norm"} <= names.keys()
-    twins = in_two(onnx_file.read_model(archs.load("gemma3_text"), archs.load("gemma3_text").arch.tiny))
+    twins = in_two(onnx_file.read_model(archs.load("gemma3_text"), archs.load("gemma3_text").tiny))
     assert any(n.startswith("decoder_") for n in named_blocks(twins))
     assert not any(n.startswith("model_") for n in named_blocks(twins))
 

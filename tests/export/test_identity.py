@@ -18,6 +18,7 @@ from llmexport.export.checkpoint import open_checkpoint, read_header
 from llmexport.export.cli.main import main
 from llmexport.export.errors import ExportError
 from llmexport.export.identity import KNOWN, SAMPLED, WHOLE
+from llmexport.validate import validate
 
 SHARD = "model-00001-of-00001.safetensors"
 FLIPS = 12_800
@@ -31,7 +32,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of over a megabyte, of which 64 pages are a part."""
     arch = archs.load("gemma")
     folder = tmp_path_factory.mktemp("large") / "ck"
-    random_checkpoint.write(arch, folder, config={**arch.arch.tiny, "vocab_size": 16384}, dtype="float32")
+    random_checkpoint.write(arch, folder, config={**arch.tiny, "vocab_size": 16384}, dtype="float32")
     assert (folder / SHARD).stat().st_size > 8 * identity.PAGES * identity.PAGE
     return folder
 
@@ -247,36 +248,32 @@ def test_a_manifest_laid_out_otherwise_says_the_same(copied: Path) -> None:
 
 
 def test_a_first_validation_that_passes_records_digests_and_says_so(checkpoint: Path) -> None:
-    from llmexport.export.cli import validate
-    from llmexport.export.cli.console import Console
 
     found = open_checkpoint(checkpoint)
     request = onnx_file.Request(archs.choose(None, found.config), found, block="embedding", weights="link")
     out = checkpoint.parent / "out"
     onnx_file.write(request, out, force=False, progress=silent)
     assert not manifest.has_digests(manifest.read(out))
-    first = validate.run(out, None, 0, False, Console(quiet=True))
+    first = validate(out)
     assert first.passed
     assert first.weights.endswith("other bytes read for the first time and their digests recorded")
     assert json.loads((out / "report.json").read_text())["weights"] == first.weights
     assert first.weights in (out / "report.html").read_text()
-    assert validate.run(out, None, 0, False, Console(quiet=True)).weights.endswith("other bytes not read")
-    assert validate.run(out, None, 0, True, Console(quiet=True)).weights == "1 of 1 files: every byte as recorded"
+    assert validate(out).weights.endswith("other bytes not read")
+    assert validate(out, verify=True).weights == "1 of 1 files: every byte as recorded"
     hide(checkpoint / SHARD, flip_between_pages)
     with pytest.raises(ExportError, match="has changed since"):
-        validate.run(out, None, 0, True, Console(quiet=True))
+        validate(out, verify=True)
 
 
 def test_a_validation_that_fails_records_no_digests(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would vouch for what was found wrong."""
-    from llmexport.export.cli import validate
-    from llmexport.export.cli.console import Console
     from llmexport.validate import ladder
     from llmexport.validate.report import Report, Rung
 
     monkeypatch.setattr(ladder, "climb", lambda *_, **__: Report([Rung("a rung", "fail")], {}, {}))
     out = export(checkpoint)
-    assert not validate.run(out, None, 0, False, Console(quiet=True)).passed
+    assert not validate(out).passed
     assert not manifest.has_digests(manifest.read(out))
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from arch_cases import CASES, FIRST, Case
+from arch_cases import CASES, FIRST, ONCE, PRIMARY, Case, others_slow
+from first_feed import first_feed
 from published_configs import PUBLISHED
 from reseal import reseal
 
@@ -24,8 +25,9 @@ from llmexport.export.assembly import named_blocks, parts
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
+from llmexport.export.spec import DTYPES
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import feeds, ladder
+from llmexport.validate import ladder, stages
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
 
@@ -63,13 +65,12 @@ def request(folder: Path, **changes: object) -> onnx_file.Request:
     return onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", others_slow(FIRST, [c for c in FIRST if c.arch in PRIMARY]), ids=str)
 def test_a_process_that_never_heard_of_llmexport_runs_the_model(case: Case, exported) -> None:
     subprocess.run([sys.executable, "-c", PLAIN, str(exported(case) / "model.onnx")], check=True, cwd="/")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), others_slow([(c, d) for c in FIRST for d in DTYPES], ONCE), ids=str)
 def test_checker_and_strict_shape_inference_accept_copied_weights(case: Case, dtype: str, exported) -> None:
     path = exported(case, dtype, weights="copy") / "model.onnx"
     onnx.checker.check_model(path, full_check=True)
@@ -91,8 +92,8 @@ def test_outputs_agree_before_and_after_fusion_to_fp32_rounding(
 ) -> None:
     monkeypatch.setattr(onnx_file.pipeline, "PIPELINE", ())
     onnx_file.write(request(tiny_checkpoint(case)), tmp_path / "plain", force=False, progress=silent)
-    assembly = manifest.read(exported(case)).assembly
-    feed = feeds.prefill(assembly, feeds.prompt(assembly, tokens=21), "float32")
+    found = manifest.read(exported(case))
+    feed = first_feed(found.graphs[0], stages.prompt(found, tokens=21))
     logits = []
     for folder in (tmp_path / "plain", exported(case)):
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -171,7 +172,7 @@ def test_the_graph_does_not_grow_by_more_than_its_layers(tmp_path) -> None:
     arch = archs.load("llama")
     blocks = {}
     for layers in (2, 9):
-        random_checkpoint.write(arch, tmp_path / f"{layers}", config={**arch.arch.tiny, "num_hidden_layers": layers})
+        random_checkpoint.write(arch, tmp_path / f"{layers}", config={**arch.tiny, "num_hidden_layers": layers})
         record = onnx_file.write(
             request(tmp_path / f"{layers}"), tmp_path / f"out{layers}", force=False, progress=silent
         )

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from first_feed import first_feed
 from layouts import fuse_experts, multimodal, mxfp4
 from safetensors.numpy import load_file, save_file
 
@@ -21,12 +22,12 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import feeds, ladder
+from llmexport.validate import ladder, stages
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import tolerance
 
 Exporter = Callable[..., Export]
-WHOLE = [n for n in archs.names() if archs.load(n).arch.whole]
+WHOLE = [n for n in archs.names() if archs.load(n).multimodal]
 FUSED, MXFP4 = "qwen3_5_moe-fused", "gpt_oss-mxfp4"
 LAYOUTS = [*WHOLE, FUSED, MXFP4]
 RUNGS = {"PyTorch / transformers", "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"}
@@ -77,13 +78,13 @@ def statuses(found: Export) -> dict[str, str]:
     return {r.name: r.status for r in ladder.climb(found, progress=silent).rungs}
 
 
-def prompt() -> feeds.Prompt:
-    return feeds.Prompt(np.random.default_rng(0).integers(0, 256, (1, 37)), np.ones((1, 37), np.int64))
+def prompt() -> stages.Stage:
+    return stages.opening(np.random.default_rng(0).integers(0, 256, (1, 37)), np.ones((1, 37), np.int64))
 
 
 def logits(found: Export) -> np.ndarray:
     session = onnxruntime.InferenceSession(found.folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return session.run(["logits"], feeds.prefill(found.assembly, prompt(), "float32"))[0]
+    return session.run(["logits"], first_feed(found.graphs[0], prompt()))[0]
 
 
 def graph(found: Export) -> onnx.GraphProto:

@@ -21,7 +21,7 @@ MODELS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "pub
 TYPES = {
     t
     for n in archs.names()
-    for t in (*archs.load(n).arch.model_types, getattr(archs.load(n).arch.whole, "model_type", None))
+    for t in (*archs.load(n).model_types, getattr(archs.load(n).multimodal, "model_type", None))
 }
 CLAIMED = [n for n, c in MODELS.items() if c.get("model_type") in TYPES]
 # How the weights are quantised, as config.json says it.
@@ -133,6 +133,7 @@ def test_what_a_config_may_ask_for_leaves_room_for_published_models(name, tmp_pa
     assert notes == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_model_exports_from_files_of_holes(name, tmp_path):
     (tmp_path / "out").mkdir()

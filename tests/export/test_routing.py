@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from arch_cases import CASES, Case
+from first_feed import first_feed
 from tiny_configs import placed_layers, read
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from llmexport.export import blocks, manifest, onnx_file
 from llmexport.export.assembly import parts
 from llmexport.export.spec import Moe
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import feeds
+from llmexport.validate import stages
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import onnx_runner, to_torch
 from llmexport.validate.tolerance import TOLERANCE
@@ -60,13 +61,13 @@ def check(logits: Tensor, expected: Tensor, weights: Tensor, experts: Tensor) ->
 def test_every_layer_chooses_the_experts_that_transformers_chooses(case: Case, tiny_checkpoint, exported) -> None:
     """Our router on the hidden states of theirs, and the exported file on its own."""
     read_back = manifest.read(exported(case))
-    prompt = feeds.Prompt(np.random.default_rng(3).integers(0, 256, (2, 37)), np.ones((2, 37), np.int64))
+    prompt = stages.opening(np.random.default_rng(3).integers(0, 256, (2, 37)), np.ones((2, 37), np.int64))
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint(case), attn_implementation="eager")
     routings = heard(model.eval(), prompt.ids)
     graph = onnx_file.load(read_back)
     named = [n.output for n in graph.graph.node if op_of(n) == "MoeRoute"]
     graph.graph.output.extend(onnx.ValueInfoProto(name=n) for names in named for n in names)
-    feed = feeds.prefill(read_back.assembly, feeds.Prompt(prompt.ids, prompt.mask), "float32")
+    feed = first_feed(read_back.graphs[0], prompt)
     # transformers counts the positions of every row from 0.
     feed["position_ids"] = np.ascontiguousarray(np.broadcast_to(np.arange(37), feed["position_ids"].shape))
     with onnx_runner(graph, read_back.folder) as runner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from arch_cases import others_slow
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -182,8 +184,14 @@ def sanitize(source: Path, target: Path) -> None:
 
 
 # Two bodies of one op; experts beside a bias; experts alone; a Scan.
-@pytest.mark.parametrize("arch", ["gemma2", "gpt_oss", "mixtral", "qwen3_5_moe"])
-@pytest.mark.parametrize("tool", [surgeon, slim, sanitize])
+REWRITTEN = ("gemma2", "gpt_oss", "mixtral", "qwen3_5_moe")
+TOOLS = (surgeon, slim, sanitize)
+
+
+@pytest.mark.parametrize(
+    ("tool", "arch"),
+    others_slow(list(itertools.product(TOOLS, REWRITTEN)), list(zip((*TOOLS, surgeon), REWRITTEN, strict=True))),
+)
 def test_a_tool_that_rewrites_the_file_leaves_its_numbers(
     tool: Callable[[Path, Path], None], arch: str, tiny_checkpoint, exported, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from first_feed import first_feed
 from one_node import model_of, session
 from onnx import TensorProto, helper
 from onnx.helper import make_function, make_node, make_opsetid
@@ -13,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from llmexport.export import manifest
 from llmexport.export.errors import EngineError
 from llmexport.export.tensorrt_form import tensorrt_form
-from llmexport.validate import feeds, runners
+from llmexport.validate import runners, stages
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import TOLERANCE
 
@@ -26,8 +27,8 @@ def test_the_form_computes_what_the_model_computes(arch: str, exported) -> None:
     assert model.functions
     assert not form.functions
     assert not [n for n in form.graph.node if n.op_type == "Attention"]
-    assembly = manifest.read(folder).assembly
-    feed = feeds.prefill(assembly, feeds.prompt(assembly), "float32")
+    read_back = manifest.read(folder)
+    feed = first_feed(read_back.graphs[0], stages.prompt(read_back))
     outputs = []
     for proto in (model, form):
         with runners.onnx_runner(proto, folder) as runner:

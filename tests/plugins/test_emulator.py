@@ -5,22 +5,21 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native import EMULATED, PLUGINS, SANITIZED, compiled, need_gpu, need_nvcc
+from native import PLUGINS, compiled, need_gpu, need_nvcc
 
 HERE = Path(__file__).parent / "emulator"
-BUGS = ("-DBUG_NO_WAIT", "-DBUG_NO_BARRIER", "-DBUG_RACE", "-DBUG_LAG")
 SEEDS = ("0", "1", "2")
 RIGHT = ("gemm", "sum", "halves", "match", "rotate", "take", "chain", "mxfp4", "too_many_threads")
 
 
 @pytest.fixture(scope="module")
 def right_kernels() -> Path:
-    return compiled("emulator", [HERE / "check.cu"], [*EMULATED, *SANITIZED])
+    return compiled("emulator_check", sanitize=True)
 
 
 @pytest.fixture(scope="module")
 def wrong_kernels() -> Path:
-    return compiled("emulator-bugs", [HERE / "check.cu"], [*EMULATED, *BUGS])
+    return compiled("emulator_bugs")
 
 
 def run(program: Path, kernel: str, seed: str = "0") -> subprocess.CompletedProcess[str]:

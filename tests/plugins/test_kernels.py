@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 from kernel_numbers import Values, near, random
+from pairwise import pairwise
 from plugin_host import DTYPES, Machine
 
 
@@ -49,10 +50,9 @@ def gated_act(gate: Values, up: Values, activation: str, alpha: float, limit: fl
 ROPE_SIZES = [(1, 1, 1, 2, 1), (2, 3, 63, 10, 5), (1, 2, 130, 7, 2), (2, 5, 63, 128, 64), (1, 9, 130, 64, 16)]
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", ROPE_SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "dtype", "interleaved", "shift"), pairwise(ROPE_SIZES, [*DTYPES], (False, True), (0, 1))
+)
 def test_rope(machine: Machine, size: tuple[int, ...], dtype: str, interleaved: bool, shift: int) -> None:
     b, h, t, d, r = size
     inputs = [random((b, h, t, d), dtype, 1), random((b, t, r), dtype, 2), random((b, t, r), dtype, 3)]
@@ -74,10 +74,7 @@ NORM_SIZES = [
 ]
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("early", [False, True], ids=["round-after-weight", "round-before-weight"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", NORM_SIZES, ids=str)
+@pytest.mark.parametrize(("size", "dtype", "early", "shift"), pairwise(NORM_SIZES, [*DTYPES], (False, True), (0, 1)))
 def test_add_rms_norm(machine: Machine, size: tuple[int, ...], dtype: str, early: bool, shift: int) -> None:
     inputs = [random(size, dtype, 1), random(size, dtype, 2), random(size[-1:], dtype, 3)]
     attributes = {"epsilon": 1e-5, "weight_offset": 1.0, "round_before_weight": early}
@@ -91,10 +88,9 @@ ACT_SIZES = [(1, 1, 1), (2, 63, 37), (1, 130, 72), (1, 1, 4097)]
 ACTIVATIONS = {"silu": (0.0, 0.0), "gelu_tanh": (0.0, 0.0), "gelu_erf": (0.0, 0.0), "swiglu_clamped": (1.702, 0.7)}
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", ACT_SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "dtype", "activation", "shift"), pairwise(ACT_SIZES, [*DTYPES], [*ACTIVATIONS], (0, 1))
+)
 def test_gated_act(machine: Machine, size: tuple[int, ...], dtype: str, activation: str, shift: int) -> None:
     alpha, limit = ACTIVATIONS[activation]
     inputs = [random(size, dtype, 1) * 4, random(size, dtype, 2)]

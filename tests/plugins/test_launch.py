@@ -30,10 +30,8 @@ Launched = Callable[..., Facts]
 @pytest.fixture
 def launched(tmp_path: Path) -> Launched:
     # A copy of its own for each test: what is known of a kernel lasts as long as the library is loaded.
-    # -Bsymbolic: not the runtime that torch brings.
-    built = compiled("launch", [Path(__file__).parent / "launch.cpp"], ["-shared", "-Wl,-Bsymbolic"])
     own = tmp_path / "launch.so"
-    own.write_bytes(built.read_bytes())
+    own.write_bytes(compiled("launch").read_bytes())
     library = ctypes.CDLL(str(own))
     library.launch_facts.restype = ctypes.POINTER(Facts)
     facts: Facts = library.launch_facts().contents

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx.onnx_cpp2py_export
 import pytest
-from native import GATE, ROOT, cuda_library, cuda_tool, need_nvcc, seconds_to_build
+from native import GATE, ROOT, cuda_tool, need_nvcc, seconds_to_build
 from plugin_cases import served
 
 from llmexport.plugins import library
@@ -24,9 +24,9 @@ MEGABYTES = 60
 EMULATOR = ROOT / "tests" / "plugins" / "emulator"
 
 
-def test_compiles_for_every_architecture() -> None:
+def test_compiles_for_every_architecture(cuda_library: Path) -> None:
     """No warning, no spill, no local memory: CMakeLists.txt makes each an error."""
-    assert library.served(cuda_library()) == served()
+    assert library.served(cuda_library) == served()
 
 
 @pytest.mark.slow
@@ -34,27 +34,28 @@ def test_compiles_in_time(tmp_path: Path) -> None:
     assert seconds_to_build(tmp_path) < MINUTES_TO_COMPILE * 60 * CORES
 
 
-def test_is_small_enough_to_ship() -> None:
-    assert cuda_library().stat().st_size < MEGABYTES * 10**6
+def test_is_small_enough_to_ship(cuda_library: Path) -> None:
+    assert cuda_library.stat().st_size < MEGABYTES * 10**6
 
 
-def test_holds_code_for_every_architecture_and_ptx_for_the_next() -> None:
-    path = cuda_library()
+def test_holds_code_for_every_architecture_and_ptx_for_the_next(cuda_library: Path) -> None:
     listed = subprocess.run(
-        [cuda_tool("cuobjdump"), "-lelf", "-lptx", path], capture_output=True, text=True, check=True
+        [cuda_tool("cuobjdump"), "-lelf", "-lptx", cuda_library], capture_output=True, text=True, check=True
     ).stdout
     assert set(re.findall(r"sm_(\d+)\.cubin", listed)) == set(library.ARCHS)
     assert set(re.findall(r"sm_(\d+)\.ptx", listed)) == {library.ARCHS[-1]}
 
 
-def test_shows_three_symbols_and_needs_no_tensorrt() -> None:
-    path = cuda_library()
-    shown = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+def test_shows_three_symbols_and_needs_no_tensorrt(cuda_library: Path) -> None:
+    shown = subprocess.run(
+        ["nm", "-D", "--defined-only", cuda_library], capture_output=True, text=True, check=True
+    ).stdout
     assert sorted(line.split()[-1] for line in shown.splitlines()) == ["getCreators", "llmexportOps", "setLoggerFinder"]
-    needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+    needed = subprocess.run(["readelf", "-d", cuda_library], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"NEEDED.*(nvinfer|tensorrt|cuda)", needed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "120"])
 def test_tensor_core_and_copy_instructions_compile(arch: str, tmp_path: Path) -> None:
     """The PTX of common/, which so far only the emulator's tests use."""

@@ -24,6 +24,7 @@ from moe_nodes import (
     run,
 )
 from native import SANITIZE
+from pairwise import pairwise
 from plugin_host import DTYPES, Machine, Refused
 
 # Tokens that fill no tile, one and more; steps of a depth of 64 that fill no ring, one and more, and no step.
@@ -54,25 +55,23 @@ def test_tensor_cores(machine: Machine, node: Node, dtype: str) -> None:
     assert is_right(machine, node, dtype)
 
 
-@pytest.mark.parametrize("biases", [False, True], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("node", [FEW_ROWS[2], MANY_ROWS[3], ODD[1]], ids=name)
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("node", "layout", "biases", "dtype"),
+    pairwise([FEW_ROWS[2], MANY_ROWS[3], ODD[1]], LAYOUTS, (False, True), HALVES),
+)
 def test_layouts(machine: Machine, node: Node, layout: dict[str, bool], biases: bool, dtype: str) -> None:
     assert is_right(machine, replace(node, **layout, biases=biases), dtype)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("activation", "layout", "dtype"), pairwise([*ACTIVATIONS], LAYOUTS, [*DTYPES]))
 def test_activations(machine: Machine, activation: str, layout: dict[str, bool], dtype: str) -> None:
     assert is_right(machine, Node(7, 2, 4, 64, 40, activation=activation, biases=True, **layout), dtype)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("node", [Node(7, 2, 4, 72, 40), Node(65, 2, 2, 72, 40)], ids=name)
-@pytest.mark.parametrize("stored", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("node", "dtype", "stored", "transposed"),
+    pairwise([Node(7, 2, 4, 72, 40), Node(65, 2, 2, 72, 40)], [*DTYPES], [*DTYPES], (False, True)),
+)
 def test_weights_of_another_type(machine: Machine, node: Node, dtype: str, stored: str, transposed: bool) -> None:
     assert is_right(machine, replace(node, stored=stored, transposed=transposed), dtype)
 

@@ -78,9 +78,9 @@ def test_experts(
     assert is_right(machine, inputs, asked(k, scoring), dtype, shift)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("e", [32, 256])
-@pytest.mark.parametrize("size", [(1, 1), (7, 1), (1, 63), (1, 64), (5, 13), (2, 65)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "e", "dtype"), pairwise([(1, 1), (7, 1), (1, 63), (1, 64), (5, 13), (2, 65)], (32, 256), [*DTYPES])
+)
 def test_tokens(machine: Machine, size: tuple[int, int], e: int, dtype: str) -> None:
     attributes = asked(4, "softmax", renormalise=True, scale=2.5)
     assert is_right(machine, [random((*size, e), dtype, 1)], attributes, dtype)
@@ -90,22 +90,21 @@ def test_tokens(machine: Machine, size: tuple[int, int], e: int, dtype: str) -> 
 GROUPS = [(256, 8, 4, 8), (160, 8, 3, 6), (60, 4, 2, 5), (30, 2, 1, 15), (64, 32, 5, 4), (512, 16, 16, 9), (8, 4, 2, 4)]
 
 
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("e", "groups", "kept", "k"), GROUPS)
+@pytest.mark.parametrize(
+    ("grouped", "dtype", "renormalise", "with_bias"), pairwise(GROUPS, [*DTYPES], (False, True), (False, True))
+)
 def test_groups(
-    machine: Machine, e: int, groups: int, kept: int, k: int, dtype: str, renormalise: bool, with_bias: bool
+    machine: Machine, grouped: tuple[int, int, int, int], dtype: str, renormalise: bool, with_bias: bool
 ) -> None:
+    e, groups, kept, k = grouped
     inputs = [random((2, 5, e), dtype, 1), random((e,), dtype, 2)][: 2 if with_bias else 1]
     attributes = asked(k, "sigmoid", groups, kept, renormalise=renormalise, scale=2.5)
     assert is_right(machine, inputs, attributes, dtype)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("e", [16, 60, 512])
+@pytest.mark.parametrize(
+    ("e", "dtype", "with_bias", "groups"), pairwise((16, 60, 512), [*DTYPES], (False, True), (1, 4))
+)
 def test_the_lower_index_wins_a_tie(machine: Machine, e: int, dtype: str, with_bias: bool, groups: int) -> None:
     """Few different values, so that experts and, with one value, groups tie."""
     draw = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native import EMULATED, PLUGINS, ROOT, compiled
+from native import compiled
 from plugin_host import DTYPES, FIELD_INT64, Desc, Field, Library, Plugin, Refused, desc, field
 from plugin_memory import CpuMemory
 
@@ -21,8 +21,7 @@ EMULATED_DEVICE = [4, 99 * 1024]  # common/device.h
 
 @pytest.fixture(scope="module")
 def library() -> Library:
-    sources = [*sorted(PLUGINS.glob("trt/*.cpp")), ROOT / "tests" / "plugins" / "probe.cpp"]
-    return Library(compiled("probe", sources, ["-shared", *EMULATED]))
+    return Library(compiled("probe"))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from native import emulated_library
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in HERE.glob("test_*kernel*.py")))

@@ -6,9 +6,10 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from native import cuda_library, cuda_tool
+from native import cuda_tool
 
 # An instruction without its address and predicate: `STG.E.128`.
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
@@ -28,14 +29,16 @@ def code_of(listing: str) -> Code:
 
 
 @pytest.fixture(scope="module")
-def code() -> Code:
-    library, cuobjdump = cuda_library(), cuda_tool("cuobjdump")
+def code(cuda_library: Path) -> Code:
+    cuobjdump = cuda_tool("cuobjdump")
     # cuobjdump calls nvdisasm.
     folders = [os.path.dirname(cuda_tool("nvdisasm")), os.environ.get("PATH", "")]
     environment = {**os.environ, "PATH": os.pathsep.join(folders)}
     command = [cuobjdump, "-sass", "-arch"]
     listings = [
-        subprocess.run([*command, arch, library], env=environment, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [*command, arch, cuda_library], env=environment, capture_output=True, text=True, check=True
+        ).stdout
         for arch in ("sm_90", "sm_90a")
     ]
     return code_of("".join(listings))

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native import EMULATED, PLUGINS, SANITIZED, SM90A, compiled, need_gpu, need_nvcc
+from native import PLUGINS, SM90A, compiled, need_gpu, need_nvcc
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "emulator" / "sm90a.cu"
@@ -25,12 +25,12 @@ def run(program: Path, columns: str, bug: str = "none", seed: str = "0") -> subp
 
 @pytest.fixture(scope="module")
 def emulated() -> Path:
-    return compiled("sm90a", [SOURCE], [*EMULATED, *SANITIZED])
+    return compiled("emulator_sm90a", sanitize=True)
 
 
 @pytest.fixture(scope="module")
 def arithmetic() -> ctypes.CDLL:
-    return ctypes.CDLL(str(compiled("sm90a-arithmetic", [HERE / "sm90a.cpp"], ["-shared"])))
+    return ctypes.CDLL(str(compiled("sm90a")))
 
 
 def test_a_row_keeps_its_chunks_and_eight_rows_take_eight_places_for_one(arithmetic: ctypes.CDLL) -> None:
@@ -119,6 +119,7 @@ def test_each_mistake_shows(emulated: Path, bug: str, says: str, seed: str) -> N
     assert re.search(says, done.stdout + done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [SOURCE, *sorted(PLUGINS.glob("*/*_sm90a.cu"))], ids=lambda path: path.stem)
 def test_compiles_for_sm_90a_and_waits_for_no_wgmma(tmp_path: Path, source: Path) -> None:
     """No spill, no local memory. A wgmma that the compiler has to wait for is no warning of ptxas, but is said."""

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from native import cuda_library
 from plugin_cases import CASES, OPS, Case, served
 
 from llmexport.plugins import library
@@ -57,9 +56,9 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.skipif(not LEAN, reason="TENSORRT_LEAN_PATH is unset: pip install --target it tensorrt-lean-cu13")
 @pytest.mark.parametrize("folder", LEAN)
-def test_lean_creates_every_plugin(folder: str) -> None:
+def test_lean_creates_every_plugin(folder: str, cuda_library: Path) -> None:
     attributes = {case.op: numbers(case) for case in CASES.values()}
-    command = [sys.executable, "-c", CREATE, str(cuda_library()), json.dumps(attributes)]
+    command = [sys.executable, "-c", CREATE, str(cuda_library), json.dumps(attributes)]
     done = run(command, PYTHONPATH=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     said = sorted({tuple(line.split()) for line in done.stdout.splitlines()})
@@ -69,10 +68,10 @@ def test_lean_creates_every_plugin(folder: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", CASES)
-def test_rtx_builds_a_plugin_layer(name: str, dtype: str) -> None:
+def test_rtx_builds_a_plugin_layer(name: str, dtype: str, cuda_library: Path) -> None:
     """From an ONNX node of domain llmexport, with no TensorRT variable set by the user."""
     program = [sys.executable, str(HERE / "one_node_build.py")]
-    command = [*program, str(cuda_library()), name, dtype, json.dumps(numbers(CASES[name]))]
+    command = [*program, str(cuda_library), name, dtype, json.dumps(numbers(CASES[name]))]
     done = run(command, **library.builder_environment("tensorrt_rtx"))
     if dtype not in CASES[name].dtypes:
         assert done.returncode != 0
@@ -86,9 +85,9 @@ def test_rtx_builds_a_plugin_layer(name: str, dtype: str) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
-def test_rtx_reports_what_a_plugin_refuses() -> None:
+def test_rtx_reports_what_a_plugin_refuses(cuda_library: Path) -> None:
     program = [sys.executable, str(HERE / "one_node_build.py")]
-    command = [*program, str(cuda_library()), "Rope", "fp16", json.dumps({"interleaved": 2})]
+    command = [*program, str(cuda_library), "Rope", "fp16", json.dumps({"interleaved": 2})]
     done = run(command, **library.builder_environment("tensorrt_rtx"))
     assert done.returncode != 0
     assert "llmexport: Rope: interleaved is 2, not 0 or 1" in done.stderr

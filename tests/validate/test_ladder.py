@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from arch_cases import CASES, FIRST, Case
+from arch_cases import CASES, FIRST, IN_FP16, Case, others_slow
 from reseal import reseal
 from safetensors.numpy import load_file, save_file
 from tiny_configs import read
@@ -24,7 +24,7 @@ from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import feeds, ladder, reference, runs
+from llmexport.validate import drive, ladder, reference, stages
 from llmexport.validate import report as files
 
 
@@ -51,8 +51,14 @@ def edit_model(folder: Path, op: str, change) -> None:
     reseal(folder)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+CLIMBED = [(c, d) for d in ("float32", "float16") for c in FIRST]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    others_slow(CLIMBED, [(c, d) for c, d in CLIMBED if d == "float32" or c in IN_FP16]),
+    ids=str,
+)
 def test_every_rung_of_a_right_export_passes(case: Case, dtype: str, exported) -> None:
     rungs = climb(exported(case, dtype))
     wide = {} if dtype == "float32" else {"PyTorch / transformers, float32": "pass"}
@@ -222,7 +228,7 @@ def test_what_a_file_computes_wrong_beyond_the_prompt_is_found_in_its_step(
 def test_a_threshold_whose_caches_would_be_too_large_is_said_not_to_be_crossed(
     far, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "MOST_PAST", 0)
+    monkeypatch.setattr(drive, "MOST_PAST", 0)
     rungs = climb(far("mistral"))
     assert all("not run past [900] tokens" in r.note for r in rungs.values())
     blocks = rungs["blocks: ONNX Runtime / PyTorch"]
@@ -232,9 +238,9 @@ def test_a_threshold_whose_caches_would_be_too_large_is_said_not_to_be_crossed(
 @pytest.mark.parametrize("arch", archs.names())
 def test_a_block_alone_crosses_its_threshold(arch: str) -> None:
     for step in named_blocks(read(arch)).values():
-        at = feeds.threshold(step.block)
-        runs = [(s[PAST], s[PAST] + s[SEQUENCE]) for s in feeds.block_sizes(step.block)]
-        assert not at or any(past <= max(at - feeds.BEFORE, 21) and at < total for past, total in runs)
+        at = stages.threshold(step.block)
+        runs = [(s[PAST], s[PAST] + s[SEQUENCE]) for s in stages.block_sizes(step.block)]
+        assert not at or any(past <= max(at - stages.BEFORE, 21) and at < total for past, total in runs)
 
 
 def test_weights_of_zero_prove_nothing(exported, tmp_path: Path) -> None:
@@ -262,7 +268,7 @@ def test_a_mask_that_shows_padding_is_found(exported, tmp_path: Path) -> None:
 
 
 def export_of(folder: Path, arch: str, changes: dict[str, Any], **request: Any) -> Path:
-    random_checkpoint.write(archs.load(arch), folder / "ck", config={**archs.load(arch).arch.tiny, **changes})
+    random_checkpoint.write(archs.load(arch), folder / "ck", config={**archs.load(arch).tiny, **changes})
     checkpoint = open_checkpoint(folder / "ck")
     wanted = onnx_file.Request(archs.load(arch), checkpoint, **request)
     onnx_file.write(wanted, folder / "out", force=False, progress=silent)
@@ -363,8 +369,7 @@ def test_a_config_that_transformers_does_not_take_leaves_its_rung_and_says_why(
     found = manifest.read(exported("gemma"))
     changed = {**found.config, key: value}
     found = dataclasses.replace(found, config=changed, text_config=changed)
-    prompt = feeds.prompt(found.assembly)
-    [rung], _ = ladder._references(found, prompt, ladder.Run([], [], []), None)
+    [rung], _ = ladder._references(found, (stages.prompt(found),), drive.Run(frozenset()), None)
     assert rung.status == "not run"
     assert re.match(rf"transformers does not take this config: .*{key}.*", rung.note)
     assert "\n" not in rung.note
@@ -372,10 +377,10 @@ def test_a_config_that_transformers_does_not_take_leaves_its_rung_and_says_why(
 
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_prompts_are_odd_padded_and_longer_than_every_window(case: Case, exported) -> None:
-    assembly = manifest.read(exported(case)).assembly
-    prompt = feeds.prompt(assembly)
+    found = manifest.read(exported(case))
+    prompt = stages.prompt(found)
     assert prompt.ids.shape[1] % 2 == 1
-    assert prompt.ids.shape[1] > max(feeds.thresholds(assembly) | {0})
+    assert prompt.ids.shape[1] > max(stages.thresholds(found) | {0})
     assert prompt.mask[1, 0] == 0
     assert prompt.mask.any(1).all()
 

@@ -18,9 +18,10 @@ from reseal import reseal
 
 from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
-from llmexport.export.spec import Attention, Experts, Mlp, Moe, Norm, Router, causal_lm, decoder_layer
-from llmexport.validate import feeds, ladder, reference, runs
+from llmexport.export.spec import Attention, Experts, Mlp, Moe, Norm, Part, Router, causal_lm, decoder_layer
+from llmexport.validate import drive, ladder, reference
 from llmexport.validate.compare import Difference, compare, median
+from llmexport.validate.stages import Stage, opening
 from llmexport.validate.tolerance import FACTOR, MOST, TOLERANCE, Tolerance, step_tolerance
 
 NORM = Norm(64, 1e-6)
@@ -160,23 +161,30 @@ def test_a_token_that_a_roundoff_sends_to_another_expert_does_not_condemn_its_st
     found = wanted.copy()
     found[0, 7] = 1.0
     for block, dtype, passes in ((layer, "float16", True), (plain, "float16", False), (layer, "float32", False)):
-        bound = step_tolerance(dtype, block)
+        bound = step_tolerance(dtype, Part("", block, ""))
         assert (compare(wanted, found, strays=bound.strays).excess(bound) <= 1) == passes
     found[0, :20] = 1.0
-    bound = step_tolerance("float16", layer)
+    bound = step_tolerance("float16", Part("", layer, ""))
     assert compare(wanted, found, strays=bound.strays).excess(bound) > 1
 
 
 ROUTED, DENSE = Tolerance(0.01, 0.005, scaled=True, strays=0.5), Tolerance(0.01, 0.005, scaled=True)
 
 
-def run_of(prompt: feeds.Prompt, noise: dict[int, float]) -> runs.Run:
-    """Logits of a prompt, of two decode steps and of a step across a threshold; steps are `noise` of the rms off."""
+IDS = np.zeros((2, 40), np.int64)
+# A prompt, two decode steps and a step across a threshold.
+PROMPT = opening(IDS, np.ones_like(IDS))
+FIRST = PROMPT.then("decode 1", "decode", IDS[:, :1])
+ACROSS = Stage("across 0", "crossing", IDS[:1, :13], IDS[:1, :13], np.ones((1, 13), np.int64), IDS[:1, :13])
+SCRIPT = (PROMPT, FIRST, FIRST.then("decode 2", "decode", IDS[:, :1]), ACROSS)
+
+
+def run_of(noise: dict[int, float]) -> drive.Run:
+    """Logits of the script's stages, some of which are `noise` of the rms off."""
     random = np.random.default_rng(0)
-    shapes = [(*prompt.ids.shape, 32), (2, 1, 32), (2, 1, 32), (1, 13, 32)]
-    made = [random.standard_normal(shape) for shape in shapes]
+    made = [random.standard_normal((*stage.ids.shape, 32)) for stage in SCRIPT]
     made = [x + noise.get(i, 0.0) * random.standard_normal(x.shape) for i, x in enumerate(made)]
-    return runs.Run([{"logits": x} for x in made], [], [prompt.ids[:, :1]] * 3)
+    return drive.Run(frozenset(), [{"logits": x} for x in made])
 
 
 @pytest.mark.parametrize(
@@ -192,9 +200,8 @@ def run_of(prompt: feeds.Prompt, noise: dict[int, float]) -> runs.Run:
 def test_a_strayed_token_puts_steps_that_read_it_off_and_no_others(
     noise: dict[int, float], tolerance: Tolerance, status: str
 ) -> None:
-    prompt = feeds.Prompt(np.zeros((2, 40), np.int64), np.ones((2, 40), np.int64))
-    right = run_of(prompt, {})
-    found = ladder._compare_runs("x", right, run_of(prompt, noise), prompt, tolerance, [right])
+    right = run_of({})
+    found = ladder._compare_runs("x", SCRIPT, right, run_of(noise), tolerance, [right])
     assert found.status == status
 
 
@@ -212,8 +219,7 @@ def test_wrong_caches_are_found_though_tokens_may_stray(arch: str, exported, tmp
 
 
 def test_a_rung_says_when_16_bits_are_too_few_to_tell() -> None:
-    prompt = feeds.Prompt(np.zeros((2, 40), np.int64), np.ones((2, 40), np.int64))
-    right, rough = run_of(prompt, {}), run_of(prompt, dict.fromkeys(range(4), 0.4))
+    right, rough = run_of({}), run_of(dict.fromkeys(range(4), 0.4))
     for yardstick, said in ((rough, True), (right, False)):
-        rung = ladder._compare_runs("x", right, rough, prompt, DENSE, [yardstick])
+        rung = ladder._compare_runs("x", SCRIPT, right, rough, DENSE, [yardstick])
         assert (rung.status, rung.note.startswith("tells little")) == ("fail", said)

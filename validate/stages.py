@@ -1,0 +1,185 @@
+"""What a model is run on: prompts that are padded and longer than its windows, and steps past its thresholds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from llmexport.export.exported import Export
+from llmexport.export.spec import (
+    BATCH,
+    PAST,
+    SEQUENCE,
+    Assembly,
+    Attention,
+    Block,
+    Layer,
+    LongScaling,
+    Mask,
+    Port,
+    Rotary,
+    Temperature,
+    with_sums,
+)
+from llmexport.validate.compare import Mismatch
+from llmexport.validate.feeds import limits, shape_of
+
+SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; longer windows are crossed after a random past
+SHIFT = 100
+# Tokens of a step that crosses a threshold, and how many of them come before it.
+CROSSING, BEFORE = 13, 2
+SUSPICIOUS = re.compile("window$|window_size|chunk|floor_scale|original_max_position")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tokens that a model is run on at once.
+
+    An "opening" begins anew, with nothing before it; a "decode" step of one token a row and a "piece" of several go on
+    from the stage before; a "crossing" begins after a random past. ids and positions are [B, T]; mask [B, past + T] is
+    1 for a token and 0 for padding; types [B, T] is the segment of each token.
+    """
+
+    name: str
+    kind: Literal["opening", "decode", "piece", "crossing"]
+    ids: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray
+    types: np.ndarray
+
+    @property
+    def past(self) -> int:
+        """The number of tokens before it."""
+        return int(self.mask.shape[1] - self.ids.shape[1])
+
+    @property
+    def begins(self) -> bool:
+        """Whether it reads nothing of the stage before."""
+        return self.kind in ("opening", "crossing")
+
+    @property
+    def real(self) -> np.ndarray:
+        """Which of its tokens are no padding [B, T]."""
+        return self.mask[:, self.past :].astype(bool)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        batch, tokens = self.ids.shape
+        return with_sums({BATCH: batch, SEQUENCE: tokens, PAST: self.past})
+
+    def at(self, port: Port) -> np.ndarray:
+        """Its tokens, and what is known of them, as fed to a port along them. Raises Mismatch on any other port."""
+        match port.use:
+            case "tokens":
+                value = self.ids
+            case "token_types":
+                value = self.types
+            case "positions":
+                value = self.positions
+            case "padding":
+                # Of this stage's tokens alone, or of those before them too.
+                value = self.mask[:, -shape_of(port, self.sizes)[-1] :]
+            case _:
+                raise Mismatch(f"{port.name} is of use {port.use!r}, which no tokens say and no earlier graph makes")
+        # Several positions a token, as mRoPE has them, are equal for text.
+        return np.ascontiguousarray(np.broadcast_to(value, shape_of(port, self.sizes)))
+
+    def then(self, name: str, kind: Literal["decode", "piece"], ids: np.ndarray) -> Stage:
+        """The stage of the tokens [B, n] after these."""
+        positions = self.positions[:, -1:] + 1 + np.arange(ids.shape[1])
+        mask = np.concatenate((self.mask, np.ones_like(ids)), 1)
+        return Stage(name, kind, ids, positions, mask, np.zeros_like(ids))
+
+
+Script = tuple[Stage, ...]
+
+
+def opening(ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None, name: str = "prompt") -> Stage:
+    """The stage of a prompt [B, T], whose mask is 1 for a token and 0 for padding.
+
+    Positions count tokens only; those of the first row begin at 0, of others far from it.
+    """
+    shift = SHIFT * np.arange(len(ids))[:, None]
+    positions = np.maximum(mask.cumsum(-1) - 1, 0) + shift
+    return Stage(name, "opening", ids, positions, mask, np.zeros_like(ids) if types is None else types)
+
+
+def prompt(model: Assembly | Export, *, batch: int = 2, tokens: int | None = None, seed: int = 0) -> Stage:
+    """A random prompt of odd length, past every threshold of at most LONGEST tokens but RoPE's, which counts positions.
+
+    All rows but the first are padded on the left, each by a different number of tokens. Raises Mismatch if the model
+    has fewer positions than `tokens`.
+    """
+    random, below = np.random.default_rng(seed), limits(model.blocks)
+    lengths = [threshold(b) + 9 for b in model.blocks if not isinstance(b, Rotary)]
+    long_enough = max([n for n in lengths if n <= LONGEST] + [SHORTEST]) | 1
+    most = min((b.most[SEQUENCE] for b in model.blocks if SEQUENCE in b.most), default=tokens or long_enough)
+    if tokens and tokens > most:
+        raise Mismatch(f"--tokens {tokens}: this model has positions for {most}: name as many or fewer")
+    tokens = tokens or min(long_enough, most)
+    ids = random.integers(0, below["tokens"], (batch, tokens), np.int64)
+    mask = np.ones((batch, tokens), np.int64)
+    for row in range(1, batch):
+        mask[row, : min(2 * row + 1, tokens - 1)] = 0
+    return opening(ids, mask, random.integers(0, below["token_types"], ids.shape, np.int64))
+
+
+def padded_right(stage: Stage) -> Stage:
+    """The same prompt with the padding of each row behind its tokens, as encoders are mostly given it."""
+    ids, mask, types = (np.flip(rows, 1) for rows in (stage.ids, stage.mask, stage.types))
+    return opening(ids, mask, types, f"{stage.name}, padded right")
+
+
+def crossing(model: Assembly | Export, at: int, seed: int = 0) -> Stage:
+    """A stage of one row that crosses a threshold."""
+    ids = np.random.default_rng(seed).integers(0, limits(model.blocks)["tokens"], (1, CROSSING))
+    past = max(at - BEFORE, 0)
+    mask = np.ones((1, past + CROSSING), np.int64)
+    return Stage(f"across {at}", "crossing", ids, past + np.arange(CROSSING)[None], mask, np.zeros_like(ids))
+
+
+def thresholds(model: Assembly | Export) -> set[int]:
+    """The thresholds of a model's blocks."""
+    return {t for b in model.blocks if (t := threshold(b))}
+
+
+def suspected_thresholds(config: Any) -> set[int]:
+    """Integers in config.json whose key looks like a window or length.
+
+    They are crossed too, as a window that our reader forgot shows only beyond it.
+    """
+    if isinstance(config, Mapping):
+        own = {v for k, v in config.items() if type(v) is int and v > 0 and SUSPICIOUS.search(k)}
+        return own.union(*map(suspected_thresholds, config.values()))
+    return set()
+
+
+def threshold(block: Block) -> int:
+    """After how many tokens a block computes what it did not before: its window, its chunk, its temperature's
+    interval, the positions of LongRoPE's short factors; 0 if it has none."""
+    match block:
+        case Mask():
+            return block.window or block.chunk or 0
+        case Temperature():
+            return block.interval
+        case Rotary(scaling=LongScaling()):
+            return block.scaling.original_positions
+        case Attention():
+            return block.window
+        case Layer():
+            return max(threshold(s.block) for s in block.sublayers)
+    return 0
+
+
+def block_sizes(block: Block) -> list[dict[str, int]]:
+    """Sizes to run one block at: a prompt, a token after a past, and tokens that cross its threshold."""
+    past = max(21, threshold(block) - BEFORE)
+    return [
+        {BATCH: 2, SEQUENCE: 13, PAST: 0},
+        {BATCH: 3, SEQUENCE: 1, PAST: 21},
+        {BATCH: 2, SEQUENCE: CROSSING, PAST: past},
+    ]
