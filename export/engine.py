@@ -17,8 +17,8 @@ from llmexport.export import builder, manifest
 from llmexport.export.engine_build import JOB, MODEL, PLAN
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.graph_file import load
 from llmexport.export.identity import WeightFile
-from llmexport.export.onnx_file import load
 from llmexport.export.output import write_errors
 from llmexport.export.profile import Profile
 from llmexport.export.progress import Progress, silent
@@ -54,8 +54,6 @@ BACKENDS = MappingProxyType(
         ),
     }
 )
-
-TYPES = {name: d.name for name, d in BY_TENSORRT.items()}
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,7 @@ def _check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
 def _check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
     """What TensorRT read, [name, type, shape with -1] each, must be what the export says."""
     said = {p.name: [p.dtype, [d if isinstance(d, int) else -1 for d in p.shape]] for p in ports}
-    read = {name: [TYPES.get(kind, kind), shape] for name, kind, shape in found}
+    read = {name: [BY_TENSORRT[kind].name if kind in BY_TENSORRT else kind, shape] for name, kind, shape in found}
     for name in said | read:
         if said.get(name) != read.get(name):
             raise EngineError(f"TensorRT reads {name} as {read.get(name)}, the export says {said.get(name)}")

@@ -16,14 +16,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from llmexport.export import weights
-from llmexport.export.archs import Named
 from llmexport.export.assembly import checkpoint_name, part_names, parts
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.earlier import RANDOM
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
-from llmexport.export.spec import ANY_FLOAT, Block, GatedNorm, Norm
+from llmexport.export.spec import ANY_FLOAT, Arch, Block, GatedNorm, Norm
 from llmexport.export.wanted import load_parameters
 from llmexport.plugins.dtypes import BY_NAME
 
@@ -33,7 +32,7 @@ ROWS = 2**22  # values drawn at a time: what bounds the memory beyond one shard
 
 
 def write(
-    arch: Named,
+    arch: Arch,
     target: Path,
     *,
     config: Mapping[str, Any] | None = None,
@@ -50,10 +49,10 @@ def write(
     holes that read as zeros and take no space, of any size.
     """
     config = {
-        "architectures": [arch.arch.reference.model_class],
-        "model_type": arch.arch.model_types[0],
+        "architectures": [arch.reference.model_class],
+        "model_type": arch.model_types[0],
         "dtype": dtype,
-    } | dict(config or arch.arch.tiny)
+    } | dict(config or arch.tiny)
     parameters: dict[str, _Parameter] = {}
     for name, parameter in _parameters(arch, config, dtype):
         parameters[name] = parameter
@@ -92,7 +91,7 @@ class _Parameter:
         return math.prod(self.shape) * BY_NAME[self.dtype].bits // 8
 
 
-def _parameters(arch: Named, config: Mapping[str, Any], dtype: str) -> Iterator[tuple[str, _Parameter]]:
+def _parameters(arch: Arch, config: Mapping[str, Any], dtype: str) -> Iterator[tuple[str, _Parameter]]:
     """Name in the checkpoint of every parameter, and what it is."""
     model = read_model(arch, config)
     stored_as = {block: load_parameters(block) for block in {s.block for s in model.steps}}
@@ -101,8 +100,8 @@ def _parameters(arch: Named, config: Mapping[str, Any], dtype: str) -> Iterator[
         for path, tensor in stored_as[step.block].items():
             full, shape = step.path + path, tensor.shape
             mean = next((m for start, m in means.items() if full == f"{start}weight"), 0.0)
-            names = part_names(arch.arch, full, shape[0]) if arch.arch.in_parts else ()
-            wanted = weights.Parameter(checkpoint_name(arch.arch, model, full), shape, names, group=tensor.group)
+            names = part_names(arch, full, shape[0]) if arch.in_parts else ()
+            wanted = weights.Parameter(checkpoint_name(arch, model, full), shape, names, group=tensor.group)
             kind = dtype if tensor.dtype in ANY_FLOAT else tensor.dtype
             for name in wanted.sources:
                 yield name, _Parameter(wanted.grouped_shape, kind, mean, tensor.usual)

@@ -12,11 +12,12 @@ from llmexport.export import archs
 from llmexport.export.checkpoint import Checkpoint, open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.output import write_errors
+from llmexport.export.spec import Arch
 from llmexport.export.workspace import workspace
 
 
 @contextmanager
-def open_source(arch: str | None, folder: Path | None, beside: Path) -> Iterator[tuple[archs.Named, Checkpoint]]:
+def open_source(arch: str | None, folder: Path | None, beside: Path) -> Iterator[tuple[Arch, Checkpoint]]:
     """The checkpoint in `folder`; without one, a tiny random one, for as long as the export takes."""
     if folder is not None:
         checkpoint = open_checkpoint(folder)

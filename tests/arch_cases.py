@@ -105,7 +105,7 @@ ONCE = tuple((case, ("float32", "bfloat16", "float16", "float32")[i % 4]) for i,
 
 def carries(case: Case) -> bool:
     """Whether a step of the model reads what earlier ones left, as a decoder's does and an encoder's does not."""
-    arch = archs.load(case.arch).arch
+    arch = archs.load(case.arch)
     return any(g.carried for g in arch.build(Config({**arch.tiny, **case.changes})).graphs)
 
 

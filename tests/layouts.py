@@ -57,10 +57,10 @@ def multimodal(arch: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    known = archs.load(arch).arch
-    assert known.whole
+    known = archs.load(arch)
+    assert known.multimodal
     torch.manual_seed(0)
-    model_class = getattr(transformers, known.whole.architecture)
+    model_class = getattr(transformers, known.multimodal.architecture)
     tiny = copy.deepcopy(dict(known.tiny))
     model = model_class(model_class.config_class(text_config=tiny, vision_config=dict(VISION[arch])))
     randomise(model)
@@ -93,6 +93,6 @@ def mxfp4(folder: Path) -> Path:
     """A tiny GPT-OSS with its experts in 4 bits, the rest in bf16."""
     named = archs.load("gpt_oss")
     quantised = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    config = {**named.arch.tiny, "quantization_config": quantised}
+    config = {**named.tiny, "quantization_config": quantised}
     random_checkpoint.write(named, folder, config=config, dtype="bfloat16", shard_bytes=50_000)
     return folder

@@ -36,7 +36,6 @@ SOFT, HARD, DATA = 250, 500, 150  # lines of a source file, of any file, of an a
 # Files over the soft limit, each with the reason why it is one file.
 LONG = {
     "export/engine.py": "one job end to end: the graphs of an export, their plans, engine.json",
-    "export/onnx_file.py": "one job end to end: from a request to the folder, and what reads it back",
 }
 # Imported by an export whose blocks are all known, which must not pay for torch.
 WARM = [
@@ -209,7 +208,7 @@ def decided_on(path: Path) -> Iterator[str]:
 
 def test_no_code_asks_which_architecture_it_is():
     known = [archs.load(n) for n in archs.names()]
-    taken = {n.lower() for k in known for n in (k.name, *k.arch.model_types, k.arch.reference.model_class)}
+    taken = {n.lower() for k in known for n in (k.name, *k.model_types, k.reference.model_class)}
 
     def asked(path: Path) -> set[str]:
         return taken & {word for text in decided_on(path) for word in re.findall(r"\w+", text.lower())}
@@ -232,7 +231,7 @@ KEYS = {
 
 def test_no_name_of_a_port_an_axis_or_a_graph_decides_anything():
     """Names are given in spec and wiring; a module reads those of its own block; an architecture maps names."""
-    cases = [(archs.load(c.arch), {**archs.load(c.arch).arch.tiny, **c.changes}) for c in CASES]
+    cases = [(archs.load(c.arch), {**archs.load(c.arch).tiny, **c.changes}) for c in CASES]
     graphs = [g for named, config in cases for g in read_model(named, config).graphs]
     blocks = {part.block for g in graphs for step in g.assembly.steps for part in parts(step)}
     ports = [p for b in blocks for p in (*b.inputs, *b.outputs)]
@@ -249,8 +248,8 @@ def test_no_name_of_a_port_an_axis_or_a_graph_decides_anything():
 
 
 def test_no_model_type_is_claimed_twice():
-    claimed = [t for n in archs.names() for t in archs.load(n).arch.model_types]
-    claimed += [a.whole.model_type for n in archs.names() if (a := archs.load(n).arch).whole]
+    claimed = [t for n in archs.names() for t in archs.load(n).model_types]
+    claimed += [a.multimodal.model_type for n in archs.names() if (a := archs.load(n)).multimodal]
     assert sorted(claimed) == sorted(set(claimed))
 
 

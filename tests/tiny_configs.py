@@ -15,15 +15,15 @@ from llmexport.export.spec import Attention, Block, Layer, Mask, Model, Rotary
 
 def read(arch: str, **changes: Any) -> Model:
     """The architecture's tiny config, changed."""
-    return read_model(archs.load(arch), archs.load(arch).arch.tiny | changes)
+    return read_model(archs.load(arch), archs.load(arch).tiny | changes)
 
 
 def read_whole(arch: str, beside: dict[str, Any] | None = None, **changes: Any) -> Model:
     """The same as the text model of a multimodal config, with the keys `beside` it."""
     named = archs.load(arch)
-    assert named.arch.whole
-    outer = {"model_type": named.arch.whole.model_type, "vision_config": {}, **(beside or {})}
-    return read_model(named, {**outer, "text_config": named.arch.tiny | changes})
+    assert named.multimodal
+    outer = {"model_type": named.multimodal.model_type, "vision_config": {}, **(beside or {})}
+    return read_model(named, {**outer, "text_config": named.tiny | changes})
 
 
 def refusal(arch: str, **changes: Any) -> str:

@@ -20,9 +20,9 @@ def rebuilt(arch: str, checkpoint: Path, change: Callable[[Model], Model]) -> on
     named = archs.load(arch)
 
     def build(config: Config) -> Model:
-        return change(named.arch.build(config))
+        return change(named.build(config))
 
-    changed = archs.Named(named.name, dataclasses.replace(named.arch, build=build))
+    changed = dataclasses.replace(named, build=build)
     return onnx_file.Request(changed, open_checkpoint(checkpoint))
 
 

@@ -8,7 +8,6 @@ import functools
 import importlib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,10 @@ from llmexport.export import nearest
 from llmexport.export.assembly import TABLE, has_own_head, renamed
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, Whole
+from llmexport.export.spec import Arch, Multimodal
 from llmexport.export.values import show, show_name
 
 BASE = re.compile("For[A-Za-z]*$")
-
-
-@dataclass(frozen=True)
-class Named:
-    """An architecture and the name it goes by."""
-
-    name: str
-    arch: Arch
 
 
 def names() -> list[str]:
@@ -35,20 +26,21 @@ def names() -> list[str]:
 
 
 @functools.cache
-def load(name: str) -> Named:
+def load(name: str) -> Arch:
     """The architecture called `name`. Raises ExportError with the nearest names if there is none."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names())}"
         raise ExportError(f"unknown architecture {name!r}: {hint} See `llmexport archs`")
-    return Named(name, importlib.import_module(f"llmexport.export.archs.{name}").ARCH)
+    arch: Arch = importlib.import_module(f"llmexport.export.archs.{name}").ARCH
+    return dataclasses.replace(arch, name=name)
 
 
-def choose(name: str | None, config: Mapping[str, Any]) -> Named:
+def choose(name: str | None, config: Mapping[str, Any]) -> Arch:
     """The architecture asked for, or else the one that `config.json` names; the two must agree."""
-    named = _by_type(name, config)
-    whole = _whole(named.arch, config)
-    wanted = whole.architecture if whole else named.arch.reference.model_class
+    arch = _by_type(name, config)
+    outer = _multimodal(arch, config)
+    wanted = outer.architecture if outer else arch.reference.model_class
     classes = config.get("architectures")
     if classes is None:
         classes = [wanted]
@@ -56,11 +48,11 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Named:
         why = "other heads and variants are not supported"
         if classes == [BASE.sub("Model", wanted)]:
             why = "a base model has no head that gives logits, "
-            why += f"take a {wanted}" if has_own_head(named.arch) else "load it with AutoModelForCausalLM and save it"
+            why += f"take a {wanted}" if has_own_head(arch) else "load it with AutoModelForCausalLM and save it"
         raise ExportError(
-            f"config.json says architectures {show_name(classes)}, {named.name} exports [{wanted!r}]: {why}"
+            f"config.json says architectures {show_name(classes)}, {arch.name} exports [{wanted!r}]: {why}"
         )
-    return Named(named.name, _inside(named.arch, whole)) if whole else named
+    return _inside(arch, outer) if outer else arch
 
 
 def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -68,82 +60,82 @@ def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Raises ExportError on a key beside it that could concern the text model.
     """
-    whole = _whole(arch, config)
-    if whole is None:
+    outer = _multimodal(arch, config)
+    if outer is None:
         return config
-    inner = config.get(whole.config_key)
+    inner = config.get(outer.config_key)
     if not isinstance(inner, dict):
-        raise ExportError(f"config.json has no {whole.config_key!r}: is it the config of a whole checkpoint?")
+        raise ExportError(f"config.json has no {outer.config_key!r}: is it the config of a whole checkpoint?")
     kind = inner.get("model_type", arch.model_types[0])
     if kind not in arch.model_types:
         raise ExportError(
-            f"config.json: {whole.config_key} is of model_type {show(kind)}, expected {' or '.join(arch.model_types)}"
+            f"config.json: {outer.config_key} is of model_type {show(kind)}, expected {' or '.join(arch.model_types)}"
         )
     shared = ("tie_word_embeddings",)
     differ = [k for k in shared if k in config and k in inner and config[k] != inner[k]]
     if differ:
-        raise ExportError(f"config.json and its {whole.config_key} differ in {', '.join(differ)}: make them agree")
-    beside = Config({k: v for k, v in config.items() if k not in (whole.config_key, *whole.harmless, *shared)})
+        raise ExportError(f"config.json and its {outer.config_key} differ in {', '.join(differ)}: make them agree")
+    beside = Config({k: v for k, v in config.items() if k not in (outer.config_key, *outer.harmless, *shared)})
     beside.finish(causal=True)
     return {**{k: config[k] for k in shared if k in config}, **inner}
 
 
-def whole_names(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, str]:
+def multimodal_names(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, str]:
     """How a multimodal checkpoint renames the text model's tensors: start of the name here -> start there."""
-    whole = _whole(arch, config)
-    return whole.names if whole else {}
+    outer = _multimodal(arch, config)
+    return outer.names if outer else {}
 
 
-def _whole(arch: Arch, config: Mapping[str, Any]) -> Whole | None:
-    """The multimodal layout, if that is what this config is of."""
-    return arch.whole if arch.whole and config.get("model_type") == arch.whole.model_type else None
+def _multimodal(arch: Arch, config: Mapping[str, Any]) -> Multimodal | None:
+    """The outer layout, if that is what this config is of."""
+    return arch.multimodal if arch.multimodal and config.get("model_type") == arch.multimodal.model_type else None
 
 
-def as_stored(named: Named, tensors: Collection[str]) -> Named:
+def as_stored(arch: Arch, tensors: Collection[str]) -> Arch:
     """The architecture with the names of this checkpoint: those of a base model, if that is what it is.
 
     Raises ExportError on a base model whose head cannot be made of what it holds.
     """
-    base = named.arch.base
-    table = next(n for path, n in named.arch.names.items() if TABLE.startswith(path)) + "weight"
+    base = arch.base
+    table = next(n for path, n in arch.names.items() if TABLE.startswith(path)) + "weight"
     if any(n.startswith(base) for n in tensors) or table.removeprefix(base) not in tensors:
-        return named
-    if has_own_head(named.arch):
+        return arch
+    if has_own_head(arch):
         raise ExportError(
             f"the checkpoint is a base model, its names lack {base!r}: it has no head that gives logits, "
-            f"take a {named.arch.reference.model_class}"
+            f"take a {arch.reference.model_class}"
         )
-    return Named(named.name, renamed(named.arch, lambda name: name.removeprefix(base)))
+    return renamed(arch, lambda name: name.removeprefix(base))
 
 
-def _inside(arch: Arch, whole: Whole) -> Arch:
+def _inside(arch: Arch, outer: Multimodal) -> Arch:
     """The architecture with the names that its parameters have in the whole checkpoint."""
 
     def rename(name: str) -> str:
-        starts = [s for s in whole.names if name.startswith(s)]
-        return whole.names[starts[0]] + name.removeprefix(starts[0]) if starts else name
+        starts = [s for s in outer.names if name.startswith(s)]
+        return outer.names[starts[0]] + name.removeprefix(starts[0]) if starts else name
 
     inside = renamed(arch, rename)
-    return dataclasses.replace(inside, ignore=inside.ignore + whole.ignore, base=rename(arch.base))
+    return dataclasses.replace(inside, ignore=inside.ignore + outer.ignore, base=rename(arch.base))
 
 
 def _types(arch: Arch) -> tuple[str, ...]:
-    return arch.model_types + ((arch.whole.model_type,) if arch.whole else ())
+    return arch.model_types + ((arch.multimodal.model_type,) if arch.multimodal else ())
 
 
-def _by_type(name: str | None, config: Mapping[str, Any]) -> Named:
+def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:
     kind = config.get("model_type")
     if name is None:
-        matches = [n for n in map(load, names()) if kind in _types(n.arch)]
+        matches = [n for n in map(load, names()) if kind in _types(n)]
         if not matches:
             every = [load(n) for n in names()]
-            by_type = {t: n.name for n in every for t in _types(n.arch)}
-            raise nearest.refusal(config, by_type, [n.name for n in every if n.arch.whole])
+            by_type = {t: n.name for n in every for t in _types(n)}
+            raise nearest.refusal(config, by_type, [n.name for n in every if n.multimodal])
         return matches[0]
-    named = load(name)
-    if kind not in _types(named.arch):
+    arch = load(name)
+    if kind not in _types(arch):
         raise ExportError(
-            f"--arch {name} exports model_type {', '.join(_types(named.arch))}, "
+            f"--arch {name} exports model_type {', '.join(_types(arch))}, "
             f"but config.json says {show(kind)}: leave --arch out, or check the folder"
         )
-    return named
+    return arch

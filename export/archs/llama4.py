@@ -12,11 +12,11 @@ from llmexport.export.spec import (
     Mlp,
     Model,
     Moe,
+    Multimodal,
     Norm,
     Router,
     SharedExpert,
     Temperature,
-    Whole,
     causal_lm,
     decoder_layer,
 )
@@ -79,7 +79,7 @@ ARCH = Arch(
     build=build,
     names={**NAMES, "layers.{i}.mlp.": FORWARD},
     ignore=BUFFERS,
-    whole=Whole(
+    multimodal=Multimodal(
         model_type="llama4",
         architecture="Llama4ForConditionalGeneration",
         names={"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},

@@ -11,11 +11,11 @@ from llmexport.export.spec import (
     Mlp,
     Model,
     Moe,
+    Multimodal,
     Norm,
     Presence,
     Router,
     SharedExpert,
-    Whole,
     causal_lm,
     decoder_layer,
 )
@@ -83,7 +83,7 @@ ARCH = Arch(
         MOE + "experts.down_proj": (MOE + "experts.{e}.down_proj.weight",),
     },
     ignore=("mtp.*", *BUFFERS),
-    whole=Whole(
+    multimodal=Multimodal(
         model_type="qwen3_5_moe",
         architecture="Qwen3_5MoeForConditionalGeneration",
         names={"model.": "model.language_model."},

@@ -15,10 +15,10 @@ def command(quiet: bool, as_json: bool) -> None:
     """List the architectures that can be exported."""
     console = Console(quiet, as_json)
     found = [archs.load(n) for n in archs.names()]
-    about = {a.name: (inspect.getdoc(sys.modules[a.arch.build.__module__]) or "").partition("\n")[0] for a in found}
+    about = {a.name: (inspect.getdoc(sys.modules[a.build.__module__]) or "").partition("\n")[0] for a in found}
     console.table(
         "architectures",
         ("--arch", "model_type", "what"),
-        [(a.name, ", ".join(a.arch.model_types), about[a.name]) for a in found],
+        [(a.name, ", ".join(a.model_types), about[a.name]) for a in found],
     )
-    console.result([{"arch": a.name, "model_types": a.arch.model_types, "about": about[a.name]} for a in found])
+    console.result([{"arch": a.name, "model_types": a.model_types, "about": about[a.name]} for a in found])

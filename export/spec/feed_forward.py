@@ -84,7 +84,11 @@ class Experts(Block):
     storage: Storage = dataclasses.field(default=Plain())
 
     def __post_init__(self) -> None:
-        scaled = any(len(held) > 1 for held in self.matrices.values())
+        try:
+            scaled = any(len(held) > 1 for held in self.matrices.values())
+        except ExportError as error:
+            says = f"hidden_size {self.hidden} and intermediate_size {self.intermediate}"
+            raise ExportError(f"config.json says {says}: {error}, is it from the same model?") from error
         if scaled and (self.transposed or not self.bias):
             raise ValueError("experts with scales have biases and are not transposed")
 

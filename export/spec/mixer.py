@@ -32,8 +32,9 @@ class Norm(Block):
     bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.rows is not None and not (self.statistics == "layer" and self.weighted):
-            raise ValueError("rows with weights of their own are for LayerNorm, weighted")
+        rows, layer = self.rows is not None, self.statistics == "layer"
+        if ((rows or self.bias) and not layer) or (rows and (self.bias or not self.weighted)):
+            raise ValueError("a norm with rows or a bias is a LayerNorm; one with rows has weights and no bias")
 
     @property
     def inputs(self) -> tuple[Port, ...]:

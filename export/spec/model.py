@@ -98,7 +98,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Multimodal:
     """A published checkpoint that holds the text model beside other parts, as multimodal ones do.
 
     `config_key` is where its config.json has the text model's config; `harmless` are keys beside it that do not
@@ -135,7 +135,7 @@ class Arch:
     a stacked parameter to the names, with {e}, of the matrices of each expert that a checkpoint may have in its
     place; `in_parts`: published ones have. `older` maps how a name ends to how it ends in the files of old releases.
     `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and the model does not need. `tiny` is the
-    built-in config. `whole` is the multimodal checkpoint that the model is published in. A base model's checkpoint,
+    built-in config. `multimodal` is the checkpoint that the model is published in. A base model's checkpoint,
     which has no head, leaves `base` out where a name starts with it.
     `overflows_float16` says, where published checkpoints are known to overflow float16, which do and how it shows.
     """
@@ -149,9 +149,10 @@ class Arch:
     stacks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     in_parts: bool = False
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    whole: Whole | None = None
+    multimodal: Multimodal | None = None
     base: str = "model."
     overflows_float16: str = ""
+    name: str = ""  # of its data file
 
 
 def to_data(value: Any) -> Any:

@@ -50,9 +50,7 @@ class Mxfp4(Storage):
     def tensors(self, rows: int, columns: int) -> tuple[Stored, ...]:
         block, bias = 32, 127
         if columns % block:
-            raise ExportError(
-                f"MXFP4 packs {block} values a block, config.json makes rows of {columns}: is it from the same model?"
-            )
+            raise ExportError(f"MXFP4 packs {block} values a block, which rows of {columns} do not fill")
         # 4-bit values have a deviation of 3, which these scales make 1 / sqrt(columns): outputs stay of order one.
         middle = bias - round(math.log2(4 * columns**0.5))
         return (

@@ -21,6 +21,7 @@ inline bool asksForSm90a() {
   return asked && std::strcmp(asked, "1") == 0;
 }
 
+constexpr int kSm90a = 90;  // Device::capability of the one architecture that has both
 constexpr int kSwizzleBytes = 128, kAtomBytes = 1024;
 constexpr int kSwizzleElements = kSwizzleBytes / 2;
 constexpr int kWarpgroup = 4 * kWarp;

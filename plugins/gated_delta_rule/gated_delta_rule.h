@@ -35,7 +35,7 @@ struct GatedDeltaRulePlan {
 bool gatedDeltaRuleFits(GatedDeltaRuleSizes const& sizes);
 bool gatedDeltaRuleServes(GatedDeltaRuleSizes const& sizes);
 
-// For sizes of at least one element each, except T, which may be 0.
+// Sizes are at least 1, except T, which may be 0.
 GatedDeltaRulePlan gatedDeltaRulePlan(GatedDeltaRuleSizes const& sizes, Dtype dtype,
                                       bool pointersAligned);
 

@@ -21,8 +21,7 @@ constexpr int kGroupedSharedBytes = kGroupedStages * kGroupedStageBytes;
 // whole vectors, aligned) with the same row tiles, sorted, and weights need no conversion.
 inline bool groupedGemmServes(MoeExpertsPlan const& plan, Dtype dtype, Stored stored,
                               Device const& device) {
-  constexpr int kSm90 = 90;
-  return device.capability == kSm90 && plan.onTensorCores && plan.sorted &&
+  return device.capability == kSm90a && plan.onTensorCores && plan.sorted &&
          plan.tileRows == kGroupedRows && stored == storedAs(dtype);
 }
 

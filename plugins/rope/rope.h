@@ -27,7 +27,7 @@ struct RopePlan {
 bool ropeFits(RopeSizes const& sizes);
 bool ropeServes(RopeSizes const& sizes);
 
-// For sizes of at least one element each.
+// Sizes are at least 1.
 RopePlan ropePlan(RopeSizes const& sizes, Dtype dtype, bool pointersAligned);
 
 cudaError_t rope(Dtype dtype, RopeSizes const& sizes, RopeAttributes const& attributes,

@@ -41,8 +41,7 @@ inline TiledTensor sm90aKeys(void const* keys, SinkAttentionSizes const& s, int 
 // would have none.
 inline bool sm90aServes(SinkAttentionPlan const& plan, SinkAttentionSizes const& s,
                         Device const& device) {
-  constexpr int kSm90 = 90;
-  return device.capability == kSm90 && plan.path == AttentionPath::kPrefill &&
+  return device.capability == kSm90a && plan.path == AttentionPath::kPrefill &&
          s.H / s.G * s.T > kWgmmaRows && sm90aKeys(nullptr, s, 1).isServed();
 }
 

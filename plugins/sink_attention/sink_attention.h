@@ -42,7 +42,7 @@ struct SinkAttentionPlan {
 bool sinkAttentionFits(SinkAttentionSizes const& sizes);
 bool sinkAttentionServes(SinkAttentionSizes const& sizes);
 
-// For sizes of at least one element each, except S, which may be 0.
+// Sizes are at least 1, except S, which may be 0.
 SinkAttentionPlan sinkAttentionPlan(SinkAttentionSizes const& sizes,
                                     SinkAttentionAttributes const& attributes, Dtype dtype,
                                     bool pointersAligned, Device const& device);

@@ -160,7 +160,7 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 def model_of(case: Case | str) -> Model:
     if isinstance(case, str):
         case = Case(case, case)
-    return read_model(archs.load(case.arch), {**archs.load(case.arch).arch.tiny, **case.changes})
+    return read_model(archs.load(case.arch), {**archs.load(case.arch).tiny, **case.changes})
 
 
 def wanted_shapes(
@@ -168,7 +168,7 @@ def wanted_shapes(
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The tensors that these steps of the model take from a checkpoint: name and shape of each."""
     checkpoint = open_checkpoint(folder)
-    arch = archs.choose(None, checkpoint.config).arch
+    arch = archs.choose(None, checkpoint.config)
     model = read_model(archs.load(case.arch), checkpoint.config)
     for step in steps(model):
         for path, shape in module_shapes(step.block).items():
@@ -411,7 +411,7 @@ def test_weights_are_those_that_transformers_saves(case, tiny_checkpoint):
     # The embedding's table, which a tied head takes again.
     names = [n for n, _ in found]
     assert len(names) - len(set(names)) == (TABLE in model.ties.values())
-    ignored = archs.load(case.arch).arch.ignore
+    ignored = archs.load(case.arch).ignore
     saved = {n: t.shape for n, t in open_checkpoint(folder).tensors.items()}
     assert dict(found) == {n: s for n, s in saved.items() if n in names or not any(fnmatch(n, p) for p in ignored)}
 
@@ -435,7 +435,7 @@ def test_weights_of_a_block_alone_are_those_that_transformers_saves(case, tiny_c
     ],
 )
 def test_a_path_has_its_published_name(path, name):
-    assert checkpoint_name(archs.load("llama").arch, model_of("llama"), path) == name
+    assert checkpoint_name(archs.load("llama"), model_of("llama"), path) == name
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def test_a_path_has_its_published_name(path, name):
     ],
 )
 def test_an_architecture_has_its_own_names(arch, path, name):
-    assert checkpoint_name(archs.load(arch).arch, model_of(arch), path) == name
+    assert checkpoint_name(archs.load(arch), model_of(arch), path) == name
 
 
 @pytest.mark.parametrize(
@@ -465,32 +465,32 @@ def test_an_architecture_has_its_own_names(arch, path, name):
     ],
 )
 def test_a_multimodal_checkpoint_has_the_text_models_names_under_its_own(arch, path, name):
-    model_type = archs.load(arch).arch.whole.model_type
+    model_type = archs.load(arch).multimodal.model_type
     named = archs.choose(None, {"model_type": model_type})
-    assert (named.name, checkpoint_name(named.arch, model_of(arch), path)) == (arch, name)
+    assert (named.name, checkpoint_name(named, model_of(arch), path)) == (arch, name)
 
 
 def test_parts_of_a_stack_go_expert_by_expert_and_gate_before_up():
     start = "model.layers.1.block_sparse_moe.experts."
     names = [f"{start}{e}.{w}.weight" for e in range(2) for w in ("w1", "w3")]
-    assert list(part_names(archs.load("mixtral").arch, "layers.1.mlp.experts.gate_up_proj", 2)) == names
+    assert list(part_names(archs.load("mixtral"), "layers.1.mlp.experts.gate_up_proj", 2)) == names
 
 
 def test_parts_of_a_stack_are_renamed_in_a_multimodal_checkpoint():
-    arch = archs.choose(None, {"model_type": "qwen3_5_moe"}).arch
+    arch = archs.choose(None, {"model_type": "qwen3_5_moe"})
     [name] = part_names(arch, "layers.1.mlp.experts.down_proj", 1)
     assert name == "model.language_model.layers.1.mlp.experts.0.down_proj.weight"
 
 
 def test_a_parameter_that_is_no_stack_has_no_parts():
-    assert part_names(archs.load("mixtral").arch, "layers.1.mlp.router.weight", 4) == ()
+    assert part_names(archs.load("mixtral"), "layers.1.mlp.router.weight", 4) == ()
 
 
 def test_a_tied_head_is_the_embedding():
-    name = checkpoint_name(archs.load("gemma").arch, model_of("gemma"), "head.projection.weight")
+    name = checkpoint_name(archs.load("gemma"), model_of("gemma"), "head.projection.weight")
     assert name == "model.embed_tokens.weight"
 
 
 def test_a_path_that_the_architecture_does_not_name_is_refused():
     with pytest.raises(KeyError, match="vision"):
-        checkpoint_name(archs.load("llama").arch, model_of("llama"), "vision.patch.weight")
+        checkpoint_name(archs.load("llama"), model_of("llama"), "vision.patch.weight")

@@ -26,10 +26,10 @@ from llmexport.export.trace import module_shapes
 Path = tuple[str, ...]
 ABSENT = object()
 CONFIGS = PUBLISHED | {
-    c.name: {"model_type": archs.load(c.arch).arch.model_types[0], **archs.load(c.arch).arch.tiny} for c in FIRST
+    c.name: {"model_type": archs.load(c.arch).model_types[0], **archs.load(c.arch).tiny} for c in FIRST
 }
 # Those beside the text model of a multimodal config too.
-NOT_READ = ANY.union(*(w.harmless for n in archs.names() if (w := archs.load(n).arch.whole)))
+NOT_READ = ANY.union(*(w.harmless for n in archs.names() if (w := archs.load(n).multimodal)))
 
 
 def not_read(arch: str) -> frozenset[str]:
@@ -105,11 +105,9 @@ FULL = {
 
 def keys(arch: str) -> list[str]:
     """All that the architecture could look at."""
-    written = transformers.CONFIG_MAPPING[archs.load(arch).arch.model_types[0]]().to_dict().keys()
+    written = transformers.CONFIG_MAPPING[archs.load(arch).model_types[0]]().to_dict().keys()
     more = {"rope_scaling", "rope_theta", "hidden_activation", "layer_types", "quantization_config", "auto_map"}
-    return sorted(
-        (written | more | archs.load(arch).arch.tiny.keys() | {"architectures", "model_type"}) - not_read(arch)
-    )
+    return sorted((written | more | archs.load(arch).tiny.keys() | {"architectures", "model_type"}) - not_read(arch))
 
 
 def junk(arch: str) -> Iterator[dict[str, Any]]:

@@ -60,7 +60,7 @@ def feed(case: Case, tokens: int, right: int = 0, left: int = 0) -> Feed:
     random = np.random.default_rng(tokens)
     ids, mask = random.integers(0, 256, (3, tokens)), np.ones((3, tokens), np.int64)
     mask[1, tokens - right :], mask[2, :left] = 0, 0
-    kinds = case.changes.get("type_vocab_size", archs.load(case.arch).arch.tiny["type_vocab_size"])
+    kinds = case.changes.get("type_vocab_size", archs.load(case.arch).tiny["type_vocab_size"])
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": random.integers(0, kinds, (3, tokens))}
 
 
@@ -147,7 +147,7 @@ def with_copies(tensors: Feed) -> Feed:
 def export(checkpoint: Path, folder: Path) -> Path:
     opened = open_checkpoint(checkpoint)
     request = onnx_file.Request(archs.choose(None, opened.config), opened)
-    onnx_file.write(request, folder, force=False, progress=lambda what, done, of: None)
+    onnx_file.write(request, folder, force=False)
     return folder
 
 
@@ -231,7 +231,7 @@ def test_what_makes_another_model_is_refused(changes: dict[str, object], said: s
 def test_what_an_encoder_says_of_itself_changes_nothing(keys: dict[str, object], tiny_checkpoint) -> None:
     assert read("bert", **keys) == read("bert")
     plain = reference(tiny_checkpoint("bert"))
-    config = type(plain.config)(**{**archs.load("bert").arch.tiny, **keys}, attn_implementation="eager")
+    config = type(plain.config)(**{**archs.load("bert").tiny, **keys}, attn_implementation="eager")
     told = type(plain)(config).eval()
     told.load_state_dict(plain.state_dict())
     with torch.no_grad():

@@ -69,7 +69,7 @@ def test_the_graphs_in_their_order_give_what_the_whole_model_gives(export: Expor
 def test_a_block_of_one_of_several_graphs_is_named_with_its_graph(request_: onnx_file.Request) -> None:
     names = named_blocks(onnx_file.read_model(request_.arch, request_.checkpoint.config))
     assert {"embedding", "layer", "norm"} <= names.keys()
-    twins = in_two(onnx_file.read_model(archs.load("gemma3_text"), archs.load("gemma3_text").arch.tiny))
+    twins = in_two(onnx_file.read_model(archs.load("gemma3_text"), archs.load("gemma3_text").tiny))
     assert any(n.startswith("decoder_") for n in named_blocks(twins))
     assert not any(n.startswith("model_") for n in named_blocks(twins))
 

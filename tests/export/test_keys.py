@@ -40,7 +40,7 @@ def test_bookkeeping_is_passed_over(arch, keys):
 
 @pytest.mark.parametrize(("arch", "keys"), WRITTEN[:-1])
 def test_transformers_computes_the_same_with_it(arch, keys):
-    tiny = dict(archs.load(arch).arch.tiny) | {"attn_implementation": "eager"}
+    tiny = dict(archs.load(arch).tiny) | {"attn_implementation": "eager"}
     configs = [transformers.CONFIG_MAPPING[arch](**copy.deepcopy(tiny | k)) for k in ({}, keys)]
     torch.manual_seed(0)
     first, second = (transformers.AutoModelForCausalLM.from_config(c).eval() for c in configs)
@@ -55,8 +55,8 @@ def test_transformers_computes_the_same_decoder_whatever_its_config_says_of_enco
     said = {"is_decoder": False, "add_cross_attention": True, "is_encoder_decoder": True}
     said |= {"cross_attention_hidden_size": 48, "tie_encoder_decoder": True, "max_position_embeddings": 511}
     assert said.keys() == CAUSAL
-    model_class = getattr(transformers, archs.load(arch).arch.reference.model_class)
-    tiny = dict(archs.load(arch).arch.tiny) | {"attn_implementation": "eager"}
+    model_class = getattr(transformers, archs.load(arch).reference.model_class)
+    tiny = dict(archs.load(arch).tiny) | {"attn_implementation": "eager"}
     first, second = (model_class(model_class.config_class(**copy.deepcopy(tiny | k))).eval() for k in ({}, said))
     second.load_state_dict(first.state_dict())
     ids = torch.randint(3, 256, (1, 20))
@@ -123,7 +123,7 @@ def test_phi_3_saved_from_the_hub_names_the_repository_of_its_code():
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
 def test_dual_chunks_are_left_out_with_a_note(arch):
-    config = dict(archs.load(arch).arch.tiny)
+    config = dict(archs.load(arch).tiny)
     chunks = {"chunk_size": 64, "local_size": 8, "original_max_position_embeddings": 256}
     model, [note] = read_noted(archs.load(arch), config | {"dual_chunk_attention_config": chunks})
     assert model == read(arch)

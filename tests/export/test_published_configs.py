@@ -41,8 +41,8 @@ from llmexport.export.spec import (
     decoder_layer,
 )
 
-CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).arch.model_types[0]] for n in archs.names()}
-WHOLE = [n for n in archs.names() if archs.load(n).arch.whole]
+CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).model_types[0]] for n in archs.names()}
+WHOLE = [n for n in archs.names() if archs.load(n).multimodal]
 
 
 def published(name: str) -> Model:
@@ -62,13 +62,13 @@ def test_every_key_that_transformers_writes_is_understood(arch):
 
 @pytest.mark.parametrize("arch", WHOLE)
 def test_every_key_that_transformers_writes_beside_the_text_model_is_understood(arch):
-    config = transformers.CONFIG_MAPPING[archs.load(arch).arch.whole.model_type]().to_dict()
+    config = transformers.CONFIG_MAPPING[archs.load(arch).multimodal.model_type]().to_dict()
     assert read_model(archs.load(arch), config) == read_model(archs.load(arch), CLASSES[arch]().to_dict())
 
 
 @pytest.mark.parametrize("arch", CLASSES)
 def test_the_tiny_config_means_to_transformers_what_it_means_here(arch):
-    tiny = copy.deepcopy(dict(archs.load(arch).arch.tiny))
+    tiny = copy.deepcopy(dict(archs.load(arch).tiny))
     written = CLASSES[arch](**tiny).to_dict()
     assert tiny.keys() <= written.keys()
     assert read_model(archs.load(arch), written) == read(arch)

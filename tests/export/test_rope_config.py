@@ -112,7 +112,7 @@ def test_phi_3_has_the_original_length_beside_longrope():
 
 
 def test_phi_3_of_an_original_length_within_longrope_alone_is_refused():
-    config = dict(archs.load("phi3").arch.tiny) | {"rope_parameters": dict(LONG)}
+    config = dict(archs.load("phi3").tiny) | {"rope_parameters": dict(LONG)}
     del config[ORIGINAL]
     # transformers overwrites it with the default of its class.
     assert transformers.Phi3Config(**copy.deepcopy(config)).rope_parameters[ORIGINAL] == 4096
@@ -122,7 +122,7 @@ def test_phi_3_of_an_original_length_within_longrope_alone_is_refused():
 
 def test_the_original_length_beside_longrope_is_refused_in_other_architectures():
     rope = {k: v for k, v in LONG.items() if k != ORIGINAL}
-    config = dict(archs.load("llama").arch.tiny) | {"rope_parameters": rope, ORIGINAL: 64}
+    config = dict(archs.load("llama").tiny) | {"rope_parameters": rope, ORIGINAL: 64}
     # transformers takes max_position_embeddings.
     assert transformers.LlamaConfig(**copy.deepcopy(config)).rope_parameters[ORIGINAL] == 512
     assert f"{ORIGINAL}=64" in refusal("llama", rope_parameters=rope, **{ORIGINAL: 64})
@@ -134,7 +134,7 @@ def test_the_original_length_that_is_not_said_is_the_longest_one_as_for_transfor
     assert (
         transformers.LlamaConfig(rope_parameters=dict(said), max_position_embeddings=96).rope_parameters[ORIGINAL] == 96
     )
-    tiny = dict(archs.load("llama").arch.tiny) | {"rope_parameters": said, "max_position_embeddings": 96}
+    tiny = dict(archs.load("llama").tiny) | {"rope_parameters": said, "max_position_embeddings": 96}
     model, [note] = read_noted(archs.load("llama"), tiny)
     assert rotary(model).scaling.original_positions == 96
     assert "max_position_embeddings, 96, is taken" in note
@@ -144,7 +144,7 @@ def test_the_original_length_that_is_not_said_is_the_longest_one_as_for_transfor
 
 
 def test_an_attn_factor_is_left_out_as_by_transformers_and_noted():
-    config = dict(archs.load("llama").arch.tiny) | {"rope_parameters": YARN | {"attn_factor": 0.5}}
+    config = dict(archs.load("llama").tiny) | {"rope_parameters": YARN | {"attn_factor": 0.5}}
     theirs = transformers.LlamaConfig(**copy.deepcopy(config))
     found = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")[1]
     model, [note] = read_noted(archs.load("llama"), config)
@@ -162,7 +162,7 @@ def test_an_attn_factor_is_left_out_as_by_transformers_and_noted():
     ],
 )
 def test_a_key_of_rope_that_nothing_reads_or_that_changes_nothing_is_passed_over(rope):
-    config = transformers.LlamaConfig(**dict(archs.load("llama").arch.tiny) | {"rope_parameters": dict(rope)})
+    config = transformers.LlamaConfig(**dict(archs.load("llama").tiny) | {"rope_parameters": dict(rope)})
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
     assert_alike(inverse_frequencies(of_llama(**rope)), theirs.inv_freq)
 
@@ -225,7 +225,7 @@ def test_gemma_3_of_the_first_release_scales_full_layers_alone():
     layers = placed_layers(read("gemma3_text", rope_parameters=None, **old))
     found = [next(b for b in layer.reads if isinstance(b, Rotary)) for layer in layers]
     assert found[:2] == [Rotary(32, 20000.0), Rotary(32, 500000.0, LinearScaling(8.0))]
-    config = transformers.Gemma3TextConfig(**archs.load("gemma3_text").arch.tiny | {"rope_parameters": None} | old)
+    config = transformers.Gemma3TextConfig(**archs.load("gemma3_text").tiny | {"rope_parameters": None} | old)
     assert placed_layers(read_model(archs.load("gemma3_text"), config.to_dict())) == layers
 
 
@@ -237,7 +237,7 @@ def test_gemma_3_looks_for_the_theta_of_each_kind_at_its_own_place():
     layers = placed_layers(read("gemma3_text", **outer))
     found = [next(b for b in layer.reads if isinstance(b, Rotary)) for layer in layers]
     assert found[:2] == [Rotary(32, 20000.0), Rotary(32, 500000.0)]
-    config = transformers.Gemma3TextConfig(**copy.deepcopy(dict(archs.load("gemma3_text").arch.tiny) | outer))
+    config = transformers.Gemma3TextConfig(**copy.deepcopy(dict(archs.load("gemma3_text").tiny) | outer))
     assert {k: v["rope_theta"] for k, v in config.rope_parameters.items()} == {
         "sliding_attention": 20000.0,
         "full_attention": 500000.0,
@@ -327,7 +327,7 @@ def test_a_theta_that_is_said_twice_is_read_once():
 
 
 def test_two_thetas_that_disagree_are_refused():
-    config = copy.deepcopy(dict(archs.load("llama").arch.tiny)) | {"rope_theta": 12345.0}
+    config = copy.deepcopy(dict(archs.load("llama").tiny)) | {"rope_theta": 12345.0}
     # transformers passes over one of them in silence.
     assert transformers.LlamaConfig(**config).rope_parameters["rope_theta"] == 500000.0
     assert "rope_theta twice, 500000.0 and 12345.0" in refusal("llama", rope_theta=12345.0)

@@ -94,7 +94,7 @@ def test_rows_that_are_no_whole_number_of_blocks_are_refused(sizes: dict[str, in
             **{"hidden": 64, "intermediate": 32, "experts": 4, "top_k": 2, "bias": True, "storage": Mxfp4()} | sizes
         )
     [columns] = sizes.values()
-    assert f"MXFP4 packs 32 values a block, config.json makes rows of {columns}: " in str(error.value)
+    assert f"MXFP4 packs 32 values a block, which rows of {columns} do not fill" in str(error.value)
 
 
 @pytest.mark.parametrize("fields", [{"bias": False}, {"bias": True, "transposed": True}], ids=str)
@@ -113,10 +113,10 @@ def test_a_storage_is_a_value():
 def held(folder: Path) -> tuple[dict[str, Parameter], Checkpoint]:
     """What a tiny GPT-OSS wants of the checkpoint that is drawn for it, and that checkpoint."""
     named = archs.load("gpt_oss")
-    config = {**named.arch.tiny, "quantization_config": {"quant_method": "mxfp4"}}
+    config = {**named.tiny, "quantization_config": {"quant_method": "mxfp4"}}
     random_checkpoint.write(named, folder, config=config)
     checkpoint, model = open_checkpoint(folder), read_model(named, config)
-    own = wanted_parameters(named.arch, checkpoint, model, model.graphs[0].assembly)
+    own = wanted_parameters(named, checkpoint, model, model.graphs[0].assembly)
     return {p.name: p for parameters in own.values() for p in parameters.values()}, checkpoint
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmexport.export import blocks
-from llmexport.export.onnx_file import load_block, load_body
+from llmexport.export.graph_file import load_block, load_body
 from llmexport.export.spec import (
     BATCH,
     PAST,
@@ -198,10 +198,15 @@ def test_every_kind_of_block_is_traced_here():
     assert {block.kind for block, _ in CASES} == Block.kinds.keys() - {Mixer.kind}
 
 
-@pytest.mark.parametrize("field", [{"statistics": "rms"}, {"weighted": False}], ids=str)
-def test_rows_of_a_norm_are_for_a_layer_norm_with_weights(field):
-    with pytest.raises(ValueError, match="rows with weights of their own are for LayerNorm"):
-        Norm(64, 1e-6, **{"statistics": "layer", "rows": 4} | field)
+ROWS: dict[str, object] = {"statistics": "layer", "rows": 4}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rows": 4}, {"bias": True}, ROWS | {"weighted": False}, ROWS | {"bias": True}], ids=str
+)
+def test_a_norm_that_no_module_computes_is_a_mistake(fields):
+    with pytest.raises(ValueError, match="a norm with rows or a bias is a LayerNorm; one with rows has weights"):
+        Norm(64, 1e-6, **fields)
 
 
 def test_no_run_is_of_the_size_that_was_traced():

@@ -9,10 +9,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_configs import one_line
 
-from llmexport.export import archs, onnx_file, random_checkpoint, wanted
+from llmexport.export import archs, graph_file, random_checkpoint, wanted
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
-from llmexport.export.onnx_file import Request, fill, load_block, open_model, read_model
+from llmexport.export.graph_file import load_block
+from llmexport.export.onnx_file import Request, fill, open_model, read_model
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     def trace(*_: object) -> None:
         raise AssertionError("traced before the checkpoint was checked")
 
-    monkeypatch.setattr(onnx_file, "trace_all", trace)
+    monkeypatch.setattr(graph_file, "trace_all", trace)
 
 
 def opened(folder: Path, arch: str, **changes: object) -> Request:
@@ -34,7 +35,7 @@ def opened(folder: Path, arch: str, **changes: object) -> Request:
 
 def refusal(request: Request, folder: Path) -> str:
     with pytest.raises(ExportError) as error:
-        fill(request, folder, lambda *_: None)
+        fill(request, folder)
     return one_line(error.value)
 
 
@@ -74,7 +75,7 @@ def test_a_config_of_millions_of_experts_costs_what_the_checkpoint_holds(names, 
 
 
 def test_a_random_checkpoint_of_millions_of_tensors_is_refused_before_they_are_made(tmp_path):
-    tiny = dict(archs.load("mixtral").arch.tiny) | {"num_local_experts": 4096, "num_hidden_layers": 4096}
+    tiny = dict(archs.load("mixtral").tiny) | {"num_local_experts": 4096, "num_hidden_layers": 4096}
     with pytest.raises(ExportError, match="asks for more than 262144 tensors"):
         random_checkpoint.write(archs.load("mixtral"), tmp_path / "ck", config=tiny, hollow=True)
     assert list(tmp_path.iterdir()) == []
@@ -85,7 +86,7 @@ def test_a_random_checkpoint_of_millions_of_tensors_is_refused_before_they_are_m
 )
 def test_a_random_checkpoint_beyond_any_disk_is_refused(hollow, hidden, said, tmp_path):
     sizes = {"hidden_size": hidden, "intermediate_size": hidden, "vocab_size": hidden, "num_hidden_layers": 200}
-    tiny = dict(archs.load("llama").arch.tiny) | sizes | {"num_attention_heads": 64, "num_key_value_heads": 64}
+    tiny = dict(archs.load("llama").tiny) | sizes | {"num_attention_heads": 64, "num_key_value_heads": 64}
     with pytest.raises(ExportError) as error:
         random_checkpoint.write(archs.load("llama"), tmp_path / "ck", config=tiny, hollow=hollow)
     assert said in one_line(error.value)
@@ -94,7 +95,7 @@ def test_a_random_checkpoint_beyond_any_disk_is_refused(hollow, hidden, said, tm
 
 @pytest.mark.parametrize("arch", ["gpt_oss", "llama4", "qwen3_5_moe"])
 def test_what_is_known_before_a_trace_is_what_the_graph_takes(arch):
-    for block in {s.block for s in read_model(archs.load(arch), archs.load(arch).arch.tiny).steps}:
+    for block in {s.block for s in read_model(archs.load(arch), archs.load(arch).tiny).steps}:
         ports = {p.name for p in block.inputs}
         graph = load_block(block, "float32").graph
         taken = {
@@ -119,13 +120,13 @@ def base(name: str) -> str:
 @pytest.mark.parametrize("arch", ["qwen3", "gemma2", "qwen3_5_moe"])
 def test_a_base_model_with_a_tied_table_has_all_its_tensors(arch, tmp_path):
     """Numbers do not change with a name: each tensor of the checkpoint is used, under the name it has there."""
-    tiny = dict(archs.load(arch).arch.tiny) | {"tie_word_embeddings": True}
+    tiny = dict(archs.load(arch).tiny) | {"tie_word_embeddings": True}
     random_checkpoint.write(archs.load(arch), tmp_path / "ck", config=tiny)
     plain = open_checkpoint(tmp_path / "ck")
     checkpoint = open_checkpoint(renamed(tmp_path / "ck", base))
     request, model, [note] = open_model(Request(archs.choose(None, checkpoint.config), checkpoint))
-    found = wanted.wanted_parameters(request.arch.arch, checkpoint, model, model.graphs[0].assembly)
-    known = wanted.wanted_parameters(archs.load(arch).arch, plain, model, model.graphs[0].assembly)
+    found = wanted.wanted_parameters(request.arch, checkpoint, model, model.graphs[0].assembly)
+    known = wanted.wanted_parameters(archs.load(arch), plain, model, model.graphs[0].assembly)
     assert {s: {p: base(w.name) for p, w in own.items()} for s, own in known.items()} == {
         s: {p: w.name for p, w in own.items()} for s, own in found.items()
     }

@@ -96,7 +96,7 @@ def test_a_value_is_made_once():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_state_of_a_model_is_carried_to_a_place_of_its_type(case: Case):
     arch = archs.load(case.arch)
-    [graph] = read_model(arch, {**arch.arch.tiny, **case.changes}).graphs
+    [graph] = read_model(arch, {**arch.tiny, **case.changes}).graphs
     past = {p.name: p for p in graph.assembly.inputs if p.name in graph.carried}
     present = {p.name: p for p in graph.assembly.outputs}
     assert len(graph.carried) == sum(len(s.block.states) for s in graph.assembly.steps) == len(past)
@@ -108,7 +108,7 @@ def test_every_state_of_a_model_is_carried_to_a_place_of_its_type(case: Case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_value_is_of_one_use_wherever_it_is_made_and_read(case: Case):
     arch = archs.load(case.arch)
-    for graph in read_model(arch, {**arch.arch.tiny, **case.changes}).graphs:
+    for graph in read_model(arch, {**arch.tiny, **case.changes}).graphs:
         uses: dict[str, set[str]] = {}
         for port in (*graph.assembly.inputs, *graph.assembly.outputs):
             uses.setdefault(port.name, set()).add(port.use)

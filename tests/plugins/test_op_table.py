@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import pytest
-from native import emulated_library
+from native import PLUGINS, emulated_library
 from plugin_cases import OPS, served
 from torch import Tensor
 
@@ -41,6 +42,12 @@ def test_tables_say_what_the_references_say() -> None:
     ops = ctypes.CDLL(str(emulated_library())).llmexportOps
     ops.restype = ctypes.c_char_p
     assert sorted(ops().decode().splitlines()) == sorted(table(OPS[name]) for name in served())
+
+
+def test_no_plugin_counts_its_tensors_and_attributes_by_bare_numbers() -> None:
+    bare = re.compile(r"\b(?:in|out)put(?:<\w+>)?\(\d|\b(?:inputs|outputs|attributes|values)\[\d")
+    sources = {name: (PLUGINS / OPS[name].torch_name / "plugin.cpp").read_text() for name in served()}
+    assert {name: found for name, text in sources.items() if (found := bare.findall(text))} == {}
 
 
 def test_the_library_serves_the_ops_of_its_tables() -> None:
