@@ -88,11 +88,8 @@ def _climb_whole(
 
 def _note_uncrossed(rungs: list[Rung], export: Export, left: list[int]) -> None:
     """Adds to the note of every rung that was run the thresholds that were too far for it."""
-    why = (
-        f"whose caches are over {drive.MOST_PAST >> 30} GiB in fp32"
-        if any(g.carried for g in export.graphs)
-        else "as no step reads an earlier one: --tokens makes the prompt longer"
-    )
+    cached = any(g.carried for g in export.graphs)
+    why = f"whose caches are over {drive.MOST_PAST >> 30} GiB in fp32" if cached else "for which --tokens is needed"
     for rung in rungs:
         if left and rung.status != "not run":
             held = "; masks, angles and temperatures were, alone" if rung.name == BLOCKS else ""
@@ -103,9 +100,13 @@ def _note_uncrossed(rungs: list[Rung], export: Export, left: list[int]) -> None:
 def _shape(script: Script) -> dict[str, Any]:
     """The sizes of a script, for the report."""
     batch, tokens = script[0].ids.shape
-    kinds = [s.kind for s in script]
     crossed = [s.past + stages.BEFORE for s in script if s.kind == "crossing"]
-    return {"batch": batch, "tokens": tokens, "decode_steps": kinds.count("decode"), "crossed": crossed}
+    return {
+        "batch": batch,
+        "tokens": tokens,
+        "decode_steps": sum(s.kind == "decode" for s in script),
+        "crossed": crossed,
+    }
 
 
 def _climb_block(
