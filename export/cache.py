@@ -26,7 +26,7 @@ SOURCES = (
     "plugins/*.py",
     "plugins/*/*.py",
     "export/blocks/*.py",
-    "export/onnx_file.py",
+    "export/graph_file.py",
     "export/spec/*.py",
     "export/trace.py",
     "export/tidy.py",

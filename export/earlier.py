@@ -12,6 +12,7 @@ from typing import Any
 
 from llmexport.export.errors import ExportError
 from llmexport.export.folder import INDEX
+from llmexport.export.spec import ONLY
 from llmexport.export.workspace import sweep
 
 # The file by which each kind of output is known; a downloaded checkpoint has none of them.
@@ -64,7 +65,7 @@ def _export(folder: Path) -> set[str]:
     if type(data["format"]) is not int or not {"arch", "blocks", "config"} <= data.keys():
         raise ValueError("not a manifest of ours")
     # One of an earlier version has one graph, and does not name it.
-    graphs = {f"{name}{end}" for name in data.get("graphs", ["model"]) for end in (".onnx", ".plan")}
+    graphs = {f"{name}{end}" for name in data.get("graphs", [ONLY]) for end in (".onnx", ".plan")}
     return {EXPORT} | graphs | ADDED | listed
 
 

@@ -17,8 +17,8 @@ from llmexport.export import builder, manifest
 from llmexport.export.engine_build import JOB, MODEL, PLAN
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.graph_file import load
 from llmexport.export.identity import WeightFile
-from llmexport.export.onnx_file import load
 from llmexport.export.output import write_errors
 from llmexport.export.profile import Profile
 from llmexport.export.progress import Progress, silent

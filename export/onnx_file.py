@@ -1,19 +1,15 @@
-"""From a checkpoint to a folder with one `.onnx` for each graph: trace, stitch, fuse, bind, write."""
+"""From a request to an export: a folder with one `.onnx` for each graph, the weights and the manifest."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
-
-import onnx
 
 from llmexport.export import cache, manifest, weights
 from llmexport.export.archs import as_stored, multimodal_names, text_config
@@ -28,23 +24,16 @@ from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
 from llmexport.export.earlier import BLOCKS
 from llmexport.export.errors import ExportError
-from llmexport.export.exported import Export, ExportedGraph
-from llmexport.export.identity import changed, identify
+from llmexport.export.exported import Export
+from llmexport.export.graph_file import build
+from llmexport.export.identity import identify
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
-from llmexport.export.spec import DTYPES, OPSET, Arch, Assembly, Block, Graph, Model, Port, Step, to_data
+from llmexport.export.spec import DTYPES, OPSET, Arch, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.wanted import wanted_parameters
-from llmexport.graphs import bodies, pipeline
-from llmexport.graphs.cut import cut
-from llmexport.graphs.fusion import Fused
-from llmexport.graphs.stitch import Piece, stitch
-from llmexport.plugins.dtypes import BY_NAME
-from llmexport.plugins.regular import read_regular
-from llmexport.plugins.spec import Attribute
 
-MOST_MODEL = 2**31 - 1  # bytes, protobuf's own limit
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt")
 
@@ -150,7 +139,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
-    built = [build(request, g, own[g.name], progress) for g in graphs]
+    built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
     used = {checkpoint.tensors[n].file for p in wanted for n in p.sources}
     shards = [s for s in checkpoint.shards if s.file in used]
     progress(f"weights ({len(shards)} files)", 0, 1)
@@ -192,116 +181,3 @@ def _check_weights(request: Request, model: Model, wanted: list[weights.Paramete
         ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
     by_name = {p.name: p for p in wanted}
     weights.check(by_name, request.checkpoint, ignore, whole=request.block is None, head=head_name(arch))
-
-
-def build(
-    request: Request, graph: Graph, own: Mapping[str, Mapping[str, weights.Parameter]], progress: Progress = silent
-) -> tuple[ExportedGraph, bytes]:
-    """A graph with its weights bound to the checkpoint's tensors where they lie, and its file.
-
-    own: the weights that each step wants, by the path in its block.
-    """
-    assembly, dtype = graph.assembly, request.dtype
-    graphs = trace_all(assembly.blocks, dtype, progress)
-    values = {
-        s.name: {**s.reads, **{path: parameter.name for path, parameter in own[s.name].items()}, **s.makes}
-        for s in assembly.steps
-    }
-    wanted = {p.name: p for parameters in own.values() for p in parameters.values()}
-    stored = {n: weights.stored_type(p, request.checkpoint) for n, p in wanted.items() if p.dtype != "T"}
-
-    def make() -> bytes:
-        pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]
-        return join(pieces, assembly, dtype, request.target, stored).SerializeToString()
-
-    key = [to_data(assembly), values, dtype, request.target, stored, [p.__name__ for p in pipeline.PIPELINE]]
-    proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
-    fusions = {p.key: Fused(**json.loads(p.value)) for p in proto.metadata_props}
-    del proto.metadata_props[:]
-    weights.bind(proto, wanted, request.checkpoint, BY_NAME[dtype].onnx)
-    data = proto.SerializeToString(deterministic=True)
-    names = {step: {path: p.parts or p.name for path, p in parameters.items()} for step, parameters in own.items()}
-    digest = hashlib.sha256(data).hexdigest()
-    counts = bodies.count(proto)
-    return ExportedGraph(graph.name, assembly, graph.carried, names, counts, fusions, digest), data
-
-
-def join(
-    pieces: list[Piece], assembly: Assembly, dtype: str, target: str, stored: Mapping[str, int] = MappingProxyType({})
-) -> onnx.ModelProto:
-    """The pieces stitched and fused, weights still graph inputs, those in `stored` of that ONNX type; what each pass
-    did is in `metadata_props`."""
-    inputs, outputs = ([value_info(p, dtype) for p in ports] for ports in (assembly.inputs, assembly.outputs))
-    stitched = stitch(pieces, inputs, outputs, opset=OPSET)
-    for value in stitched.graph.input:
-        if value.name in stored:
-            value.type.tensor_type.elem_type = stored[value.name]
-    proto, fusions = pipeline.run(stitched)
-    if target == "portable":
-        bodies.attach_bodies(proto, load_body)
-    for name, fused in fusions.items():
-        proto.metadata_props.add(key=name, value=json.dumps(dataclasses.asdict(fused)))
-    return proto
-
-
-def load(export: Export, graph: ExportedGraph) -> onnx.ModelProto:
-    """A graph of an export without its weights, and with the bodies of its ops, whatever the export's target.
-
-    Raises ExportError if its file is missing or another than was exported.
-    """
-    path = export.folder / graph.file
-    try:
-        data = read_regular(path, MOST_MODEL)
-    except FileNotFoundError as error:
-        raise ExportError(f"{path} is missing from the export: export again") from error
-    except OSError as error:
-        raise ExportError(f"cannot read {path}: {error.strerror}: export again") from error
-    if hashlib.sha256(data).hexdigest() != graph.sha256:
-        raise changed(path)
-    proto = onnx.ModelProto.FromString(data)
-    if export.target == "tensorrt":
-        bodies.attach_bodies(proto, load_body)
-    return proto
-
-
-def trace_all(blocks: tuple[Block, ...], dtype: str, progress: Progress = silent) -> dict[Block, onnx.ModelProto]:
-    """The graph of every distinct block, from the cache or traced now."""
-    graphs = {}
-    for i, block in enumerate(blocks):
-        progress(f"trace {block.kind}", i, len(blocks))
-        graphs[block] = load_block(block, dtype)
-    progress("trace", len(blocks), len(blocks))
-    return graphs
-
-
-def load_block(block: Block, dtype: str) -> onnx.ModelProto:
-    def make() -> bytes:
-        from llmexport.export.trace import trace_block
-
-        return trace_block(block, dtype).SerializeToString()
-
-    return onnx.ModelProto.FromString(cache.cached("block", [to_data(block), dtype], make))
-
-
-def load_body(
-    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
-) -> onnx.FunctionProto:
-    def make() -> bytes:
-        from llmexport.export.trace import trace_body
-
-        return trace_body(name, attributes, types, shapes).SerializeToString()
-
-    sizes = [[d if isinstance(d, int) else None for d in shape] for shape in shapes]
-    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes], make))
-
-
-def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(port.name, BY_NAME[port.typed(dtype).dtype].onnx, list(port.shape))
-
-
-def cut_step(model: onnx.ModelProto, step: Step, dtype: str) -> onnx.ModelProto:
-    """The part of an exported model that computes one step; weights stay where they are."""
-    inputs = [
-        value_info(dataclasses.replace(p, name=n), dtype) for n, p in zip(step.inputs, step.block.inputs, strict=True)
-    ]
-    return cut(model, inputs, step.outputs)

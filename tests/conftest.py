@@ -120,7 +120,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable
         checkpoint = open_checkpoint(tiny_checkpoint(case))
         folder = tmp_path_factory.mktemp(f"{case.name}-{dtype}") / "export"
         request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, dtype, block, weights)
-        onnx_file.write(request, folder, force=False, progress=lambda what, done, of: None)
+        onnx_file.write(request, folder, force=False)
         return folder
 
     def export(which: Case | str, dtype: str = "float32", block: str | None = None, weights: str = "auto") -> Path:

@@ -15,6 +15,9 @@ import pytest
 from arch_cases import CASES
 
 from llmexport.export import archs
+from llmexport.export.assembly import parts
+from llmexport.export.onnx_file import read_model
+from llmexport.export.spec import AXES
 from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.spec import all_ops
 
@@ -33,7 +36,6 @@ SOFT, HARD, DATA = 250, 500, 150  # lines of a source file, of any file, of an a
 # Files over the soft limit, each with the reason why it is one file.
 LONG = {
     "export/engine.py": "one job end to end: the graphs of an export, their plans, engine.json",
-    "export/onnx_file.py": "one job end to end: from a request to the folder, and what reads it back",
 }
 # Imported by an export whose blocks are all known, which must not pay for torch.
 WARM = [
@@ -175,14 +177,24 @@ def test_architectures_are_those_with_a_row_in_arch_cases():
     assert {c.arch for c in CASES} == set(archs.names())
 
 
+def is_use(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "use"
+
+
 def decided_on(path: Path) -> Iterator[str]:
-    """The strings that code decides on: compared, matched, searched for, looked up, or the keys of a choice."""
-    for node in ast.walk(tree(path)):
+    """The strings that code decides on: compared, matched, searched for, looked up, or the keys of a choice.
+
+    Not those that the use of a port is compared with.
+    """
+    every = list(ast.walk(tree(path)))
+    matches = [n for n in every if isinstance(n, ast.Match) and is_use(n.subject)]
+    uses = {id(n) for match in matches for case in match.cases for n in ast.walk(case.pattern)}
+    for node in every:
         parts: list[ast.AST] = []
         if isinstance(node, ast.Compare):
-            parts = [node.left, *node.comparators]
+            parts = [] if is_use(node.left) else [node.left, *node.comparators]
         elif isinstance(node, ast.MatchValue):
-            parts = [node.value]
+            parts = [] if id(node) in uses else [node.value]
         elif isinstance(node, ast.Dict):
             parts = [k for k in node.keys if k]
         elif isinstance(node, ast.Subscript):
@@ -202,6 +214,37 @@ def test_no_code_asks_which_architecture_it_is():
         return taken & {word for text in decided_on(path) for word in re.findall(r"\w+", text.lower())}
 
     assert broken([p for p in SOURCES if p.parent.name != "archs"], asked) == {}
+
+
+# Keys of JSON files that are called like a port, an axis or a graph.
+KEYS = {
+    "export/cli/validate.py": ["batch"],
+    "export/earlier.py": ["weights"],
+    "export/engine.py": ["model"],
+    "export/engine_build.py": ["model"],
+    "export/manifest.py": ["weights"],
+    "export/quantised.py": ["weights"],
+    "validate/ladder.py": ["batch"],
+    "validate/report.py": ["model"],
+}
+
+
+def test_no_name_of_a_port_an_axis_or_a_graph_decides_anything():
+    """Names are given in spec and wiring; a module reads those of its own block; an architecture maps names."""
+    cases = [(archs.load(c.arch), {**archs.load(c.arch).tiny, **c.changes}) for c in CASES]
+    graphs = [g for named, config in cases for g in read_model(named, config).graphs]
+    blocks = {part.block for g in graphs for step in g.assembly.steps for part in parts(step)}
+    ports = [p for b in blocks for p in (*b.inputs, *b.outputs)]
+    values = [p for g in graphs for p in (*g.assembly.inputs, *g.assembly.outputs)]
+    # Of `past_key_values.0.key` what stands before the place.
+    names = {p.name.partition(".")[0] for p in (*ports, *values)} | AXES.keys() | {g.name for g in graphs}
+    their_own = ("plugins/", "export/spec/", "export/wiring.py", "export/blocks/", "export/archs/")
+    assert {"input_ids", "past_key_values", "present", "mask", "total", "model"} <= names
+
+    def decides(path: Path) -> set[str]:
+        return {text for text in decided_on(path) if text.partition(".")[0] in names}
+
+    assert broken([p for p in SOURCES if not name(p).startswith(their_own)], decides) == KEYS
 
 
 def test_no_model_type_is_claimed_twice():

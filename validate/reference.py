@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -87,10 +88,12 @@ class Transformers:
         given = {keyword: to_torch(stage.at(port)) for keyword, port in self._given.items()}
         if stage.begins:
             self._cache = self._filled(stage) if stage.past else None
-        cache = {"past_key_values": self._cache, "use_cache": True} if self._cached else {}
+        run = self._model
+        if self._cached:
+            run = functools.partial(run, past_key_values=self._cache, use_cache=True)
         start = time.perf_counter()
         with torch.inference_mode():
-            made = self._model(**given, **cache)
+            made = run(**given)
         self.seconds = time.perf_counter() - start
         self._cache = made.past_key_values if self._cached else None
         return {port: to_numpy(getattr(made, name)) for port, name in self._export.reference.outputs.items()}

@@ -255,13 +255,14 @@ def imports(path: Path) -> set[Path]:
 
 
 def test_every_file_that_tracing_imports_is_in_the_digest():
-    todo, seen = {cache.ROOT / "export/trace.py"}, set()
-    while todo:
-        seen.add(path := todo.pop())
-        todo |= imports(path) - seen
-    covered = {p for pattern in cache.SOURCES for p in cache.ROOT.glob(pattern)}
-    # What an error says is in no trace, nor is how a config is read, which the spec names for types alone.
+    # What an error says is in no trace, nor is how a config is read, which the spec names for types alone; the package
+    # itself imports only when one of its functions is called.
     aside = {
         cache.ROOT / f"export/{n}.py" for n in ("__init__", "config", "errors", "keys", "quantised", "rope", "values")
     }
-    assert seen - covered - aside == set()
+    todo, seen = {cache.ROOT / "export/trace.py"}, set()
+    while todo:
+        seen.add(path := todo.pop())
+        todo |= imports(path) - seen - aside
+    covered = {p for pattern in cache.SOURCES for p in cache.ROOT.glob(pattern)}
+    assert seen - covered == set()

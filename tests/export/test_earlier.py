@@ -16,10 +16,6 @@ from llmexport.export.onnx_file import Request
 MANIFEST = {"format": 1, "arch": "a", "blocks": [], "config": {}, "weights": {"files": [{"file": "w"}]}}
 
 
-def silent(what: str, done: int, of: int) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What our commands write: `random`, `export`, `blocks`."""
@@ -27,8 +23,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gemma = archs.load("gemma")
     random_checkpoint.write(gemma, folder / "random", shard_bytes=60_000)
     request = Request(gemma, open_checkpoint(folder / "random"))
-    onnx_file.write(request, folder / "export", force=False, progress=silent)
-    onnx_file.write_blocks(request, folder / "blocks", force=False, progress=silent)
+    onnx_file.write(request, folder / "export", force=False)
+    onnx_file.write_blocks(request, folder / "blocks", force=False)
     return folder
 
 

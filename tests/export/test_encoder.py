@@ -147,7 +147,7 @@ def with_copies(tensors: Feed) -> Feed:
 def export(checkpoint: Path, folder: Path) -> Path:
     opened = open_checkpoint(checkpoint)
     request = onnx_file.Request(archs.choose(None, opened.config), opened)
-    onnx_file.write(request, folder, force=False, progress=lambda what, done, of: None)
+    onnx_file.write(request, folder, force=False)
     return folder
 
 

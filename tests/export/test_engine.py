@@ -35,10 +35,6 @@ pytestmark = pytest.mark.engine
 Export = Callable[..., Path]
 
 
-def silent(step: str, done: int, total: int) -> None:
-    pass
-
-
 @pytest.fixture
 def folder(exported: Export, tmp_path: Path) -> Path:
     """An export of one small block with an earlier engine in it, for what fails before or in the builder."""
@@ -77,7 +73,7 @@ FAMILIES = [(c, d) for c, d in ONCE if c.arch in PRIMARY]
 def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported: Export, tmp_path: Path) -> None:
     folder = linked(exported(case, dtype), tmp_path)
     before = tree(folder)
-    record = engine.build(folder, progress=silent)
+    record = engine.build(folder)
     plan = (folder / PLAN).read_bytes()
     [built] = record.graphs.values()
     assert (built.bytes, built.sha256) == (len(plan), hashlib.sha256(plan).hexdigest())
@@ -97,7 +93,7 @@ def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported:
     ],
 )
 def test_builds_a_block_alone(block: str, dims: set[str], exported: Export, tmp_path: Path) -> None:
-    record = engine.build(linked(exported("llama", block=block), tmp_path), progress=silent)
+    record = engine.build(linked(exported("llama", block=block), tmp_path))
     assert (record.block, set(record.profile)) == (block, dims)
 
 
@@ -145,7 +141,7 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
 
 
 def test_a_later_engine_takes_the_place_of_an_earlier(folder: Path) -> None:
-    record = engine.build(folder, progress=silent)
+    record = engine.build(folder)
     assert json.loads((folder / engine.RECORD).read_bytes()) == json.loads(json.dumps(record.as_data()))
     assert len((folder / PLAN).read_bytes()) == record.graphs["model"].bytes
 
@@ -166,7 +162,7 @@ def test_a_model_that_the_manifest_does_not_describe_is_an_error(folder: Path) -
     replace(folder / "model.onnx", model_of([make_node("Relu", ["a"], ["b"])], ["a"], ["b"]).SerializeToString())
     reseal(folder)
     with pytest.raises(EngineError, match=r"reads input_ids as None, the export says \['int64', \[-1, -1\]\]"):
-        engine.build(folder, progress=silent)
+        engine.build(folder)
     assert tree(folder).items() >= OLD.items()
 
 
@@ -180,7 +176,7 @@ def build_instead(folder: Path, model: onnx.ModelProto) -> None:
     reseal(folder)
     before = tree(folder)
     try:
-        engine.build(folder, progress=silent)
+        engine.build(folder)
     finally:
         assert tree(folder) == before
 
@@ -201,7 +197,7 @@ def test_a_death_of_the_builder_is_reported(
     before = tree(folder)
     monkeypatch.setattr(builder, "COMMAND", child(code))
     with pytest.raises(EngineError, match=f"^TensorRT's builder {reason}$"):
-        engine.build(folder, progress=silent)
+        engine.build(folder)
     assert tree(folder) == before
 
 
@@ -217,7 +213,7 @@ os.abort()
 """
     monkeypatch.setattr(builder, "COMMAND", child(code))
     with pytest.raises(EngineError) as caught:
-        engine.build(folder, progress=silent)
+        engine.build(folder)
     lines = str(caught.value).splitlines()
     assert lines[1:] == [f"  {kind} {i}" for kind in ("message", "noise") for i in range(980, 1000)]
 
@@ -226,7 +222,7 @@ def test_what_tensorrt_said_of_a_failed_build_is_shown(folder: Path, monkeypatch
     before = tree(folder)
     monkeypatch.setattr(builder, "COMMAND", child("""print('["log", "ERROR: no kernel"]\\n["unbuildable"]')"""))
     with pytest.raises(EngineError, match=r"^TensorRT cannot build the model:\n  ERROR: no kernel$"):
-        engine.build(folder, progress=silent)
+        engine.build(folder)
     assert tree(folder) == before
 
 
@@ -234,7 +230,7 @@ def test_a_builder_that_takes_too_long_is_stopped(folder: Path, monkeypatch: pyt
     before = tree(folder)
     monkeypatch.setattr(builder, "COMMAND", child("import time; time.sleep(60)"))
     with pytest.raises(EngineError, match=r"was stopped after 0\.2 s"):
-        engine.build(folder, timeout=0.2, progress=silent)
+        engine.build(folder, timeout=0.2)
     assert tree(folder) == before
 
 
@@ -242,7 +238,7 @@ def test_a_full_disk_leaves_the_earlier_engine(folder: Path, monkeypatch: pytest
     before = tree(folder)
     monkeypatch.setattr(builder, "COMMAND", child("""import errno; print(f'["unwritable", {errno.ENOSPC}]')"""))
     with pytest.raises(ExportError, match=r"cannot write .*model\.plan: No space left on device: free space"):
-        engine.build(folder, progress=silent)
+        engine.build(folder)
     assert tree(folder) == before
 
 
@@ -259,7 +255,7 @@ time.sleep(60)
     before_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            engine.build(folder, progress=silent)
+            engine.build(folder)
     finally:
         signal.signal(signal.SIGINT, before_handler)
     with pytest.raises(ProcessLookupError):
@@ -331,12 +327,12 @@ def test_a_missing_backend_names_its_command_before_anything_else(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=f"^{backend} is not installed: {command}"):
-        engine.build(tmp_path / "no such folder", backend=backend, progress=silent)
+        engine.build(tmp_path / "no such folder", backend=backend)
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="is no export"):
-        engine.build(tmp_path, progress=silent)
+        engine.build(tmp_path)
 
 
 @pytest.mark.parametrize(("data", "reason"), [(None, "is missing"), (b"\xff\xff", "is not the file")])
@@ -345,7 +341,7 @@ def test_an_export_without_its_model_is_refused(data: bytes | None, reason: str,
     if data:
         (folder / "model.onnx").write_bytes(data)
     with pytest.raises(ExportError, match=f"model.onnx {reason}.*: export again"):
-        engine.build(folder, progress=silent)
+        engine.build(folder)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +371,7 @@ def test_a_bad_profile_is_refused_in_one_line(text: str, reason: str) -> None:
 
 def test_a_profile_of_another_export_is_refused(folder: Path) -> None:
     with pytest.raises(EngineError, match=r"names past, rows: this export has the sizes batch, sequence$"):
-        engine.build(folder, profile=parse_profile("rows=1,past=0:1:2"), progress=silent)
+        engine.build(folder, profile=parse_profile("rows=1,past=0:1:2"))
 
 
 def test_a_total_that_leaves_int32_is_refused() -> None:

@@ -22,9 +22,6 @@ from llmexport.export.errors import EngineError
 pytestmark = pytest.mark.engine
 
 
-def silent(what: str, done: int, of: int) -> None: ...
-
-
 @pytest.fixture
 def copy(exported, tmp_path: Path) -> Path:
     """An export that a test may add an engine to."""
@@ -48,7 +45,7 @@ def test_every_op_of_ours_is_a_plugin_layer_of_the_emulated_library(
 
 def check_layers(export: Path, library: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export, tmp_path / "export"))
-    record = engine.build(folder, plugins=library, progress=silent)
+    record = engine.build(folder, plugins=library)
     [plan], [graph] = record.graphs.values(), manifest.read(folder).graphs
     assert plan.plugins == graph.ops
     assert plan.layers.get("PLUGIN_V3", 0) == sum(graph.ops.values())
@@ -59,7 +56,7 @@ def check_layers(export: Path, library: Path, tmp_path: Path) -> None:
 
 
 def test_without_plugins_the_bodies_are_built(copy: Path) -> None:
-    record = engine.build(copy, plugins=None, progress=silent)
+    record = engine.build(copy, plugins=None)
     assert record.plugins == ()
     assert "PLUGIN_V3" not in record.graphs["model"].layers
 
@@ -67,7 +64,7 @@ def test_without_plugins_the_bodies_are_built(copy: Path) -> None:
 def test_ops_that_the_library_does_not_serve_are_built_from_their_bodies(copy: Path, monkeypatch) -> None:
     library = emulated_library()
     monkeypatch.setattr(engine.library, "served", lambda path: frozenset({"Rope"}))
-    record = engine.build(copy, plugins=library, progress=silent)
+    record = engine.build(copy, plugins=library)
     assert record.graphs["model"].plugins == {"Rope": 6}
     assert record.graphs["model"].layers["PLUGIN_V3"] == 6
 
@@ -83,7 +80,7 @@ def test_an_op_that_does_not_become_a_plugin_layer_is_an_error(copy: Path, monke
 
     monkeypatch.setattr(engine, "tensorrt_form", one_more)
     with pytest.raises(EngineError, match="15 plugin layers of 16 ops, see ghost"):
-        engine.build(copy, plugins=library, progress=silent)
+        engine.build(copy, plugins=library)
     assert not (copy / "model.plan").exists()
 
 
@@ -93,11 +90,11 @@ def test_the_form_for_trtexec_has_no_bodies_and_builds(tiny_checkpoint, tmp_path
 
     checkpoint = open_checkpoint(tiny_checkpoint("gemma"))
     request = onnx_file.Request(archs.load("gemma"), checkpoint, "float16", target="tensorrt")
-    onnx_file.write(request, tmp_path / "export", force=False, progress=silent)
+    onnx_file.write(request, tmp_path / "export", force=False)
     model = onnx.load(tmp_path / "export" / "model.onnx", load_external_data=False)
     assert not model.functions
     assert {n.op_type for n in model.graph.node if n.domain == "llmexport"} == {"Rope", "AddRmsNorm", "GatedAct"}
-    record = engine.build(tmp_path / "export", plugins=emulated_library(), progress=silent)
+    record = engine.build(tmp_path / "export", plugins=emulated_library())
     assert record.graphs["model"].plugins == manifest.read(tmp_path / "export").graphs[0].ops
 
 
@@ -108,5 +105,5 @@ def test_the_form_for_trtexec_can_be_validated_too(tiny_checkpoint, tmp_path: Pa
 
     checkpoint = open_checkpoint(tiny_checkpoint("gemma"))
     request = onnx_file.Request(archs.load("gemma"), checkpoint, target="tensorrt")
-    onnx_file.write(request, tmp_path / "export", force=False, progress=silent)
-    assert ladder.climb(manifest.read(tmp_path / "export"), progress=silent).passed
+    onnx_file.write(request, tmp_path / "export", force=False)
+    assert ladder.climb(manifest.read(tmp_path / "export")).passed

@@ -13,44 +13,21 @@ import onnxruntime
 import pytest
 from arch_cases import CASES, Case
 from first_feed import first_feed
+from two_graphs import in_two, rebuilt
 
 from llmexport.export import archs, earlier, engine, manifest, onnx_file
 from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
-from llmexport.export.config import Config
 from llmexport.export.exported import Export
-from llmexport.export.spec import Graph, Model
-from llmexport.export.wiring import Wiring
 from llmexport.validate import stages
 from llmexport.validate.compare import compare
 
 Exported = Callable[..., Path]
 
 
-def in_two(model: Model) -> Model:
-    """The same model: its embedding in a graph of its own, and the rest."""
-    [whole] = model.graphs
-    embedding, *others = whole.assembly.steps
-    table, rest = Wiring("embed"), whole.assembly
-    table.take(*embedding.block.inputs)
-    table.place("embedding", embedding.block, embedding.outputs)
-    [port] = (dataclasses.replace(p, name=n) for p, n in zip(embedding.block.outputs, embedding.outputs, strict=True))
-    table.give(port)
-    read = {n for s in others for n in s.inputs}
-    inputs = (port, *(p for p in rest.inputs if p.name in read))
-    decoder = Graph("decoder", dataclasses.replace(rest, inputs=inputs, steps=tuple(others)), whole.carried)
-    return Model((table.done(), decoder), model.ties)
-
-
 @pytest.fixture(scope="module")
 def request_(tiny_checkpoint: Callable[[str], Path]) -> onnx_file.Request:
-    named = archs.load("llama")
-
-    def build(config: Config) -> Model:
-        return in_two(named.build(config))
-
-    split = dataclasses.replace(named, build=build)
-    return onnx_file.Request(split, open_checkpoint(tiny_checkpoint("llama")))
+    return rebuilt("llama", tiny_checkpoint("llama"), in_two)
 
 
 @pytest.fixture(scope="module")

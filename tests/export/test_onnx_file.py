@@ -20,7 +20,7 @@ from first_feed import first_feed
 from published_configs import PUBLISHED
 from reseal import reseal
 
-from llmexport.export import archs, manifest, onnx_file, random_checkpoint
+from llmexport.export import archs, graph_file, manifest, onnx_file, random_checkpoint
 from llmexport.export.assembly import named_blocks, parts
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
@@ -57,9 +57,6 @@ def summary(export: Export) -> dict[str, Any]:
     return json.loads(json.dumps({"ops": graph["ops"], "fusions": graph["fusions"]}))
 
 
-def silent(what: str, done: int, of: int) -> None: ...
-
-
 def request(folder: Path, **changes: object) -> onnx_file.Request:
     checkpoint = open_checkpoint(folder)
     return onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, **changes)  # type: ignore[arg-type]
@@ -90,8 +87,8 @@ def test_a_model_has_the_ops_that_its_blocks_make_and_says_which_norms_it_left(c
 def test_outputs_agree_before_and_after_fusion_to_fp32_rounding(
     case: Case, tiny_checkpoint, exported, monkeypatch, tmp_path
 ) -> None:
-    monkeypatch.setattr(onnx_file.pipeline, "PIPELINE", ())
-    onnx_file.write(request(tiny_checkpoint(case)), tmp_path / "plain", force=False, progress=silent)
+    monkeypatch.setattr(graph_file.pipeline, "PIPELINE", ())
+    onnx_file.write(request(tiny_checkpoint(case)), tmp_path / "plain", force=False)
     found = manifest.read(exported(case))
     feed = first_feed(found.graphs[0], stages.prompt(found, tokens=21))
     logits = []
@@ -124,7 +121,7 @@ def test_no_weight_is_stored_twice_or_written_anew(tiny_checkpoint, exported) ->
 
 def test_a_bf16_checkpoint_is_cast_in_the_graph_and_runs(tmp_path) -> None:
     random_checkpoint.write(archs.load("gemma"), tmp_path / "ck", dtype="bfloat16", shard_bytes=50_000)
-    onnx_file.write(request(tmp_path / "ck"), tmp_path / "out", force=False, progress=silent)
+    onnx_file.write(request(tmp_path / "ck"), tmp_path / "out", force=False)
     model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
     kinds = {t.data_type for t in model.graph.initializer if t.external_data}
     assert kinds == {onnx.TensorProto.BFLOAT16}
@@ -135,14 +132,14 @@ def test_a_bf16_checkpoint_is_cast_in_the_graph_and_runs(tmp_path) -> None:
 def test_every_block_exports_alone_and_equals_its_pytorch(case: Case, tiny_checkpoint, tmp_path) -> None:
     # Copies, as onnx refuses to load hard links.
     wanted = request(tiny_checkpoint(case), weights="copy")
-    records = onnx_file.write_blocks(wanted, tmp_path / "out", force=False, progress=silent)
+    records = onnx_file.write_blocks(wanted, tmp_path / "out", force=False)
     steps = onnx_file.read_model(archs.load(case.arch), wanted.checkpoint.config).steps
     inside = {type(part.block).__name__ for step in steps for part in parts(step)}
     assert {type(r.blocks[0]).__name__ for r in records.values()} == inside
     for name in records:
         found = manifest.read(tmp_path / "out" / name)
         onnx.checker.check_model(found.folder / "model.onnx", full_check=True)
-        assert ladder.climb(found, progress=silent).passed, name
+        assert ladder.climb(found).passed, name
 
 
 def test_layers_that_differ_in_their_window_alone_are_one_block(exported, tiny_checkpoint) -> None:
@@ -173,9 +170,7 @@ def test_the_graph_does_not_grow_by_more_than_its_layers(tmp_path) -> None:
     blocks = {}
     for layers in (2, 9):
         random_checkpoint.write(arch, tmp_path / f"{layers}", config={**arch.tiny, "num_hidden_layers": layers})
-        record = onnx_file.write(
-            request(tmp_path / f"{layers}"), tmp_path / f"out{layers}", force=False, progress=silent
-        )
+        record = onnx_file.write(request(tmp_path / f"{layers}"), tmp_path / f"out{layers}", force=False)
         blocks[layers] = (len(record.blocks), len(record.steps))
     assert blocks == {2: (5, 6), 9: (5, 13)}
 
@@ -186,7 +181,7 @@ def test_a_published_model_exports_from_headers_alone(name: str, least: float, t
     config = PUBLISHED[name]
     random_checkpoint.write(archs.choose(None, config), tmp_path / "ck", config=config, hollow=True)
     assert sum(p.stat().st_size for p in (tmp_path / "ck").iterdir()) > least
-    record = onnx_file.write(request(tmp_path / "ck"), tmp_path / "out", force=False, progress=silent)
+    record = onnx_file.write(request(tmp_path / "ck"), tmp_path / "out", force=False)
     assert summary(record) == GOLDEN[name]
     new = [p for p in (tmp_path / "out").iterdir() if p.stat().st_nlink == 1]
     assert sum(p.stat().st_size for p in new) < 1_000_000
@@ -194,13 +189,13 @@ def test_a_published_model_exports_from_headers_alone(name: str, least: float, t
 
 def test_a_tied_head_that_the_checkpoint_also_stores_is_dropped_if_it_is_the_same(tmp_path) -> None:
     folder = with_extra_head(tmp_path, same=True)
-    onnx_file.write(request(folder), tmp_path / "out", force=False, progress=silent)
+    onnx_file.write(request(folder), tmp_path / "out", force=False)
 
 
 def test_a_tied_head_that_the_checkpoint_stores_otherwise_is_refused(tmp_path) -> None:
     folder = with_extra_head(tmp_path, same=False)
     with pytest.raises(ExportError, match=r"tie_word_embeddings.*lm_head\.weight"):
-        onnx_file.write(request(folder), tmp_path / "out", force=False, progress=silent)
+        onnx_file.write(request(folder), tmp_path / "out", force=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -224,13 +219,13 @@ def test_force_does_not_delete_a_checkpoint_inside_the_output(tmp_path) -> None:
     (tmp_path / "out" / "manifest.json").write_text("{}")
     random_checkpoint.write(archs.load("gemma"), folder)
     with pytest.raises(ExportError, match="choose another output"):
-        onnx_file.write(request(folder), tmp_path / "out", force=True, progress=silent)
+        onnx_file.write(request(folder), tmp_path / "out", force=True)
     assert (folder / "config.json").exists()
 
 
 def test_a_shard_that_changed_after_the_export_is_noticed(tmp_path) -> None:
     random_checkpoint.write(archs.load("gemma"), tmp_path / "ck")
-    onnx_file.write(request(tmp_path / "ck", weights="copy"), tmp_path / "out", force=False, progress=silent)
+    onnx_file.write(request(tmp_path / "ck", weights="copy"), tmp_path / "out", force=False)
     [shard] = (tmp_path / "out").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(ExportError):
@@ -241,7 +236,7 @@ def test_other_weights_of_the_same_shapes_are_noticed(tmp_path) -> None:
     """A fine-tune copied over a linked checkpoint: size and header stay, the numbers do not."""
     for seed in (0, 7):
         random_checkpoint.write(archs.load("gemma"), tmp_path / f"{seed}", seed=seed)
-    onnx_file.write(request(tmp_path / "0", weights="link"), tmp_path / "out", force=False, progress=silent)
+    onnx_file.write(request(tmp_path / "0", weights="link"), tmp_path / "out", force=False)
     manifest.read(tmp_path / "out")
     [old], [new] = ((tmp_path / s).glob("*.safetensors") for s in ("0", "7"))
     old.write_bytes(new.read_bytes())

@@ -20,6 +20,7 @@ from llmexport.export import archs, identity, manifest, onnx_file, placing, rand
 from llmexport.export import checkpoint as checkpoint_module
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
+from llmexport.export.progress import Progress, silent
 from llmexport.export.stamp import Stamp, stamp
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -42,10 +43,7 @@ def checkpoint(originals: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def silent(what: str, done: int, of: int) -> None: ...
-
-
-def export(folder: Path, weights: str = "link", progress: onnx_file.Progress = silent) -> Path:
+def export(folder: Path, weights: str = "link", progress: Progress = silent) -> Path:
     checkpoint = open_checkpoint(folder)
     request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, weights=weights)
     onnx_file.write(request, folder.parent / "out", force=False, progress=progress)
@@ -302,7 +300,7 @@ def test_a_companion_that_cannot_be_read_is_one_line(checkpoint: Path) -> None:
 def test_a_block_lists_its_files_and_has_no_companions(checkpoint: Path) -> None:
     found = open_checkpoint(checkpoint)
     request = onnx_file.Request(archs.choose(None, found.config), found, weights="link")
-    records = onnx_file.write_blocks(request, checkpoint.parent / "out", force=False, progress=silent)
+    records = onnx_file.write_blocks(request, checkpoint.parent / "out", force=False)
     for name, record in records.items():
         inside = sorted(p.name for p in (checkpoint.parent / "out" / name).iterdir())
         assert record.files == inside

@@ -11,7 +11,7 @@ import pytest
 import transformers
 from tiny_configs import one_line
 
-from llmexport.export import archs, onnx_file, random_checkpoint
+from llmexport.export import archs, graph_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import Request, fill, open_model, read_model, read_noted
@@ -121,9 +121,9 @@ def test_a_checkpoint_of_the_published_shapes_is_taken_up_to_the_first_trace(nam
     def traced(*_: object) -> object:
         raise Checked
 
-    monkeypatch.setattr(onnx_file, "trace_all", traced)
+    monkeypatch.setattr(graph_file, "trace_all", traced)
     with pytest.raises(Checked):
-        fill(hollow(name, tmp_path / "ck"), tmp_path, lambda *_: None)
+        fill(hollow(name, tmp_path / "ck"), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["google/gemma-2-27b-it", "mistralai/Mixtral-8x22B-v0.1"])
@@ -137,6 +137,6 @@ def test_what_a_config_may_ask_for_leaves_room_for_published_models(name, tmp_pa
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_model_exports_from_files_of_holes(name, tmp_path):
     (tmp_path / "out").mkdir()
-    record = fill(hollow(name, tmp_path / "ck"), tmp_path / "out", lambda *_: None)
+    record = fill(hollow(name, tmp_path / "ck"), tmp_path / "out")
     assert [NOTED[name] in note for note in record.notes] == [True] * (name in NOTED)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["notes"] == list(record.notes)

@@ -123,7 +123,7 @@ def refusal(folder: Path, block: str | None = None) -> str:
     checkpoint = open_checkpoint(folder)
     (out := folder.parent / "out").mkdir(exist_ok=True)
     with pytest.raises(ExportError) as error:
-        fill(Request(archs.choose(None, checkpoint.config), checkpoint, block=block), out, lambda *_: None)
+        fill(Request(archs.choose(None, checkpoint.config), checkpoint, block=block), out)
     return one_line(error.value)
 
 

@@ -12,7 +12,7 @@ from first_feed import first_feed
 from tiny_configs import placed_layers, read
 from torch import Tensor, nn
 
-from llmexport.export import blocks, manifest, onnx_file
+from llmexport.export import blocks, graph_file, manifest
 from llmexport.export.assembly import parts
 from llmexport.export.spec import Moe
 from llmexport.graphs.bodies import op_of
@@ -64,7 +64,7 @@ def test_every_layer_chooses_the_experts_that_transformers_chooses(case: Case, t
     prompt = stages.opening(np.random.default_rng(3).integers(0, 256, (2, 37)), np.ones((2, 37), np.int64))
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint(case), attn_implementation="eager")
     routings = heard(model.eval(), prompt.ids)
-    graph = onnx_file.load(read_back)
+    graph = graph_file.load(read_back, read_back.graphs[0])
     named = [n.output for n in graph.graph.node if op_of(n) == "MoeRoute"]
     graph.graph.output.extend(onnx.ValueInfoProto(name=n) for names in named for n in names)
     feed = first_feed(read_back.graphs[0], prompt)

@@ -121,7 +121,7 @@ def wide_of_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_checkpoint.write(archs.load("gemma"), folder / "checkpoint", dtype="bfloat16")
     checkpoint = open_checkpoint(folder / "checkpoint")
     request = onnx_file.Request(archs.load("gemma"), checkpoint)
-    onnx_file.write(request, folder / "out", force=False, progress=lambda what, done, of: None)
+    onnx_file.write(request, folder / "out", force=False)
     return folder / "out"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmexport.export import blocks
-from llmexport.export.onnx_file import load_block, load_body
+from llmexport.export.graph_file import load_block, load_body
 from llmexport.export.spec import (
     BATCH,
     PAST,

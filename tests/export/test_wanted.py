@@ -9,10 +9,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_configs import one_line
 
-from llmexport.export import archs, onnx_file, random_checkpoint, wanted
+from llmexport.export import archs, graph_file, random_checkpoint, wanted
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
-from llmexport.export.onnx_file import Request, fill, load_block, open_model, read_model
+from llmexport.export.graph_file import load_block
+from llmexport.export.onnx_file import Request, fill, open_model, read_model
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     def trace(*_: object) -> None:
         raise AssertionError("traced before the checkpoint was checked")
 
-    monkeypatch.setattr(onnx_file, "trace_all", trace)
+    monkeypatch.setattr(graph_file, "trace_all", trace)
 
 
 def opened(folder: Path, arch: str, **changes: object) -> Request:
@@ -34,7 +35,7 @@ def opened(folder: Path, arch: str, **changes: object) -> Request:
 
 def refusal(request: Request, folder: Path) -> str:
     with pytest.raises(ExportError) as error:
-        fill(request, folder, lambda *_: None)
+        fill(request, folder)
     return one_line(error.value)
 
 

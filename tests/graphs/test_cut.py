@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from llmexport.export.onnx_file import load_body
+from llmexport.export.graph_file import load_body
 from llmexport.graphs.bodies import attach_bodies
 from llmexport.graphs.cut import cut
 

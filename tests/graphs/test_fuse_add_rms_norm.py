@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 
-from llmexport.export.onnx_file import load_body
+from llmexport.export.graph_file import load_body
 from llmexport.graphs.bodies import attach_bodies
 from llmexport.graphs.fuse_add_rms_norm import fuse_add_rms_norm
 from llmexport.plugins.spec import DOMAIN

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 
-from llmexport.export.onnx_file import load_body
+from llmexport.export.graph_file import load_body
 from llmexport.graphs.bodies import attach_bodies
 from llmexport.graphs.fuse_gated_act import fuse_gated_act
 from llmexport.plugins.spec import DOMAIN

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 
-from llmexport.export.onnx_file import load_body
+from llmexport.export.graph_file import load_body
 from llmexport.graphs import pipeline
 from llmexport.graphs.bodies import attach_bodies
 from llmexport.graphs.fusion import Fused

@@ -28,11 +28,8 @@ from llmexport.validate import drive, ladder, reference, stages
 from llmexport.validate import report as files
 
 
-def silent(what: str, done: int, of: int) -> None: ...
-
-
 def climb(folder: Path, **options: int) -> dict[str, ladder.Rung]:
-    report = ladder.climb(manifest.read(folder), progress=silent, **options)
+    report = ladder.climb(manifest.read(folder), **options)
     return {r.name: r for r in report.rungs}
 
 
@@ -166,7 +163,7 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("arch", FAR)
 def test_thresholds_beyond_the_prompt_are_crossed(arch: str, far) -> None:
-    report = ladder.climb(manifest.read(far(arch)), progress=silent)
+    report = ladder.climb(manifest.read(far(arch)))
     known = {v for v in FAR[arch].values() if isinstance(v, int)} - {4096}
     assert report.prompt["tokens"] < min(known)
     assert set(report.prompt["crossed"]) == known
@@ -249,7 +246,7 @@ def test_weights_of_zero_prove_nothing(exported, tmp_path: Path) -> None:
         tensors = {n: np.zeros_like(t) for n, t in load_file(shard).items()}
         save_file(tensors, shard, metadata={"format": "pt"})
     request = onnx_file.Request(archs.load("llama"), open_checkpoint(tmp_path / "ck"))
-    onnx_file.write(request, tmp_path / "out", force=False, progress=silent)
+    onnx_file.write(request, tmp_path / "out", force=False)
     rungs = climb(tmp_path / "out")
     assert {r.status for r in rungs.values()} == {"fail"}
     assert all("proves nothing" in r.note for r in rungs.values())
@@ -271,7 +268,7 @@ def export_of(folder: Path, arch: str, changes: dict[str, Any], **request: Any) 
     random_checkpoint.write(archs.load(arch), folder / "ck", config={**archs.load(arch).tiny, **changes})
     checkpoint = open_checkpoint(folder / "ck")
     wanted = onnx_file.Request(archs.load(arch), checkpoint, **request)
-    onnx_file.write(wanted, folder / "out", force=False, progress=silent)
+    onnx_file.write(wanted, folder / "out", force=False)
     return folder / "out"
 
 
@@ -300,13 +297,14 @@ MISREAD = {
     "clip dropped": ("olmo", "Attention", "clip", None),
     "LongRoPE's lengths": ("phi3-longrope-long", "LongScaling", "original_positions", 512),
     "a delta net's epsilon": ("qwen3_5_moe", "GatedDeltaNet", "epsilon", 1e-2),
+    "an encoder's attention scaled": ("bert", "Attention", "scale", 0.2),
 }
 DTYPES = ("float32", "float16", "bfloat16")
-# The first nine in every dtype, later ones where roundoff hides most.
+# All where roundoff hides most; slow: the first nine in every dtype.
 MISREAD_IN = [(n, d) for i, n in enumerate(MISREAD) for d in (DTYPES if i < 9 else DTYPES[-1:])]
 
 
-@pytest.mark.parametrize(("name", "dtype"), MISREAD_IN)
+@pytest.mark.parametrize(("name", "dtype"), others_slow(MISREAD_IN, [(n, d) for n, d in MISREAD_IN if d == DTYPES[-1]]))
 def test_a_config_that_was_misread_is_found_in_every_dtype(name: str, dtype: str, exported, tmp_path: Path) -> None:
     """The specs in the manifest made wrong, as a wrong data file would make them; transformers reads the config."""
     case, cls, field, value = MISREAD[name]
@@ -347,9 +345,9 @@ def test_bf16_says_why_onnx_runtime_was_not_run(exported) -> None:
 
 def test_a_verdict_says_when_transformers_was_not_asked(exported, monkeypatch: pytest.MonkeyPatch) -> None:
     found = manifest.read(exported("gemma"))
-    assert ladder.climb(found, progress=silent).verdict == "every rung that was run passed"
+    assert ladder.climb(found).verdict == "every rung that was run passed"
     monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
-    assert "not compared with transformers" in ladder.climb(found, progress=silent).verdict
+    assert "not compared with transformers" in ladder.climb(found).verdict
 
 
 def test_a_report_in_which_nothing_ran_has_not_passed() -> None:
@@ -387,7 +385,7 @@ def test_prompts_are_odd_padded_and_longer_than_every_window(case: Case, exporte
 
 def test_report_files_say_the_same_in_json_and_html(copy: Path) -> None:
     found = manifest.read(copy)
-    report = ladder.climb(found, progress=silent)
+    report = ladder.climb(found)
     files.write(found, report)
     data = json.loads((copy / "report.json").read_text())
     assert data["verdict"] == report.verdict

@@ -77,9 +77,9 @@ def climbed(tiny_checkpoint, tmp_path_factory) -> Callable[[str], tuple[manifest
     def climb(dtype: str) -> tuple[manifest.Manifest, Report]:
         checkpoint = open_checkpoint(base / "ck")
         request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, dtype)
-        onnx_file.write(request, base / dtype, force=False, progress=lambda what, done, of: None)
+        onnx_file.write(request, base / dtype, force=False)
         found = manifest.read(base / dtype)
-        return found, ladder.climb(found, progress=lambda what, done, of: None)
+        return found, ladder.climb(found)
 
     return climb
 
@@ -130,8 +130,8 @@ def test_a_weight_that_is_nan_is_no_overflow(tiny_checkpoint, tmp_path) -> None:
     save_file(tensors, shard, {"format": "pt"})
     checkpoint = open_checkpoint(source)
     request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, "float16")
-    onnx_file.write(request, tmp_path / "nan", force=False, progress=lambda *_: None)
-    report = ladder.climb(manifest.read(tmp_path / "nan"), progress=lambda *_: None)
+    onnx_file.write(request, tmp_path / "nan", force=False)
+    report = ladder.climb(manifest.read(tmp_path / "nan"))
     notes = [r.note for r in report.rungs if r.status == "fail"]
     assert notes
     assert set(notes) == {"layers.1 gives numbers that are not finite"}

@@ -28,11 +28,8 @@ NORM = Norm(64, 1e-6)
 PYTORCH, FILE, BLOCKS = "PyTorch / transformers", "ONNX Runtime / PyTorch", "blocks: ONNX Runtime / PyTorch"
 
 
-def silent(what: str, done: int, of: int) -> None: ...
-
-
 def rungs(folder: Path) -> dict[str, ladder.Rung]:
-    return {r.name: r for r in ladder.climb(manifest.read(folder), progress=silent).rungs}
+    return {r.name: r for r in ladder.climb(manifest.read(folder)).rungs}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +52,7 @@ def rough(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             model.to(getattr(torch, dtype)).save_pretrained(folder / f"{dtype}-checkpoint")
             checkpoint = open_checkpoint(folder / f"{dtype}-checkpoint")
             request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, dtype)
-            onnx_file.write(request, folder / dtype, force=False, progress=silent)
+            onnx_file.write(request, folder / dtype, force=False)
         return folder / dtype
 
     return make

@@ -1,0 +1,146 @@
+"""A graph and its file: trace its blocks, stitch, fuse, bind the weights; and read it back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import onnx
+
+from llmexport.export import cache, weights
+from llmexport.export.checkpoint import Checkpoint
+from llmexport.export.errors import ExportError
+from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.identity import changed
+from llmexport.export.progress import Progress, silent
+from llmexport.export.spec import OPSET, Assembly, Block, Graph, Port, Step, to_data
+from llmexport.graphs import bodies, pipeline
+from llmexport.graphs.cut import cut
+from llmexport.graphs.fusion import Fused
+from llmexport.graphs.stitch import Piece, stitch
+from llmexport.plugins.dtypes import BY_NAME
+from llmexport.plugins.regular import read_regular
+from llmexport.plugins.spec import Attribute
+
+MOST_MODEL = 2**31 - 1  # bytes, protobuf's own limit
+
+
+def build(
+    graph: Graph,
+    own: Mapping[str, Mapping[str, weights.Parameter]],
+    checkpoint: Checkpoint,
+    dtype: str,
+    target: str,
+    progress: Progress = silent,
+) -> tuple[ExportedGraph, bytes]:
+    """A graph with its weights bound to the checkpoint's tensors where they lie, and its file.
+
+    own: the weights that each step wants, by the path in its block. target: as a Request says it.
+    """
+    assembly = graph.assembly
+    graphs = trace_all(assembly.blocks, dtype, progress)
+    values = {
+        s.name: {**s.reads, **{path: parameter.name for path, parameter in own[s.name].items()}, **s.makes}
+        for s in assembly.steps
+    }
+    wanted = {p.name: p for parameters in own.values() for p in parameters.values()}
+    stored = {n: weights.stored_type(p, checkpoint) for n, p in wanted.items() if p.dtype != "T"}
+
+    def make() -> bytes:
+        pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]
+        return join(pieces, assembly, dtype, target, stored).SerializeToString()
+
+    key = [to_data(assembly), values, dtype, target, stored, [p.__name__ for p in pipeline.PIPELINE]]
+    proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
+    fusions = {p.key: Fused(**json.loads(p.value)) for p in proto.metadata_props}
+    del proto.metadata_props[:]
+    weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx)
+    data = proto.SerializeToString(deterministic=True)
+    names = {step: {path: p.parts or p.name for path, p in parameters.items()} for step, parameters in own.items()}
+    digest = hashlib.sha256(data).hexdigest()
+    counts = bodies.count(proto)
+    return ExportedGraph(graph.name, assembly, graph.carried, names, counts, fusions, digest), data
+
+
+def join(
+    pieces: list[Piece], assembly: Assembly, dtype: str, target: str, stored: Mapping[str, int] = MappingProxyType({})
+) -> onnx.ModelProto:
+    """The pieces stitched and fused, weights still graph inputs, those in `stored` of that ONNX type; what each pass
+    did is in `metadata_props`."""
+    inputs, outputs = ([value_info(p, dtype) for p in ports] for ports in (assembly.inputs, assembly.outputs))
+    stitched = stitch(pieces, inputs, outputs, opset=OPSET)
+    for value in stitched.graph.input:
+        if value.name in stored:
+            value.type.tensor_type.elem_type = stored[value.name]
+    proto, fusions = pipeline.run(stitched)
+    if target == "portable":
+        bodies.attach_bodies(proto, load_body)
+    for name, fused in fusions.items():
+        proto.metadata_props.add(key=name, value=json.dumps(dataclasses.asdict(fused)))
+    return proto
+
+
+def load(export: Export, graph: ExportedGraph) -> onnx.ModelProto:
+    """A graph of an export without its weights, and with the bodies of its ops, whatever the export's target.
+
+    Raises ExportError if its file is missing or another than was exported.
+    """
+    path = export.folder / graph.file
+    try:
+        data = read_regular(path, MOST_MODEL)
+    except FileNotFoundError as error:
+        raise ExportError(f"{path} is missing from the export: export again") from error
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror}: export again") from error
+    if hashlib.sha256(data).hexdigest() != graph.sha256:
+        raise changed(path)
+    proto = onnx.ModelProto.FromString(data)
+    if export.target == "tensorrt":
+        bodies.attach_bodies(proto, load_body)
+    return proto
+
+
+def trace_all(blocks: tuple[Block, ...], dtype: str, progress: Progress = silent) -> dict[Block, onnx.ModelProto]:
+    """The graph of every distinct block, from the cache or traced now."""
+    graphs = {}
+    for i, block in enumerate(blocks):
+        progress(f"trace {block.kind}", i, len(blocks))
+        graphs[block] = load_block(block, dtype)
+    progress("trace", len(blocks), len(blocks))
+    return graphs
+
+
+def load_block(block: Block, dtype: str) -> onnx.ModelProto:
+    def make() -> bytes:
+        from llmexport.export.trace import trace_block
+
+        return trace_block(block, dtype).SerializeToString()
+
+    return onnx.ModelProto.FromString(cache.cached("block", [to_data(block), dtype], make))
+
+
+def load_body(
+    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
+) -> onnx.FunctionProto:
+    def make() -> bytes:
+        from llmexport.export.trace import trace_body
+
+        return trace_body(name, attributes, types, shapes).SerializeToString()
+
+    sizes = [[d if isinstance(d, int) else None for d in shape] for shape in shapes]
+    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes], make))
+
+
+def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(port.name, BY_NAME[port.typed(dtype).dtype].onnx, list(port.shape))
+
+
+def cut_step(model: onnx.ModelProto, step: Step, dtype: str) -> onnx.ModelProto:
+    """The part of an exported model that computes one step; weights stay where they are."""
+    inputs = [
+        value_info(dataclasses.replace(p, name=n), dtype) for n, p in zip(step.inputs, step.block.inputs, strict=True)
+    ]
+    return cut(model, inputs, step.outputs)
