@@ -27,8 +27,6 @@ DECODE_STEPS = 8
 PIECE = 3  # tokens of a prompt's later piece
 MOST_PAST = 4 * 2**30  # bytes of a random past in fp32, which is held for each step across a threshold
 WARM_CALLS, WARM_SECONDS = 5, 0.2  # a prompt is timed again until there are so many calls, or they took so long
-
-
 R = TypeVar("R", bound=BaseRunner)
 Recorded = dict[str, dict[str, Feed]]  # name of a stage -> graph -> value
 
@@ -119,7 +117,7 @@ class Run:
 
 
 def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
-    """A script, whose decode steps our PyTorch chooses; its run; and all values of the stages that are no decode steps.
+    """A script, its run, and all values of its stages but decode steps, whose tokens our PyTorch chooses.
 
     A model that carries something is run on the prompt, DECODE_STEPS greedy tokens, a piece of PIECE tokens at once
     and across thresholds; any other on the prompt with padding on the left, and on the right.

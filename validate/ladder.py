@@ -82,16 +82,21 @@ def _climb_whole(
     lost = export.dtype if exact and exact.finite else "float32"
     overflow.explain(rungs, lost, ours.overflows or (overflow.first_alone(alone) if alone else None))
     progress("done", 4, 4)
-    _note_uncrossed(rungs, beyond(export, prompt)[1])
+    _note_uncrossed(rungs, export, beyond(export, prompt)[1])
     return Report(rungs, seconds, _shape(script))
 
 
-def _note_uncrossed(rungs: list[Rung], left: list[int]) -> None:
+def _note_uncrossed(rungs: list[Rung], export: Export, left: list[int]) -> None:
     """Adds to the note of every rung that was run the thresholds that were too far for it."""
+    why = (
+        f"whose caches are over {drive.MOST_PAST >> 30} GiB in fp32"
+        if any(g.carried for g in export.graphs)
+        else "as no step reads an earlier one: --tokens makes the prompt longer"
+    )
     for rung in rungs:
         if left and rung.status != "not run":
             held = "; masks, angles and temperatures were, alone" if rung.name == BLOCKS else ""
-            note = f"not run past {left} tokens, whose caches are over {drive.MOST_PAST >> 30} GiB in fp32{held}"
+            note = f"not run past {left} tokens, {why}{held}"
             rung.note = f"{rung.note}; {note}" if rung.note else note
 
 
@@ -182,7 +187,7 @@ def _compare_runs(
     name: str, script: Script, reference: Run, found: Run, tolerance: Tolerance, yardsticks: Sequence[Run] = ()
 ) -> Rung:
     """The outputs of every stage that both return, of real tokens only: nobody reads what a model makes of padding,
-    and a padded row that sees nothing may be anything. Of what is carried on, that of the last piece.
+    and a padded row that sees nothing may be anything. States are compared once, after the last piece.
 
     `yardsticks` are runs in 16 bits that are as right as any; how far they are off, there and in most places, widens
     the tolerance.

@@ -68,7 +68,7 @@ class Report:
         return "every rung that was run passed" + ("" if compared else "; not compared with transformers")
 
     def as_data(self) -> dict[str, Any]:
-        """JSON data; what is not finite, as text."""
+        """JSON data, in which a number that is not finite is text."""
         return finite(asdict(self) | {"passed": self.passed, "verdict": self.verdict})
 
 

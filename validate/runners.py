@@ -138,7 +138,7 @@ def metadata(ports: Iterable[Port], dtype: str) -> TensorMetadata:
 
 
 def to_torch(array: np.ndarray) -> Tensor:
-    """Without a copy where the array is in memory as torch wants it; bf16 from ml_dtypes."""
+    """The array as a tensor, without a copy where torch takes its memory as it is; bf16 comes from ml_dtypes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         if array.dtype == ml_dtypes.bfloat16:

@@ -159,8 +159,8 @@ def suspected_thresholds(config: Any) -> set[int]:
 
 
 def threshold(block: Block) -> int:
-    """After how many tokens a block computes what it did not before: its window, its chunk, its temperature's
-    interval, the positions of LongRoPE's short factors; 0 if it has none."""
+    """The number of tokens after which a block computes what it did not before: its window, its chunk, its
+    temperature's interval, the positions of LongRoPE's short factors; 0 if it has none."""
     match block:
         case Mask():
             return block.window or block.chunk or 0

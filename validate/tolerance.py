@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from llmexport.export.exported import Export
     from llmexport.validate.compare import Difference
 
-# A right export in 16 bits is no further from fp32 than another right run in 16 bits is, by this factor. How far that
-# is depends on the model: transformers itself is 2 to 28 roundoffs of the rms off in fp16 (Llama of 3 to 24 layers,
+# A right export in 16 bits is no further from fp32 than another right run in 16 bits is, by this factor. The distance
+# depends on the model: transformers itself is 2 to 28 roundoffs of the rms off in fp16 (Llama of 3 to 24 layers,
 # deviation 0.02 to 0.4; qwen3, gemma2, mixtral). Against the larger of the error in the same step and the median one,
 # other right runs were off by at most 2.1 times as much, and 1.2 times of the rms.
 FACTOR = 3.0
-# Of the reference, from which other logits of its kind are off by 1.4 times their rms: the most that is ever allowed.
+# No bound is ever wider than this share of the reference: other logits of its kind are 1.4 times its rms off.
 MOST = 0.25
 
 
@@ -73,7 +73,7 @@ def _sixteen_bit(roundoff: float) -> Tolerance:
 
 # fp32: right exports stay under 3e-6 and 7e-7 on tiny models of four families, and reach 1.0e-5 and 1.2e-6 on 18
 # layers of gemma-2b; a wrong one starts at 1e-3. fp16 and bf16: the bounds are 16 and 8 roundoffs, or what the model
-# makes of them (Tolerance.widened). What a model computes is judged by its rung in fp32, not by these.
+# makes of them (Tolerance.widened). The rung in fp32 judges what a model computes; these do not.
 TOLERANCE = {
     "float32": Tolerance(1e-4, 1e-5),
     "float16": _sixteen_bit(2.0**-11),
@@ -90,7 +90,7 @@ RECURRENT = 5.0
 STRAYS = 0.5
 
 
-# Of the tokens of one step, which pass one router: between right runs one in a hundred to one in ten.
+# The tokens of one step pass one router: between right runs one in a hundred to one in ten of them strays.
 STEP_STRAYS = 0.2
 
 

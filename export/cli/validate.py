@@ -48,6 +48,6 @@ def summary(report: Report) -> list[tuple[str, str]]:
         prompt = report.prompt
         text = f"prompt of {prompt['batch']} x {prompt['tokens']} tokens {seconds['prefill'] * 1e3:.1f} ms, "
         # A model that carries nothing decodes nothing.
-        text += f"decode step {seconds['decode'] * 1e3:.2f} ms, " if "decode" in seconds else ""
+        text += f"decode {seconds['decode'] * 1e3:.2f} ms, " if "decode" in seconds else ""
         rows.append((f"time, {runner}", text + "warm, this CPU"))
     return [*rows, ("verdict", report.verdict)]
