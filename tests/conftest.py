@@ -23,8 +23,8 @@ Exporter = Callable[..., Path]
 NOT_FOR_KERNELS = ("click", "onnx_graphsurgeon", "onnx_ir", "onnxruntime", "onnxscript", "polygraphy", "psutil", "rich")
 NOT_FOR_KERNELS += ("safetensors", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "transformers")
 
-# The tier of a test by what its fixtures, or what its file takes from native.py, make; a file that builds engines
-# says so itself.
+# The tier of a test by what its fixtures, or what its file takes from native.py, make; where neither says it, the
+# test or its file is marked by hand.
 TIERS = {"exported": "model", "tiny_checkpoint": "model", "cuda_library": "engine"}
 TIERS |= dict.fromkeys(("machine", "compiled", "beside_emulated", "emulated_library"), "kernel")
 NOT_QUICK = {*TIERS.values(), "slow", "gpu"}

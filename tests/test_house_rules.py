@@ -356,6 +356,14 @@ def test_no_file_names_a_place_on_one_machine(tracked):
     assert broken(tracked, places) == {}
 
 
+def test_every_link_of_a_document_leads_somewhere(tracked):
+    def lost(path: Path) -> Iterable[str]:
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
+        return [link for link in links if not (path.parent / link).exists()]
+
+    assert broken([p for p in tracked if p.suffix == ".md"], lost) == {}
+
+
 def test_the_top_level_is_the_list_that_was_agreed(tracked):
     agreed = {*FOLDERS, "tests", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"}
     there = {name(p).split("/")[0] for p in tracked}

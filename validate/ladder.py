@@ -64,8 +64,7 @@ def _climb_whole(
     exact = follow(exact_torch, export, script) if exact_torch else None
     rungs, theirs = _references(export, script, ours, exact)
     progress("blocks", 2, 4)
-    reason = not_runnable(export.dtype)
-    if reason:
+    if reason := not_runnable(export.dtype):
         rungs += [Rung(n, "not run", reason) for n in (BLOCKS, WHOLE)]
     else:
         models = {g.name: graph_file.load(export, g) for g in export.graphs}
@@ -101,20 +100,15 @@ def _shape(script: Script) -> dict[str, Any]:
     """The sizes of a script, for the report."""
     batch, tokens = script[0].ids.shape
     crossed = [s.past + stages.BEFORE for s in script if s.kind == "crossing"]
-    return {
-        "batch": batch,
-        "tokens": tokens,
-        "decode_steps": sum(s.kind == "decode" for s in script),
-        "crossed": crossed,
-    }
+    decodes = sum(s.kind == "decode" for s in script)
+    return {"batch": batch, "tokens": tokens, "decode_steps": decodes, "crossed": crossed}
 
 
 def _climb_block(
     export: Export, torch: TorchDriver, exact_torch: TorchDriver | None, seed: int, progress: Progress
 ) -> Report:
     """One block alone, on random inputs."""
-    reason = not_runnable(export.dtype)
-    if reason:
+    if reason := not_runnable(export.dtype):
         return Report([Rung(WHOLE, "not run", reason)], {}, {})
     [graph] = export.graphs
     [step] = graph.assembly.steps

@@ -11,6 +11,8 @@ from llmexport.export import build_engine, export, manifest, random_checkpoint
 from llmexport.export.archs import load
 from llmexport.export.errors import EngineError, ExportError
 
+pytestmark = pytest.mark.model
+
 README = Path(__file__).parents[2] / "README.md"
 [LINES] = re.findall(r"```python\n(from llmexport.*?)```", README.read_text(), re.DOTALL)
 

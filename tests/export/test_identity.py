@@ -20,6 +20,8 @@ from llmexport.export.errors import ExportError
 from llmexport.export.identity import KNOWN, SAMPLED, WHOLE
 from llmexport.validate import validate
 
+pytestmark = pytest.mark.model
+
 SHARD = "model-00001-of-00001.safetensors"
 FLIPS = 12_800
 

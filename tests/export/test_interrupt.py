@@ -97,6 +97,8 @@ def test_a_signal_while_a_module_is_imported_is_not_lost() -> None:
 import signal, sys
 from llmexport.export.cli import main
 
+pytestmark = pytest.mark.model
+
 def look(frame, event, argument):
     if event == "call" and frame.f_code.co_name == "cb" and "importlib" in frame.f_code.co_filename:
         sys.setprofile(None)

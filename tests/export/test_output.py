@@ -15,7 +15,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.output import new_folder, write_errors, write_files
 from llmexport.export.stamp import stamp
 
-RECORD = {"format": 1, "arch": "a", "steps": [], "ops": {}, "config": {}, "weights": {"files": []}}
+RECORD = {"format": 1, "arch": "a", "blocks": [], "config": {}, "weights": {"files": []}}
 OLD = {
     "manifest.json": json.dumps(RECORD | {"files": ["sub/tokens"]}).encode(),
     "model.onnx": b"old model",

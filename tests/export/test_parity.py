@@ -43,7 +43,7 @@ class Decoder:
         self.torch = None
         read = manifest.read(folder)
         self.carried = read.graphs[0].carried
-        self.ports = {p.name: p.typed("float32") for p in read.graphs[0].assembly.inputs}
+        self.ports = {p.name: p.typed(read.dtype) for p in read.graphs[0].assembly.inputs}
         self.allowed = tolerance("float32", read.assembly)
         if runner == "torch":
             self.torch = TorchRunner(manifest.read(folder))

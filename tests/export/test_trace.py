@@ -50,6 +50,8 @@ from llmexport.validate.feeds import block_feed
 from llmexport.validate.runners import to_torch
 from llmexport.validate.tolerance import Tolerance
 
+pytestmark = pytest.mark.model
+
 LLAMA_NORM = Norm(33, 1e-5)
 GEMMA_NORM = Norm(33, 1e-6, 1.0, "after_weight")
 LAYER_NORM = Norm(33, 1e-5, statistics="layer", bias=True)

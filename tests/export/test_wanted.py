@@ -94,6 +94,7 @@ def test_a_random_checkpoint_beyond_any_disk_is_refused(hollow, hidden, said, tm
 
 
 @pytest.mark.parametrize("arch", ["gpt_oss", "llama4", "qwen3_5_moe"])
+@pytest.mark.model
 def test_what_is_known_before_a_trace_is_what_the_graph_takes(arch):
     for block in {s.block for s in read_model(archs.load(arch), archs.load(arch).tiny).steps}:
         ports = {p.name for p in block.inputs}

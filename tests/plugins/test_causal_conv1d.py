@@ -173,6 +173,7 @@ def test_body_in_onnx_runtime_equals_the_reference_at_any_length(dtype, with_bia
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.engine
 def test_rtx_builds_the_body(dtype, tmp_path):
     model = body_model("CausalConv1d", {"activation": "silu"}, dtype, SIZES)
     assert rtx_build(model, {"B": (1, 2, 4), "T": (1, 63, 512)}, tmp_path) == ["built"]

@@ -140,6 +140,7 @@ def test_body_rounds_where_the_reference_does(round_before_weight):
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.engine
 def test_rtx_builds_the_body(dtype, tmp_path):
     attributes = {"epsilon": EPSILON, "activation": "silu", "round_before_weight": True}
     model = body_model("GatedRmsNorm", attributes, dtype, {"H": 3, "D": 33})

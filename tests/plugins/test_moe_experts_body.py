@@ -168,6 +168,7 @@ rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reaso
 @rtx
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.engine
 def test_rtx_builds_the_body(dtype, layout, tmp_path):
     tensors = example(layout, dtype=dtype)
     assert rtx_build(model(layout, tensors), DYNAMIC, tmp_path) == ["built"]

@@ -249,6 +249,7 @@ def test_body_in_onnx_runtime_equals_the_reference(dtype, experts, routing, bias
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("experts", "routing", "biased"), [CASES[i] for i in (0, 3, 4, 9, 10)], ids=case_name)
+@pytest.mark.engine
 def test_rtx_builds_the_body(experts, routing, biased, dtype, tmp_path: Path):
     tensors = {n: t.to(dtype) for n, t in example((1, 1), experts, biased).items()}
     model = node_model("MoeRoute", asdict(routing), tensors, {"bias"} & tensors.keys())

@@ -330,6 +330,7 @@ def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, groups,
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.engine
 def test_rtx_builds_the_body(dtype, tmp_path):
     attributes = {"scale": 0.3, "softcap": 2.0, "window": 4}
     model = body_model("SinkAttention", attributes, dtype, {"H": 4, "G": 2, "D": 64})
