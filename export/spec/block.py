@@ -21,19 +21,19 @@ Use = Literal[
     "tokens",  # ids of words
     "token_types",  # the segment that each token is of
     "positions",  # where a token stands in its row
-    "padding",  # of the row so far: 1 for a token, 0 for padding
+    "padding",  # 1 for a token, 0 for padding, along the row so far
     "mask",  # which keys each query sees
     "span_start",  # where the keys of a row begin
-    "span_length",  # and where they end
-    "presence",  # of this step: 1 for a token, 0 for padding
+    "span_length",  # where they end
+    "presence",  # 1 for a token, 0 for padding, along this step
     "presence_end",  # where this step's tokens of a row end
-    "cos",  # of the angles that RoPE turns by
-    "sin",
+    "cos",  # cosines of the angles that RoPE turns by
+    "sin",  # their sines
     "temperature",  # a factor of each query
     "routing_weights",  # how much each chosen expert counts
-    "routing_experts",  # which they are, no two alike
-    "state",  # what a block kept of earlier tokens: keys, values, inputs
-    "recurrence",  # what a block summed up of all earlier tokens, zero before the first
+    "routing_experts",  # their numbers, no two alike
+    "state",  # keys, values or inputs that a block kept of earlier tokens
+    "recurrence",  # a sum over all earlier tokens, zero before the first
 ]
 
 
