@@ -64,8 +64,7 @@ def _climb_whole(
     exact = follow(exact_torch, export, script) if exact_torch else None
     rungs, theirs = _references(export, script, ours, exact)
     progress("blocks", 2, 4)
-    reason = not_runnable(export.dtype)
-    if reason:
+    if reason := not_runnable(export.dtype):
         rungs += [Rung(n, "not run", reason) for n in (BLOCKS, WHOLE)]
     else:
         models = {g.name: graph_file.load(export, g) for g in export.graphs}
@@ -88,11 +87,8 @@ def _climb_whole(
 
 def _note_uncrossed(rungs: list[Rung], export: Export, left: list[int]) -> None:
     """Adds to the note of every rung that was run the thresholds that were too far for it."""
-    why = (
-        f"whose caches are over {drive.MOST_PAST >> 30} GiB in fp32"
-        if any(g.carried for g in export.graphs)
-        else "as no step reads an earlier one: --tokens makes the prompt longer"
-    )
+    cached = any(g.carried for g in export.graphs)
+    why = f"whose caches are over {drive.MOST_PAST >> 30} GiB in fp32" if cached else "for which --tokens is needed"
     for rung in rungs:
         if left and rung.status != "not run":
             held = "; masks, angles and temperatures were, alone" if rung.name == BLOCKS else ""
@@ -103,17 +99,16 @@ def _note_uncrossed(rungs: list[Rung], export: Export, left: list[int]) -> None:
 def _shape(script: Script) -> dict[str, Any]:
     """The sizes of a script, for the report."""
     batch, tokens = script[0].ids.shape
-    kinds = [s.kind for s in script]
     crossed = [s.past + stages.BEFORE for s in script if s.kind == "crossing"]
-    return {"batch": batch, "tokens": tokens, "decode_steps": kinds.count("decode"), "crossed": crossed}
+    decodes = sum(s.kind == "decode" for s in script)
+    return {"batch": batch, "tokens": tokens, "decode_steps": decodes, "crossed": crossed}
 
 
 def _climb_block(
     export: Export, torch: TorchDriver, exact_torch: TorchDriver | None, seed: int, progress: Progress
 ) -> Report:
     """One block alone, on random inputs."""
-    reason = not_runnable(export.dtype)
-    if reason:
+    if reason := not_runnable(export.dtype):
         return Report([Rung(WHOLE, "not run", reason)], {}, {})
     [graph] = export.graphs
     [step] = graph.assembly.steps
