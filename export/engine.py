@@ -218,7 +218,7 @@ class _Job:
             outputs,
             graph.carried,
             ran.network.layers,
-            collections.Counter(nodes.values()),
+            dict(collections.Counter(nodes.values())),
             ran.messages,
             ran.seconds,
         )
