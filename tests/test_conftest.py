@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import NOT_FOR_KERNELS
 
 TESTS = Path(__file__).parent
@@ -23,6 +24,7 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
+@pytest.mark.kernel
 def test_gpu_tests_are_collected_without_what_kernels_do_not_need(tmp_path: Path) -> None:
     """All of them: a file that is skipped then has none."""
     (tmp_path / "sitecustomize.py").write_text(BLOCK)

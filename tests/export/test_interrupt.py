@@ -17,6 +17,8 @@ from llmexport.export import archs, interrupt, random_checkpoint
 from llmexport.export.cli import main as module
 from llmexport.export.interrupt import SIGNALS
 
+pytestmark = pytest.mark.model
+
 
 @pytest.fixture
 def heeded() -> Iterator[None]:
@@ -96,8 +98,6 @@ def test_a_signal_while_a_module_is_imported_is_not_lost() -> None:
     code = """
 import signal, sys
 from llmexport.export.cli import main
-
-pytestmark = pytest.mark.model
 
 def look(frame, event, argument):
     if event == "call" and frame.f_code.co_name == "cb" and "importlib" in frame.f_code.co_filename:

@@ -31,10 +31,10 @@ from llmexport.validate import ladder, stages
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
 
+pytestmark = pytest.mark.model
+
 PLAIN = """
 import sys, numpy, onnxruntime
-
-pytestmark = pytest.mark.model
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 given = {"input_ids": [[3, 1, 4]], "position_ids": [[0, 1, 2]], "attention_mask": [[1, 1, 1]]}
 types = {"tensor(int64)": "int64", "tensor(float)": "float32"}

@@ -26,6 +26,8 @@ from llmexport.validate import ladder, stages
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import tolerance
 
+pytestmark = pytest.mark.model
+
 Exporter = Callable[..., Export]
 WHOLE = [n for n in archs.names() if archs.load(n).multimodal]
 FUSED, MXFP4 = "qwen3_5_moe-fused", "gpt_oss-mxfp4"

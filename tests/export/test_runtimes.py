@@ -28,6 +28,8 @@ from llmexport.validate.compare import compare
 from llmexport.validate.runners import OLDEST_RUNTIME
 from llmexport.validate.tolerance import TOLERANCE, tolerance
 
+pytestmark = pytest.mark.model
+
 OLDEST = "LLMEXPORT_OLDEST_ONNXRUNTIME"  # the folder that it is installed to
 ROOT = Path(__file__).parents[2]
 # Shorter and longer than the windows of the tiny configs, then two cached steps.

@@ -27,6 +27,8 @@ from llmexport.graphs.bodies import op_of
 from llmexport.validate import drive, ladder, reference, stages
 from llmexport.validate import report as files
 
+pytestmark = pytest.mark.model
+
 
 def climb(folder: Path, **options: int) -> dict[str, ladder.Rung]:
     report = ladder.climb(manifest.read(folder), **options)
