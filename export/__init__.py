@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmexport.export.progress import Progress, silent
@@ -36,10 +35,11 @@ def export(
     (llmexport.plugins.errors), with one line that says what to do.
     """
     from llmexport.export import onnx_file
+    from llmexport.export.folder import folder_path
     from llmexport.export.source import open_source
 
-    folder = Path(output)
-    with open_source(arch, None if checkpoint is None else Path(checkpoint), folder) as (named, found):
+    folder = folder_path(output)
+    with open_source(arch, None if checkpoint is None else folder_path(checkpoint), folder) as (named, found):
         request = onnx_file.Request(named, found, dtype, block, weights, target, digest)
         return onnx_file.write(request, folder, force=force, progress=progress)
 
@@ -60,11 +60,12 @@ def build_engine(
     UserError (llmexport.plugins.errors), with one line that says what to do.
     """
     from llmexport.export import engine
+    from llmexport.export.folder import folder_path
     from llmexport.export.profile import parse_profile
     from llmexport.plugins import library
 
     return engine.build(
-        Path(folder),
+        folder_path(folder),
         backend=backend,
         profile=None if profile is None else parse_profile(profile),
         plugins=library.find() if plugins else None,

@@ -43,7 +43,7 @@ def named_blocks(model: Model) -> dict[str, Part]:
 def find_block(model: Model, name: str) -> Part:
     blocks = named_blocks(model)
     if name not in blocks:
-        raise ExportError(f"no block {name!r} in this model, its blocks are: {', '.join(blocks)}, or all")
+        raise ExportError(f"no block {name!r} in this model, its blocks are: {', '.join(blocks)}")
     return blocks[name]
 
 

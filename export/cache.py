@@ -56,7 +56,7 @@ def cached(kind: str, key: Any, make: Callable[[], bytes]) -> bytes:
 
 
 def _digest(key: bytes, data: bytes) -> bytes:
-    """Of both, so that an entry under the name of another key is none."""
+    """The digest of both, so that an entry under the name of another key is none."""
     return hashlib.sha256(key + data).digest()
 
 

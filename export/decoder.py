@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from llmexport.export.assembly import HEAD, TABLE
 from llmexport.export.config import Config
 from llmexport.export.spec import Activation, Attention, Block, Embedding, Head, Layer, Mask, Mlp, Model, Norm
-from llmexport.export.wiring import Wiring
+from llmexport.export.stack import wired
 
 # The published names of Llama and of all who followed it.
 NAMES = MappingProxyType(
@@ -24,11 +23,6 @@ NAMES = MappingProxyType(
         "head.projection.": "lm_head.",
     }
 )
-
-# What every decoder takes besides its states, in this order.
-TOKENS = ("input_ids", "position_ids", "attention_mask")
-# The parameter that may be tied, and the one that it is tied to.
-TIED = MappingProxyType({HEAD: TABLE})
 
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
@@ -96,24 +90,6 @@ class Decoder:
         self.config.expect_layer_types([_kind(reads) for _, reads in layers])
         head = Head(norm, self.vocabulary, softcap, logit_scale)
         return wired(embedding, layers, head, tied=self.config.flag("tie_word_embeddings", tied))
-
-
-def wired(embedding: Embedding, layers: Iterable[tuple[Layer, tuple[Block, ...]]], head: Head, *, tied: bool) -> Model:
-    """A decoder as one graph: `input_ids, position_ids, attention_mask, past` to `logits, present`.
-
-    `layers` are the blocks and the context that each reads; `tied`: the head's projection is the embedding table.
-    """
-    layers, wiring = list(layers), Wiring()
-    shared = [b for _, reads in layers for b in reads]
-    ports = {p.name: p for b in (embedding, *shared) for p in b.inputs}
-    wiring.take(*(ports[n] for n in TOKENS if n in ports))
-    (hidden,) = wiring.place("embedding", embedding, ["hidden.0"])
-    wiring.share(shared)
-    for i, (block, reads) in enumerate(layers):
-        (hidden,) = wiring.place(f"layers.{i}", block, [f"hidden.{i + 1}"], state=f"{i}", context=reads, hidden=hidden)
-    wiring.place("head", head, hidden=hidden)
-    wiring.give(*head.outputs)
-    return Model((wiring.done(),), TIED if tied else {})
 
 
 def _kind(reads: Iterable[Block]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from llmexport.export.assembly import HEAD, TABLE
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
@@ -18,10 +17,8 @@ from llmexport.export.spec import (
     Norm,
     Sublayer,
 )
-from llmexport.export.wiring import Wiring
+from llmexport.export.stack import wired
 
-# What every encoder takes, in this order.
-TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 # What the norms were called when the first checkpoints were published.
 OLDER = MappingProxyType({"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"})
 
@@ -85,22 +82,5 @@ def post_norm(config: Config) -> Model:
     types, positions = config.length("type_vocab_size", 2), config.length("max_position_embeddings")
     embedding = Embedding(vocabulary, hidden, types=types, positions=positions, norm=normed)
     head = Head(normed, vocabulary, transform=activation, bias=True)
-    layers = (layer,) * config.count("num_hidden_layers")
+    layers = [(layer, (BidirectionalMask(),))] * config.count("num_hidden_layers")
     return wired(embedding, layers, head, tied=config.flag("tie_word_embeddings", True))
-
-
-def wired(embedding: Embedding, layers: tuple[Layer, ...], head: Head, *, tied: bool) -> Model:
-    """An encoder as one graph: `input_ids, attention_mask, token_type_ids` to `logits`.
-
-    `tied`: the head's projection is the embedding table, and its bias the one that stands beside it.
-    """
-    wiring, mask = Wiring(), BidirectionalMask()
-    ports = {p.name: p for b in (embedding, mask) for p in b.inputs}
-    wiring.take(*(ports[n] for n in TOKENS if n in ports))
-    (hidden,) = wiring.place("embedding", embedding, ["hidden.0"])
-    wiring.share([mask])
-    for i, layer in enumerate(layers):
-        (hidden,) = wiring.place(f"layers.{i}", layer, [f"hidden.{i + 1}"], context=[mask], hidden=hidden)
-    wiring.place("head", head, hidden=hidden)
-    wiring.give(*head.outputs)
-    return Model((wiring.done(),), {HEAD: TABLE, "head.projection.bias": "head.bias"} if tied else {})

@@ -31,6 +31,7 @@ from llmexport.plugins.regular import sha256
 
 RECORD = "engine.json"
 FORMAT = 2
+LONGEST = 10**8  # seconds: three years, which a timer still takes
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,13 @@ def build(
     plugins: the plugin library, whose kernels take the place of the ops it serves; other ops, or all if it is
     None, are built from their function bodies.
 
-    timeout: seconds until the builder of a graph is given up, None to wait. Whatever fails, earlier engines stay.
-    verify: every byte of the weights is held against the digests of the export.
+    timeout: seconds until the builder of a graph is given up, None to wait. Whatever fails before all plans are built,
+    earlier engines stay. verify: every byte of the weights is held against the digests of the export.
     Raises EngineError, and ExportError if `folder` is no export, was changed since, or cannot be written.
     """
     chosen = check_backend(backend)
+    if timeout is not None and not 1 <= timeout <= LONGEST:
+        raise EngineError(f"timeout is {timeout:g}: make it 1 to {LONGEST} seconds")
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
     sizes = (profile or Profile()).resolve((p for g in export.graphs for p in g.assembly.inputs), export.blocks)
@@ -149,21 +152,27 @@ def build(
     served = library.served(plugins) if plugins else frozenset()
     with write_errors(folder / plan_name(export.graphs[0].name)), workspace(folder) as work:
         job = _Job(export, chosen.module, sizes, plugins, served, timeout, work, progress)
-        built = {g.name: job.build(i, g) for i, g in enumerate(export.graphs)}
-        plans = {name: plan for name, (plan, _) in built.items()}
+        plans: dict[str, Plan] = {}
+        for place, graph in enumerate(export.graphs):
+            try:
+                plans[graph.name], version = job.build(place, graph)
+            except EngineError as error:
+                if len(export.graphs) == 1:
+                    raise
+                raise EngineError(f"{graph.name}: {error}") from error
         used = any(p.plugins for p in plans.values())
         engine = Engine(
-            backend,
-            next(version for _, version in built.values()),
-            chosen.target,
-            export.arch,
-            export.block,
-            export.dtype,
-            export.weights,
-            export.checked,
-            sizes,
-            (Library(str(plugins), _sha256(plugins)),) if plugins and used else (),
-            plans,
+            backend=backend,
+            version=version,
+            target=chosen.target,
+            arch=export.arch,
+            block=export.block,
+            dtype=export.dtype,
+            weights=export.weights,
+            checked=export.checked,
+            profile=sizes,
+            plugins=(Library(str(plugins), _sha256(plugins)),) if plugins and used else (),
+            graphs=plans,
         )
         export.check_untouched()
         _place(work, folder, engine)
@@ -210,17 +219,17 @@ class _Job:
 
         ran = builder.run(work, self.module, self.timeout, check)
         plan = Plan(
-            plan_name(graph.name),
-            (work / PLAN).stat().st_size,
-            _sha256(work / PLAN),
-            graph.sha256,
-            inputs,
-            outputs,
-            graph.carried,
-            ran.network.layers,
-            dict(collections.Counter(nodes.values())),
-            ran.messages,
-            ran.seconds,
+            file=plan_name(graph.name),
+            bytes=(work / PLAN).stat().st_size,
+            sha256=_sha256(work / PLAN),
+            model_sha256=graph.sha256,
+            inputs=inputs,
+            outputs=outputs,
+            carried=graph.carried,
+            layers=ran.network.layers,
+            plugins=dict(collections.Counter(nodes.values())),
+            messages=ran.messages,
+            seconds=ran.seconds,
         )
         return plan, ran.network.version
 

@@ -12,7 +12,7 @@ from typing import Any
 from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header
 from llmexport.export.earlier import EXPORT
 from llmexport.export.identity import SAYS, WAYS, Held, WeightFile
-from llmexport.export.spec import Assembly, Block, Graph, Reference, Step
+from llmexport.export.spec import Block, Graph, Reference, Step
 from llmexport.export.stamp import check_stamp, read_errors
 from llmexport.graphs.fusion import Fused
 
@@ -80,7 +80,7 @@ class Export:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Those of all graphs."""
+        """The steps of all graphs."""
         return tuple(s for g in self.graphs for s in g.assembly.steps)
 
     @property
@@ -88,13 +88,9 @@ class Export:
         """The distinct ones of all graphs, in order of first use."""
         return tuple(dict.fromkeys(s.block for s in self.steps))
 
-    @property
-    def assembly(self) -> Assembly:
-        return self.graphs[0].assembly
-
-    @property
-    def step_weights(self) -> Mapping[str, Mapping[str, str | tuple[str, ...]]]:
-        return self.graphs[0].step_weights
+    def place(self, graph: str, step: str) -> str:
+        """What people call a step: with its graph where there are several."""
+        return step if len(self.graphs) == 1 else f"{graph}: {step}"
 
     def checkpoint(self) -> Checkpoint:
         """The weights that lie in the export's folder."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 
+from llmexport.export.errors import ExportError
 from llmexport.export.values import show_name
 
 INDEX = "model.safetensors.index.json"
@@ -18,7 +20,7 @@ CONVERT = "convert them with transformers' from_pretrained and save_pretrained"
 # fits is said.
 OTHERS = (
     (ADAPTER, "an adapter", "merge it into its model: peft's merge_and_unload, then save_pretrained"),
-    ("model_index.json", "a diffusers pipeline", "give the folder of its text model, if that is a causal one"),
+    ("model_index.json", "a diffusers pipeline", "give the folder of its text model"),
     (SINGLE, "the weights of a checkpoint", "download its config.json too"),
     (INDEX, "the index of a checkpoint", "download its config.json too"),
     ("adapter_model.*", "an adapter", "merge it into its model: peft's merge_and_unload, then save_pretrained"),
@@ -52,3 +54,11 @@ def what_it_is(folder: Path) -> str:
 
 def few(names: list[str]) -> str:
     return ", ".join(map(show_name, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def folder_path(path: str | os.PathLike[str]) -> Path:
+    """A path that a caller gave. Raises ExportError on one that names nothing: empty, or with a NUL."""
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise ExportError(f"the path {text!r} names no folder: give one")
+    return Path(path)

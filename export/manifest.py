@@ -72,6 +72,8 @@ def _graph_data(graph: ExportedGraph, blocks: tuple[Block, ...]) -> dict[str, An
 def from_record(folder: Path, data: Mapping[str, Any]) -> Export:
     """The export that `as_data` described. Raises KeyError, TypeError and the like on other data."""
     blocks = [from_data(b) for b in data["blocks"]]
+    if not data["graphs"]:
+        raise ValueError("no graph")
     return Export(
         folder,
         **{name: data[name] for name in PLAIN},
@@ -156,7 +158,7 @@ def read(folder: Path) -> Export:
         export = from_record(folder, data)
         moved = stamp(folder).inode != export.inode
         held = {w.file: examine(folder / w.file, w, moved=moved) for w in export.weights}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise ExportError(f"{path} is damaged or of another version ({error!r}): export again") from error
     except OSError as error:
         raise ExportError(f"cannot read {error.filename or path}: {error.strerror}: export again") from error

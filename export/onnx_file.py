@@ -81,14 +81,15 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     model, notes = read_noted(request.arch, request.checkpoint.config)
     stored = request.checkpoint.tensors
     arch = as_stored(request.arch, stored)
-    start = next(n for n in arch.names.values() if "{i}" in n).partition("{i}")[0]
-    held = {n.removeprefix(start).partition(".")[0] for n in stored if n.startswith(start)}
-    layers = sum(s.path.startswith("layers.") for s in model.steps)
-    if held and layers > len(held):
-        raise ExportError(
-            f"config.json says num_hidden_layers {layers}, the checkpoint holds {len(held)} layers: "
-            "is config.json from the same model?"
-        )
+    for ours, theirs in {(k.partition("{i}")[0], v.partition("{i}")[0]) for k, v in arch.names.items() if "{i}" in k}:
+        # A layer may be placed in several graphs.
+        layers = {s.path.removeprefix(ours).partition(".")[0] for s in model.steps if s.path.startswith(ours)}
+        held = {n.removeprefix(theirs).partition(".")[0] for n in stored if n.startswith(theirs)}
+        if held and len(layers) > len(held):
+            raise ExportError(
+                f"config.json says num_hidden_layers {len(layers)}, the checkpoint holds {len(held)} layers: "
+                "is config.json from the same model?"
+            )
     if arch is not request.arch and model.ties:
         notes.append(
             f"the checkpoint is a base model, its names lack {arch.base!r}: "
@@ -152,22 +153,22 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     for graph, data in built:
         (folder / graph.file).write_bytes(data)
     export = Export(
-        folder,
-        request.arch.name,
-        request.block,
-        request.dtype,
-        request.target,
-        OPSET,
-        tuple(graph for graph, _ in built),
-        files,
-        checkpoint.config,
-        text_config(arch, checkpoint.config),
-        multimodal_names(arch, checkpoint.config),
-        arch.reference,
-        cache.versions(),
-        tuple(notes),
-        companions,
-        stamp(folder).inode,
+        folder=folder,
+        arch=arch.name,
+        block=request.block,
+        dtype=request.dtype,
+        target=request.target,
+        opset=OPSET,
+        graphs=tuple(graph for graph, _ in built),
+        weights=files,
+        config=checkpoint.config,
+        text_config=text_config(arch, checkpoint.config),
+        renamed=multimodal_names(arch, checkpoint.config),
+        reference=arch.reference,
+        versions=cache.versions(),
+        notes=tuple(notes),
+        companions=companions,
+        inode=stamp(folder).inode,
     )
     (folder / manifest.NAME).write_bytes(manifest.encode(manifest.as_data(export)))
     return manifest.read(folder)

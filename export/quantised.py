@@ -129,7 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _weights(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of the first group of compressed-tensors, what it says of weights."""
+    """What the first group of compressed-tensors says of weights."""
     groups = found.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
     inner = first.get("weights") if isinstance(first, Mapping) else None

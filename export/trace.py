@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from llmexport.export import blocks
 from llmexport.export.blocks import standard
-from llmexport.export.spec import BATCH, OPSET, PAST, SEQUENCE, Block, Port, with_sums
+from llmexport.export.spec import AXES, OPSET, Block, Port, with_sums
 from llmexport.export.tidy import hold_tensors, tidy
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
 
 # Sizes to trace at: distinct, so that no two dimensions are taken for one, and above 1, which would be special.
-SIZES = with_sums({BATCH: 2, SEQUENCE: 5, PAST: 3})
+PRIMES = (2, 5, 3, 7, 11, 13, 17, 19, 23)
+SIZES = with_sums(dict(zip((a.name for a in AXES.values() if not a.sum_of), PRIMES, strict=False)))
 
 
 def trace_block(block: Block, dtype: str) -> onnx.ModelProto:

@@ -42,7 +42,7 @@ class Parameter:
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        """Of each of its sources."""
+        """The shape of each of its sources."""
         if not self.parts:
             return self.shape
         return (self.shape[0] * self.shape[1] // len(self.parts), *self.shape[2:])
@@ -86,7 +86,7 @@ def _lacks(missing: list[str], unused: list[str], checkpoint: Checkpoint, head: 
         return said
     lacks = f"checkpoint lacks {len(missing)} tensors that its config.json asks for: {_some(missing)}. "
     if missing == [head]:
-        return f"{lacks}A base model has no head that gives logits: take the causal model that it is the base of"
+        return f"{lacks}A base model has no head that gives logits: take the whole model that it is the base of"
     if other := next((n for n in unused if n.endswith("." + missing[0])), None):
         start = other.removesuffix(missing[0])
         return (

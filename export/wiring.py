@@ -73,7 +73,11 @@ class Wiring:
             self._present[after] = dataclasses.replace(s.present, name=after)
             self._carried[before] = after
         self._made |= set(past.values())
-        shared = {p.name: v for b in context for p, v in self._outputs_of(b)}
+        shared: dict[str, str] = {}
+        for port, value in (pair for b in dict.fromkeys(context) for pair in self._outputs_of(b)):
+            if port.name in shared:
+                raise KeyError(f"{self._name}: two blocks of the context of {name} give {port.name}")
+            shared[port.name] = value
         reads = {p.name: p.name for p in block.inputs} | shared | past | given
         self._check(name, [reads[p.name] for p in block.inputs])
         others = [p.name for p in block.outputs if p.name not in present]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmexport.export.errors import ExportError
@@ -32,13 +31,15 @@ def validate(
     import dataclasses
 
     from llmexport.export import manifest
+    from llmexport.export.folder import folder_path
     from llmexport.validate import ladder
     from llmexport.validate.report import write
 
     for name, value, least in (("tokens", tokens, 2), ("seed", seed, 0)):
         if value is not None and value < least:
             raise ExportError(f"{name} is {value}: make it {least} or more")
-    export = manifest.read(Path(folder))
+    folder = folder_path(folder)
+    export = manifest.read(folder)
     if not os.access(folder, os.W_OK):
         raise ExportError(f"{folder} cannot be written to, and the report belongs there: copy the export elsewhere")
     _check_memory(tokens or 0)

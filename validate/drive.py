@@ -129,8 +129,10 @@ def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
         script.append(stage)
         outputs = _take(model, stage, run)
         values = {name: model.runners[name].values for name in model.ran}
-        first = (overflow.first_step(g.assembly, values[g.name]) for g in export.graphs if g.name in values)
-        run.overflows = run.overflows or next(filter(None, first), None)
+        for graph in export.graphs if not run.overflows else ():
+            if graph.name in values and (step := overflow.first_step(graph.assembly, values[graph.name])):
+                run.overflows = export.place(graph.name, step)
+                break
         if stage.kind != "decode":
             recorded[stage.name] = values
         return outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
 import numpy as np
@@ -46,16 +46,15 @@ def beside(export: Export) -> tuple[Port, ...]:
     return tuple(found.values())
 
 
-def limits(blocks: Iterable[Block]) -> dict[Use, int]:
-    """How many ids there are of each use: words and kinds of tokens of the embedding, experts."""
-    found: dict[Use, int] = {"tokens": 100, "token_types": 1}
-    for block in blocks:
-        match block:
-            case Embedding():
-                found |= {"tokens": block.vocabulary, "token_types": max(block.types, 1)}
-            case Experts():
-                found["routing_experts"] = block.experts
-    return found
+def limits(blocks: Collection[Block]) -> dict[Use, int]:
+    """How many ids there are of each use, so that every block takes them: words, kinds of tokens, experts."""
+    tables = [b for b in blocks if isinstance(b, Embedding)]
+    experts = [b.experts for b in blocks if isinstance(b, Experts)]
+    found: dict[Use, int] = {
+        "tokens": min((b.vocabulary for b in tables), default=100),
+        "token_types": min((b.types for b in tables if b.types), default=1),
+    }
+    return found | ({"routing_experts": min(experts)} if experts else {})
 
 
 def block_feed(block: Block, dtype: str, sizes: Mapping[str, int], seed: int = 0) -> Feed:
@@ -63,7 +62,7 @@ def block_feed(block: Block, dtype: str, sizes: Mapping[str, int], seed: int = 0
     return draw(block.inputs, [block], dtype, sizes, seed)
 
 
-def draw(ports: Iterable[Port], blocks: Iterable[Block], dtype: str, sizes: Mapping[str, int], seed: int = 0) -> Feed:
+def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Mapping[str, int], seed: int = 0) -> Feed:
     """Random numbers for ports, such as their uses allow and `blocks` take."""
     random, below, sizes = np.random.default_rng(seed), limits(blocks), with_sums(sizes)
     angles = random.uniform(0, 100, (sizes[BATCH], sizes[SEQUENCE], 1))

@@ -87,7 +87,7 @@ def _climb_whole(
 
 def _note_uncrossed(rungs: list[Rung], export: Export, left: list[int]) -> None:
     """Adds to the note of every rung that was run the thresholds that were too far for it."""
-    cached = any(g.carried for g in export.graphs)
+    cached = drive.past_bytes(export, 1) > 0
     why = f"whose caches are over {drive.MOST_PAST >> 30} GiB in fp32" if cached else "for which --tokens is needed"
     for rung in rungs:
         if left and rung.status != "not run":
@@ -134,7 +134,7 @@ class Judge:
         bound = step_tolerance(dtype, step)
         wide = {n: a.astype(np.float32) if a.dtype == dtype else a for n, a in feed.items()}
         exact = self.exact_torch.runners[name].run_step(step, wide) if self.exact_torch else None
-        place = step.name if len(self.export.graphs) == 1 else f"{name}: {step.name}"
+        place = self.export.place(name, step.name)
         for output in step.outputs:
             reference = exact[output] if exact else expected[output]
             # The states of a step are made before its router is asked.
@@ -191,7 +191,7 @@ def _compare_runs(
     yards: list[list[Difference]] = []
     for i, (stage, expected, other) in enumerate(zip(script, reference.outputs, found.outputs, strict=True)):
         allowed = tolerance if stage.begins else tolerance.carried
-        for output in expected.keys() & other.keys():
+        for output in (n for n in expected if n in other):
             state = output in found.carried
             # Where tokens may stray, their entries of the caches do.
             if state and tolerance.strays:

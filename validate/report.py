@@ -50,7 +50,7 @@ class Report:
 
     rungs: list[Rung]
     seconds: dict[str, dict[str, float]]
-    prompt: dict[str, int]
+    prompt: dict[str, Any]
     weights: str = ""
 
     @property
@@ -72,16 +72,16 @@ class Report:
         return finite(asdict(self) | {"passed": self.passed, "verdict": self.verdict})
 
 
-def write(manifest: Export, report: Report) -> None:
+def write(export: Export, report: Report) -> None:
     """Writes both files into the export's folder, replacing earlier ones."""
-    data = {"model": _model(manifest), **report.as_data()}
-    files = {"report.json": json.dumps(data, indent=1), "report.html": page(manifest, report)}
-    write_files(manifest.folder, {n: t.encode() for n, t in files.items()})
+    data = {"model": _model(export), **report.as_data()}
+    files = {"report.json": json.dumps(data, indent=1), "report.html": page(export, report)}
+    write_files(export.folder, {n: t.encode() for n, t in files.items()})
 
 
-def page(manifest: Export, report: Report) -> str:
+def page(export: Export, report: Report) -> str:
     """The report as one self-contained HTML page."""
-    model = _model(manifest)
+    model = _model(export)
     rows = [(r.name, *_error(r), r.status, r.note) for r in report.rungs]
     times = [(runner, *(_milliseconds(taken, k) for k in TIMED)) for runner, taken in report.seconds.items()]
     details = "".join(
@@ -109,12 +109,8 @@ def _text(said: object) -> str:
 
 
 def _model(export: Export) -> dict[str, Any]:
-    ops = {g.name: g.ops for g in export.graphs}
-    versions = export.versions
-    return {"arch": export.arch, "block": export.block, "dtype": export.dtype, "opset": export.opset} | {
-        "ops": ops,
-        "versions": versions,
-    }
+    said = {name: getattr(export, name) for name in ("arch", "block", "dtype", "opset", "versions")}
+    return said | {"ops": {g.name: g.ops for g in export.graphs}}
 
 
 def _error(rung: Rung) -> tuple[str, str, str]:

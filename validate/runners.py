@@ -40,15 +40,15 @@ HELD = 4 * 2**30  # bytes of weights to keep between runs; larger models are rea
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
-    """Our PyTorch: the blocks of a graph (None: the first), in order, in the export's dtype, on the CPU.
+    """Our PyTorch: the blocks of a graph, in order, in the export's dtype, on the CPU.
 
     `values` holds everything that the last run computed, by value name.
     """
 
-    def __init__(self, export: Export, graph: ExportedGraph | None = None) -> None:
+    def __init__(self, export: Export, graph: ExportedGraph) -> None:
         super().__init__(name="PyTorch")
         self._dtype = export.dtype
-        self._graph = graph or export.graphs[0]
+        self._graph = graph
         self._checkpoint = export.checkpoint()
         self._modules: dict[str, torch.nn.Module] = {}
         size = sum(t.nbytes for t in self._checkpoint.tensors.values())

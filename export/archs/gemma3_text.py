@@ -5,7 +5,7 @@ from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.spec import Arch, Mask, Model, Norm, causal_lm, decoder_layer
 
-# Of others transformers reads some keys from beside the kinds of layer, where nobody writes them.
+# transformers reads some keys of other kinds from beside the kinds of layer, where nobody writes them.
 ROPE = {"default": "default", "linear": "linear"}
 
 

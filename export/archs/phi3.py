@@ -17,7 +17,7 @@ CODE = {
 
 def build(config: Config) -> Model:
     d = decoder(config, grouped=False)
-    # Of LongRoPE's; without it, the context was never stretched.
+    # LongRoPE's configs say it; without it, the context was never stretched.
     original = config.integer("original_max_position_embeddings", 4096)
     rotary = config.rotary(d.head_size, partial=1.0, types=ROPE, original=original)
     norm = d.norm(1e-5)

@@ -55,7 +55,7 @@ def build(config: Config) -> Model:
     config.expect("attn_output_gate", True)
     config.expect("mamba_ssm_dtype", "float32")
     config.expect("mlp_only_layers", [])
-    # Of the delta nets, by names of vLLM's.
+    # The delta nets' gate, by vLLM's names.
     config.choice("output_gate_type", {"silu": None, "swish": None}, "silu")
     # Layers that predict further tokens, which are no part of the language model.
     for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):

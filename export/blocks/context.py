@@ -131,7 +131,7 @@ class BidirectionalMask(nn.Module):
     def forward(self, attention_mask: Tensor) -> Tensor:
         tokens = attention_mask != 0
         visible = torch.logical_or(tokens, tokens.sum(1, keepdim=True) == 0)
-        # Of full shape, as TensorRT's fused attention wants it.
+        # The mask has its full shape, as TensorRT's fused attention wants it.
         queries = torch.ones_like(tokens).unsqueeze(2)
         return torch.logical_and(queries, visible.unsqueeze(1)).unsqueeze(1)
 

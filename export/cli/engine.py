@@ -11,12 +11,11 @@ import click
 
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.source import FOLDER, verifying
-from llmexport.export.engine import BACKENDS, Engine, build
+from llmexport.export.engine import BACKENDS, LONGEST, Engine, build
 from llmexport.export.profile import parse_profile
 from llmexport.plugins import library
 
 F = TypeVar("F", bound=Callable[..., Any])
-LONGEST = 10**8  # seconds: three years, which a timer still takes
 
 
 class Seconds(click.FloatRange):
@@ -83,8 +82,9 @@ def summary(engine: Engine) -> list[tuple[str, str]]:
     profile = ", ".join(f"{n} {low} to {high}" for n, (low, _, high) in engine.profile.items())
     layers: Counter[str] = sum((Counter(p.plugins) for p in plans), Counter())
     plugins = ", ".join(f"{n} {op}" for op, n in layers.items())
+    sizes = [f"{p.file} " * (len(plans) > 1) + size(p.bytes) for p in plans]
     return [
-        ("engine", f"{engine.backend} {engine.version}, {', '.join(size(p.bytes) for p in plans)}"),
+        ("engine", f"{engine.backend} {engine.version}, {', '.join(sizes)}"),
         ("takes", profile),
         ("plugin layers", plugins or "none: our ops are built from their bodies, see `llmexport plugins build`"),
         ("runs on", engine.target),

@@ -19,7 +19,7 @@ from llmexport.plugins.errors import UserError
 
 COMMANDS = ("archs", "onnx", "engine", "validate", "deploy", "checkpoint", "ops", "plugins", "doctor")
 MENDABLE, BUG = 2, 3
-# Of click 8.2 and later; before, help is an Exit, and this catches nothing.
+# click has it since 8.2; before, help is an Exit, and this catches nothing.
 NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 

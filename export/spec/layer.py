@@ -26,7 +26,7 @@ class Sublayer:
 
     @property
     def norms(self) -> Mapping[str, Norm]:
-        """Those that are there, by what their parameters are called in the layer: `mlp_input_norm`."""
+        """The norms that it has, by the names of their parameters in the layer: `mlp_input_norm`."""
         found = {n: getattr(self, n) for n in ("input_norm", "output_norm", "sum_norm")}
         return {f"{self.name}_{n}": norm for n, norm in found.items() if norm}
 
@@ -44,6 +44,9 @@ class Layer(Block):
     def __post_init__(self) -> None:
         if self.parallel and any(s.input_norm for s in self.sublayers[1:]):
             raise ValueError("parallel sublayers read one input norm, the first one's")
+        read = {p for s in self.sublayers for p in s.block.inputs[1:]}
+        if len(read) > len({p.name for p in read}):
+            raise ValueError(f"two sublayers read different ports of one name, of {sorted(p.name for p in read)}")
         given = [p.name for p in self.outputs]
         if len(given) > len(set(given)):
             raise ValueError(f"two sublayers give the same of {', '.join(given)}")

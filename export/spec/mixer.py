@@ -46,7 +46,7 @@ class Norm(Block):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, and of the hidden states of a token."""
+        """The shape of the weight, and of the hidden states of a token."""
         return (self.size,) if self.rows is None else (self.rows, self.size)
 
 

@@ -91,9 +91,14 @@ class Model:
     graphs: tuple[Graph, ...]
     ties: Mapping[str, str]
 
+    def __post_init__(self) -> None:
+        for what in ([g.name for g in self.graphs], [p.name for g in self.graphs for p in g.assembly.outputs]):
+            if twice := sorted({n for n in what if what.count(n) > 1}):
+                raise ValueError(f"two graphs of a model are called, or give, {', '.join(twice)}")
+
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Those of all graphs."""
+        """The steps of all graphs."""
         return tuple(s for g in self.graphs for s in g.assembly.steps)
 
 

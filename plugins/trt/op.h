@@ -42,7 +42,8 @@
 // but no workspace and no Device if it has no use for them. <op>Serves() there is the one place of
 // the kernels' limits: `supports` asks it, so that TensorRT refuses the node before it builds; the
 // launcher asks it again, as tests and benchmarks launch without a plugin. It includes <op>Fits():
-// whether the launcher's sizes and attributes fit each other, which `check` asks.
+// whether the launcher's sizes and attributes fit each other, which `check` asks; `check` itself
+// compares sizes that no launcher sees.
 #pragma once
 
 #include <array>

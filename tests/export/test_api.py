@@ -10,6 +10,7 @@ import pytest
 from llmexport.export import build_engine, export, manifest, random_checkpoint
 from llmexport.export.archs import load
 from llmexport.export.errors import EngineError, ExportError
+from llmexport.validate import validate
 
 pytestmark = pytest.mark.model
 
@@ -43,6 +44,19 @@ def test_an_argument_that_is_none_of_the_choices_is_refused(name: str, value: st
 def test_a_backend_that_there_is_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"^backend is 'onnxruntime': choose one of tensorrt-rtx, tensorrt"):
         build_engine(tmp_path, backend="onnxruntime")
+
+
+@pytest.mark.parametrize("seconds", [0.5, -1.0, 1e12, float("nan")])
+def test_a_timeout_that_no_timer_takes_is_refused(seconds: float, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"^timeout is .*: make it 1 to 100000000 seconds"):
+        build_engine(tmp_path, timeout=seconds)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_a_path_that_names_nothing_is_refused(path: str) -> None:
+    for call in (lambda: export(None, path, arch="llama"), lambda: build_engine(path), lambda: validate(path)):
+        with pytest.raises(ExportError, match="names no folder: give one"):
+            call()
 
 
 def test_importing_the_package_imports_nothing_that_takes_long() -> None:

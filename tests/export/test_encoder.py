@@ -46,9 +46,9 @@ def expected(folder: Path, feed: Feed, dtype: torch.dtype = torch.float32) -> np
 
 def found(folder: Path, runner: str, feed: Feed) -> np.ndarray:
     read_back = manifest.read(folder)
-    assert [p.name for p in read_back.assembly.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert [p.name for p in read_back.graphs[0].assembly.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
     if runner == "torch":
-        torch_runner = TorchRunner(read_back)
+        torch_runner = TorchRunner(read_back, read_back.graphs[0])
         torch_runner.activate()
         return torch_runner.infer(feed, check_inputs=False)["logits"]
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -65,7 +65,7 @@ def feed(case: Case, tokens: int, right: int = 0, left: int = 0) -> Feed:
 
 
 def check(wanted: np.ndarray, logits: np.ndarray, folder: Path) -> None:
-    allowed = tolerance("float32", manifest.read(folder).assembly)
+    allowed = tolerance("float32", manifest.read(folder))
     assert allowed.max_abs <= MAX_ABS
     assert allowed.rms_ratio <= RMS_RATIO
     difference = compare(wanted, logits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from arch_cases import CASES, Case
 from first_feed import first_feed
 from two_graphs import in_two, rebuilt
 
-from llmexport.export import archs, earlier, engine, manifest, onnx_file
+from llmexport.export import archs, builder, earlier, engine, manifest, onnx_file
 from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.exported import Export
+from llmexport.export.spec import Graph, Model
 from llmexport.validate import stages
 from llmexport.validate.compare import compare
 
@@ -104,3 +107,45 @@ def test_what_is_read_back_is_what_was_built(case: Case, exported: Exported, tin
     model = onnx_file.read_model(archs.choose(None, config), config)
     assert graphs == [(g.name, g.assembly, g.carried) for g in model.graphs]
     assert manifest.from_record(found.folder, manifest.as_data(found)) == dataclasses.replace(found, held={})
+
+
+def test_a_layer_that_two_graphs_hold_is_one_of_the_checkpoint(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def twice(model: Model) -> Model:
+        [graph] = model.graphs
+        assembly = graph.assembly
+        outputs = {p.name: f"prompt.{p.name}" for p in assembly.outputs}
+        steps = tuple(
+            dataclasses.replace(s, outputs=tuple(outputs.get(n, n) for n in s.outputs)) for s in assembly.steps
+        )
+        given = tuple(dataclasses.replace(p, name=outputs[p.name]) for p in assembly.outputs)
+        carried = {past: outputs[present] for past, present in graph.carried.items()}
+        first = Graph("prompt", dataclasses.replace(assembly, steps=steps, outputs=given), carried)
+        return Model((first, dataclasses.replace(graph, name="step")), model.ties)
+
+    made = onnx_file.write(rebuilt("llama", tiny_checkpoint("llama"), twice), tmp_path / "out")
+    assert [g.file for g in made.graphs] == ["prompt.onnx", "step.onnx"]
+
+
+def test_what_the_builder_says_of_one_of_several_graphs_names_it(
+    export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
+    with pytest.raises(EngineError, match=r"^embed: TensorRT's builder ended with exit code 3"):
+        engine.build(export.folder)
+
+
+def test_graphs_of_one_name_or_one_output_are_no_model() -> None:
+    [graph] = onnx_file.read_model(archs.load("llama"), archs.load("llama").tiny).graphs
+    with pytest.raises(ValueError, match="are called, or give, model"):
+        Model((graph, graph), {})
+    with pytest.raises(ValueError, match=r"are called, or give, logits, present\.0\.key"):
+        Model((graph, dataclasses.replace(graph, name="other")), {})
+
+
+def test_a_manifest_of_no_graph_is_refused(export: Export, tmp_path: Path) -> None:
+    data = manifest.as_data(export) | {"graphs": {}}
+    (tmp_path / "manifest.json").write_bytes(manifest.encode(manifest.seal(data)))
+    with pytest.raises(ExportError, match=r"manifest\.json is damaged"):
+        manifest.read(tmp_path)

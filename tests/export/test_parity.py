@@ -44,9 +44,9 @@ class Decoder:
         read = manifest.read(folder)
         self.carried = read.graphs[0].carried
         self.ports = {p.name: p.typed(read.dtype) for p in read.graphs[0].assembly.inputs}
-        self.allowed = tolerance("float32", read.assembly)
+        self.allowed = tolerance("float32", read)
         if runner == "torch":
-            self.torch = TorchRunner(manifest.read(folder))
+            self.torch = TorchRunner(read, read.graphs[0])
             self.torch.activate()
         else:
             self.session = session(folder)
@@ -268,7 +268,7 @@ def test_three_positions_a_token_match_transformers(tiny_checkpoint, exported) -
 
 def check_rounded(expected: np.ndarray, found: np.ndarray, folder: Path) -> None:
     read = manifest.read(folder)
-    allowed = tolerance(read.dtype, read.assembly)
+    allowed = tolerance(read.dtype, read)
     assert allowed.max_abs <= 5 * TOLERANCE[read.dtype].max_abs
     assert compare(expected, found, strays=allowed.strays).excess(allowed) <= 1
 

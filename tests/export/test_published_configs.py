@@ -11,11 +11,11 @@ import transformers
 from published_configs import LONG_FACTOR, PUBLISHED, SHORT_FACTOR, WITH_MORE_KEYS
 from tiny_configs import read, read_whole
 
-from llmexport.export import archs, encoder
-from llmexport.export.decoder import wired
+from llmexport.export import archs
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import (
     Attention,
+    BidirectionalMask,
     Embedding,
     Experts,
     GatedDeltaNet,
@@ -40,6 +40,7 @@ from llmexport.export.spec import (
     YarnScaling,
     decoder_layer,
 )
+from llmexport.export.stack import wired
 
 CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).model_types[0]] for n in archs.names()}
 WHOLE = [n for n in archs.names() if archs.load(n).multimodal]
@@ -234,7 +235,12 @@ def bert_base() -> Model:
     mlp = Mlp(768, 3072, "gelu_erf", bias=True, gated=False)
     layer = Layer((Sublayer("self_attn", attention, sum_norm=norm), Sublayer("mlp", mlp, sum_norm=norm)))
     embedding = Embedding(30522, 768, types=2, positions=512, norm=norm)
-    return encoder.wired(embedding, (layer,) * 12, Head(norm, 30522, transform="gelu_erf", bias=True), tied=True)
+    return wired(
+        embedding,
+        ((layer, (BidirectionalMask(),)),) * 12,
+        Head(norm, 30522, transform="gelu_erf", bias=True),
+        tied=True,
+    )
 
 
 def mixtral_8x7b() -> Model:

@@ -72,13 +72,13 @@ def test_every_layer_chooses_the_experts_that_transformers_chooses(case: Case, t
     feed["position_ids"] = np.ascontiguousarray(np.broadcast_to(np.arange(37), feed["position_ids"].shape))
     with onnx_runner(graph, read_back.folder) as runner:
         outputs = runner.infer(feed, check_inputs=False)
-    every = [part for step in read_back.assembly.steps for part in parts(step)]
+    every = [part for step in read_back.steps for part in parts(step)]
     steps = [part for part in every if isinstance(part.block, Moe)]
     checkpoint = read_back.checkpoint()
     for step, names, (hidden, logits, expected) in zip(steps, named, routings, strict=True):
         router = blocks.module(step.block.router, torch.float32)
         stored = {
-            n: read_back.step_weights[step.name.removesuffix(".mlp")][f"mlp.router.{n}"]
+            n: read_back.graphs[0].step_weights[step.name.removesuffix(".mlp")][f"mlp.router.{n}"]
             for n, _ in router.named_parameters()
         }
         router.load_state_dict({n: to_torch(checkpoint.read(t)) for n, t in stored.items()}, assign=True)

@@ -91,7 +91,7 @@ def run(model: Path, folder: Path, runtime: str = "") -> tuple[str, dict[str, np
 
 
 def check(found: dict[str, np.ndarray], checkpoint: Path, export: Path) -> None:
-    allowed = tolerance("float32", manifest.read(export).assembly)
+    allowed = tolerance("float32", manifest.read(export))
     wanted = reference(checkpoint)
     assert found.keys() == wanted.keys()
     assert {n: d.max_abs for n, d in ((n, compare(wanted[n], found[n])) for n in wanted) if d.excess(allowed) > 1} == {}

@@ -7,7 +7,8 @@ from arch_cases import CASES, Case
 
 from llmexport.export import archs
 from llmexport.export.onnx_file import read_model
-from llmexport.export.spec import Block, Embedding, Mask, Norm, Port, State
+from llmexport.export.spec import AXES, Attention, Block, Embedding, Layer, Mask, Mlp, Norm, Port, State, Sublayer
+from llmexport.export.trace import SIZES
 from llmexport.export.wiring import Wiring
 
 NORM, IDS = Norm(8, 1e-6), Port("input_ids", ("batch", "sequence"), "int64")
@@ -121,3 +122,27 @@ def test_a_value_is_of_one_use_wherever_it_is_made_and_read(case: Case):
                 uses.setdefault(value, set()).add(port.use)
         assert {n: found for n, found in uses.items() if len(found) > 1} == {}
         assert all(uses[before] == uses[after] for before, after in graph.carried.items())
+
+
+def test_two_blocks_of_a_context_that_give_the_same_are_refused():
+    wiring = Wiring()
+    masks = (Mask(), Mask(window=4))
+    wiring.take(IDS, *(p for p in Mask().inputs if p.name != IDS.name))
+    wiring.share(masks)
+    attention = Attention(8, 2, 2, 4, rotated=0)
+    with pytest.raises(KeyError, match="two blocks of the context of mix give mask"):
+        wiring.place("mix", attention, state="0", context=masks, normed="x")
+
+
+def test_sublayers_that_read_different_ports_of_one_name_are_refused():
+    """A decoder's mask is over the past too, an encoder's is not."""
+    own, other = Attention(8, 2, 2, 4, rotated=0), Attention(8, 2, 2, 4, rotated=0, cached=False)
+    Layer((Sublayer("self_attn", own), Sublayer("mlp", Mlp(8, 16, "silu"))))
+    with pytest.raises(ValueError, match=r"different ports of one name, of .*mask"):
+        Layer((Sublayer("self_attn", own), Sublayer("cross_attn", other)))
+
+
+def test_every_axis_has_a_size_of_its_own_to_be_traced_at():
+    assert SIZES.keys() == AXES.keys()
+    assert len(set(SIZES.values())) == len(AXES)
+    assert min(SIZES.values()) > 1

@@ -13,7 +13,8 @@ from two_graphs import in_two, rebuilt, with_source
 
 from llmexport.export import manifest, onnx_file
 from llmexport.export.exported import Export
-from llmexport.validate import drive, ladder, stages
+from llmexport.export.spec import Embedding
+from llmexport.validate import drive, feeds, ladder, stages
 from llmexport.validate.compare import Mismatch, compare
 from llmexport.validate.feeds import Feed
 from llmexport.validate.tolerance import TOLERANCE
@@ -140,3 +141,8 @@ def test_a_quick_prompt_is_timed_several_times_and_a_slow_one_once() -> None:
     assert drive.time_again(slow, prompt) == [2.0]
     quick.run = lambda stage: setattr(quick, "seconds", 0.001) or {}
     assert drive.time_again(quick, prompt) == [0.001] * drive.WARM_CALLS
+
+
+def test_ids_are_such_that_every_table_takes_them():
+    blocks = [Embedding(100, 8, types=3), Embedding(1000, 8)]
+    assert {use: feeds.limits(blocks)[use] for use in ("tokens", "token_types")} == {"tokens": 100, "token_types": 3}

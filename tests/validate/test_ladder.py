@@ -67,12 +67,12 @@ def test_every_rung_of_a_right_export_passes(case: Case, dtype: str, exported) -
         "ONNX Runtime / PyTorch": "pass",
     }
     steps = {d["step"] for d in rungs["blocks: ONNX Runtime / PyTorch"].details}
-    assert steps == {s.name for s in manifest.read(exported(case, dtype)).assembly.steps}
+    assert steps == {s.name for s in manifest.read(exported(case, dtype)).steps}
 
 
 def test_a_model_without_rope_has_no_positions(exported) -> None:
     case = Case("llama4", "llama4-no-rope", {"no_rope_layers": [0] * 4})
-    assert "position_ids" not in [p.name for p in manifest.read(exported(case)).assembly.inputs]
+    assert "position_ids" not in [p.name for p in manifest.read(exported(case)).graphs[0].assembly.inputs]
     assert {r.status for r in climb(exported(case)).values()} == {"pass"}
 
 

@@ -1,0 +1,38 @@
+"""A stack of layers between an embedding and a head, as one graph: decoders and encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llmexport.export.assembly import HEAD, TABLE
+from llmexport.export.spec import Block, Embedding, Head, Layer, Model
+from llmexport.export.wiring import Wiring
+
+# What such graphs take besides their states, in this order.
+TOKENS = ("input_ids", "position_ids", "attention_mask", "token_type_ids")
+
+
+def wired(
+    embedding: Embedding,
+    layers: Iterable[tuple[Layer, tuple[Block, ...]]],
+    head: Head,
+    *,
+    tied: bool,
+) -> Model:
+    """Tokens and past states to logits and present states.
+
+    `layers` are the blocks and the context that each reads; `tied`: the head's projection is the embedding table, and
+    its bias, if it has one, the one that stands beside it.
+    """
+    layers, wiring = list(layers), Wiring()
+    shared = [b for _, reads in layers for b in reads]
+    ports = {p.name: p for b in (embedding, *shared) for p in b.inputs}
+    wiring.take(*(ports[n] for n in TOKENS if n in ports))
+    (hidden,) = wiring.place("embedding", embedding, ["hidden.0"])
+    wiring.share(shared)
+    for i, (block, reads) in enumerate(layers):
+        (hidden,) = wiring.place(f"layers.{i}", block, [f"hidden.{i + 1}"], state=f"{i}", context=reads, hidden=hidden)
+    wiring.place("head", head, hidden=hidden)
+    wiring.give(*head.outputs)
+    ties = {HEAD: TABLE} | ({"head.projection.bias": "head.bias"} if head.bias else {})
+    return Model((wiring.done(),), ties if tied else {})
