@@ -62,7 +62,7 @@ def _graph_data(graph: ExportedGraph, blocks: tuple[Block, ...]) -> dict[str, An
                 "inputs": list(s.inputs),
                 "outputs": list(s.outputs),
                 "path": s.path,
-                "weights": to_data(graph.step_weights[s.name]),
+                "weights": graph.step_weights[s.name],
             }
             for s in assembly.steps
         ],

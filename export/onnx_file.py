@@ -26,7 +26,7 @@ from llmexport.export.earlier import BLOCKS
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
 from llmexport.export.graph_file import build
-from llmexport.export.identity import identify
+from llmexport.export.identity import examine, identify
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
@@ -132,7 +132,7 @@ def new_export(request: Request, target: Path, *, force: bool, marker: str = man
 
 
 def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
-    """Exports into an empty folder, and reads back what lies there."""
+    """Exports into an empty folder."""
     request, model, notes = open_model(request)
     arch, checkpoint = request.arch, request.checkpoint
     graphs = model.graphs if request.block is None else (alone(find_block(model, request.block)),)
@@ -171,7 +171,8 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         inode=stamp(folder).inode,
     )
     (folder / manifest.NAME).write_bytes(manifest.encode(manifest.as_data(export)))
-    return manifest.read(folder)
+    held = {f.file: examine(folder / f.file, f, moved=False) for f in files}
+    return dataclasses.replace(export, held=held)
 
 
 def _check_weights(request: Request, model: Model, wanted: list[weights.Parameter]) -> None:

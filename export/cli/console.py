@@ -92,8 +92,9 @@ class Console:
         _print(text.getvalue())
 
     def result(self, data: Any) -> None:
-        """The command's result, for scripts."""
+        """The command's result, for scripts; a function gives it where it takes time to make."""
         if self.as_json:
+            data = data() if callable(data) else data
             _print(json.dumps(finite(data), indent=1, allow_nan=False))
 
 

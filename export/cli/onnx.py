@@ -56,13 +56,13 @@ def command(
             )
             console.notes(list(dict.fromkeys(note for e in exports.values() for note in e.notes)))
             console.lines(openings(output / name for name in exports))
-            console.result({name: as_data(e) for name, e in exports.items()})
+            console.result(lambda: {name: as_data(e) for name, e in exports.items()})
             return
         export = onnx_file.write(request, output, force=force, progress=console.progress)
     console.table(f"{named.name} in {output}", (), summary(export, output))
     console.notes(export.notes)
     console.lines(openings([output]))
-    console.result(as_data(export))
+    console.result(lambda: as_data(export))
 
 
 def summary(export: Export, folder: Path) -> list[tuple[str, str]]:
