@@ -141,7 +141,7 @@ def test_a_base_model_without_a_head_is_told_so(tmp_path):
     folder = renamed(tmp_path / "ck", base, drop="lm_head.weight")
     line = refusal(opened(folder, "qwen3"), tmp_path)
     assert line.startswith("checkpoint lacks 1 tensors that its config.json asks for: lm_head.weight. ")
-    assert "A base model has no head that gives logits: take the causal model that it is the base of" in line
+    assert "A base model has no head that gives logits: take the whole model that it is the base of" in line
 
 
 @pytest.mark.usefixtures("no_trace")
