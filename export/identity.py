@@ -49,15 +49,19 @@ class Held:
     stamp: Stamp
 
 
-def identify(path: Path, shard: Shard, placed: str, *, whole: bool) -> WeightFile:
-    """A weight file that was placed so, as it is now. Raises ExportError if it is not `shard` any more."""
+def identify(path: Path, shard: Shard, placed: str, *, whole: bool) -> tuple[WeightFile, Held]:
+    """A weight file that was placed so, as it is now, and how it was found.
+
+    Raises ExportError if it is not `shard` any more.
+    """
     before = stamp(path)
     sampled, digest = sample(path, shard.nbytes), whole_digest(path) if whole else None
     # A link shares its file with whoever writes to the checkpoint.
     if before.nbytes != shard.nbytes or _header_digest(path) != shard.header_sha256 or stamp(path) != before:
         raise ExportError(f"{path.name} changed while it was exported: export again when nothing writes to it any more")
     header = shard.header_sha256
-    return WeightFile(path.name, shard.nbytes, placed, header, sampled, digest, before.inode, before.mtime_ns)
+    file = WeightFile(path.name, shard.nbytes, placed, header, sampled, digest, before.inode, before.mtime_ns)
+    return file, Held(WHOLE if whole or _pages_are_all(shard) else KNOWN, before)
 
 
 def examine(path: Path, said: WeightFile, *, moved: bool, whole: bool = False) -> Held:
@@ -74,8 +78,7 @@ def examine(path: Path, said: WeightFile, *, moved: bool, whole: bool = False) -
     found = [shard.nbytes, shard.header_sha256, sample(path, shard.nbytes)]
     if found != [said.bytes, said.header_sha256, said.sample_sha256]:
         raise changed(path)
-    if shard.nbytes <= PAGES * PAGE:
-        # The pages are all of it.
+    if _pages_are_all(shard):
         return Held(WHOLE, now)
     same_time, same_inode = now.mtime_ns == said.mtime_ns, now.inode == said.inode
     known = same_time and same_inode
@@ -95,6 +98,11 @@ def examine(path: Path, said: WeightFile, *, moved: bool, whole: bool = False) -
             "same, no digest tells of its other bytes: export again (with --digest such a file is read whole instead)"
         )
     return Held(KNOWN if known else SAMPLED, now)
+
+
+def _pages_are_all(shard: Shard) -> bool:
+    """Whether the pages of the sample cover the file."""
+    return shard.nbytes <= PAGES * PAGE
 
 
 def changed(path: Path) -> ExportError:

@@ -26,7 +26,7 @@ from llmexport.export.earlier import BLOCKS
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
 from llmexport.export.graph_file import build
-from llmexport.export.identity import examine, identify
+from llmexport.export.identity import identify
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
@@ -145,7 +145,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     shards = [s for s in checkpoint.shards if s.file in used]
     progress(f"weights ({len(shards)} files)", 0, 1)
     placed = place_weights({checkpoint.folder / s.file: s.stamp for s in shards}, folder, request.weights)
-    files = tuple(identify(folder / s.file, s, placed[s.file], whole=request.digest) for s in shards)
+    found = [identify(folder / s.file, s, placed[s.file], whole=request.digest) for s in shards]
     check_config(checkpoint)
     # A block is no model that a tokenizer belongs to.
     companions = place_companions(checkpoint, folder) if request.block is None else {}
@@ -160,7 +160,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         target=request.target,
         opset=OPSET,
         graphs=tuple(graph for graph, _ in built),
-        weights=files,
+        weights=tuple(file for file, _ in found),
         config=checkpoint.config,
         text_config=text_config(arch, checkpoint.config),
         renamed=multimodal_names(arch, checkpoint.config),
@@ -169,10 +169,10 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         notes=tuple(notes),
         companions=companions,
         inode=stamp(folder).inode,
+        held={file.file: held for file, held in found},
     )
     (folder / manifest.NAME).write_bytes(manifest.encode(manifest.as_data(export)))
-    held = {f.file: examine(folder / f.file, f, moved=False) for f in files}
-    return dataclasses.replace(export, held=held)
+    return export
 
 
 def _check_weights(request: Request, model: Model, wanted: list[weights.Parameter]) -> None:

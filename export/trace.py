@@ -126,7 +126,7 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 def _example(port: Port, dtype: str) -> Tensor:
     sizes = [SIZES[d] if isinstance(d, str) else d for d in port.shape]
-    return torch.empty(sizes, dtype=torch_dtype(dtype if port.dtype == "T" else port.dtype), device="meta")
+    return torch.empty(sizes, dtype=torch_dtype(port.typed(dtype).dtype), device="meta")
 
 
 def _export(
