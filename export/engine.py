@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from llmexport.export import builder, manifest
+from llmexport.export import builder, device, manifest
 from llmexport.export.engine_build import JOB, MODEL, PLAN
+from llmexport.export.engine_record import RECORD, Engine, Library, Plan, check_backend
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
-from llmexport.export.identity import WeightFile
 from llmexport.export.output import write_errors
 from llmexport.export.profile import Profile
 from llmexport.export.progress import Progress, silent
@@ -29,96 +26,7 @@ from llmexport.plugins import library
 from llmexport.plugins.dtypes import BY_TENSORRT
 from llmexport.plugins.regular import sha256
 
-RECORD = "engine.json"
-FORMAT = 2
 LONGEST = 10**8  # seconds: three years, which a timer still takes
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A flavour of TensorRT: its module, the command that installs it, and the GPUs that its plans run on."""
-
-    module: str
-    install: str
-    target: str
-
-
-BACKENDS = MappingProxyType(
-    {
-        "tensorrt-rtx": Backend(
-            "tensorrt_rtx", "pip install tensorrt-rtx", "NVIDIA GPUs of compute capability 8.0 and later"
-        ),
-        "tensorrt": Backend(
-            "tensorrt",
-            "pip install tensorrt --extra-index-url https://pypi.nvidia.com (it builds only where a GPU is)",
-            "the kind of GPU it was built on",
-        ),
-    }
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The engine of one graph.
-
-    model_sha256: of the graph's `.onnx`. inputs, outputs: with the dtypes of the engine. carried: as in the manifest.
-    layers: how many TensorRT read, by kind. plugins: how often each op is a plugin layer. messages: TensorRT's
-    warnings. seconds: how long the builder ran.
-    """
-
-    file: str
-    bytes: int
-    sha256: str
-    model_sha256: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    carried: Mapping[str, str]
-    layers: Mapping[str, int]
-    plugins: Mapping[str, int]
-    messages: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Library:
-    """A plugin library, which must be loaded before the engine is."""
-
-    file: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What `engine.json` says: what all plans share, and the plan of each graph by name.
-
-    target: the GPUs that the plans run on. checked: how much of the weights was read. profile: (min, opt, max) of
-    each dynamic dimension.
-    """
-
-    backend: str
-    version: str
-    target: str
-    arch: str
-    block: str | None
-    dtype: str
-    weights: tuple[WeightFile, ...]
-    checked: str
-    profile: Mapping[str, Sizes]
-    plugins: tuple[Library, ...]
-    graphs: Mapping[str, Plan]
-
-    def as_data(self) -> dict[str, Any]:
-        return {"format": FORMAT, **dataclasses.asdict(self)}
-
-
-def check_backend(name: str) -> Backend:
-    """The backend of that name. Raises EngineError with the command that installs it, if it is not here."""
-    if name not in BACKENDS:
-        raise EngineError(f"backend is {name!r}: choose one of {', '.join(BACKENDS)}")
-    chosen = BACKENDS[name]
-    if importlib.util.find_spec(chosen.module) is None:
-        raise EngineError(f"{name} is not installed: {chosen.install}")
-    return chosen
 
 
 def build(
@@ -161,10 +69,12 @@ def build(
                     raise
                 raise EngineError(f"{graph.name}: {error}") from error
         used = any(p.plugins for p in plans.values())
+        gpu = None if chosen.least else device.first()
         engine = Engine(
             backend=backend,
             version=version,
             target=chosen.target,
+            built_on=gpu if isinstance(gpu, device.Device) else None,
             arch=export.arch,
             block=export.block,
             dtype=export.dtype,

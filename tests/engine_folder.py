@@ -1,0 +1,54 @@
+"""A folder with an engine that no TensorRT has built: for what is checked before one is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from llmexport.export.engine_record import Engine, Library, Plan
+from llmexport.export.identity import WeightFile
+from llmexport.export.spec import Port
+
+PLAN = "model.plan"
+IDS = Port("input_ids", ("batch", "sequence"), "int64", "tokens")
+PAST = Port("past", ("batch", 2, "past", 8), "float16", "state")
+PRESENT = Port("present", ("batch", 2, "total", 8), "float16", "state")
+LOGITS = Port("logits", ("batch", "sequence", 31), "float16", "logits")
+
+
+def make_engine(folder: Path, model_sha256: str = "b" * 64) -> Path:
+    """The folder, made, with a plan of 1000 bytes, a plugin library and engine.json."""
+    folder.mkdir()
+    plan, library = bytes(range(250)) * 4, folder / "plugins.so"
+    (folder / PLAN).write_bytes(plan)
+    library.write_bytes(b"a plugin library")
+    built = Plan(
+        file=PLAN,
+        bytes=len(plan),
+        sha256=hashlib.sha256(plan).hexdigest(),
+        model_sha256=model_sha256,
+        inputs=(IDS, PAST),
+        outputs=(LOGITS, PRESENT),
+        carried={"past": "present"},
+        layers={"PLUGIN_V3": 3},
+        plugins={"Rope": 3},
+        messages=("WARNING: x",),
+        seconds=1.5,
+    )
+    engine = Engine(
+        backend="tensorrt-rtx",
+        version="1.7.1.116",
+        target="NVIDIA GPUs of compute capability 8.0 and later",
+        built_on=None,
+        arch="llama",
+        block=None,
+        dtype="float16",
+        weights=(WeightFile("w.safetensors", 8, "link", "c" * 64, "d" * 64, None, 1, 2),),
+        checked="1 of 1 files: every byte as recorded",
+        profile={"batch": (1, 1, 4)},
+        plugins=(Library(str(library), hashlib.sha256(library.read_bytes()).hexdigest()),),
+        graphs={"model": built},
+    )
+    (folder / "engine.json").write_text(json.dumps(engine.as_data()))
+    return folder
