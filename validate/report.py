@@ -12,6 +12,7 @@ from llmexport.export.exported import Export
 from llmexport.export.output import write_files
 from llmexport.export.values import finite, visible
 from llmexport.validate.compare import Difference
+from llmexport.validate.metrics import Metrics
 from llmexport.validate.tolerance import Tolerance
 
 REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
@@ -28,7 +29,8 @@ th, tr { border-bottom: 1px solid #ddd } .pass { color: #07701f } .fail { color:
 class Rung:
     """One comparison; `difference` is the worst of its `details`.
 
-    `status` is pass, fail or not run; `note` says why a rung was not run, or what it lacks.
+    `status` is pass, fail or not run; `note` says why a rung was not run, or what it lacks. `metrics` are of a whole
+    model with logits.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Rung:
     difference: Difference | None = None
     tolerance: Tolerance | None = None
     details: list[dict[str, Any]] = field(default_factory=list)
+    metrics: Metrics | None = None
 
 
 @dataclass
