@@ -96,10 +96,12 @@ class Run:
     """What one runner made of a script: the outputs of each stage, and seconds.
 
     carried: the outputs that are states; of those, the ones of pieces alone are kept. prompts: the seconds of calls of
-    the first stage once all stages have been run. decodes: those of each decode step.
+    the first stage once all stages have been run. decodes: those of each decode step. logits: the output that tokens
+    are chosen by, if there is one.
     """
 
     carried: frozenset[str]
+    logits: str | None = None
     outputs: list[Feed] = field(default_factory=list)
     prompts: list[float] = field(default_factory=list)
     decodes: list[float] = field(default_factory=list)
@@ -139,7 +141,7 @@ def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
 
     outputs, stage = take(prompt), prompt
     if any(g.carried for g in export.graphs):
-        scores = next(p.name for g in export.graphs for p in g.assembly.outputs if p.use == "logits")
+        scores = logits(export)
         for i in range(DECODE_STEPS):
             stage = stage.then(f"decode {i + 1}", "decode", outputs[scores][:, -1:].argmax(-1))
             outputs = take(stage)
@@ -162,7 +164,12 @@ def follow(model: Runs, export: Export, script: Script, *, timed: bool = False) 
 
 
 def _begun(export: Export) -> Run:
-    return Run(frozenset(n for g in export.graphs for n in g.carried.values()))
+    return Run(frozenset(n for g in export.graphs for n in g.carried.values()), logits(export))
+
+
+def logits(export: Export) -> str | None:
+    """The output that tokens are chosen by, if there is one."""
+    return next((p.name for g in export.graphs for p in g.assembly.outputs if p.use == "logits"), None)
 
 
 def _take(model: Runs, stage: Stage, run: Run) -> Feed:

@@ -48,14 +48,14 @@ def climb(
     Raises Mismatch if two runs have different shapes, ExportError if there is no rung of a name.
     """
     asked = check_rungs(rungs)
-    with in_torch(export) as ours, _exact(export) as exact:
+    with in_torch(export) as ours, exact_driver(export) as exact:
         if export.block is not None:
             return _climb_block(export, asked, ours, exact, seed, progress)
         return _climb_whole(export, asked, ours, exact, stages.prompt(export, tokens=tokens, seed=seed), progress)
 
 
 @contextlib.contextmanager
-def _exact(export: Export) -> Iterator[TorchDriver | None]:
+def exact_driver(export: Export) -> Iterator[TorchDriver | None]:
     """Our PyTorch in fp32 for an export in 16 bits, which is judged by how far from it a right run is; else nothing."""
     if export.dtype == "float32":
         yield None

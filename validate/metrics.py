@@ -66,7 +66,8 @@ def measure(stages: Iterable[Scores]) -> Metrics | None:
             few.append(agreement(wide, other, FEW))
         if stage.greedy and not parted:
             last = stage.real[:, -1]
-            same = agreement(stage.reference[last, -1], stage.found[last, -1], 1)
+            wide, other = (x[last, -1].astype(np.float64) for x in (stage.reference, stage.found))
+            same = agreement(wide, other, 1)
             parted = "" if (same == 1).all() else stage.stage
     if not kl:
         return None

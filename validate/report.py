@@ -13,7 +13,7 @@ from llmexport.export.output import write_files
 from llmexport.export.values import finite, visible
 from llmexport.validate.compare import Difference
 from llmexport.validate.metrics import Metrics
-from llmexport.validate.tolerance import Tolerance
+from llmexport.validate.tolerance import MOST, Tolerance
 
 REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
 TIMED = ("prefill", "decode")  # the second by models that have decode steps
@@ -77,6 +77,20 @@ class Report:
     def as_data(self) -> dict[str, Any]:
         """JSON data, in which a number that is not finite is text."""
         return finite(asdict(self) | {"passed": self.passed, "verdict": self.verdict})
+
+
+def rung_of(name: str, details: list[dict[str, Any]]) -> Rung:
+    """Passes if every detail is within what is allowed of it, and no step's reference is everywhere one number, which
+    a model that computes nothing would equal too; shows the one that comes nearest to what is allowed."""
+    worst = max(details, key=lambda d: d["difference"].excess(d["allowed"]))
+    difference, tolerance = worst["difference"], worst["allowed"]
+    varied = {d["step"] for d in details if d["difference"].spread != 0}
+    flat = list(dict.fromkeys(d["step"] for d in details if d["step"] not in varied))
+    status = "pass" if difference.excess(tolerance) <= 1 and not flat else "fail"
+    note = f"proves nothing: the reference is one number everywhere, in step {flat[0]}" if flat else ""
+    if status == "fail" and tolerance.cut and not flat:
+        note = f"tells little: a right run may be {MOST} from fp32 in this type, validate a float32 export too"
+    return Rung(name, status, note, difference, tolerance, details)
 
 
 def write(export: Export, report: Report) -> None:
