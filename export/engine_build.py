@@ -33,7 +33,7 @@ CHATTER = re.compile(r"Make sure (input|output) .* has Int64 binding")
 def main(folder: Path) -> None:
     tell = _events()
     # Both: only Linux has the first, and the second waits while TensorRT holds the interpreter.
-    _die_with_parent()
+    die_with_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads((folder / JOB).read_bytes())
     trt = importlib.import_module(job["module"])
@@ -120,7 +120,7 @@ def _events() -> Tell:
     return tell
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent has ended, however that ends."""
     call = getattr(ctypes.CDLL(None), "prctl", None)
     if call is not None:

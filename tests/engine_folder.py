@@ -11,14 +11,20 @@ from llmexport.export.identity import WeightFile
 from llmexport.export.spec import Port
 
 PLAN = "model.plan"
-IDS = Port("input_ids", ("batch", "sequence"), "int64", "tokens")
-PAST = Port("past", ("batch", 2, "past", 8), "float16", "state")
-PRESENT = Port("present", ("batch", 2, "total", 8), "float16", "state")
-LOGITS = Port("logits", ("batch", "sequence", 31), "float16", "logits")
+PROFILE = {"batch": (1, 1, 4), "sequence": (1, 8, 64), "past": (0, 8, 64), "total": (1, 16, 128)}
 
 
-def make_engine(folder: Path, model_sha256: str = "b" * 64) -> Path:
+def ports(dtype: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """The inputs and outputs of the graph; toy_model.py computes it."""
+    ids = Port("input_ids", ("batch", "sequence"), "int64", "tokens")
+    past = Port("past", ("batch", 2, "past", 8), dtype, "state")
+    present = Port("present", ("batch", 2, "total", 8), dtype, "state")
+    return (ids, past), (Port("logits", ("batch", "sequence", 31), dtype, "logits"), present)
+
+
+def make_engine(folder: Path, model_sha256: str = "b" * 64, dtype: str = "float16") -> Path:
     """The folder, made, with a plan of 1000 bytes, a plugin library and engine.json."""
+    inputs, outputs = ports(dtype)
     folder.mkdir()
     plan, library = bytes(range(250)) * 4, folder / "plugins.so"
     (folder / PLAN).write_bytes(plan)
@@ -28,8 +34,8 @@ def make_engine(folder: Path, model_sha256: str = "b" * 64) -> Path:
         bytes=len(plan),
         sha256=hashlib.sha256(plan).hexdigest(),
         model_sha256=model_sha256,
-        inputs=(IDS, PAST),
-        outputs=(LOGITS, PRESENT),
+        inputs=inputs,
+        outputs=outputs,
         carried={"past": "present"},
         layers={"PLUGIN_V3": 3},
         plugins={"Rope": 3},
@@ -43,10 +49,10 @@ def make_engine(folder: Path, model_sha256: str = "b" * 64) -> Path:
         built_on=None,
         arch="llama",
         block=None,
-        dtype="float16",
+        dtype=dtype,
         weights=(WeightFile("w.safetensors", 8, "link", "c" * 64, "d" * 64, None, 1, 2),),
         checked="1 of 1 files: every byte as recorded",
-        profile={"batch": (1, 1, 4)},
+        profile=PROFILE,
         plugins=(Library(str(library), hashlib.sha256(library.read_bytes()).hexdigest()),),
         graphs={"model": built},
     )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import graph_file
 from llmexport.export.exported import Export, ExportedGraph
+from llmexport.validate import engine_form
 from llmexport.validate.drive import Recorded
 from llmexport.validate.runners import not_runnable, onnx_runner
 
 
 def _no_trace(export: Export, recorded: Recorded) -> str:
+    return ""
+
+
+def _any_size(export: Export, sizes: Mapping[str, int]) -> str:
     return ""
 
 
@@ -25,6 +30,7 @@ class Form:
     its second argument says that the user asked for it by name, so that a large model is no reason. runner: runs a
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
     PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing.
+    outside: why it does not take these sizes, by axis, or nothing.
     """
 
     rung: str
@@ -33,6 +39,7 @@ class Form:
     runner: Callable[[Export, ExportedGraph], BaseRunner]
     against: Form | None = None
     trace: Callable[[Export, Recorded], str] = _no_trace
+    outside: Callable[[Export, Mapping[str, int]], str] = _any_size
 
 
 ONNX_RUNTIME = Form(
@@ -42,4 +49,13 @@ ONNX_RUNTIME = Form(
     runner=lambda export, graph: onnx_runner(graph_file.load(export, graph), export.folder),
 )
 
-FORMS = (ONNX_RUNTIME,)
+ENGINE = Form(
+    rung="engine",
+    title="engine / ONNX Runtime",
+    unable=lambda export, asked: engine_form.unable(export),
+    runner=engine_form.EngineRunner,
+    against=ONNX_RUNTIME,
+    outside=engine_form.outside,
+)
+
+FORMS = (ONNX_RUNTIME, ENGINE)

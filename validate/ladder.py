@@ -125,12 +125,17 @@ class Whole:
         are."""
         if reason := form.unable(self.export, form.rung in self.asked):
             return Rung(form.title, "not run", reason)
+        left = [(s, why) for s in self.script if (why := form.outside(self.export, s.sizes))]
+        # Crossings may be left out; the prompt and what follows it hang together.
+        if needed := next((f"{s.name}: {why}" for s, why in left if s.kind != "crossing"), ""):
+            return Rung(form.title, "not run", needed)
         found = self._run(form)
         before = self._run(form.against) if form.against and not form.against.unable(self.export, True) else None
         yardsticks = [self.ours, *self.theirs, *([before] if before else [])] if self.exact else []
         expected = self.exact or before or self.ours
         allowed = tolerance(self.export.dtype, self.export)
         rung = compare_runs(form.title, self.script, expected, found, allowed, yardsticks)
+        rung.note = "; ".join(filter(None, [rung.note, *(f"not run {s.name}, as {why}" for s, why in left)]))
         if rung.status == "fail" and (place := form.trace(self.export, self.recorded)):
             rung.note = f"{rung.note}; {place}" if rung.note else place
         return rung
@@ -139,7 +144,8 @@ class Whole:
         name = form.title.partition(" / ")[0]
         if name not in self.forms:
             with driver(self.export, lambda graph: form.runner(self.export, graph)) as model:
-                self.forms[name] = follow(model, self.export, self.script, timed=True)
+                taking = drive.Taking(model, lambda stage: not form.outside(self.export, stage.sizes))
+                self.forms[name] = follow(taking, self.export, self.script, timed=True)
         return self.forms[name]
 
     def _references(self) -> list[Rung]:

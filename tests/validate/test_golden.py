@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arch_cases import FIRST, IN_FP16, Case, others_slow
+from arch_cases import FIRST, Case, others_slow
 
 from llmexport.export import graph_file, manifest
 from llmexport.export.exported import Export
@@ -34,9 +34,7 @@ def onnx_runtime(export: Export) -> Iterator[replay.Run]:
         runners = {
             g.name: stack.enter_context(onnx_runner(graph_file.load(export, g), export.folder)) for g in export.graphs
         }
-        yield lambda graph, feed: {
-            n: np.copy(a) for n, a in runners[graph].infer(feed, check_inputs=False).items()
-        }
+        yield lambda graph, feed: {n: np.copy(a) for n, a in runners[graph].infer(feed, check_inputs=False).items()}
 
 
 def replayed(export: Export, path: Path, change: Change = lambda graph, outputs: None) -> Replay:
@@ -54,7 +52,7 @@ def replayed(export: Export, path: Path, change: Change = lambda graph, outputs:
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    others_slow(PACKED, [(c, d) for c, d in PACKED if c.arch in ("gemma", "bert") and (d == "float32" or c in IN_FP16)]),
+    others_slow(PACKED, [(c, d) for c, d in PACKED if c.arch == "gemma" or (c.arch, d) == ("bert", "float32")]),
     ids=str,
 )
 def test_onnx_runtime_gives_what_the_pack_says(case: Case, dtype: str, exported, tmp_path: Path) -> None:
