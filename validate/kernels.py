@@ -1,0 +1,161 @@
+"""Our PyTorch with every op of ours computed by its kernels, through the plugin: on a GPU, or on the CPU emulator."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.progress import Progress, silent
+from llmexport.export.spec import Step
+from llmexport.plugins import emulated, library
+from llmexport.plugins.host import Library, Plugin, Refused, desc, dtype_name
+from llmexport.plugins.spec import Attribute, Op, all_ops
+from llmexport.validate.compare import compare
+from llmexport.validate.drive import Driver, driver
+from llmexport.validate.feeds import Feed
+from llmexport.validate.runners import TorchRunner, to_numpy
+from llmexport.validate.stages import Script
+from llmexport.validate.tolerance import TOLERANCE
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A plugin library, and torch's name of the device that runs its kernels."""
+
+    path: Path
+    device: str
+
+
+def machine(progress: Progress = silent) -> Machine:
+    """What kernels run on here: a GPU with a library for it, else the emulator, which is built if need be.
+
+    Raises PluginError with what is missing and how to get it.
+    """
+    if torch.cuda.is_available() and (path := library.find()):
+        return Machine(path, "cuda")
+    path = emulated.find()
+    if not path:
+        progress("compile the kernels for this CPU, once, in about a minute", 0, 1)
+        path = emulated.build()
+    return Machine(path, "cpu")
+
+
+class Kernels(TorchDispatchMode):
+    """Within it, torch calls the library's plugins in place of our ops' references.
+
+    calls: how often each op was. If `checked`, each call is held against the reference on the same inputs, and `wrong`
+    says of the first that is not right where that was, by the `place` that whoever runs a step has set.
+    """
+
+    def __init__(self, on: Machine, *, checked: bool = False) -> None:
+        super().__init__()
+        library.served(on.path)  # refuses a file that others can have written
+        self._library, self.device, self._checked = Library(on.path), on.device, checked
+        ops = {n: op for n, op in all_ops().items() if n in self._library.creators}
+        self._ops = {getattr(torch.ops.llmexport, op.torch_name).default: op for op in ops.values()}
+        self._plugins: dict[tuple[object, ...], Plugin] = {}
+        self.calls: Counter[str] = Counter()
+        self.place = self.wrong = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        op = self._ops.get(func)
+        if op is None:
+            return func(*args, **(kwargs or {}))
+        given = inspect.signature(op.reference).bind(*args, **(kwargs or {})).arguments
+        made = self._compute(op, given)
+        self.calls[op.name] += 1
+        if self._checked and not self.wrong:
+            self.wrong = self._judge(op, given, made)
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def _compute(self, op: Op, given: Mapping[str, Any]) -> list[Tensor]:
+        """What the op's plugin makes. Raises Refused, with the sizes of the node, if it does not take it."""
+        inputs = [given[n].contiguous() for n in op.inputs if given[n] is not None]
+        descs = [desc(t.shape, t.dtype) for t in inputs]
+        attributes = {n: kind(given[n]) for n, kind in op.attributes.items()}
+        try:
+            plugin = self._plugin(op, attributes)
+            expected, scratch = plugin.prepare(descs)
+            outputs = [_unwritten(d.shape, dtype_name(d.type), self.device) for d in expected]
+            workspace = torch.empty(scratch, dtype=torch.uint8, device=self.device)
+            stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None
+            places = [[t.data_ptr() for t in tensors] for tensors in (inputs, outputs)]
+            plugin.enqueue([*descs, *expected], *places, workspace.data_ptr(), stream)
+        except Refused as error:
+            sizes = ", ".join(f"{n} {str(t.dtype)[6:]}{list(t.shape)}" for n, t in zip(op.inputs, inputs, strict=False))
+            raise Refused(f"{error} ({sizes})") from error
+        return outputs
+
+    def _judge(self, op: Op, given: Mapping[str, Any], made: Sequence[Tensor]) -> str:
+        """Which output is further from its reference than two right runs of one step may be; nothing if none is."""
+        expected = op.reference(**given)
+        dtype = str(made[0].dtype).removeprefix("torch.")
+        for name, right, found in zip(op.outputs, expected if len(made) > 1 else (expected,), made, strict=True):
+            times = compare(to_numpy(right), to_numpy(found)).excess(TOLERANCE[dtype])
+            if times > 1:
+                far = f"{times:.3g} times what is allowed" if math.isfinite(times) else "no number"
+                return f"{self.place}: {name} of {op.name} is {far} from its reference on the same inputs"
+        return ""
+
+    def _plugin(self, op: Op, attributes: Mapping[str, Attribute]) -> Plugin:
+        """One for each node's attributes, as an engine has it that was written and read."""
+        key = (op.name, *attributes.values())
+        if key not in self._plugins:
+            self._plugins[key] = self._library.create(op.name, attributes).recreate().attach()
+        return self._plugins[key]
+
+
+def _unwritten(shape: tuple[int, ...], dtype: str, device: str) -> Tensor:
+    """Memory in which what no kernel writes is seen: NaN, or a number that is no expert's."""
+    kind = getattr(torch, dtype)
+    return torch.full(shape, torch.nan if kind.is_floating_point else -1, dtype=kind, device=device)
+
+
+class KernelRunner(TorchRunner):
+    """A graph in PyTorch whose ops of ours are computed by kernels."""
+
+    def __init__(self, export: Export, graph: ExportedGraph, kernels: Kernels) -> None:
+        super().__init__(export, graph, kernels.device)
+        self.name = "kernels"
+        self._kernels, self._place = kernels, partial(export.place, graph.name)
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
+        with self._kernels:
+            return super().infer_impl(feed_dict)
+
+    def _module(self, step: Step) -> torch.nn.Module:
+        self._kernels.place = self._place(step.name)
+        return super()._module(step)
+
+
+@contextlib.contextmanager
+def in_kernels(export: Export, kernels: Kernels) -> Iterator[Driver[KernelRunner]]:
+    """A driver on the kernels."""
+    with driver(export, lambda graph: KernelRunner(export, graph, kernels)) as driven:
+        yield driven
+
+
+def first_wrong(export: Export, script: Script, on: Machine) -> str:
+    """The first op of a run that leaves what its reference allows, and its step; nothing if none does."""
+    kernels = Kernels(on, checked=True)
+    with in_kernels(export, kernels) as driven:
+        for stage in script:
+            driven.run(stage)
+            if kernels.wrong:
+                return f"{stage.name}: {kernels.wrong}"
+    return ""
