@@ -9,11 +9,12 @@ from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import graph_file
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.validate.drive import Recorded
+from llmexport.validate import kernels
 from llmexport.validate.runners import not_runnable, onnx_runner
+from llmexport.validate.stages import Script
 
 
-def _no_trace(export: Export, recorded: Recorded) -> str:
+def _no_trace(export: Export, script: Script) -> str:
     return ""
 
 
@@ -24,7 +25,7 @@ class Form:
     rung: its name after `--rungs`. title: of what is compared with what. unable: why it cannot run here, or nothing;
     its second argument says that the user asked for it by name, so that a large model is no reason. runner: runs a
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
-    PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing.
+    PyTorch. trace: of a failed rung, the place where the numbers part, on the tokens of the script, or nothing.
     """
 
     rung: str
@@ -32,7 +33,7 @@ class Form:
     unable: Callable[[Export, bool], str]
     runner: Callable[[Export, ExportedGraph], BaseRunner]
     against: Form | None = None
-    trace: Callable[[Export, Recorded], str] = _no_trace
+    trace: Callable[[Export, Script], str] = _no_trace
 
 
 ONNX_RUNTIME = Form(
@@ -42,4 +43,12 @@ ONNX_RUNTIME = Form(
     runner=lambda export, graph: onnx_runner(graph_file.load(export, graph), export.folder),
 )
 
-FORMS = (ONNX_RUNTIME,)
+KERNELS = Form(
+    rung="kernels",
+    title="kernels / PyTorch",
+    unable=kernels.unable,
+    runner=kernels.runner,
+    trace=kernels.trace,
+)
+
+FORMS = (ONNX_RUNTIME, KERNELS)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,11 @@ from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import Step
 from llmexport.plugins import emulated, library
+from llmexport.plugins.errors import PluginError
 from llmexport.plugins.host import Library, Plugin, Refused, desc, dtype_name
 from llmexport.plugins.spec import Attribute, Op, all_ops
 from llmexport.validate.compare import compare
-from llmexport.validate.drive import Driver, driver
+from llmexport.validate.drive import driver
 from llmexport.validate.feeds import Feed
 from llmexport.validate.runners import TorchRunner, to_numpy
 from llmexport.validate.stages import Script
@@ -143,17 +143,31 @@ class KernelRunner(TorchRunner):
         return super()._module(step)
 
 
-@contextlib.contextmanager
-def in_kernels(export: Export, kernels: Kernels) -> Iterator[Driver[KernelRunner]]:
-    """A driver on the kernels."""
+def unable(export: Export, asked: bool) -> str:
+    """Why the kernels cannot be run on this export here, or nothing; builds the emulator if it is wanted and missing."""
+    if not in_torch(export):
+        return "PyTorch calls no op of ours in this model"
+    try:
+        machine()
+    except PluginError as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def in_torch(export: Export) -> set[str]:
+    """The ops of ours that an export has in PyTorch already: a pass makes the others of its graph."""
+    made = {name for g in export.graphs for name in g.fusions}
+    return {n for g in export.graphs for n in g.ops if f"fuse_{all_ops()[n].torch_name}" not in made}
+
+
+def runner(export: Export, graph: ExportedGraph) -> KernelRunner:
+    return KernelRunner(export, graph, Kernels(machine()))
+
+
+def trace(export: Export, script: Script) -> str:
+    """The first op of a run that leaves what its reference allows, its step and stage; nothing if none does."""
+    kernels = Kernels(machine(), checked=True)
     with driver(export, lambda graph: KernelRunner(export, graph, kernels)) as driven:
-        yield driven
-
-
-def first_wrong(export: Export, script: Script, on: Machine) -> str:
-    """The first op of a run that leaves what its reference allows, and its step; nothing if none does."""
-    kernels = Kernels(on, checked=True)
-    with in_kernels(export, kernels) as driven:
         for stage in script:
             driven.run(stage)
             if kernels.wrong:

@@ -131,7 +131,7 @@ class Whole:
         expected = self.exact or before or self.ours
         allowed = tolerance(self.export.dtype, self.export)
         rung = compare_runs(form.title, self.script, expected, found, allowed, yardsticks)
-        if rung.status == "fail" and (place := form.trace(self.export, self.recorded)):
+        if rung.status == "fail" and (place := form.trace(self.export, self.script)):
             rung.note = f"{rung.note}; {place}" if rung.note else place
         return rung
 
