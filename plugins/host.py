@@ -111,6 +111,8 @@ class Library:
 
     def create_from(self, op: str, fields: Sequence[Field], phase: int = BUILD) -> Plugin:
         listed = (Field * len(fields))(*fields)
+        if op not in self.creators:
+            raise Refused(f"{op} has no plugin in this library, which serves {', '.join(sorted(self.creators))}")
         made = self.call("Create", self.creators[op], listed, len(fields), phase, returns=c.c_void_p)
         return Plugin(self, op, made)
 

@@ -10,11 +10,11 @@ from polygraphy.backend.base import BaseRunner
 from llmexport.export import graph_file
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.validate import kernels
+from llmexport.validate.drive import Recorded
 from llmexport.validate.runners import not_runnable, onnx_runner
-from llmexport.validate.stages import Script
 
 
-def _no_trace(export: Export, script: Script) -> str:
+def _no_trace(export: Export, recorded: Recorded) -> str:
     return ""
 
 
@@ -25,7 +25,8 @@ class Form:
     rung: its name after `--rungs`. title: of what is compared with what. unable: why it cannot run here, or nothing;
     its second argument says that the user asked for it by name, so that a large model is no reason. runner: runs a
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
-    PyTorch. trace: of a failed rung, the place where the numbers part, on the tokens of the script, or nothing.
+    PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing.
+    note: what else is to be known of a rung that was run. timed: its seconds are those of something that is deployed.
     """
 
     rung: str
@@ -33,7 +34,9 @@ class Form:
     unable: Callable[[Export, bool], str]
     runner: Callable[[Export, ExportedGraph], BaseRunner]
     against: Form | None = None
-    trace: Callable[[Export, Script], str] = _no_trace
+    trace: Callable[[Export, Recorded], str] = _no_trace
+    note: Callable[[Export], str] = lambda export: ""
+    timed: bool = True
 
 
 ONNX_RUNTIME = Form(
@@ -49,6 +52,8 @@ KERNELS = Form(
     unable=kernels.unable,
     runner=kernels.runner,
     trace=kernels.trace,
+    note=kernels.note,
+    timed=False,
 )
 
 FORMS = (ONNX_RUNTIME, KERNELS)

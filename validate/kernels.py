@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,18 +18,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.export.progress import Progress, silent
-from llmexport.export.spec import Step
+from llmexport.export.spec import PAST, SEQUENCE, Step
 from llmexport.plugins import emulated, library
 from llmexport.plugins.errors import PluginError
 from llmexport.plugins.host import Library, Plugin, Refused, desc, dtype_name
 from llmexport.plugins.spec import Attribute, Op, all_ops
+from llmexport.validate import stages
 from llmexport.validate.compare import compare
-from llmexport.validate.drive import driver
-from llmexport.validate.feeds import Feed
+from llmexport.validate.cost import multiply_adds
+from llmexport.validate.drive import Recorded
+from llmexport.validate.feeds import Feed, block_feed
 from llmexport.validate.runners import TorchRunner, to_numpy
-from llmexport.validate.stages import Script
 from llmexport.validate.tolerance import TOLERANCE
+
+# Of a prompt on the emulator: some minutes on one core.
+MOST = 1e8
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,17 @@ class Machine:
     device: str
 
 
-def machine(progress: Progress = silent) -> Machine:
+def machine() -> Machine:
     """What kernels run on here: a GPU with a library for it, else the emulator, which is built if need be.
 
     Raises PluginError with what is missing and how to get it.
     """
-    if torch.cuda.is_available() and (path := library.find()):
-        return Machine(path, "cuda")
-    path = emulated.find()
-    if not path:
-        progress("compile the kernels for this CPU, once, in about a minute", 0, 1)
-        path = emulated.build()
-    return Machine(path, "cpu")
+    return on_gpu() or Machine(emulated.find() or emulated.build(), "cpu")
+
+
+def on_gpu() -> Machine | None:
+    path = library.find() if torch.cuda.is_available() else None
+    return Machine(path, "cuda") if path else None
 
 
 class Kernels(TorchDispatchMode):
@@ -64,8 +67,7 @@ class Kernels(TorchDispatchMode):
         super().__init__()
         library.served(on.path)  # refuses a file that others can have written
         self._library, self.device, self._checked = Library(on.path), on.device, checked
-        ops = {n: op for n, op in all_ops().items() if n in self._library.creators}
-        self._ops = {getattr(torch.ops.llmexport, op.torch_name).default: op for op in ops.values()}
+        self._ops = {getattr(torch.ops.llmexport, op.torch_name).default: op for op in all_ops().values()}
         self._plugins: dict[tuple[object, ...], Plugin] = {}
         self.calls: Counter[str] = Counter()
         self.place = self.wrong = ""
@@ -138,15 +140,22 @@ class KernelRunner(TorchRunner):
         with self._kernels:
             return super().infer_impl(feed_dict)
 
+    def run_step(self, step: Step, feed: Feed) -> Feed:
+        with self._kernels:
+            return super().run_step(step, feed)
+
     def _module(self, step: Step) -> torch.nn.Module:
         self._kernels.place = self._place(step.name)
         return super()._module(step)
 
 
 def unable(export: Export, asked: bool) -> str:
-    """Why the kernels cannot be run on this export here, or nothing; builds the emulator if it is wanted and missing."""
+    """Why the kernels cannot run this export here, or nothing; builds the emulator if it is wanted and missing."""
     if not in_torch(export):
         return "PyTorch calls no op of ours in this model"
+    products = multiply_adds(export)
+    if on_gpu() is None and not asked and products > MOST:
+        return f"a prompt takes {products:.0e} multiply-adds, over {MOST:.0e}: --rungs kernels runs it anyway"
     try:
         machine()
     except PluginError as error:
@@ -154,22 +163,43 @@ def unable(export: Export, asked: bool) -> str:
     return ""
 
 
-def in_torch(export: Export) -> set[str]:
-    """The ops of ours that an export has in PyTorch already: a pass makes the others of its graph."""
-    made = {name for g in export.graphs for name in g.fusions}
-    return {n for g in export.graphs for n in g.ops if f"fuse_{all_ops()[n].torch_name}" not in made}
-
-
 def runner(export: Export, graph: ExportedGraph) -> KernelRunner:
     return KernelRunner(export, graph, Kernels(machine()))
 
 
-def trace(export: Export, script: Script) -> str:
-    """The first op of a run that leaves what its reference allows, its step and stage; nothing if none does."""
+def note(export: Export) -> str:
+    """What ran, and what of an export did not."""
+    where = "on the CPU emulator" if machine().device == "cpu" else f"on {torch.cuda.get_device_name()}"
+    left = sorted({n for g in export.graphs for n in g.ops} - in_torch(export))
+    return where + (f"; without {', '.join(left)}, which passes make of the exported graph" if left else "")
+
+
+def trace(export: Export, recorded: Recorded) -> str:
+    """The first op that leaves what its reference allows, and its step: on what PyTorch computed, then on random
+    inputs, of which some are a token after others."""
     kernels = Kernels(machine(), checked=True)
-    with driver(export, lambda graph: KernelRunner(export, graph, kernels)) as driven:
-        for stage in script:
-            driven.run(stage)
+    for graph in export.graphs:
+        steps, ran = graph.assembly.steps, KernelRunner(export, graph, kernels)
+        held = [(stage, values[graph.name]) for stage, values in recorded.items() if graph.name in values]
+        of_torch = ((stage, step, values) for stage, values in held for step in steps)
+        for stage, step, feed in itertools.chain(of_torch, *(_drawn(export, step) for step in steps)):
+            ran.run_step(step, feed)
             if kernels.wrong:
-                return f"{stage.name}: {kernels.wrong}"
-    return ""
+                return f"{stage}: {kernels.wrong}"
+    return "every op is right by itself"
+
+
+def _drawn(export: Export, step: Step) -> Iterator[tuple[str, Step, Feed]]:
+    for sizes in stages.block_sizes(step.block):
+        drawn = block_feed(step.block, export.dtype, sizes, seed=0)
+        yield (
+            f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens",
+            step,
+            {value: drawn[port] for port, value in step.reads.items()},
+        )
+
+
+def in_torch(export: Export) -> set[str]:
+    """The ops of ours that an export has in PyTorch already: a pass makes the others of its graph."""
+    made = {name for g in export.graphs for name in g.fusions}
+    return {n for g in export.graphs for n in g.ops if f"fuse_{all_ops()[n].torch_name}" not in made}

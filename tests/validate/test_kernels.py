@@ -6,10 +6,10 @@ import time
 
 import pytest
 from arch_cases import FIRST, Case
+from native import emulated_library
 
 from llmexport.export import manifest
 from llmexport.plugins import emulated
-from native import emulated_library
 from llmexport.validate import ladder
 
 
