@@ -9,7 +9,7 @@ from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import graph_file
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.validate import engine_form
+from llmexport.validate import engine_form, kernels
 from llmexport.validate.drive import Recorded
 from llmexport.validate.runners import not_runnable, onnx_runner
 
@@ -31,6 +31,7 @@ class Form:
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
     PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing.
     outside: why it does not take these sizes, by axis, or nothing.
+    note: what else is to be known of a rung that was run. timed: its seconds are those of something that is deployed.
     """
 
     rung: str
@@ -40,6 +41,8 @@ class Form:
     against: Form | None = None
     trace: Callable[[Export, Recorded], str] = _no_trace
     outside: Callable[[Export, Mapping[str, int]], str] = _any_size
+    note: Callable[[Export], str] = lambda export: ""
+    timed: bool = True
 
 
 ONNX_RUNTIME = Form(
@@ -47,6 +50,16 @@ ONNX_RUNTIME = Form(
     title="ONNX Runtime / PyTorch",
     unable=lambda export, asked: not_runnable(export.dtype),
     runner=lambda export, graph: onnx_runner(graph_file.load(export, graph), export.folder),
+)
+
+KERNELS = Form(
+    rung="kernels",
+    title="kernels / PyTorch",
+    unable=kernels.unable,
+    runner=kernels.runner,
+    trace=kernels.trace,
+    note=kernels.note,
+    timed=False,
 )
 
 ENGINE = Form(
@@ -58,4 +71,4 @@ ENGINE = Form(
     outside=engine_form.outside,
 )
 
-FORMS = (ONNX_RUNTIME, ENGINE)
+FORMS = (ONNX_RUNTIME, KERNELS, ENGINE)

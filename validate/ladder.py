@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from llmexport.export import graph_file
-from llmexport.export.errors import ExportError
+from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.exported import Export
 from llmexport.export.progress import Progress, silent
+from llmexport.plugins.errors import PluginError
 from llmexport.validate import drive, overflow, stages
 from llmexport.validate.drive import Recorded, Run, TorchDriver, beyond, driver, follow, in_torch, record
 from llmexport.validate.forms import FORMS, Form
@@ -88,7 +89,7 @@ def _climb_whole(
     overflow.explain(rungs, lost, ours.overflows or (overflow.first_alone(apart) if apart else None))
     progress("done", 1 + len(names), 1 + len(names))
     _note_uncrossed(rungs, export, beyond(export, prompt)[1])
-    seconds = {"PyTorch": ours.medians} | {n: run.medians for n, run in whole.forms.items()}
+    seconds = {"PyTorch": ours.medians} | {n: run.medians for n, run in whole.forms.items() if run.prompts}
     return Report(rungs, seconds, _shape(script), asked=tuple(n for n in RUNGS if n in (asked or ())))
 
 
@@ -129,15 +130,18 @@ class Whole:
         # Crossings may be left out; the prompt and what follows it hang together.
         if needed := next((f"{s.name}: {why}" for s, why in left if s.kind != "crossing"), ""):
             return Rung(form.title, "not run", needed)
-        found = self._run(form)
+        try:
+            found = self._run(form)
+        except (EngineError, PluginError) as error:
+            return Rung(form.title, "fail", " ".join(str(error).split()))
         before = self._run(form.against) if form.against and not form.against.unable(self.export, True) else None
         yardsticks = [self.ours, *self.theirs, *([before] if before else [])] if self.exact else []
         expected = self.exact or before or self.ours
         allowed = tolerance(self.export.dtype, self.export)
         rung = compare_runs(form.title, self.script, expected, found, allowed, yardsticks)
-        rung.note = "; ".join(filter(None, [rung.note, *(f"not run {s.name}, as {why}" for s, why in left)]))
-        if rung.status == "fail" and (place := form.trace(self.export, self.recorded)):
-            rung.note = f"{rung.note}; {place}" if rung.note else place
+        lacks = [f"not run {s.name}, as {why}" for s, why in left]
+        place = form.trace(self.export, self.recorded) if rung.status == "fail" else ""
+        rung.note = "; ".join(filter(None, (rung.note, *lacks, place, form.note(self.export))))
         return rung
 
     def _run(self, form: Form) -> Run:
@@ -145,7 +149,7 @@ class Whole:
         if name not in self.forms:
             with driver(self.export, lambda graph: form.runner(self.export, graph)) as model:
                 taking = drive.Taking(model, lambda stage: not form.outside(self.export, stage.sizes))
-                self.forms[name] = follow(taking, self.export, self.script, timed=True)
+                self.forms[name] = follow(taking, self.export, self.script, timed=form.timed)
         return self.forms[name]
 
     def _references(self) -> list[Rung]:
@@ -235,8 +239,12 @@ def _climb_block(
         if reason := form.unable(export, form.rung in (asked or ())):
             rungs.append(Rung(form.title, "not run", reason, key=form.rung))
             continue
-        with form.runner(export, graph) as runner:
-            rung = rung_of(form.title, list(alone(judge, runner, step, seed)))
+        try:
+            with form.runner(export, graph) as runner:
+                rung = rung_of(form.title, list(alone(judge, runner, step, seed)))
+            rung.note = "; ".join(filter(None, (rung.note, form.note(export))))
+        except (EngineError, PluginError) as error:
+            rung = Rung(form.title, "fail", " ".join(str(error).split()))
         rung.key = form.rung
         rungs.append(rung)
     progress("block", len(forms), len(forms))
