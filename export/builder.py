@@ -27,6 +27,9 @@ ANOTHER_GRAPH = re.compile(
 )
 
 
+Messages = collections.deque[str]
+
+
 @dataclass(frozen=True)
 class Network:
     """What TensorRT read: [name, type, shape with -1] of each input and output, the names of its plugin layers, its
@@ -55,41 +58,53 @@ def run(work: Path, module: str, timeout: float | None, check: Callable[[Network
     builder is given up. Raises EngineError on whatever the builder says or dies of, OSError if it cannot write.
     """
     start = time.monotonic()
-    messages: collections.deque[str] = collections.deque(maxlen=20)
+    messages: Messages = collections.deque(maxlen=20)
     network, built = None, False
-    with _builder(work, module, timeout) as child:
-        for line in child.stdout or ():
-            if not line.endswith("\n"):
-                # It died in the middle of an event.
-                break
-            match json.loads(line):
-                case ["log", text]:
-                    messages.append(text)
-                    if ANOTHER_GRAPH.search(text):
-                        raise EngineError(f"TensorRT would build another graph than the model's: {text}")
-                case ["parsed", inputs, outputs, plugins, facts]:
-                    network = Network(inputs, outputs, plugins, **facts)
-                    check(network)
-                case ["unreadable", reasons]:
-                    raise EngineError(f"TensorRT cannot read the model: {'; '.join(reasons)}")
-                case ["unbuildable"]:
-                    raise EngineError("\n  ".join(["TensorRT cannot build the model:", *messages]))
-                case ["unwritable", code]:
-                    raise OSError(code, os.strerror(code))
-                case ["built"]:
-                    built = True
+    with builder(work, module) as child, limited(child, timeout):
+        for event in events(child, messages):
+            if isinstance(event, Network):
+                network = event
+                check(network)
+            built = built or event == ["built"]
         code = child.wait()
     seconds = time.monotonic() - start
     if code or network is None or not built:
-        late = timeout is not None and seconds >= timeout
-        reason = f"was stopped after {timeout:g} s, see --timeout" if late else _reason(code)
-        raise EngineError("\n  ".join([f"TensorRT's builder {reason}", *messages, *_tail(work / "stderr")]))
+        raise died(work, code, timeout if timeout is not None and seconds >= timeout else None, messages)
     return Run(network, tuple(dict.fromkeys(messages)), round(seconds, 2))
 
 
+def events(child: subprocess.Popen[str], messages: Messages) -> Iterator[Network | list[Any]]:
+    """What a builder tells, but for messages, which are gathered, and errors, which are raised."""
+    for line in child.stdout or ():
+        if not line.endswith("\n"):
+            # It died in the middle of an event.
+            break
+        match json.loads(line):
+            case ["log", text]:
+                messages.append(text)
+                if ANOTHER_GRAPH.search(text):
+                    raise EngineError(f"TensorRT would build another graph than the model's: {text}")
+            case ["parsed", inputs, outputs, plugins, facts]:
+                yield Network(inputs, outputs, plugins, **facts)
+            case ["unreadable", reasons]:
+                raise EngineError(f"TensorRT cannot read the model: {'; '.join(reasons)}")
+            case ["unbuildable"]:
+                raise EngineError("\n  ".join(["TensorRT cannot build the model:", *messages]))
+            case ["unwritable", code]:
+                raise OSError(code, os.strerror(code))
+            case event:
+                yield event
+
+
+def died(work: Path, code: int, late: float | None, messages: Messages) -> EngineError:
+    """Why a builder's process ended before it was done; `late`: after so many seconds it was stopped."""
+    reason = _reason(code) if late is None else f"was stopped after {late:g} s, see --timeout"
+    return EngineError("\n  ".join([f"TensorRT's builder {reason}", *messages, *_tail(work / "stderr")]))
+
+
 @contextlib.contextmanager
-def _builder(work: Path, module: str, timeout: float | None) -> Iterator[subprocess.Popen[str]]:
-    """The builder's process. It has ended afterwards, whatever happens."""
+def builder(work: Path, module: str, channel: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    """The builder's process, which has ended afterwards, whatever happens; `channel`: a file that it is left open."""
     pipe = subprocess.PIPE
     (work / "links").mkdir()
     with (
@@ -103,17 +118,26 @@ def _builder(work: Path, module: str, timeout: float | None) -> Iterator[subproc
             stdout=pipe,
             stderr=stderr,
             text=True,
+            pass_fds=() if channel is None else (channel,),
         ) as child,
     ):
-        timer = threading.Timer(timeout or 0, child.kill)
         try:
-            if timeout is not None:
-                timer.start()
             yield child
         finally:
-            timer.cancel()
             child.kill()
             child.wait()
+
+
+@contextlib.contextmanager
+def limited(child: subprocess.Popen[str], timeout: float | None) -> Iterator[None]:
+    """Kills a process that is still there after so many seconds."""
+    timer = threading.Timer(timeout or 0, child.kill)
+    try:
+        if timeout is not None:
+            timer.start()
+        yield
+    finally:
+        timer.cancel()
 
 
 def _reason(code: int) -> str:
