@@ -60,17 +60,16 @@ def run(work: Path, module: str, timeout: float | None, check: Callable[[Network
     start = time.monotonic()
     messages: Messages = collections.deque(maxlen=20)
     network, built = None, False
-    with builder(work, module) as child, limited(child, timeout):
+    with builder(work, module) as child, limited(child, timeout) as late:
         for event in events(child, messages):
             if isinstance(event, Network):
                 network = event
                 check(network)
             built = built or event == ["built"]
         code = child.wait()
-    seconds = time.monotonic() - start
-    if code or network is None or not built:
-        raise died(work, code, timeout if timeout is not None and seconds >= timeout else None, messages)
-    return Run(network, tuple(dict.fromkeys(messages)), round(seconds, 2))
+        if code or network is None or not built:
+            raise died(work, f"was stopped after {timeout:g} s, see --timeout" if late() else reason(code), messages)
+    return Run(network, tuple(dict.fromkeys(messages)), round(time.monotonic() - start, 2))
 
 
 def events(child: subprocess.Popen[str], messages: Messages) -> Iterator[Network | list[Any]]:
@@ -96,10 +95,9 @@ def events(child: subprocess.Popen[str], messages: Messages) -> Iterator[Network
                 yield event
 
 
-def died(work: Path, code: int, late: float | None, messages: Messages) -> EngineError:
-    """Why a builder's process ended before it was done; `late`: after so many seconds it was stopped."""
-    reason = _reason(code) if late is None else f"was stopped after {late:g} s, see --timeout"
-    return EngineError("\n  ".join([f"TensorRT's builder {reason}", *messages, *_tail(work / "stderr")]))
+def died(work: Path, how: str, messages: Messages) -> EngineError:
+    """Of a builder whose process ended before it was done, and what it said last."""
+    return EngineError("\n  ".join([f"TensorRT's builder {how}", *messages, *_tail(work / "stderr")]))
 
 
 @contextlib.contextmanager
@@ -129,18 +127,19 @@ def builder(work: Path, module: str, channel: int | None = None) -> Iterator[sub
 
 
 @contextlib.contextmanager
-def limited(child: subprocess.Popen[str], timeout: float | None) -> Iterator[None]:
-    """Kills a process that is still there after so many seconds."""
+def limited(child: subprocess.Popen[str], timeout: float | None) -> Iterator[Callable[[], bool]]:
+    """Kills a process that is still there after so many seconds; gives what says whether it was that."""
+    start = time.monotonic()
     timer = threading.Timer(timeout or 0, child.kill)
     try:
         if timeout is not None:
             timer.start()
-        yield
+        yield lambda: timeout is not None and time.monotonic() - start >= timeout
     finally:
         timer.cancel()
 
 
-def _reason(code: int) -> str:
+def reason(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name

@@ -6,8 +6,7 @@ import collections
 import contextlib
 import json
 import subprocess
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -55,18 +54,32 @@ class Evaluator:
         return self._ask(dict(feed), dict(known))
 
     def _ask(self, feed: Values, known: Values | None) -> Any:
-        start = time.monotonic()
-        with builder.limited(self.child, self.timeout):
+        with builder.limited(self.child, self.timeout) as late:
             try:
                 self.channel.send((feed, known))
                 answer = self.channel.recv()
             except (EOFError, OSError) as error:
-                late = self.timeout is not None and time.monotonic() - start >= self.timeout
-                code = self.child.wait()
-                raise builder.died(self.work, code, self.timeout if late else None, self.messages) from error
+                raise self.died(late()) from error
         if isinstance(answer, str):
             raise Uncomputed(f"TensorRT's network cannot be computed: {answer}")
         return answer
+
+    def read(self, check: Callable[[builder.Network], None]) -> None:
+        """Waits until TensorRT has read the model, and until it is known how to compute all of it."""
+        with builder.limited(self.child, self.timeout) as late:
+            for event in builder.events(self.child, self.messages):
+                match event:
+                    case builder.Network():
+                        check(event)
+                    case ["unknown", reason]:
+                        raise Uncomputed(f"TensorRT's network cannot be computed: {reason}")
+                    case ["ready"]:
+                        return
+            raise self.died(late())
+
+    def died(self, late: bool) -> EngineError:
+        how = f"was stopped after {self.timeout:g} s" if late else builder.reason(self.child.wait())
+        return builder.died(self.work, how, self.messages)
 
 
 @contextlib.contextmanager
@@ -88,31 +101,21 @@ def evaluator(
     served = library.served(plugins) if plugins else frozenset()
     model, nodes = tensorrt_form(load(export, graph), served)
     (work / MODEL).write_bytes(model.SerializeToString())
-    messages: builder.Messages = collections.deque(maxlen=20)
     ours, theirs = Pipe()
     with ours:
         with theirs:
             job = {"module": module, "model": str(export.folder / graph.file), "channel": theirs.fileno()}
             job |= {"library": str(plugins)} if nodes else {}
             (work / JOB).write_text(json.dumps(job))
-            stack = contextlib.ExitStack()
-            child = stack.enter_context(builder.builder(work, module, theirs.fileno()))
-        with stack:
-            start = time.monotonic()
-            with builder.limited(child, timeout):
-                ready = any(_is_ready(event, export, graph, nodes) for event in builder.events(child, messages))
-            if not ready:
-                late = timeout is not None and time.monotonic() - start >= timeout
-                raise builder.died(work, child.wait(), timeout if late else None, messages)
-            yield Evaluator(work, child, ours, timeout, messages)
+            process = contextlib.ExitStack()
+            child = process.enter_context(builder.builder(work, module, theirs.fileno()))
+        with process:
+            made = Evaluator(work, child, ours, timeout, collections.deque(maxlen=20))
+            made.read(lambda read: _check(read, export, graph, nodes))
+            yield made
 
 
-def _is_ready(event: builder.Network | list[Any], export: Export, graph: ExportedGraph, nodes: dict[str, str]) -> bool:
-    match event:
-        case builder.Network():
-            check_plugins(nodes, event.plugins)
-            for ports, read in ((graph.assembly.inputs, event.inputs), (graph.assembly.outputs, event.outputs)):
-                check_ports(tuple(p.typed(export.dtype) for p in ports), read)
-        case ["unknown", reason]:
-            raise Uncomputed(f"TensorRT's network cannot be computed: {reason}")
-    return event == ["ready"]
+def _check(read: builder.Network, export: Export, graph: ExportedGraph, nodes: dict[str, str]) -> None:
+    check_plugins(nodes, read.plugins)
+    for ports, found in ((graph.assembly.inputs, read.inputs), (graph.assembly.outputs, read.outputs)):
+        check_ports(tuple(p.typed(export.dtype) for p in ports), found)

@@ -9,6 +9,7 @@ from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import graph_file
 from llmexport.export.exported import Export, ExportedGraph
+from llmexport.validate import network
 from llmexport.validate.drive import Recorded
 from llmexport.validate.runners import not_runnable, onnx_runner
 
@@ -25,6 +26,7 @@ class Form:
     its second argument says that the user asked for it by name, so that a large model is no reason. runner: runs a
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
     PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing.
+    note: what else is to be known of a rung that was run. timed: its seconds are those of something that is deployed.
     """
 
     rung: str
@@ -33,6 +35,8 @@ class Form:
     runner: Callable[[Export, ExportedGraph], BaseRunner]
     against: Form | None = None
     trace: Callable[[Export, Recorded], str] = _no_trace
+    note: Callable[[Export], str] = lambda export: ""
+    timed: bool = True
 
 
 ONNX_RUNTIME = Form(
@@ -42,4 +46,15 @@ ONNX_RUNTIME = Form(
     runner=lambda export, graph: onnx_runner(graph_file.load(export, graph), export.folder),
 )
 
-FORMS = (ONNX_RUNTIME,)
+NETWORK = Form(
+    rung="network",
+    title="TensorRT's network / ONNX Runtime",
+    unable=network.unable,
+    runner=network.NetworkRunner,
+    against=ONNX_RUNTIME,
+    trace=network.trace,
+    note=network.form,
+    timed=False,
+)
+
+FORMS = (ONNX_RUNTIME, NETWORK)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from llmexport.export import graph_file
-from llmexport.export.errors import ExportError
+from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.exported import Export
 from llmexport.export.progress import Progress, silent
 from llmexport.validate import drive, overflow, stages
@@ -88,7 +88,7 @@ def _climb_whole(
     overflow.explain(rungs, lost, ours.overflows or (overflow.first_alone(apart) if apart else None))
     progress("done", 1 + len(names), 1 + len(names))
     _note_uncrossed(rungs, export, beyond(export, prompt)[1])
-    seconds = {"PyTorch": ours.medians} | {n: run.medians for n, run in whole.forms.items()}
+    seconds = {"PyTorch": ours.medians} | {n: run.medians for n, run in whole.forms.items() if run.prompts}
     return Report(rungs, seconds, _shape(script), asked=tuple(n for n in RUNGS if n in (asked or ())))
 
 
@@ -125,21 +125,24 @@ class Whole:
         are."""
         if reason := form.unable(self.export, form.rung in self.asked):
             return Rung(form.title, "not run", reason)
-        found = self._run(form)
+        try:
+            found = self._run(form)
+        except EngineError as error:
+            return Rung(form.title, "fail", " ".join(str(error).split()))
         before = self._run(form.against) if form.against and not form.against.unable(self.export, True) else None
         yardsticks = [self.ours, *self.theirs, *([before] if before else [])] if self.exact else []
         expected = self.exact or before or self.ours
         allowed = tolerance(self.export.dtype, self.export)
         rung = compare_runs(form.title, self.script, expected, found, allowed, yardsticks)
-        if rung.status == "fail" and (place := form.trace(self.export, self.recorded)):
-            rung.note = f"{rung.note}; {place}" if rung.note else place
+        place = form.trace(self.export, self.recorded) if rung.status == "fail" else ""
+        rung.note = "; ".join(filter(None, (rung.note, place, form.note(self.export))))
         return rung
 
     def _run(self, form: Form) -> Run:
         name = form.title.partition(" / ")[0]
         if name not in self.forms:
             with driver(self.export, lambda graph: form.runner(self.export, graph)) as model:
-                self.forms[name] = follow(model, self.export, self.script, timed=True)
+                self.forms[name] = follow(model, self.export, self.script, timed=form.timed)
         return self.forms[name]
 
     def _references(self) -> list[Rung]:
@@ -229,8 +232,12 @@ def _climb_block(
         if reason := form.unable(export, form.rung in (asked or ())):
             rungs.append(Rung(form.title, "not run", reason, key=form.rung))
             continue
-        with form.runner(export, graph) as runner:
-            rung = rung_of(form.title, list(alone(judge, runner, step, seed)))
+        try:
+            with form.runner(export, graph) as runner:
+                rung = rung_of(form.title, list(alone(judge, runner, step, seed)))
+            rung.note = "; ".join(filter(None, (rung.note, form.note(export))))
+        except EngineError as error:
+            rung = Rung(form.title, "fail", " ".join(str(error).split()))
         rung.key = form.rung
         rungs.append(rung)
     progress("block", len(forms), len(forms))
