@@ -122,9 +122,9 @@ class _Job:
         inputs, outputs = (tuple(p.typed(dtype) for p in ports) for ports in (assembly.inputs, assembly.outputs))
 
         def check(read: builder.Network) -> None:
-            _check_plugins(nodes, read.plugins)
-            _check_ports(inputs, read.inputs)
-            _check_ports(outputs, read.outputs)
+            check_plugins(nodes, read.plugins)
+            check_ports(inputs, read.inputs)
+            check_ports(outputs, read.outputs)
             self.progress("engine: build", 2 * place + 1, steps)
 
         ran = builder.run(work, self.module, self.timeout, check)
@@ -149,14 +149,14 @@ def _shapes(port: Port, sizes: Mapping[str, Sizes]) -> list[list[int]]:
     return [[d if isinstance(d, int) else sizes[d][i] for d in port.shape] for i in range(3)]
 
 
-def _check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
+def check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
     """Every node left to a plugin must be a plugin layer, and no other may."""
     if sorted(layers) != sorted(nodes):
         odd = sorted(set(nodes).symmetric_difference(layers))[:5]
         raise EngineError(f"TensorRT made {len(layers)} plugin layers of {len(nodes)} ops, see {', '.join(odd)}")
 
 
-def _check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
+def check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
     """What TensorRT read, [name, type, shape with -1] each, must be what the export says."""
     said = {p.name: [p.dtype, [d if isinstance(d, int) else -1 for d in p.shape]] for p in ports}
     read = {name: [BY_TENSORRT[kind].name if kind in BY_TENSORRT else kind, shape] for name, kind, shape in found}

@@ -1,8 +1,9 @@
 """The TensorRT builder, as a process of its own: the only module of the export that imports TensorRT.
 
-`python -m llmexport.export.engine_build FOLDER` does the job that `engine.py` left in the folder. Each line of
-stdout is an event, a JSON list: ["log", text], ["parsed", inputs, outputs, plugin layers, facts],
-["unreadable", reasons], ["unbuildable"], ["unwritable", errno] or ["built"].
+`python -m llmexport.export.engine_build FOLDER` does the job that `engine.py` left in the folder, or `evaluation.py`,
+whose job names a `channel`: what was parsed is then computed on this CPU, and not built. Each line of stdout is an
+event, a JSON list: ["log", text], ["parsed", inputs, outputs, plugin layers, facts], ["unreadable", reasons],
+["unbuildable"], ["unwritable", errno], ["built"]; ["unknown", reason] or ["ready"].
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main(folder: Path) -> None:
 
 
 def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
-    """The plan, as a buffer; None if TensorRT refused, which has been told."""
+    """The plan, as a buffer; None if TensorRT refused, which has been told, or if none was wanted."""
     logger = _logger(trt, tell)
     if "library" in job:
         library.load(trt, Path(job["library"]))
@@ -74,6 +75,11 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     plugins = [layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
     kinds = collections.Counter(layer.type.name for layer in layers)
     tell("parsed", inputs, outputs, plugins, {"version": trt.__version__, "layers": dict(kinds.most_common())})
+    if "channel" in job:
+        from llmexport.export.network.serve import serve
+
+        serve(trt, network, model, job, tell)
+        return None
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     for name, shapes in job["profile"].items():

@@ -9,7 +9,7 @@ from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import graph_file
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.validate import engine_form, kernels
+from llmexport.validate import engine_form, kernels, network
 from llmexport.validate.drive import Recorded
 from llmexport.validate.runners import not_runnable, onnx_runner
 
@@ -52,6 +52,17 @@ ONNX_RUNTIME = Form(
     runner=lambda export, graph: onnx_runner(graph_file.load(export, graph), export.folder),
 )
 
+NETWORK = Form(
+    rung="network",
+    title="TensorRT's network / ONNX Runtime",
+    unable=network.unable,
+    runner=network.NetworkRunner,
+    against=ONNX_RUNTIME,
+    trace=network.trace,
+    note=network.form,
+    timed=False,
+)
+
 KERNELS = Form(
     rung="kernels",
     title="kernels / PyTorch",
@@ -71,4 +82,4 @@ ENGINE = Form(
     outside=engine_form.outside,
 )
 
-FORMS = (ONNX_RUNTIME, KERNELS, ENGINE)
+FORMS = (ONNX_RUNTIME, NETWORK, KERNELS, ENGINE)
