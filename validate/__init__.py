@@ -33,7 +33,7 @@ def validate(
     from llmexport.export import manifest
     from llmexport.export.folder import folder_path
     from llmexport.validate import ladder
-    from llmexport.validate.report import write
+    from llmexport.validate.page import write
 
     for name, value, least in (("tokens", tokens, 2), ("seed", seed, 0)):
         if value is not None and value < least:
