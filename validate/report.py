@@ -29,6 +29,68 @@ class Rung:
     key: str = ""
 
 
+@dataclass(frozen=True)
+class Node:
+    """A node of a graph's file that computes another output than it should.
+
+    over: it leaves tolerance alone; else it is the one that is furthest off. said: how it differs from the node that
+    an export makes.
+    """
+
+    name: str
+    op: str
+    output: str
+    difference: Difference | None
+    allowed: Tolerance
+    over: bool
+    said: str
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """Where an export leaves tolerance first.
+
+    block: the detail of the rung over blocks, None if no block does. node: in that block. said: why there is no block,
+    or no node. weights: sentences on the tensors that are not the checkpoint's. rungs: the others that failed, with
+    what they say of the place.
+    """
+
+    block: dict[str, Any] | None
+    node: Node | None
+    said: str
+    weights: tuple[str, ...]
+    rungs: dict[str, str]
+
+    @property
+    def found(self) -> bool:
+        return bool(self.block or self.weights or self.rungs)
+
+    @property
+    def lines(self) -> list[tuple[str, str]]:
+        """What was found, for people: of what, and what."""
+        if not self.found:
+            return [("bisect", "nothing leaves tolerance")]
+        lines = []
+        if self.block:
+            where = f"{self.block['step']} ({self.block['kind']}), {self.block['output']} in {self.block['run']}"
+            lines.append(("first block", f"{where}: {_off(self.block['difference'], self.block['allowed'])}"))
+        else:
+            lines.append(("first block", self.said or "none leaves tolerance"))
+        if self.node:
+            off = f"{_off(self.node.difference, self.node.allowed)}; " if self.node.difference else ""
+            near = "" if self.node.over else "within tolerance, and the furthest off; "
+            text = f"{self.node.name} ({self.node.op}), {self.node.output}: {off}{near}{self.node.said}"
+            lines.append(("first node", text))
+        elif self.block:
+            lines.append(("first node", self.said))
+        lines += [("weight", said) for said in self.weights]
+        return lines + [("also fails", f"{name}: {note}" if note else name) for name, note in self.rungs.items()]
+
+
+def _off(difference: Difference, allowed: Tolerance) -> str:
+    return f"{difference.max_abs:.1e} max abs, {difference.rms_ratio:.1e} rms ratio (allowed {allowed.text})"
+
+
 @dataclass
 class Report:
     """All rungs, in order, and how long the runners took.
@@ -36,7 +98,8 @@ class Report:
     seconds: by runner, the medians of `prefill` (further calls of the prompt, once all stages have been run) and of
     `decode` (the decode steps, one call each): of PyTorch the time in its modules, of ONNX Runtime that in `run`.
     prompt: the sizes of what was run. weights: how much of them was read to tell that they are those exported.
-    asked: the rungs that the user chose; none if all were to be run that can.
+    asked: the rungs that the user chose; none if all were to be run that can. calls: of how many calls each median is.
+    bisect: where it leaves tolerance first, if that was asked for.
     """
 
     rungs: list[Rung]
@@ -44,13 +107,16 @@ class Report:
     prompt: dict[str, Any]
     weights: str = ""
     asked: tuple[str, ...] = ()
+    calls: dict[str, dict[str, int]] = field(default_factory=dict)
+    bisect: Bisection | None = None
 
     @property
     def passed(self) -> bool:
         """No rung failed, at least one was run, and none that the user chose was not."""
         ran = [r for r in self.rungs if r.status != "not run"]
         left = [r for r in self.rungs if r.status == "not run" and r.key in self.asked]
-        return bool(ran) and not left and all(r.status == "pass" for r in ran)
+        wrong = self.bisect is not None and self.bisect.found
+        return bool(ran) and not left and not wrong and all(r.status == "pass" for r in ran)
 
     @property
     def verdict(self) -> str:
