@@ -223,7 +223,7 @@ KEYS = {
     "export/manifest.py": ["weights"],
     "export/quantised.py": ["weights"],
     "validate/ladder.py": ["batch"],
-    "validate/report.py": ["model"],
+    "validate/facts.py": ["model"],
 }
 
 

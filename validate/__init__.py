@@ -22,6 +22,7 @@ def validate(
     tokens: int | None = None,
     seed: int = 0,
     verify: bool = False,
+    bisect: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """The report on the export in `folder`, also written there.
@@ -35,7 +36,7 @@ def validate(
     from llmexport.export import manifest
     from llmexport.export.folder import folder_path
     from llmexport.validate import ladder
-    from llmexport.validate.report import write
+    from llmexport.validate.page import write
 
     for name, value, least in (("tokens", tokens, 2), ("seed", seed, 0)):
         if value is not None and value < least:
@@ -50,7 +51,7 @@ def validate(
     if first or verify:
         progress("read the weights", 0, 1)
         export = manifest.digested(export) if first else manifest.verified(export)
-    report = ladder.climb(export, rungs=rungs, tokens=tokens, seed=seed, progress=progress)
+    report = ladder.climb(export, rungs=rungs, tokens=tokens, seed=seed, bisect=bisect, progress=progress)
     export.check_untouched()
     # Where a rung failed, nothing is recorded that later runs would trust.
     report.weights = (export if report.passed else dataclasses.replace(export, digested=False)).checked

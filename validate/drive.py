@@ -26,7 +26,8 @@ from llmexport.validate.stages import Script, Stage, crossing, padded_right, sus
 DECODE_STEPS = 8
 PIECE = 3  # tokens of a prompt's later piece
 MOST_PAST = 4 * 2**30  # bytes of a random past in fp32, which is held for each step across a threshold
-WARM_CALLS, WARM_SECONDS = 5, 0.2  # a prompt is timed again until there are so many calls, or they took so long
+# A prompt is timed again until there are so many calls, or the fewer that make a median took so long.
+WARM_CALLS, LEAST_CALLS, WARM_SECONDS = 5, 3, 0.2
 R = TypeVar("R", bound=BaseRunner)
 Recorded = dict[str, dict[str, Feed]]  # name of a stage -> graph -> value
 
@@ -128,9 +129,17 @@ class Run:
 
     @property
     def medians(self) -> dict[str, float]:
-        timed = {"prefill": self.prompts, "decode": self.decodes}
+        return {name: statistics.median(seconds) for name, seconds in self._timed.items()}
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Of how many calls each median is."""
+        return {name: len(seconds) for name, seconds in self._timed.items()}
+
+    @property
+    def _timed(self) -> dict[str, list[float]]:
         # A model without decode steps has no time of them.
-        return {name: statistics.median(seconds) for name, seconds in timed.items() if seconds}
+        return {n: s for n, s in (("prefill", self.prompts), ("decode", self.decodes)) if s}
 
 
 def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
@@ -199,7 +208,7 @@ def _take(model: Runs, stage: Stage, run: Run) -> Feed:
 def time_again(model: Runs, prompt: Stage) -> list[float]:
     """The seconds of further calls of a prompt that has been run: a first one also loads weights and picks kernels."""
     seconds: list[float] = []
-    while not seconds or (len(seconds) < WARM_CALLS and sum(seconds) < WARM_SECONDS):
+    while len(seconds) < LEAST_CALLS or (len(seconds) < WARM_CALLS and sum(seconds) < WARM_SECONDS):
         model.run(prompt)
         seconds.append(model.seconds)
     return seconds

@@ -14,6 +14,7 @@ from llmexport.export.exported import Export
 from llmexport.export.progress import Progress, silent
 from llmexport.plugins.errors import PluginError
 from llmexport.validate import drive, overflow, stages
+from llmexport.validate.bisect import check_runs, first_fault
 from llmexport.validate.drive import Recorded, Run, TorchDriver, beyond, driver, follow, in_torch, record
 from llmexport.validate.forms import FORMS, Form
 from llmexport.validate.judge import Judge, alone, compare_runs, rung_of
@@ -42,17 +43,23 @@ def climb(
     rungs: Collection[str] | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    bisect: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Runs the rungs of these names, or every rung that this machine can run, and says of each other one why not.
 
-    Raises Mismatch if two runs have different shapes, ExportError if there is no rung of a name.
+    bisect: what fails is traced to its block and node, for which blocks are run whatever is named. Raises Mismatch if
+    two runs have different shapes, ExportError if there is no rung of a name, or nodes of this type cannot be run.
     """
     asked = check_rungs(rungs)
+    if bisect:
+        check_runs(export)
+        asked = asked and asked | {"blocks" if export.block is None else "onnxruntime"}
     with in_torch(export) as ours, exact_driver(export) as exact:
         if export.block is not None:
-            return _climb_block(export, asked, ours, exact, seed, progress)
-        return _climb_whole(export, asked, ours, exact, stages.prompt(export, tokens=tokens, seed=seed), progress)
+            return _climb_block(export, asked, ours, exact, seed, bisect, progress)
+        prompt = stages.prompt(export, tokens=tokens, seed=seed)
+        return _climb_whole(export, asked, ours, exact, prompt, bisect, progress)
 
 
 @contextlib.contextmanager
@@ -71,6 +78,7 @@ def _climb_whole(
     torch: TorchDriver,
     exact_torch: TorchDriver | None,
     prompt: stages.Stage,
+    bisect: bool,
     progress: Progress,
 ) -> Report:
     names = [n for n in RUNGS if asked is None or n in asked]
@@ -89,8 +97,15 @@ def _climb_whole(
     overflow.explain(rungs, lost, ours.overflows or (overflow.first_alone(apart) if apart else None))
     progress("done", 1 + len(names), 1 + len(names))
     _note_uncrossed(rungs, export, beyond(export, prompt)[1])
-    seconds = {"PyTorch": ours.medians} | {n: run.medians for n, run in whole.forms.items() if run.prompts}
-    return Report(rungs, seconds, _shape(script), asked=tuple(n for n in RUNGS if n in (asked or ())))
+    runs = {"PyTorch": ours} | {n: run for n, run in whole.forms.items() if run.prompts}
+    return Report(
+        rungs,
+        {n: run.medians for n, run in runs.items()},
+        _shape(script),
+        asked=tuple(n for n in RUNGS if n in (asked or ())),
+        calls={n: run.calls for n, run in runs.items()},
+        bisect=first_fault(export, rungs, recorded) if bisect else None,
+    )
 
 
 @dataclass
@@ -224,6 +239,7 @@ def _climb_block(
     torch: TorchDriver,
     exact_torch: TorchDriver | None,
     seed: int,
+    bisect: bool,
     progress: Progress,
 ) -> Report:
     """One block alone, on random inputs, in each form."""
@@ -248,4 +264,5 @@ def _climb_block(
         rung.key = form.rung
         rungs.append(rung)
     progress("block", len(forms), len(forms))
-    return Report(rungs, {}, {}, asked=tuple(n for n in RUNGS if n in (asked or ())))
+    found = first_fault(export, rungs, {}, seed) if bisect else None
+    return Report(rungs, {}, {}, asked=tuple(n for n in RUNGS if n in (asked or ())), bisect=found)

@@ -104,7 +104,12 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 
 
 def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
-    """ONNX Runtime on the CPU; `weights` is the folder that external data lies in.
+    """ONNX Runtime on the CPU, as `session` opens it."""
+    return OnnxrtRunner(session(model, weights), name="ONNX Runtime")
+
+
+def session(model: onnx.ModelProto, weights: Path) -> onnxruntime.InferenceSession:
+    """A model in ONNX Runtime on the CPU; `weights` is the folder that external data lies in.
 
     Raises Mismatch, in one line, if the ONNX Runtime here is too old or does not take the model.
     """
@@ -119,11 +124,10 @@ def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except REFUSALS as error:
         said = " ".join(str(error).split())
         raise Mismatch(f"ONNX Runtime {installed} does not take the model: {said}") from error
-    return OnnxrtRunner(session, name="ONNX Runtime")
 
 
 def not_runnable(dtype: str) -> str:

@@ -25,10 +25,18 @@ if TYPE_CHECKING:
     "--rungs",
     help="Those to run, as in transformers,blocks; default: every one that can run here.",
 )
+@click.option("--bisect", is_flag=True, help="Name the first block, then the first node, that leaves tolerance.")
 @verifying
 @talkative
 def command(
-    folder: Path, tokens: int | None, seed: int, rungs: str | None, verify: bool, quiet: bool, as_json: bool
+    folder: Path,
+    tokens: int | None,
+    seed: int,
+    rungs: str | None,
+    bisect: bool,
+    verify: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> int:
     """Compare an export with PyTorch, block by block and whole, prefill and decode.
 
@@ -36,7 +44,9 @@ def command(
     """
     console = Console(quiet, as_json)
     names = None if rungs is None else [n.strip() for n in rungs.split(",")]
-    report = validate(folder, rungs=names, tokens=tokens, seed=seed, verify=verify, progress=console.progress)
+    report = validate(
+        folder, rungs=names, tokens=tokens, seed=seed, verify=verify, bisect=bisect, progress=console.progress
+    )
     console.table(f"validation of {folder}", (), summary(report))
     console.result(report.as_data())
     return 0 if report.passed else 1
@@ -51,6 +61,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
             worst = rung.difference
             text += f": {worst.max_abs:.1e} max abs, {worst.rms_ratio:.1e} rms ratio (allowed {rung.tolerance.text})"
         rows.append((rung.name, f"{text}: {rung.note}" if rung.note else text))
+    rows += report.bisect.lines if report.bisect else []
     for runner, seconds in report.seconds.items():
         prompt = report.prompt
         text = f"prompt of {prompt['batch']} x {prompt['tokens']} tokens {seconds['prefill'] * 1e3:.1f} ms, "
