@@ -17,7 +17,7 @@ from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.spec import DOMAIN, op_name
 from llmexport.validate.compare import Difference, Mismatch, compare
 from llmexport.validate.feeds import Feed
-from llmexport.validate.runners import REFUSALS, session
+from llmexport.validate.runtime import REFUSALS, open_session
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 
 OWN = "alone: "  # before the names of what nodes make when each is run alone
@@ -49,7 +49,7 @@ def values(model: onnx.ModelProto, feed: Feed, weights: Path) -> Feed:
     every.CopyFrom(model)
     del every.graph.output[:]
     every.graph.output.extend(onnx.ValueInfoProto(name=n) for node in model.graph.node for n in node.output if n)
-    runtime = session(every, weights)
+    runtime = open_session(every, weights)
     names = [o.name for o in runtime.get_outputs() if o.type in HELD]
     return dict(zip(names, runtime.run(names, {i.name: feed[i.name] for i in runtime.get_inputs()}), strict=True))
 
