@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -71,13 +72,13 @@ def join(
     """The pieces stitched and fused, weights still graph inputs, those in `stored` of that ONNX type; what each pass
     did is in `metadata_props`."""
     inputs, outputs = ([value_info(p, dtype) for p in ports] for ports in (assembly.inputs, assembly.outputs))
-    stitched = stitch(pieces, inputs, outputs, opset=OPSET)
+    stitched = stitch(pieces, inputs, outputs, opset=assembly.opset)
     for value in stitched.graph.input:
         if value.name in stored:
             value.type.tensor_type.elem_type = stored[value.name]
     proto, fusions = pipeline.run(stitched)
     if target == "portable":
-        bodies.attach_bodies(proto, load_body)
+        bodies.attach_bodies(proto, functools.partial(load_body, opset=assembly.opset))
     for name, fused in fusions.items():
         proto.metadata_props.add(key=name, value=json.dumps(dataclasses.asdict(fused)))
     return proto
@@ -99,7 +100,7 @@ def load(export: Export, graph: ExportedGraph) -> onnx.ModelProto:
         raise changed(path)
     proto = onnx.ModelProto.FromString(data)
     if export.target == "tensorrt":
-        bodies.attach_bodies(proto, load_body)
+        bodies.attach_bodies(proto, functools.partial(load_body, opset=export.opset))
     return proto
 
 
@@ -123,15 +124,15 @@ def load_block(block: Block, dtype: str) -> onnx.ModelProto:
 
 
 def load_body(
-    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
+    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]], opset: int = OPSET
 ) -> onnx.FunctionProto:
     def make() -> bytes:
         from llmexport.export.trace import trace_body
 
-        return trace_body(name, attributes, types, shapes).SerializeToString()
+        return trace_body(name, attributes, types, shapes, opset).SerializeToString()
 
     sizes = [[d if isinstance(d, int) else None for d in shape] for shape in shapes]
-    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes], make))
+    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes, opset], make))
 
 
 def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:

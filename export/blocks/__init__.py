@@ -9,6 +9,7 @@ from torch import nn
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
 from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
+from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.blocks.layer import Layer
@@ -41,11 +42,17 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
         case spec.Rotary():
             return Rotary(block, dtype)
         case spec.Presence():
-            return Presence(dtype)
+            return StaticPresence(dtype) if block.static else Presence(dtype)
         case spec.BidirectionalMask():
             return BidirectionalMask()
+        case spec.Slots():
+            return Slots()
         case spec.Span():
-            return Span()
+            return StaticSpan(block.keys) if block.keys else Span()
+        case spec.Mask(keys=spec.Keys()):
+            return StaticMask(block)
+        case spec.Temperature(static=True):
+            return StaticTemperature(block)
     return PLAIN[type(block)](block)
 
 
