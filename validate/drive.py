@@ -66,7 +66,9 @@ class Driver(Generic[R]):
         export, made = self.export, Feed()
         slots, tokens = export.max_tokens, stage.mask.shape[1]
         if slots and tokens > slots:
-            raise Mismatch(f"{stage.name} ends at token {tokens}, the static cache has {slots}: export with --max-tokens {tokens}")
+            raise Mismatch(
+                f"{stage.name} ends at token {tokens}, the static cache has {slots}: export with --max-tokens {tokens}"
+            )
         if stage.begins:
             self._held = draw(beside(export), export.blocks, export.dtype, stage.sizes)
             self._carried = {g.name: states(g, export.dtype, stage.sizes) for g in export.graphs}

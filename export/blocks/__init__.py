@@ -9,13 +9,13 @@ from torch import nn
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
 from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
-from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.moe import Experts, Moe, Router, SharedExpert
 from llmexport.export.blocks.norm import Norm
+from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 
 
 def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
