@@ -66,7 +66,7 @@ def first_node(export: Export, graph: ExportedGraph, step: Step, model: onnx.Mod
     """The first node of a step that leaves tolerance on what the trace computes from `feed`; if none does, the one
     that is furthest off; None if all give the very numbers of the trace. `model` is the graph's file."""
     checkpoint, own = export.checkpoint(), bound.parameters(graph, model)
-    traced = graph_file.as_traced(step, own[step.name], checkpoint, export.dtype)
+    traced = graph_file.as_traced(step, own[step.name], checkpoint, export.dtype, graph.assembly.opset)
     expected = feed | nodes.values(traced, feed, export.folder)
     part = graph_file.cut_step(model, step, export.dtype)
     outputs = list(nodes.run_alone(part, expected, export.folder))
