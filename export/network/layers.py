@@ -100,26 +100,22 @@ def _classes(trt: Any) -> dict[str, Any]:
 
 
 def function(trt: Any, layer: Layer, raw: Any, stored: Stored) -> Compute:
-    """What the layer makes of arrays: a tuple of its outputs. Raises Unable if it is not known."""
-    try:
-        if layer.kind == "CONSTANT":
-            constant = _weights(raw.weights, raw.name, stored).reshape(layer.shapes[0])
-            return lambda: (constant,)
-        if layer.kind == "CONVOLUTION":
-            kernel, bias = (
-                w if w.size else None for w in (_weights(x, raw.name, stored) for x in (raw.kernel, raw.bias))
-            )
-            compute, exact = neural.convolution(raw, kernel, bias), False
-        elif layer.kind == "PLUGIN_V3":
-            compute, exact = plugin.reference(trt, raw), True
-        elif layer.kind in MOVING:
-            compute, exact = MOVING[layer.kind](raw), True
-        elif layer.kind in COMPUTING:
-            compute, exact = COMPUTING[layer.kind](raw), False
-        else:
-            raise Unable("layers of this kind are not known here")
-    except Unable as error:
-        raise Unable(f"{layer}: {error}") from error
+    """What the layer makes of arrays: a tuple of its outputs. Raises Unable on what is not known of it."""
+    exact = True
+    if layer.kind == "CONSTANT":
+        constant = _weights(raw.weights, raw.name, stored).reshape(layer.shapes[0])
+        return lambda: (constant,)
+    if layer.kind == "CONVOLUTION":
+        held = (_weights(x, raw.name, stored) for x in (raw.kernel, raw.bias))
+        compute, exact = neural.convolution(raw, *(w if w.size else None for w in held)), False
+    elif layer.kind == "PLUGIN_V3":
+        compute = plugin.reference(trt, raw)
+    elif layer.kind in MOVING:
+        compute = MOVING[layer.kind](raw)
+    elif layer.kind in COMPUTING:
+        compute, exact = COMPUTING[layer.kind](raw), False
+    else:
+        raise Unable("layers of this kind are not known here")
     return _checked(layer, compute if exact else _in_float32(compute))
 
 

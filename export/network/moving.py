@@ -126,7 +126,7 @@ def gather(layer: Any) -> Compute:
 
     def element(x: Array, index: Array) -> Array:
         _check(index, x.shape[axis])
-        return np.take_along_axis(x, index, axis)
+        return x[_places(index, axis)]
 
     def nd(x: Array, index: Array) -> Array:
         places = np.moveaxis(index, -1, 0)
@@ -138,6 +138,13 @@ def gather(layer: Any) -> Compute:
         return x[tuple(r.reshape(r.shape + (1,) * rest) for r in rows) + tuple(places)]
 
     return named("mode", {"DEFAULT": default, "ELEMENT": element, "ND": nd}, layer.mode)
+
+
+def _places(index: Array, axis: int) -> tuple[Array, ...]:
+    """Where each of its entries points: along the axis, and else where it lies itself."""
+    places: list[Array] = [*np.ogrid[tuple(map(slice, index.shape))]]
+    places[axis] = index
+    return tuple(places)
 
 
 def _check(index: Array, most: int) -> None:
@@ -152,7 +159,7 @@ def scatter(layer: Any) -> Compute:
     def element(x: Array, index: Array, updates: Array) -> Array:
         _check(index, x.shape[axis])
         made = x.copy()
-        np.put_along_axis(made, index, updates, axis)
+        made[_places(index, axis)] = updates
         return made
 
     def nd(x: Array, index: Array, updates: Array) -> Array:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from llmexport.export.network import layers, scopes
-from llmexport.export.network.kinds import Array, Compute, Unable, named, only, scalar
+from llmexport.export.network.kinds import Array, Compute, Unable, named, scalar
 from llmexport.export.network.layers import Layer, Stored
 from llmexport.export.network.scopes import Along, Condition, Loop, Scope, Unit
 
 Values = dict[str, Array]
+# Of a loop's output: whether it is of all turns, and whether the last comes first.
+OUTPUTS = {"LAST_VALUE": (False, False), "CONCATENATE": (True, False), "REVERSE": (True, True)}
 
 
 class Program:
-    """What a network computes. `stored` gives weights that TensorRT's Python has no arrays of.
+    """What a network computes; its weights are where TensorRT has them, for as long as its parser lives. `stored` gives
+    those that TensorRT's Python has no arrays of.
 
     Raises Unable on a layer, an attribute or a type that is not known here, of any layer.
     """
@@ -33,6 +37,9 @@ class Program:
         constants = [x for x in self._functions if x.kind == "CONSTANT"]
         self._constants: Values = {x.outputs[0]: self._functions.pop(x)()[0] for x in constants}
         loops, conditions = [*self._loops.values()], [*self._conditions.values()]
+        for loop in loops:
+            if loop.condition and loop.condition not in loop.carried:
+                raise Unable(f"{loop} goes on while {loop.condition}, known here are recurrences alone")
         self._plan = scopes.plan([*self._functions], loops, conditions, self.outputs)
 
     def run(self, feed: Mapping[str, Array]) -> Values:
@@ -67,16 +74,16 @@ class Program:
         inputs, output = layer.inputs, layer.outputs[0] if layer.outputs else ""
         match layer.kind:
             case "TRIP_LIMIT":
-                only("limit", raw.kind, "COUNT")
-                self._loop(raw).trip = inputs[0]
+                limit = named("limit", {"COUNT": "trip", "WHILE": "condition"}, raw.kind)
+                setattr(self._loop(raw), limit, inputs[0])
             case "RECURRENCE":
                 self._loop(raw).carried[output] = inputs[0], inputs[1]
             case "ITERATOR":
                 self._loop(raw).iterated[output] = Along(inputs[0], raw.axis, raw.reverse)
             case "LOOP_OUTPUT":
-                whole, back = named("output", {"LAST_VALUE": (False, False), **TURNS}, raw.kind)
-                length = inputs[1] if len(inputs) > 1 else ""
-                self._loop(raw).made[output] = Along(inputs[0], raw.axis if whole else None, back, length)
+                every, back = named("output", OUTPUTS, raw.kind)
+                made = Along(inputs[0], raw.axis, back, inputs[1]) if every else Along(inputs[0], None)
+                self._loop(raw).made[output] = made
             case "CONDITION":
                 self._condition(raw).condition = inputs[0]
             case "CONDITIONAL_OUTPUT":
@@ -106,32 +113,29 @@ class Program:
                 values.pop(name, None)
 
     def _turns(self, loop: Loop, values: Values) -> None:
-        [turn], trip = self._plan.inner[id(loop)], scalar(values[loop.trip])
-        for name, made in loop.made.items():
-            if made.length and scalar(values[made.length]) != trip:
-                raise Unable(f"{loop} makes {trip} turns and {scalar(values[made.length])} entries of {name}")
+        [turn], most = self._plan.inner[id(loop)], scalar(values[loop.trip]) if loop.trip else sys.maxsize
         state = {name: values[first] for name, (first, _) in loop.carried.items()}
-        gathered: dict[str, list[Array]] = {name: [] for name, made in loop.made.items() if made.axis is not None}
-        for i in range(trip):
+        gathered: dict[str, list[Array]] = {name: [] for name in loop.made}
+        turns = 0
+        while turns < most and (not loop.condition or state[loop.condition].all()):
             values |= state
             for name, (source, axis, back, _) in loop.iterated.items():
                 x = values[source]
-                if x.shape[axis] < trip:
-                    raise Unable(f"{loop} makes {trip} turns over {x.shape[axis]} entries of {source}")
-                values[name] = np.take(x, x.shape[axis] - 1 - i if back else i, axis)
+                if turns >= x.shape[axis]:
+                    raise Unable(f"{loop} makes more turns than the {x.shape[axis]} entries of {source}")
+                values[name] = np.take(x, x.shape[axis] - 1 - turns if back else turns, axis)
             self._scope(turn, values)
-            for name, parts in gathered.items():
-                parts.append(values[loop.made[name].source])
+            for name, made in loop.made.items():
+                if made.axis is not None:
+                    gathered[name].append(values[made.source])
             state = {name: values[following] for name, (_, following) in loop.carried.items()}
+            turns += 1
         # A recurrence that is read after the loop has gone on once more.
         values |= state
         for name, made in loop.made.items():
             if made.axis is None:
                 values[name] = values[made.source]
-            elif not trip:
-                raise Unable(f"{loop} makes no turn, and {name} of none")
-            else:
-                values[name] = np.stack(gathered[name][:: -1 if made.back else 1], made.axis)
-
-
-TURNS = {"CONCATENATE": (True, False), "REVERSE": (True, True)}  # whether of all turns, and the last first
+                continue
+            if not turns or scalar(values[made.length]) != turns:
+                raise Unable(f"{loop} makes {turns} turns, and {scalar(values[made.length])} entries of {name}")
+            values[name] = np.stack(gathered[name][:: -1 if made.back else 1], made.axis)

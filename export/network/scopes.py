@@ -24,10 +24,12 @@ class Along(NamedTuple):
 
 @dataclass(eq=False)
 class Loop:
-    """Tensors by name. carried: what a recurrence gives, what it begins with, and what it goes on with."""
+    """Tensors by name. trip: how many turns there are at most; condition: what ends them before one, if it is false; ""
+    if there is no such limit. carried: what a recurrence gives, what it begins with, and what it goes on with."""
 
     name: str
     trip: str = ""
+    condition: str = ""
     carried: dict[str, tuple[str, str]] = field(default_factory=dict)
     iterated: dict[str, Along] = field(default_factory=dict)
     made: dict[str, Along] = field(default_factory=dict)
@@ -36,7 +38,8 @@ class Loop:
     def outside(self) -> list[str]:
         """What it reads before its first turn."""
         along = [*(i.source for i in self.iterated.values()), *(m.length for m in self.made.values() if m.length)]
-        return [self.trip, *(first for first, _ in self.carried.values()), *along]
+        trip = [self.trip] if self.trip else []
+        return [*trip, *(first for first, _ in self.carried.values()), *along]
 
     @property
     def ends(self) -> list[str]:
