@@ -27,6 +27,7 @@ class Form:
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
     PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing.
     note: what else is to be known of a rung that was run. timed: its seconds are those of something that is deployed.
+    doing: what the user waits for once it is asked for by name, or nothing: the name says it.
     """
 
     rung: str
@@ -37,6 +38,7 @@ class Form:
     trace: Callable[[Export, Recorded], str] = _no_trace
     note: Callable[[Export], str] = lambda export: ""
     timed: bool = True
+    doing: Callable[[], str] = lambda: ""
 
 
 ONNX_RUNTIME = Form(
@@ -54,6 +56,7 @@ KERNELS = Form(
     trace=kernels.trace,
     note=kernels.note,
     timed=False,
+    doing=kernels.doing,
 )
 
 FORMS = (ONNX_RUNTIME, KERNELS)

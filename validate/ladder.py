@@ -79,7 +79,7 @@ def _climb_whole(
     whole = Whole(export, script, torch, exact_torch, ours, recorded, asked or frozenset())
     rungs: list[Rung] = []
     for place, name in enumerate(names):
-        progress(name, 1 + place, 1 + len(names))
+        progress(_doing(name, asked), 1 + place, 1 + len(names))
         for rung in whole.rungs(name):
             rung.key = name
             rungs.append(rung)
@@ -191,6 +191,11 @@ class Whole:
                 if not graph.step_weights[step.name]:
                     details.extend(alone(judge, runner, step, seed=0))
         return rung_of(BLOCKS, details)
+
+
+def _doing(name: str, asked: frozenset[str] | None) -> str:
+    form = next((f for f in FORMS if asked and f.rung == name), None)
+    return (form and form.doing()) or name
 
 
 def _note_uncrossed(rungs: list[Rung], export: Export, left: list[int]) -> None:
