@@ -32,6 +32,7 @@ class Form:
     PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing.
     outside: why it does not take these sizes, by axis, or nothing.
     note: what else is to be known of a rung that was run. timed: its seconds are those of something that is deployed.
+    doing: what the user waits for once it is asked for by name, or nothing: the name says it.
     """
 
     rung: str
@@ -43,6 +44,7 @@ class Form:
     outside: Callable[[Export, Mapping[str, int]], str] = _any_size
     note: Callable[[Export], str] = lambda export: ""
     timed: bool = True
+    doing: Callable[[], str] = lambda: ""
 
 
 ONNX_RUNTIME = Form(
@@ -71,6 +73,7 @@ KERNELS = Form(
     trace=kernels.trace,
     note=kernels.note,
     timed=False,
+    doing=kernels.doing,
 )
 
 ENGINE = Form(

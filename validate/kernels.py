@@ -150,17 +150,25 @@ class KernelRunner(TorchRunner):
 
 
 def unable(export: Export, asked: bool) -> str:
-    """Why the kernels cannot run this export here, or nothing; builds the emulator if it is wanted and missing."""
+    """Why the kernels cannot run this export here, or nothing. If they are asked for, the emulator is built."""
     if not in_torch(export):
         return "PyTorch calls no op of ours in this model"
     products = multiply_adds(export)
     if on_gpu() is None and not asked and products > MOST:
         return f"a prompt takes {products:.0e} multiply-adds, over {MOST:.0e}: --rungs kernels runs it anyway"
     try:
+        if not asked and on_gpu() is None and emulated.find() is None:
+            return "the kernels are not compiled for this CPU: llmexport plugins build --emulated, which takes a minute"
         machine()
     except PluginError as error:
         return " ".join(str(error).split())
     return ""
+
+
+def doing() -> str:
+    """What a user waits for beside the run itself, or nothing."""
+    built = on_gpu() or emulated.find() or emulated.missing()
+    return "" if built else "kernels, compiled for this CPU once, in a minute"
 
 
 def runner(export: Export, graph: ExportedGraph) -> KernelRunner:

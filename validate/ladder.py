@@ -81,7 +81,7 @@ def _climb_whole(
     whole = Whole(export, script, torch, exact_torch, ours, recorded, asked or frozenset())
     rungs: list[Rung] = []
     for place, name in enumerate(names):
-        progress(name, 1 + place, 1 + len(names))
+        progress(_doing(name, asked), 1 + place, 1 + len(names))
         for rung in whole.rungs(name):
             rung.key = name
             rungs.append(rung)
@@ -100,6 +100,11 @@ def _climb_whole(
         calls={n: run.calls for n, run in runs.items()},
         bisect=first_fault(export, rungs, recorded) if bisect else None,
     )
+
+
+def _doing(name: str, asked: frozenset[str] | None) -> str:
+    form = next((f for f in FORMS if asked and f.rung == name), None)
+    return (form and form.doing()) or name
 
 
 def _note_uncrossed(rungs: list[Rung], export: Export, left: list[int]) -> None:
