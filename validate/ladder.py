@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from llmexport.export.exported import Export
 from llmexport.export.progress import Progress, silent
 from llmexport.validate import drive, overflow, stages
 from llmexport.validate.drive import Recorded, Run, TorchDriver, beyond, driver, follow, in_torch, record
+from llmexport.validate.feeds import Feed
 from llmexport.validate.forms import FORMS, Form
 from llmexport.validate.judge import Judge, alone, compare_runs, rung_of
 from llmexport.validate.reference import Refused, Transformers
@@ -22,6 +23,7 @@ from llmexport.validate.runners import not_runnable, onnx_runner
 from llmexport.validate.stages import Script
 from llmexport.validate.tolerance import tolerance
 
+Keep = Callable[[Mapping[str, list[Feed]]], None]
 BLOCKS = "blocks: ONNX Runtime / PyTorch"
 # By name, in order: against code that nobody here wrote, block by block, and as each form.
 RUNGS = ("transformers", "blocks", *(f.rung for f in FORMS))
@@ -41,17 +43,20 @@ def climb(
     rungs: Collection[str] | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    keep: Keep | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Runs the rungs of these names, or every rung that this machine can run, and says of each other one why not.
 
-    Raises Mismatch if two runs have different shapes, ExportError if there is no rung of a name.
+    keep: gets the outputs of each stage of a whole model, by runner. Raises Mismatch if two runs have different shapes,
+    ExportError if there is no rung of a name.
     """
     asked = check_rungs(rungs)
     with in_torch(export) as ours, exact_driver(export) as exact:
         if export.block is not None:
             return _climb_block(export, asked, ours, exact, seed, progress)
-        return _climb_whole(export, asked, ours, exact, stages.prompt(export, tokens=tokens, seed=seed), progress)
+        prompt = stages.prompt(export, tokens=tokens, seed=seed)
+        return _climb_whole(export, asked, ours, exact, prompt, keep, progress)
 
 
 @contextlib.contextmanager
@@ -70,6 +75,7 @@ def _climb_whole(
     torch: TorchDriver,
     exact_torch: TorchDriver | None,
     prompt: stages.Stage,
+    keep: Keep | None,
     progress: Progress,
 ) -> Report:
     names = [n for n in RUNGS if asked is None or n in asked]
@@ -88,6 +94,8 @@ def _climb_whole(
     overflow.explain(rungs, lost, ours.overflows or (overflow.first_alone(apart) if apart else None))
     progress("done", 1 + len(names), 1 + len(names))
     _note_uncrossed(rungs, export, beyond(export, prompt)[1])
+    if keep:
+        keep({name: run.outputs for name, run in whole.runs.items()})
     seconds = {"PyTorch": ours.medians} | {n: run.medians for n, run in whole.forms.items()}
     return Report(rungs, seconds, _shape(script), asked=tuple(n for n in RUNGS if n in (asked or ())))
 
@@ -112,6 +120,13 @@ class Whole:
     @cached_property
     def exact(self) -> Run | None:
         return follow(self.exact_torch, self.export, self.script) if self.exact_torch else None
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """All of them, by the name of the runner."""
+        exact = {"PyTorch, float32": self.exact} if self.exact else {}
+        theirs = {"transformers": self.theirs[0]} if self.theirs else {}
+        return {**theirs, **exact, "PyTorch": self.ours, **self.forms}
 
     def rungs(self, name: str) -> list[Rung]:
         if name == "transformers":

@@ -6,14 +6,16 @@ import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmexport.export.exported import Export
 from llmexport.export.output import write_files
 from llmexport.export.values import finite, visible
 from llmexport.validate.compare import Difference
 from llmexport.validate.metrics import Metrics
 from llmexport.validate.tolerance import MOST, Tolerance
+
+if TYPE_CHECKING:
+    from llmexport.export.exported import Export
 
 REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
 TIMED = ("prefill", "decode")  # the second by models that have decode steps
