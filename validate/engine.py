@@ -25,6 +25,7 @@ from llmexport.validate.wire import Arrays, Message, receive, send
 
 COMMAND = (sys.executable, "-X", "faulthandler", "-m", "llmexport.validate.engine_run")
 SECONDS = 600.0  # for an answer, also the first, before which a large plan is read and moved to the GPU
+LAST = 10.0  # seconds in which a process that says no more must end
 LINES = 10  # of the log of a process that has died
 
 
@@ -84,8 +85,12 @@ class Session:
         return received
 
     def _death(self, late: bool) -> str:
-        self._child.kill()
-        code = self._child.wait()
+        try:
+            # What it dies of is known a moment after it says no more.
+            code = self._child.wait(LAST)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            code = self._child.wait()
         with open(self._log, "rb") as file:
             file.seek(max(0, self._log.stat().st_size - 4000))
             tail = file.read().decode(errors="replace").splitlines()[-LINES:]

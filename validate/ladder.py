@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from llmexport.export.errors import EngineError, ExportError
@@ -13,12 +13,14 @@ from llmexport.plugins.errors import PluginError
 from llmexport.validate import drive, overflow, stages
 from llmexport.validate.bisect import check_runs, first_fault
 from llmexport.validate.drive import TorchDriver, beyond, in_torch, record
+from llmexport.validate.feeds import Feed
 from llmexport.validate.forms import FORMS
 from llmexport.validate.judge import Judge, alone, rung_of
 from llmexport.validate.report import Report, Rung
 from llmexport.validate.stages import Script
 from llmexport.validate.whole import BLOCKS, Whole
 
+Keep = Callable[[Mapping[str, list[Feed]]], None]
 # By name, in order: against code that nobody here wrote, block by block, and as each form.
 RUNGS = ("transformers", "blocks", *(f.rung for f in FORMS))
 
@@ -38,12 +40,14 @@ def climb(
     tokens: int | None = None,
     seed: int = 0,
     bisect: bool = False,
+    keep: Keep | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Runs the rungs of these names, or every rung that this machine can run, and says of each other one why not.
 
-    bisect: what fails is traced to its block and node, for which blocks are run whatever is named. Raises Mismatch if
-    two runs have different shapes, ExportError if there is no rung of a name, or nodes of this type cannot be run.
+    bisect: what fails is traced to its block and node, for which blocks are run whatever is named. keep: gets the
+    outputs of each stage of a whole model, by runner. Raises Mismatch if two runs have different shapes, ExportError if
+    there is no rung of a name, or nodes of this type cannot be run.
     """
     asked = check_rungs(rungs)
     if bisect:
@@ -53,7 +57,7 @@ def climb(
         if export.block is not None:
             return _climb_block(export, asked, ours, exact, seed, bisect, progress)
         prompt = stages.prompt(export, tokens=tokens, seed=seed)
-        return _climb_whole(export, asked, ours, exact, prompt, bisect, progress)
+        return _climb_whole(export, asked, ours, exact, prompt, bisect, keep, progress)
 
 
 @contextlib.contextmanager
@@ -73,6 +77,7 @@ def _climb_whole(
     exact_torch: TorchDriver | None,
     prompt: stages.Stage,
     bisect: bool,
+    keep: Keep | None,
     progress: Progress,
 ) -> Report:
     names = [n for n in RUNGS if asked is None or n in asked]
@@ -91,6 +96,8 @@ def _climb_whole(
     overflow.explain(rungs, lost, ours.overflows or (overflow.first_alone(apart) if apart else None))
     progress("done", 1 + len(names), 1 + len(names))
     _note_uncrossed(rungs, export, beyond(export, prompt)[1])
+    if keep:
+        keep({name: run.outputs for name, run in whole.runs.items()})
     runs = {"PyTorch": ours} | {n: run for n, run in whole.forms.items() if run.prompts}
     return Report(
         rungs,

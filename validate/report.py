@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmexport.export.values import finite
 from llmexport.validate.compare import Difference
 from llmexport.validate.metrics import Metrics
 from llmexport.validate.tolerance import MOST, Tolerance
+
+if TYPE_CHECKING:
+    pass
 
 REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
 

@@ -45,6 +45,13 @@ class Whole:
     def exact(self) -> Run | None:
         return follow(self.exact_torch, self.export, self.script) if self.exact_torch else None
 
+    @property
+    def runs(self) -> dict[str, Run]:
+        """All of them, by the name of the runner."""
+        exact = {"PyTorch, float32": self.exact} if self.exact else {}
+        theirs = {"transformers": self.theirs[0]} if self.theirs else {}
+        return {**theirs, **exact, "PyTorch": self.ours, **self.forms}
+
     def rungs(self, name: str) -> list[Rung]:
         if name == "transformers":
             return self._references()
