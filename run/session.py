@@ -12,6 +12,7 @@ from onnxruntime import OrtValue
 from llmexport.export import interrupt
 from llmexport.export.exported import Export
 from llmexport.export.graph_file import load
+from llmexport.export.last_logits import last_logits
 from llmexport.export.spec import LongScaling, Rotary
 from llmexport.run.errors import RunError
 from llmexport.validate.feeds import along_step, beside, limits, states
@@ -44,7 +45,8 @@ class RuntimeSession:
         # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
         options.enable_mem_pattern = False
         self._export = export
-        self._sessions = {g.name: open_session(load(export, g), export.folder, options) for g in export.graphs}
+        models = {g.name: last_logits(load(export, g), g, export.dtype) for g in export.graphs}
+        self._sessions = {name: open_session(model, export.folder, options) for name, model in models.items()}
         self._carried: dict[str, dict[str, OrtValue]] = {}  # by graph, what the next stage reads
         self._held: dict[str, OrtValue] = {}  # what later graphs read
 
