@@ -263,13 +263,14 @@ def _restore_bytes(nodes: Nodes, name: str) -> None:
     restored = []
     for node in nodes:
         for attribute in node.attribute:
-            _restore_bytes(attribute.g.node, name)
+            if attribute.HasField("g"):
+                _restore_bytes(attribute.g.node, name)
         restored.append(node)
         read_here = name in node.input and node.output[0] not in rows
         if rows.isdisjoint(node.input) and not read_here:
             continue
         if node.op_type != "Cast":
-            raise EngineError(f"{node.name}: {node.op_type} of the bytes {name} is none that TensorRT has")
+            raise EngineError(f"{node.name}: {node.op_type} of the bytes {name} is none that TensorRT takes")
         to = get_attribute_value(node.attribute[0])
         signed, base = f"{node.output[0]}/signed", f"{node.output[0]}/base"
         restored.append(make_node("Constant", [], [base], base, value=onnx.helper.make_tensor(base, to, [], [256])))
