@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from llmexport.export.errors import ExportError
@@ -17,6 +18,7 @@ __all__ = ["validate"]
 def validate(
     folder: str | os.PathLike[str],
     *,
+    rungs: Collection[str] | None = None,
     tokens: int | None = None,
     seed: int = 0,
     verify: bool = False,
@@ -38,6 +40,7 @@ def validate(
     for name, value, least in (("tokens", tokens, 2), ("seed", seed, 0)):
         if value is not None and value < least:
             raise ExportError(f"{name} is {value}: make it {least} or more")
+    ladder.check_rungs(rungs)
     folder = folder_path(folder)
     export = manifest.read(folder)
     if not os.access(folder, os.W_OK):
@@ -47,7 +50,7 @@ def validate(
     if first or verify:
         progress("read the weights", 0, 1)
         export = manifest.digested(export) if first else manifest.verified(export)
-    report = ladder.climb(export, tokens=tokens, seed=seed, progress=progress)
+    report = ladder.climb(export, rungs=rungs, tokens=tokens, seed=seed, progress=progress)
     export.check_untouched()
     # Where a rung failed, nothing is recorded that later runs would trust.
     report.weights = (export if report.passed else dataclasses.replace(export, digested=False)).checked

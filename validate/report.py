@@ -28,7 +28,8 @@ th, tr { border-bottom: 1px solid #ddd } .pass { color: #07701f } .fail { color:
 class Rung:
     """One comparison; `difference` is the worst of its `details`.
 
-    `status` is pass, fail or not run; `note` says why a rung was not run, or what it lacks.
+    `status` is pass, fail or not run; `note` says why a rung was not run, or what it lacks; `key` is the name that
+    users choose it by.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Rung:
     difference: Difference | None = None
     tolerance: Tolerance | None = None
     details: list[dict[str, Any]] = field(default_factory=list)
+    key: str = ""
 
 
 @dataclass
@@ -46,18 +48,21 @@ class Report:
     seconds: by runner, the medians of `prefill` (further calls of the prompt, once all stages have been run) and of
     `decode` (the decode steps, one call each): of PyTorch the time in its modules, of ONNX Runtime that in `run`.
     prompt: the sizes of what was run. weights: how much of them was read to tell that they are those exported.
+    asked: the rungs that the user chose; none if all were to be run that can.
     """
 
     rungs: list[Rung]
     seconds: dict[str, dict[str, float]]
     prompt: dict[str, Any]
     weights: str = ""
+    asked: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """No rung failed, and at least one was run."""
+        """No rung failed, at least one was run, and none that the user chose was not."""
         ran = [r for r in self.rungs if r.status != "not run"]
-        return bool(ran) and all(r.status == "pass" for r in ran)
+        left = [r for r in self.rungs if r.status == "not run" and r.key in self.asked]
+        return bool(ran) and not left and all(r.status == "pass" for r in ran)
 
     @property
     def verdict(self) -> str:

@@ -21,15 +21,22 @@ if TYPE_CHECKING:
     "--tokens", type=click.IntRange(2), help="Length of the prompt; default: past every window of up to 500 tokens."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--rungs",
+    help="Those to run, as in transformers,blocks; default: every one that can run here.",
+)
 @verifying
 @talkative
-def command(folder: Path, tokens: int | None, seed: int, verify: bool, quiet: bool, as_json: bool) -> int:
+def command(
+    folder: Path, tokens: int | None, seed: int, rungs: str | None, verify: bool, quiet: bool, as_json: bool
+) -> int:
     """Compare an export with PyTorch, block by block and whole, prefill and decode.
 
     Writes report.json and report.html into FOLDER. Exit code 1 if a rung fails.
     """
     console = Console(quiet, as_json)
-    report = validate(folder, tokens=tokens, seed=seed, verify=verify, progress=console.progress)
+    names = None if rungs is None else [n.strip() for n in rungs.split(",")]
+    report = validate(folder, rungs=names, tokens=tokens, seed=seed, verify=verify, progress=console.progress)
     console.table(f"validation of {folder}", (), summary(report))
     console.result(report.as_data())
     return 0 if report.passed else 1

@@ -22,6 +22,7 @@ from tiny_configs import read
 from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import ExportError
 from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.graphs.bodies import op_of
 from llmexport.validate import drive, ladder, reference, stages
@@ -30,7 +31,7 @@ from llmexport.validate import report as files
 pytestmark = pytest.mark.model
 
 
-def climb(folder: Path, **options: int) -> dict[str, ladder.Rung]:
+def climb(folder: Path, **options: Any) -> dict[str, ladder.Rung]:
     report = ladder.climb(manifest.read(folder), **options)
     return {r.name: r for r in report.rungs}
 
@@ -352,6 +353,34 @@ def test_a_verdict_says_when_transformers_was_not_asked(exported, monkeypatch: p
     assert "not compared with transformers" in ladder.climb(found).verdict
 
 
+def test_chosen_rungs_are_run_alone(exported) -> None:
+    rungs = climb(exported("gemma"), rungs=["onnxruntime"])
+    assert {(r.key, n, r.status) for n, r in rungs.items()} == {("onnxruntime", "ONNX Runtime / PyTorch", "pass")}
+
+
+def test_a_rung_is_chosen_by_the_name_that_the_report_gives_it(exported) -> None:
+    report = ladder.climb(manifest.read(exported("gemma")))
+    assert tuple(dict.fromkeys(r.key for r in report.rungs)) == ladder.RUNGS
+
+
+def test_a_chosen_rung_that_cannot_run_is_not_passed_over(exported) -> None:
+    report = ladder.climb(manifest.read(exported("gemma", "bfloat16")), rungs=["transformers", "onnxruntime"])
+    assert {r.key: r.status for r in report.rungs} == {"transformers": "pass", "onnxruntime": "not run"}
+    assert not report.passed
+
+
+def test_a_rung_that_is_not_there_is_an_error_that_names_those_that_are(exported) -> None:
+    with pytest.raises(ExportError, match="no rung 'engin': choose among transformers, blocks, onnxruntime"):
+        ladder.climb(manifest.read(exported("gemma")), rungs=["engin"])
+
+
+def test_a_block_has_the_rungs_of_forms_alone(tmp_path: Path) -> None:
+    folder = export_of(tmp_path, "gemma", {}, block="mlp")
+    assert {r.key for r in climb(folder, rungs=["onnxruntime"]).values()} == {"onnxruntime"}
+    with pytest.raises(ExportError, match="is one block, whose rungs are onnxruntime"):
+        climb(folder, rungs=["transformers"])
+
+
 def test_a_report_in_which_nothing_ran_has_not_passed() -> None:
     assert not ladder.Report([ladder.Rung("x", "not run", "why")], {}, {}).passed
 
@@ -369,7 +398,7 @@ def test_a_config_that_transformers_does_not_take_leaves_its_rung_and_says_why(
     found = manifest.read(exported("gemma"))
     changed = {**found.config, key: value}
     found = dataclasses.replace(found, config=changed, text_config=changed)
-    [rung], _ = ladder._references(found, (stages.prompt(found),), drive.Run(frozenset()), None)
+    [rung] = ladder.climb(found, rungs=["transformers"], tokens=2).rungs
     assert rung.status == "not run"
     assert re.match(rf"transformers does not take this config: .*{key}.*", rung.note)
     assert "\n" not in rung.note

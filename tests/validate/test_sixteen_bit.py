@@ -19,7 +19,7 @@ from reseal import reseal
 from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.spec import Attention, Experts, Mlp, Moe, Norm, Part, Router, causal_lm, decoder_layer
-from llmexport.validate import drive, ladder, reference
+from llmexport.validate import drive, judge, ladder, reference
 from llmexport.validate.compare import Difference, compare, median
 from llmexport.validate.stages import Stage, opening
 from llmexport.validate.tolerance import FACTOR, MOST, TOLERANCE, Tolerance, step_tolerance
@@ -200,7 +200,7 @@ def test_a_strayed_token_puts_steps_that_read_it_off_and_no_others(
     noise: dict[int, float], tolerance: Tolerance, status: str
 ) -> None:
     right = run_of({})
-    found = ladder._compare_runs("x", SCRIPT, right, run_of(noise), tolerance, [right])
+    found = judge.compare_runs("x", SCRIPT, right, run_of(noise), tolerance, [right])
     assert found.status == status
 
 
@@ -220,5 +220,5 @@ def test_wrong_caches_are_found_though_tokens_may_stray(arch: str, exported, tmp
 def test_a_rung_says_when_16_bits_are_too_few_to_tell() -> None:
     right, rough = run_of({}), run_of(dict.fromkeys(range(4), 0.4))
     for yardstick, said in ((rough, True), (right, False)):
-        rung = ladder._compare_runs("x", SCRIPT, right, rough, DENSE, [yardstick])
+        rung = judge.compare_runs("x", SCRIPT, right, rough, DENSE, [yardstick])
         assert (rung.status, rung.note.startswith("tells little")) == ("fail", said)
