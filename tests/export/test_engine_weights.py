@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
 from arch_cases import FIRST, ONCE, Case, others_slow
 from native import emulated_library
-from onnx import TensorProto, helper
-from onnx.helper import make_node
 from test_beside import SMALL
 
-from llmexport.export import beside, builder, engine, engine_weights, manifest
-from llmexport.export.errors import EngineError
+from llmexport.export import beside, builder, engine, manifest
 from llmexport.export.spec import DTYPES
 
 trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
