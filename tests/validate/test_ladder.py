@@ -28,7 +28,7 @@ from llmexport.graphs.bodies import op_of
 from llmexport.validate import drive, ladder, reference, stages
 from llmexport.validate import report as files
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
 
 
 def climb(folder: Path, **options: Any) -> dict[str, ladder.Rung]:
