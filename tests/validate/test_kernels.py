@@ -184,9 +184,7 @@ def on_emulator() -> kernels.Kernels:
 
 def test_an_op_that_the_kernels_do_not_serve_is_refused_with_the_reason() -> None:
     x, weight, state = (torch.zeros(s, dtype=torch.float16) for s in ((1, 3, 8), (8, 1, 5), (1, 4, 8)))
-    says = (
-        r"CausalConv1d: weight has K = 5 taps, the kernels are for 2 to 4 \(x float16\[1, 3, 8\], weight float16\[8, "
-    )
+    says = r"CausalConv1d: weight has K = 5 taps, the kernels are for 2 to 4 \(x float16\[1, 3, 8\], weight float16"
     with on_emulator(), pytest.raises(host.Refused, match=says):
         causal_conv1d(x, weight, state, None, "none")
 
@@ -197,7 +195,7 @@ def test_a_library_without_an_op_is_no_reason_to_run_its_reference(monkeypatch: 
     x, weight, state = (torch.zeros(s) for s in ((1, 3, 8), (8, 1, 4), (1, 3, 8)))
     with (
         ran,
-        pytest.raises(host.Refused, match="CausalConv1d has no plugin in this library, which serves AddRmsNorm, "),
+        pytest.raises(host.Refused, match="CausalConv1d has no plugin in this library, which serves "),
     ):
         causal_conv1d(x, weight, state, None, "none")
 
@@ -241,9 +239,8 @@ def test_nothing_is_compiled_unless_it_is_asked_for(
     monkeypatch.setattr(emulated, "find", lambda: None)
     monkeypatch.setattr(emulated, "build", emulated_library)
     export = manifest.read(exported("gemma"))
-    assert kernels.unable(export, False).startswith(
-        "the kernels are not compiled for this CPU: llmexport plugins build"
-    )
+    reason = "the kernels are not compiled for this CPU: llmexport plugins build --emulated, which takes a minute"
+    assert kernels.unable(export, False) == reason
     assert kernels.unable(export, True) == ""
     said: list[str] = []
     ladder.climb(export, rungs=["kernels"], tokens=2, progress=lambda what, *_: said.append(what))
