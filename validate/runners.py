@@ -5,7 +5,6 @@ Both take and give dicts of numpy arrays by value name and are Polygraphy runner
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections import OrderedDict
@@ -15,9 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
@@ -28,14 +25,9 @@ from llmexport.export import blocks
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import Port, Step
 from llmexport.export.trace import torch_dtype
-from llmexport.validate.compare import Mismatch
 from llmexport.validate.feeds import Feed
+from llmexport.validate.runtime import open_session
 
-OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
-REFUSALS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    *(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception)),
-)
 HELD = 4 * 2**30  # bytes of weights to keep between runs; larger models are read step by step
 
 
@@ -104,26 +96,8 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 
 
 def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
-    """ONNX Runtime on the CPU; `weights` is the folder that external data lies in.
-
-    Raises Mismatch, in one line, if the ONNX Runtime here is too old or does not take the model.
-    """
-    installed = onnxruntime.__version__
-    if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < OLDEST_RUNTIME:
-        oldest = ".".join(map(str, OLDEST_RUNTIME))
-        raise Mismatch(
-            f"ONNX Runtime {installed} is installed, whose Attention is wrong where heads share a key: upgrade "
-            f"onnxruntime-gpu, or onnxruntime if that is what is installed, to {oldest} or later"
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except REFUSALS as error:
-        said = " ".join(str(error).split())
-        raise Mismatch(f"ONNX Runtime {installed} does not take the model: {said}") from error
-    return OnnxrtRunner(session, name="ONNX Runtime")
+    """ONNX Runtime on the CPU, as `open_session` opens it."""
+    return OnnxrtRunner(open_session(model, weights), name="ONNX Runtime")
 
 
 def not_runnable(dtype: str) -> str:
