@@ -25,6 +25,8 @@ def export(
     weights: str = "auto",
     target: str = "portable",
     digest: bool = False,
+    cache: str = "dynamic",
+    max_tokens: int | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Export:
@@ -40,7 +42,7 @@ def export(
 
     folder = folder_path(output)
     with open_source(arch, None if checkpoint is None else folder_path(checkpoint), folder) as (named, found):
-        request = onnx_file.Request(named, found, dtype, block, weights, target, digest)
+        request = onnx_file.Request(named, found, dtype, block, weights, target, digest, cache, max_tokens)
         return onnx_file.write(request, folder, force=force, progress=progress)
 
 

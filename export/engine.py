@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmexport.export import builder, device, manifest
+from llmexport.export import beside, builder, device, manifest
 from llmexport.export.engine_build import JOB, MODEL, PLAN
 from llmexport.export.engine_record import RECORD, Engine, Library, Plan, check_backend
 from llmexport.export.errors import EngineError
@@ -26,6 +26,7 @@ from llmexport.plugins import library
 from llmexport.plugins.dtypes import BY_TENSORRT
 from llmexport.plugins.regular import sha256
 
+WEIGHTS = ("inside", "beside")  # the plan
 LONGEST = 10**8  # seconds: three years, which a timer still takes
 
 
@@ -35,6 +36,7 @@ def build(
     backend: str = "tensorrt-rtx",
     profile: Profile | None = None,
     plugins: Path | None = None,
+    weights: str = "inside",
     timeout: float | None = None,
     verify: bool = False,
     progress: Progress = silent,
@@ -44,6 +46,8 @@ def build(
     plugins: the plugin library, whose kernels take the place of the ops it serves; other ops, or all if it is
     None, are built from their function bodies.
 
+    weights: "inside" the plans, or "beside" them: the large ones are inputs, as `binding.weights` gives them.
+
     timeout: seconds until the builder of a graph is given up, None to wait. Whatever fails before all plans are built,
     earlier engines stay. verify: every byte of the weights is held against the digests of the export.
     Raises EngineError, and ExportError if `folder` is no export, was changed since, or cannot be written.
@@ -51,6 +55,8 @@ def build(
     chosen = check_backend(backend)
     if timeout is not None and not 1 <= timeout <= LONGEST:
         raise EngineError(f"timeout is {timeout:g}: make it 1 to {LONGEST} seconds")
+    if weights not in WEIGHTS:
+        raise EngineError(f"weights is {weights!r}: choose one of {', '.join(WEIGHTS)}")
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
     sizes = (profile or Profile()).resolve((p for g in export.graphs for p in g.assembly.inputs), export.blocks)
@@ -59,7 +65,7 @@ def build(
         export = manifest.verified(export)
     served = library.served(plugins) if plugins else frozenset()
     with write_errors(folder / plan_name(export.graphs[0].name)), workspace(folder) as work:
-        job = _Job(export, chosen.module, sizes, plugins, served, timeout, work, progress)
+        job = _Job(export, chosen.module, sizes, plugins, served, weights, timeout, work, progress)
         plans: dict[str, Plan] = {}
         for place, graph in enumerate(export.graphs):
             try:
@@ -78,6 +84,7 @@ def build(
             arch=export.arch,
             block=export.block,
             dtype=export.dtype,
+            weights_at=weights,
             weights=export.weights,
             checked=export.checked,
             profile=sizes,
@@ -103,6 +110,7 @@ class _Job:
     sizes: Mapping[str, Sizes]
     library: Path | None
     served: frozenset[str]
+    weights: str
     timeout: float | None
     work: Path
     progress: Progress
@@ -112,19 +120,23 @@ class _Job:
         steps, assembly, work = 2 * len(self.export.graphs), graph.assembly, self.work / graph.name
         self.progress("engine: read", 2 * place, steps)
         model, nodes = tensorrt_form(load(self.export, graph), self.served)
+        bindings = beside.beside(model, beside.LARGE) if self.weights == "beside" else {}
         work.mkdir()
         (work / MODEL).write_bytes(model.SerializeToString())
         shapes = {p.name: _shapes(p, self.sizes) for p in assembly.inputs}
         job = {"module": self.module, "model": str(self.export.folder / graph.file), "profile": shapes}
+        job |= {"weights": list(bindings), "large": beside.LARGE}
         job |= {"library": str(self.library)} if nodes else {}
         (work / JOB).write_text(json.dumps(job))
         dtype = self.export.dtype
         inputs, outputs = (tuple(p.typed(dtype) for p in ports) for ports in (assembly.inputs, assembly.outputs))
 
         def check(read: builder.Network) -> None:
-            _check_plugins(nodes, read.plugins)
-            _check_ports(inputs, read.inputs)
-            _check_ports(outputs, read.outputs)
+            check_plugins(nodes, read.plugins)
+            check_ports((*inputs, *(Port(n, b.shape, b.dtype) for n, b in bindings.items())), read.inputs)
+            check_ports(outputs, read.outputs)
+            if read.computed:
+                raise EngineError(f"TensorRT would compute weights at every step, by {', '.join(read.computed[:5])}")
             self.progress("engine: build", 2 * place + 1, steps)
 
         ran = builder.run(work, self.module, self.timeout, check)
@@ -136,6 +148,7 @@ class _Job:
             inputs=inputs,
             outputs=outputs,
             carried=graph.carried,
+            bindings=bindings,
             layers=ran.network.layers,
             plugins=dict(collections.Counter(nodes.values())),
             messages=ran.messages,
@@ -149,14 +162,14 @@ def _shapes(port: Port, sizes: Mapping[str, Sizes]) -> list[list[int]]:
     return [[d if isinstance(d, int) else sizes[d][i] for d in port.shape] for i in range(3)]
 
 
-def _check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
+def check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
     """Every node left to a plugin must be a plugin layer, and no other may."""
     if sorted(layers) != sorted(nodes):
         odd = sorted(set(nodes).symmetric_difference(layers))[:5]
         raise EngineError(f"TensorRT made {len(layers)} plugin layers of {len(nodes)} ops, see {', '.join(odd)}")
 
 
-def _check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
+def check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
     """What TensorRT read, [name, type, shape with -1] each, must be what the export says."""
     said = {p.name: [p.dtype, [d if isinstance(d, int) else -1 for d in p.shape]] for p in ports}
     read = {name: [BY_TENSORRT[kind].name if kind in BY_TENSORRT else kind, shape] for name, kind, shape in found}

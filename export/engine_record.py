@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
+from llmexport.export.binding import Binding
 from llmexport.export.device import Device
 from llmexport.export.errors import EngineError
 from llmexport.export.identity import WeightFile
@@ -67,8 +68,8 @@ class Plan:
     """The engine of one graph.
 
     model_sha256: of the graph's `.onnx`. inputs, outputs: with the dtypes of the engine. carried: as in the manifest.
-    layers: how many TensorRT read, by kind. plugins: how often each op is a plugin layer. messages: TensorRT's
-    warnings. seconds: how long the builder ran.
+    bindings: of each weight that is an input beside these. layers: how many TensorRT read, by kind. plugins: how often
+    each op is a plugin layer. messages: TensorRT's warnings. seconds: how long the builder ran.
     """
 
     file: str
@@ -78,6 +79,7 @@ class Plan:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     carried: Mapping[str, str]
+    bindings: Mapping[str, Binding]
     layers: Mapping[str, int]
     plugins: Mapping[str, int]
     messages: tuple[str, ...]
@@ -97,7 +99,8 @@ class Engine:
     """What `engine.json` says: what all plans share, and the plan of each graph by name.
 
     target: the GPUs that the plans run on. built_on: the GPU, where the backend's plans are bound to its kind.
-    checked: how much of the weights was read. profile: (min, opt, max) of each dynamic dimension.
+    weights_at: "inside" the plans, or "beside" them, in the files. checked: how much of the weights was read.
+    profile: (min, opt, max) of each dynamic dimension.
     """
 
     backend: str
@@ -107,6 +110,7 @@ class Engine:
     arch: str
     block: str | None
     dtype: str
+    weights_at: str
     weights: tuple[WeightFile, ...]
     checked: str
     profile: Mapping[str, Sizes]

@@ -24,6 +24,7 @@ def validate(
     seed: int = 0,
     save_results: Path | None = None,
     verify: bool = False,
+    bisect: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """The report on the export in `folder`, also written there.
@@ -38,7 +39,7 @@ def validate(
     from llmexport.export import manifest
     from llmexport.export.folder import folder_path
     from llmexport.validate import ladder, results
-    from llmexport.validate.report import write
+    from llmexport.validate.page import write
 
     for name, value, least in (("tokens", tokens, 2), ("seed", seed, 0)):
         if value is not None and value < least:
@@ -57,7 +58,7 @@ def validate(
         progress("read the weights", 0, 1)
         export = manifest.digested(export) if first else manifest.verified(export)
     keep = functools.partial(results.save, save_results) if save_results else None
-    report = ladder.climb(export, rungs=rungs, tokens=tokens, seed=seed, keep=keep, progress=progress)
+    report = ladder.climb(export, rungs=rungs, tokens=tokens, seed=seed, bisect=bisect, keep=keep, progress=progress)
     export.check_untouched()
     # Where a rung failed, nothing is recorded that later runs would trust.
     report.weights = (export if report.passed else dataclasses.replace(export, digested=False)).checked

@@ -9,7 +9,7 @@ from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import graph_file
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.validate import engine_form
+from llmexport.validate import engine_form, kernels, network
 from llmexport.validate.drive import Recorded
 from llmexport.validate.runners import not_runnable, onnx_runner
 
@@ -31,6 +31,8 @@ class Form:
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
     PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing.
     outside: why it does not take these sizes, by axis, or nothing.
+    note: what else is to be known of a rung that was run. timed: its seconds are those of something that is deployed.
+    doing: what the user waits for once it is asked for by name, or nothing: the name says it.
     """
 
     rung: str
@@ -40,6 +42,9 @@ class Form:
     against: Form | None = None
     trace: Callable[[Export, Recorded], str] = _no_trace
     outside: Callable[[Export, Mapping[str, int]], str] = _any_size
+    note: Callable[[Export], str] = lambda export: ""
+    timed: bool = True
+    doing: Callable[[], str] = lambda: ""
 
 
 ONNX_RUNTIME = Form(
@@ -47,6 +52,28 @@ ONNX_RUNTIME = Form(
     title="ONNX Runtime / PyTorch",
     unable=lambda export, asked: not_runnable(export.dtype),
     runner=lambda export, graph: onnx_runner(graph_file.load(export, graph), export.folder),
+)
+
+NETWORK = Form(
+    rung="network",
+    title="TensorRT's network / ONNX Runtime",
+    unable=network.unable,
+    runner=network.NetworkRunner,
+    against=ONNX_RUNTIME,
+    trace=network.trace,
+    note=network.form,
+    timed=False,
+)
+
+KERNELS = Form(
+    rung="kernels",
+    title="kernels / PyTorch",
+    unable=kernels.unable,
+    runner=kernels.runner,
+    trace=kernels.trace,
+    note=kernels.note,
+    timed=False,
+    doing=kernels.doing,
 )
 
 ENGINE = Form(
@@ -58,4 +85,4 @@ ENGINE = Form(
     outside=engine_form.outside,
 )
 
-FORMS = (ONNX_RUNTIME, ENGINE)
+FORMS = (ONNX_RUNTIME, NETWORK, KERNELS, ENGINE)

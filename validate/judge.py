@@ -50,12 +50,18 @@ class Judge:
 
 def alone(judge: Judge, runner: BaseRunner, step: Step, seed: int) -> Iterator[dict[str, Any]]:
     """One step on random inputs, in PyTorch and as `runner` runs it."""
-    for sizes in stages.block_sizes(step.block):
-        drawn = block_feed(step.block, judge.export.dtype, sizes, seed)
-        feed = {value: drawn[port] for port, value in step.reads.items()}
+    for run, feed in feeds_alone(step, judge.export.dtype, seed):
         found = runner.infer(feed, check_inputs=False)
         expected = judge.torch.runners[judge.graph.name].run_step(step, feed)
-        yield from judge.compare(step, f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens", feed, expected, found)
+        yield from judge.compare(step, run, feed, expected, found)
+
+
+def feeds_alone(step: Step, dtype: str, seed: int) -> Iterator[tuple[str, Feed]]:
+    """Random inputs of one step, each with the name of its run."""
+    for sizes in stages.block_sizes(step.block):
+        drawn = block_feed(step.block, dtype, sizes, seed)
+        feed = {value: drawn[port] for port, value in step.reads.items()}
+        yield f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens", feed
 
 
 def compare_runs(
@@ -80,7 +86,8 @@ def compare_runs(
             # What does not lie along the tokens is compared as a whole.
             real = stage.real if not state and other[output].shape[:2] == stage.real.shape else None
             difference = compare(expected[output], other[output], real, tolerance.strays)
-            details.append({"step": i, "output": output, "difference": difference, "allowed": allowed})
+            detail = {"step": i, "stage": stage.name, "output": output}
+            details.append({**detail, "difference": difference, "allowed": allowed})
             measured = [y.outputs[i][output] for y in yardsticks if output in y.outputs[i]]
             yards.append([compare(expected[output], y, real, tolerance.strays) for y in measured])
             if output == found.logits:

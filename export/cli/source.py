@@ -9,7 +9,7 @@ import click
 
 from llmexport.export.cli.folder import FOLDER as FOLDER
 from llmexport.export.cli.folder import verifying as verifying
-from llmexport.export.onnx_file import WEIGHTS
+from llmexport.export.onnx_file import CACHES, WEIGHTS
 from llmexport.export.spec import DTYPES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,6 +31,25 @@ def options(command: F) -> F:
             "--checkpoint", type=FOLDER, help="Folder with config.json and safetensors; default: tiny, random."
         ),
         click.option("--arch", help="Architecture, see `llmexport archs`; default: what config.json says."),
+    ):
+        command = option(command)
+    return command
+
+
+def caching(command: F) -> F:
+    """The options that say how keys and values of earlier tokens are kept."""
+    for option in (
+        click.option(
+            "--max-tokens", type=int, help="The slots of a static cache: as many tokens as a row ever has, padding too."
+        ),
+        click.option(
+            "--cache",
+            type=click.Choice(CACHES),
+            default="dynamic",
+            show_default=True,
+            help="A dynamic cache grows and is copied at every step; a static one has its size from the start and is "
+            "written in place, which serving wants.",
+        ),
     ):
         command = option(command)
     return command

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     "--rungs",
     help="Those to run, as in transformers,blocks; default: every one that can run here.",
 )
+@click.option("--bisect", is_flag=True, help="Name the first block, then the first node, that leaves tolerance.")
 @click.option(
     "--golden", type=FOLDER, help="A pack of `llmexport golden`, to compare FOLDER's ONNX files or an engine with."
 )
@@ -41,6 +42,7 @@ def command(
     tokens: int | None,
     seed: int | None,
     rungs: str | None,
+    bisect: bool,
     golden: Path | None,
     engine: Path | None,
     save_results: Path | None,
@@ -56,8 +58,8 @@ def command(
         raise click.UsageError("give one of FOLDER and --engine", click.get_current_context())
     if engine and not golden:
         raise click.UsageError("--engine needs --golden: see `llmexport golden`", click.get_current_context())
-    if golden and (tokens or seed is not None or rungs or verify):
-        said = "--golden brings its own prompt and rung: leave out --tokens, --seed, --rungs and --verify"
+    if golden and (tokens or seed is not None or rungs or bisect or verify):
+        said = "--golden brings its own prompt and rung: leave out --tokens, --seed, --rungs, --bisect and --verify"
         raise click.UsageError(said, click.get_current_context())
     console = Console(quiet, as_json)
     if golden:
@@ -74,6 +76,7 @@ def command(
             seed=seed or 0,
             save_results=save_results,
             verify=verify,
+            bisect=bisect,
             progress=console.progress,
         )
     console.table(f"validation of {engine or folder}", (), summary(report))
@@ -92,6 +95,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
         rows.append((rung.name, f"{text}: {rung.note}" if rung.note else text))
         if rung.metrics:
             rows.append(("", rung.metrics.text))
+    rows += report.bisect.lines if report.bisect else []
     for runner, seconds in report.seconds.items():
         prompt = report.prompt
         text = f"prompt of {prompt['batch']} x {prompt['tokens']} tokens {seconds['prefill'] * 1e3:.1f} ms, "

@@ -27,7 +27,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.graphs.bodies import op_of
 from llmexport.validate import drive, ladder, reference, stages
-from llmexport.validate import report as files
+from llmexport.validate import page as files
 
 pytestmark = pytest.mark.model
 

@@ -19,7 +19,7 @@ from llmexport.export.cli.main import main
 from llmexport.export.cli.validate import summary
 from llmexport.export.spec import Assembly, Mask, Step
 from llmexport.validate import ladder, overflow
-from llmexport.validate import report as files
+from llmexport.validate import page as files
 from llmexport.validate.compare import compare
 from llmexport.validate.report import Report, Rung
 
