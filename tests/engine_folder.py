@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 from llmexport.export.binding import Binding, Operation, Source
 from llmexport.export.checkpoint import read_header
 from llmexport.export.engine_record import Engine, Library, Plan
+from llmexport.export.exported import Export
 from llmexport.export.identity import identify
-from llmexport.export.spec import Port
+from llmexport.export.spec import Port, Sizes
 
 PLAN, WEIGHTS = "model.plan", "w.safetensors"
 PROFILE = {"batch": (1, 1, 4), "sequence": (1, 8, 64), "past": (0, 8, 64), "total": (1, 16, 128)}
@@ -79,3 +80,41 @@ def make_engine(
     )
     (folder / "engine.json").write_text(json.dumps(engine.as_data()))
     return folder
+
+
+def add_engine(export: Export, sizes: Mapping[str, Sizes]) -> None:
+    """An engine.json beside an export, and a plan of each of its graphs, which no TensorRT has built."""
+    plans = {}
+    for graph in export.graphs:
+        data = graph.name.encode()
+        (export.folder / f"{graph.name}.plan").write_bytes(data)
+        plans[graph.name] = Plan(
+            file=f"{graph.name}.plan",
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            model_sha256=graph.sha256,
+            inputs=tuple(p.typed(export.dtype) for p in graph.assembly.inputs),
+            outputs=tuple(p.typed(export.dtype) for p in graph.assembly.outputs),
+            carried=graph.carried,
+            bindings={},
+            layers={},
+            plugins={},
+            messages=(),
+            seconds=0.0,
+        )
+    engine = Engine(
+        backend="tensorrt-rtx",
+        version="1.7.1.116",
+        target="",
+        built_on=None,
+        arch=export.arch,
+        block=export.block,
+        dtype=export.dtype,
+        weights_at="inside",
+        weights=export.weights,
+        checked="",
+        profile=sizes,
+        plugins=(),
+        graphs=plans,
+    )
+    (export.folder / "engine.json").write_text(json.dumps(engine.as_data()))
