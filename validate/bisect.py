@@ -7,7 +7,7 @@ to the values of the nodes whose place it took.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -42,11 +42,11 @@ def first_fault(export: Export, rungs: Sequence[Rung], recorded: Recorded, seed:
     recorded: what our PyTorch computed in the runs of the rung over blocks. seed: of the inputs drawn for its others.
     """
     models = {g.name: graph_file.load(export, g) for g in export.graphs}
+    wrong = {g.name: bound.wrong(export, g, models[g.name]) for g in export.graphs}
     weights = [
-        f"{export.place(g.name, step)}: {said}"
+        f"{export.place(g.name, bound.reader(g, tensor))}: {tensor} {said}"
         for g in export.graphs
-        for step, lines in bound.wrong(export, g, models[g.name]).items()
-        for said in lines
+        for tensor, said in wrong[g.name].items()
     ]
     failed = [r for r in rungs if r.status == "fail"]
     over = next(((r, d) for r in failed for d in r.details if _by_block(r, d)), None)
@@ -58,13 +58,18 @@ def first_fault(export: Export, rungs: Sequence[Rung], recorded: Recorded, seed:
         (g, s) for g in export.graphs for s in g.assembly.steps if export.place(g.name, s.name) == detail["step"]
     )
     feed = _feed(export, graph, step, str(detail["run"]), recorded, seed)
-    node = first_node(export, graph, step, models[graph.name], feed)
+    node = first_node(export, graph, step, models[graph.name], feed, wrong[graph.name])
     return Bisection(detail, node, "" if node else NONE, tuple(weights), others)
 
 
-def first_node(export: Export, graph: ExportedGraph, step: Step, model: onnx.ModelProto, feed: Feed) -> Node | None:
+def first_node(
+    export: Export, graph: ExportedGraph, step: Step, model: onnx.ModelProto, feed: Feed, wrong: Collection[str]
+) -> Node | None:
     """The first node of a step that leaves tolerance on what the trace computes from `feed`; if none does, the one
-    that is furthest off; None if all give the very numbers of the trace. `model` is the graph's file."""
+    that is furthest off; None if all give the very numbers of the trace.
+
+    model: the graph's file. wrong: the tensors in it that are not the checkpoint's.
+    """
     checkpoint, own = export.checkpoint(), bound.parameters(graph, model)
     traced = graph_file.as_traced(step, own[step.name], checkpoint, export.dtype)
     expected = feed | nodes.values(traced, feed, export.folder)
@@ -76,17 +81,11 @@ def first_node(export: Export, graph: ExportedGraph, step: Step, model: onnx.Mod
         return None
     _, data = graph_file.build(graph, own, checkpoint, export.dtype, export.target)
     made = onnx.ModelProto.FromString(data)
-    changes = nodes.changes(found.node.name, model, made)
-    said = [*([found.said] if found.said else []), *(changes or [SAME])]
-    return Node(
-        found.node.name,
-        nodes.op_of(found.node),
-        found.name,
-        found.difference,
-        found.allowed,
-        bool(over),
-        "; ".join(said),
-    )
+    told = [found.said] if found.said else []
+    told += nodes.changes(found.node.name, model, made)
+    told += [f"it reads {n}, which is not the checkpoint's" for n in found.node.input if n in wrong]
+    name, op, said = found.node.name, nodes.op_of(found.node), "; ".join(told) or SAME
+    return Node(name, op, found.name, found.difference, found.allowed, bool(over), said)
 
 
 def _by_block(rung: Rung, detail: Mapping[str, Any]) -> bool:

@@ -21,6 +21,8 @@ from llmexport.validate.runners import REFUSALS, session
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 
 OWN = "alone: "  # before the names of what nodes make when each is run alone
+WIDE = " in fp32"  # after the names of what is read in another type
+FED = "biuf"  # the kinds of arrays that it takes
 SHOWN = 4  # numbers of a constant that are told
 
 
@@ -44,19 +46,23 @@ def op_of(node: onnx.NodeProto) -> str:
 
 
 def values(model: onnx.ModelProto, feed: Feed, weights: Path) -> Feed:
-    """What every node of a model computes from `feed`, by value name, but for types that numpy has not."""
+    """What every node of a model computes from `feed`, by value name."""
     every = onnx.ModelProto()
     every.CopyFrom(model)
     del every.graph.output[:]
     every.graph.output.extend(onnx.ValueInfoProto(name=n) for node in model.graph.node for n in node.output if n)
     runtime = session(every, weights)
-    names = [o.name for o in runtime.get_outputs() if o.type in HELD]
-    return dict(zip(names, runtime.run(names, {i.name: feed[i.name] for i in runtime.get_inputs()}), strict=True))
-
-
-# What ONNX Runtime calls the types of arrays that it gives.
-HELD = {f"tensor({n})" for n in ("bool", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")}
-HELD |= {"tensor(float)", "tensor(double)", "tensor(uint64)"}
+    narrow = {o.name for o in runtime.get_outputs() if o.type == "tensor(bfloat16)"}
+    if narrow:
+        # It gives no array of this type, whose numbers fp32 has.
+        for output in (o for o in every.graph.output if o.name in narrow):
+            wide = onnx.helper.make_node("Cast", [output.name], [output.name + WIDE], to=onnx.TensorProto.FLOAT)
+            every.graph.node.append(wide)
+            output.name += WIDE
+        runtime = session(every, weights)
+    names = [o.name for o in runtime.get_outputs()]
+    made = dict(zip(names, runtime.run(names, {i.name: feed[i.name] for i in runtime.get_inputs()}), strict=True))
+    return {n.removesuffix(WIDE): a.astype("bfloat16") if n.endswith(WIDE) else a for n, a in made.items()}
 
 
 def run_alone(part: onnx.ModelProto, expected: Feed, weights: Path) -> Iterator[Output]:
@@ -91,7 +97,7 @@ def _run_first(part: onnx.ModelProto, count: int, expected: Feed, weights: Path)
     del model.graph.node[count:]
     del model.graph.input[:]
     bound = {t.name for t in part.graph.initializer} | {""}
-    given = expected.keys() - bound
+    given = {n for n, a in expected.items() if a.dtype.kind in FED} - bound
     for node in model.graph.node:
         node.input[:] = [n if n in bound or n in given else OWN + n for n in node.input]
         node.output[:] = [OWN + n if n else n for n in node.output]

@@ -168,7 +168,7 @@ def test_both_files_say_the_same(folder: Path) -> None:
 
 def test_numbers_are_for_people() -> None:
     assert [share(n) for n in (0.0, 1e-5, 0.004, 0.123, 12.5, math.inf)] == [
-        *("0%", "under 0.1%", "0.4%", "12%", "1250%", "not finite")
+        *("0%", "under 0.1%", "0.4%", "12%", "12 times", "not finite")
     ]
     assert [size(n) for n in (12, 999, 1000, 2_500_000, 10**15)] == ["12 B", "999 B", "1.0 kB", "2.5 MB", "1000.0 TB"]
 
