@@ -13,7 +13,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
 from llmexport.export.progress import Progress, silent
 from llmexport.validate import drive, overflow, stages
-from llmexport.validate.bisect import check_runs, first_fault
+from llmexport.validate.bisect import first_fault, or_stopped, with_blocks
 from llmexport.validate.drive import Recorded, Run, TorchDriver, beyond, driver, follow, in_torch, record
 from llmexport.validate.forms import FORMS, Form
 from llmexport.validate.judge import Judge, alone, compare_runs, rung_of
@@ -47,13 +47,12 @@ def climb(
 ) -> Report:
     """Runs the rungs of these names, or every rung that this machine can run, and says of each other one why not.
 
-    bisect: what fails is traced to its block and node, for which blocks are run whatever is named. Raises Mismatch if
-    two runs have different shapes, ExportError if there is no rung of a name, or nodes of this type cannot be run.
+    bisect: what fails is traced to its block and node. Raises Mismatch if two runs have different shapes, ExportError
+    if there is no rung of a name, or no node of this type can be run.
     """
     asked = check_rungs(rungs)
     if bisect:
-        check_runs(export)
-        asked = asked and asked | {"blocks" if export.block is None else "onnxruntime"}
+        asked = with_blocks(export, asked)
     with in_torch(export) as ours, _exact(export) as exact:
         if export.block is not None:
             return _climb_block(export, asked, ours, exact, seed, bisect, progress)
@@ -87,7 +86,7 @@ def _climb_whole(
     rungs: list[Rung] = []
     for place, name in enumerate(names):
         progress(name, 1 + place, 1 + len(names))
-        for rung in whole.rungs(name):
+        for rung in or_stopped(whole.rungs, name, bisect):
             rung.key = name
             rungs.append(rung)
     apart = next((r for r in rungs if r.name == BLOCKS), None)
@@ -97,14 +96,11 @@ def _climb_whole(
     progress("done", 1 + len(names), 1 + len(names))
     _note_uncrossed(rungs, export, beyond(export, prompt)[1])
     runs = {"PyTorch": ours, **whole.forms}
-    return Report(
-        rungs,
-        {n: run.medians for n, run in runs.items()},
-        _shape(script),
-        asked=tuple(n for n in RUNGS if n in (asked or ())),
-        calls={n: run.calls for n, run in runs.items()},
-        bisect=first_fault(export, rungs, recorded) if bisect else None,
-    )
+    seconds = {n: run.medians for n, run in runs.items()}
+    calls = {n: run.calls for n, run in runs.items()}
+    found = first_fault(export, rungs, recorded) if bisect else None
+    chosen = tuple(n for n in RUNGS if n in (asked or ()))
+    return Report(rungs, seconds, _shape(script), asked=chosen, calls=calls, bisect=found)
 
 
 @dataclass

@@ -3,7 +3,7 @@ an export makes."""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ import onnx
 
 from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.spec import DOMAIN, op_name
-from llmexport.validate.compare import Difference, Mismatch, compare
+from llmexport.validate.compare import Difference, compare
 from llmexport.validate.feeds import Feed
-from llmexport.validate.runners import REFUSALS, session
+from llmexport.validate.runners import STOPS, NotTaken, session
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 
 OWN = "alone: "  # before the names of what nodes make when each is run alone
@@ -96,10 +96,10 @@ def _run_first(part: onnx.ModelProto, count: int, expected: Feed, weights: Path)
     model.CopyFrom(part)
     del model.graph.node[count:]
     del model.graph.input[:]
-    bound = {t.name for t in part.graph.initializer} | {""}
-    given = {n for n, a in expected.items() if a.dtype.kind in FED} - bound
+    held = {t.name for t in part.graph.initializer} | {""}
+    given = {n for n, a in expected.items() if a.dtype.kind in FED} - held
     for node in model.graph.node:
-        node.input[:] = [n if n in bound or n in given else OWN + n for n in node.input]
+        node.input[:] = [n if n in held or n in given else OWN + n for n in node.input]
         node.output[:] = [OWN + n if n else n for n in node.output]
     read = {n for node in model.graph.node for n in node.input} & given
     for name in sorted(read):
@@ -107,13 +107,13 @@ def _run_first(part: onnx.ModelProto, count: int, expected: Feed, weights: Path)
         model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     try:
         return values(model, expected, weights), ""
-    except (Mismatch, *REFUSALS) as error:
+    except (NotTaken, *STOPS) as error:
         return {}, " ".join(str(error).split())
 
 
 def _output(node: onnx.NodeProto, name: str, expected: np.ndarray, found: np.ndarray) -> Output:
     # Whole numbers, and truths, are right or wrong.
-    allowed = TOLERANCE.get(expected.dtype.name, dataclasses.replace(TOLERANCE["float32"], scaled=False))
+    allowed = TOLERANCE.get(expected.dtype.name, TOLERANCE["float32"])
     if expected.shape != found.shape or expected.dtype != found.dtype:
         said = f"is {found.dtype}{list(found.shape)}, not {expected.dtype}{list(expected.shape)}"
         return Output(node, name, None, allowed, math.inf, said)
@@ -128,14 +128,13 @@ def changes(name: str, model: onnx.ModelProto, made: onnx.ModelProto) -> list[st
     """How the node of that name in `model` differs from that in `made`, in words."""
     node, other = (next((n for n in m.graph.node if n.name == name), None) for m in (model, made))
     if node is None or other is None:
-        return [] if other is None and node is None else ["an export makes no node of this name"]
+        return ["an export makes no node of this name"] if node else []
     if op_of(node) != op_of(other):
         return [f"it is {op_of(node)}, an export makes {op_of(other)}"]
     said = [
-        f"input {i} is {node.input[i] if i < len(node.input) else 'missing'}, an export makes it "
-        f"{other.input[i] if i < len(other.input) else 'missing'}"
-        for i in range(max(len(node.input), len(other.input)))
-        if list(node.input[i : i + 1]) != list(other.input[i : i + 1])
+        f"input {i} is {_told(mine)}, an export makes it {_told(theirs)}"
+        for i, (mine, theirs) in enumerate(itertools.zip_longest(node.input, other.input))
+        if mine != theirs
     ]
     ours, theirs = ({a.name: onnx.helper.get_attribute_value(a) for a in n.attribute} for n in (node, other))
     said += [

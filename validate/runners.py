@@ -32,11 +32,13 @@ from llmexport.validate.compare import Mismatch
 from llmexport.validate.feeds import Feed
 
 OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
-REFUSALS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    *(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception)),
-)
+STOPS = tuple(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception))
+REFUSALS: tuple[type[Exception], ...] = (RuntimeError, *STOPS)
 HELD = 4 * 2**30  # bytes of weights to keep between runs; larger models are read step by step
+
+
+class NotTaken(Mismatch):
+    """A model that ONNX Runtime does not take."""
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
@@ -109,7 +111,7 @@ def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
 def session(model: onnx.ModelProto, weights: Path) -> onnxruntime.InferenceSession:
     """A model in ONNX Runtime on the CPU; `weights` is the folder that external data lies in.
 
-    Raises Mismatch, in one line, if the ONNX Runtime here is too old or does not take the model.
+    Raises Mismatch, in one line, if the ONNX Runtime here is too old, and NotTaken if it does not take the model.
     """
     installed = onnxruntime.__version__
     if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < OLDEST_RUNTIME:
@@ -125,7 +127,7 @@ def session(model: onnx.ModelProto, weights: Path) -> onnxruntime.InferenceSessi
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except REFUSALS as error:
         said = " ".join(str(error).split())
-        raise Mismatch(f"ONNX Runtime {installed} does not take the model: {said}") from error
+        raise NotTaken(f"ONNX Runtime {installed} does not take the model: {said}") from error
 
 
 def not_runnable(dtype: str) -> str:
