@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -70,26 +71,33 @@ def join(
 ) -> onnx.ModelProto:
     """The pieces stitched and fused, weights still graph inputs, those in `stored` of that ONNX type; what each pass
     did is in `metadata_props`."""
-    proto, fusions = pipeline.run(_stitched(pieces, assembly.inputs, assembly.outputs, dtype, stored))
+    proto, fusions = pipeline.run(_stitched(pieces, assembly.inputs, assembly.outputs, dtype, stored, assembly.opset))
     if target == "portable":
-        bodies.attach_bodies(proto, load_body)
+        bodies.attach_bodies(proto, functools.partial(load_body, opset=assembly.opset))
     for name, fused in fusions.items():
         proto.metadata_props.add(key=name, value=json.dumps(dataclasses.asdict(fused)))
     return proto
 
 
 def _stitched(
-    pieces: list[Piece], inputs: Sequence[Port], outputs: Sequence[Port], dtype: str, stored: Mapping[str, int]
+    pieces: list[Piece],
+    inputs: Sequence[Port],
+    outputs: Sequence[Port],
+    dtype: str,
+    stored: Mapping[str, int],
+    opset: int,
 ) -> onnx.ModelProto:
     """The pieces as they were traced."""
-    proto = stitch(pieces, *([value_info(p, dtype) for p in ports] for ports in (inputs, outputs)), opset=OPSET)
+    proto = stitch(pieces, *([value_info(p, dtype) for p in ports] for ports in (inputs, outputs)), opset=opset)
     for value in proto.graph.input:
         if value.name in stored:
             value.type.tensor_type.elem_type = stored[value.name]
     return proto
 
 
-def as_traced(step: Step, own: Mapping[str, weights.Parameter], checkpoint: Checkpoint, dtype: str) -> onnx.ModelProto:
+def as_traced(
+    step: Step, own: Mapping[str, weights.Parameter], checkpoint: Checkpoint, dtype: str, opset: int
+) -> onnx.ModelProto:
     """One step as it is traced, before any pass, with its weights and with bodies: what its part of a file must
     compute, value by value of the same name.
 
@@ -98,8 +106,8 @@ def as_traced(step: Step, own: Mapping[str, weights.Parameter], checkpoint: Chec
     values = {**step.reads, **{path: parameter.name for path, parameter in own.items()}, **step.makes}
     wanted = {p.name: p for p in own.values()}
     piece = Piece(step.name, load_block(step.block, dtype), values)
-    proto = _stitched([piece], *_ports(step), dtype, _stored_types(wanted, checkpoint))
-    bodies.attach_bodies(proto, load_body)
+    proto = _stitched([piece], *_ports(step), dtype, _stored_types(wanted, checkpoint), opset)
+    bodies.attach_bodies(proto, functools.partial(load_body, opset=opset))
     weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx)
     return proto
 
@@ -120,7 +128,7 @@ def load(export: Export, graph: ExportedGraph) -> onnx.ModelProto:
         raise changed(path)
     proto = onnx.ModelProto.FromString(data)
     if export.target == "tensorrt":
-        bodies.attach_bodies(proto, load_body)
+        bodies.attach_bodies(proto, functools.partial(load_body, opset=export.opset))
     return proto
 
 
@@ -144,15 +152,15 @@ def load_block(block: Block, dtype: str) -> onnx.ModelProto:
 
 
 def load_body(
-    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
+    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]], opset: int = OPSET
 ) -> onnx.FunctionProto:
     def make() -> bytes:
         from llmexport.export.trace import trace_body
 
-        return trace_body(name, attributes, types, shapes).SerializeToString()
+        return trace_body(name, attributes, types, shapes, opset).SerializeToString()
 
     sizes = [[d if isinstance(d, int) else None for d in shape] for shape in shapes]
-    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes], make))
+    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes, opset], make))
 
 
 def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:

@@ -21,7 +21,8 @@ from llmexport.validate.drive import Recorded
 from llmexport.validate.feeds import Feed
 from llmexport.validate.judge import feeds_alone
 from llmexport.validate.report import Bisection, Node, Rung
-from llmexport.validate.runners import STOPS, NotTaken, not_runnable, session
+from llmexport.validate.runners import not_runnable
+from llmexport.validate.runtime import STOPS, NotTaken, open_session
 
 NODES = ("blocks", "onnxruntime")  # the rungs that run the nodes of the file
 SAME = "an export makes the same node: a pass, the body of an op or ONNX Runtime computes otherwise than the trace"
@@ -84,7 +85,7 @@ def first_node(
     model: the graph's file. wrong: the tensors in it that are not the checkpoint's.
     """
     checkpoint, own = export.checkpoint(), bound.parameters(graph, model)
-    traced = graph_file.as_traced(step, own[step.name], checkpoint, export.dtype)
+    traced = graph_file.as_traced(step, own[step.name], checkpoint, export.dtype, graph.assembly.opset)
     expected = feed | nodes.values(traced, feed, export.folder)
     part = graph_file.cut_step(model, step, export.dtype)
     outputs = list(nodes.run_alone(part, expected, export.folder))
@@ -125,7 +126,7 @@ def _first_stopped(
         part = graph_file.cut_step(models[graph.name], step, export.dtype)
         for run, feed in _feeds(export, graph, step, recorded, seed):
             try:
-                session(part, export.folder).run(None, feed)
+                open_session(part, export.folder).run(None, feed)
             except (NotTaken, *STOPS):
                 where = {"step": export.place(graph.name, step.name), "kind": step.block.kind, "run": run}
                 return {**where, "output": step.outputs[0], "difference": None, "allowed": None}

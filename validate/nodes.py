@@ -17,7 +17,7 @@ from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.spec import DOMAIN, op_name
 from llmexport.validate.compare import Difference, compare
 from llmexport.validate.feeds import Feed
-from llmexport.validate.runners import STOPS, NotTaken, session
+from llmexport.validate.runtime import STOPS, NotTaken, open_session
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 
 OWN = "alone: "  # before the names of what nodes make when each is run alone
@@ -51,7 +51,7 @@ def values(model: onnx.ModelProto, feed: Feed, weights: Path) -> Feed:
     every.CopyFrom(model)
     del every.graph.output[:]
     every.graph.output.extend(onnx.ValueInfoProto(name=n) for node in model.graph.node for n in node.output if n)
-    runtime = session(every, weights)
+    runtime = open_session(every, weights)
     narrow = {o.name for o in runtime.get_outputs() if o.type == "tensor(bfloat16)"}
     if narrow:
         # It gives no array of this type, whose numbers fp32 has.
@@ -59,7 +59,7 @@ def values(model: onnx.ModelProto, feed: Feed, weights: Path) -> Feed:
             wide = onnx.helper.make_node("Cast", [output.name], [output.name + WIDE], to=onnx.TensorProto.FLOAT)
             every.graph.node.append(wide)
             output.name += WIDE
-        runtime = session(every, weights)
+        runtime = open_session(every, weights)
     names = [o.name for o in runtime.get_outputs()]
     made = dict(zip(names, runtime.run(names, {i.name: feed[i.name] for i in runtime.get_inputs()}), strict=True))
     return {n.removesuffix(WIDE): a.astype("bfloat16") if n.endswith(WIDE) else a for n, a in made.items()}

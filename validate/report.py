@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmexport.export.values import finite
 from llmexport.validate.compare import Difference
-from llmexport.validate.tolerance import Tolerance
+from llmexport.validate.metrics import Metrics
+from llmexport.validate.tolerance import MOST, Tolerance
+
+if TYPE_CHECKING:
+    pass
 
 REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
 
@@ -17,7 +21,7 @@ class Rung:
     """One comparison; `difference` is the worst of its `details`.
 
     `status` is pass, fail or not run; `note` says why a rung was not run, or what it lacks; `key` is the name that
-    users choose it by.
+    users choose it by; `metrics` are of a whole model with logits.
     """
 
     name: str
@@ -27,6 +31,7 @@ class Rung:
     tolerance: Tolerance | None = None
     details: list[dict[str, Any]] = field(default_factory=list)
     key: str = ""
+    metrics: Metrics | None = None
 
 
 @dataclass(frozen=True)
@@ -131,3 +136,17 @@ class Report:
     def as_data(self) -> dict[str, Any]:
         """JSON data, in which a number that is not finite is text."""
         return finite(asdict(self) | {"passed": self.passed, "verdict": self.verdict})
+
+
+def rung_of(name: str, details: list[dict[str, Any]]) -> Rung:
+    """Passes if every detail is within what is allowed of it, and no step's reference is everywhere one number, which
+    a model that computes nothing would equal too; shows the one that comes nearest to what is allowed."""
+    worst = max(details, key=lambda d: d["difference"].excess(d["allowed"]))
+    difference, tolerance = worst["difference"], worst["allowed"]
+    varied = {d["step"] for d in details if d["difference"].spread != 0}
+    flat = list(dict.fromkeys(d["step"] for d in details if d["step"] not in varied))
+    status = "pass" if difference.excess(tolerance) <= 1 and not flat else "fail"
+    note = f"proves nothing: the reference is one number everywhere, in step {flat[0]}" if flat else ""
+    if status == "fail" and tolerance.cut and not flat:
+        note = f"tells little: a right run may be {MOST} from fp32 in this type, validate a float32 export too"
+    return Rung(name, status, note, difference, tolerance, details)
