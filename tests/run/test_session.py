@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,3 +103,15 @@ def test_what_gives_no_tokens_is_refused(folder: Callable[..., Path], says: str,
 def test_a_prompt_that_the_model_does_not_take_is_refused(ids: list[int], says: str, exported) -> None:
     with pytest.raises(RunError, match=says):
         check_prompt(manifest.read(exported("llama")), ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "qwen3_5_moe"])
+def test_a_thousand_steps_leave_no_memory_behind(arch: str, exported) -> None:
+    """Another thousand, and one more, add less than the states take: nothing is kept of a step."""
+    script = Path(__file__).parent / "memory_of_steps.py"
+    done = subprocess.run([sys.executable, script, exported(arch)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["states"] > 100_000
+    assert max(found["rss"][1:]) - found["rss"][0] < found["states"], found
