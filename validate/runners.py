@@ -32,13 +32,14 @@ HELD = 4 * 2**30  # bytes of weights to keep between runs; larger models are rea
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
-    """Our PyTorch: the blocks of a graph, in order, in the export's dtype, on the CPU.
+    """Our PyTorch: the blocks of a graph, in order, in the export's dtype, on one device.
 
     `values` holds everything that the last run computed, by value name.
     """
 
-    def __init__(self, export: Export, graph: ExportedGraph) -> None:
+    def __init__(self, export: Export, graph: ExportedGraph, device: str = "cpu") -> None:
         super().__init__(name="PyTorch")
+        self._device = device
         self._dtype = export.dtype
         self._graph = graph
         self._checkpoint = export.checkpoint()
@@ -51,7 +52,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         return metadata(self._graph.assembly.inputs, self._dtype)
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
-        values = {n: to_torch(a) for n, a in feed_dict.items()}
+        values = {n: to_torch(a).to(self._device) for n, a in feed_dict.items()}
         self.inference_time = 0.0
         with torch.inference_mode():
             for step in self._graph.assembly.steps:
@@ -66,7 +67,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
     def run_step(self, step: Step, feed: Feed) -> Feed:
         """One step alone; `feed` and what is returned are by value name."""
         with torch.inference_mode():
-            made = self._module(step)(*(to_torch(feed[n]) for n in step.inputs))
+            made = self._module(step)(*(to_torch(feed[n]).to(self._device) for n in step.inputs))
         tensors = made if isinstance(made, tuple) else (made,)
         return {n: to_numpy(t) for n, t in zip(step.outputs, tensors, strict=True)}
 
@@ -82,6 +83,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
             tensor = self._read(names).reshape(shapes[path])
             state[path] = tensor.to(dtype) if step.block.dtype_of(path) == "T" else tensor
         module.load_state_dict(state, assign=True, strict=True)
+        module.to(self._device)
         if self._hold:
             self._modules[step.name] = module
         return module
@@ -94,10 +96,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 
 
 def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
-    """ONNX Runtime on the CPU; `weights` is the folder that external data lies in.
-
-    Raises Mismatch, in one line, if the ONNX Runtime here is too old or does not take the model.
-    """
+    """ONNX Runtime on the CPU, as `open_session` opens it."""
     return OnnxrtRunner(open_session(model, weights), name="ONNX Runtime")
 
 
@@ -125,5 +124,5 @@ def to_torch(array: np.ndarray) -> Tensor:
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.contiguous().numpy()
+        return tensor.contiguous().view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
+    return tensor.contiguous().cpu().numpy()
