@@ -190,7 +190,8 @@ def _form(made: _Made, uses: list[_Use], ranks: Mapping[str, int]) -> tuple[_Mad
     """How a value is bound, and how many axes of 1 lead it so that it has the rank of the products that read it."""
     rank = len(made.binding.shape)
     of_products = {
-        ranks.get(u.node.input[0], 0) if u.node.op_type == "MatMul" and u.place == 1 and not u.inside else 0 for u in uses
+        ranks.get(u.node.input[0], 0) if u.node.op_type == "MatMul" and u.place == 1 and not u.inside else 0
+        for u in uses
     }
     wanted = of_products.pop()
     if of_products or wanted < rank:
@@ -234,7 +235,7 @@ def _drop(graph: onnx.GraphProto, makers: Collection[str], bound: Collection[str
         if node.output[0] in makers and read.isdisjoint(node.output):
             continue
         kept.append(node)
-        read |= {use.node.input[use.place] for use in _uses([node])} - bound
+        read |= {use.node.input[use.place] for use in _uses([node])}.difference(bound)
     weights = [t for t in graph.initializer if t.name in read]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(reversed(kept))

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from llmexport.export import beside, builder, manifest
-from llmexport.export.binding import Binding
+from llmexport.export import beside, builder, device, manifest
 from llmexport.export.engine_build import JOB, MODEL, PLAN
+from llmexport.export.engine_record import RECORD, WEIGHTS, Engine, Library, Plan, check_backend
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
-from llmexport.export.identity import WeightFile
 from llmexport.export.output import write_errors
 from llmexport.export.profile import Profile
 from llmexport.export.progress import Progress, silent
@@ -30,99 +26,7 @@ from llmexport.plugins import library
 from llmexport.plugins.dtypes import BY_TENSORRT
 from llmexport.plugins.regular import sha256
 
-RECORD = "engine.json"
-FORMAT = 3
-WEIGHTS = ("inside", "beside")  # the plan
 LONGEST = 10**8  # seconds: three years, which a timer still takes
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A flavour of TensorRT: its module, the command that installs it, and the GPUs that its plans run on."""
-
-    module: str
-    install: str
-    target: str
-
-
-BACKENDS = MappingProxyType(
-    {
-        "tensorrt-rtx": Backend(
-            "tensorrt_rtx", "pip install tensorrt-rtx", "NVIDIA GPUs of compute capability 8.0 and later"
-        ),
-        "tensorrt": Backend(
-            "tensorrt",
-            "pip install tensorrt --extra-index-url https://pypi.nvidia.com (it builds only where a GPU is)",
-            "the kind of GPU it was built on",
-        ),
-    }
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The engine of one graph.
-
-    model_sha256: of the graph's `.onnx`. inputs, outputs: with the dtypes of the engine. carried: as in the manifest.
-    bindings: of each weight that is an input beside these. layers: how many TensorRT read, by kind. plugins: how often
-    each op is a plugin layer. messages: TensorRT's warnings. seconds: how long the builder ran.
-    """
-
-    file: str
-    bytes: int
-    sha256: str
-    model_sha256: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    carried: Mapping[str, str]
-    bindings: Mapping[str, Binding]
-    layers: Mapping[str, int]
-    plugins: Mapping[str, int]
-    messages: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Library:
-    """A plugin library, which must be loaded before the engine is."""
-
-    file: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What `engine.json` says: what all plans share, and the plan of each graph by name.
-
-    target: the GPUs that the plans run on. weights_at: "inside" the plans, or "beside" them, in the files. checked: how
-    much of the weights was read. profile: (min, opt, max) of each dynamic dimension.
-    """
-
-    backend: str
-    version: str
-    target: str
-    arch: str
-    block: str | None
-    dtype: str
-    weights_at: str
-    weights: tuple[WeightFile, ...]
-    checked: str
-    profile: Mapping[str, Sizes]
-    plugins: tuple[Library, ...]
-    graphs: Mapping[str, Plan]
-
-    def as_data(self) -> dict[str, Any]:
-        return {"format": FORMAT, **dataclasses.asdict(self)}
-
-
-def check_backend(name: str) -> Backend:
-    """The backend of that name. Raises EngineError with the command that installs it, if it is not here."""
-    if name not in BACKENDS:
-        raise EngineError(f"backend is {name!r}: choose one of {', '.join(BACKENDS)}")
-    chosen = BACKENDS[name]
-    if importlib.util.find_spec(chosen.module) is None:
-        raise EngineError(f"{name} is not installed: {chosen.install}")
-    return chosen
 
 
 def build(
@@ -170,10 +74,12 @@ def build(
                     raise
                 raise EngineError(f"{graph.name}: {error}") from error
         used = any(p.plugins for p in plans.values())
+        gpu = None if chosen.least else device.first()
         engine = Engine(
             backend=backend,
             version=version,
             target=chosen.target,
+            built_on=gpu if isinstance(gpu, device.Device) else None,
             arch=export.arch,
             block=export.block,
             dtype=export.dtype,
@@ -225,9 +131,9 @@ class _Job:
         inputs, outputs = (tuple(p.typed(dtype) for p in ports) for ports in (assembly.inputs, assembly.outputs))
 
         def check(read: builder.Network) -> None:
-            _check_plugins(nodes, read.plugins)
-            _check_ports((*inputs, *(Port(n, b.shape, b.dtype) for n, b in bindings.items())), read.inputs)
-            _check_ports(outputs, read.outputs)
+            check_plugins(nodes, read.plugins)
+            check_ports((*inputs, *(Port(n, b.shape, b.dtype) for n, b in bindings.items())), read.inputs)
+            check_ports(outputs, read.outputs)
             if read.computed:
                 raise EngineError(f"TensorRT would compute weights at every step, by {', '.join(read.computed[:5])}")
             self.progress("engine: build", 2 * place + 1, steps)
@@ -255,14 +161,14 @@ def _shapes(port: Port, sizes: Mapping[str, Sizes]) -> list[list[int]]:
     return [[d if isinstance(d, int) else sizes[d][i] for d in port.shape] for i in range(3)]
 
 
-def _check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
+def check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
     """Every node left to a plugin must be a plugin layer, and no other may."""
     if sorted(layers) != sorted(nodes):
         odd = sorted(set(nodes).symmetric_difference(layers))[:5]
         raise EngineError(f"TensorRT made {len(layers)} plugin layers of {len(nodes)} ops, see {', '.join(odd)}")
 
 
-def _check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
+def check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
     """What TensorRT read, [name, type, shape with -1] each, must be what the export says."""
     said = {p.name: [p.dtype, [d if isinstance(d, int) else -1 for d in p.shape]] for p in ports}
     read = {name: [BY_TENSORRT[kind].name if kind in BY_TENSORRT else kind, shape] for name, kind, shape in found}

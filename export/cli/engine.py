@@ -11,7 +11,8 @@ import click
 
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.source import FOLDER, verifying
-from llmexport.export.engine import BACKENDS, LONGEST, WEIGHTS, Engine, build
+from llmexport.export.engine import LONGEST, build
+from llmexport.export.engine_record import BACKENDS, WEIGHTS, Engine
 from llmexport.export.profile import parse_profile
 from llmexport.plugins import library
 

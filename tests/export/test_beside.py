@@ -82,7 +82,10 @@ def stored(name: str, *shape: int, dtype: str = "bfloat16") -> Source:
     return Source(name, "shard", 8, dtype, shape)
 
 
-CAST, SWAP = (make_node("Cast", ["w"], ["w16"], to=TensorProto.FLOAT16), make_node("Transpose", ["w"], ["wt"], perm=[1, 0]))
+CAST, SWAP = (
+    make_node("Cast", ["w"], ["w16"], to=TensorProto.FLOAT16),
+    make_node("Transpose", ["w"], ["wt"], perm=[1, 0]),
+)
 CAST_LATER = make_node("Cast", ["wt"], ["wt16"], to=TensorProto.FLOAT16)
 
 
@@ -149,9 +152,7 @@ def test_a_weight_that_a_branch_reads_is_renamed_there() -> None:
     )
     chosen = make_node("If", ["is_wanted"], ["y"], then_branch=branch, else_branch=branch)
     model = model_of([CAST, chosen], [matrix("w", (6, 4))], is_wanted=np.array(True))
-    assert beside(model, 1) == {
-        "w": Binding("float16", (6, 4), (stored("w", 6, 4),), (Operation("cast", "float16"),))
-    }
+    assert beside(model, 1) == {"w": Binding("float16", (6, 4), (stored("w", 6, 4),), (Operation("cast", "float16"),))}
     [left] = model.graph.node
     assert [list(a.g.node[0].input) for a in left.attribute] == [["w", "w"]] * 2
 
@@ -187,5 +188,7 @@ def test_a_small_weight_stays_with_what_is_made_of_it() -> None:
 
 def test_what_no_binding_can_do_to_a_large_weight_is_refused() -> None:
     nodes = [CAST, make_node("Neg", ["w16"], ["minus"], "n"), make_node("Mul", ["x", "minus"], ["y"])]
-    with pytest.raises(EngineError, match="^n: Neg of the weight w16 cannot be done where it is bound: build .* inside$"):
+    with pytest.raises(
+        EngineError, match=r"^n: Neg of the weight w16 cannot be done where it is bound: build .* inside$"
+    ):
         beside(model_of(nodes, [matrix("w", (6, 4))]), 48)

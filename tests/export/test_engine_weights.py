@@ -125,13 +125,11 @@ def test_an_engine_with_weights_beside_it_says_what_each_is_bound_to(exported: E
     assert (plan.inputs, plan.outputs) == (inside.graphs["model"].inputs, inside.graphs["model"].outputs)
     said = json.loads((folder / engine.RECORD).read_bytes())["graphs"]["model"]["bindings"]
     table = manifest.read(folder).checkpoint().tensors["model.embed_tokens.weight"]
-    # Of float32 tensors, and led by an axis of 1 as its product has it.
+    source = {"tensor": table.name, "file": table.file, "offset": table.offset}
     assert said[table.name] == {
         "dtype": "bfloat16",
         "shape": [1, *table.shape],
-        "sources": [
-            {"tensor": table.name, "file": table.file, "offset": table.offset, "dtype": "float32", "shape": [*table.shape]}
-        ],
+        "sources": [{**source, "dtype": "float32", "shape": [*table.shape]}],
         "operations": [{"do": "cast", "to": "bfloat16"}, {"do": "reshape", "to": [1, *table.shape]}],
     }
     assert len(said) == 22
@@ -149,11 +147,11 @@ def test_an_engine_that_would_make_weights_anew_is_not_built(
         "engine_weights.read_swapped = lambda *_: None; engine_build.main(Path(sys.argv[1]))"
     )
     monkeypatch.setattr(builder, "COMMAND", (sys.executable, "-c", code))
-    with pytest.raises(EngineError, match="^TensorRT would compute weights at every step, by SHUFFLE .*/swap"):
+    with pytest.raises(EngineError, match=r"^TensorRT would compute weights at every step, by SHUFFLE .*/swap"):
         engine.build(folder, weights="beside")
     assert sorted(folder.iterdir()) == before
 
 
 def test_weights_are_inside_or_beside(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="^weights is 'above': choose one of inside, beside$"):
+    with pytest.raises(EngineError, match=r"^weights is 'above': choose one of inside, beside$"):
         engine.build(tmp_path, weights="above")
