@@ -12,6 +12,7 @@ from llmexport.export import onnx_file
 from llmexport.export.cli import source
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.exported import Export
+from llmexport.export.handover import RUNTIMES
 from llmexport.export.manifest import as_data
 from llmexport.export.placing import openings
 from llmexport.export.source import open_source
@@ -27,6 +28,13 @@ from llmexport.export.source import open_source
     help="portable runs everywhere; tensorrt is for trtexec with our plugins: no function bodies.",
 )
 @click.option("--block", help="Export one block alone by its name, or `all`: each in a folder of its own.")
+@click.option(
+    "--for",
+    "runtimes",
+    type=click.Choice(list(RUNTIMES)),
+    multiple=True,
+    help="Write what another runtime wants in the folder too: onnxruntime-genai, or optimum's ORTModelForCausalLM.",
+)
 @click.option("--digest", is_flag=True, help="Read every byte of the weights and record digests, for --verify.")
 @click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
 @talkative
@@ -38,6 +46,7 @@ def command(
     force: bool,
     target: str,
     block: str | None,
+    runtimes: tuple[str, ...],
     digest: bool,
     output: Path,
     quiet: bool,
@@ -46,7 +55,8 @@ def command(
     """Export a checkpoint to ONNX: the whole model, or one of its blocks."""
     console = Console(quiet, as_json)
     with open_source(arch, checkpoint, output) as (named, found):
-        request = onnx_file.Request(named, found, dtype, None if block == "all" else block, weights, target, digest)
+        one = None if block == "all" else block
+        request = onnx_file.Request(named, found, dtype, one, weights, target, digest, runtimes)
         if block == "all":
             exports = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
             console.table(
