@@ -31,12 +31,14 @@ from llmexport.export.identity import identify
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
-from llmexport.export.spec import DTYPES, OPSET, Arch, Model
+from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
+from llmexport.export.static import check_slots
 from llmexport.export.wanted import wanted_parameters
 
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt")
+CACHES = ("dynamic", "static")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Request:
     """What to export: `block` is None for the whole model; `weights` is auto, link or copy; `digest` reads every byte.
 
     `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
-    a body over a plugin of the same name. `runtimes` are others that shall open the folder.
+    a body over a plugin of the same name. `max_tokens` are the slots of a static `cache`. `runtimes` are others that
+    shall open the folder.
     """
 
     arch: Arch
@@ -54,12 +57,16 @@ class Request:
     weights: str = "auto"
     target: str = "portable"
     digest: bool = False
+    cache: str = "dynamic"
+    max_tokens: int | None = None
     runtimes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, choices in (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS)):
+        said = (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS), ("cache", CACHES))
+        for name, choices in said:
             if (said := getattr(self, name)) not in choices:
                 raise ExportError(f"{name} is {said!r}: choose one of {', '.join(choices)}")
+        check_slots(self.cache, self.max_tokens)
         if unknown := [r for r in self.runtimes if r not in RUNTIMES]:
             raise ExportError(f"runtime is {unknown[0]!r}: choose of {', '.join(RUNTIMES)}")
         odd = f"block {self.block!r}" if self.block else f"target {self.target}" if self.target != "portable" else ""
@@ -68,14 +75,17 @@ class Request:
             raise ExportError(f"{wants}, not {odd}: leave one of them out")
 
 
-def read_model(arch: Arch, config: Mapping[str, Any]) -> Model:
-    """The model that a config describes. Raises ExportError on what this architecture does not understand."""
-    return read_noted(arch, config)[0]
+def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None) -> Model:
+    """The model that a config describes, with a static cache of so many slots if they are said.
+
+    Raises ExportError on what this architecture does not understand.
+    """
+    return read_noted(arch, config, slots)[0]
 
 
-def read_noted(arch: Arch, config: Mapping[str, Any]) -> tuple[Model, list[str]]:
+def read_noted(arch: Arch, config: Mapping[str, Any], slots: int | None = None) -> tuple[Model, list[str]]:
     """The same, with sentences on what the config says and the graph leaves out."""
-    keys = Config(text_config(arch, config))
+    keys = Config(text_config(arch, config), slots)
     model = arch.build(keys)
     keys.finish(causal=any(g.carried for g in model.graphs))
     return model, keys.notes
@@ -86,7 +96,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
 
     What is made here is bounded by what the checkpoint holds: a config alone can ask for anything.
     """
-    model, notes = read_noted(request.arch, request.checkpoint.config)
+    model, notes = read_noted(request.arch, request.checkpoint.config, request.max_tokens)
     stored = request.checkpoint.tensors
     arch = as_stored(request.arch, stored)
     for ours, theirs in {(k.partition("{i}")[0], v.partition("{i}")[0]) for k, v in arch.names.items() if "{i}" in k}:
@@ -169,7 +179,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         block=request.block,
         dtype=request.dtype,
         target=request.target,
-        opset=OPSET,
+        opset=max(graph.assembly.opset for graph, _ in built),
         graphs=tuple(graph for graph, _ in built),
         weights=tuple(file for file, _ in found),
         config=checkpoint.config,

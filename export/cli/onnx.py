@@ -27,6 +27,7 @@ from llmexport.export.source import open_source
     show_default=True,
     help="portable runs everywhere; tensorrt is for trtexec with our plugins: no function bodies.",
 )
+@source.caching
 @click.option("--block", help="Export one block alone by its name, or `all`: each in a folder of its own.")
 @click.option(
     "--for",
@@ -45,6 +46,8 @@ def command(
     weights: str,
     force: bool,
     target: str,
+    cache: str,
+    max_tokens: int | None,
     block: str | None,
     runtimes: tuple[str, ...],
     digest: bool,
@@ -56,7 +59,8 @@ def command(
     console = Console(quiet, as_json)
     with open_source(arch, checkpoint, output) as (named, found):
         one = None if block == "all" else block
-        request = onnx_file.Request(named, found, dtype, one, weights, target, digest, runtimes)
+        kind = (dtype, one, weights, target, digest, cache, max_tokens, runtimes)
+        request = onnx_file.Request(named, found, *kind)
         if block == "all":
             exports = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
             console.table(
@@ -95,6 +99,7 @@ def summary(export: Export, folder: Path) -> list[tuple[str, str]]:
         ("fused", counts(fused)),
         ("left unfused", "; ".join(f"{few(names)}: {why}" for why, names in refused.items()) or "nothing"),
         ("dtype", export.dtype),
+        *([("cache", f"static, {export.max_tokens} tokens")] if export.max_tokens else []),
         ("weights", f"{len(export.weights)} files, {size(held)}, {export.placed}"),
         ("beside them", ", ".join(export.companions) or "nothing"),
         ("new bytes on disk", size(sum(p.stat().st_size for p in new))),
