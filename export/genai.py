@@ -8,7 +8,7 @@ from typing import Any
 
 from llmexport.export.assembly import parts
 from llmexport.export.errors import ExportError
-from llmexport.export.kv_cache import kv_cache
+from llmexport.export.kv_cache import KvCache, kv_cache
 from llmexport.export.spec import Attention, Block, Embedding, Graph, Use
 
 FILE = "genai_config.json"
@@ -37,8 +37,8 @@ def files(graph: Graph, config: Mapping[str, Any], generation: Mapping[str, Any]
     if context is None:
         context = CONTEXT
         notes.append(f"config.json says no max_position_embeddings: {FILE} says {CONTEXT}, as context_length")
-    mrope = any(p.use == "positions" and len(p.shape) > 2 for p in graph.assembly.inputs)
-    if mrope or any(p.use == "span_start" for b in blocks for p in b.inputs):
+    cache, mrope = kv_cache(graph), any(p.use == "positions" and len(p.shape) > 2 for p in graph.assembly.inputs)
+    if mrope or cache.slots or any(p.use == "span_start" for b in blocks for p in b.inputs):
         notes.append(
             "onnxruntime-genai pads a batch on the right, which this model's graph does not take: "
             "give it one text at a time, or texts of one length"
@@ -48,16 +48,17 @@ def files(graph: Graph, config: Mapping[str, Any], generation: Mapping[str, Any]
         "vocab_size": vocabulary,
         "context_length": context,
         **(ids | NO_TOKENS if mrope else ids),
-        "decoder": _decoder(graph, blocks),
+        "decoder": _decoder(graph, cache, blocks),
     }
     asked = {key: generation[key] for key in SEARCH if generation.get(key) is not None}
-    search = {"do_sample": False, **asked, "max_length": context, "past_present_share_buffer": False}
+    # The slots of a cache that is written in place are as many as tokens of the longest text.
+    length = cache.slots or context
+    search = {"do_sample": False, **asked, "max_length": length, "past_present_share_buffer": bool(cache.slots)}
     return {FILE: {"model": model, "search": search}}, notes
 
 
-def _decoder(graph: Graph, blocks: Sequence[Block]) -> dict[str, Any]:
+def _decoder(graph: Graph, cache: KvCache, blocks: Sequence[Block]) -> dict[str, Any]:
     """The graph's ports and sizes."""
-    cache = kv_cache(graph)
     if unknown := {*cache.others} - STATES:
         raise ExportError(f"which carries {', '.join(sorted(unknown))}")
     fed = {p.use: p.name for p in graph.assembly.inputs if p.name not in graph.carried}

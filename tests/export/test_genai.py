@@ -15,6 +15,8 @@ from tiny_configs import read
 
 from llmexport.export import archs, genai, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import ExportError
+from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Model
 
 PYTHON = "LLMEXPORT_GENAI_PYTHON"  # the interpreter of an environment with onnxruntime-genai
@@ -102,6 +104,17 @@ def test_who_may_not_be_padded_on_the_right_is_noted() -> None:
     assert noted == {"gpt_oss", "gemma2", "qwen3_5_moe"}
 
 
+def test_a_static_cache_is_one_buffer_of_the_longest_text() -> None:
+    file, notes = written(read_model(archs.load("llama"), archs.load("llama").tiny, 64))
+    assert file["search"] == {"do_sample": False, "max_length": 64, "past_present_share_buffer": True}
+    assert [n.partition(":")[0] for n in notes] == [PADDED]
+
+
+def test_a_static_cache_that_keeps_a_window_is_refused() -> None:
+    with pytest.raises(ExportError, match="whose static cache keeps the last tokens alone in some layers"):
+        written(read_model(archs.load("mistral"), archs.load("mistral").tiny, 64))
+
+
 def test_what_no_config_says_is_noted() -> None:
     files, notes = genai.files(read("llama").graphs[0], {"eos_token_id": 256}, {})
     assert notes == [
@@ -117,11 +130,19 @@ def test_a_batch_is_padded_by_what_ends_a_text_where_nothing_pads() -> None:
 
 @pytest.mark.model
 @pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python with onnxruntime-genai")
-@pytest.mark.parametrize("arch", ["llama", "gpt_oss", "llama4", "qwen3_5_moe"])
-def test_the_tokens_are_those_of_transformers(arch: str, tiny_checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "slots"), [("llama", None), ("llama", 64), ("gpt_oss", None), ("llama4", None), ("qwen3_5_moe", None)]
+)
+def test_the_tokens_are_those_of_transformers(arch: str, slots: int | None, tiny_checkpoint, tmp_path: Path) -> None:
     folder = tiny_checkpoint(arch)
     checkpoint = open_checkpoint(folder)
-    request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, runtimes=("genai",))
+    request = onnx_file.Request(
+        archs.choose(None, checkpoint.config),
+        checkpoint,
+        runtimes=("genai",),
+        cache="static" if slots else "dynamic",
+        max_tokens=slots,
+    )
     onnx_file.write(request, tmp_path / "out")
     config = tmp_path / "out" / genai.FILE
     said = json.loads(config.read_text())
