@@ -221,6 +221,7 @@ KEYS = {
     "export/earlier.py": ["weights"],
     "export/engine.py": ["model"],
     "export/engine_build.py": ["model"],
+    "export/genai.py": ["attention_mask", "input_ids", "logits", "model", "position_ids"],
     "export/manifest.py": ["weights"],
     "export/quantised.py": ["weights"],
     "run/settings.py": ["temperature"],
