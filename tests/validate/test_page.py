@@ -145,7 +145,10 @@ def test_what_files_say_is_text_in_the_page(folder: Path) -> None:
 def engine(graph: str, word: str, model: str = "0") -> engine_record.Engine:
     plan = engine_record.Plan(
         *("x", 1, "0" * 64, model, (), (), {}, {}),
-        layers={word: 1}, plugins={word: 1}, messages=(word,), seconds=1.5,
+        layers={word: 1},
+        plugins={word: 1},
+        messages=(word,),
+        seconds=1.5,
     )
     said = dict.fromkeys(("backend", "version", "target", "arch", "block", "dtype", "weights_at", "checked"), word)
     return engine_record.Engine(**said, built_on=None, weights=(), profile={}, plugins=(), graphs={graph: plan})
