@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmexport.export.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from llmexport.export.engine import Engine
+    from llmexport.export.engine_record import Engine
     from llmexport.export.exported import Export
 
 __all__ = ["build_engine", "export"]
@@ -25,6 +25,8 @@ def export(
     weights: str = "auto",
     target: str = "portable",
     digest: bool = False,
+    cache: str = "dynamic",
+    max_tokens: int | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Export:
@@ -40,7 +42,7 @@ def export(
 
     folder = folder_path(output)
     with open_source(arch, None if checkpoint is None else folder_path(checkpoint), folder) as (named, found):
-        request = onnx_file.Request(named, found, dtype, block, weights, target, digest)
+        request = onnx_file.Request(named, found, dtype, block, weights, target, digest, cache, max_tokens)
         return onnx_file.write(request, folder, force=force, progress=progress)
 
 

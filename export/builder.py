@@ -33,13 +33,14 @@ Messages = collections.deque[str]
 @dataclass(frozen=True)
 class Network:
     """What TensorRT read: [name, type, shape with -1] of each input and output, the names of its plugin layers, its
-    version, and how many layers there are of each kind."""
+    version, how many layers there are of each kind, and those that would compute weights alone at every step."""
 
     inputs: list[list[Any]]
     outputs: list[list[Any]]
     plugins: list[str]
     version: str
     layers: Mapping[str, int]
+    computed: list[str]
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,12 @@ LONGEST, MOST = 2**20, 4096
 class Config:
     """The keys of one `config.json`, each read once by name; `finish` refuses those that nobody read.
 
-    `notes` are sentences for who exports: what is passed over, and where the graph is right all the same.
+    `notes` are sentences for who exports: what is passed over, and where the graph is right all the same. `slots`
+    are those of a static cache, which no config says.
     """
 
-    def __init__(self, data: Mapping[str, Any]) -> None:
+    def __init__(self, data: Mapping[str, Any], slots: int | None = None) -> None:
+        self.slots = slots
         self._data = dict(data)
         self._read: set[str] = set()
         self.notes: list[str] = []

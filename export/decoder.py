@@ -89,7 +89,8 @@ class Decoder:
         layers = list(layers)
         self.config.expect_layer_types([_kind(reads) for _, reads in layers])
         head = Head(norm, self.vocabulary, softcap, logit_scale)
-        return wired(embedding, layers, head, tied=self.config.flag("tie_word_embeddings", tied))
+        tied = self.config.flag("tie_word_embeddings", tied)
+        return wired(embedding, layers, head, tied=tied, slots=self.config.slots)
 
 
 def _kind(reads: Iterable[Block]) -> str:

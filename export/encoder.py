@@ -83,4 +83,5 @@ def post_norm(config: Config) -> Model:
     embedding = Embedding(vocabulary, hidden, types=types, positions=positions, norm=normed)
     head = Head(normed, vocabulary, transform=activation, bias=True)
     layers = [(layer, (BidirectionalMask(),))] * config.count("num_hidden_layers")
-    return wired(embedding, layers, head, tied=config.flag("tie_word_embeddings", True))
+    tied = config.flag("tie_word_embeddings", True)
+    return wired(embedding, layers, head, tied=tied, slots=config.slots)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def evaluator(
     ours, theirs = Pipe()
     with ours:
         with theirs:
-            job = {"module": module, "model": str(export.folder / graph.file), "channel": theirs.fileno()}
+            job = {"module": module, "model": os.path.realpath(export.folder / graph.file), "channel": theirs.fileno()}
             job |= {"library": str(plugins)} if nodes else {}
             (work / JOB).write_text(json.dumps(job))
             process = contextlib.ExitStack()

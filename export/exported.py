@@ -14,6 +14,7 @@ from llmexport.export.earlier import EXPORT
 from llmexport.export.identity import SAYS, WAYS, Held, WeightFile
 from llmexport.export.spec import Block, Graph, Reference, Step
 from llmexport.export.stamp import check_stamp, read_errors
+from llmexport.export.static import slots_of
 from llmexport.graphs.fusion import Fused
 
 
@@ -87,6 +88,11 @@ class Export:
     def blocks(self) -> tuple[Block, ...]:
         """The distinct ones of all graphs, in order of first use."""
         return tuple(dict.fromkeys(s.block for s in self.steps))
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The slots of its static cache; None where the cache is dynamic, or there is none."""
+        return slots_of(self.blocks)
 
     def place(self, graph: str, step: str) -> str:
         """What people call a step: with its graph where there are several."""

@@ -36,6 +36,8 @@ def as_data(export: Export) -> dict[str, Any]:
         {"format": FORMAT}
         | {name: getattr(export, name) for name in PLAIN}
         | {
+            "cache": "static" if export.max_tokens else "dynamic",
+            "max_tokens": export.max_tokens,
             "reference": to_data(export.reference),
             "notes": list(export.notes),
             "files": export.files,

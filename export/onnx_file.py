@@ -30,12 +30,14 @@ from llmexport.export.identity import identify
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
-from llmexport.export.spec import DTYPES, OPSET, Arch, Model
+from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
+from llmexport.export.static import check_slots
 from llmexport.export.wanted import wanted_parameters
 
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt")
+CACHES = ("dynamic", "static")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Request:
     """What to export: `block` is None for the whole model; `weights` is auto, link or copy; `digest` reads every byte.
 
     `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
-    a body over a plugin of the same name.
+    a body over a plugin of the same name. `max_tokens` are the slots of a static `cache`.
     """
 
     arch: Arch
@@ -53,21 +55,28 @@ class Request:
     weights: str = "auto"
     target: str = "portable"
     digest: bool = False
+    cache: str = "dynamic"
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS)):
+        said = (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS), ("cache", CACHES))
+        for name, choices in said:
             if (said := getattr(self, name)) not in choices:
                 raise ExportError(f"{name} is {said!r}: choose one of {', '.join(choices)}")
+        check_slots(self.cache, self.max_tokens)
 
 
-def read_model(arch: Arch, config: Mapping[str, Any]) -> Model:
-    """The model that a config describes. Raises ExportError on what this architecture does not understand."""
-    return read_noted(arch, config)[0]
+def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None) -> Model:
+    """The model that a config describes, with a static cache of so many slots if they are said.
+
+    Raises ExportError on what this architecture does not understand.
+    """
+    return read_noted(arch, config, slots)[0]
 
 
-def read_noted(arch: Arch, config: Mapping[str, Any]) -> tuple[Model, list[str]]:
+def read_noted(arch: Arch, config: Mapping[str, Any], slots: int | None = None) -> tuple[Model, list[str]]:
     """The same, with sentences on what the config says and the graph leaves out."""
-    keys = Config(text_config(arch, config))
+    keys = Config(text_config(arch, config), slots)
     model = arch.build(keys)
     keys.finish(causal=any(g.carried for g in model.graphs))
     return model, keys.notes
@@ -78,7 +87,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
 
     What is made here is bounded by what the checkpoint holds: a config alone can ask for anything.
     """
-    model, notes = read_noted(request.arch, request.checkpoint.config)
+    model, notes = read_noted(request.arch, request.checkpoint.config, request.max_tokens)
     stored = request.checkpoint.tensors
     arch = as_stored(request.arch, stored)
     for ours, theirs in {(k.partition("{i}")[0], v.partition("{i}")[0]) for k, v in arch.names.items() if "{i}" in k}:
@@ -158,7 +167,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         block=request.block,
         dtype=request.dtype,
         target=request.target,
-        opset=OPSET,
+        opset=max(graph.assembly.opset for graph, _ in built),
         graphs=tuple(graph for graph, _ in built),
         weights=tuple(file for file, _ in found),
         config=checkpoint.config,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llmexport.export.assembly import HEAD, TABLE
+from llmexport.export.errors import ExportError
 from llmexport.export.spec import Block, Embedding, Head, Layer, Model
+from llmexport.export.static import with_slots
 from llmexport.export.wiring import Wiring
 
 # What such graphs take besides their states, in this order.
@@ -18,13 +20,19 @@ def wired(
     head: Head,
     *,
     tied: bool,
+    slots: int | None = None,
 ) -> Model:
     """Tokens and past states to logits and present states.
 
     `layers` are the blocks and the context that each reads; `tied`: the head's projection is the embedding table, and
-    its bias, if it has one, the one that stands beside it.
+    its bias, if it has one, the one that stands beside it. `slots` are those of a static cache. Raises ExportError if
+    there is no cache that could have any.
     """
     layers, wiring = list(layers), Wiring()
+    if slots is not None:
+        if not any(block.states for block, _ in layers):
+            raise ExportError("--cache static: this model reads a row at once and keeps no cache: leave --cache out")
+        layers = [with_slots(block, reads, slots) for block, reads in layers]
     shared = [b for _, reads in layers for b in reads]
     ports = {p.name: p for b in (embedding, *shared) for p in b.inputs}
     wiring.take(*(ports[n] for n in TOKENS if n in ports))

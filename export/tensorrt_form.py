@@ -106,5 +106,8 @@ def _decompose_attention(model: onnx.ModelProto) -> None:
         )
         node.CopyFrom(call)
     if attentions:
+        # The inliner takes functions of the model's own version alone.
+        ours = next(o for o in model.opset_import if not o.domain)
         model.functions.append(PRIMITIVES)
+        model.functions[-1].opset_import[0].version = ours.version
         model.opset_import.append(onnx.helper.make_opsetid(PRIMITIVES.domain, 1))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from llmexport.export import blocks
 from llmexport.export.blocks import standard
-from llmexport.export.spec import AXES, OPSET, Block, Port, with_sums
+from llmexport.export.spec import AXES, OPSET, Block, Port, size_of, with_sums
 from llmexport.export.tidy import hold_tensors, tidy
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
 
@@ -49,7 +49,7 @@ def trace_block(block: Block, dtype: str) -> onnx.ModelProto:
     names = [p.name for p in block.inputs] + list(state)
     dims = [p.shape for p in block.inputs] + [() for _ in state]
     outputs = [p.name for p in block.outputs]
-    model = _export(forward, [*examples, *state.values()], names, dims, outputs)
+    model = _export(forward, [*examples, *state.values()], names, dims, outputs, block.opset)
     constants = [i for i in model.graph.input if i.name in buffers]
     for value in constants:
         model.graph.input.remove(value)
@@ -58,7 +58,7 @@ def trace_block(block: Block, dtype: str) -> onnx.ModelProto:
 
 
 def trace_body(
-    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
+    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]], opset: int = OPSET
 ) -> onnx.FunctionProto:
     """The ONNX function body of an op, for one set of attribute values: the one it brings, or its reference, traced.
 
@@ -83,7 +83,7 @@ def trace_body(
         list(inputs),
         list(op.outputs),
         nodes,
-        [onnx.helper.make_opsetid("", OPSET)],
+        [onnx.helper.make_opsetid("", opset)],
         sorted(attributes),
     )
 
@@ -125,7 +125,7 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 
 def _example(port: Port, dtype: str) -> Tensor:
-    sizes = [SIZES[d] if isinstance(d, str) else d for d in port.shape]
+    sizes = [size_of(d, SIZES) for d in port.shape]
     return torch.empty(sizes, dtype=torch_dtype(port.typed(dtype).dtype), device="meta")
 
 
@@ -135,6 +135,7 @@ def _export(
     names: list[str],
     dims: Sequence[Sequence[int | str]],
     outputs: list[str],
+    opset: int = OPSET,
 ) -> onnx.ModelProto:
     """`forward` as an ONNX model; string dims are dynamic, equal names are equal dimensions."""
 
@@ -148,7 +149,7 @@ def _export(
         "input_names": names,
         "output_names": outputs,
         "dynamic_shapes": (dynamic,),
-        "opset_version": OPSET,
+        "opset_version": opset,
         "dynamo": True,
         "optimize": False,
         "verbose": False,

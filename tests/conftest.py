@@ -119,20 +119,27 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[Case | str], Path]) -> Exporter:
-    """Exports a case; `exported(case, dtype="float16", block="attention")`."""
+    """Exports a case; `exported(case, dtype="float16", block="attention")`; `slots` are those of a static cache."""
 
     @functools.cache
-    def make(case: Case, dtype: str, block: str | None, weights: str) -> Path:
+    def make(case: Case, dtype: str, block: str | None, weights: str, slots: int | None) -> Path:
         from llmexport.export import archs, onnx_file
         from llmexport.export.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(tiny_checkpoint(case))
         folder = tmp_path_factory.mktemp(f"{case.name}-{dtype}") / "export"
-        request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, dtype, block, weights)
+        arch, cache = archs.choose(None, checkpoint.config), "static" if slots else "dynamic"
+        request = onnx_file.Request(arch, checkpoint, dtype, block, weights, cache=cache, max_tokens=slots)
         onnx_file.write(request, folder, force=False)
         return folder
 
-    def export(which: Case | str, dtype: str = "float32", block: str | None = None, weights: str = "auto") -> Path:
-        return make(as_case(which), dtype, block, weights)
+    def export(
+        which: Case | str,
+        dtype: str = "float32",
+        block: str | None = None,
+        weights: str = "auto",
+        slots: int | None = None,
+    ) -> Path:
+        return make(as_case(which), dtype, block, weights, slots)
 
     return export

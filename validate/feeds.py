@@ -12,12 +12,14 @@ from llmexport.export.spec import (
     BATCH,
     PAST,
     SEQUENCE,
+    WRITTEN,
     Block,
     Embedding,
     Experts,
     Graph,
     Port,
     Use,
+    size_of,
     summands,
     with_sums,
 )
@@ -27,12 +29,12 @@ ELSEWHERE = 11  # the size of an axis along which no tokens of a step lie
 
 
 def shape_of(port: Port, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(sizes.get(d, ELSEWHERE) if isinstance(d, str) else d for d in port.shape)
+    return tuple(size_of(d, sizes, ELSEWHERE) for d in port.shape)
 
 
 def along_step(port: Port) -> bool:
     """Whether the tokens of a step lie along one of its axes."""
-    return any(SEQUENCE in summands(d) for d in port.shape if isinstance(d, str))
+    return any({SEQUENCE, WRITTEN} & {*summands(d)} for d in port.shape if isinstance(d, str))
 
 
 def beside(export: Export) -> tuple[Port, ...]:
@@ -78,7 +80,12 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
             case "padding":
                 # On the left, of another length in each row, and after the first row.
                 value = np.arange(shape[1]) >= 2 * np.arange(shape[0])[:, None]
-                value[0, -1] = False
+                # No such padding is in a static cache.
+                value[0, -1] = WRITTEN in port.shape
+            case "padding_length":
+                value = np.arange(shape[0])
+            case "past_length":
+                value = np.full(shape, sizes[PAST])
             case "mask":
                 value = np.broadcast_to(np.tri(shape[2], shape[3], k=shape[3] - shape[2]), shape)
             case "span_start":
@@ -101,21 +108,45 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = np.cos(angles / np.arange(1, shape[-1] + 1))
             case "sin":
                 value = np.sin(angles / np.arange(1, shape[-1] + 1))
-            case "hidden" | "state" | "logits":
+            case "hidden" | "state" | "slots" | "window" | "logits":
                 value = random.standard_normal(shape)
         feed[port.name] = np.ascontiguousarray(value.astype(port.typed(dtype).dtype))
     return feed
 
 
 def states(graph: Graph, dtype: str, sizes: Mapping[str, int], seed: int = 0) -> Feed:
-    """What a graph carries into a step that begins: random keys and values of a past; zeros in all that never grows."""
-    random, feed = np.random.default_rng(seed), {}
+    """What a graph carries into a step that begins: keys and values of a past; zeros in all that holds none."""
+    feed, held = {}, earlier(graph, dtype, sizes, seed)
     for port in graph.assembly.inputs:
         if port.name in graph.carried:
-            shape = shape_of(port, sizes)
-            value = random.standard_normal(shape, np.float32) if PAST in port.shape else np.zeros(shape)
+            value = np.zeros(shape_of(port, sizes), port.typed(dtype).dtype)
+            tokens = held.get(port.name, value[:, :, :0])
+            match port.use:
+                case "slots":
+                    value[:, :, : tokens.shape[2]] = tokens
+                case "window":
+                    kept = min(tokens.shape[2], value.shape[2])
+                    value[:, :, value.shape[2] - kept :] = tokens[:, :, tokens.shape[2] - kept :]
+                case _:
+                    value = tokens if port.name in held else value
+            feed[port.name] = value
+    return feed
+
+
+def earlier(graph: Graph, dtype: str, sizes: Mapping[str, int], seed: int = 0) -> Feed:
+    """Random keys and values [B, heads, past, D] of a past, by the input that brings them."""
+    random, feed = np.random.default_rng(seed), {}
+    for port in graph.assembly.inputs:
+        if port.name in graph.carried and holds_tokens(port):
+            batch, heads, _, size = shape_of(port, sizes)
+            value = random.standard_normal((batch, heads, sizes[PAST], size), np.float32)
             feed[port.name] = value.astype(port.typed(dtype).dtype)
     return feed
+
+
+def holds_tokens(port: Port) -> bool:
+    """Whether a state holds something of each earlier token, and not one thing of all."""
+    return PAST in port.shape or port.use in ("slots", "window")
 
 
 def _distinct(random: np.random.Generator, experts: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -19,7 +19,7 @@ from llmexport.export.checkpoint import INDEX
 from llmexport.export.exported import Export
 from llmexport.export.spec import Use
 from llmexport.export.trace import torch_dtype
-from llmexport.validate.feeds import Feed, beside, states
+from llmexport.validate.feeds import Feed, beside, earlier
 from llmexport.validate.runners import to_numpy, to_torch
 from llmexport.validate.stages import Stage
 
@@ -104,13 +104,13 @@ class Transformers:
 
         cache = transformers.DynamicCache(config=self._model.config)
         for graph in self._export.graphs:
-            values = states(graph, self._export.dtype, stage.sizes)
+            values = earlier(graph, self._export.dtype, stage.sizes)
             layers = [s for s in graph.assembly.steps if s.block.states]
             for i, step in enumerate(layers):
-                # A state that never grows is zero, as where the cache begins.
-                grown = [step.reads[s.past.name] for s in step.block.states if s.past.shape != s.present.shape]
-                if grown:
-                    cache.update(*(to_torch(values[n]) for n in grown), i)
+                # All other states are zero, as where the cache begins.
+                held = [values[n] for s in step.block.states if (n := step.reads[s.past.name]) in values]
+                if held:
+                    cache.update(*map(to_torch, held), i)
         return cache
 
 

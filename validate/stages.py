@@ -14,6 +14,7 @@ from llmexport.export.spec import (
     BATCH,
     PAST,
     SEQUENCE,
+    WRITTEN,
     Assembly,
     Attention,
     Block,
@@ -25,6 +26,7 @@ from llmexport.export.spec import (
     Temperature,
     with_sums,
 )
+from llmexport.export.static import slots_of
 from llmexport.validate.compare import Mismatch
 from llmexport.validate.feeds import limits, shape_of
 
@@ -32,6 +34,8 @@ SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; longer windows are 
 SHIFT = 100
 # Tokens of a step that crosses a threshold, and how many of them come before it.
 CROSSING, BEFORE = 13, 2
+DECODE_STEPS = 8
+PIECE = 3  # tokens of a prompt's later piece
 SUSPICIOUS = re.compile("window$|window_size|chunk|floor_scale|original_max_position")
 
 
@@ -62,6 +66,11 @@ class Stage:
         return self.kind in ("opening", "crossing")
 
     @property
+    def greedy(self) -> bool:
+        """Whether the best next token of its last one follows it."""
+        return self.kind in ("opening", "decode")
+
+    @property
     def real(self) -> np.ndarray:
         """Which of its tokens are no padding [B, T]."""
         return self.mask[:, self.past :].astype(bool)
@@ -69,7 +78,7 @@ class Stage:
     @property
     def sizes(self) -> dict[str, int]:
         batch, tokens = self.ids.shape
-        return with_sums({BATCH: batch, SEQUENCE: tokens, PAST: self.past})
+        return with_sums({BATCH: batch, SEQUENCE: tokens, PAST: self.past, WRITTEN: self.mask.shape[1]})
 
     def at(self, port: Port) -> np.ndarray:
         """Its tokens, and what is known of them, as fed to a port along them. Raises Mismatch on any other port."""
@@ -112,12 +121,17 @@ def prompt(model: Assembly | Export, *, batch: int = 2, tokens: int | None = Non
     """A random prompt of odd length, past every threshold of at most LONGEST tokens but RoPE's, which counts positions.
 
     All rows but the first are padded on the left, each by a different number of tokens. Raises Mismatch if the model
-    has fewer positions than `tokens`.
+    has fewer positions than `tokens`, or a static cache without room for them and the steps after them.
     """
     random, below = np.random.default_rng(seed), limits(model.blocks)
     lengths = [threshold(b) + 9 for b in model.blocks if not isinstance(b, Rotary)]
     long_enough = max([n for n in lengths if n <= LONGEST] + [SHORTEST]) | 1
     most = min((b.most[SEQUENCE] for b in model.blocks if SEQUENCE in b.most), default=tokens or long_enough)
+    if slots := slots_of(model.blocks):
+        room = slots - DECODE_STEPS - PIECE
+        if tokens and tokens > room:
+            raise Mismatch(f"--tokens {tokens}: a static cache of {slots} has room for a prompt of {room}: name fewer")
+        most = min(most, room)
     if tokens and tokens > most:
         raise Mismatch(f"--tokens {tokens}: this model has positions for {most}: name as many or fewer")
     tokens = tokens or min(long_enough, most)
@@ -138,8 +152,10 @@ def crossing(model: Assembly | Export, at: int, seed: int = 0) -> Stage:
     """A stage of one row that crosses a threshold."""
     ids = np.random.default_rng(seed).integers(0, limits(model.blocks)["tokens"], (1, CROSSING))
     past = max(at - BEFORE, 0)
-    mask = np.ones((1, past + CROSSING), np.int64)
-    return Stage(f"across {at}", "crossing", ids, past + np.arange(CROSSING)[None], mask, np.zeros_like(ids))
+    # No step goes beyond a static cache.
+    ids = ids[:, : (slots_of(model.blocks) or past + CROSSING) - past]
+    mask = np.ones((1, past + ids.shape[1]), np.int64)
+    return Stage(f"across {at}", "crossing", ids, past + np.arange(ids.shape[1])[None], mask, np.zeros_like(ids))
 
 
 def thresholds(model: Assembly | Export) -> set[int]:
@@ -178,8 +194,10 @@ def threshold(block: Block) -> int:
 def block_sizes(block: Block) -> list[dict[str, int]]:
     """Sizes to run one block at: a prompt, a token after a past, and tokens that cross its threshold."""
     past = max(21, threshold(block) - BEFORE)
-    return [
-        {BATCH: 2, SEQUENCE: 13, PAST: 0},
-        {BATCH: 3, SEQUENCE: 1, PAST: 21},
-        {BATCH: 2, SEQUENCE: CROSSING, PAST: past},
-    ]
+    return [_within(block, *sizes) for sizes in ((2, 13, 0), (3, 1, 21), (2, CROSSING, past))]
+
+
+def _within(block: Block, batch: int, sequence: int, past: int) -> dict[str, int]:
+    """Such sizes, with no more of a past than the block takes."""
+    past = min(past, block.most.get(PAST, past), block.most.get(WRITTEN, past + sequence) - sequence)
+    return {BATCH: batch, SEQUENCE: sequence, PAST: past, WRITTEN: past + sequence}

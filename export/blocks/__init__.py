@@ -15,6 +15,7 @@ from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.moe import Experts, Moe, Router, SharedExpert
 from llmexport.export.blocks.norm import Norm
+from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 
 
 def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
@@ -41,11 +42,17 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
         case spec.Rotary():
             return Rotary(block, dtype)
         case spec.Presence():
-            return Presence(dtype)
+            return StaticPresence(dtype) if block.static else Presence(dtype)
         case spec.BidirectionalMask():
             return BidirectionalMask()
+        case spec.Slots():
+            return Slots()
         case spec.Span():
-            return Span()
+            return StaticSpan(block.keys) if block.keys else Span()
+        case spec.Mask(keys=spec.Keys()):
+            return StaticMask(block)
+        case spec.Temperature(static=True):
+            return StaticTemperature(block)
     return PLAIN[type(block)](block)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.norm import Norm
-from llmexport.export.blocks.standard import attention
+from llmexport.export.blocks.standard import attention, tensor_scatter
 from llmexport.plugins.rope import rope
 from llmexport.plugins.sink_attention import sink_attention
 
@@ -36,7 +36,10 @@ class Attention(nn.Module):
         if block.temperature:
             q = (q.float() * given["temperature"].unsqueeze(1).unsqueeze(-1)).to(q.dtype)
         key, value = k, v.transpose(1, 2)
-        if block.cached:
+        if block.scatters:
+            key = tensor_scatter(given["past_key"], key, given["past_length"])
+            value = tensor_scatter(given["past_value"], value, given["past_length"])
+        elif block.cached:
             key, value = torch.cat((given["past_key"], key), 2), torch.cat((given["past_value"], value), 2)
         scale = block.head_size**-0.5 if block.scale is None else block.scale
         if block.spans:
@@ -48,6 +51,8 @@ class Attention(nn.Module):
         batch, sequence, _ = normed.shape
         mixed = mixed.transpose(1, 2).reshape(batch, sequence, block.heads * block.head_size)
         attended: Tensor = self.o_proj(mixed if gate is None else mixed * torch.sigmoid(gate))
+        if block.keys and block.keys.slides:
+            key, value = (x[:, :, -block.keys.slots :] for x in (key, value))
         return (attended, key, value) if block.cached else attended
 
     def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -95,12 +95,12 @@ def _slots(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     return torch.arange(sequence, device=input_ids.device) + (total - sequence)
 
 
-def _running(attention_mask: Tensor) -> Tensor:
+def tokens_up_to(attention_mask: Tensor) -> Tensor:
     """How many tokens of a row stand in its slots up to each one [B, S], padding left out."""
     return (attention_mask != 0).to(torch.int64).cumsum(1)
 
 
-def _leading(running: Tensor) -> Tensor:
+def leading_padding(running: Tensor) -> Tensor:
     """How many slots of each row are padding before its first token [B]."""
     return (running == 0).sum(1)
 
@@ -116,7 +116,7 @@ class Mask(nn.Module):
         queries = slots.unsqueeze(1)
         visible = torch.logical_and((attention_mask != 0).unsqueeze(1), keys <= queries)
         if self.window is not None or self.chunk is not None:
-            running = _running(attention_mask)
+            running = tokens_up_to(attention_mask)
             # Two tokens are as far apart as these two are: whatever padding stands before or between them.
             query, key = running.index_select(1, slots).unsqueeze(2), running.unsqueeze(1)
             if self.window is not None:
@@ -138,8 +138,8 @@ class BidirectionalMask(nn.Module):
 
 class Span(nn.Module):
     def forward(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        running = _running(attention_mask)
-        start = _leading(running)
+        running = tokens_up_to(attention_mask)
+        start = leading_padding(running)
         # Where a slot is no padding, all from the first token to it are tokens, or padding is between.
         slots = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         between = torch.logical_and(attention_mask != 0, start.unsqueeze(1) + running <= slots).sum(1)
@@ -155,9 +155,14 @@ class Temperature(nn.Module):
         self.block = block
 
     def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-        running = _running(attention_mask)
-        counted = _leading(running).unsqueeze(1) + running.index_select(1, _slots(attention_mask, input_ids))
-        return torch.log1p(torch.floor(counted.float() / self.block.interval)) * self.block.scale + 1.0
+        running = tokens_up_to(attention_mask)
+        counted = leading_padding(running).unsqueeze(1) + running.index_select(1, _slots(attention_mask, input_ids))
+        return temperature(counted, self.block)
+
+
+def temperature(counted: Tensor, block: spec.Temperature) -> Tensor:
+    """The factor of a query that is the `counted`-th token of its row."""
+    return torch.log1p(torch.floor(counted.float() / block.interval)) * block.scale + 1.0
 
 
 class Presence(nn.Module):
@@ -169,7 +174,7 @@ class Presence(nn.Module):
         # Not a slice, whose length a trace cannot tell from the mask's.
         present = (attention_mask.index_select(1, _slots(attention_mask, input_ids)) != 0).to(torch.int64)
         running = present.cumsum(1)
-        tokens, leading = present.sum(1), _leading(running)
+        tokens, leading = present.sum(1), leading_padding(running)
         end = (present * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).amax(1)
         earlier = (attention_mask != 0).sum(1) - tokens
         between = torch.logical_or(

@@ -27,6 +27,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
+@torch.library.custom_op("llmexport::tensor_scatter", mutates_args=())
+def tensor_scatter(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+    """ai.onnx TensorScatter-24: past [B, H, S, D] with update [B, H, T, D] written from slot write_indices [B] on.
+
+    Fails where a row would be written beyond S, as ONNX Runtime does; TensorRT does not tell.
+    """
+    places = write_indices.reshape(-1, 1, 1, 1) + torch.arange(update.shape[2]).reshape(-1, 1)
+    if (places < 0).any() or (places >= past.shape[2]).any():
+        raise ValueError(f"a static cache of {past.shape[2]} slots has no slot {int(places.max())}")
+    return past.scatter(2, places.expand_as(update), update)
+
+
 @torch.library.custom_op("llmexport::padding_must_be_on_the_left", mutates_args=())
 def padding_must_be_on_the_left(between: Tensor) -> Tensor:
     """Zeros [B] where `between` [B] int64 is 0; fails where one is 1.
@@ -41,12 +53,16 @@ def padding_must_be_on_the_left(between: Tensor) -> Tensor:
 
 rms_norm.register_fake(lambda x, weight, epsilon: torch.empty_like(x))
 attention.register_fake(lambda q, k, v, mask, scale: torch.empty_like(q))
+tensor_scatter.register_fake(lambda past, update, write_indices: torch.empty_like(past))
 padding_must_be_on_the_left.register_fake(lambda between: torch.empty_like(between))
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """The exporter's table for these ops: torch op -> what emits its ONNX operator."""
     from onnxscript import opset23 as ai_onnx
+    from onnxscript.values import Opset
+
+    opset_24 = Opset("", 24)
 
     def rms_normalization(x: Any, weight: Any, epsilon: float) -> Any:
         return ai_onnx.RMSNormalization(x, weight, axis=-1, epsilon=epsilon, stash_type=1)
@@ -59,6 +75,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
         nothing: Any = ai_onnx.Constant(value_ints=[0])
         return ai_onnx.Gather(nothing, between)
 
+    def scatter(past: Any, update: Any, write_indices: Any) -> Any:
+        return opset_24.TensorScatter(past, update, write_indices, axis=-2, mode="linear")
+
     def cast(x: Any, dtype: int) -> Any:
         return ai_onnx.Identity(x) if x.dtype == dtype else ai_onnx.Cast(x, to=dtype)
 
@@ -68,4 +87,5 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.llmexport.rms_norm.default: rms_normalization,
         torch.ops.llmexport.attention.default: attention_23,
         torch.ops.llmexport.padding_must_be_on_the_left.default: gather,
+        torch.ops.llmexport.tensor_scatter.default: scatter,
     }

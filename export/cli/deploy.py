@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from llmexport.export import engine, manifest, onnx_file
+from llmexport.export import engine, engine_record, manifest, onnx_file
 from llmexport.export.cli import engine as engine_command
 from llmexport.export.cli import onnx as onnx_command
 from llmexport.export.cli import source
@@ -21,6 +21,7 @@ from llmexport.validate import validate
 
 @click.command("deploy")
 @source.options
+@source.caching
 @click.option("-o", "--output", type=source.FOLDER, help="The folder to make; default: ARCH-deploy.")
 @engine_command.options
 @talkative
@@ -30,6 +31,8 @@ def command(
     dtype: str,
     weights: str,
     force: bool,
+    cache: str,
+    max_tokens: int | None,
     output: Path | None,
     backend: str,
     profile: str | None,
@@ -42,11 +45,11 @@ def command(
     Exit code 1 if a rung of the comparison fails.
     """
     console = Console(quiet, as_json)
-    engine.check_backend(backend)
+    engine_record.check_backend(backend)
     sizes = None if profile is None else parse_profile(profile)
     kernels = library.find() if plugins else None
     with open_source(arch, checkpoint, output or Path("deploy")) as (named, found):
-        request = onnx_file.Request(named, found, dtype, None, weights)
+        request = onnx_file.Request(named, found, dtype, None, weights, cache=cache, max_tokens=max_tokens)
         target = output or Path(f"{named.name}-deploy")
         # The three steps fill one new folder, which appears when all are done.
         with onnx_file.new_export(request, target, force=force) as folder:

@@ -26,6 +26,7 @@ from llmexport.export.source import open_source
     show_default=True,
     help="portable runs everywhere; tensorrt is for trtexec with our plugins: no function bodies.",
 )
+@source.caching
 @click.option("--block", help="Export one block alone by its name, or `all`: each in a folder of its own.")
 @click.option("--digest", is_flag=True, help="Read every byte of the weights and record digests, for --verify.")
 @click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
@@ -37,6 +38,8 @@ def command(
     weights: str,
     force: bool,
     target: str,
+    cache: str,
+    max_tokens: int | None,
     block: str | None,
     digest: bool,
     output: Path,
@@ -46,7 +49,8 @@ def command(
     """Export a checkpoint to ONNX: the whole model, or one of its blocks."""
     console = Console(quiet, as_json)
     with open_source(arch, checkpoint, output) as (named, found):
-        request = onnx_file.Request(named, found, dtype, None if block == "all" else block, weights, target, digest)
+        one = None if block == "all" else block
+        request = onnx_file.Request(named, found, dtype, one, weights, target, digest, cache, max_tokens)
         if block == "all":
             exports = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
             console.table(
@@ -85,6 +89,7 @@ def summary(export: Export, folder: Path) -> list[tuple[str, str]]:
         ("fused", counts(fused)),
         ("left unfused", "; ".join(f"{few(names)}: {why}" for why, names in refused.items()) or "nothing"),
         ("dtype", export.dtype),
+        *([("cache", f"static, {export.max_tokens} tokens")] if export.max_tokens else []),
         ("weights", f"{len(export.weights)} files, {size(held)}, {export.placed}"),
         ("beside them", ", ".join(export.companions) or "nothing"),
         ("new bytes on disk", size(sum(p.stat().st_size for p in new))),

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from llmexport.export.onnx_file import WEIGHTS
+from llmexport.export.cli.folder import FOLDER as FOLDER
+from llmexport.export.cli.folder import verifying as verifying
+from llmexport.export.onnx_file import CACHES, WEIGHTS
 from llmexport.export.spec import DTYPES
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Folder(click.Path):
-    """A path; an empty one, as of an unset variable, is not the current folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("the name is empty", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-FOLDER = Folder(path_type=Path)
 
 
 def options(command: F) -> F:
@@ -47,10 +36,20 @@ def options(command: F) -> F:
     return command
 
 
-def verifying(command: F) -> F:
-    """The option of commands that start from an export."""
-    return click.option(
-        "--verify",
-        is_flag=True,
-        help="Read every byte of the weights, against the digests of `onnx --digest` or of the first `validate`.",
-    )(command)
+def caching(command: F) -> F:
+    """The options that say how keys and values of earlier tokens are kept."""
+    for option in (
+        click.option(
+            "--max-tokens", type=int, help="The slots of a static cache: as many tokens as a row ever has, padding too."
+        ),
+        click.option(
+            "--cache",
+            type=click.Choice(CACHES),
+            default="dynamic",
+            show_default=True,
+            help="A dynamic cache grows and is copied at every step; a static one has its size from the start and is "
+            "written in place, which serving wants.",
+        ),
+    ):
+        command = option(command)
+    return command

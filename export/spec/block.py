@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL
+from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL, WRITTEN
 from llmexport.export.spec.storage import Stored
 from llmexport.plugins.dtypes import FLOATS
 
-OPSET = 23  # ai.onnx, of everything that is exported
+OPSET = 23  # ai.onnx, of every block that does not ask for a later one
 DTYPES = FLOATS
 Dim = int | str
 # What the numbers at a port are: whoever feeds one asks this, and never its name.
@@ -22,6 +22,8 @@ Use = Literal[
     "token_types",  # the segment that each token is of
     "positions",  # where a token stands in its row
     "padding",  # 1 for a token, 0 for padding, along the row so far
+    "padding_length",  # how many slots of a row are before its first token
+    "past_length",  # how many were written before this step
     "mask",  # which keys each query sees
     "span_start",  # where the keys of a row begin
     "span_length",  # where they end
@@ -33,6 +35,8 @@ Use = Literal[
     "routing_weights",  # how much each chosen expert counts
     "routing_experts",  # their numbers, no two alike
     "state",  # keys, values or inputs that a block kept of earlier tokens
+    "slots",  # keys or values, each token's in its own slot, the first token's in the first one
+    "window",  # keys or values of the last tokens, the latest one's in the last place
     "recurrence",  # a sum over all earlier tokens, zero before the first
 ]
 
@@ -55,7 +59,7 @@ class Port:
 class State:
     """What a block carries from one step to the next: `present` of a step is `past` of the next.
 
-    A state whose two shapes differ grows.
+    A state whose two shapes differ grows. One of use "slots" is written in place: both may be one buffer.
     """
 
     past: Port
@@ -102,6 +106,11 @@ class Block:
         return {}
 
     @property
+    def opset(self) -> int:
+        """The version of ai.onnx that its graph needs."""
+        return max((block.opset for block, _ in self.parts.values()), default=OPSET)
+
+    @property
     def stored(self) -> Mapping[str, Stored]:
         """By their paths, the parameters that a Storage speaks of. All others are floats, cast to the model's type."""
         return {path + own: s for block, path in self.parts.values() for own, s in block.stored.items()}
@@ -124,3 +133,6 @@ def state(name: str, past: tuple[Dim, ...], present: tuple[Dim, ...], dtype: str
 INPUT_IDS = Port("input_ids", (BATCH, SEQUENCE), "int64", "tokens")
 TOKEN_TYPE_IDS = Port("token_type_ids", (BATCH, SEQUENCE), "int64", "token_types")
 ATTENTION_MASK = Port("attention_mask", (BATCH, TOTAL), "int64", "padding")
+SLOT_MASK = Port("attention_mask", (BATCH, WRITTEN), "int64", "padding")
+PADDING_LENGTH = Port("padding_length", (BATCH,), "int64", "padding_length")
+PAST_LENGTH = Port("past_length", (BATCH,), "int64", "past_length")

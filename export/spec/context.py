@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL
-from llmexport.export.spec.block import ATTENTION_MASK, INPUT_IDS, Block, Port
+from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL, WRITTEN, behind
+from llmexport.export.spec.block import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    PADDING_LENGTH,
+    PAST_LENGTH,
+    SLOT_MASK,
+    Block,
+    Dim,
+    Port,
+)
 
 
 @dataclass(frozen=True)
@@ -89,25 +99,69 @@ class Rotary(Block):
 
 
 @dataclass(frozen=True)
+class Slots(Block):
+    """Where a step stands in a static cache of so many `slots`: how many of a row are padding before its first token,
+    and how many were written before the step.
+
+    The step's tokens end where the mask has its last 1: what is behind that is not written yet. Padding is on the
+    left: with a token before padding, or a row whose tokens of this step are not its last, a run fails in PyTorch and
+    in ONNX Runtime; TensorRT does not tell.
+    """
+
+    slots: int
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (SLOT_MASK, INPUT_IDS)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (PADDING_LENGTH, PAST_LENGTH)
+
+    @property
+    def most(self) -> Mapping[str, int]:
+        return {SEQUENCE: self.slots, WRITTEN: self.slots}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What attention of a static cache reads: `slots` of the cache, or with `slides` so many last ones, and the step's
+    own behind them."""
+
+    slots: int
+    slides: bool = False
+
+    @property
+    def axis(self) -> Dim:
+        return behind(self.slots) if self.slides else self.slots
+
+    @property
+    def label(self) -> str:
+        return f"_last_{self.slots}" if self.slides else ""
+
+
+@dataclass(frozen=True)
 class Mask(Block):
     """Which of the `total` keys each query may see: causal by cache slot, no padding, the last `window`, its own
     `chunk` of that many.
 
     Windows and chunks count the tokens of a row and no padding, wherever it stands, so that a row in a batch sees
     what it sees alone. A query always sees itself, so that the row of a padding token is never empty: no backend
-    then makes a NaN.
+    then makes a NaN. `keys`: of a static cache.
     """
 
     window: int | None = None
     chunk: int | None = None
+    keys: Keys | None = None
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (ATTENTION_MASK, INPUT_IDS)
+        return (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK, INPUT_IDS)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("mask", (BATCH, 1, SEQUENCE, TOTAL), "bool", "mask"),)
+        keys = self.keys.axis if self.keys else TOTAL
+        return (Port("mask", (BATCH, 1, SEQUENCE, keys), "bool", "mask"),)
 
     @property
     def label(self) -> str:
@@ -134,30 +188,38 @@ class Span(Block):
     """Where the keys of each row begin and end, for attention without a dense mask.
 
     Padding is on the left, or after all tokens of the row: with a token behind padding that is behind a token, a run
-    fails in PyTorch and in ONNX Runtime; TensorRT does not tell.
+    fails in PyTorch and in ONNX Runtime; TensorRT does not tell. `keys`: of a static cache.
     """
+
+    keys: Keys | None = None
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (ATTENTION_MASK,)
+        return (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK,)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
         return (Port("start", (BATCH,), "int32", "span_start"), Port("length", (BATCH,), "int32", "span_length"))
+
+    @property
+    def label(self) -> str:
+        return self.kind + (self.keys.label if self.keys else "")
 
 
 @dataclass(frozen=True)
 class Temperature(Block):
     """1 + scale * log(1 + floor((p + 1) / interval)) for every query, which its logits are multiplied by (arXiv
     2501.19399, modeling_llama4.py). Of the row's cache slots up to the query's, p + 1 are tokens or padding before
-    the first of them, which counts there; padding further right does not, as a row alone has none."""
+    the first of them, which counts there; padding further right does not, as a row alone has none. `static`: of a
+    static cache."""
 
     interval: int
     scale: float
+    static: bool = False
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (ATTENTION_MASK, INPUT_IDS)
+        return (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.static else (ATTENTION_MASK, INPUT_IDS)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
@@ -170,12 +232,14 @@ class Presence(Block):
     the step a row's tokens end: behind its last one, at 0 without any.
 
     Padding is before or after a row's tokens of this step, before them only where the row has none yet: else a run
-    fails as Span's does.
+    fails as Span's does. `static`: of a static cache, whose padding is on the left.
     """
+
+    static: bool = False
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (ATTENTION_MASK, INPUT_IDS)
+        return (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.static else (ATTENTION_MASK, INPUT_IDS)
 
     @property
     def outputs(self) -> tuple[Port, ...]:

@@ -59,6 +59,11 @@ class Assembly:
         """The distinct blocks, in order of first use."""
         return tuple(dict.fromkeys(s.block for s in self.steps))
 
+    @property
+    def opset(self) -> int:
+        """The version of ai.onnx that it needs."""
+        return max(b.opset for b in self.blocks)
+
 
 @dataclass(frozen=True)
 class Graph:

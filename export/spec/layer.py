@@ -65,6 +65,10 @@ class Layer(Block):
         return tuple(state for s in self.sublayers for state in s.block.states)
 
     @property
+    def most(self) -> Mapping[str, int]:
+        return {axis: size for s in self.sublayers for axis, size in s.block.most.items()}
+
+    @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
         found: dict[str, tuple[Block, str]] = {}
         for s in self.sublayers:

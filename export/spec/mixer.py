@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE, TOTAL
-from llmexport.export.spec.block import Block, Port, State, hidden, state
+from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE, TOTAL, WRITTEN
+from llmexport.export.spec.block import OPSET, PAST_LENGTH, Block, Port, State, Use, hidden, state
+from llmexport.export.spec.context import Keys
+
+SCATTER_OPSET = 24  # ai.onnx, which has TensorScatter
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Mixer(Block):
 @dataclass(frozen=True)
 class Attention(Mixer):
     """Self-attention with RoPE, grouped queries (arXiv 2305.13245) and a grown KV cache; unless `cached`, over the
-    step's own tokens alone.
+    step's own tokens alone. With `keys` the cache is static: slots that are written in place, or the last ones alone.
 
     What a query may see is an input, the mask: layers that differ in their window alone are one block. With `sinks`
     or a `softcap` on the logits, it is the SinkAttention op, and its `window` (0: none) part of the block.
@@ -103,6 +106,7 @@ class Attention(Mixer):
     softcap: float = 0.0
     window: int = 0
     cached: bool = True
+    keys: Keys | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -129,18 +133,37 @@ class Attention(Mixer):
             ports.append(Port("start", (BATCH,), "int32", "span_start"))
             ports.append(Port("length", (BATCH,), "int32", "span_length"))
         else:
-            keys = TOTAL if self.cached else SEQUENCE
+            keys = self.keys.axis if self.keys else TOTAL if self.cached else SEQUENCE
             ports.append(Port("mask", (BATCH, 1, SEQUENCE, keys), "bool", "mask"))
         if self.temperature:
             ports.append(Port("temperature", (BATCH, SEQUENCE), "float32", "temperature"))
+        if self.scatters:
+            ports.append(PAST_LENGTH)
         return tuple(ports)
 
     @property
     def states(self) -> tuple[State, ...]:
         if not self.cached:
             return ()
-        past, present = ((BATCH, self.kv_heads, axis, self.head_size) for axis in (PAST, TOTAL))
-        return tuple(state(n, past, present) for n in ("key", "value"))
+        axes = (self.keys.slots,) * 2 if self.keys else (PAST, TOTAL)
+        past, present = ((BATCH, self.kv_heads, axis, self.head_size) for axis in axes)
+        use: Use = "state" if self.keys is None else "window" if self.keys.slides else "slots"
+        return tuple(state(n, past, present, use=use) for n in ("key", "value"))
+
+    @property
+    def scatters(self) -> bool:
+        """Whether it writes into its cache."""
+        return self.keys is not None and not self.keys.slides
+
+    @property
+    def opset(self) -> int:
+        return SCATTER_OPSET if self.scatters else OPSET
+
+    @property
+    def most(self) -> Mapping[str, int]:
+        if self.keys is None:
+            return {}
+        return {PAST: self.keys.slots} if self.keys.slides else dict.fromkeys((SEQUENCE, WRITTEN), self.keys.slots)
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:

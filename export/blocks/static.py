@@ -1,0 +1,84 @@
+"""What all layers read of a static cache: where a step stands in it, masks, spans, temperatures."""
+
+import torch
+from torch import Tensor, nn
+
+from llmexport.export import spec
+from llmexport.export.blocks.context import leading_padding, temperature, tokens_up_to
+from llmexport.export.blocks.standard import padding_must_be_on_the_left
+
+
+class Slots(nn.Module):
+    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, counted = attention_mask != 0, tokens_up_to(attention_mask)
+        padding, sequence = leading_padding(counted), input_ids.shape[1]
+        # A slot and all before it, as a number.
+        ends = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+        end = (tokens * ends).amax(1)
+        between = torch.logical_and(tokens, padding.unsqueeze(1) + counted < ends).sum(1)
+        # The step's last token is not its row's: where it was to be written, nobody says.
+        early = torch.logical_and(end > 0, end < sequence)
+        refused = padding_must_be_on_the_left((between + early).clamp(max=1))
+        return padding, (end - sequence).clamp(min=0) + refused
+
+
+def _step_slots(past_length: Tensor, input_ids: Tensor) -> Tensor:
+    """The slots of a static cache that this step's tokens are written to [B, T]."""
+    return past_length.unsqueeze(1) + torch.arange(input_ids.shape[1], device=input_ids.device)
+
+
+class StaticMask(nn.Module):
+    def __init__(self, block: spec.Mask) -> None:
+        super().__init__()
+        assert block.keys
+        self.block, self.keys = block, block.keys
+
+    def forward(self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor) -> Tensor:
+        block, first = self.block, padding_length.reshape(-1, 1, 1)
+        query = _step_slots(past_length, input_ids).unsqueeze(2)
+        if self.keys.slides:
+            places = torch.arange(self.keys.slots + input_ids.shape[1], device=input_ids.device)
+            key = past_length.reshape(-1, 1, 1) - self.keys.slots + places
+        else:
+            key = torch.arange(self.keys.slots, device=input_ids.device).reshape(1, 1, -1)
+        visible = torch.logical_and(key >= first, key <= query)
+        if block.window is not None:
+            visible = torch.logical_and(visible, key > query - block.window)
+        if block.chunk is not None:
+            chunks = [torch.div(x - first, block.chunk, rounding_mode="floor") for x in (query, key)]
+            visible = torch.logical_and(visible, chunks[0] == chunks[1])
+        return torch.logical_or(visible, key == query).unsqueeze(1)
+
+
+class StaticSpan(nn.Module):
+    def __init__(self, keys: spec.Keys) -> None:
+        super().__init__()
+        self.keys = keys
+
+    def forward(self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        length = past_length + input_ids.shape[1]
+        start = padding_length
+        if self.keys.slides:
+            # The cache holds slots past_length - slots to past_length.
+            start, length = start - past_length + self.keys.slots, length - past_length + self.keys.slots
+        return torch.minimum(start.clamp(min=0), length).to(torch.int32), length.to(torch.int32)
+
+
+class StaticTemperature(nn.Module):
+    def __init__(self, block: spec.Temperature) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor) -> Tensor:
+        counted = torch.maximum(_step_slots(past_length, input_ids) + 1, padding_length.unsqueeze(1))
+        return temperature(counted, self.block)
+
+
+class StaticPresence(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        present = _step_slots(past_length, input_ids) >= padding_length.unsqueeze(1)
+        return present.to(self.dtype), present.any(1).to(torch.int64) * input_ids.shape[1]

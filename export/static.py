@@ -1,0 +1,53 @@
+"""The static cache: slots that are made once and written in place, where the dynamic one is copied as it grows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from llmexport.export.errors import ExportError
+from llmexport.export.spec import MOST, WRITTEN, Attention, Block, Keys, Layer, Mask, Presence, Slots, Span, Temperature
+
+Reads = tuple[Block, ...]
+FEWEST = 16  # slots; fewer leave no room for a prompt and the steps that an export is compared over
+
+
+def with_slots(layer: Layer, reads: Reads, slots: int) -> tuple[Layer, Reads]:
+    """The layer whose cache has so many slots, and what it then reads.
+
+    A layer that sees the last tokens alone, or its own chunk, keeps only as many: they move up with every step, as
+    TensorRT writes no cache in a circle.
+    """
+    windows = [w for b in reads if isinstance(b, Mask) for w in (b.window, b.chunk) if w]
+    windows += [s.block.window for s in layer.sublayers if isinstance(s.block, Attention) and s.block.window]
+    kept = min(windows, default=slots)
+    keys = Keys(kept, slides=True) if kept < slots else Keys(slots)
+    sublayers = tuple(
+        dataclasses.replace(s, block=dataclasses.replace(s.block, keys=keys)) if isinstance(s.block, Attention) else s
+        for s in layer.sublayers
+    )
+    return dataclasses.replace(layer, sublayers=sublayers), (Slots(slots), *(_static(b, keys) for b in reads))
+
+
+def slots_of(blocks: Iterable[Block]) -> int | None:
+    """How many slots the static cache of these blocks has; None where there is none."""
+    return min((b.most[WRITTEN] for b in blocks if WRITTEN in b.most), default=None)
+
+
+def _static(block: Block, keys: Keys) -> Block:
+    match block:
+        case Mask() | Span():
+            return dataclasses.replace(block, keys=keys)
+        case Temperature() | Presence():
+            return dataclasses.replace(block, static=True)
+    return block
+
+
+def check_slots(cache: str, slots: int | None) -> None:
+    """Raise ExportError unless the number of slots that is asked for fits the kind of cache."""
+    if cache == "static" and slots is None:
+        raise ExportError("a static cache has as many slots as is said: add --max-tokens, as 4096")
+    if cache != "static" and slots is not None:
+        raise ExportError(f"--max-tokens {slots} is of a static cache, and a dynamic one grows: add --cache static")
+    if slots is not None and not FEWEST <= slots <= MOST:
+        raise ExportError(f"--max-tokens is {slots}: make it {FEWEST} to {MOST}")

@@ -1,0 +1,88 @@
+"""Decoders that are run step by step, without what `validate` does for that, and transformers beside them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+import transformers
+
+from llmexport.export import manifest
+from llmexport.validate.compare import compare
+from llmexport.validate.runners import TorchRunner
+from llmexport.validate.tolerance import tolerance
+
+MAX_ABS, RMS_RATIO = 1e-4, 1e-5  # the promise for fp32, not to be loosened
+RECURRENT = (5e-4, 5e-5)  # where the delta rule feeds roundoff back into its state
+PROMPT = 37  # odd, longer than every tiny window
+RUNNERS = ("torch", "onnxruntime")
+REFUSED = "padding must be on the left|padding_must_be_on_the_left"
+
+
+@functools.cache
+def session(folder: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+class Decoder:
+    """One side of a comparison: runs a prefill and decode steps with its own cache.
+
+    It feeds, steps and compares by itself on purpose: `validate` does the same, and a fault there must not hide
+    one in an export.
+    """
+
+    def __init__(self, folder: Path, runner: str) -> None:
+        self.torch = None
+        read = manifest.read(folder)
+        self.carried = read.graphs[0].carried
+        self.ports = {p.name: p.typed(read.dtype) for p in read.graphs[0].assembly.inputs}
+        self.allowed = tolerance("float32", read)
+        if runner == "torch":
+            self.torch = TorchRunner(read, read.graphs[0])
+            self.torch.activate()
+        else:
+            self.session = session(folder)
+        self.past: dict[str, np.ndarray] = {}
+
+    def step(self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        if not self.past:
+            sizes = {"batch": len(ids), "past": 0}
+            self.past = {
+                n: np.zeros([sizes.get(d, d) for d in p.shape], p.dtype)
+                for n, p in self.ports.items()
+                if n in self.carried
+            }
+        if len(self.ports["position_ids"].shape) == 3 and positions.ndim == 2:
+            positions = np.broadcast_to(positions, (3, *positions.shape))
+        feed = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, **self.past}
+        if self.torch:
+            outputs = self.torch.infer(feed, check_inputs=False)
+        else:
+            names = [o.name for o in self.session.get_outputs()]
+            outputs = dict(zip(names, self.session.run(names, feed), strict=True))
+        self.past = {n: outputs[self.carried[n]] for n in self.past}
+        return outputs["logits"]
+
+    def check(self, expected: np.ndarray, found: np.ndarray, where: np.ndarray | None = None) -> None:
+        assert self.allowed.max_abs <= (MAX_ABS if self.allowed.rms_ratio <= RMS_RATIO else RECURRENT[0])
+        assert self.allowed.rms_ratio <= RECURRENT[1]
+        difference = compare(expected, found, where)
+        assert difference.max_abs <= self.allowed.max_abs
+        assert difference.rms_ratio <= self.allowed.rms_ratio
+        assert difference.scale > 0.5, "logits near zero would prove nothing"
+
+
+@functools.cache
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+def prompt(length: int = PROMPT, padding: int = 5, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.random.default_rng(seed).integers(0, 256, (2, length))
+    mask = np.ones_like(ids)
+    mask[1, :padding] = 0
+    return ids, mask

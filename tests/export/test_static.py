@@ -1,0 +1,191 @@
+"""Static caches: the numbers of transformers, in slots that are written in place."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from arch_cases import DECODERS, FIRST, Case, others_slow
+from decoders import PROMPT, REFUSED, RUNNERS, Decoder, prompt, reference, session
+
+from llmexport.export import archs, export, manifest
+from llmexport.export.assembly import parts
+from llmexport.export.errors import ExportError
+from llmexport.export.onnx_file import read_model
+from llmexport.export.spec import Attention, Keys
+
+SLOTS = 59  # of no tiny window, and more than are written
+DECODE, PIECE = 8, 3
+COPIES = {"slots": 1, "window": 2, "state": 2, "recurrence": 2}  # buffers of a state
+BEYOND = {"torch": "59 slots has no slot 59", "onnxruntime": r"exceeds max_sequence_length \(59\)"}
+
+
+def wide(mask: np.ndarray) -> np.ndarray:
+    """The mask over all slots, as where no shape may change."""
+    return np.pad(mask, ((0, 0), (0, SLOTS - mask.shape[1])))
+
+
+@pytest.mark.parametrize("case", others_slow(DECODERS, [c for c in FIRST if c in DECODERS]), ids=str)
+def test_every_architecture_gives_the_logits_of_transformers(case: Case, tiny_checkpoint, exported) -> None:
+    """Batch 2, left padding, a prompt beyond every window, decode steps, and a later piece of several tokens."""
+    model = reference(tiny_checkpoint(case))
+    ours = [Decoder(exported(case, slots=SLOTS), runner) for runner in RUNNERS]
+    ids, mask = prompt()
+    positions, cache = np.maximum(mask.cumsum(-1) - 1, 0), None
+    for step in range(DECODE + 2):
+        with torch.no_grad():
+            made = model(
+                input_ids=torch.from_numpy(ids),
+                attention_mask=torch.from_numpy(mask),
+                position_ids=torch.from_numpy(positions),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = made.past_key_values
+        for decoder, given in zip(ours, (mask, wide(mask)), strict=True):
+            decoder.check(
+                made.logits.numpy(), decoder.step(ids, positions, given), mask.astype(bool) if step == 0 else None
+            )
+        ids = made.logits.numpy()[:, -1:].argmax(-1) if step < DECODE else prompt()[0][:, :PIECE]
+        positions = positions[:, -1:] + 1 + np.arange(ids.shape[1])
+        mask = np.concatenate((mask, np.ones_like(ids)), 1)
+    assert mask.shape[1] - ids.shape[1] == PROMPT + DECODE + PIECE
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_oss", "qwen3_5_moe"])
+def test_past_and_present_of_use_slots_may_be_one_buffer(arch: str, exported) -> None:
+    """All other states have two, which change places at every step; no shape changes but that of the tokens."""
+    folder = exported(arch, slots=SLOTS)
+    plain, bound = Decoder(folder, "onnxruntime"), session(folder)
+    ids, mask = prompt()
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    expected = plain.step(ids, positions, mask)
+    buffers = {
+        n: [onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros_like(a)) for _ in range(COPIES[plain.ports[n].use])]
+        for n, a in plain.past.items()
+    }
+    assert sum(len(b) == 1 for b in buffers.values()) == {"llama": 6, "gpt_oss": 2, "qwen3_5_moe": 2}[arch]
+    for _ in range(DECODE):
+        binding = bound.io_binding()
+        spread = np.broadcast_to(positions, (*plain.ports["position_ids"].shape[:-2], *positions.shape))
+        given = {"input_ids": ids, "attention_mask": wide(mask), "position_ids": np.ascontiguousarray(spread)}
+        for name, value in given.items():
+            binding.bind_cpu_input(name, value)
+        for name, pair in buffers.items():
+            binding.bind_ortvalue_input(name, pair[0])
+            binding.bind_ortvalue_output(plain.carried[name], pair[-1])
+            pair.reverse()
+        binding.bind_output("logits")
+        bound.run_with_iobinding(binding)
+        found = binding.copy_outputs_to_cpu()[-1]
+        plain.check(expected, found, mask[:, -ids.shape[1] :].astype(bool))
+        ids, positions = expected[:, -1:].argmax(-1), positions[:, -1:] + 1
+        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        expected = plain.step(ids, positions, mask)
+
+
+@pytest.mark.parametrize("arch", ["llama4", "gpt_oss", "qwen3_5_moe", "gemma3_text"])
+def test_a_row_in_a_batch_with_a_longer_one_is_as_alone(arch: str, exported) -> None:
+    """Each row is written from where its own tokens end, as requests that came at other times are."""
+    folder = exported(arch, slots=SLOTS)
+    alone = [Decoder(folder, "onnxruntime") for _ in range(2)]
+    ids, mask = prompt(padding=0)
+    masks = [mask[:1], mask[1:, :21]]
+    for decoder, row, m in zip(alone, ids, masks, strict=True):
+        decoder.step(row[None, : m.shape[1]], m.cumsum(-1) - 1, m)
+    together = Decoder(folder, "onnxruntime")
+    together.past = {n: np.concatenate([d.past[n] for d in alone]) for n in alone[0].past}
+    for _ in range(3):
+        masks = [np.pad(m, ((0, 0), (0, 1)), constant_values=1) for m in masks]
+        positions = np.array([[m.shape[1] - 1] for m in masks])
+        found = together.step(ids[:, :1], positions, np.concatenate([wide(m) for m in masks]))
+        for i, decoder in enumerate(alone):
+            expected = decoder.step(ids[i : i + 1, :1], positions[i : i + 1], masks[i])
+            decoder.check(expected, found[i : i + 1])
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_padding_that_is_not_on_the_left_is_refused(runner: str, exported) -> None:
+    ids, mask = prompt(padding=0)
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    for hidden in (slice(-4, None), slice(9, 16)):
+        padded = mask.copy()
+        padded[1, hidden] = 0
+        with pytest.raises(Exception, match=REFUSED):
+            Decoder(exported("llama", slots=SLOTS), runner).step(ids, positions, padded)
+    # A row that has not begun is padding alone.
+    mask[1] = 0
+    assert np.isfinite(Decoder(exported("llama", slots=SLOTS), runner).step(ids, positions, mask)).all()
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_step_beyond_the_last_slot_fails(runner: str, exported) -> None:
+    ids, mask = prompt(SLOTS)
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    decoder = Decoder(exported("llama", slots=SLOTS), runner)
+    decoder.step(ids, positions, mask)
+    with pytest.raises(Exception, match=BEYOND[runner]):
+        decoder.step(ids[:, :1], positions[:, -1:] + 1, np.pad(mask, ((0, 0), (0, 1)), constant_values=1))
+
+
+def attentions(arch: str, slots: int, **changes: Any) -> list[Attention]:
+    named = archs.load(arch)
+    steps = read_model(named, {**named.tiny, **changes}, slots).steps
+    return [p.block for s in steps for p in parts(s) if isinstance(p.block, Attention)]
+
+
+def test_a_layer_with_a_window_keeps_the_window_and_any_other_all_slots() -> None:
+    assert [a.keys for a in attentions("gpt_oss", 64)] == [Keys(8, slides=True), Keys(64), Keys(8, slides=True)]
+    assert {a.keys for a in attentions("mistral", 64, sliding_window=64)} == {Keys(64)}
+    assert {a.keys for a in attentions("mistral", 65, sliding_window=64)} == {Keys(64, slides=True)}
+    chunks = archs.load("llama4").tiny["attention_chunk_size"]
+    assert {a.keys for a in attentions("llama4", 64)} == {Keys(chunks, slides=True), Keys(64)}
+
+
+def test_a_static_cache_is_of_one_shape_and_the_graph_scatters_into_every_slotted_one(exported) -> None:
+    made = manifest.read(exported("gpt_oss", slots=SLOTS))
+    [graph] = made.graphs
+    inputs, outputs = ({p.name: p for p in ports} for ports in (graph.assembly.inputs, graph.assembly.outputs))
+    for before, after in graph.carried.items():
+        assert inputs[before].shape == outputs[after].shape
+        assert not {d for d in inputs[before].shape[1:] if isinstance(d, str)}
+    model = onnx.load(made.folder / graph.file, load_external_data=False)
+    scattered = {(n.input[0], n.output[0]) for n in model.graph.node if n.op_type == "TensorScatter"}
+    assert scattered == {(b, a) for b, a in graph.carried.items() if inputs[b].use == "slots"}
+    assert (made.opset, made.max_tokens) == (24, SLOTS)
+    said = json.loads((made.folder / manifest.NAME).read_bytes())
+    assert (said["cache"], said["max_tokens"]) == ("static", SLOTS)
+
+
+def test_a_dynamic_export_is_as_it_was(exported) -> None:
+    made = manifest.read(exported("llama"))
+    assert (made.opset, made.max_tokens) == (23, None)
+    said = json.loads((made.folder / manifest.NAME).read_bytes())
+    assert (said["cache"], said["max_tokens"]) == ("dynamic", None)
+
+
+def test_an_encoder_has_no_cache(tiny_checkpoint, tmp_path) -> None:
+    with pytest.raises(ExportError, match=r"--cache static: this model .* keeps no cache"):
+        export(tiny_checkpoint("bert"), tmp_path / "out", cache="static", max_tokens=64)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("cache", "slots", "said"),
+    [
+        ("static", None, "add --max-tokens"),
+        ("dynamic", 64, "add --cache static"),
+        ("static", 0, "--max-tokens is 0: make it 16 to"),
+        ("static", -1, "--max-tokens is -1: make it 16 to"),
+        ("static", 2**40, "make it 16 to"),
+        ("paged", None, "cache is 'paged': choose one of dynamic, static"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused(cache: str, slots: int | None, said: str, tmp_path) -> None:
+    with pytest.raises(ExportError, match=said):
+        export(None, tmp_path / "out", arch="llama", cache=cache, max_tokens=slots)
