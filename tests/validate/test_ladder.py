@@ -16,7 +16,7 @@ import onnx
 import pytest
 from arch_cases import CASES, FIRST, IN_FP16, Case, others_slow
 from reseal import reseal
-from rungs import everywhere
+from rungs import EVERYWHERE
 from safetensors.numpy import load_file, save_file
 from tiny_configs import read
 
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.model
 
 
 def climb(folder: Path, **options: Any) -> dict[str, ladder.Rung]:
-    report = ladder.climb(manifest.read(folder), **options)
-    return {r.name: r for r in everywhere(report)}
+    report = ladder.climb(manifest.read(folder), **{"rungs": EVERYWHERE, **options})
+    return {r.name: r for r in report.rungs}
 
 
 @pytest.fixture
