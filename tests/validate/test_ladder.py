@@ -167,11 +167,11 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("arch", FAR)
 def test_thresholds_beyond_the_prompt_are_crossed(arch: str, far) -> None:
-    report = ladder.climb(manifest.read(far(arch)))
+    report = ladder.climb(manifest.read(far(arch)), rungs=EVERYWHERE)
     known = {v for v in FAR[arch].values() if isinstance(v, int)} - {4096}
     assert report.prompt["tokens"] < min(known)
     assert set(report.prompt["crossed"]) == known
-    assert {(r.status, r.note) for r in everywhere(report)} == {("pass", "")}
+    assert {(r.status, r.note) for r in report.rungs} == {("pass", "")}
 
 
 MISREAD_FAR = {
@@ -417,7 +417,7 @@ def test_prompts_are_odd_padded_and_longer_than_every_window(case: Case, exporte
 
 def test_report_files_say_the_same_in_json_and_html(copy: Path) -> None:
     found = manifest.read(copy)
-    report = ladder.climb(found)
+    report = ladder.climb(found, rungs=EVERYWHERE)
     files.write(found, report)
     data = json.loads((copy / "report.json").read_text())
     assert data["verdict"] == report.verdict
