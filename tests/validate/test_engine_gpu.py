@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from arch_cases import FIRST, Case
+from arch_cases import ONCE, Case
 
 from llmexport.export import device, engine, manifest
 from llmexport.plugins import library
@@ -21,8 +21,7 @@ def gpu() -> None:
         pytest.skip(found)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), ONCE, ids=str)
 @pytest.mark.parametrize("plugins", [False, True], ids=["bodies", "plugins"])
 def test_an_engine_gives_the_numbers_of_its_export(case: Case, dtype: str, plugins: bool, exported, tmp_path) -> None:
     folder = Path(shutil.copytree(exported(case, dtype), tmp_path / "export"))
