@@ -93,21 +93,6 @@ class Driver(Generic[R]):
         return self._held[port.name] if port.name in self._held else stage.at(port)
 
 
-class Taking:
-    """A model that is run on the stages it takes, and gives nothing for the others, which must be crossings."""
-
-    def __init__(self, model: Runs, takes: Callable[[Stage], bool]) -> None:
-        self.seconds = 0.0
-        self._model, self._takes = model, takes
-
-    def run(self, stage: Stage) -> Feed:
-        if not self._takes(stage):
-            return Feed()
-        outputs = self._model.run(stage)
-        self.seconds = self._model.seconds
-        return outputs
-
-
 TorchDriver = Driver[TorchRunner]
 
 
