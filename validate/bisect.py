@@ -27,7 +27,7 @@ from llmexport.validate.runtime import STOPS, NotTaken, open_session
 NODES = ("blocks", "onnxruntime")  # the rungs that run the nodes of the file
 SAME = "an export makes the same node: a pass, the body of an op or ONNX Runtime computes otherwise than the trace"
 NONE = "no node of it: they compute what a fresh trace does, which is not what PyTorch does"
-BETWEEN = "none: each gives what PyTorch does on the same inputs, what is off adds up or lies between them"
+APART = "none: each gives in ONNX Runtime what PyTorch does on the same inputs"
 
 
 def with_blocks(export: Export, asked: frozenset[str] | None) -> frozenset[str] | None:
@@ -68,7 +68,7 @@ def first_fault(export: Export, rungs: Sequence[Rung], recorded: Recorded, seed:
         block = _first_stopped(export, models, recorded, seed)
     others = {r.name: r.note for r in failed if not block or not (r in stopped or any(map(_is_over, r.details)))}
     if block is None:
-        return Bisection(None, None, BETWEEN if failed else "", tuple(weights), others)
+        return Bisection(None, None, APART if failed else "", tuple(weights), others)
     steps = {export.place(g.name, s.name): (g, s) for g in export.graphs for s in g.assembly.steps}
     graph, step = steps[block["step"]]
     feed = next(f for run, f in _feeds(export, graph, step, recorded, seed) if run == block["run"])

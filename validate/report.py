@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmexport.export.values import finite
 from llmexport.validate.compare import Difference
 from llmexport.validate.metrics import Metrics
 from llmexport.validate.tolerance import MOST, Tolerance
-
-if TYPE_CHECKING:
-    pass
 
 REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
 
@@ -91,7 +88,7 @@ class Bisection:
         elif self.block:
             lines.append(("first node", self.said))
         lines += [("weight", said) for said in self.weights]
-        return lines + [("also fails", f"{name}: {note}" if note else name) for name, note in self.rungs.items()]
+        return lines + [("fails", f"{name}: {note}" if note else name) for name, note in self.rungs.items()]
 
 
 def _off(difference: Difference, allowed: Tolerance) -> str:
