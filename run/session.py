@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import onnxruntime
-from onnxruntime import OrtValue
 
 from llmexport.export import interrupt
 from llmexport.export.exported import Export, ExportedGraph
@@ -17,7 +15,7 @@ from llmexport.export.last_logits import last_logits
 from llmexport.export.spec import LongScaling, Rotary
 from llmexport.run.errors import RunError
 from llmexport.validate.feeds import along_step, beside, limits, states
-from llmexport.validate.runtime import open_session
+from llmexport.validate.runtime import OrtValue, SessionOptions, open_session
 from llmexport.validate.stages import Stage
 
 BACKENDS = ("onnxruntime", "engine")
@@ -84,7 +82,7 @@ class RuntimeSession(Session[OrtValue]):
         super().__init__(export)
         if export.dtype == "bfloat16":
             raise RunError("ONNX Runtime has no bfloat16 MatMul on a CPU: export with --dtype float32 or float16 too")
-        options = onnxruntime.SessionOptions()
+        options = SessionOptions()
         options.intra_op_num_threads = threads
         # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
         options.enable_mem_pattern = False
