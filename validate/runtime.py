@@ -17,7 +17,7 @@ import onnxruntime
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
 from onnxruntime.capi import onnxruntime_pybind11_state
 
-__all__ = ["OLDEST_RUNTIME", "REFUSALS", "InferenceSession", "OrtValue", "SessionOptions", "open_session"]
+__all__ = ["OLDEST_RUNTIME", "REFUSALS", "InferenceSession", "OrtValue", "SessionOptions", "open_session", "version"]
 OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
 STOPS = tuple(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception))
 REFUSALS: tuple[type[Exception], ...] = (RuntimeError, *STOPS)
@@ -25,6 +25,10 @@ REFUSALS: tuple[type[Exception], ...] = (RuntimeError, *STOPS)
 
 class NotTaken(Mismatch):
     """A model that ONNX Runtime does not take."""
+
+
+def version() -> str:
+    return str(onnxruntime.__version__)
 
 
 def open_session(model: onnx.ModelProto, weights: Path, options: SessionOptions | None = None) -> InferenceSession:
