@@ -25,6 +25,7 @@ COMMANDS = (
     "golden",
     "deploy",
     "generate",
+    "bench",
     "checkpoint",
     "ops",
     "plugins",
