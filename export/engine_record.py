@@ -143,7 +143,7 @@ def read(folder: Path) -> Engine:
         engine: Engine = typed(Engine, {k: v for k, v in data.items() if k != "format"})
         _check(engine)
     except FileNotFoundError as error:
-        raise EngineError(f"{folder} holds no engine, it has no {RECORD}: {rebuild(folder)}") from error
+        raise EngineError(f"{folder} holds no engine: build one: llmexport engine {folder}") from error
     except OSError as error:
         raise EngineError(f"cannot read {path}: {error.strerror}: {rebuild(folder)}") from error
     except DAMAGED as error:
