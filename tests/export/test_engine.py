@@ -142,6 +142,7 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
         "arch": "llama",
         "block": "attention",
         "dtype": "float32",
+        "weights_at": "inside",
         "weights": described["weights"]["files"],
         "checked": "2 of 2 files: every byte as recorded",
         "profile": {"batch": [2, 2, 2], "sequence": [1, 64, 512], "past": [0, 8, 16], "total": [1, 72, 528]},
@@ -152,6 +153,7 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
                 "model_sha256": hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest(),
                 **ports,
                 "carried": {"past_key": "present_key", "past_value": "present_value"},
+                "bindings": {},
                 "plugins": {},
                 "messages": [],
             }
