@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmexport.export.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from llmexport.export.engine import Engine
+    from llmexport.export.engine_record import Engine
     from llmexport.export.exported import Export
 
 __all__ = ["build_engine", "export"]

@@ -27,16 +27,20 @@ ANOTHER_GRAPH = re.compile(
 )
 
 
+Messages = collections.deque[str]
+
+
 @dataclass(frozen=True)
 class Network:
     """What TensorRT read: [name, type, shape with -1] of each input and output, the names of its plugin layers, its
-    version, and how many layers there are of each kind."""
+    version, how many layers there are of each kind, and those that would compute weights alone at every step."""
 
     inputs: list[list[Any]]
     outputs: list[list[Any]]
     plugins: list[str]
     version: str
     layers: Mapping[str, int]
+    computed: list[str]
 
 
 @dataclass(frozen=True)
@@ -55,41 +59,51 @@ def run(work: Path, module: str, timeout: float | None, check: Callable[[Network
     builder is given up. Raises EngineError on whatever the builder says or dies of, OSError if it cannot write.
     """
     start = time.monotonic()
-    messages: collections.deque[str] = collections.deque(maxlen=20)
+    messages: Messages = collections.deque(maxlen=20)
     network, built = None, False
-    with _builder(work, module, timeout) as child:
-        for line in child.stdout or ():
-            if not line.endswith("\n"):
-                # It died in the middle of an event.
-                break
-            match json.loads(line):
-                case ["log", text]:
-                    messages.append(text)
-                    if ANOTHER_GRAPH.search(text):
-                        raise EngineError(f"TensorRT would build another graph than the model's: {text}")
-                case ["parsed", inputs, outputs, plugins, facts]:
-                    network = Network(inputs, outputs, plugins, **facts)
-                    check(network)
-                case ["unreadable", reasons]:
-                    raise EngineError(f"TensorRT cannot read the model: {'; '.join(reasons)}")
-                case ["unbuildable"]:
-                    raise EngineError("\n  ".join(["TensorRT cannot build the model:", *messages]))
-                case ["unwritable", code]:
-                    raise OSError(code, os.strerror(code))
-                case ["built"]:
-                    built = True
+    with builder(work, module) as child, limited(child, timeout) as late:
+        for event in events(child, messages):
+            if isinstance(event, Network):
+                network = event
+                check(network)
+            built = built or event == ["built"]
         code = child.wait()
-    seconds = time.monotonic() - start
-    if code or network is None or not built:
-        late = timeout is not None and seconds >= timeout
-        reason = f"was stopped after {timeout:g} s, see --timeout" if late else _reason(code)
-        raise EngineError("\n  ".join([f"TensorRT's builder {reason}", *messages, *_tail(work / "stderr")]))
-    return Run(network, tuple(dict.fromkeys(messages)), round(seconds, 2))
+        if code or network is None or not built:
+            raise died(work, f"was stopped after {timeout:g} s, see --timeout" if late() else reason(code), messages)
+    return Run(network, tuple(dict.fromkeys(messages)), round(time.monotonic() - start, 2))
+
+
+def events(child: subprocess.Popen[str], messages: Messages) -> Iterator[Network | list[Any]]:
+    """What a builder tells, but for messages, which are gathered, and errors, which are raised."""
+    for line in child.stdout or ():
+        if not line.endswith("\n"):
+            # It died in the middle of an event.
+            break
+        match json.loads(line):
+            case ["log", text]:
+                messages.append(text)
+                if ANOTHER_GRAPH.search(text):
+                    raise EngineError(f"TensorRT would build another graph than the model's: {text}")
+            case ["parsed", inputs, outputs, plugins, facts]:
+                yield Network(inputs, outputs, plugins, **facts)
+            case ["unreadable", reasons]:
+                raise EngineError(f"TensorRT cannot read the model: {'; '.join(reasons)}")
+            case ["unbuildable"]:
+                raise EngineError("\n  ".join(["TensorRT cannot build the model:", *messages]))
+            case ["unwritable", code]:
+                raise OSError(code, os.strerror(code))
+            case event:
+                yield event
+
+
+def died(work: Path, how: str, messages: Messages) -> EngineError:
+    """Of a builder whose process ended before it was done, and what it said last."""
+    return EngineError("\n  ".join([f"TensorRT's builder {how}", *messages, *_tail(work / "stderr")]))
 
 
 @contextlib.contextmanager
-def _builder(work: Path, module: str, timeout: float | None) -> Iterator[subprocess.Popen[str]]:
-    """The builder's process. It has ended afterwards, whatever happens."""
+def builder(work: Path, module: str, channel: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    """The builder's process, which has ended afterwards, whatever happens; `channel`: a file that it is left open."""
     pipe = subprocess.PIPE
     (work / "links").mkdir()
     with (
@@ -103,20 +117,30 @@ def _builder(work: Path, module: str, timeout: float | None) -> Iterator[subproc
             stdout=pipe,
             stderr=stderr,
             text=True,
+            pass_fds=() if channel is None else (channel,),
         ) as child,
     ):
-        timer = threading.Timer(timeout or 0, child.kill)
         try:
-            if timeout is not None:
-                timer.start()
             yield child
         finally:
-            timer.cancel()
             child.kill()
             child.wait()
 
 
-def _reason(code: int) -> str:
+@contextlib.contextmanager
+def limited(child: subprocess.Popen[str], timeout: float | None) -> Iterator[Callable[[], bool]]:
+    """Kills a process that is still there after so many seconds; gives what says whether it was that."""
+    start = time.monotonic()
+    timer = threading.Timer(timeout or 0, child.kill)
+    try:
+        if timeout is not None:
+            timer.start()
+        yield lambda: timeout is not None and time.monotonic() - start >= timeout
+    finally:
+        timer.cancel()
+
+
+def reason(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name

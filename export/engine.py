@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from llmexport.export import builder, manifest
+from llmexport.export import beside, builder, device, manifest
 from llmexport.export.engine_build import JOB, MODEL, PLAN
+from llmexport.export.engine_record import RECORD, Engine, Library, Plan, check_backend
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
-from llmexport.export.identity import WeightFile
 from llmexport.export.output import write_errors
 from llmexport.export.profile import Profile
 from llmexport.export.progress import Progress, silent
@@ -29,96 +26,8 @@ from llmexport.plugins import library
 from llmexport.plugins.dtypes import BY_TENSORRT
 from llmexport.plugins.regular import sha256
 
-RECORD = "engine.json"
-FORMAT = 2
+WEIGHTS = ("inside", "beside")  # the plan
 LONGEST = 10**8  # seconds: three years, which a timer still takes
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A flavour of TensorRT: its module, the command that installs it, and the GPUs that its plans run on."""
-
-    module: str
-    install: str
-    target: str
-
-
-BACKENDS = MappingProxyType(
-    {
-        "tensorrt-rtx": Backend(
-            "tensorrt_rtx", "pip install tensorrt-rtx", "NVIDIA GPUs of compute capability 8.0 and later"
-        ),
-        "tensorrt": Backend(
-            "tensorrt",
-            "pip install tensorrt --extra-index-url https://pypi.nvidia.com (it builds only where a GPU is)",
-            "the kind of GPU it was built on",
-        ),
-    }
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The engine of one graph.
-
-    model_sha256: of the graph's `.onnx`. inputs, outputs: with the dtypes of the engine. carried: as in the manifest.
-    layers: how many TensorRT read, by kind. plugins: how often each op is a plugin layer. messages: TensorRT's
-    warnings. seconds: how long the builder ran.
-    """
-
-    file: str
-    bytes: int
-    sha256: str
-    model_sha256: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    carried: Mapping[str, str]
-    layers: Mapping[str, int]
-    plugins: Mapping[str, int]
-    messages: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Library:
-    """A plugin library, which must be loaded before the engine is."""
-
-    file: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What `engine.json` says: what all plans share, and the plan of each graph by name.
-
-    target: the GPUs that the plans run on. checked: how much of the weights was read. profile: (min, opt, max) of
-    each dynamic dimension.
-    """
-
-    backend: str
-    version: str
-    target: str
-    arch: str
-    block: str | None
-    dtype: str
-    weights: tuple[WeightFile, ...]
-    checked: str
-    profile: Mapping[str, Sizes]
-    plugins: tuple[Library, ...]
-    graphs: Mapping[str, Plan]
-
-    def as_data(self) -> dict[str, Any]:
-        return {"format": FORMAT, **dataclasses.asdict(self)}
-
-
-def check_backend(name: str) -> Backend:
-    """The backend of that name. Raises EngineError with the command that installs it, if it is not here."""
-    if name not in BACKENDS:
-        raise EngineError(f"backend is {name!r}: choose one of {', '.join(BACKENDS)}")
-    chosen = BACKENDS[name]
-    if importlib.util.find_spec(chosen.module) is None:
-        raise EngineError(f"{name} is not installed: {chosen.install}")
-    return chosen
 
 
 def build(
@@ -127,6 +36,7 @@ def build(
     backend: str = "tensorrt-rtx",
     profile: Profile | None = None,
     plugins: Path | None = None,
+    weights: str = "inside",
     timeout: float | None = None,
     verify: bool = False,
     progress: Progress = silent,
@@ -136,6 +46,8 @@ def build(
     plugins: the plugin library, whose kernels take the place of the ops it serves; other ops, or all if it is
     None, are built from their function bodies.
 
+    weights: "inside" the plans, or "beside" them: the large ones are inputs, as `binding.weights` gives them.
+
     timeout: seconds until the builder of a graph is given up, None to wait. Whatever fails before all plans are built,
     earlier engines stay. verify: every byte of the weights is held against the digests of the export.
     Raises EngineError, and ExportError if `folder` is no export, was changed since, or cannot be written.
@@ -143,6 +55,8 @@ def build(
     chosen = check_backend(backend)
     if timeout is not None and not 1 <= timeout <= LONGEST:
         raise EngineError(f"timeout is {timeout:g}: make it 1 to {LONGEST} seconds")
+    if weights not in WEIGHTS:
+        raise EngineError(f"weights is {weights!r}: choose one of {', '.join(WEIGHTS)}")
     folder = Path(os.path.realpath(folder))
     export = manifest.read(folder)
     sizes = (profile or Profile()).resolve((p for g in export.graphs for p in g.assembly.inputs), export.blocks)
@@ -151,7 +65,7 @@ def build(
         export = manifest.verified(export)
     served = library.served(plugins) if plugins else frozenset()
     with write_errors(folder / plan_name(export.graphs[0].name)), workspace(folder) as work:
-        job = _Job(export, chosen.module, sizes, plugins, served, timeout, work, progress)
+        job = _Job(export, chosen.module, sizes, plugins, served, weights, timeout, work, progress)
         plans: dict[str, Plan] = {}
         for place, graph in enumerate(export.graphs):
             try:
@@ -161,13 +75,16 @@ def build(
                     raise
                 raise EngineError(f"{graph.name}: {error}") from error
         used = any(p.plugins for p in plans.values())
+        gpu = None if chosen.least else device.first()
         engine = Engine(
             backend=backend,
             version=version,
             target=chosen.target,
+            built_on=gpu if isinstance(gpu, device.Device) else None,
             arch=export.arch,
             block=export.block,
             dtype=export.dtype,
+            weights_at=weights,
             weights=export.weights,
             checked=export.checked,
             profile=sizes,
@@ -193,6 +110,7 @@ class _Job:
     sizes: Mapping[str, Sizes]
     library: Path | None
     served: frozenset[str]
+    weights: str
     timeout: float | None
     work: Path
     progress: Progress
@@ -202,19 +120,23 @@ class _Job:
         steps, assembly, work = 2 * len(self.export.graphs), graph.assembly, self.work / graph.name
         self.progress("engine: read", 2 * place, steps)
         model, nodes = tensorrt_form(load(self.export, graph), self.served)
+        bindings = beside.beside(model, beside.LARGE) if self.weights == "beside" else {}
         work.mkdir()
         (work / MODEL).write_bytes(model.SerializeToString())
         shapes = {p.name: _shapes(p, self.sizes) for p in assembly.inputs}
         job = {"module": self.module, "model": str(self.export.folder / graph.file), "profile": shapes}
+        job |= {"weights": list(bindings), "large": beside.LARGE}
         job |= {"library": str(self.library)} if nodes else {}
         (work / JOB).write_text(json.dumps(job))
         dtype = self.export.dtype
         inputs, outputs = (tuple(p.typed(dtype) for p in ports) for ports in (assembly.inputs, assembly.outputs))
 
         def check(read: builder.Network) -> None:
-            _check_plugins(nodes, read.plugins)
-            _check_ports(inputs, read.inputs)
-            _check_ports(outputs, read.outputs)
+            check_plugins(nodes, read.plugins)
+            check_ports((*inputs, *(Port(n, b.shape, b.dtype) for n, b in bindings.items())), read.inputs)
+            check_ports(outputs, read.outputs)
+            if read.computed:
+                raise EngineError(f"TensorRT would compute weights at every step, by {', '.join(read.computed[:5])}")
             self.progress("engine: build", 2 * place + 1, steps)
 
         ran = builder.run(work, self.module, self.timeout, check)
@@ -226,6 +148,7 @@ class _Job:
             inputs=inputs,
             outputs=outputs,
             carried=graph.carried,
+            bindings=bindings,
             layers=ran.network.layers,
             plugins=dict(collections.Counter(nodes.values())),
             messages=ran.messages,
@@ -239,14 +162,14 @@ def _shapes(port: Port, sizes: Mapping[str, Sizes]) -> list[list[int]]:
     return [[d if isinstance(d, int) else sizes[d][i] for d in port.shape] for i in range(3)]
 
 
-def _check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
+def check_plugins(nodes: dict[str, str], layers: list[str]) -> None:
     """Every node left to a plugin must be a plugin layer, and no other may."""
     if sorted(layers) != sorted(nodes):
         odd = sorted(set(nodes).symmetric_difference(layers))[:5]
         raise EngineError(f"TensorRT made {len(layers)} plugin layers of {len(nodes)} ops, see {', '.join(odd)}")
 
 
-def _check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
+def check_ports(ports: tuple[Port, ...], found: list[list[Any]]) -> None:
     """What TensorRT read, [name, type, shape with -1] each, must be what the export says."""
     said = {p.name: [p.dtype, [d if isinstance(d, int) else -1 for d in p.shape]] for p in ports}
     read = {name: [BY_TENSORRT[kind].name if kind in BY_TENSORRT else kind, shape] for name, kind, shape in found}

@@ -1,8 +1,9 @@
 """The TensorRT builder, as a process of its own: the only module of the export that imports TensorRT.
 
-`python -m llmexport.export.engine_build FOLDER` does the job that `engine.py` left in the folder. Each line of
-stdout is an event, a JSON list: ["log", text], ["parsed", inputs, outputs, plugin layers, facts],
-["unreadable", reasons], ["unbuildable"], ["unwritable", errno] or ["built"].
+`python -m llmexport.export.engine_build FOLDER` does the job that `engine.py` left in the folder, or `evaluation.py`,
+whose job names a `channel`: what was parsed is then computed on this CPU, and not built. Each line of stdout is an
+event, a JSON list: ["log", text], ["parsed", inputs, outputs, plugin layers, facts], ["unreadable", reasons],
+["unbuildable"], ["unwritable", errno], ["built"]; ["unknown", reason] or ["ready"].
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmexport.export import engine_weights
 from llmexport.plugins import library
 
 JOB, MODEL, PLAN = "job.json", "model.onnx", "model.plan"  # in the folder of a job
@@ -33,7 +35,7 @@ CHATTER = re.compile(r"Make sure (input|output) .* has Int64 binding")
 def main(folder: Path) -> None:
     tell = _events()
     # Both: only Linux has the first, and the second waits while TensorRT holds the interpreter.
-    _die_with_parent()
+    die_with_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads((folder / JOB).read_bytes())
     trt = importlib.import_module(job["module"])
@@ -52,7 +54,7 @@ def main(folder: Path) -> None:
 
 
 def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
-    """The plan, as a buffer; None if TensorRT refused, which has been told."""
+    """The plan, as a buffer; None if TensorRT refused, which has been told, or if none was wanted."""
     logger = _logger(trt, tell)
     if "library" in job:
         library.load(trt, Path(job["library"]))
@@ -63,6 +65,9 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
         errors = [parser.get_error(i) for i in range(min(parser.num_errors, 5))]
         tell("unreadable", [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors])
         return None
+    # Inputs, where the weights are beside the plan.
+    weights = job.get("weights", ())
+    engine_weights.read_swapped(trt, network, weights)
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     for layer in layers:
         if layer.type == trt.LayerType.ATTENTION_INPUT:
@@ -73,7 +78,14 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     outputs = [_port(network.get_output(i)) for i in range(network.num_outputs)]
     plugins = [layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
     kinds = collections.Counter(layer.type.name for layer in layers)
-    tell("parsed", inputs, outputs, plugins, {"version": trt.__version__, "layers": dict(kinds.most_common())})
+    facts = {"version": trt.__version__, "layers": dict(kinds.most_common())}
+    facts["computed"] = engine_weights.computed(trt, network, weights, job["large"]) if weights else []
+    tell("parsed", inputs, outputs, plugins, facts)
+    if "channel" in job:
+        from llmexport.export.network.serve import serve
+
+        serve(trt, network, model, job, tell)
+        return None
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     for name, shapes in job["profile"].items():
@@ -120,7 +132,7 @@ def _events() -> Tell:
     return tell
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent has ended, however that ends."""
     call = getattr(ctypes.CDLL(None), "prctl", None)
     if call is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import onnx
@@ -47,7 +47,7 @@ def build(
         for s in assembly.steps
     }
     wanted = {p.name: p for parameters in own.values() for p in parameters.values()}
-    stored = {n: weights.stored_type(p, checkpoint) for n, p in wanted.items() if p.dtype != "T"}
+    stored = _stored_types(wanted, checkpoint)
 
     def make() -> bytes:
         pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]
@@ -70,16 +70,44 @@ def join(
 ) -> onnx.ModelProto:
     """The pieces stitched and fused, weights still graph inputs, those in `stored` of that ONNX type; what each pass
     did is in `metadata_props`."""
-    inputs, outputs = ([value_info(p, dtype) for p in ports] for ports in (assembly.inputs, assembly.outputs))
-    stitched = stitch(pieces, inputs, outputs, opset=assembly.opset)
-    for value in stitched.graph.input:
-        if value.name in stored:
-            value.type.tensor_type.elem_type = stored[value.name]
-    proto, fusions = pipeline.run(stitched)
+    proto, fusions = pipeline.run(_stitched(pieces, assembly.inputs, assembly.outputs, dtype, stored, assembly.opset))
     if target == "portable":
         bodies.attach_bodies(proto, load_body)
     for name, fused in fusions.items():
         proto.metadata_props.add(key=name, value=json.dumps(dataclasses.asdict(fused)))
+    return proto
+
+
+def _stitched(
+    pieces: list[Piece],
+    inputs: Sequence[Port],
+    outputs: Sequence[Port],
+    dtype: str,
+    stored: Mapping[str, int],
+    opset: int,
+) -> onnx.ModelProto:
+    """The pieces as they were traced."""
+    proto = stitch(pieces, *([value_info(p, dtype) for p in ports] for ports in (inputs, outputs)), opset=opset)
+    for value in proto.graph.input:
+        if value.name in stored:
+            value.type.tensor_type.elem_type = stored[value.name]
+    return proto
+
+
+def as_traced(
+    step: Step, own: Mapping[str, weights.Parameter], checkpoint: Checkpoint, dtype: str, opset: int
+) -> onnx.ModelProto:
+    """One step as it is traced, before any pass, with its weights and with bodies: what its part of a file must
+    compute, value by value of the same name.
+
+    own: the weights of the step by the path in its block.
+    """
+    values = {**step.reads, **{path: parameter.name for path, parameter in own.items()}, **step.makes}
+    wanted = {p.name: p for p in own.values()}
+    piece = Piece(step.name, load_block(step.block, dtype), values)
+    proto = _stitched([piece], *_ports(step), dtype, _stored_types(wanted, checkpoint), opset)
+    bodies.attach_bodies(proto, functools.partial(load_body, opset=opset))
+    weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx)
     return proto
 
 
@@ -140,7 +168,18 @@ def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:
 
 def cut_step(model: onnx.ModelProto, step: Step, dtype: str) -> onnx.ModelProto:
     """The part of an exported model that computes one step; weights stay where they are."""
-    inputs = [
-        value_info(dataclasses.replace(p, name=n), dtype) for n, p in zip(step.inputs, step.block.inputs, strict=True)
-    ]
-    return cut(model, inputs, step.outputs)
+    return cut(model, [value_info(p, dtype) for p in _ports(step)[0]], step.outputs)
+
+
+def _ports(step: Step) -> tuple[list[Port], list[Port]]:
+    """What goes into a step and what comes out, by the names of the values."""
+    sides = ((step.block.inputs, step.inputs), (step.block.outputs, step.outputs))
+    inputs, outputs = (
+        [dataclasses.replace(p, name=n) for p, n in zip(ports, names, strict=True)] for ports, names in sides
+    )
+    return inputs, outputs
+
+
+def _stored_types(wanted: Mapping[str, weights.Parameter], checkpoint: Checkpoint) -> dict[str, int]:
+    """The ONNX types of the weights that a graph takes as they are stored."""
+    return {n: weights.stored_type(p, checkpoint) for n, p in wanted.items() if p.dtype != "T"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from llmexport.export import earlier, interrupt
 from llmexport.export.errors import ExportError
@@ -84,6 +85,40 @@ def _place(new: Path, target: Path, old: Path | None) -> None:
             else:
                 os.rename(target, new)
         raise
+
+
+@contextmanager
+def new_file(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> Iterator[BinaryIO]:
+    """Yield an open file that becomes `target` if the block ends well; whatever fails, `target` is as it was.
+
+    With `force` it takes the place of an earlier one, which `ours` knows.
+    """
+    target = check_new_file(target, force, ours)
+    with write_errors(target), workspace(target.parent) as work:
+        with open(work / "new", "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        interrupt.check()
+        check_new_file(target, force, ours)
+        os.replace(work / "new", target)
+        _sync(target.parent)
+
+
+def check_new_file(target: Path, force: bool, ours: Callable[[Path], bool]) -> Path:
+    """The resolved path of a file that may be written; for a check before the work, too. Raises ExportError."""
+    _check_parent(target)
+    target = Path(os.path.realpath(target))
+    with write_errors(target):
+        if not os.path.lexists(target):
+            return target
+        if not os.path.isfile(target):
+            raise ExportError(f"{target} is not a regular file: choose another name for the output")
+        if not force:
+            raise ExportError(f"{target} exists: choose another name, or pass --force to replace it")
+        if not ours(target):
+            raise ExportError(f"{target} is no earlier output, and --force does not replace it: choose another name")
+    return target
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:

@@ -52,5 +52,14 @@ BY_NAME: Mapping[str, Dtype] = MappingProxyType(
 BY_SAFETENSORS: Mapping[str, Dtype] = MappingProxyType({d.safetensors: d for d in BY_NAME.values() if d.safetensors})
 BY_ONNX: Mapping[int, Dtype] = MappingProxyType({d.onnx: d for d in BY_NAME.values()})
 BY_TENSORRT: Mapping[str, Dtype] = MappingProxyType({d.tensorrt: d for d in BY_NAME.values() if d.tensorrt})
+# The numbers of TensorRT's DataType.
+TENSORRT_NUMBERS: Mapping[str, int] = MappingProxyType(
+    {
+        name: number
+        for number, name in enumerate(
+            ("FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8", "BF16", "INT64", "INT4", "FP4", "E8M0")
+        )
+    }
+)
 # The types that models are exported in, and that ops compute with.
 FLOATS = ("float32", "float16", "bfloat16")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from kernel_numbers import UNIT, Values
-from plugin_host import DTYPES, Machine
+from plugin_host import DTYPES, Machine, computed
 
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
@@ -112,7 +112,7 @@ def attention(shape: Shape, inputs: list[Values]) -> Exact:
 
 def run(machine: Machine, shape: Shape, inputs: list[Values], shift: int = 0) -> Values:
     plugin = machine.library.create("SinkAttention", shape.attributes)
-    return plugin.run(machine.memory(), inputs, shift)[0]
+    return computed(plugin, machine.memory(), inputs, shift)[0]
 
 
 def near(machine: Machine, shape: Shape, dtype: str, shift: int = 0) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from kernel_numbers import UNIT, Values, rounded
-from plugin_host import DTYPES, Machine
+from plugin_host import DTYPES, Machine, computed
 
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
@@ -120,7 +120,7 @@ def exact(node: Node, inputs: list[Values], dtype: str) -> Values:
 
 
 def run(machine: Machine, node: Node, inputs: list[Values], shift: int = 0) -> Values:
-    return machine.library.create("MoeExperts", node.attributes).run(machine.memory(), inputs, shift)[0]
+    return computed(machine.library.create("MoeExperts", node.attributes), machine.memory(), inputs, shift)[0]
 
 
 def is_near(node: Node, found: Values, y: Values, dtype: str) -> bool:

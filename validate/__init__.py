@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmexport.export.errors import ExportError
@@ -21,7 +22,9 @@ def validate(
     rungs: Collection[str] | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    save_results: Path | None = None,
     verify: bool = False,
+    bisect: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """The report on the export in `folder`, also written there.
@@ -31,11 +34,12 @@ def validate(
     """
     # What takes long to import is imported when it is needed.
     import dataclasses
+    import functools
 
     from llmexport.export import manifest
     from llmexport.export.folder import folder_path
-    from llmexport.validate import ladder
-    from llmexport.validate.report import write
+    from llmexport.validate import ladder, results
+    from llmexport.validate.page import write
 
     for name, value, least in (("tokens", tokens, 2), ("seed", seed, 0)):
         if value is not None and value < least:
@@ -45,12 +49,16 @@ def validate(
     export = manifest.read(folder)
     if not os.access(folder, os.W_OK):
         raise ExportError(f"{folder} cannot be written to, and the report belongs there: copy the export elsewhere")
-    _check_memory(tokens or 0)
+    check_memory(tokens or 0)
+    results.check(save_results)
+    if save_results and export.block is not None:
+        raise ExportError(f"{folder} is one block: results are saved of a whole model")
     first = not manifest.has_digests(export)
     if first or verify:
         progress("read the weights", 0, 1)
         export = manifest.digested(export) if first else manifest.verified(export)
-    report = ladder.climb(export, rungs=rungs, tokens=tokens, seed=seed, progress=progress)
+    keep = functools.partial(results.save, save_results) if save_results else None
+    report = ladder.climb(export, rungs=rungs, tokens=tokens, seed=seed, bisect=bisect, keep=keep, progress=progress)
     export.check_untouched()
     # Where a rung failed, nothing is recorded that later runs would trust.
     report.weights = (export if report.passed else dataclasses.replace(export, digested=False)).checked
@@ -60,7 +68,7 @@ def validate(
     return report
 
 
-def _check_memory(tokens: int) -> None:
+def check_memory(tokens: int) -> None:
     """Raise ExportError on a prompt that would take the whole machine down before any error."""
     # Two rows, a score in fp32 of each token for each: less than one layer takes.
     least, there = 8 * tokens**2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

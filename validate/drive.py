@@ -34,7 +34,8 @@ from llmexport.validate.stages import (
 )
 
 MOST_PAST = 4 * 2**30  # bytes of a random past in fp32, which is held for each step across a threshold
-WARM_CALLS, WARM_SECONDS = 5, 0.2  # a prompt is timed again until there are so many calls, or they took so long
+# A prompt is timed again until there are so many calls, or the fewer that make a median took so long.
+WARM_CALLS, LEAST_CALLS, WARM_SECONDS = 5, 3, 0.2
 R = TypeVar("R", bound=BaseRunner)
 Recorded = dict[str, dict[str, Feed]]  # name of a stage -> graph -> value
 
@@ -92,6 +93,21 @@ class Driver(Generic[R]):
         return self._held[port.name] if port.name in self._held else stage.at(port)
 
 
+class Taking:
+    """A model that is run on the stages it takes, and gives nothing for the others, which must be crossings."""
+
+    def __init__(self, model: Runs, takes: Callable[[Stage], bool]) -> None:
+        self.seconds = 0.0
+        self._model, self._takes = model, takes
+
+    def run(self, stage: Stage) -> Feed:
+        if not self._takes(stage):
+            return Feed()
+        outputs = self._model.run(stage)
+        self.seconds = self._model.seconds
+        return outputs
+
+
 TorchDriver = Driver[TorchRunner]
 
 
@@ -112,10 +128,12 @@ class Run:
     """What one runner made of a script: the outputs of each stage, and seconds.
 
     carried: the outputs that are states; of those, the ones of pieces alone are kept. prompts: the seconds of calls of
-    the first stage once all stages have been run. decodes: those of each decode step.
+    the first stage once all stages have been run. decodes: those of each decode step. logits: the output that tokens
+    are chosen by, if there is one.
     """
 
     carried: frozenset[str]
+    logits: str | None = None
     outputs: list[Feed] = field(default_factory=list)
     prompts: list[float] = field(default_factory=list)
     decodes: list[float] = field(default_factory=list)
@@ -127,9 +145,17 @@ class Run:
 
     @property
     def medians(self) -> dict[str, float]:
-        timed = {"prefill": self.prompts, "decode": self.decodes}
+        return {name: statistics.median(seconds) for name, seconds in self._timed.items()}
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Of how many calls each median is."""
+        return {name: len(seconds) for name, seconds in self._timed.items()}
+
+    @property
+    def _timed(self) -> dict[str, list[float]]:
         # A model without decode steps has no time of them.
-        return {name: statistics.median(seconds) for name, seconds in timed.items() if seconds}
+        return {n: s for n, s in (("prefill", self.prompts), ("decode", self.decodes)) if s}
 
 
 def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
@@ -155,7 +181,7 @@ def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
 
     outputs, stage = take(prompt), prompt
     if any(g.carried for g in export.graphs):
-        scores = next(p.name for g in export.graphs for p in g.assembly.outputs if p.use == "logits")
+        scores = logits(export)
         for i in range(DECODE_STEPS):
             stage = stage.then(f"decode {i + 1}", "decode", outputs[scores][:, -1:].argmax(-1))
             outputs = take(stage)
@@ -178,7 +204,12 @@ def follow(model: Runs, export: Export, script: Script, *, timed: bool = False) 
 
 
 def _begun(export: Export) -> Run:
-    return Run(frozenset(n for g in export.graphs for n in g.carried.values()))
+    return Run(frozenset(n for g in export.graphs for n in g.carried.values()), logits(export))
+
+
+def logits(export: Export) -> str | None:
+    """The output that tokens are chosen by, if there is one."""
+    return next((p.name for g in export.graphs for p in g.assembly.outputs if p.use == "logits"), None)
 
 
 def _take(model: Runs, stage: Stage, run: Run) -> Feed:
@@ -193,7 +224,7 @@ def _take(model: Runs, stage: Stage, run: Run) -> Feed:
 def time_again(model: Runs, prompt: Stage) -> list[float]:
     """The seconds of further calls of a prompt that has been run: a first one also loads weights and picks kernels."""
     seconds: list[float] = []
-    while not seconds or (len(seconds) < WARM_CALLS and sum(seconds) < WARM_SECONDS):
+    while len(seconds) < LEAST_CALLS or (len(seconds) < WARM_CALLS and sum(seconds) < WARM_SECONDS):
         model.run(prompt)
         seconds.append(model.seconds)
     return seconds

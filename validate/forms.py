@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import graph_file
 from llmexport.export.exported import Export, ExportedGraph
+from llmexport.validate import engine_form, kernels, network
 from llmexport.validate.drive import Recorded
 from llmexport.validate.runners import not_runnable, onnx_runner
 
 
 def _no_trace(export: Export, recorded: Recorded) -> str:
+    return ""
+
+
+def _any_size(export: Export, sizes: Mapping[str, int]) -> str:
     return ""
 
 
@@ -25,6 +30,9 @@ class Form:
     its second argument says that the user asked for it by name, so that a large model is no reason. runner: runs a
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
     PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing.
+    outside: why it does not take these sizes, by axis, or nothing.
+    note: what else is to be known of a rung that was run. timed: its seconds are those of something that is deployed.
+    doing: what the user waits for once it is asked for by name, or nothing: the name says it.
     """
 
     rung: str
@@ -33,6 +41,10 @@ class Form:
     runner: Callable[[Export, ExportedGraph], BaseRunner]
     against: Form | None = None
     trace: Callable[[Export, Recorded], str] = _no_trace
+    outside: Callable[[Export, Mapping[str, int]], str] = _any_size
+    note: Callable[[Export], str] = lambda export: ""
+    timed: bool = True
+    doing: Callable[[], str] = lambda: ""
 
 
 ONNX_RUNTIME = Form(
@@ -42,4 +54,35 @@ ONNX_RUNTIME = Form(
     runner=lambda export, graph: onnx_runner(graph_file.load(export, graph), export.folder),
 )
 
-FORMS = (ONNX_RUNTIME,)
+NETWORK = Form(
+    rung="network",
+    title="TensorRT's network / ONNX Runtime",
+    unable=network.unable,
+    runner=network.NetworkRunner,
+    against=ONNX_RUNTIME,
+    trace=network.trace,
+    note=network.form,
+    timed=False,
+)
+
+KERNELS = Form(
+    rung="kernels",
+    title="kernels / PyTorch",
+    unable=kernels.unable,
+    runner=kernels.runner,
+    trace=kernels.trace,
+    note=kernels.note,
+    timed=False,
+    doing=kernels.doing,
+)
+
+ENGINE = Form(
+    rung="engine",
+    title="engine / ONNX Runtime",
+    unable=lambda export, asked: engine_form.unable(export),
+    runner=engine_form.EngineRunner,
+    against=ONNX_RUNTIME,
+    outside=engine_form.outside,
+)
+
+FORMS = (ONNX_RUNTIME, NETWORK, KERNELS, ENGINE)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmexport.export.exported import Export
-from llmexport.export.output import write_files
-from llmexport.export.values import finite, visible
+from llmexport.export.values import finite
 from llmexport.validate.compare import Difference
-from llmexport.validate.tolerance import Tolerance
+from llmexport.validate.metrics import Metrics
+from llmexport.validate.tolerance import MOST, Tolerance
+
+if TYPE_CHECKING:
+    pass
 
 REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
-TIMED = ("prefill", "decode")  # the second by models that have decode steps
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { padding: .2rem .8rem; text-align: left }
-th, tr { border-bottom: 1px solid #ddd } .pass { color: #07701f } .fail { color: #b00020; font-weight: bold }
-.not { color: #666 } summary { cursor: pointer } td { font-variant-numeric: tabular-nums }
-"""
 
 
 @dataclass
@@ -29,7 +21,7 @@ class Rung:
     """One comparison; `difference` is the worst of its `details`.
 
     `status` is pass, fail or not run; `note` says why a rung was not run, or what it lacks; `key` is the name that
-    users choose it by.
+    users choose it by; `metrics` are of a whole model with logits.
     """
 
     name: str
@@ -39,6 +31,69 @@ class Rung:
     tolerance: Tolerance | None = None
     details: list[dict[str, Any]] = field(default_factory=list)
     key: str = ""
+    metrics: Metrics | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a graph's file that computes another output than it should.
+
+    over: it leaves tolerance alone; else it is the one that is furthest off. said: how it differs from the node that
+    an export makes.
+    """
+
+    name: str
+    op: str
+    output: str
+    difference: Difference | None
+    allowed: Tolerance
+    over: bool
+    said: str
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """Where an export leaves tolerance first.
+
+    block: the detail of the rung over blocks, None if no block does. node: in that block. said: why there is no block,
+    or no node. weights: sentences on the tensors that are not the checkpoint's. rungs: the others that failed, with
+    what they say of the place.
+    """
+
+    block: dict[str, Any] | None
+    node: Node | None
+    said: str
+    weights: tuple[str, ...]
+    rungs: dict[str, str]
+
+    @property
+    def found(self) -> bool:
+        return bool(self.block or self.weights or self.rungs)
+
+    @property
+    def lines(self) -> list[tuple[str, str]]:
+        """What was found, for people: of what, and what."""
+        if not self.found:
+            return [("bisect", "nothing leaves tolerance")]
+        lines = []
+        if self.block:
+            where = f"{self.block['step']} ({self.block['kind']}), {self.block['output']} in {self.block['run']}"
+            lines.append(("first block", f"{where}: {_off(self.block['difference'], self.block['allowed'])}"))
+        else:
+            lines.append(("first block", self.said or "none leaves tolerance"))
+        if self.node:
+            off = f"{_off(self.node.difference, self.node.allowed)}; " if self.node.difference else ""
+            near = "" if self.node.over else "within tolerance, and the furthest off; "
+            text = f"{self.node.name} ({self.node.op}), {self.node.output}: {off}{near}{self.node.said}"
+            lines.append(("first node", text))
+        elif self.block:
+            lines.append(("first node", self.said))
+        lines += [("weight", said) for said in self.weights]
+        return lines + [("also fails", f"{name}: {note}" if note else name) for name, note in self.rungs.items()]
+
+
+def _off(difference: Difference, allowed: Tolerance) -> str:
+    return f"{difference.max_abs:.1e} max abs, {difference.rms_ratio:.1e} rms ratio (allowed {allowed.text})"
 
 
 @dataclass
@@ -48,7 +103,8 @@ class Report:
     seconds: by runner, the medians of `prefill` (further calls of the prompt, once all stages have been run) and of
     `decode` (the decode steps, one call each): of PyTorch the time in its modules, of ONNX Runtime that in `run`.
     prompt: the sizes of what was run. weights: how much of them was read to tell that they are those exported.
-    asked: the rungs that the user chose; none if all were to be run that can.
+    asked: the rungs that the user chose; none if all were to be run that can. calls: of how many calls each median is.
+    bisect: where it leaves tolerance first, if that was asked for.
     """
 
     rungs: list[Rung]
@@ -56,13 +112,16 @@ class Report:
     prompt: dict[str, Any]
     weights: str = ""
     asked: tuple[str, ...] = ()
+    calls: dict[str, dict[str, int]] = field(default_factory=dict)
+    bisect: Bisection | None = None
 
     @property
     def passed(self) -> bool:
         """No rung failed, at least one was run, and none that the user chose was not."""
         ran = [r for r in self.rungs if r.status != "not run"]
         left = [r for r in self.rungs if r.status == "not run" and r.key in self.asked]
-        return bool(ran) and not left and all(r.status == "pass" for r in ran)
+        wrong = self.bisect is not None and self.bisect.found
+        return bool(ran) and not left and not wrong and all(r.status == "pass" for r in ran)
 
     @property
     def verdict(self) -> str:
@@ -77,68 +136,15 @@ class Report:
         return finite(asdict(self) | {"passed": self.passed, "verdict": self.verdict})
 
 
-def write(export: Export, report: Report) -> None:
-    """Writes both files into the export's folder, replacing earlier ones."""
-    data = {"model": _model(export), **report.as_data()}
-    files = {"report.json": json.dumps(data, indent=1), "report.html": page(export, report)}
-    write_files(export.folder, {n: t.encode() for n, t in files.items()})
-
-
-def page(export: Export, report: Report) -> str:
-    """The report as one self-contained HTML page."""
-    model = _model(export)
-    rows = [(r.name, *_error(r), r.status, r.note) for r in report.rungs]
-    times = [(runner, *(_milliseconds(taken, k) for k in TIMED)) for runner, taken in report.seconds.items()]
-    details = "".join(
-        f"<details><summary>{_text(r.name)}: {len(r.details)} comparisons</summary>{_details(r)}</details>"
-        for r in report.rungs
-        if r.details
-    )
-    return (
-        f"<!doctype html><meta charset=utf-8><title>llmexport: {_text(model['arch'])}</title>"
-        f"<style>{STYLE}</style><h1>{_text(model['arch'])}, {_text(model['dtype'])}</h1>"
-        f"<p class={'pass' if report.passed else 'fail'}>{report.verdict}</p>"
-        + _table(("rung", "max abs", "rms ratio", "allowed", "status", "note"), rows)
-        + (_table(("runner, warm", "prefill", "decode step"), times) if times else "")
-        + details
-        + _table(("what", ""), [(k, str(v)) for k, v in model.items()] + [("weights read", report.weights)])
-    )
-
-
-def _milliseconds(seconds: Mapping[str, float], name: str) -> str:
-    return f"{seconds[name] * 1e3:.2f} ms" if name in seconds else ""
-
-
-def _text(said: object) -> str:
-    return html.escape(visible(str(said)))
-
-
-def _model(export: Export) -> dict[str, Any]:
-    said = {name: getattr(export, name) for name in ("arch", "block", "dtype", "opset", "versions")}
-    return said | {"ops": {g.name: g.ops for g in export.graphs}}
-
-
-def _error(rung: Rung) -> tuple[str, str, str]:
-    if rung.difference is None or rung.tolerance is None:
-        return "", "", ""
-    return f"{rung.difference.max_abs:.2e}", f"{rung.difference.rms_ratio:.2e}", rung.tolerance.text
-
-
-def _details(rung: Rung) -> str:
-    names = [k for k in rung.details[0] if k not in ("difference", "allowed")]
-    rows = [
-        (*(str(d[n]) for n in names), f"{d['difference'].max_abs:.2e}", f"{d['difference'].rms_ratio:.2e}")
-        for d in rung.details
-    ]
-    return _table((*names, "max abs", "rms ratio"), rows)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(c)}" for c in columns)
-    body = "".join("<tr>" + "".join(_cell(c) for c in row) for row in rows)
-    return f"<table><tr>{head}{body}</table>"
-
-
-def _cell(text: str) -> str:
-    mark = f" class={text.split()[0]}" if text in ("pass", "fail", "not run") else ""
-    return f"<td{mark}>{_text(text)}"
+def rung_of(name: str, details: list[dict[str, Any]]) -> Rung:
+    """Passes if every detail is within what is allowed of it, and no step's reference is everywhere one number, which
+    a model that computes nothing would equal too; shows the one that comes nearest to what is allowed."""
+    worst = max(details, key=lambda d: d["difference"].excess(d["allowed"]))
+    difference, tolerance = worst["difference"], worst["allowed"]
+    varied = {d["step"] for d in details if d["difference"].spread != 0}
+    flat = list(dict.fromkeys(d["step"] for d in details if d["step"] not in varied))
+    status = "pass" if difference.excess(tolerance) <= 1 and not flat else "fail"
+    note = f"proves nothing: the reference is one number everywhere, in step {flat[0]}" if flat else ""
+    if status == "fail" and tolerance.cut and not flat:
+        note = f"tells little: a right run may be {MOST} from fp32 in this type, validate a float32 export too"
+    return Rung(name, status, note, difference, tolerance, details)

@@ -5,7 +5,6 @@ Both take and give dicts of numpy arrays by value name and are Polygraphy runner
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections import OrderedDict
@@ -15,9 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
@@ -28,25 +25,21 @@ from llmexport.export import blocks
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import Port, Step
 from llmexport.export.trace import torch_dtype
-from llmexport.validate.compare import Mismatch
 from llmexport.validate.feeds import Feed
+from llmexport.validate.runtime import open_session
 
-OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
-REFUSALS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    *(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception)),
-)
 HELD = 4 * 2**30  # bytes of weights to keep between runs; larger models are read step by step
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
-    """Our PyTorch: the blocks of a graph, in order, in the export's dtype, on the CPU.
+    """Our PyTorch: the blocks of a graph, in order, in the export's dtype, on one device.
 
     `values` holds everything that the last run computed, by value name.
     """
 
-    def __init__(self, export: Export, graph: ExportedGraph) -> None:
+    def __init__(self, export: Export, graph: ExportedGraph, device: str = "cpu") -> None:
         super().__init__(name="PyTorch")
+        self._device = device
         self._dtype = export.dtype
         self._graph = graph
         self._checkpoint = export.checkpoint()
@@ -59,7 +52,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         return metadata(self._graph.assembly.inputs, self._dtype)
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
-        values = {n: to_torch(a) for n, a in feed_dict.items()}
+        values = {n: to_torch(a).to(self._device) for n, a in feed_dict.items()}
         self.inference_time = 0.0
         with torch.inference_mode():
             for step in self._graph.assembly.steps:
@@ -74,7 +67,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
     def run_step(self, step: Step, feed: Feed) -> Feed:
         """One step alone; `feed` and what is returned are by value name."""
         with torch.inference_mode():
-            made = self._module(step)(*(to_torch(feed[n]) for n in step.inputs))
+            made = self._module(step)(*(to_torch(feed[n]).to(self._device) for n in step.inputs))
         tensors = made if isinstance(made, tuple) else (made,)
         return {n: to_numpy(t) for n, t in zip(step.outputs, tensors, strict=True)}
 
@@ -90,6 +83,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
             tensor = self._read(names).reshape(shapes[path])
             state[path] = tensor.to(dtype) if step.block.dtype_of(path) == "T" else tensor
         module.load_state_dict(state, assign=True, strict=True)
+        module.to(self._device)
         if self._hold:
             self._modules[step.name] = module
         return module
@@ -102,26 +96,8 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 
 
 def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:
-    """ONNX Runtime on the CPU; `weights` is the folder that external data lies in.
-
-    Raises Mismatch, in one line, if the ONNX Runtime here is too old or does not take the model.
-    """
-    installed = onnxruntime.__version__
-    if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < OLDEST_RUNTIME:
-        oldest = ".".join(map(str, OLDEST_RUNTIME))
-        raise Mismatch(
-            f"ONNX Runtime {installed} is installed, whose Attention is wrong where heads share a key: upgrade "
-            f"onnxruntime-gpu, or onnxruntime if that is what is installed, to {oldest} or later"
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except REFUSALS as error:
-        said = " ".join(str(error).split())
-        raise Mismatch(f"ONNX Runtime {installed} does not take the model: {said}") from error
-    return OnnxrtRunner(session, name="ONNX Runtime")
+    """ONNX Runtime on the CPU, as `open_session` opens it."""
+    return OnnxrtRunner(open_session(model, weights), name="ONNX Runtime")
 
 
 def not_runnable(dtype: str) -> str:
@@ -148,5 +124,5 @@ def to_torch(array: np.ndarray) -> Tensor:
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.contiguous().numpy()
+        return tensor.contiguous().view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
+    return tensor.contiguous().cpu().numpy()

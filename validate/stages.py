@@ -66,6 +66,11 @@ class Stage:
         return self.kind in ("opening", "crossing")
 
     @property
+    def greedy(self) -> bool:
+        """Whether the best next token of its last one follows it."""
+        return self.kind in ("opening", "decode")
+
+    @property
     def real(self) -> np.ndarray:
         """Which of its tokens are no padding [B, T]."""
         return self.mask[:, self.past :].astype(bool)

@@ -52,6 +52,14 @@ class Console:
         if not self.quiet and not self.as_json:
             _print(visible(text))
 
+    def write(self, text: str) -> None:
+        """A piece of text as it is, but for what commands a terminal."""
+        if self.quiet or self.as_json or not text:
+            return
+        if sys.stdout.isatty():
+            text = "".join(c if c.isprintable() or c in "\n\t" else visible(c) for c in text)
+        _print(text, nl=False)
+
     def notes(self, sentences: Sequence[str]) -> None:
         """What the result is not, or is only so far, that no error stops."""
         for sentence in sentences:
@@ -102,9 +110,9 @@ class ConsoleError(UserError):
     """The result cannot be printed."""
 
 
-def _print(text: str) -> None:
+def _print(text: str, nl: bool = True) -> None:
     try:
-        click.echo(text)
+        click.echo(text, nl=nl)
     except OSError as error:
         raise ConsoleError(f"the work is done, but its result cannot be printed to stdout: {error.strerror}") from error
 

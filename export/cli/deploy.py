@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from llmexport.export import engine, manifest, onnx_file
+from llmexport.export import engine, engine_record, manifest, onnx_file
 from llmexport.export.cli import engine as engine_command
 from llmexport.export.cli import onnx as onnx_command
 from llmexport.export.cli import source
@@ -45,7 +45,7 @@ def command(
     Exit code 1 if a rung of the comparison fails.
     """
     console = Console(quiet, as_json)
-    engine.check_backend(backend)
+    engine_record.check_backend(backend)
     sizes = None if profile is None else parse_profile(profile)
     kernels = library.find() if plugins else None
     with open_source(arch, checkpoint, output or Path("deploy")) as (named, found):

@@ -23,6 +23,7 @@ PACKAGES = (
     ("onnx", ("onnx-graphsurgeon",), "pip install onnx-graphsurgeon"),
     ("validate", ("onnxruntime-gpu", "onnxruntime"), "pip install onnxruntime-gpu"),
     ("validate", ("polygraphy",), "pip install polygraphy"),
+    ("validate", ("jinja2",), "pip install jinja2"),
     ("engine", ("tensorrt-rtx",), "pip install tensorrt-rtx"),
 )
 OPTIONAL = (

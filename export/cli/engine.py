@@ -11,7 +11,8 @@ import click
 
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.source import FOLDER, verifying
-from llmexport.export.engine import BACKENDS, LONGEST, Engine, build
+from llmexport.export.engine import LONGEST, WEIGHTS, build
+from llmexport.export.engine_record import BACKENDS, Engine
 from llmexport.export.profile import parse_profile
 from llmexport.plugins import library
 
@@ -48,6 +49,13 @@ def options(command: F) -> F:
 @click.command("engine")
 @click.argument("folder", type=FOLDER)
 @options
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="inside",
+    show_default=True,
+    help="Inside the plan, or beside it: inputs that are bound from the safetensors files when the engine is loaded.",
+)
 @click.option("--timeout", type=Seconds(min=1, max=LONGEST), help="Seconds until the builder is given up.")
 @verifying
 @talkative
@@ -56,6 +64,7 @@ def command(
     backend: str,
     profile: str | None,
     plugins: bool,
+    weights: str,
     timeout: float | None,
     verify: bool,
     quiet: bool,
@@ -68,6 +77,7 @@ def command(
         backend=backend,
         profile=None if profile is None else parse_profile(profile),
         plugins=library.find() if plugins else None,
+        weights=weights,
         timeout=timeout,
         verify=verify,
         progress=console.progress,
@@ -87,7 +97,16 @@ def summary(engine: Engine) -> list[tuple[str, str]]:
         ("engine", f"{engine.backend} {engine.version}, {', '.join(sizes)}"),
         ("takes", profile),
         ("plugin layers", plugins or "none: our ops are built from their bodies, see `llmexport plugins build`"),
+        ("weights", _weights(engine)),
         ("runs on", engine.target),
         ("weights read", engine.checked),
         ("built in", f"{sum(p.seconds for p in plans):.1f} s"),
     ]
+
+
+def _weights(engine: Engine) -> str:
+    if engine.weights_at == "inside":
+        return "inside the plan"
+    bindings = [b for p in engine.graphs.values() for b in p.bindings.values()]
+    stored = sum(b.as_stored for b in bindings)
+    return f"beside the plan: {len(bindings)} inputs, {stored} bound as they are stored, the others made when bound"

@@ -17,7 +17,19 @@ from llmexport.export import interrupt, values
 from llmexport.export.cli import faults
 from llmexport.plugins.errors import UserError
 
-COMMANDS = ("archs", "onnx", "engine", "validate", "deploy", "checkpoint", "ops", "plugins", "doctor")
+COMMANDS = (
+    "archs",
+    "onnx",
+    "engine",
+    "validate",
+    "golden",
+    "deploy",
+    "generate",
+    "checkpoint",
+    "ops",
+    "plugins",
+    "doctor",
+)
 MENDABLE, BUG = 2, 3
 # click has it since 8.2; before, help is an Exit, and this catches nothing.
 NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())

@@ -8,7 +8,7 @@ import click
 
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.source import FOLDER
-from llmexport.plugins import library
+from llmexport.plugins import emulated, library
 
 
 @click.group("plugins")
@@ -19,13 +19,18 @@ def command() -> None:
 @command.command("build")
 @click.option("--archs", default=",".join(library.ARCHS), show_default=True, help="SM versions; the last also as PTX.")
 @click.option("--build-dir", type=FOLDER, help="Where to compile; default: a folder in the cache, where engine looks.")
+@click.option("--emulated", "on_cpu", is_flag=True, help="For this CPU, by g++ and the emulator: what validate runs.")
 @click.option("--jobs", type=click.IntRange(1), help="Compilers at a time; default: one a core.")
 @talkative
-def build(archs: str, build_dir: Path | None, jobs: int | None, quiet: bool, as_json: bool) -> None:
+def build(archs: str, build_dir: Path | None, on_cpu: bool, jobs: int | None, quiet: bool, as_json: bool) -> None:
     """Compile the library with CMake and nvcc; no TensorRT is needed."""
     console = Console(quiet, as_json)
+    if on_cpu and (build_dir or archs != ",".join(library.ARCHS)):
+        raise click.UsageError(
+            "--emulated has a folder of its own in the cache and no SM versions: leave out the others"
+        )
     console.progress("compile", 0, 1)
-    path = library.build(archs.split(","), build_dir, jobs)
+    path = emulated.build(jobs) if on_cpu else library.build(archs.split(","), build_dir, jobs)
     console.progress("compile", 1, 1)
     ops = sorted(library.served(path))
     console.say(f"{path}: {size(path.stat().st_size)}, serves {', '.join(ops)}")

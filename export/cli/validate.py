@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llmexport.export.cli.console import Console, talkative
-from llmexport.export.cli.source import FOLDER, verifying
+from llmexport.export.cli.folder import FOLDER, verifying
 from llmexport.validate import validate
 
 if TYPE_CHECKING:
@@ -16,28 +16,70 @@ if TYPE_CHECKING:
 
 
 @click.command("validate")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=FOLDER, required=False)
 @click.option(
     "--tokens", type=click.IntRange(2), help="Length of the prompt; default: past every window of up to 500 tokens."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), help="Of the prompt and of what is drawn beside it; default: 0.")
 @click.option(
     "--rungs",
     help="Those to run, as in transformers,blocks; default: every one that can run here.",
 )
+@click.option("--bisect", is_flag=True, help="Name the first block, then the first node, that leaves tolerance.")
+@click.option(
+    "--golden", type=FOLDER, help="A pack of `llmexport golden`, to compare FOLDER's ONNX files or an engine with."
+)
+@click.option(
+    "--engine", type=FOLDER, help="In place of FOLDER: the folder of an engine, where no torch is. Needs --golden."
+)
+@click.option(
+    "--save-results", type=FOLDER, help="A file for the outputs of all runners, which `polygraphy inspect data` reads."
+)
 @verifying
 @talkative
 def command(
-    folder: Path, tokens: int | None, seed: int, rungs: str | None, verify: bool, quiet: bool, as_json: bool
+    folder: Path | None,
+    tokens: int | None,
+    seed: int | None,
+    rungs: str | None,
+    bisect: bool,
+    golden: Path | None,
+    engine: Path | None,
+    save_results: Path | None,
+    verify: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> int:
     """Compare an export with PyTorch, block by block and whole, prefill and decode.
 
-    Writes report.json and report.html into FOLDER. Exit code 1 if a rung fails.
+    Writes report.json and report.html into FOLDER, but with --golden. Exit code 1 if a rung fails.
     """
+    if (folder is None) == (engine is None):
+        raise click.UsageError("give one of FOLDER and --engine", click.get_current_context())
+    if engine and not golden:
+        raise click.UsageError("--engine needs --golden: see `llmexport golden`", click.get_current_context())
+    if golden and (tokens or seed is not None or rungs or bisect or verify):
+        said = "--golden brings its own prompt and rung: leave out --tokens, --seed, --rungs, --bisect and --verify"
+        raise click.UsageError(said, click.get_current_context())
     console = Console(quiet, as_json)
-    names = None if rungs is None else [n.strip() for n in rungs.split(",")]
-    report = validate(folder, rungs=names, tokens=tokens, seed=seed, verify=verify, progress=console.progress)
-    console.table(f"validation of {folder}", (), summary(report))
+    if golden:
+        from llmexport.validate import deployed
+
+        replay = deployed.on_engine if engine else deployed.on_onnx_runtime
+        report = replay(engine or folder, golden, save=save_results, progress=console.progress)
+    else:
+        names = None if rungs is None else [n.strip() for n in rungs.split(",")]
+        report = validate(
+            folder or "",
+            rungs=names,
+            tokens=tokens,
+            seed=seed or 0,
+            save_results=save_results,
+            verify=verify,
+            bisect=bisect,
+            progress=console.progress,
+        )
+    console.table(f"validation of {engine or folder}", (), summary(report))
     console.result(report.as_data())
     return 0 if report.passed else 1
 
@@ -51,6 +93,9 @@ def summary(report: Report) -> list[tuple[str, str]]:
             worst = rung.difference
             text += f": {worst.max_abs:.1e} max abs, {worst.rms_ratio:.1e} rms ratio (allowed {rung.tolerance.text})"
         rows.append((rung.name, f"{text}: {rung.note}" if rung.note else text))
+        if rung.metrics:
+            rows.append(("", rung.metrics.text))
+    rows += report.bisect.lines if report.bisect else []
     for runner, seconds in report.seconds.items():
         prompt = report.prompt
         text = f"prompt of {prompt['batch']} x {prompt['tokens']} tokens {seconds['prefill'] * 1e3:.1f} ms, "

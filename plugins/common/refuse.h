@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdarg>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
@@ -12,13 +13,21 @@ namespace llmexport {
 // the node leaves out.
 constexpr int64_t kUnknown = -1;
 
+constexpr size_t kRefusalBytes = 512;
+
+// The reason of this thread's last refusal.
+inline char* lastRefusal() noexcept {
+  static thread_local char line[kRefusalBytes];
+  return line;
+}
+
 // Writes "llmexport: ..." on one line and returns false. TensorRT's ILogger is not used: its vtable
 // differs between TensorRT 10 and 11.
 __attribute__((format(printf, 1, 2))) inline bool refuse(char const* format, ...) noexcept {
-  char line[512];
+  char* const line = lastRefusal();
   std::va_list args;
   va_start(args, format);
-  std::vsnprintf(line, sizeof line, format, args);
+  std::vsnprintf(line, kRefusalBytes, format, args);
   va_end(args);
   std::fprintf(stderr, "llmexport: %s\n", line);
   return false;

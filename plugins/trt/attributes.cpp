@@ -1,6 +1,7 @@
 #include "trt/attributes.h"
 
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <string>
 
@@ -95,6 +96,25 @@ bool parseOne(Op const& op, Attribute const& attribute, PluginField const& field
   return false;
 }
 
+std::string textOf(Attribute const& attribute, Value const& value) {
+  switch (attribute.kind) {
+    case Kind::kBool:
+      return value.integer ? "true" : "false";
+    case Kind::kInt:
+      return std::to_string(value.integer);
+    case Kind::kFloat: {
+      if (std::isinf(value.real)) return value.real < 0 ? "-Infinity" : "Infinity";
+      char text[32];
+      // So many digits make the same float again.
+      std::snprintf(text, sizeof text, "%.9g", double(value.real));
+      return text;
+    }
+    case Kind::kChoice:
+      break;
+  }
+  return '"' + std::string(attribute.choices[size_t(value.integer)]) + '"';
+}
+
 }  // namespace
 
 trt::PluginField fieldOf(Attribute const& attribute, Value const* value) {
@@ -131,6 +151,15 @@ std::optional<Values> parse(Op const& op, trt::PluginFieldCollection const& fiel
     }
   }
   return values;
+}
+
+std::string textOf(Op const& op, Values const& values) {
+  std::string text;
+  for (size_t i = 0; i < op.attributes.size(); ++i) {
+    text += (i ? ", \"" : "\"") + std::string(op.attributes[i].name) + "\": ";
+    text += textOf(op.attributes[i], values[i]);
+  }
+  return "{" + text + "}";
 }
 
 }  // namespace llmexport

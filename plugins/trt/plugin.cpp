@@ -197,6 +197,12 @@ trt::PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
   return &collection_;
 }
 
+// TensorRT's inspector shows it, and its Python gives it where it gives no fields.
+char const* Plugin::getMetadataString() noexcept {
+  metadata_ = textOf(op_, attributes_);
+  return metadata_.c_str();
+}
+
 Creator::Creator(Op op) : op_(std::move(op)) {
   for (Attribute const& attribute : op_.attributes) fields_.push_back(fieldOf(attribute, nullptr));
   collection_ = {int32_t(fields_.size()), fields_.data()};

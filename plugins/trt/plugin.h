@@ -1,6 +1,8 @@
 // The one plugin class and the one creator class, for every op.
 #pragma once
 
+#include <string>
+
 #include "trt/attributes.h"
 
 namespace llmexport {
@@ -38,6 +40,7 @@ class Plugin final : public trt::IPluginV3,
   size_t getWorkspaceSize(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
                           trt::DynamicPluginTensorDesc const* out,
                           int32_t nbOutputs) const noexcept override;
+  char const* getMetadataString() noexcept override;
 
   int32_t onShapeChange(trt::PluginTensorDesc const* in, int32_t nbInputs,
                         trt::PluginTensorDesc const* out, int32_t nbOutputs) noexcept override;
@@ -75,6 +78,8 @@ class Plugin final : public trt::IPluginV3,
   // getFieldsToSerialize makes them anew each time: a copy's would point into the original.
   std::array<trt::PluginField, kMaxAttributes> fields_{};
   trt::PluginFieldCollection collection_{};
+  // getMetadataString makes it.
+  std::string metadata_;
 };
 
 class Creator final : public trt::IPluginCreatorV3One {

@@ -26,8 +26,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 RESULTS = Path(__file__).parent / "results"
-# TensorRT's numbers; it calls bytes int8.
-TYPES = {torch.float32: 0, torch.float16: 1, torch.uint8: 2, torch.int32: 3, torch.bfloat16: 7}
 # bf16 rounds off 2**-8 of a value; one unit more where a tie falls on the other side.
 MOST_ERROR, RMS_ERROR = 2.0**-7, 0.4 * 2.0**-7
 PART = 1 << 23  # elements
@@ -37,11 +35,10 @@ LAUNCH_TARGET = 1.3
 
 def ours(library: Any, case: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> Callable[[], None]:
     """A call of the plugin's enqueue on the current stream."""
-    from plugin_host import Desc, Dims
+    from llmexport.plugins.host import desc
 
-    tensors = [*inputs, *outputs]
-    descs = [Desc(Dims(t.ndim, (ctypes.c_int64 * 8)(*t.shape)), TYPES[t.dtype], 0, 1.0) for t in tensors]
-    io = (Desc * len(descs))(*descs)
+    descs = [desc(t.shape, t.dtype) for t in (*inputs, *outputs)]
+    io = (type(descs[0]) * len(descs))(*descs)
     plugin = library.create(case.op, case.attributes).attach()
     plugin.shape_change(descs)
     workspace = torch.empty(plugin.workspace(descs, descs), dtype=torch.uint8, device="cuda")
@@ -50,7 +47,7 @@ def ours(library: Any, case: Any, inputs: list[torch.Tensor], outputs: list[torc
 
     def call() -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        if plugin.call("enqueue", io, len(inputs), ins, outs, ctypes.c_void_p(workspace.data_ptr()), stream):
+        if plugin.call("Enqueue", io, len(inputs), ins, outs, ctypes.c_void_p(workspace.data_ptr()), stream):
             raise RuntimeError(f"{case.op}: enqueue failed")
 
     return call
@@ -138,10 +135,10 @@ def main() -> int:
     from gpu_clock import ceilings
     from op_cases import cases
     from op_results import Results
-    from plugin_host import Library
     from report import commit, versions
 
     from llmexport.plugins import library
+    from llmexport.plugins.host import Library
 
     gpu = torch.cuda.get_device_name()
     major, minor = torch.cuda.get_device_capability()

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from native import emulated_library
-from plugin_host import TRT_TYPES, Library, desc
+
+from llmexport.plugins.host import Library, desc, number
 
 HERE = Path(__file__).parent
 
@@ -33,7 +34,7 @@ def test_plugins_take_every_case_as_it_is(op_cases: Any) -> None:
         inputs = [desc(t.shape, array_of(t.new_empty(0, device="cpu")).dtype) for t in case.on("meta")]
         results = case.results()
         assert plugin.output_shapes(inputs, known=True) == [t.shape for t in results]
-        types = [TRT_TYPES[array_of(t.new_empty(0, device="cpu")).dtype] for t in results]
+        types = [number(t.dtype) for t in results]
         assert plugin.output_types([d.type for d in inputs]) == types
         plugin.configure([*inputs, *(desc(t.shape, array_of(t.new_empty(0, device="cpu")).dtype) for t in results)])
         seen.add(case.op)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from native import emulated_library
-from plugin_host import Library, desc
 
+from llmexport.plugins.host import Library, desc
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import TOLERANCE
 

@@ -30,16 +30,14 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     """Runs bench_ops.py over four cases and returns what is in its file; `until` is the case at which it is cut off."""
     monkeypatch.syspath_prepend(str(HERE))
     ops, clock, op_cases = (importlib.import_module(n) for n in ("bench_ops", "gpu_clock", "op_cases"))
-    import plugin_host
-
-    from llmexport.plugins import library
+    from llmexport.plugins import host, library
 
     limits = clock.Ceilings(1.0, 1.0, 1.0, 1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(library, "build", lambda archs, folder: tmp_path)
-    monkeypatch.setattr(plugin_host, "Library", lambda path: path)
+    monkeypatch.setattr(host, "Library", lambda path: path)
     monkeypatch.setattr(clock, "ceilings", lambda: limits)
     monkeypatch.setattr(ops, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(ops, "right", lambda case, built: True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmexport.export import archs, engine, onnx_file, random_checkpoint
+from llmexport.export import archs, engine_record, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.earlier import BLOCKS, EXPORT, RANDOM, check
 from llmexport.export.errors import ExportError
@@ -42,7 +42,7 @@ def fill(folder: Path, *names: str, manifest: dict[str, object] | None = None) -
 
 
 def test_what_later_commands_add_may_be_replaced(tmp_path: Path) -> None:
-    check(fill(tmp_path, "w", "model.onnx", "model.plan", engine.RECORD, "report.json", "report.html"), EXPORT)
+    check(fill(tmp_path, "w", "model.onnx", "model.plan", engine_record.RECORD, "report.json", "report.html"), EXPORT)
 
 
 def test_the_files_that_a_manifest_lists_may_be_replaced(tmp_path: Path) -> None:

@@ -21,14 +21,14 @@ from onnx.helper import make_node
 from reseal import reseal
 from tiny_configs import read
 
-from llmexport.export import builder, engine, engine_build, manifest
+from llmexport.export import builder, engine, engine_build, engine_record, manifest
 from llmexport.export.assembly import parts
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.profile import Profile, parse_profile
 from llmexport.export.spec import DTYPES, Attention, Port, to_data
 
 PLAN = "model.plan"
-OLD = {PLAN: b"an earlier plan", engine.RECORD: b"an earlier record"}
+OLD = {PLAN: b"an earlier plan", engine_record.RECORD: b"an earlier record"}
 
 pytestmark = pytest.mark.engine
 
@@ -81,7 +81,7 @@ def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported:
     masked = [b for b in inside if isinstance(b, Attention) and not b.spans]
     # In float32 attention is written out.
     assert built.layers.get("ATTENTION_INPUT", 0) == (0 if dtype == "float32" else len(masked))
-    assert tree(folder) == before | {n: (folder / n).read_bytes() for n in (PLAN, engine.RECORD)}
+    assert tree(folder) == before | {n: (folder / n).read_bytes() for n in (PLAN, engine_record.RECORD)}
 
 
 SLOTS = 48
@@ -118,7 +118,7 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
     profile = parse_profile("batch=2,past=0:8:16")
     steps: list[tuple[str, int, int]] = []
     engine.build(folder, profile=profile, progress=lambda *step: steps.append(step))
-    record = json.loads((folder / engine.RECORD).read_bytes())
+    record = json.loads((folder / engine_record.RECORD).read_bytes())
     described = json.loads((folder / "manifest.json").read_bytes())
     [graph] = described["graphs"].values()
     plan = record["graphs"]["model"]
@@ -131,10 +131,11 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
         del port["is"]
         port["dtype"] = port["dtype"].replace("T", "float32")
     assert record == {
-        "format": 2,
+        "format": 3,
         "backend": "tensorrt-rtx",
         "version": importlib.metadata.version("tensorrt_rtx"),
         "target": "NVIDIA GPUs of compute capability 8.0 and later",
+        "built_on": None,
         "arch": "llama",
         "block": "attention",
         "dtype": "float32",
@@ -158,7 +159,7 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
 
 def test_a_later_engine_takes_the_place_of_an_earlier(folder: Path) -> None:
     record = engine.build(folder)
-    assert json.loads((folder / engine.RECORD).read_bytes()) == json.loads(json.dumps(record.as_data()))
+    assert engine_record.read(folder) == record
     assert len((folder / PLAN).read_bytes()) == record.graphs["model"].bytes
 
 

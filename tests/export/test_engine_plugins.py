@@ -16,7 +16,7 @@ import pytest
 from arch_cases import FIRST, ONCE, Case
 from native import emulated_library
 
-from llmexport.export import engine, manifest, onnx_file
+from llmexport.export import engine, engine_record, manifest, onnx_file
 from llmexport.export.errors import EngineError
 
 pytestmark = pytest.mark.engine
@@ -49,7 +49,7 @@ def check_layers(export: Path, library: Path, tmp_path: Path) -> None:
     [plan], [graph] = record.graphs.values(), manifest.read(folder).graphs
     assert plan.plugins == graph.ops
     assert plan.layers.get("PLUGIN_V3", 0) == sum(graph.ops.values())
-    used = engine.Library(str(library), hashlib.sha256(library.read_bytes()).hexdigest())
+    used = engine_record.Library(str(library), hashlib.sha256(library.read_bytes()).hexdigest())
     assert record.plugins == ((used,) if graph.ops else ())
     assert json.loads((folder / "engine.json").read_text()) == json.loads(json.dumps(record.as_data()))
     assert not [m for m in plan.messages if "Unused Input" in m]

@@ -25,7 +25,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.validate.compare import compare
-from llmexport.validate.runners import OLDEST_RUNTIME
+from llmexport.validate.runtime import OLDEST_RUNTIME
 from llmexport.validate.tolerance import TOLERANCE, tolerance
 
 pytestmark = pytest.mark.model

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from native import SANITIZE, emulated_library, gpu_library
-from plugin_host import Library, Machine
+from plugin_host import Machine
 from plugin_memory import CpuMemory, GpuMemory
+
+from llmexport.plugins.host import Library
 
 SANITIZED_CASES = 12  # of each test, spread over all that it has: the sanitizers take ten times as long
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from kernel_numbers import Values, near, random, rounded, same, wide
 from pairwise import pairwise
-from plugin_host import DTYPES, Machine, Refused, Run
+from plugin_host import DTYPES, Machine, Run, computed, lay_out
 from plugin_memory import Memory, Output
+
+from llmexport.plugins.host import Refused
 
 
 def tensors(size: tuple[int, int, int], taps: int, dtype: str, bias: bool = True) -> list[Values]:
@@ -44,7 +46,7 @@ SIZES = [(1, 1, 5), (3, 2, 8), (2, 3, 37), (2, 7, 72), (1, 63, 40), (2, 64, 20),
 @pytest.mark.parametrize(("size", "dtype", "taps", "shift"), pairwise(SIZES, [*DTYPES], (2, 3, 4), (0, 1)))
 def test_sizes(machine: Machine, size: tuple[int, int, int], dtype: str, taps: int, shift: int) -> None:
     inputs = tensors(size, taps, dtype)
-    found = machine.library.create("CausalConv1d", {"activation": "silu"}).run(machine.memory(), inputs, shift)
+    found = computed(machine.library.create("CausalConv1d", {"activation": "silu"}), machine.memory(), inputs, shift)
     assert right(found, inputs, dtype, "silu")
 
 
@@ -53,13 +55,13 @@ def test_sizes(machine: Machine, size: tuple[int, int, int], dtype: str, taps: i
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bias_and_activation(machine: Machine, dtype: str, activation: str, bias: bool) -> None:
     inputs = tensors((2, 9, 24), 4, dtype, bias)
-    found = machine.library.create("CausalConv1d", {"activation": activation}).run(machine.memory(), inputs)
+    found = computed(machine.library.create("CausalConv1d", {"activation": activation}), machine.memory(), inputs)
     assert right(found, inputs, dtype, activation)
 
 
 def in_place(machine: Machine, memory: Memory, inputs: list[Values]) -> Run:
     """A call whose state and next state are one tensor."""
-    run = machine.library.create("CausalConv1d", {"activation": "silu"}).prepare(memory, inputs)
+    run = lay_out(machine.library.create("CausalConv1d", {"activation": "silu"}), memory, inputs)
     run.outputs[1] = Output.holding(memory, inputs[2])
     run.inputs[2] = run.outputs[1].address
     return run
@@ -78,7 +80,7 @@ def test_state_is_updated_in_place(machine: Machine, monkeypatch: pytest.MonkeyP
 
 def test_without_tokens_the_state_goes_through(machine: Machine) -> None:
     inputs = tensors((2, 0, 40), 4, "bf16")
-    y, state = machine.library.create("CausalConv1d", {"activation": "silu"}).run(machine.memory(), inputs)
+    y, state = computed(machine.library.create("CausalConv1d", {"activation": "silu"}), machine.memory(), inputs)
     assert y.shape == (2, 0, 40)
     assert state.tobytes() == inputs[2].tobytes()
 
@@ -87,10 +89,10 @@ def test_calls_in_a_row_are_one_call(machine: Machine) -> None:
     """A token, then fewer than the taps, then many: the state carries what a single call sees at once."""
     whole = tensors((2, 40, 24), 4, "fp16")
     plugin = machine.library.create("CausalConv1d", {"activation": "silu"})
-    at_once = plugin.run(machine.memory(), whole)
+    at_once = computed(plugin, machine.memory(), whole)
     state, parts = whole[2], []
     for part in np.split(whole[0], (1, 3, 4), axis=1):
-        y, state = plugin.run(machine.memory(), [part, whole[1], state, whole[3]])
+        y, state = computed(plugin, machine.memory(), [part, whole[1], state, whole[3]])
         parts.append(y)
     assert np.concatenate(parts, 1).tobytes() == at_once[0].tobytes()
     assert state.tobytes() == at_once[1].tobytes()
@@ -106,5 +108,5 @@ def test_calls_in_a_row_are_one_call(machine: Machine) -> None:
 def test_refuses(machine: Machine, capfd: pytest.CaptureFixture[str], taps: int, state: int, says: str) -> None:
     inputs = [random(shape, "fp16", 1) for shape in ((1, 3, 8), (8, 1, taps), (1, state, 8))]
     with pytest.raises(Refused):
-        machine.library.create("CausalConv1d", {"activation": "none"}).run(machine.memory(), inputs)
+        computed(machine.library.create("CausalConv1d", {"activation": "none"}), machine.memory(), inputs)
     assert f"llmexport: CausalConv1d: {says}" in capfd.readouterr().err

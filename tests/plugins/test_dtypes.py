@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from llmexport.plugins.dtypes import BY_NAME, BY_TENSORRT, FLOATS, Dtype
+from llmexport.plugins.dtypes import BY_NAME, BY_TENSORRT, FLOATS, TENSORRT_NUMBERS, Dtype
 from llmexport.plugins.library import builder_environment
 
 each = pytest.mark.parametrize("dtype", BY_NAME.values(), ids=lambda d: d.name)
@@ -49,14 +49,15 @@ def test_types_of_half_a_byte_have_four_bits():
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 def test_tensorrt_has_those_names_and_takes_that_many_bits():
     code = "import json, tensorrt_rtx as t\n" + (
-        "print(json.dumps({n: getattr(t.DataType, n).itemsize for n in t.DataType.__members__}))"
+        "print(json.dumps({n: (d.itemsize, int(d)) for n, d in t.DataType.__members__.items()}))"
     )
     environment = builder_environment("tensorrt_rtx")
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     # Its bindings know no size of E8M0, the type of scales.
-    sizes = json.loads(run.stdout)
+    sizes = {n: size for n, (size, _) in json.loads(run.stdout).items()}
     found = {n: sizes[n] and 8 * sizes[n] for n in BY_TENSORRT}
     assert found == {n: None if n == "E8M0" else d.bits for n, d in BY_TENSORRT.items()}
+    assert {n: number for n, (_, number) in json.loads(run.stdout).items()} == TENSORRT_NUMBERS
 
 
 def test_models_are_exported_in_types_that_all_have():

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from kernel_numbers import Values, near, random, wide
-from plugin_host import DTYPES, Machine, Plugin, Refused
+from plugin_host import DTYPES, Machine, computed, lay_out
 from plugin_memory import Output
 
+from llmexport.plugins.host import Plugin, Refused
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
 
@@ -57,7 +58,7 @@ def created(machine: Machine, inputs: Inputs, l2_norm: bool = True) -> Plugin:
 
 
 def run(machine: Machine, inputs: Inputs, l2_norm: bool = True, shift: int = 0) -> Inputs:
-    return created(machine, inputs, l2_norm).run(machine.memory(), inputs, shift)
+    return computed(created(machine, inputs, l2_norm), machine.memory(), inputs, shift)
 
 
 def in_chunks(inputs: Inputs, shift: int = 0) -> bool:
@@ -227,7 +228,7 @@ def test_state_is_updated_in_place(machine: Machine, monkeypatch: pytest.MonkeyP
     for seed in range(3):
         monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
         memory = machine.memory()
-        prepared = created(machine, inputs).prepare(memory, inputs)
+        prepared = lay_out(created(machine, inputs), memory, inputs)
         prepared.outputs[1] = Output.holding(memory, inputs[STATE])
         prepared.inputs[STATE] = prepared.outputs[1].address
         prepared.enqueue(memory.stream)

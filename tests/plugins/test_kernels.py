@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from kernel_numbers import Values, near, random
 from pairwise import pairwise
-from plugin_host import DTYPES, Machine
+from plugin_host import DTYPES, Machine, computed
 
 
 def rope(x: Values, cos: Values, sin: Values, interleaved: bool) -> Values:
@@ -56,7 +56,7 @@ ROPE_SIZES = [(1, 1, 1, 2, 1), (2, 3, 63, 10, 5), (1, 2, 130, 7, 2), (2, 5, 63, 
 def test_rope(machine: Machine, size: tuple[int, ...], dtype: str, interleaved: bool, shift: int) -> None:
     b, h, t, d, r = size
     inputs = [random((b, h, t, d), dtype, 1), random((b, t, r), dtype, 2), random((b, t, r), dtype, 3)]
-    (y,) = machine.library.create("Rope", {"interleaved": interleaved}).run(machine.memory(), inputs, shift)
+    (y,) = computed(machine.library.create("Rope", {"interleaved": interleaved}), machine.memory(), inputs, shift)
     assert near(y, rope(*inputs, interleaved), dtype)
     assert (y[..., 2 * r :] == inputs[0][..., 2 * r :]).all()
 
@@ -78,7 +78,7 @@ NORM_SIZES = [
 def test_add_rms_norm(machine: Machine, size: tuple[int, ...], dtype: str, early: bool, shift: int) -> None:
     inputs = [random(size, dtype, 1), random(size, dtype, 2), random(size[-1:], dtype, 3)]
     attributes = {"epsilon": 1e-5, "weight_offset": 1.0, "round_before_weight": early}
-    y, total = machine.library.create("AddRmsNorm", attributes).run(machine.memory(), inputs, shift)
+    y, total = computed(machine.library.create("AddRmsNorm", attributes), machine.memory(), inputs, shift)
     exact, exact_total = add_rms_norm(*inputs, 1.0, early)
     assert near(y, exact, dtype)
     assert (total == exact_total).all()
@@ -95,7 +95,7 @@ def test_gated_act(machine: Machine, size: tuple[int, ...], dtype: str, activati
     alpha, limit = ACTIVATIONS[activation]
     inputs = [random(size, dtype, 1) * 4, random(size, dtype, 2)]
     attributes = {"activation": activation, "alpha": alpha, "limit": limit}
-    (y,) = machine.library.create("GatedAct", attributes).run(machine.memory(), inputs, shift)
+    (y,) = computed(machine.library.create("GatedAct", attributes), machine.memory(), inputs, shift)
     assert near(y, gated_act(*inputs, activation, alpha, limit), dtype)
 
 
@@ -106,7 +106,7 @@ def test_gated_act_at_the_ends_of_its_range(machine: Machine, activation: str, d
     gate = np.array([[[-most, -100, -0.0, 0.0, 100, np.nan, 1.0]]]).astype(DTYPES[dtype])
     up = np.array([[[0.5, 0.5, 1.0, 1.0, 0.5, 1.0, np.nan]]]).astype(DTYPES[dtype])
     attributes = {"activation": activation, "alpha": 1.0, "limit": 50.0}
-    (y,) = machine.library.create("GatedAct", attributes).run(machine.memory(), [gate, up])
+    (y,) = computed(machine.library.create("GatedAct", attributes), machine.memory(), [gate, up])
     values = y.astype(np.float64).ravel()
     assert np.isnan(values[5:]).all()
     assert np.abs(values[:4]).max() < 1e-6
@@ -123,11 +123,11 @@ def test_result_does_not_depend_on_the_order_of_threads(
     results = []
     for seed in range(4):
         monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
-        results.append(b"".join(y.tobytes() for y in plugin.run(machine.memory(), inputs, shift)))
+        results.append(b"".join(y.tobytes() for y in computed(plugin, machine.memory(), inputs, shift)))
     assert len(set(results)) == 1
 
 
 def test_empty_tensor_is_no_error(machine: Machine) -> None:
     nothing = random((2, 0, 64), "fp16", 1)
     plugin = machine.library.create("GatedAct", {"activation": "silu", "alpha": 0.0, "limit": 0.0})
-    assert plugin.run(machine.memory(), [nothing, nothing])[0].shape == (2, 0, 64)
+    assert computed(plugin, machine.memory(), [nothing, nothing])[0].shape == (2, 0, 64)

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import beside_emulated, emulated_library
-from plugin_host import DTYPES, Library
+from plugin_host import DTYPES, lay_out
 from plugin_memory import CpuMemory
+
+from llmexport.plugins.host import Library
 
 FP32, FP16, BF16 = range(3)
 MXFP4 = 3
@@ -203,7 +205,7 @@ def routed(experts: np.ndarray, count: int, hidden: int = 8, intermediate: int =
     dtype = DTYPES["bf16"]
     inputs = [np.zeros((1, tokens, hidden), dtype), np.zeros((1, tokens, slots), dtype), experts[None]]
     inputs += [np.zeros((count, 2 * intermediate, hidden), dtype), np.zeros((count, hidden, intermediate), dtype)]
-    run = Library(emulated_library()).create("MoeExperts", attributes).prepare(CpuMemory(), inputs)
+    run = lay_out(Library(emulated_library()).create("MoeExperts", attributes), CpuMemory(), inputs)
     run.enqueue(None)
     return run.workspace.read(), (tokens, slots, count, hidden, intermediate)
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from kernel_numbers import Values, near, random, wide
 from pairwise import pairwise
-from plugin_host import DTYPES, Machine, Refused
+from plugin_host import DTYPES, Machine, computed
+
+from llmexport.plugins.host import Refused
 
 SCORINGS = ("softmax", "softmax_top_k", "sigmoid")
 
@@ -53,7 +55,7 @@ def asked(top_k: int, scoring: str = "softmax", groups: int = 1, kept: int = 1, 
 
 
 def run(machine: Machine, inputs: list[Values], attributes: dict[str, Any], shift: int = 0) -> list[Values]:
-    return machine.library.create("MoeRoute", attributes).run(machine.memory(), inputs, shift)
+    return computed(machine.library.create("MoeRoute", attributes), machine.memory(), inputs, shift)
 
 
 def is_right(machine: Machine, inputs: list[Values], attributes: dict[str, Any], dtype: str, shift: int = 0) -> bool:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from native import compiled
-from plugin_host import DTYPES, FIELD_INT64, Desc, Field, Library, Plugin, Refused, desc, field
+from plugin_host import DTYPES, computed, lay_out
 from plugin_memory import CpuMemory
+
+from llmexport.plugins.host import FIELD_INT64, Desc, Field, Library, Plugin, Refused, desc, field
 
 FACTS = 9
 ATTRIBUTES = {"top_k": 3, "offset": -7, "facts": FACTS}
@@ -47,7 +49,7 @@ def io(inputs: list[np.ndarray[Any, Any]], y: str = "fp16") -> list[Desc]:
 def test_a_call_tells_types_inputs_attributes_and_device(
     plugin: Plugin, x: str, weight: str, codes: list[int], inputs: int, there: list[int]
 ) -> None:
-    y, facts = plugin.run(CpuMemory(), arrays(x, weight, inputs))
+    y, facts = computed(plugin, CpuMemory(), arrays(x, weight, inputs))
     assert (y.shape, y.dtype) == ((B, T, 3), DTYPES[x])
     assert facts.tolist() == [*codes, *there, 3, -7, *EMULATED_DEVICE, 7]
 
@@ -146,7 +148,7 @@ def test_an_output_is_held_against_the_attribute(plugin: Plugin, capfd: pytest.C
 
 
 def test_refuses_to_run_without_shapes(plugin: Plugin, capfd: pytest.CaptureFixture[str]) -> None:
-    run = plugin.prepare(CpuMemory(), arrays())
+    run = lay_out(plugin, CpuMemory(), arrays())
     descs = io(arrays(e=12))
     with pytest.raises(Refused):
         plugin.shape_change(descs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from ctypes import c_char_p
 from dataclasses import replace
 from typing import Any
 
@@ -12,25 +13,24 @@ import pytest
 import torch
 from native import gpu_library
 from plugin_cases import CASES, OPS, Case, array_of, served
-from plugin_host import (
+from plugin_host import DTYPES, Machine, computed, lay_out
+from plugin_memory import CpuMemory, GpuMemory, Memory
+
+from llmexport.plugins.host import (
     BUILD,
-    DTYPES,
     FIELD_CHAR,
     FIELD_FLOAT32,
     FIELD_INT32,
     RUNTIME,
-    TRT_TYPES,
     Desc,
     Field,
     Library,
-    Machine,
     Plugin,
     Refused,
     desc,
     field,
+    number,
 )
-from plugin_memory import CpuMemory, GpuMemory, Memory
-
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
 
@@ -85,8 +85,8 @@ def test_library_serves_the_ops_that_have_a_plugin(library: Library) -> None:
 
 @pytest.mark.parametrize("op", sorted(served()))
 def test_creator_declares_the_reference_signature(library: Library, op: str) -> None:
-    host, creator = library.host, library.creators[op]
-    assert (host.host_version(creator), host.host_namespace(creator)) == (b"1", b"llmexport")
+    said = [library.call(name, library.creators[op], returns=c_char_p) for name in ("Version", "Namespace")]
+    assert said == [b"1", b"llmexport"]
     assert library.field_names(op) == {n: FIELD_TYPES[t] for n, t in OPS[op].attributes.items()}
 
 
@@ -127,7 +127,7 @@ def test_shapes_are_the_references(library: Library, case: Case, known: bool) ->
 def test_types_are_those_of_the_reference(library: Library, case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     plugin = created(library, case)
     for dtype in DTYPES:
-        want = [TRT_TYPES[y.dtype] for y in case.expected(case.tensors(dtype))]
+        want = [number(y.dtype) for y in case.expected(case.tensors(dtype))]
         types = [d.type for d in input_descs(case, dtype)]
         assert plugin.output_types(types) == want
         for i, name in enumerate(case.inputs):
@@ -266,7 +266,7 @@ def test_numbers_are_the_references(machine: Machine, case: Case, dtype: str) ->
         with pytest.raises(Refused):
             plugin.configure(all_descs(plugin, case, dtype))
         return
-    found = plugin.run(machine.memory(), [array_of(x) for x in inputs])
+    found = computed(plugin, machine.memory(), [array_of(x) for x in inputs])
     for name, want, have in zip(case.spec.outputs, case.expected(inputs), found, strict=True):
         assert want.dtype == have.dtype
         units = case.units[want.dtype.itemsize == 2] * UNIT[dtype if want.dtype.itemsize == 2 else "fp32"]
@@ -283,7 +283,7 @@ def test_numbers_are_right_in_a_profile_of_larger_shapes(machine: Machine, case:
     inputs = case.tensors(dtype)
     plugin.configure(all_descs(plugin, case, dtype), most)
     memory = machine.memory()
-    run = plugin.prepare(memory, [array_of(x) for x in inputs], most=most)
+    run = lay_out(plugin, memory, [array_of(x) for x in inputs], most=most)
     run.enqueue(memory.stream)
     for want, have in zip(case.expected(inputs), run.results(), strict=True):
         units = case.units[want.dtype.itemsize == 2] * UNIT[dtype if want.dtype.itemsize == 2 else "fp32"]
@@ -296,7 +296,7 @@ def test_two_contexts_share_one_plugin(machine: Machine, case: Case) -> None:
     memory, contexts = machine.memory(), [plugin.attach(), plugin.attach()]
     inputs = [case.tensors(dtype, T=t) for t in (case.sizes["T"], 5)]
     runs = [
-        context.prepare(memory, [array_of(x) for x in some]) for context, some in zip(contexts, inputs, strict=True)
+        lay_out(context, memory, [array_of(x) for x in some]) for context, some in zip(contexts, inputs, strict=True)
     ]
     for run, some in zip(runs, inputs, strict=True):
         run.enqueue(memory.stream)
@@ -326,9 +326,9 @@ def test_each_replay_follows_its_own_routing(machine: Machine, name: str) -> Non
     shape = (*inputs[at].shape[:-1], case.sizes["E"])
     routings = [random.random(shape).argsort(-1)[..., : case.sizes["K"]].astype(np.int32) for _ in range(ROUTINGS)]
     plugin = created(machine.library, case).attach()
-    alone = [plugin.run(memory, [*inputs[:at], r, *inputs[at + 1 :]])[0].tobytes() for r in routings]
+    alone = [computed(plugin, memory, [*inputs[:at], r, *inputs[at + 1 :]])[0].tobytes() for r in routings]
     assert len(set(alone)) == ROUTINGS
-    run = plugin.prepare(memory, inputs)
+    run = lay_out(plugin, memory, inputs)
     replay, count = (lambda: run.enqueue(memory.stream)), CALLS
     if not isinstance(memory, CpuMemory):
         graph = torch.cuda.CUDAGraph()
@@ -356,7 +356,7 @@ def test_two_streams_do_not_disturb_each_other(name: str) -> None:
     plugin = created(library, ON_GPU[name])
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     inputs = [ON_GPU[name].tensors("bf16", B=b) for b in (2, 3)]
-    runs = [plugin.attach().prepare(memory, [array_of(x) for x in some]) for some in inputs]
+    runs = [lay_out(plugin.attach(), memory, [array_of(x) for x in some]) for some in inputs]
     torch.cuda.synchronize()
     for _ in range(20):
         for run, stream in zip(runs, streams, strict=True):
@@ -374,7 +374,7 @@ def test_enqueue_is_captured_in_a_cuda_graph(name: str) -> None:
     library, memory = Library(gpu_library()), GpuMemory()
     case = ON_GPU[name]
     inputs = case.tensors("bf16")
-    run = created(library, case).attach().prepare(memory, [array_of(x) for x in inputs])
+    run = lay_out(created(library, case).attach(), memory, [array_of(x) for x in inputs])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run.enqueue(torch.cuda.current_stream().cuda_stream)

@@ -12,8 +12,10 @@ import pytest
 from attention_nodes import Shape, attention, name, near, run
 from kernel_numbers import HALVES
 from native import SANITIZE, beside_emulated
-from plugin_host import DTYPES, Machine, Refused
+from plugin_host import DTYPES, Machine
 from plugin_memory import CpuMemory, Output
+
+from llmexport.plugins.host import Refused
 
 # By the way rows and keys are taken: 16 rows a block, alone or among others, with the keys in one part or several.
 FEW_ROWS = [

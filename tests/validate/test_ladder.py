@@ -16,6 +16,7 @@ import onnx
 import pytest
 from arch_cases import CASES, FIRST, IN_FP16, PRIMARY, Case, others_slow
 from reseal import reseal
+from rungs import everywhere
 from safetensors.numpy import load_file, save_file
 from tiny_configs import read
 
@@ -26,14 +27,14 @@ from llmexport.export.errors import ExportError
 from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.graphs.bodies import op_of
 from llmexport.validate import drive, ladder, reference, stages
-from llmexport.validate import report as files
+from llmexport.validate import page as files
 
 pytestmark = pytest.mark.model
 
 
 def climb(folder: Path, **options: Any) -> dict[str, ladder.Rung]:
     report = ladder.climb(manifest.read(folder), **options)
-    return {r.name: r for r in report.rungs}
+    return {r.name: r for r in everywhere(report)}
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_thresholds_beyond_the_prompt_are_crossed(arch: str, far) -> None:
     known = {v for v in FAR[arch].values() if isinstance(v, int)} - {4096}
     assert report.prompt["tokens"] < min(known)
     assert set(report.prompt["crossed"]) == known
-    assert {(r.status, r.note) for r in report.rungs} == {("pass", "")}
+    assert {(r.status, r.note) for r in everywhere(report)} == {("pass", "")}
 
 
 MISREAD_FAR = {

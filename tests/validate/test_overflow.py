@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rungs import everywhere
 from safetensors.numpy import load_file, save_file
 
 from llmexport.export import archs, manifest, onnx_file
@@ -18,7 +19,7 @@ from llmexport.export.cli.main import main
 from llmexport.export.cli.validate import summary
 from llmexport.export.spec import Assembly, Mask, Step
 from llmexport.validate import ladder, overflow
-from llmexport.validate import report as files
+from llmexport.validate import page as files
 from llmexport.validate.compare import compare
 from llmexport.validate.report import Report, Rung
 
@@ -89,7 +90,7 @@ def climbed(tiny_checkpoint, tmp_path_factory) -> Callable[[str], tuple[manifest
 def test_float16_that_overflows_is_said_to_in_every_form_of_the_report(climbed) -> None:
     found, report = climbed("float16")
     note = "overflows float16 in layers.1, use bfloat16"
-    rungs = {r.name: (r.status, r.note) for r in report.rungs}
+    rungs = {r.name: (r.status, r.note) for r in everywhere(report)}
     assert rungs == {
         "PyTorch / transformers": ("fail", note),
         "PyTorch / transformers, float32": ("pass", ""),
@@ -105,7 +106,7 @@ def test_float16_that_overflows_is_said_to_in_every_form_of_the_report(climbed) 
 
 
 def test_the_same_model_in_float32_passes(climbed) -> None:
-    assert {(r.status, r.note) for r in climbed("float32")[1].rungs} == {("pass", "")}
+    assert {(r.status, r.note) for r in everywhere(climbed("float32")[1])} == {("pass", "")}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
-// Plays TensorRT's part towards one plugin library, for plugin_host.py by ctypes.
-#include <dlfcn.h>
-
-#include <cstdio>
+// Plays TensorRT's part towards the plugins of this library, for host.py by ctypes: kernels run and
+// are tested where no TensorRT is.
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "common/refuse.h"
 #include "trt/interface.h"
 
 using namespace llmexport::trt;
@@ -67,55 +67,41 @@ size_t bytesOf(PluginField const& field) {
 
 }  // namespace
 
-#define HOST extern "C"
+#define HOST extern "C" __attribute__((visibility("default")))
 
-// The creators of the library at `path`; on failure null, with the reason in `error`.
-HOST IPluginCreatorInterface* const* host_open(char const* path, int32_t* count, char* error,
-                                               int errorBytes) {
-  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  if (!library) return std::snprintf(error, size_t(errorBytes), "%s", dlerror()), nullptr;
-  auto const setFinder =
-      reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
-  auto const get = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(
-      dlsym(library, "getCreators"));
-  if (!setFinder || !get) {
-    return std::snprintf(error, size_t(errorBytes), "getCreators or setLoggerFinder is missing"),
-           nullptr;
-  }
-  setFinder(nullptr);
-  return get(*count);
-}
+// The reason of the last refusal in this thread.
+HOST char const* llmexportHostRefusal() { return llmexport::lastRefusal(); }
 
-HOST IPluginCreatorV3One* host_creator(IPluginCreatorInterface* creator) {
+HOST IPluginCreatorV3One* llmexportHostCreator(IPluginCreatorInterface* creator) {
   bool const isV3 = !std::strcmp(creator->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE");
   return isV3 ? static_cast<IPluginCreatorV3One*>(creator) : nullptr;
 }
-HOST char const* host_name(IPluginCreatorV3One* c) { return c->getPluginName(); }
-HOST char const* host_version(IPluginCreatorV3One* c) { return c->getPluginVersion(); }
-HOST char const* host_namespace(IPluginCreatorV3One* c) { return c->getPluginNamespace(); }
-HOST PluginFieldCollection const* host_field_names(IPluginCreatorV3One* c) {
+HOST char const* llmexportHostName(IPluginCreatorV3One* c) { return c->getPluginName(); }
+HOST char const* llmexportHostVersion(IPluginCreatorV3One* c) { return c->getPluginVersion(); }
+HOST char const* llmexportHostNamespace(IPluginCreatorV3One* c) { return c->getPluginNamespace(); }
+HOST PluginFieldCollection const* llmexportHostFieldNames(IPluginCreatorV3One* c) {
   return c->getFieldNames();
 }
 
-HOST IPluginV3* host_create(IPluginCreatorV3One* creator, PluginField const* fields, int32_t count,
+HOST IPluginV3* llmexportHostCreate(IPluginCreatorV3One* creator, PluginField const* fields, int32_t count,
                             int32_t phase) {
   PluginFieldCollection const collection{count, fields};
   return creator->createPlugin("node", &collection, TensorRTPhase(phase));
 }
-HOST void host_destroy(IPluginV3* plugin) { delete plugin; }
-HOST IPluginV3* host_clone(IPluginV3* plugin) { return plugin->clone(); }
-HOST IPluginV3* host_attach(IPluginV3* plugin) { return runtime(plugin)->attachToContext(nullptr); }
-HOST char const* host_plugin_name(IPluginV3* plugin) {
+HOST void llmexportHostDestroy(IPluginV3* plugin) { delete plugin; }
+HOST IPluginV3* llmexportHostClone(IPluginV3* plugin) { return plugin->clone(); }
+HOST IPluginV3* llmexportHostAttach(IPluginV3* plugin) { return runtime(plugin)->attachToContext(nullptr); }
+HOST char const* llmexportHostPluginName(IPluginV3* plugin) {
   return capability<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE)->getPluginName();
 }
 
-HOST PluginFieldCollection const* host_fields(IPluginV3* plugin) {
+HOST PluginFieldCollection const* llmexportHostFields(IPluginV3* plugin) {
   return runtime(plugin)->getFieldsToSerialize();
 }
 
 // Does the same as writing and reading an engine: a new plugin from a copy of the fields, whose
 // bytes are then overwritten.
-HOST IPluginV3* host_recreate(IPluginCreatorV3One* creator, IPluginV3* plugin) {
+HOST IPluginV3* llmexportHostRecreate(IPluginCreatorV3One* creator, IPluginV3* plugin) {
   PluginFieldCollection const* const fields = runtime(plugin)->getFieldsToSerialize();
   std::vector<std::string> names, bytes;
   for (int32_t i = 0; i < fields->nbFields; ++i) {
@@ -128,7 +114,7 @@ HOST IPluginV3* host_recreate(IPluginCreatorV3One* creator, IPluginV3* plugin) {
     PluginField const& field = fields->fields[i];
     copies.push_back({names[size_t(i)].c_str(), bytes[size_t(i)].data(), field.type, field.length});
   }
-  IPluginV3* const made = host_create(creator, copies.data(), fields->nbFields, 1);
+  IPluginV3* const made = llmexportHostCreate(creator, copies.data(), fields->nbFields, 1);
   for (auto* texts : {&names, &bytes}) {
     for (auto& text : *texts) std::memset(text.data(), 0xCD, text.size());
   }
@@ -136,8 +122,8 @@ HOST IPluginV3* host_recreate(IPluginCreatorV3One* creator, IPluginV3* plugin) {
   return made;
 }
 
-HOST int32_t host_outputs(IPluginV3* plugin) { return build(plugin)->getNbOutputs(); }
-HOST int32_t host_types(IPluginV3* plugin, int32_t const* in, int32_t nbInputs, int32_t* out,
+HOST int32_t llmexportHostOutputs(IPluginV3* plugin) { return build(plugin)->getNbOutputs(); }
+HOST int32_t llmexportHostTypes(IPluginV3* plugin, int32_t const* in, int32_t nbInputs, int32_t* out,
                         int32_t nbOutputs) {
   return build(plugin)->getOutputDataTypes(reinterpret_cast<DataType*>(out), nbOutputs,
                                            reinterpret_cast<DataType const*>(in), nbInputs);
@@ -145,7 +131,7 @@ HOST int32_t host_types(IPluginV3* plugin, int32_t const* in, int32_t nbInputs, 
 
 // Output shapes where every dimension of the inputs is `known`, or none is. An output's dimension
 // may only be one of the inputs' own expressions, or a constant.
-HOST int32_t host_shapes(IPluginV3* plugin, PluginTensorDesc const* in, int32_t nbInputs,
+HOST int32_t llmexportHostShapes(IPluginV3* plugin, PluginTensorDesc const* in, int32_t nbInputs,
                          bool known, Dims* out, int32_t nbOutputs) {
   std::vector<std::unique_ptr<Expr>> expressions;
   std::vector<DimsExprs> inputs(static_cast<size_t>(nbInputs)),
@@ -171,7 +157,7 @@ HOST int32_t host_shapes(IPluginV3* plugin, PluginTensorDesc const* in, int32_t 
   return 0;
 }
 
-HOST bool host_supports(IPluginV3* plugin, int32_t position, PluginTensorDesc const* io,
+HOST bool llmexportHostSupports(IPluginV3* plugin, int32_t position, PluginTensorDesc const* io,
                         int32_t nbInputs, int32_t nbOutputs) {
   // Only the descriptions up to `position` may be looked at.
   auto descs = dynamic(io, io, nbInputs + nbOutputs);
@@ -181,22 +167,22 @@ HOST bool host_supports(IPluginV3* plugin, int32_t position, PluginTensorDesc co
   return build(plugin)->supportsFormatCombination(position, descs.data(), nbInputs, nbOutputs);
 }
 // `most` are the largest dimensions of the profile.
-HOST int32_t host_configure(IPluginV3* plugin, PluginTensorDesc const* io,
+HOST int32_t llmexportHostConfigure(IPluginV3* plugin, PluginTensorDesc const* io,
                             PluginTensorDesc const* most, int32_t nbInputs, int32_t nbOutputs) {
   auto const descs = dynamic(io, most, nbInputs + nbOutputs);
   return build(plugin)->configurePlugin(descs.data(), nbInputs, descs.data() + nbInputs, nbOutputs);
 }
-HOST size_t host_workspace(IPluginV3* plugin, PluginTensorDesc const* io,
+HOST size_t llmexportHostWorkspace(IPluginV3* plugin, PluginTensorDesc const* io,
                            PluginTensorDesc const* most, int32_t nbInputs, int32_t nbOutputs) {
   auto const descs = dynamic(io, most, nbInputs + nbOutputs);
   return build(plugin)->getWorkspaceSize(descs.data(), nbInputs, descs.data() + nbInputs,
                                          nbOutputs);
 }
-HOST int32_t host_shape_change(IPluginV3* plugin, PluginTensorDesc const* io, int32_t nbInputs,
+HOST int32_t llmexportHostShapeChange(IPluginV3* plugin, PluginTensorDesc const* io, int32_t nbInputs,
                                int32_t nbOutputs) {
   return runtime(plugin)->onShapeChange(io, nbInputs, io + nbInputs, nbOutputs);
 }
-HOST int32_t host_enqueue(IPluginV3* plugin, PluginTensorDesc const* io, int32_t nbInputs,
+HOST int32_t llmexportHostEnqueue(IPluginV3* plugin, PluginTensorDesc const* io, int32_t nbInputs,
                           void const* const* inputs, void* const* outputs, void* workspace,
                           cudaStream_t stream) {
   return runtime(plugin)->enqueue(io, io + nbInputs, inputs, outputs, workspace, stream);

@@ -1,0 +1,57 @@
+"""A plugin layer, by the torch reference of its op and the attributes that TensorRT's plugin holds."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from llmexport.export.network.kinds import Array, Compute, Unable
+from llmexport.plugins.spec import all_ops
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def reference(trt: Any, layer: Any) -> Compute:
+    """What the plugin says of itself is read, and never a node of ONNX: a field may have been lost on the way."""
+    kinds = trt.PluginCapabilityType
+    core, build = (layer.plugin.get_capability_interface(kind) for kind in (kinds.CORE, kinds.BUILD))
+    if core.plugin_name not in all_ops():
+        raise Unable(f"plugin {core.plugin_name} is no op of ours")
+    op = all_ops()[core.plugin_name]
+    said = json.loads(build.metadata_string or "{}")
+    if said.keys() != op.attributes.keys():
+        raise Unable(f"the plugin holds {said}, its op has the attributes {', '.join(op.attributes)}")
+    attributes = {name: kind(said[name]) for name, kind in op.attributes.items()}
+
+    def compute(*given: Array) -> tuple[Array, ...]:
+        import torch
+
+        # A node leaves out optional inputs from the end.
+        tensors = dict.fromkeys(op.inputs) | {n: _tensor(x) for n, x in zip(op.inputs, given, strict=False)}
+        with torch.inference_mode():
+            made = op.reference(**tensors, **attributes)
+        return tuple(map(_array, made if isinstance(made, tuple) else (made,)))
+
+    return compute
+
+
+def _tensor(x: Array) -> Tensor:
+    import torch
+
+    x = np.ascontiguousarray(x)
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.tensor(x.view(np.int16)).view(torch.bfloat16)
+    # TensorRT gives plugins no uint8 and calls bytes int8.
+    return torch.tensor(x.view(np.uint8) if x.dtype == np.int8 else x)
+
+
+def _array(tensor: Tensor) -> Array:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.contiguous().numpy()

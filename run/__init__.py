@@ -1,0 +1,1 @@
+"""Runs an export: text from a prompt (`generate`), and how long that takes (`bench`)."""

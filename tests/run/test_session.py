@@ -1,0 +1,102 @@
+"""Tokens that an export goes on with, on ONNX Runtime, against transformers' generate."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from arch_cases import CASES, DECODERS, FIRST, Case, others_slow
+from two_graphs import in_two, rebuilt
+
+from llmexport.export import manifest, onnx_file
+from llmexport.run.errors import RunError
+from llmexport.run.session import RuntimeSession, check_prompt, decode, greedy, run_again_at
+
+STEPS = 64
+PROMPT = 11  # the windows of the tiny models are crossed on the way
+
+
+def prompt(batch: int = 1, seed: int = 2) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (batch, PROMPT))
+
+
+def expected(checkpoint: Path, ids: np.ndarray, steps: int = STEPS) -> np.ndarray:
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    # Else generate stops at it.
+    model.generation_config.eos_token_id = None
+    given = torch.from_numpy(ids)
+    made = model.generate(
+        given, attention_mask=torch.ones_like(given), max_new_tokens=steps, do_sample=False, pad_token_id=0
+    )
+    return made[:, ids.shape[1] :].numpy()
+
+
+def found(folder: Path, ids: np.ndarray, steps: int = STEPS) -> np.ndarray:
+    export = manifest.read(folder)
+    tokens = decode(RuntimeSession(export), ids, greedy, run_again_at(export))
+    return np.stack(list(itertools.islice(tokens, steps)), 1)
+
+
+@pytest.mark.parametrize("case", others_slow(DECODERS, [c for c in FIRST if c in DECODERS]), ids=str)
+def test_greedy_tokens_are_those_of_generate_for_64_steps(case: Case, tiny_checkpoint, exported) -> None:
+    ids = prompt()
+    assert np.array_equal(found(exported(case), ids), expected(tiny_checkpoint(case), ids))
+
+
+def test_rows_of_a_batch_go_on_each_by_itself(exported) -> None:
+    ids = prompt(batch=3)
+    alone = [found(exported("llama"), row[None], 8)[0] for row in ids]
+    assert np.array_equal(found(exported("llama"), ids, 8), np.stack(alone))
+
+
+def test_a_model_of_two_graphs_gives_the_same_tokens(tiny_checkpoint, exported, tmp_path: Path) -> None:
+    onnx_file.write(rebuilt("llama", tiny_checkpoint("llama"), in_two), tmp_path / "two")
+    assert np.array_equal(found(tmp_path / "two", prompt(), 8), found(exported("llama"), prompt(), 8))
+
+
+def test_longrope_is_run_again_where_its_factors_change(tiny_checkpoint, exported) -> None:
+    """As generate does; without, tokens differ: else this test would show nothing."""
+    case = next(c for c in CASES if c.name == "phi3-longrope-long")
+    export, ids = manifest.read(exported(case)), prompt()
+    assert run_again_at(export) == 24
+    right = expected(tiny_checkpoint(case), ids, 40)
+    assert np.array_equal(found(exported(case), ids, 40), right)
+    kept = np.stack(list(itertools.islice(decode(RuntimeSession(export), ids, greedy), 40)), 1)
+    assert not np.array_equal(kept, right)
+
+
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [
+        (
+            lambda exported: exported("bert"),
+            "bert is an encoder, which reads a text and continues none",
+        ),
+        (lambda exported: exported("llama", block="attention"), "is one block, attention, which gives no tokens"),
+        (lambda exported: exported("llama", "bfloat16"), "no bfloat16 MatMul on a CPU: export with --dtype float32"),
+    ],
+    ids=["encoder", "block", "bfloat16"],
+)
+def test_what_gives_no_tokens_is_refused(folder: Callable[..., Path], says: str, exported) -> None:
+    with pytest.raises(RunError, match=says):
+        RuntimeSession(manifest.read(folder(exported)))
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        ([], "the prompt is empty, it has no token"),
+        ([1, 256], "the prompt has token 256, the model knows 0 to 255: is the tokenizer the model's own"),
+        ([-1], "the prompt has token -1"),
+        ([1] * 513, "the prompt has 513 tokens, the model has positions for 512: give a shorter one"),
+    ],
+    ids=["empty", "beyond", "negative", "long"],
+)
+def test_a_prompt_that_the_model_does_not_take_is_refused(ids: list[int], says: str, exported) -> None:
+    with pytest.raises(RunError, match=says):
+        check_prompt(manifest.read(exported("llama")), ids)

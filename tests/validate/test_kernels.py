@@ -1,0 +1,257 @@
+"""Our kernels inside the whole model, on the CPU emulator: a right one passes, a wrong one is found and named."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from arch_cases import FIRST, PRIMARY, Case, others_slow
+from native import emulated_library, gpu_library
+
+from llmexport.export import manifest
+from llmexport.plugins import emulated, host, library
+from llmexport.plugins.causal_conv1d import causal_conv1d
+from llmexport.plugins.rope import rope
+from llmexport.plugins.spec import Attribute
+from llmexport.validate import kernels, ladder
+from llmexport.validate.report import Rung
+
+EVERY = [(c, d) for d in ("float32", "float16", "bfloat16") for c in FIRST if c.arch != "bert"]
+# The families that the project exists for, each in one dtype.
+AT_ONCE = dict(zip(PRIMARY, ("bfloat16", "float32", "float16", "bfloat16", "float16"), strict=True))
+TOKENS = 19  # of a prompt: past the windows of tiny models, and short where each costs much
+
+
+@pytest.fixture(autouse=True)
+def emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library that all tests share is the one that was built."""
+    monkeypatch.setattr(emulated, "find", emulated_library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def climb(folder: Path, tokens: int | None = TOKENS) -> Rung:
+    [rung] = ladder.climb(manifest.read(folder), rungs=["kernels"], tokens=tokens).rungs
+    return rung
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each op was computed by a kernel."""
+    counted: Counter[str] = Counter()
+
+    class Counted(kernels.Kernels):
+        def __init__(self, *arguments: object, **options: bool) -> None:
+            super().__init__(*arguments, **options)
+            self.calls = counted
+
+    monkeypatch.setattr(kernels, "Kernels", Counted)
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), others_slow(EVERY, [(c, d) for c, d in EVERY if AT_ONCE.get(str(c)) == d]), ids=str
+)
+def test_the_model_computed_by_kernels_has_its_numbers(
+    case: Case, dtype: str, exported: Callable[..., Path], calls: Counter[str]
+) -> None:
+    """In prefill and decode; every op of ours that PyTorch calls was a kernel."""
+    rung = climb(exported(case, dtype))
+    assert (rung.status, rung.note.partition(";")[0]) == ("pass", "on the CPU emulator")
+    assert calls.keys() == kernels.in_torch(manifest.read(exported(case, dtype)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRIMARY)
+def test_a_prompt_past_every_window_has_them_too(name: str, exported: Callable[..., Path]) -> None:
+    assert climb(exported(name, AT_ONCE[name]), tokens=None).status == "pass"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", PRIMARY)
+def test_a_gpu_has_them_too(
+    name: str, dtype: str, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "find", gpu_library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rung = climb(exported(name, dtype))
+    assert (rung.status, rung.note.startswith("on the CPU")) == ("pass", False)
+
+
+def test_ops_that_passes_make_are_named_as_not_run(exported: Callable[..., Path]) -> None:
+    assert climb(exported("gemma")).note.endswith(
+        "; without AddRmsNorm, GatedAct, which passes make of the exported graph"
+    )
+
+
+def test_a_model_without_ops_of_ours_is_not_run(exported: Callable[..., Path]) -> None:
+    rung = climb(exported("bert"))
+    assert (rung.status, rung.note) == ("not run", "PyTorch calls no op of ours in this model")
+
+
+def zeros(monkeypatch: pytest.MonkeyPatch, op: str, tokens: Callable[[int], bool] = lambda count: True) -> None:
+    """The plugin of an op fills its first output with zeros, where the node has such a number of tokens."""
+    right = host.Plugin.enqueue
+
+    def wrong(
+        self: host.Plugin, io: Sequence[host.Desc], inputs: Sequence[int], outputs: Sequence[int], *others: int
+    ) -> None:
+        right(self, io, inputs, outputs, *others)
+        made = io[len(inputs)]
+        if self.op == op and tokens(made.shape[-2]):
+            size = 4 if host.dtype_name(made.type) == "float32" else 2
+            ctypes.memset(outputs[0], 0, size * math.prod(made.shape))
+
+    monkeypatch.setattr(host.Plugin, "enqueue", wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "place"),
+    [
+        ("gemma", "Rope", "prompt: layers.0: y of Rope"),
+        ("gpt_oss", "MoeExperts", "prompt: layers.0: y of MoeExperts"),
+        ("qwen3_5_moe", "GatedDeltaRule", "prompt: layers.0: y of GatedDeltaRule"),
+    ],
+)
+def test_a_plugin_that_returns_zeros_is_named(
+    name: str, op: str, place: str, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros(monkeypatch, op)
+    rung = climb(exported(name, AT_ONCE[name]))
+    assert (rung.status, rung.note.partition(" is ")[0]) == ("fail", place)
+
+
+def test_a_plugin_that_is_wrong_for_one_token_alone_is_named(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros(monkeypatch, "SinkAttention", lambda count: count == 1)
+    rung = climb(exported("gpt_oss"))
+    assert rung.status == "fail"
+    assert "21 + 1 tokens: layers.0: y of SinkAttention is " in rung.note
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "changed"),
+    [
+        ("glm4", "Rope", {"interleaved": False}),
+        ("gpt_oss", "SinkAttention", {"window": 5}),
+        ("gpt_oss", "MoeExperts", {"limit": 0.1}),
+        ("llama4", "MoeRoute", {"scoring": "softmax"}),
+    ],
+)
+def test_a_wrong_attribute_is_found_and_its_op_is_named(
+    name: str,
+    op: str,
+    changed: dict[str, Attribute],
+    exported: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = host.Library.create
+
+    def wrong(self: host.Library, made: str, attributes: dict[str, Attribute]) -> host.Plugin:
+        return right(self, made, {**attributes, **(changed if made == op else {})})
+
+    monkeypatch.setattr(host.Library, "create", wrong)
+    rung = climb(exported(name))
+    assert rung.status == "fail"
+    assert f" of {op} is " in rung.note
+
+
+def test_what_a_plugin_refuses_fails_the_rung_with_op_sizes_and_reason(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = host.Plugin.prepare
+
+    def one_more(self: host.Plugin, inputs: Sequence[host.Desc]) -> tuple[list[host.Desc], int]:
+        inputs[1].dims.sizes[2] += 1
+        return right(self, inputs)
+
+    monkeypatch.setattr(host.Plugin, "prepare", one_more)
+    rung = climb(exported("gemma"))
+    assert rung.status == "fail"
+    assert rung.note.startswith("Rope: ")
+    assert "float32[2, 19, 8]" in rung.note
+
+
+def on_emulator() -> kernels.Kernels:
+    return kernels.Kernels(kernels.machine())
+
+
+def test_an_op_that_the_kernels_do_not_serve_is_refused_with_the_reason() -> None:
+    x, weight, state = (torch.zeros(s, dtype=torch.float16) for s in ((1, 3, 8), (8, 1, 5), (1, 4, 8)))
+    says = (
+        r"CausalConv1d: weight has K = 5 taps, the kernels are for 2 to 4 \(x float16\[1, 3, 8\], weight float16\[8, "
+    )
+    with on_emulator(), pytest.raises(host.Refused, match=says):
+        causal_conv1d(x, weight, state, None, "none")
+
+
+def test_a_library_without_an_op_is_no_reason_to_run_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = on_emulator()
+    del ran._library.creators["CausalConv1d"]
+    x, weight, state = (torch.zeros(s) for s in ((1, 3, 8), (8, 1, 4), (1, 3, 8)))
+    with (
+        ran,
+        pytest.raises(host.Refused, match="CausalConv1d has no plugin in this library, which serves AddRmsNorm, "),
+    ):
+        causal_conv1d(x, weight, state, None, "none")
+
+
+def test_no_op_is_a_kernels_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, angle = torch.ones(1, 1, 2, 4), torch.ones(1, 2, 2)
+    with on_emulator() as ran:
+        rope(x, angle, angle, False)
+    assert ran.calls == {"Rope": 1}
+    rope(x, angle, angle, False)
+    assert ran.calls == {"Rope": 1}
+
+
+def test_what_a_kernel_leaves_unwritten_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.Plugin, "enqueue", lambda *arguments: None)
+    x, angle = torch.ones(1, 1, 2, 4), torch.ones(1, 2, 2)
+    with on_emulator():
+        assert rope(x, angle, angle, False).isnan().all()
+
+
+def test_inputs_that_do_not_lie_in_a_row_are_read_right() -> None:
+    x, angle = torch.randn(1, 2, 3, 4).transpose(1, 2), torch.randn(1, 3, 2)
+    with on_emulator():
+        found = rope(x.transpose(1, 2), angle, angle, True)
+    assert torch.equal(found, rope(x.transpose(1, 2), angle, angle, True))
+
+
+def test_a_large_model_is_not_run_unless_it_is_asked_for(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MOST", 1e3)
+    export = manifest.read(exported("gemma"))
+    reason = kernels.unable(export, False)
+    assert reason.endswith(" multiply-adds, over 1e+03: --rungs kernels runs it anyway")
+    assert kernels.unable(export, True) == ""
+
+
+def test_nothing_is_compiled_unless_it_is_asked_for(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulated, "find", lambda: None)
+    monkeypatch.setattr(emulated, "build", emulated_library)
+    export = manifest.read(exported("gemma"))
+    assert kernels.unable(export, False).startswith(
+        "the kernels are not compiled for this CPU: llmexport plugins build"
+    )
+    assert kernels.unable(export, True) == ""
+    said: list[str] = []
+    ladder.climb(export, rungs=["kernels"], tokens=2, progress=lambda what, *_: said.append(what))
+    assert said[1] == "kernels, compiled for this CPU once, in a minute"
+
+
+def test_a_missing_tool_is_the_reason(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulated, "find", lambda: None)
+    monkeypatch.setenv("PATH", "")
+    rung = climb(exported("gemma"))
+    assert (rung.status, rung.note) == ("not run", "cmake is not installed: pip install cmake")

@@ -1,0 +1,166 @@
+"""The nodes of a step, each run alone on what the trace computes: which is off, and how it differs from the one that
+an export makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from llmexport.plugins.dtypes import BY_NAME
+from llmexport.plugins.spec import DOMAIN, op_name
+from llmexport.validate.compare import Difference, Mismatch, compare
+from llmexport.validate.feeds import Feed
+from llmexport.validate.runtime import REFUSALS, open_session
+from llmexport.validate.tolerance import TOLERANCE, Tolerance
+
+OWN = "alone: "  # before the names of what nodes make when each is run alone
+SHOWN = 4  # numbers of a constant that are told
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of one node that was run alone, beside what it should be.
+
+    excess: how many times its tolerance it is off. said: why there is no difference to tell.
+    """
+
+    node: onnx.NodeProto
+    name: str
+    difference: Difference | None
+    allowed: Tolerance
+    excess: float
+    said: str = ""
+
+
+def op_of(node: onnx.NodeProto) -> str:
+    return op_name(node.op_type) if node.domain == DOMAIN else node.op_type
+
+
+def values(model: onnx.ModelProto, feed: Feed, weights: Path) -> Feed:
+    """What every node of a model computes from `feed`, by value name, but for types that numpy has not."""
+    every = onnx.ModelProto()
+    every.CopyFrom(model)
+    del every.graph.output[:]
+    every.graph.output.extend(onnx.ValueInfoProto(name=n) for node in model.graph.node for n in node.output if n)
+    runtime = open_session(every, weights)
+    names = [o.name for o in runtime.get_outputs() if o.type in HELD]
+    return dict(zip(names, runtime.run(names, {i.name: feed[i.name] for i in runtime.get_inputs()}), strict=True))
+
+
+# What ONNX Runtime calls the types of arrays that it gives.
+HELD = {f"tensor({n})" for n in ("bool", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")}
+HELD |= {"tensor(float)", "tensor(double)", "tensor(uint64)"}
+
+
+def run_alone(part: onnx.ModelProto, expected: Feed, weights: Path) -> Iterator[Output]:
+    """The outputs of the nodes of `part`, in order, each node run on what is expected of those before it.
+
+    A value of which nothing is expected is what the nodes themselves make. A node that ONNX Runtime does not run ends
+    it.
+    """
+    nodes = list(part.graph.node)
+    found, refused = _run_first(part, len(nodes), expected, weights)
+    if refused:
+        # The least number of nodes that it does not run.
+        runs, stops = 0, len(nodes)
+        while stops - runs > 1:
+            middle = (runs + stops) // 2
+            _, said = _run_first(part, middle, expected, weights)
+            runs, stops, refused = (runs, middle, said) if said else (middle, stops, refused)
+        found, _ = _run_first(part, runs, expected, weights)
+        nodes = nodes[:stops]
+    for node in nodes:
+        for name in node.output:
+            if OWN + name in found and name in expected:
+                yield _output(node, name, expected[name], found[OWN + name])
+    if refused:
+        yield Output(nodes[-1], nodes[-1].output[0], None, TOLERANCE["float32"], math.inf, refused)
+
+
+def _run_first(part: onnx.ModelProto, count: int, expected: Feed, weights: Path) -> tuple[Feed, str]:
+    """What the first nodes compute, each alone, under names of their own; or what ONNX Runtime says against it."""
+    model = onnx.ModelProto()
+    model.CopyFrom(part)
+    del model.graph.node[count:]
+    del model.graph.input[:]
+    bound = {t.name for t in part.graph.initializer} | {""}
+    given = expected.keys() - bound
+    for node in model.graph.node:
+        node.input[:] = [n if n in bound or n in given else OWN + n for n in node.input]
+        node.output[:] = [OWN + n if n else n for n in node.output]
+    read = {n for node in model.graph.node for n in node.input} & given
+    for name in sorted(read):
+        kind, shape = BY_NAME[expected[name].dtype.name].onnx, expected[name].shape
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    try:
+        return values(model, expected, weights), ""
+    except (Mismatch, *REFUSALS) as error:
+        return {}, " ".join(str(error).split())
+
+
+def _output(node: onnx.NodeProto, name: str, expected: np.ndarray, found: np.ndarray) -> Output:
+    # Whole numbers, and truths, are right or wrong.
+    allowed = TOLERANCE.get(expected.dtype.name, dataclasses.replace(TOLERANCE["float32"], scaled=False))
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        said = f"is {found.dtype}{list(found.shape)}, not {expected.dtype}{list(expected.shape)}"
+        return Output(node, name, None, allowed, math.inf, said)
+    # What is meant to be infinite, as in a mask, is right where it is.
+    same = ~np.isfinite(expected) & ((expected == found) | (np.isnan(expected) & np.isnan(found)))
+    zero = np.zeros((), expected.dtype)
+    difference = compare(np.where(same, zero, expected), np.where(same, zero, found))
+    return Output(node, name, difference, allowed, difference.excess(allowed))
+
+
+def changes(name: str, model: onnx.ModelProto, made: onnx.ModelProto) -> list[str]:
+    """How the node of that name in `model` differs from that in `made`, in words."""
+    node, other = (next((n for n in m.graph.node if n.name == name), None) for m in (model, made))
+    if node is None or other is None:
+        return [] if other is None and node is None else ["an export makes no node of this name"]
+    if op_of(node) != op_of(other):
+        return [f"it is {op_of(node)}, an export makes {op_of(other)}"]
+    said = [
+        f"input {i} is {node.input[i] if i < len(node.input) else 'missing'}, an export makes it "
+        f"{other.input[i] if i < len(other.input) else 'missing'}"
+        for i in range(max(len(node.input), len(other.input)))
+        if list(node.input[i : i + 1]) != list(other.input[i : i + 1])
+    ]
+    ours, theirs = ({a.name: onnx.helper.get_attribute_value(a) for a in n.attribute} for n in (node, other))
+    said += [
+        f"{key} is {_told(ours.get(key))}, an export makes it {_told(theirs.get(key))}"
+        for key in {**theirs, **ours}
+        if ours.get(key) != theirs.get(key)
+    ]
+    bodies = [
+        next((f.SerializeToString(deterministic=True) for f in m.functions if f.name == n.op_type), b"")
+        for m, n in ((model, node), (made, other))
+    ]
+    if bodies[0] != bodies[1]:
+        said.append("its function body is not the one that an export writes")
+    constants = [{t.name: t for t in m.graph.initializer} for m in (model, made)]
+    return said + list(_changed_constants(node, *constants))
+
+
+def _changed_constants(
+    node: onnx.NodeProto, ours: Mapping[str, onnx.TensorProto], theirs: Mapping[str, onnx.TensorProto]
+) -> Iterator[str]:
+    for name in node.input:
+        pair = [side[name] for side in (ours, theirs) if name in side]
+        if len(pair) == 2 and not any(t.data_location == onnx.TensorProto.EXTERNAL for t in pair):
+            mine, other = map(onnx.numpy_helper.to_array, pair)
+            if not np.array_equal(mine, other):
+                yield f"{name} is {_told(mine.tolist())}, an export makes it {_told(other.tolist())}"
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, Sequence) and len(value) > SHOWN:
+        return f"{len(value)} others"
+    return f"{value:.6g}" if isinstance(value, float) else "missing" if value is None else str(value)

@@ -1,0 +1,42 @@
+"""ONNX Runtime's session of a graph of an export, on the CPU; nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import onnx
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state
+
+from llmexport.validate.compare import Mismatch
+
+OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
+REFUSALS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception)),
+)
+
+
+def open_session(
+    model: onnx.ModelProto, weights: Path, options: onnxruntime.SessionOptions | None = None
+) -> onnxruntime.InferenceSession:
+    """A session of `model`; `weights` is the folder that external data lies in.
+
+    Raises Mismatch, in one line, if the ONNX Runtime here is too old or does not take the model.
+    """
+    installed = onnxruntime.__version__
+    if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < OLDEST_RUNTIME:
+        oldest = ".".join(map(str, OLDEST_RUNTIME))
+        raise Mismatch(
+            f"ONNX Runtime {installed} is installed, whose Attention is wrong where heads share a key: upgrade "
+            f"onnxruntime-gpu, or onnxruntime if that is what is installed, to {oldest} or later"
+        )
+    options = options or onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except REFUSALS as error:
+        said = " ".join(str(error).split())
+        raise Mismatch(f"ONNX Runtime {installed} does not take the model: {said}") from error
