@@ -20,6 +20,8 @@ from llmexport.validate.compare import Mismatch, compare
 from llmexport.validate.feeds import Feed
 from llmexport.validate.tolerance import TOLERANCE
 
+pytestmark = pytest.mark.usefixtures("up_to_onnx_runtime")
+
 PYTORCH, FILE, BLOCKS = "PyTorch / transformers", "ONNX Runtime / PyTorch", "blocks: ONNX Runtime / PyTorch"
 
 

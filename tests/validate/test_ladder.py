@@ -29,7 +29,7 @@ from llmexport.graphs.bodies import op_of
 from llmexport.validate import drive, ladder, reference, stages
 from llmexport.validate import page as files
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
 
 
 def climb(folder: Path, **options: Any) -> dict[str, ladder.Rung]:
