@@ -106,7 +106,7 @@ def as_traced(
     wanted = {p.name: p for p in own.values()}
     piece = Piece(step.name, load_block(step.block, dtype), values)
     proto = _stitched([piece], *_ports(step), dtype, _stored_types(wanted, checkpoint), opset)
-    bodies.attach_bodies(proto, functools.partial(load_body, opset=opset))
+    bodies.attach_bodies(proto, load_body)
     weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx)
     return proto
 
