@@ -26,6 +26,7 @@ from llmexport.plugins.errors import CacheError
 from llmexport.plugins.errors import PluginError as PluginError
 
 FILE = "libllmexport_plugins.so"
+REGISTER = "libllmexport_register.so"  # registers FILE, which lies beside it, where a server only opens libraries
 SOURCES = Path(__file__).parent
 ARCHS = ("80", "86", "89", "90", "100", "110", "120")
 NAMESPACE = "llmexport"

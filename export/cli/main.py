@@ -25,6 +25,7 @@ COMMANDS = (
     "golden",
     "deploy",
     "generate",
+    "triton",
     "checkpoint",
     "ops",
     "plugins",
