@@ -235,7 +235,7 @@ def _drop(graph: onnx.GraphProto, makers: Collection[str], bound: Collection[str
         if node.output[0] in makers and read.isdisjoint(node.output):
             continue
         kept.append(node)
-        read |= {use.node.input[use.place] for use in _uses([node])} - bound
+        read |= {use.node.input[use.place] for use in _uses([node])}.difference(bound)
     weights = [t for t in graph.initializer if t.name in read]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(reversed(kept))

@@ -70,6 +70,15 @@ def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def up_to_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rungs of the ladder that need no TensorRT, alone, for claims on them."""
+    from llmexport.validate import forms, ladder
+
+    monkeypatch.setattr(ladder, "FORMS", (forms.ONNX_RUNTIME,))
+    monkeypatch.setattr(ladder, "RUNGS", ("transformers", "blocks", forms.ONNX_RUNTIME.rung))
+
+
 @pytest.fixture(scope="session")
 def cuda_library() -> Path:
     """The plugin library as nvcc compiles it for every architecture."""

@@ -219,14 +219,19 @@ def test_no_code_asks_which_architecture_it_is():
 KEYS = {
     "export/cli/validate.py": ["batch"],
     "export/earlier.py": ["weights"],
-    "export/engine.py": ["model"],
-    "export/engine_build.py": ["model"],
+    "export/engine.py": ["model", "weights"],
+    "export/engine_build.py": ["model", "weights"],
+    "export/evaluation.py": ["model"],
     "export/genai.py": ["attention_mask", "input_ids", "logits", "model", "position_ids"],
     "export/manifest.py": ["weights"],
+    "export/network/serve.py": ["length", "model"],
     "export/quantised.py": ["weights"],
     "run/settings.py": ["temperature"],
-    "validate/ladder.py": ["batch"],
+    "validate/bound.py": ["length"],
+    "validate/engine.py": ["weights"],
+    "validate/engine_run.py": ["weights"],
     "validate/facts.py": ["model"],
+    "validate/ladder.py": ["batch"],
 }
 
 

@@ -78,7 +78,9 @@ class Bisection:
         lines = []
         if self.block:
             where = f"{self.block['step']} ({self.block['kind']}), {self.block['output']} in {self.block['run']}"
-            lines.append(("first block", f"{where}: {_off(self.block['difference'], self.block['allowed'])}"))
+            difference = self.block["difference"]
+            off = _off(difference, self.block["allowed"]) if difference else "ONNX Runtime stops in it"
+            lines.append(("first block", f"{where}: {off}"))
         else:
             lines.append(("first block", self.said or "none leaves tolerance"))
         if self.node:

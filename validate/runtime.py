@@ -12,10 +12,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from llmexport.validate.compare import Mismatch
 
 OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
-REFUSALS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    *(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception)),
-)
+STOPS = tuple(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception))
+REFUSALS: tuple[type[Exception], ...] = (RuntimeError, *STOPS)
+
+
+class NotTaken(Mismatch):
+    """A model that ONNX Runtime does not take."""
 
 
 def open_session(
@@ -23,7 +25,7 @@ def open_session(
 ) -> onnxruntime.InferenceSession:
     """A session of `model`; `weights` is the folder that external data lies in.
 
-    Raises Mismatch, in one line, if the ONNX Runtime here is too old or does not take the model.
+    Raises Mismatch, in one line, if the ONNX Runtime here is too old, and NotTaken if it does not take the model.
     """
     installed = onnxruntime.__version__
     if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < OLDEST_RUNTIME:
@@ -39,4 +41,4 @@ def open_session(
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except REFUSALS as error:
         said = " ".join(str(error).split())
-        raise Mismatch(f"ONNX Runtime {installed} does not take the model: {said}") from error
+        raise NotTaken(f"ONNX Runtime {installed} does not take the model: {said}") from error

@@ -14,7 +14,8 @@ import numpy as np
 from llmexport.export.network import computing, moving, neural, plugin, pointwise
 from llmexport.export.network.kinds import Array, Compute, Unable, numpy_type
 
-Stored = Callable[[str], Array]  # a tensor of the model's file, by name
+# A tensor of the model's file: of the constant that a layer is, or the so many-th input of its node.
+Stored = Callable[[str, int | None], Array]
 NARROW = (np.float16, ml_dtypes.bfloat16)
 # What keeps the numbers that it is given.
 MOVING: Mapping[str, Callable[[Any], Compute]] = MappingProxyType(
@@ -83,13 +84,13 @@ def of(trt: Any, layer: Any) -> Layer:
         layer.__class__ = found
     inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
     outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-    try:
-        dtypes = tuple(numpy_type(t.dtype) for t in outputs)
-    except Unable as error:
-        raise Unable(f"layer {layer.name} ({kind}): {error}") from error
-    shapes = tuple(tuple(t.shape) for t in outputs)
     return Layer(
-        layer.name, kind, tuple(t.name if t else "" for t in inputs), tuple(t.name for t in outputs), dtypes, shapes
+        layer.name,
+        kind,
+        tuple(t.name if t else "" for t in inputs),
+        tuple(t.name for t in outputs),
+        tuple(numpy_type(t.dtype) for t in outputs),
+        tuple(tuple(t.shape) for t in outputs),
     )
 
 
@@ -103,10 +104,10 @@ def function(trt: Any, layer: Layer, raw: Any, stored: Stored) -> Compute:
     """What the layer makes of arrays: a tuple of its outputs. Raises Unable on what is not known of it."""
     exact = True
     if layer.kind == "CONSTANT":
-        constant = _weights(raw.weights, raw.name, stored).reshape(layer.shapes[0])
+        constant = _weights(raw.weights, raw.name, None, stored).reshape(layer.shapes[0])
         return lambda: (constant,)
     if layer.kind == "CONVOLUTION":
-        held = (_weights(x, raw.name, stored) for x in (raw.kernel, raw.bias))
+        held = (_weights(x, raw.name, place, stored) for place, x in ((1, raw.kernel), (2, raw.bias)))
         compute, exact = neural.convolution(raw, *(w if w.size else None for w in held)), False
     elif layer.kind == "PLUGIN_V3":
         compute = plugin.reference(trt, raw)
@@ -144,6 +145,11 @@ def _checked(layer: Layer, compute: Compute) -> Compute:
     return run
 
 
-def _weights(found: Any, name: str, stored: Stored) -> Array:
-    """As TensorRT holds them; of types that it has no arrays of, as the model's file does."""
-    return found if isinstance(found, np.ndarray) else stored(name)
+def _weights(found: Any, name: str, place: int | None, stored: Stored) -> Array:
+    """As TensorRT holds them; of types that its Python has no arrays of, as the model's file does."""
+    if isinstance(found, np.ndarray) or not found.size:
+        return np.asarray(found if found.size else ())
+    values = stored(name, place)
+    if values.size != found.size:
+        raise Unable(f"{found.size} weights are {values.size} in the model's file")
+    return values

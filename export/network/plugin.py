@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -42,11 +43,13 @@ def reference(trt: Any, layer: Any) -> Compute:
 def _tensor(x: Array) -> Tensor:
     import torch
 
-    x = np.ascontiguousarray(x)
-    if x.dtype == ml_dtypes.bfloat16:
-        return torch.tensor(x.view(np.int16)).view(torch.bfloat16)
-    # TensorRT gives plugins no uint8 and calls bytes int8.
-    return torch.tensor(x.view(np.uint8) if x.dtype == np.int8 else x)
+    # TensorRT gives plugins no uint8 and calls bytes int8; of bf16 numpy and torch know different types.
+    seen = {np.dtype(np.int8): np.uint8, np.dtype(ml_dtypes.bfloat16): np.int16}.get(x.dtype, x.dtype)
+    with warnings.catch_warnings():
+        # Weights are where they lie, and no op writes to what it reads.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(np.ascontiguousarray(x).view(seen))
+    return tensor.view(torch.bfloat16) if x.dtype == ml_dtypes.bfloat16 else tensor
 
 
 def _array(tensor: Tensor) -> Array:

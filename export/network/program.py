@@ -64,11 +64,11 @@ class Program:
         return made, who
 
     def _read(self, raw: Any) -> None:
-        layer = layers.of(self._trt, raw)
+        name = f"layer {raw.name} ({raw.type.name})"
         try:
-            self._place(layer, raw)
-        except Unable as error:
-            raise Unable(f"{layer}: {error}") from error
+            self._place(layers.of(self._trt, raw), raw)
+        except Exception as error:
+            raise Unable(f"{name}: {error}") from error
 
     def _place(self, layer: Layer, raw: Any) -> None:
         inputs, output = layer.inputs, layer.outputs[0] if layer.outputs else ""

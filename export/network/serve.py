@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,21 +39,37 @@ def serve(trt: Any, network: Any, model: bytes, job: dict[str, Any], tell: Any) 
 
 
 class Stored:
-    """The tensors of a model's file by name, wherever their bytes lie; none is copied."""
+    """The tensors of a model's file, wherever their bytes lie, as `layers.Stored`; none is copied."""
 
     def __init__(self, model: bytes, folder: Path) -> None:
         self._model, self._folder = model, folder
-        self._tensors: dict[str, onnx.TensorProto] | None = None
         self._files: dict[str, Array] = {}
 
-    def __call__(self, name: str) -> Array:
+    @functools.cached_property
+    def _held(self) -> tuple[dict[str, onnx.TensorProto], dict[str, onnx.NodeProto]]:
+        """By the names that TensorRT gives layers: initialisers and constants; and nodes."""
         import onnx
 
-        if self._tensors is None:
-            self._tensors = dict(_tensors(onnx.ModelProto.FromString(self._model).graph))
-        if name not in self._tensors:
+        graphs = [onnx.ModelProto.FromString(self._model).graph]
+        tensors, nodes = dict[str, onnx.TensorProto](), dict[str, onnx.NodeProto]()
+        for graph in graphs:
+            tensors |= {t.name: t for t in graph.initializer}
+            nodes |= {n.name: n for n in graph.node}
+            for node in graph.node:
+                for attribute in node.attribute:
+                    if attribute.HasField("t"):
+                        tensors[node.output[0]] = attribute.t
+                    graphs += [attribute.g] if attribute.HasField("g") else attribute.graphs
+        return tensors, nodes
+
+    def __call__(self, layer: str, place: int | None = None) -> Array:
+        import onnx
+
+        tensors, nodes = self._held
+        name = layer if place is None or layer not in nodes else nodes[layer].input[place]
+        if name not in tensors:
             raise Unable("its weights are not in the model's file")
-        tensor = self._tensors[name]
+        tensor = tensors[name]
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
         said = {entry.key: entry.value for entry in tensor.external_data}
@@ -62,14 +78,3 @@ class Stored:
             self._files[file] = np.memmap(self._folder / file, np.uint8, "r")
         start, size = int(said["offset"]), int(said["length"])
         return self._files[file][start : start + size].view(BY_ONNX[tensor.data_type].name)
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """Initialisers, and what nodes hold as constants, by the name that TensorRT gives their layer."""
-    yield from ((t.name, t) for t in graph.initializer)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield node.name, attribute.t
-            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _tensors(inner)

@@ -437,7 +437,7 @@ def test_plugins_build_without_nvcc_names_what_to_install(run: Run, monkeypatch:
 def test_deploy_does_the_three_steps_and_prints_one_story(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("deploy", "--arch", "gemma")
     assert code == 0
-    for word in ("6 AddRmsNorm", "3 gated_act", "model.plan", "ONNX Runtime / PyTorch", "decode"):
+    for word in ("6 AddRmsNorm", "3 gated_act", "model.plan", "ONNX Runtime / PyTorch", "TensorRT's network", "decode"):
         assert word in out
     report = json.loads((tmp_path / "gemma-deploy" / "report.json").read_text())
     assert report["passed"]

@@ -84,6 +84,25 @@ def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported:
     assert tree(folder) == before | {n: (folder / n).read_bytes() for n in (PLAN, engine_record.RECORD)}
 
 
+SLOTS = 48
+IN_PLACE = [(c, d) for c in FIRST for d in DTYPES if c.arch in PRIMARY]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    others_slow(IN_PLACE, [p for p in IN_PLACE if str(p[0]) == "glm4" and p[1] == "float16"]),
+    ids=str,
+)
+def test_an_engine_of_a_static_cache_writes_it_in_place(case: Case, dtype: str, exported: Export, tmp_path) -> None:
+    """Every state of use "slots" is written by TensorRT's own layer for that, and no size is named that grows."""
+    folder = linked(exported(case, dtype, slots=SLOTS), tmp_path)
+    record = engine.build(folder, plugins=None)
+    [graph] = manifest.read(folder).graphs
+    in_place = [p for p in graph.assembly.inputs if p.use == "slots"]
+    assert record.graphs[graph.name].layers["KV_CACHE_UPDATE"] == len(in_place) > 0
+    assert record.profile == {"batch": (1, 1, 4), "sequence": (1, SLOTS, SLOTS), "written": (1, SLOTS, SLOTS)}
+
+
 @pytest.mark.parametrize(
     ("block", "dims"),
     [

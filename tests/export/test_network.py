@@ -243,8 +243,17 @@ def test_a_shape_that_is_not_what_tensorrt_infers_is_an_error() -> None:
         parsed.program().run({"x": floats(2, 3)})
 
 
-def test_bf16_weights_are_read_from_the_models_file() -> None:
-    weight = floats(4, dtype=ml_dtypes.bfloat16)
-    model = model_of([make_node("Add", ["x", "w"], ["y"])], {"x": weight}, {"w": weight})
-    parsed = Parsed(model)
-    assert (parsed.program().run({"x": weight})["y"] == weight + weight).all()
+@pytest.mark.parametrize("held", ["initialiser", "constant", "kernel"])
+def test_bf16_weights_are_read_from_the_models_file(held: str) -> None:
+    x, weight = floats(1, 2, 4, dtype=ml_dtypes.bfloat16), floats(2, 1, 1, dtype=ml_dtypes.bfloat16)
+    weight = weight if held == "kernel" else weight.reshape(1, 2, 1)
+    node = (
+        make_node("Conv", ["x", "w"], ["y"], "node", group=2)
+        if held == "kernel"
+        else make_node("Mul", ["x", "w"], ["y"])
+    )
+    constant = make_node("Constant", [], ["w"], value=numpy_helper.from_array(weight))
+    stored = {} if held == "constant" else {"w": weight}
+    parsed = Parsed(model_of([constant, node] if held == "constant" else [node], {"x": x}, stored))
+    [found] = parsed.program().run({"x": x}).values()
+    assert (found == x * weight.reshape(2, 1)).all()

@@ -27,7 +27,7 @@ from llmexport.validate import ladder, stages
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import tolerance
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
 
 Exporter = Callable[..., Export]
 WHOLE = [n for n in archs.names() if archs.load(n).multimodal]

@@ -20,6 +20,8 @@ from llmexport.validate.compare import Mismatch, compare
 from llmexport.validate.feeds import Feed
 from llmexport.validate.tolerance import TOLERANCE
 
+pytestmark = pytest.mark.usefixtures("up_to_onnx_runtime")
+
 PYTORCH, FILE, BLOCKS = "PyTorch / transformers", "ONNX Runtime / PyTorch", "blocks: ONNX Runtime / PyTorch"
 
 
@@ -147,3 +149,34 @@ def test_a_quick_prompt_is_timed_several_times_and_a_slow_one_three_times() -> N
 def test_ids_are_such_that_every_table_takes_them():
     blocks = [Embedding(100, 8, types=3), Embedding(1000, 8)]
     assert {use: feeds.limits(blocks)[use] for use in ("tokens", "token_types")} == {"tokens": 100, "token_types": 3}
+
+
+def test_a_step_beyond_a_static_cache_is_refused_and_no_prompt_leaves_its_steps_no_room(exported) -> None:
+    export = manifest.read(exported("llama", slots=40))
+    with pytest.raises(Mismatch, match="--tokens 30: a static cache of 40 has room for a prompt of 29: name fewer"):
+        stages.prompt(export, tokens=30)
+    prompt = stages.prompt(export)
+    assert prompt.ids.shape == (2, 29)
+    stage = prompt.then("last", "piece", np.zeros((2, 11), np.int64))
+    with drive.in_torch(export) as driver:
+        driver.run(prompt)
+        driver.run(stage)
+        with pytest.raises(
+            Mismatch, match="again ends at token 41, the static cache has 40: export with --max-tokens 41"
+        ):
+            driver.run(stage.then("again", "decode", np.zeros((2, 1), np.int64)))
+
+
+def test_a_past_stands_in_the_first_slots_and_a_windows_at_its_end(exported) -> None:
+    [graph] = manifest.read(exported("gpt_oss", slots=59)).graphs
+    sizes = stages.block_sizes(graph.assembly.steps[-1].block)[0] | {"past": 5}
+    held, laid = feeds.earlier(graph, "float32", sizes), feeds.states(graph, "float32", sizes)
+    assert held.keys() == laid.keys() == graph.carried.keys()
+    uses = {p.name: p.use for p in graph.assembly.inputs}
+    for name, tokens in held.items():
+        places = slice(0, 5) if uses[name] == "slots" else slice(-5, None)
+        assert np.array_equal(laid[name][:, :, places], tokens)
+        assert np.count_nonzero(laid[name]) == tokens.size
+    longer = feeds.states(graph, "float32", sizes | {"past": 30})["past_key_values.0.key"]
+    whole = feeds.earlier(graph, "float32", sizes | {"past": 30})["past_key_values.0.key"]
+    assert np.array_equal(longer, whole[:, :, -8:])

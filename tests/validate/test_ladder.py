@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from arch_cases import CASES, FIRST, IN_FP16, Case, others_slow
+from arch_cases import CASES, FIRST, IN_FP16, PRIMARY, Case, others_slow
 from reseal import reseal
 from rungs import everywhere
 from safetensors.numpy import load_file, save_file
@@ -29,7 +29,7 @@ from llmexport.graphs.bodies import op_of
 from llmexport.validate import drive, ladder, reference, stages
 from llmexport.validate import page as files
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
 
 
 def climb(folder: Path, **options: Any) -> dict[str, ladder.Rung]:
@@ -70,6 +70,20 @@ def test_every_rung_of_a_right_export_passes(case: Case, dtype: str, exported) -
     }
     steps = {d["step"] for d in rungs["blocks: ONNX Runtime / PyTorch"].details}
     assert steps == {s.name for s in manifest.read(exported(case, dtype)).steps}
+
+
+IN_SLOTS = [(c, d) for c in FIRST for d in ("float32", "float16") if c.arch in (*PRIMARY, "gemma3_text")]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    others_slow(IN_SLOTS, [(c, d) for c, d in IN_SLOTS if str(c) == "gpt_oss" and d == "float16"]),
+    ids=str,
+)
+def test_every_rung_of_a_right_export_with_a_static_cache_passes(case: Case, dtype: str, exported) -> None:
+    rungs = climb(exported(case, dtype, slots=96))
+    assert {(r.status, r.note) for r in rungs.values()} == {("pass", "")}
+    assert {d["step"] for d in rungs["blocks: ONNX Runtime / PyTorch"].details} >= {"slots", "layers.0", "layers.1"}
 
 
 def test_a_model_without_rope_has_no_positions(exported) -> None:
@@ -158,6 +172,16 @@ FAR = {
     "phi3": LONGROPE,
     "llama4": {"floor_scale": 900, "attention_chunk_size": 900},
 }
+
+
+@pytest.mark.parametrize("arch", others_slow(FAR, [("llama4",)]))
+def test_thresholds_within_a_static_cache_are_crossed_and_none_beyond_it(arch: str, tmp_path: Path) -> None:
+    """The slots end within the step across the second threshold, or right at it."""
+    ends = {"phi3": (603, {600}), "llama4": (903, {900})}
+    slots, crossed = ends.get(arch, (1024, {900}))
+    report = ladder.climb(manifest.read(export_of(tmp_path, arch, FAR[arch], cache="static", max_tokens=slots)))
+    assert set(report.prompt["crossed"]) == crossed
+    assert {(r.status, r.note) for r in report.rungs} == {("pass", "")}
 
 
 @pytest.fixture(scope="module")

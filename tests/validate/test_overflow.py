@@ -23,7 +23,7 @@ from llmexport.validate import page as files
 from llmexport.validate.compare import compare
 from llmexport.validate.report import Report, Rung
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
 
 # The blocks do not matter here, only which values the steps read and make.
 CHAIN = Assembly((), tuple(Step(f"layers.{i}", Mask(), (f"v{i}",), (f"v{i + 1}",), "") for i in range(3)), ())

@@ -25,7 +25,7 @@ from llmexport.validate.compare import Difference, compare, median
 from llmexport.validate.stages import Stage, opening
 from llmexport.validate.tolerance import FACTOR, MOST, TOLERANCE, Tolerance, step_tolerance
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
 
 NORM = Norm(64, 1e-6)
 PYTORCH, FILE, BLOCKS = "PyTorch / transformers", "ONNX Runtime / PyTorch", "blocks: ONNX Runtime / PyTorch"

@@ -1,0 +1,138 @@
+"""The rung `network` passes what TensorRT reads right, and traces what it reads wrong to the layer."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import planted
+import pytest
+from arch_cases import CASES, ONCE, Case, others_slow
+from native import emulated_library
+
+from llmexport.export import builder, manifest
+from llmexport.export.spec import DTYPES
+from llmexport.plugins import library
+from llmexport.validate import ladder, network
+from llmexport.validate.report import Rung
+
+pytestmark = pytest.mark.engine
+
+PLUGINS = "ops as plugin layers, by their references"
+EVERY = [(c, d) for c in CASES for d in DTYPES]
+
+
+def climb(folder: Path) -> Rung:
+    [rung] = ladder.climb(manifest.read(folder), rungs=["network"]).rungs
+    return rung
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    others_slow(EVERY, ONCE),
+    ids=str,
+)
+def test_what_tensorrt_reads_of_the_bodies_is_right(
+    case: Case, dtype: str, exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "find", lambda: None)
+    rung = climb(exported(case, dtype))
+    assert (rung.status, "plugin" in rung.note) == ("pass", False)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    others_slow(EVERY, ONCE),
+    ids=str,
+)
+def test_what_tensorrt_reads_with_plugins_is_right(
+    case: Case, dtype: str, exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "find", emulated_library)
+    folder = exported(case, dtype)
+    rung = climb(folder)
+    ops = any(g.ops for g in manifest.read(folder).graphs)
+    assert (rung.status, rung.note) == ("pass", PLUGINS if ops else "")
+
+
+# Of an architecture in a dtype: what is altered of its network, or of the model before it is parsed; what is said then.
+WINDOW = """
+[inside] = [x for x in layers if x.name == "mask_window_8/logical_and_1"]
+inside.set_input(1, inside.get_input(0))
+"""
+SQUARE = """
+square = next(x for x in of("MATRIX_MULTIPLY") if x.get_input(1).shape[-1] == x.get_input(1).shape[-2] > 0)
+square.op1 = trt.MatrixOperation.TRANSPOSE
+"""
+# A function of ours by the name of an operator, which TensorRT then takes for that.
+HIDDEN = """
+from onnx.helper import make_function, make_node, make_opsetid
+node = [n for n in model.graph.node if n.op_type == "Sigmoid"][1]
+node.op_type, node.domain = "Tanh", "llmexport"
+body = [make_node("Sigmoid", ["x"], ["y"])]
+model.functions.append(make_function("llmexport", "Tanh", ["x"], ["y"], body, [make_opsetid("", 23)]))
+model.opset_import.append(make_opsetid("llmexport", 1))
+"""
+FIELD = """
+norm = [n for n in model.graph.node if n.op_type == "AddRmsNorm"][1]
+next(a for a in norm.attribute if a.name == "epsilon").f = 0.1
+"""
+LOST = FIELD.replace('next(a for a in norm.attribute if a.name == "epsilon").f = 0.1', "del norm.attribute[:]")
+ALTERED = {
+    "epsilon": (
+        "cohere",
+        "float32",
+        'of("NORMALIZATION")[1].epsilon = 0.1',
+        "",
+        r"layer layers\.1/layer_norm \(NORMAL",
+    ),
+    "axis": ("gemma", "float32", 'of("SOFTMAX")[1].axes = 1 << 3', "", r"layer \S+ \(\w+\), whose p__9 is"),
+    "transposition": ("llama", "float16", SQUARE, "", r"layer layers\.0/linear \(MATRIX_MULTIPLY\)"),
+    "trip count": (
+        "gpt_oss",
+        "float32",
+        'of("TRIP_LIMIT")[0].set_input(0, network.add_constant((), np.array(1, np.int32)).get_output(0))',
+        "",
+        r"loop node_of_passed\S+ makes 1 turns, and \d+ entries of",
+    ),
+    "window": ("mistral", "float32", WINDOW, "", r"first in prompt: layer mask_window_8/logical_and_1 \(ELEMENTWISE\)"),
+    "window, in bf16": (
+        "mistral",
+        "bfloat16",
+        WINDOW,
+        "",
+        r"first in prompt: layer mask_window_8/\S+ \(\w+\), whose mask",
+    ),
+    "hidden body": ("llama", "float32", "", HIDDEN, r"layer node_Sigmoid\S+ \(ACTIVATION\), whose"),
+    "plugin field": ("llama", "float32", "", FIELD, r"layer layers\.\d/\S+ \(PLUGIN_V3\)"),
+    "lost plugin field": ("llama", "float32", "", LOST, r"Attribute epsilon not found in plugin node"),
+}
+
+
+@pytest.mark.parametrize("what", ALTERED)
+def test_what_tensorrt_reads_wrong_is_traced_to_its_layer(what: str, exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch, dtype, parsed, model, said = ALTERED[what]
+    monkeypatch.setattr(library, "find", emulated_library if "plugin" in what else lambda: None)
+    monkeypatch.setattr(builder, "COMMAND", planted.builder(parsed, model))
+    rung = climb(exported(arch, dtype))
+    assert rung.status == "fail"
+    assert re.search(said, rung.note), rung.note
+
+
+def test_a_large_model_is_left_to_who_asks_for_it(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "MOST", 1e6)
+    export = manifest.read(exported("llama"))
+    reason = r"^a prompt takes \d+\.?\d*e\+07 multiply-adds, over 1e\+06: --rungs network runs it anyway$"
+    assert re.match(reason, network.unable(export, False))
+    assert network.unable(export, True) == ""
+
+
+def test_a_block_alone_has_the_rung(exported) -> None:
+    assert climb(exported("llama", block="attention")).status == "pass"
+
+
+def test_without_tensorrt_the_rung_names_the_command(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    reason = network.unable(manifest.read(exported("llama")), True)
+    assert reason == "tensorrt-rtx is not installed: pip install tensorrt-rtx"
