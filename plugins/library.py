@@ -54,10 +54,13 @@ def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int
     linked = folder / "linked"
     options += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={linked}"]
     with _locked(folder):
-        library_file.drop_unless_placed(linked / FILE, folder / FILE)
+        for name in (FILE, REGISTER):
+            library_file.drop_unless_placed(linked / name, folder / name)
         _run([cmake, "-S", str(SOURCES), "-B", str(folder), *options])
         _run([cmake, "--build", str(folder), "--parallel", str(jobs or os.cpu_count() or 1)])
-        library_file.place(linked / FILE, folder / FILE, {"archs": archs, "sources": _builds().name})
+        # What find() looks for is last.
+        for name in (REGISTER, FILE):
+            library_file.place(linked / name, folder / name, {"archs": archs, "sources": _builds().name})
     return folder / FILE
 
 

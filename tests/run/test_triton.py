@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from arch_cases import DECODERS, ENCODERS, FIRST, Case
 from engine_folder import make_engine
@@ -91,10 +92,10 @@ def test_the_schema_refuses_what_it_does_not_know() -> None:
             parse(text)
 
 
-def engine_of_tensorrt(folder: Path, **changes: Any) -> Engine:
+def engine_of_tensorrt(folder: Path, **made: Any) -> Engine:
     """The folder, made, with an engine that TensorRT may have built."""
-    record = make_engine(folder) / "engine.json"
-    engine = dataclasses.replace(read_engine(folder), **{"backend": "tensorrt", "version": "10.14.1", **changes})
+    record = make_engine(folder, **made) / "engine.json"
+    engine = dataclasses.replace(read_engine(folder), backend="tensorrt", version="10.14.1")
     record.write_text(json.dumps(engine.as_data()))
     return engine
 
@@ -143,13 +144,15 @@ def test_what_triton_cannot_serve_is_one_line(tmp_path: Path) -> None:
     engine_of_tensorrt(tmp_path / "gone")
     (tmp_path / "gone" / "model.plan").unlink()
     engine_of_tensorrt(tmp_path / "alone")
+    engine_of_tensorrt(tmp_path / "beside", weights={"matrix": np.ones((2, 3), np.float32)})
     (tmp_path / "empty").mkdir()
     for folder, said in {
         "rtx": "holds an engine of tensorrt-rtx, and Triton loads those of TensorRT: build one where the GPU is",
         "cut": "model.plan has 5 bytes, engine.json says 1000: build it again: llmexport engine",
         "gone": "model.plan: No such file or directory: build it again: llmexport engine",
         "alone": f"{library.REGISTER} is no plugin library: No such file or directory. Build it",
-        "empty": "holds no engine, it has no engine.json: build it again: llmexport engine",
+        "beside": "has its weights beside the plan, which Triton does not bind: llmexport engine",
+        "empty": "holds no engine: build one: llmexport engine",
     }.items():
         line = refusal(lambda folder=folder: write(tmp_path / folder, repo, backend="tensorrt"), repo)
         assert said in line
