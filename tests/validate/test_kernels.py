@@ -115,6 +115,11 @@ def wide(arch: str, dtype: str, folder: Path) -> Path:
     return folder / "export"
 
 
+def test_a_block_alone_is_computed_by_kernels(exported: Callable[..., Path], calls: Counter[str]) -> None:
+    assert climb(exported("gemma", block="attention")).status == "pass"
+    assert calls.keys() == {"Rope"}
+
+
 def test_ops_that_passes_make_are_named_as_not_run(exported: Callable[..., Path]) -> None:
     assert climb(exported("gemma")).note.endswith(
         "; without AddRmsNorm, GatedAct, which passes make of the exported graph"
