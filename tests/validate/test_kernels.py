@@ -161,6 +161,24 @@ def test_a_plugin_that_returns_zeros_is_named(
     assert (rung.status, rung.note.partition(" is ")[0]) == ("fail", f"prompt: layers.{layer}: y of {op}")
 
 
+ZEROS = [("gemma", "Rope"), ("glm4", "Rope"), ("llama4", "Rope"), ("gpt_oss", "MoeExperts")]
+ZEROS += [("qwen3_5_moe", "GatedDeltaRule")]
+
+
+@pytest.mark.parametrize(("name", "op"), others_slow(ZEROS, ZEROS[:1]))
+def test_bisect_names_a_plugin_that_returns_zeros_and_finds_nothing_in_the_file(
+    name: str, op: str, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros(monkeypatch, op)
+    report = ladder.climb(manifest.read(exported(name)), rungs=["kernels"], tokens=TOKENS, bisect=True)
+    found = report.bisect
+    assert {r.key: r.status for r in report.rungs} == {"blocks": "pass", "kernels": "fail"}
+    assert found.lines[0] == ("first block", "none: each gives in ONNX Runtime what PyTorch does on the same inputs")
+    [(what, said)] = found.lines[1:]
+    assert (what, said.partition(" is ")[0].partition(": ")[2].rpartition(": ")[2]) == ("fails", f"y of {op}")
+    assert ": layers.0: " in said
+
+
 def test_a_plugin_that_is_wrong_for_one_token_alone_is_named(
     exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
