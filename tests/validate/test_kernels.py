@@ -19,6 +19,7 @@ from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.plugins import emulated, host
 from llmexport.plugins.causal_conv1d import causal_conv1d
+from llmexport.plugins.errors import CacheError
 from llmexport.plugins.rope import rope
 from llmexport.plugins.spec import Attribute
 from llmexport.validate import kernels, ladder
@@ -298,6 +299,18 @@ def test_nothing_is_compiled_unless_it_is_asked_for(
     said: list[str] = []
     ladder.climb(export, rungs=["kernels"], tokens=2, progress=lambda what, *_: said.append(what))
     assert said[1] == "kernels, compiled for this CPU once, in a minute"
+
+
+def test_a_library_that_others_can_write_is_the_reason(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> Path:
+        raise CacheError("others can write to it")
+
+    monkeypatch.setattr(emulated, "find", refused)
+    rung = climb(exported("gemma"))
+    assert (rung.status, rung.note) == ("not run", "others can write to it")
+    assert kernels.unable(manifest.read(exported("gemma")), False) == rung.note
 
 
 def test_a_missing_tool_is_the_reason(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
