@@ -88,7 +88,7 @@ class Bisection:
         elif self.block:
             lines.append(("first node", self.said))
         lines += [("weight", said) for said in self.weights]
-        return lines + [("also fails", f"{name}: {note}" if note else name) for name, note in self.rungs.items()]
+        return lines + [("fails", f"{name}: {note}" if note else name) for name, note in self.rungs.items()]
 
 
 def _off(difference: Difference, allowed: Tolerance) -> str:

@@ -161,9 +161,7 @@ def test_a_step_beyond_a_static_cache_is_refused_and_no_prompt_leaves_its_steps_
     with drive.in_torch(export) as driver:
         driver.run(prompt)
         driver.run(stage)
-        with pytest.raises(
-            Mismatch, match="again ends at token 41, the static cache has 40: export with --max-tokens 41"
-        ):
+        with pytest.raises(Mismatch, match="again ends at token 41, the static cache has 40: export with"):
             driver.run(stage.then("again", "decode", np.zeros((2, 1), np.int64)))
 
 
