@@ -106,7 +106,8 @@ class Report:
     `decode` (the decode steps, one call each): of PyTorch the time in its modules, of ONNX Runtime that in `run`.
     prompt: the sizes of what was run. weights: how much of them was read to tell that they are those exported.
     asked: the rungs that the user chose; none if all were to be run that can. calls: of how many calls each median is.
-    bisect: where it leaves tolerance first, if that was asked for.
+    bisect: where it leaves tolerance first, if that was asked for. largest: in float16, the largest magnitude that
+    each block makes over all stages, by its place. warning: what that is to tell, or nothing.
     """
 
     rungs: list[Rung]
@@ -116,6 +117,8 @@ class Report:
     asked: tuple[str, ...] = ()
     calls: dict[str, dict[str, int]] = field(default_factory=dict)
     bisect: Bisection | None = None
+    largest: dict[str, float] = field(default_factory=dict)
+    warning: str = ""
 
     @property
     def passed(self) -> bool:
