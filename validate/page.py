@@ -14,7 +14,7 @@ from markupsafe import Markup
 from llmexport.export.exported import Export
 from llmexport.export.output import write_files
 from llmexport.export.values import finite, visible
-from llmexport.validate import plot
+from llmexport.validate import overflow, plot
 from llmexport.validate.facts import facts
 from llmexport.validate.report import Report, Rung
 
@@ -32,9 +32,8 @@ def write(export: Export, report: Report) -> None:
 def page(said: Mapping[str, Any], report: Report) -> str:
     """`said` is what `facts` gives. Whatever it or the report quotes is text in the page, and nothing else."""
     rungs = [(rung, plot.plot(rung) if rung.details else None) for rung in report.rungs]
-    return _template().render(
-        said, report=report, rungs=rungs, map=plot.block_map(report.rungs), height=plot.HEIGHT, first=first_over(report)
-    )
+    shown = {"map": plot.block_map(report.rungs), "height": plot.HEIGHT, "most": overflow.MOST}
+    return _template().render(said, report=report, rungs=rungs, first=first_over(report), **shown)
 
 
 def first_over(report: Report) -> str:
