@@ -229,7 +229,7 @@ KEYS = {
     "export/evaluation.py": ["model"],
     "export/genai.py": ["attention_mask", "input_ids", "logits", "model", "position_ids"],
     "export/manifest.py": ["logits", "weights"],
-    "export/network/serve.py": ["length", "model"],
+    "export/network/serve.py": ["model"],
     "export/quantised.py": ["weights"],
     "run/bench.py": ["batch"],
     "run/settings.py": ["temperature"],

@@ -26,6 +26,7 @@ COMMANDS = (
     "deploy",
     "generate",
     "bench",
+    "triton",
     "checkpoint",
     "ops",
     "plugins",
