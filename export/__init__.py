@@ -27,6 +27,7 @@ def export(
     digest: bool = False,
     cache: str = "dynamic",
     max_tokens: int | None = None,
+    logits: str = "all",
     force: bool = False,
     progress: Progress = silent,
 ) -> Export:
@@ -42,7 +43,9 @@ def export(
 
     folder = folder_path(output)
     with open_source(arch, None if checkpoint is None else folder_path(checkpoint), folder) as (named, found):
-        request = onnx_file.Request(named, found, dtype, block, weights, target, digest, cache, max_tokens)
+        request = onnx_file.Request(
+            named, found, dtype, block, weights, target, digest, cache, max_tokens, logits=logits
+        )
         return onnx_file.write(request, folder, force=force, progress=progress)
 
 
