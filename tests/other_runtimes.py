@@ -46,6 +46,18 @@ for prompt in prompts:
     made.append(out[0, len(prompt):].tolist())
 print(json.dumps(made))
 """
+TRANSFORMERS = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+prompts, count, together = json.load(sys.stdin)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="eager").eval()
+made = []
+for ids in (torch.tensor([prompt]) for prompt in prompts):
+    options = dict(do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
+    made.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1]:].tolist())
+print(json.dumps(made))
+"""
 
 
 def tokens(
