@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from llmexport.export import builder
-from llmexport.export.engine import check_backend, check_plugins, check_ports
+from llmexport.export.engine import check_plugins, check_ports
 from llmexport.export.engine_build import JOB, MODEL
+from llmexport.export.engine_record import check_backend
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from llmexport.export import engine_record
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.run.session import Session
@@ -34,6 +35,11 @@ class EngineSession(Session[np.ndarray]):
 
     def __exit__(self, *raised: object) -> None:
         self._stack.close()
+
+    @property
+    def what(self) -> str:
+        record = engine_record.read(self._export.folder)
+        return f"{record.backend} {record.version}"
 
     def put(self, array: np.ndarray) -> np.ndarray:
         return array

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import onnxruntime
-from onnxruntime import OrtValue
 
 from llmexport.export import interrupt
 from llmexport.export.exported import Export, ExportedGraph
@@ -17,7 +15,7 @@ from llmexport.export.last_logits import last_logits
 from llmexport.export.spec import LongScaling, Rotary
 from llmexport.run.errors import RunError
 from llmexport.validate.feeds import along_step, beside, limits, states
-from llmexport.validate.runtime import open_session
+from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
 from llmexport.validate.stages import Stage
 
 BACKENDS = ("onnxruntime", "engine")
@@ -41,6 +39,11 @@ class Session(Generic[V]):
         self._export = export
         self._carried: dict[str, dict[str, V]] = {}  # by graph, what the next stage reads
         self._held: dict[str, V] = {}  # what later graphs read
+
+    @property
+    def what(self) -> str:
+        """What runs it, and its version."""
+        raise NotImplementedError
 
     def put(self, array: np.ndarray) -> V:
         raise NotImplementedError
@@ -84,12 +87,16 @@ class RuntimeSession(Session[OrtValue]):
         super().__init__(export)
         if export.dtype == "bfloat16":
             raise RunError("ONNX Runtime has no bfloat16 MatMul on a CPU: export with --dtype float32 or float16 too")
-        options = onnxruntime.SessionOptions()
+        options = SessionOptions()
         options.intra_op_num_threads = threads
         # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
         options.enable_mem_pattern = False
         models = {g.name: last_logits(load(export, g), g, export.dtype) for g in export.graphs}
         self._sessions = {name: open_session(model, export.folder, options) for name, model in models.items()}
+
+    @property
+    def what(self) -> str:
+        return f"ONNX Runtime {version()}"
 
     def put(self, array: np.ndarray) -> OrtValue:
         return OrtValue.ortvalue_from_numpy(array, "cpu")
@@ -116,10 +123,10 @@ class RuntimeSession(Session[OrtValue]):
 
 
 @contextlib.contextmanager
-def opened(export: Export, backend: str = "onnxruntime") -> Iterator[Session[Any]]:
-    """A session of an export on one of BACKENDS."""
+def opened(export: Export, backend: str = "onnxruntime", threads: int = 0) -> Iterator[Session[Any]]:
+    """A session of an export on one of BACKENDS; threads: of ONNX Runtime."""
     if backend == "onnxruntime":
-        yield RuntimeSession(export)
+        yield RuntimeSession(export, threads)
         return
     # Who runs no engine does not wait for Polygraphy.
     from llmexport.run.engine import EngineSession

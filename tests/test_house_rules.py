@@ -131,6 +131,11 @@ def test_engines_are_built_and_run_in_their_own_files_alone():
     assert broken(elsewhere, lambda path: ENGINE_LIBRARIES & roots(path)) == {}
 
 
+def test_onnx_runtime_is_imported_where_its_telemetry_is_turned_off():
+    elsewhere = [p for p in SOURCES if name(p) != "validate/runtime.py"]
+    assert broken(elsewhere, lambda path: {"onnxruntime"} & roots(path)) == {}
+
+
 def test_torch_onnx_is_called_in_one_file():
     elsewhere = [p for p in SOURCES if name(p) != "export/trace.py"]
     assert broken(elsewhere, lambda path: re.findall(r"^.*\btorch\.onnx\b.*$", path.read_text(), re.M)) == {}
@@ -224,8 +229,9 @@ KEYS = {
     "export/evaluation.py": ["model"],
     "export/genai.py": ["attention_mask", "input_ids", "logits", "model", "position_ids"],
     "export/manifest.py": ["weights"],
-    "export/network/serve.py": ["length", "model"],
+    "export/network/serve.py": ["model"],
     "export/quantised.py": ["weights"],
+    "run/bench.py": ["batch"],
     "run/settings.py": ["temperature"],
     "validate/bound.py": ["length"],
     "validate/engine.py": ["weights"],

@@ -27,7 +27,7 @@ from llmexport.validate.runtime import STOPS, NotTaken, open_session
 NODES = ("blocks", "onnxruntime")  # the rungs that run the nodes of the file
 SAME = "an export makes the same node: a pass, the body of an op or ONNX Runtime computes otherwise than the trace"
 NONE = "no node of it: they compute what a fresh trace does, which is not what PyTorch does"
-BETWEEN = "none: each gives what PyTorch does on the same inputs, what is off adds up or lies between them"
+APART = "none: each gives in ONNX Runtime what PyTorch does on the same inputs"
 
 
 def with_blocks(export: Export, asked: frozenset[str] | None) -> frozenset[str] | None:
@@ -62,18 +62,19 @@ def first_fault(export: Export, rungs: Sequence[Rung], recorded: Recorded, seed:
         for tensor, said in wrong[g.name].items()
     ]
     failed = [r for r in rungs if r.status == "fail"]
-    stopped = [r for r in failed if r.key in NODES and not r.details]
-    block = next((d for r in failed if r.key in NODES for d in r.details if _is_over(d)), None)
-    if block is None and stopped:
-        block = _first_stopped(export, models, recorded, seed)
-    others = {r.name: r.note for r in failed if not block or not (r in stopped or any(map(_is_over, r.details)))}
+    blamed = next((r for r in failed if r.key in NODES and any(map(_is_over, r.details))), None)
+    block = next(filter(_is_over, blamed.details)) if blamed else None
+    if stopped := [r for r in failed if r.key in NODES and not r.details]:
+        block = block or _first_stopped(export, models, recorded, seed)
+    others = {r.name: r.note for r in failed if not block or (r is not blamed and r not in stopped)}
     if block is None:
-        return Bisection(None, None, BETWEEN if failed else "", tuple(weights), others)
+        return Bisection(None, None, APART if failed else "", tuple(weights), others)
     steps = {export.place(g.name, s.name): (g, s) for g in export.graphs for s in g.assembly.steps}
     graph, step = steps[block["step"]]
     feed = next(f for run, f in _feeds(export, graph, step, recorded, seed) if run == block["run"])
     node = first_node(export, graph, step, models[graph.name], feed, wrong[graph.name])
-    return Bisection(block, node, "" if node else NONE, tuple(weights), others)
+    said = "; ".join([NONE, *([blamed.note] if blamed and blamed.note else [])])
+    return Bisection(block, node, "" if node else said, tuple(weights), others)
 
 
 def first_node(

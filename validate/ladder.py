@@ -105,6 +105,8 @@ def _climb_whole(
         asked=tuple(n for n in RUNGS if n in (asked or ())),
         calls={n: run.calls for n, run in runs.items()},
         bisect=first_fault(export, rungs, recorded) if bisect else None,
+        largest=ours.largest,
+        warning=overflow.near(ours.largest) if lost == "float16" else "",
     )
 
 

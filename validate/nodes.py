@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,12 +160,17 @@ def _changed_constants(
         if len(pair) == 2 and not any(t.data_location == onnx.TensorProto.EXTERNAL for t in pair):
             mine, other = map(onnx.numpy_helper.to_array, pair)
             if not np.array_equal(mine, other):
-                yield f"{name} is {_told(mine.tolist())}, an export makes it {_told(other.tolist())}"
+                told = [_told(a.tolist()) for a in (mine, other)]
+                yield (
+                    f"{name} is {told[0]}, an export makes it {told[1]}"
+                    if told[0] != told[1]
+                    else f"{name} holds other numbers"
+                )
 
 
 def _told(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode(errors="replace")
-    if isinstance(value, Sequence) and len(value) > SHOWN:
-        return f"{len(value)} others"
+    if isinstance(value, list) and len(value) > SHOWN:
+        return f"{len(value)} numbers"
     return f"{value:.6g}" if isinstance(value, float) else "missing" if value is None else str(value)

@@ -25,6 +25,7 @@ COMMANDS = (
     "golden",
     "deploy",
     "generate",
+    "bench",
     "triton",
     "checkpoint",
     "ops",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,8 @@ class Stored:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
         said = {entry.key: entry.value for entry in tensor.external_data}
-        file = said["location"]
+        file, dtype = said["location"], np.dtype(BY_ONNX[tensor.data_type].name)
         if file not in self._files:
             self._files[file] = np.memmap(self._folder / file, np.uint8, "r")
-        start, size = int(said["offset"]), int(said["length"])
-        return self._files[file][start : start + size].view(BY_ONNX[tensor.data_type].name)
+        start = int(said["offset"])
+        return self._files[file][start : start + math.prod(tensor.dims) * dtype.itemsize].view(dtype)

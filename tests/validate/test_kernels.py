@@ -142,20 +142,35 @@ def zeros(monkeypatch: pytest.MonkeyPatch, op: str, tokens: Callable[[int], bool
     monkeypatch.setattr(host.Plugin, "enqueue", wrong)
 
 
-@pytest.mark.parametrize(
-    ("name", "op", "place"),
-    [
-        ("gemma", "Rope", "prompt: layers.0: y of Rope"),
-        ("gpt_oss", "MoeExperts", "prompt: layers.0: y of MoeExperts"),
-        ("qwen3_5_moe", "GatedDeltaRule", "prompt: layers.0: y of GatedDeltaRule"),
-    ],
-)
+ZEROS = [("gemma", "Rope"), ("gpt_oss", "MoeExperts"), ("glm4", "Rope"), ("llama4", "MoeExperts")]
+ZEROS += [("qwen3_5_moe", op) for op in ("GatedDeltaRule", "CausalConv1d", "GatedRmsNorm")]
+
+
+@pytest.mark.parametrize(("name", "op"), others_slow(ZEROS, ZEROS[:2]))
 def test_a_plugin_that_returns_zeros_is_named(
-    name: str, op: str, place: str, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    name: str, op: str, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zeros(monkeypatch, op)
     rung = climb(exported(name, AT_ONCE[name]))
-    assert (rung.status, rung.note.partition(" is ")[0]) == ("fail", place)
+    assert (rung.status, rung.note.partition(" is ")[0]) == ("fail", f"prompt: layers.0: y of {op}")
+
+
+ZEROS = [("gemma", "Rope"), ("glm4", "Rope"), ("llama4", "Rope"), ("gpt_oss", "MoeExperts")]
+ZEROS += [("qwen3_5_moe", "GatedDeltaRule")]
+
+
+@pytest.mark.parametrize(("name", "op"), others_slow(ZEROS, ZEROS[:1]))
+def test_bisect_names_a_plugin_that_returns_zeros_and_finds_nothing_in_the_file(
+    name: str, op: str, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros(monkeypatch, op)
+    report = ladder.climb(manifest.read(exported(name)), rungs=["kernels"], tokens=TOKENS, bisect=True)
+    found = report.bisect
+    assert {r.key: r.status for r in report.rungs} == {"blocks": "pass", "kernels": "fail"}
+    assert found.lines[0] == ("first block", "none: each gives in ONNX Runtime what PyTorch does on the same inputs")
+    [(what, said)] = found.lines[1:]
+    assert (what, said.partition(" is ")[0].partition(": ")[2].rpartition(": ")[2]) == ("fails", f"y of {op}")
+    assert ": layers.0: " in said
 
 
 def test_a_plugin_that_is_wrong_for_one_token_alone_is_named(
@@ -167,15 +182,15 @@ def test_a_plugin_that_is_wrong_for_one_token_alone_is_named(
     assert "21 + 1 tokens: layers.0: y of SinkAttention is " in rung.note
 
 
-@pytest.mark.parametrize(
-    ("name", "op", "changed"),
-    [
-        ("glm4", "Rope", {"interleaved": False}),
-        ("gpt_oss", "SinkAttention", {"window": 5}),
-        ("gpt_oss", "MoeExperts", {"limit": 0.1}),
-        ("llama4", "MoeRoute", {"scoring": "softmax"}),
-    ],
-)
+WRONG: list[tuple[str, str, dict[str, Attribute]]] = [
+    ("glm4", "Rope", {"interleaved": False}),
+    ("gpt_oss", "SinkAttention", {"window": 5}),
+    ("gpt_oss", "MoeExperts", {"limit": 0.1}),
+    ("llama4", "MoeRoute", {"scoring": "softmax"}),
+]
+
+
+@pytest.mark.parametrize(("name", "op", "changed"), others_slow(WRONG, WRONG[:2]))
 def test_a_wrong_attribute_is_found_and_its_op_is_named(
     name: str,
     op: str,
@@ -207,7 +222,7 @@ def test_what_a_plugin_refuses_fails_the_rung_with_op_sizes_and_reason(
     rung = climb(exported("gemma"))
     assert rung.status == "fail"
     assert rung.note.startswith("Rope: ")
-    assert "float32[2, 19, 8]" in rung.note
+    assert "sin float32[2, 19, 16]" in rung.note
 
 
 def on_emulator() -> kernels.Kernels:

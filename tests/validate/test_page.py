@@ -20,6 +20,7 @@ from llmexport.export.spec import Assembly, causal_lm
 from llmexport.graphs.fusion import Fused
 from llmexport.validate.compare import Difference
 from llmexport.validate.facts import facts
+from llmexport.validate.metrics import Metrics
 from llmexport.validate.page import page, share, size, write
 from llmexport.validate.report import Report, Rung
 from llmexport.validate.tolerance import Tolerance
@@ -64,7 +65,8 @@ def rung(name: str, *details: dict[str, Any]) -> Rung:
 def report(layers: int = 2, error: float = 1e-6) -> Report:
     blocks = [detail(f"layers.{i}", error if i == 1 else 1e-6, kind="layer", run="prompt") for i in range(layers)]
     stages = [detail(0, 0.0, stage="prompt"), detail(1, math.nan if error > 1e-4 else 1e-6, stage="decode 1")]
-    rungs = [rung("blocks", *blocks), rung("onnxruntime", *stages), Rung("engine", "not run", "no GPU here")]
+    whole = dataclasses.replace(rung("onnxruntime", *stages), metrics=Metrics(134, 2e-3, 5e-2, 0.97, 0.95, "decode 3"))
+    rungs = [rung("blocks", *blocks), whole, Rung("engine", "not run", "no GPU here")]
     return Report(rungs, {"PyTorch": {"prefill": 0.2, "decode": 0.01}}, {"batch": 2, "tokens": 67, "crossed": [900]})
 
 
@@ -121,7 +123,7 @@ def test_a_page_says_what_a_report_does(folder: Path) -> None:
     for words in (
         *("Not proven", "blocks: first over in layers.1, prompt, hidden", "no GPU here", "300%", "not finite"),
         *("decode 1", "layers.1", "67 tokens", "900 tokens", "200.00 ms", "10.00 ms", "2.0 kB", "gated_act"),
-        *("gemma: layers.0/mul", "holds no engine"),
+        *("gemma: layers.0/mul", "holds no engine", "2.0e-03", "97.0%", "part at decode 3"),
     ):
         assert words in said
     assert "Not proven" not in Read(page(facts(export(folder)), report())).said
