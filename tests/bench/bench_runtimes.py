@@ -4,8 +4,8 @@
 
 Of every decoder a tiny random checkpoint is exported with `--for genai --for optimum`. Each runtime lives in an
 environment of its own: --install makes them, else the interpreters are named. TOKENS tokens are made from each prompt
-by onnxruntime-genai alone and in a batch, by optimum, and by optimum's transformers 4 from the checkpoint with the
-export's config.json. A model that a runtime is not written for is refused by the export; a batch that it pads as the
+by onnxruntime-genai alone and in a batch, by optimum (after the line that the export notes, where it needs that), and by
+its transformers 4 from the checkpoint with the export's config.json. A model that a runtime is not written for is refused by the export; a batch that it pads as the
 model cannot take, which the export notes, may end in an error. Exit code 1: other tokens, or another error.
 """
 
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from arch_cases import DECODERS, FIRST, Case
 from layouts import randomise
-from other_runtimes import GENAI, OPTIMUM, TRANSFORMERS, tokens
+from other_runtimes import GENAI, OPTIMUM, asked
 from report import commit, machine
 
 RESULTS = Path(__file__).parent / "results" / "runtimes_cpu.json"
@@ -50,7 +50,7 @@ TOKENS = 20
 # Longer and shorter than the windows and chunks of the tiny configs.
 PROMPTS = ([5, 77, 0, 41, 2, 99, 130, 7, 8, 200, 31, 64], [9, 3, 250, 18])
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-EQUAL, AFTER = "equal", "equal, after the line that the export notes"
+EQUAL = "equal"
 STATIC = {"llama": 64, "qwen3_5_moe": 64}  # slots: keys and values alone, and beside states of another kind
 
 
@@ -110,12 +110,15 @@ def export(source: Path, folder: Path, slots: int | None) -> tuple[Export | None
     return onnx_file.write(request, folder), refused
 
 
-def compared(wanted: list[list[int]], *asked: Any, **options: Any) -> str:
+def said(*job: Any, **options: Any) -> Any:
     try:
-        found = tokens(*asked, **options)
+        return asked(*job, **options)
     except RuntimeError as error:
         return f"error: {error}"
-    return EQUAL if found == wanted else f"differs: {found}"
+
+
+def judged(wanted: list[list[int]], found: Any) -> str:
+    return found if isinstance(found, str) else EQUAL if found == wanted else "differs"
 
 
 def row(case: Case, pythons: dict[str, str], work: Path, slots: int | None) -> dict[str, Any]:
@@ -124,24 +127,24 @@ def row(case: Case, pythons: dict[str, str], work: Path, slots: int | None) -> d
     found: dict[str, Any] = {"arch": case.arch, "cache": f"static, {slots}" if slots else "dynamic", **refused}
     if made is None:
         return {**found, "passed": True}
-    wanted, prompts, passed = reference(source), [list(p) for p in PROMPTS], True
+    wanted, passed = reference(source), True
+    job = (made.folder, [list(p) for p in PROMPTS], TOKENS)
+
     if "genai" not in refused:
-        asked = (pythons["genai"], GENAI, made.folder, prompts, TOKENS)
-        found["genai"], found["genai_batch"] = (compared(wanted, *asked, together=t) for t in (False, True))
+        for name, together in (("genai", False), ("genai_batch", True)):
+            found[name] = judged(wanted, said(pythons["genai"], GENAI, *job, together=together))
         noted = any("pads a batch on the right" in note for note in made.notes)
         stopped = noted and found["genai_batch"].startswith("error: ")
         passed &= found["genai"] == EQUAL and (found["genai_batch"] == EQUAL or stopped)
     if "optimum" not in refused:
-        asked = (pythons["optimum"], OPTIMUM, made.folder, prompts, TOKENS)
-        found["optimum"] = compared(wanted, *asked)
         lines = [note.partition("run after from_pretrained: ")[2] for note in made.notes if "optimum" in note]
-        if found["optimum"] != EQUAL and lines:
-            again = compared(wanted, *asked, lines[0])
-            found["optimum"] = AFTER if again == EQUAL else again
-        passed &= found["optimum"] in (EQUAL, AFTER)
         # The weights as transformers writes them, under the config that the export has.
         shutil.copy(made.folder / "config.json", source / "config.json")
-        found["transformers_4"] = compared(wanted, pythons["optimum"], TRANSFORMERS, source, prompts, TOKENS)
+        told = said(pythons["optimum"], OPTIMUM, *job, *(lines or [""]), str(source))
+        told = {"optimum": told, "transformers": told} if isinstance(told, str) else told
+        found |= {name: judged(wanted, told[name]) for name in ("optimum", "transformers")}
+        found["optimum_after_line"] = told.get("after_line")
+        passed &= found["optimum"] == found["transformers"] == EQUAL
     return {**found, "notes": list(made.notes), "passed": passed}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from arch_cases import DECODERS, Case
-from other_runtimes import OPTIMUM, tokens
+from other_runtimes import OPTIMUM, asked
 from tiny_configs import one_line, read
 
 from llmexport.export import archs, onnx_file, optimum
@@ -116,4 +116,4 @@ def test_the_tokens_are_those_of_transformers(arch: str, tiny_checkpoint, tmp_pa
         options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20}
         wanted.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist())
     lines = [note.partition("run after from_pretrained: ")[2] for note in made.notes if "optimum" in note]
-    assert tokens(os.environ[PYTHON], OPTIMUM, made.folder, prompts, 20, *lines) == wanted
+    assert asked(os.environ[PYTHON], OPTIMUM, made.folder, prompts, 20, *lines)["optimum"] == wanted
