@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from llmexport.validate.compare import compare
 from llmexport.validate.cost import multiply_adds
 from llmexport.validate.drive import Recorded
 from llmexport.validate.feeds import Feed
+from llmexport.validate.fused import Sums, fuse
 from llmexport.validate.judge import feeds_alone
 from llmexport.validate.runners import TorchRunner, to_numpy
 from llmexport.validate.tolerance import TOLERANCE
@@ -136,25 +138,30 @@ class KernelRunner(TorchRunner):
     def __init__(self, export: Export, graph: ExportedGraph, kernels: Kernels) -> None:
         super().__init__(export, graph, kernels.device)
         self.name = "kernels"
-        self._kernels, self._place = kernels, partial(export.place, graph.name)
+        self._kernels, self._place, self._sums = kernels, partial(export.place, graph.name), Sums()
+        self._fused: WeakSet[torch.nn.Module] = WeakSet()
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
-        with self._kernels:
+        with self._kernels, self._sums:
             return super().infer_impl(feed_dict)
 
     def run_step(self, step: Step, feed: Feed) -> Feed:
-        with self._kernels:
+        with self._kernels, self._sums:
             return super().run_step(step, feed)
 
     def _module(self, step: Step) -> torch.nn.Module:
         self._kernels.place = self._place(step.name)
-        return super()._module(step)
+        module = super()._module(step)
+        if module not in self._fused:
+            fuse(module, self._sums)
+            self._fused.add(module)
+        return module
 
 
 def unable(export: Export, asked: bool) -> str:
     """Why the kernels cannot run this export here, or nothing. If they are asked for, the emulator is built."""
-    if not in_torch(export):
-        return "PyTorch calls no op of ours in this model"
+    if not any(g.ops for g in export.graphs):
+        return "no op of ours is in this model"
     try:
         if asked or on_gpu():
             machine()
@@ -182,10 +189,8 @@ def runner(export: Export, graph: ExportedGraph) -> KernelRunner:
 
 
 def note(export: Export) -> str:
-    """What ran, and what of an export did not."""
-    where = "on the CPU emulator" if machine().device == "cpu" else f"on {torch.cuda.get_device_name()}"
-    left = sorted({n for g in export.graphs for n in g.ops} - in_torch(export))
-    return where + (f"; without {', '.join(left)}, which passes make of the exported graph" if left else "")
+    """Where the kernels ran."""
+    return "on the CPU emulator" if machine().device == "cpu" else f"on {torch.cuda.get_device_name()}"
 
 
 def trace(export: Export, recorded: Recorded) -> str:
@@ -202,9 +207,3 @@ def trace(export: Export, recorded: Recorded) -> str:
             if kernels.wrong:
                 return f"{run}: {kernels.wrong}"
     return "every op is right by itself"
-
-
-def in_torch(export: Export) -> set[str]:
-    """The ops of ours that an export has in PyTorch already: a pass makes the others of its graph."""
-    made = {name for g in export.graphs for name in g.fusions}
-    return {n for g in export.graphs for n in g.ops if f"fuse_{all_ops()[n].torch_name}" not in made}
