@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmexport.export.checkpoint import StoredTensor, read_header
 from llmexport.export.errors import EngineError
 from llmexport.export.identity import WeightFile, examine
 from llmexport.export.stamp import Stamp, check_stamp, read_errors
-from llmexport.plugins.dtypes import BY_NAME
+from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,9 +65,9 @@ def weights(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The array of each weight input by name, from the weight files in `folder`, one at a time.
 
-    An array as stored is the file, mapped read-only; of the others one is in memory at a time, if the caller keeps none.
-    files: as engine.json describes them. Raises ExportError if one is missing or another than was exported, as far as
-    header, 64 pages and stamp tell, and EngineError on a binding that does not fit it.
+    An array as stored is the file, mapped read-only; the others are made when their turn comes, in memory. files: as
+    engine.json describes them. Raises ExportError if one is missing or another than was exported, as far as header, 64
+    pages and stamp tell, and EngineError on a binding that does not fit it.
     """
     used = {source.file for binding in bindings.values() for source in binding.sources}
     said = {file.file: file for file in files}
@@ -79,11 +79,17 @@ def weights(
         for source in binding.sources:
             _check(name, source, stored[source.file].get(source.tensor))
     for name, binding in bindings.items():
-        yield name, _made(name, binding, [_mapped(source, folder, stamps[source.file]) for source in binding.sources])
+        yield name, _made(name, binding, folder, stamps)
 
 
 def _check(name: str, source: Source, stored: StoredTensor | None) -> None:
-    if stored is None or (stored.offset, stored.nbytes) != (source.offset, source.nbytes):
+    own = stored and BY_SAFETENSORS[stored.dtype].name
+    read_as = (own, "int8") if own == "uint8" else (own,)
+    if (
+        stored is None
+        or source.dtype not in read_as
+        or (stored.offset, stored.nbytes) != (source.offset, source.nbytes)
+    ):
         there = f"bytes {source.offset} to {source.offset + source.nbytes} of {source.file}"
         raise EngineError(f"engine.json binds {name} to {there}, which are not {source.tensor} there: build it again")
 
@@ -98,13 +104,14 @@ def _mapped(source: Source, folder: Path, seen: Stamp) -> np.ndarray:
         return np.memmap(path, np.dtype(source.dtype), "r", source.offset, source.shape)
 
 
-def _made(name: str, binding: Binding, parts: list[np.ndarray]) -> np.ndarray:
+def _made(name: str, binding: Binding, folder: Path, stamps: Mapping[str, Stamp]) -> np.ndarray:
     """What the operations make of the sources. Raises EngineError if it is not what the binding says."""
     import numpy as np
 
     try:
+        parts = [_mapped(source, folder, stamps[source.file]) for source in binding.sources]
         for operation in binding.operations:
-            to = operation.to
+            to: Any = operation.to
             match operation.do:
                 case "concat":
                     parts = [np.concatenate(parts, to)]

@@ -18,7 +18,7 @@ from llmexport.export.workspace import sweep
 # The file by which each kind of output is known; a downloaded checkpoint has none of them.
 EXPORT, BLOCKS, RANDOM = "manifest.json", "blocks.json", "llmexport-random.json"
 # What later commands add to an export, beside a plan for each graph.
-ADDED = {"engine.json", "report.json", "report.html"}
+ADDED = {"engine.json", "report.json", "report.html", "bench.json", "bench.html"}
 
 
 def check(target: Path, record: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmexport.export import beside, builder, device, manifest
 from llmexport.export.engine_build import JOB, MODEL, PLAN
-from llmexport.export.engine_record import RECORD, Engine, Library, Plan, check_backend
+from llmexport.export.engine_record import RECORD, WEIGHTS, Engine, Library, Plan, check_backend
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
@@ -26,7 +26,6 @@ from llmexport.plugins import library
 from llmexport.plugins.dtypes import BY_TENSORRT
 from llmexport.plugins.regular import sha256
 
-WEIGHTS = ("inside", "beside")  # the plan
 LONGEST = 10**8  # seconds: three years, which a timer still takes
 
 

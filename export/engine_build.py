@@ -87,6 +87,8 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
         serve(trt, network, model, job, tell)
         return None
     config = builder.create_builder_config()
+    # TensorRT would round the factors of a product to 11 bits on its own, and fp32 would be no reference any more.
+    config.clear_flag(trt.BuilderFlag.TF32)
     profile = builder.create_optimization_profile()
     for name, shapes in job["profile"].items():
         profile.set_shape(name, *shapes)

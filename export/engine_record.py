@@ -28,6 +28,7 @@ from llmexport.plugins.regular import open_regular, read_regular, sha256
 
 RECORD = "engine.json"
 FORMAT = 3
+WEIGHTS = ("inside", "beside")  # the plans
 MOST = 100_000_000  # bytes, as of a manifest
 DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -142,7 +143,7 @@ def read(folder: Path) -> Engine:
         engine: Engine = typed(Engine, {k: v for k, v in data.items() if k != "format"})
         _check(engine)
     except FileNotFoundError as error:
-        raise EngineError(f"{folder} holds no engine, it has no {RECORD}: {rebuild(folder)}") from error
+        raise EngineError(f"{folder} holds no engine: build one: llmexport engine {folder}") from error
     except OSError as error:
         raise EngineError(f"cannot read {path}: {error.strerror}: {rebuild(folder)}") from error
     except DAMAGED as error:
@@ -159,6 +160,10 @@ def _check(engine: Engine) -> None:
     """What its types do not say. Raises ValueError."""
     if not engine.graphs:
         raise ValueError("no graph")
+    if engine.weights_at not in WEIGHTS or (
+        engine.weights_at == "inside" and any(p.bindings for p in engine.graphs.values())
+    ):
+        raise ValueError(f"weights_at {engine.weights_at!r}")
     for plan in engine.graphs.values():
         if Path(plan.file).name != plan.file:
             raise ValueError(f"plan {plan.file!r} is no name of a file")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.identity import changed
 from llmexport.export.progress import Progress, silent
-from llmexport.export.spec import OPSET, Assembly, Block, Graph, Port, Step, to_data
+from llmexport.export.spec import Assembly, Block, Graph, Port, Step, to_data
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
 from llmexport.graphs.fusion import Fused
@@ -73,7 +72,7 @@ def join(
     did is in `metadata_props`."""
     proto, fusions = pipeline.run(_stitched(pieces, assembly.inputs, assembly.outputs, dtype, stored, assembly.opset))
     if target == "portable":
-        bodies.attach_bodies(proto, functools.partial(load_body, opset=assembly.opset))
+        bodies.attach_bodies(proto, load_body)
     for name, fused in fusions.items():
         proto.metadata_props.add(key=name, value=json.dumps(dataclasses.asdict(fused)))
     return proto
@@ -107,7 +106,7 @@ def as_traced(
     wanted = {p.name: p for p in own.values()}
     piece = Piece(step.name, load_block(step.block, dtype), values)
     proto = _stitched([piece], *_ports(step), dtype, _stored_types(wanted, checkpoint), opset)
-    bodies.attach_bodies(proto, functools.partial(load_body, opset=opset))
+    bodies.attach_bodies(proto, load_body)
     weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx)
     return proto
 
@@ -128,7 +127,7 @@ def load(export: Export, graph: ExportedGraph) -> onnx.ModelProto:
         raise changed(path)
     proto = onnx.ModelProto.FromString(data)
     if export.target == "tensorrt":
-        bodies.attach_bodies(proto, functools.partial(load_body, opset=export.opset))
+        bodies.attach_bodies(proto, load_body)
     return proto
 
 
@@ -152,15 +151,15 @@ def load_block(block: Block, dtype: str) -> onnx.ModelProto:
 
 
 def load_body(
-    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]], opset: int = OPSET
+    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
 ) -> onnx.FunctionProto:
     def make() -> bytes:
         from llmexport.export.trace import trace_body
 
-        return trace_body(name, attributes, types, shapes, opset).SerializeToString()
+        return trace_body(name, attributes, types, shapes).SerializeToString()
 
     sizes = [[d if isinstance(d, int) else None for d in shape] for shape in shapes]
-    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes, opset], make))
+    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes], make))
 
 
 def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:

@@ -26,6 +26,7 @@ from llmexport.export.earlier import BLOCKS
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
 from llmexport.export.graph_file import build
+from llmexport.export.handover import RUNTIMES, hand_over
 from llmexport.export.identity import identify
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
@@ -45,7 +46,8 @@ class Request:
     """What to export: `block` is None for the whole model; `weights` is auto, link or copy; `digest` reads every byte.
 
     `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
-    a body over a plugin of the same name. `max_tokens` are the slots of a static `cache`.
+    a body over a plugin of the same name. `max_tokens` are the slots of a static `cache`. `runtimes` are others that
+    shall open the folder.
     """
 
     arch: Arch
@@ -57,6 +59,7 @@ class Request:
     digest: bool = False
     cache: str = "dynamic"
     max_tokens: int | None = None
+    runtimes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         said = (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS), ("cache", CACHES))
@@ -64,6 +67,12 @@ class Request:
             if (said := getattr(self, name)) not in choices:
                 raise ExportError(f"{name} is {said!r}: choose one of {', '.join(choices)}")
         check_slots(self.cache, self.max_tokens)
+        if unknown := [r for r in self.runtimes if r not in RUNTIMES]:
+            raise ExportError(f"runtime is {unknown[0]!r}: choose of {', '.join(RUNTIMES)}")
+        odd = f"block {self.block!r}" if self.block else f"target {self.target}" if self.target != "portable" else ""
+        if self.runtimes and odd:
+            wants = f"{' and '.join(self.runtimes)} run whole models in the portable form"
+            raise ExportError(f"{wants}, not {odd}: leave one of them out")
 
 
 def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None) -> Model:
@@ -149,6 +158,8 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
+    config = text_config(arch, checkpoint.config)
+    handed = hand_over(request.runtimes, graphs, config, checkpoint.folder)
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
     used = {checkpoint.tensors[n].file for p in wanted for n in p.sources}
     shards = [s for s in checkpoint.shards if s.file in used]
@@ -158,6 +169,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     check_config(checkpoint)
     # A block is no model that a tokenizer belongs to.
     companions = place_companions(checkpoint, folder) if request.block is None else {}
+    companions = dict(sorted({**companions, **handed.place(folder)}.items()))
     progress("weights", 1, 1)
     for graph, data in built:
         (folder / graph.file).write_bytes(data)
@@ -171,11 +183,11 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         graphs=tuple(graph for graph, _ in built),
         weights=tuple(file for file, _ in found),
         config=checkpoint.config,
-        text_config=text_config(arch, checkpoint.config),
+        text_config=config,
         renamed=multimodal_names(arch, checkpoint.config),
         reference=arch.reference,
         versions=cache.versions(),
-        notes=tuple(notes),
+        notes=(*notes, *handed.notes),
         companions=companions,
         inode=stamp(folder).inode,
         held={file.file: held for file, held in found},

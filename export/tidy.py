@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx.helper import get_attribute_value, make_attribute
 
-from llmexport.export.spec import AXES
+from llmexport.export.spec import AXES, SEQUENCE, behind
 
 # The other forms that a Constant's numbers may have.
 CONSTANTS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
@@ -33,9 +33,12 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     for value in (*graph.input, *graph.output, *graph.value_info):
         value.ClearField("metadata_props")
         for dim in value.type.tensor_type.shape.dim:
-            dim_sum = sums.get(frozenset(dim.dim_param.split(" + ")))
-            if dim_sum:
-                dim.dim_param = dim_sum
+            terms = frozenset(dim.dim_param.split(" + "))
+            more = [t for t in terms - {SEQUENCE} if t.isdecimal()]
+            if terms in sums:
+                dim.dim_param = sums[terms]
+            elif more and terms == {SEQUENCE, *more}:
+                dim.dim_param = behind(int(more[0]))
     _settle_reshapes(graph)
     return model
 

@@ -58,7 +58,7 @@ def trace_block(block: Block, dtype: str) -> onnx.ModelProto:
 
 
 def trace_body(
-    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]], opset: int = OPSET
+    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
 ) -> onnx.FunctionProto:
     """The ONNX function body of an op, for one set of attribute values: the one it brings, or its reference, traced.
 
@@ -83,7 +83,7 @@ def trace_body(
         list(inputs),
         list(op.outputs),
         nodes,
-        [onnx.helper.make_opsetid("", opset)],
+        [onnx.helper.make_opsetid("", OPSET)],
         sorted(attributes),
     )
 

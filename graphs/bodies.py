@@ -22,6 +22,7 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
     or rank of an op's input is not in the graph.
     """
     graph = model.graph
+    version = next(o.version for o in model.opset_import if not o.domain)
     typed = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     typed |= {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type for t in graph.initializer}
     bodies: dict[str, onnx.FunctionProto] = {}
@@ -37,6 +38,8 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
         wanted = (node.op_type, _attributes(node), types, shapes)
         if repr(wanted) not in known:
             made = body(*wanted)
+            # Later versions of ai.onnx add operators and types, and change none that bodies are made of.
+            made.opset_import[0].version = version
             known[repr(wanted)] = made.name
             if bodies.setdefault(made.name, made) != made:
                 raise ValueError(f"{node.name}: two bodies are called {made.name}")

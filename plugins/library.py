@@ -26,6 +26,7 @@ from llmexport.plugins.errors import CacheError
 from llmexport.plugins.errors import PluginError as PluginError
 
 FILE = "libllmexport_plugins.so"
+REGISTER = "libllmexport_register.so"  # registers FILE, which lies beside it, where a server only opens libraries
 SOURCES = Path(__file__).parent
 ARCHS = ("80", "86", "89", "90", "100", "110", "120")
 NAMESPACE = "llmexport"
@@ -53,10 +54,13 @@ def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int
     linked = folder / "linked"
     options += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={linked}"]
     with _locked(folder):
-        library_file.drop_unless_placed(linked / FILE, folder / FILE)
+        for name in (FILE, REGISTER):
+            library_file.drop_unless_placed(linked / name, folder / name)
         _run([cmake, "-S", str(SOURCES), "-B", str(folder), *options])
         _run([cmake, "--build", str(folder), "--parallel", str(jobs or os.cpu_count() or 1)])
-        library_file.place(linked / FILE, folder / FILE, {"archs": archs, "sources": _builds().name})
+        # What find() looks for is last.
+        for name in (REGISTER, FILE):
+            library_file.place(linked / name, folder / name, {"archs": archs, "sources": _builds().name})
     return folder / FILE
 
 

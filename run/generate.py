@@ -15,7 +15,7 @@ from llmexport.export.progress import Progress, silent
 from llmexport.run import chat, text
 from llmexport.run.errors import RunError
 from llmexport.run.sampling import Sampler
-from llmexport.run.session import RuntimeSession, check_decoder, check_prompt, decode, positions, row, run_again_at
+from llmexport.run.session import check_decoder, check_prompt, decode, opened, positions, row, run_again_at
 from llmexport.run.settings import read_settings
 
 MOST_TOKENS = 256
@@ -51,6 +51,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    backend: str = "onnxruntime",
     show: Callable[[str], object] = str,
     progress: Progress = silent,
 ) -> Answer:
@@ -70,26 +71,26 @@ def generate(
     seed = secrets.randbits(32) if seed is None else seed
     progress("load the model", 0, 1)
     start = time.perf_counter()
-    session = RuntimeSession(export)
-    export.check_untouched()
-    progress("load the model", 1, 1)
-    loaded = time.perf_counter()
     stream = text.Stream(tokenizer, (*settings.stop, *stop)) if tokenizer else None
     # The last token needs no position.
     room = (positions(export) or len(ids) + max_new_tokens) - len(ids) + 1
     made, finish, first = list[int](), "length" if max_new_tokens <= room else "context", 0.0
-    for [token] in decode(session, row(ids), Sampler(settings.sampling, seed), run_again_at(export)):
-        first = first or time.perf_counter()
-        made.append(int(token))
-        if made[-1] in settings.eos:
-            finish = "stop"
-            break
-        show(stream.put(made[-1]) if stream else f"{made[-1]} ")
-        if stream and stream.stopped:
-            finish = "stop"
-            break
-        if len(made) == min(max_new_tokens, room):
-            break
+    with opened(export, backend) as session:
+        export.check_untouched()
+        progress("load the model", 1, 1)
+        loaded = time.perf_counter()
+        for [token] in decode(session, row(ids), Sampler(settings.sampling, seed), run_again_at(export)):
+            first = first or time.perf_counter()
+            made.append(int(token))
+            if made[-1] in settings.eos:
+                finish = "stop"
+                break
+            show(stream.put(made[-1]) if stream else f"{made[-1]} ")
+            if stream and stream.stopped:
+                finish = "stop"
+                break
+            if len(made) == min(max_new_tokens, room):
+                break
     if stream:
         show(stream.end())
     seconds = {"load": loaded - start, "first": first - loaded, "rest": time.perf_counter() - first}

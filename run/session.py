@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import onnxruntime
-from onnxruntime import OrtValue
 
 from llmexport.export import interrupt
-from llmexport.export.exported import Export
+from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
 from llmexport.export.last_logits import last_logits
 from llmexport.export.spec import LongScaling, Rotary
 from llmexport.run.errors import RunError
 from llmexport.validate.feeds import along_step, beside, limits, states
-from llmexport.validate.runtime import open_session
+from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
 from llmexport.validate.stages import Stage
 
-
-class Session(Protocol):
-    """Whatever runs a decoder stage by stage and carries what a stage leaves to the next."""
-
-    def run(self, stage: Stage) -> np.ndarray:
-        """The scores of what follows the last token of each row [B, V], in fp32."""
-        ...
+BACKENDS = ("onnxruntime", "engine")
+V = TypeVar("V")
 
 
 class Choose(Protocol):
@@ -34,51 +28,111 @@ class Choose(Protocol):
     def __call__(self, scores: np.ndarray, ids: np.ndarray) -> np.ndarray: ...
 
 
-class RuntimeSession:
-    """ONNX Runtime on the CPU. Raises RunError, or Mismatch, if it cannot run the export."""
+class Session(Generic[V]):
+    """A decoder that is run stage by stage, and carries what a stage leaves to the next; V is what it holds values in.
+
+    Raises RunError if the export is none.
+    """
 
     def __init__(self, export: Export) -> None:
         check_decoder(export)
-        if export.dtype == "bfloat16":
-            raise RunError("ONNX Runtime has no bfloat16 MatMul on a CPU: export with --dtype float32 or float16 too")
-        options = onnxruntime.SessionOptions()
-        # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
-        options.enable_mem_pattern = False
         self._export = export
-        models = {g.name: last_logits(load(export, g), g, export.dtype) for g in export.graphs}
-        self._sessions = {name: open_session(model, export.folder, options) for name, model in models.items()}
-        self._carried: dict[str, dict[str, OrtValue]] = {}  # by graph, what the next stage reads
-        self._held: dict[str, OrtValue] = {}  # what later graphs read
+        self._carried: dict[str, dict[str, V]] = {}  # by graph, what the next stage reads
+        self._held: dict[str, V] = {}  # what later graphs read
+
+    @property
+    def what(self) -> str:
+        """What runs it, and its version."""
+        raise NotImplementedError
+
+    def put(self, array: np.ndarray) -> V:
+        raise NotImplementedError
+
+    def get(self, value: V) -> np.ndarray:
+        raise NotImplementedError
+
+    def infer(self, graph: ExportedGraph, feed: Mapping[str, V]) -> Mapping[str, V]:
+        """The outputs of a graph, by the names of its ports."""
+        raise NotImplementedError
 
     def run(self, stage: Stage) -> np.ndarray:
+        """The scores of what follows the last token of each row [B, V], in fp32."""
         export, last = self._export, np.empty(0)
         if stage.begins:
-            fresh = {g.name: states(g, export.dtype, stage.sizes) for g in export.graphs}
             self._held = {}
-            self._carried = {name: {n: _value(a) for n, a in feed.items()} for name, feed in fresh.items()}
+            for graph in export.graphs:
+                fresh = states(graph, export.dtype, stage.sizes)
+                self._carried[graph.name] = {n: self.put(a) for n, a in fresh.items()}
         for graph in export.graphs:
-            inputs = graph.assembly.inputs
+            inputs, known = graph.assembly.inputs, self._held | self._carried[graph.name]
             if not (stage.begins or graph.carried or any(map(along_step, inputs))):
                 continue
-            session, known = self._sessions[graph.name], self._held | self._carried[graph.name]
-            binding = session.io_binding()
-            for port in inputs:
-                value = known[port.name] if port.name in known else _value(stage.at(port))
-                binding.bind_ortvalue_input(port.name, value)
-            for port in graph.assembly.outputs:
-                binding.bind_output(port.name, "cpu")
-            session.run_with_iobinding(binding)
-            made = dict(zip((p.name for p in graph.assembly.outputs), binding.get_outputs(), strict=True))
-            self._carried[graph.name] = {before: made[after] for before, after in graph.carried.items()}
-            self._held |= {n: v for n, v in made.items() if n not in graph.carried.values()}
+            feed = {p.name: known[p.name] if p.name in known else self.put(stage.at(p)) for p in inputs}
+            made = dict(self.infer(graph, feed))
+            self._carried[graph.name] = {before: made.pop(after) for before, after in graph.carried.items()}
             for port in graph.assembly.outputs:
                 if port.use == "logits":
-                    last = self._held.pop(port.name).numpy()[:, -1]
+                    last = self.get(made.pop(port.name))[:, -1]
+            self._held |= made
         return last.astype(np.float32)
 
 
-def _value(array: np.ndarray) -> OrtValue:
-    return OrtValue.ortvalue_from_numpy(array, "cpu")
+class RuntimeSession(Session[OrtValue]):
+    """ONNX Runtime on the CPU, whose own memory the states stay in. Raises Mismatch if it does not take the model.
+
+    threads: of one operator; 0: as many as ONNX Runtime thinks right.
+    """
+
+    def __init__(self, export: Export, threads: int = 0) -> None:
+        super().__init__(export)
+        if export.dtype == "bfloat16":
+            raise RunError("ONNX Runtime has no bfloat16 MatMul on a CPU: export with --dtype float32 or float16 too")
+        options = SessionOptions()
+        options.intra_op_num_threads = threads
+        # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
+        options.enable_mem_pattern = False
+        models = {g.name: last_logits(load(export, g), g, export.dtype) for g in export.graphs}
+        self._sessions = {name: open_session(model, export.folder, options) for name, model in models.items()}
+
+    @property
+    def what(self) -> str:
+        return f"ONNX Runtime {version()}"
+
+    def put(self, array: np.ndarray) -> OrtValue:
+        return OrtValue.ortvalue_from_numpy(array, "cpu")
+
+    def get(self, value: OrtValue) -> np.ndarray:
+        return value.numpy()
+
+    def infer(self, graph: ExportedGraph, feed: Mapping[str, OrtValue]) -> Mapping[str, OrtValue]:
+        session = self._sessions[graph.name]
+        binding, slots = session.io_binding(), dict[str, OrtValue]()
+        before = {after: before for before, after in graph.carried.items()}
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        for port in graph.assembly.outputs:
+            if port.use == "slots":
+                # A static cache is written in place.
+                slots[port.name] = feed[before[port.name]]
+                binding.bind_ortvalue_output(port.name, slots[port.name])
+            else:
+                binding.bind_output(port.name, "cpu")
+        session.run_with_iobinding(binding)
+        # Of the values that are made of arrays, ours alone keep these alive.
+        return dict(zip((p.name for p in graph.assembly.outputs), binding.get_outputs(), strict=True)) | slots
+
+
+@contextlib.contextmanager
+def opened(export: Export, backend: str = "onnxruntime", threads: int = 0) -> Iterator[Session[Any]]:
+    """A session of an export on one of BACKENDS; threads: of ONNX Runtime."""
+    if backend == "onnxruntime":
+        yield RuntimeSession(export, threads)
+        return
+    # Who runs no engine does not wait for Polygraphy.
+    from llmexport.run.engine import EngineSession
+
+    with EngineSession(export) as session:
+        yield session
 
 
 def check_decoder(export: Export) -> None:
@@ -102,7 +156,7 @@ def opening(ids: np.ndarray) -> Stage:
     return Stage("prompt", "opening", ids, positions, np.ones_like(ids), np.zeros_like(ids))
 
 
-def decode(session: Session, ids: np.ndarray, choose: Choose, again: int | None = None) -> Iterator[np.ndarray]:
+def decode(session: Session[Any], ids: np.ndarray, choose: Choose, again: int | None = None) -> Iterator[np.ndarray]:
     """The tokens [B] that follow a prompt [B, T], step by step, without end.
 
     again: the number of tokens after which all that is carried is computed anew, see `run_again_at`.
@@ -141,10 +195,10 @@ def check_prompt(export: Export, ids: Sequence[int]) -> None:
         )
     most = positions(export)
     if most and len(ids) > most:
-        raise RunError(f"the prompt has {len(ids)} tokens, the model has positions for {most}: give a shorter one")
+        raise RunError(f"the prompt has {len(ids)} tokens, the model takes {most}: give a shorter one")
 
 
 def positions(export: Export) -> int:
-    """How many positions the model has, as its config says; 0 if that does not say."""
-    said = export.text_config.get("max_position_embeddings")
-    return said if isinstance(said, int) else 0
+    """How many tokens the model takes, as its config or its static cache says; 0 if neither does."""
+    said = (export.text_config.get("max_position_embeddings"), export.max_tokens)
+    return min((n for n in said if isinstance(n, int)), default=0)

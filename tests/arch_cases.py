@@ -94,6 +94,7 @@ CASES = (
         "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
     }),
 )  # fmt: skip
+MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 # one case an architecture
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]

@@ -44,7 +44,7 @@ def main(dtype: str, fault: str, folder: Path) -> None:
         found.infer = fail
         return found
 
-    engine_run.serve(stand.trt, runner, job, sys.stdin.buffer, sys.stdout.buffer)
+    engine_run.serve(stand.trt, runner, stand.place, job, sys.stdin.buffer, sys.stdout.buffer)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from llmexport.export.engine_record import Engine, Library, Plan
-from llmexport.export.identity import WeightFile
-from llmexport.export.spec import Port
+import numpy as np
+from safetensors.numpy import save_file
 
-PLAN = "model.plan"
+from llmexport.export.binding import Binding, Operation, Source
+from llmexport.export.checkpoint import read_header
+from llmexport.export.engine_record import Engine, Library, Plan
+from llmexport.export.exported import Export
+from llmexport.export.identity import identify
+from llmexport.export.spec import Port, Sizes
+
+PLAN, WEIGHTS = "model.plan", "w.safetensors"
 PROFILE = {"batch": (1, 1, 4), "sequence": (1, 8, 64), "past": (0, 8, 64), "total": (1, 16, 128)}
 
 
@@ -22,10 +29,23 @@ def ports(dtype: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     return (ids, past), (Port("logits", ("batch", "sequence", 31), dtype, "logits"), present)
 
 
-def make_engine(folder: Path, model_sha256: str = "b" * 64, dtype: str = "float16") -> Path:
-    """The folder, made, with a plan of 1000 bytes, a plugin library and engine.json."""
+def make_engine(
+    folder: Path, model_sha256: str = "b" * 64, dtype: str = "float16", weights: Mapping[str, np.ndarray] | None = None
+) -> Path:
+    """The folder, made, with a plan of 1000 bytes, a plugin library, `weights` that are inputs, and engine.json."""
     inputs, outputs = ports(dtype)
     folder.mkdir()
+    save_file({"w": np.ones(3, np.float32)} | dict(weights or {}), folder / WEIGHTS)
+    stored, shard = read_header(folder / WEIGHTS)
+    bindings = {
+        name: Binding(
+            array.dtype.name,
+            array.T.shape,
+            (Source(name, WEIGHTS, stored[name].offset, array.dtype.name, array.shape),),
+            (Operation("transpose", (1, 0)),),
+        )
+        for name, array in (weights or {}).items()
+    }
     plan, library = bytes(range(250)) * 4, folder / "plugins.so"
     (folder / PLAN).write_bytes(plan)
     library.write_bytes(b"a plugin library")
@@ -37,6 +57,7 @@ def make_engine(folder: Path, model_sha256: str = "b" * 64, dtype: str = "float1
         inputs=inputs,
         outputs=outputs,
         carried={"past": "present"},
+        bindings=bindings,
         layers={"PLUGIN_V3": 3},
         plugins={"Rope": 3},
         messages=("WARNING: x",),
@@ -50,7 +71,8 @@ def make_engine(folder: Path, model_sha256: str = "b" * 64, dtype: str = "float1
         arch="llama",
         block=None,
         dtype=dtype,
-        weights=(WeightFile("w.safetensors", 8, "link", "c" * 64, "d" * 64, None, 1, 2),),
+        weights_at="beside" if weights else "inside",
+        weights=(identify(folder / WEIGHTS, shard, "link", whole=False)[0],),
         checked="1 of 1 files: every byte as recorded",
         profile=PROFILE,
         plugins=(Library(str(library), hashlib.sha256(library.read_bytes()).hexdigest()),),
@@ -58,3 +80,41 @@ def make_engine(folder: Path, model_sha256: str = "b" * 64, dtype: str = "float1
     )
     (folder / "engine.json").write_text(json.dumps(engine.as_data()))
     return folder
+
+
+def add_engine(export: Export, sizes: Mapping[str, Sizes]) -> None:
+    """An engine.json beside an export, and a plan of each of its graphs, which no TensorRT has built."""
+    plans = {}
+    for graph in export.graphs:
+        data = graph.name.encode()
+        (export.folder / f"{graph.name}.plan").write_bytes(data)
+        plans[graph.name] = Plan(
+            file=f"{graph.name}.plan",
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            model_sha256=graph.sha256,
+            inputs=tuple(p.typed(export.dtype) for p in graph.assembly.inputs),
+            outputs=tuple(p.typed(export.dtype) for p in graph.assembly.outputs),
+            carried=graph.carried,
+            bindings={},
+            layers={},
+            plugins={},
+            messages=(),
+            seconds=0.0,
+        )
+    engine = Engine(
+        backend="tensorrt-rtx",
+        version="1.7.1.116",
+        target="",
+        built_on=None,
+        arch=export.arch,
+        block=export.block,
+        dtype=export.dtype,
+        weights_at="inside",
+        weights=export.weights,
+        checked="",
+        profile=sizes,
+        plugins=(),
+        graphs=plans,
+    )
+    (export.folder / "engine.json").write_text(json.dumps(engine.as_data()))

@@ -245,6 +245,8 @@ ops more
 doctor --fix
 engine
 engine out --backend x
+engine out --weights copy
+engine out --weights beside --profile model.norm.weight=1
 deploy
 deploy --arch gemma -o ''
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ def named(api: dict[str, Any], cls: str, **attributes: Any) -> Any:
 def enum(api: dict[str, Any], cls: str) -> Any:
     """Its names, each standing for itself."""
     return types.SimpleNamespace(**{n: n for n in api["classes"][cls] if n.isupper()})
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A weight where the GPU would have it."""
+
+    array: np.ndarray
 
 
 class Stand:
@@ -81,8 +89,8 @@ class Stand:
         return types.SimpleNamespace(**{n: 1 << i for i, n in enumerate(names)})
 
     def engine(self) -> Any:
-        inputs, outputs = self.ports
-        names = [p.name for p in (*inputs, *outputs)]
+        _, outputs = self.ports
+        names, ends = [*self.kinds], {p.name for p in outputs}
 
         def create(engine: Any, config: Any = None) -> Any:
             strategy = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
@@ -94,12 +102,16 @@ class Stand:
             "ICudaEngine",
             num_io_tensors=len(names),
             get_tensor_name=lambda engine, i: names[i],
-            get_tensor_mode=lambda engine, n: "INPUT" if n in {p.name for p in inputs} else "OUTPUT",
+            get_tensor_mode=lambda engine, n: "OUTPUT" if n in ends else "INPUT",
             get_tensor_dtype=lambda engine, n: types.SimpleNamespace(name=self.kinds[n]),
             create_runtime_config=lambda engine: types.SimpleNamespace(),
             create_execution_context=create,
             device_memory_size_v2=3_000_000_000,
         )
+
+    def place(self, array: np.ndarray) -> Placed:
+        self.done.append(("place", array.shape))
+        return Placed(array)
 
     def runner(self, context: str) -> Any:
         """In place of Polygraphy's TrtRunner."""
@@ -107,7 +119,8 @@ class Stand:
 
         def infer(feed: Any, check_inputs: bool, return_raw_buffers: bool) -> Any:
             assert (check_inputs, return_raw_buffers) == (False, True)
-            made = toy_model.run(feed, self.dtype)
+            self.placed = {n: a for n, a in feed.items() if isinstance(a, Placed)}
+            made = toy_model.run({n: a for n, a in feed.items() if n not in self.placed}, self.dtype)
             return {
                 n: types.SimpleNamespace(array=np.frombuffer(a.tobytes(), np.uint8), shape=a.shape)
                 for n, a in made.items()

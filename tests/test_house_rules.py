@@ -131,6 +131,11 @@ def test_engines_are_built_and_run_in_their_own_files_alone():
     assert broken(elsewhere, lambda path: ENGINE_LIBRARIES & roots(path)) == {}
 
 
+def test_onnx_runtime_is_imported_where_its_telemetry_is_turned_off():
+    elsewhere = [p for p in SOURCES if name(p) != "validate/runtime.py"]
+    assert broken(elsewhere, lambda path: {"onnxruntime"} & roots(path)) == {}
+
+
 def test_torch_onnx_is_called_in_one_file():
     elsewhere = [p for p in SOURCES if name(p) != "export/trace.py"]
     assert broken(elsewhere, lambda path: re.findall(r"^.*\btorch\.onnx\b.*$", path.read_text(), re.M)) == {}
@@ -219,15 +224,20 @@ def test_no_code_asks_which_architecture_it_is():
 KEYS = {
     "export/cli/validate.py": ["batch"],
     "export/earlier.py": ["weights"],
-    "export/engine.py": ["model"],
-    "export/engine_build.py": ["model"],
+    "export/engine.py": ["model", "weights"],
+    "export/engine_build.py": ["model", "weights"],
     "export/evaluation.py": ["model"],
+    "export/genai.py": ["attention_mask", "input_ids", "logits", "model", "position_ids"],
     "export/manifest.py": ["weights"],
     "export/network/serve.py": ["model"],
     "export/quantised.py": ["weights"],
+    "run/bench.py": ["batch"],
     "run/settings.py": ["temperature"],
-    "validate/ladder.py": ["batch"],
+    "validate/bound.py": ["length"],
+    "validate/engine.py": ["weights"],
+    "validate/engine_run.py": ["weights"],
     "validate/facts.py": ["model"],
+    "validate/ladder.py": ["batch"],
 }
 
 

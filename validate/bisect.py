@@ -7,7 +7,7 @@ to the values of the nodes whose place it took.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -22,18 +22,31 @@ from llmexport.validate.feeds import Feed
 from llmexport.validate.judge import feeds_alone
 from llmexport.validate.report import Bisection, Node, Rung
 from llmexport.validate.runners import not_runnable
+from llmexport.validate.runtime import STOPS, NotTaken, open_session
 
+NODES = ("blocks", "onnxruntime")  # the rungs that run the nodes of the file
 SAME = "an export makes the same node: a pass, the body of an op or ONNX Runtime computes otherwise than the trace"
 NONE = "no node of it: they compute what a fresh trace does, which is not what PyTorch does"
-BETWEEN = "none: each gives what PyTorch does on the same inputs, what is off adds up or lies between them"
+APART = "none: each gives in ONNX Runtime what PyTorch does on the same inputs"
 
 
-def check_runs(export: Export) -> None:
-    """Raise ExportError on an export whose nodes cannot be run here."""
+def with_blocks(export: Export, asked: frozenset[str] | None) -> frozenset[str] | None:
+    """The rungs that are asked for, and the one over blocks. Raises ExportError if no node of the type can be run."""
     if reason := not_runnable(export.dtype):
         raise ExportError(
             f"--bisect runs nodes one by one, and {reason.partition(':')[0]}: bisect a float32 or float16 export"
         )
+    return asked and asked | {"blocks" if export.block is None else "onnxruntime"}
+
+
+def or_stopped(run: Callable[[str], list[Rung]], name: str, bisect: bool) -> list[Rung]:
+    """What the rung of that name gives. If ONNX Runtime stops in it, it fails for who asks where."""
+    try:
+        return run(name)
+    except (NotTaken, *STOPS) as error:
+        if not bisect:
+            raise
+        return [Rung(name, "fail", " ".join(str(error).split()))]
 
 
 def first_fault(export: Export, rungs: Sequence[Rung], recorded: Recorded, seed: int = 0) -> Bisection:
@@ -42,29 +55,36 @@ def first_fault(export: Export, rungs: Sequence[Rung], recorded: Recorded, seed:
     recorded: what our PyTorch computed in the runs of the rung over blocks. seed: of the inputs drawn for its others.
     """
     models = {g.name: graph_file.load(export, g) for g in export.graphs}
+    wrong = {g.name: bound.wrong(export, g, models[g.name]) for g in export.graphs}
     weights = [
-        f"{export.place(g.name, step)}: {said}"
+        f"{export.place(g.name, bound.reader(g, tensor))}: {tensor} {said}"
         for g in export.graphs
-        for step, lines in bound.wrong(export, g, models[g.name]).items()
-        for said in lines
+        for tensor, said in wrong[g.name].items()
     ]
     failed = [r for r in rungs if r.status == "fail"]
-    over = next(((r, d) for r in failed for d in r.details if _by_block(r, d)), None)
-    others = {r.name: r.note for r in failed if over is None or r is not over[0]}
-    if over is None:
-        return Bisection(None, None, BETWEEN if failed else "", tuple(weights), others)
-    detail = over[1]
-    graph, step = next(
-        (g, s) for g in export.graphs for s in g.assembly.steps if export.place(g.name, s.name) == detail["step"]
-    )
-    feed = _feed(export, graph, step, str(detail["run"]), recorded, seed)
-    node = first_node(export, graph, step, models[graph.name], feed)
-    return Bisection(detail, node, "" if node else NONE, tuple(weights), others)
+    blamed = next((r for r in failed if r.key in NODES and any(map(_is_over, r.details))), None)
+    block = next(filter(_is_over, blamed.details)) if blamed else None
+    if stopped := [r for r in failed if r.key in NODES and not r.details]:
+        block = block or _first_stopped(export, models, recorded, seed)
+    others = {r.name: r.note for r in failed if not block or (r is not blamed and r not in stopped)}
+    if block is None:
+        return Bisection(None, None, APART if failed else "", tuple(weights), others)
+    steps = {export.place(g.name, s.name): (g, s) for g in export.graphs for s in g.assembly.steps}
+    graph, step = steps[block["step"]]
+    feed = next(f for run, f in _feeds(export, graph, step, recorded, seed) if run == block["run"])
+    node = first_node(export, graph, step, models[graph.name], feed, wrong[graph.name])
+    said = "; ".join([NONE, *([blamed.note] if blamed and blamed.note else [])])
+    return Bisection(block, node, "" if node else said, tuple(weights), others)
 
 
-def first_node(export: Export, graph: ExportedGraph, step: Step, model: onnx.ModelProto, feed: Feed) -> Node | None:
+def first_node(
+    export: Export, graph: ExportedGraph, step: Step, model: onnx.ModelProto, feed: Feed, wrong: Collection[str]
+) -> Node | None:
     """The first node of a step that leaves tolerance on what the trace computes from `feed`; if none does, the one
-    that is furthest off; None if all give the very numbers of the trace. `model` is the graph's file."""
+    that is furthest off; None if all give the very numbers of the trace.
+
+    model: the graph's file. wrong: the tensors in it that are not the checkpoint's.
+    """
     checkpoint, own = export.checkpoint(), bound.parameters(graph, model)
     traced = graph_file.as_traced(step, own[step.name], checkpoint, export.dtype, graph.assembly.opset)
     expected = feed | nodes.values(traced, feed, export.folder)
@@ -76,27 +96,39 @@ def first_node(export: Export, graph: ExportedGraph, step: Step, model: onnx.Mod
         return None
     _, data = graph_file.build(graph, own, checkpoint, export.dtype, export.target)
     made = onnx.ModelProto.FromString(data)
-    changes = nodes.changes(found.node.name, model, made)
-    said = [*([found.said] if found.said else []), *(changes or [SAME])]
-    return Node(
-        found.node.name,
-        nodes.op_of(found.node),
-        found.name,
-        found.difference,
-        found.allowed,
-        bool(over),
-        "; ".join(said),
-    )
+    told = [found.said] if found.said else []
+    told += nodes.changes(found.node.name, model, made)
+    told += [f"it reads {n}, which is not the checkpoint's" for n in found.node.input if n in wrong]
+    name, op, said = found.node.name, nodes.op_of(found.node), "; ".join(told) or SAME
+    return Node(name, op, found.name, found.difference, found.allowed, bool(over), said)
 
 
-def _by_block(rung: Rung, detail: Mapping[str, Any]) -> bool:
-    """Whether it is a block in ONNX Runtime, and beyond its tolerance."""
-    runs_nodes = rung.key in ("blocks", "onnxruntime") and isinstance(detail["step"], str)
-    return runs_nodes and detail["difference"].excess(detail["allowed"]) > 1
+def _is_over(detail: Mapping[str, Any]) -> bool:
+    """Whether it is a block, and beyond its tolerance."""
+    return isinstance(detail["step"], str) and detail["difference"].excess(detail["allowed"]) > 1
 
 
-def _feed(export: Export, graph: ExportedGraph, step: Step, run: str, recorded: Recorded, seed: int) -> Feed:
-    """What the block read in that run."""
-    if run in recorded:
-        return {n: recorded[run][graph.name][n] for n in step.inputs}
-    return dict(feeds_alone(step, export.dtype, seed))[run]
+def _feeds(
+    export: Export, graph: ExportedGraph, step: Step, recorded: Recorded, seed: int
+) -> Iterator[tuple[str, Feed]]:
+    """What a step is run on in the rung over blocks, by run."""
+    for run, values in recorded.items():
+        if made := values.get(graph.name):
+            yield run, {n: made[n] for n in step.inputs}
+    if not recorded or not graph.step_weights[step.name]:
+        yield from feeds_alone(step, export.dtype, seed)
+
+
+def _first_stopped(
+    export: Export, models: Mapping[str, onnx.ModelProto], recorded: Recorded, seed: int
+) -> dict[str, Any] | None:
+    """The first step that ONNX Runtime does not take or stops in, as a detail of the rung over blocks."""
+    for graph, step in ((g, s) for g in export.graphs for s in g.assembly.steps):
+        part = graph_file.cut_step(models[graph.name], step, export.dtype)
+        for run, feed in _feeds(export, graph, step, recorded, seed):
+            try:
+                open_session(part, export.folder).run(None, feed)
+            except (NotTaken, *STOPS):
+                where = {"step": export.place(graph.name, step.name), "kind": step.block.kind, "run": run}
+                return {**where, "output": step.outputs[0], "difference": None, "allowed": None}
+    return None

@@ -16,41 +16,36 @@ def parameters(graph: ExportedGraph, model: onnx.ModelProto) -> dict[str, dict[s
     """The weights of every step, by the path in its block; one of several tensors is called as in `model`."""
     rows = {n: node.output[0] for node in model.graph.node if node.op_type == "Concat" for n in node.input}
     stacks = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Reshape"}
+    stored = {block: load_parameters(block) for block in graph.assembly.blocks}
     found: dict[str, dict[str, Parameter]] = {}
     for step in graph.assembly.steps:
-        stored = load_parameters(step.block)
         own = found[step.name] = {}
         for path, names in graph.step_weights[step.name].items():
             parts = () if isinstance(names, str) else tuple(names)
             # No node has the name of a weight that the file does not put together.
             name = next((stacks[rows[p]] for p in parts if rows.get(p) in stacks), f"{step.path}{path}")
-            own[path] = Parameter(
-                name if parts else str(names), *(stored[path].shape, parts), stored[path].dtype, stored[path].group
-            )
+            held = stored[step.block][path]
+            own[path] = Parameter(name if parts else str(names), held.shape, parts, held.dtype, held.group)
     return found
 
 
-def wrong(export: Export, graph: ExportedGraph, model: onnx.ModelProto) -> dict[str, list[str]]:
-    """By step, a sentence on each of its tensors that the file does not have as the checkpoint has it."""
+def wrong(export: Export, graph: ExportedGraph, model: onnx.ModelProto) -> dict[str, str]:
+    """By name, how each tensor that the file does not have as the checkpoint has it differs."""
     checkpoint = export.checkpoint()
     held = {t.name: t for t in model.graph.initializer}
-    said: dict[str, str | None] = {}
-
-    def differs(name: str) -> str | None:
-        if name not in said:
-            said[name] = _differs(held.get(name), checkpoint.tensors[name], checkpoint)
-        return said[name]
-
-    found = {}
-    for step in graph.assembly.steps:
-        names = [n for given in graph.step_weights[step.name].values() for n in _each(given)]
-        if lines := [f"{name} {line}" for name in names if (line := differs(name))]:
-            found[step.name] = lines
-    return found
+    names = dict.fromkeys(n for step in graph.assembly.steps for n in _own(graph, step.name))
+    found = {n: _differs(held.get(n), checkpoint.tensors[n], checkpoint) for n in names}
+    return {n: said for n, said in found.items() if said}
 
 
-def _each(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def reader(graph: ExportedGraph, tensor: str) -> str:
+    """The first step that has the tensor."""
+    return next(s.name for s in graph.assembly.steps if tensor in _own(graph, s.name))
+
+
+def _own(graph: ExportedGraph, step: str) -> list[str]:
+    given = graph.step_weights[step].values()
+    return [n for names in given for n in ((names,) if isinstance(names, str) else names)]
 
 
 def _differs(tensor: onnx.TensorProto | None, stored: StoredTensor, checkpoint: Checkpoint) -> str | None:

@@ -93,21 +93,6 @@ class Driver(Generic[R]):
         return self._held[port.name] if port.name in self._held else stage.at(port)
 
 
-class Taking:
-    """A model that is run on the stages it takes, and gives nothing for the others, which must be crossings."""
-
-    def __init__(self, model: Runs, takes: Callable[[Stage], bool]) -> None:
-        self.seconds = 0.0
-        self._model, self._takes = model, takes
-
-    def run(self, stage: Stage) -> Feed:
-        if not self._takes(stage):
-            return Feed()
-        outputs = self._model.run(stage)
-        self.seconds = self._model.seconds
-        return outputs
-
-
 TorchDriver = Driver[TorchRunner]
 
 
@@ -138,6 +123,7 @@ class Run:
     prompts: list[float] = field(default_factory=list)
     decodes: list[float] = field(default_factory=list)
     overflows: str | None = None  # the first step that made a number that is not finite
+    largest: dict[str, float] = field(default_factory=dict)  # of float16, the largest magnitude that each step made
 
     @property
     def finite(self) -> bool:
@@ -175,6 +161,10 @@ def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
             if graph.name in values and (step := overflow.first_step(graph.assembly, values[graph.name])):
                 run.overflows = export.place(graph.name, step)
                 break
+        for graph in export.graphs if export.dtype == "float16" else ():
+            for step, size in overflow.largest(graph.assembly, values.get(graph.name, {})).items():
+                place = export.place(graph.name, step)
+                run.largest[place] = max(size, run.largest.get(place, 0.0))
         if stage.kind != "decode":
             recorded[stage.name] = values
         return outputs

@@ -108,6 +108,7 @@ def started(folder: Path, engine: Engine, timeout: float = SECONDS) -> Iterator[
         (work / "links").mkdir()
         job: dict[str, Any] = {"module": module, "folder": os.path.abspath(folder)}
         job |= {"libraries": [lib.file for lib in engine.plugins]}
+        job |= {"weights": [dataclasses.asdict(file) for file in engine.weights]}
         job |= {"plans": {name: dataclasses.asdict(plan) for name, plan in engine.graphs.items()}}
         (work / "job.json").write_text(json.dumps(job))
         log = stack.enter_context(open(work / "stderr", "xb"))

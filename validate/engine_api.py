@@ -62,6 +62,8 @@ def check_io(trt: Any, engine: Any, plan: Plan) -> None:
         found = {n: engine.get_tensor_dtype(n).name for n in names if engine.get_tensor_mode(n) == mode}
         read = {n: BY_TENSORRT[kind].name if kind in BY_TENSORRT else kind for n, kind in found.items()}
         said = {p.name: p.dtype for p in ports}
+        if mode == trt.TensorIOMode.INPUT:
+            said |= {name: binding.dtype for name, binding in plan.bindings.items()}
         if odd := sorted(n for n in read.keys() | said.keys() if read.get(n) != said.get(n)):
             one = odd[0]
             raise EngineError(f"{plan.file} has {one} as {read.get(one)}, recorded is {said.get(one)}: build it again")

@@ -16,14 +16,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from llmexport.export import binding
 from llmexport.export.engine_build import die_with_parent
 from llmexport.export.engine_record import Plan, read_plan
 from llmexport.export.errors import EngineError
+from llmexport.export.identity import WeightFile
 from llmexport.export.typed import typed
 from llmexport.plugins import library
 from llmexport.plugins.errors import UserError
 from llmexport.validate.engine_api import check_io, context, refusal
-from llmexport.validate.pack import BITS
+from llmexport.validate.pack import BITS, bits
 from llmexport.validate.wire import Arrays, receive, send
 
 JOB = "job.json"
@@ -39,14 +41,26 @@ def main(folder: Path) -> None:
     trt = importlib.import_module(job["module"])
     from polygraphy.backend.trt import TrtRunner
 
-    serve(trt, TrtRunner, job, sys.stdin.buffer, answers)
+    serve(trt, TrtRunner, on_gpu, job, sys.stdin.buffer, answers)
 
 
-def serve(trt: Any, make: Callable[[Any], Runner], job: dict[str, Any], asked: BinaryIO, answers: BinaryIO) -> None:
-    """Answers until nobody asks any more. A user's mistake is an answer, and the last one."""
+def serve(
+    trt: Any,
+    make: Callable[[Any], Runner],
+    place: Callable[[np.ndarray], Any],
+    job: dict[str, Any],
+    asked: BinaryIO,
+    answers: BinaryIO,
+) -> None:
+    """Answers until nobody asks any more. A user's mistake is an answer, and the last one.
+
+    place: where a weight that is an input goes, once, before the first call.
+    """
     send(answers, {"version": trt.__version__})
     runners: dict[str, Runner] = {}
     plans: dict[str, Plan] = {}
+    weights: dict[str, dict[str, Any]] = {}
+    folder, files = Path(job["folder"]), typed(tuple[WeightFile, ...], job["weights"])
     # TensorRT calls a logger that Python has forgotten.
     logger = trt.Logger(trt.Logger.WARNING)
     while received := receive(asked):
@@ -54,15 +68,16 @@ def serve(trt: Any, make: Callable[[Any], Runner], job: dict[str, Any], asked: B
         try:
             if "graph" in message:
                 graph = message["graph"]
-                outputs = _outputs(runners[graph], plans[graph], feed)
+                outputs = _outputs(runners[graph], plans[graph], feed | weights[graph])
                 send(answers, {"seconds": runners[graph].last_inference_time()}, outputs)
                 continue
             for path in job["libraries"]:
                 library.load(trt, Path(path))
             for graph, data in job["plans"].items():
                 plans[graph] = typed(Plan, data)
-                runners[graph] = make(_loaded(trt, logger, Path(job["folder"]), plans[graph]))
+                runners[graph] = make(_loaded(trt, logger, folder, plans[graph]))
                 runners[graph].activate()
+                weights[graph] = {n: place(a) for n, a in binding.weights(plans[graph].bindings, files, folder)}
             send(answers, {"loaded": sorted(runners)})
         except UserError as error:
             send(answers, {"refused": str(error)})
@@ -87,7 +102,17 @@ def _loaded(trt: Any, logger: Any, folder: Path, plan: Plan) -> Any:
     return made
 
 
-def _outputs(runner: Runner, plan: Plan, feed: Arrays) -> Arrays:
+def on_gpu(array: np.ndarray) -> Any:
+    """The array as Polygraphy's runner takes it without another copy."""
+    from polygraphy.common import FormattedArray
+    from polygraphy.cuda import DeviceArray
+
+    data = np.asarray(bits(array))
+    raw = data.reshape(-1).view(np.uint8)
+    return FormattedArray(DeviceArray.raw(raw.shape).copy_from(raw), data.shape)
+
+
+def _outputs(runner: Runner, plan: Plan, feed: dict[str, Any]) -> Arrays:
     """What a graph makes of a feed; bfloat16 goes in and comes out as its bits, as numpy has none."""
     # Raw buffers, as Polygraphy has no numpy type for bfloat16. An empty past gets an address from it, which may not
     # be null.

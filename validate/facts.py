@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llmexport.export.engine import RECORD
+from llmexport.export import engine_record
+from llmexport.export.engine_record import RECORD
+from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export
-from llmexport.plugins.regular import read_regular
 
 RUNS = (
     *("llmexport", "numpy", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu"),
@@ -40,18 +40,15 @@ def facts(export: Export) -> dict[str, Any]:
 def engine(export: Export) -> dict[str, Any]:
     """The engines beside the export, of each graph; or under `none` why there are none to speak of."""
     try:
-        data = json.loads(read_regular(export.folder / RECORD))
-        plans = {g.name: data["graphs"][g.name] for g in export.graphs}
-        if any(plans[g.name]["model_sha256"] != g.sha256 for g in export.graphs):
-            return {"none": f"{RECORD} is of another export than this: build the engine again"}
-        kinds = {"file": str, "bytes": int, "layers": dict, "plugins": dict, "messages": list, "seconds": float}
-        return {name: data[name] for name in ("backend", "version", "target")} | {
-            "plans": {name: {k: kind(plan[k]) for k, kind in kinds.items()} for name, plan in plans.items()}
-        }
-    except FileNotFoundError:
-        return {"none": "no engine lies beside the export: `llmexport engine` builds one"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {"none": f"{RECORD} cannot be read ({error!r}): build the engine again"}
+        record = engine_record.read(export.folder)
+    except EngineError as error:
+        return {"none": str(error)}
+    plans = record.graphs
+    if {n: p.model_sha256 for n, p in plans.items()} != {g.name: g.sha256 for g in export.graphs}:
+        return {"none": f"{RECORD} is of another export than this: {engine_record.rebuild(export.folder)}"}
+    said = {name: getattr(record, name) for name in ("backend", "version", "target", "weights_at")}
+    kept = ("file", "bytes", "layers", "plugins", "messages")
+    return {**said, "plans": {n: {k: getattr(plan, k) for k in kept} for n, plan in plans.items()}}
 
 
 def files(export: Export) -> list[dict[str, Any]]:

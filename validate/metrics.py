@@ -31,9 +31,8 @@ class Metrics:
     @property
     def text(self) -> str:
         greedy = f"greedy tokens part at {self.parted}" if self.parted else "greedy tokens the same"
-        return (
-            f"KL {self.kl_mean:.1e}, at most {self.kl_max:.1e}; top-1 {self.top1:.1%}, top-5 {self.top5:.1%}; {greedy}"
-        )
+        kl = f"KL {self.kl_mean:.1e}, at most {self.kl_max:.1e}"
+        return f"{kl}; top-1 {self.top1:.1%}, top-5 {self.top5:.1%}; {greedy}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import tempfile
 import time
 from collections import OrderedDict
@@ -24,8 +23,8 @@ from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.plugins import library
 from llmexport.plugins.errors import UserError
-from llmexport.validate import stages
 from llmexport.validate.compare import compare
+from llmexport.validate.cost import multiply_adds
 from llmexport.validate.drive import Recorded
 from llmexport.validate.feeds import Feed
 from llmexport.validate.runners import metadata, not_runnable, onnx_runner
@@ -78,8 +77,7 @@ def unable(export: Export, asked: bool) -> str:
         library.find()
     except UserError as error:
         return str(error)
-    numbers = sum(math.prod(t.shape) for t in export.checkpoint().tensors.values())
-    products = numbers * stages.prompt(export).ids.size
+    products = multiply_adds(export)
     if asked or products <= MOST:
         return ""
     return f"a prompt takes {products:.0e} multiply-adds, over {MOST:.0e}: --rungs network runs it anyway"

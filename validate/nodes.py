@@ -3,9 +3,9 @@ an export makes."""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ import onnx
 
 from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.spec import DOMAIN, op_name
-from llmexport.validate.compare import Difference, Mismatch, compare
+from llmexport.validate.compare import Difference, compare
 from llmexport.validate.feeds import Feed
-from llmexport.validate.runtime import REFUSALS, open_session
+from llmexport.validate.runtime import STOPS, NotTaken, open_session
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 
 OWN = "alone: "  # before the names of what nodes make when each is run alone
+WIDE = " in fp32"  # after the names of what is read in another type
+FED = "biuf"  # the kinds of arrays that it takes
 SHOWN = 4  # numbers of a constant that are told
 
 
@@ -44,19 +46,23 @@ def op_of(node: onnx.NodeProto) -> str:
 
 
 def values(model: onnx.ModelProto, feed: Feed, weights: Path) -> Feed:
-    """What every node of a model computes from `feed`, by value name, but for types that numpy has not."""
+    """What every node of a model computes from `feed`, by value name."""
     every = onnx.ModelProto()
     every.CopyFrom(model)
     del every.graph.output[:]
     every.graph.output.extend(onnx.ValueInfoProto(name=n) for node in model.graph.node for n in node.output if n)
     runtime = open_session(every, weights)
-    names = [o.name for o in runtime.get_outputs() if o.type in HELD]
-    return dict(zip(names, runtime.run(names, {i.name: feed[i.name] for i in runtime.get_inputs()}), strict=True))
-
-
-# What ONNX Runtime calls the types of arrays that it gives.
-HELD = {f"tensor({n})" for n in ("bool", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")}
-HELD |= {"tensor(float)", "tensor(double)", "tensor(uint64)"}
+    narrow = {o.name for o in runtime.get_outputs() if o.type == "tensor(bfloat16)"}
+    if narrow:
+        # It gives no array of this type, whose numbers fp32 has.
+        for output in (o for o in every.graph.output if o.name in narrow):
+            wide = onnx.helper.make_node("Cast", [output.name], [output.name + WIDE], to=onnx.TensorProto.FLOAT)
+            every.graph.node.append(wide)
+            output.name += WIDE
+        runtime = open_session(every, weights)
+    names = [o.name for o in runtime.get_outputs()]
+    made = dict(zip(names, runtime.run(names, {i.name: feed[i.name] for i in runtime.get_inputs()}), strict=True))
+    return {n.removesuffix(WIDE): a.astype("bfloat16") if n.endswith(WIDE) else a for n, a in made.items()}
 
 
 def run_alone(part: onnx.ModelProto, expected: Feed, weights: Path) -> Iterator[Output]:
@@ -90,10 +96,10 @@ def _run_first(part: onnx.ModelProto, count: int, expected: Feed, weights: Path)
     model.CopyFrom(part)
     del model.graph.node[count:]
     del model.graph.input[:]
-    bound = {t.name for t in part.graph.initializer} | {""}
-    given = expected.keys() - bound
+    held = {t.name for t in part.graph.initializer} | {""}
+    given = {n for n, a in expected.items() if a.dtype.kind in FED} - held
     for node in model.graph.node:
-        node.input[:] = [n if n in bound or n in given else OWN + n for n in node.input]
+        node.input[:] = [n if n in held or n in given else OWN + n for n in node.input]
         node.output[:] = [OWN + n if n else n for n in node.output]
     read = {n for node in model.graph.node for n in node.input} & given
     for name in sorted(read):
@@ -101,13 +107,13 @@ def _run_first(part: onnx.ModelProto, count: int, expected: Feed, weights: Path)
         model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     try:
         return values(model, expected, weights), ""
-    except (Mismatch, *REFUSALS) as error:
+    except (NotTaken, *STOPS) as error:
         return {}, " ".join(str(error).split())
 
 
 def _output(node: onnx.NodeProto, name: str, expected: np.ndarray, found: np.ndarray) -> Output:
     # Whole numbers, and truths, are right or wrong.
-    allowed = TOLERANCE.get(expected.dtype.name, dataclasses.replace(TOLERANCE["float32"], scaled=False))
+    allowed = TOLERANCE.get(expected.dtype.name, TOLERANCE["float32"])
     if expected.shape != found.shape or expected.dtype != found.dtype:
         said = f"is {found.dtype}{list(found.shape)}, not {expected.dtype}{list(expected.shape)}"
         return Output(node, name, None, allowed, math.inf, said)
@@ -122,14 +128,13 @@ def changes(name: str, model: onnx.ModelProto, made: onnx.ModelProto) -> list[st
     """How the node of that name in `model` differs from that in `made`, in words."""
     node, other = (next((n for n in m.graph.node if n.name == name), None) for m in (model, made))
     if node is None or other is None:
-        return [] if other is None and node is None else ["an export makes no node of this name"]
+        return ["an export makes no node of this name"] if node else []
     if op_of(node) != op_of(other):
         return [f"it is {op_of(node)}, an export makes {op_of(other)}"]
     said = [
-        f"input {i} is {node.input[i] if i < len(node.input) else 'missing'}, an export makes it "
-        f"{other.input[i] if i < len(other.input) else 'missing'}"
-        for i in range(max(len(node.input), len(other.input)))
-        if list(node.input[i : i + 1]) != list(other.input[i : i + 1])
+        f"input {i} is {_told(mine)}, an export makes it {_told(theirs)}"
+        for i, (mine, theirs) in enumerate(itertools.zip_longest(node.input, other.input))
+        if mine != theirs
     ]
     ours, theirs = ({a.name: onnx.helper.get_attribute_value(a) for a in n.attribute} for n in (node, other))
     said += [
@@ -155,12 +160,17 @@ def _changed_constants(
         if len(pair) == 2 and not any(t.data_location == onnx.TensorProto.EXTERNAL for t in pair):
             mine, other = map(onnx.numpy_helper.to_array, pair)
             if not np.array_equal(mine, other):
-                yield f"{name} is {_told(mine.tolist())}, an export makes it {_told(other.tolist())}"
+                told = [_told(a.tolist()) for a in (mine, other)]
+                yield (
+                    f"{name} is {told[0]}, an export makes it {told[1]}"
+                    if told[0] != told[1]
+                    else f"{name} holds other numbers"
+                )
 
 
 def _told(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode(errors="replace")
-    if isinstance(value, Sequence) and len(value) > SHOWN:
-        return f"{len(value)} others"
+    if isinstance(value, list) and len(value) > SHOWN:
+        return f"{len(value)} numbers"
     return f"{value:.6g}" if isinstance(value, float) else "missing" if value is None else str(value)

@@ -1,4 +1,5 @@
-"""Where numbers stop being finite: the first step that makes a NaN or an infinity, and what a report says of it."""
+"""Where numbers stop being finite, or are near it: the first step that makes a NaN, an infinity, or in float16 a number
+that is too large for comfort, and what a report says of it."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import numpy as np
 from llmexport.export.spec import Assembly
 from llmexport.validate.report import Rung
 
+MOST = 65504  # the largest number of float16
+
 
 def first_step(assembly: Assembly, values: Mapping[str, np.ndarray]) -> str | None:
     """The first step with an output that is not finite although all that it reads is; `values` are by value name."""
@@ -18,6 +21,28 @@ def first_step(assembly: Assembly, values: Mapping[str, np.ndarray]) -> str | No
         return all(np.isfinite(values[n]).all() for n in names)
 
     return next((s.name for s in assembly.steps if not finite(s.outputs) and finite(s.inputs)), None)
+
+
+def largest(assembly: Assembly, values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The largest magnitude that each step makes, but for masks, which are as large as can be; infinite for a NaN."""
+    found: dict[str, float] = {}
+    for step in assembly.steps if values else ():
+        made = [values[n] for n, p in zip(step.outputs, step.block.outputs, strict=True) if p.use != "mask"]
+        floats = [np.abs(a).max() for a in made if a.size and a.dtype.kind == "f"]
+        if floats:
+            found[step.name] = max(float(x) if np.isfinite(x) else math.inf for x in floats)
+    return found
+
+
+def near(largest: Mapping[str, float]) -> str:
+    """What is to be said where a float16 export makes numbers of these magnitudes, by step in order; or nothing."""
+    step = next((s for s, x in largest.items() if x > MOST / 2), None)
+    if step is None:
+        return ""
+    if math.isinf(largest[step]):
+        return f"{step} overflows float16: use bfloat16"
+    said = f"{step} makes {largest[step]:.0f}, over half of the {MOST} that float16 holds"
+    return f"{said}: other input may overflow, use bfloat16"
 
 
 def first_alone(rung: Rung) -> str | None:

@@ -56,6 +56,8 @@ def share(used: float) -> str:
     if not math.isfinite(used):
         return "not finite"
     percent = 100 * used
+    if percent >= 1000:
+        return f"{used:,.0f} times"
     return (
         "under 0.1%" if 0 < percent < 0.1 else f"{percent:.0f}%" if percent >= 10 or not percent else f"{percent:.1f}%"
     )

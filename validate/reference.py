@@ -68,19 +68,20 @@ class Transformers:
     runners read. Raises Refused where it cannot say what is right.
     """
 
-    def __init__(self, export: Export) -> None:
+    def __init__(self, export: Export, *, attention: str | None = "eager", last: bool = False) -> None:
         if refusal := unable():
             raise Refused(refusal)
         if unknown := [p.name for p in beside(export)]:
             raise Refused(f"nobody knows what transformers calls {', '.join(unknown)}")
         self.seconds = 0.0
         self._export = export
-        self._model = _load(export)
+        self._model = _load(export, attention)
         carried = {n for g in export.graphs for n in g.carried}
         ports = [p for g in export.graphs for p in g.assembly.inputs if p.name not in carried]
         # A model without RoPE reads no positions.
         self._given = {KEYWORDS[p.use]: p for p in ports if p.use in KEYWORDS}
         self._cached = bool(carried)
+        self._kept = {"logits_to_keep": 1} if last else {}
         self._cache: Cache | None = None
 
     def run(self, stage: Stage) -> Feed:
@@ -93,7 +94,7 @@ class Transformers:
             run = functools.partial(run, past_key_values=self._cache, use_cache=True)
         start = time.perf_counter()
         with torch.inference_mode():
-            made = run(**given)
+            made = run(**given, **self._kept)
         self.seconds = time.perf_counter() - start
         self._cache = made.past_key_values if self._cached else None
         return {port: to_numpy(getattr(made, name)) for port, name in self._export.reference.outputs.items()}
@@ -114,7 +115,7 @@ class Transformers:
         return cache
 
 
-def _load(export: Export) -> Any:
+def _load(export: Export, attention: str | None) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -147,5 +148,5 @@ def _load(export: Export) -> Any:
             key_mapping=names or None,
             **({"quantization_config": packed} if packed else {}),
             dtype=torch_dtype(export.dtype),
-            attn_implementation="eager",
+            attn_implementation=attention,
         ).eval()

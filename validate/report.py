@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmexport.export.values import finite
 from llmexport.validate.compare import Difference
 from llmexport.validate.metrics import Metrics
 from llmexport.validate.tolerance import MOST, Tolerance
-
-if TYPE_CHECKING:
-    pass
 
 REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
 
@@ -78,7 +75,9 @@ class Bisection:
         lines = []
         if self.block:
             where = f"{self.block['step']} ({self.block['kind']}), {self.block['output']} in {self.block['run']}"
-            lines.append(("first block", f"{where}: {_off(self.block['difference'], self.block['allowed'])}"))
+            difference = self.block["difference"]
+            off = _off(difference, self.block["allowed"]) if difference else "ONNX Runtime stops in it"
+            lines.append(("first block", f"{where}: {off}"))
         else:
             lines.append(("first block", self.said or "none leaves tolerance"))
         if self.node:
@@ -89,7 +88,7 @@ class Bisection:
         elif self.block:
             lines.append(("first node", self.said))
         lines += [("weight", said) for said in self.weights]
-        return lines + [("also fails", f"{name}: {note}" if note else name) for name, note in self.rungs.items()]
+        return lines + [("fails", f"{name}: {note}" if note else name) for name, note in self.rungs.items()]
 
 
 def _off(difference: Difference, allowed: Tolerance) -> str:
@@ -104,7 +103,8 @@ class Report:
     `decode` (the decode steps, one call each): of PyTorch the time in its modules, of ONNX Runtime that in `run`.
     prompt: the sizes of what was run. weights: how much of them was read to tell that they are those exported.
     asked: the rungs that the user chose; none if all were to be run that can. calls: of how many calls each median is.
-    bisect: where it leaves tolerance first, if that was asked for.
+    bisect: where it leaves tolerance first, if that was asked for. largest: in float16, the largest magnitude that
+    each block makes over all stages, by its place. warning: what that is to tell, or nothing.
     """
 
     rungs: list[Rung]
@@ -114,6 +114,8 @@ class Report:
     asked: tuple[str, ...] = ()
     calls: dict[str, dict[str, int]] = field(default_factory=dict)
     bisect: Bisection | None = None
+    largest: dict[str, float] = field(default_factory=dict)
+    warning: str = ""
 
     @property
     def passed(self) -> bool:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import onnx
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state
 
 from llmexport.validate.compare import Mismatch
 
+# Since 1.29 it tells its makers of every session, models' names and hashes included, and leaves a file among the
+# temporary ones: it is asked not to, before it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime
+from onnxruntime import InferenceSession, OrtValue, SessionOptions
+from onnxruntime.capi import onnxruntime_pybind11_state
+
+__all__ = ["OLDEST_RUNTIME", "REFUSALS", "InferenceSession", "OrtValue", "SessionOptions", "open_session", "version"]
 OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
-REFUSALS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    *(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception)),
-)
+STOPS = tuple(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception))
+REFUSALS: tuple[type[Exception], ...] = (RuntimeError, *STOPS)
 
 
-def open_session(
-    model: onnx.ModelProto, weights: Path, options: onnxruntime.SessionOptions | None = None
-) -> onnxruntime.InferenceSession:
+class NotTaken(Mismatch):
+    """A model that ONNX Runtime does not take."""
+
+
+def version() -> str:
+    return str(onnxruntime.__version__)
+
+
+def open_session(model: onnx.ModelProto, weights: Path, options: SessionOptions | None = None) -> InferenceSession:
     """A session of `model`; `weights` is the folder that external data lies in.
 
-    Raises Mismatch, in one line, if the ONNX Runtime here is too old or does not take the model.
+    Raises Mismatch, in one line, if the ONNX Runtime here is too old, and NotTaken if it does not take the model.
     """
     installed = onnxruntime.__version__
     if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < OLDEST_RUNTIME:
@@ -32,11 +43,11 @@ def open_session(
             f"ONNX Runtime {installed} is installed, whose Attention is wrong where heads share a key: upgrade "
             f"onnxruntime-gpu, or onnxruntime if that is what is installed, to {oldest} or later"
         )
-    options = options or onnxruntime.SessionOptions()
+    options = options or SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except REFUSALS as error:
         said = " ".join(str(error).split())
-        raise Mismatch(f"ONNX Runtime {installed} does not take the model: {said}") from error
+        raise NotTaken(f"ONNX Runtime {installed} does not take the model: {said}") from error

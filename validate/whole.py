@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,17 +11,32 @@ from llmexport.export import graph_file
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export
 from llmexport.plugins.errors import PluginError
-from llmexport.validate import drive
-from llmexport.validate.drive import Recorded, Run, TorchDriver, driver, follow
+from llmexport.validate.drive import Recorded, Run, Runs, TorchDriver, driver, follow
+from llmexport.validate.feeds import Feed
 from llmexport.validate.forms import FORMS, Form
 from llmexport.validate.judge import Judge, alone, compare_runs, rung_of
 from llmexport.validate.reference import Refused, Transformers
 from llmexport.validate.report import REFERENCE, Rung
 from llmexport.validate.runners import not_runnable, onnx_runner
-from llmexport.validate.stages import Script
+from llmexport.validate.stages import Script, Stage
 from llmexport.validate.tolerance import tolerance
 
 BLOCKS = "blocks: ONNX Runtime / PyTorch"
+
+
+class Taking:
+    """A model that is run on the stages it takes, and gives nothing for the others, which must be crossings."""
+
+    def __init__(self, model: Runs, takes: Callable[[Stage], bool]) -> None:
+        self.seconds = 0.0
+        self._model, self._takes = model, takes
+
+    def run(self, stage: Stage) -> Feed:
+        if not self._takes(stage):
+            return Feed()
+        outputs = self._model.run(stage)
+        self.seconds = self._model.seconds
+        return outputs
 
 
 @dataclass
@@ -86,7 +101,7 @@ class Whole:
         name = form.title.partition(" / ")[0]
         if name not in self.forms:
             with driver(self.export, lambda graph: form.runner(self.export, graph)) as model:
-                taking = drive.Taking(model, lambda stage: not form.outside(self.export, stage.sizes))
+                taking = Taking(model, lambda stage: not form.outside(self.export, stage.sizes))
                 self.forms[name] = follow(taking, self.export, self.script, timed=form.timed)
         return self.forms[name]
 

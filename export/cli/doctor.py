@@ -33,6 +33,7 @@ OPTIONAL = (
 TOOLS = (
     ("nvcc", "install NVIDIA's CUDA toolkit, 12.8 or later: https://developer.nvidia.com/cuda-downloads"),
     ("cmake", "pip install cmake"),
+    ("g++", "apt install g++"),
 )
 
 

@@ -11,8 +11,8 @@ import click
 
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.source import FOLDER, verifying
-from llmexport.export.engine import LONGEST, WEIGHTS, build
-from llmexport.export.engine_record import BACKENDS, Engine
+from llmexport.export.engine import LONGEST, build
+from llmexport.export.engine_record import BACKENDS, WEIGHTS, Engine
 from llmexport.export.profile import parse_profile
 from llmexport.plugins import library
 

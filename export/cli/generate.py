@@ -12,6 +12,7 @@ from llmexport.export.cli.console import Console, talkative
 from llmexport.export.cli.source import FOLDER
 from llmexport.run.errors import RunError
 from llmexport.run.generate import MOST_TOKENS, generate
+from llmexport.run.session import BACKENDS
 
 
 @click.command("generate")
@@ -30,6 +31,7 @@ from llmexport.run.generate import MOST_TOKENS, generate
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Only the likeliest, to this sum.")
 @click.option("--seed", type=click.IntRange(0), help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, help="A text that ends the answer and is left out of it; may be repeated.")
+@click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True)
 @click.option("--stream/--no-stream", default=None, help="Print tokens as they come; default: on a terminal.")
 @talkative
 def command(
@@ -43,11 +45,12 @@ def command(
     top_p: float | None,
     seed: int | None,
     stop: tuple[str, ...],
+    backend: str,
     stream: bool | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Continue a prompt by an export, on ONNX Runtime.
+    """Continue a prompt by an export.
 
     What no option says, generation_config.json of the checkpoint does: whether tokens are drawn, and how.
     """
@@ -66,6 +69,7 @@ def command(
             top_p=top_p,
             seed=seed,
             stop=stop,
+            backend=backend,
             show=console.write if live else str,
             progress=console.progress,
         )

@@ -25,6 +25,8 @@ COMMANDS = (
     "golden",
     "deploy",
     "generate",
+    "bench",
+    "triton",
     "checkpoint",
     "ops",
     "plugins",

@@ -12,6 +12,7 @@ from llmexport.export import onnx_file
 from llmexport.export.cli import source
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.exported import Export
+from llmexport.export.handover import RUNTIMES
 from llmexport.export.manifest import as_data
 from llmexport.export.placing import openings
 from llmexport.export.source import open_source
@@ -28,6 +29,13 @@ from llmexport.export.source import open_source
 )
 @source.caching
 @click.option("--block", help="Export one block alone by its name, or `all`: each in a folder of its own.")
+@click.option(
+    "--for",
+    "runtimes",
+    type=click.Choice(list(RUNTIMES)),
+    multiple=True,
+    help="Write what another runtime wants in the folder too: onnxruntime-genai, or optimum's ORTModelForCausalLM.",
+)
 @click.option("--digest", is_flag=True, help="Read every byte of the weights and record digests, for --verify.")
 @click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
 @talkative
@@ -41,6 +49,7 @@ def command(
     cache: str,
     max_tokens: int | None,
     block: str | None,
+    runtimes: tuple[str, ...],
     digest: bool,
     output: Path,
     quiet: bool,
@@ -50,7 +59,8 @@ def command(
     console = Console(quiet, as_json)
     with open_source(arch, checkpoint, output) as (named, found):
         one = None if block == "all" else block
-        request = onnx_file.Request(named, found, dtype, one, weights, target, digest, cache, max_tokens)
+        kind = (dtype, one, weights, target, digest, cache, max_tokens, runtimes)
+        request = onnx_file.Request(named, found, *kind)
         if block == "all":
             exports = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
             console.table(

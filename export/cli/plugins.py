@@ -23,12 +23,10 @@ def command() -> None:
 @click.option("--jobs", type=click.IntRange(1), help="Compilers at a time; default: one a core.")
 @talkative
 def build(archs: str, build_dir: Path | None, on_cpu: bool, jobs: int | None, quiet: bool, as_json: bool) -> None:
-    """Compile the library with CMake and nvcc; no TensorRT is needed."""
+    """Compile the library with CMake, and nvcc or g++; no TensorRT is needed."""
     console = Console(quiet, as_json)
     if on_cpu and (build_dir or archs != ",".join(library.ARCHS)):
-        raise click.UsageError(
-            "--emulated has a folder of its own in the cache and no SM versions: leave out the others"
-        )
+        raise click.UsageError("--emulated takes neither --archs nor --build-dir: leave them out")
     console.progress("compile", 0, 1)
     path = emulated.build(jobs) if on_cpu else library.build(archs.split(","), build_dir, jobs)
     console.progress("compile", 1, 1)

@@ -14,6 +14,8 @@ from llmexport.validate import validate
 if TYPE_CHECKING:
     from llmexport.validate.report import Report
 
+ENGINE = "engine"  # the runner that is on a GPU
+
 
 @click.command("validate")
 @click.argument("folder", type=FOLDER, required=False)
@@ -96,10 +98,12 @@ def summary(report: Report) -> list[tuple[str, str]]:
         if rung.metrics:
             rows.append(("", rung.metrics.text))
     rows += report.bisect.lines if report.bisect else []
+    rows += [("warning", report.warning)] if report.warning else []
     for runner, seconds in report.seconds.items():
         prompt = report.prompt
         text = f"prompt of {prompt['batch']} x {prompt['tokens']} tokens {seconds['prefill'] * 1e3:.1f} ms, "
         # A model that carries nothing decodes nothing.
         text += f"decode {seconds['decode'] * 1e3:.2f} ms, " if "decode" in seconds else ""
-        rows.append((f"time, {runner}", text + "warm, this CPU"))
+        where = "this GPU, with copies to and from it" if runner == ENGINE else "this CPU"
+        rows.append((f"time, {runner}", f"{text}warm, {where}"))
     return [*rows, ("verdict", report.verdict)]

@@ -36,10 +36,11 @@ from llmexport.export.spec.context import (
     Temperature,
     YarnScaling,
 )
+from llmexport.export.spec.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
-from llmexport.export.spec.mixer import Attention, CausalConv, GatedDeltaNet, GatedNorm, Mixer, Norm
+from llmexport.export.spec.mixer import Attention, Mixer, Norm
 from llmexport.export.spec.model import (
     Arch,
     Embedding,

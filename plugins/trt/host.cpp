@@ -83,14 +83,16 @@ HOST PluginFieldCollection const* llmexportHostFieldNames(IPluginCreatorV3One* c
   return c->getFieldNames();
 }
 
-HOST IPluginV3* llmexportHostCreate(IPluginCreatorV3One* creator, PluginField const* fields, int32_t count,
-                            int32_t phase) {
+HOST IPluginV3* llmexportHostCreate(IPluginCreatorV3One* creator, PluginField const* fields,
+                                    int32_t count, int32_t phase) {
   PluginFieldCollection const collection{count, fields};
   return creator->createPlugin("node", &collection, TensorRTPhase(phase));
 }
 HOST void llmexportHostDestroy(IPluginV3* plugin) { delete plugin; }
 HOST IPluginV3* llmexportHostClone(IPluginV3* plugin) { return plugin->clone(); }
-HOST IPluginV3* llmexportHostAttach(IPluginV3* plugin) { return runtime(plugin)->attachToContext(nullptr); }
+HOST IPluginV3* llmexportHostAttach(IPluginV3* plugin) {
+  return runtime(plugin)->attachToContext(nullptr);
+}
 HOST char const* llmexportHostPluginName(IPluginV3* plugin) {
   return capability<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE)->getPluginName();
 }
@@ -123,8 +125,8 @@ HOST IPluginV3* llmexportHostRecreate(IPluginCreatorV3One* creator, IPluginV3* p
 }
 
 HOST int32_t llmexportHostOutputs(IPluginV3* plugin) { return build(plugin)->getNbOutputs(); }
-HOST int32_t llmexportHostTypes(IPluginV3* plugin, int32_t const* in, int32_t nbInputs, int32_t* out,
-                        int32_t nbOutputs) {
+HOST int32_t llmexportHostTypes(IPluginV3* plugin, int32_t const* in, int32_t nbInputs,
+                                int32_t* out, int32_t nbOutputs) {
   return build(plugin)->getOutputDataTypes(reinterpret_cast<DataType*>(out), nbOutputs,
                                            reinterpret_cast<DataType const*>(in), nbInputs);
 }
@@ -132,7 +134,7 @@ HOST int32_t llmexportHostTypes(IPluginV3* plugin, int32_t const* in, int32_t nb
 // Output shapes where every dimension of the inputs is `known`, or none is. An output's dimension
 // may only be one of the inputs' own expressions, or a constant.
 HOST int32_t llmexportHostShapes(IPluginV3* plugin, PluginTensorDesc const* in, int32_t nbInputs,
-                         bool known, Dims* out, int32_t nbOutputs) {
+                                 bool known, Dims* out, int32_t nbOutputs) {
   std::vector<std::unique_ptr<Expr>> expressions;
   std::vector<DimsExprs> inputs(static_cast<size_t>(nbInputs)),
       outputs(static_cast<size_t>(nbOutputs));
@@ -158,7 +160,7 @@ HOST int32_t llmexportHostShapes(IPluginV3* plugin, PluginTensorDesc const* in, 
 }
 
 HOST bool llmexportHostSupports(IPluginV3* plugin, int32_t position, PluginTensorDesc const* io,
-                        int32_t nbInputs, int32_t nbOutputs) {
+                                int32_t nbInputs, int32_t nbOutputs) {
   // Only the descriptions up to `position` may be looked at.
   auto descs = dynamic(io, io, nbInputs + nbOutputs);
   for (size_t i = size_t(position) + 1; i < descs.size(); ++i) {
@@ -168,22 +170,24 @@ HOST bool llmexportHostSupports(IPluginV3* plugin, int32_t position, PluginTenso
 }
 // `most` are the largest dimensions of the profile.
 HOST int32_t llmexportHostConfigure(IPluginV3* plugin, PluginTensorDesc const* io,
-                            PluginTensorDesc const* most, int32_t nbInputs, int32_t nbOutputs) {
+                                    PluginTensorDesc const* most, int32_t nbInputs,
+                                    int32_t nbOutputs) {
   auto const descs = dynamic(io, most, nbInputs + nbOutputs);
   return build(plugin)->configurePlugin(descs.data(), nbInputs, descs.data() + nbInputs, nbOutputs);
 }
 HOST size_t llmexportHostWorkspace(IPluginV3* plugin, PluginTensorDesc const* io,
-                           PluginTensorDesc const* most, int32_t nbInputs, int32_t nbOutputs) {
+                                   PluginTensorDesc const* most, int32_t nbInputs,
+                                   int32_t nbOutputs) {
   auto const descs = dynamic(io, most, nbInputs + nbOutputs);
   return build(plugin)->getWorkspaceSize(descs.data(), nbInputs, descs.data() + nbInputs,
                                          nbOutputs);
 }
-HOST int32_t llmexportHostShapeChange(IPluginV3* plugin, PluginTensorDesc const* io, int32_t nbInputs,
-                               int32_t nbOutputs) {
+HOST int32_t llmexportHostShapeChange(IPluginV3* plugin, PluginTensorDesc const* io,
+                                      int32_t nbInputs, int32_t nbOutputs) {
   return runtime(plugin)->onShapeChange(io, nbInputs, io + nbInputs, nbOutputs);
 }
 HOST int32_t llmexportHostEnqueue(IPluginV3* plugin, PluginTensorDesc const* io, int32_t nbInputs,
-                          void const* const* inputs, void* const* outputs, void* workspace,
-                          cudaStream_t stream) {
+                                  void const* const* inputs, void* const* outputs, void* workspace,
+                                  cudaStream_t stream) {
   return runtime(plugin)->enqueue(io, io + nbInputs, inputs, outputs, workspace, stream);
 }

@@ -4,12 +4,14 @@
 
 The checkpoint is files of holes, exported in bf16; TensorRT-RTX builds the engine of the whole model, every op of ours
 a plugin layer. The plugin library is FILE, or the one whose kernels are compiled for the CPU emulator: the builder asks
-plugins for shapes and formats alone, and runs none. wall_s, cpu_s, peak_rss_mb: of the builder's process. Exit code 1:
-an engine is over a limit. The results keep their rows of what was not run this time.
+plugins for shapes and formats alone, and runs none. wall_s, cpu_s, peak_rss_mb: of the builder's process, which shares
+the machine with `load_average` others. Exit code 1: an engine is over a limit. The results keep their rows of what was
+not run this time.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,11 +60,12 @@ def build(work: Path, name: str, library: Path) -> dict[str, Any]:
     source = checkpoint(work, published(name), "--hollow")
     held = sum(p.stat().st_size for p in source.iterdir())
     done("onnx", "--checkpoint", source, "--dtype", "bfloat16", "-o", work / "out", log=work / "log")
+    load = os.getloadavg()[0]
     command = [sys.executable, "-c", BUILD, str(work / "out"), str(library)]
     told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = {k: round(v, 1) if isinstance(v, float) else v for k, v in json.loads(told).items()}
     passed = all(found[n] <= limit for n, limit in LIMITS.items())
-    return {"weights_gb": round(held / 1e9, 1), **found, "passed": passed}
+    return {"weights_gb": round(held / 1e9, 1), **found, "load_average": round(load, 1), "passed": passed}
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from llmexport.export.spec import (
     GatedDeltaNet,
     GatedNorm,
     Head,
+    Keys,
     Layer,
     LinearScaling,
     Llama3Scaling,
@@ -48,6 +49,7 @@ from llmexport.export.spec import (
     Router,
     Scaling,
     SharedExpert,
+    Slots,
     Span,
     Step,
     Sublayer,
@@ -83,11 +85,12 @@ BLOCKS = [
     Rotary(16, 10000.0, YarnScaling(32.0, 64, 32.0, 1.0, True, 1.3)),
     Rotary(16, 10000.0, LongScaling((1.0,) * 8, (2.0,) * 8, 64, 1.2)),
     Rotary(16, 10000.0, LongScaling((1.0,) * 8, (3.0,) * 8, 64, 1.2)),
-    *each(Mask(), window=8, chunk=8),
+    *each(Slots(64), slots=32),
+    *each(Mask(), window=8, chunk=8, keys=Keys(64)),
     BidirectionalMask(),
-    Span(),
-    *each(Temperature(8, 0.1), interval=16, scale=0.2),
-    Presence(),
+    *each(Span(), keys=Keys(64)),
+    *each(Temperature(8, 0.1), interval=16, scale=0.2, static=True),
+    *each(Presence(), static=True),
     *each(NORM, size=32, epsilon=1e-5, offset=1.0, rounding="after_weight", statistics="layer", weighted=False),
     Norm(64, 1e-6, statistics="layer", bias=True),
     Norm(64, 1e-6, statistics="layer", rows=4),
@@ -113,6 +116,7 @@ BLOCKS = [
         softcap=5.0,
         window=8,
         cached=False,
+        keys=Keys(64),
     ),
     *each(CausalConv(96, 4), channels=64, kernel=3),
     *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5),
@@ -157,10 +161,9 @@ KINDS = {kind: cls for kind, cls in Block.kinds.items() if cls is not Mixer}
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def model_of(case: Case | str) -> Model:
-    if isinstance(case, str):
-        case = Case(case, case)
-    return read_model(archs.load(case.arch), {**archs.load(case.arch).tiny, **case.changes})
+def model_of(case: Case | str, slots: int | None = None) -> Model:
+    case = Case(case, case) if isinstance(case, str) else case
+    return read_model(archs.load(case.arch), {**archs.load(case.arch).tiny, **case.changes}, slots)
 
 
 def wanted_shapes(
@@ -239,7 +242,8 @@ def test_every_kind_of_block_is_tested_here():
 
 
 def test_every_kind_of_block_occurs_in_a_case():
-    found = {part.block.kind for case in CASES for step in model_of(case).steps for part in parts(step)}
+    models = [*map(model_of, CASES), model_of("llama", slots=64)]
+    found = {part.block.kind for model in models for step in model.steps for part in parts(step)}
     assert found == KINDS.keys()
 
 

@@ -1,6 +1,6 @@
 """Dynamic axes: the one place that knows that `total` is past + sequence."""
 
-from llmexport.export.spec import AXES, summands, with_sums
+from llmexport.export.spec import AXES, behind, size_of, summands, with_sums
 
 
 def test_a_sum_follows_from_its_summands_and_from_nothing_less():
@@ -20,3 +20,9 @@ def test_an_axis_that_is_no_sum_has_sizes_from_its_least_on():
         if axis.profile:
             low, opt, high = axis.profile
             assert axis.least <= low <= opt <= high
+
+
+def test_the_tokens_of_a_step_behind_others_are_an_axis_of_their_own():
+    assert summands(behind(4)) == ("sequence",)
+    assert size_of(behind(4), {"sequence": 5}) == 9
+    assert (size_of(7, {}), size_of("past", {"past": 3}), size_of("experts", {}, 11)) == (7, 3, 11)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from arch_cases import CASES, FIRST, IN_FP16, Case, others_slow
+from arch_cases import CASES, FIRST, IN_FP16, MATRIX, Case, others_slow
 from first_feed import first_feed
 from one_node import session
 from onnx import TensorProto, helper
@@ -25,7 +25,6 @@ from llmexport.plugins.dtypes import BY_ONNX
 from llmexport.validate import runners, stages
 
 Exporter = Callable[..., Path]
-SMALL = 4096  # bytes of the matrices of tiny models; their norms, biases and convolutions are smaller
 
 EACH = [(c, d) for c in CASES for d in ("float32", "float16")]
 AT_ONCE = [(c, "float16" if c in IN_FP16 else "float32") for c in FIRST]
@@ -47,7 +46,7 @@ def test_a_model_computes_the_same_bits_with_its_weights_bound(case: Case, dtype
     export = manifest.read(exported(case, dtype))
     form = tensorrt_form(load(export, export.graphs[0]))[0]
     taken = onnx.ModelProto.FromString(form.SerializeToString())
-    arrays = dict(weights(beside(taken, SMALL), export.weights, export.folder))
+    arrays = dict(weights(beside(taken, MATRIX), export.weights, export.folder))
     assert len(arrays) >= 2 * len(export.blocks)
     typed = {v.name: BY_ONNX[v.type.tensor_type.elem_type].name for v in form.graph.input}
     feed = {n: a.astype(typed[n]) for n, a in first_feed(export.graphs[0], stages.prompt(export)).items()}
@@ -190,6 +189,6 @@ def test_a_small_weight_stays_with_what_is_made_of_it() -> None:
 def test_what_no_binding_can_do_to_a_large_weight_is_refused() -> None:
     nodes = [CAST, make_node("Neg", ["w16"], ["minus"], "n"), make_node("Mul", ["x", "minus"], ["y"])]
     with pytest.raises(
-        EngineError, match="^n: Neg of the weight w16 cannot be done where it is bound: build .* inside$"
+        EngineError, match=r"^n: Neg of the weight w16 cannot be done where it is bound: build .* inside$"
     ):
         beside(model_of(nodes, [matrix("w", (6, 4))]), 48)

@@ -84,6 +84,22 @@ def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported:
     assert tree(folder) == before | {n: (folder / n).read_bytes() for n in (PLAN, engine_record.RECORD)}
 
 
+SLOTS = 48
+IN_PLACE = [(c, d) for c in FIRST for d in DTYPES if c.arch in PRIMARY]
+IN_PLACE_ONCE = [(c, d) for c, d in IN_PLACE if c.arch == "glm4" and d == "float16"]
+
+
+@pytest.mark.parametrize(("case", "dtype"), others_slow(IN_PLACE, IN_PLACE_ONCE), ids=str)
+def test_an_engine_of_a_static_cache_writes_it_in_place(case: Case, dtype: str, exported: Export, tmp_path) -> None:
+    """Every state of use "slots" is written by TensorRT's own layer for that, and no size is named that grows."""
+    folder = linked(exported(case, dtype, slots=SLOTS), tmp_path)
+    record = engine.build(folder, plugins=None)
+    [graph] = manifest.read(folder).graphs
+    in_place = [p for p in graph.assembly.inputs if p.use == "slots"]
+    assert record.graphs[graph.name].layers["KV_CACHE_UPDATE"] == len(in_place) > 0
+    assert record.profile == {"batch": (1, 1, 4), "sequence": (1, SLOTS, SLOTS), "written": (1, SLOTS, SLOTS)}
+
+
 @pytest.mark.parametrize(
     ("block", "dims"),
     [
@@ -123,6 +139,7 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
         "arch": "llama",
         "block": "attention",
         "dtype": "float32",
+        "weights_at": "inside",
         "weights": described["weights"]["files"],
         "checked": "2 of 2 files: every byte as recorded",
         "profile": {"batch": [2, 2, 2], "sequence": [1, 64, 512], "past": [0, 8, 16], "total": [1, 72, 528]},
@@ -133,6 +150,7 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
                 "model_sha256": hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest(),
                 **ports,
                 "carried": {"past_key": "present_key", "past_value": "present_value"},
+                "bindings": {},
                 "plugins": {},
                 "messages": [],
             }

@@ -100,7 +100,7 @@ def test_a_plan_outside_of_the_folder_is_refused(folder: Path) -> None:
 
 
 def test_a_folder_without_an_engine_says_how_to_build_one(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"holds no engine, it has no engine\.json: build it again: llmexport engine"):
+    with pytest.raises(EngineError, match="holds no engine: build one: llmexport engine"):
         engine_record.read(tmp_path)
 
 

@@ -189,3 +189,18 @@ def test_an_encoder_has_no_cache(tiny_checkpoint, tmp_path) -> None:
 def test_a_cache_that_cannot_be_is_refused(cache: str, slots: int | None, said: str, tmp_path) -> None:
     with pytest.raises(ExportError, match=said):
         export(None, tmp_path / "out", arch="llama", cache=cache, max_tokens=slots)
+
+
+def test_a_manifest_from_before_static_caches_reads_as_a_dynamic_one(exported) -> None:
+    """Format 2 of it said nothing of caches."""
+    later = {"cache", "max_tokens", "keys", "static"}
+
+    def earlier(data: Any) -> Any:
+        if isinstance(data, dict):
+            return {k: earlier(v) for k, v in data.items() if k not in later}
+        return [earlier(v) for v in data] if isinstance(data, list) else data
+
+    folder = exported("llama4")
+    data = json.loads((folder / manifest.NAME).read_bytes())
+    assert data["blocks"] != earlier(data["blocks"])
+    assert manifest.from_record(folder, earlier(data)).blocks == manifest.read(folder).blocks

@@ -12,6 +12,7 @@ from llmexport.export.spec import (
     PAST,
     SEQUENCE,
     TOTAL,
+    WRITTEN,
     Attention,
     BidirectionalMask,
     Block,
@@ -21,6 +22,7 @@ from llmexport.export.spec import (
     GatedDeltaNet,
     GatedNorm,
     Head,
+    Keys,
     Layer,
     LinearScaling,
     Llama3Scaling,
@@ -36,6 +38,7 @@ from llmexport.export.spec import (
     Rotary,
     Router,
     SharedExpert,
+    Slots,
     Span,
     Sublayer,
     Temperature,
@@ -67,6 +70,7 @@ UNCACHED = Attention(33, 3, 3, 10, qkv_bias=True, out_bias=True, rotated=0, cach
 MLP = Mlp(33, 65, "gelu_erf", bias=True, gated=False)
 POST_NORM = Layer((Sublayer("self_attn", UNCACHED, sum_norm=LAYER_NORM), Sublayer("mlp", MLP, sum_norm=LAYER_NORM)))
 SINKS = Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True, sinks=True, window=7)
+ALL, LAST = Keys(150), Keys(7, slides=True)
 SOFTCAP = Attention(33, 6, 2, 10, softcap=2.0, scale=0.2)
 DELTA_NET = GatedDeltaNet(33, key_heads=2, key_size=10, value_heads=6, value_size=7, kernel=4, epsilon=1e-6)
 ROUTER = Router(33, 9, 3, "softmax", renormalise=True)
@@ -95,6 +99,18 @@ CASES = [
     (Span(), "float32"),
     (Temperature(8, 0.1), "float32"),
     (Presence(), "float32"),
+    (Slots(150), "float32"),
+    (Mask(7, keys=ALL), "float32"),
+    (Mask(7, keys=LAST), "float32"),
+    (Mask(chunk=7, keys=LAST), "float32"),
+    (Span(ALL), "float32"),
+    (Span(LAST), "float32"),
+    (Temperature(8, 0.1, static=True), "float32"),
+    (Presence(static=True), "float16"),
+    (Attention(33, 6, 2, 10, keys=ALL), "float32"),
+    (Attention(33, 6, 2, 10, keys=ALL), "float16"),
+    (Attention(33, 6, 2, 10, keys=LAST), "float32"),
+    (Attention(33, 6, 2, 10, sinks=True, keys=ALL), "float32"),
     (Presence(), "float16"),
     (LLAMA_NORM, "float32"),
     (LLAMA_NORM, "float16"),
@@ -180,7 +196,7 @@ def filled(block: Block, dtype: str) -> torch.nn.Module:
 
 
 def sizes(batch: int, sequence: int, past: int) -> dict[str, int]:
-    return {BATCH: batch, SEQUENCE: sequence, PAST: past, TOTAL: sequence + past}
+    return {BATCH: batch, SEQUENCE: sequence, PAST: past, TOTAL: sequence + past, WRITTEN: sequence + past}
 
 
 def feeds(block: Block, dtype: str, run: tuple[int, int, int]) -> dict[str, torch.Tensor]:
@@ -234,7 +250,7 @@ def test_onnx_runtime_equals_the_torch_module_at_other_sizes(case):
             assert difference.excess(bound) <= 1, f"{port.name} at {run}: {difference}"
 
 
-@pytest.mark.parametrize("mask", [Mask(7), Mask(chunk=7)], ids=str)
+@pytest.mark.parametrize("mask", [Mask(7), Mask(chunk=7), Mask(7, keys=ALL), Mask(chunk=7, keys=LAST)], ids=str)
 def test_a_mask_has_no_row_without_a_key(mask):
     module = filled(mask, "float32")
     for run in RUNS:
@@ -287,7 +303,8 @@ def test_the_graph_is_valid(case):
 
 
 def test_the_graph_imports_one_opset_and_our_domain_at_most(case):
-    assert {(o.domain, o.version) for o in case[2].opset_import} <= {("", 23), (DOMAIN, 1)}
+    assert {(o.domain, o.version) for o in case[2].opset_import} <= {("", case[0].opset), (DOMAIN, 1)}
+    assert case[0].opset == (24 if any(n.op_type == "TensorScatter" for n in case[2].graph.node) else 23)
 
 
 def test_the_graph_has_no_bodies(case):

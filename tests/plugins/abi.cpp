@@ -1,4 +1,4 @@
-// Compares trt/interface.h with NVIDIA's headers; prints each difference and
+// Compares trt/interface.h and trt/registry.h with NVIDIA's headers; prints each difference and
 // how many facts agreed.
 #include <NvInferRuntime.h>
 #include <NvInferVersion.h>
@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "trt/interface.h"
+#include "trt/registry.h"
 
 namespace ours = llmexport::trt;
 namespace theirs = nvinfer1;
@@ -186,6 +187,14 @@ int main() {
   SLOT(IPluginCreatorV3One, createPlugin), SLOT(IPluginCreatorV3One, getFieldNames);
   SLOT(IPluginCreatorV3One, getPluginName), SLOT(IPluginCreatorV3One, getPluginVersion);
   SLOT(IPluginCreatorV3One, getPluginNamespace);
+
+#if NV_TENSORRT_MAJOR == 10
+  using OurRegistry = ours::IPluginRegistry10;
+#else
+  using OurRegistry = ours::IPluginRegistry;
+#endif
+  sameFunction("IPluginRegistry::loadLibrary", &OurRegistry::loadLibrary,
+               &theirs::IPluginRegistry::loadLibrary);
 
   std::printf("%d facts agree, %d differ, TensorRT %d.%d\n", agreed, differ, NV_TENSORRT_MAJOR,
               NV_TENSORRT_MINOR);

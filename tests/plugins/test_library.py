@@ -111,16 +111,17 @@ def test_a_variable_that_names_no_nvcc_is_an_error(variable, value, program, mon
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What build() runs; it links a shared object of nobody's."""
+    """What build() runs; it links shared objects of nobody's."""
     ran: list[list[str]] = []
 
     def run(command: list[str]) -> None:
         ran.append(command)
         for option in command:
             if option.startswith("-DCMAKE_LIBRARY_OUTPUT_DIRECTORY="):
-                made = Path(option.split("=")[1]) / library.FILE
-                made.parent.mkdir(exist_ok=True)
-                shutil.copyfile(onnx.onnx_cpp2py_export.__file__, made)
+                linked = Path(option.split("=")[1])
+                linked.mkdir(exist_ok=True)
+                for name in (library.FILE, library.REGISTER):
+                    shutil.copyfile(onnx.onnx_cpp2py_export.__file__, linked / name)
 
     monkeypatch.setattr(library, "_run", run)
     monkeypatch.setattr(library, "_nvcc", lambda: "/usr/bin/nvcc")
@@ -134,6 +135,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_an_architecture_named_twice_is_built_once(archs, targets, commands, tmp_path: Path) -> None:
     library.build(archs.split(","), tmp_path / "build")
     assert f"-DCMAKE_CUDA_ARCHITECTURES={targets}" in commands[0]
+    assert all((tmp_path / "build" / name).is_file() for name in (library.FILE, library.REGISTER))
 
 
 def test_a_build_that_fails_leaves_the_earlier_library(commands, monkeypatch, tmp_path: Path) -> None:

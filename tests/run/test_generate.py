@@ -145,7 +145,7 @@ REFUSED = {
     "no ids": (nothing, ["--ids", ""], "the prompt is empty"),
     "words as ids": (nothing, ["--ids", "fox"], "--ids 'fox': give numbers with commas"),
     "a token beyond": (nothing, ["--ids", "256"], "has token 256, the model knows 0 to 255"),
-    "a long prompt": (nothing, ["--prompt", "xyz " * 500], "the model has positions for 512: give a shorter one"),
+    "a long prompt": (nothing, ["--prompt", "xyz " * 500], "the model takes 512: give a shorter one"),
     "no tokens wanted": (nothing, ["--prompt", "a", "--max-new-tokens", 0], "'--max-new-tokens'"),
     "no template": (drop_template, ["--prompt", "a", "--chat"], "has no chat template"),
     "a template that fails": (
@@ -155,6 +155,7 @@ REFUSED = {
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["--prompt", "a"], "has no tokenizer.json: make one"),
     "changed weights": (change_weights, ["--prompt", "a"], "export again"),
+    "no engine": (nothing, ["--prompt", "a", "--backend", "engine"], "holds no engine, it has no engine.json"),
     "no graph": (lambda f: (f / "model.onnx").unlink(), ["--prompt", "a"], "is missing from the export"),
 }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +16,14 @@ import transformers
 from arch_cases import CASES, DECODERS, FIRST, Case, others_slow
 from two_graphs import in_two, rebuilt
 
-from llmexport.export import manifest, onnx_file
+from llmexport.export import archs, manifest, onnx_file
+from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import EngineError
+from llmexport.export.graph_file import load
+from llmexport.run import engine
 from llmexport.run.errors import RunError
-from llmexport.run.session import RuntimeSession, check_prompt, decode, greedy, run_again_at
+from llmexport.run.session import RuntimeSession, check_prompt, decode, greedy, opened, opening, run_again_at
+from llmexport.validate.runners import onnx_runner
 
 STEPS = 64
 PROMPT = 11  # the windows of the tiny models are crossed on the way
@@ -93,10 +101,63 @@ def test_what_gives_no_tokens_is_refused(folder: Callable[..., Path], says: str,
         ([], "the prompt is empty, it has no token"),
         ([1, 256], "the prompt has token 256, the model knows 0 to 255: is the tokenizer the model's own"),
         ([-1], "the prompt has token -1"),
-        ([1] * 513, "the prompt has 513 tokens, the model has positions for 512: give a shorter one"),
+        ([1] * 513, "the prompt has 513 tokens, the model takes 512: give a shorter one"),
     ],
     ids=["empty", "beyond", "negative", "long"],
 )
 def test_a_prompt_that_the_model_does_not_take_is_refused(ids: list[int], says: str, exported) -> None:
     with pytest.raises(RunError, match=says):
         check_prompt(manifest.read(exported("llama")), ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "qwen3_5_moe"])
+def test_a_thousand_steps_leave_no_memory_behind(arch: str, exported) -> None:
+    """Another thousand, and one more, add less than the states take: nothing is kept of a step."""
+    script = Path(__file__).parent / "memory_of_steps.py"
+    done = subprocess.run([sys.executable, script, exported(arch)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["states"] > 100_000
+    assert max(found["rss"][1:]) - found["rss"][0] < found["states"], found
+
+
+def test_engines_are_stepped_as_onnx_runtime_is(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of TensorRT's runner stands ONNX Runtime's, which takes and gives the same."""
+    runner = lambda export, graph: onnx_runner(load(export, graph), export.folder)  # noqa: E731
+    monkeypatch.setattr(engine, "EngineRunner", runner)
+    monkeypatch.setattr(engine, "unable", lambda export: "")
+    monkeypatch.setattr(engine, "outside", lambda export, sizes: "" if sizes["past"] < PROMPT + 7 else "past is 18")
+    export = manifest.read(exported("llama"))
+    with opened(export, "engine") as session:
+        tokens = decode(session, prompt(), greedy)
+        made = np.stack(list(itertools.islice(tokens, 8)), 1)
+        assert np.array_equal(made, found(exported("llama"), prompt(), 8))
+        with pytest.raises(EngineError, match="past is 18: build it with a larger --profile"):
+            next(tokens)
+
+
+def test_an_export_without_an_engine_is_told_so(exported) -> None:
+    with (
+        pytest.raises(EngineError, match=r"holds no engine, it has no engine\.json"),
+        opened(manifest.read(exported("llama")), "engine"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("arch", others_slow(["gemma", "gpt_oss", "qwen3_5_moe"], ["gpt_oss"]))
+def test_a_static_cache_gives_the_same_tokens_and_is_written_in_place(arch: str, tiny_checkpoint, exported, tmp_path):
+    checkpoint = open_checkpoint(tiny_checkpoint(arch))
+    request = onnx_file.Request(archs.load(arch), checkpoint, cache="static", max_tokens=64)
+    export = onnx_file.write(request, tmp_path / "static")
+    session, stage = RuntimeSession(export), opening(prompt())
+    addresses = set()
+    for _ in range(3):
+        scores = session.run(stage)
+        slots = {p.name for g in export.graphs for p in g.assembly.inputs if p.use == "slots"}
+        carried = {n: v for values in session._carried.values() for n, v in values.items() if n in slots}
+        addresses.add(tuple(v.data_ptr() for v in carried.values()))
+        stage = stage.then("decode", "decode", scores.argmax(-1)[:, None])
+    assert slots
+    assert len(addresses) == 1
+    assert np.array_equal(found(tmp_path / "static", prompt(), 40), found(exported(arch), prompt(), 40))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -23,7 +24,8 @@ from llmexport.export.exported import Export
 from llmexport.export.spec import Layer, Step
 from llmexport.graphs.bodies import op_of
 from llmexport.graphs.fuse_add_rms_norm import fuse_add_rms_norm
-from llmexport.validate import ladder, nodes
+from llmexport.validate import bound, facts, ladder, nodes, page
+from llmexport.validate.judge import feeds_alone
 from llmexport.validate.report import Bisection, Report
 
 pytestmark = pytest.mark.model
@@ -58,11 +60,13 @@ def perturb_weight(model: onnx.ModelProto, export: Export, step: Step) -> onnx.N
 
 
 def move_weight(model: onnx.ModelProto, export: Export, step: Step) -> onnx.NodeProto:
-    """The numbers that lie one number further on."""
+    """The numbers that lie one number further on, or before."""
     name = matrix(export, step)
     [held] = [t for t in model.graph.initializer if t.name == name]
-    [offset] = [e for e in held.external_data if e.key == "offset"]
-    offset.value = str(int(offset.value) + 4)
+    said = {e.key: e for e in held.external_data}
+    end = int(said["offset"].value) + int(said["length"].value)
+    room = (export.folder / said["location"].value).stat().st_size - end
+    said["offset"].value = str(int(said["offset"].value) + (4 if room else -4))
     return next(n for n in model.graph.node if name in n.input)
 
 
@@ -153,32 +157,36 @@ def test_what_is_said_of_a_node_is_how_it_differs(exported, tmp_path: Path) -> N
     assert said["flip_attribute"] == "scale is 0.353553, an export makes it 0.176777"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_of_a_right_export_nothing_leaves_tolerance(dtype: str, exported) -> None:
-    report, found = bisected(exported("qwen3_5_moe", dtype))
+@pytest.mark.parametrize(("arch", "dtype"), [("qwen3_5_moe", "float32"), ("gemma", "float16")])
+def test_of_a_right_export_nothing_leaves_tolerance(arch: str, dtype: str, exported) -> None:
+    report, found = bisected(exported(arch, dtype))
     assert (found.found, found.lines, report.passed) == (False, [("bisect", "nothing leaves tolerance")], True)
 
 
-@pytest.mark.parametrize("arch", others_slow(PRIMARY, ["gpt_oss"]))
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_no_node_of_a_right_block_is_off(arch: str, dtype: str, exported) -> None:
-    """Each is run on what the trace computes, in every block."""
-    from llmexport.validate import bisect, bound
-    from llmexport.validate.judge import feeds_alone
-
-    export = manifest.read(exported(arch, dtype))
-    [graph] = export.graphs
+def run_alone(export: Export, step: Step, damage: Callable[[onnx.ModelProto], None] = id) -> list[nodes.Output]:
+    """Every node of a step of the first graph alone, on what the trace computes."""
+    graph, dtype = export.graphs[0], export.dtype
     model = graph_file.load(export, graph)
-    own = bound.parameters(graph, model)
-    for step in graph.assembly.steps:
-        _, feed = next(feeds_alone(step, dtype, 0))
-        traced = graph_file.as_traced(step, own[step.name], export.checkpoint(), dtype)
-        expected = feed | nodes.values(traced, feed, export.folder)
-        outputs = list(nodes.run_alone(graph_file.cut_step(model, step, dtype), expected, export.folder))
+    _, feed = next(feeds_alone(step, dtype, 0))
+    own, opset = bound.parameters(graph, model)[step.name], graph.assembly.opset
+    traced = graph_file.as_traced(step, own, export.checkpoint(), dtype, opset)
+    expected = feed | nodes.values(traced, feed, export.folder)
+    part = graph_file.cut_step(model, step, dtype)
+    damage(part)
+    return list(nodes.run_alone(part, expected, export.folder))
+
+
+RIGHT = [(arch, dtype) for arch in PRIMARY for dtype in ("float32", "float16")]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), others_slow(RIGHT, [("gpt_oss", "float32"), ("llama4", "float16")]))
+def test_no_node_of_a_right_export_is_off(arch: str, dtype: str, exported) -> None:
+    export = manifest.read(exported(arch, dtype))
+    for step in export.steps:
+        outputs = run_alone(export, step)
         assert {o.name for o in outputs} >= set(step.outputs)
         assert [(o.name, o.excess) for o in outputs if o.excess > 1] == []
-        assert bound.wrong(export, graph, model) == {}
-        assert bisect.first_fault(export, [], {}).found is False
+    assert bound.wrong(export, export.graphs[0], graph_file.load(export, export.graphs[0])) == {}
 
 
 def test_a_node_that_two_blocks_share_is_named_in_the_block_that_reads_it(exported, tmp_path: Path) -> None:
@@ -199,7 +207,7 @@ def test_a_node_that_two_blocks_share_is_named_in_the_block_that_reads_it(export
 
 def test_experts_put_together_in_a_wrong_order_are_found_where_they_are(exported, tmp_path: Path) -> None:
     def swap_experts(model: onnx.ModelProto, export: Export, step: Step) -> onnx.NodeProto:
-        stack = next(n for n in model.graph.node if n.op_type == "Concat" and n.name.startswith(step.path))
+        stack = next(n for n in model.graph.node if n.op_type == "Concat" and f".{step.path}" in n.name)
         stack.input[0], stack.input[2] = stack.input[2], stack.input[0]
         return stack
 
@@ -237,33 +245,51 @@ def test_a_block_alone_is_bisected_as_well(tmp_path: Path) -> None:
     assert (report.bisect.block["step"], report.bisect.node.name) == (step.name, node)
 
 
-def test_a_node_that_does_not_run_is_named(exported, tmp_path: Path) -> None:
+def test_a_node_that_does_not_run_is_named(exported) -> None:
     """Nodes before it are held to what they should give all the same."""
-    export = manifest.read(exported("gemma"))
-    [graph] = export.graphs
-    model = graph_file.load(export, graph)
-    step = next(s for s in export.steps if s.name == "layers.1")
-    part = graph_file.cut_step(model, step, "float32")
-    first, second = (
-        next(n for n in part.graph.node if n.name == f"layers.1/{name}") for name in ("linear", "linear_5")
-    )
-    second.input[0], second.input[1] = second.input[1], second.input[0]
-    from llmexport.validate import bound
-    from llmexport.validate.judge import feeds_alone
 
-    _, feed = next(feeds_alone(step, "float32", 0))
-    own = bound.parameters(graph, model)["layers.1"]
-    expected = feed | nodes.values(graph_file.as_traced(step, own, export.checkpoint(), "float32"), feed, export.folder)
-    *before, stopped = nodes.run_alone(part, expected, export.folder)
-    assert (stopped.node.name, stopped.excess) == (second.name, np.inf)
+    def swap(part: onnx.ModelProto) -> None:
+        node = next(n for n in part.graph.node if n.name == "layers.1/linear_5")
+        node.input[0], node.input[1] = node.input[1], node.input[0]
+
+    export = manifest.read(exported("gemma"))
+    *before, stopped = run_alone(export, next(s for s in export.steps if s.name == "layers.1"), swap)
+    assert (stopped.node.name, stopped.excess) == ("layers.1/linear_5", np.inf)
     assert stopped.said
-    assert first.name in {o.node.name for o in before}
+    assert "layers.1/linear_4" in {o.node.name for o in before}
     assert max(o.excess for o in before) <= 1
+
+
+def negate_scale(model: onnx.ModelProto, export: Export, step: Step) -> onnx.NodeProto:
+    """Which ONNX Runtime does not take."""
+    [node] = of_step(model, step, "Attention")
+    [scale] = [a for a in node.attribute if a.name == "scale"]
+    scale.f = -scale.f
+    return node
+
+
+def reshape_wrongly(model: onnx.ModelProto, export: Export, step: Step) -> onnx.NodeProto:
+    """In which ONNX Runtime stops."""
+    node = of_step(model, step, "Reshape")[0]
+    [shape] = [t for t in model.graph.initializer if t.name == node.input[1]]
+    sizes = onnx.numpy_helper.to_array(shape).copy()
+    sizes[-1] += 1
+    shape.CopyFrom(onnx.numpy_helper.from_array(sizes, shape.name))
+    return node
+
+
+@pytest.mark.parametrize("fault", [negate_scale, reshape_wrongly])
+def test_a_fault_that_stops_onnx_runtime_is_traced_as_well(fault: Fault, exported, tmp_path: Path) -> None:
+    folder, step, node = damaged(exported("gemma"), tmp_path, fault)
+    report, found = bisected(folder)
+    assert (found.block["step"], found.node.name, report.passed) == (step.name, node, False)
+    assert ("first block", f"{step.name} (layer), hidden.3 in prompt: ONNX Runtime stops in it") in found.lines
+    assert node in page.page(facts.facts(manifest.read(folder)), report)
 
 
 def test_bfloat16_is_refused_in_one_line(exported) -> None:
     with pytest.raises(ExportError, match="no bfloat16 MatMul on a CPU: bisect a float32 or float16 export"):
-        ladder.climb(manifest.read(exported("gemma", "bfloat16")), bisect=True)
+        ladder.climb(dataclasses.replace(manifest.read(exported("gemma")), dtype="bfloat16"), bisect=True)
 
 
 def test_the_command_line_and_both_files_name_what_was_found(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from rungs import everywhere
+from rungs import EVERYWHERE
 from two_graphs import in_two, rebuilt, with_source
 
 from llmexport.export import manifest, onnx_file
@@ -33,7 +33,7 @@ def sourced(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.Tem
 
 def test_a_graph_that_reads_every_step_beside_one_with_states_climbs_as_one_model(tiny_checkpoint, tmp_path) -> None:
     export = onnx_file.write(rebuilt("llama", tiny_checkpoint("llama"), in_two), tmp_path / "out")
-    rungs = {r.name: r for r in everywhere(ladder.climb(export))}
+    rungs = {r.name: r for r in ladder.climb(export, rungs=EVERYWHERE).rungs}
     assert {n: (r.status, r.note) for n, r in rungs.items()} == dict.fromkeys((PYTORCH, BLOCKS, FILE), ("pass", ""))
     steps = {d["step"] for d in rungs[BLOCKS].details}
     assert steps == {f"{g.name}: {s.name}" for g in export.graphs for s in g.assembly.steps}
@@ -76,7 +76,7 @@ def test_a_source_is_run_once_for_a_prompt_and_every_stage_reads_what_it_made(so
 
 
 def test_a_model_with_a_source_agrees_in_pytorch_and_onnx_runtime(sourced: Export) -> None:
-    rungs = {r.name: (r.status, r.note) for r in everywhere(ladder.climb(sourced))}
+    rungs = {r.name: (r.status, r.note) for r in ladder.climb(sourced, rungs=EVERYWHERE).rungs}
     assert rungs == {
         PYTORCH: ("not run", "nobody knows what transformers calls source_mask, last_id"),
         BLOCKS: ("pass", ""),
@@ -149,3 +149,32 @@ def test_a_quick_prompt_is_timed_several_times_and_a_slow_one_three_times() -> N
 def test_ids_are_such_that_every_table_takes_them():
     blocks = [Embedding(100, 8, types=3), Embedding(1000, 8)]
     assert {use: feeds.limits(blocks)[use] for use in ("tokens", "token_types")} == {"tokens": 100, "token_types": 3}
+
+
+def test_a_step_beyond_a_static_cache_is_refused_and_no_prompt_leaves_its_steps_no_room(exported) -> None:
+    export = manifest.read(exported("llama", slots=40))
+    with pytest.raises(Mismatch, match="--tokens 30: a static cache of 40 has room for a prompt of 29: name fewer"):
+        stages.prompt(export, tokens=30)
+    prompt = stages.prompt(export)
+    assert prompt.ids.shape == (2, 29)
+    stage = prompt.then("last", "piece", np.zeros((2, 11), np.int64))
+    with drive.in_torch(export) as driver:
+        driver.run(prompt)
+        driver.run(stage)
+        with pytest.raises(Mismatch, match="again ends at token 41, the static cache has 40: export with"):
+            driver.run(stage.then("again", "decode", np.zeros((2, 1), np.int64)))
+
+
+def test_a_past_stands_in_the_first_slots_and_a_windows_at_its_end(exported) -> None:
+    [graph] = manifest.read(exported("gpt_oss", slots=59)).graphs
+    sizes = stages.block_sizes(graph.assembly.steps[-1].block)[0] | {"past": 5}
+    held, laid = feeds.earlier(graph, "float32", sizes), feeds.states(graph, "float32", sizes)
+    assert held.keys() == laid.keys() == graph.carried.keys()
+    uses = {p.name: p.use for p in graph.assembly.inputs}
+    for name, tokens in held.items():
+        places = slice(0, 5) if uses[name] == "slots" else slice(-5, None)
+        assert np.array_equal(laid[name][:, :, places], tokens)
+        assert np.count_nonzero(laid[name]) == tokens.size
+    longer = feeds.states(graph, "float32", sizes | {"past": 30})["past_key_values.0.key"]
+    whole = feeds.earlier(graph, "float32", sizes | {"past": 30})["past_key_values.0.key"]
+    assert np.array_equal(longer, whole[:, :, -8:])

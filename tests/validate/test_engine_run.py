@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_model
-from engine_folder import PLAN, make_engine, ports
+from engine_folder import PLAN, WEIGHTS, make_engine, ports
 from tensorrt_stand_in import APIS, INVALID, Stand
 
 from llmexport.export import engine_record
@@ -27,7 +27,8 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
     engine = engine_record.read(folder)
     plans = {n: dataclasses.asdict(p) for n, p in engine.graphs.items()}
     lists = engine_run.json.loads(engine_run.json.dumps(plans))
-    return {"folder": str(folder), "libraries": [], "plans": lists, **changes}
+    files = [dataclasses.asdict(f) for f in engine.weights]
+    return {"folder": str(folder), "libraries": [], "plans": lists, "weights": files, **changes}
 
 
 def talk(stand: Stand, said: dict[str, Any], *messages: tuple[dict[str, Any], Arrays]) -> list[Any]:
@@ -36,7 +37,7 @@ def talk(stand: Stand, said: dict[str, Any], *messages: tuple[dict[str, Any], Ar
     for message, feed in messages:
         send(asked, message, feed)
     asked.seek(0)
-    engine_run.serve(stand.trt, stand.runner, said, asked, answers)
+    engine_run.serve(stand.trt, stand.runner, stand.place, said, asked, answers)
     answers.seek(0)
     found = []
     while answer := receive(answers):
@@ -101,6 +102,27 @@ def test_another_plan_never_reaches_the_deserialiser(api, change, tmp_path: Path
 
 
 @each_api
+def test_weights_beside_the_plan_are_placed_once_and_read_by_every_step(api, tmp_path: Path) -> None:
+    weight = np.arange(12, dtype=np.float32).reshape(3, 4)
+    folder, stand = make_engine(tmp_path / "out", weights={"matrix": weight}), stand_for(api)
+    stand.kinds["matrix"] = "FLOAT"
+    prompt = {"input_ids": np.arange(10).reshape(2, 5), "past": np.zeros((2, 2, 0, 8), np.float16)}
+    found = talk(stand, job(folder), LOAD, ({"graph": "model"}, prompt), ({"graph": "model"}, prompt))
+    assert len(found) == 4
+    assert [what for what, _ in stand.done] == ["deserialise", "context", "place"]
+    assert (stand.placed["matrix"].array == weight.T).all()
+
+
+def test_weights_that_are_not_those_that_were_exported_are_refused(tmp_path: Path) -> None:
+    folder, stand = make_engine(tmp_path / "out", weights={"matrix": np.ones((3, 4), np.float32)}), stand_for(APIS[0])
+    stand.kinds["matrix"] = "FLOAT"
+    altered = bytearray((folder / WEIGHTS).read_bytes())
+    altered[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(altered)
+    assert WEIGHTS in talk(stand, job(folder), LOAD)[-1][0]["refused"]
+
+
+@each_api
 def test_the_plugin_library_is_registered_before_a_plan_is_deserialised(api, tmp_path: Path, monkeypatch) -> None:
     folder, stand = make_engine(tmp_path / "out"), stand_for(api)
     monkeypatch.setattr(engine_run.library, "load", lambda trt, path: stand.done.append(("library", trt, str(path))))
@@ -160,7 +182,7 @@ def test_an_engine_of_other_inputs_is_refused(api, tmp_path: Path) -> None:
     assert said == "model.plan has input_ids as int32, recorded is int64: build it again"
 
 
-def test_every_recorded_api_has_what_polygraphys_runner_calls() -> None:
+def test_every_recorded_api_has_what_we_and_polygraphys_runner_call() -> None:
     """Of the names that it has no other for."""
     used = {
         "ICudaEngine": [
@@ -176,5 +198,7 @@ def test_every_recorded_api_has_what_polygraphys_runner_calls() -> None:
         ],
         "IPluginRegistry": ["all_creators", "load_library"],
     }
+    # The builder is asked to keep fp32 what it is.
+    used["BuilderFlag"] = ["TF32"]
     for api in APIS:
         assert {c: sorted({*names} - {*api["classes"][c]}) for c, names in used.items()} == {c: [] for c in used}

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from arch_cases import FIRST, Case, others_slow
+from misuse import call
 
 from llmexport.export import graph_file, manifest
 from llmexport.export.exported import Export
 from llmexport.validate import golden, pack, replay
+from llmexport.validate.compare import Mismatch, compare
 from llmexport.validate.pack import Arrays
 from llmexport.validate.replay import Replay
+from llmexport.validate.report import Rung
 from llmexport.validate.runners import onnx_runner
+from llmexport.validate.tolerance import TOLERANCE
 
 pytestmark = pytest.mark.model
 
@@ -23,8 +30,8 @@ PACKED = [(c, d) for d in ("float32", "float16") for c in FIRST]
 Change = Callable[[str, Arrays], None]
 
 
-def make(export: Export, path: Path, **options: int) -> Path:
-    golden.make(export, path, tokens=options.get("tokens"), seed=options.get("seed", 0), force=False)
+def make(export: Export, path: Path, tokens: int | None = None) -> Path:
+    golden.make(export, path, tokens=tokens, seed=0, force=False)
     return path
 
 
@@ -63,4 +70,104 @@ def test_onnx_runtime_gives_what_the_pack_says(case: Case, dtype: str, exported,
     with pack.read(path) as opened:
         names = [s.name for s in opened.header.stages]
     assert len(found.rung.details) >= len(names)
+    # An encoder chooses no tokens.
+    assert (found.rung.metrics is None) == (case.arch == "bert")
     assert {d["step"] for d in found.rung.details} == set(names)
+
+
+@pytest.fixture(scope="module")
+def far(exported, tmp_path_factory: pytest.TempPathFactory) -> tuple[Export, Path]:
+    """An export whose config hints at thresholds beyond the prompt, and its pack."""
+    export = manifest.read(exported("llama"))
+    export = dataclasses.replace(export, text_config={**export.text_config, "window_size": 200, "chunk": 2000})
+    return export, make(export, tmp_path_factory.mktemp("far") / "pack.npz", tokens=9)
+
+
+def test_a_pack_crosses_thresholds_after_a_past_that_it_brings(far: tuple[Export, Path]) -> None:
+    export, path = far
+    with pack.read(path) as opened:
+        stages = {s.name: s for s in opened.header.stages}
+        assert {"across 200", "across 2000"} < stages.keys()
+        assert opened.header.left_out == ()
+    assert replayed(export, path).rung.status == "pass"
+
+
+def test_crossings_whose_pasts_are_too_large_are_left_out_and_named(far, tmp_path: Path, monkeypatch) -> None:
+    export, path = far
+    monkeypatch.setattr(golden, "MOST_PASTS", path.stat().st_size // 4)
+    less = make(export, tmp_path / "less.npz", tokens=9)
+    found = replayed(export, less)
+    assert less.stat().st_size < path.stat().st_size / 2
+    assert (found.rung.status, found.rung.note) == ("pass", "left out of the pack: across 2000")
+
+
+def test_a_step_that_loses_its_cache_is_found_where_it_is_read(far: tuple[Export, Path]) -> None:
+    calls = iter(range(100))
+
+    def lose(graph: str, outputs: Arrays) -> None:
+        if next(calls) == 3:
+            key = next(n for n in outputs if n != "logits")
+            outputs[key][:] = 0
+
+    rung = replayed(*far, lose).rung
+    wrong = {d["step"] for d in rung.details if d["difference"].excess(d["allowed"]) > 1}
+    assert wrong == {"decode 4", "decode 5", "decode 6", "decode 7", "decode 8", "last"}
+
+
+def test_the_pack_of_another_export_is_refused(far: tuple[Export, Path]) -> None:
+    export, path = far
+    [graph] = export.graphs
+    with pytest.raises(Mismatch, match="is of another model than the export"):
+        replayed(dataclasses.replace(export, graphs=(dataclasses.replace(graph, sha256="0" * 64),)), path)
+
+
+def test_a_reference_that_is_not_what_transformers_is_makes_no_pack(exported, tmp_path: Path, monkeypatch) -> None:
+    rung = Rung("PyTorch / transformers", "fail")
+    monkeypatch.setattr(golden.Whole, "rungs", lambda self, name: [rung])
+    with pytest.raises(Mismatch, match="PyTorch / transformers fails, so nothing can be measured by our PyTorch"):
+        make(manifest.read(exported("llama")), tmp_path / "pack.npz", tokens=9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_block_has_no_pack(exported, tmp_path: Path) -> None:
+    with pytest.raises(Mismatch, match="is one block: a golden pack is of a whole model"):
+        make(manifest.read(exported("llama", block="mlp")), tmp_path / "pack.npz")
+
+
+def test_the_command_writes_a_pack_and_validates_with_it(exported, tmp_path: Path) -> None:
+    folder, path = exported("llama"), tmp_path / "pack.npz"
+    made = call(("golden", str(folder), "-o", str(path), "--tokens", "9", "--json", "-q"))
+    assert made.code == 0, made.err
+    said = json.loads(made.out)
+    assert (said["bytes"], said["dtype"], said["stages"][0]) == (path.stat().st_size, "float32", "prompt")
+    assert said["reference"].startswith("PyTorch in float32, compared with transformers ")
+    before = path.read_bytes()
+    again = call(("golden", str(folder), "-o", str(path), "-q"))
+    assert (again.code, "exists: choose another name" in again.err) == (2, True)
+    assert path.read_bytes() == before
+    report = call(("validate", str(folder), "--golden", str(path), "--json", "-q"))
+    assert (report.code, json.loads(report.out)["rungs"][0]["status"]) == (0, "pass")
+
+
+def test_the_outputs_of_every_runner_are_saved_for_polygraphy(exported, tmp_path: Path) -> None:
+    """What is saved is read by Polygraphy's own loader, and is what was compared."""
+    from polygraphy.comparator import RunResults
+
+    folder, saved = Path(shutil.copytree(exported("llama"), tmp_path / "export")), tmp_path / "results.json"
+    chosen = ("--rungs", "transformers,onnxruntime", "--tokens", "9")
+    ended = call(("validate", str(folder), "--save-results", str(saved), *chosen, "-q"))
+    assert ended.code == 0, ended.err
+    runs = RunResults.load(str(saved))
+    assert list(runs.keys()) == ["transformers", "PyTorch", "ONNX Runtime"]
+    assert len({len(stages) for stages in runs.values()}) == 1
+    shapes = {name: stages[0]["logits"].shape for name, stages in runs.items()}
+    assert set(shapes.values()) == {(2, 9, runs["PyTorch"][0]["logits"].shape[-1])}
+    difference = compare(runs["PyTorch"][0]["logits"], runs["ONNX Runtime"][0]["logits"])
+    assert 0 < difference.excess(TOLERANCE["float32"]) <= 1
+
+
+def test_what_is_no_earlier_result_is_not_replaced(exported, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("{}")
+    ended = call(("validate", str(exported("llama")), "--save-results", str(tmp_path / "mine.json"), "-q"))
+    assert (ended.code, "is no earlier output" in ended.err) == (2, True)
+    assert (tmp_path / "mine.json").read_text() == "{}"

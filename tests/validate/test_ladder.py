@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from arch_cases import CASES, FIRST, IN_FP16, Case, others_slow
+from arch_cases import CASES, FIRST, IN_FP16, PRIMARY, Case, others_slow
 from reseal import reseal
-from rungs import everywhere
+from rungs import EVERYWHERE
 from safetensors.numpy import load_file, save_file
 from tiny_configs import read
 
@@ -33,8 +33,8 @@ pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
 
 
 def climb(folder: Path, **options: Any) -> dict[str, ladder.Rung]:
-    report = ladder.climb(manifest.read(folder), **options)
-    return {r.name: r for r in everywhere(report)}
+    report = ladder.climb(manifest.read(folder), **{"rungs": EVERYWHERE, **options})
+    return {r.name: r for r in report.rungs}
 
 
 @pytest.fixture
@@ -70,6 +70,17 @@ def test_every_rung_of_a_right_export_passes(case: Case, dtype: str, exported) -
     }
     steps = {d["step"] for d in rungs["blocks: ONNX Runtime / PyTorch"].details}
     assert steps == {s.name for s in manifest.read(exported(case, dtype)).steps}
+
+
+IN_SLOTS = [(c, d) for c in FIRST for d in ("float32", "float16") if c.arch in (*PRIMARY, "gemma3_text")]
+IN_SLOTS_ONCE = [(c, d) for c, d in IN_SLOTS if c.arch == "gpt_oss" and d == "float16"]
+
+
+@pytest.mark.parametrize(("case", "dtype"), others_slow(IN_SLOTS, IN_SLOTS_ONCE), ids=str)
+def test_every_rung_of_a_right_export_with_a_static_cache_passes(case: Case, dtype: str, exported) -> None:
+    rungs = climb(exported(case, dtype, slots=96))
+    assert {(r.status, r.note) for r in rungs.values()} == {("pass", "")}
+    assert {d["step"] for d in rungs["blocks: ONNX Runtime / PyTorch"].details} >= {"slots", "layers.0", "layers.1"}
 
 
 def test_a_model_without_rope_has_no_positions(exported) -> None:
@@ -160,6 +171,16 @@ FAR = {
 }
 
 
+@pytest.mark.parametrize("arch", others_slow([*FAR], ["llama4"]))
+def test_thresholds_within_a_static_cache_are_crossed_and_none_beyond_it(arch: str, tmp_path: Path) -> None:
+    """The slots end within the step across the second threshold, or right at it."""
+    ends = {"phi3": (603, {600}), "llama4": (903, {900})}
+    slots, crossed = ends.get(arch, (1024, {900}))
+    report = ladder.climb(manifest.read(export_of(tmp_path, arch, FAR[arch], cache="static", max_tokens=slots)))
+    assert set(report.prompt["crossed"]) == crossed
+    assert {(r.status, r.note) for r in report.rungs} == {("pass", "")}
+
+
 @pytest.fixture(scope="module")
 def far(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return functools.cache(lambda arch: export_of(tmp_path_factory.mktemp(arch), arch, FAR[arch]))
@@ -167,11 +188,11 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("arch", FAR)
 def test_thresholds_beyond_the_prompt_are_crossed(arch: str, far) -> None:
-    report = ladder.climb(manifest.read(far(arch)))
+    report = ladder.climb(manifest.read(far(arch)), rungs=EVERYWHERE)
     known = {v for v in FAR[arch].values() if isinstance(v, int)} - {4096}
     assert report.prompt["tokens"] < min(known)
     assert set(report.prompt["crossed"]) == known
-    assert {(r.status, r.note) for r in everywhere(report)} == {("pass", "")}
+    assert {(r.status, r.note) for r in report.rungs} == {("pass", "")}
 
 
 MISREAD_FAR = {
@@ -417,7 +438,7 @@ def test_prompts_are_odd_padded_and_longer_than_every_window(case: Case, exporte
 
 def test_report_files_say_the_same_in_json_and_html(copy: Path) -> None:
     found = manifest.read(copy)
-    report = ladder.climb(found)
+    report = ladder.climb(found, rungs=EVERYWHERE)
     files.write(found, report)
     data = json.loads((copy / "report.json").read_text())
     assert data["verdict"] == report.verdict

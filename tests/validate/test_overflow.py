@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rungs import everywhere
+from rungs import EVERYWHERE
 from safetensors.numpy import load_file, save_file
 
 from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.cli.main import main
 from llmexport.export.cli.validate import summary
-from llmexport.export.spec import Assembly, Mask, Step
+from llmexport.export.spec import Assembly, Mask, Norm, Step
 from llmexport.validate import ladder, overflow
 from llmexport.validate import page as files
 from llmexport.validate.compare import compare
@@ -56,6 +56,30 @@ def test_a_note_names_the_step_and_keeps_what_was_noted(dtype: str) -> None:
     assert [r.note for r in rungs] == ["", f"first; {expected}", "why"]
 
 
+def test_the_largest_magnitude_of_each_step_is_of_what_it_makes() -> None:
+    blocks = (Norm(2, 1e-6), Norm(2, 1e-6), Mask(), Norm(2, 1e-6))
+    chain = Assembly((), tuple(Step(f"s{i}", b, (f"v{i}",), (f"v{i + 1}",), "") for i, b in enumerate(blocks)), ())
+    made = ([9, 9], [-3, 2], [0, NAN], [65504, -65504], [1, -INF])
+    values = {f"v{i}": np.array(numbers, np.float16) for i, numbers in enumerate(made)}
+    # A mask is as large as can be, and no worry.
+    assert overflow.largest(chain, values) == {"s0": 3.0, "s1": INF, "s3": INF}
+    assert overflow.largest(chain, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("largest", "said"),
+    [
+        ({"a": 32752.0, "b": 3.0}, ""),
+        ({"a": 3.0, "b": 32768.0, "c": INF}, "b makes 32768, over half of the 65504 that float16 holds: other input"),
+        ({"a": 3.0, "b": INF, "c": INF}, "b overflows float16: use bfloat16"),
+        ({}, ""),
+    ],
+)
+def test_the_first_step_over_half_of_float16_is_warned_of(largest: dict[str, float], said: str) -> None:
+    assert overflow.near(largest).startswith(said)
+    assert bool(overflow.near(largest)) == bool(said)
+
+
 def test_what_only_the_exported_file_overflows_is_found_block_by_block() -> None:
     found = [1.0, INF, NAN]
     details = [{"step": f"layers.{i}", "difference": compare(np.ones(1), np.array([n]))} for i, n in enumerate(found)]
@@ -82,7 +106,7 @@ def climbed(tiny_checkpoint, tmp_path_factory) -> Callable[[str], tuple[manifest
         request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, dtype)
         onnx_file.write(request, base / dtype, force=False)
         found = manifest.read(base / dtype)
-        return found, ladder.climb(found)
+        return found, ladder.climb(found, rungs=EVERYWHERE)
 
     return climb
 
@@ -90,7 +114,7 @@ def climbed(tiny_checkpoint, tmp_path_factory) -> Callable[[str], tuple[manifest
 def test_float16_that_overflows_is_said_to_in_every_form_of_the_report(climbed) -> None:
     found, report = climbed("float16")
     note = "overflows float16 in layers.1, use bfloat16"
-    rungs = {r.name: (r.status, r.note) for r in everywhere(report)}
+    rungs = {r.name: (r.status, r.note) for r in report.rungs}
     assert rungs == {
         "PyTorch / transformers": ("fail", note),
         "PyTorch / transformers, float32": ("pass", ""),
@@ -99,6 +123,10 @@ def test_float16_that_overflows_is_said_to_in_every_form_of_the_report(climbed) 
         "ONNX Runtime / PyTorch": ("pass", ""),
     }
     assert not report.passed
+    assert report.warning == "layers.1 overflows float16: use bfloat16"
+    assert list(report.largest) == [s.name for s in found.steps if s.name in report.largest]
+    assert {"embedding", "layers.0", "layers.1", "head"} <= report.largest.keys()
+    assert report.largest["layers.0"] < report.largest["layers.1"] == INF
     files.write(found, report)
     assert (found.folder / "report.html").read_text().count(note) == 2
     assert [r["note"] for r in json.loads((found.folder / "report.json").read_text())["rungs"]].count(note) == 2
@@ -106,7 +134,9 @@ def test_float16_that_overflows_is_said_to_in_every_form_of_the_report(climbed) 
 
 
 def test_the_same_model_in_float32_passes(climbed) -> None:
-    assert {(r.status, r.note) for r in everywhere(climbed("float32")[1])} == {("pass", "")}
+    report = climbed("float32")[1]
+    assert {(r.status, r.note) for r in report.rungs} == {("pass", "")}
+    assert (report.largest, report.warning) == ({}, "")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +164,8 @@ def test_a_weight_that_is_nan_is_no_overflow(tiny_checkpoint, tmp_path) -> None:
     checkpoint = open_checkpoint(source)
     request = onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, "float16")
     onnx_file.write(request, tmp_path / "nan", force=False)
-    report = ladder.climb(manifest.read(tmp_path / "nan"))
+    report = ladder.climb(manifest.read(tmp_path / "nan"), rungs=EVERYWHERE)
+    assert report.warning == ""
     notes = [r.note for r in report.rungs if r.status == "fail"]
     assert notes
     assert set(notes) == {"layers.1 gives numbers that are not finite"}

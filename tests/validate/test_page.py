@@ -14,11 +14,13 @@ from typing import Any
 import browser
 import pytest
 
+from llmexport.export import engine_record
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import Assembly, causal_lm
 from llmexport.graphs.fusion import Fused
 from llmexport.validate.compare import Difference
 from llmexport.validate.facts import facts
+from llmexport.validate.metrics import Metrics
 from llmexport.validate.page import page, share, size, write
 from llmexport.validate.report import Report, Rung
 from llmexport.validate.tolerance import Tolerance
@@ -63,7 +65,8 @@ def rung(name: str, *details: dict[str, Any]) -> Rung:
 def report(layers: int = 2, error: float = 1e-6) -> Report:
     blocks = [detail(f"layers.{i}", error if i == 1 else 1e-6, kind="layer", run="prompt") for i in range(layers)]
     stages = [detail(0, 0.0, stage="prompt"), detail(1, math.nan if error > 1e-4 else 1e-6, stage="decode 1")]
-    rungs = [rung("blocks", *blocks), rung("onnxruntime", *stages), Rung("engine", "not run", "no GPU here")]
+    whole = dataclasses.replace(rung("onnxruntime", *stages), metrics=Metrics(134, 2e-3, 5e-2, 0.97, 0.95, "decode 3"))
+    rungs = [rung("blocks", *blocks), whole, Rung("engine", "not run", "no GPU here")]
     return Report(rungs, {"PyTorch": {"prefill": 0.2, "decode": 0.01}}, {"batch": 2, "tokens": 67, "crossed": [900]})
 
 
@@ -120,7 +123,7 @@ def test_a_page_says_what_a_report_does(folder: Path) -> None:
     for words in (
         *("Not proven", "blocks: first over in layers.1, prompt, hidden", "no GPU here", "300%", "not finite"),
         *("decode 1", "layers.1", "67 tokens", "900 tokens", "200.00 ms", "10.00 ms", "2.0 kB", "gated_act"),
-        *("gemma: layers.0/mul", "no engine lies beside the export"),
+        *("gemma: layers.0/mul", "holds no engine", "2.0e-03", "97.0%", "part at decode 3"),
     ):
         assert words in said
     assert "Not proven" not in Read(page(facts(export(folder)), report())).said
@@ -133,10 +136,7 @@ def test_what_files_say_is_text_in_the_page(folder: Path) -> None:
     hostile = Fused(1, [(HOSTILE, HOSTILE)])
     found = dataclasses.replace(found, graphs=(dataclasses.replace(graph, fusions={HOSTILE: hostile}),))
     made = rung(HOSTILE, detail(HOSTILE, 1.0, kind=HOSTILE, run=HOSTILE))
-    said = {"arch": HOSTILE, "backend": HOSTILE, "version": HOSTILE, "target": HOSTILE}
-    plan = {"file": HOSTILE, "bytes": 1, "layers": {HOSTILE: 1}, "plugins": {HOSTILE: 1}, "messages": [HOSTILE]}
-    plans = {graph.name: {**plan, "model_sha256": "0", "seconds": 1}}
-    (folder / "engine.json").write_text(json.dumps({**said, "graphs": plans}))
+    (folder / engine_record.RECORD).write_text(json.dumps(engine(graph.name, HOSTILE).as_data()))
     shown = page(facts(found), Report([made], {HOSTILE: {"prefill": 1}}, {}, HOSTILE))
     assert HOSTILE not in shown
     assert "<script" not in shown
@@ -144,18 +144,25 @@ def test_what_files_say_is_text_in_the_page(folder: Path) -> None:
     assert shown.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("{", "cannot be read"),
-        ("[]", "cannot be read"),
-        ('{"graphs": {"gemma": {"model_sha256": "1"}}}', "is of another export"),
-        ('{"graphs": {"gemma": {"model_sha256": "0", "bytes": "x"}}}', "cannot be read"),
-    ],
-)
-def test_an_engine_that_does_not_belong_to_the_export_is_not_shown(text: str, reason: str, folder: Path) -> None:
-    (folder / "engine.json").write_text(text)
-    assert reason in facts(export(folder))["engine"]["none"]
+def engine(graph: str, word: str, model: str = "0") -> engine_record.Engine:
+    plan = engine_record.Plan(
+        *("x", 1, "0" * 64, model, (), (), {}, {}),
+        layers={word: 1},
+        plugins={word: 1},
+        messages=(word,),
+        seconds=1.5,
+    )
+    said = dict.fromkeys(("backend", "version", "target", "arch", "block", "dtype", "weights_at", "checked"), word)
+    return engine_record.Engine(**said, built_on=None, weights=(), profile={}, plugins=(), graphs={graph: plan})
+
+
+def test_the_engine_beside_an_export_is_shown_if_it_is_of_it(folder: Path) -> None:
+    (folder / engine_record.RECORD).write_text(json.dumps(engine("gemma", "Rope").as_data()))
+    assert "1 that TensorRT read: 1 Rope" in Read(page(facts(export(folder)), report())).said
+    (folder / engine_record.RECORD).write_text(json.dumps(engine("gemma", "Rope", "1").as_data()))
+    assert "is of another export" in facts(export(folder))["engine"]["none"]
+    (folder / engine_record.RECORD).write_text("{")
+    assert "is damaged" in facts(export(folder))["engine"]["none"]
 
 
 def test_both_files_say_the_same(folder: Path) -> None:
@@ -168,7 +175,7 @@ def test_both_files_say_the_same(folder: Path) -> None:
 
 def test_numbers_are_for_people() -> None:
     assert [share(n) for n in (0.0, 1e-5, 0.004, 0.123, 12.5, math.inf)] == [
-        *("0%", "under 0.1%", "0.4%", "12%", "1250%", "not finite")
+        *("0%", "under 0.1%", "0.4%", "12%", "12 times", "not finite")
     ]
     assert [size(n) for n in (12, 999, 1000, 2_500_000, 10**15)] == ["12 B", "999 B", "1.0 kB", "2.5 MB", "1000.0 TB"]
 

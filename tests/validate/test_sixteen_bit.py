@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from reseal import reseal
-from rungs import everywhere
+from rungs import EVERYWHERE
 
 from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
@@ -32,7 +32,7 @@ PYTORCH, FILE, BLOCKS = "PyTorch / transformers", "ONNX Runtime / PyTorch", "blo
 
 
 def rungs(folder: Path) -> dict[str, ladder.Rung]:
-    return {r.name: r for r in everywhere(ladder.climb(manifest.read(folder)))}
+    return {r.name: r for r in ladder.climb(manifest.read(folder), rungs=EVERYWHERE).rungs}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,56 @@
+"""The engines of an export as a session."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from llmexport.export import engine_record
+from llmexport.export.errors import EngineError
+from llmexport.export.exported import Export, ExportedGraph
+from llmexport.run.session import Session
+from llmexport.validate.engine_form import EngineRunner, outside, unable
+from llmexport.validate.stages import Stage
+
+
+class EngineSession(Session[np.ndarray]):
+    """The engines of an export on the GPU here, in processes of their own.
+
+    It is a context, and its processes end with it. Raises EngineError if they cannot run here.
+    """
+
+    def __init__(self, export: Export) -> None:
+        super().__init__(export)
+        if reason := unable(export):
+            raise EngineError(reason)
+        self._runners = {g.name: EngineRunner(export, g) for g in export.graphs}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> EngineSession:
+        for runner in self._runners.values():
+            self._stack.enter_context(runner)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stack.close()
+
+    @property
+    def what(self) -> str:
+        record = engine_record.read(self._export.folder)
+        return f"{record.backend} {record.version}"
+
+    def put(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def get(self, value: np.ndarray) -> np.ndarray:
+        return value
+
+    def infer(self, graph: ExportedGraph, feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return dict(self._runners[graph.name].infer(dict(feed), check_inputs=False))
+
+    def run(self, stage: Stage) -> np.ndarray:
+        if reason := outside(self._export, stage.sizes):
+            raise EngineError(f"{reason}: build it with a larger --profile, or ask for less")
+        return super().run(stage)
