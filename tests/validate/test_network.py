@@ -8,7 +8,7 @@ from pathlib import Path
 
 import planted
 import pytest
-from arch_cases import CASES, ONCE, Case, others_slow
+from arch_cases import CASES, ONCE, PRIMARY, Case, others_slow
 from native import emulated_library
 
 from llmexport.export import builder, manifest
@@ -54,6 +54,11 @@ def test_what_tensorrt_reads_with_plugins_is_right(
     rung = climb(folder)
     ops = any(g.ops for g in manifest.read(folder).graphs)
     assert (rung.status, rung.note) == ("pass", PLUGINS if ops else "")
+
+
+@pytest.mark.parametrize("arch", ["gemma", *(pytest.param(a, marks=pytest.mark.slow) for a in PRIMARY if a != "gemma")])
+def test_what_tensorrt_reads_of_a_static_cache_is_right(arch: str, exported) -> None:
+    assert climb(exported(arch, slots=160)).status == "pass"
 
 
 # Of an architecture in a dtype: what is altered of its network, or of the model before it is parsed; what is said then.
