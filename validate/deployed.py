@@ -36,7 +36,7 @@ def on_engine(folder: Path, golden: Path, *, save: Path | None = None, progress:
 
         progress("engine", 1, 2)
         with engine.started(folder, record) as session:
-            done = replay(opened, "engine / golden pack", session.run, fits)
+            done = replay(opened, "engine / golden pack", session.run, fits, keep=save is not None)
         progress("engine", 2, 2)
         return _report(opened, done, "engine", save, note)
 
@@ -55,7 +55,7 @@ def on_onnx_runtime(folder: Path, golden: Path, *, save: Path | None = None, pro
             raise Mismatch(reason)
         progress("ONNX Runtime", 0, 1)
         with _onnx_runtime(folder) as run:
-            done = replay(opened, "ONNX Runtime / golden pack", run)
+            done = replay(opened, "ONNX Runtime / golden pack", run, keep=save is not None)
         progress("ONNX Runtime", 1, 1)
         return _report(opened, done, "onnxruntime", save, "")
 

@@ -118,12 +118,12 @@ class Run:
     """
 
     carried: frozenset[str]
-    logits: str | None = None
     outputs: list[Feed] = field(default_factory=list)
     prompts: list[float] = field(default_factory=list)
     decodes: list[float] = field(default_factory=list)
     overflows: str | None = None  # the first step that made a number that is not finite
     largest: dict[str, float] = field(default_factory=dict)  # of float16, the largest magnitude that each step made
+    logits: str | None = None
 
     @property
     def finite(self) -> bool:
@@ -194,7 +194,7 @@ def follow(model: Runs, export: Export, script: Script, *, timed: bool = False) 
 
 
 def _begun(export: Export) -> Run:
-    return Run(frozenset(n for g in export.graphs for n in g.carried.values()), logits(export))
+    return Run(frozenset(n for g in export.graphs for n in g.carried.values()), logits=logits(export))
 
 
 def logits(export: Export) -> str | None:

@@ -24,7 +24,8 @@ Fits = Callable[[str, Arrays], str]  # why a graph does not take a feed, or noth
 
 @dataclass
 class Replay:
-    """What came of a pack: the rung, what was left out and why, and outputs by stage, as expected and as found."""
+    """What came of a pack: the rung, what was left out and why; and if they are kept, outputs by stage, as expected
+    and as found."""
 
     rung: Rung
     left_out: list[str] = field(default_factory=list)
@@ -61,7 +62,7 @@ def outside(inputs: tuple[Port, ...], profile: Mapping[str, Sizes], feed: Arrays
     return ""
 
 
-def replay(pack: Pack, title: str, run: Run, fits: Fits = lambda graph, feed: "") -> Replay:
+def replay(pack: Pack, title: str, run: Run, fits: Fits = lambda graph, feed: "", *, keep: bool = False) -> Replay:
     """The rung of a runner on all stages of a pack but crossings that it does not take, which the note names.
 
     Raises EngineError if it does not take the prompt or what follows it, Mismatch if it gives other names or shapes.
@@ -79,8 +80,9 @@ def replay(pack: Pack, title: str, run: Run, fits: Fits = lambda graph, feed: ""
             if output == stage.logits:
                 every = np.ones(expected[output].shape[:2], bool) if real is None else real
                 scores.append(Scores(stage.name, expected[output], made[output], every, stage.greedy))
-        done.expected.append(expected)
-        done.found.append(made)
+        if keep:
+            done.expected.append(expected)
+            done.found.append(made)
     done.rung = rung_of(title, details)
     done.rung.metrics = measure(scores)
     said = [f"not run, as it is outside of the profile: {n}" for n in done.left_out]
