@@ -26,11 +26,12 @@ class EngineSession(Session[np.ndarray]):
         if reason := unable(export):
             raise EngineError(reason)
         self._runners = {g.name: EngineRunner(export, g) for g in export.graphs}
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> EngineSession:
-        for runner in self._runners.values():
-            self._stack.enter_context(runner)
+        with contextlib.ExitStack() as stack:
+            for runner in self._runners.values():
+                stack.enter_context(runner)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -169,7 +169,7 @@ REFUSED = {
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["--prompt", "a"], "has no tokenizer.json: make one"),
     "changed weights": (change_weights, ["--prompt", "a"], "export again"),
-    "no engine": (nothing, ["--prompt", "a", "--backend", "engine"], "holds no engine, it has no engine.json"),
+    "no engine": (nothing, ["--prompt", "a", "--backend", "engine"], "holds no engine"),
     "no graph": (lambda f: (f / "model.onnx").unlink(), ["--prompt", "a"], "is missing from the export"),
 }
 
