@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from onnx.helper import make_node
 
 from llmexport.export import beside, builder, engine, engine_weights, manifest
+from llmexport.export.cli.engine import summary
 from llmexport.export.errors import EngineError
 from llmexport.export.spec import DTYPES
 
@@ -133,6 +134,8 @@ def test_an_engine_with_weights_beside_it_says_what_each_is_bound_to(exported: E
         "operations": [{"do": "cast", "to": "bfloat16"}, {"do": "reshape", "to": [1, *table.shape]}],
     }
     assert len(said) == 22
+    assert "weights" not in dict(summary(inside))
+    assert dict(summary(built))["weights"] == "beside the plan: 22 inputs, 0 of them bound as they are stored"
 
 
 @pytest.mark.usefixtures("tiny")
