@@ -226,7 +226,7 @@ KEYS = {
     "export/earlier.py": ["weights"],
     "export/engine.py": ["model", "weights"],
     "export/engine_build.py": ["model", "weights"],
-    "export/evaluation.py": ["model"],
+    "export/evaluation.py": ["model", "weights"],
     "export/genai.py": ["attention_mask", "input_ids", "logits", "model", "position_ids"],
     "export/manifest.py": ["weights"],
     "export/network/serve.py": ["model"],

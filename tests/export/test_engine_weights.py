@@ -153,8 +153,3 @@ def test_an_engine_that_would_make_weights_anew_is_not_built(
     with pytest.raises(EngineError, match=r"^TensorRT would compute weights at every step, by SHUFFLE .*/swap"):
         engine.build(folder, weights="beside")
     assert sorted(folder.iterdir()) == before
-
-
-def test_weights_are_inside_or_beside(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"^weights is 'above': choose one of inside, beside$"):
-        engine.build(tmp_path, weights="above")
