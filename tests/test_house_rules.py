@@ -228,7 +228,7 @@ KEYS = {
     "export/engine_build.py": ["model", "weights"],
     "export/evaluation.py": ["model", "weights"],
     "export/genai.py": ["attention_mask", "input_ids", "logits", "model", "position_ids"],
-    "export/manifest.py": ["weights"],
+    "export/manifest.py": ["logits", "weights"],
     "export/network/serve.py": ["model"],
     "export/quantised.py": ["weights"],
     "run/bench.py": ["batch"],
