@@ -90,8 +90,8 @@ def _check(name: str, source: Source, stored: StoredTensor | None) -> None:
         or source.dtype not in read_as
         or (stored.offset, stored.nbytes) != (source.offset, source.nbytes)
     ):
-        there = f"bytes {source.offset} to {source.offset + source.nbytes} of {source.file}"
-        raise EngineError(f"engine.json binds {name} to {there}, which are not {source.tensor} there: build it again")
+        what = f"{source.tensor} from byte {source.offset} of {source.file} on, {source.dtype} {list(source.shape)}"
+        raise EngineError(f"engine.json binds {name} to {what}: it is not there, build it again")
 
 
 def _mapped(source: Source, folder: Path, seen: Stamp) -> np.ndarray:
@@ -124,7 +124,7 @@ def _made(name: str, binding: Binding, folder: Path, stamps: Mapping[str, Stamp]
         [made] = parts
     except (TypeError, ValueError) as error:
         raise EngineError(f"engine.json cannot make {name} as it says ({error}): build it again") from error
-    if (made.dtype, made.shape) != (np.dtype(binding.dtype), binding.shape):
+    if (made.dtype.name, made.shape) != (binding.dtype, binding.shape):
         says = f"{binding.dtype} {list(binding.shape)}"
         raise EngineError(
             f"engine.json says {name} is {says}, and makes {made.dtype} {list(made.shape)}: build it again"

@@ -21,8 +21,9 @@ def read_swapped(trt: Any, network: Any, weights: Collection[str]) -> None:
                 swapped[layer.get_output(0).name] = layer.get_input(0)
         elif layer.type == trt.LayerType.MATRIX_MULTIPLY and (weight := swapped.get(layer.get_input(1).name)):
             layer.__class__ = trt.IMatrixMultiplyLayer
-            layer.set_input(1, weight)
-            layer.op1 = trt.MatrixOperation.TRANSPOSE
+            if layer.op1 == trt.MatrixOperation.NONE:
+                layer.set_input(1, weight)
+                layer.op1 = trt.MatrixOperation.TRANSPOSE
 
 
 def _only_swaps(layer: Any) -> bool:

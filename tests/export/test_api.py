@@ -46,6 +46,11 @@ def test_a_backend_that_there_is_not_is_refused(tmp_path: Path) -> None:
         build_engine(tmp_path, backend="onnxruntime")
 
 
+def test_weights_that_are_neither_inside_a_plan_nor_beside_it_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"^weights is 'above': choose one of inside, beside$"):
+        build_engine(tmp_path, weights="above")
+
+
 @pytest.mark.parametrize("seconds", [0.5, -1.0, 1e12, float("nan")])
 def test_a_timeout_that_no_timer_takes_is_refused(seconds: float, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"^timeout is .*: make it 1 to 100000000 seconds"):

@@ -76,11 +76,12 @@ def test_operations_that_do_not_fit_are_refused(operations: tuple[Operation, ...
 
 
 @pytest.mark.parametrize(
-    "changes", [{"offset": 8}, {"shape": (64, 63)}, {"tensor": "model.norm.weight"}, {"dtype": "float16"}]
+    "changes",
+    [{"offset": 8}, {"shape": (64, 63)}, {"tensor": "model.norm.weight"}, {"dtype": "float16"}, {"dtype": "x"}],
 )
 def test_a_source_that_is_not_where_it_should_be_is_refused(changes: dict[str, object], export: Export) -> None:
     source = dataclasses.replace(source_of(export, QUERY), **changes)
-    with pytest.raises(EngineError, match=rf"binds w to bytes \d+ to \d+ of .*, which are not {source.tensor} there"):
+    with pytest.raises(EngineError, match=rf"binds w to {source.tensor} from byte \d+ of .* it is not there"):
         list(weights({"w": Binding("float32", source.shape, (source,), ())}, export.weights, export.folder))
 
 

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from onnx.helper import make_node
 
 from llmexport.export import beside, builder, engine, engine_weights, manifest
+from llmexport.export.cli.engine import summary
 from llmexport.export.errors import EngineError
 from llmexport.export.spec import DTYPES
 
@@ -133,6 +134,8 @@ def test_an_engine_with_weights_beside_it_says_what_each_is_bound_to(exported: E
         "operations": [{"do": "cast", "to": "bfloat16"}, {"do": "reshape", "to": [1, *table.shape]}],
     }
     assert len(said) == 22
+    assert "weights" not in dict(summary(inside))
+    assert dict(summary(built))["weights"] == "beside the plan: 22 inputs, 0 of them bound as they are stored"
 
 
 @pytest.mark.usefixtures("tiny")
@@ -150,8 +153,3 @@ def test_an_engine_that_would_make_weights_anew_is_not_built(
     with pytest.raises(EngineError, match=r"^TensorRT would compute weights at every step, by SHUFFLE .*/swap"):
         engine.build(folder, weights="beside")
     assert sorted(folder.iterdir()) == before
-
-
-def test_weights_are_inside_or_beside(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"^weights is 'above': choose one of inside, beside$"):
-        engine.build(tmp_path, weights="above")
