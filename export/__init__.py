@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmexport.export.progress import Progress, silent
@@ -27,14 +28,16 @@ def export(
     digest: bool = False,
     cache: str = "dynamic",
     max_tokens: int | None = None,
+    logits: str = "all",
+    runtimes: Sequence[str] = (),
     force: bool = False,
     progress: Progress = silent,
 ) -> Export:
     """Exports a checkpoint to the new folder `output`, which appears whole or not at all.
 
     checkpoint: a folder with config.json and safetensors; None for the tiny random one of `arch`. block: one by its
-    name, None for the whole model. The other arguments are the options of `llmexport onnx`. Raises UserError
-    (llmexport.plugins.errors), with one line that says what to do.
+    name, None for the whole model. runtimes: as `--for`. The other arguments are the options of `llmexport onnx`.
+    Raises UserError (llmexport.plugins.errors), with one line that says what to do.
     """
     from llmexport.export import onnx_file
     from llmexport.export.folder import folder_path
@@ -42,7 +45,11 @@ def export(
 
     folder = folder_path(output)
     with open_source(arch, None if checkpoint is None else folder_path(checkpoint), folder) as (named, found):
-        request = onnx_file.Request(named, found, dtype, block, weights, target, digest, cache, max_tokens)
+        request = onnx_file.Request(
+            *(named, found, dtype, block, weights, target, digest, cache, max_tokens),
+            runtimes=tuple(runtimes),
+            logits=logits,
+        )
         return onnx_file.write(request, folder, force=force, progress=progress)
 
 

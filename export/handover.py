@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llmexport.export import genai
+from llmexport.export import genai, optimum
 from llmexport.export.errors import ExportError
 from llmexport.export.output import write_errors
 from llmexport.export.spec import Graph, Use
@@ -20,7 +20,7 @@ from llmexport.plugins.regular import read_regular
 GENERATION = "generation_config.json"
 # Graph, config of the text model, generation config -> JSON by the name of its file, and sentences for who exports.
 Writer = Callable[[Graph, Mapping[str, Any], Mapping[str, Any]], tuple[dict[str, Any], list[str]]]
-RUNTIMES: Mapping[str, Writer] = MappingProxyType({"genai": genai.files})
+RUNTIMES: Mapping[str, Writer] = MappingProxyType({"genai": genai.files, "optimum": optimum.files})
 FED: tuple[Use, ...] = ("tokens", "padding", "positions")  # what every runtime feeds beside what is carried
 
 

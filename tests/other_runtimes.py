@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 # Each reads [prompts, tokens to make, whether the prompts are one batch] from stdin, and prints what it made of each.
 GENAI = """
@@ -31,31 +32,41 @@ for batch in [prompts] if together else [[p] for p in prompts]:
     made += [[int(t) for t in generator.get_sequence(i)[longest:]] for i in range(len(batch))]
 print(json.dumps(made))
 """
+# argv: the export, a line for where its cache has other sizes than optimum takes, a checkpoint for transformers 4.
 OPTIMUM = """
 import json, sys
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoModelForCausalLM
 prompts, count, together = json.load(sys.stdin)
-model = ORTModelForCausalLM.from_pretrained(sys.argv[1])
-exec(sys.argv[2] if len(sys.argv) > 2 else "")
-made = []
-for prompt in prompts:
-    ids = torch.tensor([prompt])
-    options = dict(do_sample=False, max_new_tokens=count, min_new_tokens=count, use_cache=True, pad_token_id=0)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    made.append(out[0, len(prompt):].tolist())
-print(json.dumps(made))
+folder, line, checkpoint = (*sys.argv[1:], "", "")[:3]
+def make(model):
+    made = []
+    for ids in (torch.tensor([prompt]) for prompt in prompts):
+        options = dict(do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
+        made.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1]:].tolist())
+    return made
+said = dict(after_line=False)
+model = ORTModelForCausalLM.from_pretrained(folder)
+try:
+    said["optimum"] = make(model)
+except Exception as error:
+    if not line or "Got invalid dimensions" not in str(error):
+        raise
+    exec(line)
+    said["optimum"], said["after_line"] = make(model), True
+if checkpoint:
+    said["transformers"] = make(AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval())
+print(json.dumps(said))
 """
 
 
-def tokens(
+def asked(
     python: str, script: str, folder: Path, prompts: list[list[int]], count: int, *more: str, together: bool = False
-) -> list[list[int]]:
-    """What the script makes of the export in the folder. Raises RuntimeError with the last line of what it says."""
-    command = [python, "-c", script, str(folder), *more]
-    asked = json.dumps([prompts, count, together])
-    done = subprocess.run(command, input=asked, capture_output=True, text=True)
+) -> Any:
+    """What the script says of the export in the folder. Raises RuntimeError with the last line of its error."""
+    command = [python, "-c", script, str(folder), *map(str, more)]
+    done = subprocess.run(command, input=json.dumps([prompts, count, together]), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1][:500])
-    made: list[list[int]] = json.loads(done.stdout.strip().splitlines()[-1])
-    return made
+    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from arch_cases import DECODERS, FIRST, Case
-from other_runtimes import GENAI, tokens
+from other_runtimes import GENAI, asked
 from tiny_configs import read
 
 from llmexport.export import archs, genai, onnx_file
@@ -156,4 +156,4 @@ def test_the_tokens_are_those_of_transformers(arch: str, slots: int | None, tiny
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, min_new_tokens=20, **ENDS
         )
         wanted.append(made[0, ids.shape[1] :].tolist())
-    assert tokens(os.environ[PYTHON], GENAI, tmp_path / "out", prompts, 20) == wanted
+    assert asked(os.environ[PYTHON], GENAI, tmp_path / "out", prompts, 20) == wanted
