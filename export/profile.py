@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from llmexport.export.errors import EngineError
-from llmexport.export.spec import AXES, Axis, Block, Port, Sizes, summands
+from llmexport.export.spec import AXES, Block, Port, Sizes, axis_of, summands
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Profile:
     def __post_init__(self) -> None:
         for name, (low, opt, high) in self.sizes.items():
             said = f"profile says {name}={low}:{opt}:{high}"
-            axis = AXES.get(name, Axis(name))
+            axis = axis_of(name)
             if axis.sum_of:
                 raise EngineError(f"{said}, but {name} is {' + '.join(axis.sum_of)}: name those")
             if not axis.least <= low <= opt <= high < 2**31:
@@ -49,7 +49,7 @@ class Profile:
         if unsaid := sorted(free - set(sizes)):
             raise EngineError(f"{', '.join(unsaid)} has no default sizes: name it in --profile")
         for dim in dims - free:
-            low, opt, high = map(sum, zip(*(sizes[n] for n in summands(dim)), strict=True))
+            low, opt, high = (sum(s) + axis_of(dim).plus for s in zip(*(sizes[n] for n in summands(dim)), strict=True))
             sizes[dim] = (low, opt, high)
             if high >= 2**31:
                 says = " and ".join(f"{sizes[n][2]} {n}" for n in summands(dim))

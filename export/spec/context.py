@@ -103,9 +103,9 @@ class Slots(Block):
     """Where a step stands in a static cache of so many `slots`: how many of a row are padding before its first token,
     and how many were written before the step.
 
-    The step's tokens end where the mask has its last 1: what is behind that is not written yet. Padding is on the
-    left: with a token before padding, or a row whose tokens of this step are not its last, a run fails in PyTorch and
-    in ONNX Runtime; TensorRT does not tell.
+    A row's tokens of the step end where its mask has the last 1: what is behind that is not written yet. Padding is on
+    the left: with padding behind a token, or behind all of a prompt, a run fails in PyTorch and in ONNX Runtime;
+    TensorRT does not tell. Behind a later step's tokens nobody can tell padding from slots that are not written.
     """
 
     slots: int

@@ -25,7 +25,7 @@ from llmexport.export import builder, engine, engine_build, engine_record, manif
 from llmexport.export.assembly import parts
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.profile import Profile, parse_profile
-from llmexport.export.spec import DTYPES, Attention, Port, to_data
+from llmexport.export.spec import DTYPES, Attention, Port, behind, to_data
 
 PLAN = "model.plan"
 OLD = {PLAN: b"an earlier plan", engine_record.RECORD: b"an earlier record"}
@@ -413,3 +413,10 @@ def test_a_profile_ends_with_the_table_of_positions() -> None:
     assert Profile().resolve(ports, blocks) == {"batch": (1, 1, 4), "sequence": (1, 64, 320)}
     with pytest.raises(EngineError, match="profile says up to 321 sequence: this model takes 320 at most"):
         parse_profile("sequence=1:8:321").resolve(ports, blocks)
+
+
+def test_tokens_behind_a_fixed_number_of_others_have_the_sizes_of_both() -> None:
+    ports = [Port("mask", ("batch", 1, "sequence", behind(8)), "bool", "mask")]
+    assert Profile().resolve(ports)[behind(8)] == (9, 72, 520)
+    with pytest.raises(EngineError, match="sequence_and_8 is sequence: name those"):
+        parse_profile("sequence_and_8=9:72:520")
