@@ -16,7 +16,7 @@ from llmexport.export.output import new_folder
 from llmexport.export.placing import place_weights
 from llmexport.export.spec import ONLY, Port
 from llmexport.export.stamp import Stamp, read_errors, stamp
-from llmexport.plugins import library, library_file
+from llmexport.plugins import library
 from llmexport.run.errors import RunError
 from llmexport.run.triton_config import kept_in_server, model_config
 
@@ -138,9 +138,7 @@ def _name(model: str, graph: str) -> str:
 
 def _place_plugins(plugins: Path, folder: Path) -> None:
     """Puts the plugin library into the folder, and the one that registers it beside it, which is how that finds it."""
-    register = plugins.with_name(library.REGISTER)
-    library_file.check(register, {0, os.geteuid()})
-    for source, name in ((plugins, library.FILE), (register, library.REGISTER)):
+    for source, name in ((plugins, library.FILE), (library.registering(plugins), library.REGISTER)):
         shutil.copyfile(source, folder / name)
 
 
