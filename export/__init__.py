@@ -28,6 +28,7 @@ def export(
     digest: bool = False,
     cache: str = "dynamic",
     max_tokens: int | None = None,
+    logits: str = "all",
     runtimes: Sequence[str] = (),
     force: bool = False,
     progress: Progress = silent,
@@ -44,8 +45,11 @@ def export(
 
     folder = folder_path(output)
     with open_source(arch, None if checkpoint is None else folder_path(checkpoint), folder) as (named, found):
-        kind = (dtype, block, weights, target, digest, cache, max_tokens, tuple(runtimes))
-        request = onnx_file.Request(named, found, *kind)
+        request = onnx_file.Request(
+            *(named, found, dtype, block, weights, target, digest, cache, max_tokens),
+            runtimes=tuple(runtimes),
+            logits=logits,
+        )
         return onnx_file.write(request, folder, force=force, progress=progress)
 
 

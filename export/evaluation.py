@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from llmexport.export import builder
+from llmexport.export import beside, builder
+from llmexport.export.binding import Binding
 from llmexport.export.engine import check_plugins, check_ports
 from llmexport.export.engine_build import JOB, MODEL
 from llmexport.export.engine_record import check_backend
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
+from llmexport.export.spec import Port
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.plugins import library
 
@@ -92,32 +95,44 @@ def evaluator(
     *,
     backend: str = "tensorrt-rtx",
     plugins: Path | None = None,
+    weights: str = "inside",
     timeout: float | None = None,
 ) -> Iterator[Evaluator]:
     """A graph of an export as TensorRT reads it; `work` is an empty folder for its process.
 
-    plugins: as of `engine.build`. timeout: seconds until it is given up that the graph is read, or that a call ends.
-    Raises EngineError, of which Uncomputed on a layer that is not known here.
+    plugins, weights: as of `engine.build`. timeout: seconds until it is given up that the graph is read, or that a
+    call ends. Raises EngineError, of which Uncomputed on a layer that is not known here.
     """
     module = check_backend(backend).module
     served = library.served(plugins) if plugins else frozenset()
     model, nodes = tensorrt_form(load(export, graph), served)
+    bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}
     (work / MODEL).write_bytes(model.SerializeToString())
     ours, theirs = Pipe()
     with ours:
         with theirs:
             job = {"module": module, "model": os.path.realpath(export.folder / graph.file), "channel": theirs.fileno()}
             job |= {"library": str(plugins)} if nodes else {}
+            job |= {"weights": list(bindings), "large": beside.LARGE}
+            job |= {"bindings": {n: dataclasses.asdict(b) for n, b in bindings.items()}}
+            job |= {"files": [dataclasses.asdict(w) for w in export.weights]}
             (work / JOB).write_text(json.dumps(job))
             process = contextlib.ExitStack()
             child = process.enter_context(builder.builder(work, module, theirs.fileno()))
         with process:
             made = Evaluator(work, child, ours, timeout, collections.deque(maxlen=20))
-            made.read(lambda read: _check(read, export, graph, nodes))
+            made.read(lambda read: _check(read, export, graph, nodes, bindings))
             yield made
 
 
-def _check(read: builder.Network, export: Export, graph: ExportedGraph, nodes: dict[str, str]) -> None:
+def _check(
+    read: builder.Network,
+    export: Export,
+    graph: ExportedGraph,
+    nodes: dict[str, str],
+    bindings: Mapping[str, Binding],
+) -> None:
     check_plugins(nodes, read.plugins)
-    for ports, found in ((graph.assembly.inputs, read.inputs), (graph.assembly.outputs, read.outputs)):
+    weights = tuple(Port(n, b.shape, b.dtype) for n, b in bindings.items())
+    for ports, found in (((*graph.assembly.inputs, *weights), read.inputs), (graph.assembly.outputs, read.outputs)):
         check_ports(tuple(p.typed(export.dtype) for p in ports), found)

@@ -12,7 +12,7 @@ from typing import Any
 from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header
 from llmexport.export.earlier import EXPORT
 from llmexport.export.identity import SAYS, WAYS, Held, WeightFile
-from llmexport.export.spec import Block, Graph, Reference, Step
+from llmexport.export.spec import Block, Graph, Head, Reference, Step
 from llmexport.export.stamp import check_stamp, read_errors
 from llmexport.export.static import slots_of
 from llmexport.graphs.fusion import Fused
@@ -93,6 +93,11 @@ class Export:
     def max_tokens(self) -> int | None:
         """The slots of its static cache; None where the cache is dynamic, or there is none."""
         return slots_of(self.blocks)
+
+    @property
+    def gives_last_logits(self) -> bool:
+        """Whether its logits are those of the last token of each row alone."""
+        return any(isinstance(b, Head) and b.last for b in self.blocks)
 
     def place(self, graph: str, step: str) -> str:
         """What people call a step: with its graph where there are several."""

@@ -7,16 +7,32 @@ import dataclasses
 import onnx
 from onnx.helper import make_node, make_tensor
 
+from llmexport.export.errors import ExportError
 from llmexport.export.exported import ExportedGraph
 from llmexport.export.graph_file import value_info
-from llmexport.export.spec import SEQUENCE
+from llmexport.export.spec import SEQUENCE, Head, Model
 from llmexport.graphs.cut import cut
 
 INDEX = "last_logits/index"
 
 
+def with_last_logits(model: Model) -> Model:
+    """The model whose head reads the last token of each row alone. Raises ExportError if it is no decoder."""
+    graphs = []
+    for graph in model.graphs:
+        heads = {s: dataclasses.replace(s.block, last=True) for s in graph.assembly.steps if isinstance(s.block, Head)}
+        if heads and not graph.carried:
+            raise ExportError("an encoder's logits are of all tokens, it has no last one: leave --logits last out")
+        rows = {n: p.shape for s, b in heads.items() for n, p in zip(s.outputs, b.outputs, strict=True)}
+        steps = tuple(dataclasses.replace(s, block=heads.get(s, s.block)) for s in graph.assembly.steps)
+        outputs = tuple(dataclasses.replace(p, shape=rows.get(p.name, p.shape)) for p in graph.assembly.outputs)
+        assembly = dataclasses.replace(graph.assembly, steps=steps, outputs=outputs)
+        graphs.append(dataclasses.replace(graph, assembly=assembly))
+    return dataclasses.replace(model, graphs=tuple(graphs))
+
+
 def last_logits(model: onnx.ModelProto, graph: ExportedGraph, dtype: str) -> onnx.ModelProto:
-    """The same graph, whose logits are those of the last token of each row [B, 1, V]; as it is if it gives none.
+    """The same graph, whose logits are those of the last token of each row [B, 1, V]; as it is where they are already.
 
     model: as graph_file.load gives it. The last token is no padding as long as that stands on the left. What the head
     reads is cut to one row before it is read, so that the projection sees one row:
@@ -25,7 +41,7 @@ def last_logits(model: onnx.ModelProto, graph: ExportedGraph, dtype: str) -> onn
 
     Where the norm is fused with the sum that makes `hidden`, its own result is cut instead.
     """
-    logits = [p.name for p in graph.assembly.outputs if p.use == "logits"]
+    logits = [p.name for p in graph.assembly.outputs if p.use == "logits" and SEQUENCE in p.shape]
     if not logits:
         return model
     [head] = [s for s in graph.assembly.steps if logits[0] in s.outputs]

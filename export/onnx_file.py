@@ -28,6 +28,7 @@ from llmexport.export.exported import Export
 from llmexport.export.graph_file import build
 from llmexport.export.handover import RUNTIMES, hand_over
 from llmexport.export.identity import identify
+from llmexport.export.last_logits import with_last_logits
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
@@ -39,6 +40,7 @@ from llmexport.export.wanted import wanted_parameters
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt")
 CACHES = ("dynamic", "static")
+LOGITS = ("all", "last")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Request:
 
     `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
     a body over a plugin of the same name. `max_tokens` are the slots of a static `cache`. `runtimes` are others that
-    shall open the folder.
+    shall open the folder. `logits` are those of all tokens, or of the last of each row.
     """
 
     arch: Arch
@@ -60,9 +62,10 @@ class Request:
     cache: str = "dynamic"
     max_tokens: int | None = None
     runtimes: tuple[str, ...] = ()
+    logits: str = "all"
 
     def __post_init__(self) -> None:
-        said = (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS), ("cache", CACHES))
+        said = (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS), ("cache", CACHES), ("logits", LOGITS))
         for name, choices in said:
             if (said := getattr(self, name)) not in choices:
                 raise ExportError(f"{name} is {said!r}: choose one of {', '.join(choices)}")
@@ -97,6 +100,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     What is made here is bounded by what the checkpoint holds: a config alone can ask for anything.
     """
     model, notes = read_noted(request.arch, request.checkpoint.config, request.max_tokens)
+    model = with_last_logits(model) if request.logits == "last" else model
     stored = request.checkpoint.tensors
     arch = as_stored(request.arch, stored)
     for ours, theirs in {(k.partition("{i}")[0], v.partition("{i}")[0]) for k, v in arch.names.items() if "{i}" in k}:

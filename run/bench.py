@@ -97,7 +97,7 @@ def bench(
     below = limits(export.blocks)["tokens"]
     ids = np.random.default_rng(0).integers(0, below, (batch, prompt_tokens)).tolist()
     check_prompt(export, ids[0])
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or _cores()
     timings: dict[str, Timing | str] = {}
     for place, runner in enumerate(RUNNERS):
         progress(TITLES[runner], place, len(RUNNERS))
@@ -112,6 +112,11 @@ def write(found: Bench, folder: Path) -> None:
     """Writes `bench.json` and `bench.html` into an existing folder, replacing earlier ones."""
     files = {"bench.json": json.dumps(found.as_data(), indent=1), "bench.html": bench_page.page(found.as_data())}
     write_files(folder, {n: t.encode() for n, t in files.items()})
+
+
+def _cores() -> int:
+    # macOS lets nobody ask for less than all of them.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _child(job: Job) -> Timing | str:

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -107,6 +108,9 @@ def _session(export: Export, job: Job) -> Iterator[tuple[Any, str]]:
 
 def peak() -> int:
     """The most bytes of memory that this process has held."""
+    if not os.path.exists("/proc/self/status"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # What Linux counts for getrusage begins with the process that started this one.
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 

@@ -103,6 +103,8 @@ def _tokens(
     """The tokenizer of an export, the text of a prompt as the model gets it, and its tokens."""
     folder = export.folder
     if not isinstance(prompt, str):
+        if use_chat:
+            raise RunError("a chat template takes text, and ids are given: give a text, or no --chat")
         return (text.read_tokenizer(folder) if (folder / text.FILE).exists() else None), None, list(prompt)
     tokenizer = text.read_tokenizer(folder)
     template = None if use_chat is False else chat.read_template(folder)

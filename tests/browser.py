@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
+import fcntl
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
+SECONDS = 60  # in which it says something
 
 
 def find() -> str | None:
@@ -35,18 +37,15 @@ class Opened:
         assert "exceptionDetails" not in answer, answer
         return answer["result"]["value"]
 
-    def picture(self) -> bytes:
-        """All of it, as PNG."""
-        return base64.b64decode(self.browser.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
-
 
 @dataclass
 class Browser:
     """One tab of a running Chromium."""
 
-    to: BinaryIO
-    back: BinaryIO
+    to: int
+    back: int
     session: str = ""
+    heard: bytes = b""
     numbers: Iterator[int] = field(default_factory=itertools.count)
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -54,8 +53,7 @@ class Browser:
         """The answer of a method of the DevTools protocol; what happens meanwhile is kept in `events`."""
         number = next(self.numbers)
         at = {"sessionId": self.session} if self.session else {}
-        self.to.write(json.dumps({"id": number, "method": method, "params": params, **at}).encode() + b"\0")
-        self.to.flush()
+        os.write(self.to, json.dumps({"id": number, "method": method, "params": params, **at}).encode() + b"\0")
         while (said := self._next()).get("id") != number:
             self.events.append(said)
         assert "error" not in said, said
@@ -78,10 +76,12 @@ class Browser:
         return [e for e in self.events if e["method"] in methods]
 
     def _next(self) -> dict[str, Any]:
-        text = bytearray()
-        while (byte := self.back.read(1)) != b"\0":
-            assert byte, "Chromium ended"
-            text += byte
+        while b"\0" not in self.heard:
+            assert select.select([self.back], [], [], SECONDS)[0], f"Chromium says nothing for {SECONDS} seconds"
+            said = os.read(self.back, 1 << 16)
+            assert said, "Chromium ended"
+            self.heard += said
+        text, _, self.heard = self.heard.partition(b"\0")
         return json.loads(text)
 
 
@@ -91,8 +91,8 @@ def chromium(program: str, home: Path) -> Iterator[Browser]:
     (reads, to), (back, writes) = os.pipe(), os.pipe()
 
     def give() -> None:
-        # Copies beyond 4 first, as either may be 3 or 4.
-        for source, target in [(os.dup(reads), 3), (os.dup(writes), 4)]:
+        # Copies first, as either may be 3 or 4.
+        for source, target in [(fcntl.fcntl(fd, fcntl.F_DUPFD, 10), i) for fd, i in ((reads, 3), (writes, 4))]:
             os.dup2(source, target)
 
     flags = ["--remote-debugging-pipe", "--disable-gpu", "--no-first-run", f"--user-data-dir={home}"]
@@ -105,13 +105,14 @@ def chromium(program: str, home: Path) -> Iterator[Browser]:
     os.close(reads)
     os.close(writes)
     try:
-        with open(to, "wb") as sender, open(back, "rb") as receiver:
-            browser = Browser(sender, receiver)
-            target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-            browser.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-            for domain in ("Page", "Runtime", "Log", "Network"):
-                browser.call(f"{domain}.enable")
-            yield browser
+        browser = Browser(to, back)
+        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        browser.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            browser.call(f"{domain}.enable")
+        yield browser
     finally:
         process.kill()
         process.wait()
+        os.close(to)
+        os.close(back)

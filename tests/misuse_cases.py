@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from misuse import Situation
+from toy_pack import make_pack
 
 Prepare = Callable[[Path], object]
 DEEP = b"[" * 100_000
@@ -208,6 +209,29 @@ def exports() -> Iterator[Situation]:
         yield Situation("exports", f"{command}, model.onnx is of another", (command, "small"), foreign)
 
 
+def packs() -> Iterator[Situation]:
+    """Golden packs: in place of one, of another model, and where one cannot be written."""
+
+    def another(folder: Path) -> None:
+        make_pack(folder / "p.npz")
+
+    replay = ("validate", "out", "--golden", "p.npz")
+    for name, damage in DAMAGES.items():
+        yield Situation("packs", f"a pack is {name}", replay, both(another, damage("p.npz")))
+    yield Situation("packs", "a pack of another model", replay, another, says="is of another model")
+    engine = ("validate", "--engine", "out", "--golden", "p.npz")
+    yield Situation("packs", "no engine", engine, another, says="holds no engine")
+    damaged = both(another, write("out/engine.json", b"{}"))
+    yield Situation("packs", "a damaged engine", engine, damaged, says="is damaged or of another version")
+    for name in ("out", "nowhere/p.npz", "ck/config.json/p.npz", "", "/dev/null", "ck/config.json"):
+        yield Situation("packs", f"a pack as {name!r}", ("golden", "out", "-o", name))
+        yield Situation("packs", f"a pack as {name!r} with --force", ("golden", "out", "-o", name, "--force"))
+    yield Situation("packs", "of what is no export", ("golden", "ck", "-o", "p.npz"))
+    yield Situation("packs", "of one block", ("golden", "small", "-o", "p.npz"), says="is one block")
+    for name in ("out", "nowhere/r.json", "", "/dev/null", "ck/config.json"):
+        yield Situation("packs", f"results as {name!r}", ("validate", "out", "--save-results", name))
+
+
 # Wrong lines; EXPORT is one that would be right.
 EXPORT = "onnx --checkpoint ck -o new"
 WRONG = f"""
@@ -240,6 +264,12 @@ validate out --seed -1
 validate out --tokens 1
 validate out --tokens 1e9
 validate out --tokens 999999999999999999999999
+validate --engine out
+validate out --engine out --golden p.npz
+validate out --golden p.npz --seed 1
+golden out
+golden -o p.npz
+golden out -o p.npz --tokens 1
 archs more
 ops more
 doctor --fix
@@ -397,7 +427,7 @@ def references() -> Iterator[Situation]:
 
 SITUATIONS = [
     s
-    for kind in (force, outputs, checkpoints, exports, usage, streams, limits, places, signals, references)
+    for kind in (force, outputs, checkpoints, exports, packs, usage, streams, limits, places, signals, references)
     for s in kind()
 ]
 KINDS = tuple(dict.fromkeys(s.kind for s in SITUATIONS))

@@ -87,9 +87,8 @@ def first_node(
     """
     checkpoint, own = export.checkpoint(), bound.parameters(graph, model)
     traced = graph_file.as_traced(step, own[step.name], checkpoint, export.dtype, graph.assembly.opset)
-    expected = feed | nodes.values(traced, feed, export.folder)
     part = graph_file.cut_step(model, step, export.dtype)
-    outputs = list(nodes.run_alone(part, expected, export.folder))
+    outputs = list(nodes.run_alone(part, traced, feed, export.folder))
     over = [o for o in outputs if o.excess > 1]
     found = over[0] if over else max(outputs, key=lambda o: o.excess)
     if not found.excess:

@@ -12,6 +12,7 @@ from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import engine_record
 from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.spec import size_of
 from llmexport.plugins.errors import UserError
 from llmexport.validate import engine
 from llmexport.validate.feeds import ELSEWHERE, Feed
@@ -59,7 +60,7 @@ def unable(export: Export) -> str:
 def outside(export: Export, sizes: Mapping[str, int]) -> str:
     """Why the engine does not take these sizes, by axis, or nothing."""
     for axis, (low, _, high) in engine_record.read(export.folder).profile.items():
-        size = sizes.get(axis, ELSEWHERE)
+        size = size_of(axis, sizes, ELSEWHERE)
         if not low <= size <= high:
             return f"{axis} is {size}, the engine takes {low} to {high}"
     return ""

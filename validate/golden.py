@@ -13,12 +13,13 @@ from llmexport.validate import judge, pack, stages
 from llmexport.validate.compare import Mismatch
 from llmexport.validate.drive import Driver, Run, TorchDriver, in_torch, record
 from llmexport.validate.feeds import Feed
-from llmexport.validate.ladder import Whole, exact_driver
+from llmexport.validate.ladder import exact_driver
 from llmexport.validate.pack import Arrays, Header, Shot, expected_key, fed_key, real_key
 from llmexport.validate.report import Rung
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.stages import Script, Stage
 from llmexport.validate.tolerance import tolerance
+from llmexport.validate.whole import Whole
 
 MOST_PASTS = 2**30  # bytes of the random pasts of all crossings: a pack travels to where the engine is
 
@@ -78,6 +79,10 @@ def make(
         whole = Whole(export, script, torch, exact_torch, ours, recorded, frozenset())
         reference = _reference(whole.rungs("transformers"))
         expected = whole.exact or ours
+        if not expected.finite:
+            raise Mismatch(
+                f"{export.folder} gives numbers that are not finite in fp32 either: see `llmexport validate`"
+            )
         yardsticks = [ours, *whole.theirs] if whole.exact else []
         # A run is within what is allowed of itself; what that is, the pack says.
         own = judge.compare_runs("golden", script, expected, expected, tolerance(export.dtype, export), yardsticks)

@@ -52,6 +52,7 @@ def machine() -> Machine:
 
 
 def on_gpu() -> Machine | None:
+    """The GPU, where torch has one and a library for GPUs is there."""
     path = library.find() if torch.cuda.is_available() else None
     return Machine(path, "cuda") if path else None
 
@@ -110,8 +111,9 @@ class Kernels(TorchDispatchMode):
         for name, right, found in zip(op.outputs, expected if len(made) > 1 else (expected,), made, strict=True):
             times = compare(to_numpy(right), to_numpy(found)).excess(TOLERANCE[dtype])
             if times > 1:
-                far = f"{times:.3g} times what is allowed" if math.isfinite(times) else "no number"
-                return f"{self.place}: {name} of {op.name} is {far} from its reference on the same inputs"
+                far = f"{times:.3g} times as far from its reference on the same inputs as is allowed"
+                lost = "not finite, or its reference on the same inputs is not"
+                return f"{self.place}: {name} of {op.name} is {far if math.isfinite(times) else lost}"
         return ""
 
     def _plugin(self, op: Op, attributes: Mapping[str, Attribute]) -> Plugin:
@@ -153,21 +155,25 @@ def unable(export: Export, asked: bool) -> str:
     """Why the kernels cannot run this export here, or nothing. If they are asked for, the emulator is built."""
     if not in_torch(export):
         return "PyTorch calls no op of ours in this model"
-    products = multiply_adds(export)
-    if on_gpu() is None and not asked and products > MOST:
-        return f"a prompt takes {products:.0e} multiply-adds, over {MOST:.0e}: --rungs kernels runs it anyway"
     try:
-        if not asked and on_gpu() is None and emulated.find() is None:
+        if asked or on_gpu():
+            machine()
+            return ""
+        if emulated.find() is None:
             return "the kernels are not compiled for this CPU: llmexport plugins build --emulated, which takes a minute"
-        machine()
     except PluginError as error:
         return " ".join(str(error).split())
-    return ""
+    products = multiply_adds(export)
+    large = f"a prompt takes {products:.0e} multiply-adds, over {MOST:.0e}: --rungs kernels runs it anyway"
+    return large if products > MOST else ""
 
 
 def doing() -> str:
     """What a user waits for beside the run itself, or nothing."""
-    built = on_gpu() or emulated.find() or emulated.missing()
+    try:
+        built = on_gpu() or emulated.find() or emulated.missing()
+    except PluginError as error:
+        built = str(error)  # which is why the rung cannot be run
     return "" if built else "kernels, compiled for this CPU once, in a minute"
 
 

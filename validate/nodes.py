@@ -65,50 +65,57 @@ def values(model: onnx.ModelProto, feed: Feed, weights: Path) -> Feed:
     return {n.removesuffix(WIDE): a.astype("bfloat16") if n.endswith(WIDE) else a for n, a in made.items()}
 
 
-def run_alone(part: onnx.ModelProto, expected: Feed, weights: Path) -> Iterator[Output]:
-    """The outputs of the nodes of `part`, in order, each node run on what is expected of those before it.
+def run_alone(part: onnx.ModelProto, traced: onnx.ModelProto, feed: Feed, weights: Path) -> Iterator[Output]:
+    """The outputs of the nodes of `part`, in order, beside those of the nodes that make the same values in `traced`.
 
-    A value of which nothing is expected is what the nodes themselves make. A node that ONNX Runtime does not run ends
-    it.
+    Each node is run on what `traced` computes from `feed`, both times: in 16 bits ONNX Runtime does not round from node
+    to node, and a node that reads what was rounded gives other numbers. A value that `traced` has not is what the nodes
+    of `part` make. A node that ONNX Runtime does not run ends it.
     """
+    given = feed | values(traced, feed, weights)
+    right = values(_apart(traced, len(traced.graph.node), given), given, weights)
     nodes = list(part.graph.node)
-    found, refused = _run_first(part, len(nodes), expected, weights)
+    found, refused = _run_first(part, len(nodes), given, weights)
     if refused:
         # The least number of nodes that it does not run.
         runs, stops = 0, len(nodes)
         while stops - runs > 1:
             middle = (runs + stops) // 2
-            _, said = _run_first(part, middle, expected, weights)
+            _, said = _run_first(part, middle, given, weights)
             runs, stops, refused = (runs, middle, said) if said else (middle, stops, refused)
-        found, _ = _run_first(part, runs, expected, weights)
+        found, _ = _run_first(part, runs, given, weights)
         nodes = nodes[:stops]
     for node in nodes:
         for name in node.output:
-            if OWN + name in found and name in expected:
-                yield _output(node, name, expected[name], found[OWN + name])
+            if OWN + name in found and OWN + name in right:
+                yield _output(node, name, right[OWN + name], found[OWN + name])
     if refused:
         yield Output(nodes[-1], nodes[-1].output[0], None, TOLERANCE["float32"], math.inf, refused)
 
 
-def _run_first(part: onnx.ModelProto, count: int, expected: Feed, weights: Path) -> tuple[Feed, str]:
+def _run_first(part: onnx.ModelProto, count: int, given: Feed, weights: Path) -> tuple[Feed, str]:
     """What the first nodes compute, each alone, under names of their own; or what ONNX Runtime says against it."""
+    try:
+        return values(_apart(part, count, given), given, weights), ""
+    except (NotTaken, *STOPS) as error:
+        return {}, " ".join(str(error).split())
+
+
+def _apart(part: onnx.ModelProto, count: int, given: Feed) -> onnx.ModelProto:
+    """The first nodes, which read what is given, and make values of other names."""
     model = onnx.ModelProto()
     model.CopyFrom(part)
     del model.graph.node[count:]
     del model.graph.input[:]
     held = {t.name for t in part.graph.initializer} | {""}
-    given = {n for n, a in expected.items() if a.dtype.kind in FED} - held
+    fed = {n for n, a in given.items() if a.dtype.kind in FED} - held
     for node in model.graph.node:
-        node.input[:] = [n if n in held or n in given else OWN + n for n in node.input]
+        node.input[:] = [n if n in held or n in fed else OWN + n for n in node.input]
         node.output[:] = [OWN + n if n else n for n in node.output]
-    read = {n for node in model.graph.node for n in node.input} & given
-    for name in sorted(read):
-        kind, shape = BY_NAME[expected[name].dtype.name].onnx, expected[name].shape
+    for name in sorted({n for node in model.graph.node for n in node.input} & fed):
+        kind, shape = BY_NAME[given[name].dtype.name].onnx, given[name].shape
         model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
-    try:
-        return values(model, expected, weights), ""
-    except (NotTaken, *STOPS) as error:
-        return {}, " ".join(str(error).split())
+    return model
 
 
 def _output(node: onnx.NodeProto, name: str, expected: np.ndarray, found: np.ndarray) -> Output:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from llmexport.export.exported import Export
 from llmexport.export.output import write_files
 from llmexport.export.values import finite, visible
-from llmexport.validate import plot
+from llmexport.validate import overflow, plot
 from llmexport.validate.facts import facts
 from llmexport.validate.report import Report, Rung
 
@@ -30,11 +30,10 @@ def write(export: Export, report: Report) -> None:
 
 
 def page(said: Mapping[str, Any], report: Report) -> str:
-    """`said` is what `facts` gives. Whatever they or the report quote is text in the page, and nothing else."""
+    """`said` is what `facts` gives. Whatever it or the report quotes is text in the page, and nothing else."""
     rungs = [(rung, plot.plot(rung) if rung.details else None) for rung in report.rungs]
-    return _template().render(
-        said, report=report, rungs=rungs, map=plot.block_map(report.rungs), height=plot.HEIGHT, first=first_over(report)
-    )
+    shown = {"map": plot.block_map(report.rungs), "height": plot.HEIGHT, "most": overflow.MOST}
+    return _template().render(said, report=report, rungs=rungs, first=first_over(report), **shown)
 
 
 def first_over(report: Report) -> str:
@@ -58,9 +57,9 @@ def share(used: float) -> str:
     percent = 100 * used
     if percent >= 1000:
         return f"{used:,.0f} times"
-    return (
-        "under 0.1%" if 0 < percent < 0.1 else f"{percent:.0f}%" if percent >= 10 or not percent else f"{percent:.1f}%"
-    )
+    if 0 < percent < 0.1:
+        return "under 0.1%"
+    return f"{percent:.1f}%" if 0 < percent < 10 else f"{percent:.0f}%"
 
 
 def margin(rung: Rung) -> float | None:

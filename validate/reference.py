@@ -81,7 +81,7 @@ class Transformers:
         # A model without RoPE reads no positions.
         self._given = {KEYWORDS[p.use]: p for p in ports if p.use in KEYWORDS}
         self._cached = bool(carried)
-        self._kept = {"logits_to_keep": 1} if last else {}
+        self._kept = {"logits_to_keep": 1} if last or export.gives_last_logits else {}
         self._cache: Cache | None = None
 
     def run(self, stage: Stage) -> Feed:

@@ -12,6 +12,8 @@ from llmexport.validate.tolerance import MOST, Tolerance
 
 REFERENCE = "PyTorch / transformers"  # the rung against code that nobody here wrote
 
+LISTED = 10  # tensors that people are told of
+
 
 @dataclass
 class Rung:
@@ -87,7 +89,8 @@ class Bisection:
             lines.append(("first node", text))
         elif self.block:
             lines.append(("first node", self.said))
-        lines += [("weight", said) for said in self.weights]
+        lines += [("weight", said) for said in self.weights[:LISTED]]
+        lines += [("weight", f"and {len(self.weights) - LISTED} more")] if len(self.weights) > LISTED else []
         return lines + [("fails", f"{name}: {note}" if note else name) for name, note in self.rungs.items()]
 
 

@@ -33,13 +33,17 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     def __init__(self, block: spec.Head) -> None:
         super().__init__()
-        self.softcap, self.scale, size = block.softcap, block.scale, block.norm.size
+        self.softcap, self.scale, self.last, size = block.softcap, block.scale, block.last, block.norm.size
         self.transform = nn.Linear(size, size) if block.transform else None
         self.activation = ACTIVATIONS[block.transform] if block.transform else None
         self.norm = Norm(block.norm)
         self.projection = nn.Linear(size, block.vocabulary, bias=block.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.last:
+            # Of a slice TensorRT does not see that it has one row, and from the end its Gather does not count.
+            place = hidden.shape[1] - torch.ones(1, dtype=torch.int64, device=hidden.device)
+            hidden = hidden.index_select(1, place)
         if self.transform and self.activation:
             hidden = self.activation(self.transform(hidden))
         logits = self.projection(self.norm(hidden))

@@ -33,6 +33,7 @@ def command(
     force: bool,
     cache: str,
     max_tokens: int | None,
+    logits: str,
     output: Path | None,
     backend: str,
     profile: str | None,
@@ -49,7 +50,9 @@ def command(
     sizes = None if profile is None else parse_profile(profile)
     kernels = library.find() if plugins else None
     with open_source(arch, checkpoint, output or Path("deploy")) as (named, found):
-        request = onnx_file.Request(named, found, dtype, None, weights, cache=cache, max_tokens=max_tokens)
+        request = onnx_file.Request(
+            named, found, dtype, None, weights, cache=cache, max_tokens=max_tokens, logits=logits
+        )
         target = output or Path(f"{named.name}-deploy")
         # The three steps fill one new folder, which appears when all are done.
         with onnx_file.new_export(request, target, force=force) as folder:

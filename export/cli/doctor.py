@@ -23,7 +23,8 @@ PACKAGES = (
     ("onnx", ("onnx-graphsurgeon",), "pip install onnx-graphsurgeon"),
     ("validate", ("onnxruntime-gpu", "onnxruntime"), "pip install onnxruntime-gpu"),
     ("validate", ("polygraphy",), "pip install polygraphy"),
-    ("validate", ("jinja2",), "pip install jinja2"),
+    ("validate, generate", ("jinja2",), "pip install jinja2"),
+    ("generate", ("tokenizers",), "pip install tokenizers"),
     ("engine", ("tensorrt-rtx",), "pip install tensorrt-rtx"),
 )
 OPTIONAL = (

@@ -97,16 +97,15 @@ def summary(engine: Engine) -> list[tuple[str, str]]:
         ("engine", f"{engine.backend} {engine.version}, {', '.join(sizes)}"),
         ("takes", profile),
         ("plugin layers", plugins or "none: our ops are built from their bodies, see `llmexport plugins build`"),
-        ("weights", _weights(engine)),
+        *_weights(engine),
         ("runs on", engine.target),
         ("weights read", engine.checked),
         ("built in", f"{sum(p.seconds for p in plans):.1f} s"),
     ]
 
 
-def _weights(engine: Engine) -> str:
-    if engine.weights_at == "inside":
-        return "inside the plan"
+def _weights(engine: Engine) -> list[tuple[str, str]]:
     bindings = [b for p in engine.graphs.values() for b in p.bindings.values()]
     stored = sum(b.as_stored for b in bindings)
-    return f"beside the plan: {len(bindings)} inputs, {stored} bound as they are stored, the others made when bound"
+    said = f"beside the plan: {len(bindings)} inputs, {stored} of them bound as they are stored"
+    return [("weights", said)] if bindings else []

@@ -48,6 +48,7 @@ def command(
     target: str,
     cache: str,
     max_tokens: int | None,
+    logits: str,
     block: str | None,
     runtimes: tuple[str, ...],
     digest: bool,
@@ -59,7 +60,7 @@ def command(
     console = Console(quiet, as_json)
     with open_source(arch, checkpoint, output) as (named, found):
         one = None if block == "all" else block
-        kind = (dtype, one, weights, target, digest, cache, max_tokens, runtimes)
+        kind = (dtype, one, weights, target, digest, cache, max_tokens, runtimes, logits)
         request = onnx_file.Request(named, found, *kind)
         if block == "all":
             exports = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
@@ -99,6 +100,7 @@ def summary(export: Export, folder: Path) -> list[tuple[str, str]]:
         ("fused", counts(fused)),
         ("left unfused", "; ".join(f"{few(names)}: {why}" for why, names in refused.items()) or "nothing"),
         ("dtype", export.dtype),
+        *([("logits", "of the last token of each row")] if export.gives_last_logits else []),
         *([("cache", f"static, {export.max_tokens} tokens")] if export.max_tokens else []),
         ("weights", f"{len(export.weights)} files, {size(held)}, {export.placed}"),
         ("beside them", ", ".join(export.companions) or "nothing"),

@@ -9,7 +9,7 @@ import click
 
 from llmexport.export.cli.folder import FOLDER as FOLDER
 from llmexport.export.cli.folder import verifying as verifying
-from llmexport.export.onnx_file import CACHES, WEIGHTS
+from llmexport.export.onnx_file import CACHES, LOGITS, WEIGHTS
 from llmexport.export.spec import DTYPES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,8 +37,16 @@ def options(command: F) -> F:
 
 
 def caching(command: F) -> F:
-    """The options that say how keys and values of earlier tokens are kept."""
+    """The options that say how keys and values of earlier tokens are kept, and how many rows of logits there are."""
     for option in (
+        click.option(
+            "--logits",
+            type=click.Choice(LOGITS),
+            default="all",
+            show_default=True,
+            help="Of all tokens, or of the last of each row: then a prompt costs one product with the vocabulary, not "
+            "one a token. `generate` cuts so by itself.",
+        ),
         click.option(
             "--max-tokens", type=int, help="The slots of a static cache: as many tokens as a row ever has, padding too."
         ),

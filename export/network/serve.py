@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmexport.export.binding import Binding, weights
+from llmexport.export.identity import WeightFile
 from llmexport.export.network.kinds import Array, Unable
 from llmexport.export.network.program import Program
+from llmexport.export.typed import typed
 from llmexport.plugins.dtypes import BY_ONNX
 
 if TYPE_CHECKING:
@@ -21,11 +24,14 @@ if TYPE_CHECKING:
 def serve(trt: Any, network: Any, model: bytes, job: dict[str, Any], tell: Any) -> None:
     """Takes (feed, known) from the job's channel and answers as `Program.run` does, or `Program.apart` if something is
     known; with a text if that cannot be computed."""
+    folder = Path(job["model"]).parent
     try:
-        program = Program(trt, network, Stored(model, Path(job["model"]).parent))
+        program = Program(trt, network, Stored(model, folder))
     except Unable as error:
         tell("unknown", str(error))
         return
+    bindings, files = typed(dict[str, Binding], job["bindings"]), typed(tuple[WeightFile, ...], job["files"])
+    bound = dict(weights(bindings, files, folder))
     tell("ready")
     channel = Connection(job["channel"])
     while True:
@@ -34,6 +40,7 @@ def serve(trt: Any, network: Any, model: bytes, job: dict[str, Any], tell: Any) 
         except EOFError:
             return
         try:
+            feed |= bound
             channel.send(program.run(feed) if known is None else program.apart(feed, known))
         except Unable as error:
             channel.send(str(error))

@@ -58,7 +58,8 @@ class Head(Block):
     """Final norm and the projection to the vocabulary, times `scale` (modeling_cohere.py).
 
     `softcap` > 0 bounds the logits (modeling_gemma2.py). A head for masked tokens has a dense layer with this
-    activation, `transform`, before the norm, and a `bias` of the projection (modeling_bert.py).
+    activation, `transform`, before the norm, and a `bias` of the projection (modeling_bert.py). `last`: it gives the
+    logits of the last token of each row alone.
     """
 
     norm: Norm
@@ -67,6 +68,7 @@ class Head(Block):
     scale: float = 1.0
     transform: Activation | None = None
     bias: bool = False
+    last: bool = False
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -74,7 +76,7 @@ class Head(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("logits", (BATCH, SEQUENCE, self.vocabulary), use="logits"),)
+        return (Port("logits", (BATCH, 1 if self.last else SEQUENCE, self.vocabulary), use="logits"),)
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:

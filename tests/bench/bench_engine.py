@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_families import TESTS, WIDTH, checkpoint, done, published
+from checkpoints import CHECKPOINTS, config
 from report import commit, machine
 
 RESULTS = Path(__file__).parent / "results" / "engine_cpu.json"
@@ -57,7 +58,8 @@ print(json.dumps({
 
 def build(work: Path, name: str, library: Path) -> dict[str, Any]:
     """The engine of one model: what it is, and what building it took."""
-    source = checkpoint(work, published(name), "--hollow")
+    described = config(CHECKPOINTS[name]) if name in CHECKPOINTS else published(name)
+    source = checkpoint(work, described, "--hollow")
     held = sum(p.stat().st_size for p in source.iterdir())
     done("onnx", "--checkpoint", source, "--dtype", "bfloat16", "-o", work / "out", log=work / "log")
     load = os.getloadavg()[0]
@@ -77,7 +79,7 @@ def main() -> None:
     chosen = parser.parse_args()
     kept = json.loads(chosen.json.read_text())["engines"] if chosen.json.exists() else []
     rows = {r["model"]: r for r in kept}
-    for name in chosen.names or list(WIDTH):
+    for name in chosen.names or [*WIDTH, "llama-70b"]:
         library = "given" if chosen.library else "emulated"
         work = Path(tempfile.mkdtemp(dir=chosen.work))
         try:

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import planted
 import pytest
+from arch_cases import MATRIX, ONCE, Case, others_slow
 from first_feed import first_feed
 from native import emulated_library
 
-from llmexport.export import builder, manifest
+from llmexport.export import beside, builder, manifest
+from llmexport.export.engine_record import WEIGHTS
 from llmexport.export.errors import EngineError
 from llmexport.export.evaluation import Uncomputed, evaluator
 from llmexport.validate import stages
@@ -96,3 +98,21 @@ def test_a_plugin_says_every_attribute_that_it_holds(exported, work: Path) -> No
     with evaluator(export, graph, work / "plugins", plugins=emulated_library()) as network:
         found = network.run(feed)
     assert max(compare(wanted[n], found[n]).excess(TOLERANCE["float32"]) for n in wanted) <= 1
+
+
+@pytest.mark.parametrize(("case", "dtype"), others_slow(ONCE, ONCE[:1]), ids=str)
+def test_weights_beside_the_network_are_what_they_are_inside(
+    case: Case, dtype: str, exported, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products read them transposed, as they are stored, and the numbers are the same."""
+    monkeypatch.setattr(beside, "LARGE", MATRIX)
+    export = manifest.read(exported(case, dtype))
+    [graph] = export.graphs
+    made = []
+    for weights in WEIGHTS:
+        (work / weights).mkdir()
+        with evaluator(export, graph, work / weights, weights=weights) as network:
+            made.append(network.run(first_feed(graph, stages.prompt(export), dtype)))
+    inside, outside = made
+    worst = max(compare(inside[n], outside[n]).excess(TOLERANCE[dtype]) for n in inside)
+    assert worst <= 1

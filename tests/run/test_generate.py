@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 import transformers
 from misuse import heed_signals
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import add_tokenizer, tiny_tokenizer
 
 from llmexport.export.cli.main import main
 
@@ -63,6 +64,18 @@ def test_a_chat_template_is_applied_where_there_is_one(run: Run, talking, tiny_c
     assert (code, answer["text"]) == (0, by_transformers(tiny_checkpoint("llama"), answer["prompt"], special=False))
     assert answer["finish"] == "length"
     assert (len(answer["ids"]), set(answer["seconds"])) == (32, {"load", "first", "rest"})
+
+
+def test_an_export_talks_with_what_lay_beside_its_checkpoint(run: Run, tiny_checkpoint, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "checkpoint"))
+    add_tokenizer(checkpoint)
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    (checkpoint / "generation_config.json").write_text('{"stop_strings": ["fox"]}')
+    assert run("onnx", "--checkpoint", checkpoint, "-o", tmp_path / "out")[0] == 0
+    code, out, _ = run("generate", tmp_path / "out", "--prompt", "jump", "--max-new-tokens", 4, "--json")
+    assert (code, json.loads(out)["prompt"]) == (0, "jump!")
+    beside = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert beside <= json.loads((tmp_path / "out/manifest.json").read_text())["companions"].keys()
 
 
 def test_a_stream_gives_the_same_text(run: Run, talking) -> None:
@@ -143,6 +156,7 @@ REFUSED = {
     "two prompts": (nothing, ["--prompt", "a", "--ids", "1"], "--prompt TEXT, or --ids"),
     "no prompt": (nothing, ["--prompt", "", "--raw"], "the prompt is empty"),
     "no ids": (nothing, ["--ids", ""], "the prompt is empty"),
+    "a chat of ids": (nothing, ["--ids", "1", "--chat"], "a chat template takes text, and ids are given"),
     "words as ids": (nothing, ["--ids", "fox"], "--ids 'fox': give numbers with commas"),
     "a token beyond": (nothing, ["--ids", "256"], "has token 256, the model knows 0 to 255"),
     "a long prompt": (nothing, ["--prompt", "xyz " * 500], "the model takes 512: give a shorter one"),

@@ -19,6 +19,7 @@ from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.plugins import emulated, host
 from llmexport.plugins.causal_conv1d import causal_conv1d
+from llmexport.plugins.errors import CacheError
 from llmexport.plugins.rope import rope
 from llmexport.plugins.spec import Attribute
 from llmexport.validate import kernels, ladder
@@ -115,6 +116,11 @@ def wide(arch: str, dtype: str, folder: Path) -> Path:
     return folder / "export"
 
 
+def test_a_block_alone_is_computed_by_kernels(exported: Callable[..., Path], calls: Counter[str]) -> None:
+    assert climb(exported("gemma", block="attention")).status == "pass"
+    assert calls.keys() == {"Rope"}
+
+
 def test_ops_that_passes_make_are_named_as_not_run(exported: Callable[..., Path]) -> None:
     assert climb(exported("gemma")).note.endswith(
         "; without AddRmsNorm, GatedAct, which passes make of the exported graph"
@@ -142,17 +148,18 @@ def zeros(monkeypatch: pytest.MonkeyPatch, op: str, tokens: Callable[[int], bool
     monkeypatch.setattr(host.Plugin, "enqueue", wrong)
 
 
-ZEROS = [("gemma", "Rope"), ("gpt_oss", "MoeExperts"), ("glm4", "Rope"), ("llama4", "MoeExperts")]
-ZEROS += [("qwen3_5_moe", op) for op in ("GatedDeltaRule", "CausalConv1d", "GatedRmsNorm")]
+# The first layer of each that has the op.
+ZEROS = [("gemma", 0, "Rope"), ("gpt_oss", 0, "MoeExperts"), ("glm4", 0, "Rope"), ("llama4", 1, "MoeExperts")]
+ZEROS += [("qwen3_5_moe", 0, op) for op in ("GatedDeltaRule", "CausalConv1d", "GatedRmsNorm")]
 
 
-@pytest.mark.parametrize(("name", "op"), others_slow(ZEROS, ZEROS[:2]))
+@pytest.mark.parametrize(("name", "layer", "op"), others_slow(ZEROS, ZEROS[:2]))
 def test_a_plugin_that_returns_zeros_is_named(
-    name: str, op: str, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    name: str, layer: int, op: str, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zeros(monkeypatch, op)
     rung = climb(exported(name, AT_ONCE[name]))
-    assert (rung.status, rung.note.partition(" is ")[0]) == ("fail", f"prompt: layers.0: y of {op}")
+    assert (rung.status, rung.note.partition(" is ")[0]) == ("fail", f"prompt: layers.{layer}: y of {op}")
 
 
 ZEROS = [("gemma", "Rope"), ("glm4", "Rope"), ("llama4", "Rope"), ("gpt_oss", "MoeExperts")]
@@ -292,6 +299,18 @@ def test_nothing_is_compiled_unless_it_is_asked_for(
     said: list[str] = []
     ladder.climb(export, rungs=["kernels"], tokens=2, progress=lambda what, *_: said.append(what))
     assert said[1] == "kernels, compiled for this CPU once, in a minute"
+
+
+def test_a_library_that_others_can_write_is_the_reason(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> Path:
+        raise CacheError("others can write to it")
+
+    monkeypatch.setattr(emulated, "find", refused)
+    rung = climb(exported("gemma"))
+    assert (rung.status, rung.note) == ("not run", "others can write to it")
+    assert kernels.unable(manifest.read(exported("gemma")), False) == rung.note
 
 
 def test_a_missing_tool_is_the_reason(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,14 @@ def report(layers: int = 2, error: float = 1e-6) -> Report:
     stages = [detail(0, 0.0, stage="prompt"), detail(1, math.nan if error > 1e-4 else 1e-6, stage="decode 1")]
     whole = dataclasses.replace(rung("onnxruntime", *stages), metrics=Metrics(134, 2e-3, 5e-2, 0.97, 0.95, "decode 3"))
     rungs = [rung("blocks", *blocks), whole, Rung("engine", "not run", "no GPU here")]
-    return Report(rungs, {"PyTorch": {"prefill": 0.2, "decode": 0.01}}, {"batch": 2, "tokens": 67, "crossed": [900]})
+    return Report(
+        rungs,
+        {"PyTorch": {"prefill": 0.2, "decode": 0.01}},
+        {"batch": 2, "tokens": 67, "crossed": [900]},
+        calls={"PyTorch": {"prefill": 3, "decode": 8}},
+        largest={"layers.0": 12.5, "layers.1": 45000.0, "head": math.inf},
+        warning="layers.1 makes 45000",
+    )
 
 
 class Read(html.parser.HTMLParser):
@@ -124,6 +131,7 @@ def test_a_page_says_what_a_report_does(folder: Path) -> None:
         *("Not proven", "blocks: first over in layers.1, prompt, hidden", "no GPU here", "300%", "not finite"),
         *("decode 1", "layers.1", "67 tokens", "900 tokens", "200.00 ms", "10.00 ms", "2.0 kB", "gated_act"),
         *("gemma: layers.0/mul", "holds no engine", "2.0e-03", "97.0%", "part at decode 3"),
+        *("Warning: layers.1 makes 45000", "4.5e+04", "69%", "of 3", "of 8"),
     ):
         assert words in said
     assert "Not proven" not in Read(page(facts(export(folder)), report())).said
@@ -152,8 +160,10 @@ def engine(graph: str, word: str, model: str = "0") -> engine_record.Engine:
         messages=(word,),
         seconds=1.5,
     )
-    said = dict.fromkeys(("backend", "version", "target", "arch", "block", "dtype", "weights_at", "checked"), word)
-    return engine_record.Engine(**said, built_on=None, weights=(), profile={}, plugins=(), graphs={graph: plan})
+    said = dict.fromkeys(("backend", "version", "target", "arch", "block", "dtype", "checked"), word)
+    return engine_record.Engine(
+        **said, weights_at="inside", built_on=None, weights=(), profile={}, plugins=(), graphs={graph: plan}
+    )
 
 
 def test_the_engine_beside_an_export_is_shown_if_it_is_of_it(folder: Path) -> None:
