@@ -90,9 +90,7 @@ def served(path: Path) -> frozenset[str]:
     """
     # Absolute, as the loader looks for a bare name elsewhere.
     path = Path(os.path.abspath(path))
-    # Who installed this file may have installed the library beside it.
-    users = {0, os.geteuid(), *([os.stat(__file__).st_uid] if path == SOURCES / FILE else [])}
-    checked = library_file.check(path, users)
+    checked = library_file.check(path, library_file.writers(path))
     try:
         library = ctypes.CDLL(str(path))
         _, ops = library.getCreators, library.llmexportOps
@@ -110,6 +108,13 @@ def served(path: Path) -> frozenset[str]:
         odd = next((line for line, table in zip(lines, tables, strict=True) if not table), "")
         raise PluginError(f"{path} lists as an op {odd[:80]!r}: build it anew: llmexport plugins build")
     return frozenset(table[1] for table in tables if table)
+
+
+def registering(path: Path) -> Path:
+    """The library that registers the one at `path`, and lies beside it. Raises PluginError as `served` does."""
+    register = Path(os.path.abspath(path)).with_name(REGISTER)
+    library_file.check(register, library_file.writers(register))
+    return register
 
 
 def load(trt: Any, path: Path) -> frozenset[str]:

@@ -37,6 +37,12 @@ def record_path(library: Path) -> Path:
     return library.with_name(f"{library.name}.json")
 
 
+def writers(path: Path) -> set[int]:
+    """Who may have written the library at `path`. Who installed this file may have installed one beside it."""
+    beside = path.parent == Path(__file__).parent
+    return {0, os.geteuid(), *([os.stat(__file__).st_uid] if beside else [])}
+
+
 def check(path: Path, users: Set[int]) -> tuple[int, ...]:
     """The identity of the library at `path`, after a check that it is whole and that only `users` can have written it.
 

@@ -15,8 +15,8 @@ from llmexport.export.graph_file import load
 from llmexport.export.output import new_folder
 from llmexport.export.placing import place_weights
 from llmexport.export.spec import ONLY, Port
-from llmexport.export.stamp import Stamp, stamp
-from llmexport.plugins import library, library_file
+from llmexport.export.stamp import Stamp, read_errors, stamp
+from llmexport.plugins import library
 from llmexport.run.errors import RunError
 from llmexport.run.triton_config import kept_in_server, model_config
 
@@ -120,7 +120,8 @@ def _graphs(folder: Path, name: str | None) -> Iterator[Served]:
         )
     weights = {folder / w.file: export.held[w.file].stamp for w in export.weights}
     for graph in export.graphs:
-        seen = stamp(folder / graph.file)
+        with read_errors(folder / graph.file):
+            seen = stamp(folder / graph.file)
         load(export, graph)
         inputs, outputs = (
             (p.typed(export.dtype) for p in side) for side in (graph.assembly.inputs, graph.assembly.outputs)
@@ -137,9 +138,7 @@ def _name(model: str, graph: str) -> str:
 
 def _place_plugins(plugins: Path, folder: Path) -> None:
     """Puts the plugin library into the folder, and the one that registers it beside it, which is how that finds it."""
-    register = plugins.with_name(library.REGISTER)
-    library_file.check(register, {0, os.geteuid()})
-    for source, name in ((plugins, library.FILE), (register, library.REGISTER)):
+    for source, name in ((plugins, library.FILE), (library.registering(plugins), library.REGISTER)):
         shutil.copyfile(source, folder / name)
 
 

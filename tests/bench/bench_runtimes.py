@@ -4,9 +4,10 @@
 
 Of every decoder a tiny random checkpoint is exported with `--for genai --for optimum`. Each runtime lives in an
 environment of its own: --install makes them, else the interpreters are named. TOKENS tokens are made from each prompt
-by onnxruntime-genai alone and in a batch, by optimum (after the line that the export notes, where it needs that), and by
-its transformers 4 from the checkpoint with the export's config.json. A model that a runtime is not written for is refused by the export; a batch that it pads as the
-model cannot take, which the export notes, may end in an error. Exit code 1: other tokens, or another error.
+by onnxruntime-genai, alone and in a batch, by optimum, after the line that the export notes where it needs that, and by
+its transformers 4 from the checkpoint with the export's config.json. What a runtime is not written for the export
+refuses; a batch that is padded as a model cannot take, which the export notes, may end in an error. Exit code 1: other
+tokens, or another error.
 """
 
 from __future__ import annotations

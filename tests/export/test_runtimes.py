@@ -99,7 +99,8 @@ def check(found: dict[str, np.ndarray], checkpoint: Path, export: Path) -> None:
 
 def folded(export: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The model that the lines of export/README.md fold and quantise in `folder`: folded.onnx and int8.onnx."""
-    [lines] = re.findall(r"```python\n(.*?)```", (ROOT / "export/README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "export/README.md").read_text(), re.DOTALL)
+    [lines] = [block for block in blocks if "quantize_dynamic" in block]
     names = {"onnxruntime": onnxruntime, "quantize_dynamic": quantize_dynamic}
     monkeypatch.chdir(folder)
     exec(lines.replace("OUT/", f"{export}/"), names)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from arch_cases import DECODERS, ENCODERS, FIRST, Case
+from click.testing import CliRunner
 from engine_folder import make_engine
 from google.protobuf.text_format import ParseError
 from tiny_configs import read
@@ -18,6 +19,7 @@ from triton_proto import ENUMS, parse
 
 from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.cli.triton import command
 from llmexport.export.engine_record import Engine
 from llmexport.export.engine_record import read as read_engine
 from llmexport.export.spec import Graph, Port
@@ -129,6 +131,18 @@ def test_an_engine_is_served_with_both_libraries(tmp_path: Path) -> None:
     config = parse((repo / "llm" / "config.pbtxt").read_text())
     assert (config.name, config.backend, config.default_model_filename) == ("llm", "tensorrt", "model.plan")
     assert {p.key: p.value.string_value for p in config.parameters}["tensorrt_version"] == "10.14.1"
+
+
+def test_the_command_says_how_the_server_is_started(tmp_path: Path) -> None:
+    out, repo = tmp_path / "out", tmp_path / "repo"
+    engine = engine_of_tensorrt(out)
+    Path(engine.plugins[0].file).with_name(library.REGISTER).write_bytes(shared_object())
+    ran = CliRunner().invoke(command, [str(out), "-o", str(repo), "--json"])
+    assert ran.exit_code == 0, ran.output
+    register = repo / "llama" / "1" / library.REGISTER
+    plugins = f"--backend-config=tensorrt,plugins={register}"
+    assert json.loads(ran.stdout)["serve"] == f"tritonserver --model-repository={repo} {plugins}"
+    assert register.is_file()
 
 
 def shared_object() -> bytes:
