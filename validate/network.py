@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
@@ -23,11 +22,12 @@ from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.plugins import library
 from llmexport.plugins.errors import UserError
+from llmexport.validate import nodes
 from llmexport.validate.compare import compare
 from llmexport.validate.cost import multiply_adds
 from llmexport.validate.drive import Recorded
 from llmexport.validate.feeds import Feed
-from llmexport.validate.runners import metadata, not_runnable, onnx_runner
+from llmexport.validate.runners import metadata, not_runnable
 from llmexport.validate.tolerance import tolerance
 
 BACKEND = "tensorrt-rtx"  # the parser of TensorRT is of the same sources
@@ -123,8 +123,4 @@ def _known(export: Export, graph: ExportedGraph, feed: Feed, ours: Feed) -> Feed
     model = graph_file.load(export, graph)
     if not library.find():
         model, _ = tensorrt_form(model)
-    there = {v.name for v in model.graph.output}
-    for node in model.graph.node:
-        model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in node.output if n and n not in there)
-    with onnx_runner(model, export.folder) as runner:
-        return dict(runner.infer(feed, check_inputs=False))
+    return nodes.values(model, feed, export.folder)
