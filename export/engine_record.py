@@ -164,10 +164,11 @@ def _check(engine: Engine) -> None:
         engine.weights_at == "inside" and any(p.bindings for p in engine.graphs.values())
     ):
         raise ValueError(f"weights_at {engine.weights_at!r}")
-    for plan in engine.graphs.values():
-        if Path(plan.file).name != plan.file:
-            raise ValueError(f"plan {plan.file!r} is no name of a file")
-    for digest in [p.sha256 for p in engine.graphs.values()] + [p.sha256 for p in engine.plugins]:
+    plans = engine.graphs.values()
+    for name in [p.file for p in plans] + [w.file for w in engine.weights]:
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is no name of a file")
+    for digest in [d for p in plans for d in (p.sha256, p.model_sha256)] + [p.sha256 for p in engine.plugins]:
         if not DIGEST.fullmatch(digest):
             raise ValueError(f"digest {digest!r}")
 

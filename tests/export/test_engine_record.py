@@ -93,9 +93,11 @@ def test_a_record_of_another_format_says_so(folder: Path) -> None:
     assert said.endswith(f"is of format 2, this version reads 3: build it again: llmexport engine {folder}")
 
 
-def test_a_plan_outside_of_the_folder_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("place", [("graphs", "model"), ("weights", 0)], ids=str)
+def test_a_file_outside_of_the_folder_is_refused(place: tuple[Any, ...], folder: Path) -> None:
     data = json.loads((folder / "engine.json").read_text())
-    data["graphs"]["model"]["file"] = "../model.plan"
+    holder = data[place[0]][place[1]]
+    holder["file"] = f"../{holder['file']}"
     assert "no name of a file" in refused(folder, data)
 
 
