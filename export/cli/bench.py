@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from llmexport.export.cli.console import Console, size, talkative
-from llmexport.export.cli.source import FOLDER
+from llmexport.export.cli.folder import FOLDER
 from llmexport.run.bench import Bench, bench, write
 from llmexport.run.errors import RunError
 

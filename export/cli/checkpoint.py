@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from llmexport.export import archs
-from llmexport.export.cli import source
 from llmexport.export.cli.console import Console, size, talkative
+from llmexport.export.cli.folder import FOLDER
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import DTYPES
 from llmexport.plugins.regular import read_regular
@@ -17,12 +17,12 @@ from llmexport.plugins.regular import read_regular
 
 @click.command("checkpoint")
 @click.option("--arch", help="Architecture; default: what the config says.")
-@click.option("--config", type=source.FOLDER, help="A config.json; default: the architecture's tiny one.")
+@click.option("--config", type=FOLDER, help="A config.json; default: the architecture's tiny one.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--hollow", is_flag=True, help="Zeros that take no space on disk, for a model of any size.")
 @click.option("--force", is_flag=True, help="Replace an earlier output, if nothing else lies in it.")
-@click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="The folder to make.")
 @talkative
 def command(
     arch: str | None,

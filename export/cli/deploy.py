@@ -12,6 +12,7 @@ from llmexport.export.cli import onnx as onnx_command
 from llmexport.export.cli import source
 from llmexport.export.cli import validate as validate_command
 from llmexport.export.cli.console import Console, size, talkative
+from llmexport.export.cli.folder import FOLDER
 from llmexport.export.placing import openings
 from llmexport.export.profile import parse_profile
 from llmexport.export.source import open_source
@@ -22,7 +23,7 @@ from llmexport.validate import validate
 @click.command("deploy")
 @source.options
 @source.caching
-@click.option("-o", "--output", type=source.FOLDER, help="The folder to make; default: ARCH-deploy.")
+@click.option("-o", "--output", type=FOLDER, help="The folder to make; default: ARCH-deploy.")
 @engine_command.options
 @talkative
 def command(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from llmexport.export.cli.console import Console, size, talkative
-from llmexport.export.cli.source import FOLDER, verifying
+from llmexport.export.cli.folder import FOLDER, verifying
 from llmexport.export.engine import LONGEST, build
 from llmexport.export.engine_record import BACKENDS, WEIGHTS, Engine
 from llmexport.export.profile import parse_profile

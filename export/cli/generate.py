@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from llmexport.export.cli.console import Console, talkative
-from llmexport.export.cli.source import FOLDER
+from llmexport.export.cli.folder import FOLDER
 from llmexport.run.errors import RunError
 from llmexport.run.generate import MOST_TOKENS, generate
 from llmexport.run.session import BACKENDS

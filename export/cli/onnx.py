@@ -11,6 +11,7 @@ import click
 from llmexport.export import onnx_file
 from llmexport.export.cli import source
 from llmexport.export.cli.console import Console, size, talkative
+from llmexport.export.cli.folder import FOLDER
 from llmexport.export.exported import Export
 from llmexport.export.handover import RUNTIMES
 from llmexport.export.manifest import as_data
@@ -37,7 +38,7 @@ from llmexport.export.source import open_source
     help="Write what another runtime wants in the folder too: onnxruntime-genai, or optimum's ORTModelForCausalLM.",
 )
 @click.option("--digest", is_flag=True, help="Read every byte of the weights and record digests, for --verify.")
-@click.option("-o", "--output", type=source.FOLDER, required=True, help="The folder to make.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="The folder to make.")
 @talkative
 def command(
     arch: str | None,

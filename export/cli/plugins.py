@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from llmexport.export.cli.console import Console, size, talkative
-from llmexport.export.cli.source import FOLDER
+from llmexport.export.cli.folder import FOLDER
 from llmexport.plugins import emulated, library
 
 

@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from llmexport.export.cli.folder import FOLDER as FOLDER
-from llmexport.export.cli.folder import verifying as verifying
+from llmexport.export.cli.folder import FOLDER
 from llmexport.export.onnx_file import CACHES, LOGITS, WEIGHTS
 from llmexport.export.spec import DTYPES
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from llmexport.export.cli.console import Console, talkative
-from llmexport.export.cli.source import FOLDER
+from llmexport.export.cli.folder import FOLDER
 from llmexport.export.onnx_file import WEIGHTS
 from llmexport.run.triton import BACKENDS, write
 
