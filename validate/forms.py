@@ -29,9 +29,10 @@ class Form:
     rung: its name after `--rungs`. title: of what is compared with what. unable: why it cannot run here, or nothing;
     its second argument says that the user asked for it by name, so that a large model is no reason. runner: runs a
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
-    PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing.
-    outside: why it does not take these sizes, by axis, or nothing.
-    note: what else is to be known of a rung that was run. timed: its seconds are those of something that is deployed.
+    PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing; it
+    may raise what the runner does. outside: why it does not take these sizes, by axis, or
+    nothing. note: what else is to be known of a rung that was run. timed: its seconds are those of something that is
+    deployed.
     doing: what the user waits for once it is asked for by name, or nothing: the name says it.
     """
 

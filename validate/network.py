@@ -16,7 +16,6 @@ from polygraphy.common import TensorMetadata
 
 from llmexport.export import graph_file
 from llmexport.export.engine_record import check_backend
-from llmexport.export.errors import EngineError
 from llmexport.export.evaluation import Evaluator, evaluator
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.tensorrt_form import tensorrt_form
@@ -101,10 +100,7 @@ def trace(export: Export, recorded: Recorded) -> str:
                 values = recorded_values[graph.name]
                 feed = {p.name: values[p.name] for p in graph.assembly.inputs}
                 known = _known(export, graph, feed, values)
-                try:
-                    made, layers = network.apart(feed, known)
-                except EngineError as error:
-                    return " ".join(str(error).split())
+                made, layers = network.apart(feed, known)
                 for name, found in made.items():
                     # What both take to be no number is the same.
                     lost = ~(np.isfinite(known[name].astype(float)) | np.isfinite(found.astype(float)))

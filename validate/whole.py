@@ -86,16 +86,23 @@ class Whole:
         try:
             found = self._run(form)
         except (EngineError, PluginError) as error:
-            return Rung(form.title, "fail", " ".join(str(error).split()))
+            return Rung(form.title, "fail", _line(error))
         before = self._run(form.against) if form.against and not form.against.unable(self.export, True) else None
         yardsticks = [self.ours, *self.theirs, *([before] if before else [])] if self.exact else []
         expected = self.exact or before or self.ours
         allowed = tolerance(self.export.dtype, self.export)
         rung = compare_runs(form.title, self.script, expected, found, allowed, yardsticks)
         lacks = [f"not run {s.name}, as {why}" for s, why in left]
-        place = form.trace(self.export, self.recorded) if rung.status == "fail" else ""
+        place = self._traced(form) if rung.status == "fail" else ""
         rung.note = "; ".join(filter(None, (rung.note, *lacks, place, form.note(self.export))))
         return rung
+
+    def _traced(self, form: Form) -> str:
+        """Where its numbers part, or why nobody can tell."""
+        try:
+            return form.trace(self.export, self.recorded)
+        except (EngineError, PluginError) as error:
+            return _line(error)
 
     def _run(self, form: Form) -> Run:
         name = form.title.partition(" / ")[0]
@@ -150,3 +157,7 @@ class Whole:
                 if not graph.step_weights[step.name]:
                     details.extend(alone(judge, runner, step, seed=0))
         return rung_of(BLOCKS, details)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

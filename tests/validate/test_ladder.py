@@ -23,10 +23,10 @@ from tiny_configs import read
 from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
-from llmexport.export.errors import ExportError
+from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import drive, ladder, reference, stages
+from llmexport.validate import drive, forms, ladder, reference, stages, whole
 from llmexport.validate import page as files
 
 pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
@@ -118,22 +118,22 @@ def test_experts_in_a_wrong_order_are_found(exported, tmp_path: Path) -> None:
     assert (blocks.status, wrong) == ("fail", {"layers.1"})
 
 
+def exchange_norms(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
+    """Two norms of equal shape: no shape tells, only numbers do."""
+    names = {t.name: t for t in model.graph.initializer}
+    first, second = names["model.layers.0.input_layernorm.weight"], names["model.layers.1.input_layernorm.weight"]
+    first.external_data[1].value, second.external_data[1].value = (
+        second.external_data[1].value,
+        first.external_data[1].value,
+    )
+    first.external_data[0].value, second.external_data[0].value = (
+        second.external_data[0].value,
+        first.external_data[0].value,
+    )
+
+
 def test_a_wrong_weight_binding_is_found(copy: Path) -> None:
-    """Two norms of equal shape exchanged: no shape tells, only numbers do."""
-
-    def exchange(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
-        names = {t.name: t for t in model.graph.initializer}
-        first, second = names["model.layers.0.input_layernorm.weight"], names["model.layers.1.input_layernorm.weight"]
-        first.external_data[1].value, second.external_data[1].value = (
-            second.external_data[1].value,
-            first.external_data[1].value,
-        )
-        first.external_data[0].value, second.external_data[0].value = (
-            second.external_data[0].value,
-            first.external_data[0].value,
-        )
-
-    edit_model(copy, "AddRmsNorm", exchange)
+    edit_model(copy, "AddRmsNorm", exchange_norms)
     assert climb(copy)["ONNX Runtime / PyTorch"].status == "fail"
 
 
@@ -402,6 +402,16 @@ def test_a_block_has_the_rungs_of_forms_alone(tmp_path: Path) -> None:
     for others in (["transformers"], ["blocks", "onnxruntime"]):
         with pytest.raises(ExportError, match="is one block, whose rungs are onnxruntime"):
             climb(folder, rungs=others)
+
+
+def test_a_fault_that_cannot_be_traced_is_reported_with_the_reason(copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*given: object) -> str:
+        raise EngineError("the process\n  died")
+
+    monkeypatch.setattr(whole, "FORMS", [dataclasses.replace(forms.ONNX_RUNTIME, trace=stopped)])
+    edit_model(copy, "AddRmsNorm", exchange_norms)
+    [rung] = climb(copy, rungs=["onnxruntime"]).values()
+    assert (rung.status, rung.note) == ("fail", "the process died")
 
 
 def test_a_report_in_which_nothing_ran_has_not_passed() -> None:
