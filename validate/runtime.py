@@ -18,7 +18,8 @@ from onnxruntime import InferenceSession, OrtValue, SessionOptions
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 __all__ = ["OLDEST_RUNTIME", "REFUSALS", "InferenceSession", "OrtValue", "SessionOptions", "open_session", "version"]
-OLDEST_RUNTIME = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
+OLDEST_RUNTIME: tuple[int, ...] = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
+OLDEST_STATIC: tuple[int, ...] = (1, 25)  # that runs a static cache
 STOPS = tuple(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception))
 REFUSALS: tuple[type[Exception], ...] = (RuntimeError, *STOPS)
 
@@ -34,14 +35,16 @@ def version() -> str:
 def open_session(model: onnx.ModelProto, weights: Path, options: SessionOptions | None = None) -> InferenceSession:
     """A session of `model`; `weights` is the folder that external data lies in.
 
-    Raises Mismatch, in one line, if the ONNX Runtime here is too old, and NotTaken if it does not take the model.
+    Raises Mismatch, in one line, if the ONNX Runtime here is too old for it, and NotTaken if it refuses the model.
     """
     installed = onnxruntime.__version__
-    if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < OLDEST_RUNTIME:
-        oldest = ".".join(map(str, OLDEST_RUNTIME))
+    oldest, lack = OLDEST_RUNTIME, "whose Attention is wrong where heads share a key"
+    if any(node.op_type == "TensorScatter" for node in model.graph.node):
+        oldest, lack = OLDEST_STATIC, "which has no TensorScatter, and this model a static cache"
+    if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < oldest:
         raise Mismatch(
-            f"ONNX Runtime {installed} is installed, whose Attention is wrong where heads share a key: upgrade "
-            f"onnxruntime-gpu, or onnxruntime if that is what is installed, to {oldest} or later"
+            f"ONNX Runtime {installed} is installed, {lack}: upgrade onnxruntime-gpu, or onnxruntime if that is what "
+            f"is installed, to {'.'.join(map(str, oldest))} or later"
         )
     options = options or SessionOptions()
     options.log_severity_level = 3

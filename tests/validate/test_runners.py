@@ -27,6 +27,16 @@ def test_a_runtime_that_is_too_old_is_named_with_the_oldest_that_is_not(version,
     assert line.endswith("to 1.23.2 or later")
 
 
+def test_a_static_cache_takes_a_later_runtime(tmp_path, monkeypatch) -> None:
+    """1.24.4 does not run it, 1.25.0 does."""
+    scatter = """<ir_version: 10, opset_import: ["": 24]> g (float[1, 1, 4, 2] p, float[1, 1, 1, 2] u, int64[1] i)
+        => (float[1, 1, 4, 2] y) { y = TensorScatter <axis = -2> (p, u, i) }"""
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.4")
+    assert refusal(scatter, tmp_path).endswith("to 1.25 or later")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.25.0")
+    assert onnx_runner(onnx.parser.parse_model(scatter), tmp_path).name == "ONNX Runtime"
+
+
 @pytest.mark.parametrize("version", ["1.23.2", "1.24.0.dev20260101", "2.0"])
 def test_later_runtimes_are_taken(version, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", version)
