@@ -117,9 +117,23 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case 
     return lambda which: make(as_case(which))
 
 
+def need_static_caches() -> None:
+    from llmexport.validate.runtime import OLDEST_STATIC, version
+
+    if tuple(map(int, re.findall(r"\d+", version())[:2])) < OLDEST_STATIC:
+        # There is no later one for Python 3.10.
+        pytest.skip(f"ONNX Runtime {version()} runs no static cache")
+
+
+@pytest.fixture
+def static_caches() -> None:
+    need_static_caches()
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[Case | str], Path]) -> Exporter:
-    """Exports a case; `exported(case, dtype="float16", block="attention")`; `slots` are those of a static cache."""
+    """Exports a case; `exported(case, dtype="float16", block="attention")`; `slots` are those of a static cache, with
+    which a test is skipped where ONNX Runtime has none."""
 
     @functools.cache
     def make(case: Case, dtype: str, block: str | None, weights: str, slots: int | None) -> Path:
@@ -140,6 +154,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable
         weights: str = "auto",
         slots: int | None = None,
     ) -> Path:
+        if slots:
+            need_static_caches()
         return make(as_case(which), dtype, block, weights, slots)
 
     return export

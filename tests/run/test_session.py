@@ -145,6 +145,7 @@ def test_an_export_without_an_engine_is_told_so(exported) -> None:
         pass
 
 
+@pytest.mark.usefixtures("static_caches")
 @pytest.mark.parametrize("arch", others_slow(["gemma", "gpt_oss", "qwen3_5_moe"], ["gpt_oss"]))
 def test_a_static_cache_gives_the_same_tokens_and_is_written_in_place(arch: str, tiny_checkpoint, exported, tmp_path):
     checkpoint = open_checkpoint(tiny_checkpoint(arch))

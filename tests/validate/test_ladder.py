@@ -171,6 +171,7 @@ FAR = {
 }
 
 
+@pytest.mark.usefixtures("static_caches")
 @pytest.mark.parametrize("arch", others_slow([*FAR], ["llama4"]))
 def test_thresholds_within_a_static_cache_are_crossed_and_none_beyond_it(arch: str, tmp_path: Path) -> None:
     """The slots end within the step across the second threshold, or right at it."""

@@ -33,8 +33,6 @@ def test_a_static_cache_takes_a_later_runtime(tmp_path, monkeypatch) -> None:
         => (float[1, 1, 4, 2] y) { y = TensorScatter <axis = -2> (p, u, i) }"""
     monkeypatch.setattr(onnxruntime, "__version__", "1.24.4")
     assert refusal(scatter, tmp_path).endswith("to 1.25 or later")
-    monkeypatch.setattr(onnxruntime, "__version__", "1.25.0")
-    assert onnx_runner(onnx.parser.parse_model(scatter), tmp_path).name == "ONNX Runtime"
 
 
 @pytest.mark.parametrize("version", ["1.23.2", "1.24.0.dev20260101", "2.0"])
