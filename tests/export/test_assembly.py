@@ -154,7 +154,8 @@ BLOCKS = [
         )
     ),
     decoder_layer(NORM, DELTA_NET, NORM, MLP),
-    *each(Head(NORM, 256), norm=Norm(64, 1e-5), vocabulary=128, softcap=30.0, scale=0.5, transform="relu", bias=True),
+    *each(Head(NORM, 256), norm=Norm(64, 0.1), vocabulary=9, softcap=3.0, scale=0.5, transform="relu", last=True),
+    Head(NORM, 256, bias=True),
 ]
 # Base of attention and the gated delta net: no block of its own.
 KINDS = {kind: cls for kind, cls in Block.kinds.items() if cls is not Mixer}
