@@ -154,14 +154,14 @@ def _climb_block(
     for place, form in enumerate(forms):
         progress(form.rung, place, len(forms))
         if reason := form.unable(export, form.rung in (asked or ())):
-            rungs.append(Rung(form.title, "not run", reason, key=form.rung))
+            rungs.append(Rung(form.title(), "not run", reason, key=form.rung))
             continue
         try:
             with form.runner(export, graph) as runner:
-                rung = rung_of(form.title, list(alone(judge, runner, step, seed)))
+                rung = rung_of(form.title(), list(alone(judge, runner, step, seed)))
             rung.note = "; ".join(filter(None, (rung.note, form.note(export))))
         except (EngineError, PluginError) as error:
-            rung = Rung(form.title, "fail", " ".join(str(error).split()))
+            rung = Rung(form.title(), "fail", " ".join(str(error).split()))
         rung.key = form.rung
         rungs.append(rung)
     progress("block", len(forms), len(forms))
