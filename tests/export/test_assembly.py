@@ -65,7 +65,6 @@ from llmexport.export.weights import Parameter
 
 
 def each(block: Any, /, **changes: Any) -> list[Any]:
-    """The block, and it again with each change alone."""
     return [block, *(dataclasses.replace(block, **{field: value}) for field, value in changes.items())]
 
 
