@@ -151,9 +151,11 @@ def read(folder: Path) -> Engine:
     return engine
 
 
-def rebuild(folder: Path, backend: str = "") -> str:
-    """The advice to build the engine anew."""
-    return f"build it again: llmexport engine {folder}" + (f" --backend {backend}" if backend else "")
+def rebuild(folder: Path, engine: Engine | None = None) -> str:
+    """The advice to build the engine anew, as it was built if that is known."""
+    said = f" --backend {engine.backend}" if engine else ""
+    said += " --weights beside" if engine and engine.weights_at == "beside" else ""
+    return f"build it again: llmexport engine {folder}{said}"
 
 
 def _check(engine: Engine) -> None:
@@ -175,7 +177,7 @@ def _check(engine: Engine) -> None:
 
 def check_files(folder: Path, engine: Engine) -> None:
     """Raise EngineError if a plan or the plugin library is not the file that was recorded."""
-    again = rebuild(folder, engine.backend)
+    again = rebuild(folder, engine)
     for library in engine.plugins:
         cure = f"put the plugin library back that {folder} was built with, or {again}"
         with _opened(Path(library.file), cure) as file:
@@ -219,7 +221,7 @@ def check_version(folder: Path, engine: Engine, installed: str) -> None:
     if installed != engine.version:
         raise EngineError(
             f"{folder} was built by {engine.backend} {engine.version}, {installed} is installed here: install that "
-            f"version, or {rebuild(folder, engine.backend)}"
+            f"version, or {rebuild(folder, engine)}"
         )
 
 
@@ -230,7 +232,7 @@ def check_device(folder: Path, engine: Engine, device: Device) -> str:
         wants = f"compute capability {least[0]}.{least[1]} or later"
         raise EngineError(f"{folder} runs on {engine.target}, here is {device.text}: take a GPU of {wants}")
     if built_on and built_on.capability != device.capability:
-        cure = f"on the GPU that it is for, {rebuild(folder, engine.backend)}"
+        cure = f"on the GPU that it is for, {rebuild(folder, engine)}"
         raise EngineError(f"{folder} was built on {built_on.text}, here is {device.text}: {cure}")
     if built_on and built_on.name != device.name:
         return f"built on {built_on.name}, run on {device.name}"

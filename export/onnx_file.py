@@ -74,7 +74,7 @@ class Request:
             raise ExportError(f"runtime is {unknown[0]!r}: choose of {', '.join(RUNTIMES)}")
         odd = f"block {self.block!r}" if self.block else f"target {self.target}" if self.target != "portable" else ""
         if self.runtimes and odd:
-            wants = f"{' and '.join(self.runtimes)} run whole models in the portable form"
+            wants = f"{' and '.join('--for ' + r for r in self.runtimes)} takes a whole model in the portable form"
             raise ExportError(f"{wants}, not {odd}: leave one of them out")
 
 

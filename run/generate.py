@@ -65,15 +65,20 @@ def generate(
         raise RunError(f"max_new_tokens is {max_new_tokens}: make it 1 or more")
     export = manifest.read(folder_path(folder))
     check_decoder(export)
+    if "" in stop:
+        raise RunError("a text to stop at is empty: give some text, or no --stop")
     settings = read_settings(export, temperature=temperature, top_k=top_k, top_p=top_p)
     tokenizer, said, ids = _tokens(export, prompt, use_chat)
+    if stop and not tokenizer:
+        raise RunError(f"a text to stop at takes a tokenizer, and {export.folder} has no {text.FILE}: leave --stop out")
     check_prompt(export, ids)
     seed = secrets.randbits(32) if seed is None else seed
     progress("load the model", 0, 1)
     start = time.perf_counter()
     stream = text.Stream(tokenizer, (*settings.stop, *stop)) if tokenizer else None
     # The last token needs no position.
-    room = (positions(export) or len(ids) + max_new_tokens) - len(ids) + 1
+    most = positions(export) or len(ids) + max_new_tokens
+    room = most - len(ids) + 1
     made, finish, first = list[int](), "length" if max_new_tokens <= room else "context", 0.0
     with opened(export, backend) as session:
         export.check_untouched()
@@ -94,7 +99,9 @@ def generate(
     if stream:
         show(stream.end())
     seconds = {"load": loaded - start, "first": first - loaded, "rest": time.perf_counter() - first}
-    return Answer(said, ids, made, stream.text if stream else None, finish, seed, seconds, settings.notes)
+    ended = (f"the text ends where the model has no more room: it takes {most} tokens",) if finish == "context" else ()
+    notes = (*settings.notes, *ended)
+    return Answer(said, ids, made, stream.text if stream else None, finish, seed, seconds, notes)
 
 
 def _tokens(

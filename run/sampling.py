@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Below it, scores over the temperature may leave fp32, and a draw is the likeliest token anyway.
+LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -32,7 +35,7 @@ class Sampler:
 
     def __call__(self, scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
         scores = penalised(scores, ids, self._sampling.repetition_penalty)
-        if not self._sampling.temperature:
+        if self._sampling.temperature < LEAST_TEMPERATURE:
             return scores.argmax(-1)
         sums = softmax(warped(scores, self._sampling)).cumsum(-1)
         drawn = self._random.random(len(scores))[:, None] * sums[:, -1:]

@@ -49,7 +49,7 @@ def unable(export: Export) -> str:
         record, _ = engine.check(export.folder)
         built = {name: plan.model_sha256 for name, plan in record.graphs.items()}
         if built != {g.name: g.sha256 for g in export.graphs}:
-            return f"it was built of another export than lies there now: {engine_record.rebuild(export.folder)}"
+            return f"it was built of another export than lies there now: {engine_record.rebuild(export.folder, record)}"
     except UserError as error:
         return str(error)
     # What one block alone is run at is not for the user to choose.

@@ -45,7 +45,7 @@ def engine(export: Export) -> dict[str, Any]:
         return {"none": str(error)}
     plans = record.graphs
     if {n: p.model_sha256 for n, p in plans.items()} != {g.name: g.sha256 for g in export.graphs}:
-        return {"none": f"{RECORD} is of another export than this: {engine_record.rebuild(export.folder)}"}
+        return {"none": f"{RECORD} is of another export than this: {engine_record.rebuild(export.folder, record)}"}
     said = {name: getattr(record, name) for name in ("backend", "version", "target", "weights_at")}
     kept = ("file", "bytes", "layers", "plugins", "messages")
     return {**said, "plans": {n: {k: getattr(plan, k) for k in kept} for n, plan in plans.items()}}

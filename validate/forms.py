@@ -26,7 +26,7 @@ def _any_size(export: Export, sizes: Mapping[str, int]) -> str:
 class Form:
     """What an export runs as.
 
-    rung: its name after `--rungs`. title: of what is compared with what. unable: why it cannot run here, or nothing;
+    rung: its name after `--rungs`. name: of what runs, in a report. unable: why it cannot run here, or nothing;
     its second argument says that the user asked for it by name, so that a large model is no reason. runner: runs a
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
     PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing; it
@@ -37,7 +37,7 @@ class Form:
     """
 
     rung: str
-    title: str
+    name: str
     unable: Callable[[Export, bool], str]
     runner: Callable[[Export, ExportedGraph], BaseRunner]
     against: Form | None = None
@@ -47,17 +47,21 @@ class Form:
     timed: bool = True
     doing: Callable[[], str] = lambda: ""
 
+    def title(self, beside: Form | None = None) -> str:
+        """What is compared with what: with our PyTorch, if no other form is given."""
+        return f"{self.name} / {beside.name if beside else 'PyTorch'}"
+
 
 ONNX_RUNTIME = Form(
     rung="onnxruntime",
-    title="ONNX Runtime / PyTorch",
+    name="ONNX Runtime",
     unable=lambda export, asked: not_runnable(export.dtype),
     runner=lambda export, graph: onnx_runner(graph_file.load(export, graph), export.folder),
 )
 
 NETWORK = Form(
     rung="network",
-    title="TensorRT's network / ONNX Runtime",
+    name="TensorRT's network",
     unable=network.unable,
     runner=network.NetworkRunner,
     against=ONNX_RUNTIME,
@@ -68,7 +72,7 @@ NETWORK = Form(
 
 KERNELS = Form(
     rung="kernels",
-    title="kernels / PyTorch",
+    name="kernels",
     unable=kernels.unable,
     runner=kernels.runner,
     trace=kernels.trace,
@@ -79,7 +83,7 @@ KERNELS = Form(
 
 ENGINE = Form(
     rung="engine",
-    title="engine / ONNX Runtime",
+    name="engine",
     unable=lambda export, asked: engine_form.unable(export),
     runner=engine_form.EngineRunner,
     against=ONNX_RUNTIME,

@@ -92,7 +92,9 @@ def compare_runs(
             yards.append({k: compare(expected[output], y, real, tolerance.strays) for k, y in measured.items()})
             if output == found.logits:
                 every = np.ones(other[output].shape[:2], bool) if real is None else real
-                scores.append(Scores(stage.name, expected[output], other[output], every, stage.greedy))
+                scores.append(
+                    Scores(stage.name, expected[output], other[output], every, stage.greedy and bool(found.carried))
+                )
     typical = [median([y[k] for y in yards if k in y]) for k in range(len(yardsticks))]
     for detail, own in zip(details, yards, strict=True):
         for yard in (*typical, *own.values()):

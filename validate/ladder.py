@@ -154,13 +154,13 @@ def _climb_block(
     def climbed(name: str) -> list[Rung]:
         form = forms[name]
         if reason := form.unable(export, asked is not None):
-            return [Rung(form.title, "not run", reason)]
+            return [Rung(form.title(), "not run", reason)]
         try:
             with form.runner(export, graph) as runner:
-                rung = rung_of(form.title, list(alone(judge, runner, step, seed)))
+                rung = rung_of(form.title(), list(alone(judge, runner, step, seed)))
             rung.note = "; ".join(filter(None, (rung.note, form.note(export))))
         except (EngineError, PluginError) as error:
-            rung = Rung(form.title, "fail", " ".join(str(error).split()))
+            rung = Rung(form.title(), "fail", " ".join(str(error).split()))
         return [rung]
 
     rungs: list[Rung] = []

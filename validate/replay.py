@@ -35,7 +35,7 @@ class Replay:
 
 def check_same(pack: Pack, graphs: Mapping[str, Graph], where: str) -> None:
     """Raise Mismatch unless the pack is of the export whose graphs, in `where`, these are."""
-    theirs, remake = pack.header.graphs, f"{AGAIN} on the export that {where} is of"
+    theirs, remake = pack.header.graphs, f"{AGAIN} with the export of {where}"
     if theirs.keys() != graphs.keys():
         names = [", ".join(g) for g in (theirs, graphs)]
         raise Mismatch(f"{pack.path} is of the graphs {names[0]}, {where} of {names[1]}: {remake}")

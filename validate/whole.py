@@ -77,21 +77,23 @@ class Whole:
     def _form(self, form: Form) -> Rung:
         """A form on the script: in fp32 against the form that it follows, in 16 bits as far from fp32 as right runs
         are."""
+        before = form.against if form.against and not form.against.unable(self.export, True) else None
+        title = form.title(None if self.exact_torch else before)
         if reason := form.unable(self.export, form.rung in self.asked):
-            return Rung(form.title, "not run", reason)
+            return Rung(title, "not run", reason)
         left = [(s, why) for s in self.script if (why := form.outside(self.export, s.sizes))]
         # Crossings may be left out; the prompt and what follows it hang together.
         if needed := next((f"{s.name}: {why}" for s, why in left if s.kind != "crossing"), ""):
-            return Rung(form.title, "not run", needed)
+            return Rung(title, "not run", needed)
         try:
             found = self._run(form)
         except (EngineError, PluginError) as error:
-            return Rung(form.title, "fail", _line(error))
-        before = self._run(form.against) if form.against and not form.against.unable(self.export, True) else None
-        yardsticks = [self.ours, *self.theirs, *([before] if before else [])] if self.exact else []
-        expected = self.exact or before or self.ours
+            return Rung(title, "fail", _line(error))
+        other = self._run(before) if before else None
+        yardsticks = [self.ours, *self.theirs, *([other] if other else [])] if self.exact else []
+        expected = self.exact or other or self.ours
         allowed = tolerance(self.export.dtype, self.export)
-        rung = compare_runs(form.title, self.script, expected, found, allowed, yardsticks)
+        rung = compare_runs(title, self.script, expected, found, allowed, yardsticks)
         lacks = [f"not run {s.name}, as {why}" for s, why in left]
         place = self._traced(form) if rung.status == "fail" else ""
         rung.note = "; ".join(filter(None, (rung.note, *lacks, place, form.note(self.export))))
@@ -105,12 +107,11 @@ class Whole:
             return _line(error)
 
     def _run(self, form: Form) -> Run:
-        name = form.title.partition(" / ")[0]
-        if name not in self.forms:
+        if form.name not in self.forms:
             with driver(self.export, lambda graph: form.runner(self.export, graph)) as model:
                 taking = Taking(model, lambda stage: not form.outside(self.export, stage.sizes))
-                self.forms[name] = follow(taking, self.export, self.script, timed=form.timed)
-        return self.forms[name]
+                self.forms[form.name] = follow(taking, self.export, self.script, timed=form.timed)
+        return self.forms[form.name]
 
     def _references(self) -> list[Rung]:
         """Our PyTorch against transformers, which carries its own cache.

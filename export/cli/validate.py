@@ -59,7 +59,7 @@ def command(
     if (folder is None) == (engine is None):
         raise click.UsageError("give one of FOLDER and --engine", click.get_current_context())
     if engine and not golden:
-        raise click.UsageError("--engine needs --golden: see `llmexport golden`", click.get_current_context())
+        raise click.UsageError("--engine needs --golden, a pack of `llmexport golden`", click.get_current_context())
     if golden and (tokens or seed is not None or rungs or bisect or verify):
         said = "--golden brings its own prompt and rung: leave out --tokens, --seed, --rungs, --bisect and --verify"
         raise click.UsageError(said, click.get_current_context())

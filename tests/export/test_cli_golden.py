@@ -131,7 +131,7 @@ def test_what_does_not_belong_together_is_refused_in_one_line(engine: Path, tmp_
     [
         ([], "give one of FOLDER and --engine"),
         (["out", "--engine", "e", "--golden", "p"], "give one of FOLDER and --engine"),
-        (["--engine", "e"], "--engine needs --golden: see `llmexport golden`"),
+        (["--engine", "e"], "--engine needs --golden, a pack of `llmexport golden`: see `llmexport validate --help`"),
         (["out", "--golden", "p", "--tokens", "9"], "--golden brings its own prompt and rung: leave out --tokens"),
     ],
 )

@@ -180,3 +180,11 @@ def test_a_flavour_that_is_not_installed_says_how_to_install_it() -> None:
 def test_digests_are_of_the_whole_plan(folder: Path) -> None:
     data = (folder / PLAN).read_bytes()
     assert engine_record.read(folder).graphs["model"].sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_the_advice_builds_an_engine_of_the_same_kind(folder: Path) -> None:
+    engine = engine_record.read(folder)
+    (folder / PLAN).unlink()
+    for at, end in (("inside", " --backend tensorrt-rtx"), ("beside", " --backend tensorrt-rtx --weights beside")):
+        with pytest.raises(EngineError, match=f"llmexport engine {folder}{end}$"):
+            engine_record.check_files(folder, dataclasses.replace(engine, weights_at=at))

@@ -124,9 +124,20 @@ def test_a_seed_gives_the_same_text_again(run: Run, talking) -> None:
 
 def test_the_text_ends_where_the_model_has_no_more_positions(run: Run, talking) -> None:
     ids = ",".join(["7"] * 510)
-    code, out, _ = run("generate", talking("llama"), "--ids", ids, "--json")
+    code, out, err = run("generate", talking("llama"), "--ids", ids, "--json")
     answer = json.loads(out)
     assert (code, answer["finish"], len(answer["ids"])) == (0, "context", 3)
+    assert "note: the text ends where the model has no more room: it takes 512 tokens" in err
+    assert answer["notes"] == ["the text ends where the model has no more room: it takes 512 tokens"]
+
+
+def test_a_text_to_stop_at_that_could_not_be_found_is_refused(run: Run, talking, llama: Path) -> None:
+    code, _, err = run("generate", llama, "--prompt", PROMPT, "--stop", "")
+    assert (code, err) == (2, "error: a text to stop at is empty: give some text, or no --stop\n")
+    (llama / "tokenizer.json").unlink()
+    code, _, err = run("generate", llama, "--ids", "1", "--stop", "fox")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.endswith("has no tokenizer.json: leave --stop out\n")
 
 
 def test_what_is_not_done_as_asked_is_a_note(run: Run, llama: Path) -> None:

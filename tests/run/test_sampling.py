@@ -56,6 +56,12 @@ def test_temperature_0_takes_the_highest_score() -> None:
     assert np.array_equal(Sampler(Sampling(), 0)(scores(0), IDS), scores(0).argmax(-1))
 
 
+def test_a_temperature_that_fp32_does_not_hold_takes_the_highest_score() -> None:
+    for temperature in (1e-300, 1e-38, 1e-6):
+        with np.errstate(all="raise"):
+            assert np.array_equal(Sampler(Sampling(temperature=temperature), 0)(scores(0), IDS), scores(0).argmax(-1))
+
+
 def test_the_same_seed_draws_the_same_tokens_and_another_does_not() -> None:
     def drawn(seed: int) -> list[int]:
         sampler = Sampler(Sampling(temperature=1.0), seed)

@@ -137,6 +137,15 @@ def test_a_block_alone_has_the_rung(exported) -> None:
     assert climb(exported("llama", block="attention")).status == "pass"
 
 
+@pytest.mark.parametrize(
+    ("asked", "beside"),
+    [({}, "ONNX Runtime"), ({"dtype": "bfloat16"}, "PyTorch"), ({"block": "attention"}, "PyTorch")],
+    ids=str,
+)
+def test_a_rung_is_called_after_what_it_is_compared_with(asked: dict[str, str], beside: str, exported) -> None:
+    assert climb(exported("llama", **asked)).name == f"TensorRT's network / {beside}"
+
+
 def test_without_tensorrt_the_rung_names_the_command(exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     reason = network.unable(manifest.read(exported("llama")), True)
