@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from llmexport.export.exported import Export, ExportedGraph
-from llmexport.run.session import Session
+from llmexport.export.exported import Export
+from llmexport.run.session import ArraySession
 from llmexport.validate.reference import Refused, Transformers
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.stages import Stage
@@ -26,25 +24,16 @@ class TransformersSession:
         return self._model.run(stage)[self._logits][:, -1].astype(np.float32)
 
 
-class TorchSession(Session[np.ndarray]):
+class TorchSession(ArraySession):
     """Our PyTorch."""
 
     name = "ours"
 
     def __init__(self, export: Export) -> None:
         super().__init__(export)
-        self._runners = {g.name: TorchRunner(export, g) for g in export.graphs}
-        for runner in self._runners.values():
+        self.runners = {g.name: TorchRunner(export, g) for g in export.graphs}
+        for runner in self.runners.values():
             runner.activate()
-
-    def put(self, array: np.ndarray) -> np.ndarray:
-        return array
-
-    def get(self, value: np.ndarray) -> np.ndarray:
-        return value
-
-    def infer(self, graph: ExportedGraph, feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        return dict(self._runners[graph.name].infer(dict(feed), check_inputs=False))
 
 
 def eager(export: Export) -> TransformersSession | TorchSession:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 
 import numpy as np
 
 from llmexport.export import engine_record
 from llmexport.export.errors import EngineError
-from llmexport.export.exported import Export, ExportedGraph
-from llmexport.run.session import Session
+from llmexport.export.exported import Export
+from llmexport.run.session import ArraySession
 from llmexport.validate.engine_form import EngineRunner, outside, unable
 from llmexport.validate.stages import Stage
 
 
-class EngineSession(Session[np.ndarray]):
+class EngineSession(ArraySession):
     """The engines of an export on the GPU here, in processes of their own.
 
     It is a context, and its processes end with it. Raises EngineError if they cannot run here.
@@ -25,11 +24,11 @@ class EngineSession(Session[np.ndarray]):
         super().__init__(export)
         if reason := unable(export):
             raise EngineError(reason)
-        self._runners = {g.name: EngineRunner(export, g) for g in export.graphs}
+        self.runners = {g.name: EngineRunner(export, g) for g in export.graphs}
 
     def __enter__(self) -> EngineSession:
         with contextlib.ExitStack() as stack:
-            for runner in self._runners.values():
+            for runner in self.runners.values():
                 stack.enter_context(runner)
             self._stack = stack.pop_all()
         return self
@@ -41,15 +40,6 @@ class EngineSession(Session[np.ndarray]):
     def what(self) -> str:
         record = engine_record.read(self._export.folder)
         return f"{record.backend} {record.version}"
-
-    def put(self, array: np.ndarray) -> np.ndarray:
-        return array
-
-    def get(self, value: np.ndarray) -> np.ndarray:
-        return value
-
-    def infer(self, graph: ExportedGraph, feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        return dict(self._runners[graph.name].infer(dict(feed), check_inputs=False))
 
     def run(self, stage: Stage) -> np.ndarray:
         if reason := outside(self._export, stage.sizes):

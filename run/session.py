@@ -122,6 +122,22 @@ class RuntimeSession(Session[OrtValue]):
         return dict(zip((p.name for p in graph.assembly.outputs), binding.get_outputs(), strict=True)) | slots
 
 
+class ArraySession(Session[np.ndarray]):
+    """Holds what it carries as arrays, which Polygraphy's `runners` take and give, one of each graph."""
+
+    runners: Mapping[str, Any]
+
+    def put(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def get(self, value: np.ndarray) -> np.ndarray:
+        return value
+
+    def infer(self, graph: ExportedGraph, feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        made: Mapping[str, np.ndarray] = self.runners[graph.name].infer(dict(feed), check_inputs=False)
+        return made
+
+
 @contextlib.contextmanager
 def opened(export: Export, backend: str = "onnxruntime", threads: int = 0) -> Iterator[Session[Any]]:
     """A session of an export on one of BACKENDS; threads: of ONNX Runtime."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from llmexport.validate.compare import Mismatch
 from llmexport.validate.pack import Arrays, Graph, Pack
 from llmexport.validate.replay import Replay, Run, check_same, outside, replay
 from llmexport.validate.report import Report
+
+if TYPE_CHECKING:
+    from llmexport.export.exported import Export
 
 
 def on_engine(folder: Path, golden: Path, *, save: Path | None = None, progress: Progress = silent) -> Report:
@@ -54,20 +58,21 @@ def on_onnx_runtime(folder: Path, golden: Path, *, save: Path | None = None, pro
         if reason := not_runnable(export.dtype):
             raise Mismatch(reason)
         progress("ONNX Runtime", 0, 1)
-        with _onnx_runtime(folder) as run:
+        with _onnx_runtime(export) as run:
             done = replay(opened, "ONNX Runtime / golden pack", run, keep=save is not None)
         progress("ONNX Runtime", 1, 1)
         return _report(opened, done, "onnxruntime", save, "")
 
 
 @contextlib.contextmanager
-def _onnx_runtime(folder: Path) -> Iterator[Run]:
-    from llmexport.export import graph_file, manifest
+def _onnx_runtime(export: Export) -> Iterator[Run]:
+    from llmexport.export import graph_file
     from llmexport.validate.runners import onnx_runner
 
-    export = manifest.read(folder)
     with contextlib.ExitStack() as stack:
-        runners = {g.name: stack.enter_context(onnx_runner(graph_file.load(export, g), folder)) for g in export.graphs}
+        runners = {
+            g.name: stack.enter_context(onnx_runner(graph_file.load(export, g), export.folder)) for g in export.graphs
+        }
 
         def run(graph: str, feed: Arrays) -> Arrays:
             # A runner may write its next outputs into the same memory.

@@ -140,7 +140,7 @@ def _stage(stage: Stage, shots: Mapping[str, Feed], place: int, own: Rung, expec
     return pack.Stage(
         name=stage.name,
         kind=stage.kind,
-        greedy=stage.greedy,
+        greedy=stage.greedy and bool(expected.carried),
         shots=tuple(Shot(graph, tuple(fed)) for graph, fed in shots.items()),
         allowed=allowed,
         whole=tuple(whole),

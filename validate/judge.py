@@ -74,7 +74,7 @@ def compare_runs(
     the tolerance.
     """
     details: list[dict[str, Any]] = []
-    yards: list[list[Difference]] = []
+    yards: list[dict[int, Difference]] = []  # by yardstick
     scores: list[Scores] = []
     for i, (stage, expected, other) in enumerate(zip(script, reference.outputs, found.outputs, strict=True)):
         allowed = tolerance if stage.begins else tolerance.carried
@@ -88,13 +88,15 @@ def compare_runs(
             difference = compare(expected[output], other[output], real, tolerance.strays)
             detail = {"step": i, "stage": stage.name, "output": output}
             details.append({**detail, "difference": difference, "allowed": allowed})
-            measured = [y.outputs[i][output] for y in yardsticks if output in y.outputs[i]]
-            yards.append([compare(expected[output], y, real, tolerance.strays) for y in measured])
+            measured = {k: y.outputs[i][output] for k, y in enumerate(yardsticks) if output in y.outputs[i]}
+            yards.append({k: compare(expected[output], y, real, tolerance.strays) for k, y in measured.items()})
             if output == found.logits:
                 every = np.ones(other[output].shape[:2], bool) if real is None else real
-                scores.append(Scores(stage.name, expected[output], other[output], every, stage.greedy))
-    typical = [median([y[k] for y in yards if k < len(y)]) for k in range(len(yardsticks))]
+                scores.append(
+                    Scores(stage.name, expected[output], other[output], every, stage.greedy and bool(found.carried))
+                )
+    typical = [median([y[k] for y in yards if k in y]) for k in range(len(yardsticks))]
     for detail, own in zip(details, yards, strict=True):
-        for yard in (*typical, *own):
+        for yard in (*typical, *own.values()):
             detail["allowed"] = detail["allowed"].widened(yard)
     return dataclasses.replace(rung_of(name, details), metrics=measure(scores))

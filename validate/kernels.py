@@ -142,8 +142,15 @@ class KernelRunner(TorchRunner):
         self._fused: WeakSet[torch.nn.Module] = WeakSet()
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
+        """Raises PluginError unless kernels computed all ops of the graph's file."""
+        before = self._kernels.calls.copy()
         with self._kernels, self._sums:
-            return super().infer_impl(feed_dict)
+            made = super().infer_impl(feed_dict)
+        calls = self._kernels.calls - before
+        if left := [op for op, count in self._graph.ops.items() if calls[op] < count]:
+            told = f"{self._graph.ops[left[0]]} times, a kernel computed it {calls[left[0]]} times"
+            raise PluginError(f"{self._graph.file} has {left[0]} {told}")
+        return made
 
     def run_step(self, step: Step, feed: Feed) -> Feed:
         with self._kernels, self._sums:

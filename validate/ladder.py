@@ -147,23 +147,28 @@ def _climb_block(
     [graph] = export.graphs
     [step] = graph.assembly.steps
     judge = Judge(export, graph, torch, exact_torch)
-    forms = [f for f in FORMS if asked is None or f.rung in asked]
-    if not forms:
+    forms = {f.rung: f for f in FORMS if asked is None or f.rung in asked}
+    if asked and asked != forms.keys():
         raise ExportError(f"{export.folder} is one block, whose rungs are {', '.join(f.rung for f in FORMS)}")
-    rungs = []
-    for place, form in enumerate(forms):
-        progress(form.rung, place, len(forms))
-        if reason := form.unable(export, form.rung in (asked or ())):
-            rungs.append(Rung(form.title(), "not run", reason, key=form.rung))
-            continue
+
+    def climbed(name: str) -> list[Rung]:
+        form = forms[name]
+        if reason := form.unable(export, asked is not None):
+            return [Rung(form.title(), "not run", reason)]
         try:
             with form.runner(export, graph) as runner:
                 rung = rung_of(form.title(), list(alone(judge, runner, step, seed)))
             rung.note = "; ".join(filter(None, (rung.note, form.note(export))))
         except (EngineError, PluginError) as error:
             rung = Rung(form.title(), "fail", " ".join(str(error).split()))
-        rung.key = form.rung
-        rungs.append(rung)
+        return [rung]
+
+    rungs: list[Rung] = []
+    for place, name in enumerate(forms):
+        progress(name, place, len(forms))
+        for rung in or_stopped(climbed, name, bisect):
+            rung.key = name
+            rungs.append(rung)
     progress("block", len(forms), len(forms))
     found = first_fault(export, rungs, {}, seed) if bisect else None
     return Report(rungs, {}, {}, asked=tuple(n for n in RUNGS if n in (asked or ())), bisect=found)

@@ -18,7 +18,8 @@ class Metrics:
 
     kl_mean, kl_max: of KL(reference || found) of the next-token distribution, in nats. top1: the share of tokens whose
     best next token is the reference's. top5: the share of the five best that are among its five best. Tied scores
-    agree. parted: the first stage whose last token is followed by another one in some row, "" if there is none.
+    agree. parted: the first stage whose last token is followed by another one in some row, "" if there is none; None if
+    tokens follow no stage, as of an encoder.
     """
 
     tokens: int
@@ -26,13 +27,15 @@ class Metrics:
     kl_max: float
     top1: float
     top5: float
-    parted: str
+    parted: str | None
 
     @property
     def text(self) -> str:
-        greedy = f"greedy tokens part at {self.parted}" if self.parted else "greedy tokens the same"
         kl = f"KL {self.kl_mean:.1e}, at most {self.kl_max:.1e}"
-        return f"{kl}; top-1 {self.top1:.1%}, top-5 {self.top5:.1%}; {greedy}"
+        shares = f"{kl}; top-1 {self.top1:.1%}, top-5 {self.top5:.1%}"
+        if self.parted is None:
+            return shares
+        return f"{shares}; greedy tokens " + (f"part at {self.parted}" if self.parted else "the same")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def measure(stages: Iterable[Scores]) -> Metrics | None:
     kl: list[np.ndarray] = []
     best: list[np.ndarray] = []
     few: list[np.ndarray] = []
-    parted = ""
+    parted: str | None = None
     for stage in stages:
         reference, found = stage.reference[stage.real], stage.found[stage.real]
         for start in range(0, len(reference), ROWS):

@@ -33,7 +33,8 @@ def tensor_scatter(past: Tensor, update: Tensor, write_indices: Tensor) -> Tenso
 
     Fails where a row would be written beyond S, as ONNX Runtime does; TensorRT does not tell.
     """
-    places = write_indices.reshape(-1, 1, 1, 1) + torch.arange(update.shape[2]).reshape(-1, 1)
+    tokens = torch.arange(update.shape[2], device=update.device)
+    places = write_indices.reshape(-1, 1, 1, 1) + tokens.reshape(-1, 1)
     if (places < 0).any() or (places >= past.shape[2]).any():
         raise ValueError(f"a static cache of {past.shape[2]} slots has no slot {int(places.max())}")
     return past.scatter(2, places.expand_as(update), update)

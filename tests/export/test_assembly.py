@@ -65,7 +65,6 @@ from llmexport.export.weights import Parameter
 
 
 def each(block: Any, /, **changes: Any) -> list[Any]:
-    """The block, and it again with each change alone."""
     return [block, *(dataclasses.replace(block, **{field: value}) for field, value in changes.items())]
 
 
@@ -154,7 +153,8 @@ BLOCKS = [
         )
     ),
     decoder_layer(NORM, DELTA_NET, NORM, MLP),
-    *each(Head(NORM, 256), norm=Norm(64, 1e-5), vocabulary=128, softcap=30.0, scale=0.5, transform="relu", bias=True),
+    *each(Head(NORM, 256), norm=Norm(64, 0.1), vocabulary=9, softcap=3.0, scale=0.5, transform="relu", last=True),
+    Head(NORM, 256, bias=True),
 ]
 # Base of attention and the gated delta net: no block of its own.
 KINDS = {kind: cls for kind, cls in Block.kinds.items() if cls is not Mixer}

@@ -245,16 +245,6 @@ def test_of_several_graphs_the_block_is_said_with_its_own(tmp_path: Path) -> Non
     assert [w.partition(": model.")[0] for w in found.weights] == [f"decoder: {step.name}"]
 
 
-def test_a_block_alone_is_bisected_as_well(tmp_path: Path) -> None:
-    random_checkpoint.write(archs.load("gemma"), tmp_path / "ck")
-    request = onnx_file.Request(archs.load("gemma"), open_checkpoint(tmp_path / "ck"), block="layer")
-    onnx_file.write(request, tmp_path / "out", force=False)
-    [step] = manifest.read(tmp_path / "out").steps
-    folder, _, node = damaged(tmp_path / "out", tmp_path, change_epsilon, step.name)
-    report = ladder.climb(manifest.read(folder), bisect=True)
-    assert (report.bisect.block["step"], report.bisect.node.name) == (step.name, node)
-
-
 def test_a_node_that_does_not_run_is_named(exported) -> None:
     """Nodes before it are held to what they should give all the same."""
 
@@ -295,6 +285,17 @@ def test_a_fault_that_stops_onnx_runtime_is_traced_as_well(fault: Fault, exporte
     assert (found.block["step"], found.node.name, report.passed) == (step.name, node, False)
     assert ("first block", f"{step.name} (layer), hidden.3 in prompt: ONNX Runtime stops in it") in found.lines
     assert node in page.page(facts.facts(manifest.read(folder)), report)
+
+
+@pytest.mark.parametrize("fault", [change_epsilon, negate_scale, reshape_wrongly])
+def test_a_block_alone_is_bisected_as_well(fault: Fault, tmp_path: Path) -> None:
+    random_checkpoint.write(archs.load("gemma"), tmp_path / "ck")
+    request = onnx_file.Request(archs.load("gemma"), open_checkpoint(tmp_path / "ck"), block="layer")
+    onnx_file.write(request, tmp_path / "out", force=False)
+    [step] = manifest.read(tmp_path / "out").steps
+    folder, _, node = damaged(tmp_path / "out", tmp_path, fault, step.name)
+    report = ladder.climb(manifest.read(folder), bisect=True)
+    assert (report.bisect.block["step"], report.bisect.node.name) == (step.name, node)
 
 
 def test_bfloat16_is_refused_in_one_line(exported) -> None:

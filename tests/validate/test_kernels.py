@@ -121,6 +121,14 @@ def test_a_block_alone_is_computed_by_kernels(exported: Callable[..., Path], cal
     assert calls.keys() == {"Rope"}
 
 
+def test_an_op_that_no_kernel_computed_fails_the_rung(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "fuse", lambda module, sums: None)
+    rung = climb(exported("gemma"), tokens=2)
+    assert (rung.status, rung.note) == ("fail", "model.onnx has AddRmsNorm 6 times, a kernel computed it 0 times")
+
+
 def test_a_model_without_ops_of_ours_is_not_run(exported: Callable[..., Path]) -> None:
     rung = climb(exported("bert"))
     assert (rung.status, rung.note) == ("not run", "no op of ours is in this model")
