@@ -116,6 +116,19 @@ def load(export: Export, graph: ExportedGraph) -> onnx.ModelProto:
 
     Raises ExportError if its file is missing or another than was exported.
     """
+    proto = onnx.ModelProto.FromString(_read(export, graph))
+    if export.target == "tensorrt":
+        bodies.attach_bodies(proto, load_body)
+    return proto
+
+
+def check_files(export: Export) -> None:
+    """Raise ExportError if the file of a graph is missing or another than was exported."""
+    for graph in export.graphs:
+        _read(export, graph)
+
+
+def _read(export: Export, graph: ExportedGraph) -> bytes:
     path = export.folder / graph.file
     try:
         data = read_regular(path, MOST_MODEL)
@@ -125,10 +138,7 @@ def load(export: Export, graph: ExportedGraph) -> onnx.ModelProto:
         raise ExportError(f"cannot read {path}: {error.strerror}: export again") from error
     if hashlib.sha256(data).hexdigest() != graph.sha256:
         raise changed(path)
-    proto = onnx.ModelProto.FromString(data)
-    if export.target == "tensorrt":
-        bodies.attach_bodies(proto, load_body)
-    return proto
+    return data
 
 
 def trace_all(blocks: tuple[Block, ...], dtype: str, progress: Progress = silent) -> dict[Block, onnx.ModelProto]:

@@ -109,6 +109,8 @@ def check_new_file(target: Path, force: bool, ours: Callable[[Path], bool]) -> P
     """The resolved path of a file that may be written; for a check before the work, too. Raises ExportError."""
     _check_parent(target)
     target = Path(os.path.realpath(target))
+    if not os.access(target.parent, os.W_OK):
+        raise ExportError(f"cannot write {target}: {target.parent} cannot be written to: choose another folder")
     with write_errors(target):
         if not os.path.lexists(target):
             return target

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llmexport.export import manifest
+from llmexport.export import graph_file, manifest
 from llmexport.export.folder import folder_path
 from llmexport.export.output import write_files
 from llmexport.export.progress import Progress, silent
@@ -91,6 +91,7 @@ def bench(
             raise RunError(f"{name} is too small: make it {2 if name == 'new_tokens' else 1} or more")
     export = manifest.read(folder_path(folder))
     check_decoder(export)
+    graph_file.check_files(export)
     most = positions(export)
     if most and prompt_tokens + new_tokens > most:
         raise RunError(f"{prompt_tokens} + {new_tokens} tokens are asked for, the model takes {most}: ask for fewer")

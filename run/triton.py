@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmexport.export import engine_record, manifest
 from llmexport.export.engine_record import Engine
+from llmexport.export.exported import Export
 from llmexport.export.graph_file import load
 from llmexport.export.output import new_folder
 from llmexport.export.placing import place_weights
@@ -109,7 +110,7 @@ def _plans(folder: Path, engine: Engine, name: str | None) -> Iterator[Served]:
     engine_record.check_files(folder, engine)
     for graph, plan in engine.graphs.items():
         files = {folder / plan.file: seen[graph]}
-        yield Served(_name(name or engine.arch, graph), plan.file, plan.inputs, plan.outputs, plan.carried, files)
+        yield Served(_name(name or _called(engine), graph), plan.file, plan.inputs, plan.outputs, plan.carried, files)
 
 
 def _graphs(folder: Path, name: str | None) -> Iterator[Served]:
@@ -128,8 +129,12 @@ def _graphs(folder: Path, name: str | None) -> Iterator[Served]:
         )
         files = {folder / graph.file: seen, **weights}
         yield Served(
-            _name(name or export.arch, graph.name), graph.file, tuple(inputs), tuple(outputs), graph.carried, files
+            _name(name or _called(export), graph.name), graph.file, tuple(inputs), tuple(outputs), graph.carried, files
         )
+
+
+def _called(made: Engine | Export) -> str:
+    return made.arch if made.block is None else f"{made.arch}-{made.block}"
 
 
 def _name(model: str, graph: str) -> str:

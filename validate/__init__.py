@@ -36,7 +36,7 @@ def validate(
     import dataclasses
     import functools
 
-    from llmexport.export import manifest
+    from llmexport.export import graph_file, manifest
     from llmexport.export.folder import folder_path
     from llmexport.validate import ladder, results
     from llmexport.validate.page import write
@@ -50,6 +50,7 @@ def validate(
     if not os.access(folder, os.W_OK):
         raise ExportError(f"{folder} cannot be written to, and the report belongs there: copy the export elsewhere")
     check_memory(tokens or 0)
+    graph_file.check_files(export)
     results.check(save_results)
     if save_results and export.block is not None:
         raise ExportError(f"{folder} is one block: results are saved of a whole model")

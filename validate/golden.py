@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from llmexport.export import graph_file
 from llmexport.export.exported import Export
 from llmexport.export.output import check_new_file
 from llmexport.export.progress import Progress, silent
@@ -71,6 +72,7 @@ def make(
     check_new_file(path, force, pack.is_pack)
     if export.block is not None:
         raise Mismatch(f"{export.folder} is one block: a golden pack is of a whole model, export one")
+    graph_file.check_files(export)
     with in_torch(export) as torch, exact_driver(export) as exact_torch:
         progress("PyTorch", 0, 3)
         listener = Listener(torch)

@@ -108,4 +108,5 @@ def _weights(engine: Engine) -> list[tuple[str, str]]:
     bindings = [b for p in engine.graphs.values() for b in p.bindings.values()]
     stored = sum(b.as_stored for b in bindings)
     said = f"beside the plan: {len(bindings)} inputs, {stored} of them bound as they are stored"
-    return [("weights", said)] if bindings else []
+    said = said if bindings else "in the plan, as none is large enough to lie beside it"
+    return [("weights", said)] if engine.weights_at == "beside" else []

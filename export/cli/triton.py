@@ -21,7 +21,7 @@ from llmexport.run.triton import BACKENDS, write
     type=click.Choice(BACKENDS),
     help="Triton's: the engine or the ONNX file; default: the engine, if one of TensorRT is there.",
 )
-@click.option("--name", help="What the model is called; default: its architecture.")
+@click.option("--name", help="What the model is called; default: its architecture, and its block's name if it is one.")
 @click.option(
     "--weights", type=click.Choice(WEIGHTS), default="auto", help="How its files are put there, as those of an export."
 )

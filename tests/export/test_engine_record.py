@@ -15,6 +15,7 @@ import pytest
 from engine_folder import PLAN, make_engine
 
 from llmexport.export import engine_record
+from llmexport.export.cli.engine import summary
 from llmexport.export.device import Device
 from llmexport.export.errors import EngineError
 
@@ -188,3 +189,10 @@ def test_the_advice_builds_an_engine_of_the_same_kind(folder: Path) -> None:
     for at, end in (("inside", " --backend tensorrt-rtx"), ("beside", " --backend tensorrt-rtx --weights beside")):
         with pytest.raises(EngineError, match=f"llmexport engine {folder}{end}$"):
             engine_record.check_files(folder, dataclasses.replace(engine, weights_at=at))
+
+
+def test_a_model_whose_weights_are_all_small_says_that_none_lies_beside_the_plan(folder: Path) -> None:
+    engine = engine_record.read(folder)
+    assert "weights" not in dict(summary(engine))
+    beside = dataclasses.replace(engine, weights_at="beside")
+    assert dict(summary(beside))["weights"] == "in the plan, as none is large enough to lie beside it"

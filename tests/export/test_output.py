@@ -12,7 +12,7 @@ from faults import Fault, every_full_disk, every_interrupt, fill, tree
 
 from llmexport.export import interrupt, output, placing
 from llmexport.export.errors import ExportError
-from llmexport.export.output import new_folder, write_errors, write_files
+from llmexport.export.output import check_new_file, new_folder, write_errors, write_files
 from llmexport.export.stamp import stamp
 
 RECORD = {"format": 1, "arch": "a", "blocks": [], "config": {}, "weights": {"files": []}}
@@ -445,3 +445,11 @@ def test_the_folder_that_one_is_in_is_not_replaced(target: Path, monkeypatch: py
         with pytest.raises(ExportError, match="holds the folder that you are in, and --force would replace it"):
             make(target, force=True)
     assert tree(target) == before
+
+
+def test_a_file_in_a_folder_that_cannot_be_written_to_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK))
+    with pytest.raises(ExportError, match=f"{tmp_path} cannot be written to: choose another folder"):
+        check_new_file(tmp_path / "pack.npz", False, Path.exists)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import browser
 import pytest
 
 from llmexport.export.cli.main import main
@@ -67,6 +68,27 @@ def test_the_page_shows_what_was_timed_and_asks_for_nothing() -> None:
     assert "not run: &lt;no GPU&gt;" in text
     assert "<arch>" not in text
     assert re.findall(r"(?:src|href)=(?!\"data:)|https?:|url\(", text) == []
+
+
+def test_no_bar_lies_over_a_name_on_a_narrow_screen(tmp_path: Path) -> None:
+    if (program := browser.find()) is None:
+        pytest.skip(f"needs a browser: none of {', '.join(browser.NAMES)} is installed")
+    timed = [module._row(runner, TIMING, TIMING) for runner in module.RUNNERS]
+    (tmp_path / "bench.html").write_text(page(measured(*timed).as_data()), encoding="utf-8")
+    with browser.chromium(program, tmp_path) as tab:
+        shown = tab.open(tmp_path / "bench.html", width=360, scheme="light")
+        assert shown.says("document.querySelectorAll('rect').length") == 9
+        assert shown.says("document.documentElement.scrollWidth <= window.innerWidth")
+        assert shown.says(UNDER) == []
+
+
+# The texts that a bar of their own line lies over.
+UNDER = """
+[...document.querySelectorAll("rect")].flatMap(r => {
+  const bar = r.getBoundingClientRect(), name = r.previousElementSibling, value = r.nextElementSibling;
+  return [name, value].filter(t => t.getBoundingClientRect().left < bar.right
+    && t.getBoundingClientRect().right > bar.left).map(t => t.textContent) })
+"""
 
 
 def test_the_page_of_nothing_timed_has_no_plot() -> None:

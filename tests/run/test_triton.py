@@ -196,6 +196,12 @@ def test_an_export_is_served_from_its_own_weights(arch: str, exported, tmp_path:
 
 
 @pytest.mark.model
+def test_a_block_alone_is_not_called_like_the_whole_model(exported, tmp_path: Path) -> None:
+    assert write(exported("llama", block="mlp"), tmp_path / "repo").models == ("llama-mlp",)
+    assert (tmp_path / "repo/llama-mlp/config.pbtxt").read_text().startswith('name: "llama-mlp"')
+
+
+@pytest.mark.model
 def test_an_export_without_bodies_is_refused(tmp_path: Path) -> None:
     random_checkpoint.write(archs.load("llama"), tmp_path / "checkpoint")
     request = onnx_file.Request(archs.load("llama"), open_checkpoint(tmp_path / "checkpoint"), target="tensorrt")

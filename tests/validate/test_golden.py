@@ -136,6 +136,21 @@ def test_one_block_has_no_pack(exported, tmp_path: Path) -> None:
         make(manifest.read(exported("llama", block="mlp")), tmp_path / "pack.npz")
 
 
+@pytest.mark.parametrize("command", [("golden", "-o", "pack.npz"), ("validate", "--rungs", "transformers"), ("bench",)])
+def test_an_export_whose_graph_is_altered_is_refused_before_the_work(
+    command: tuple[str, ...], exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(exported("llama"), tmp_path / "export"))
+    monkeypatch.chdir(tmp_path)
+    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes() + b"\0")
+    ended = call((command[0], "export", *command[1:]))
+    assert (ended.code, ended.out) == (2, "")
+    assert (
+        ended.err == "error: export/model.onnx is not the file that was exported, it has changed since: export again\n"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
 def test_the_command_writes_a_pack_and_validates_with_it(exported, tmp_path: Path) -> None:
     folder, path = exported("llama"), tmp_path / "pack.npz"
     made = call(("golden", str(folder), "-o", str(path), "--tokens", "9", "--json", "-q"))
