@@ -15,7 +15,7 @@ import torch
 import transformers
 from first_feed import first_feed
 from layouts import fuse_experts, multimodal, mxfp4
-from rungs import EVERYWHERE
+from rungs import EVERYWHERE, OF_A_BLOCK
 from safetensors.numpy import load_file, save_file
 
 from llmexport.export import archs, manifest, onnx_file, random_checkpoint
@@ -75,7 +75,7 @@ def export(source: Path, folder: Path, **wanted: str) -> Export:
 
 
 def statuses(found: Export) -> dict[str, str]:
-    return {r.name: r.status for r in ladder.climb(found, rungs=EVERYWHERE).rungs}
+    return {r.name: r.status for r in ladder.climb(found, rungs=OF_A_BLOCK if found.block else EVERYWHERE).rungs}
 
 
 def prompt() -> stages.Stage:

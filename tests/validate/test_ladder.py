@@ -16,7 +16,7 @@ import onnx
 import pytest
 from arch_cases import CASES, FIRST, IN_FP16, PRIMARY, Case, others_slow
 from reseal import reseal
-from rungs import EVERYWHERE
+from rungs import EVERYWHERE, OF_A_BLOCK
 from safetensors.numpy import load_file, save_file
 from tiny_configs import read
 
@@ -33,7 +33,8 @@ pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
 
 
 def climb(folder: Path, **options: Any) -> dict[str, ladder.Rung]:
-    report = ladder.climb(manifest.read(folder), **{"rungs": EVERYWHERE, **options})
+    export = manifest.read(folder)
+    report = ladder.climb(export, **{"rungs": OF_A_BLOCK if export.block else EVERYWHERE, **options})
     return {r.name: r for r in report.rungs}
 
 

@@ -32,7 +32,7 @@ VOID = {"meta", "link", "br", "line"}
 
 def export(folder: Path, word: str = "gemma") -> Export:
     graph = ExportedGraph(
-        word, Assembly((), (), ()), {}, {}, {word: 2}, {"fuse_gated_act": Fused(3, [("layers.0/mul", word)])}, "0"
+        word, Assembly((), (), ()), {}, {}, {word: 2}, {"fuse_gated_act": Fused(3, [("layers.0/mul", word)])}, "0" * 64
     )
     (folder / graph.file).write_bytes(b"x" * 2048) if folder != Path() else None
     return Export(
@@ -152,7 +152,7 @@ def test_what_files_say_is_text_in_the_page(folder: Path) -> None:
     assert shown.replace("\n", "").isprintable()
 
 
-def engine(graph: str, word: str, model: str = "0") -> engine_record.Engine:
+def engine(graph: str, word: str, model: str = "0" * 64) -> engine_record.Engine:
     plan = engine_record.Plan(
         *("x", 1, "0" * 64, model, (), (), {}, {}),
         layers={word: 1},
@@ -169,7 +169,7 @@ def engine(graph: str, word: str, model: str = "0") -> engine_record.Engine:
 def test_the_engine_beside_an_export_is_shown_if_it_is_of_it(folder: Path) -> None:
     (folder / engine_record.RECORD).write_text(json.dumps(engine("gemma", "Rope").as_data()))
     assert "1 that TensorRT read: 1 Rope" in Read(page(facts(export(folder)), report())).said
-    (folder / engine_record.RECORD).write_text(json.dumps(engine("gemma", "Rope", "1").as_data()))
+    (folder / engine_record.RECORD).write_text(json.dumps(engine("gemma", "Rope", "1" * 64).as_data()))
     assert "is of another export" in facts(export(folder))["engine"]["none"]
     (folder / engine_record.RECORD).write_text("{")
     assert "is damaged" in facts(export(folder))["engine"]["none"]
