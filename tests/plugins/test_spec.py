@@ -16,7 +16,7 @@ from llmexport.export.trace import trace_body
 from llmexport.plugins import spec
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops, op, op_name
 
-# What TensorRT's ONNX parser imports itself, whatever the domain (shared/reference/tensorrt.md, 1.1 to 1.3),
+# What TensorRT's ONNX parser imports itself, whatever the domain, beside those of ONNX,
 # besides the ONNX operators.
 TENSORRT_IMPORTERS = {
     "CausalConvWithState",
