@@ -16,7 +16,7 @@ from llmexport.export.trace import trace_body
 from llmexport.plugins import spec
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops, op, op_name
 
-# What TensorRT's ONNX parser imports itself, whatever the domain, beside those of ONNX,
+# What TensorRT's ONNX parser imports itself, whatever the domain,
 # besides the ONNX operators.
 TENSORRT_IMPORTERS = {
     "CausalConvWithState",
