@@ -98,7 +98,7 @@ def events(child: subprocess.Popen[str], messages: Messages) -> Iterator[Network
 
 def died(work: Path, how: str, messages: Messages) -> EngineError:
     """Of a builder whose process ended before it was done, and what it said last."""
-    return EngineError("\n  ".join([f"TensorRT's builder {how}", *messages, *_tail(work / "stderr")]))
+    return EngineError("\n  ".join([f"TensorRT's builder {how}", *messages, *tail(work / "stderr")]))
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def builder(work: Path, module: str, channel: int | None = None) -> Iterator[sub
 
 
 @contextlib.contextmanager
-def limited(child: subprocess.Popen[str], timeout: float | None) -> Iterator[Callable[[], bool]]:
+def limited(child: subprocess.Popen[Any], timeout: float | None) -> Iterator[Callable[[], bool]]:
     """Kills a process that is still there after so many seconds; gives what says whether it was that."""
     start = time.monotonic()
     timer = threading.Timer(timeout or 0, child.kill)
@@ -147,7 +147,7 @@ def reason(code: int) -> str:
     return f"was killed by {name}" + (", as happens when memory runs out" if name == "SIGKILL" else "")
 
 
-def _tail(path: Path) -> list[str]:
+def tail(path: Path) -> list[str]:
     """The last lines of a log of any size."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4000))

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -149,6 +149,15 @@ def read(folder: Path) -> Engine:
     except DAMAGED as error:
         raise EngineError(f"{path} is damaged or of another version ({error!r}): {rebuild(folder)}") from error
     return engine
+
+
+def outside(profile: Mapping[str, Sizes], sizes: Iterable[tuple[str, int]]) -> str:
+    """Why an engine of this profile does not take these sizes, each with its axis, or nothing."""
+    for axis, size in sizes:
+        low, _, high = profile.get(axis, (size, size, size))
+        if not low <= size <= high:
+            return f"{axis} is {size}, the engine takes {low} to {high}"
+    return ""
 
 
 def rebuild(folder: Path, engine: Engine | None = None) -> str:

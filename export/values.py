@@ -44,6 +44,11 @@ def message(text: str) -> str:
     return "\n  ".join(map(visible, [first, *told[:MOST_LINES], *more]))
 
 
+def one_line(said: object) -> str:
+    """What an error of somebody else says, on one line."""
+    return " ".join(str(said).split())
+
+
 def finite(data: Any) -> Any:
     """The same data for JSON, which has no word for a float that is not finite: as text."""
     if isinstance(data, dict):

@@ -16,6 +16,7 @@ from llmexport.export import graph_file
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import Step
+from llmexport.export.values import one_line
 from llmexport.validate import bound, nodes
 from llmexport.validate.drive import Recorded
 from llmexport.validate.feeds import Feed
@@ -46,7 +47,7 @@ def or_stopped(run: Callable[[str], list[Rung]], name: str, bisect: bool) -> lis
     except (NotTaken, *STOPS) as error:
         if not bisect:
             raise
-        return [Rung(name, "fail", " ".join(str(error).split()))]
+        return [Rung(name, "fail", one_line(error))]
 
 
 def first_fault(export: Export, rungs: Sequence[Rung], recorded: Recorded, seed: int = 0) -> Bisection:

@@ -7,16 +7,14 @@ import dataclasses
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmexport.export import device, engine_record
+from llmexport.export import builder, device, engine_record
 from llmexport.export.engine_record import BACKENDS, Engine
 from llmexport.export.errors import EngineError
 from llmexport.plugins import library
@@ -26,7 +24,6 @@ from llmexport.validate.wire import Arrays, Message, receive, send
 COMMAND = (sys.executable, "-X", "faulthandler", "-m", "llmexport.validate.engine_run")
 SECONDS = 600.0  # for an answer, also the first, before which a large plan is read and moved to the GPU
 LAST = 10.0  # seconds in which a process that says no more must end
-LINES = 10  # of the log of a process that has died
 
 
 def check(folder: Path) -> tuple[Engine, str]:
@@ -63,23 +60,14 @@ class Session:
 
     def ask(self, message: Message | None, feed: Arrays | None = None) -> tuple[Message, Arrays]:
         """The answer to a message; to none, what the process says first."""
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            self._child.kill()
-
-        timer = threading.Timer(self._timeout, give_up)
-        timer.start()
-        try:
+        with builder.limited(self._child, self._timeout) as late:
             with contextlib.suppress(BrokenPipeError):
                 if message is not None and self._child.stdin:
                     send(self._child.stdin, message, feed)
             received = receive(self._child.stdout) if self._child.stdout else None
-        finally:
-            timer.cancel()
+            gave_up = late()
         if received is None:
-            raise EngineError(self._death(late.is_set()))
+            raise EngineError(self._death(gave_up))
         if "refused" in received[0]:
             raise EngineError(received[0]["refused"])
         return received
@@ -91,12 +79,8 @@ class Session:
         except subprocess.TimeoutExpired:
             self._child.kill()
             code = self._child.wait()
-        with open(self._log, "rb") as file:
-            file.seek(max(0, self._log.stat().st_size - 4000))
-            tail = file.read().decode(errors="replace").splitlines()[-LINES:]
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        why = f"gave no answer in {self._timeout:g} s" if late else how
-        return "\n  ".join([f"the process that runs the engine {why}", *tail])
+        why = f"gave no answer in {self._timeout:g} s" if late else builder.reason(code)
+        return "\n  ".join([f"the process that runs the engine {why}", *builder.tail(self._log)])
 
 
 @contextlib.contextmanager

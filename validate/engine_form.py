@@ -59,8 +59,5 @@ def unable(export: Export) -> str:
 
 def outside(export: Export, sizes: Mapping[str, int]) -> str:
     """Why the engine does not take these sizes, by axis, or nothing."""
-    for axis, (low, _, high) in engine_record.read(export.folder).profile.items():
-        size = size_of(axis, sizes, ELSEWHERE)
-        if not low <= size <= high:
-            return f"{axis} is {size}, the engine takes {low} to {high}"
-    return ""
+    profile = engine_record.read(export.folder).profile
+    return engine_record.outside(profile, ((axis, size_of(axis, sizes, ELSEWHERE)) for axis in profile))

@@ -14,14 +14,6 @@ from llmexport.validate.drive import Recorded
 from llmexport.validate.runners import not_runnable, onnx_runner
 
 
-def _no_trace(export: Export, recorded: Recorded) -> str:
-    return ""
-
-
-def _any_size(export: Export, sizes: Mapping[str, int]) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Form:
     """What an export runs as.
@@ -30,10 +22,9 @@ class Form:
     its second argument says that the user asked for it by name, so that a large model is no reason. runner: runs a
     graph, by the names of its ports. against: the form that it is compared with in fp32, where that can run; else our
     PyTorch. trace: of a failed rung, the place where the numbers part, given all values of our PyTorch, or nothing; it
-    may raise what the runner does. outside: why it does not take these sizes, by axis, or
-    nothing. note: what else is to be known of a rung that was run. timed: its seconds are those of something that is
-    deployed.
-    doing: what the user waits for once it is asked for by name, or nothing: the name says it.
+    may raise what the runner does. outside: why it does not take these sizes, by axis, or nothing. note: what else is
+    to be known of a rung that was run. timed: its seconds are those of something that is deployed. doing: what the user
+    waits for once it is asked for by name, or nothing: the name says it.
     """
 
     rung: str
@@ -41,8 +32,8 @@ class Form:
     unable: Callable[[Export, bool], str]
     runner: Callable[[Export, ExportedGraph], BaseRunner]
     against: Form | None = None
-    trace: Callable[[Export, Recorded], str] = _no_trace
-    outside: Callable[[Export, Mapping[str, int]], str] = _any_size
+    trace: Callable[[Export, Recorded], str] = lambda export, recorded: ""
+    outside: Callable[[Export, Mapping[str, int]], str] = lambda export, sizes: ""
     note: Callable[[Export], str] = lambda export: ""
     timed: bool = True
     doing: Callable[[], str] = lambda: ""

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import Step
+from llmexport.export.values import one_line
 from llmexport.plugins import emulated, library
 from llmexport.plugins.errors import PluginError
 from llmexport.plugins.host import Library, Plugin, Refused, desc, dtype_name
@@ -176,7 +177,7 @@ def unable(export: Export, asked: bool) -> str:
         if emulated.find() is None:
             return "the kernels are not compiled for this CPU: llmexport plugins build --emulated, which takes a minute"
     except PluginError as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     products = multiply_adds(export)
     large = f"a prompt takes {products:.0e} multiply-adds, over {MOST:.0e}: --rungs kernels runs it anyway"
     return large if products > MOST else ""

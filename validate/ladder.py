@@ -9,6 +9,7 @@ from typing import Any
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.exported import Export
 from llmexport.export.progress import Progress, silent
+from llmexport.export.values import one_line
 from llmexport.plugins.errors import PluginError
 from llmexport.validate import drive, overflow, stages
 from llmexport.validate.bisect import first_fault, or_stopped, with_blocks
@@ -86,9 +87,7 @@ def _climb_whole(
     rungs: list[Rung] = []
     for place, name in enumerate(names):
         progress(_doing(name, asked), 1 + place, 1 + len(names))
-        for rung in or_stopped(whole.rungs, name, bisect):
-            rung.key = name
-            rungs.append(rung)
+        rungs += _called(whole.rungs, name, bisect)
     apart = next((r for r in rungs if r.name == BLOCKS), None)
     # A model that is not finite in fp32 either does not overflow.
     lost = export.dtype if whole.exact and whole.exact.finite else "float32"
@@ -102,12 +101,24 @@ def _climb_whole(
         rungs,
         {n: run.medians for n, run in runs.items()},
         _shape(script),
-        asked=tuple(n for n in RUNGS if n in (asked or ())),
+        asked=_in_order(asked),
         calls={n: run.calls for n, run in runs.items()},
         bisect=first_fault(export, rungs, recorded) if bisect else None,
         largest=ours.largest,
         warning=overflow.near(ours.largest) if lost == "float16" else "",
     )
+
+
+def _called(run: Callable[[str], list[Rung]], name: str, bisect: bool) -> list[Rung]:
+    """What a rung gives, under the name that users choose it by."""
+    rungs = or_stopped(run, name, bisect)
+    for rung in rungs:
+        rung.key = name
+    return rungs
+
+
+def _in_order(asked: frozenset[str] | None) -> tuple[str, ...]:
+    return tuple(n for n in RUNGS if n in (asked or ()))
 
 
 def _doing(name: str, asked: frozenset[str] | None) -> str:
@@ -160,15 +171,13 @@ def _climb_block(
                 rung = rung_of(form.title(), list(alone(judge, runner, step, seed)))
             rung.note = "; ".join(filter(None, (rung.note, form.note(export))))
         except (EngineError, PluginError) as error:
-            rung = Rung(form.title(), "fail", " ".join(str(error).split()))
+            rung = Rung(form.title(), "fail", one_line(error))
         return [rung]
 
     rungs: list[Rung] = []
     for place, name in enumerate(forms):
         progress(name, place, len(forms))
-        for rung in or_stopped(climbed, name, bisect):
-            rung.key = name
-            rungs.append(rung)
+        rungs += _called(climbed, name, bisect)
     progress("block", len(forms), len(forms))
     found = first_fault(export, rungs, {}, seed) if bisect else None
-    return Report(rungs, {}, {}, asked=tuple(n for n in RUNGS if n in (asked or ())), bisect=found)
+    return Report(rungs, {}, {}, asked=_in_order(asked), bisect=found)

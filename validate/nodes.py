@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from llmexport.export.values import one_line
 from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.spec import DOMAIN, op_name
 from llmexport.validate.compare import Difference, compare
@@ -98,7 +99,7 @@ def _run_first(part: onnx.ModelProto, count: int, given: Feed, weights: Path) ->
     try:
         return values(_apart(part, count, given), given, weights), ""
     except (NotTaken, *STOPS) as error:
-        return {}, " ".join(str(error).split())
+        return {}, one_line(error)
 
 
 def _apart(part: onnx.ModelProto, count: int, given: Feed) -> onnx.ModelProto:

@@ -19,6 +19,7 @@ from llmexport.export.checkpoint import INDEX
 from llmexport.export.exported import Export
 from llmexport.export.spec import Use
 from llmexport.export.trace import torch_dtype
+from llmexport.export.values import one_line
 from llmexport.validate.feeds import Feed, beside, earlier
 from llmexport.validate.runners import to_numpy, to_torch
 from llmexport.validate.stages import Stage
@@ -58,7 +59,7 @@ def _config(kind: Any, data: dict[str, Any]) -> Any:
     try:
         return kind.from_dict(data)
     except Exception as error:
-        raise Refused(f"transformers does not take this config: {' '.join(str(error).split())}") from error
+        raise Refused(f"transformers does not take this config: {one_line(error)}") from error
 
 
 class Transformers:

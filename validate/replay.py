@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llmexport.export import engine_record
 from llmexport.export.errors import EngineError
 from llmexport.export.spec import Port, Sizes
 from llmexport.validate.compare import Mismatch, compare
@@ -54,12 +55,8 @@ def _said(ports: tuple[Port, ...]) -> set[str]:
 
 def outside(inputs: tuple[Port, ...], profile: Mapping[str, Sizes], feed: Arrays) -> str:
     """Why an engine of this profile does not take a feed, or nothing."""
-    for port in inputs:
-        for axis, size in zip(port.shape, feed[port.name].shape, strict=True):
-            low, _, high = profile.get(str(axis), (size, size, size))
-            if not low <= size <= high:
-                return f"{axis} is {size}, the engine takes {low} to {high}"
-    return ""
+    pairs = (pair for port in inputs for pair in zip(map(str, port.shape), feed[port.name].shape, strict=True))
+    return engine_record.outside(profile, pairs)
 
 
 def replay(pack: Pack, title: str, run: Run, fits: Fits = lambda graph, feed: "", *, keep: bool = False) -> Replay:

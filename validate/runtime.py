@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 
+from llmexport.export.values import one_line
 from llmexport.validate.compare import Mismatch
 
 # Since 1.29 it tells its makers of every session, models' names and hashes included, and leaves a file among the
@@ -52,5 +53,5 @@ def open_session(model: onnx.ModelProto, weights: Path, options: SessionOptions 
     try:
         return InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except REFUSALS as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         raise NotTaken(f"ONNX Runtime {installed} does not take the model: {said}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from llmexport.export import graph_file
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export
+from llmexport.export.values import one_line
 from llmexport.plugins.errors import PluginError
 from llmexport.validate.drive import Recorded, Run, Runs, TorchDriver, driver, follow
 from llmexport.validate.feeds import Feed
@@ -81,15 +82,15 @@ class Whole:
         title = form.title(None if self.exact_torch else before)
         if reason := form.unable(self.export, form.rung in self.asked):
             return Rung(title, "not run", reason)
-        left = [(s, why) for s in self.script if (why := form.outside(self.export, s.sizes))]
+        left = self._left(form)
         # Crossings may be left out; the prompt and what follows it hang together.
         if needed := next((f"{s.name}: {why}" for s, why in left if s.kind != "crossing"), ""):
             return Rung(title, "not run", needed)
         try:
-            found = self._run(form)
+            found = self._run(form, left)
         except (EngineError, PluginError) as error:
-            return Rung(title, "fail", _line(error))
-        other = self._run(before) if before else None
+            return Rung(title, "fail", one_line(error))
+        other = self._run(before, self._left(before)) if before else None
         yardsticks = [self.ours, *self.theirs, *([other] if other else [])] if self.exact else []
         expected = self.exact or other or self.ours
         allowed = tolerance(self.export.dtype, self.export)
@@ -99,17 +100,22 @@ class Whole:
         rung.note = "; ".join(filter(None, (rung.note, *lacks, place, form.note(self.export))))
         return rung
 
+    def _left(self, form: Form) -> list[tuple[Stage, str]]:
+        """The stages that a form does not take, and why."""
+        return [(s, why) for s in self.script if (why := form.outside(self.export, s.sizes))]
+
     def _traced(self, form: Form) -> str:
         """Where its numbers part, or why nobody can tell."""
         try:
             return form.trace(self.export, self.recorded)
         except (EngineError, PluginError) as error:
-            return _line(error)
+            return one_line(error)
 
-    def _run(self, form: Form) -> Run:
+    def _run(self, form: Form, left: Sequence[tuple[Stage, str]]) -> Run:
+        """The run of a form, of the stages that are not `left`."""
         if form.name not in self.forms:
             with driver(self.export, lambda graph: form.runner(self.export, graph)) as model:
-                taking = Taking(model, lambda stage: not form.outside(self.export, stage.sizes))
+                taking = Taking(model, lambda stage: all(stage is not s for s, _ in left))
                 self.forms[form.name] = follow(taking, self.export, self.script, timed=form.timed)
         return self.forms[form.name]
 
@@ -158,7 +164,3 @@ class Whole:
                 if not graph.step_weights[step.name]:
                     details.extend(alone(judge, runner, step, seed=0))
         return rung_of(BLOCKS, details)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
