@@ -8,40 +8,30 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import Run, runner
 from layouts import mxfp4
 from safetensors.numpy import load_file, save_file
 
 from llmexport.export import archs, output, random_checkpoint, trace
 from llmexport.export.cli import deploy
 from llmexport.export.cli.console import Console
-from llmexport.export.cli.main import COMMANDS, main
+from llmexport.export.cli.main import COMMANDS
 from llmexport.export.errors import EngineError
 from llmexport.plugins import library
 from llmexport.plugins.spec import all_ops
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Runs a command in this process, in an empty folder; returns its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llmexport", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture

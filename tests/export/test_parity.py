@@ -9,7 +9,7 @@ import pytest
 import torch
 from arch_cases import DECODERS, IN_BF16, IN_FP16, Case, others_slow
 from arch_cases import FIRST as FIRST_OF_ALL
-from decoders import PROMPT, REFUSED, RUNNERS, Decoder, prompt, reference
+from decoders import PROMPT, REFUSED, RUNNERS, Decoder, prompt, reference, theirs
 
 from llmexport.export import manifest
 from llmexport.validate.compare import compare
@@ -32,14 +32,7 @@ def test_logits_match_transformers_through_prefill_and_decode(
     positions = np.maximum(mask.cumsum(-1) - 1, 0) + shift
     cache = None
     for step in range(DECODE + 1):
-        with torch.no_grad():
-            made = model(
-                input_ids=torch.from_numpy(ids),
-                attention_mask=torch.from_numpy(mask),
-                position_ids=torch.from_numpy(positions),
-                past_key_values=cache,
-                use_cache=True,
-            )
+        made = theirs(model, ids, mask, positions, cache)
         cache = made.past_key_values
         expected = made.logits.numpy()
         for decoder in ours:

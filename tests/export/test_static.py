@@ -9,9 +9,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from arch_cases import DECODERS, FIRST, PRIMARY, Case, others_slow
-from decoders import PROMPT, REFUSED, RUNNERS, Decoder, prompt, reference, session
+from decoders import PROMPT, REFUSED, RUNNERS, Decoder, prompt, reference, session, theirs
 
 from llmexport.export import archs, export, manifest
 from llmexport.export.assembly import parts
@@ -40,14 +39,7 @@ def test_every_architecture_gives_the_logits_of_transformers(case: Case, tiny_ch
     ids, mask = prompt()
     positions, cache = np.maximum(mask.cumsum(-1) - 1, 0), None
     for step in range(DECODE + 2):
-        with torch.no_grad():
-            made = model(
-                input_ids=torch.from_numpy(ids),
-                attention_mask=torch.from_numpy(mask),
-                position_ids=torch.from_numpy(positions),
-                past_key_values=cache,
-                use_cache=True,
-            )
+        made = theirs(model, ids, mask, positions, cache)
         cache = made.past_key_values
         for decoder, given in zip(ours, (mask, wide(mask)), strict=True):
             decoder.check(

@@ -9,33 +9,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from commands import Run, runner
 from misuse import heed_signals
 from tiny_tokenizer import add_tokenizer, tiny_tokenizer
 
-from llmexport.export.cli.main import main
-
-Run = Callable[..., tuple[int, str, str]]
 PROMPT = "the quick fox"
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command in this process; returns its exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llmexport", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
+    return runner(monkeypatch, capsys)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
