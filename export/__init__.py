@@ -29,6 +29,7 @@ def export(
     cache: str = "dynamic",
     max_tokens: int | None = None,
     logits: str = "all",
+    part: str | None = None,
     runtimes: Sequence[str] = (),
     force: bool = False,
     progress: Progress = silent,
@@ -41,14 +42,16 @@ def export(
     """
     from llmexport.export import onnx_file
     from llmexport.export.folder import folder_path
-    from llmexport.export.source import open_source
+    from llmexport.export.source import chosen, open_source
 
     folder = folder_path(output)
-    with open_source(arch, None if checkpoint is None else folder_path(checkpoint), folder) as (named, found):
+    part, source = chosen(part, checkpoint), None if checkpoint is None else folder_path(checkpoint)
+    with open_source(arch, source, folder, part) as (named, found):
         request = onnx_file.Request(
             *(named, found, dtype, block, weights, target, digest, cache, max_tokens),
             runtimes=tuple(runtimes),
             logits=logits,
+            part=part,
         )
         return onnx_file.write(request, folder, force=force, progress=progress)
 

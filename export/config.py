@@ -19,6 +19,7 @@ from llmexport.export.keys import (
     QUANTISATION,
     SWITCHED,
 )
+from llmexport.export.spec import Splice
 from llmexport.export.values import as_integer, as_positive, key_name, same, show, visible, whole
 
 _REQUIRED = object()
@@ -30,11 +31,11 @@ class Config:
     """The keys of one `config.json`, each read once by name; `finish` refuses those that nobody read.
 
     `notes` are sentences for who exports: what is passed over, and where the graph is right all the same. `slots`
-    are those of a static cache, which no config says.
+    are those of a static cache, which no config says; `splice` is what puts pictures into the text, if anything does.
     """
 
-    def __init__(self, data: Mapping[str, Any], slots: int | None = None) -> None:
-        self.slots = slots
+    def __init__(self, data: Mapping[str, Any], slots: int | None = None, splice: Splice | None = None) -> None:
+        self.slots, self.splice = slots, splice
         self._data = dict(data)
         self._read: set[str] = set()
         self.notes: list[str] = []

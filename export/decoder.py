@@ -90,7 +90,7 @@ class Decoder:
         self.config.expect_layer_types([_kind(reads) for _, reads in layers])
         head = Head(norm, self.vocabulary, softcap, logit_scale)
         tied = self.config.flag("tie_word_embeddings", tied)
-        return wired(embedding, layers, head, tied=tied, slots=self.config.slots)
+        return wired(embedding, layers, head, tied=tied, slots=self.config.slots, splice=self.config.splice)
 
 
 def _kind(reads: Iterable[Block]) -> str:

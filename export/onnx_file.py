@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from llmexport.export import cache, manifest, weights
-from llmexport.export.archs import as_stored, multimodal_names, text_config
+from llmexport.export.archs import (
+    PARTS,
+    as_stored,
+    left_out,
+    multimodal_names,
+    read_tower,
+    text_config,
+    with_part,
+)
 from llmexport.export.assembly import (
     alone,
     find_block,
@@ -49,7 +57,8 @@ class Request:
 
     `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
     a body over a plugin of the same name. `max_tokens` are the slots of a static `cache`. `runtimes` are others that
-    shall open the folder. `logits` are those of all tokens, or of the last of each row.
+    shall open the folder. `logits` are those of all tokens, or of the last of each row. `part` of a multimodal
+    checkpoint is all that is exported of it, its text model or what sees.
     """
 
     arch: Arch
@@ -63,9 +72,17 @@ class Request:
     max_tokens: int | None = None
     runtimes: tuple[str, ...] = ()
     logits: str = "all"
+    part: str = "all"
 
     def __post_init__(self) -> None:
-        said = (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS), ("cache", CACHES), ("logits", LOGITS))
+        said = (
+            ("dtype", DTYPES),
+            ("weights", WEIGHTS),
+            ("target", TARGETS),
+            ("cache", CACHES),
+            ("logits", LOGITS),
+            ("part", PARTS),
+        )
         for name, choices in said:
             if (said := getattr(self, name)) not in choices:
                 raise ExportError(f"{name} is {said!r}: choose one of {', '.join(choices)}")
@@ -78,20 +95,26 @@ class Request:
             raise ExportError(f"{wants}, not {odd}: leave one of them out")
 
 
-def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None) -> Model:
-    """The model that a config describes, with a static cache of so many slots if they are said.
+def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None, part: str = "text") -> Model:
+    """The model that a config describes, or this part of it, with a static cache of so many slots if they are said.
 
     Raises ExportError on what this architecture does not understand.
     """
-    return read_noted(arch, config, slots)[0]
+    return read_noted(arch, config, slots, part)[0]
 
 
-def read_noted(arch: Arch, config: Mapping[str, Any], slots: int | None = None) -> tuple[Model, list[str]]:
+def read_noted(
+    arch: Arch, config: Mapping[str, Any], slots: int | None = None, part: str = "text"
+) -> tuple[Model, list[str]]:
     """The same, with sentences on what the config says and the graph leaves out."""
-    keys = Config(text_config(arch, config), slots)
+    vision, splice = read_tower(arch, config, part) or (None, None)
+    keys = Config(text_config(arch, config), slots, splice)
     model = arch.build(keys)
     keys.finish(causal=any(g.carried for g in model.graphs))
-    return model, keys.notes
+    notes = [*keys.notes, *filter(None, [left_out(arch, config)])]
+    if vision is None:
+        return model, notes
+    return (Model((vision,), {}) if part == "vision" else Model((vision, *model.graphs), model.ties)), notes
 
 
 def open_model(request: Request) -> tuple[Request, Model, list[str]]:
@@ -99,17 +122,19 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
 
     What is made here is bounded by what the checkpoint holds: a config alone can ask for anything.
     """
-    model, notes = read_noted(request.arch, request.checkpoint.config, request.max_tokens)
+    config, part = request.checkpoint.config, request.part
+    model, notes = read_noted(request.arch, config, request.max_tokens, part)
     model = with_last_logits(model) if request.logits == "last" else model
     stored = request.checkpoint.tensors
-    arch = as_stored(request.arch, stored)
+    arch = as_stored(with_part(request.arch, config, part), stored)
     for ours, theirs in {(k.partition("{i}")[0], v.partition("{i}")[0]) for k, v in arch.names.items() if "{i}" in k}:
         # A layer may be placed in several graphs.
         layers = {s.path.removeprefix(ours).partition(".")[0] for s in model.steps if s.path.startswith(ours)}
         held = {n.removeprefix(theirs).partition(".")[0] for n in stored if n.startswith(theirs)}
         if held and len(layers) > len(held):
             raise ExportError(
-                f"config.json says num_hidden_layers {len(layers)}, the checkpoint holds {len(held)} layers: "
+                f"config.json says {'depth' if ours.startswith('vision.') else 'num_hidden_layers'} {len(layers)}, "
+                f"the checkpoint holds {len(held)} layers: "
                 "is config.json from the same model?"
             )
     if arch is not request.arch and model.ties:
@@ -207,4 +232,5 @@ def _check_weights(request: Request, model: Model, wanted: list[weights.Paramete
     for copy, original in tied_names(arch, model):
         ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
     by_name = {p.name: p for p in wanted}
-    weights.check(by_name, request.checkpoint, ignore, whole=request.block is None, head=head_name(arch))
+    whole = request.block is None and request.part != "vision"
+    weights.check(by_name, request.checkpoint, ignore, whole=whole, head=head_name(arch))

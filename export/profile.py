@@ -25,7 +25,8 @@ class Profile:
             said = f"profile says {name}={low}:{opt}:{high}"
             axis = axis_of(name)
             if axis.sum_of:
-                raise EngineError(f"{said}, but {name} is {' + '.join(axis.sum_of)}: name those")
+                times = f"{axis.times} * " if axis.times > 1 else ""
+                raise EngineError(f"{said}, but {name} is {times}{' + '.join(axis.sum_of)}: name those")
             if not axis.least <= low <= opt <= high < 2**31:
                 raise EngineError(f"{said}: make it {axis.least} <= min <= opt <= max < 2**31")
 
@@ -49,11 +50,12 @@ class Profile:
         if unsaid := sorted(free - set(sizes)):
             raise EngineError(f"{', '.join(unsaid)} has no default sizes: name it in --profile")
         for dim in dims - free:
-            low, opt, high = (sum(s) + axis_of(dim).plus for s in zip(*(sizes[n] for n in summands(dim)), strict=True))
+            axis, each = axis_of(dim), zip(*(sizes[n] for n in summands(dim)), strict=True)
+            low, opt, high = (axis.times * sum(s) + axis.plus for s in each)
             sizes[dim] = (low, opt, high)
             if high >= 2**31:
                 says = " and ".join(f"{sizes[n][2]} {n}" for n in summands(dim))
-                raise EngineError(f"profile says up to {says}: make their sum less than 2**31")
+                raise EngineError(f"profile says up to {says}: make {dim} less than 2**31")
         return sizes
 
 

@@ -15,7 +15,7 @@ import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
 import numpy as np
 from safetensors.numpy import save_file
 
-from llmexport.export import weights
+from llmexport.export import archs, weights
 from llmexport.export.assembly import checkpoint_name, part_names, parts
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.earlier import RANDOM
@@ -40,21 +40,27 @@ def write(
     seed: int = 0,
     shard_bytes: int = 2**30,
     hollow: bool = False,
+    part: str | None = None,
     force: bool = False,
 ) -> None:
     """A checkpoint of `config` (the architecture's tiny one if None) that transformers loads as well.
 
     Matrices are normal with a deviation that keeps the logits of order one; norms and biases are spread too, so
     that leaving one out shows. The same seed gives the same bytes. Holds one shard in memory. `hollow`: the files are
-    holes that read as zeros and take no space, of any size.
+    holes that read as zeros and take no space, of any size. `part` of a multimodal checkpoint: all of it where `config`
+    is one's and nobody says; the tiny one is of the text model.
     """
+    part = part or ("text" if config is None else "all")
+    if config is None and part != "text":
+        config = archs.tiny_config(arch, part)
+        arch = archs.choose(None, config)
     config = {
         "architectures": [arch.reference.model_class],
         "model_type": arch.model_types[0],
         "dtype": dtype,
     } | dict(config or arch.tiny)
     parameters: dict[str, _Parameter] = {}
-    for name, parameter in _parameters(arch, config, dtype):
+    for name, parameter in _parameters(arch, config, dtype, part):
         parameters[name] = parameter
         if len(parameters) > MOST_TENSORS:
             raise ExportError(
@@ -91,9 +97,9 @@ class _Parameter:
         return math.prod(self.shape) * BY_NAME[self.dtype].bits // 8
 
 
-def _parameters(arch: Arch, config: Mapping[str, Any], dtype: str) -> Iterator[tuple[str, _Parameter]]:
+def _parameters(arch: Arch, config: Mapping[str, Any], dtype: str, part: str) -> Iterator[tuple[str, _Parameter]]:
     """Name in the checkpoint of every parameter, and what it is."""
-    model = read_model(arch, config)
+    model, arch = read_model(arch, config, part=part), archs.with_part(arch, config, part)
     stored_as = {block: load_parameters(block) for block in {s.block for s in model.steps}}
     for step in model.steps:
         means = {part.path: mean for part in parts(step) if (mean := _mean(part.block)) is not None}

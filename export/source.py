@@ -16,9 +16,16 @@ from llmexport.export.spec import Arch
 from llmexport.export.workspace import workspace
 
 
+def chosen(part: str | None, folder: object) -> str:
+    """The part that is exported where nobody says: all of a checkpoint, and the text model of the built-in tiny one."""
+    return part or ("text" if folder is None else "all")
+
+
 @contextmanager
-def open_source(arch: str | None, folder: Path | None, beside: Path) -> Iterator[tuple[Arch, Checkpoint]]:
-    """The checkpoint in `folder`; without one, a tiny random one, for as long as the export takes."""
+def open_source(
+    arch: str | None, folder: Path | None, beside: Path, part: str = "text"
+) -> Iterator[tuple[Arch, Checkpoint]]:
+    """The checkpoint in `folder`; without one, a tiny random one of this part, for as long as the export takes."""
     if folder is not None:
         checkpoint = open_checkpoint(folder)
         yield archs.choose(arch, checkpoint.config), checkpoint
@@ -33,5 +40,6 @@ def open_source(arch: str | None, folder: Path | None, beside: Path) -> Iterator
     with contextlib.ExitStack() as stack:
         with write_errors(target):
             made = stack.enter_context(workspace(target.parent)) / "checkpoint"
-        random_checkpoint.write(named, made, shard_bytes=100_000)
-        yield named, open_checkpoint(made)
+        random_checkpoint.write(named, made, part=part, shard_bytes=100_000)
+        found = open_checkpoint(made)
+        yield archs.choose(arch, found.config), found

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from llmexport.export.assembly import HEAD, TABLE
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Block, Embedding, Head, Layer, Model
+from llmexport.export.spec import ONLY, Block, Embedding, Head, Layer, Model, Splice
 from llmexport.export.static import with_slots
 from llmexport.export.wiring import Wiring
 
@@ -21,14 +21,15 @@ def wired(
     *,
     tied: bool,
     slots: int | None = None,
+    splice: Splice | None = None,
 ) -> Model:
     """Tokens and past states to logits and present states.
 
     `layers` are the blocks and the context that each reads; `tied`: the head's projection is the embedding table, and
-    its bias, if it has one, the one that stands beside it. `slots` are those of a static cache. Raises ExportError if
-    there is no cache that could have any.
+    its bias, if it has one, the one that stands beside it. `slots` are those of a static cache; `splice` puts pictures
+    into the text, which an earlier graph has seen. Raises ExportError if there is no cache that could have slots.
     """
-    layers, wiring = list(layers), Wiring()
+    layers, wiring = list(layers), Wiring("decoder" if splice else ONLY)
     if slots is not None:
         if not any(block.states for block, _ in layers):
             raise ExportError("--cache static: this model reads a row at once and keeps no cache: leave --cache out")
@@ -36,7 +37,12 @@ def wired(
     shared = [b for _, reads in layers for b in reads]
     ports = {p.name: p for b in (embedding, *shared) for p in b.inputs}
     wiring.take(*(ports[n] for n in TOKENS if n in ports))
-    (hidden,) = wiring.place("embedding", embedding, ["hidden.0"])
+    if splice:
+        wiring.take(splice.inputs[-1])
+        wiring.place("embedding", embedding, ["embedded"])
+        (hidden,) = wiring.place("splice", splice, ["hidden.0"], hidden="embedded")
+    else:
+        (hidden,) = wiring.place("embedding", embedding, ["hidden.0"])
     wiring.share(shared)
     for i, (block, reads) in enumerate(layers):
         (hidden,) = wiring.place(f"layers.{i}", block, [f"hidden.{i + 1}"], state=f"{i}", context=reads, hidden=hidden)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx.helper import get_attribute_value, make_attribute
 
-from llmexport.export.spec import AXES, SEQUENCE, behind
+from llmexport.export.spec import AXES, FEATURES, SEQUENCE, behind, patch_axis
 
 # The other forms that a Constant's numbers may have.
 CONSTANTS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
@@ -39,6 +39,8 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
                 dim.dim_param = sums[terms]
             elif more and terms == {SEQUENCE, *more}:
                 dim.dim_param = behind(int(more[0]))
+            elif dim.dim_param.endswith(f"*{FEATURES}"):
+                dim.dim_param = patch_axis(int(dim.dim_param.removesuffix(f"*{FEATURES}")))
     _settle_reshapes(graph)
     return model
 

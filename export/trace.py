@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from llmexport.export import blocks
 from llmexport.export.blocks import standard
-from llmexport.export.spec import AXES, OPSET, Block, Port, size_of, with_sums
+from llmexport.export.spec import AXES, OPSET, Block, Port, axis_of, size_of, with_sums
 from llmexport.export.tidy import hold_tensors, tidy
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
 
@@ -143,7 +143,7 @@ def _export(
         def forward(self, tensors: list[Tensor]) -> Any:
             return forward(*tensors)
 
-    symbols = {d: torch.export.Dim(d) for shape in dims for d in shape if isinstance(d, str)}
+    symbols = {d: _symbol(d) for shape in dims for d in shape if isinstance(d, str)}
     dynamic = [{i: symbols[d] for i, d in enumerate(shape) if isinstance(d, str)} for shape in dims]
     arguments: dict[str, Any] = {
         "input_names": names,
@@ -167,6 +167,12 @@ def _export(
     # Folds constants only: the exporter's own optimiser also rewrites norms into operators of mixed types.
     onnxscript.optimizer.optimize_ir(program.model)
     return tidy(program.model_proto)
+
+
+def _symbol(name: str) -> Any:
+    """A dynamic dimension; one that is so many times another divides by that."""
+    axis = axis_of(name)
+    return axis.times * torch.export.Dim(*axis.sum_of) if axis.times > 1 else torch.export.Dim(name)
 
 
 @functools.cache

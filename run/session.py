@@ -14,9 +14,9 @@ from llmexport.export.graph_file import load
 from llmexport.export.last_logits import last_logits
 from llmexport.export.spec import LongScaling, Rotary
 from llmexport.run.errors import RunError
-from llmexport.validate.feeds import along_step, beside, limits, states
+from llmexport.validate.feeds import beside, limits, states, without_pictures
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
-from llmexport.validate.stages import Stage
+from llmexport.validate.stages import Stage, runs_at
 
 BACKENDS = ("onnxruntime", "engine")
 V = TypeVar("V")
@@ -63,9 +63,10 @@ class Session(Generic[V]):
             for graph in export.graphs:
                 fresh = states(graph, export.dtype, stage.sizes)
                 self._carried[graph.name] = {n: self.put(a) for n, a in fresh.items()}
+        self._held |= {n: self.put(a) for n, a in without_pictures(export).items()}
         for graph in export.graphs:
             inputs, known = graph.assembly.inputs, self._held | self._carried[graph.name]
-            if not (stage.begins or graph.carried or any(map(along_step, inputs))):
+            if not runs_at(stage, graph):
                 continue
             feed = {p.name: known[p.name] if p.name in known else self.put(stage.at(p)) for p in inputs}
             made = dict(self.infer(graph, feed))

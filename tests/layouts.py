@@ -60,7 +60,7 @@ def multimodal(arch: str, folder: Path) -> Path:
     known = archs.load(arch)
     assert known.multimodal
     torch.manual_seed(0)
-    model_class = getattr(transformers, known.multimodal.architecture)
+    model_class = getattr(transformers, known.multimodal[0].architecture)
     tiny = copy.deepcopy(dict(known.tiny))
     model = model_class(model_class.config_class(text_config=tiny, vision_config=dict(VISION[arch])))
     randomise(model)

@@ -261,7 +261,7 @@ def test_no_name_of_a_port_an_axis_or_a_graph_decides_anything():
 
 def test_no_model_type_is_claimed_twice():
     claimed = [t for n in archs.names() for t in archs.load(n).model_types]
-    claimed += [a.multimodal.model_type for n in archs.names() if (a := archs.load(n)).multimodal]
+    claimed += [m.model_type for n in archs.names() for m in archs.load(n).multimodal]
     assert sorted(claimed) == sorted(set(claimed))
 
 

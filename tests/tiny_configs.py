@@ -22,7 +22,7 @@ def read_whole(arch: str, beside: dict[str, Any] | None = None, **changes: Any) 
     """The same as the text model of a multimodal config, with the keys `beside` it."""
     named = archs.load(arch)
     assert named.multimodal
-    outer = {"model_type": named.multimodal.model_type, "vision_config": {}, **(beside or {})}
+    outer = {"model_type": named.multimodal[0].model_type, "vision_config": {}, **(beside or {})}
     return read_model(named, {**outer, "text_config": named.tiny | changes})
 
 

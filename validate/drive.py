@@ -1,7 +1,8 @@
 """Runs an export through a script of stages, on one runner for each of its graphs, in order.
 
 A graph with states is stepped by what it carries. One without is run at every stage whose tokens it reads; one that
-reads none of them is run once for a prompt, and its outputs are held by name for the graphs after it.
+reads none of them is run once for a prompt, and its outputs are held by name for the graphs after it. One that looks at
+pictures is run where a stage has any, and its features are for that stage alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import BATCH, PAST, Port
 from llmexport.validate import overflow
 from llmexport.validate.compare import Mismatch
-from llmexport.validate.feeds import Feed, along_step, beside, draw, holds_tokens, shape_of, states
+from llmexport.validate.feeds import (
+    Feed,
+    beside,
+    draw,
+    holds_tokens,
+    shape_of,
+    states,
+    without_pictures,
+)
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.stages import (
     DECODE_STEPS,
@@ -29,6 +38,7 @@ from llmexport.validate.stages import (
     Stage,
     crossing,
     padded_right,
+    runs_at,
     suspected_thresholds,
     thresholds,
 )
@@ -73,7 +83,8 @@ class Driver(Generic[R]):
         if stage.begins:
             self._held = draw(beside(export), export.blocks, export.dtype, stage.sizes)
             self._carried = {g.name: states(g, export.dtype, stage.sizes) for g in export.graphs}
-        graphs = [g for g in export.graphs if stage.begins or g.carried or any(map(along_step, g.assembly.inputs))]
+        self._held |= without_pictures(export)
+        graphs = [g for g in export.graphs if runs_at(stage, g)]
         self.seconds, self.ran = 0.0, tuple(g.name for g in graphs)
         for graph in graphs:
             runner, carried = self.runners[graph.name], self._carried.pop(graph.name)

@@ -10,6 +10,7 @@ import numpy as np
 from llmexport.export.exported import Export
 from llmexport.export.spec import (
     BATCH,
+    FEATURES,
     PAST,
     SEQUENCE,
     WRITTEN,
@@ -25,6 +26,7 @@ from llmexport.export.spec import (
 )
 
 Feed = dict[str, np.ndarray]
+SEEN: tuple[Use, ...] = ("pixels", "grid", "features")
 ELSEWHERE = 11  # the size of an axis along which no tokens of a step lie
 
 
@@ -37,13 +39,27 @@ def along_step(port: Port) -> bool:
     return any({SEQUENCE, WRITTEN} & {*summands(d)} for d in port.shape if isinstance(d, str))
 
 
+def sees(graph: Graph) -> bool:
+    """Whether a graph looks at pictures."""
+    return any(p.use == "pixels" for p in graph.assembly.inputs)
+
+
+def without_pictures(export: Export) -> Feed:
+    """The features that a step without pictures reads: none, by value."""
+    ports = [p for g in export.graphs for p in g.assembly.inputs if p.use == "features"]
+    return {p.name: np.zeros((0, *shape_of(p, {})[1:]), p.typed(export.dtype).dtype) for p in ports}
+
+
 def beside(export: Export) -> tuple[Port, ...]:
-    """The inputs of an export's graphs that no earlier graph makes, no step carries, and no tokens of a step fill."""
+    """The inputs of an export's graphs that no earlier graph makes, no step carries, and no tokens of a step fill.
+
+    Nor do pictures fill them.
+    """
     made: set[str] = set()
     found: dict[str, Port] = {}
     for graph in export.graphs:
         inputs = [p for p in graph.assembly.inputs if p.name not in made and p.name not in graph.carried]
-        found |= {p.name: p for p in inputs if not along_step(p)}
+        found |= {p.name: p for p in inputs if not along_step(p) and p.use not in SEEN}
         made |= {p.name for p in graph.assembly.outputs}
     return tuple(found.values())
 
@@ -108,7 +124,9 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = np.cos(angles / np.arange(1, shape[-1] + 1))
             case "sin":
                 value = np.sin(angles / np.arange(1, shape[-1] + 1))
-            case "hidden" | "state" | "slots" | "window" | "logits":
+            case "grid":
+                value = _grids(shape[0], size_of(FEATURES, sizes, ELSEWHERE))
+            case "hidden" | "state" | "slots" | "window" | "logits" | "pixels" | "features":
                 value = random.standard_normal(shape)
         feed[port.name] = np.ascontiguousarray(value.astype(port.typed(dtype).dtype))
     return feed
@@ -147,6 +165,13 @@ def earlier(graph: Graph, dtype: str, sizes: Mapping[str, int], seed: int = 0) -
 def holds_tokens(port: Port) -> bool:
     """Whether a state holds something of each earlier token, and not one thing of all."""
     return PAST in port.shape or port.use in ("slots", "window")
+
+
+def _grids(pictures: int, features: int) -> np.ndarray:
+    """Grids [pictures, 3] of so many features, one each of 2 x 2 patches and the rest for the last one."""
+    grids = np.full((pictures, 3), (1, 2, 2))
+    grids[-1, 2] += 2 * (features - pictures)
+    return grids
 
 
 def _distinct(random: np.random.Generator, experts: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -18,6 +18,7 @@ from llmexport.export.spec import (
     Assembly,
     Attention,
     Block,
+    Graph,
     Layer,
     LongScaling,
     Mask,
@@ -28,7 +29,8 @@ from llmexport.export.spec import (
 )
 from llmexport.export.static import slots_of
 from llmexport.validate.compare import Mismatch
-from llmexport.validate.feeds import limits, shape_of
+from llmexport.validate.feeds import along_step, limits, sees, shape_of
+from llmexport.validate.pictures import Pictures
 
 SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; longer windows are crossed after a random past
 SHIFT = 100
@@ -45,7 +47,8 @@ class Stage:
 
     An "opening" begins anew, with nothing before it; a "decode" step of one token a row and a "piece" of several go on
     from the stage before; a "crossing" begins after a random past. ids and positions are [B, T]; mask [B, past + T] is
-    1 for a token and 0 for padding; types [B, T] is the segment of each token.
+    1 for a token and 0 for padding; types [B, T] is the segment of each token. positions may be [3, B, T], for mRoPE;
+    pictures are those that its tokens stand for.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Stage:
     positions: np.ndarray
     mask: np.ndarray
     types: np.ndarray
+    pictures: Pictures | None = None
 
     @property
     def past(self) -> int:
@@ -89,6 +93,10 @@ class Stage:
                 value = self.types
             case "positions":
                 value = self.positions
+            case "pixels" if self.pictures:
+                return self.pictures.pixels
+            case "grid" if self.pictures and self.pictures.grids is not None:
+                return self.pictures.grids
             case "padding":
                 # Of this stage's tokens alone, or of those before them too.
                 value = self.mask[:, -shape_of(port, self.sizes)[-1] :]
@@ -99,12 +107,21 @@ class Stage:
 
     def then(self, name: str, kind: Literal["decode", "piece"], ids: np.ndarray) -> Stage:
         """The stage of the tokens [B, n] after these."""
-        positions = self.positions[:, -1:] + 1 + np.arange(ids.shape[1])
+        last = self.positions[..., -1:]
+        # Of a picture's last token the largest one counts.
+        positions = (last.max(0) if last.ndim == 3 else last) + 1 + np.arange(ids.shape[1])
         mask = np.concatenate((self.mask, np.ones_like(ids)), 1)
         return Stage(name, kind, ids, positions, mask, np.zeros_like(ids))
 
 
 Script = tuple[Stage, ...]
+
+
+def runs_at(stage: Stage, graph: Graph) -> bool:
+    """Whether a graph has anything to do at a stage."""
+    if sees(graph):
+        return stage.pictures is not None
+    return stage.begins or bool(graph.carried) or any(map(along_step, graph.assembly.inputs))
 
 
 def opening(ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None, name: str = "prompt") -> Stage:

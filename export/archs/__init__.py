@@ -15,10 +15,11 @@ from llmexport.export import nearest
 from llmexport.export.assembly import TABLE, has_own_head, renamed
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, Multimodal
+from llmexport.export.spec import Arch, Graph, Multimodal, Reference, Splice
 from llmexport.export.values import show, show_name
 
 BASE = re.compile("For[A-Za-z]*$")
+PARTS = ("all", "text", "vision")
 
 
 def names() -> list[str]:
@@ -88,7 +89,67 @@ def multimodal_names(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, str]
 
 def _multimodal(arch: Arch, config: Mapping[str, Any]) -> Multimodal | None:
     """The outer layout, if that is what this config is of."""
-    return arch.multimodal if arch.multimodal and config.get("model_type") == arch.multimodal.model_type else None
+    return next((m for m in arch.multimodal if m.model_type == config.get("model_type")), None)
+
+
+def read_tower(arch: Arch, config: Mapping[str, Any], part: str) -> tuple[Graph, Splice] | None:
+    """The graph that sees, and what puts its features into the text; nothing if `part` needs neither.
+
+    Raises ExportError if there is no such graph and the part is that alone.
+    """
+    outer = _multimodal(arch, config)
+    if part == "text" or outer is None or outer.tower is None:
+        if part == "vision":
+            has = f"of {outer.model_type} the text model alone is exported" if outer else "is that of a text model"
+            raise ExportError(f"--part vision: {'' if outer else 'config.json '}{has}: leave --part out")
+        return None
+    tower = outer.tower
+    inner = config.get(tower.config_key)
+    if not isinstance(inner, dict):
+        raise ExportError(f"config.json has no {tower.config_key!r}: pass --part text, or take the whole checkpoint")
+    keys = Config(inner)
+    beside = Config({k: v for k, v in config.items() if k not in (tower.config_key, outer.config_key)})
+    made = tower.build(keys, beside, Config(text_config(arch, config)).length("hidden_size"))
+    keys.finish(causal=False)
+    return made
+
+
+def with_part(arch: Arch, config: Mapping[str, Any], part: str) -> Arch:
+    """The architecture, as `choose` gives it, with the names and the reference of this part of a checkpoint."""
+    outer = _multimodal(arch, config)
+    if part == "text" or outer is None or outer.tower is None:
+        return arch
+    ignore = tuple(i for i in arch.ignore if i not in outer.left_out)
+    reference = Reference(outer.architecture, arch.reference.outputs)
+    return dataclasses.replace(arch, names={**arch.names, **outer.tower.names}, ignore=ignore, reference=reference)
+
+
+def left_out(arch: Arch, config: Mapping[str, Any]) -> str:
+    """What of a multimodal checkpoint no part has, for people; or nothing."""
+    outer = _multimodal(arch, config)
+    if outer is None or outer.tower:
+        return ""
+    return f"{outer.model_type}: the text model alone is exported, {', '.join(outer.left_out)} are left out"
+
+
+def tiny_config(arch: Arch, part: str) -> Mapping[str, Any]:
+    """The built-in config: that of the text model, or of the whole checkpoint around it.
+
+    Raises ExportError if there is no such whole.
+    """
+    if part == "text":
+        return arch.tiny
+    outer = next((m for m in arch.multimodal if m.tower), None)
+    if outer is None or outer.tower is None:
+        raise ExportError(f"--part {part}: {arch.name} has no vision tower here: leave --part out")
+    inner = {"model_type": arch.model_types[0], **arch.tiny}
+    return {
+        "architectures": [outer.architecture],
+        "model_type": outer.model_type,
+        outer.config_key: inner,
+        "tie_word_embeddings": inner["tie_word_embeddings"],
+        **outer.tower.tiny,
+    }
 
 
 def as_stored(arch: Arch, tensors: Collection[str]) -> Arch:
@@ -116,11 +177,11 @@ def _inside(arch: Arch, outer: Multimodal) -> Arch:
         return outer.names[starts[0]] + name.removeprefix(starts[0]) if starts else name
 
     inside = renamed(arch, rename)
-    return dataclasses.replace(inside, ignore=inside.ignore + outer.ignore, base=rename(arch.base))
+    return dataclasses.replace(inside, ignore=inside.ignore + outer.ignore + outer.left_out, base=rename(arch.base))
 
 
 def _types(arch: Arch) -> tuple[str, ...]:
-    return arch.model_types + ((arch.multimodal.model_type,) if arch.multimodal else ())
+    return arch.model_types + tuple(m.model_type for m in arch.multimodal)
 
 
 def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:

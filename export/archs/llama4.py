@@ -1,6 +1,7 @@
 """Llama 4, text (transformers modeling_llama4.py): chunked attention with interleaved RoPE, every fourth layer full and
 without; temperature; top-1 experts whose score multiplies their input, beside a shared one."""
 
+from llmexport.export.archs.towers.llama4 import TOWER
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
@@ -79,12 +80,15 @@ ARCH = Arch(
     build=build,
     names={**NAMES, "layers.{i}.mlp.": FORWARD},
     ignore=BUFFERS,
-    multimodal=Multimodal(
-        model_type="llama4",
-        architecture="Llama4ForConditionalGeneration",
-        names={"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
-        ignore=("vision_model.*", "multi_modal_projector.*"),
-        harmless=("boi_token_index", "eoi_token_index", "image_token_index", "vision_config"),
+    multimodal=(
+        Multimodal(
+            model_type="llama4",
+            architecture="Llama4ForConditionalGeneration",
+            names={"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+            tower=TOWER,
+            left_out=("vision_model.*", "multi_modal_projector.*"),
+            harmless=("boi_token_index", "eoi_token_index", "image_token_index", "vision_config"),
+        ),
     ),
     tiny={
         **TINY,

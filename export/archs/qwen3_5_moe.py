@@ -1,6 +1,7 @@
 """Qwen3.5-MoE, text (transformers modeling_qwen3_5_moe.py): three gated delta nets to a gated full attention, many
 small experts beside a gated shared one, mRoPE over a quarter of a head."""
 
+from llmexport.export.archs.towers.qwen3_5 import TOWER
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.spec import (
@@ -83,17 +84,21 @@ ARCH = Arch(
         MOE + "experts.down_proj": (MOE + "experts.{e}.down_proj.weight",),
     },
     ignore=("mtp.*", *BUFFERS),
-    multimodal=Multimodal(
-        model_type="qwen3_5_moe",
-        architecture="Qwen3_5MoeForConditionalGeneration",
-        names={"model.": "model.language_model."},
-        ignore=("model.visual.*", "mtp.*"),
-        harmless=(
-            "image_token_id",
-            "video_token_id",
-            "vision_config",
-            "vision_end_token_id",
-            "vision_start_token_id",
+    multimodal=(
+        Multimodal(
+            model_type="qwen3_5_moe",
+            architecture="Qwen3_5MoeForConditionalGeneration",
+            names={"model.": "model.language_model."},
+            tower=TOWER,
+            left_out=("model.visual.*",),
+            ignore=("mtp.*",),
+            harmless=(
+                "image_token_id",
+                "video_token_id",
+                "vision_config",
+                "vision_end_token_id",
+                "vision_start_token_id",
+            ),
         ),
     ),
     tiny={

@@ -15,7 +15,17 @@ from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.moe import Experts, Moe, Router, SharedExpert
 from llmexport.export.blocks.norm import Norm
+from llmexport.export.blocks.patches import (
+    PatchEmbedding,
+    PatchMerger,
+    PatchPlaces,
+    PatchPositions,
+    PatchRotary,
+    SegmentMask,
+)
+from llmexport.export.blocks.splice import Splice
 from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
+from llmexport.export.blocks.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
 
 
 def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
@@ -41,6 +51,10 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return Layer(block, _module, dtype)
         case spec.Rotary():
             return Rotary(block, dtype)
+        case spec.PatchRotary():
+            return PatchRotary(block, dtype)
+        case spec.TileRotary():
+            return TileRotary(block, dtype)
         case spec.Presence():
             return StaticPresence(dtype) if block.static else Presence(dtype)
         case spec.BidirectionalMask():
@@ -68,7 +82,16 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Mlp: Mlp,
     spec.Moe: Moe,
     spec.Norm: Norm,
+    spec.PatchEmbedding: PatchEmbedding,
+    spec.PatchMerger: PatchMerger,
+    spec.PatchPlaces: PatchPlaces,
+    spec.PatchPositions: PatchPositions,
+    spec.PixelShuffle: PixelShuffle,
+    spec.Projector: Projector,
     spec.Router: Router,
+    spec.SegmentMask: SegmentMask,
     spec.SharedExpert: SharedExpert,
+    spec.Splice: Splice,
+    spec.TileEmbedding: TileEmbedding,
     spec.Temperature: Temperature,
 }

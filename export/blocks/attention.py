@@ -47,7 +47,7 @@ class Attention(nn.Module):
             span = (given["start"], given["length"])
             mixed = sink_attention(q, key, value, *span, sinks, scale, block.softcap, block.window)
         else:
-            mixed = attention(q, key, value, given["mask"], scale)
+            mixed = attention(q, key, value, given.get("mask"), scale)
         batch, sequence, _ = normed.shape
         mixed = mixed.transpose(1, 2).reshape(batch, sequence, block.heads * block.head_size)
         attended: Tensor = self.o_proj(mixed if gate is None else mixed * torch.sigmoid(gate))

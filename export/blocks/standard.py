@@ -19,8 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 @torch.library.custom_op("llmexport::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """ai.onnx Attention-23 with a boolean mask.
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """ai.onnx Attention-23 with a boolean mask, or without any.
 
     q [B, H, T, D]; k, v [B, Hkv, S, D], H a multiple of Hkv; mask [B, 1, T, S], true where visible.
     """

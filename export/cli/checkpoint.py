@@ -21,6 +21,7 @@ from llmexport.plugins.regular import read_regular
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--hollow", is_flag=True, help="Zeros that take no space on disk, for a model of any size.")
+@click.option("--part", type=click.Choice(archs.PARTS), help="Of a multimodal config; of the tiny one default: text.")
 @click.option("--force", is_flag=True, help="Replace an earlier output, if nothing else lies in it.")
 @click.option("-o", "--output", type=FOLDER, required=True, help="The folder to make.")
 @talkative
@@ -30,6 +31,7 @@ def command(
     dtype: str,
     seed: int,
     hollow: bool,
+    part: str | None,
     force: bool,
     output: Path,
     quiet: bool,
@@ -43,7 +45,7 @@ def command(
     if data is None and arch is None:
         raise ExportError("say what to write: --arch NAME, --config FILE, or both")
     named = archs.load(arch or "") if data is None else archs.choose(arch, data)
-    random_checkpoint.write(named, output, config=data, dtype=dtype, seed=seed, hollow=hollow, force=force)
+    random_checkpoint.write(named, output, config=data, dtype=dtype, seed=seed, hollow=hollow, part=part, force=force)
     held = sum(p.stat().st_size for p in output.iterdir())
     console.say(f"{named.name}: {size(held)} of {'hollow' if hollow else 'random'} {dtype} weights in {output}")
     console.result({"arch": named.name, "folder": str(output), "bytes": held})

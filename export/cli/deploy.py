@@ -15,7 +15,7 @@ from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.folder import FOLDER
 from llmexport.export.placing import openings
 from llmexport.export.profile import parse_profile
-from llmexport.export.source import open_source
+from llmexport.export.source import chosen, open_source
 from llmexport.plugins import library
 from llmexport.validate import validate
 
@@ -35,6 +35,7 @@ def command(
     cache: str,
     max_tokens: int | None,
     logits: str,
+    part: str | None,
     output: Path | None,
     backend: str,
     profile: str | None,
@@ -50,9 +51,10 @@ def command(
     engine_record.check_backend(backend)
     sizes = None if profile is None else parse_profile(profile)
     kernels = library.find() if plugins else None
-    with open_source(arch, checkpoint, output or Path("deploy")) as (named, found):
+    part = chosen(part, checkpoint)
+    with open_source(arch, checkpoint, output or Path("deploy"), part) as (named, found):
         request = onnx_file.Request(
-            named, found, dtype, None, weights, cache=cache, max_tokens=max_tokens, logits=logits
+            named, found, dtype, None, weights, cache=cache, max_tokens=max_tokens, logits=logits, part=part
         )
         target = output or Path(f"{named.name}-deploy")
         # The three steps fill one new folder, which appears when all are done.

@@ -16,7 +16,7 @@ from llmexport.export.exported import Export
 from llmexport.export.handover import RUNTIMES
 from llmexport.export.manifest import as_data
 from llmexport.export.placing import openings
-from llmexport.export.source import open_source
+from llmexport.export.source import chosen, open_source
 
 
 @click.command("onnx")
@@ -50,6 +50,7 @@ def command(
     cache: str,
     max_tokens: int | None,
     logits: str,
+    part: str | None,
     block: str | None,
     runtimes: tuple[str, ...],
     digest: bool,
@@ -59,9 +60,10 @@ def command(
 ) -> None:
     """Export a checkpoint to ONNX: the whole model, or one of its blocks."""
     console = Console(quiet, as_json)
-    with open_source(arch, checkpoint, output) as (named, found):
+    part = chosen(part, checkpoint)
+    with open_source(arch, checkpoint, output, part) as (named, found):
         one = None if block == "all" else block
-        kind = (dtype, one, weights, target, digest, cache, max_tokens, runtimes, logits)
+        kind = (dtype, one, weights, target, digest, cache, max_tokens, runtimes, logits, part)
         request = onnx_file.Request(named, found, *kind)
         if block == "all":
             exports = onnx_file.write_blocks(request, output, force=force, progress=console.progress)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from llmexport.export.archs import PARTS
 from llmexport.export.cli.folder import FOLDER
 from llmexport.export.onnx_file import CACHES, LOGITS, WEIGHTS
 from llmexport.export.spec import DTYPES
@@ -28,6 +29,12 @@ def options(command: F) -> F:
         click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
         click.option(
             "--checkpoint", type=FOLDER, help="Folder with config.json and safetensors; default: tiny, random."
+        ),
+        click.option(
+            "--part",
+            type=click.Choice(PARTS),
+            help="Of a multimodal checkpoint: all of it, its text model, or what sees pictures; default: all, and of "
+            "the built-in tiny one the text model.",
         ),
         click.option("--arch", help="Architecture, see `llmexport archs`; default: what config.json says."),
     ):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 BATCH, SEQUENCE, PAST, TOTAL, WRITTEN = "batch", "sequence", "past", "total", "written"
+IMAGES, TILES, FEATURES, SPLICED = "images", "tiles", "features", "spliced"
 Sizes = tuple[int, int, int]
 
 
@@ -16,7 +17,8 @@ class Axis:
     """A dynamic dimension, by the name that ports give it.
 
     `least` is the smallest size it may have; `profile` is (min, opt, max) of an engine for which nobody says
-    others. An axis that is the `sum_of` others has neither: its sizes are the sums of theirs, `plus` a number.
+    others. An axis that is the `sum_of` others has neither: its sizes are the sums of theirs, `times` a number, `plus`
+    another.
     """
 
     name: str
@@ -24,10 +26,12 @@ class Axis:
     profile: Sizes | None = None
     sum_of: tuple[str, ...] = ()
     plus: int = 0
+    times: int = 1
 
 
 MOST = 2**30  # slots of a static cache, which says itself how many it has
 _BEHIND = re.compile(rf"{SEQUENCE}_and_(\d+)")
+_PATCHES = re.compile(rf"{FEATURES}_times_(\d+)")
 AXES: Mapping[str, Axis] = MappingProxyType(
     {
         axis.name: axis
@@ -39,6 +43,12 @@ AXES: Mapping[str, Axis] = MappingProxyType(
             Axis(TOTAL, sum_of=(PAST, SEQUENCE)),
             # The slots of a static cache that a mask speaks of: those up to the step's last token, or more.
             Axis(WRITTEN, profile=(1, MOST, MOST)),
+            # Pictures of a packed row of patches, or pieces of one size that a picture is cut into.
+            Axis(IMAGES, profile=(1, 1, 16)),
+            Axis(TILES, profile=(1, 5, 17)),
+            # What a vision tower gives, a row for each token that it stands for; and what a step is given of them.
+            Axis(FEATURES, profile=(1, 256, 4096)),
+            Axis(SPLICED, least=0, profile=(0, 256, 4096)),
         )
     }
 )
@@ -49,10 +59,18 @@ def behind(kept: int) -> str:
     return f"{SEQUENCE}_and_{kept}"
 
 
+def patch_axis(merged: int) -> str:
+    """The axis of patches of which so many, side by side, make a feature."""
+    return f"{FEATURES}_times_{merged}"
+
+
 def axis_of(name: str) -> Axis:
     """The axis of this name; one that nobody knows has no sizes of its own."""
-    found = _BEHIND.fullmatch(name)
-    return Axis(name, sum_of=(SEQUENCE,), plus=int(found[1])) if found else AXES.get(name, Axis(name))
+    if found := _BEHIND.fullmatch(name):
+        return Axis(name, sum_of=(SEQUENCE,), plus=int(found[1]))
+    if found := _PATCHES.fullmatch(name):
+        return Axis(name, sum_of=(FEATURES,), times=int(found[1]))
+    return AXES.get(name, Axis(name))
 
 
 def summands(name: str) -> tuple[str, ...]:
@@ -61,14 +79,17 @@ def summands(name: str) -> tuple[str, ...]:
 
 
 def size_of(dim: int | str, sizes: Mapping[str, int], otherwise: int | None = None) -> int:
-    """The size of a dimension where its axes have these; `otherwise` where they do not say."""
+    """The size of a dimension where its axes have these; `otherwise` is that of an axis of which they do not say it."""
     if isinstance(dim, int):
         return dim
     if dim in sizes:
         return sizes[dim]
-    if otherwise is not None and not all(n in sizes for n in summands(dim)):
-        return otherwise
-    return sum(sizes[n] for n in axis_of(dim).sum_of) + axis_of(dim).plus
+    axis = axis_of(dim)
+    if otherwise is not None:
+        if not axis.sum_of:
+            return otherwise
+        sizes = dict.fromkeys(axis.sum_of, otherwise) | {**sizes}
+    return axis.times * sum(sizes[n] for n in axis.sum_of) + axis.plus
 
 
 def with_sums(sizes: Mapping[str, int]) -> dict[str, int]:

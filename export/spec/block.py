@@ -34,6 +34,12 @@ Use = Literal[
     "temperature",  # a factor of each query
     "routing_weights",  # how much each chosen expert counts
     "routing_experts",  # their numbers, no two alike
+    "pixels",  # colours of pictures
+    "grid",  # of each picture, how many patches it has in time, height and width
+    "places",  # of each patch, in which row and column of its picture it is
+    "extents",  # and how many rows and columns that has
+    "segments",  # the number of the frame that each patch is of
+    "features",  # what takes the place of the embeddings of this step's tokens that stand for pictures
     "state",  # keys, values or inputs that a block kept of earlier tokens
     "slots",  # keys or values, each token's in its own slot, the first token's in the first one
     "window",  # keys or values of the last tokens, the latest one's in the last place
@@ -120,9 +126,9 @@ class Block:
         return self.stored[path].dtype if path in self.stored else "T"
 
 
-def hidden(name: str, width: int) -> Port:
-    """A port of hidden states."""
-    return Port(name, (BATCH, SEQUENCE, width))
+def hidden(name: str, width: int, axes: tuple[Dim, Dim] = (BATCH, SEQUENCE)) -> Port:
+    """A port of hidden states, along these axes of rows and of tokens."""
+    return Port(name, (*axes, width))
 
 
 def state(name: str, past: tuple[Dim, ...], present: tuple[Dim, ...], dtype: str = "T", use: Use = "state") -> State:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec.block import BATCH, SEQUENCE, Block, Port, hidden
+from llmexport.export.spec.block import BATCH, SEQUENCE, Block, Dim, Port, hidden
 from llmexport.export.spec.storage import Plain, Storage, Stored
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "swiglu_clamped"]
@@ -18,7 +18,7 @@ Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "swiglu_clamped"]
 class Mlp(Block):
     """Gated MLP (arXiv 2002.05202): down(activation(gate(x)) * up(x)). `fused`: gate and up are one matrix.
 
-    Unless `gated`, it is down(activation(up(x))).
+    Unless `gated`, it is down(activation(up(x))). `axes` are those of rows and of tokens.
     """
 
     hidden: int
@@ -27,14 +27,15 @@ class Mlp(Block):
     bias: bool = False
     fused: bool = False
     gated: bool = True
+    axes: tuple[Dim, Dim] = (BATCH, SEQUENCE)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (hidden("normed", self.hidden),)
+        return (hidden("normed", self.hidden, self.axes),)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (hidden("mixed", self.hidden),)
+        return (hidden("mixed", self.hidden, self.axes),)
 
 
 @dataclass(frozen=True)

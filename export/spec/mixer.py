@@ -9,7 +9,7 @@ from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE, TOTAL, WRITTEN
-from llmexport.export.spec.block import OPSET, PAST_LENGTH, Block, Port, State, Use, hidden, state
+from llmexport.export.spec.block import OPSET, PAST_LENGTH, Block, Dim, Port, State, Use, hidden, state
 from llmexport.export.spec.context import Keys
 
 SCATTER_OPSET = 24  # ai.onnx, which has TensorScatter
@@ -22,7 +22,8 @@ class Norm(Block):
 
     `rounding` says where the result becomes the model's dtype: "before_weight" (Llama) or "after_weight"
     (Gemma, which multiplies in fp32). Without `weighted` there is no parameter. With `rows`, hidden states are
-    [..., rows, size] and every row has a LayerNorm and a weight of its own (Command R+, modeling_cohere.py).
+    [..., rows, size] and every row has a LayerNorm and a weight of its own (Command R+, modeling_cohere.py). `axes` are
+    those of a batch and of tokens.
     """
 
     size: int
@@ -33,6 +34,7 @@ class Norm(Block):
     weighted: bool = True
     rows: int | None = None
     bias: bool = False
+    axes: tuple[Dim, Dim] = (BATCH, SEQUENCE)
 
     def __post_init__(self) -> None:
         rows, layer = self.rows is not None, self.statistics == "layer"
@@ -41,11 +43,11 @@ class Norm(Block):
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (Port("hidden", (BATCH, SEQUENCE, *self.shape)),)
+        return (Port("hidden", (*self.axes, *self.shape)),)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("normed", (BATCH, SEQUENCE, *self.shape)),)
+        return (Port("normed", (*self.axes, *self.shape)),)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,16 +62,21 @@ class Mixer(Block):
     hidden: int
 
     @property
+    def along(self) -> tuple[Dim, Dim]:
+        """The axes of rows and of tokens."""
+        return (BATCH, SEQUENCE)
+
+    @property
     def context(self) -> tuple[Port, ...]:
         raise NotImplementedError(self.kind)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (hidden("normed", self.hidden), *self.context, *(s.past for s in self.states))
+        return (hidden("normed", self.hidden, self.along), *self.context, *(s.past for s in self.states))
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (hidden("attended", self.hidden), *(s.present for s in self.states))
+        return (hidden("attended", self.hidden, self.along), *(s.present for s in self.states))
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Attention(Mixer):
     `qk_norm` applies to every head of q and k, with one weight for all heads, one for each ("each_head") or over all
     at once ("all_heads", modeling_olmo2.py). `fused`: q, k and v are one matrix. `clip` bounds q, k and v.
     `output_gate`: the q projection holds, head by head, q and a gate whose sigmoid multiplies the head's output.
+    `axes`, where it is not cached, are those of rows and of tokens; unless `masked`, a token sees all of its row.
     `temperature` scales q. `scale` is that of the logits (None: head_size ** -0.5).
     """
 
@@ -107,6 +115,8 @@ class Attention(Mixer):
     window: int = 0
     cached: bool = True
     keys: Keys | None = None
+    masked: bool = True
+    axes: tuple[Dim, Dim] = (BATCH, SEQUENCE)
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -115,6 +125,12 @@ class Attention(Mixer):
             raise ExportError(
                 f"RoPE needs an even head size, config.json makes it {self.turned} of {self.head_size} dimensions"
             )
+        if self.cached and (not self.masked or self.axes != (BATCH, SEQUENCE)):
+            raise ValueError("attention without a mask, or along axes of its own, has no cache")
+
+    @property
+    def along(self) -> tuple[Dim, Dim]:
+        return self.axes
 
     @property
     def turned(self) -> int:
@@ -127,14 +143,15 @@ class Attention(Mixer):
 
     @property
     def context(self) -> tuple[Port, ...]:
-        angles = (BATCH, SEQUENCE, self.turned // 2)
+        rows, tokens = self.axes
+        angles = (rows, tokens, self.turned // 2)
         ports = [Port("cos", angles, use="cos"), Port("sin", angles, use="sin")] if self.turned else []
         if self.spans:
-            ports.append(Port("start", (BATCH,), "int32", "span_start"))
-            ports.append(Port("length", (BATCH,), "int32", "span_length"))
-        else:
-            keys = self.keys.axis if self.keys else TOTAL if self.cached else SEQUENCE
-            ports.append(Port("mask", (BATCH, 1, SEQUENCE, keys), "bool", "mask"))
+            ports.append(Port("start", (rows,), "int32", "span_start"))
+            ports.append(Port("length", (rows,), "int32", "span_length"))
+        elif self.masked:
+            keys = self.keys.axis if self.keys else TOTAL if self.cached else tokens
+            ports.append(Port("mask", (rows, 1, tokens, keys), "bool", "mask"))
         if self.temperature:
             ports.append(Port("temperature", (BATCH, SEQUENCE), "float32", "temperature"))
         if self.scatters:

@@ -15,6 +15,7 @@ from llmexport.export.spec.feed_forward import Activation
 from llmexport.export.spec.graph import Graph, Step
 from llmexport.export.spec.layer import Sublayer
 from llmexport.export.spec.mixer import Norm
+from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import Storage
 
 if TYPE_CHECKING:
@@ -105,19 +106,38 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """What of a multimodal checkpoint sees: a graph of pictures to features.
+
+    `build` makes the graph, and what puts features into the text, of the config at `config_key`, of the keys beside it
+    and of the width of the text model. `names` are as an Arch's, of paths that start with `vision.`. `tiny` are the
+    keys beside the text model's config in the built-in one.
+    """
+
+    build: Callable[[Config, Config, int], tuple[Graph, Splice]]
+    names: Mapping[str, str]
+    tiny: Mapping[str, Any]
+    config_key: str = "vision_config"
+
+
+@dataclass(frozen=True)
 class Multimodal:
     """A published checkpoint that holds the text model beside other parts, as multimodal ones do.
 
     `config_key` is where its config.json has the text model's config; `harmless` are keys beside it that do not
     concern the text model. `names` maps the starts of the text model's names to those of this checkpoint's.
+    `left_out` are patterns of the tensors that the text model leaves, and `tower` is what is made of them, if anything
+    is; `ignore` are those that nobody needs.
     """
 
     model_type: str
     architecture: str
     names: Mapping[str, str]
-    ignore: tuple[str, ...]
     harmless: tuple[str, ...]
+    left_out: tuple[str, ...]
+    ignore: tuple[str, ...] = ()
     config_key: str = "text_config"
+    tower: Tower | None = None
 
 
 @dataclass(frozen=True)
@@ -142,8 +162,8 @@ class Arch:
     a stacked parameter to the names, with {e}, of the matrices of each expert that a checkpoint may have in its
     place; `in_parts`: published ones have. `older` maps how a name ends to how it ends in the files of old releases.
     `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and the model does not need. `tiny` is the
-    built-in config. `multimodal` is the checkpoint that the model is published in. A base model's checkpoint,
-    which has no head, leaves `base` out where a name starts with it.
+    built-in config. `multimodal` are the kinds of checkpoint that the model is published in beside its own. A base
+    model's checkpoint, which has no head, leaves `base` out where a name starts with it.
     `overflows_float16` says, where published checkpoints are known to overflow float16, which do and how it shows.
     """
 
@@ -156,7 +176,7 @@ class Arch:
     stacks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     in_parts: bool = False
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    multimodal: Multimodal | None = None
+    multimodal: tuple[Multimodal, ...] = ()
     base: str = "model."
     overflows_float16: str = ""
     name: str = ""  # of its data file

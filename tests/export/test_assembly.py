@@ -469,7 +469,7 @@ def test_an_architecture_has_its_own_names(arch, path, name):
     ],
 )
 def test_a_multimodal_checkpoint_has_the_text_models_names_under_its_own(arch, path, name):
-    model_type = archs.load(arch).multimodal.model_type
+    model_type = archs.load(arch).multimodal[0].model_type
     named = archs.choose(None, {"model_type": model_type})
     assert (named.name, checkpoint_name(named, model_of(arch), path)) == (arch, name)
 

@@ -328,7 +328,7 @@ def test_a_value_that_is_not_understood_is_refused(arch, changes, said):
 @pytest.mark.parametrize("arch", WHOLE)
 def test_the_tie_may_be_said_beside_the_text_model(arch):
     tiny = {k: v for k, v in archs.load(arch).tiny.items() if k != "tie_word_embeddings"}
-    whole = {"model_type": archs.load(arch).multimodal.model_type, "text_config": tiny}
+    whole = {"model_type": archs.load(arch).multimodal[0].model_type, "text_config": tiny}
     assert read_model(archs.load(arch), whole | {"tie_word_embeddings": True}).ties
     assert not read_model(archs.load(arch), whole).ties
 
@@ -359,7 +359,7 @@ def test_an_unknown_key_of_the_text_model_is_refused(arch):
 
 @pytest.mark.parametrize("arch", WHOLE)
 def test_harmless_keys_beside_the_text_model_change_nothing(arch):
-    beside = dict.fromkeys(archs.load(arch).multimodal.harmless, 7) | {"transformers_version": "4.57.0"}
+    beside = dict.fromkeys(archs.load(arch).multimodal[0].harmless, 7) | {"transformers_version": "4.57.0"}
     assert read_whole(arch, beside) == read(arch)
 
 
@@ -367,7 +367,7 @@ def test_harmless_keys_beside_the_text_model_change_nothing(arch):
 @pytest.mark.parametrize("inner", [None, 1, [], "config.json"])
 def test_a_multimodal_config_without_a_text_model_is_refused(arch, inner):
     with pytest.raises(ExportError) as error:
-        read_model(archs.load(arch), {"model_type": archs.load(arch).multimodal.model_type, "text_config": inner})
+        read_model(archs.load(arch), {"model_type": archs.load(arch).multimodal[0].model_type, "text_config": inner})
     assert "no 'text_config'" in one_line(error.value)
 
 
@@ -376,7 +376,7 @@ def test_a_config_is_known_by_its_type_alone_or_within_a_multimodal_one(arch):
     known = archs.load(arch)
     for kind, architecture in (
         (known.model_types[0], known.reference.model_class),
-        (known.multimodal.model_type, known.multimodal.architecture),
+        (known.multimodal[0].model_type, known.multimodal[0].architecture),
     ):
         assert archs.choose(None, {"model_type": kind, "architectures": [architecture]}).name == arch
 
@@ -384,8 +384,10 @@ def test_a_config_is_known_by_its_type_alone_or_within_a_multimodal_one(arch):
 @pytest.mark.parametrize("arch", WHOLE)
 def test_another_head_than_the_one_of_its_type_is_refused(arch):
     known = archs.load(arch)
-    with pytest.raises(ExportError, match=re.escape(f"exports ['{known.multimodal.architecture}']")):
-        archs.choose(None, {"model_type": known.multimodal.model_type, "architectures": [known.reference.model_class]})
+    with pytest.raises(ExportError, match=re.escape(f"exports ['{known.multimodal[0].architecture}']")):
+        archs.choose(
+            None, {"model_type": known.multimodal[0].model_type, "architectures": [known.reference.model_class]}
+        )
 
 
 @pytest.mark.parametrize("found", [5, True, 0, "", "GemmaForCausalLM", {"GemmaForCausalLM": 1}, [], [5], [["x"]]])

@@ -29,7 +29,7 @@ CONFIGS = PUBLISHED | {
     c.name: {"model_type": archs.load(c.arch).model_types[0], **archs.load(c.arch).tiny} for c in FIRST
 }
 # Those beside the text model of a multimodal config too.
-NOT_READ = ANY.union(*(w.harmless for n in archs.names() if (w := archs.load(n).multimodal)))
+NOT_READ = ANY.union(*(w.harmless for n in archs.names() for w in archs.load(n).multimodal))
 
 
 def not_read(arch: str) -> frozenset[str]:

@@ -63,7 +63,7 @@ def test_every_key_that_transformers_writes_is_understood(arch):
 
 @pytest.mark.parametrize("arch", WHOLE)
 def test_every_key_that_transformers_writes_beside_the_text_model_is_understood(arch):
-    config = transformers.CONFIG_MAPPING[archs.load(arch).multimodal.model_type]().to_dict()
+    config = transformers.CONFIG_MAPPING[archs.load(arch).multimodal[0].model_type]().to_dict()
     assert read_model(archs.load(arch), config) == read_model(archs.load(arch), CLASSES[arch]().to_dict())
 
 

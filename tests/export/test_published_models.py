@@ -19,9 +19,7 @@ from llmexport.export.spec import Layer
 
 MODELS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "published_models.json").read_bytes())
 TYPES = {
-    t
-    for n in archs.names()
-    for t in (*archs.load(n).model_types, getattr(archs.load(n).multimodal, "model_type", None))
+    t for n in archs.names() for t in (*archs.load(n).model_types, *(m.model_type for m in archs.load(n).multimodal))
 }
 CLAIMED = [n for n, c in MODELS.items() if c.get("model_type") in TYPES]
 # How the weights are quantised, as config.json says it.

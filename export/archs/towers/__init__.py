@@ -1,0 +1,1 @@
+"""The vision towers that multimodal checkpoints have beside the text model."""

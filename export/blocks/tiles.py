@@ -1,0 +1,67 @@
+"""A vision tower over tiles."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmexport.export import spec
+
+
+class TileEmbedding(nn.Module):
+    def __init__(self, block: spec.TileEmbedding) -> None:
+        super().__init__()
+        self.block = block
+        self.weight = nn.Parameter(torch.empty(block.hidden, block.channels * block.patch**2))
+        self.class_token = nn.Parameter(torch.empty(block.hidden))
+        self.positions = nn.Parameter(torch.empty(block.side**2 + 1, block.hidden))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        block = self.block
+        kernel = self.weight.view(block.hidden, block.channels, block.patch, block.patch)
+        seen = F.conv2d(pixels.to(kernel.dtype), kernel, stride=block.patch).flatten(2).transpose(1, 2)
+        token = self.class_token.expand(pixels.shape[0], 1, block.hidden)
+        return torch.cat((seen, token), 1) + self.positions
+
+
+class TileRotary(nn.Module):
+    angles: Tensor
+
+    def __init__(self, block: spec.TileRotary, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        half, side = block.size // 2, block.side
+        with torch.device("cpu"):
+            steps = 1.0 / (block.theta ** (torch.arange(0, half, 2).float() / half))
+            patch = torch.arange(side**2).unsqueeze(1)
+            angles = torch.cat(((patch % side + 1) * steps, (patch // side + 1) * steps), -1)
+            self.register_buffer("angles", torch.cat((angles, torch.zeros_like(angles[:1]))))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.angles.cos().to(self.dtype), self.angles.sin().to(self.dtype)
+        return cos.expand(pixels.shape[0], -1, -1), sin.expand(pixels.shape[0], -1, -1)
+
+
+class PixelShuffle(nn.Module):
+    def __init__(self, block: spec.PixelShuffle) -> None:
+        super().__init__()
+        self.block = block
+        self.up_proj = nn.Linear(block.merge**2 * block.hidden, block.intermediate, bias=False)
+        self.down_proj = nn.Linear(block.intermediate, block.out, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        block = self.block
+        across = block.side // block.merge
+        grid = hidden[:, :-1].reshape(-1, across, block.merge, across, block.merge * block.hidden)
+        merged = grid.transpose(2, 3).reshape(-1, block.tokens, block.merge**2 * block.hidden)
+        return F.gelu(self.down_proj(F.gelu(self.up_proj(merged))))
+
+
+class Projector(nn.Module):
+    def __init__(self, block: spec.Projector) -> None:
+        super().__init__()
+        self.projection = nn.Linear(block.hidden, block.out, bias=False)
+        self.out = block.out
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        seen: Tensor = self.projection(hidden)
+        return seen.reshape(-1, self.out)
