@@ -14,7 +14,8 @@ from llmexport.export.config import Config
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture's tiny config with `changes`; `name` is what the tests call it."""
+    """An architecture's tiny config with `changes`, those of a `vision_config` in its own; `name` is what the tests
+    call it."""
 
     arch: str
     name: str
