@@ -67,6 +67,14 @@ def sight(blocks: Collection[Block]) -> Sight | None:
     )
 
 
+def stands_for(seen: Sight, ids: np.ndarray, pictures: Pictures) -> list[int]:
+    """The id of the tokens that stand for each picture of a prompt [B, T]."""
+    visual = ids[np.isin(ids, seen.tokens)]
+    assert pictures.grids is not None
+    ends = (pictures.grids.prod(1) // seen.merge**2).cumsum()
+    return [int(n) for n in visual[np.concatenate(([0], ends[:-1]))]]
+
+
 Runs = list[list[tuple[int, int]]]  # of each row: an id, and how many tokens of it
 
 
