@@ -1,6 +1,7 @@
 """Qwen3.5, text (transformers modeling_qwen3_5.py): three gated delta nets to a gated full attention, mRoPE over a
 quarter of a head."""
 
+from llmexport.export.archs.qwen2 import SEEING
 from llmexport.export.archs.towers.qwen3_5 import TOWER
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, Decoder, decoder
@@ -75,13 +76,7 @@ def multimodal(model_type: str, architecture: str) -> tuple[Multimodal]:
             tower=TOWER,
             left_out=("model.visual.*",),
             ignore=AHEAD,
-            harmless=(
-                "image_token_id",
-                "video_token_id",
-                "vision_config",
-                "vision_end_token_id",
-                "vision_start_token_id",
-            ),
+            harmless=SEEING,
         ),
     )
 

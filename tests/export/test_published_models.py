@@ -33,7 +33,7 @@ QUANTISED = {
     "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8-dynamic": "compressed-tensors, float-quantized, 8 bits",
     "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16": "compressed-tensors, pack-quantized, 4 bits, groups of 128",
     "in a public repository: Qwen3-14B-MLX-4bit": "mlx, 4 bits, groups of 64",
-    "in a public repository: Qwen3.6 dense, MLX 4 bit": "mlx, 4 bits, groups of 32",
+    "in a public repository: Qwen3.6 dense, MLX 4 bit": "4 bits, groups of 32",
     "in a public repository: Wizard-Vicuna-30B-GPTQ": "gptq, 4 bits, one group",
     "meta-llama/Llama-3.1-405B-Instruct-FP8": "fbgemm_fp8",
     "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8": "compressed-tensors, float-quantized, 8 bits",
