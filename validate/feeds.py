@@ -19,6 +19,7 @@ from llmexport.export.spec import (
     Experts,
     Graph,
     Port,
+    Splice,
     Use,
     size_of,
     summands,
@@ -73,6 +74,12 @@ def limits(blocks: Collection[Block]) -> dict[Use, int]:
         "token_types": min((b.types for b in tables if b.types), default=1),
     }
     return found | ({"routing_experts": min(experts)} if experts else {})
+
+
+def words(blocks: Collection[Block]) -> np.ndarray:
+    """The ids that a text may have: all that stand for no picture."""
+    pictures = [t for b in blocks if isinstance(b, Splice) for t in b.tokens]
+    return np.setdiff1d(np.arange(limits(blocks)["tokens"]), pictures)
 
 
 def block_feed(block: Block, dtype: str, sizes: Mapping[str, int], seed: int = 0) -> Feed:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmexport.export.spec import Block, PatchPlaces, PixelShuffle, Port, Rotary, Splice, TileEmbedding
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -18,6 +20,51 @@ class Pictures:
 
     pixels: np.ndarray
     grids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels if self.grids is None else self.grids)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a model sees, as its blocks say it.
+
+    tokens: the ids that stand for pictures, the last one for frames of a video; none in a model without text. pixels:
+    where colours go in. Either `merge` x `merge` patches of a packed row make a token, or a tile makes so many of them;
+    the other is 0. sections: whether a token has a position in time, height and width.
+    """
+
+    tokens: tuple[int, ...]
+    pixels: Port
+    merge: int
+    tile: int
+    sections: bool
+
+    def runs(self, pictures: Pictures) -> list[int]:
+        """How many tokens each picture takes, or each frame of one, or each tile."""
+        if pictures.grids is None:
+            return [self.tile] * len(pictures)
+        return [h * w // self.merge**2 for t, h, w in pictures.grids.tolist() for _ in range(t)]
+
+    def positions(self, ids: np.ndarray, mask: np.ndarray, pictures: Pictures) -> np.ndarray | None:
+        """The positions [3, B, T] of a prompt; None where pictures are counted as text is."""
+        if not self.sections or pictures.grids is None:
+            return None
+        return mrope_positions(ids, self.tokens, pictures.grids, self.merge, mask)
+
+
+def sight(blocks: Collection[Block]) -> Sight | None:
+    """How a model of these blocks sees; None if it does not."""
+    ends = [b for b in blocks if isinstance(b, PatchPlaces | TileEmbedding)]
+    if not ends:
+        return None
+    return Sight(
+        tokens=next((b.tokens for b in blocks if isinstance(b, Splice)), ()),
+        pixels=ends[0].inputs[0],
+        merge=next((b.merge for b in blocks if isinstance(b, PatchPlaces)), 0),
+        tile=next((b.tokens for b in blocks if isinstance(b, PixelShuffle)), 0),
+        sections=any(isinstance(b, Rotary) and b.sections for b in blocks),
+    )
 
 
 def mrope_positions(
