@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.export.spec import PAST, SEQUENCE, Step
+from llmexport.export.spec import FEATURES, IMAGES, PAST, SEQUENCE, TILES, Block, Step, summands
 from llmexport.validate import stages
 from llmexport.validate.compare import Difference, compare, median
 from llmexport.validate.drive import Run, TorchDriver
@@ -61,7 +61,14 @@ def feeds_alone(step: Step, dtype: str, seed: int) -> Iterator[tuple[str, Feed]]
     for sizes in stages.block_sizes(step.block):
         drawn = block_feed(step.block, dtype, sizes, seed)
         feed = {value: drawn[port] for port, value in step.reads.items()}
-        yield f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens", feed
+        yield _said(step.block, sizes), feed
+
+
+def _said(block: Block, sizes: Mapping[str, int]) -> str:
+    """The sizes that one block is run at, for people."""
+    axes = {n for p in block.inputs for d in p.shape if isinstance(d, str) for n in summands(d)}
+    seen = [f"{sizes[n]} {n}" for n in (IMAGES, TILES, FEATURES) if n in axes]
+    return ", ".join(seen) or f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens"
 
 
 def compare_runs(

@@ -67,6 +67,44 @@ def sight(blocks: Collection[Block]) -> Sight | None:
     )
 
 
+Runs = list[list[tuple[int, int]]]  # of each row: an id, and how many tokens of it
+
+
+def drawn(seen: Sight, rows: int, random: np.random.Generator) -> tuple[Pictures, Runs]:
+    """Random pictures for a prompt of so many rows, and the tokens that stand for them.
+
+    The first row has an image and a video of two frames, of another size, or a tile and two more; each other row has
+    an image of its own.
+    """
+    image, video = (seen.tokens[0], seen.tokens[-1]) if seen.tokens else (0, 0)
+    shape = seen.pixels.shape[1:]
+    if not seen.merge:
+        runs = [[(image, seen.tile), (image, 2 * seen.tile)], *([[(image, seen.tile)]] * (rows - 1))]
+        return Pictures(random.standard_normal((rows + 2, *shape), np.float32)), runs
+    sizes = [(1, 4, 3), (2, 2, 3), *((1, 3, 1 + row) for row in range(1, rows))]
+    grids = np.array(sizes) * (1, seen.merge, seen.merge)
+    pixels = random.standard_normal((int(grids.prod(1).sum()), *shape), np.float32)
+    first = [(image, 12), (video, 6), (video, 6)]
+    return Pictures(pixels, grids), [first, *([(image, 3 + 3 * row)] for row in range(1, rows))]
+
+
+def smallest(seen: Sight, pictures: Pictures) -> Pictures:
+    """A picture of one token, or of one tile, of the colours of these."""
+    if not seen.merge:
+        return Pictures(pictures.pixels[:1])
+    return Pictures(pictures.pixels[: seen.merge**2], np.array([(1, seen.merge, seen.merge)]))
+
+
+def patch_places(grids: np.ndarray, merge: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each patch of a packed row: its row and column [2, N], how many of them its picture has [2, N], and the number
+    of its frame [N]. `merge` x `merge` neighbours follow each other."""
+    frames = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
+    order = [np.arange(h * w).reshape(h // merge, merge, w // merge, merge).swapaxes(1, 2).ravel() for h, w in frames]
+    places = [np.stack(np.divmod(o, w)) for o, (_, w) in zip(order, frames, strict=True)]
+    held = [h * w for h, w in frames]
+    return np.concatenate(places, 1), np.repeat(frames, held, 0).T, np.repeat(np.arange(len(frames)), held)
+
+
 def mrope_positions(
     ids: np.ndarray, tokens: Collection[int], grids: np.ndarray, merge: int, mask: np.ndarray | None = None
 ) -> np.ndarray:
