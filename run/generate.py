@@ -72,10 +72,11 @@ def generate(
 ) -> Answer:
     """Continues `prompt`, a text or the ids of its tokens, by the export in `folder`; nothing is written.
 
-    use_chat: whether the prompt is what a user says in the checkpoint's chat template; None: if there is one. images:
-    files, and videos: folders of frames, which come before the text in a chat, in the order of their placeholders
-    without: they take the extra `vision`. The other arguments are the options of `llmexport generate`; what none of them says, generation_config.json does. show: is
-    given the text piece by piece. Raises UserError (llmexport.plugins.errors), with one line that says what to do.
+    use_chat: whether the prompt is what a user says in the checkpoint's chat template; None: if there is one. images,
+    files, and videos, folders of frames, come before it in a chat; elsewhere its placeholders say where. They take what
+    the extra `vision` installs. The other arguments are the options of `llmexport generate`; what none of them says,
+    generation_config.json does. show: is given the text piece by piece. Raises UserError (llmexport.plugins.errors),
+    with one line that says what to do.
     """
     if max_new_tokens < 1:
         raise RunError(f"max_new_tokens is {max_new_tokens}: make it 1 or more")

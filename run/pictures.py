@@ -25,7 +25,7 @@ NEEDED = {"transformers": "transformers", "PIL": "pillow", "torchvision": "torch
 INSTALL = "pip install 'llmexport[vision]'"
 # Of what pillow reads; some of the other formats it gives to programs that run what is in the file.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# What a processor calls the colours and the grids of images and of videos, and which token of a model's stands for them.
+# What processors call the colours and the grids of images and of videos, and which of a model's tokens they are.
 KINDS = (("pixel_values", "image_grid_thw", 0), ("pixel_values_videos", "video_grid_thw", -1))
 MOST = 1_000_000_000  # bytes of a file
 MOST_FRAMES = 4096
