@@ -235,7 +235,7 @@ def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:
         if not matches:
             every = [load(n) for n in names()]
             by_type = {t: n.name for n in every for t in _types(n)}
-            raise nearest.refusal(config, by_type, [n.name for n in every if n.multimodal])
+            raise nearest.refusal(config, by_type, {m.model_type: bool(m.tower) for n in every for m in n.multimodal})
         return matches[0]
     arch = load(name)
     if kind not in _types(arch):
