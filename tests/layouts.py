@@ -26,7 +26,7 @@ VISION: dict[str, dict[str, Any]] = {
         "projector_input_dim": 48,
         "projector_output_dim": 48,
     },
-    "qwen3_5_moe": {
+    "qwen3_5": {
         "depth": 1,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -38,6 +38,7 @@ VISION: dict[str, dict[str, Any]] = {
         "num_position_embeddings": 16,
     },
 }
+VISION["qwen3_5_moe"] = VISION["qwen3_5"]
 INDEX = "model.safetensors.index.json"
 
 
