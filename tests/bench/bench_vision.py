@@ -74,12 +74,12 @@ def pictures(config: dict[str, Any], count: int) -> dict[str, np.ndarray]:
     vision, random = config["vision_config"], np.random.default_rng(0)
     if packed(config):
         side = SIDE // vision["patch_size"]
-        numbers = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+        numbers = vision.get("in_channels", 3) * vision["temporal_patch_size"] * vision["patch_size"] ** 2
         pixels = random.uniform(-1, 1, (count * side**2, numbers))
         return {"pixel_values": pixels.astype(np.float32), "grid_thw": np.array([[1, side, side]] * count)}
     size = vision["image_size"]
     tiles = (-(-SIDE // size)) ** 2
-    shape = (count * (tiles + (tiles > 1)), vision["num_channels"], size, size)
+    shape = (count * (tiles + (tiles > 1)), vision.get("num_channels", 3), size, size)
     return {"pixel_values": random.uniform(-1, 1, shape).astype(np.float32)}
 
 
