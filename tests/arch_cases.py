@@ -14,7 +14,8 @@ from llmexport.export.config import Config
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture's tiny config with `changes`; `name` is what the tests call it."""
+    """An architecture's tiny config with `changes`, those of a `vision_config` in its own; `name` is what the tests
+    call it."""
 
     arch: str
     name: str
@@ -51,6 +52,10 @@ CASES = (
         "use_qk_norm": False, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_layers": [0, 3],
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "attention_bias": True,
         "attn_temperature_tuning": False, "no_rope_layers": [1, 0, 1, 0],
+    }),
+    Case("qwen3_5", "qwen3_5"),
+    Case("qwen3_5", "qwen3_5-tied", {
+        "tie_word_embeddings": True, "linear_num_value_heads": 6, "num_key_value_heads": 1,
     }),
     Case("qwen3_5_moe", "qwen3_5_moe"),
     Case("qwen3_5_moe", "qwen3_5_moe-other-heads", {

@@ -110,12 +110,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         arch = archs.load(case.arch)
         folder = tmp_path_factory.mktemp(case.name) / "checkpoint"
         text = {**arch.tiny, **case.changes}
-        config = dict(archs.tiny_config(dataclasses.replace(arch, tiny=text), part))
+        vision = text.pop("vision_config", {})
+        config = copy.deepcopy(dict(archs.tiny_config(dataclasses.replace(arch, tiny=text), part)))
+        config.get("vision_config", {}).update(vision)
         [name] = config.pop("architectures", [arch.reference.model_class])
         model_class = getattr(transformers, name)
         torch.manual_seed(0)
-        # A copy, as transformers writes into the dictionaries that it is given.
-        model = model_class(model_class.config_class(**copy.deepcopy(config)))
+        model = model_class(model_class.config_class(**config))
         randomise(model)
         model.save_pretrained(folder, max_shard_size="100KB")
         assert len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) > 1
