@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,25 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.pixels if self.grids is None else self.grids)
+
+    def pieces(self, most: int) -> Iterator[Pictures]:
+        """The same in several, of at most so many patches or tiles each, but that no frame is cut.
+
+        A frame or a tile sees itself alone, so that what they give, one after the other, is what all give at once; the
+        memory of a packed row grows with its square.
+        """
+        if self.grids is None:
+            held, grids = np.ones(len(self.pixels), np.int64), None
+        else:
+            grids = np.repeat(self.grids * (0, 1, 1) + (1, 0, 0), self.grids[:, 0], 0)
+            held = grids.prod(1)
+        start, at = 0, 0
+        for end in range(1, len(held) + 1):
+            size = int(held[start:end].sum())
+            if end < len(held) and size + held[end] <= most:
+                continue
+            yield Pictures(self.pixels[at : at + size], None if grids is None else grids[start:end])
+            start, at = end, at + size
 
 
 @dataclass(frozen=True)
