@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -178,6 +179,15 @@ def tiny_config(arch: Arch, part: str) -> Mapping[str, Any]:
         "tie_word_embeddings": inner["tie_word_embeddings"],
         **outer.tower.tiny,
     }
+
+
+def tiny_files(arch: Arch) -> Mapping[str, str]:
+    """What lies beside the weights of the whole checkpoint of `tiny_config`: its tokenizer and its processor."""
+    from llmexport.export.tiny_words import tokenizer
+
+    tower = next(m.tower for m in arch.multimodal if m.tower)
+    said = {n: d if isinstance(d, str) else json.dumps(d, indent=2) for n, d in tower.beside.items()}
+    return {"tokenizer.json": tokenizer(tower.words), **said}
 
 
 def as_stored(arch: Arch, tensors: Collection[str]) -> Arch:

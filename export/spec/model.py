@@ -111,12 +111,15 @@ class Tower:
 
     `build` makes the graph, and what puts features into the text, of the config at `config_key`, of the keys beside it
     and of the width of the text model. `names` are as an Arch's, of paths that start with `vision.`. `tiny` are the
-    keys beside the text model's config in the built-in one.
+    keys beside the text model's config in the built-in one. `words` are special words of its tokenizer and their ids,
+    `beside` what else lies there, by file: text, or a JSON object.
     """
 
     build: Callable[[Config, Config, int], tuple[Graph, Splice]]
     names: Mapping[str, str]
     tiny: Mapping[str, Any]
+    words: Mapping[str, int]
+    beside: Mapping[str, Any]
     config_key: str = "vision_config"
 
 
