@@ -48,11 +48,12 @@ def write(
     Matrices are normal with a deviation that keeps the logits of order one; norms and biases are spread too, so
     that leaving one out shows. The same seed gives the same bytes. Holds one shard in memory. `hollow`: the files are
     holes that read as zeros and take no space, of any size. `part` of a multimodal checkpoint: all of it where `config`
-    is one's and nobody says; the tiny one is of the text model.
+    is one's and nobody says; the tiny one is of the text model, or has a tokenizer and a processor as well.
     """
     part = part or ("text" if config is None else "all")
+    beside: Mapping[str, str] = {}
     if config is None and part != "text":
-        config = archs.tiny_config(arch, part)
+        config, beside = archs.tiny_config(arch, part), archs.tiny_files(arch)
         arch = archs.choose(None, config)
     config = {
         "architectures": [arch.reference.model_class],
@@ -80,6 +81,8 @@ def write(
             index |= dict.fromkeys(names, file)
         (folder / RANDOM).write_text(json.dumps({"made_by": "llmexport", "seed": seed}))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+        for name, text in beside.items():
+            (folder / name).write_text(text)
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
 
 

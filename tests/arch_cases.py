@@ -53,6 +53,10 @@ CASES = (
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "attention_bias": True,
         "attn_temperature_tuning": False, "no_rope_layers": [1, 0, 1, 0],
     }),
+    Case("qwen3_5", "qwen3_5"),
+    Case("qwen3_5", "qwen3_5-tied", {
+        "tie_word_embeddings": True, "linear_num_value_heads": 6, "num_key_value_heads": 1,
+    }),
     Case("qwen3_5_moe", "qwen3_5_moe"),
     Case("qwen3_5_moe", "qwen3_5_moe-other-heads", {
         "linear_num_key_heads": 4, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 3, "attention_bias": True,

@@ -333,7 +333,7 @@ READS = {
     "gpt_oss": [("cos", "sin", "start", "length")] * 3,
     "llama4": [("cos", "sin", "mask_chunk_8")] * 3 + [("mask", "temperature")],
     "llama4-maverick": [("cos", "sin", "mask_chunk_8"), ("mask",)] * 2,
-    "qwen3_5_moe": [("present_tokens", "tokens_end")] * 3 + [("cos", "sin", "mask")],
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), [("present_tokens", "tokens_end")] * 3 + [("cos", "sin", "mask")]),
     "gemma2": [("cos", "sin", "start", "length")] * 3,
     "gemma2-no-caps": [("cos", "sin", "mask_window_8"), ("cos", "sin", "mask"), ("cos", "sin", "mask_window_8")],
     "gemma3_text": [("cos", "sin", "mask_window_8"), ("cos_1", "sin_1", "mask"), ("cos", "sin", "mask_window_8")],
@@ -459,6 +459,7 @@ def test_an_architecture_has_its_own_names(arch, path, name):
         ("llama4", "head.projection.weight", "language_model.lm_head.weight"),
         ("qwen3_5_moe", "layers.3.self_attn.q_norm.weight", "model.language_model.layers.3.self_attn.q_norm.weight"),
         ("qwen3_5_moe", "head.projection.weight", "lm_head.weight"),
+        ("qwen3_5", "layers.3.mlp.up_proj.weight", "model.language_model.layers.3.mlp.up_proj.weight"),
     ],
 )
 def test_a_multimodal_checkpoint_has_the_text_models_names_under_its_own(arch, path, name):

@@ -25,6 +25,20 @@ from llmexport.export.wiring import Wiring
 EPSILON = 1e-5  # of all its norms, whatever norm_eps says
 LAYER = "vision_model.model.layers.{i}."
 
+TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}<|header_start|>{{ message.role }}<|header_end|>{{ '\\n\\n' }}
+{%- if message.content is string %}{{ message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'text' %}{{ part.text }}
+{%- else %}{{ '<|' + part.type + '|>' }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}<|eot|>
+{%- endfor %}
+{%- if add_generation_prompt %}<|header_start|>assistant<|header_end|>{{ '\\n\\n' }}{%- endif %}"""
+
 
 def build(config: Config, beside: Config, width: int) -> tuple[Graph, Splice]:
     hidden, heads = config.length("hidden_size", 768), config.count("num_attention_heads", 16)
@@ -118,5 +132,35 @@ TOWER = Tower(
         "image_token_index": 250,
         "boi_token_index": 251,
         "eoi_token_index": 252,
+    },
+    words={
+        "<|begin_of_text|>": 243,
+        "<|eot|>": 244,
+        "<|header_start|>": 245,
+        "<|header_end|>": 246,
+        "<|image|>": 247,
+        "<|tile_x_separator|>": 248,
+        "<|tile_y_separator|>": 249,
+        "<|patch|>": 250,
+        "<|image_start|>": 251,
+        "<|image_end|>": 252,
+    },
+    beside={
+        "preprocessor_config.json": {
+            "image_processor_type": "Llama4ImageProcessor",
+            "processor_class": "Llama4Processor",
+            "size": {"height": 24, "width": 24},
+            "max_patches": 4,
+        },
+        "processor_config.json": {
+            "processor_class": "Llama4Processor",
+            "patch_size": 4,
+            "pixel_shuffle_ratio": 0.5,
+            "fake_image_token": "<|image|>",
+            "image_token": "<|image|>",
+        },
+        "generation_config.json": {"bos_token_id": 243, "eos_token_id": 244},
+        "tokenizer_config.json": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>", "pad_token": "<|eot|>"},
+        "chat_template.jinja": TEMPLATE,
     },
 )
