@@ -7,7 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmexport.export.spec import Block, PatchPlaces, PixelShuffle, Port, Rotary, Splice, TileEmbedding
+from llmexport.export.spec import (
+    FEATURES,
+    IMAGES,
+    SPLICED,
+    TILES,
+    Block,
+    PatchPlaces,
+    PixelShuffle,
+    Port,
+    Rotary,
+    Splice,
+    TileEmbedding,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,13 @@ class Sight:
         if pictures.grids is None:
             return [self.tile] * len(pictures)
         return [h * w // self.merge**2 for t, h, w in pictures.grids.tolist() for _ in range(t)]
+
+    def sizes(self, pictures: Pictures | None) -> dict[str, int]:
+        """The sizes of axes where a model sees these; of those of its tower none, where it sees nothing."""
+        if pictures is None:
+            return {SPLICED: 0}
+        made = sum(self.runs(pictures))
+        return {TILES if pictures.grids is None else IMAGES: len(pictures), FEATURES: made, SPLICED: made}
 
     def positions(self, ids: np.ndarray, mask: np.ndarray, pictures: Pictures) -> np.ndarray | None:
         """The positions [3, B, T] of a prompt; None where pictures are counted as text is."""
