@@ -89,10 +89,10 @@ def summary(export: Export, folder: Path) -> list[tuple[str, str]]:
     blocks = counts(Counter(type(s.block).__name__ for s in export.steps))
     fused: Counter[str] = Counter()
     refused: dict[str, list[str]] = {}
-    for name, fusion in (f for g in export.graphs for f in g.fusions.items()):
+    for graph, name, fusion in ((g.name, *f) for g in export.graphs for f in g.fusions.items()):
         fused[name.removeprefix("fuse_")] += fusion.count
         for node, reason in fusion.refused:
-            refused.setdefault(reason, []).append(node)
+            refused.setdefault(reason, []).append(export.place(graph, node))
     shared = {w.file for w in export.weights if w.placed == "reflink"}
     new = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1 and p.name not in shared]
     held = sum(w.bytes for w in export.weights)

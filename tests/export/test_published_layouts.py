@@ -68,8 +68,9 @@ def exported_layout(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callab
 
 
 def export(source: Path, folder: Path, **wanted: str) -> Export:
+    """The text model of a checkpoint."""
     opened = open_checkpoint(source)
-    request = onnx_file.Request(archs.choose(None, opened.config), opened, **wanted)
+    request = onnx_file.Request(archs.choose(None, opened.config), opened, part="text", **wanted)
     onnx_file.write(request, folder, force=False)
     return manifest.read(folder)
 
