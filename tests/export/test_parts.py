@@ -23,7 +23,7 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.cli.onnx import summary
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
-from llmexport.validate.compare import compare
+from llmexport.plugins.dtypes import BY_NAME
 
 TOWERS = [n for n in archs.names() if any(m.tower for m in archs.load(n).multimodal)]
 ONE = TOWERS[0]
@@ -116,7 +116,7 @@ def test_both_graphs_are_written_into_one_folder_where_nobody_says(
 ) -> None:
     found, source = exported_part(arch), checkpoint(arch)
     assert [g.file for g in found.graphs] == ["vision.onnx", "decoder.onnx"]
-    assert manifest.read(found.folder) == found
+    assert manifest.as_data(manifest.read(found.folder)) == manifest.as_data(found)
     shards = {p.name for p in source.glob("*.safetensors")}
     written = {"vision.onnx", "decoder.onnx", "manifest.json", "config.json"}
     assert {p.name for p in found.folder.iterdir()} == shards | written
@@ -137,7 +137,7 @@ def test_weights_of_two_graphs_lie_there_once(mode: str, checkpoint: Checkpoint,
     assert all(w.whole_sha256 for w in found.weights)
     # No weight is written into a graph.
     assert sum(p.stat().st_size for p in found.folder.glob("*.onnx")) < 250_000
-    assert manifest.verified(found) == found
+    assert manifest.verified(found).held == found.held
 
 
 @pytest.mark.model
@@ -175,7 +175,8 @@ def test_both_graphs_are_in_the_dtype_and_for_the_target_that_is_asked_for(
     for graph in found.graphs:
         model = onnx.load(found.folder / graph.file, load_external_data=False)
         types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
-        assert types == {p.name: p.typed(found.dtype).onnx for p in (*graph.assembly.inputs, *graph.assembly.outputs)}
+        ports = (*graph.assembly.inputs, *graph.assembly.outputs)
+        assert types == {p.name: BY_NAME[p.typed(found.dtype).dtype].onnx for p in ports}
         assert bool(model.functions) == (found.target == "portable" and bool(graph.ops))
 
 
@@ -188,7 +189,7 @@ def test_every_block_of_a_part_exports_alone(arch: str, checkpoint: Checkpoint, 
     assert made.keys() == named_blocks(onnx_file.open_model(request)[1]).keys()
     for name, found in made.items():
         assert found.block == name
-        assert manifest.read(tmp_path / "out" / name) == found
+        assert manifest.as_data(manifest.read(tmp_path / "out" / name)) == manifest.as_data(found)
         onnxruntime.InferenceSession(found.folder / found.graphs[0].file, providers=["CPUExecutionProvider"])
 
 
@@ -205,3 +206,142 @@ def test_a_block_is_called_as_in_its_part_alone_and_after_its_graph_where_both_h
     expected = [f"vision_{n}" if n in shared else n for n in vision]
     expected += [f"decoder_{n}" if n in shared else n for n in [*text, "splice"]]
     assert sorted(names(arch, "all")) == sorted(expected)
+
+
+def test_the_summary_says_which_graph_makes_what_another_takes(exported_part: Exporter) -> None:
+    found = exported_part("llama4")
+    rows = dict(summary(found, found.folder))
+    assert rows["vision.onnx"] == "pixel_values [tiles, 3, 24, 24] -> image_features [features, 64]"
+    assert "image_features [spliced, 64] of vision.onnx -> logits [batch, sequence, 256]" in rows["decoder.onnx"]
+    assert "vision: layers.0/gelu" in rows["left unfused"]
+    assert "model.onnx" not in dict(summary(exported_part("llama4", "text"), found.folder))
+
+
+TOO_DEEP = {"llama4": "num_hidden_layers", "qwen3_5_moe": "depth"}
+OTHER_TOWER = {"fullatt_block_indexes": [7], "window_size": 112}  # keys of Qwen2.5-VL's
+# What is wrong with a checkpoint, by arch and name of the mistake: a change of its config, one of its tensors, words of
+# the line.
+Change = Callable[[dict[str, Any]], object]
+WRONG: dict[str, tuple[Change, Change, str]] = {
+    "no tensors of the tower": (
+        lambda c: None,
+        lambda t: [t.pop(n) for n in list(t) if n.startswith(("vision_model", "multi_modal", "model.visual"))],
+        r"holds no vision tower \(.*\*\): pass --part text",
+    ),
+    "one tensor of the tower is missing": (
+        lambda c: None,
+        lambda t: [t.pop(n) for n in NORM.values() if n in t],
+        r"lacks 1 tensors .*: {norm}\. .*\(--part text leaves the tower out\)$",
+    ),
+    "one tensor of the tower has another shape": (
+        lambda c: None,
+        lambda t: t.update({n: np.ones(3, np.float32) for n in NORM.values() if n in t}),
+        r"{norm} is \[3\] in the checkpoint.*\(--part text leaves the tower out\)$",
+    ),
+    "one tensor of the tower has another type": (
+        lambda c: None,
+        lambda t: t.update({n: t[n].astype(np.int8) for n in NORM.values() if n in t}),
+        r"{norm} is stored as I8.*\(--part text leaves the tower out\)$",
+    ),
+    "one tensor of the tower is not known": (
+        lambda c: None,
+        lambda t: t.update({n.replace(".weight", ".other"): np.ones(3, np.float32) for n in NORM.values() if n in t}),
+        r"holds 1 tensors that this architecture does not use: .*other.*\(--part text leaves the tower out\)$",
+    ),
+    "the tower is deeper than the checkpoint": (
+        lambda c: c["vision_config"].update({TOO_DEEP[c["model_type"]]: 3}),
+        lambda t: None,
+        r"config\.json says that the tower has layers: 3, the checkpoint holds 2 layers",
+    ),
+    "vision_config is of another model": (
+        lambda c: c["vision_config"].update(OTHER_TOWER),
+        lambda t: None,
+        r"does not understand: fullatt_block_indexes.*\(of vision_config, which --part text leaves out\)$",
+    ),
+    "there is no vision_config": (
+        lambda c: c.pop("vision_config"),
+        lambda t: None,
+        r"has no 'vision_config': take the whole checkpoint, or pass --part text$",
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", TOWERS)
+@pytest.mark.parametrize("mistake", WRONG)
+def test_what_is_wrong_with_a_tower_alone_is_said_with_the_way_around_it(
+    arch: str, mistake: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    change_config, change_tensors, says = WRONG[mistake]
+    folder = damaged(checkpoint(arch), tmp_path / "checkpoint", lambda c, t: (change_config(c), change_tensors(t)))
+    line = refusal(folder, tmp_path / "out")
+    assert re.search(says.replace("{norm}", re.escape(NORM[arch])), line), line
+
+
+@pytest.mark.model
+def test_the_way_around_a_wrong_tower_leads_to_the_text_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for mistake, (change_config, change_tensors, _) in WRONG.items():
+        folder = damaged(
+            checkpoint(ONE),
+            tmp_path / mistake,
+            lambda c, t: (change_config(c), change_tensors(t)),  # noqa: B023
+        )
+        assert export(folder, tmp_path / f"{mistake}-out", part="text").graphs
+
+
+@pytest.mark.parametrize("part", ["all", "vision"])
+def test_a_wrong_text_model_is_not_blamed_on_the_tower(part: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    table = "language_model.model.embed_tokens.weight"
+    folder = damaged(checkpoint("llama4"), tmp_path / "checkpoint", lambda c, t: t.pop(table))
+    if part == "vision":
+        assert export(folder, tmp_path / "out", part=part).graphs
+    else:
+        assert "--part" not in refusal(folder, tmp_path / "out", part)
+
+
+@pytest.mark.parametrize("part", ["text", "all", "vision"])
+def test_a_tensor_of_no_part_is_refused(part: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    change = {"audio_model.weight": np.zeros(3, np.float32)}
+    folder = damaged(checkpoint(ONE), tmp_path / "checkpoint", lambda c, t: t.update(change))
+    line = refusal(folder, tmp_path / "out", part)
+    assert "holds 1 tensors that this architecture does not use: audio_model.weight" in line
+    assert "--part" not in line
+
+
+def test_a_part_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    random_checkpoint.write(archs.load("llama"), tmp_path / "ck")
+    with pytest.raises(ExportError, match=r"^--part vision: config\.json is of a text model: leave --part out$"):
+        export(tmp_path / "ck", tmp_path / "out", part="vision")
+    with pytest.raises(ExportError, match=r"^--part vision: llama has no vision tower here: leave --part out$"):
+        export(None, tmp_path / "out", arch="llama", part="vision")
+    with pytest.raises(ExportError, match=r"^part is 'tower': choose one of all, text, vision$"):
+        export(tmp_path / "ck", tmp_path / "out", part="tower")
+
+
+@pytest.mark.parametrize("wanted", [{"cache": "static", "max_tokens": 64}, {"logits": "last"}], ids=str)
+def test_what_a_tower_does_not_have_is_not_asked_of_it(
+    wanted: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=r"^--part vision keeps no cache and gives no logits: leave"):
+        export(checkpoint(ONE), tmp_path / "out", part="vision", **wanted)
+
+
+def test_notes_on_the_text_model_are_not_of_the_tower(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Nor is a multimodal checkpoint whose head is its table of words a base model."""
+
+    def tie(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+        del tensors["language_model.lm_head.weight"]
+
+    opened = open_checkpoint(damaged(checkpoint("llama4"), tmp_path / "checkpoint", tie))
+    for part in ("all", "text", "vision"):
+        request = onnx_file.Request(archs.choose(None, opened.config), opened, part=part)
+        assert onnx_file.open_model(request)[2] == []
+
+
+@pytest.mark.parametrize("part", ["all", "vision"])
+def test_the_built_in_part_is_what_transformers_calls_so(part: str) -> None:
+    for arch in TOWERS:
+        known = archs.load(arch)
+        config = archs.tiny_config(known, part)
+        assert archs.choose(None, config).name == arch
+        assert config["architectures"] == [known.multimodal[0].architecture]
