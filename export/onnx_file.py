@@ -15,6 +15,7 @@ from llmexport.export import cache, manifest, weights
 from llmexport.export.archs import (
     PARTS,
     as_stored,
+    in_layout,
     left_out,
     multimodal_names,
     read_tower,
@@ -126,7 +127,8 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     model, notes = read_noted(request.arch, config, request.max_tokens, part)
     model = with_last_logits(model) if request.logits == "last" else model
     stored = request.checkpoint.tensors
-    arch = as_stored(with_part(request.arch, config, part), stored)
+    named = with_part(in_layout(request.arch, config, stored), config, part)
+    arch = as_stored(named, stored)
     for ours, theirs in {(k.partition("{i}")[0], v.partition("{i}")[0]) for k, v in arch.names.items() if "{i}" in k}:
         # A layer may be placed in several graphs.
         layers = {s.path.removeprefix(ours).partition(".")[0] for s in model.steps if s.path.startswith(ours)}
@@ -137,7 +139,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
                 f"the checkpoint holds {len(held)} layers: "
                 "is config.json from the same model?"
             )
-    if arch is not request.arch and model.ties:
+    if arch is not named and model.ties:
         notes.append(
             f"the checkpoint is a base model, its names lack {arch.base!r}: "
             "the logits are made with its tied embedding table"
@@ -213,7 +215,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         weights=tuple(file for file, _ in found),
         config=checkpoint.config,
         text_config=config,
-        renamed=multimodal_names(arch, checkpoint.config),
+        renamed=multimodal_names(arch, checkpoint.config, checkpoint.tensors),
         reference=arch.reference,
         versions=cache.versions(),
         notes=(*notes, *handed.notes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from llmexport.validate.pictures import Pictures, Sight, sight
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
 from llmexport.validate.stages import Stage, runs_at
 
+MOST_AT_ONCE = 4096  # patches of pictures, whose attention takes a gigabyte of 16 heads in fp32; or tiles
 BACKENDS = ("onnxruntime", "engine")
 V = TypeVar("V")
 
@@ -69,6 +71,9 @@ class Session(Generic[V]):
             inputs, known = graph.assembly.inputs, self._held | self._carried[graph.name]
             if not runs_at(stage, graph):
                 continue
+            if stage.pictures and sees(graph):
+                self._held |= self._seen(graph, stage, stage.pictures)
+                continue
             feed = {p.name: known[p.name] if p.name in known else self.put(stage.at(p)) for p in inputs}
             made = dict(self.infer(graph, feed))
             self._carried[graph.name] = {before: made.pop(after) for before, after in graph.carried.items()}
@@ -77,6 +82,17 @@ class Session(Generic[V]):
                     last = self.get(made.pop(port.name))[:, -1]
             self._held |= made
         return last.astype(np.float32)
+
+    def _seen(self, graph: ExportedGraph, stage: Stage, pictures: Pictures) -> dict[str, V]:
+        """What a graph makes of all pictures, some at a time."""
+        made: dict[str, list[np.ndarray]] = {p.name: [] for p in graph.assembly.outputs}
+        for piece in pictures.pieces(MOST_AT_ONCE):
+            interrupt.check()
+            some = dataclasses.replace(stage, pictures=piece)
+            feed = {p.name: self.put(some.at(p)) for p in graph.assembly.inputs}
+            for name, value in self.infer(graph, feed).items():
+                made[name].append(self.get(value))
+        return {name: self.put(np.concatenate(parts)) for name, parts in made.items()}
 
 
 class RuntimeSession(Session[OrtValue]):

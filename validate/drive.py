@@ -21,16 +21,7 @@ from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import BATCH, PAST, Port
 from llmexport.validate import overflow
 from llmexport.validate.compare import Mismatch
-from llmexport.validate.feeds import (
-    Feed,
-    beside,
-    draw,
-    holds_tokens,
-    shape_of,
-    states,
-    without_pictures,
-    words,
-)
+from llmexport.validate.feeds import Feed, beside, draw, holds_tokens, shape_of, states, without_pictures, words
 from llmexport.validate.pictures import sight
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.stages import (
@@ -42,9 +33,8 @@ from llmexport.validate.stages import (
     one_picture,
     padded_right,
     runs_at,
-    suspected_thresholds,
-    thresholds,
 )
+from llmexport.validate.thresholds import suspected_thresholds, thresholds
 
 MOST_PAST = 4 * 2**30  # bytes of a random past in fp32, which is held for each step across a threshold
 # A prompt is timed again until there are so many calls, or the fewer that make a median took so long.

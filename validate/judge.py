@@ -12,13 +12,13 @@ from polygraphy.backend.base import BaseRunner
 
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import FEATURES, IMAGES, PAST, SEQUENCE, TILES, Block, Step, summands
-from llmexport.validate import stages
 from llmexport.validate.compare import Difference, compare, median
 from llmexport.validate.drive import Run, TorchDriver
 from llmexport.validate.feeds import Feed, block_feed
 from llmexport.validate.metrics import Scores, measure
 from llmexport.validate.report import Rung, rung_of
 from llmexport.validate.stages import Script
+from llmexport.validate.thresholds import block_sizes
 from llmexport.validate.tolerance import Tolerance, step_tolerance
 
 
@@ -58,7 +58,7 @@ def alone(judge: Judge, runner: BaseRunner, step: Step, seed: int) -> Iterator[d
 
 def feeds_alone(step: Step, dtype: str, seed: int) -> Iterator[tuple[str, Feed]]:
     """Random inputs of one step, each with the name of its run."""
-    for sizes in stages.block_sizes(step.block):
+    for sizes in block_sizes(step.block):
         drawn = block_feed(step.block, dtype, sizes, seed)
         feed = {value: drawn[port] for port, value in step.reads.items()}
         yield _said(step.block, sizes), feed

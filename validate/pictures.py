@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from llmexport.export.spec import Block, PatchPlaces, PixelShuffle, Port, Rotary, Splice, TileEmbedding
+from llmexport.export.spec import (
+    FEATURES,
+    IMAGES,
+    SPLICED,
+    TILES,
+    Block,
+    PatchPlaces,
+    PixelShuffle,
+    Port,
+    Rotary,
+    Splice,
+    TileEmbedding,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,25 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.pixels if self.grids is None else self.grids)
+
+    def pieces(self, most: int) -> Iterator[Pictures]:
+        """The same in several, of at most so many patches or tiles each, but that no frame is cut.
+
+        A frame or a tile sees itself alone, so that what they give, one after the other, is what all give at once; the
+        memory of a packed row grows with its square.
+        """
+        if self.grids is None:
+            held, grids = np.ones(len(self.pixels), np.int64), None
+        else:
+            grids = np.repeat(self.grids * (0, 1, 1) + (1, 0, 0), self.grids[:, 0], 0)
+            held = grids.prod(1)
+        start, at = 0, 0
+        for end in range(1, len(held) + 1):
+            size = int(held[start:end].sum())
+            if end < len(held) and size + held[end] <= most:
+                continue
+            yield Pictures(self.pixels[at : at + size], None if grids is None else grids[start:end])
+            start, at = end, at + size
 
 
 @dataclass(frozen=True)
@@ -46,6 +77,13 @@ class Sight:
             return [self.tile] * len(pictures)
         return [h * w // self.merge**2 for t, h, w in pictures.grids.tolist() for _ in range(t)]
 
+    def sizes(self, pictures: Pictures | None) -> dict[str, int]:
+        """The sizes of axes where a model sees these; of those of its tower none, where it sees nothing."""
+        if pictures is None:
+            return {SPLICED: 0}
+        made = sum(self.runs(pictures))
+        return {TILES if pictures.grids is None else IMAGES: len(pictures), FEATURES: made, SPLICED: made}
+
     def positions(self, ids: np.ndarray, mask: np.ndarray, pictures: Pictures) -> np.ndarray | None:
         """The positions [3, B, T] of a prompt; None where pictures are counted as text is."""
         if not self.sections or pictures.grids is None:
@@ -65,6 +103,14 @@ def sight(blocks: Collection[Block]) -> Sight | None:
         tile=next((b.tokens for b in blocks if isinstance(b, PixelShuffle)), 0),
         sections=any(isinstance(b, Rotary) and b.sections for b in blocks),
     )
+
+
+def stands_for(seen: Sight, ids: np.ndarray, pictures: Pictures) -> list[int]:
+    """The id of the tokens that stand for each picture of a prompt [B, T]."""
+    visual = ids[np.isin(ids, seen.tokens)]
+    assert pictures.grids is not None
+    ends = (pictures.grids.prod(1) // seen.merge**2).cumsum()
+    return [int(n) for n in visual[np.concatenate(([0], ends[:-1]))]]
 
 
 Runs = list[list[tuple[int, int]]]  # of each row: an id, and how many tokens of it

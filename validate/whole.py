@@ -16,6 +16,7 @@ from llmexport.validate.drive import Recorded, Run, Runs, TorchDriver, driver, f
 from llmexport.validate.feeds import Feed
 from llmexport.validate.forms import FORMS, Form
 from llmexport.validate.judge import Judge, alone, compare_runs, rung_of
+from llmexport.validate.pictures import sight
 from llmexport.validate.reference import Refused, Transformers
 from llmexport.validate.report import REFERENCE, Rung
 from llmexport.validate.runners import not_runnable, onnx_runner
@@ -102,7 +103,9 @@ class Whole:
 
     def _left(self, form: Form) -> list[tuple[Stage, str]]:
         """The stages that a form does not take, and why."""
-        return [(s, why) for s in self.script if (why := form.outside(self.export, s.sizes))]
+        seen = sight(self.export.blocks)
+        sizes = [s.sizes | (seen.sizes(s.pictures) if seen else {}) for s in self.script]
+        return [(s, why) for s, own in zip(self.script, sizes, strict=True) if (why := form.outside(self.export, own))]
 
     def _traced(self, form: Form) -> str:
         """Where its numbers part, or why nobody can tell."""

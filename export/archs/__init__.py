@@ -16,8 +16,9 @@ from llmexport.export import nearest
 from llmexport.export.assembly import TABLE, has_own_head, renamed
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
+from llmexport.export.keys import ANY
 from llmexport.export.spec import Arch, Graph, Multimodal, Reference, Splice
-from llmexport.export.values import show, show_name
+from llmexport.export.values import same, show, show_name
 
 BASE = re.compile("For[A-Za-z]*$")
 PARTS = ("all", "text", "vision")
@@ -54,7 +55,7 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Arch:
         raise ExportError(
             f"config.json says architectures {show_name(classes)}, {arch.name} exports [{wanted!r}]: {why}"
         )
-    return _inside(arch, outer) if outer else arch
+    return _inside(arch, outer, outer.names) if outer else arch
 
 
 def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -65,27 +66,53 @@ def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
     outer = _multimodal(arch, config)
     if outer is None:
         return config
-    inner = config.get(outer.config_key)
+    inner = config.get(outer.config_key, {} if outer.flat else None)
     if not isinstance(inner, dict):
         raise ExportError(f"config.json has no {outer.config_key!r}: is it the config of a whole checkpoint?")
-    kind = inner.get("model_type", arch.model_types[0])
-    if kind not in arch.model_types:
+    types = outer.text_types or arch.model_types
+    kind = inner.get("model_type", types[0])
+    if kind not in types:
         raise ExportError(
-            f"config.json: {outer.config_key} is of model_type {show(kind)}, expected {' or '.join(arch.model_types)}"
+            f"config.json: {outer.config_key} is of model_type {show(kind)}, expected {' or '.join(types)}"
         )
-    shared = ("tie_word_embeddings",)
-    differ = [k for k in shared if k in config and k in inner and config[k] != inner[k]]
+    beside = {k: v for k, v in config.items() if k not in (outer.config_key, *outer.harmless)}
+    shared = {k: v for k, v in beside.items() if outer.flat or k == "tie_word_embeddings"}
+    said = {k: v for k, v in inner.items() if v is not None and k not in ANY}
+    differ = [k for k, v in shared.items() if v is not None and not same(v, said.get(k, v))]
     if differ:
         raise ExportError(f"config.json and its {outer.config_key} differ in {', '.join(differ)}: make them agree")
-    beside = Config({k: v for k, v in config.items() if k not in (outer.config_key, *outer.harmless, *shared)})
-    beside.finish(causal=True)
-    return {**{k: config[k] for k in shared if k in config}, **inner}
+    Config({k: v for k, v in beside.items() if k not in shared}).finish(causal=True)
+    # One list of keys became two, some of which stand in both.
+    own = {k: v for k, v in inner.items() if not (outer.flat and k in outer.harmless)}
+    return _completed({**shared, **own, "model_type": arch.model_types[0]}, outer)
 
 
-def multimodal_names(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, str]:
+def _completed(text: Mapping[str, Any], outer: Multimodal) -> Mapping[str, Any]:
+    """The text model's config in the words of its own architecture."""
+    ropes = {k: dict(text[k]) for k in ("rope_parameters", "rope_scaling") if isinstance(text.get(k), dict)}
+    if outer.sections:
+        for key, rope in ropes.items():
+            plain = {k: v for k, v in rope.items() if k not in ("mrope_section", "mrope_interleaved")}
+            ropes[key] = {k: "default" if v == "mrope" else v for k, v in plain.items()}
+    # Theta stands among the other keys of RoPE or beside them.
+    defaults = {k: v for k, v in outer.defaults.items() if not any(k in r for r in ropes.values())}
+    return {**defaults, **text, **ropes}
+
+
+def multimodal_names(arch: Arch, config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, str]:
     """How a multimodal checkpoint renames the text model's tensors: start of the name here -> start there."""
     outer = _multimodal(arch, config)
-    return outer.names if outer else {}
+    if outer is None:
+        return {}
+    table = _table(load(arch.name))
+    known = (outer.names, *outer.other_names)
+    return next((names for names in known if _renamed(table, names) in tensors), outer.names)
+
+
+def in_layout(arch: Arch, config: Mapping[str, Any], tensors: Collection[str]) -> Arch:
+    """The architecture, as `choose` gives it, with the names of the release that this checkpoint is of."""
+    outer, names = _multimodal(arch, config), multimodal_names(arch, config, tensors)
+    return arch if outer is None or names == outer.names else _inside(load(arch.name), outer, names)
 
 
 def _multimodal(arch: Arch, config: Mapping[str, Any]) -> Multimodal | None:
@@ -130,7 +157,8 @@ def left_out(arch: Arch, config: Mapping[str, Any]) -> str:
     outer = _multimodal(arch, config)
     if outer is None or outer.tower:
         return ""
-    return f"{outer.model_type}: the text model alone is exported, {', '.join(outer.left_out)} are left out"
+    what = ", ".join(outer.left_out)
+    return f"{outer.model_type}: the text model alone is exported, {what} left out: it takes no pictures"
 
 
 def tiny_config(arch: Arch, part: str) -> Mapping[str, Any]:
@@ -168,7 +196,7 @@ def as_stored(arch: Arch, tensors: Collection[str]) -> Arch:
     Raises ExportError on a base model whose head cannot be made of what it holds.
     """
     base = arch.base
-    table = next(n for path, n in arch.names.items() if TABLE.startswith(path)) + "weight"
+    table = _table(arch)
     if any(n.startswith(base) for n in tensors) or table.removeprefix(base) not in tensors:
         return arch
     if has_own_head(arch):
@@ -179,15 +207,21 @@ def as_stored(arch: Arch, tensors: Collection[str]) -> Arch:
     return renamed(arch, lambda name: name.removeprefix(base))
 
 
-def _inside(arch: Arch, outer: Multimodal) -> Arch:
+def _inside(arch: Arch, outer: Multimodal, names: Mapping[str, str]) -> Arch:
     """The architecture with the names that its parameters have in the whole checkpoint."""
+    inside = renamed(arch, lambda name: _renamed(name, names))
+    base = _renamed(arch.base, names)
+    return dataclasses.replace(inside, ignore=inside.ignore + outer.ignore + outer.left_out, base=base)
 
-    def rename(name: str) -> str:
-        starts = [s for s in outer.names if name.startswith(s)]
-        return outer.names[starts[0]] + name.removeprefix(starts[0]) if starts else name
 
-    inside = renamed(arch, rename)
-    return dataclasses.replace(inside, ignore=inside.ignore + outer.ignore + outer.left_out, base=rename(arch.base))
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    start = next((s for s in names if name.startswith(s)), "")
+    return names.get(start, "") + name.removeprefix(start)
+
+
+def _table(arch: Arch) -> str:
+    """What a checkpoint calls the table of words."""
+    return next(n for path, n in arch.names.items() if TABLE.startswith(path)) + "weight"
 
 
 def _types(arch: Arch) -> tuple[str, ...]:
@@ -201,7 +235,7 @@ def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:
         if not matches:
             every = [load(n) for n in names()]
             by_type = {t: n.name for n in every for t in _types(n)}
-            raise nearest.refusal(config, by_type, [n.name for n in every if n.multimodal])
+            raise nearest.refusal(config, by_type, {m.model_type: bool(m.tower) for n in every for m in n.multimodal})
         return matches[0]
     arch = load(name)
     if kind not in _types(arch):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
+from layouts import WHOLE
 from published_configs import LONG_FACTOR, PUBLISHED, SHORT_FACTOR, WITH_MORE_KEYS
 from tiny_configs import read, read_whole
 
@@ -43,7 +44,6 @@ from llmexport.export.spec import (
 from llmexport.export.stack import wired
 
 CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).model_types[0]] for n in archs.names()}
-WHOLE = [n for n in archs.names() if archs.load(n).multimodal]
 
 
 def published(name: str) -> Model:
@@ -61,10 +61,10 @@ def test_every_key_that_transformers_writes_is_understood(arch):
     read_model(archs.load(arch), CLASSES[arch]().to_dict())
 
 
-@pytest.mark.parametrize("arch", WHOLE)
-def test_every_key_that_transformers_writes_beside_the_text_model_is_understood(arch):
-    config = transformers.CONFIG_MAPPING[archs.load(arch).multimodal[0].model_type]().to_dict()
-    assert read_model(archs.load(arch), config) == read_model(archs.load(arch), CLASSES[arch]().to_dict())
+@pytest.mark.parametrize("kind", WHOLE)
+def test_every_key_that_transformers_writes_beside_the_text_model_is_understood(kind):
+    config, named = transformers.CONFIG_MAPPING[kind]().to_dict(), archs.load(WHOLE[kind])
+    assert read_model(named, config) == read_model(named, config["text_config"])
 
 
 @pytest.mark.parametrize("arch", CLASSES)
@@ -75,9 +75,9 @@ def test_the_tiny_config_means_to_transformers_what_it_means_here(arch):
     assert read_model(archs.load(arch), written) == read(arch)
 
 
-@pytest.mark.parametrize("arch", WHOLE)
-def test_a_text_model_is_the_same_alone_and_in_a_multimodal_config(arch):
-    assert read_whole(arch) == read(arch)
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_text_model_is_the_same_alone_and_in_a_multimodal_config(kind):
+    assert read_whole(kind) == read(WHOLE[kind])
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *WITH_MORE_KEYS])
@@ -169,6 +169,16 @@ def qwen3_5_35b() -> Model:
     linear = (decoder_layer(norm, net, norm, moe), (Presence(),))
     full = (decoder_layer(norm, attention, norm, moe), (Rotary(64, 10000000.0, sections=(11, 11, 10)), Mask()))
     return wired(Embedding(248320, 2048), (linear, linear, linear, full) * 10, Head(norm, 248320), tied=False)
+
+
+def qwen3_5_27b() -> Model:
+    norm, mlp = Norm(5120, 1e-6, 1.0, "after_weight"), Mlp(5120, 17408, "silu")
+    net = GatedDeltaNet(5120, key_heads=16, key_size=128, value_heads=48, value_size=128, kernel=4, epsilon=1e-6)
+    heads = Norm(256, 1e-6, 1.0, "after_weight")
+    attention = Attention(5120, 24, 4, 256, rotated=64, qk_norm=heads, output_gate=True)
+    linear = (decoder_layer(norm, net, norm, mlp), (Presence(),))
+    full = (decoder_layer(norm, attention, norm, mlp), (Rotary(64, 10000000.0, sections=(11, 11, 10)), Mask()))
+    return wired(Embedding(248320, 5120), (linear, linear, linear, full) * 16, Head(norm, 248320), tied=False)
 
 
 def gemma_2_2b() -> Model:
@@ -275,6 +285,7 @@ MODELS = {
     "gpt-oss-20b": gpt_oss_20b(),
     "Llama-4-Scout-17B-16E": llama_4_scout(),
     "Qwen3.5-35B-A3B": qwen3_5_35b(),
+    "Qwen3.5-27B": qwen3_5_27b(),
     "gemma-2-2b": gemma_2_2b(),
     "gemma-3-1b-pt": gemma_3_1b(),
     "Qwen3-8B": qwen3_8b(),

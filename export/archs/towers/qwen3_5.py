@@ -66,8 +66,8 @@ def build(config: Config, beside: Config, width: int) -> tuple[Graph, Splice]:
     side = math.isqrt(positions)
     if side**2 != positions:
         raise ExportError(f"config.json: vision_config has num_position_embeddings {positions}, expected a square")
-    channels, frames = config.count("in_channels", 3), config.count("temporal_patch_size", 2)
-    embedding = PatchEmbedding(channels, frames, config.count("patch_size", 16), hidden, axis)
+    channels, frames = config.count("in_channels", 3), config.side("temporal_patch_size", 2)
+    embedding = PatchEmbedding(channels, frames, config.side("patch_size", 16), hidden, axis)
     config.expect("deepstack_visual_indexes", [], None)
     norm = Norm(hidden, 1e-6, statistics="layer", bias=True, axes=(1, axis))
     attention = Attention(
