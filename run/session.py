@@ -105,12 +105,8 @@ class RuntimeSession(Session[OrtValue]):
         super().__init__(export)
         if export.dtype == "bfloat16":
             raise RunError("ONNX Runtime has no bfloat16 MatMul on a CPU: export with --dtype float32 or float16 too")
-        options = SessionOptions()
-        options.intra_op_num_threads = threads
-        # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
-        options.enable_mem_pattern = False
         models = {g.name: last_logits(load(export, g), g, export.dtype) for g in export.graphs}
-        self._sessions = {name: open_session(model, export.folder, options) for name, model in models.items()}
+        self._sessions = {n: open_session(m, export.folder, _options(threads)) for n, m in models.items()}
 
     @property
     def what(self) -> str:
@@ -138,6 +134,14 @@ class RuntimeSession(Session[OrtValue]):
         session.run_with_iobinding(binding)
         # Of the values that are made of arrays, ours alone keep these alive.
         return dict(zip((p.name for p in graph.assembly.outputs), binding.get_outputs(), strict=True)) | slots
+
+
+def _options(threads: int) -> SessionOptions:
+    options = SessionOptions()
+    options.intra_op_num_threads = threads
+    # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
+    options.enable_mem_pattern = False
+    return options
 
 
 class ArraySession(Session[np.ndarray]):
