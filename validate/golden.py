@@ -19,7 +19,7 @@ from llmexport.validate.pack import Arrays, Header, Shot, expected_key, fed_key,
 from llmexport.validate.report import Rung
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.stages import Script, Stage
-from llmexport.validate.tolerance import tolerance
+from llmexport.validate.tolerance import tolerances
 from llmexport.validate.whole import Whole
 
 MOST_PASTS = 2**30  # bytes of the random pasts of all crossings: a pack travels to where the engine is
@@ -88,7 +88,7 @@ def make(
             )
         yardsticks = [ours, *whole.theirs] if whole.exact else []
         # A run is within what is allowed of itself; what that is, the pack says.
-        own = judge.compare_runs("golden", script, expected, expected, tolerance(export.dtype, export), yardsticks)
+        own = judge.compare_runs("golden", script, expected, expected, tolerances(export.dtype, export), yardsticks)
     progress("write", 2, 3)
     kept = _within(script, listener.shots)
     header = Header(
