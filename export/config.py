@@ -74,6 +74,12 @@ class Config:
         """The size of a dimension of a weight."""
         return as_integer(key, self.get(key, default), most=LONGEST)
 
+    def side(self, key: str, default: Any = _REQUIRED) -> int:
+        """The size of all sides of a picture or a patch, which may be listed if they are equal."""
+        found = self.get(key, default)
+        equal = isinstance(found, list) and found and all(same(n, found[0]) for n in found)
+        return as_integer(key, found[0] if equal else found, most=LONGEST)
+
     def count(self, key: str, default: Any = _REQUIRED, least: int = 1) -> int:
         """How many layers, heads, experts or the like there are."""
         return as_integer(key, self.get(key, default), least, most=MOST)

@@ -20,6 +20,7 @@ from llmexport.export.assembly import checkpoint_name, part_names, parts
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.earlier import RANDOM
 from llmexport.export.errors import ExportError
+from llmexport.export.multimodal import tiny_config, tiny_files, with_part
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
 from llmexport.export.spec import ANY_FLOAT, Arch, Block, GatedNorm, Norm
@@ -48,11 +49,12 @@ def write(
     Matrices are normal with a deviation that keeps the logits of order one; norms and biases are spread too, so
     that leaving one out shows. The same seed gives the same bytes. Holds one shard in memory. `hollow`: the files are
     holes that read as zeros and take no space, of any size. `part` of a multimodal checkpoint: all of it where `config`
-    is one's and nobody says; the tiny one is of the text model.
+    is one's and nobody says; the tiny one is of the text model, or has a tokenizer and a processor as well.
     """
     part = part or ("text" if config is None else "all")
+    beside: Mapping[str, str] = {}
     if config is None and part != "text":
-        config = archs.tiny_config(arch, part)
+        config, beside = tiny_config(arch, part), tiny_files(arch)
         arch = archs.choose(None, config)
     config = {
         "architectures": [arch.reference.model_class],
@@ -80,6 +82,8 @@ def write(
             index |= dict.fromkeys(names, file)
         (folder / RANDOM).write_text(json.dumps({"made_by": "llmexport", "seed": seed}))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+        for name, text in beside.items():
+            (folder / name).write_text(text)
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
 
 
@@ -99,7 +103,7 @@ class _Parameter:
 
 def _parameters(arch: Arch, config: Mapping[str, Any], dtype: str, part: str) -> Iterator[tuple[str, _Parameter]]:
     """Name in the checkpoint of every parameter, and what it is."""
-    model, arch = read_model(arch, config, part=part), archs.with_part(arch, config, part)
+    model, arch = read_model(arch, config, part=part), with_part(arch, config, part)
     stored_as = {block: load_parameters(block) for block in {s.block for s in model.steps}}
     for step in model.steps:
         means = {part.path: mean for part in parts(step) if (mean := _mean(part.block)) is not None}

@@ -27,7 +27,8 @@ def wired(
 
     `layers` are the blocks and the context that each reads; `tied`: the head's projection is the embedding table, and
     its bias, if it has one, the one that stands beside it. `slots` are those of a static cache; `splice` puts pictures
-    into the text, which an earlier graph has seen. Raises ExportError if there is no cache that could have slots.
+    into the text, which an earlier graph has seen. Raises ExportError if there is no cache that could have slots, or
+    if no word stands for a picture.
     """
     layers, wiring = list(layers), Wiring("decoder" if splice else ONLY)
     if slots is not None:
@@ -38,6 +39,8 @@ def wired(
     ports = {p.name: p for b in (embedding, *shared) for p in b.inputs}
     wiring.take(*(ports[n] for n in TOKENS if n in ports))
     if splice:
+        if (token := max(splice.tokens)) >= embedding.vocabulary:
+            raise ExportError(f"config.json: token {token} stands for pictures, vocab_size is {embedding.vocabulary}")
         wiring.take(splice.inputs[-1])
         wiring.place("embedding", embedding, ["embedded"])
         (hidden,) = wiring.place("splice", splice, ["hidden.0"], hidden="embedded")

@@ -24,7 +24,7 @@ from llmexport.run.bench_run import EAGER, RUNNERS, Job, Timing
 from llmexport.run.errors import RunError
 from llmexport.run.session import check_decoder, check_prompt, positions
 from llmexport.validate.facts import environment
-from llmexport.validate.feeds import limits
+from llmexport.validate.feeds import words
 
 COMMAND = (sys.executable, "-X", "faulthandler", "-m", "llmexport.run.bench_run")
 TITLES = {"onnxruntime": "ONNX Runtime", "engine": "engine", EAGER: "PyTorch, eager"}
@@ -95,8 +95,7 @@ def bench(
     most = positions(export)
     if most and prompt_tokens + new_tokens > most:
         raise RunError(f"{prompt_tokens} + {new_tokens} tokens are asked for, the model takes {most}: ask for fewer")
-    below = limits(export.blocks)["tokens"]
-    ids = np.random.default_rng(0).integers(0, below, (batch, prompt_tokens)).tolist()
+    ids = np.random.default_rng(0).choice(words(export.blocks), (batch, prompt_tokens)).tolist()
     check_prompt(export, ids[0])
     threads = threads or _cores()
     timings: dict[str, Timing | str] = {}

@@ -25,7 +25,7 @@ from llmexport.export import manifest
 from llmexport.export.engine_build import die_with_parent
 from llmexport.export.exported import Export
 from llmexport.plugins.errors import UserError
-from llmexport.run.session import BACKENDS, decode, greedy, opened, run_again_at
+from llmexport.run.session import BACKENDS, decode, greedy, opened, picture_tokens, run_again_at
 
 EAGER = "eager"
 RUNNERS = (*BACKENDS, EAGER)
@@ -81,7 +81,8 @@ def timed(job: Job) -> Timing:
         load = time.perf_counter() - start
         for run in range(job.runs + 1):
             tokens, start = [], time.perf_counter()
-            for chosen in itertools.islice(decode(session, ids, greedy, run_again_at(export)), job.new_tokens):
+            made = decode(session, ids, greedy, run_again_at(export), never=picture_tokens(export))
+            for chosen in itertools.islice(made, job.new_tokens):
                 now = time.perf_counter()
                 if run:
                     (steps if tokens else first).append(now - start)

@@ -58,7 +58,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def render(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:
+def render(template: str, messages: list[dict[str, Any]], special: dict[str, str]) -> str:
     """The text of a chat, up to where the model goes on. Raises RunError if the template refuses it or fails."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]

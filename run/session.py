@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -14,7 +14,8 @@ from llmexport.export.graph_file import load
 from llmexport.export.last_logits import last_logits
 from llmexport.export.spec import LongScaling, Rotary
 from llmexport.run.errors import RunError
-from llmexport.validate.feeds import beside, limits, states, without_pictures
+from llmexport.validate.feeds import beside, limits, sees, states, without_pictures
+from llmexport.validate.pictures import Pictures, Sight, sight
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
 from llmexport.validate.stages import Stage, runs_at
 
@@ -156,6 +157,8 @@ def check_decoder(export: Export) -> None:
     """Raise RunError unless the export is a model that continues a text."""
     if export.block is not None:
         raise RunError(f"{export.folder} is one block, {export.block}, which gives no tokens: export the whole model")
+    if len(export.graphs) == 1 and sees(export.graphs[0]):
+        raise RunError(f"{export.folder} is the vision part alone, which gives no tokens: export it with --part all")
     if not any(g.carried for g in export.graphs):
         raise RunError(f"{export.arch} is an encoder, which reads a text and continues none: give a decoder")
     if unknown := [p.name for p in beside(export)]:
@@ -167,25 +170,39 @@ def row(ids: Sequence[int]) -> np.ndarray:
     return np.array([ids], np.int64)
 
 
-def opening(ids: np.ndarray) -> Stage:
-    """The stage of a prompt [B, T] without padding."""
-    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    return Stage("prompt", "opening", ids, positions, np.ones_like(ids), np.zeros_like(ids))
+def opening(ids: np.ndarray, pictures: Pictures | None = None, seen: Sight | None = None) -> Stage:
+    """The stage of a prompt [B, T] without padding, and of its pictures, if a model has so seen any."""
+    mask = np.ones_like(ids)
+    positions = seen.positions(ids, mask, pictures) if seen and pictures else None
+    if positions is None:
+        positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    return Stage("prompt", "opening", ids, positions, mask, np.zeros_like(ids), pictures)
 
 
-def decode(session: Session[Any], ids: np.ndarray, choose: Choose, again: int | None = None) -> Iterator[np.ndarray]:
+def decode(
+    session: Session[Any],
+    ids: np.ndarray,
+    choose: Choose,
+    again: int | None = None,
+    *,
+    begin: Callable[[np.ndarray], Stage] = opening,
+    never: Collection[int] = (),
+) -> Iterator[np.ndarray]:
     """The tokens [B] that follow a prompt [B, T], step by step, without end.
 
-    again: the number of tokens after which all that is carried is computed anew, see `run_again_at`.
+    again: the number of tokens after which all that is carried is computed anew, see `run_again_at`. begin: makes a
+    stage of all tokens so far. never: the tokens that are not chosen, see `picture_tokens`.
     """
-    stage = opening(ids)
+    stage = begin(ids)
     while True:
         interrupt.check()
-        chosen = choose(session.run(stage), ids)
+        scores = session.run(stage)
+        scores[:, [*never]] = -np.inf
+        chosen = choose(scores, ids)
         yield chosen
         before = ids.shape[1]
         ids = np.concatenate((ids, chosen[:, None]), 1)
-        stage = opening(ids) if before == again else stage.then("decode", "decode", chosen[:, None])
+        stage = begin(ids) if before == again else stage.then("decode", "decode", chosen[:, None])
 
 
 def greedy(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -201,7 +218,13 @@ def run_again_at(export: Export) -> int | None:
     return None
 
 
-def check_prompt(export: Export, ids: Sequence[int]) -> None:
+def picture_tokens(export: Export) -> tuple[int, ...]:
+    """The tokens that stand for pictures, which no answer has, as there is no picture behind them."""
+    seen = sight(export.blocks)
+    return seen.tokens if seen else ()
+
+
+def check_prompt(export: Export, ids: Sequence[int], pictures: Pictures | None = None) -> None:
     """Raise RunError on a prompt that the model does not take."""
     if not ids:
         raise RunError("the prompt is empty, it has no token that the model could continue: give some text")
@@ -209,6 +232,11 @@ def check_prompt(export: Export, ids: Sequence[int]) -> None:
     if outside := [i for i in ids if not 0 <= i < words]:
         raise RunError(
             f"the prompt has token {outside[0]}, the model knows 0 to {words - 1}: is the tokenizer the model's own?"
+        )
+    if pictures is None and (alone := {*ids} & {*picture_tokens(export)}):
+        raise RunError(
+            f"the prompt has token {min(alone)}, which stands for a picture, and none is given: give it by --image or "
+            "--video, or leave its placeholder out"
         )
     most = positions(export)
     if most and len(ids) > most:

@@ -14,7 +14,8 @@ from llmexport.export.config import Config
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture's tiny config with `changes`; `name` is what the tests call it."""
+    """An architecture's tiny config with `changes`, those of a `vision_config` in its own; `name` is what the tests
+    call it."""
 
     arch: str
     name: str
@@ -51,6 +52,10 @@ CASES = (
         "use_qk_norm": False, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_layers": [0, 3],
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "attention_bias": True,
         "attn_temperature_tuning": False, "no_rope_layers": [1, 0, 1, 0],
+    }),
+    Case("qwen3_5", "qwen3_5"),
+    Case("qwen3_5", "qwen3_5-tied", {
+        "tie_word_embeddings": True, "linear_num_value_heads": 6, "num_key_value_heads": 1,
     }),
     Case("qwen3_5_moe", "qwen3_5_moe"),
     Case("qwen3_5_moe", "qwen3_5_moe-other-heads", {
@@ -98,6 +103,8 @@ MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 # one case an architecture
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]
+# Those whose multimodal checkpoints are exported whole: the text model, and what sees.
+TOWERS = tuple(c for c in FIRST if any(m.tower for m in archs.load(c.arch).multimodal))
 # Every session tries the one half of them in fp16 and the other in bf16; slow tests try both in both.
 IN_FP16, IN_BF16 = FIRST[::2], FIRST[1::2]
 # Each of them in one dtype, and every dtype in some.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -92,11 +93,14 @@ def as_case(which: Case | str) -> Case:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case | str], Path]:
-    """Makes the checkpoint of a case with transformers: several shards, norms and biases randomised."""
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes the checkpoint of a case with transformers: several shards, norms and biases randomised.
+
+    `tiny_checkpoint(case, "all")` has the text model within the multimodal one.
+    """
 
     @functools.cache
-    def make(case: Case) -> Path:
+    def make(case: Case, part: str) -> Path:
         import torch
         import transformers
         from layouts import randomise
@@ -105,16 +109,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case 
 
         arch = archs.load(case.arch)
         folder = tmp_path_factory.mktemp(case.name) / "checkpoint"
-        model_class = getattr(transformers, arch.reference.model_class)
+        text = {**arch.tiny, **case.changes}
+        vision = text.pop("vision_config", {})
+        config = copy.deepcopy(dict(archs.tiny_config(dataclasses.replace(arch, tiny=text), part)))
+        config.get("vision_config", {}).update(vision)
+        [name] = config.pop("architectures", [arch.reference.model_class])
+        model_class = getattr(transformers, name)
         torch.manual_seed(0)
-        # A copy, as transformers writes into the dictionaries that it is given.
-        model = model_class(model_class.config_class(**copy.deepcopy({**arch.tiny, **case.changes})))
+        model = model_class(model_class.config_class(**config))
         randomise(model)
         model.save_pretrained(folder, max_shard_size="100KB")
         assert len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) > 1
         return folder
 
-    return lambda which: make(as_case(which))
+    return lambda which, part="text": make(as_case(which), part)
 
 
 def need_static_caches() -> None:
@@ -131,19 +139,19 @@ def static_caches() -> None:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[Case | str], Path]) -> Exporter:
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Exporter:
     """Exports a case; `exported(case, dtype="float16", block="attention")`; `slots` are those of a static cache, with
-    which a test is skipped where ONNX Runtime has none."""
+    which a test is skipped where ONNX Runtime has none; `part` is that of a multimodal checkpoint, if not "text"."""
 
     @functools.cache
-    def make(case: Case, dtype: str, block: str | None, weights: str, slots: int | None) -> Path:
+    def make(case: Case, dtype: str, block: str | None, weights: str, slots: int | None, part: str) -> Path:
         from llmexport.export import archs, onnx_file
         from llmexport.export.checkpoint import open_checkpoint
 
-        checkpoint = open_checkpoint(tiny_checkpoint(case))
+        checkpoint = open_checkpoint(tiny_checkpoint(case, "text" if part == "text" else "all"))
         folder = tmp_path_factory.mktemp(f"{case.name}-{dtype}") / "export"
         arch, cache = archs.choose(None, checkpoint.config), "static" if slots else "dynamic"
-        request = onnx_file.Request(arch, checkpoint, dtype, block, weights, cache=cache, max_tokens=slots)
+        request = onnx_file.Request(arch, checkpoint, dtype, block, weights, cache=cache, max_tokens=slots, part=part)
         onnx_file.write(request, folder, force=False)
         return folder
 
@@ -153,9 +161,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable
         block: str | None = None,
         weights: str = "auto",
         slots: int | None = None,
+        part: str = "text",
     ) -> Path:
         if slots:
             need_static_caches()
-        return make(as_case(which), dtype, block, weights, slots)
+        return make(as_case(which), dtype, block, weights, slots, part)
 
     return export

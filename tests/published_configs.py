@@ -176,6 +176,33 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
         },
         "vision_end_token_id": 248054, "vision_start_token_id": 248053
     },
+    "Qwen3.5-27B": {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "image_token_id": 248056, "model_type": "qwen3_5",
+        "text_config": {
+            "attention_bias": false, "attention_dropout": 0.0, "attn_output_gate": true, "dtype": "bfloat16",
+            "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+            "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 17408,
+            "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+            "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+            "linear_num_value_heads": 48, "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32",
+            "max_position_embeddings": 262144, "mlp_only_layers": [], "model_type": "qwen3_5_text",
+            "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": false, "num_attention_heads": 24,
+            "num_hidden_layers": 64, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+            "rope_parameters": {
+                "mrope_interleaved": true, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000, "rope_type": "default"
+            },
+            "use_cache": true, "vocab_size": 248320
+        },
+        "tie_word_embeddings": false, "transformers_version": "4.57.0.dev0", "video_token_id": 248057,
+        "vision_config": {
+            "deepstack_visual_indexes": [], "depth": 27, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1152,
+            "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4304, "model_type": "qwen3_5",
+            "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 5120, "patch_size": 16,
+            "spatial_merge_size": 2, "temporal_patch_size": 2
+        },
+        "vision_end_token_id": 248054, "vision_start_token_id": 248053
+    },
     "gemma-2-2b": {
         "architectures": ["Gemma2ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
         "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
@@ -255,9 +282,10 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
         "use_cache": true, "use_sliding_window": false, "vocab_size": 151936
     }
 }""")
-# Lists that repeat: 24 layers and 40.
+# Lists that repeat: 24 layers, 40 and 64.
 PUBLISHED["gpt-oss-20b"]["layer_types"] *= 12
 PUBLISHED["Qwen3.5-35B-A3B"]["text_config"]["layer_types"] *= 10
+PUBLISHED["Qwen3.5-27B"]["text_config"]["layer_types"] *= 16
 # fmt: off
 LONG_FACTOR = [
     1.0700000524520874, 1.1200000047683716, 1.149999976158142, 1.4199999570846558, 1.5699999332427979,

@@ -21,15 +21,8 @@ from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import BATCH, PAST, Port
 from llmexport.validate import overflow
 from llmexport.validate.compare import Mismatch
-from llmexport.validate.feeds import (
-    Feed,
-    beside,
-    draw,
-    holds_tokens,
-    shape_of,
-    states,
-    without_pictures,
-)
+from llmexport.validate.feeds import Feed, beside, draw, holds_tokens, shape_of, states, without_pictures, words
+from llmexport.validate.pictures import sight
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.stages import (
     DECODE_STEPS,
@@ -37,11 +30,11 @@ from llmexport.validate.stages import (
     Script,
     Stage,
     crossing,
+    one_picture,
     padded_right,
     runs_at,
-    suspected_thresholds,
-    thresholds,
 )
+from llmexport.validate.thresholds import suspected_thresholds, thresholds
 
 MOST_PAST = 4 * 2**30  # bytes of a random past in fp32, which is held for each step across a threshold
 # A prompt is timed again until there are so many calls, or the fewer that make a median took so long.
@@ -159,7 +152,8 @@ def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
     """A script, its run, and all values of its stages but decode steps, whose tokens our PyTorch chooses.
 
     A model that carries something is run on the prompt, DECODE_STEPS greedy tokens, a piece of PIECE tokens at once
-    and across thresholds; any other on the prompt with padding on the left, and on the right.
+    and across thresholds; any other on the prompt with padding on the left, and on the right, or on its pictures and on
+    one alone.
     """
     export, script = model.export, list[Stage]()
     run, recorded = _begun(export), Recorded()
@@ -182,15 +176,17 @@ def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
 
     outputs, stage = take(prompt), prompt
     if any(g.carried for g in export.graphs):
-        scores = logits(export)
+        # No picture follows a token that the model chooses.
+        scores, text = logits(export), words(export.blocks)
         for i in range(DECODE_STEPS):
-            stage = stage.then(f"decode {i + 1}", "decode", outputs[scores][:, -1:].argmax(-1))
+            stage = stage.then(f"decode {i + 1}", "decode", text[outputs[scores][:, -1:, text].argmax(-1)])
             outputs = take(stage)
         take(stage.then("last", "piece", prompt.ids[:, :PIECE]))
         for at in beyond(export, prompt)[0]:
             take(crossing(export, at))
     else:
-        take(padded_right(prompt))
+        seen = sight(export.blocks)
+        take(one_picture(seen, prompt.pictures) if seen and prompt.pictures else padded_right(prompt))
     run.prompts = time_again(model, prompt)
     return tuple(script), run, recorded
 

@@ -17,7 +17,7 @@ from llmexport.plugins.errors import UserError
 from llmexport.validate import engine
 from llmexport.validate.feeds import ELSEWHERE, Feed
 from llmexport.validate.pack import bits
-from llmexport.validate.stages import block_sizes
+from llmexport.validate.thresholds import block_sizes
 
 
 class EngineRunner(BaseRunner):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 
 import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
@@ -10,20 +11,24 @@ import numpy as np
 from llmexport.export.exported import Export
 from llmexport.export.spec import (
     BATCH,
-    FEATURES,
+    IMAGES,
     PAST,
     SEQUENCE,
+    SPLICED,
     WRITTEN,
     Block,
     Embedding,
     Experts,
     Graph,
     Port,
+    Splice,
     Use,
+    axis_of,
     size_of,
     summands,
     with_sums,
 )
+from llmexport.validate.pictures import patch_places
 
 Feed = dict[str, np.ndarray]
 SEEN: tuple[Use, ...] = ("pixels", "grid", "features")
@@ -75,6 +80,12 @@ def limits(blocks: Collection[Block]) -> dict[Use, int]:
     return found | ({"routing_experts": min(experts)} if experts else {})
 
 
+def words(blocks: Collection[Block]) -> np.ndarray:
+    """The ids that a text may have: all that stand for no picture."""
+    pictures = [t for b in blocks if isinstance(b, Splice) for t in b.tokens]
+    return np.setdiff1d(np.arange(limits(blocks)["tokens"]), pictures)
+
+
 def block_feed(block: Block, dtype: str, sizes: Mapping[str, int], seed: int = 0) -> Feed:
     """A random feed for one block alone, by the names of its ports."""
     return draw(block.inputs, [block], dtype, sizes, seed)
@@ -82,14 +93,21 @@ def block_feed(block: Block, dtype: str, sizes: Mapping[str, int], seed: int = 0
 
 def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Mapping[str, int], seed: int = 0) -> Feed:
     """Random numbers for ports, such as their uses allow and `blocks` take."""
-    random, below, sizes = np.random.default_rng(seed), limits(blocks), with_sums(sizes)
-    angles = random.uniform(0, 100, (sizes[BATCH], sizes[SEQUENCE], 1))
+    ports, random, below, sizes = tuple(ports), np.random.default_rng(seed), limits(blocks), with_sums(sizes)
+    turned = next((shape_of(p, sizes)[:-1] for p in ports if p.use == "cos"), (sizes[BATCH], sizes[SEQUENCE]))
+    angles = random.uniform(0, 100, (*turned, 1))
+    grids, merge = _grids(ports, sizes)
+    places, extents, segments = patch_places(grids, merge)
     feed = {}
     for port in ports:
         shape = shape_of(port, sizes)
         value: np.ndarray
         match port.use:
-            case "tokens" | "token_types":
+            case "tokens":
+                text = words(blocks)
+                value = text[random.integers(0, len(text), shape)]
+                _put_pictures(value, blocks, sizes, random)
+            case "token_types":
                 value = random.integers(0, below[port.use], shape)
             case "positions":
                 value = np.broadcast_to(sizes[PAST] + np.arange(shape[-1]), shape)
@@ -102,6 +120,8 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = np.arange(shape[0])
             case "past_length":
                 value = np.full(shape, sizes[PAST])
+            case "mask" if _merged(port):
+                value = np.broadcast_to(segments[:, None] == segments, shape)
             case "mask":
                 value = np.broadcast_to(np.tri(shape[2], shape[3], k=shape[3] - shape[2]), shape)
             case "span_start":
@@ -125,7 +145,13 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
             case "sin":
                 value = np.sin(angles / np.arange(1, shape[-1] + 1))
             case "grid":
-                value = _grids(shape[0], size_of(FEATURES, sizes, ELSEWHERE))
+                value = grids
+            case "places":
+                value = places
+            case "extents":
+                value = extents
+            case "segments":
+                value = segments
             case "hidden" | "state" | "slots" | "window" | "logits" | "pixels" | "features":
                 value = random.standard_normal(shape)
         feed[port.name] = np.ascontiguousarray(value.astype(port.typed(dtype).dtype))
@@ -167,11 +193,40 @@ def holds_tokens(port: Port) -> bool:
     return PAST in port.shape or port.use in ("slots", "window")
 
 
-def _grids(pictures: int, features: int) -> np.ndarray:
-    """Grids [pictures, 3] of so many features, one each of 2 x 2 patches and the rest for the last one."""
-    grids = np.full((pictures, 3), (1, 2, 2))
-    grids[-1, 2] += 2 * (features - pictures)
-    return grids
+def _merged(port: Port) -> int:
+    """How many of the patches along one of its axes make a feature; 0 if there are none."""
+    return max((axis_of(d).times for d in port.shape if isinstance(d, str) and axis_of(d).times > 1), default=0)
+
+
+def _grids(ports: Iterable[Port], sizes: Mapping[str, int]) -> tuple[np.ndarray, int]:
+    """Grids [pictures, 3] of as many patches as ports have, and how many of them a side make a feature.
+
+    The first picture has one feature, each later one up to the last one more, and that is a video if it can be.
+    """
+    port = next((p for p in ports if _merged(p)), None)
+    if port is None:
+        return np.array([(1, 1, 1)]), 1
+    axis = next(d for d in port.shape if isinstance(d, str) and axis_of(d).times > 1)
+    merge = math.isqrt(_merged(port))
+    left = size_of(axis, sizes, ELSEWHERE) // merge**2
+    shapes = []
+    for i in range(1, sizes.get(IMAGES, ELSEWHERE)):
+        shapes.append((1, 1, min(i, left - sizes.get(IMAGES, ELSEWHERE) + i)))
+        left -= shapes[-1][2]
+    frames = 1 + (left % 2 == 0)
+    rows = max(n for n in range(1, 1 + math.isqrt(left // frames)) if left // frames % n == 0)
+    shapes.append((frames, rows, left // frames // rows))
+    return np.array(shapes) * (1, merge, merge), merge
+
+
+def _put_pictures(
+    ids: np.ndarray, blocks: Collection[Block], sizes: Mapping[str, int], random: np.random.Generator
+) -> None:
+    """Makes some of these ids, up to a half, such that stand for pictures: no more than there are features."""
+    tokens = [t for b in blocks if isinstance(b, Splice) for t in b.tokens]
+    count = min(size_of(SPLICED, sizes, ELSEWHERE), (ids.size + 1) // 2)
+    if tokens and count:
+        ids.flat[random.choice(ids.size, count, replace=False)] = random.choice(tokens, count)
 
 
 def _distinct(random: np.random.Generator, experts: int, shape: tuple[int, ...]) -> np.ndarray:

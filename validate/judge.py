@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,14 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.export.spec import PAST, SEQUENCE, Step
-from llmexport.validate import stages
+from llmexport.export.spec import FEATURES, IMAGES, PAST, SEQUENCE, TILES, Block, Step, summands
 from llmexport.validate.compare import Difference, compare, median
 from llmexport.validate.drive import Run, TorchDriver
 from llmexport.validate.feeds import Feed, block_feed
 from llmexport.validate.metrics import Scores, measure
 from llmexport.validate.report import Rung, rung_of
 from llmexport.validate.stages import Script
+from llmexport.validate.thresholds import block_sizes
 from llmexport.validate.tolerance import Tolerance, step_tolerance
 
 
@@ -58,10 +58,17 @@ def alone(judge: Judge, runner: BaseRunner, step: Step, seed: int) -> Iterator[d
 
 def feeds_alone(step: Step, dtype: str, seed: int) -> Iterator[tuple[str, Feed]]:
     """Random inputs of one step, each with the name of its run."""
-    for sizes in stages.block_sizes(step.block):
+    for sizes in block_sizes(step.block):
         drawn = block_feed(step.block, dtype, sizes, seed)
         feed = {value: drawn[port] for port, value in step.reads.items()}
-        yield f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens", feed
+        yield _said(step.block, sizes), feed
+
+
+def _said(block: Block, sizes: Mapping[str, int]) -> str:
+    """The sizes that one block is run at, for people."""
+    axes = {n for p in block.inputs for d in p.shape if isinstance(d, str) for n in summands(d)}
+    seen = [f"{sizes[n]} {n}" for n in (IMAGES, TILES, FEATURES) if n in axes]
+    return ", ".join(seen) or f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens"
 
 
 def compare_runs(

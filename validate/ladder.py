@@ -19,6 +19,7 @@ from llmexport.validate.forms import FORMS
 from llmexport.validate.judge import Judge, alone, rung_of
 from llmexport.validate.report import Report, Rung
 from llmexport.validate.stages import Script
+from llmexport.validate.thresholds import BEFORE
 from llmexport.validate.whole import BLOCKS, Whole
 
 Keep = Callable[[Mapping[str, list[Feed]]], None]
@@ -140,7 +141,7 @@ def _note_uncrossed(rungs: list[Rung], export: Export, left: list[int]) -> None:
 def _shape(script: Script) -> dict[str, Any]:
     """The sizes of a script, for the report."""
     batch, tokens = script[0].ids.shape
-    crossed = [s.past + stages.BEFORE for s in script if s.kind == "crossing"]
+    crossed = [s.past + BEFORE for s in script if s.kind == "crossing"]
     decodes = sum(s.kind == "decode" for s in script)
     return {"batch": batch, "tokens": tokens, "decode_steps": decodes, "crossed": crossed}
 

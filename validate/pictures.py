@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmexport.export.spec import Block, PatchPlaces, PixelShuffle, Port, Rotary, Splice, TileEmbedding
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -18,6 +20,97 @@ class Pictures:
 
     pixels: np.ndarray
     grids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels if self.grids is None else self.grids)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a model sees, as its blocks say it.
+
+    tokens: the ids that stand for pictures, the last one for frames of a video; none in a model without text. pixels:
+    where colours go in. Either `merge` x `merge` patches of a packed row make a token, or a tile makes so many of them;
+    the other is 0. sections: whether a token has a position in time, height and width.
+    """
+
+    tokens: tuple[int, ...]
+    pixels: Port
+    merge: int
+    tile: int
+    sections: bool
+
+    def runs(self, pictures: Pictures) -> list[int]:
+        """How many tokens each picture takes, or each frame of one, or each tile."""
+        if pictures.grids is None:
+            return [self.tile] * len(pictures)
+        return [h * w // self.merge**2 for t, h, w in pictures.grids.tolist() for _ in range(t)]
+
+    def positions(self, ids: np.ndarray, mask: np.ndarray, pictures: Pictures) -> np.ndarray | None:
+        """The positions [3, B, T] of a prompt; None where pictures are counted as text is."""
+        if not self.sections or pictures.grids is None:
+            return None
+        return mrope_positions(ids, self.tokens, pictures.grids, self.merge, mask)
+
+
+def sight(blocks: Collection[Block]) -> Sight | None:
+    """How a model of these blocks sees; None if it does not."""
+    ends = [b for b in blocks if isinstance(b, PatchPlaces | TileEmbedding)]
+    if not ends:
+        return None
+    return Sight(
+        tokens=next((b.tokens for b in blocks if isinstance(b, Splice)), ()),
+        pixels=ends[0].inputs[0],
+        merge=next((b.merge for b in blocks if isinstance(b, PatchPlaces)), 0),
+        tile=next((b.tokens for b in blocks if isinstance(b, PixelShuffle)), 0),
+        sections=any(isinstance(b, Rotary) and b.sections for b in blocks),
+    )
+
+
+def stands_for(seen: Sight, ids: np.ndarray, pictures: Pictures) -> list[int]:
+    """The id of the tokens that stand for each picture of a prompt [B, T]."""
+    visual = ids[np.isin(ids, seen.tokens)]
+    assert pictures.grids is not None
+    ends = (pictures.grids.prod(1) // seen.merge**2).cumsum()
+    return [int(n) for n in visual[np.concatenate(([0], ends[:-1]))]]
+
+
+Runs = list[list[tuple[int, int]]]  # of each row: an id, and how many tokens of it
+
+
+def drawn(seen: Sight, rows: int, random: np.random.Generator) -> tuple[Pictures, Runs]:
+    """Random pictures for a prompt of so many rows, and the tokens that stand for them.
+
+    The first row has an image and a video of two frames, of another size, or a tile and two more; each other row has
+    an image of its own.
+    """
+    image, video = (seen.tokens[0], seen.tokens[-1]) if seen.tokens else (0, 0)
+    shape = seen.pixels.shape[1:]
+    if not seen.merge:
+        runs = [[(image, seen.tile), (image, 2 * seen.tile)], *([[(image, seen.tile)]] * (rows - 1))]
+        return Pictures(random.standard_normal((rows + 2, *shape), np.float32)), runs
+    sizes = [(1, 4, 3), (2, 2, 3), *((1, 3, 1 + row) for row in range(1, rows))]
+    grids = np.array(sizes) * (1, seen.merge, seen.merge)
+    pixels = random.standard_normal((int(grids.prod(1).sum()), *shape), np.float32)
+    first = [(image, 12), (video, 6), (video, 6)]
+    return Pictures(pixels, grids), [first, *([(image, 3 + 3 * row)] for row in range(1, rows))]
+
+
+def smallest(seen: Sight, pictures: Pictures) -> Pictures:
+    """A picture of one token, or of one tile, of the colours of these."""
+    if not seen.merge:
+        return Pictures(pictures.pixels[:1])
+    return Pictures(pictures.pixels[: seen.merge**2], np.array([(1, seen.merge, seen.merge)]))
+
+
+def patch_places(grids: np.ndarray, merge: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each patch of a packed row: its row and column [2, N], how many of them its picture has [2, N], and the number
+    of its frame [N]. `merge` x `merge` neighbours follow each other."""
+    frames = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
+    order = [np.arange(h * w).reshape(h // merge, merge, w // merge, merge).swapaxes(1, 2).ravel() for h, w in frames]
+    places = [np.stack(np.divmod(o, w)) for o, (_, w) in zip(order, frames, strict=True)]
+    held = [h * w for h, w in frames]
+    return np.concatenate(places, 1), np.repeat(frames, held, 0).T, np.repeat(np.arange(len(frames)), held)
 
 
 def mrope_positions(

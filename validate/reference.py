@@ -13,14 +13,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.exported import Export
 from llmexport.export.spec import Use
 from llmexport.export.trace import torch_dtype
 from llmexport.export.values import one_line
-from llmexport.validate.feeds import Feed, beside, earlier
+from llmexport.validate.feeds import Feed, beside, earlier, sees
+from llmexport.validate.pictures import Pictures, Sight, sight, stands_for
 from llmexport.validate.runners import to_numpy, to_torch
 from llmexport.validate.stages import Stage
 
@@ -34,6 +37,8 @@ KEYWORDS: dict[Use, str] = {
     "padding": "attention_mask",
     "token_types": "token_type_ids",
 }
+# What it calls pictures of a packed row, by the tokens that stand for them: images, then frames of videos.
+PIXELS, GRIDS = ("pixel_values", "pixel_values_videos"), ("image_grid_thw", "video_grid_thw")
 OLDEST_TRANSFORMERS = (5, 20)  # whose numbers the tests hold the architectures against
 
 
@@ -66,7 +71,8 @@ class Transformers:
     """The model as transformers runs it, from the weights in the export: the reference that nobody here wrote.
 
     It carries its own cache from stage to stage, and begins a crossing with the random keys and values that our
-    runners read. Raises Refused where it cannot say what is right.
+    runners read. A multimodal model is given pictures as its processor gives them, and counts their positions itself.
+    Raises Refused where it cannot say what is right.
     """
 
     def __init__(self, export: Export, *, attention: str | None = "eager", last: bool = False) -> None:
@@ -84,10 +90,24 @@ class Transformers:
         self._cached = bool(carried)
         self._kept = {"logits_to_keep": 1} if last or export.gives_last_logits else {}
         self._cache: Cache | None = None
+        self._sight = sight(export.blocks)
+        self._features = next((p.name for g in export.graphs for p in g.assembly.outputs if p.use == "features"), "")
 
     def run(self, stage: Stage) -> Feed:
-        """The outputs that the export's reference names."""
+        """The outputs that the export's reference names, and the features of pictures."""
+        made: Feed = {}
+        if self._sight and stage.pictures:
+            made[self._features] = self._seen(stage.pictures)
+        if self._given:
+            made |= self._read(stage)
+        return made
+
+    def _read(self, stage: Stage) -> Feed:
         given = {keyword: to_torch(stage.at(port)) for keyword, port in self._given.items()}
+        if self._sight and stage.pictures:
+            given |= _as_processed(self._sight, stage.ids, stage.pictures, self._model.dtype)
+            if self._sight.sections:
+                del given["position_ids"]
         if stage.begins:
             self._cache = self._filled(stage) if stage.past else None
         run = self._model
@@ -99,6 +119,16 @@ class Transformers:
         self.seconds = time.perf_counter() - start
         self._cache = made.past_key_values if self._cached else None
         return {port: to_numpy(getattr(made, name)) for port, name in self._export.reference.outputs.items()}
+
+    def _seen(self, pictures: Pictures) -> np.ndarray:
+        """The features of pictures, one after the other, as wide as the text model."""
+        grids = {} if pictures.grids is None else {"image_grid_thw": to_torch(pictures.grids)}
+        with torch.inference_mode():
+            made = self._model.get_image_features(to_torch(pictures.pixels).to(self._model.dtype), **grids)
+            if projector := getattr(self._model, "multi_modal_projector", None):
+                # Llama 4 projects what this returns where it puts it into the text.
+                return to_numpy(projector(made.last_hidden_state).flatten(0, -2))
+            return to_numpy(torch.cat(made.pooler_output))
 
     def _filled(self, stage: Stage) -> Cache:
         """A cache as after the tokens whose keys and values a crossing begins with."""
@@ -116,6 +146,21 @@ class Transformers:
         return cache
 
 
+def _as_processed(seen: Sight, ids: np.ndarray, pictures: Pictures, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Pictures as the processors of transformers give them: frames of videos apart from images."""
+    pixels = to_torch(pictures.pixels).to(dtype)
+    if pictures.grids is None:
+        return {"pixel_values": pixels}
+    grids, kinds = to_torch(pictures.grids), torch.tensor(stands_for(seen, ids, pictures))
+    patches = kinds.repeat_interleave(grids.prod(1))
+    given = {"mm_token_type_ids": torch.zeros(ids.shape, dtype=torch.int64)}
+    for i, (token, pixel_name, grid_name) in enumerate(zip(seen.tokens, PIXELS, GRIDS, strict=True)):
+        given["mm_token_type_ids"] += (i + 1) * to_torch(ids == token)
+        if (kinds == token).any():
+            given |= {pixel_name: pixels[patches == token], grid_name: grids[kinds == token]}
+    return given
+
+
 def _load(export: Export, attention: str | None) -> Any:
     import transformers
 
@@ -126,7 +171,7 @@ def _load(export: Export, attention: str | None) -> Any:
     if model is None:
         have = f"transformers {transformers.__version__}"
         raise Refused(f"{have} has no {export.reference.model_class}: pip install -U transformers")
-    weights = export.checkpoint()
+    weights, whole = export.checkpoint(), any(map(sees, export.graphs))
     with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(export.config))
@@ -135,8 +180,9 @@ def _load(export: Export, attention: str | None) -> Any:
         for shard in weights.shards:
             (folder / shard.file).symlink_to((export.folder / shard.file).resolve())
         # transformers writes into the dictionaries that it is given.
-        config = copy.deepcopy(dict(export.text_config))
-        names = {f"^{re.escape(there)}": here for here, there in export.renamed.items()}
+        config = copy.deepcopy(dict(export.config if whole else export.text_config))
+        # The class of the whole checkpoint has the checkpoint's own names.
+        names = {f"^{re.escape(there)}": here for here, there in export.renamed.items()} if not whole else {}
         # Weights in 4 bits are computed with in the runner's dtype, as in our export.
         packed = (
             transformers.utils.quantization_config.Mxfp4Config(dequantize=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -16,29 +15,24 @@ from llmexport.export.spec import (
     SEQUENCE,
     WRITTEN,
     Assembly,
-    Attention,
-    Block,
     Graph,
-    Layer,
-    LongScaling,
-    Mask,
     Port,
     Rotary,
-    Temperature,
     with_sums,
 )
 from llmexport.export.static import slots_of
 from llmexport.validate.compare import Mismatch
-from llmexport.validate.feeds import along_step, limits, sees, shape_of
-from llmexport.validate.pictures import Pictures
+from llmexport.validate.feeds import along_step, limits, sees, shape_of, words
+from llmexport.validate.pictures import Pictures, Sight, drawn, sight, smallest
+from llmexport.validate.thresholds import BEFORE, CROSSING, threshold
 
 SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; longer windows are crossed after a random past
 SHIFT = 100
-# Tokens of a step that crosses a threshold, and how many of them come before it.
-CROSSING, BEFORE = 13, 2
 DECODE_STEPS = 8
 PIECE = 3  # tokens of a prompt's later piece
-SUSPICIOUS = re.compile("window$|window_size|chunk|floor_scale|original_max_position")
+# Text before the first picture of a row, and behind each but the last one.
+LEAD, GAP = 5, 3
+AFTER = 67  # tokens behind the last picture, where there is room: more than a chunk of any delta rule
 
 
 @dataclass(frozen=True)
@@ -137,26 +131,75 @@ def opening(ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None, 
 def prompt(model: Assembly | Export, *, batch: int = 2, tokens: int | None = None, seed: int = 0) -> Stage:
     """A random prompt of odd length, past every threshold of at most LONGEST tokens but RoPE's, which counts positions.
 
-    All rows but the first are padded on the left, each by a different number of tokens. Raises Mismatch if the model
-    has fewer positions than `tokens`, or a static cache without room for them and the steps after them.
+    All rows but the first are padded on the left, each by a different number of tokens. A model that sees has pictures
+    in every row, and text between and behind them. Raises Mismatch if the model has fewer positions than `tokens`, or a
+    static cache without room for them and the steps after them; and if pictures leave no room for text.
     """
-    random, below = np.random.default_rng(seed), limits(model.blocks)
+    random, below, seen = np.random.default_rng(seed), limits(model.blocks), sight(model.blocks)
+    pictures, runs = drawn(seen, batch, np.random.default_rng(seed)) if seen else (None, [])
+    if seen and pictures and not seen.tokens:
+        if tokens:
+            raise Mismatch(f"--tokens {tokens}: this export sees pictures and reads no tokens: leave it out")
+        return _alone("pictures", seen, pictures)
+    taken = max((_padding(i) + LEAD + sum(n + GAP for _, n in row) - GAP for i, row in enumerate(runs)), default=0)
+    tokens, text = _length(model, tokens, taken), words(model.blocks)
+    ids = text[random.integers(0, len(text), (batch, tokens), np.int64)]
+    mask = np.ones((batch, tokens), np.int64)
+    for row in range(1, batch):
+        mask[row, : min(_padding(row), tokens - 1)] = 0
+    for row, own in enumerate(runs):
+        at = _padding(row) + LEAD
+        for token, count in own:
+            ids[row, at : at + count] = token
+            at += count + GAP
+    stage = opening(ids, mask, random.integers(0, below["token_types"], ids.shape, np.int64))
+    return with_pictures(stage, seen, pictures) if seen and pictures else stage
+
+
+def _length(model: Assembly | Export, tokens: int | None, taken: int) -> int:
+    """How many tokens a prompt has, of which so many are taken by pictures and what is before them."""
     lengths = [threshold(b) + 9 for b in model.blocks if not isinstance(b, Rotary)]
-    long_enough = max([n for n in lengths if n <= LONGEST] + [SHORTEST]) | 1
+    long_enough = max([n for n in lengths if n <= LONGEST] + [SHORTEST, taken + AFTER if taken else 0]) | 1
     most = min((b.most[SEQUENCE] for b in model.blocks if SEQUENCE in b.most), default=tokens or long_enough)
     if slots := slots_of(model.blocks):
         room = slots - DECODE_STEPS - PIECE
+        if taken >= room:
+            raise Mismatch(
+                f"a static cache of {slots} has room for a prompt of {room} tokens, its pictures and the text between "
+                f"them take {taken}: export with --max-tokens {taken + 1 + DECODE_STEPS + PIECE} or more"
+            )
         if tokens and tokens > room:
             raise Mismatch(f"--tokens {tokens}: a static cache of {slots} has room for a prompt of {room}: name fewer")
         most = min(most, room)
     if tokens and tokens > most:
         raise Mismatch(f"--tokens {tokens}: this model has positions for {most}: name as many or fewer")
-    tokens = tokens or min(long_enough, most)
-    ids = random.integers(0, below["tokens"], (batch, tokens), np.int64)
-    mask = np.ones((batch, tokens), np.int64)
-    for row in range(1, batch):
-        mask[row, : min(2 * row + 1, tokens - 1)] = 0
-    return opening(ids, mask, random.integers(0, below["token_types"], ids.shape, np.int64))
+    if tokens and tokens <= taken:
+        raise Mismatch(
+            f"--tokens {tokens}: the pictures of the prompt and the text between them take {taken}: "
+            f"name {taken + 1} or more"
+        )
+    return tokens or min(long_enough, most)
+
+
+def with_pictures(stage: Stage, seen: Sight, pictures: Pictures) -> Stage:
+    """The opening with pictures that some of its tokens stand for. Raises ValueError if those are not as many."""
+    own = seen.positions(stage.ids, stage.mask, pictures)
+    return dataclasses.replace(stage, pictures=pictures, positions=stage.positions if own is None else own)
+
+
+def one_picture(seen: Sight, pictures: Pictures) -> Stage:
+    """A stage of the smallest picture alone, for a model that reads no tokens."""
+    return _alone("one picture", seen, smallest(seen, pictures))
+
+
+def _alone(name: str, seen: Sight, pictures: Pictures) -> Stage:
+    ids = np.zeros((1, sum(seen.runs(pictures))), np.int64)
+    return dataclasses.replace(opening(ids, np.ones_like(ids), name=name), pictures=pictures)
+
+
+def _padding(row: int) -> int:
+    """How many tokens a row is padded by."""
+    return 2 * row + 1 if row else 0
 
 
 def padded_right(stage: Stage) -> Stage:
@@ -167,54 +210,10 @@ def padded_right(stage: Stage) -> Stage:
 
 def crossing(model: Assembly | Export, at: int, seed: int = 0) -> Stage:
     """A stage of one row that crosses a threshold."""
-    ids = np.random.default_rng(seed).integers(0, limits(model.blocks)["tokens"], (1, CROSSING))
+    text = words(model.blocks)
+    ids = text[np.random.default_rng(seed).integers(0, len(text), (1, CROSSING))]
     past = max(at - BEFORE, 0)
     # No step goes beyond a static cache.
     ids = ids[:, : (slots_of(model.blocks) or past + CROSSING) - past]
     mask = np.ones((1, past + ids.shape[1]), np.int64)
     return Stage(f"across {at}", "crossing", ids, past + np.arange(ids.shape[1])[None], mask, np.zeros_like(ids))
-
-
-def thresholds(model: Assembly | Export) -> set[int]:
-    """The thresholds of a model's blocks."""
-    return {t for b in model.blocks if (t := threshold(b))}
-
-
-def suspected_thresholds(config: Any) -> set[int]:
-    """Integers in config.json whose key looks like a window or length.
-
-    They are crossed too, as a window that our reader forgot shows only beyond it.
-    """
-    if isinstance(config, Mapping):
-        own = {v for k, v in config.items() if type(v) is int and v > 0 and SUSPICIOUS.search(k)}
-        return own.union(*map(suspected_thresholds, config.values()))
-    return set()
-
-
-def threshold(block: Block) -> int:
-    """The number of tokens after which a block computes what it did not before: its window, its chunk, its
-    temperature's interval, the positions of LongRoPE's short factors; 0 if it has none."""
-    match block:
-        case Mask():
-            return block.window or block.chunk or 0
-        case Temperature():
-            return block.interval
-        case Rotary(scaling=LongScaling()):
-            return block.scaling.original_positions
-        case Attention():
-            return block.window
-        case Layer():
-            return max(threshold(s.block) for s in block.sublayers)
-    return 0
-
-
-def block_sizes(block: Block) -> list[dict[str, int]]:
-    """Sizes to run one block at: a prompt, a token after a past, and tokens that cross its threshold."""
-    past = max(21, threshold(block) - BEFORE)
-    return [_within(block, *sizes) for sizes in ((2, 13, 0), (3, 1, 21), (2, CROSSING, past))]
-
-
-def _within(block: Block, batch: int, sequence: int, past: int) -> dict[str, int]:
-    """Such sizes, with no more of a past than the block takes."""
-    past = min(past, block.most.get(PAST, past), block.most.get(WRITTEN, past + sequence) - sequence)
-    return {BATCH: batch, SEQUENCE: sequence, PAST: past, WRITTEN: past + sequence}

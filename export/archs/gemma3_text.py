@@ -3,7 +3,7 @@
 from llmexport.export.archs.gemma2 import ACTIVATIONS, NORMS
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Mask, Model, Norm, causal_lm, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, Multimodal, Norm, causal_lm, decoder_layer
 
 # transformers reads some keys of other kinds from beside the kinds of layer, where nobody writes them.
 ROPE = {"default": "default", "linear": "linear"}
@@ -43,6 +43,33 @@ ARCH = Arch(
     build=build,
     names={**NAMES, **NORMS},
     ignore=BUFFERS,
+    multimodal=(
+        Multimodal(
+            model_type="gemma3",
+            architecture="Gemma3ForConditionalGeneration",
+            names={"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+            other_names=({"model.": "model.language_model."},),
+            left_out=("vision_tower.*", "multi_modal_projector.*"),
+            ignore=("model.vision_tower.*", "model.multi_modal_projector.*"),
+            harmless=(
+                "boi_token_index",
+                "eoi_token_index",
+                "image_token_index",
+                "mm_tokens_per_image",
+                "vision_config",
+            ),
+            # The first release says what differs from the class alone.
+            defaults={
+                "vocab_size": 262208,
+                "hidden_size": 2304,
+                "intermediate_size": 9216,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 131072,
+            },
+        ),
+    ),
     # transformers issue 36822 (4B) and pull request 36832 (12B), onnxruntime issue 26732 (270M).
     overflows_float16="published Gemma 3 checkpoints overflow float16 and give nan",
     tiny={

@@ -4,8 +4,18 @@ from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
 from llmexport.export.rope import ORIGINAL
-from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
+from llmexport.export.spec import Arch, Mask, Model, Multimodal, causal_lm, decoder_layer
 from llmexport.export.values import as_integer
+
+# What the configs of models that see have beside the keys of their text model.
+SEEING = (
+    "image_token_id",
+    "video_token_id",
+    "vision_config",
+    "vision_end_token_id",
+    "vision_start_token_id",
+    "vision_token_id",
+)
 
 
 def masks(config: Config) -> tuple[Mask, ...]:
@@ -51,6 +61,25 @@ ARCH = Arch(
     build=build,
     names=NAMES,
     ignore=BUFFERS,
+    multimodal=tuple(
+        Multimodal(
+            model_type=kind,
+            architecture=architecture,
+            names={},
+            other_names=({"model.": "model.language_model."},),
+            left_out=("visual.*",),
+            ignore=("model.visual.*",),
+            harmless=SEEING,
+            flat=True,
+            sections=True,
+            text_types=(f"{kind}_text",),
+            defaults={"max_window_layers": 80, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0},
+        )
+        for kind, architecture in (
+            ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+            ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+        )
+    ),
     tiny={
         **TINY,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},

@@ -1,9 +1,9 @@
 """Qwen3 (transformers modeling_qwen3.py): RMSNorm on every head of q and k; upper layers may slide."""
 
-from llmexport.export.archs.qwen2 import masks, note_chunks
+from llmexport.export.archs.qwen2 import SEEING, masks, note_chunks
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import Arch, Model, Norm, causal_lm, decoder_layer
+from llmexport.export.spec import Arch, Model, Multimodal, Norm, causal_lm, decoder_layer
 
 
 def build(config: Config) -> Model:
@@ -23,5 +23,17 @@ ARCH = Arch(
     build=build,
     names=NAMES,
     ignore=BUFFERS,
+    multimodal=(
+        Multimodal(
+            model_type="qwen3_vl",
+            architecture="Qwen3VLForConditionalGeneration",
+            names={"model.": "model.language_model."},
+            left_out=("model.visual.*",),
+            harmless=SEEING,
+            sections=True,
+            text_types=("qwen3_vl_text",),
+            defaults={"rope_theta": 500000.0},
+        ),
+    ),
     tiny={**TINY, "head_dim": 16, "attention_bias": False, "use_sliding_window": False},
 )

@@ -1,73 +1,23 @@
-"""Qwen3.5-MoE, text (transformers modeling_qwen3_5_moe.py): three gated delta nets to a gated full attention, many
-small experts beside a gated shared one, mRoPE over a quarter of a head."""
+"""Qwen3.5-MoE (transformers modeling_qwen3_5_moe.py): Qwen3.5 with many small experts beside a gated shared one."""
 
-from llmexport.export.archs.towers.qwen3_5 import TOWER
+from llmexport.export.archs.qwen3_5 import AHEAD, TINY_HYBRID, hybrid, multimodal
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.spec import (
-    Arch,
-    Experts,
-    GatedDeltaNet,
-    Mask,
-    Mlp,
-    Model,
-    Moe,
-    Multimodal,
-    Norm,
-    Presence,
-    Router,
-    SharedExpert,
-    causal_lm,
-    decoder_layer,
-)
+from llmexport.export.decoder import BUFFERS, NAMES, decoder
+from llmexport.export.spec import Arch, Experts, Mlp, Model, Moe, Router, SharedExpert, causal_lm
 
 MOE = "model.layers.{i}.mlp."
 
 
 def build(config: Config) -> Model:
     d = decoder(config, head_size=256)
-    norm, activation = d.norm(offset=1.0, rounding="after_weight"), d.activation()
-    config.expect("hidden_act", "silu")
+    activation = d.activation()
     experts, top_k = config.count("num_experts", 256), config.count("num_experts_per_tok", 8)
     moe = Moe(
         Router(d.hidden, experts, top_k, "softmax", renormalise=True),
         Experts(d.hidden, config.length("moe_intermediate_size", 512), experts, top_k, activation),
         SharedExpert(Mlp(d.hidden, config.length("shared_expert_intermediate_size", 512), activation), gated=True),
     )
-    linear = GatedDeltaNet(
-        d.hidden,
-        key_heads=config.count("linear_num_key_heads", 16),
-        key_size=config.length("linear_key_head_dim", 128),
-        value_heads=config.count("linear_num_value_heads", 32),
-        value_size=config.length("linear_value_head_dim", 128),
-        kernel=config.count("linear_conv_kernel_dim", 4, least=2),
-        epsilon=norm.epsilon,
-    )
-    bias = config.flag("attention_bias")
-    rotary = config.rotary(d.head_size, partial=0.25, sections=(11, 11, 10))
-    full = d.attention(
-        qkv_bias=bias,
-        out_bias=bias,
-        rotated=rotary.size,
-        qk_norm=Norm(d.head_size, norm.epsilon, 1.0, "after_weight"),
-        output_gate=True,
-    )
-    # True of every model of this family; the state of the delta rule is fp32 whatever the dtype.
-    config.expect("attn_output_gate", True)
-    config.expect("mamba_ssm_dtype", "float32")
-    config.expect("mlp_only_layers", [])
-    # The delta nets' gate, by vLLM's names.
-    config.choice("output_gate_type", {"silu": None, "swish": None}, "silu")
-    # Layers that predict further tokens, which are no part of the language model.
-    for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
-        config.get(key, None)
-    interval = config.integer("full_attention_interval", 4)
-    derived = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(d.layers)]
-    kinds = {
-        "linear_attention": (decoder_layer(norm, linear, norm, moe), (Presence(),)),
-        "full_attention": (decoder_layer(norm, full, norm, moe), (rotary, Mask())),
-    }
-    return d.model(config.layer_types(kinds, derived), norm, tied=False)
+    return hybrid(d, moe)
 
 
 ARCH = Arch(
@@ -83,42 +33,13 @@ ARCH = Arch(
         MOE + "experts.gate_up_proj": (MOE + "experts.{e}.gate_proj.weight", MOE + "experts.{e}.up_proj.weight"),
         MOE + "experts.down_proj": (MOE + "experts.{e}.down_proj.weight",),
     },
-    ignore=("mtp.*", *BUFFERS),
-    multimodal=(
-        Multimodal(
-            model_type="qwen3_5_moe",
-            architecture="Qwen3_5MoeForConditionalGeneration",
-            names={"model.": "model.language_model."},
-            tower=TOWER,
-            left_out=("model.visual.*",),
-            ignore=("mtp.*",),
-            harmless=(
-                "image_token_id",
-                "video_token_id",
-                "vision_config",
-                "vision_end_token_id",
-                "vision_start_token_id",
-            ),
-        ),
-    ),
+    ignore=(*AHEAD, *BUFFERS),
+    multimodal=multimodal("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
     tiny={
-        **{k: v for k, v in TINY.items() if k != "intermediate_size"},
-        "num_hidden_layers": 4,
-        "head_dim": 32,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
+        **{k: v for k, v in TINY_HYBRID.items() if k != "intermediate_size"},
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
         "num_experts": 8,
         "num_experts_per_tok": 2,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000000.0,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [2, 1, 1],
-            "mrope_interleaved": True,
-        },
     },
 )

@@ -34,9 +34,9 @@ class PatchPlaces(nn.Module):
         ends = held.cumsum(0)
         patch = torch.arange(pixels.shape[0], device=pixels.device)
         picture = (patch.unsqueeze(1) >= ends).to(torch.int64).sum(1)
-        rows, columns = rows[picture], columns[picture]
-        patch = patch - (ends - held)[picture]
-        segments = (frames.cumsum(0) - frames)[picture] + patch // (rows * columns)
+        rows, columns = rows.index_select(0, picture), columns.index_select(0, picture)
+        patch = patch - (ends - held).index_select(0, picture)
+        segments = (frames.cumsum(0) - frames).index_select(0, picture) + patch // (rows * columns)
         patch = patch % (rows * columns)
         group, within = patch // merge**2, patch % merge**2
         across = columns // merge

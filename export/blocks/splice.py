@@ -15,6 +15,8 @@ class Splice(nn.Module):
         visual = input_ids == self.block.tokens[0]
         for token in self.block.tokens[1:]:
             visual = visual | (input_ids == token)
+        # Where a model says such a token itself, no picture stands behind it.
+        visual = visual & (torch.scalar_tensor(features.shape[0], dtype=torch.int64, device=features.device) > 0)
         # Row 0 is for all other tokens, and there may be no features at all.
         rows = torch.cat((torch.zeros_like(hidden[0, :1]), features))
         row = torch.cumsum(visual.flatten().to(torch.int64), 0) * visual.flatten()

@@ -45,15 +45,18 @@ class PixelShuffle(nn.Module):
     def __init__(self, block: spec.PixelShuffle) -> None:
         super().__init__()
         self.block = block
-        self.up_proj = nn.Linear(block.merge**2 * block.hidden, block.intermediate, bias=False)
-        self.down_proj = nn.Linear(block.intermediate, block.out, bias=False)
+        self.up_proj = nn.Linear(block.merge**2 * block.hidden, block.out, bias=False)
+        self.down_proj = nn.Linear(block.out, block.out, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        block = self.block
-        across = block.side // block.merge
-        grid = hidden[:, :-1].reshape(-1, across, block.merge, across, block.merge * block.hidden)
-        merged = grid.transpose(2, 3).reshape(-1, block.tokens, block.merge**2 * block.hidden)
-        return F.gelu(self.down_proj(F.gelu(self.up_proj(merged))))
+        return F.gelu(self.down_proj(F.gelu(self.up_proj(shuffle(hidden[:, :-1], self.block)))))
+
+
+def shuffle(patches: Tensor, block: spec.PixelShuffle) -> Tensor:
+    """The patches [N, side * side, C] of tiles as [N, tokens, merge * merge * C], row by row within a token too."""
+    across = block.side // block.merge
+    grid = patches.reshape(-1, across, block.merge, across, block.merge * block.hidden)
+    return grid.transpose(2, 3).reshape(-1, block.tokens, block.merge**2 * block.hidden)
 
 
 class Projector(nn.Module):

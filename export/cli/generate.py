@@ -20,6 +20,10 @@ from llmexport.run.session import BACKENDS
 @click.option("--prompt", help="The text to continue; - reads it from stdin.")
 @click.option("--ids", help="Its tokens instead, as 1,15,7: for a checkpoint without tokenizer.json.")
 @click.option(
+    "--image", "images", type=FOLDER, multiple=True, help="An image that the prompt is about; may be repeated."
+)
+@click.option("--video", "videos", type=FOLDER, multiple=True, help="A folder of frames, the same; may be repeated.")
+@click.option(
     "--chat/--raw",
     "use_chat",
     default=None,
@@ -38,6 +42,8 @@ def command(
     folder: Path,
     prompt: str | None,
     ids: str | None,
+    images: tuple[Path, ...],
+    videos: tuple[Path, ...],
     use_chat: bool | None,
     max_new_tokens: int,
     temperature: float | None,
@@ -69,6 +75,8 @@ def command(
             top_p=top_p,
             seed=seed,
             stop=stop,
+            images=images,
+            videos=videos,
             backend=backend,
             show=console.write if live else str,
             progress=console.progress,

@@ -61,7 +61,7 @@ def behind(kept: int) -> str:
 
 def patch_axis(merged: int) -> str:
     """The axis of patches of which so many, side by side, make a feature."""
-    return f"{FEATURES}_times_{merged}"
+    return FEATURES if merged == 1 else f"{FEATURES}_times_{merged}"
 
 
 def axis_of(name: str) -> Axis:

@@ -111,12 +111,15 @@ class Tower:
 
     `build` makes the graph, and what puts features into the text, of the config at `config_key`, of the keys beside it
     and of the width of the text model. `names` are as an Arch's, of paths that start with `vision.`. `tiny` are the
-    keys beside the text model's config in the built-in one.
+    keys beside the text model's config in the built-in one. `words` are special words of its tokenizer and their ids,
+    `beside` what else lies there, by file: text, or a JSON object.
     """
 
     build: Callable[[Config, Config, int], tuple[Graph, Splice]]
     names: Mapping[str, str]
     tiny: Mapping[str, Any]
+    words: Mapping[str, int]
+    beside: Mapping[str, Any]
     config_key: str = "vision_config"
 
 
@@ -125,7 +128,11 @@ class Multimodal:
     """A published checkpoint that holds the text model beside other parts, as multimodal ones do.
 
     `config_key` is where its config.json has the text model's config; `harmless` are keys beside it that do not
-    concern the text model. `names` maps the starts of the text model's names to those of this checkpoint's.
+    concern the text model. `flat`: there may be no such place, and the text model's keys stand beside the harmless
+    ones. `text_types` are what the text model's config says it is, where that is none of the architecture's own types;
+    `defaults` are what it means where it says nothing, if the architecture takes that otherwise. `sections`: its RoPE
+    has those of mRoPE, which say nothing as long as the three positions of a token are one. `names` maps the starts of
+    the text model's names to those of this checkpoint's, and `other_names` to those of other releases.
     `left_out` are patterns of the tensors that the text model leaves, and `tower` is what is made of them, if anything
     is; `ignore` are those that nobody needs.
     """
@@ -138,6 +145,11 @@ class Multimodal:
     ignore: tuple[str, ...] = ()
     config_key: str = "text_config"
     tower: Tower | None = None
+    flat: bool = False
+    sections: bool = False
+    text_types: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    other_names: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import SPLICED
 from llmexport.export.spec.block import INPUT_IDS, Block, Port, hidden
 
@@ -13,11 +14,16 @@ class Splice(Block):
     """The embeddings of a step, but of its tokens that stand for pictures, which are of these ids: the k-th of them,
     row by row, takes row k of the features (masked_scatter in transformers' multimodal models).
 
-    More such tokens than features: a run fails in PyTorch and in ONNX Runtime; TensorRT does not tell.
+    Where a step has no features it has no pictures, and every token keeps its own embedding. Else more such tokens than
+    features: a run fails in PyTorch and in ONNX Runtime; TensorRT does not tell.
     """
 
     tokens: tuple[int, ...]
     hidden: int
+
+    def __post_init__(self) -> None:
+        if len({*self.tokens}) < len(self.tokens):
+            raise ExportError(f"config.json: pictures and videos have one token, {self.tokens[0]}: make them differ")
 
     @property
     def inputs(self) -> tuple[Port, ...]:

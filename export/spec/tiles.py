@@ -68,7 +68,6 @@ class PixelShuffle(Block):
     side: int
     merge: int
     hidden: int
-    intermediate: int
     out: int
 
     def __post_init__(self) -> None:

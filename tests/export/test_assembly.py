@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arch_cases import CASES, Case
+from arch_cases import CASES, TOWERS, Case
+from vision_blocks import VISION_BLOCKS, each
 
 from llmexport.export import archs
 from llmexport.export.assembly import TABLE, alone, checkpoint_name, find_block, named_blocks, part_names, parts
@@ -62,11 +63,6 @@ from llmexport.export.spec import (
 )
 from llmexport.export.trace import module_shapes
 from llmexport.export.weights import Parameter
-
-
-def each(block: Any, /, **changes: Any) -> list[Any]:
-    return [block, *(dataclasses.replace(block, **{field: value}) for field, value in changes.items())]
-
 
 NORM = Norm(64, 1e-6)
 ATTENTION = Attention(64, 4, 2, 16)
@@ -155,6 +151,7 @@ BLOCKS = [
     decoder_layer(NORM, DELTA_NET, NORM, MLP),
     *each(Head(NORM, 256), norm=Norm(64, 0.1), vocabulary=9, softcap=3.0, scale=0.5, transform="relu", last=True),
     Head(NORM, 256, bias=True),
+    *VISION_BLOCKS,
 ]
 # Base of attention and the gated delta net: no block of its own.
 KINDS = {kind: cls for kind, cls in Block.kinds.items() if cls is not Mixer}
@@ -242,7 +239,8 @@ def test_every_kind_of_block_is_tested_here():
 
 
 def test_every_kind_of_block_occurs_in_a_case():
-    models = [*map(model_of, CASES), model_of("llama", slots=64)]
+    wholes = [(arch := archs.load(c.arch), archs.tiny_config(arch, "all")) for c in TOWERS]
+    models = [*map(model_of, CASES), model_of("llama", slots=64), *(read_model(*w, part="all") for w in wholes)]
     found = {part.block.kind for model in models for step in model.steps for part in parts(step)}
     assert found == KINDS.keys()
 
@@ -335,7 +333,7 @@ READS = {
     "gpt_oss": [("cos", "sin", "start", "length")] * 3,
     "llama4": [("cos", "sin", "mask_chunk_8")] * 3 + [("mask", "temperature")],
     "llama4-maverick": [("cos", "sin", "mask_chunk_8"), ("mask",)] * 2,
-    "qwen3_5_moe": [("present_tokens", "tokens_end")] * 3 + [("cos", "sin", "mask")],
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), [("present_tokens", "tokens_end")] * 3 + [("cos", "sin", "mask")]),
     "gemma2": [("cos", "sin", "start", "length")] * 3,
     "gemma2-no-caps": [("cos", "sin", "mask_window_8"), ("cos", "sin", "mask"), ("cos", "sin", "mask_window_8")],
     "gemma3_text": [("cos", "sin", "mask_window_8"), ("cos_1", "sin_1", "mask"), ("cos", "sin", "mask_window_8")],
@@ -377,13 +375,8 @@ def test_the_second_of_a_kind_is_named_by_its_place():
 
 
 def test_a_mask_without_a_window_does_not_hide_one_that_comes_first():
-    assert list(named_blocks(model_of("gemma3_text")))[:5] == [
-        "embedding",
-        "rotary",
-        "mask_window_8",
-        "rotary_1",
-        "mask",
-    ]
+    names = list(named_blocks(model_of("gemma3_text")))
+    assert names[:5] == ["embedding", "rotary", "mask_window_8", "rotary_1", "mask"]
 
 
 def test_the_parts_of_a_mixture_of_experts_have_names():
@@ -466,6 +459,7 @@ def test_an_architecture_has_its_own_names(arch, path, name):
         ("llama4", "head.projection.weight", "language_model.lm_head.weight"),
         ("qwen3_5_moe", "layers.3.self_attn.q_norm.weight", "model.language_model.layers.3.self_attn.q_norm.weight"),
         ("qwen3_5_moe", "head.projection.weight", "lm_head.weight"),
+        ("qwen3_5", "layers.3.mlp.up_proj.weight", "model.language_model.layers.3.mlp.up_proj.weight"),
     ],
 )
 def test_a_multimodal_checkpoint_has_the_text_models_names_under_its_own(arch, path, name):

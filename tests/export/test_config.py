@@ -162,10 +162,11 @@ def test_what_is_harmless_in_a_decoder_alone_is_read_or_refused_in_an_encoder(ke
         assert f"{key}=1" in refusal("bert", **{key: 1})
 
 
+QWEN3_5 = ("qwen3_5", "qwen3_5_moe")
 # What some architectures know, each with a value that is not their tiny config's.
 RICHER = {
     "quantization_config": ({"quant_method": "gptq", "bits": 4}, ()),
-    "partial_rotary_factor": (0.75, ("glm", "glm4", "phi3", "qwen3_5_moe")),
+    "partial_rotary_factor": (0.75, ("glm", "glm4", "phi3", *QWEN3_5)),
     "attn_logit_softcapping": (50.0, ("gemma2",)),
     "final_logit_softcapping": (50.0, ("gemma2",)),
     "logits_scaling": (8.0, ()),
@@ -190,7 +191,7 @@ def test_a_key_of_a_richer_architecture_is_refused_in_every_other(key):
 
 @pytest.mark.parametrize(("arch", "key"), [(arch, key) for key, (_, knowing) in RICHER.items() for arch in knowing])
 def test_a_key_that_an_architecture_knows_changes_its_model(arch, key):
-    own = {"rope_parameters": {"mrope_section": [4, 4, 4]}} if arch == "qwen3_5_moe" else {"rope_parameters": {}}
+    own = {"rope_parameters": {"mrope_section": [4, 4, 4]}} if arch in QWEN3_5 else {"rope_parameters": {}}
     changes = own if key == "partial_rotary_factor" else {}
     assert read(arch, **changes, **{key: RICHER[key][0]}) != read(arch)
 
@@ -207,14 +208,14 @@ def test_gpt_oss_is_refused_in_any_other_quantisation(found):
     assert "only unquantised weights or mxfp4 can be exported here" in line
 
 
-@pytest.mark.parametrize("arch", ["gemma", "glm", "glm4", "llama", "olmo", "qwen2", "qwen3_5_moe"])
+@pytest.mark.parametrize("arch", ["gemma", "glm", "glm4", "llama", "olmo", "qwen2", *QWEN3_5])
 def test_a_window_is_refused_where_the_architecture_has_none(arch):
     changes = {"use_sliding_window": True, "swa_layers": 1} if arch == "qwen2" else {"sliding_window": 4096}
     assert list(changes)[-1] in refusal(arch, **changes)
 
 
 ROUTED = ["gpt_oss", "llama4", "mixtral", "qwen2_moe", "qwen3_5_moe"]
-TYPED = ["gemma2", "gemma3_text", "gpt_oss", "llama4", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe"]
+TYPED = ["gemma2", "gemma3_text", "gpt_oss", "llama4", "qwen2", "qwen2_moe", "qwen3", *QWEN3_5]
 
 
 @pytest.mark.parametrize("arch", ROUTED)

@@ -138,7 +138,7 @@ def test_junk_in_place_of_any_value_is_refused_or_gives_a_model_that_turns(arch)
 def test_the_largest_sizes_that_are_read_can_be_laid_out(arch):
     """The bytes of every weight fit in 64 bits, so that a disk and not an overflow is the limit."""
     config = dict(CONFIGS[arch])
-    if arch == "qwen3_5_moe":
+    if arch in ("qwen3_5", "qwen3_5_moe"):
         # So that the sections of mRoPE still make its part of the head.
         config["rope_parameters"] = {"partial_rotary_factor": 8 / LONGEST, "mrope_section": [2, 1, 1]}
     for key in [k for k, v in config.items() if type(v) is int and k not in ("num_hidden_layers", *not_read(arch))]:

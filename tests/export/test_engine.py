@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import onnx
 import psutil
 import pytest
-from arch_cases import FIRST, ONCE, PRIMARY, Case, others_slow
-from one_node import model_of
+from arch_cases import FIRST, ONCE, PRIMARY, TOWERS, Case, others_slow
+from one_node import model_of, rtx_build
 from onnx.helper import make_node
 from reseal import reseal
 from tiny_configs import read
@@ -82,6 +82,53 @@ def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported:
     # In float32 attention is written out.
     assert built.layers.get("ATTENTION_INPUT", 0) == (0 if dtype == "float32" else len(masked))
     assert tree(folder) == before | {n: (folder / n).read_bytes() for n in (PLAN, engine_record.RECORD)}
+
+
+# Of each attention that a fused kernel of TensorRT-RTX runs, this stands in the plan.
+FUSED = b"_mha_v2_callback"
+PER_ATTENTION = 4
+SEEING = [(c, d) for c in TOWERS for d in DTYPES]
+SEEING_ONCE = [(TOWERS[0], "float16"), (TOWERS[-1], "bfloat16")]
+
+
+@pytest.mark.parametrize(("case", "dtype"), others_slow(SEEING, SEEING_ONCE), ids=str)
+def test_both_graphs_of_a_multimodal_export_are_built(case: Case, dtype: str, exported: Export, tmp_path: Path) -> None:
+    """Attention in 16 bits has a fused kernel, with the mask of packed patches and without one."""
+    folder = linked(exported(case, dtype, part="all"), tmp_path)
+    record = engine.build(folder)
+    graphs = manifest.read(folder).graphs
+    assert [*record.graphs] == [g.name for g in graphs] == ["vision", "decoder"]
+    for graph in graphs:
+        inside = [part.block for step in graph.assembly.steps for part in parts(step)]
+        fused = 0 if dtype == "float32" else sum(isinstance(b, Attention) and not b.spans for b in inside)
+        plan = record.graphs[graph.name]
+        assert (folder / plan.file).read_bytes().count(FUSED) == PER_ATTENTION * fused
+        assert plan.messages == ()
+    # The prompt of a picture, and every step without one.
+    assert record.profile["spliced"][0] == 0
+
+
+def attention_of(head_size: int, masked: bool) -> onnx.ModelProto:
+    """One Attention of a tower in fp16: over packed patches with a mask, or over tiles of 577 without one."""
+    rows, tokens = (1, "patches") if masked else ("tiles", 577)
+    kinds = dict.fromkeys(["q", "k", "v", "y"], onnx.TensorProto.FLOAT16) | {"mask": onnx.TensorProto.BOOL}
+    shapes = {n: (rows, 1, tokens, tokens) if n == "mask" else (rows, 16, tokens, head_size) for n in kinds}
+    values = {n: onnx.helper.make_tensor_value_info(n, kinds[n], shapes[n]) for n in kinds}
+    inputs = ["q", "k", "v"] + ["mask"] * masked
+    graph = onnx.helper.make_graph(
+        [make_node("Attention", inputs, ["y"], scale=0.1)], "one", [values[n] for n in inputs], [values["y"]]
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10)
+
+
+# Of Qwen3.5 and of Llama 4 as they are published; and one for which there is no such kernel.
+@pytest.mark.parametrize(("head_size", "masked", "fused"), [(72, True, True), (88, False, True), (512, True, False)])
+def test_the_heads_of_published_towers_have_a_fused_kernel(
+    head_size: int, masked: bool, fused: bool, tmp_path: Path
+) -> None:
+    sizes = {"patches": (4, 1024, 8192), "tiles": (1, 5, 17)}
+    assert rtx_build(attention_of(head_size, masked), sizes, tmp_path) == ["built"]
+    assert (FUSED in (tmp_path / engine_build.PLAN).read_bytes()) == fused
 
 
 SLOTS = 48

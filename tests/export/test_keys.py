@@ -107,8 +107,9 @@ def test_no_refusal_advises_to_edit_a_published_file():
 
 @pytest.mark.parametrize("gate", ["silu", "swish"])
 def test_qwen_3_5_knows_the_gate_that_it_has(gate):
-    assert read("qwen3_5_moe", output_gate_type=gate) == read("qwen3_5_moe")
-    assert read_whole("qwen3_5_moe", {"language_model_only": False}) == read("qwen3_5_moe")
+    for arch in ("qwen3_5", "qwen3_5_moe"):
+        assert read(arch, output_gate_type=gate) == read(arch)
+        assert read_whole(arch, {"language_model_only": False}) == read(arch)
 
 
 @pytest.mark.parametrize(("number", "flag"), [(4, True), (1, True), (0, False), (4.0, True)])

@@ -42,7 +42,7 @@ def test_no_nearest_is_said_of_a_family_that_is_like_none():
 def test_a_multimodal_one_is_called_so(tower):
     line = refusal({"model_type": "gemma3", tower: {}, "text_config": {"model_type": "gemma3_text"}})
     assert f"it is multimodal ({tower}, text_config)" in line
-    assert "the text model of llama4, qwen3_5_moe is exported" in line
+    assert "the text model of llama4, qwen3_5, qwen3_5_moe is exported" in line
     assert "nearest is gemma3_text" in line
 
 

@@ -171,6 +171,16 @@ def qwen3_5_35b() -> Model:
     return wired(Embedding(248320, 2048), (linear, linear, linear, full) * 10, Head(norm, 248320), tied=False)
 
 
+def qwen3_5_27b() -> Model:
+    norm, mlp = Norm(5120, 1e-6, 1.0, "after_weight"), Mlp(5120, 17408, "silu")
+    net = GatedDeltaNet(5120, key_heads=16, key_size=128, value_heads=48, value_size=128, kernel=4, epsilon=1e-6)
+    heads = Norm(256, 1e-6, 1.0, "after_weight")
+    attention = Attention(5120, 24, 4, 256, rotated=64, qk_norm=heads, output_gate=True)
+    linear = (decoder_layer(norm, net, norm, mlp), (Presence(),))
+    full = (decoder_layer(norm, attention, norm, mlp), (Rotary(64, 10000000.0, sections=(11, 11, 10)), Mask()))
+    return wired(Embedding(248320, 5120), (linear, linear, linear, full) * 16, Head(norm, 248320), tied=False)
+
+
 def gemma_2_2b() -> Model:
     norm = Norm(2304, 1e-6, 1.0, "after_weight")
     layers = []
@@ -275,6 +285,7 @@ MODELS = {
     "gpt-oss-20b": gpt_oss_20b(),
     "Llama-4-Scout-17B-16E": llama_4_scout(),
     "Qwen3.5-35B-A3B": qwen3_5_35b(),
+    "Qwen3.5-27B": qwen3_5_27b(),
     "gemma-2-2b": gemma_2_2b(),
     "gemma-3-1b-pt": gemma_3_1b(),
     "Qwen3-8B": qwen3_8b(),

@@ -4,13 +4,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from vision_blocks import VISION_TRACES
 
 from llmexport.export import blocks
 from llmexport.export.graph_file import load_block, load_body
 from llmexport.export.spec import (
     BATCH,
+    FEATURES,
+    IMAGES,
     PAST,
     SEQUENCE,
+    SPLICED,
+    TILES,
     TOTAL,
     WRITTEN,
     Attention,
@@ -168,6 +173,7 @@ CASES = [
     (Head(LLAMA_NORM, 37), "float32"),
     (Head(LLAMA_NORM, 37, softcap=3.0), "float32"),
     (Head(LAYER_NORM, 37, transform="gelu_erf", bias=True), "float32"),
+    *VISION_TRACES,
 ]
 # batch, sequence, past: a decode step, a first token, prefills longer than what was traced, and a chunk.
 RUNS = [(1, 1, 6), (1, 1, 0), (3, 63, 0), (1, 130, 0), (2, 5, 130)]
@@ -196,7 +202,8 @@ def filled(block: Block, dtype: str) -> torch.nn.Module:
 
 
 def sizes(batch: int, sequence: int, past: int) -> dict[str, int]:
-    return {BATCH: batch, SEQUENCE: sequence, PAST: past, TOTAL: sequence + past, WRITTEN: sequence + past}
+    seen = {IMAGES: batch, TILES: batch, FEATURES: batch + sequence, SPLICED: batch * sequence}
+    return {BATCH: batch, SEQUENCE: sequence, PAST: past, TOTAL: sequence + past, WRITTEN: sequence + past, **seen}
 
 
 def feeds(block: Block, dtype: str, run: tuple[int, int, int]) -> dict[str, torch.Tensor]:

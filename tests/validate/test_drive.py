@@ -15,7 +15,7 @@ from two_graphs import in_two, rebuilt, with_source
 from llmexport.export import manifest, onnx_file
 from llmexport.export.exported import Export
 from llmexport.export.spec import Embedding
-from llmexport.validate import drive, feeds, ladder, stages
+from llmexport.validate import drive, feeds, ladder, stages, thresholds
 from llmexport.validate.compare import Mismatch, compare
 from llmexport.validate.feeds import Feed
 from llmexport.validate.tolerance import TOLERANCE
@@ -167,7 +167,7 @@ def test_a_step_beyond_a_static_cache_is_refused_and_no_prompt_leaves_its_steps_
 
 def test_a_past_stands_in_the_first_slots_and_a_windows_at_its_end(exported) -> None:
     [graph] = manifest.read(exported("gpt_oss", slots=59)).graphs
-    sizes = stages.block_sizes(graph.assembly.steps[-1].block)[0] | {"past": 5}
+    sizes = thresholds.block_sizes(graph.assembly.steps[-1].block)[0] | {"past": 5}
     held, laid = feeds.earlier(graph, "float32", sizes), feeds.states(graph, "float32", sizes)
     assert held.keys() == laid.keys() == graph.carried.keys()
     uses = {p.name: p.use for p in graph.assembly.inputs}

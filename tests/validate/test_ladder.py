@@ -26,7 +26,7 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.spec import PAST, SEQUENCE
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import drive, forms, ladder, reference, stages, whole
+from llmexport.validate import drive, forms, ladder, reference, stages, thresholds, whole
 from llmexport.validate import page as files
 
 pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
@@ -262,9 +262,9 @@ def test_a_threshold_whose_caches_would_be_too_large_is_said_not_to_be_crossed(
 @pytest.mark.parametrize("arch", archs.names())
 def test_a_block_alone_crosses_its_threshold(arch: str) -> None:
     for step in named_blocks(read(arch)).values():
-        at = stages.threshold(step.block)
-        runs = [(s[PAST], s[PAST] + s[SEQUENCE]) for s in stages.block_sizes(step.block)]
-        assert not at or any(past <= max(at - stages.BEFORE, 21) and at < total for past, total in runs)
+        at = thresholds.threshold(step.block)
+        runs = [(s[PAST], s[PAST] + s[SEQUENCE]) for s in thresholds.block_sizes(step.block)]
+        assert not at or any(past <= max(at - thresholds.BEFORE, 21) and at < total for past, total in runs)
 
 
 def test_weights_of_zero_prove_nothing(exported, tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_prompts_are_odd_padded_and_longer_than_every_window(case: Case, exporte
     found = manifest.read(exported(case))
     prompt = stages.prompt(found)
     assert prompt.ids.shape[1] % 2 == 1
-    assert prompt.ids.shape[1] > max(stages.thresholds(found) | {0})
+    assert prompt.ids.shape[1] > max(thresholds.thresholds(found) | {0})
     assert prompt.mask[1, 0] == 0
     assert prompt.mask.any(1).all()
 

@@ -25,12 +25,26 @@ from llmexport.export.wiring import Wiring
 EPSILON = 1e-5  # of all its norms, whatever norm_eps says
 LAYER = "vision_model.model.layers.{i}."
 
+TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}<|header_start|>{{ message.role }}<|header_end|>{{ '\\n\\n' }}
+{%- if message.content is string %}{{ message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'text' %}{{ part.text }}
+{%- else %}{{ '<|' + part.type + '|>' }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}<|eot|>
+{%- endfor %}
+{%- if add_generation_prompt %}<|header_start|>assistant<|header_end|>{{ '\\n\\n' }}{%- endif %}"""
+
 
 def build(config: Config, beside: Config, width: int) -> tuple[Graph, Splice]:
     hidden, heads = config.length("hidden_size", 768), config.count("num_attention_heads", 16)
     if hidden % heads:
         raise ExportError(f"config.json: vision_config has hidden_size {hidden}, no multiple of {heads} heads")
-    image, patch = config.length("image_size", 448), config.count("patch_size", 14)
+    image, patch = config.side("image_size", 448), config.side("patch_size", 14)
     if image % patch:
         raise ExportError(f"config.json: vision_config has image_size {image}, no multiple of patch_size {patch}")
     side, size, channels = image // patch, hidden // heads, config.count("num_channels", 3)
@@ -52,14 +66,20 @@ def build(config: Config, beside: Config, width: int) -> tuple[Graph, Splice]:
     )
     config.expect("hidden_act", "gelu")
     intermediate = config.length("intermediate_size", 5632)
+    if intermediate != merge**2 * hidden:
+        # It is the width of the MLP of a layer, and of what the pixel shuffle makes.
+        wanted = f"{merge}**2 * hidden_size {hidden}"
+        raise ExportError(f"config.json: vision_config has intermediate_size {intermediate}, expected {wanted}")
     mlp = Mlp(hidden, intermediate, "gelu_erf", bias=True, gated=False, axes=axes)
     layer = Layer((Sublayer("self_attn", attention, norm), Sublayer("mlp", mlp, norm)))
-    rotary = TileRotary(channels, side, patch, size, config.rotary(size).theta)
+    rotary = TileRotary(channels, side, patch, size, config.rotary(size, types={"default": "default"}).theta)
     embedding = TileEmbedding(channels, side, patch, hidden)
     out = config.length("projector_output_dim", 4096)
-    shuffle = PixelShuffle(side, merge, hidden, config.length("projector_input_dim", 4096), out)
+    said = {"projector_input_dim": 4096, "vision_output_dim": 7680}
+    if other := [f"{k} {n}" for k, absent in said.items() if (n := config.length(k, absent)) != out]:
+        raise ExportError(f"config.json: vision_config has projector_output_dim {out}, but {' and '.join(other)}")
+    shuffle = PixelShuffle(side, merge, hidden, out)
     projector = Projector(shuffle.tokens, out, width)
-    config.expect("vision_output_dim", out)
     config.expect("multi_modal_projector_bias", False)
     config.expect("vision_feature_select_strategy", "default")
     config.expect("vision_feature_layer", -1)
@@ -112,5 +132,35 @@ TOWER = Tower(
         "image_token_index": 250,
         "boi_token_index": 251,
         "eoi_token_index": 252,
+    },
+    words={
+        "<|begin_of_text|>": 243,
+        "<|eot|>": 244,
+        "<|header_start|>": 245,
+        "<|header_end|>": 246,
+        "<|image|>": 247,
+        "<|tile_x_separator|>": 248,
+        "<|tile_y_separator|>": 249,
+        "<|patch|>": 250,
+        "<|image_start|>": 251,
+        "<|image_end|>": 252,
+    },
+    beside={
+        "preprocessor_config.json": {
+            "image_processor_type": "Llama4ImageProcessor",
+            "processor_class": "Llama4Processor",
+            "size": {"height": 24, "width": 24},
+            "max_patches": 4,
+        },
+        "processor_config.json": {
+            "processor_class": "Llama4Processor",
+            "patch_size": 4,
+            "pixel_shuffle_ratio": 0.5,
+            "fake_image_token": "<|image|>",
+            "image_token": "<|image|>",
+        },
+        "generation_config.json": {"bos_token_id": 243, "eos_token_id": 244},
+        "tokenizer_config.json": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>", "pad_token": "<|eot|>"},
+        "chat_template.jinja": TEMPLATE,
     },
 )

@@ -30,6 +30,29 @@ from llmexport.export.wiring import Wiring
 VISUAL = "model.visual."
 BLOCK = VISUAL + "blocks.{i}."
 
+# Of the tiny one: of how many colours a picture is at least and at most, in patches of the tower's size.
+PROCESSOR = {
+    "processor_class": "Qwen3VLProcessor",
+    "size": {"shortest_edge": 64, "longest_edge": 2048},
+    "patch_size": 4,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+TEMPLATE = """\
+{%- for message in messages %}<|im_start|>{{ message.role + '\\n' }}
+{%- if message.content is string %}{{ message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'text' %}{{ part.text }}
+{%- else %}<|vision_start|>{{ '<|' + part.type + '_pad|>' }}<|vision_end|>
+{%- endif %}
+{%- endfor %}
+{%- endif %}<|im_end|>{{ '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{%- endif %}"""
+
 
 def build(config: Config, beside: Config, width: int) -> tuple[Graph, Splice]:
     hidden, heads = config.length("hidden_size", 1152), config.count("num_heads", 16)
@@ -43,8 +66,8 @@ def build(config: Config, beside: Config, width: int) -> tuple[Graph, Splice]:
     side = math.isqrt(positions)
     if side**2 != positions:
         raise ExportError(f"config.json: vision_config has num_position_embeddings {positions}, expected a square")
-    channels, frames = config.count("in_channels", 3), config.count("temporal_patch_size", 2)
-    embedding = PatchEmbedding(channels, frames, config.count("patch_size", 16), hidden, axis)
+    channels, frames = config.count("in_channels", 3), config.side("temporal_patch_size", 2)
+    embedding = PatchEmbedding(channels, frames, config.side("patch_size", 16), hidden, axis)
     config.expect("deepstack_visual_indexes", [], None)
     norm = Norm(hidden, 1e-6, statistics="layer", bias=True, axes=(1, axis))
     attention = Attention(
@@ -108,5 +131,21 @@ TOWER = Tower(
         "video_token_id": 251,
         "vision_start_token_id": 252,
         "vision_end_token_id": 253,
+    },
+    words={
+        "<|endoftext|>": 247,
+        "<|im_start|>": 248,
+        "<|im_end|>": 249,
+        "<|image_pad|>": 250,
+        "<|video_pad|>": 251,
+        "<|vision_start|>": 252,
+        "<|vision_end|>": 253,
+    },
+    beside={
+        "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **PROCESSOR},
+        "video_preprocessor_config.json": {"video_processor_type": "Qwen3VLVideoProcessor", **PROCESSOR, "fps": 2},
+        "generation_config.json": {"eos_token_id": [247, 249]},
+        "tokenizer_config.json": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        "chat_template.jinja": TEMPLATE,
     },
 )

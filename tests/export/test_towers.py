@@ -1,0 +1,69 @@
+"""Vision towers against transformers, which loads the same folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from arch_cases import TOWERS, Case
+from towers import PACKED, RUNNERS, WIDE, check, pixels, reference, run_only, seen
+
+from llmexport.validate.compare import compare
+from llmexport.validate.runners import not_runnable
+from llmexport.validate.tolerance import TOLERANCE
+
+pytestmark = pytest.mark.model
+
+# Time, height and width of each picture, in features.
+GRIDS = {
+    "one": [[1, 4, 3]],
+    "three of three sizes": [[1, 4, 3], [1, 1, 1], [1, 2, 6]],
+    "a video of four frames": [[4, 2, 3]],
+    "an image and a video": [[1, 3, 2], [3, 4, 5]],
+    "the smallest": [[1, 1, 1]],
+    "thin ones": [[1, 1, 20], [1, 20, 1]],
+}
+TILES = (1, 5)
+SEEN = [
+    *((case, name) for case in (*PACKED, WIDE[0]) for name in GRIDS),
+    *((case, tiles) for case in (*(c for c in TOWERS if c not in PACKED), WIDE[1]) for tiles in TILES),
+]
+
+
+def shown(case: Case, folder, which: str | int) -> dict[str, np.ndarray]:
+    if isinstance(which, int):
+        return pixels(folder, which)
+    merge = reference(folder).config.vision_config.spatial_merge_size
+    return pixels(folder, np.array(GRIDS[which]) * (1, merge, merge))
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize(("case", "which"), SEEN, ids=str)
+def test_features_match_transformers(case: Case, which: str | int, runner: str, tiny_checkpoint, exported) -> None:
+    folder = tiny_checkpoint(case, "all")
+    feed = shown(case, folder, which)
+    found = run_only(exported(case, part="vision"), runner, feed)["image_features"]
+    check(seen(reference(folder), feed), found)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", [PACKED[0], *(c for c in TOWERS if c not in PACKED)], ids=str)
+def test_features_in_16_bits_are_as_near_to_fp32_as_those_of_transformers(
+    case: Case, dtype: str, tiny_checkpoint, exported
+) -> None:
+    folder = tiny_checkpoint(case, "all")
+    feed = shown(case, folder, "three of three sizes" if case in PACKED else 5)
+    exact = seen(reference(folder), feed)
+    bound = TOLERANCE[dtype].widened(compare(exact, seen(reference(folder, getattr(torch, dtype)), feed)))
+    for runner in RUNNERS:
+        if runner == "torch" or not not_runnable(dtype):
+            found = run_only(exported(case, dtype, part="vision"), runner, feed)["image_features"]
+            check(exact, found.astype(np.float32), bound)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("case", PACKED[:1], ids=str)
+def test_a_grid_of_fewer_patches_than_there_are_fails(case: Case, runner: str, tiny_checkpoint, exported) -> None:
+    feed = shown(case, tiny_checkpoint(case, "all"), "one")
+    with pytest.raises(Exception, match=r"out of|idx"):
+        run_only(exported(case, part="vision"), runner, feed | {"grid_thw": np.array([[1, 8, 4]])})
