@@ -349,3 +349,16 @@ def test_the_built_in_part_is_what_transformers_calls_so(part: str) -> None:
         config = archs.tiny_config(known, part)
         assert archs.choose(None, config).name == arch
         assert config["architectures"] == [known.multimodal[0].architecture]
+
+
+@pytest.mark.model
+def test_the_lines_of_the_readme_run_both_graphs(exported_part: Exporter, tmp_path: Path, monkeypatch: Any) -> None:
+    text = (Path(__file__).parents[2] / "export" / "README.md").read_text()
+    [lines] = re.findall(r"```python\n(import numpy as np, onnxruntime.*?)```", text, re.DOTALL)
+    (tmp_path / "OUT").symlink_to(exported_part("llama4").folder)
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec(lines, made)
+    assert made["logits"].shape == (1, 11, 256)
+    blind = made["decoder"].run(None, {**made["feed"], "image_features": 0 * made["features"]})[0]
+    assert np.abs(made["logits"] - blind).max() > 0.1
