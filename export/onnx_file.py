@@ -8,22 +8,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from llmexport.export import cache, manifest, weights
-from llmexport.export.archs import (
-    PARTS,
-    as_stored,
-    in_layout,
-    left_out,
-    multimodal_names,
-    read_tower,
-    text_config,
-    tower_tensors,
-    with_part,
-)
+from llmexport.export.archs import as_stored, in_layout, multimodal_names
 from llmexport.export.assembly import (
     alone,
     find_block,
@@ -40,13 +29,14 @@ from llmexport.export.graph_file import build
 from llmexport.export.handover import RUNTIMES, hand_over
 from llmexport.export.identity import identify
 from llmexport.export.last_logits import with_last_logits
+from llmexport.export.multimodal import PARTS, left_out, read_tower, text_config, tower_tensors, with_part
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import check_slots
-from llmexport.export.wanted import wanted_parameters
+from llmexport.export.wanted import check_layers, wanted_parameters
 
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt")
@@ -131,23 +121,9 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     model, notes = read_noted(request.arch, config, request.max_tokens, part)
     model = with_last_logits(model) if request.logits == "last" else model
     stored = request.checkpoint.tensors
-    laid = in_layout(request.arch, config, stored)
-    named = with_part(laid, config, part)
-    if named is not laid:
-        tower = tower_tensors(request.arch, config)
-        if not any(fnmatch(n, p) for n in stored for p in tower):
-            raise ExportError(f"the checkpoint holds no vision tower ({', '.join(tower)}): pass --part text")
+    named = with_part(in_layout(request.arch, config, stored), config, part)
     arch = as_stored(named, stored)
-    for ours, theirs in {(k.partition("{i}")[0], v.partition("{i}")[0]) for k, v in arch.names.items() if "{i}" in k}:
-        # A layer may be placed in several graphs.
-        layers = {s.path.removeprefix(ours).partition(".")[0] for s in model.steps if s.path.startswith(ours)}
-        held = {n.removeprefix(theirs).partition(".")[0] for n in stored if n.startswith(theirs)}
-        if held and len(layers) > len(held):
-            of_text = any(path.startswith(ours) for path in request.arch.names)
-            raise ExportError(
-                f"config.json says {'num_hidden_layers' if of_text else 'that the tower has layers:'} {len(layers)}, "
-                f"the checkpoint holds {len(held)} layers: is config.json from the same model?"
-            )
+    check_layers(arch, model, stored, tower_tensors(arch, config, part))
     if arch is not named and model.ties:
         notes.append(
             f"the checkpoint is a base model, its names lack {arch.base!r}: "
@@ -243,5 +219,5 @@ def _check_weights(request: Request, model: Model, wanted: list[weights.Paramete
     for copy, original in tied_names(arch, model):
         ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
     by_name = {p.name: p for p in wanted}
-    tower = tower_tensors(arch, request.checkpoint.config) if request.part == "all" else ()
+    tower = tower_tensors(arch, request.checkpoint.config, request.part)
     weights.check(by_name, request.checkpoint, ignore, request.block is None, head_name(arch), tower)

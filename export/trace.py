@@ -143,7 +143,9 @@ def _export(
         def forward(self, tensors: list[Tensor]) -> Any:
             return forward(*tensors)
 
-    symbols = {d: _symbol(d) for shape in dims for d in shape if isinstance(d, str)}
+    axes = [axis_of(d) for shape in dims for d in shape if isinstance(d, str)]
+    # One that is so many times another divides by that.
+    symbols = {a.name: a.times * torch.export.Dim(*a.sum_of) if a.times > 1 else torch.export.Dim(a.name) for a in axes}
     dynamic = [{i: symbols[d] for i, d in enumerate(shape) if isinstance(d, str)} for shape in dims]
     arguments: dict[str, Any] = {
         "input_names": names,
@@ -167,12 +169,6 @@ def _export(
     # Folds constants only: the exporter's own optimiser also rewrites norms into operators of mixed types.
     onnxscript.optimizer.optimize_ir(program.model)
     return tidy(program.model_proto)
-
-
-def _symbol(name: str) -> Any:
-    """A dynamic dimension; one that is so many times another divides by that."""
-    axis = axis_of(name)
-    return axis.times * torch.export.Dim(*axis.sum_of) if axis.times > 1 else torch.export.Dim(name)
 
 
 @functools.cache

@@ -28,7 +28,8 @@ from llmexport.plugins.dtypes import BY_NAME
 TOWERS = [n for n in archs.names() if any(m.tower for m in archs.load(n).multimodal)]
 ONE = TOWERS[0]
 # One tensor of each tower.
-NORM = {"llama4": "vision_model.layernorm_post.weight", "qwen3_5_moe": "model.visual.merger.norm.weight"}
+NORM = {"llama4": "vision_model.layernorm_post.weight"}
+NORM |= dict.fromkeys(("qwen3_5", "qwen3_5_moe"), "model.visual.merger.norm.weight")
 Checkpoint = Callable[[str], Path]
 Exporter = Callable[..., Export]
 
@@ -118,8 +119,9 @@ def test_both_graphs_are_written_into_one_folder_where_nobody_says(
     assert [g.file for g in found.graphs] == ["vision.onnx", "decoder.onnx"]
     assert manifest.as_data(manifest.read(found.folder)) == manifest.as_data(found)
     shards = {p.name for p in source.glob("*.safetensors")}
-    written = {"vision.onnx", "decoder.onnx", "manifest.json", "config.json"}
-    assert {p.name for p in found.folder.iterdir()} == shards | written
+    written = {"vision.onnx", "decoder.onnx", "manifest.json"}
+    assert {p.name for p in found.folder.iterdir()} == shards | written | {*found.companions}
+    assert "preprocessor_config.json" in found.companions
     # Each tensor of the checkpoint is read by one of the two, where it lies.
     by_vision, by_decoder = external(found, "vision"), external(found, "decoder")
     assert not by_vision.keys() & by_decoder.keys()
@@ -163,7 +165,7 @@ def test_the_vision_part_is_the_same_graph_alone_beside_its_own_weights(
     assert found.reference == both.reference
     used = set(external(found, "vision").values())
     assert used < {p.name for p in checkpoint(arch).glob("*.safetensors")}
-    assert {p.name for p in found.folder.iterdir()} == used | {"vision.onnx", "manifest.json", "config.json"}
+    assert {p.name for p in found.folder.iterdir()} == used | {"vision.onnx", "manifest.json", *found.companions}
 
 
 @pytest.mark.model
@@ -217,7 +219,7 @@ def test_the_summary_says_which_graph_makes_what_another_takes(exported_part: Ex
     assert "model.onnx" not in dict(summary(exported_part("llama4", "text"), found.folder))
 
 
-TOO_DEEP = {"llama4": "num_hidden_layers", "qwen3_5_moe": "depth"}
+TOO_DEEP = {"llama4": "num_hidden_layers", "qwen3_5": "depth", "qwen3_5_moe": "depth"}
 OTHER_TOWER = {"fullatt_block_indexes": [7], "window_size": 112}  # keys of Qwen2.5-VL's
 # What is wrong with a checkpoint, by arch and name of the mistake: a change of its config, one of its tensors, words of
 # the line.
@@ -230,22 +232,24 @@ WRONG: dict[str, tuple[Change, Change, str]] = {
     ),
     "one tensor of the tower is missing": (
         lambda c: None,
-        lambda t: [t.pop(n) for n in NORM.values() if n in t],
+        lambda t: [t.pop(n) for n in {*NORM.values()} if n in t],
         r"lacks 1 tensors .*: {norm}\. .*\(--part text leaves the tower out\)$",
     ),
     "one tensor of the tower has another shape": (
         lambda c: None,
-        lambda t: t.update({n: np.ones(3, np.float32) for n in NORM.values() if n in t}),
+        lambda t: t.update({n: np.ones(3, np.float32) for n in {*NORM.values()} if n in t}),
         r"{norm} is \[3\] in the checkpoint.*\(--part text leaves the tower out\)$",
     ),
     "one tensor of the tower has another type": (
         lambda c: None,
-        lambda t: t.update({n: t[n].astype(np.int8) for n in NORM.values() if n in t}),
+        lambda t: t.update({n: t[n].astype(np.int8) for n in {*NORM.values()} if n in t}),
         r"{norm} is stored as I8.*\(--part text leaves the tower out\)$",
     ),
     "one tensor of the tower is not known": (
         lambda c: None,
-        lambda t: t.update({n.replace(".weight", ".other"): np.ones(3, np.float32) for n in NORM.values() if n in t}),
+        lambda t: t.update(
+            {n.replace(".weight", ".other"): np.ones(3, np.float32) for n in {*NORM.values()} if n in t}
+        ),
         r"holds 1 tensors that this architecture does not use: .*other.*\(--part text leaves the tower out\)$",
     ),
     "the tower is deeper than the checkpoint": (
@@ -345,3 +349,16 @@ def test_the_built_in_part_is_what_transformers_calls_so(part: str) -> None:
         config = archs.tiny_config(known, part)
         assert archs.choose(None, config).name == arch
         assert config["architectures"] == [known.multimodal[0].architecture]
+
+
+@pytest.mark.model
+def test_the_lines_of_the_readme_run_both_graphs(exported_part: Exporter, tmp_path: Path, monkeypatch: Any) -> None:
+    text = (Path(__file__).parents[2] / "export" / "README.md").read_text()
+    [lines] = re.findall(r"```python\n(import numpy as np, onnxruntime.*?)```", text, re.DOTALL)
+    (tmp_path / "OUT").symlink_to(exported_part("llama4").folder)
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec(lines, made)
+    assert made["logits"].shape == (1, 11, 256)
+    blind = made["decoder"].run(None, {**made["feed"], "image_features": 0 * made["features"]})[0]
+    assert np.abs(made["logits"] - blind).max() > 0.1
