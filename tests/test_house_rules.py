@@ -232,12 +232,14 @@ KEYS = {
     "export/network/serve.py": ["model"],
     "export/quantised.py": ["weights"],
     "run/bench.py": ["batch"],
+    "run/pictures.py": ["images", "input_ids"],
     "run/settings.py": ["temperature"],
     "validate/bound.py": ["length"],
     "validate/engine.py": ["weights"],
     "validate/engine_run.py": ["weights"],
     "validate/facts.py": ["model"],
     "validate/ladder.py": ["batch"],
+    "validate/reference.py": ["position_ids"],
 }
 
 
