@@ -71,14 +71,6 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) 
     edit_index(folder, lambda m: m.update(dict.fromkeys(tensors, shard.name)))
 
 
-def multimodal(folder: Path) -> None:
-    """A checkpoint, without the tower that nobody exports."""
-    arch = archs.load("qwen3")
-    kind = {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}
-    config = {**kind, "text_config": dict(arch.tiny), "vision_config": {}}
-    random_checkpoint.write(archs.choose(None, config), folder, config=config)
-
-
 def first_shard(folder: Path) -> Path:
     return sorted(folder.glob("*.safetensors"))[0]
 
@@ -359,24 +351,6 @@ def test_architectures_say_which_multimodal_types_are_exported_whole(run: Run) -
     assert (found["qwen3_5"], found["qwen3"], found["llama"]) == ({"qwen3_5": "all"}, {"qwen3_vl": "text"}, {})
     _, table, _ = run("archs")
     assert "qwen3_vl (text alone)" in table
-
-
-@pytest.mark.parametrize("part", ["all", "text"])
-def test_a_tower_that_is_not_exported_is_noted(part: str, run: Run, tmp_path: Path) -> None:
-    multimodal(tmp_path / "ck")
-    asked = ("--checkpoint", tmp_path / "ck", "--block", "norm", "--part", part)
-    code, out, err = run("onnx", *asked, "-o", "out", "--json")
-    [note] = json.loads(out)["notes"]
-    assert (code, f"note: {note}\n" in err) == (0, True)
-    assert note == "qwen3_vl: the text model alone is exported, model.visual.* left out: it takes no pictures"
-
-
-def test_a_tower_that_is_not_exported_is_refused_alone(run: Run, tmp_path: Path) -> None:
-    multimodal(tmp_path / "ck")
-    code, _, err = run("onnx", "--checkpoint", tmp_path / "ck", "-o", "out", "--part", "vision")
-    line = "error: --part vision: of qwen3_vl the text model alone is exported: leave --part out\n"
-    assert (code, err) == (2, line)
-    assert not (tmp_path / "out").exists()
 
 
 def test_json_errors_are_json_too(run: Run) -> None:
