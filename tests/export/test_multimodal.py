@@ -138,6 +138,7 @@ def multimodal(folder: Path) -> None:
     random_checkpoint.write(archs.choose(None, config), folder, config=config)
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("part", ["all", "text"])
 def test_a_tower_that_is_not_exported_is_noted(part: str, run: Run, tmp_path: Path) -> None:
     multimodal(tmp_path / "ck")
