@@ -108,7 +108,7 @@ class Transformers:
         if self._sight and stage.pictures:
             given |= _as_processed(self._sight, stage.ids, stage.pictures, self._model.dtype)
             if self._sight.sections:
-                del given["position_ids"]
+                del given[KEYWORDS["positions"]]
         if stage.begins:
             self._cache = self._filled(stage) if stage.past else None
         run = self._model
