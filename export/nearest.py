@@ -14,15 +14,18 @@ TOWERS = ("vision_config", "audio_config", "text_config", "thinker_config", "vis
 CUTOFF, MOST = 0.6, 3  # of the names' likeness, and how many are said
 
 
-def refusal(config: Mapping[str, Any], types: Mapping[str, str], whole: Collection[str]) -> ExportError:
-    """`types` are the model types that are exported and their architectures, `whole` those of multimodal ones."""
+def refusal(config: Mapping[str, Any], types: Mapping[str, str], sees: Mapping[str, bool]) -> ExportError:
+    """`types` are the model types that are exported and their architectures, `sees` says of the multimodal ones among
+    them whether their tower is exported too."""
     kind, text = config.get("model_type"), config.get("text_config")
     if kind is None:
         return ExportError("config.json has no 'model_type': is it the config of a model that transformers loads?")
     said = [f"config.json is of model_type {show(kind)}, which no architecture here exports"]
     if towers := [k for k in TOWERS if isinstance(config.get(k), dict)]:
+        whole, text_alone = (", ".join(t for t, seen in sees.items() if seen is tower) for tower in (True, False))
         said.append(
-            f"it is multimodal ({', '.join(towers)}), and of such the text model of {', '.join(whole)} is exported"
+            f"it is multimodal ({', '.join(towers)}): of such, {whole} are exported with their tower, "
+            f"and the text model alone of {text_alone}"
         )
     inner = text.get("model_type") if isinstance(text, dict) else None
     if near := dict.fromkeys(types[t] for t in _near(str(inner or kind), types)):

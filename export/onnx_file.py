@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llmexport.export.archs import (
     multimodal_names,
     read_tower,
     text_config,
+    tower_tensors,
     with_part,
 )
 from llmexport.export.assembly import (
@@ -94,6 +96,8 @@ class Request:
         if self.runtimes and odd:
             wants = f"{' and '.join('--for ' + r for r in self.runtimes)} takes a whole model in the portable form"
             raise ExportError(f"{wants}, not {odd}: leave one of them out")
+        if self.part == "vision" and (self.cache != "dynamic" or self.logits != "all"):
+            raise ExportError("--part vision keeps no cache and gives no logits: leave --cache and --logits out")
 
 
 def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None, part: str = "text") -> Model:
@@ -112,10 +116,10 @@ def read_noted(
     keys = Config(text_config(arch, config), slots, splice)
     model = arch.build(keys)
     keys.finish(causal=any(g.carried for g in model.graphs))
+    if vision and part == "vision":
+        return Model((vision,), {}), []
     notes = [*keys.notes, *filter(None, [left_out(arch, config)])]
-    if vision is None:
-        return model, notes
-    return (Model((vision,), {}) if part == "vision" else Model((vision, *model.graphs), model.ties)), notes
+    return (Model((vision, *model.graphs), model.ties) if vision else model), notes
 
 
 def open_model(request: Request) -> tuple[Request, Model, list[str]]:
@@ -127,24 +131,29 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     model, notes = read_noted(request.arch, config, request.max_tokens, part)
     model = with_last_logits(model) if request.logits == "last" else model
     stored = request.checkpoint.tensors
-    named = with_part(in_layout(request.arch, config, stored), config, part)
+    laid = in_layout(request.arch, config, stored)
+    named = with_part(laid, config, part)
+    if named is not laid:
+        tower = tower_tensors(request.arch, config)
+        if not any(fnmatch(n, p) for n in stored for p in tower):
+            raise ExportError(f"the checkpoint holds no vision tower ({', '.join(tower)}): pass --part text")
     arch = as_stored(named, stored)
     for ours, theirs in {(k.partition("{i}")[0], v.partition("{i}")[0]) for k, v in arch.names.items() if "{i}" in k}:
         # A layer may be placed in several graphs.
         layers = {s.path.removeprefix(ours).partition(".")[0] for s in model.steps if s.path.startswith(ours)}
         held = {n.removeprefix(theirs).partition(".")[0] for n in stored if n.startswith(theirs)}
         if held and len(layers) > len(held):
+            of_text = any(path.startswith(ours) for path in request.arch.names)
             raise ExportError(
-                f"config.json says {'depth' if ours.startswith('vision.') else 'num_hidden_layers'} {len(layers)}, "
-                f"the checkpoint holds {len(held)} layers: "
-                "is config.json from the same model?"
+                f"config.json says {'num_hidden_layers' if of_text else 'that the tower has layers:'} {len(layers)}, "
+                f"the checkpoint holds {len(held)} layers: is config.json from the same model?"
             )
     if arch is not named and model.ties:
         notes.append(
             f"the checkpoint is a base model, its names lack {arch.base!r}: "
             "the logits are made with its tied embedding table"
         )
-    if request.dtype == "float16" and arch.overflows_float16:
+    if request.dtype == "float16" and arch.overflows_float16 and part != "vision":
         notes.append(f"{arch.overflows_float16}, use bfloat16 or float32")
     return dataclasses.replace(request, arch=arch), model, notes
 
@@ -234,5 +243,5 @@ def _check_weights(request: Request, model: Model, wanted: list[weights.Paramete
     for copy, original in tied_names(arch, model):
         ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
     by_name = {p.name: p for p in wanted}
-    whole = request.block is None and request.part != "vision"
-    weights.check(by_name, request.checkpoint, ignore, whole=whole, head=head_name(arch))
+    tower = tower_tensors(arch, request.checkpoint.config) if request.part == "all" else ()
+    weights.check(by_name, request.checkpoint, ignore, request.block is None, head_name(arch), tower)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from llmexport.validate.pictures import Pictures, Sight, sight
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
 from llmexport.validate.stages import Stage, runs_at
 
+MOST_AT_ONCE = 4096  # patches of pictures, whose attention takes a gigabyte of 16 heads in fp32; or tiles
 BACKENDS = ("onnxruntime", "engine")
 V = TypeVar("V")
 
@@ -69,6 +71,9 @@ class Session(Generic[V]):
             inputs, known = graph.assembly.inputs, self._held | self._carried[graph.name]
             if not runs_at(stage, graph):
                 continue
+            if stage.pictures and sees(graph):
+                self._held |= self._seen(graph, stage, stage.pictures)
+                continue
             feed = {p.name: known[p.name] if p.name in known else self.put(stage.at(p)) for p in inputs}
             made = dict(self.infer(graph, feed))
             self._carried[graph.name] = {before: made.pop(after) for before, after in graph.carried.items()}
@@ -77,6 +82,17 @@ class Session(Generic[V]):
                     last = self.get(made.pop(port.name))[:, -1]
             self._held |= made
         return last.astype(np.float32)
+
+    def _seen(self, graph: ExportedGraph, stage: Stage, pictures: Pictures) -> dict[str, V]:
+        """What a graph makes of all pictures, some at a time."""
+        made: dict[str, list[np.ndarray]] = {p.name: [] for p in graph.assembly.outputs}
+        for piece in pictures.pieces(MOST_AT_ONCE):
+            interrupt.check()
+            some = dataclasses.replace(stage, pictures=piece)
+            feed = {p.name: self.put(some.at(p)) for p in graph.assembly.inputs}
+            for name, value in self.infer(graph, feed).items():
+                made[name].append(self.get(value))
+        return {name: self.put(np.concatenate(parts)) for name, parts in made.items()}
 
 
 class RuntimeSession(Session[OrtValue]):
@@ -89,12 +105,8 @@ class RuntimeSession(Session[OrtValue]):
         super().__init__(export)
         if export.dtype == "bfloat16":
             raise RunError("ONNX Runtime has no bfloat16 MatMul on a CPU: export with --dtype float32 or float16 too")
-        options = SessionOptions()
-        options.intra_op_num_threads = threads
-        # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
-        options.enable_mem_pattern = False
         models = {g.name: last_logits(load(export, g), g, export.dtype) for g in export.graphs}
-        self._sessions = {name: open_session(model, export.folder, options) for name, model in models.items()}
+        self._sessions = {n: open_session(m, export.folder, _options(threads)) for n, m in models.items()}
 
     @property
     def what(self) -> str:
@@ -122,6 +134,14 @@ class RuntimeSession(Session[OrtValue]):
         session.run_with_iobinding(binding)
         # Of the values that are made of arrays, ours alone keep these alive.
         return dict(zip((p.name for p in graph.assembly.outputs), binding.get_outputs(), strict=True)) | slots
+
+
+def _options(threads: int) -> SessionOptions:
+    options = SessionOptions()
+    options.intra_op_num_threads = threads
+    # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
+    options.enable_mem_pattern = False
+    return options
 
 
 class ArraySession(Session[np.ndarray]):

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from llmexport.export import archs, random_checkpoint
+from llmexport.export.spec import Multimodal
 
 # The smallest vision towers that transformers builds.
 VISION: dict[str, dict[str, Any]] = {
@@ -39,6 +40,33 @@ VISION: dict[str, dict[str, Any]] = {
     },
 }
 VISION["qwen3_5_moe"] = VISION["qwen3_5"]
+VISION["qwen3_vl"] = VISION["qwen3_5"] | {"deepstack_visual_indexes": [0]}
+VISION["qwen2_5_vl"] = {k: v for k, v in VISION["qwen3_5"].items() if k != "num_position_embeddings"} | {
+    "fullatt_block_indexes": [0],
+    "window_size": 16,
+}
+VISION["qwen2_vl"] = {
+    "depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2,
+}  # fmt: skip
+VISION["gemma3"] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 4, "vision_use_head": False,
+}  # fmt: skip
+VISION["mistral3"] = {k: v for k, v in VISION["gemma3"].items() if k != "vision_use_head"} | {"head_dim": 16}
+# What the multimodal configs say beside the tiny text model's, and in it.
+BESIDE: dict[str, dict[str, Any]] = {
+    "gemma3": {"mm_tokens_per_image": 4},
+    "mistral3": {"tie_word_embeddings": False},
+    "qwen2_vl": {"tie_word_embeddings": True},
+    "qwen2_5_vl": {"tie_word_embeddings": True},
+}
+MROPE: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"mrope_section": [2, 3, 3]},
+    "qwen2_5_vl": {"mrope_section": [2, 3, 3]},
+    "qwen3_vl": {"mrope_section": [4, 2, 2], "mrope_interleaved": True},
+}
+# The multimodal types, and the architecture of the text model in each.
+WHOLE = {m.model_type: n for n in archs.names() for m in archs.load(n).multimodal}
 INDEX = "model.safetensors.index.json"
 
 
@@ -53,19 +81,55 @@ def randomise(model: Any) -> None:
             parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.08 * noise)
 
 
-def multimodal(arch: str, folder: Path) -> Path:
-    """The architecture's tiny text model within its multimodal one, as transformers saves it."""
+def outer(kind: str) -> Multimodal:
+    return next(m for m in archs.load(WHOLE[kind]).multimodal if m.model_type == kind)
+
+
+def multimodal(kind: str, folder: Path) -> Path:
+    """The architecture's tiny text model within its multimodal one of this type, as transformers saves it."""
     import torch
     import transformers
 
-    known = archs.load(arch)
-    assert known.multimodal
     torch.manual_seed(0)
-    model_class = getattr(transformers, known.multimodal[0].architecture)
-    tiny = copy.deepcopy(dict(known.tiny))
-    model = model_class(model_class.config_class(text_config=tiny, vision_config=dict(VISION[arch])))
+    model_class = getattr(transformers, outer(kind).architecture)
+    tiny = copy.deepcopy(dict(archs.load(WHOLE[kind]).tiny))
+    tiny["rope_parameters"] |= MROPE.get(kind, {})
+    vision, beside = dict(VISION[kind]), BESIDE.get(kind, {})
+    model = model_class(model_class.config_class(text_config=tiny, vision_config=vision, **beside))
     randomise(model)
     model.save_pretrained(folder, max_shard_size="200KB")
+    return folder
+
+
+def of_another_release(source: Path, folder: Path, kind: str) -> Path:
+    """The same checkpoint, its tensors named as in the model itself: what transformers saved for some releases."""
+    known = outer(kind)
+    [names] = known.other_names
+    starts = {known.names.get(n, n): names.get(n, n) for n in ("model.", "lm_head.")}
+    starts |= {tower.removesuffix("*"): f"model.{tower}".removesuffix("*") for tower in known.left_out}
+    tensors = {n: t for file in sorted(source.glob("*.safetensors")) for n, t in load_file(file).items()}
+
+    def rename(name: str) -> str:
+        start = next(s for s in starts if name.startswith(s))
+        return starts[start] + name.removeprefix(start)
+
+    folder.mkdir()
+    save_file({rename(n): t for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    return folder
+
+
+def flat(source: Path, folder: Path) -> Path:
+    """The same checkpoint, the text model's keys at the top of its config.json, as Qwen2-VL is published."""
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = {"type": "mrope", "mrope_section": text.pop("rope_parameters")["mrope_section"]}
+    own = {k: v for k, v in text.items() if k not in ("model_type", "layer_types")}
+    config |= {**own, "rope_scaling": rope, "rope_theta": 1000000.0}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -29,7 +29,7 @@ SEEN = np.tril(np.ones((2, 1, 3, 5), bool), 2)
 IMAGE = {"a": floats(2, 4, 9, 8), "w": floats(6, 2, 3, 2), "b": floats(6)}
 TWICE = {"": np.zeros(0, np.float32), "by": np.array([1, 1, 2, 1.5], np.float32)}
 
-OF_TWO = ("Add", "Sub", "Mul", "Div", "Max", "Min", "Equal", "Greater", "LessOrEqual")
+OF_TWO = ("Add", "Sub", "Mul", "Div", "Max", "Min", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 OF_ONE = ("Exp", "Abs", "Neg", "Sin", "Cos", "Tan", "Sinh", "Cosh", "Atan", "Asinh", "Ceil", "Floor", "Round", "Sign")
 OF_ONE += ("Erf", "Reciprocal", "IsNaN", "Relu", "Sigmoid", "Tanh", "Softsign", "Softplus", "Elu", "Mish", "Celu")
 OF_ONE += ("HardSwish",)
@@ -45,7 +45,16 @@ def _turned() -> Iterator[tuple[str, Arrays, Arrays, dict[str, Any]]]:
 # (operator, inputs, what the model holds, attributes)
 OPERATORS: list[tuple[str, Arrays, Arrays, dict[str, Any]]] = [
     *((n, {"a": X, "b": Y}, {}, {}) for n in OF_TWO),
-    *((n, {"a": SIGNED, "b": DIVISORS}, {}, {}) for n in ("Div", "Mul", "Mod")),
+    *(
+        (n, {"a": SIGNED, "b": DIVISORS}, {}, {})
+        for n in ("Div", "Mul", "Mod", "Sub", "Less", "GreaterOrEqual", "Equal")
+    ),
+    # Of each patch its picture: by where the pictures end, and by the sums so far.
+    ("CumSum", {"a": ints(9, 5)}, {"axis": np.array(0)}, {}),
+    ("ReduceSum", {"a": ints(9, 5, 3)}, {"axes": np.array([1])}, {"keepdims": 0}),
+    ("Gather", {"a": ints(9, 5), "i": ints(5, 7)}, {}, {"axis": 0}),
+    # A step whose tokens stand for no picture.
+    ("Concat", {"a": floats(1, 4), "b": floats(0, 4)}, {}, {"axis": 0}),
     *((n, {"a": BOOLS, "b": Y > 0}, {}, {}) for n in ("And", "Or", "Xor")),
     ("Pow", {"a": np.abs(X), "b": Y}, {}, {}),
     *((n, {"a": X}, {}, {}) for n in OF_ONE),
@@ -106,10 +115,13 @@ OPERATORS: list[tuple[str, Arrays, Arrays, dict[str, Any]]] = [
     *_turned(),
     ("RotaryEmbedding", {"a": floats(2, 4, 3, 8), "c": floats(2, 3, 4), "s": floats(2, 3, 4)}, {}, {}),
     ("Attention", HEADS, {}, {"scale": 0.3}),
+    ("Attention", dict(zip("qkv", floats(3, 2, 4, 5, 8), strict=True)), {}, {"scale": 0.3}),
     ("Attention", HEADS, {}, {"is_causal": 1}),
     ("Attention", {**HEADS, "m": SEEN}, {}, {}),
     ("Attention", {**HEADS, "m": floats(2, 1, 3, 5)}, {}, {}),
     ("Conv", {"a": floats(2, 6, 9)}, {"w": floats(6, 1, 4)}, {"group": 6, "pads": [3, 0]}),
+    ("Conv", {"a": floats(5, 3, 2, 4, 4)}, {"w": floats(6, 3, 2, 4, 4), "b": floats(6)}, {"strides": [2, 4, 4]}),
+    ("Conv", {"a": floats(2, 3, 8, 12)}, {"w": floats(6, 3, 4, 4)}, {"strides": [4, 4]}),
     ("Conv", IMAGE, {}, {"group": 2, "strides": [2, 1], "dilations": [1, 2], "pads": [1, 0, 2, 1]}),
     *(
         ("Resize", {"a": floats(1, 2, 4, 6)}, TWICE, {"mode": m, "coordinate_transformation_mode": c})

@@ -123,22 +123,26 @@ def _multimodal(arch: Arch, config: Mapping[str, Any]) -> Multimodal | None:
 def read_tower(arch: Arch, config: Mapping[str, Any], part: str) -> tuple[Graph, Splice] | None:
     """The graph that sees, and what puts its features into the text; nothing if `part` needs neither.
 
-    Raises ExportError if there is no such graph and the part is that alone.
+    Raises ExportError if there is no such graph and the part is that alone, or if its config is not understood.
     """
     outer = _multimodal(arch, config)
+    if part == "vision" and (outer is None or outer.tower is None):
+        has = f"of {outer.model_type} the text model alone is exported" if outer else "config.json is of a text model"
+        raise ExportError(f"--part vision: {has}: leave --part out")
     if part == "text" or outer is None or outer.tower is None:
-        if part == "vision":
-            has = f"of {outer.model_type} the text model alone is exported" if outer else "is that of a text model"
-            raise ExportError(f"--part vision: {'' if outer else 'config.json '}{has}: leave --part out")
         return None
     tower = outer.tower
     inner = config.get(tower.config_key)
     if not isinstance(inner, dict):
-        raise ExportError(f"config.json has no {tower.config_key!r}: pass --part text, or take the whole checkpoint")
+        raise ExportError(f"config.json has no {tower.config_key!r}: take the whole checkpoint, or pass --part text")
     keys = Config(inner)
     beside = Config({k: v for k, v in config.items() if k not in (tower.config_key, outer.config_key)})
-    made = tower.build(keys, beside, Config(text_config(arch, config)).length("hidden_size"))
-    keys.finish(causal=False)
+    width = Config(text_config(arch, config)).length("hidden_size")
+    try:
+        made = tower.build(keys, beside, width)
+        keys.finish(causal=False)
+    except ExportError as error:
+        raise ExportError(f"{error} (of {tower.config_key}, which --part text leaves out)") from error
     return made
 
 
@@ -148,8 +152,16 @@ def with_part(arch: Arch, config: Mapping[str, Any], part: str) -> Arch:
     if part == "text" or outer is None or outer.tower is None:
         return arch
     ignore = tuple(i for i in arch.ignore if i not in outer.left_out)
+    if part == "vision":
+        ignore += tuple(f"{name.replace('{i}', '*')}*" for name in arch.names.values())
     reference = Reference(outer.architecture, arch.reference.outputs)
     return dataclasses.replace(arch, names={**arch.names, **outer.tower.names}, ignore=ignore, reference=reference)
+
+
+def tower_tensors(arch: Arch, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Patterns (fnmatch) of the tensors that only what sees has, if that is exported."""
+    outer = _multimodal(arch, config)
+    return outer.left_out if outer and outer.tower else ()
 
 
 def left_out(arch: Arch, config: Mapping[str, Any]) -> str:
@@ -168,8 +180,8 @@ def tiny_config(arch: Arch, part: str) -> Mapping[str, Any]:
     """
     if part == "text":
         return arch.tiny
-    outer = next((m for m in arch.multimodal if m.tower), None)
-    if outer is None or outer.tower is None:
+    outer, tower = next(((m, m.tower) for m in arch.multimodal if m.tower), (None, None))
+    if outer is None or tower is None:
         raise ExportError(f"--part {part}: {arch.name} has no vision tower here: leave --part out")
     inner = {"model_type": arch.model_types[0], **arch.tiny}
     return {
@@ -177,7 +189,7 @@ def tiny_config(arch: Arch, part: str) -> Mapping[str, Any]:
         "model_type": outer.model_type,
         outer.config_key: inner,
         "tie_word_embeddings": inner["tie_word_embeddings"],
-        **outer.tower.tiny,
+        **tower.tiny,
     }
 
 
@@ -235,7 +247,7 @@ def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:
         if not matches:
             every = [load(n) for n in names()]
             by_type = {t: n.name for n in every for t in _types(n)}
-            raise nearest.refusal(config, by_type, [n.name for n in every if n.multimodal])
+            raise nearest.refusal(config, by_type, {m.model_type: bool(m.tower) for n in every for m in n.multimodal})
         return matches[0]
     arch = load(name)
     if kind not in _types(arch):

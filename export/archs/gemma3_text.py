@@ -51,7 +51,13 @@ ARCH = Arch(
             other_names=({"model.": "model.language_model."},),
             left_out=("vision_tower.*", "multi_modal_projector.*"),
             ignore=("model.vision_tower.*", "model.multi_modal_projector.*"),
-            harmless=("boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image", "vision_config"),
+            harmless=(
+                "boi_token_index",
+                "eoi_token_index",
+                "image_token_index",
+                "mm_tokens_per_image",
+                "vision_config",
+            ),
             # The first release says what differs from the class alone.
             defaults={
                 "vocab_size": 262208,

@@ -1,5 +1,4 @@
-"""Qwen3.5, text (transformers modeling_qwen3_5.py): three gated delta nets to a gated full attention, mRoPE over a
-quarter of a head."""
+"""Qwen3.5 (transformers modeling_qwen3_5.py): three gated delta nets to a gated full attention, mRoPE on a quarter."""
 
 from llmexport.export.archs.qwen2 import SEEING
 from llmexport.export.archs.towers.qwen3_5 import TOWER

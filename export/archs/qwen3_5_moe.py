@@ -1,5 +1,4 @@
-"""Qwen3.5-MoE, text (transformers modeling_qwen3_5_moe.py): Qwen3.5 with many small experts beside a gated shared one
-in place of the MLP."""
+"""Qwen3.5-MoE (transformers modeling_qwen3_5_moe.py): Qwen3.5 with many small experts beside a gated shared one."""
 
 from llmexport.export.archs.qwen3_5 import AHEAD, TINY_HYBRID, hybrid, multimodal
 from llmexport.export.config import Config

@@ -13,8 +13,9 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from arch_cases import others_slow
 from first_feed import first_feed
-from layouts import fuse_experts, multimodal, mxfp4
+from layouts import WHOLE, flat, fuse_experts, multimodal, mxfp4, of_another_release, outer
 from rungs import EVERYWHERE, OF_A_BLOCK
 from safetensors.numpy import load_file, save_file
 
@@ -30,10 +31,14 @@ from llmexport.validate.tolerance import tolerance
 pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
 
 Exporter = Callable[..., Export]
-WHOLE = [n for n in archs.names() if archs.load(n).multimodal]
 FUSED, MXFP4 = "qwen3_5_moe-fused", "gpt_oss-mxfp4"
+OTHER, FLAT = "-of-another-release", "-flat"  # beside a multimodal type
 LAYOUTS = [*WHOLE, FUSED, MXFP4]
+RENAMED = [kind for kind in WHOLE if outer(kind).other_names]
+# One of those whose text model alone is exported, and whose config and names differ from that the most.
+AT_ONCE = ["llama4", "qwen3_5_moe", f"qwen2_5_vl{FLAT}", FUSED, MXFP4]
 RUNGS = {"PyTorch / transformers", "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"}
+TOWERS = ("vision_model.", "vision_tower.", "multi_modal_projector.", "model.visual.", "visual.")
 BLOCKS = {
     "llama4": ["attention", "temperature", "mask_chunk_8", "layers_3_self_attn", "router", "experts", "shared_expert"],
     "qwen3_5_moe": ["gated_delta_net", "causal_conv", "gated_norm", "presence", "attention", "router", "experts"],
@@ -51,7 +56,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         folder = tmp_path_factory.mktemp(layout) / "checkpoint"
         if layout == MXFP4:
             return mxfp4(folder)
-        return fuse_experts(make("qwen3_5_moe"), folder) if layout == FUSED else multimodal(layout, folder)
+        if layout == FUSED:
+            return fuse_experts(make("qwen3_5_moe"), folder)
+        kind, changed, how = layout.partition("-")
+        if not changed:
+            return multimodal(kind, folder)
+        return flat(make(kind), folder) if changed + how == FLAT else of_another_release(make(kind), folder, kind)
 
     return make
 
@@ -68,8 +78,9 @@ def exported_layout(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callab
 
 
 def export(source: Path, folder: Path, **wanted: str) -> Export:
+    """The text model of a checkpoint."""
     opened = open_checkpoint(source)
-    request = onnx_file.Request(archs.choose(None, opened.config), opened, **wanted)
+    request = onnx_file.Request(archs.choose(None, opened.config), opened, part="text", **wanted)
     onnx_file.write(request, folder, force=False)
     return manifest.read(folder)
 
@@ -96,7 +107,7 @@ def external(found: Export) -> dict[str, onnx.TensorProto]:
     return {t.name: t for t in graph(found).initializer if t.external_data}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", others_slow([*LAYOUTS, f"qwen2_5_vl{FLAT}", f"gemma3{OTHER}"], AT_ONCE))
 def test_every_rung_of_a_published_layout_passes(layout: str, exported_layout: Exporter) -> None:
     assert statuses(exported_layout(layout)) == dict.fromkeys(RUNGS, "pass")
 
@@ -121,7 +132,7 @@ def test_an_export_adds_no_weight_bytes(
     assert sum(t.ByteSize() for t in graph(found).initializer if not t.external_data) < 10_000
 
 
-@pytest.mark.parametrize("layout", WHOLE)
+@pytest.mark.parametrize("layout", [*WHOLE, *(f"{k}{FLAT}" for k in WHOLE if outer(k).flat)])
 def test_logits_are_those_of_the_multimodal_model_itself(
     layout: str, checkpoint: Callable[[str], Path], exported_layout: Exporter
 ) -> None:
@@ -141,7 +152,7 @@ def test_an_export_has_the_weights_of_the_text_model_alone(
     layout: str, checkpoint: Callable[[str], Path], exported_layout: Exporter
 ) -> None:
     stored = open_checkpoint(checkpoint(layout)).tensors
-    vision = {n for n in stored if n.startswith(("vision_model.", "multi_modal_projector.", "model.visual."))}
+    vision = {n for n in stored if n.startswith(TOWERS)}
     assert vision
     assert external(exported_layout(layout)).keys() == stored.keys() - vision
 
@@ -155,6 +166,29 @@ def test_a_tensor_of_another_tower_is_refused(layout: str, checkpoint: Callable[
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     with pytest.raises(ExportError, match=r"holds 1 tensors that this architecture does not use: audio_model\.weight"):
         export(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_the_names_of_another_release_are_the_same_model(kind: str, exported_layout: Exporter) -> None:
+    one, other = exported_layout(kind), exported_layout(f"{kind}{OTHER}")
+    assert {n for n in external(other) if n.startswith("model.language_model.")}
+    assert np.array_equal(logits(one), logits(other))
+
+
+@pytest.mark.parametrize("kind", [k for k in WHOLE if outer(k).flat])
+def test_keys_at_the_top_of_a_config_are_the_same_model(kind: str, exported_layout: Exporter) -> None:
+    """Those of the text model, and mRoPE by the name that it had then."""
+    one, other = exported_layout(kind), exported_layout(f"{kind}{FLAT}")
+    assert "text_config" not in other.config
+    assert one.graphs[0].assembly == other.graphs[0].assembly
+    assert np.array_equal(logits(one), logits(other))
+
+
+@pytest.mark.parametrize("kind", [k for k in WHOLE if not outer(k).tower])
+def test_a_tower_that_is_not_exported_is_noted_as_left_out(kind: str, exported_layout: Exporter) -> None:
+    [note] = exported_layout(kind).notes
+    assert note.startswith(f"{kind}: the text model alone is exported, {outer(kind).left_out[0]}")
+    assert note.endswith("left out: it takes no pictures")
 
 
 def test_experts_in_one_tensor_equal_experts_one_by_one(
