@@ -48,6 +48,10 @@ def hand_over(runtimes: Collection[str], graphs: Sequence[Graph], config: Mappin
     notes: list[str] = []
     generation = _generation(folder) if runtimes else {}
     for runtime in dict.fromkeys(runtimes):
+        if any(p.use == "features" for g in graphs for p in g.assembly.inputs):
+            raise ExportError(
+                f"--for {runtime} cannot run a model that reads pictures: pass --part text, or leave it out"
+            )
         try:
             written, said = RUNTIMES[runtime](_decoder(graphs), config, generation)
         except ExportError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from llmexport.export.errors import EngineError
-from llmexport.export.spec import AXES, Block, Port, Sizes, axis_of, summands
+from llmexport.export.spec import AXES, FEATURES, SPLICED, Block, Port, Sizes, axis_of, summands
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Profile:
         sizes = {d: s for d, s in {**defaults, **self.sizes}.items() if d in free}
         if unsaid := sorted(free - set(sizes)):
             raise EngineError(f"{', '.join(unsaid)} has no default sizes: name it in --profile")
+        if {FEATURES, SPLICED} <= sizes.keys() and sizes[FEATURES][2] > sizes[SPLICED][2]:
+            made, taken = sizes[FEATURES][2], sizes[SPLICED][2]
+            raise EngineError(
+                f"profile says up to {made} {FEATURES}, and the decoder takes up to {taken} {SPLICED}: name both"
+            )
         for dim in dims - free:
             axis, each = axis_of(dim), zip(*(sizes[n] for n in summands(dim)), strict=True)
             low, opt, high = (axis.times * sum(s) + axis.plus for s in each)

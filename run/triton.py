@@ -149,6 +149,11 @@ def _place_plugins(plugins: Path, folder: Path) -> None:
 
 def _notes(served: Iterable[Served]) -> Iterator[str]:
     for model in served:
+        for port in (p for p in model.inputs if p.use == "features"):
+            yield (
+                f"{model.name} reads {port.name} from the model before it, with the prompt that has pictures; "
+                f"at any other step the client gives no rows of it: [0, {port.shape[-1]}]"
+            )
         if model.carried and not kept_in_server(model.inputs, model.outputs, model.carried):
             yield (
                 f"{model.name} carries what grows with the text, which crosses the server at every step: for Triton's "

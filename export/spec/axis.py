@@ -46,8 +46,10 @@ AXES: Mapping[str, Axis] = MappingProxyType(
             # Pictures of a packed row of patches, or pieces of one size that a picture is cut into.
             Axis(IMAGES, profile=(1, 1, 16)),
             Axis(TILES, profile=(1, 5, 17)),
-            # What a vision tower gives, a row for each token that it stands for; and what a step is given of them.
-            Axis(FEATURES, profile=(1, 256, 4096)),
+            # What a vision tower gives, a row for each token that it stands for. In float32 the scores of 16 heads over
+            # 4 * 2048 patches, which are not fused there, take 4 GiB.
+            Axis(FEATURES, profile=(1, 256, 2048)),
+            # What a step is given of them, or of all tiles of a large picture.
             Axis(SPLICED, least=0, profile=(0, 256, 4096)),
         )
     }

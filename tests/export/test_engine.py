@@ -25,7 +25,7 @@ from llmexport.export import builder, engine, engine_build, engine_record, manif
 from llmexport.export.assembly import parts
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.profile import Profile, parse_profile
-from llmexport.export.spec import DTYPES, Attention, Port, behind, to_data
+from llmexport.export.spec import DTYPES, Attention, Port, behind, patch_axis, to_data
 
 PLAN = "model.plan"
 OLD = {PLAN: b"an earlier plan", engine_record.RECORD: b"an earlier record"}
@@ -427,12 +427,27 @@ def test_an_export_without_its_model_is_refused(data: bytes | None, reason: str,
         ("batch=1:1:9999999999", r"make it 1 <= min <= opt <= max < 2\*\*31"),
         ("batch=1,batch=2", r"names batch twice"),
         ("total=1:2:3", r"total is past \+ sequence: name those"),
+        ("features_times_4=4:8:16", r"features_times_4 is 4 \* features: name those"),
     ],
 )
 def test_a_bad_profile_is_refused_in_one_line(text: str, reason: str) -> None:
     with pytest.raises(EngineError, match=reason) as caught:
         parse_profile(text)
     assert "\n" not in str(caught.value)
+
+
+SEES = [Port("pixels", (patch_axis(4), 8)), Port("taken", ("spliced", 8))]
+
+
+def test_patches_follow_from_features_and_a_decoder_takes_all_features() -> None:
+    sizes = parse_profile("features=1:64:1024").resolve(SEES)
+    assert sizes["features_times_4"] == (4, 256, 4096)
+    sizes = Profile().resolve(SEES)
+    assert sizes["spliced"][0] == 0 < sizes["features"][2] <= sizes["spliced"][2]
+    said = "^profile says up to 9000 features, and the decoder takes up to 4096 spliced: name both$"
+    with pytest.raises(EngineError, match=said):
+        parse_profile("features=1:64:9000").resolve(SEES)
+    assert parse_profile("features=1:64:9000,spliced=0:64:9000").resolve(SEES)["spliced"] == (0, 64, 9000)
 
 
 def test_a_profile_of_another_export_is_refused(folder: Path) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from arch_cases import ENCODERS
+from arch_cases import ENCODERS, TOWERS
 from tiny_configs import one_line, read
 from two_graphs import in_two
 
@@ -15,6 +15,7 @@ from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.handover import RUNTIMES, hand_over
+from llmexport.export.onnx_file import read_model
 
 ASKED = {"eos_token_id": [2, 7], "top_k": 5}
 
@@ -35,6 +36,16 @@ def test_a_model_that_generates_nothing_is_refused(runtime: str) -> None:
 def test_a_model_of_several_graphs_is_refused(runtime: str) -> None:
     why = "which is 2 graphs: leave it out"
     assert refusal(runtime, in_two(read("llama")).graphs) == f"--for {runtime} cannot run this model, {why}"
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_model_that_reads_pictures_is_handed_over_as_its_text_model(runtime: str) -> None:
+    arch = archs.load(TOWERS[0].arch)
+    config = archs.tiny_config(arch, "all")
+    said = f"--for {runtime} cannot run a model that reads pictures: pass --part text, or leave it out"
+    assert refusal(runtime, read_model(arch, config, part="all").graphs) == said
+    text = read_model(arch, config, part="text").graphs
+    assert hand_over([runtime], text, archs.text_config(arch, config), Path("nowhere")).files
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

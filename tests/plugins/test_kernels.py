@@ -46,8 +46,9 @@ def gated_act(gate: Values, up: Values, activation: str, alpha: float, limit: fl
     return g / (1 + np.exp(-alpha * g)) * (u + 1)
 
 
-# B, H, T, D, R: one pair, odd sizes, whole vectors, heads and tokens that fill no block.
+# B, H, T, D, R: one pair, odd sizes, whole vectors, heads and tokens that fill no block; patches of one row, and tiles.
 ROPE_SIZES = [(1, 1, 1, 2, 1), (2, 3, 63, 10, 5), (1, 2, 130, 7, 2), (2, 5, 63, 128, 64), (1, 9, 130, 64, 16)]
+ROPE_SIZES += [(1, 3, 34, 72, 36), (2, 2, 10, 88, 44)]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from transformers.models.gemma import modeling_gemma
 from transformers.models.glm4 import modeling_glm4
+from transformers.models.llama4 import modeling_llama4
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from llmexport.export.trace import trace_body
 from llmexport.plugins.rope import rope
 from llmexport.plugins.spec import DOMAIN
 from llmexport.validate.compare import compare
+from llmexport.validate.tolerance import TOLERANCE
 
 # B, H, T, D, R
 SIZES = [(1, 1, 1, 2, 1), (2, 3, 63, 10, 5), (1, 2, 130, 14, 3), (3, 5, 63, 7, 2)]
@@ -88,10 +91,40 @@ def test_interleaved_is_glm4_in_fp32_rounded_once(size, dtype):
     assert compare(numbers(expected), numbers(rope(x, cos, sin, True))).max_abs == 0
 
 
+def in_two_dimensions(rows: torch.Tensor, columns: torch.Tensor, size: int) -> torch.Tensor:
+    """The angles [T, size/2] of patches: the first half turns by the one place, the second by the other."""
+    steps = 1.0 / 10000.0 ** (torch.arange(0, size // 2, 2).float() / (size // 2))
+    return torch.cat([places.float().unsqueeze(-1) * steps for places in (rows, columns)], -1)
+
+
+def test_turns_packed_patches_as_qwen3_5_does() -> None:
+    """Pictures of 2 x 4 and of 6 x 4 patches in one row, heads of 72: rows and columns cat, in halves."""
+    places = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in ((2, 4), (6, 4))])
+    angles = in_two_dimensions(*places.T, 72)
+    both = torch.cat((angles, angles), -1)
+    x = torch.randn(len(places), 3, 72, generator=torch.Generator().manual_seed(0))
+    expected = modeling_qwen3_5.apply_rotary_pos_emb_vision(x, x, both.cos(), both.sin())[0]
+    found = rope(x.transpose(0, 1)[None], angles.cos()[None], angles.sin()[None], False)
+    assert compare(expected.transpose(0, 1)[None].numpy(), found.numpy()).max_abs == 0
+
+
+def test_turns_tiles_as_llama4_does() -> None:
+    """Two tiles of 3 x 3 patches and a class token, which does not turn, heads of 88: columns and rows, interleaved."""
+    patch = torch.arange(9)
+    angles = in_two_dimensions(patch % 3 + 1, patch // 3 + 1, 88)
+    angles = torch.cat((angles, torch.zeros(1, 44)))
+    x = torch.randn(2, 10, 3, 88, generator=torch.Generator().manual_seed(0))
+    turns = torch.polar(torch.ones_like(angles), angles)
+    expected = modeling_llama4.vision_apply_rotary_emb(x, x, turns)[0].transpose(1, 2)
+    found = rope(x.transpose(1, 2), *(a.expand(2, -1, -1) for a in (angles.cos(), angles.sin())), True)
+    assert compare(numbers(expected), numbers(found)).excess(TOLERANCE["float32"]) <= 1
+    assert torch.equal(found[:, :, -1], x.transpose(1, 2)[:, :, -1])
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_turns_each_pair_as_a_complex_number_in_float64(dtype, interleaved):
-    size = (2, 3, 63, 11, 4)
+@pytest.mark.parametrize("size", [(2, 3, 63, 11, 4), (1, 2, 33, 72, 36), (2, 2, 10, 88, 44)])
+def test_turns_each_pair_as_a_complex_number_in_float64(size, dtype, interleaved):
     b, h, t, _, r = size
     x, cos, sin = example(size, dtype)
     turned = numbers(x)[..., : 2 * r]

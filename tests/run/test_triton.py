@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arch_cases import DECODERS, ENCODERS, FIRST, Case
+from arch_cases import DECODERS, ENCODERS, FIRST, TOWERS, Case
 from click.testing import CliRunner
 from engine_folder import make_engine
 from google.protobuf.text_format import ParseError
@@ -193,6 +193,20 @@ def test_an_export_is_served_from_its_own_weights(arch: str, exported, tmp_path:
     assert config.backend == "onnxruntime"
     # A cache that grows goes through the client.
     assert len(made.notes) == (1 if export.graphs[0].carried else 0)
+
+
+@pytest.mark.model
+def test_what_sees_is_a_model_beside_the_decoder(exported, tmp_path: Path) -> None:
+    out, repo = exported(TOWERS[0], "float16", part="all"), tmp_path / "repo"
+    made = write(out, repo, weights="link")
+    vision, decoder = manifest.read(out).graphs
+    assert made.models == tuple(f"{TOWERS[0].arch}-{g.name}" for g in (vision, decoder))
+    features, width = vision.assembly.outputs[0].name, vision.assembly.outputs[0].shape[1]
+    found = {g.name: parse((repo / f"{TOWERS[0].arch}-{g.name}/config.pbtxt").read_text()) for g in (vision, decoder)}
+    given = tensors(found["vision"].output)[features]
+    assert given == tensors(found["decoder"].input)[features] == ("TYPE_FP16", [-1, width])
+    [note] = [n for n in made.notes if features in n]
+    assert note.endswith(f"the client gives no rows of it: [0, {width}]")
 
 
 @pytest.mark.model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import planted
 import pytest
-from arch_cases import CASES, ONCE, PRIMARY, Case, others_slow
+from arch_cases import CASES, ONCE, PRIMARY, TOWERS, Case, others_slow
 from native import emulated_library
 
 from llmexport.export import builder, manifest
@@ -59,6 +59,55 @@ def test_what_tensorrt_reads_with_plugins_is_right(
 @pytest.mark.parametrize("arch", ["gemma", *(pytest.param(a, marks=pytest.mark.slow) for a in PRIMARY if a != "gemma")])
 def test_what_tensorrt_reads_of_a_static_cache_is_right(arch: str, exported) -> None:
     assert climb(exported(arch, slots=160)).status == "pass"
+
+
+SEEING = [(c, d, p) for c in TOWERS for d in DTYPES for p in (True, False)]
+SEEING_ONCE = [(TOWERS[0], "float16", False), (TOWERS[-1], "bfloat16", True)]
+
+
+@pytest.mark.parametrize(("case", "dtype", "plugins"), others_slow(SEEING, SEEING_ONCE), ids=str)
+def test_what_tensorrt_reads_of_both_graphs_is_right(
+    case: Case, dtype: str, plugins: bool, exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "find", emulated_library if plugins else lambda: None)
+    assert climb(exported(case, dtype, part="all")).status == "pass"
+
+
+# Of a block that sees: what is altered of its network, in which as many numbers come out.
+BLOCKS_ALTERED = {
+    "padding": ("llama4", "tile_embedding", 'x = of("CONVOLUTION")[0]; x.pre_padding, x.post_padding = (1, 1), (0, 0)'),
+    "transposition": (
+        *("llama4", "pixel_shuffle"),
+        'x = next(x for x in layers if x.name.endswith("/transpose")); x.first_transpose = (0, 3, 2, 1, 4)',
+    ),
+    "erf": ("llama4", "pixel_shuffle", 'of("ACTIVATION")[0].type = trt.ActivationType.GELU_TANH'),
+    "division": (
+        *("qwen3_5_moe", "patch_places"),
+        'next(x for x in of("ELEMENTWISE") if "Div" in x.name).op = trt.ElementWiseOperation.MIN',
+    ),
+    "sum so far": ("qwen3_5_moe", "patch_places", 'of("CUMULATIVE")[0].exclusive = True'),
+    "comparison": (
+        *("qwen3_5_moe", "splice"),
+        'next(x for x in of("ELEMENTWISE") if x.op.name == "EQUAL").op = trt.ElementWiseOperation.GREATER',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BLOCKS_ALTERED)
+def test_a_block_that_sees_and_is_read_wrong_fails(what: str, exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch, block, altered = BLOCKS_ALTERED[what]
+    folder = exported(arch, block=block, part="all")
+    assert climb(folder).status == "pass"
+    monkeypatch.setattr(builder, "COMMAND", planted.builder(altered))
+    assert climb(folder).status == "fail"
+
+
+def test_what_tensorrt_reads_wrong_of_a_tower_is_traced_to_its_layer(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    shifted = 'for x in of("CONVOLUTION"): x.pre_padding, x.post_padding = (1, 1), (0, 0)'
+    monkeypatch.setattr(builder, "COMMAND", planted.builder(shifted))
+    rung = climb(exported(TOWERS[0], "float16", part="all"))
+    assert rung.status == "fail"
+    assert re.search(r"first in prompt: layer tile_embedding/\S+ \(CONVOLUTION\)", rung.note), rung.note
 
 
 # Of an architecture in a dtype: what is altered of its network, or of the model before it is parsed; what is said then.
