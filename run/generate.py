@@ -14,20 +14,11 @@ from llmexport.export.exported import Export
 from llmexport.export.folder import folder_path
 from llmexport.export.progress import Progress, silent
 from llmexport.run import chat, text
+from llmexport.run.checks import check_decoder, check_prompt, picture_tokens, positions, run_again_at
 from llmexport.run.errors import RunError
 from llmexport.run.pictures import Asked, check_installed, check_sees, process, read_pictures
 from llmexport.run.sampling import Sampler
-from llmexport.run.session import (
-    check_decoder,
-    check_prompt,
-    decode,
-    opened,
-    opening,
-    picture_tokens,
-    positions,
-    row,
-    run_again_at,
-)
+from llmexport.run.session import decode, opened, opening, row
 from llmexport.run.settings import read_settings
 from llmexport.validate.pictures import Pictures, sight
 

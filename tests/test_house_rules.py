@@ -239,7 +239,6 @@ KEYS = {
     "validate/engine_run.py": ["weights"],
     "validate/facts.py": ["model"],
     "validate/ladder.py": ["batch"],
-    "validate/reference.py": ["position_ids"],
 }
 
 
