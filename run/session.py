@@ -20,7 +20,8 @@ from llmexport.validate.pictures import Pictures, Sight
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
 from llmexport.validate.stages import Stage, runs_at
 
-MOST_AT_ONCE = 4096  # patches of pictures, whose attention takes a gigabyte of 16 heads in fp32; or tiles
+# Of pictures: each patch of a call scores all others, a tile its own alone.
+MOST_PATCHES, MOST_TILES = 1024, 16
 BACKENDS = ("onnxruntime", "engine")
 V = TypeVar("V")
 
@@ -86,7 +87,7 @@ class Session(Generic[V]):
     def _seen(self, graph: ExportedGraph, stage: Stage, pictures: Pictures) -> dict[str, V]:
         """What a graph makes of all pictures, some at a time."""
         made: dict[str, list[np.ndarray]] = {p.name: [] for p in graph.assembly.outputs}
-        for piece in pictures.pieces(MOST_AT_ONCE):
+        for piece in pictures.pieces(MOST_TILES if pictures.grids is None else MOST_PATCHES):
             interrupt.check()
             some = dataclasses.replace(stage, pictures=piece)
             feed = {p.name: self.put(some.at(p)) for p in graph.assembly.inputs}
