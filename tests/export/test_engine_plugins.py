@@ -13,11 +13,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-from arch_cases import FIRST, ONCE, Case
+from arch_cases import FIRST, ONCE, TOWERS, Case, others_slow
 from native import emulated_library
 
 from llmexport.export import engine, engine_record, manifest, onnx_file
 from llmexport.export.errors import EngineError
+from llmexport.export.spec import DTYPES
 
 pytestmark = pytest.mark.engine
 
@@ -43,16 +44,25 @@ def test_every_op_of_ours_is_a_plugin_layer_of_the_emulated_library(
     check_layers(exported(case, dtype), emulated_library(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype"), others_slow([(c, d) for c in TOWERS for d in DTYPES], [(TOWERS[0], "float16")]), ids=str
+)
+def test_every_op_of_ours_is_a_plugin_layer_of_either_graph(case: Case, dtype: str, exported, tmp_path: Path) -> None:
+    check_layers(exported(case, dtype, part="all"), emulated_library(), tmp_path)
+
+
 def check_layers(export: Path, library: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export, tmp_path / "export"))
     record = engine.build(folder, plugins=library)
-    [plan], [graph] = record.graphs.values(), manifest.read(folder).graphs
-    assert plan.plugins == graph.ops
-    assert plan.layers.get("PLUGIN_V3", 0) == sum(graph.ops.values())
+    graphs = manifest.read(folder).graphs
+    for graph in graphs:
+        plan = record.graphs[graph.name]
+        assert plan.plugins == graph.ops
+        assert plan.layers.get("PLUGIN_V3", 0) == sum(graph.ops.values())
+        assert not [m for m in plan.messages if "Unused Input" in m]
     used = engine_record.Library(str(library), hashlib.sha256(library.read_bytes()).hexdigest())
-    assert record.plugins == ((used,) if graph.ops else ())
+    assert record.plugins == ((used,) if any(g.ops for g in graphs) else ())
     assert json.loads((folder / "engine.json").read_text()) == json.loads(json.dumps(record.as_data()))
-    assert not [m for m in plan.messages if "Unused Input" in m]
 
 
 def test_without_plugins_the_bodies_are_built(copy: Path) -> None:

@@ -17,8 +17,9 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 import torch
+import towers
 import transformers
-from arch_cases import others_slow
+from arch_cases import TOWERS, others_slow
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -204,6 +205,54 @@ def test_a_tool_that_rewrites_the_file_leaves_its_numbers(
     bodies = {f.name for f in onnx.load(folder / "model.onnx", load_external_data=False).functions}
     assert {f.name for f in written.functions} == bodies
     check(run(tmp_path / "model.onnx", tmp_path)[1], tiny_checkpoint(arch), folder)
+
+
+# Runs a model of pictures in argv[1] on the arrays in argv[2]; its first output to argv[3]. Prints the version that did.
+SEE = """
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+numpy.save(sys.argv[3], session.run(None, dict(numpy.load(sys.argv[2])))[0])
+print(onnxruntime.__version__)
+"""
+GRIDS = {c.arch: np.array([[1, 4, 6], [1, 2, 2], [2, 2, 4]]) if c in towers.PACKED else 2 for c in TOWERS}
+
+
+def see(model: Path, arch: str, folder: Path, checkpoint: Path, runtime: str = "") -> str:
+    """Compares what a vision graph makes of pictures with transformers; returns the version that ran it."""
+    feed = towers.pixels(checkpoint, GRIDS[arch])
+    np.savez(folder / "pictures.npz", **feed)
+    command = [sys.executable, "-c", SEE, str(model), str(folder / "pictures.npz"), str(folder / "features.npy")]
+    environment = os.environ | ({"PYTHONPATH": runtime} if runtime else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    towers.check(towers.seen(towers.reference(checkpoint), feed), np.load(folder / "features.npy"))
+    return done.stdout.strip()
+
+
+SEEING = list(itertools.product(TOOLS, (c.arch for c in TOWERS)))
+
+
+@pytest.mark.parametrize(("tool", "arch"), others_slow(SEEING, [(surgeon, TOWERS[-1].arch), (slim, TOWERS[0].arch)]))
+def test_a_tool_that_rewrites_a_vision_graph_leaves_its_numbers(
+    tool: Callable[[Path, Path], None], arch: str, tiny_checkpoint, exported, tmp_path: Path
+) -> None:
+    folder = exported(arch, weights="copy", part="all")
+    tool(folder / "vision.onnx", tmp_path / "vision.onnx")
+    see(tmp_path / "vision.onnx", arch, tmp_path, tiny_checkpoint(arch, "all"))
+
+
+@pytest.mark.parametrize("arch", [c.arch for c in TOWERS])
+def test_both_graphs_pass_the_checker_with_inferred_shapes(arch: str, exported) -> None:
+    for name in ("vision", "decoder"):
+        onnx.checker.check_model(str(exported(arch, weights="copy", part="all") / f"{name}.onnx"), full_check=True)
+
+
+@pytest.mark.skipif(OLDEST not in os.environ, reason=f"{OLDEST} names no folder with an older ONNX Runtime")
+@pytest.mark.parametrize("arch", [c.arch for c in TOWERS])
+def test_the_oldest_runtime_sees_what_transformers_does(arch: str, tiny_checkpoint, exported, tmp_path: Path) -> None:
+    folder = exported(arch, weights="copy", part="all")
+    version = see(folder / "vision.onnx", arch, tmp_path, tiny_checkpoint(arch, "all"), os.environ[OLDEST])
+    assert version == ".".join(map(str, OLDEST_RUNTIME))
 
 
 # Those with experts, two bodies of one op, and heads that share a key in ONNX's Attention.
