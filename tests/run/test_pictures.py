@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -31,8 +33,13 @@ Child = Callable[[dict[str, Any]], Any]
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
     """Asks a process in which torchvision loads whatever torch is there."""
+    beside = os.environ.get("LLMEXPORT_VISION")
+    if not beside and not importlib.util.find_spec("torchvision"):
+        pytest.skip("torchvision is not installed, nor in a folder that LLMEXPORT_VISION names")
     command = [sys.executable, str(ROOT / "tests" / "pictures_child.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, **({"PYTHONPATH": beside} if beside else {})}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         assert process.stdin
         to, back = process.stdin, process.stdout
         assert back
