@@ -461,7 +461,7 @@ def parts() -> Iterator[Situation]:
         ("a static cache of vision", ("--part", "vision", "--cache", "static", "--max-tokens", "64"), "keeps no cache"),
         ("last logits of vision", ("--part", "vision", "--logits", "last"), "gives no logits"),
         ("a block that both parts have", ("--block", "attention"), "vision_attention"),
-        ("genai", ("--for", "genai"), "--for genai cannot run this model"),
+        ("genai", ("--for", "genai"), "--for genai cannot run a model that reads pictures"),
     ):
         yield Situation("parts", name, (*eyes, *asked), seeing, says=says)
     yield Situation("parts", "onto notes", (*eyes, "--force"), both(seeing, write("new/x")), says="does not replace")
