@@ -9,9 +9,9 @@ from typing import Any
 
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
-from llmexport.export.keys import ANY
+from llmexport.export.keys import ANY, QUANTISATION
 from llmexport.export.spec import Arch, Graph, Multimodal, Reference, Splice
-from llmexport.export.values import same, show
+from llmexport.export.values import key_name, same, show
 
 PARTS = ("all", "text", "vision")
 
@@ -44,6 +44,15 @@ def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
     differ = [k for k, v in shared.items() if v is not None and not same(v, said.get(k, v))]
     if differ:
         raise ExportError(f"config.json and its {outer.config_key} differ in {', '.join(differ)}: make them agree")
+    either = {*inner, *ANY, *QUANTISATION, "tie_word_embeddings"}
+    lone = [k for k, v in shared.items() if inner and v is not None and k not in either]
+    if lone:
+        raise ExportError(
+            f"config.json says {', '.join(map(key_name, lone))} beside {outer.config_key}, which alone is read "
+            "where it is there: write it inside, or leave it out"
+        )
+    if unread := [k for k in outer.absent if inner.get(k)]:
+        raise ExportError(f"config.json: {', '.join(unread)} is no key of a {kind}, which does not slide: leave it out")
     Config({k: v for k, v in beside.items() if k not in shared}).finish(causal=True)
     # One list of keys became two, some of which stand in both.
     own = {k: v for k, v in inner.items() if not (outer.flat and k in outer.harmless)}

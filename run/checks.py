@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from llmexport.export.exported import Export
-from llmexport.export.spec import LongScaling, Rotary
+from llmexport.export.spec import Attention, Block, Layer, LongScaling, Rotary, Sublayer
 from llmexport.run.errors import RunError
 from llmexport.validate.feeds import beside, limits, sees
 from llmexport.validate.pictures import Pictures, sight
@@ -60,3 +61,22 @@ def run_again_at(export: Export) -> int | None:
         if isinstance(block, Rotary) and isinstance(block.scaling, LongScaling):
             return block.scaling.original_positions
     return None
+
+
+def check_patches(export: Export, pictures: Pictures) -> None:
+    """Raise RunError on a picture that takes the machine down: each of its patches scores all others, in fp32."""
+    if pictures.grids is None:
+        return
+    height, width = max(((int(h), int(w)) for _, h, w in pictures.grids), key=lambda size: size[0] * size[1])
+    blocks = [s.block for g in export.graphs if sees(g) for layer in g.assembly.steps for s in sublayers(layer.block)]
+    heads = max((b.heads for b in blocks if isinstance(b, Attention)), default=1)
+    least, there = 4 * heads * (height * width) ** 2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if least > there:
+        raise RunError(
+            f"a picture of {height} x {width} patches takes {least / 1e9:.3g} GB of memory, this machine has "
+            f"{there / 1e9:.3g} GB: give a smaller one, or lower longest_edge in preprocessor_config.json"
+        )
+
+
+def sublayers(block: Block) -> tuple[Sublayer, ...]:
+    return block.sublayers if isinstance(block, Layer) else ()

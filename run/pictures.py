@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from llmexport.export.archs import load
 from llmexport.export.exported import Export
+from llmexport.export.multimodal import outer_of
 from llmexport.export.values import one_line
 from llmexport.plugins.regular import read_regular
 from llmexport.run.errors import RunError
@@ -49,8 +51,8 @@ def check_sees(export: Export) -> Sight:
     """How an export sees. Raises RunError if it does not."""
     seen = sight(export.blocks)
     if seen is None:
-        tower = "vision_config" in export.config
-        do = "export it with --part all" if tower else "give a text alone"
+        outer = outer_of(load(export.arch), export.config)
+        do = "export it with --part all" if outer and outer.tower else "give a text alone"
         raise RunError(f"{export.folder} is a text model, which sees no pictures: {do}")
     return seen
 
@@ -152,7 +154,9 @@ def process(export: Export, text: str, asked: Asked, *, special: bool) -> tuple[
     try:
         made = processor(text=[text], add_special_tokens=special, return_tensors="pt", **given)
     except Exception as error:  # whatever a processor does wrong with a picture is no fault of ours
-        raise RunError(f"the checkpoint's processor does not take these pictures: {one_line(error)}") from error
+        raise RunError(
+            f"the checkpoint's processor does not take these: {one_line(error)}: give other pictures, or another prompt"
+        ) from error
     ids = made["input_ids"][0].tolist()
     return ids, _pictures(ids, seen, made)
 

@@ -20,8 +20,8 @@ from llmexport.validate.pictures import Pictures, Sight
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
 from llmexport.validate.stages import Stage, runs_at
 
-# Of pictures: each patch of a call scores all others, a tile its own alone.
-MOST_PATCHES, MOST_TILES = 1024, 16
+# Of pictures at once: each patch scores all others, and an engine takes so many frames or tiles by default.
+MOST_PATCHES, MOST_FRAMES = 1024, 16
 BACKENDS = ("onnxruntime", "engine")
 V = TypeVar("V")
 
@@ -49,6 +49,11 @@ class Session(Generic[V]):
         """What runs it, and its version."""
         raise NotImplementedError
 
+    @property
+    def at_once(self) -> tuple[int, int]:
+        """How many patches, and how many frames or tiles, are seen in one call, unless a frame has more."""
+        return MOST_PATCHES, MOST_FRAMES
+
     def put(self, array: np.ndarray) -> V:
         raise NotImplementedError
 
@@ -72,7 +77,7 @@ class Session(Generic[V]):
             inputs, known = graph.assembly.inputs, self._held | self._carried[graph.name]
             if not runs_at(stage, graph):
                 continue
-            if stage.pictures and sees(graph):
+            if stage.pictures is not None and sees(graph):
                 self._held |= self._seen(graph, stage, stage.pictures)
                 continue
             feed = {p.name: known[p.name] if p.name in known else self.put(stage.at(p)) for p in inputs}
@@ -87,7 +92,7 @@ class Session(Generic[V]):
     def _seen(self, graph: ExportedGraph, stage: Stage, pictures: Pictures) -> dict[str, V]:
         """What a graph makes of all pictures, some at a time."""
         made: dict[str, list[np.ndarray]] = {p.name: [] for p in graph.assembly.outputs}
-        for piece in pictures.pieces(MOST_TILES if pictures.grids is None else MOST_PATCHES):
+        for piece in pictures.pieces(*self.at_once):
             interrupt.check()
             some = dataclasses.replace(stage, pictures=piece)
             feed = {p.name: self.put(some.at(p)) for p in graph.assembly.inputs}

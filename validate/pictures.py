@@ -36,8 +36,8 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.pixels if self.grids is None else self.grids)
 
-    def pieces(self, most: int) -> Iterator[Pictures]:
-        """The same in several, of at most so many patches or tiles each, but that no frame is cut.
+    def pieces(self, patches: int, frames: int) -> Iterator[Pictures]:
+        """The same in several, each of at most so many patches and frames, or tiles, but that no frame is cut.
 
         A frame or a tile sees itself alone, so that what they give, one after the other, is what all give at once; the
         memory of a packed row grows with its square.
@@ -50,7 +50,7 @@ class Pictures:
         start, at = 0, 0
         for end in range(1, len(held) + 1):
             size = int(held[start:end].sum())
-            if end < len(held) and size + held[end] <= most:
+            if end < len(held) and size + held[end] <= patches and end - start < frames:
                 continue
             yield Pictures(self.pixels[at : at + size], None if grids is None else grids[start:end])
             start, at = end, at + size

@@ -53,7 +53,18 @@ def test_keys_of_a_text_model_at_two_places_must_agree(kind):
     assert read_whole(kind, {"hidden_size": 64, "sliding_window": 8}) == read(WHOLE[kind])
     line = refusal_of_whole(kind, {"hidden_size": 4096, "sliding_window": 9})
     assert "config.json and its text_config differ in hidden_size, sliding_window: make them agree" in line
-    assert "audio_config=" in refusal_of_whole(kind, {"audio_config": {}})
+    assert "audio_config" in refusal_of_whole(kind, {"audio_config": {}})
+    if kind in FLAT:
+        assert "says rope_theta beside text_config, which alone is read" in refusal_of_whole(kind, {"rope_theta": 100})
+
+
+def test_a_text_model_that_does_not_slide_takes_no_window():
+    """Qwen3VLTextConfig knows no such key, and the attention of its model is full."""
+    config = {"use_sliding_window": True, "sliding_window": 8}
+    arch = archs.load("qwen3")
+    whole = {"model_type": "qwen3_vl", "text_config": {**arch.tiny, "model_type": "qwen3_vl_text", **config}}
+    with pytest.raises(ExportError, match="use_sliding_window is no key of a qwen3_vl_text"):
+        read_model(arch, whole)
 
 
 @pytest.mark.parametrize("kind", FLAT)

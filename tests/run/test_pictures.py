@@ -21,7 +21,9 @@ from arch_cases import others_slow
 from llmexport.export import manifest, onnx_file, random_checkpoint
 from llmexport.export.archs import choose, load
 from llmexport.export.checkpoint import open_checkpoint
-from llmexport.run.session import MOST_PATCHES, RuntimeSession, opening
+from llmexport.run.checks import check_patches
+from llmexport.run.errors import RunError
+from llmexport.run.session import MOST_FRAMES, MOST_PATCHES, RuntimeSession, opening
 from llmexport.validate.pictures import Pictures, sight
 
 ARCHS = ("qwen3_5_moe", "llama4", "qwen3_5")
@@ -163,7 +165,9 @@ def test_placeholders_that_are_not_as_many_as_pictures_are_refused(made, folder,
     _, export = made("qwen3_5_moe")
     image = f"--image={folder / 'cat.png'}"
     assert "number of images passed" in answer(child, export, "what?", image, "--raw")["error"]
-    assert "error" in answer(child, export, TAGS["image"] * 2, image, "--raw")
+    twice = answer(child, export, TAGS["image"] * 2, image, "--raw")["error"]
+    assert "2 <|image_pad|> tokens and 1 images" in twice
+    assert twice.endswith("give other pictures, or another prompt")
     assert "none is given" in answer(child, export, TAGS["image"], "--raw")["error"]
 
 
@@ -208,6 +212,13 @@ def test_the_walk_through_goes_from_an_image_to_an_answer(child, tmp_path, monke
     assert found["out"].strip()
 
 
+def test_a_picture_that_takes_more_than_the_machine_has_is_refused(made) -> None:
+    export = manifest.read(made("qwen3_5_moe")[1])
+    check_patches(export, Pictures(np.empty(0), np.array([(1, 8, 8)])))
+    with pytest.raises(RunError, match="lower longest_edge in preprocessor_config"):
+        check_patches(export, Pictures(np.empty(0), np.array([(1, 2, 2), (1, 4096, 4096)])))
+
+
 @pytest.mark.parametrize("arch", others_slow(ARCHS, ["qwen3_5_moe"]))
 def test_pictures_that_are_seen_some_at_a_time_give_what_all_give_at_once(arch, made, monkeypatch) -> None:
     export = manifest.read(made(arch)[1])
@@ -223,9 +234,9 @@ def test_pictures_that_are_seen_some_at_a_time_give_what_all_give_at_once(arch, 
     stage = opening(np.array([[*itertools.chain(*runs), 2, 3]]), pictures, seen)
     session = RuntimeSession(export)
     scores = session.run(stage)
-    pieces = [len(p.pixels) for p in pictures.pieces(20 if seen.merge else 2)]
+    pieces = [len(p.pixels) for p in pictures.pieces(20, 2)]
     assert pieces == ([24, 16, 16, 20] if seen.merge else [2, 2, 1])
-    assert [len(p.pixels) for p in pictures.pieces(MOST_PATCHES)] == [len(pictures.pixels)]
+    assert [len(p.pixels) for p in pictures.pieces(MOST_PATCHES, MOST_FRAMES)] == [len(pictures.pixels)]
     monkeypatch.setattr("llmexport.run.session.MOST_PATCHES", 20)
-    monkeypatch.setattr("llmexport.run.session.MOST_TILES", 2)
+    monkeypatch.setattr("llmexport.run.session.MOST_FRAMES", 2)
     assert np.abs(session.run(stage) - scores).max() < 1e-5
