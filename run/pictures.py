@@ -24,7 +24,6 @@ from llmexport.validate.pictures import Pictures, Sight, sight
 
 # What the processors of transformers are made of.
 NEEDED = {"transformers": "transformers", "PIL": "pillow", "torchvision": "torchvision"}
-INSTALL = "pip install 'llmexport[vision]'"
 # Of what pillow reads; some of the other formats it gives to programs that run what is in the file.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # What processors call the colours and the grids of images and of videos, and which of a model's tokens they are.
@@ -60,7 +59,7 @@ def check_sees(export: Export) -> Sight:
 def check_installed() -> None:
     """Raise RunError unless what makes pictures ready is installed and loads."""
     if missing := [package for module, package in NEEDED.items() if not importlib.util.find_spec(module)]:
-        raise RunError(f"pictures take {', '.join(NEEDED.values())}, without {', '.join(missing)} here: {INSTALL}")
+        raise RunError(f"for pictures {', '.join(missing)} must be installed: pip install {' '.join(missing)}")
     try:
         import torchvision  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
