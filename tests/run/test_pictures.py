@@ -23,6 +23,7 @@ from llmexport.export.archs import choose, load
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.run.checks import check_patches
 from llmexport.run.errors import RunError
+from llmexport.run.pictures import check_installed
 from llmexport.run.session import MOST_FRAMES, MOST_PATCHES, RuntimeSession, opening
 from llmexport.validate.pictures import Pictures, sight
 
@@ -210,6 +211,13 @@ def test_the_walk_through_goes_from_an_image_to_an_answer(child, tmp_path, monke
         found = child({"run": arguments})
         assert found["code"] == 0, found["err"]
     assert found["out"].strip()
+
+
+def test_what_is_not_installed_is_named(monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else find(name))
+    with pytest.raises(RunError, match="torchvision must be installed: pip install torchvision"):
+        check_installed()
 
 
 def test_a_picture_that_takes_more_than_the_machine_has_is_refused(made) -> None:
