@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import ONLY, Arch, Assembly, Graph, Model, Part, Step
+from llmexport.export.spec import ONLY, Arch, Assembly, Block, Graph, Model, Part, Step
 
 # Paths of the two parameters that may be tied; a base model lacks the first.
 HEAD, TABLE = "head.projection.weight", "embedding.weight"
@@ -23,16 +24,25 @@ def alone(part: Part) -> Graph:
 
 
 def named_blocks(model: Model) -> dict[str, Part]:
-    """Every block that can be exported alone, by name: its kind, and its place where a model has two of a kind.
+    """Every block that can be exported alone, by name: its kind, and its place where a graph has two of a kind.
 
-    A place is in a graph: its name stands first where a model has several.
+    The name of the graph stands before those that two graphs have.
     """
+    named: list[tuple[str, str, Part]] = []
+    for graph in model.graphs:
+        known = {part.block for _, _, part in named}
+        named += [(graph.name, name, part) for name, part in _named_in(graph, known).items()]
+    times = Counter(name for _, name, _ in named)
+    return {f"{graph}_{name}" if times[name] > 1 else name: part for graph, name, part in named}
+
+
+def _named_in(graph: Graph, known: Collection[Block]) -> dict[str, Part]:
+    """The blocks of one graph, without those that are `known` already."""
+    every = [part for step in graph.assembly.steps for part in parts(step)]
+    places = [part.name.replace(".", "_") for part in every]
     found: dict[str, Part] = {}
-    several = len(model.graphs) > 1
-    every = [(g.name, part) for g in model.graphs for step in g.assembly.steps for part in parts(step)]
-    places = [(f"{graph}." * several + part.name).replace(".", "_") for graph, part in every]
-    for (_, part), place in zip(every, places, strict=True):
-        if part.block in [s.block for s in found.values()]:
+    for part, place in zip(every, places, strict=True):
+        if part.block in known or part.block in [p.block for p in found.values()]:
             continue
         kind = part.block.kind
         # A block whose place is called like its kind keeps that name, as the mask without a window.

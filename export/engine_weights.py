@@ -34,8 +34,21 @@ def _only_swaps(layer: Any) -> bool:
     return orders == [order, [*range(rank)]] and list(layer.get_output(0).shape) == [shape[i] for i in order]
 
 
+def _only_widens(trt: Any, layer: Any) -> bool:
+    """Whether a shuffle puts axes of size 1 before the others and does nothing else."""
+    if layer.type != trt.LayerType.SHUFFLE:
+        return False
+    layer.__class__ = trt.IShuffleLayer
+    before, after = (list(tensor.shape) for tensor in (layer.get_input(0), layer.get_output(0)))
+    orders = [list(axes)[: len(s)] for axes, s in ((layer.first_transpose, before), (layer.second_transpose, after))]
+    return orders == [sorted(o) for o in orders] and after == [1] * (len(after) - len(before)) + before
+
+
 def computed(trt: Any, network: Any, weights: Collection[str], least: int) -> list[str]:
-    """The layers that make `least` bytes or more of weights and constants alone, at every step."""
+    """The layers that make `least` bytes or more of weights and constants alone, at every step.
+
+    A layer that only adds axes of size 1, as the parser does before it adds a weight of fewer axes, makes nothing.
+    """
     layers = _layers(network)
     read = {layer.get_input(i).name for layer in layers for i in range(layer.num_inputs) if layer.get_input(i)}
     alone = set(weights)
@@ -48,7 +61,8 @@ def computed(trt: Any, network: Any, weights: Collection[str], least: int) -> li
             alone.add(output.name)
             size = math.prod(output.shape) * output.dtype.itemsize
             # A branch's input is the weight itself.
-            if inputs and layer.type != trt.LayerType.CONDITIONAL_INPUT and size >= least and output.name in read:
+            moves = inputs and layer.type != trt.LayerType.CONDITIONAL_INPUT and not _only_widens(trt, layer)
+            if moves and size >= least and output.name in read:
                 found.append(f"{layer.type.name} {layer.name}")
     return found
 

@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmexport.export import cache, manifest, weights
-from llmexport.export.archs import (
-    PARTS,
-    as_stored,
-    in_layout,
-    left_out,
-    multimodal_names,
-    read_tower,
-    text_config,
-    with_part,
-)
+from llmexport.export.archs import as_stored, in_layout, multimodal_names
 from llmexport.export.assembly import (
     alone,
     find_block,
@@ -38,13 +29,14 @@ from llmexport.export.graph_file import build
 from llmexport.export.handover import RUNTIMES, hand_over
 from llmexport.export.identity import identify
 from llmexport.export.last_logits import with_last_logits
+from llmexport.export.multimodal import PARTS, left_out, read_tower, text_config, tower_tensors, with_part
 from llmexport.export.output import new_folder
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import check_slots
-from llmexport.export.wanted import wanted_parameters
+from llmexport.export.wanted import check_layers, wanted_parameters
 
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt")
@@ -94,6 +86,8 @@ class Request:
         if self.runtimes and odd:
             wants = f"{' and '.join('--for ' + r for r in self.runtimes)} takes a whole model in the portable form"
             raise ExportError(f"{wants}, not {odd}: leave one of them out")
+        if self.part == "vision" and (self.cache != "dynamic" or self.logits != "all"):
+            raise ExportError("--part vision keeps no cache and gives no logits: leave --cache and --logits out")
 
 
 def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None, part: str = "text") -> Model:
@@ -112,10 +106,10 @@ def read_noted(
     keys = Config(text_config(arch, config), slots, splice)
     model = arch.build(keys)
     keys.finish(causal=any(g.carried for g in model.graphs))
+    if vision and part == "vision":
+        return Model((vision,), {}), []
     notes = [*keys.notes, *filter(None, [left_out(arch, config)])]
-    if vision is None:
-        return model, notes
-    return (Model((vision,), {}) if part == "vision" else Model((vision, *model.graphs), model.ties)), notes
+    return (Model((vision, *model.graphs), model.ties) if vision else model), notes
 
 
 def open_model(request: Request) -> tuple[Request, Model, list[str]]:
@@ -129,22 +123,13 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     stored = request.checkpoint.tensors
     named = with_part(in_layout(request.arch, config, stored), config, part)
     arch = as_stored(named, stored)
-    for ours, theirs in {(k.partition("{i}")[0], v.partition("{i}")[0]) for k, v in arch.names.items() if "{i}" in k}:
-        # A layer may be placed in several graphs.
-        layers = {s.path.removeprefix(ours).partition(".")[0] for s in model.steps if s.path.startswith(ours)}
-        held = {n.removeprefix(theirs).partition(".")[0] for n in stored if n.startswith(theirs)}
-        if held and len(layers) > len(held):
-            raise ExportError(
-                f"config.json says {'depth' if ours.startswith('vision.') else 'num_hidden_layers'} {len(layers)}, "
-                f"the checkpoint holds {len(held)} layers: "
-                "is config.json from the same model?"
-            )
+    check_layers(arch, model, stored, tower_tensors(arch, config, part))
     if arch is not named and model.ties:
         notes.append(
             f"the checkpoint is a base model, its names lack {arch.base!r}: "
             "the logits are made with its tied embedding table"
         )
-    if request.dtype == "float16" and arch.overflows_float16:
+    if request.dtype == "float16" and arch.overflows_float16 and part != "vision":
         notes.append(f"{arch.overflows_float16}, use bfloat16 or float32")
     return dataclasses.replace(request, arch=arch), model, notes
 
@@ -234,5 +219,5 @@ def _check_weights(request: Request, model: Model, wanted: list[weights.Paramete
     for copy, original in tied_names(arch, model):
         ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
     by_name = {p.name: p for p in wanted}
-    whole = request.block is None and request.part != "vision"
-    weights.check(by_name, request.checkpoint, ignore, whole=whole, head=head_name(arch))
+    tower = tower_tensors(arch, request.checkpoint.config, request.part)
+    weights.check(by_name, request.checkpoint, ignore, request.block is None, head_name(arch), tower)

@@ -20,6 +20,7 @@ from llmexport.export.assembly import checkpoint_name, part_names, parts
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.earlier import RANDOM
 from llmexport.export.errors import ExportError
+from llmexport.export.multimodal import tiny_config, tiny_files, with_part
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
 from llmexport.export.spec import ANY_FLOAT, Arch, Block, GatedNorm, Norm
@@ -53,7 +54,7 @@ def write(
     part = part or ("text" if config is None else "all")
     beside: Mapping[str, str] = {}
     if config is None and part != "text":
-        config, beside = archs.tiny_config(arch, part), archs.tiny_files(arch)
+        config, beside = tiny_config(arch, part), tiny_files(arch)
         arch = archs.choose(None, config)
     config = {
         "architectures": [arch.reference.model_class],
@@ -102,7 +103,7 @@ class _Parameter:
 
 def _parameters(arch: Arch, config: Mapping[str, Any], dtype: str, part: str) -> Iterator[tuple[str, _Parameter]]:
     """Name in the checkpoint of every parameter, and what it is."""
-    model, arch = read_model(arch, config, part=part), archs.with_part(arch, config, part)
+    model, arch = read_model(arch, config, part=part), with_part(arch, config, part)
     stored_as = {block: load_parameters(block) for block in {s.block for s in model.steps}}
     for step in model.steps:
         means = {part.path: mean for part in parts(step) if (mean := _mean(part.block)) is not None}

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx.helper import get_attribute_value, make_attribute
 
-from llmexport.export.spec import AXES, FEATURES, SEQUENCE, behind, patch_axis
+from llmexport.export.spec import AXES, FEATURES, SEQUENCE, Port, axis_of, behind, patch_axis
 
 # The other forms that a Constant's numbers may have.
 CONSTANTS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
@@ -43,6 +43,24 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
                 dim.dim_param = patch_axis(int(dim.dim_param.removesuffix(f"*{FEATURES}")))
     _settle_reshapes(graph)
     return model
+
+
+def name_sizes(graph: onnx.GraphProto, outputs: Iterable[Port]) -> None:
+    """Gives sizes of outputs that the exporter has names of its own for, as `9*tiles`, those of the ports."""
+    names: dict[str, str] = {}
+    for value, port in zip(graph.output, outputs, strict=True):
+        for dim, named in zip(value.type.tensor_type.shape.dim, port.shape, strict=True):
+            made = dim.dim_param
+            if made and isinstance(named, str) and made not in AXES and not axis_of(made).sum_of:
+                names[made] = named
+    for value in (*graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+
+
+def constant(tensor: onnx.TensorProto) -> onnx.NodeProto:
+    return onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
 
 
 def hold_tensors(nodes: Iterable[onnx.NodeProto]) -> None:

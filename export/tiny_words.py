@@ -16,7 +16,7 @@ def tokenizer(words: Mapping[str, int]) -> str:
     others = iter(range(256, 512))
     letters = {byte: chr(byte if byte in PRINTED else next(others)) for byte in range(256)}
     bytes_ = {letters[byte]: id for id, byte in enumerate(b for b in range(256) if b not in NEVER)}
-    made = Tokenizer(models.BPE(bytes_ | words, []))
+    made = Tokenizer(models.BPE({**bytes_, **words}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(word, special=True) for word in sorted(words, key=words.__getitem__)])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmexport.export import blocks
 from llmexport.export.blocks import standard
 from llmexport.export.spec import AXES, OPSET, Block, Port, axis_of, size_of, with_sums
-from llmexport.export.tidy import hold_tensors, tidy
+from llmexport.export.tidy import constant, hold_tensors, name_sizes, tidy
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
 
 # Sizes to trace at: distinct, so that no two dimensions are taken for one, and above 1, which would be special.
@@ -50,6 +50,7 @@ def trace_block(block: Block, dtype: str) -> onnx.ModelProto:
     dims = [p.shape for p in block.inputs] + [() for _ in state]
     outputs = [p.name for p in block.outputs]
     model = _export(forward, [*examples, *state.values()], names, dims, outputs, block.opset)
+    name_sizes(model.graph, block.outputs)
     constants = [i for i in model.graph.input if i.name in buffers]
     for value in constants:
         model.graph.input.remove(value)
@@ -109,7 +110,7 @@ def _trace_reference(
         return op.reference(**dict(zip(inputs, tensors, strict=True)), **absent, **attributes)
 
     model = _export(forward, examples, list(inputs), dims, list(op.outputs))
-    return [*(_constant(t) for t in model.graph.initializer), *model.graph.node]
+    return [*(constant(t) for t in model.graph.initializer), *model.graph.node]
 
 
 def module_shapes(block: Block) -> dict[str, tuple[int, ...]]:
@@ -143,7 +144,9 @@ def _export(
         def forward(self, tensors: list[Tensor]) -> Any:
             return forward(*tensors)
 
-    symbols = {d: _symbol(d) for shape in dims for d in shape if isinstance(d, str)}
+    axes = [axis_of(d) for shape in dims for d in shape if isinstance(d, str)]
+    # One that is so many times another divides by that.
+    symbols = {a.name: a.times * torch.export.Dim(*a.sum_of) if a.times > 1 else torch.export.Dim(a.name) for a in axes}
     dynamic = [{i: symbols[d] for i, d in enumerate(shape) if isinstance(d, str)} for shape in dims]
     arguments: dict[str, Any] = {
         "input_names": names,
@@ -167,12 +170,6 @@ def _export(
     # Folds constants only: the exporter's own optimiser also rewrites norms into operators of mixed types.
     onnxscript.optimizer.optimize_ir(program.model)
     return tidy(program.model_proto)
-
-
-def _symbol(name: str) -> Any:
-    """A dynamic dimension; one that is so many times another divides by that."""
-    axis = axis_of(name)
-    return axis.times * torch.export.Dim(*axis.sum_of) if axis.times > 1 else torch.export.Dim(name)
 
 
 @functools.cache
@@ -246,7 +243,3 @@ def _shortcuts() -> Iterator[None]:
 
 
 _REGISTRIES: dict[Any, Any] = {}
-
-
-def _constant(tensor: onnx.TensorProto) -> onnx.NodeProto:
-    return onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)

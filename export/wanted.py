@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from fnmatch import fnmatch
 
 from llmexport.export import cache
 from llmexport.export.assembly import checkpoint_name, older_name, part_names
@@ -41,6 +43,25 @@ def wanted_parameters(
                     f"the checkpoint holds {len(stored)}: is config.json from the same model, and is every shard there?"
                 )
     return found
+
+
+def check_layers(arch: Arch, model: Model, tensors: Collection[str], tower: tuple[str, ...]) -> None:
+    """Raises ExportError if a checkpoint of these tensors holds fewer layers than its config says, or no tower.
+
+    `tower` are patterns of the tensors of one that is wanted.
+    """
+    if tower and not any(fnmatch(n, p) for n in tensors for p in tower):
+        raise ExportError(f"the checkpoint holds no vision tower ({', '.join(tower)}): pass --part text")
+    for ours, theirs in {(k.partition("{i}")[0], v.partition("{i}")[0]) for k, v in arch.names.items() if "{i}" in k}:
+        # A layer may be placed in several graphs.
+        layers = {s.path.removeprefix(ours).partition(".")[0] for s in model.steps if s.path.startswith(ours)}
+        held = {n.removeprefix(theirs).partition(".")[0] for n in tensors if n.startswith(theirs)}
+        if held and len(layers) > len(held):
+            of_tower = any(fnmatch(theirs, p) for p in tower)
+            raise ExportError(
+                f"config.json says {'that the tower has layers:' if of_tower else 'num_hidden_layers'} {len(layers)}, "
+                f"the checkpoint holds {len(held)} layers: is config.json from the same model?"
+            )
 
 
 def load_parameters(block: Block) -> dict[str, Stored]:

@@ -57,27 +57,41 @@ class Parameter:
 
 
 def check(
-    wanted: Mapping[str, Parameter], checkpoint: Checkpoint, ignore: tuple[str, ...], whole: bool, head: str = ""
+    wanted: Mapping[str, Parameter],
+    checkpoint: Checkpoint,
+    ignore: tuple[str, ...],
+    whole: bool,
+    head: str = "",
+    tower: tuple[str, ...] = (),
 ) -> None:
     """Refuses a checkpoint that lacks a parameter, has it in another shape or type, or holds more.
 
     `wanted` is by checkpoint name. Only a `whole` model must use every tensor; one that fits a pattern of
-    `ignore` may be left over. `head` is the name that a base model lacks. Raises ExportError.
+    `ignore` may be left over. `head` is the name that a base model lacks; `tower` are patterns of what the text model
+    does without. Raises ExportError.
     """
     stored = checkpoint.tensors
     sources = {n: p for p in wanted.values() for n in p.sources}
     unused = [n for n in stored if n not in sources and not any(fnmatch(n, p) for p in ignore)]
     missing = [n for n in sources if n not in stored]
     if missing:
-        raise ExportError(_lacks(missing, unused, checkpoint, head))
+        raise ExportError(_lacks(missing, unused, checkpoint, head) + _way_out(missing, tower))
     for name, parameter in sources.items():
         if problem := _problem(parameter, stored[name]):
-            raise ExportError(quantised.found([name], unused, stored, checkpoint.folder) or problem)
+            raise ExportError(
+                quantised.found([name], unused, stored, checkpoint.folder) or problem + _way_out([name], tower)
+            )
     if whole and unused:
         raise ExportError(
             f"checkpoint holds {len(unused)} tensors that this architecture does not use: {_some(unused)}. "
-            "Leaving them out could give a wrong model: is --arch right?"
+            f"Leaving them out could give a wrong model: is --arch right?{_way_out(unused, tower)}"
         )
+
+
+def _way_out(names: list[str], tower: tuple[str, ...]) -> str:
+    """What to do where nothing but the tower is wrong."""
+    of_tower = all(any(fnmatch(n, p) for p in tower) for n in names)
+    return " (--part text leaves the tower out)" if of_tower else ""
 
 
 def _lacks(missing: list[str], unused: list[str], checkpoint: Checkpoint, head: str) -> str:

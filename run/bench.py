@@ -21,8 +21,8 @@ from llmexport.export.output import write_files
 from llmexport.export.progress import Progress, silent
 from llmexport.run import bench_page
 from llmexport.run.bench_run import EAGER, RUNNERS, Job, Timing
+from llmexport.run.checks import check_decoder, check_prompt, positions
 from llmexport.run.errors import RunError
-from llmexport.run.session import check_decoder, check_prompt, positions
 from llmexport.validate.facts import environment
 from llmexport.validate.feeds import words
 

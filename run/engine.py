@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from llmexport.export import engine_record
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export
-from llmexport.run.session import ArraySession
+from llmexport.export.spec import FEATURES, IMAGES, SPLICED, TILES
+from llmexport.run.session import MOST_FRAMES, MOST_PATCHES, ArraySession
 from llmexport.validate.engine_form import EngineRunner, outside, unable
+from llmexport.validate.pictures import sight
 from llmexport.validate.stages import Stage
 
 
@@ -41,7 +44,24 @@ class EngineSession(ArraySession):
         record = engine_record.read(self._export.folder)
         return f"{record.backend} {record.version}"
 
+    @property
+    def at_once(self) -> tuple[int, int]:
+        profile, seen = engine_record.read(self._export.folder).profile, sight(self._export.blocks)
+        frames = min((profile[n][2] for n in (IMAGES, TILES) if n in profile), default=MOST_FRAMES)
+        takes = profile[FEATURES][2] * seen.merge**2 if seen and seen.merge and FEATURES in profile else MOST_PATCHES
+        return min(takes, MOST_PATCHES), frames
+
     def run(self, stage: Stage) -> np.ndarray:
-        if reason := outside(self._export, stage.sizes):
-            raise EngineError(f"{reason}: build it with a larger --profile, or ask for less")
+        for sizes in self._sizes(stage):
+            if reason := outside(self._export, sizes):
+                raise EngineError(f"{reason}: build it with a larger --profile, or ask for less")
         return super().run(stage)
+
+    def _sizes(self, stage: Stage) -> Iterator[Mapping[str, int]]:
+        """The sizes of a stage, with those of each call that sees some of its pictures."""
+        seen, pictures = sight(self._export.blocks), stage.pictures
+        if seen is None or pictures is None:
+            yield stage.sizes | (seen.sizes(None) if seen else {})
+            return
+        for piece in pictures.pieces(*self.at_once):
+            yield stage.sizes | seen.sizes(piece) | {SPLICED: sum(seen.runs(pictures))}

@@ -14,20 +14,11 @@ from llmexport.export.exported import Export
 from llmexport.export.folder import folder_path
 from llmexport.export.progress import Progress, silent
 from llmexport.run import chat, text
+from llmexport.run.checks import check_decoder, check_patches, check_prompt, picture_tokens, positions, run_again_at
 from llmexport.run.errors import RunError
 from llmexport.run.pictures import Asked, check_installed, check_sees, process, read_pictures
 from llmexport.run.sampling import Sampler
-from llmexport.run.session import (
-    check_decoder,
-    check_prompt,
-    decode,
-    opened,
-    opening,
-    picture_tokens,
-    positions,
-    row,
-    run_again_at,
-)
+from llmexport.run.session import decode, opened, opening, row
 from llmexport.run.settings import read_settings
 from llmexport.validate.pictures import Pictures, sight
 
@@ -90,6 +81,8 @@ def generate(
     if stop and not tokenizer:
         raise RunError(f"a text to stop at takes a tokenizer, and {export.folder} has no {text.FILE}: leave --stop out")
     check_prompt(export, ids, pictures)
+    if pictures is not None and backend == "onnxruntime":
+        check_patches(export, pictures)
     seed = secrets.randbits(32) if seed is None else seed
     progress("load the model", 0, 1)
     start = time.perf_counter()

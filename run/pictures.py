@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from llmexport.export.archs import load
 from llmexport.export.exported import Export
+from llmexport.export.multimodal import outer_of
 from llmexport.export.values import one_line
 from llmexport.plugins.regular import read_regular
 from llmexport.run.errors import RunError
@@ -22,7 +24,6 @@ from llmexport.validate.pictures import Pictures, Sight, sight
 
 # What the processors of transformers are made of.
 NEEDED = {"transformers": "transformers", "PIL": "pillow", "torchvision": "torchvision"}
-INSTALL = "pip install 'llmexport[vision]'"
 # Of what pillow reads; some of the other formats it gives to programs that run what is in the file.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # What processors call the colours and the grids of images and of videos, and which of a model's tokens they are.
@@ -49,8 +50,8 @@ def check_sees(export: Export) -> Sight:
     """How an export sees. Raises RunError if it does not."""
     seen = sight(export.blocks)
     if seen is None:
-        tower = "vision_config" in export.config
-        do = "export it with --part all" if tower else "give a text alone"
+        outer = outer_of(load(export.arch), export.config)
+        do = "export it with --part all" if outer and outer.tower else "give a text alone"
         raise RunError(f"{export.folder} is a text model, which sees no pictures: {do}")
     return seen
 
@@ -58,7 +59,7 @@ def check_sees(export: Export) -> Sight:
 def check_installed() -> None:
     """Raise RunError unless what makes pictures ready is installed and loads."""
     if missing := [package for module, package in NEEDED.items() if not importlib.util.find_spec(module)]:
-        raise RunError(f"pictures take {', '.join(NEEDED.values())}, without {', '.join(missing)} here: {INSTALL}")
+        raise RunError(f"for pictures {', '.join(missing)} must be installed: pip install {' '.join(missing)}")
     try:
         import torchvision  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
@@ -152,7 +153,9 @@ def process(export: Export, text: str, asked: Asked, *, special: bool) -> tuple[
     try:
         made = processor(text=[text], add_special_tokens=special, return_tensors="pt", **given)
     except Exception as error:  # whatever a processor does wrong with a picture is no fault of ours
-        raise RunError(f"the checkpoint's processor does not take these pictures: {one_line(error)}") from error
+        raise RunError(
+            f"the checkpoint's processor does not take these: {one_line(error)}: give other pictures, or another prompt"
+        ) from error
     ids = made["input_ids"][0].tolist()
     return ids, _pictures(ids, seen, made)
 

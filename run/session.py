@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,13 +13,15 @@ from llmexport.export import interrupt
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
 from llmexport.export.last_logits import last_logits
-from llmexport.export.spec import LongScaling, Rotary
+from llmexport.run.checks import check_decoder
 from llmexport.run.errors import RunError
-from llmexport.validate.feeds import beside, limits, sees, states, without_pictures
-from llmexport.validate.pictures import Pictures, Sight, sight
+from llmexport.validate.feeds import sees, states, without_pictures
+from llmexport.validate.pictures import Pictures, Sight
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
 from llmexport.validate.stages import Stage, runs_at
 
+# Of pictures at once: each patch scores all others, and an engine takes so many frames or tiles by default.
+MOST_PATCHES, MOST_FRAMES = 1024, 16
 BACKENDS = ("onnxruntime", "engine")
 V = TypeVar("V")
 
@@ -46,6 +49,11 @@ class Session(Generic[V]):
         """What runs it, and its version."""
         raise NotImplementedError
 
+    @property
+    def at_once(self) -> tuple[int, int]:
+        """How many patches, and how many frames or tiles, are seen in one call, unless a frame has more."""
+        return MOST_PATCHES, MOST_FRAMES
+
     def put(self, array: np.ndarray) -> V:
         raise NotImplementedError
 
@@ -69,6 +77,9 @@ class Session(Generic[V]):
             inputs, known = graph.assembly.inputs, self._held | self._carried[graph.name]
             if not runs_at(stage, graph):
                 continue
+            if stage.pictures is not None and sees(graph):
+                self._held |= self._seen(graph, stage, stage.pictures)
+                continue
             feed = {p.name: known[p.name] if p.name in known else self.put(stage.at(p)) for p in inputs}
             made = dict(self.infer(graph, feed))
             self._carried[graph.name] = {before: made.pop(after) for before, after in graph.carried.items()}
@@ -77,6 +88,17 @@ class Session(Generic[V]):
                     last = self.get(made.pop(port.name))[:, -1]
             self._held |= made
         return last.astype(np.float32)
+
+    def _seen(self, graph: ExportedGraph, stage: Stage, pictures: Pictures) -> dict[str, V]:
+        """What a graph makes of all pictures, some at a time."""
+        made: dict[str, list[np.ndarray]] = {p.name: [] for p in graph.assembly.outputs}
+        for piece in pictures.pieces(*self.at_once):
+            interrupt.check()
+            some = dataclasses.replace(stage, pictures=piece)
+            feed = {p.name: self.put(some.at(p)) for p in graph.assembly.inputs}
+            for name, value in self.infer(graph, feed).items():
+                made[name].append(self.get(value))
+        return {name: self.put(np.concatenate(parts)) for name, parts in made.items()}
 
 
 class RuntimeSession(Session[OrtValue]):
@@ -89,12 +111,8 @@ class RuntimeSession(Session[OrtValue]):
         super().__init__(export)
         if export.dtype == "bfloat16":
             raise RunError("ONNX Runtime has no bfloat16 MatMul on a CPU: export with --dtype float32 or float16 too")
-        options = SessionOptions()
-        options.intra_op_num_threads = threads
-        # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
-        options.enable_mem_pattern = False
         models = {g.name: last_logits(load(export, g), g, export.dtype) for g in export.graphs}
-        self._sessions = {name: open_session(model, export.folder, options) for name, model in models.items()}
+        self._sessions = {n: open_session(m, export.folder, _options(threads)) for n, m in models.items()}
 
     @property
     def what(self) -> str:
@@ -124,6 +142,14 @@ class RuntimeSession(Session[OrtValue]):
         return dict(zip((p.name for p in graph.assembly.outputs), binding.get_outputs(), strict=True)) | slots
 
 
+def _options(threads: int) -> SessionOptions:
+    options = SessionOptions()
+    options.intra_op_num_threads = threads
+    # Every step has other shapes than the one before, and ONNX Runtime would keep a plan of its memory for each.
+    options.enable_mem_pattern = False
+    return options
+
+
 class ArraySession(Session[np.ndarray]):
     """Holds what it carries as arrays, which Polygraphy's `runners` take and give, one of each graph."""
 
@@ -151,18 +177,6 @@ def opened(export: Export, backend: str = "onnxruntime", threads: int = 0) -> It
 
     with EngineSession(export) as session:
         yield session
-
-
-def check_decoder(export: Export) -> None:
-    """Raise RunError unless the export is a model that continues a text."""
-    if export.block is not None:
-        raise RunError(f"{export.folder} is one block, {export.block}, which gives no tokens: export the whole model")
-    if len(export.graphs) == 1 and sees(export.graphs[0]):
-        raise RunError(f"{export.folder} is the vision part alone, which gives no tokens: export it with --part all")
-    if not any(g.carried for g in export.graphs):
-        raise RunError(f"{export.arch} is an encoder, which reads a text and continues none: give a decoder")
-    if unknown := [p.name for p in beside(export)]:
-        raise RunError(f"the export also reads {', '.join(unknown)}, which no prompt says: it cannot be run from text")
 
 
 def row(ids: Sequence[int]) -> np.ndarray:
@@ -208,42 +222,3 @@ def decode(
 def greedy(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """The token of the highest score."""
     return scores.argmax(-1)
-
-
-def run_again_at(export: Export) -> int | None:
-    """The number of tokens beyond which LongRoPE turns by other angles, also keys that are cached by then."""
-    for block in export.blocks:
-        if isinstance(block, Rotary) and isinstance(block.scaling, LongScaling):
-            return block.scaling.original_positions
-    return None
-
-
-def picture_tokens(export: Export) -> tuple[int, ...]:
-    """The tokens that stand for pictures, which no answer has, as there is no picture behind them."""
-    seen = sight(export.blocks)
-    return seen.tokens if seen else ()
-
-
-def check_prompt(export: Export, ids: Sequence[int], pictures: Pictures | None = None) -> None:
-    """Raise RunError on a prompt that the model does not take."""
-    if not ids:
-        raise RunError("the prompt is empty, it has no token that the model could continue: give some text")
-    words = limits(export.blocks)["tokens"]
-    if outside := [i for i in ids if not 0 <= i < words]:
-        raise RunError(
-            f"the prompt has token {outside[0]}, the model knows 0 to {words - 1}: is the tokenizer the model's own?"
-        )
-    if pictures is None and (alone := {*ids} & {*picture_tokens(export)}):
-        raise RunError(
-            f"the prompt has token {min(alone)}, which stands for a picture, and none is given: give it by --image or "
-            "--video, or leave its placeholder out"
-        )
-    most = positions(export)
-    if most and len(ids) > most:
-        raise RunError(f"the prompt has {len(ids)} tokens, the model takes {most}: give a shorter one")
-
-
-def positions(export: Export) -> int:
-    """How many tokens the model takes, as its config or its static cache says; 0 if neither does."""
-    said = (export.text_config.get("max_position_embeddings"), export.max_tokens)
-    return min((n for n in said if isinstance(n, int)), default=0)

@@ -105,10 +105,8 @@ def of_another_release(source: Path, folder: Path, kind: str) -> Path:
     """The same checkpoint, its tensors named as in the model itself: what transformers saved for some releases."""
     known = outer(kind)
     [names] = known.other_names
-    towers = [start.removesuffix("*") for start in known.left_out]
-    starts = {known.names.get(n, n): names.get(n, n) for n in ("model.", "lm_head.")} | {
-        t: f"model.{t}" for t in towers
-    }
+    starts = {known.names.get(n, n): names.get(n, n) for n in ("model.", "lm_head.")}
+    starts |= {tower.removesuffix("*"): f"model.{tower}".removesuffix("*") for tower in known.left_out}
     tensors = {n: t for file in sorted(source.glob("*.safetensors")) for n, t in load_file(file).items()}
 
     def rename(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -9,9 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from misuse import Situation
 from toy_pack import make_pack
+
+from llmexport.export import archs, random_checkpoint
 
 Prepare = Callable[[Path], object]
 DEEP = b"[" * 100_000
@@ -425,9 +429,72 @@ def references() -> Iterator[Situation]:
     yield Situation("references", "rms_norm_eps of 1", (), edit, 0, line)
 
 
+def parts() -> Iterator[Situation]:
+    """Parts of checkpoints that have them, that have others, and whose towers are not as their configs say."""
+
+    def seeing(folder: Path) -> None:
+        random_checkpoint.write(archs.load("llama4"), folder / "eyes", part="all")
+
+    def config(change: Callable[[dict[str, Any]], object]) -> Prepare:
+        def edit(folder: Path) -> None:
+            said = json.loads((folder / "eyes/config.json").read_text())
+            change(said)
+            (folder / "eyes/config.json").write_text(json.dumps(said))
+
+        return both(seeing, edit)
+
+    def unseeing(folder: Path) -> None:
+        outer = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {}}
+        said = {**outer, "text_config": dict(archs.load("gemma3_text").tiny)}
+        random_checkpoint.write(archs.choose(None, said), folder / "eyes", config=said, part="text")
+
+    export, eyes = ("onnx", "-o", "new", "--checkpoint"), ("onnx", "-o", "new", "--checkpoint", "eyes")
+    for command in ("onnx", "deploy"):
+        line = (command, *export[1:], "ck", "--part", "vision")
+        yield Situation("parts", f"{command}, vision of a text model", line, says="config.json is of a text model")
+    yield Situation("parts", "a part that is none", (*export, "ck", "--part", "ears"), says="'ears'")
+    for command in ("onnx", "checkpoint", "deploy"):
+        built_in = (command, "--arch", "gemma", "--part", "vision", "-o", "new")
+        yield Situation("parts", f"{command}, vision of gemma", built_in, says="has no vision tower here")
+    yield Situation("parts", "vision of gemma3", (*eyes, "--part", "vision"), unseeing, says="the text model alone")
+    for name, asked, says in (
+        ("a static cache of vision", ("--part", "vision", "--cache", "static", "--max-tokens", "64"), "keeps no cache"),
+        ("last logits of vision", ("--part", "vision", "--logits", "last"), "gives no logits"),
+        ("a block that both parts have", ("--block", "attention"), "vision_attention"),
+        ("genai", ("--for", "genai"), "--for genai cannot run a model that reads pictures"),
+    ):
+        yield Situation("parts", name, (*eyes, *asked), seeing, says=says)
+    yield Situation("parts", "onto notes", (*eyes, "--force"), both(seeing, write("new/x")), says="does not replace")
+    yield Situation("parts", "a cut shard", eyes, both(seeing, cut(f"eyes/{SHARD}")))
+    without = "--part text leaves out"
+    changes: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+        "no vision_config": (lambda c: c.pop("vision_config"), "has no 'vision_config'"),
+        "a key of another tower": (lambda c: c["vision_config"].update(window_size=112), without),
+        "a quantised model": (lambda c: c.update(quantization_config={"quant_method": "modelopt"}), "modelopt"),
+        "a tower too deep": (lambda c: c["vision_config"].update(num_hidden_layers=3), "holds 2 layers"),
+        "a tower too wide": (lambda c: c["vision_config"].update(intermediate_size=129), without),
+        "ties that differ": (lambda c: c.update(tie_word_embeddings=True), "differ in tie_word_embeddings"),
+    }
+    for name, (change, says) in changes.items():
+        yield Situation("parts", name, eyes, config(change), says=says)
+
+
 SITUATIONS = [
     s
-    for kind in (force, outputs, checkpoints, exports, packs, usage, streams, limits, places, signals, references)
+    for kind in (
+        force,
+        outputs,
+        checkpoints,
+        exports,
+        packs,
+        usage,
+        streams,
+        limits,
+        places,
+        signals,
+        references,
+        parts,
+    )
     for s in kind()
 ]
 KINDS = tuple(dict.fromkeys(s.kind for s in SITUATIONS))

@@ -55,7 +55,9 @@ def by_transformers(asked: Reference) -> dict[str, Any]:
         given |= {"videos": videos, "video_metadata": facts, "do_sample_frames": False}
     made = processor(text=[text], add_special_tokens=asked.raw, return_tensors="pt", **given).to(torch.float32)
     with torch.no_grad():
-        out = model.generate(**made, max_new_tokens=asked.tokens, do_sample=False)
+        config = model.config
+        never = [n for k in ("image_token_id", "video_token_id") if (n := getattr(config, k, None)) is not None]
+        out = model.generate(**made, max_new_tokens=asked.tokens, do_sample=False, suppress_tokens=never)
     length = made["input_ids"].shape[1]
     return {"prompt_ids": made["input_ids"][0].tolist(), "ids": out[0, length:].tolist()}
 

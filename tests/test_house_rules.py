@@ -232,6 +232,7 @@ KEYS = {
     "export/network/serve.py": ["model"],
     "export/quantised.py": ["weights"],
     "run/bench.py": ["batch"],
+    "run/pictures.py": ["images", "input_ids"],
     "run/settings.py": ["temperature"],
     "validate/bound.py": ["length"],
     "validate/engine.py": ["weights"],

@@ -11,7 +11,7 @@ from misuse import make_base, problem
 from misuse_cases import KINDS, SITUATIONS
 
 # Each in one process of this session; the others start one for every situation.
-FAST = {"force", "outputs", "checkpoints", "packs"}
+FAST = {"force", "outputs", "checkpoints", "packs", "parts"}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from layouts import WHOLE
 
 from llmexport.export import archs
 from llmexport.export.errors import ExportError
@@ -18,11 +19,10 @@ def read(arch: str, **changes: Any) -> Model:
     return read_model(archs.load(arch), archs.load(arch).tiny | changes)
 
 
-def read_whole(arch: str, beside: dict[str, Any] | None = None, **changes: Any) -> Model:
-    """The same as the text model of a multimodal config, with the keys `beside` it."""
-    named = archs.load(arch)
-    assert named.multimodal
-    outer = {"model_type": named.multimodal[0].model_type, "vision_config": {}, **(beside or {})}
+def read_whole(kind: str, beside: dict[str, Any] | None = None, **changes: Any) -> Model:
+    """The same as the text model of a multimodal config of this type, with the keys `beside` it."""
+    named = archs.load(WHOLE[kind])
+    outer = {"model_type": kind, "vision_config": {}, **(beside or {})}
     return read_model(named, {**outer, "text_config": named.tiny | changes})
 
 
@@ -33,9 +33,9 @@ def refusal(arch: str, **changes: Any) -> str:
     return one_line(error.value)
 
 
-def refusal_of_whole(arch: str, beside: dict[str, Any] | None = None, **changes: Any) -> str:
+def refusal_of_whole(kind: str, beside: dict[str, Any] | None = None, **changes: Any) -> str:
     with pytest.raises(ExportError) as error:
-        read_whole(arch, beside, **changes)
+        read_whole(kind, beside, **changes)
     return one_line(error.value)
 
 

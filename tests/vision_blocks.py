@@ -66,7 +66,6 @@ VISION_TRACES = [
     (PatchEmbedding(3, 2, 4, 33, AXIS), "float16"),
     (PatchPlaces(2, 96, AXIS), "float32"),
     (PatchPlaces(3, 96, OTHER), "float32"),
-    (PatchPlaces(1, 96, FEATURES), "float32"),
     (PatchPositions(7, 33, AXIS), "float32"),
     (PatchPositions(7, 33, AXIS), "float16"),
     (PatchRotary(12, 10000.0, AXIS), "float32"),

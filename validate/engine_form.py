@@ -12,7 +12,7 @@ from polygraphy.backend.base import BaseRunner
 
 from llmexport.export import engine_record
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.export.spec import size_of
+from llmexport.export.spec import FEATURES, IMAGES, TILES, size_of, summands
 from llmexport.plugins.errors import UserError
 from llmexport.validate import engine
 from llmexport.validate.feeds import ELSEWHERE, Feed
@@ -60,4 +60,7 @@ def unable(export: Export) -> str:
 def outside(export: Export, sizes: Mapping[str, int]) -> str:
     """Why the engine does not take these sizes, by axis, or nothing."""
     profile = engine_record.read(export.folder).profile
-    return engine_record.outside(profile, ((axis, size_of(axis, sizes, ELSEWHERE)) for axis in profile))
+    # Where nothing is seen, its tower is not run.
+    unseen = {IMAGES, TILES, FEATURES} - sizes.keys()
+    axes = [axis for axis in profile if not unseen & {*summands(axis)}]
+    return engine_record.outside(profile, ((axis, size_of(axis, sizes, ELSEWHERE)) for axis in axes))

@@ -13,13 +13,13 @@ from llmexport.export.progress import Progress, silent
 from llmexport.validate import judge, pack, stages
 from llmexport.validate.compare import Mismatch
 from llmexport.validate.drive import Driver, Run, TorchDriver, in_torch, record
-from llmexport.validate.feeds import Feed
+from llmexport.validate.feeds import Feed, without_pictures
 from llmexport.validate.ladder import exact_driver
 from llmexport.validate.pack import Arrays, Header, Shot, expected_key, fed_key, real_key
 from llmexport.validate.report import Rung
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.stages import Script, Stage
-from llmexport.validate.tolerance import tolerance
+from llmexport.validate.tolerance import tolerances
 from llmexport.validate.whole import Whole
 
 MOST_PASTS = 2**30  # bytes of the random pasts of all crossings: a pack travels to where the engine is
@@ -51,7 +51,8 @@ class Listener(Driver[Heard]):
         self.shots: list[dict[str, Feed]] = []
 
     def run(self, stage: Stage) -> Feed:
-        known = set() if stage.begins else set(self._held)
+        # Features are of one stage: the next one is fed its own, or none.
+        known = set() if stage.begins else self._held.keys() - without_pictures(self.export).keys()
         outputs = super().run(stage)
         fed: dict[str, Feed] = {}
         for graph in (g for g in self.export.graphs if g.name in self.ran):
@@ -87,7 +88,7 @@ def make(
             )
         yardsticks = [ours, *whole.theirs] if whole.exact else []
         # A run is within what is allowed of itself; what that is, the pack says.
-        own = judge.compare_runs("golden", script, expected, expected, tolerance(export.dtype, export), yardsticks)
+        own = judge.compare_runs("golden", script, expected, expected, tolerances(export.dtype, export), yardsticks)
     progress("write", 2, 3)
     kept = _within(script, listener.shots)
     header = Header(

@@ -72,20 +72,26 @@ def _said(block: Block, sizes: Mapping[str, int]) -> str:
 
 
 def compare_runs(
-    name: str, script: Script, reference: Run, found: Run, tolerance: Tolerance, yardsticks: Sequence[Run] = ()
+    name: str,
+    script: Script,
+    reference: Run,
+    found: Run,
+    bounds: Mapping[str, Tolerance],
+    yardsticks: Sequence[Run] = (),
 ) -> Rung:
     """The outputs of every stage that both return, of real tokens only: nobody reads what a model makes of padding,
     and a padded row that sees nothing may be anything. States are compared once, after the last piece.
 
-    `yardsticks` are runs in 16 bits that are as right as any; how far they are off, there and in most places, widens
-    the tolerance.
+    `bounds` are the tolerances by output. `yardsticks` are runs in 16 bits that are as right as any; how far they are
+    off, there and in most places, widens the tolerance.
     """
     details: list[dict[str, Any]] = []
     yards: list[dict[int, Difference]] = []  # by yardstick
     scores: list[Scores] = []
     for i, (stage, expected, other) in enumerate(zip(script, reference.outputs, found.outputs, strict=True)):
-        allowed = tolerance if stage.begins else tolerance.carried
         for output in (n for n in expected if n in other):
+            tolerance = bounds[output]
+            allowed = tolerance if stage.begins else tolerance.carried
             state = output in found.carried
             # Where tokens may stray, their entries of the caches do.
             if state and tolerance.strays:

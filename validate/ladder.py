@@ -143,7 +143,8 @@ def _shape(script: Script) -> dict[str, Any]:
     batch, tokens = script[0].ids.shape
     crossed = [s.past + BEFORE for s in script if s.kind == "crossing"]
     decodes = sum(s.kind == "decode" for s in script)
-    return {"batch": batch, "tokens": tokens, "decode_steps": decodes, "crossed": crossed}
+    shown = {"pictures": len(script[0].pictures)} if script[0].pictures else {}
+    return {"batch": batch, "tokens": tokens, **shown, "decode_steps": decodes, "crossed": crossed}
 
 
 def _climb_block(

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from llmexport.export.spec import Block, PatchPlaces, PixelShuffle, Port, Rotary, Splice, TileEmbedding
+from llmexport.export.spec import (
+    FEATURES,
+    IMAGES,
+    SPLICED,
+    TILES,
+    Block,
+    PatchPlaces,
+    PixelShuffle,
+    Port,
+    Rotary,
+    Splice,
+    TileEmbedding,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,25 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.pixels if self.grids is None else self.grids)
+
+    def pieces(self, patches: int, frames: int) -> Iterator[Pictures]:
+        """The same in several, each of at most so many patches and frames, or tiles, but that no frame is cut.
+
+        A frame or a tile sees itself alone, so that what they give, one after the other, is what all give at once; the
+        memory of a packed row grows with its square.
+        """
+        if self.grids is None:
+            held, grids = np.ones(len(self.pixels), np.int64), None
+        else:
+            grids = np.repeat(self.grids * (0, 1, 1) + (1, 0, 0), self.grids[:, 0], 0)
+            held = grids.prod(1)
+        start, at = 0, 0
+        for end in range(1, len(held) + 1):
+            size = int(held[start:end].sum())
+            if end < len(held) and size + held[end] <= patches and end - start < frames:
+                continue
+            yield Pictures(self.pixels[at : at + size], None if grids is None else grids[start:end])
+            start, at = end, at + size
 
 
 @dataclass(frozen=True)
@@ -45,6 +76,13 @@ class Sight:
         if pictures.grids is None:
             return [self.tile] * len(pictures)
         return [h * w // self.merge**2 for t, h, w in pictures.grids.tolist() for _ in range(t)]
+
+    def sizes(self, pictures: Pictures | None) -> dict[str, int]:
+        """The sizes of axes where a model sees these; of those of its tower none, where it sees nothing."""
+        if pictures is None:
+            return {SPLICED: 0}
+        made = sum(self.runs(pictures))
+        return {TILES if pictures.grids is None else IMAGES: len(pictures), FEATURES: made, SPLICED: made}
 
     def positions(self, ids: np.ndarray, mask: np.ndarray, pictures: Pictures) -> np.ndarray | None:
         """The positions [3, B, T] of a prompt; None where pictures are counted as text is."""

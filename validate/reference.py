@@ -10,6 +10,7 @@ import json
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ class Transformers:
         if self._sight and stage.pictures:
             given |= _as_processed(self._sight, stage.ids, stage.pictures, self._model.dtype)
             if self._sight.sections:
-                del given["position_ids"]
+                del given[KEYWORDS["positions"]]
         if stage.begins:
             self._cache = self._filled(stage) if stage.past else None
         run = self._model
@@ -146,6 +147,14 @@ class Transformers:
         return cache
 
 
+def _without_text(config: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model whose text has no layers."""
+    key = next(k for k, v in config.items() if isinstance(v, dict) and text.items() >= v.items())
+    # These speak of each layer.
+    kept = {k: v for k, v in config[key].items() if k not in ("layer_types", "moe_layers", "no_rope_layers")}
+    return {**config, key: {**kept, "num_hidden_layers": 0}}
+
+
 def _as_processed(seen: Sight, ids: np.ndarray, pictures: Pictures, dtype: torch.dtype) -> dict[str, Tensor]:
     """Pictures as the processors of transformers give them: frames of videos apart from images."""
     pixels = to_torch(pictures.pixels).to(dtype)
@@ -181,6 +190,9 @@ def _load(export: Export, attention: str | None) -> Any:
             (folder / shard.file).symlink_to((export.folder / shard.file).resolve())
         # transformers writes into the dictionaries that it is given.
         config = copy.deepcopy(dict(export.config if whole else export.text_config))
+        if whole and not any(p.use == "logits" for g in export.graphs for p in g.assembly.outputs):
+            # What sees is asked alone, and a text model beside it, which it never calls, would fill the memory.
+            config = _without_text(config, export.text_config)
         # The class of the whole checkpoint has the checkpoint's own names.
         names = {f"^{re.escape(there)}": here for here, there in export.renamed.items()} if not whole else {}
         # Weights in 4 bits are computed with in the runner's dtype, as in our export.

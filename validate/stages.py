@@ -87,9 +87,9 @@ class Stage:
                 value = self.types
             case "positions":
                 value = self.positions
-            case "pixels" if self.pictures:
+            case "pixels" if self.pictures is not None:
                 return self.pictures.pixels
-            case "grid" if self.pictures and self.pictures.grids is not None:
+            case "grid" if self.pictures is not None and self.pictures.grids is not None:
                 return self.pictures.grids
             case "padding":
                 # Of this stage's tokens alone, or of those before them too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,21 @@ def step_tolerance(dtype: str, step: Step | Part) -> Tolerance:
 
 def tolerance(dtype: str, model: Assembly | Export) -> Tolerance:
     """How far two runs of a whole model may differ."""
-    blocks = [part.block for step in model.steps for part in parts(step)]
+    return _tolerance(dtype, model.steps)
+
+
+def tolerances(dtype: str, export: Export) -> dict[str, Tolerance]:
+    """The same of each of its outputs: what sees chooses no experts, whatever reads its features."""
+    found: dict[str, Tolerance] = {}
+    steps: tuple[Step, ...] = ()
+    for graph in export.graphs:
+        steps += graph.assembly.steps
+        found |= dict.fromkeys((p.name for p in graph.assembly.outputs), _tolerance(dtype, steps))
+    return found
+
+
+def _tolerance(dtype: str, steps: Iterable[Step]) -> Tolerance:
+    blocks = [part.block for step in steps for part in parts(step)]
     recurrent, routed = (any(isinstance(b, kind) for b in blocks) for kind in (GatedDeltaNet, Moe))
     base, factor = TOLERANCE[dtype], RECURRENT if recurrent else 1.0
     strays = STRAYS if routed and dtype != "float32" else 0.0

@@ -16,11 +16,12 @@ from llmexport.validate.drive import Recorded, Run, Runs, TorchDriver, driver, f
 from llmexport.validate.feeds import Feed
 from llmexport.validate.forms import FORMS, Form
 from llmexport.validate.judge import Judge, alone, compare_runs, rung_of
+from llmexport.validate.pictures import sight
 from llmexport.validate.reference import Refused, Transformers
 from llmexport.validate.report import REFERENCE, Rung
 from llmexport.validate.runners import not_runnable, onnx_runner
 from llmexport.validate.stages import Script, Stage
-from llmexport.validate.tolerance import tolerance
+from llmexport.validate.tolerance import tolerances
 
 BLOCKS = "blocks: ONNX Runtime / PyTorch"
 
@@ -93,7 +94,7 @@ class Whole:
         other = self._run(before, self._left(before)) if before else None
         yardsticks = [self.ours, *self.theirs, *([other] if other else [])] if self.exact else []
         expected = self.exact or other or self.ours
-        allowed = tolerance(self.export.dtype, self.export)
+        allowed = tolerances(self.export.dtype, self.export)
         rung = compare_runs(title, self.script, expected, found, allowed, yardsticks)
         lacks = [f"not run {s.name}, as {why}" for s, why in left]
         place = self._traced(form) if rung.status == "fail" else ""
@@ -102,7 +103,9 @@ class Whole:
 
     def _left(self, form: Form) -> list[tuple[Stage, str]]:
         """The stages that a form does not take, and why."""
-        return [(s, why) for s in self.script if (why := form.outside(self.export, s.sizes))]
+        seen = sight(self.export.blocks)
+        sizes = [s.sizes | (seen.sizes(s.pictures) if seen else {}) for s in self.script]
+        return [(s, why) for s, own in zip(self.script, sizes, strict=True) if (why := form.outside(self.export, own))]
 
     def _traced(self, form: Form) -> str:
         """Where its numbers part, or why nobody can tell."""
@@ -127,7 +130,7 @@ class Whole:
         """
         export, script = self.export, self.script
         names = [REFERENCE] if self.exact is None else [REFERENCE, f"{REFERENCE}, float32"]
-        allowed = tolerance(export.dtype, export)
+        allowed = tolerances(export.dtype, export)
         try:
             reference = follow(Transformers(export), export, script)
             self.theirs.append(reference)
@@ -138,7 +141,7 @@ class Whole:
             return [Rung(n, "not run", str(refusal)) for n in names]
         return [
             compare_runs(names[0], script, wide, self.ours, allowed, [reference]),
-            compare_runs(names[1], script, wide, self.exact, tolerance("float32", export)),
+            compare_runs(names[1], script, wide, self.exact, tolerances("float32", export)),
         ]
 
     def _blocks(self) -> Rung:

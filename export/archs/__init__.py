@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import functools
 import importlib
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 
 from llmexport.export import nearest
 from llmexport.export.assembly import TABLE, has_own_head, renamed
-from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
-from llmexport.export.keys import ANY
-from llmexport.export.spec import Arch, Graph, Multimodal, Reference, Splice
-from llmexport.export.values import same, show, show_name
+from llmexport.export.multimodal import outer_of, tiny_config
+from llmexport.export.spec import Arch, Multimodal
+from llmexport.export.values import show, show_name
+
+__all__ = ["as_stored", "choose", "in_layout", "load", "multimodal_names", "names", "tiny_config"]
 
 BASE = re.compile("For[A-Za-z]*$")
-PARTS = ("all", "text", "vision")
 
 
 def names() -> list[str]:
@@ -42,7 +41,7 @@ def load(name: str) -> Arch:
 def choose(name: str | None, config: Mapping[str, Any]) -> Arch:
     """The architecture asked for, or else the one that `config.json` names; the two must agree."""
     arch = _by_type(name, config)
-    outer = _multimodal(arch, config)
+    outer = outer_of(arch, config)
     wanted = outer.architecture if outer else arch.reference.model_class
     classes = config.get("architectures")
     if classes is None:
@@ -58,50 +57,9 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Arch:
     return _inside(arch, outer, outer.names) if outer else arch
 
 
-def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the text model, which a multimodal checkpoint's config holds among others.
-
-    Raises ExportError on a key beside it that could concern the text model.
-    """
-    outer = _multimodal(arch, config)
-    if outer is None:
-        return config
-    inner = config.get(outer.config_key, {} if outer.flat else None)
-    if not isinstance(inner, dict):
-        raise ExportError(f"config.json has no {outer.config_key!r}: is it the config of a whole checkpoint?")
-    types = outer.text_types or arch.model_types
-    kind = inner.get("model_type", types[0])
-    if kind not in types:
-        raise ExportError(
-            f"config.json: {outer.config_key} is of model_type {show(kind)}, expected {' or '.join(types)}"
-        )
-    beside = {k: v for k, v in config.items() if k not in (outer.config_key, *outer.harmless)}
-    shared = {k: v for k, v in beside.items() if outer.flat or k == "tie_word_embeddings"}
-    said = {k: v for k, v in inner.items() if v is not None and k not in ANY}
-    differ = [k for k, v in shared.items() if v is not None and not same(v, said.get(k, v))]
-    if differ:
-        raise ExportError(f"config.json and its {outer.config_key} differ in {', '.join(differ)}: make them agree")
-    Config({k: v for k, v in beside.items() if k not in shared}).finish(causal=True)
-    # One list of keys became two, some of which stand in both.
-    own = {k: v for k, v in inner.items() if not (outer.flat and k in outer.harmless)}
-    return _completed({**shared, **own, "model_type": arch.model_types[0]}, outer)
-
-
-def _completed(text: Mapping[str, Any], outer: Multimodal) -> Mapping[str, Any]:
-    """The text model's config in the words of its own architecture."""
-    ropes = {k: dict(text[k]) for k in ("rope_parameters", "rope_scaling") if isinstance(text.get(k), dict)}
-    if outer.sections:
-        for key, rope in ropes.items():
-            plain = {k: v for k, v in rope.items() if k not in ("mrope_section", "mrope_interleaved")}
-            ropes[key] = {k: "default" if v == "mrope" else v for k, v in plain.items()}
-    # Theta stands among the other keys of RoPE or beside them.
-    defaults = {k: v for k, v in outer.defaults.items() if not any(k in r for r in ropes.values())}
-    return {**defaults, **text, **ropes}
-
-
 def multimodal_names(arch: Arch, config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, str]:
     """How a multimodal checkpoint renames the text model's tensors: start of the name here -> start there."""
-    outer = _multimodal(arch, config)
+    outer = outer_of(arch, config)
     if outer is None:
         return {}
     table = _table(load(arch.name))
@@ -111,83 +69,8 @@ def multimodal_names(arch: Arch, config: Mapping[str, Any], tensors: Collection[
 
 def in_layout(arch: Arch, config: Mapping[str, Any], tensors: Collection[str]) -> Arch:
     """The architecture, as `choose` gives it, with the names of the release that this checkpoint is of."""
-    outer, names = _multimodal(arch, config), multimodal_names(arch, config, tensors)
+    outer, names = outer_of(arch, config), multimodal_names(arch, config, tensors)
     return arch if outer is None or names == outer.names else _inside(load(arch.name), outer, names)
-
-
-def _multimodal(arch: Arch, config: Mapping[str, Any]) -> Multimodal | None:
-    """The outer layout, if that is what this config is of."""
-    return next((m for m in arch.multimodal if m.model_type == config.get("model_type")), None)
-
-
-def read_tower(arch: Arch, config: Mapping[str, Any], part: str) -> tuple[Graph, Splice] | None:
-    """The graph that sees, and what puts its features into the text; nothing if `part` needs neither.
-
-    Raises ExportError if there is no such graph and the part is that alone.
-    """
-    outer = _multimodal(arch, config)
-    if part == "text" or outer is None or outer.tower is None:
-        if part == "vision":
-            has = f"of {outer.model_type} the text model alone is exported" if outer else "is that of a text model"
-            raise ExportError(f"--part vision: {'' if outer else 'config.json '}{has}: leave --part out")
-        return None
-    tower = outer.tower
-    inner = config.get(tower.config_key)
-    if not isinstance(inner, dict):
-        raise ExportError(f"config.json has no {tower.config_key!r}: pass --part text, or take the whole checkpoint")
-    keys = Config(inner)
-    beside = Config({k: v for k, v in config.items() if k not in (tower.config_key, outer.config_key)})
-    made = tower.build(keys, beside, Config(text_config(arch, config)).length("hidden_size"))
-    keys.finish(causal=False)
-    return made
-
-
-def with_part(arch: Arch, config: Mapping[str, Any], part: str) -> Arch:
-    """The architecture, as `choose` gives it, with the names and the reference of this part of a checkpoint."""
-    outer = _multimodal(arch, config)
-    if part == "text" or outer is None or outer.tower is None:
-        return arch
-    ignore = tuple(i for i in arch.ignore if i not in outer.left_out)
-    reference = Reference(outer.architecture, arch.reference.outputs)
-    return dataclasses.replace(arch, names={**arch.names, **outer.tower.names}, ignore=ignore, reference=reference)
-
-
-def left_out(arch: Arch, config: Mapping[str, Any]) -> str:
-    """What of a multimodal checkpoint no part has, for people; or nothing."""
-    outer = _multimodal(arch, config)
-    if outer is None or outer.tower:
-        return ""
-    what = ", ".join(outer.left_out)
-    return f"{outer.model_type}: the text model alone is exported, {what} left out: it takes no pictures"
-
-
-def tiny_config(arch: Arch, part: str) -> Mapping[str, Any]:
-    """The built-in config: that of the text model, or of the whole checkpoint around it.
-
-    Raises ExportError if there is no such whole.
-    """
-    if part == "text":
-        return arch.tiny
-    outer = next((m for m in arch.multimodal if m.tower), None)
-    if outer is None or outer.tower is None:
-        raise ExportError(f"--part {part}: {arch.name} has no vision tower here: leave --part out")
-    inner = {"model_type": arch.model_types[0], **arch.tiny}
-    return {
-        "architectures": [outer.architecture],
-        "model_type": outer.model_type,
-        outer.config_key: inner,
-        "tie_word_embeddings": inner["tie_word_embeddings"],
-        **outer.tower.tiny,
-    }
-
-
-def tiny_files(arch: Arch) -> Mapping[str, str]:
-    """What lies beside the weights of the whole checkpoint of `tiny_config`: its tokenizer and its processor."""
-    from llmexport.export.tiny_words import tokenizer
-
-    tower = next(m.tower for m in arch.multimodal if m.tower)
-    said = {n: d if isinstance(d, str) else json.dumps(d, indent=2) for n, d in tower.beside.items()}
-    return {"tokenizer.json": tokenizer(tower.words), **said}
 
 
 def as_stored(arch: Arch, tensors: Collection[str]) -> Arch:

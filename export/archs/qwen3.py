@@ -31,6 +31,7 @@ ARCH = Arch(
             left_out=("model.visual.*",),
             harmless=SEEING,
             sections=True,
+            absent=("use_sliding_window", "layer_types"),
             text_types=("qwen3_vl_text",),
             defaults={"rope_theta": 500000.0},
         ),

@@ -11,6 +11,7 @@ from llmexport.export import archs
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.folder import FOLDER
 from llmexport.export.errors import ExportError
+from llmexport.export.multimodal import PARTS
 from llmexport.export.spec import DTYPES
 from llmexport.plugins.regular import read_regular
 
@@ -21,7 +22,7 @@ from llmexport.plugins.regular import read_regular
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--hollow", is_flag=True, help="Zeros that take no space on disk, for a model of any size.")
-@click.option("--part", type=click.Choice(archs.PARTS), help="Of a multimodal config; of the tiny one default: text.")
+@click.option("--part", type=click.Choice(PARTS), help="Of a multimodal config; of the tiny one default: text.")
 @click.option("--force", is_flag=True, help="Replace an earlier output, if nothing else lies in it.")
 @click.option("-o", "--output", type=FOLDER, required=True, help="The folder to make.")
 @talkative

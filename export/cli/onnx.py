@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -17,6 +17,7 @@ from llmexport.export.handover import RUNTIMES
 from llmexport.export.manifest import as_data
 from llmexport.export.placing import openings
 from llmexport.export.source import chosen, open_source
+from llmexport.export.spec import ONLY, Port
 
 
 @click.command("onnx")
@@ -84,20 +85,19 @@ def command(
 
 
 def summary(export: Export, folder: Path) -> list[tuple[str, str]]:
-    """Rows of what was exported: graphs where there are several, blocks, ops, fusions, files."""
-    graphs = ", ".join(g.file for g in export.graphs)
+    """Rows of what was exported: graphs but one that is a whole model, blocks, ops, fusions, files."""
     blocks = counts(Counter(type(s.block).__name__ for s in export.steps))
     fused: Counter[str] = Counter()
     refused: dict[str, list[str]] = {}
-    for name, fusion in (f for g in export.graphs for f in g.fusions.items()):
+    for graph, name, fusion in ((g.name, *f) for g in export.graphs for f in g.fusions.items()):
         fused[name.removeprefix("fuse_")] += fusion.count
         for node, reason in fusion.refused:
-            refused.setdefault(reason, []).append(node)
+            refused.setdefault(reason, []).append(export.place(graph, node))
     shared = {w.file for w in export.weights if w.placed == "reflink"}
     new = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1 and p.name not in shared]
     held = sum(w.bytes for w in export.weights)
     return [
-        *([("graphs", graphs)] if len(export.graphs) > 1 else []),
+        *_flows(export),
         ("blocks", f"{blocks} ({len(export.blocks)} distinct, each traced once)"),
         ("custom ops", counts(ops(export))),
         ("fused", counts(fused)),
@@ -109,6 +109,22 @@ def summary(export: Export, folder: Path) -> list[tuple[str, str]]:
         ("beside them", ", ".join(export.companions) or "nothing"),
         ("new bytes on disk", size(sum(p.stat().st_size for p in new))),
     ]
+
+
+def _flows(export: Export) -> Iterator[tuple[str, str]]:
+    """What each graph takes and gives beside what it carries, and which graph makes what another takes."""
+    made: dict[str, str] = {}
+    for graph in export.graphs if [g.name for g in export.graphs] != [ONLY] else ():
+        taken = [p for p in graph.assembly.inputs if p.name not in graph.carried]
+        given = [p for p in graph.assembly.outputs if p.name not in graph.carried.values()]
+        takes = [f"{_shaped(p)} of {made[p.name]}" if p.name in made else _shaped(p) for p in taken]
+        carries = f", and carries {len(graph.carried)} states" if graph.carried else ""
+        yield graph.file, f"{', '.join(takes)} -> {', '.join(map(_shaped, given))}{carries}"
+        made |= {p.name: graph.file for p in given}
+
+
+def _shaped(port: Port) -> str:
+    return f"{port.name} [{', '.join(map(str, port.shape))}]"
 
 
 def ops(export: Export) -> Mapping[str, int]:

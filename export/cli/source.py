@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
-from llmexport.export.archs import PARTS
 from llmexport.export.cli.folder import FOLDER
+from llmexport.export.multimodal import PARTS
 from llmexport.export.onnx_file import CACHES, LOGITS, WEIGHTS
 from llmexport.export.spec import DTYPES
 

@@ -101,7 +101,8 @@ def summary(report: Report) -> list[tuple[str, str]]:
     rows += [("warning", report.warning)] if report.warning else []
     for runner, seconds in report.seconds.items():
         prompt = report.prompt
-        text = f"prompt of {prompt['batch']} x {prompt['tokens']} tokens {seconds['prefill'] * 1e3:.1f} ms, "
+        shown = f", {prompt['pictures']} pictures among them," if "pictures" in prompt else ""
+        text = f"prompt of {prompt['batch']} x {prompt['tokens']} tokens{shown} {seconds['prefill'] * 1e3:.1f} ms, "
         # A model that carries nothing decodes nothing.
         text += f"decode {seconds['decode'] * 1e3:.2f} ms, " if "decode" in seconds else ""
         where = "this GPU, with copies to and from it" if runner == ENGINE else "this CPU"

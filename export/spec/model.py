@@ -131,7 +131,8 @@ class Multimodal:
     concern the text model. `flat`: there may be no such place, and the text model's keys stand beside the harmless
     ones. `text_types` are what the text model's config says it is, where that is none of the architecture's own types;
     `defaults` are what it means where it says nothing, if the architecture takes that otherwise. `sections`: its RoPE
-    has those of mRoPE, which say nothing as long as the three positions of a token are one. `names` maps the starts of
+    has those of mRoPE, which say nothing as long as the three positions of a token are one; `absent` are keys of the
+    architecture that its text model does not know. `names` maps the starts of
     the text model's names to those of this checkpoint's, and `other_names` to those of other releases.
     `left_out` are patterns of the tensors that the text model leaves, and `tower` is what is made of them, if anything
     is; `ignore` are those that nobody needs.
@@ -147,6 +148,7 @@ class Multimodal:
     tower: Tower | None = None
     flat: bool = False
     sections: bool = False
+    absent: tuple[str, ...] = ()
     text_types: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     other_names: tuple[Mapping[str, str], ...] = ()

@@ -38,7 +38,10 @@ class TileEmbedding(Block):
 class TileRotary(Block):
     """cos and sin of RoPE in two dimensions for the patches of a tile and its class token, which does not turn: the
     first half of the angles is of the column, the second of the row, both counted from 1 (modeling_llama4.py,
-    Llama4VisionRotaryEmbedding). `size` dimensions turn."""
+    Llama4VisionRotaryEmbedding). `size` dimensions turn.
+
+    Both are rounded as those of PatchRotary, at the same cost (heads of 88, 24 x 24 patches).
+    """
 
     channels: int
     side: int

@@ -59,12 +59,13 @@ def test_tower_alone_is_held_against_transformers(
     found = in_process.image(tmp_path, tiny(arch), CHOSEN, count)
     assert (found["passed"], found["pixels"], found["features"]) == (True, pixels, features)
     assert list(found["runs"]) == ["transformers", "PyTorch", "ONNX Runtime"]
-    assert all(0 < found["runs"][r]["rms_ratio"] < 1e-5 for r in ("ONNX Runtime",))
+    assert 0 < found["runs"]["ONNX Runtime"]["rms_ratio"] < 1e-5
     ops = found["runs"]["ONNX Runtime"]["ops"]
     assert "MatMul" in ops
     assert 0.9 < sum(ops.values()) <= 1.01
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_sixteen_bits_are_held_against_those_of_transformers(in_process: Any, tmp_path: Path) -> None:
     found = in_process.sixteen(tmp_path, tiny("qwen3_5_moe"), CHOSEN, 1)

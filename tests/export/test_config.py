@@ -1,11 +1,10 @@
 """config.json: every key that can change the numbers is understood, or the export stops and names it."""
 
 import math
-import re
 
 import pytest
 import transformers
-from tiny_configs import one_line, placed_layers, read, read_whole, refusal, refusal_of_whole, windows
+from tiny_configs import one_line, placed_layers, read, refusal, windows
 
 from llmexport.export import archs
 from llmexport.export.config import Config
@@ -15,7 +14,6 @@ from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Experts, Moe, Mxfp4, Plain, Rotary
 
 ARCHS = archs.names()
-WHOLE = [n for n in ARCHS if archs.load(n).multimodal]
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 # A head that turns by other RoPE types than the tiny one's, in the words of transformers 5.
 LLAMA3 = {
@@ -326,82 +324,11 @@ def test_a_value_that_is_not_understood_is_refused(arch, changes, said):
     assert said in refusal(arch, **changes)
 
 
-@pytest.mark.parametrize("arch", WHOLE)
-def test_the_tie_may_be_said_beside_the_text_model(arch):
-    tiny = {k: v for k, v in archs.load(arch).tiny.items() if k != "tie_word_embeddings"}
-    whole = {"model_type": archs.load(arch).multimodal[0].model_type, "text_config": tiny}
-    assert read_model(archs.load(arch), whole | {"tie_word_embeddings": True}).ties
-    assert not read_model(archs.load(arch), whole).ties
-
-
-@pytest.mark.parametrize("arch", WHOLE)
-@pytest.mark.parametrize("tied", [True, False])
-def test_two_ties_that_differ_are_refused(arch, tied):
-    line = refusal_of_whole(arch, {"tie_word_embeddings": tied}, tie_word_embeddings=not tied)
-    assert "config.json and its text_config differ in tie_word_embeddings" in line
-
-
-@pytest.mark.parametrize("arch", WHOLE)
-@pytest.mark.parametrize("key", ["hidden_size", "rope_theta", "audio_config"])
-def test_an_unknown_key_beside_the_text_model_is_refused(arch, key):
-    assert f"{key}=" in refusal_of_whole(arch, {key: 4096})
-
-
-@pytest.mark.parametrize("arch", WHOLE)
-def test_quantisation_that_is_said_beside_the_text_model_is_refused(arch):
-    line = refusal_of_whole(arch, {"quantization_config": {"quant_method": "awq", "bits": 4}})
-    assert "quantization_config says that the weights are quantised (awq, 4 bits)" in line
-
-
-@pytest.mark.parametrize("arch", WHOLE)
-def test_an_unknown_key_of_the_text_model_is_refused(arch):
-    assert "attn_logit_cap=50.0" in refusal_of_whole(arch, attn_logit_cap=50.0)
-
-
-@pytest.mark.parametrize("arch", WHOLE)
-def test_harmless_keys_beside_the_text_model_change_nothing(arch):
-    beside = dict.fromkeys(archs.load(arch).multimodal[0].harmless, 7) | {"transformers_version": "4.57.0"}
-    assert read_whole(arch, beside) == read(arch)
-
-
-@pytest.mark.parametrize("arch", WHOLE)
-@pytest.mark.parametrize("inner", [None, 1, [], "config.json"])
-def test_a_multimodal_config_without_a_text_model_is_refused(arch, inner):
-    with pytest.raises(ExportError) as error:
-        read_model(archs.load(arch), {"model_type": archs.load(arch).multimodal[0].model_type, "text_config": inner})
-    assert "no 'text_config'" in one_line(error.value)
-
-
-@pytest.mark.parametrize("arch", WHOLE)
-def test_a_config_is_known_by_its_type_alone_or_within_a_multimodal_one(arch):
-    known = archs.load(arch)
-    for kind, architecture in (
-        (known.model_types[0], known.reference.model_class),
-        (known.multimodal[0].model_type, known.multimodal[0].architecture),
-    ):
-        assert archs.choose(None, {"model_type": kind, "architectures": [architecture]}).name == arch
-
-
-@pytest.mark.parametrize("arch", WHOLE)
-def test_another_head_than_the_one_of_its_type_is_refused(arch):
-    known = archs.load(arch)
-    with pytest.raises(ExportError, match=re.escape(f"exports ['{known.multimodal[0].architecture}']")):
-        archs.choose(
-            None, {"model_type": known.multimodal[0].model_type, "architectures": [known.reference.model_class]}
-        )
-
-
 @pytest.mark.parametrize("found", [5, True, 0, "", "GemmaForCausalLM", {"GemmaForCausalLM": 1}, [], [5], [["x"]]])
 def test_architectures_that_are_no_list_with_ours_are_refused(found):
     with pytest.raises(ExportError) as error:
         archs.choose(None, {"model_type": "gemma", "architectures": found})
     assert "exports ['GemmaForCausalLM']" in one_line(error.value)
-
-
-@pytest.mark.parametrize("arch", WHOLE)
-@pytest.mark.parametrize("kind", ["llama", "", None, ["x"]])
-def test_a_text_model_of_another_type_is_refused(arch, kind):
-    assert f"text_config is of model_type {kind!r}, expected {arch}_text" in refusal_of_whole(arch, model_type=kind)
 
 
 @pytest.mark.parametrize(

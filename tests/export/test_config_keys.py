@@ -28,8 +28,8 @@ ABSENT = object()
 CONFIGS = PUBLISHED | {
     c.name: {"model_type": archs.load(c.arch).model_types[0], **archs.load(c.arch).tiny} for c in FIRST
 }
-# Those beside the text model of a multimodal config too.
-NOT_READ = ANY.union(*(w.harmless for n in archs.names() for w in archs.load(n).multimodal))
+# Those beside the text model of a multimodal config too, but for the tie, which the text model's config says as well.
+NOT_READ = ANY.union(*(w.harmless for n in archs.names() for w in archs.load(n).multimodal)) - {"tie_word_embeddings"}
 
 
 def not_read(arch: str) -> frozenset[str]:

@@ -458,7 +458,7 @@ def test_a_profile_of_another_export_is_refused(folder: Path) -> None:
 def test_a_total_that_leaves_int32_is_refused() -> None:
     ports = [Port("mask", ("batch", "total"))]
     sizes = parse_profile("past=0:1:2147483647,sequence=1:1:1")
-    with pytest.raises(EngineError, match=r"up to 2147483647 past and 1 sequence: make their sum less than 2\*\*31"):
+    with pytest.raises(EngineError, match=r"up to 2147483647 past and 1 sequence: make total less than 2\*\*31"):
         sizes.resolve(ports)
 
 

@@ -114,6 +114,16 @@ def test_a_layer_that_makes_a_large_weight_anew_is_found(least: int, found: list
     assert engine_weights.computed(trt, network, ["w"], least) == found
 
 
+@pytest.mark.parametrize(("shape", "found"), [((6, 4), []), ((1, 24), ["SHUFFLE reshape"])])
+def test_an_axis_before_a_weight_makes_nothing_anew(shape: tuple[int, ...], found: list[str]) -> None:
+    sizes = helper.make_tensor("sizes", TensorProto.INT64, [2], [6, 4])
+    whole = make_node("Constant", [], ["sizes"], value=sizes)
+    reshape = make_node("Reshape", ["w", "sizes"], ["shaped"], "reshape")
+    network, _held = parsed([whole, reshape, make_node("Add", ["x", "shaped"], ["y"])], w=shape)
+    assert "SHUFFLE" in [network.get_layer(i).type.name for i in range(network.num_layers)]
+    assert engine_weights.computed(trt, network, ["w"], 48) == found
+
+
 @pytest.mark.usefixtures("tiny")
 def test_an_engine_with_weights_beside_it_says_what_each_is_bound_to(exported: Exporter, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported("gemma", "bfloat16"), tmp_path / "export"))

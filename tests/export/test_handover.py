@@ -15,6 +15,7 @@ from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.handover import RUNTIMES, hand_over
+from llmexport.export.multimodal import text_config
 from llmexport.export.onnx_file import read_model
 
 ASKED = {"eos_token_id": [2, 7], "top_k": 5}
@@ -45,7 +46,7 @@ def test_a_model_that_reads_pictures_is_handed_over_as_its_text_model(runtime: s
     said = f"--for {runtime} cannot run a model that reads pictures: pass --part text, or leave it out"
     assert refusal(runtime, read_model(arch, config, part="all").graphs) == said
     text = read_model(arch, config, part="text").graphs
-    assert hand_over([runtime], text, archs.text_config(arch, config), Path("nowhere")).files
+    assert hand_over([runtime], text, text_config(arch, config), Path("nowhere")).files
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -16,11 +16,11 @@ def refusal(config):
 @pytest.mark.parametrize(
     ("kind", "near"),
     [
-        ("gemma3", ["gemma3_text"]),
         ("gemma3n", ["gemma3_text"]),
         ("qwen3_moe", ["qwen3", "qwen2_moe"]),
-        ("qwen2_5_vl", ["qwen2"]),
-        ("mistral3", ["mistral"]),
+        ("qwen3_vl_moe", ["qwen3"]),
+        ("qwen2_5_omni", ["qwen2"]),
+        ("mistral4", ["mistral"]),
         ("glm4_moe", ["glm4"]),
         ("olmo3", ["olmo2", "olmo"]),
         ("phi3_v", ["phi3"]),
@@ -40,9 +40,10 @@ def test_no_nearest_is_said_of_a_family_that_is_like_none():
 
 @pytest.mark.parametrize("tower", ["vision_config", "audio_config"])
 def test_a_multimodal_one_is_called_so(tower):
-    line = refusal({"model_type": "gemma3", tower: {}, "text_config": {"model_type": "gemma3_text"}})
+    line = refusal({"model_type": "gemma4", tower: {}, "text_config": {"model_type": "gemma4_text"}})
     assert f"it is multimodal ({tower}, text_config)" in line
-    assert "the text model of llama4, qwen3_5, qwen3_5_moe is exported" in line
+    assert "of such, llama4, qwen3_5, qwen3_5_moe are exported with their tower, and the text model alone of" in line
+    assert "of gemma3, mistral3, qwen2_vl, qwen2_5_vl, qwen3_vl; " in line
     assert "nearest is gemma3_text" in line
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
+from layouts import WHOLE
 from published_configs import LONG_FACTOR, PUBLISHED, SHORT_FACTOR, WITH_MORE_KEYS
 from tiny_configs import read, read_whole
 
@@ -43,7 +44,6 @@ from llmexport.export.spec import (
 from llmexport.export.stack import wired
 
 CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).model_types[0]] for n in archs.names()}
-WHOLE = [n for n in archs.names() if archs.load(n).multimodal]
 
 
 def published(name: str) -> Model:
@@ -61,10 +61,10 @@ def test_every_key_that_transformers_writes_is_understood(arch):
     read_model(archs.load(arch), CLASSES[arch]().to_dict())
 
 
-@pytest.mark.parametrize("arch", WHOLE)
-def test_every_key_that_transformers_writes_beside_the_text_model_is_understood(arch):
-    config = transformers.CONFIG_MAPPING[archs.load(arch).multimodal[0].model_type]().to_dict()
-    assert read_model(archs.load(arch), config) == read_model(archs.load(arch), CLASSES[arch]().to_dict())
+@pytest.mark.parametrize("kind", WHOLE)
+def test_every_key_that_transformers_writes_beside_the_text_model_is_understood(kind):
+    config, named = transformers.CONFIG_MAPPING[kind]().to_dict(), archs.load(WHOLE[kind])
+    assert read_model(named, config) == read_model(named, config["text_config"])
 
 
 @pytest.mark.parametrize("arch", CLASSES)
@@ -75,9 +75,9 @@ def test_the_tiny_config_means_to_transformers_what_it_means_here(arch):
     assert read_model(archs.load(arch), written) == read(arch)
 
 
-@pytest.mark.parametrize("arch", WHOLE)
-def test_a_text_model_is_the_same_alone_and_in_a_multimodal_config(arch):
-    assert read_whole(arch) == read(arch)
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_text_model_is_the_same_alone_and_in_a_multimodal_config(kind):
+    assert read_whole(kind) == read(WHOLE[kind])
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *WITH_MORE_KEYS])

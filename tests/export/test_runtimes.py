@@ -207,7 +207,7 @@ def test_a_tool_that_rewrites_the_file_leaves_its_numbers(
     check(run(tmp_path / "model.onnx", tmp_path)[1], tiny_checkpoint(arch), folder)
 
 
-# Runs the model in argv[1] on the arrays in argv[2]; its first output to argv[3]. Prints the version that did.
+# Runs a model of pictures in argv[1] on the arrays in argv[2], writes its first output to argv[3], prints its version.
 SEE = """
 import sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])

@@ -21,8 +21,9 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError
 from llmexport.export.graph_file import load
 from llmexport.run import engine
+from llmexport.run.checks import check_prompt, run_again_at
 from llmexport.run.errors import RunError
-from llmexport.run.session import RuntimeSession, check_prompt, decode, greedy, opened, opening, run_again_at
+from llmexport.run.session import RuntimeSession, decode, greedy, opened, opening
 from llmexport.validate.runners import onnx_runner
 
 STEPS = 64

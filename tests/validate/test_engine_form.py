@@ -76,6 +76,28 @@ def test_an_engine_that_does_not_take_the_prompt_is_not_run(folder: Path, monkey
     assert (rung.status, rung.note) == ("not run", "prompt: sequence is 67, the engine takes 1 to 16")
 
 
+SEES = PROFILE | {
+    "tiles": (1, 4, 4),
+    "features": (1, 36, 36),
+    "spliced": (0, 36, 36),
+    "features_times_4": (4, 144, 144),
+    "images": (1, 3, 4),
+}
+
+
+@pytest.mark.parametrize(("change", "note"), [
+    ({}, ""),
+    ({"tiles": (1, 3, 3)}, "prompt: tiles is 4, the engine takes 1 to 3"),
+    ({"spliced": (1, 36, 36)}, "decode 1: spliced is 0, the engine takes 1 to 36"),
+])  # fmt: skip
+def test_an_engine_takes_the_pictures_of_a_prompt_and_none_in_later_steps(
+    change: dict[str, Sizes], note: str, exported, tmp_path: Path, monkeypatch
+) -> None:
+    folder = Path(shutil.copytree(exported("llama4", part="all"), tmp_path / "export"))
+    [rung] = climb(folder, monkeypatch, profile=SEES | change).rungs
+    assert (rung.status, rung.note) == ("not run" if note else "pass", note)
+
+
 def unable(folder: Path) -> str:
     return engine_form.unable(manifest.read(folder))
 

@@ -201,7 +201,7 @@ def test_a_strayed_token_puts_steps_that_read_it_off_and_no_others(
     noise: dict[int, float], tolerance: Tolerance, status: str
 ) -> None:
     right = run_of({})
-    found = judge.compare_runs("x", SCRIPT, right, run_of(noise), tolerance, [right])
+    found = judge.compare_runs("x", SCRIPT, right, run_of(noise), {"logits": tolerance}, [right])
     assert found.status == status
 
 
@@ -221,5 +221,5 @@ def test_wrong_caches_are_found_though_tokens_may_stray(arch: str, exported, tmp
 def test_a_rung_says_when_16_bits_are_too_few_to_tell() -> None:
     right, rough = run_of({}), run_of(dict.fromkeys(range(4), 0.4))
     for yardstick, said in ((rough, True), (right, False)):
-        rung = judge.compare_runs("x", SCRIPT, right, rough, DENSE, [yardstick])
+        rung = judge.compare_runs("x", SCRIPT, right, rough, {"logits": DENSE}, [yardstick])
         assert (rung.status, rung.note.startswith("tells little")) == ("fail", said)

@@ -3,6 +3,7 @@ dimensions, LayerNorm, a pixel shuffle."""
 
 from __future__ import annotations
 
+from llmexport.export.archs.towers.llama4_files import BESIDE, WORDS
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
@@ -24,20 +25,6 @@ from llmexport.export.wiring import Wiring
 
 EPSILON = 1e-5  # of all its norms, whatever norm_eps says
 LAYER = "vision_model.model.layers.{i}."
-
-TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}<|header_start|>{{ message.role }}<|header_end|>{{ '\\n\\n' }}
-{%- if message.content is string %}{{ message.content }}
-{%- else %}
-{%- for part in message.content %}
-{%- if part.type == 'text' %}{{ part.text }}
-{%- else %}{{ '<|' + part.type + '|>' }}
-{%- endif %}
-{%- endfor %}
-{%- endif %}<|eot|>
-{%- endfor %}
-{%- if add_generation_prompt %}<|header_start|>assistant<|header_end|>{{ '\\n\\n' }}{%- endif %}"""
 
 
 def build(config: Config, beside: Config, width: int) -> tuple[Graph, Splice]:
@@ -133,34 +120,6 @@ TOWER = Tower(
         "boi_token_index": 251,
         "eoi_token_index": 252,
     },
-    words={
-        "<|begin_of_text|>": 243,
-        "<|eot|>": 244,
-        "<|header_start|>": 245,
-        "<|header_end|>": 246,
-        "<|image|>": 247,
-        "<|tile_x_separator|>": 248,
-        "<|tile_y_separator|>": 249,
-        "<|patch|>": 250,
-        "<|image_start|>": 251,
-        "<|image_end|>": 252,
-    },
-    beside={
-        "preprocessor_config.json": {
-            "image_processor_type": "Llama4ImageProcessor",
-            "processor_class": "Llama4Processor",
-            "size": {"height": 24, "width": 24},
-            "max_patches": 4,
-        },
-        "processor_config.json": {
-            "processor_class": "Llama4Processor",
-            "patch_size": 4,
-            "pixel_shuffle_ratio": 0.5,
-            "fake_image_token": "<|image|>",
-            "image_token": "<|image|>",
-        },
-        "generation_config.json": {"bos_token_id": 243, "eos_token_id": 244},
-        "tokenizer_config.json": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>", "pad_token": "<|eot|>"},
-        "chat_template.jinja": TEMPLATE,
-    },
+    words=WORDS,
+    beside=BESIDE,
 )

@@ -74,8 +74,7 @@ def build(config: Config, beside: Config, width: int) -> tuple[Graph, Splice]:
         hidden, heads, heads, size, qkv_bias=True, out_bias=True, fused=True, cached=False, axes=(1, axis)
     )
     activation = config.choice("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh")
-    intermediate = config.length("intermediate_size", 4304)
-    mlp = Mlp(hidden, intermediate, activation, bias=True, gated=False, axes=(1, axis))
+    mlp = Mlp(hidden, config.length("intermediate_size", 4304), activation, bias=True, gated=False, axes=(1, axis))
     layer = Layer((Sublayer("self_attn", attention, norm), Sublayer("mlp", mlp, norm)))
     theta = config.rotary(size, types={"axial": "default", "default": "default"}).theta
     rotary, mask = PatchRotary(size, theta, axis), SegmentMask(axis)
