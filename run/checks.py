@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from llmexport.export.assembly import parts
 from llmexport.export.exported import Export
-from llmexport.export.spec import Attention, Block, Layer, LongScaling, Rotary, Sublayer
+from llmexport.export.spec import Attention, LongScaling, Rotary
 from llmexport.run.errors import RunError
 from llmexport.validate.feeds import beside, limits, sees
 from llmexport.validate.pictures import Pictures, sight
@@ -68,7 +69,7 @@ def check_patches(export: Export, pictures: Pictures) -> None:
     if pictures.grids is None:
         return
     height, width = max(((int(h), int(w)) for _, h, w in pictures.grids), key=lambda size: size[0] * size[1])
-    blocks = [s.block for g in export.graphs if sees(g) for layer in g.assembly.steps for s in sublayers(layer.block)]
+    blocks = [p.block for g in export.graphs if sees(g) for step in g.assembly.steps for p in parts(step)]
     heads = max((b.heads for b in blocks if isinstance(b, Attention)), default=1)
     least, there = 4 * heads * (height * width) ** 2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if least > there:
@@ -76,7 +77,3 @@ def check_patches(export: Export, pictures: Pictures) -> None:
             f"a picture of {height} x {width} patches takes {least / 1e9:.3g} GB of memory, this machine has "
             f"{there / 1e9:.3g} GB: give a smaller one, or lower longest_edge in preprocessor_config.json"
         )
-
-
-def sublayers(block: Block) -> tuple[Sublayer, ...]:
-    return block.sublayers if isinstance(block, Layer) else ()

@@ -27,6 +27,7 @@ class EngineSession(ArraySession):
         super().__init__(export)
         if reason := unable(export):
             raise EngineError(reason)
+        self._seeing = sight(export.blocks)
         self.runners = {g.name: EngineRunner(export, g) for g in export.graphs}
 
     def __enter__(self) -> EngineSession:
@@ -46,7 +47,7 @@ class EngineSession(ArraySession):
 
     @property
     def at_once(self) -> tuple[int, int]:
-        profile, seen = engine_record.read(self._export.folder).profile, sight(self._export.blocks)
+        profile, seen = engine_record.read(self._export.folder).profile, self._seeing
         frames = min((profile[n][2] for n in (IMAGES, TILES) if n in profile), default=MOST_FRAMES)
         takes = profile[FEATURES][2] * seen.merge**2 if seen and seen.merge and FEATURES in profile else MOST_PATCHES
         return min(takes, MOST_PATCHES), frames
@@ -59,7 +60,7 @@ class EngineSession(ArraySession):
 
     def _sizes(self, stage: Stage) -> Iterator[Mapping[str, int]]:
         """The sizes of a stage, with those of each call that sees some of its pictures."""
-        seen, pictures = sight(self._export.blocks), stage.pictures
+        seen, pictures = self._seeing, stage.pictures
         if seen is None or pictures is None:
             yield stage.sizes | (seen.sizes(None) if seen else {})
             return

@@ -20,7 +20,7 @@ from llmexport.export.multimodal import outer_of
 from llmexport.export.values import one_line
 from llmexport.plugins.regular import read_regular
 from llmexport.run.errors import RunError
-from llmexport.validate.pictures import Pictures, Sight, sight
+from llmexport.validate.pictures import Pictures, Sight, frames_of, sight
 
 # What the processors of transformers are made of.
 NEEDED = {"transformers": "transformers", "PIL": "pillow", "torchvision": "torchvision"}
@@ -214,13 +214,12 @@ def _frames(pixels: np.ndarray, grids: np.ndarray, merge: int) -> Iterator[Pictu
     if len(pixels) != grids.prod(1).sum():
         raise RunError(_disagrees(f"makes {len(pixels)} patches, its grids are of {grids.prod(1).sum()}"))
     at = 0
-    for frames, height, width in grids.tolist():
+    for _, height, width in frames_of(grids).tolist():
         if height % merge or width % merge:
             raise RunError(_disagrees(f"makes {height} x {width} patches, of which {merge} x {merge} make a token"))
-        for _ in range(frames):
-            end = at + height * width
-            yield Pictures(pixels[at:end], np.array([(1, height, width)]))
-            at = end
+        end = at + height * width
+        yield Pictures(pixels[at:end], np.array([(1, height, width)]))
+        at = end
 
 
 def _disagrees(how: str) -> str:

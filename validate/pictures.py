@@ -45,7 +45,7 @@ class Pictures:
         if self.grids is None:
             held, grids = np.ones(len(self.pixels), np.int64), None
         else:
-            grids = np.repeat(self.grids * (0, 1, 1) + (1, 0, 0), self.grids[:, 0], 0)
+            grids = frames_of(self.grids)
             held = grids.prod(1)
         start, at = 0, 0
         for end in range(1, len(held) + 1):
@@ -54,6 +54,11 @@ class Pictures:
                 continue
             yield Pictures(self.pixels[at : at + size], None if grids is None else grids[start:end])
             start, at = end, at + size
+
+
+def frames_of(grids: np.ndarray) -> np.ndarray:
+    """The grids of images, and of each frame of a video alone [frames, 3]."""
+    return np.repeat(grids * (0, 1, 1) + (1, 0, 0), grids[:, 0], 0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Sight:
         """How many tokens each picture takes, or each frame of one, or each tile."""
         if pictures.grids is None:
             return [self.tile] * len(pictures)
-        return [h * w // self.merge**2 for t, h, w in pictures.grids.tolist() for _ in range(t)]
+        return [h * w // self.merge**2 for _, h, w in frames_of(pictures.grids).tolist()]
 
     def sizes(self, pictures: Pictures | None) -> dict[str, int]:
         """The sizes of axes where a model sees these; of those of its tower none, where it sees nothing."""
@@ -144,7 +149,7 @@ def smallest(seen: Sight, pictures: Pictures) -> Pictures:
 def patch_places(grids: np.ndarray, merge: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each patch of a packed row: its row and column [2, N], how many of them its picture has [2, N], and the number
     of its frame [N]. `merge` x `merge` neighbours follow each other."""
-    frames = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
+    frames = [(h, w) for _, h, w in frames_of(grids).tolist()]
     order = [np.arange(h * w).reshape(h // merge, merge, w // merge, merge).swapaxes(1, 2).ravel() for h, w in frames]
     places = [np.stack(np.divmod(o, w)) for o, (_, w) in zip(order, frames, strict=True)]
     held = [h * w for h, w in frames]
@@ -161,7 +166,7 @@ def mrope_positions(
     the largest of them. mask [B, T] is 0 for padding, whose positions are 0. Raises ValueError where a run of such
     tokens is not as long as its picture.
     """
-    frames = [(int(h) // merge, int(w) // merge) for t, h, w in grids for _ in range(int(t))]
+    frames = [(h // merge, w // merge) for _, h, w in frames_of(grids).tolist()]
     positions = np.zeros((3, *ids.shape), np.int64)
     seen = 0
     for row, line in enumerate(ids):

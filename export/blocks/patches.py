@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.context import inverse_frequencies
 from llmexport.export.blocks.norm import Norm
 
 
@@ -69,9 +70,8 @@ class PatchRotary(nn.Module):
     def __init__(self, block: spec.PatchRotary, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        half = block.size // 2
         with torch.device("cpu"):
-            self.register_buffer("steps", 1.0 / (block.theta ** (torch.arange(0, half, 2).float() / half)))
+            self.register_buffer("steps", inverse_frequencies(spec.Rotary(block.size // 2, block.theta)))
 
     def forward(self, places: Tensor) -> tuple[Tensor, Tensor]:
         angles = places.unsqueeze(-1).float() * self.steps

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.context import inverse_frequencies
 
 
 class TileEmbedding(nn.Module):
@@ -29,9 +30,9 @@ class TileRotary(nn.Module):
     def __init__(self, block: spec.TileRotary, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        half, side = block.size // 2, block.side
+        side = block.side
         with torch.device("cpu"):
-            steps = 1.0 / (block.theta ** (torch.arange(0, half, 2).float() / half))
+            steps = inverse_frequencies(spec.Rotary(block.size // 2, block.theta))
             patch = torch.arange(side**2).unsqueeze(1)
             angles = torch.cat(((patch % side + 1) * steps, (patch // side + 1) * steps), -1)
             self.register_buffer("angles", torch.cat((angles, torch.zeros_like(angles[:1]))))

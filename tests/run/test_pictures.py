@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,20 @@ import numpy as np
 import PIL.Image
 import pytest
 from arch_cases import others_slow
+from polygraphy.backend.onnxrt import OnnxrtRunner
 
 from llmexport.export import manifest, onnx_file, random_checkpoint
 from llmexport.export.archs import choose, load
 from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import EngineError
+from llmexport.export.graph_file import load as load_graph
+from llmexport.run import engine
 from llmexport.run.checks import check_patches
 from llmexport.run.errors import RunError
 from llmexport.run.pictures import check_installed
-from llmexport.run.session import MOST_FRAMES, MOST_PATCHES, RuntimeSession, opening
+from llmexport.run.session import MOST_FRAMES, MOST_PATCHES, RuntimeSession, opened, opening
 from llmexport.validate.pictures import Pictures, sight
+from llmexport.validate.runtime import open_session
 
 ARCHS = ("qwen3_5_moe", "llama4", "qwen3_5")
 ROOT = Path(__file__).parents[2]
@@ -248,3 +254,36 @@ def test_pictures_that_are_seen_some_at_a_time_give_what_all_give_at_once(arch, 
     monkeypatch.setattr("llmexport.run.session.MOST_PATCHES", 20)
     monkeypatch.setattr("llmexport.run.session.MOST_FRAMES", 2)
     assert np.abs(session.run(stage) - scores).max() < 1e-5
+
+
+def test_an_engine_sees_no_more_at_once_than_its_profile_takes(made, monkeypatch) -> None:
+    """In the place of TensorRT's runner stands ONNX Runtime's, and of engine.json a profile."""
+    export = manifest.read(made("qwen3_5_moe")[1])
+    seen = sight(export.blocks)
+    assert seen
+    grids = np.array([(3, 4, 4), (1, 6, 4)])
+    pixels = np.random.default_rng(0).standard_normal((72, *seen.pixels.shape[1:]), np.float32)
+    pictures, image = Pictures(pixels, grids), seen.tokens[0]
+    ids = np.array([[*itertools.chain(*([1, *[image] * n] for n in (4, 4, 4, 6))), 2]])
+    stage, calls = opening(ids, pictures, seen), list[int]()
+
+    class Runner(OnnxrtRunner):
+        def infer_impl(self, feed_dict):
+            calls.extend(len(feed_dict[n]) for n in feed_dict if n == "grid_thw")
+            return super().infer_impl(feed_dict)
+
+    def runner(export, graph):
+        return Runner(open_session(load_graph(export, graph), export.folder))
+
+    profile = {"images": (1, 1, 2), "features": (1, 8, 8), "spliced": (0, 8, 18)}
+    record = types.SimpleNamespace(profile=profile)
+    monkeypatch.setattr(engine, "EngineRunner", runner)
+    monkeypatch.setattr(engine, "unable", lambda export: "")
+    monkeypatch.setattr("llmexport.export.engine_record.read", lambda folder: record)
+    with opened(export, "engine") as session:
+        assert np.abs(session.run(stage) - RuntimeSession(export).run(stage)).max() < 1e-5
+        assert calls == [2, 1, 1]
+        for axis, size in (("features", 6), ("spliced", 18)):
+            record.profile = profile | {axis: (0, 1, size - 1)}
+            with pytest.raises(EngineError, match=f"{axis} is {size}, the engine takes"):
+                session.run(stage)
