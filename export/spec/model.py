@@ -189,6 +189,8 @@ class Arch:
     built-in config. `multimodal` are the kinds of checkpoint that the model is published in beside its own. A base
     model's checkpoint, which has no head, leaves `base` out where a name starts with it.
     `overflows_float16` says, where published checkpoints are known to overflow float16, which do and how it shows.
+    `adds` says in a few words what its blocks have that Llama's have not, and `system` what the documents that this
+    project began with call it, if they name it.
     """
 
     model_types: tuple[str, ...]
@@ -203,6 +205,8 @@ class Arch:
     multimodal: tuple[Multimodal, ...] = ()
     base: str = "model."
     overflows_float16: str = ""
+    adds: str = ""
+    system: str = ""
     name: str = ""  # of its data file
 
 
