@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 
 from llmexport.export import archs, output, random_checkpoint, trace
 from llmexport.export.cli import deploy
-from llmexport.export.cli.archs import types
 from llmexport.export.cli.console import Console
 from llmexport.export.cli.main import COMMANDS
 from llmexport.export.errors import EngineError
@@ -344,34 +343,6 @@ def test_json_is_all_that_stdout_holds(run: Run, checkpoint: Path) -> None:
     assert json.loads(out)["arch"] == "gemma"
     _, out, _ = run("archs", "--json")
     assert {a["arch"] for a in json.loads(out)} >= {"gemma", "llama", "mistral", "qwen2"}
-
-
-def test_architectures_say_which_multimodal_types_are_exported_whole(run: Run) -> None:
-    _, out, _ = run("archs", "--json")
-    found = {a["arch"]: a["multimodal"] for a in json.loads(out)}
-    assert (found["qwen3_5"], found["qwen3"], found["llama"]) == ({"qwen3_5": "all"}, {"qwen3_vl": "text"}, {})
-    _, table, _ = run("archs")
-    assert "qwen3_vl (text)" in table
-
-
-def readme_rows() -> list[str]:
-    """README's table of architectures, as the data files say it: the systems of the documents, then the others."""
-    cells = ("`--arch`", "system", "model_type", "what it adds", "held against")
-    rows = [cells, ("---",) * len(cells)]
-    for arch in sorted(map(archs.load, archs.names()), key=lambda a: not a.system):
-        rows.append((f"`{arch.name}`", arch.system, types(arch), arch.adds, arch.reference.model_class))
-    return [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
-
-
-def test_readme_lists_the_architectures_as_their_files_say() -> None:
-    lines = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
-    first = lines.index(readme_rows()[0])
-    found = lines[first : lines.index("", first)]
-    assert found == readme_rows(), "\n".join(("README.md's table should be", *readme_rows()))
-
-
-def test_an_architecture_says_what_it_adds_in_one_short_line() -> None:
-    assert [n for n in archs.names() if not 0 < len(archs.load(n).adds) <= 100] == []
 
 
 def test_json_errors_are_json_too(run: Run) -> None:
