@@ -94,6 +94,12 @@ CASES = (
         "use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": True, "decoder_sparse_step": 2,
         "mlp_only_layers": [],
     }),
+    Case("deepseek_v3", "deepseek_v3"),
+    Case("deepseek_v3", "deepseek_v3-no-groups-bias", {
+        "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False,
+        "norm_topk_prob": False, "first_k_dense_replace": 0, "n_shared_experts": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    }),
     Case("bert", "bert"),
     Case("bert", "bert-relu-untied", {
         "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
