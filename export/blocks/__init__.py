@@ -12,6 +12,7 @@ from llmexport.export.blocks.bias import Alibi
 from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
+from llmexport.export.blocks.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.moe import Experts, Moe, Router, SharedExpert
@@ -78,9 +79,11 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
     spec.Experts: Experts,
+    spec.FilteredAttention: FilteredAttention,
     spec.GatedDeltaNet: GatedDeltaNet,
     spec.GatedNorm: GatedNorm,
     spec.Head: Head,
+    spec.LocalizedFilter: LocalizedFilter,
     spec.Mask: Mask,
     spec.Mlp: Mlp,
     spec.Moe: Moe,
