@@ -9,6 +9,7 @@ from llmexport.export.spec import (
     CausalConv,
     Embedding,
     Experts,
+    FilteredAttention,
     GatedDeltaNet,
     GatedNorm,
     Head,
@@ -17,6 +18,7 @@ from llmexport.export.spec import (
     Layer,
     LinearScaling,
     Llama3Scaling,
+    LocalizedFilter,
     LongScaling,
     Mask,
     Mlp,
@@ -37,6 +39,8 @@ from llmexport.export.spec import (
 
 NORM = Norm(64, 1e-6)
 ATTENTION = Attention(64, 4, 2, 16)
+FILTER = LocalizedFilter(NORM)
+FILTERED = FilteredAttention(64, 4, 4, 16, filter=FILTER)
 MLP = Mlp(64, 128, "silu")
 ROUTER = Router(64, 8, 2, "softmax")
 EXPERTS = Experts(64, 32, 8, 2, bias=True)
@@ -106,6 +110,8 @@ BLOCKS = [
         parted=True,
         keys=Keys(64),
     ),
+    *each(FILTER, norm=Norm(32, 1e-6)),
+    *each(FILTERED, filter=LocalizedFilter(Norm(64, 1e-5))),
     *each(CausalConv(96, 4), channels=64, kernel=3),
     *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5),
     *each(DELTA_NET, hidden=32, key_heads=4, key_size=8, value_heads=8, value_size=16, kernel=3, epsilon=1e-5),

@@ -27,6 +27,7 @@ from llmexport.export.spec import (
     CausalConv,
     Embedding,
     Experts,
+    FilteredAttention,
     GatedDeltaNet,
     GatedNorm,
     Head,
@@ -35,6 +36,7 @@ from llmexport.export.spec import (
     Layer,
     LinearScaling,
     Llama3Scaling,
+    LocalizedFilter,
     LongScaling,
     Mask,
     Mixer,
@@ -90,6 +92,7 @@ CLAMPED = Experts(
     64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, transposed=True, interleaved=True, bias=True, scale_input=False
 )
 MXFP4 = Experts(64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, storage=Mxfp4())
+FILTER = LocalizedFilter(Norm(34, 1e-6))
 BIASED = Attention(33, 6, 2, 10, rotated=0, biased=True)
 PARALLEL = decoder_layer(LAYER_NORM, BIASED, LAYER_NORM, SILU_MLP, parallel=True)
 DEEP_NORM = Layer(
@@ -168,6 +171,10 @@ CASES = [
     (dataclasses.replace(LATENT, query=None, bias=True, parted=False, interleaved=True), "float32"),
     (dataclasses.replace(LATENT, turned=False), "float32"),
     (dataclasses.replace(LATENT, keys=ALL), "float32"),
+    (FILTER, "float32"),
+    (FILTER, "float16"),
+    (FilteredAttention(34, 4, 4, 10, filter=FILTER), "float32"),
+    (FilteredAttention(34, 4, 4, 10, filter=FILTER, keys=ALL), "float32"),
     (CausalConv(33, 4), "float32"),
     (CausalConv(33, 2), "float16"),
     (GatedNorm(6, 7, 1e-6), "float32"),
