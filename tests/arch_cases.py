@@ -109,6 +109,14 @@ CASES = (
         "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True,
         "n_inner": 96, "activation_function": "relu", "tie_word_embeddings": False,
     }),
+    Case("openai_gpt", "openai_gpt"),
+    Case("gpt_neo", "gpt_neo"),
+    Case("opt", "opt"),
+    Case("opt", "opt-350m", {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
+    Case("opt", "opt-galactica", {
+        "activation_function": "gelu", "enable_bias": False, "layer_norm_elementwise_affine": False,
+    }),
+    Case("starcoder2", "starcoder2"),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for

@@ -30,6 +30,7 @@ WRITTEN = [
     ("gemma2", {"sliding_window_size": 8, "_attn_implementation": "eager", "attn_implementation": "eager"}),
     ("phi3", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}),
     ("qwen3", {"num_labels": 2, "language_model_only": False, "mlp_only_layers": [], "num_experts": 0}),
+    ("gpt2", {"hidden_size": 64, "n_ctx": 512, "n_special": 0, "predict_special_tokens": True, "pruned_heads": {}}),
     ("qwen3", {"num_hidden_layers": 3.0, "head_dim": 16.0}),
 ]
 
@@ -71,7 +72,9 @@ def test_transformers_computes_the_same_decoder_whatever_its_config_says_of_enco
     second.load_state_dict(first.state_dict())
     ids = torch.randint(3, 256, (1, 20))
     with torch.no_grad():
-        made = [m(ids[:, 15:], past_key_values=m(ids[:, :15]).past_key_values).logits for m in (first, second)]
+        # GPT has no cache.
+        caches = [getattr(m(ids[:, :15]), "past_key_values", None) for m in (first, second)]
+        made = [m(ids[:, 15:], past_key_values=c).logits for m, c in zip((first, second), caches, strict=True)]
     assert torch.equal(*made)
 
 
@@ -91,6 +94,7 @@ def test_a_feature_at_the_value_that_changes_nothing_is_passed_over(key):
             ("num_experts", 8), ("mlp_bias", 0), ("output_gate_type", "silu"), ("unsloth", True),
         )),
         ("gemma2", {"sliding_window_size": 9}, "sliding_window_size=9"),
+        ("gpt2", {"hidden_size": 65}, "hidden_size=65"),
         ("llama", {"sliding_window_size": 8}, "sliding_window_size=8"),
         ("llama", {"sliding_window": 8}, "sliding_window=8"),
         ("llama", {"sliding_window": 8, "use_sliding_window": True}, "sliding_window=8, use_sliding_window=True"),
