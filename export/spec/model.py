@@ -166,15 +166,19 @@ class Multimodal:
 
 @dataclass(frozen=True)
 class Reference:
-    """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output."""
+    """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output.
+
+    `attention` is which of its implementations does.
+    """
 
     model_class: str
     outputs: Mapping[str, str]
+    attention: str = "eager"
 
 
-def causal_lm(model_class: str) -> Reference:
+def causal_lm(model_class: str, attention: str = "eager") -> Reference:
     """The reference of a model whose logits are those of the next token."""
-    return Reference(model_class, MappingProxyType({"logits": "logits"}))
+    return Reference(model_class, MappingProxyType({"logits": "logits"}), attention)
 
 
 @dataclass(frozen=True)
