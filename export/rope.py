@@ -33,6 +33,7 @@ def read(
     original: int | None = None,
     layer_kind: str | None = None,
     theta_key: str = "rope_theta",
+    partial_key: str = "partial_rotary_factor",
 ) -> Rotary:
     """RoPE, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` and the like.
 
@@ -40,14 +41,14 @@ def read(
     say; an architecture that knows no shares or sections gives none, and a config with any is refused. `types` maps the
     types that the architecture knows to their names here. `original` is the length before LongRoPE's stretch, if the
     config says it elsewhere. `layer_kind`: which entry of `rope_parameters` to read, where each kind of layer has its
-    own. `theta_key`: top-level key that old configs use for theta. Raises ExportError on a type or key of RoPE that is
+    own. `theta_key` and `partial_key`: top-level keys that old configs use for theta and for the share. Raises ExportError on a type or key of RoPE that is
     not known.
     """
     keys = _shared(config) if layer_kind is None else _of_kind(config, layer_kind)
     theta = as_positive(theta_key, _one(config, keys, "rope_theta", theta_key, theta))
     if theta <= 1:
         raise ExportError(f"config.json: {theta_key} is {theta}, expected a number above 1")
-    size = head_size if partial is None else _rotated(config, keys, head_size, partial)
+    size = head_size if partial is None else _rotated(config, keys, head_size, partial, partial_key)
     sections = _sections(keys, sections) if sections else ()
     if original is not None and keys.setdefault(ORIGINAL, original) != original:
         raise ExportError(f"config.json says {ORIGINAL} twice, {show(keys[ORIGINAL])} and {original}: remove one")
@@ -68,12 +69,11 @@ def read(
     return Rotary(size, theta, scaling, sections)
 
 
-def _rotated(config: Config, keys: dict[str, Any], head_size: int, partial: float) -> int:
+def _rotated(config: Config, keys: dict[str, Any], head_size: int, partial: float, key: str) -> int:
     """How many dimensions of a head are rotated."""
-    name = "partial_rotary_factor"
-    share = as_positive(name, _one(config, keys, name, name, partial))
+    share = as_positive(key, _one(config, keys, "partial_rotary_factor", key, partial))
     if share > 1:
-        raise ExportError(f"config.json: partial_rotary_factor is {share}, a share of the head is at most 1")
+        raise ExportError(f"config.json: {key} is {share}, a share of the head is at most 1")
     return int(head_size * share)
 
 

@@ -117,6 +117,26 @@ CASES = (
         "activation_function": "gelu", "enable_bias": False, "layer_norm_elementwise_affine": False,
     }),
     Case("starcoder2", "starcoder2"),
+    Case("bloom", "bloom"),
+    Case("bloom", "bloom-normed-residual", {
+        "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False, "n_head": 4,
+    }),
+    Case("falcon", "falcon"),
+    Case("falcon", "falcon-40b", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    Case("falcon", "falcon-11b", {
+        "new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1,
+        "tie_word_embeddings": False,
+    }),
+    Case("falcon", "falcon-rw", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    Case("gpt_neox", "gpt_neox"),
+    Case("gpt_neox", "gpt_neox-serial", {
+        "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_fast", "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+    }),
+    Case("phi", "phi"),
+    Case("phi", "phi-qk-norm", {"qk_layernorm": True, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    Case("stablelm", "stablelm"),
+    Case("stablelm", "stablelm-12b", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": False}),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for

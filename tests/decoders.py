@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import onnxruntime
 import torch
 import transformers
 
-from llmexport.export import manifest
+from llmexport.export import archs, manifest
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.tolerance import tolerance
@@ -76,9 +77,11 @@ class Decoder:
                 for n, p in self.ports.items()
                 if n in self.carried
             }
-        if len(self.ports["position_ids"].shape) == 3 and positions.ndim == 2:
+        ported = self.ports.get("position_ids")
+        if ported and len(ported.shape) == 3 and positions.ndim == 2:
             positions = np.broadcast_to(positions, (3, *positions.shape))
-        feed = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, **self.past}
+        feed = {"input_ids": ids, "attention_mask": mask, **self.past}
+        feed |= {"position_ids": positions} if ported else {}
         if self.torch:
             outputs = self.torch.infer(feed, check_inputs=False)
         else:
@@ -98,7 +101,8 @@ class Decoder:
 
 @functools.cache
 def reference(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    attention = archs.choose(None, json.loads((folder / "config.json").read_bytes())).reference.attention
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     return model.eval()
 
 

@@ -72,18 +72,19 @@ class Transformers:
     """The model as transformers runs it, from the weights in the export: the reference that nobody here wrote.
 
     It carries its own cache from stage to stage, and begins a crossing with the random keys and values that our
-    runners read; a model without a cache there runs the whole row at every stage. A multimodal model is given pictures as its processor gives them, and counts their positions itself.
+    runners read; a model without a cache there runs the whole row at every stage. A multimodal model is given pictures
+    as its processor gives them, and counts their positions itself. `fast`: it computes attention as it chooses to.
     Raises Refused where it cannot say what is right.
     """
 
-    def __init__(self, export: Export, *, attention: str | None = "eager", last: bool = False) -> None:
+    def __init__(self, export: Export, *, fast: bool = False, last: bool = False) -> None:
         if refusal := unable():
             raise Refused(refusal)
         if unknown := [p.name for p in beside(export)]:
             raise Refused(f"nobody knows what transformers calls {', '.join(unknown)}")
         self.seconds = 0.0
         self._export = export
-        self._model = _load(export, attention)
+        self._model = _load(export, None if fast else export.reference.attention)
         carried = {n for g in export.graphs for n in g.carried}
         ports = [p for g in export.graphs for p in g.assembly.inputs if p.name not in carried]
         # A model without RoPE reads no positions.

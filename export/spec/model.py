@@ -179,16 +179,18 @@ class Reference:
     """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output.
 
     Unless it is `cached`, it keeps nothing of a step for the next one, as our graph does: a row is run whole each time.
+    `attention` is which of its implementations does.
     """
 
     model_class: str
     outputs: Mapping[str, str]
     cached: bool = True
+    attention: str = "eager"
 
 
-def causal_lm(model_class: str) -> Reference:
+def causal_lm(model_class: str, attention: str = "eager") -> Reference:
     """The reference of a model whose logits are those of the next token."""
-    return Reference(model_class, MappingProxyType({"logits": "logits"}))
+    return Reference(model_class, MappingProxyType({"logits": "logits"}), attention=attention)
 
 
 @dataclass(frozen=True)
