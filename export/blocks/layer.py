@@ -32,6 +32,7 @@ class Layer(nn.Module):
             mixed, *more = made if isinstance(made, tuple) else (made,)
             others += more
             hidden = self._norm(sublayer, "sum_norm", hidden + self._norm(sublayer, "output_norm", mixed))
+        hidden = hidden if self.block.scale == 1.0 else hidden * self.block.scale
         return (hidden, *others) if others else hidden
 
     def _norm(self, sublayer: spec.Sublayer, place: str, x: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ from llmexport.export.spec.patches import (
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.spec.wkv import ChannelMix, ShiftMixer, TimeMix
 
 __all__ = [
     "ANY_FLOAT",
@@ -94,6 +95,7 @@ __all__ = [
     "BidirectionalMask",
     "Block",
     "CausalConv",
+    "ChannelMix",
     "Dim",
     "Embedding",
     "Experts",
@@ -131,6 +133,7 @@ __all__ = [
     "Scaling",
     "SegmentMask",
     "SharedExpert",
+    "ShiftMixer",
     "Sizes",
     "Slots",
     "Span",
@@ -143,6 +146,7 @@ __all__ = [
     "Temperature",
     "TileEmbedding",
     "TileRotary",
+    "TimeMix",
     "Tower",
     "Use",
     "YarnScaling",

@@ -33,13 +33,15 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Layer(Block):
-    """Sublayers one after the other; `parallel`: all read the layer's input, through the first one's input norm.
+    """Sublayers one after the other; `parallel`: all read the layer's input, through the first one's input norm. What
+    comes out is multiplied by `scale`.
 
     The first input and output of a sublayer's block are hidden states; its others are the layer's.
     """
 
     sublayers: tuple[Sublayer, ...]
     parallel: bool = False
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.parallel and any(s.input_norm for s in self.sublayers[1:]):

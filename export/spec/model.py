@@ -156,10 +156,15 @@ class Multimodal:
 
 @dataclass(frozen=True)
 class Reference:
-    """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output."""
+    """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output.
+
+    `state` is what a class that keeps no cache calls what it carries, in its call and in its output: it knows nothing
+    of padding, and is right for one row alone.
+    """
 
     model_class: str
     outputs: Mapping[str, str]
+    state: str = ""
 
 
 def causal_lm(model_class: str) -> Reference:

@@ -17,7 +17,7 @@ def fake(
     denominator: Tensor,
     maximum: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(key), *(torch.empty_like(s) for s in (numerator, denominator, maximum))
+    return torch.empty_like(key), torch.empty_like(numerator), torch.empty_like(numerator), torch.empty_like(numerator)
 
 
 @op(
@@ -67,24 +67,21 @@ def wkv(
     exponent overflows. A denominator of 0 says that no token was seen, whatever the other two are, so that zeros begin
     a sequence; behind a token it is at least 1. All is computed in fp32, y rounded once.
     """
-    decay = -time_decay.exp()
-    most = torch.where(denominator == 0, NOTHING, maximum)
-    states = (torch.where(denominator == 0, 0, numerator), denominator.clone(), most)
-    y = torch.empty_like(key)
+    decay, y = -time_decay.exp(), torch.empty_like(key)
+    n, d = torch.where(denominator == 0, 0, numerator), denominator.clone()
+    m = torch.where(denominator == 0, NOTHING, maximum)
     for t in range(key.shape[1]):
         k, v = key[:, t].float(), value[:, t].float()
-        read, weight, _ = _added(states, k + time_first, v)
+        read, weight, _ = _added(n, d, m, k + time_first, v)
         y[:, t] = (read / weight).to(y.dtype)
-        *sums, most = states
-        after = _added((*sums, most + decay), k, v)
+        after = _added(n, d, m + decay, k, v)
         seen = present[:, t : t + 1] != 0
-        states = tuple(torch.where(seen, new, old) for new, old in zip(after, states, strict=True))
-    return y, *states
+        n, d, m = (torch.where(seen, new, old) for new, old in zip(after, (n, d, m), strict=True))
+    return y, n, d, m
 
 
-def _added(states: tuple[Tensor, ...], exponent: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+def _added(n: Tensor, d: Tensor, m: Tensor, exponent: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The states with a term of this exponent."""
-    numerator, denominator, most = states
-    largest = torch.maximum(most, exponent)
-    old, new = (most - largest).exp(), (exponent - largest).exp()
-    return old * numerator + new * v, old * denominator + new, largest
+    largest = torch.maximum(m, exponent)
+    old, new = (m - largest).exp(), (exponent - largest).exp()
+    return old * n + new * v, old * d + new, largest

@@ -1,0 +1,79 @@
+"""RWKV-4 (transformers modeling_rwkv.py): no attention, but a decaying mean of all values, carried in five states."""
+
+from llmexport.export.config import Config
+from llmexport.export.spec import (
+    Arch,
+    ChannelMix,
+    Embedding,
+    Head,
+    Layer,
+    Model,
+    Norm,
+    Presence,
+    Reference,
+    Sublayer,
+    TimeMix,
+)
+from llmexport.export.stack import wired
+
+
+def build(config: Config) -> Model:
+    hidden, layers = config.length("hidden_size"), config.count("num_hidden_layers")
+    vocabulary, intermediate = config.length("vocab_size"), _width(config, 4 * hidden)
+    # transformers carries states of the hidden size alone.
+    config.expect("attention_hidden_size", hidden, None)
+    config.get("context_length", None)
+    norm = Norm(hidden, config.number("layer_norm_epsilon", 1e-5), statistics="layer", bias=True)
+    # Hidden states are halved behind every so many layers, and what is added to them is made so much smaller.
+    every = _rescaled(config)
+
+    def layer(i: int) -> Layer:
+        scale = 0.5 ** (i // every) if every else 1.0
+        halved = bool(every) and (i + 1) % every == 0
+        time, channel = TimeMix(hidden, scale), ChannelMix(hidden, scale, intermediate)
+        sublayers = (Sublayer("attention", time, norm), Sublayer("feed_forward", channel, norm))
+        return Layer(sublayers, scale=0.5 if halved else 1.0)
+
+    embedding = Embedding(vocabulary, hidden, norm=norm)
+    # The last norm has the epsilon of its class, whatever the config says of the others.
+    head = Head(Norm(hidden, 1e-5, statistics="layer", bias=True), vocabulary)
+    tied = config.flag("tie_word_embeddings")
+    return wired(embedding, [(layer(i), (Presence(),)) for i in range(layers)], head, tied=tied, slots=config.slots)
+
+
+def _width(config: Config, absent: int) -> int:
+    """How many keys a channel mix has; null says what no key says."""
+    return absent if config.get("intermediate_size", None) is None else config.length("intermediate_size")
+
+
+def _rescaled(config: Config) -> int:
+    """After how many layers each hidden states are halved; 0: never."""
+    return max(0, config.integer("rescale_every", 6, least=-(2**31)))
+
+
+ARCH = Arch(
+    model_types=("rwkv",),
+    reference=Reference("RwkvForCausalLM", {"logits": "logits"}, state="state"),
+    build=build,
+    names={
+        "embedding.": "rwkv.embeddings.",
+        "embedding.norm.": "rwkv.blocks.0.pre_ln.",
+        "layers.{i}.": "rwkv.blocks.{i}.",
+        "layers.{i}.attention_input_norm.": "rwkv.blocks.{i}.ln1.",
+        "layers.{i}.feed_forward_input_norm.": "rwkv.blocks.{i}.ln2.",
+        "head.norm.": "rwkv.ln_out.",
+        "head.projection.": "head.",
+    },
+    base="rwkv.",
+    tiny={
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "attention_hidden_size": 64,
+        "num_hidden_layers": 4,
+        "context_length": 512,
+        "rescale_every": 2,
+        "layer_norm_epsilon": 1e-3,
+        "tie_word_embeddings": False,
+    },
+)
