@@ -109,6 +109,17 @@ class Config:
         if not any(same(found, v) for v in values):
             raise ExportError(f"config.json: {key} is {show(found)}, only {show(values[0])} is supported here")
 
+    def expect_code(self, known: Mapping[str, str]) -> None:
+        """Refuses a checkpoint that brings other code than the architecture's; no code of a checkpoint is ever run.
+
+        `known` is what its auto_map says, by the classes of transformers.
+        """
+        found = self.get("auto_map", {})
+        # A model that was loaded from the hub and saved names the repository of its code too, before `--`.
+        if not isinstance(found, dict) or any(known.get(k) != str(v).rpartition("--")[2] for k, v in found.items()):
+            code = " and ".join(dict.fromkeys(v.partition(".")[0] for k, v in known.items() if "Tokenizer" not in k))
+            raise ExportError(f"config.json: auto_map is {show(found)}, only the code of {code} is supported here")
+
     def layer_types(self, choices: Mapping[str, Any], derived: Sequence[str]) -> tuple[Any, ...]:
         """What `choices` says of every layer's kind; `derived` are the kinds where the config does not list them."""
         layers, kinds = self.count("num_hidden_layers"), self.get("layer_types", None)

@@ -45,6 +45,10 @@ TINY = MappingProxyType(
 )
 
 ACTIVATIONS = MappingProxyType({"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf"})
+# Those of MLPs without a gate.
+PLAIN = MappingProxyType(
+    {**ACTIVATIONS, "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
+)
 
 
 @dataclass(frozen=True)

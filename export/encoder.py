@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from llmexport.export.config import Config
+from llmexport.export.decoder import PLAIN
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
     Attention,
@@ -37,17 +38,6 @@ TINY = MappingProxyType(
     }
 )
 
-ACTIVATIONS = MappingProxyType(
-    {
-        "gelu": "gelu_erf",
-        "gelu_new": "gelu_tanh",
-        "gelu_pytorch_tanh": "gelu_tanh",
-        "relu": "relu",
-        "silu": "silu",
-        "swish": "silu",
-    }
-)
-
 
 def names(base: str) -> dict[str, str]:
     """The published names of BERT's body and of its like, which start with `base`."""
@@ -73,7 +63,7 @@ def post_norm(config: Config) -> Model:
     hidden, heads = config.length("hidden_size"), config.count("num_attention_heads")
     if hidden % heads:
         raise ExportError(f"config.json: hidden_size {hidden} is not a multiple of {heads} attention heads")
-    activation = config.choice("hidden_act", ACTIVATIONS, "gelu")
+    activation = config.choice("hidden_act", PLAIN, "gelu")
     normed = Norm(hidden, config.number("layer_norm_eps", 1e-12), statistics="layer", bias=True)
     attention = Attention(hidden, heads, heads, hidden // heads, qkv_bias=True, out_bias=True, rotated=0, cached=False)
     mlp = Mlp(hidden, config.length("intermediate_size"), activation, bias=True, gated=False)

@@ -6,7 +6,20 @@ import dataclasses
 from collections.abc import Iterable
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import MOST, WRITTEN, Attention, Block, Keys, Layer, Mask, Presence, Slots, Span, Temperature
+from llmexport.export.spec import (
+    MOST,
+    WRITTEN,
+    Alibi,
+    Attention,
+    Block,
+    Keys,
+    Layer,
+    Mask,
+    Presence,
+    Slots,
+    Span,
+    Temperature,
+)
 
 Reads = tuple[Block, ...]
 FEWEST = 16  # slots; fewer leave no room for a prompt and the steps that an export is compared over
@@ -36,7 +49,7 @@ def slots_of(blocks: Iterable[Block]) -> int | None:
 
 def _static(block: Block, keys: Keys) -> Block:
     match block:
-        case Mask() | Span():
+        case Mask() | Span() | Alibi():
             return dataclasses.replace(block, keys=keys)
         case Temperature() | Presence():
             return dataclasses.replace(block, static=True)

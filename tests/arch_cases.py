@@ -103,6 +103,12 @@ CASES = (
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
+# Families that are tested whole in every session: each form of a block occurs in one of them. The first case of every
+# other one meets transformers in every session (`every_family`), and its other tests are slow.
+EVERY_TIME = frozenset({
+    "bert", "cohere", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_oss", "llama", "llama4", "mistral",
+    "mixtral", "olmo", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5", "qwen3_5_moe",
+})  # fmt: skip
 # one case an architecture
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]
 # Those whose multimodal checkpoints are exported whole: the text model, and what sees.
@@ -111,6 +117,14 @@ TOWERS = tuple(c for c in FIRST if any(m.tower for m in archs.load(c.arch).multi
 IN_FP16, IN_BF16 = FIRST[::2], FIRST[1::2]
 # Each of them in one dtype, and every dtype in some.
 ONCE = tuple((case, ("float32", "bfloat16", "float16", "float32")[i % 4]) for i, case in enumerate(FIRST))
+
+
+def in_each_dtype(
+    cases: Sequence[Case], dtypes: Sequence[str] = ("float32", "float16", "bfloat16")
+) -> list[tuple[Case, str]]:
+    """Each case in each dtype; of a family that is not tested whole in every session, in the one of ONCE."""
+    once = {c.arch: d if d in dtypes else dtypes[0] for c, d in ONCE}
+    return [(c, d) for d in dtypes for c in cases if c.arch in EVERY_TIME or d == once[c.arch]]
 
 
 def carries(case: Case) -> bool:

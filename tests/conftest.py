@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
-from arch_cases import CASES, Case
+from arch_cases import CASES, EVERY_TIME, FIRST, Case
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -38,13 +38,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test with its tiers, and as slow where nvcc has to compile the whole library; the rest is quick."""
+    """Marks each test with its tiers; the rest is quick. It is slow where nvcc has to compile the whole library, and
+    where it asks more of a family than every session does."""
     for item in items:
         used = TIERS.keys() & {*getattr(item, "fixturenames", ()), *vars(getattr(item, "module", object))}
         for mark in {TIERS[name] for name in used} | {"slow" for name in used if name == "cuda_library"}:
             item.add_marker(mark)
+        if not item.get_closest_marker("quick") and used and _asks_more(item):
+            item.add_marker("slow")
         if not NOT_QUICK & {mark.name for mark in item.iter_markers()}:
             item.add_marker("quick")
+
+
+def _asks_more(item: pytest.Item) -> bool:
+    """Whether a test is of a family that is not tested whole in every session, and makes no claim on every family."""
+    params = vars(getattr(item, "callspec", object)).get("params", {})
+    cases = [c for value in params.values() for c in (value if isinstance(value, tuple) else (value,))]
+    later = [c for c in cases if isinstance(c, Case) and c.arch not in EVERY_TIME]
+    return bool(later) and not (item.get_closest_marker("every_family") and {*later} <= {*FIRST})
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,6 +12,7 @@ from llmexport.export.exported import Export
 from llmexport.export.spec import (
     BATCH,
     IMAGES,
+    MOST,
     PAST,
     SEQUENCE,
     SPLICED,
@@ -70,12 +71,13 @@ def beside(export: Export) -> tuple[Port, ...]:
 
 
 def limits(blocks: Collection[Block]) -> dict[Use, int]:
-    """How many ids there are of each use, so that every block takes them: words, kinds of tokens, experts."""
+    """How many ids there are of each use, so that every block takes them: words, types, positions, experts."""
     tables = [b for b in blocks if isinstance(b, Embedding)]
     experts = [b.experts for b in blocks if isinstance(b, Experts)]
     found: dict[Use, int] = {
         "tokens": min((b.vocabulary for b in tables), default=100),
         "token_types": min((b.types for b in tables if b.types), default=1),
+        "positions": min((b.placed for b in tables if b.placed), default=MOST),
     }
     return found | ({"routing_experts": min(experts)} if experts else {})
 
@@ -110,7 +112,7 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
             case "token_types":
                 value = random.integers(0, below[port.use], shape)
             case "positions":
-                value = np.broadcast_to(sizes[PAST] + np.arange(shape[-1]), shape)
+                value = np.broadcast_to(sizes[PAST] + np.arange(shape[-1]), shape) % below[port.use]
             case "padding":
                 # On the left, of another length in each row, and after the first row.
                 value = np.arange(shape[1]) >= 2 * np.arange(shape[0])[:, None]
@@ -122,6 +124,9 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = np.full(shape, sizes[PAST])
             case "mask" if _merged(port):
                 value = np.broadcast_to(segments[:, None] == segments, shape)
+            case "bias":
+                seen = np.tri(shape[2], shape[3], k=shape[3] - shape[2], dtype=bool)
+                value = np.where(seen, random.standard_normal(shape), np.finfo(np.float16).min)
             case "mask":
                 value = np.broadcast_to(np.tri(shape[2], shape[3], k=shape[3] - shape[2]), shape)
             case "span_start":

@@ -11,6 +11,7 @@ import numpy as np
 from llmexport.export.exported import Export
 from llmexport.export.spec import (
     BATCH,
+    MOST,
     PAST,
     SEQUENCE,
     WRITTEN,
@@ -118,12 +119,16 @@ def runs_at(stage: Stage, graph: Graph) -> bool:
     return stage.begins or bool(graph.carried) or any(map(along_step, graph.assembly.inputs))
 
 
-def opening(ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None, name: str = "prompt") -> Stage:
+def opening(
+    ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None, name: str = "prompt", places: int = MOST
+) -> Stage:
     """The stage of a prompt [B, T], whose mask is 1 for a token and 0 for padding.
 
-    Positions count tokens only; those of the first row begin at 0, of others far from it.
+    Positions count tokens only; those of the first row begin at 0, of others far from it, as far as the model has so
+    many `places`, and steps after the prompt some.
     """
-    shift = SHIFT * np.arange(len(ids))[:, None]
+    room = max(places - ids.shape[1] - DECODE_STEPS - PIECE, 0)
+    shift = np.minimum(SHIFT * np.arange(len(ids)), room)[:, None]
     positions = np.maximum(mask.cumsum(-1) - 1, 0) + shift
     return Stage(name, "opening", ids, positions, mask, np.zeros_like(ids) if types is None else types)
 
@@ -152,7 +157,8 @@ def prompt(model: Assembly | Export, *, batch: int = 2, tokens: int | None = Non
         for token, count in own:
             ids[row, at : at + count] = token
             at += count + GAP
-    stage = opening(ids, mask, random.integers(0, below["token_types"], ids.shape, np.int64))
+    types = random.integers(0, below["token_types"], ids.shape, np.int64)
+    stage = opening(ids, mask, types, places=below["positions"])
     return with_pictures(stage, seen, pictures) if seen and pictures else stage
 
 
@@ -213,7 +219,8 @@ def crossing(model: Assembly | Export, at: int, seed: int = 0) -> Stage:
     text = words(model.blocks)
     ids = text[np.random.default_rng(seed).integers(0, len(text), (1, CROSSING))]
     past = max(at - BEFORE, 0)
-    # No step goes beyond a static cache.
-    ids = ids[:, : (slots_of(model.blocks) or past + CROSSING) - past]
+    # No step goes beyond a static cache, or a table of positions.
+    past = max(min(past, limits(model.blocks)["positions"] - CROSSING), 0)
+    ids = ids[:, : min(slots_of(model.blocks) or MOST, limits(model.blocks)["positions"]) - past]
     mask = np.ones((1, past + ids.shape[1]), np.int64)
     return Stage(f"across {at}", "crossing", ids, past + np.arange(ids.shape[1])[None], mask, np.zeros_like(ids))

@@ -2,12 +2,11 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
-from llmexport.export.values import show
 
 # The first releases called LongRoPE by other names.
 ROPE = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
+# Microsoft's code, which transformers took over.
 CODE = {
     "AutoConfig": "configuration_phi3.Phi3Config",
     "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
@@ -22,22 +21,16 @@ def build(config: Config) -> Model:
     rotary = config.rotary(d.head_size, partial=1.0, types=ROPE, original=original)
     norm = d.norm(1e-5)
     config.expect("attention_bias", False)
-    check_code(config)
+    config.expect_code(CODE)
     layer = decoder_layer(norm, d.attention(fused=True, rotated=rotary.size), norm, d.mlp(fused=True))
     reads = (rotary, Mask(config.window("sliding_window", absent=None)))
     return d.model([(layer, reads)] * d.layers, norm, tied=False)
 
 
-def check_code(config: Config) -> None:
-    """Refuses a checkpoint that brings other code than Microsoft's, which transformers took over."""
-    found = config.get("auto_map", {})
-    # A model that was loaded from the hub and saved names the repository of its code too, before `--`.
-    if not isinstance(found, dict) or any(CODE.get(k) != str(v).rpartition("--")[2] for k, v in found.items()):
-        raise ExportError(f"config.json: auto_map is {show(found)}, only the code of Phi-3 is supported here")
-
-
 ARCH = Arch(
     model_types=("phi3",),
+    system="Phi-3",
+    adds="fused projections, LongRoPE",
     reference=causal_lm("Phi3ForCausalLM"),
     build=build,
     names=NAMES,

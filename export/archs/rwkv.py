@@ -29,10 +29,10 @@ def build(config: Config) -> Model:
 
     def layer(i: int) -> Layer:
         scale = 0.5 ** (i // every) if every else 1.0
-        halved = bool(every) and (i + 1) % every == 0
+        halved = 0.5 if every and (i + 1) % every == 0 else 1.0
         time, channel = TimeMix(hidden, scale), ChannelMix(hidden, scale, intermediate)
-        sublayers = (Sublayer("attention", time, norm), Sublayer("feed_forward", channel, norm))
-        return Layer(sublayers, scale=0.5 if halved else 1.0)
+        second = Sublayer("feed_forward", channel, norm, scale=halved, kept=halved)
+        return Layer((Sublayer("attention", time, norm), second))
 
     embedding = Embedding(vocabulary, hidden, norm=norm)
     # The last norm has the epsilon of its class, whatever the config says of the others.
@@ -53,6 +53,8 @@ def _rescaled(config: Config) -> int:
 
 ARCH = Arch(
     model_types=("rwkv",),
+    system="RWKV (ChatRWKV)",
+    adds="no attention: a decaying mean of values with a running maximum, shifted tokens, five states of one size",
     reference=Reference("RwkvForCausalLM", {"logits": "logits"}, state="state"),
     build=build,
     names={

@@ -8,6 +8,7 @@ from torch import nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
+from llmexport.export.blocks.bias import Alibi
 from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
@@ -50,6 +51,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return Embedding(block, dtype)
         case spec.Layer():
             return Layer(block, _module, dtype)
+        case spec.Alibi():
+            return Alibi(block, dtype)
         case spec.Rotary():
             return Rotary(block, dtype)
         case spec.PatchRotary():

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.linear import linear
 from llmexport.export.blocks.norm import Norm
 from llmexport.export.blocks.standard import attention, tensor_scatter
 from llmexport.plugins.rope import rope
@@ -15,13 +16,14 @@ class Attention(nn.Module):
         super().__init__()
         self.block = block
         hidden, q_width, kv_width = block.hidden, block.heads * block.head_size, block.kv_heads * block.head_size
+        turn = block.transposed
         if block.fused:
-            self.qkv_proj = nn.Linear(hidden, q_width + 2 * kv_width, bias=block.qkv_bias)
+            self.qkv_proj = linear(hidden, q_width + 2 * kv_width, block.qkv_bias, turn)
         else:
-            self.q_proj = nn.Linear(hidden, q_width * (1 + block.output_gate), bias=block.qkv_bias)
-            self.k_proj = nn.Linear(hidden, kv_width, bias=block.qkv_bias)
-            self.v_proj = nn.Linear(hidden, kv_width, bias=block.qkv_bias)
-        self.o_proj = nn.Linear(q_width, hidden, bias=block.out_bias)
+            self.q_proj = linear(hidden, q_width * (1 + block.output_gate), block.qkv_bias, turn)
+            self.k_proj = linear(hidden, kv_width, block.qkv_bias, turn)
+            self.v_proj = linear(hidden, kv_width, block.qkv_bias, turn)
+        self.o_proj = linear(q_width, hidden, block.out_bias, turn)
         for name, norm in block.qk_norms.items():
             self.add_module(name, Norm(norm))
         if block.sinks:
@@ -47,7 +49,7 @@ class Attention(nn.Module):
             span = (given["start"], given["length"])
             mixed = sink_attention(q, key, value, *span, sinks, scale, block.softcap, block.window)
         else:
-            mixed = attention(q, key, value, given.get("mask"), scale)
+            mixed = attention(q, key, value, given.get("bias" if block.biased else "mask"), scale)
         batch, sequence, _ = normed.shape
         mixed = mixed.transpose(1, 2).reshape(batch, sequence, block.heads * block.head_size)
         attended: Tensor = self.o_proj(mixed if gate is None else mixed * torch.sigmoid(gate))
@@ -59,7 +61,11 @@ class Attention(nn.Module):
         """q, k, v as [B, T, heads, D], and the output gate [B, T, H * D] if there is one."""
         block, gate = self.block, None
         size = block.head_size
-        if block.fused:
+        if block.grouped:
+            together = block.heads // block.kv_heads
+            rows = self.qkv_proj(normed).unflatten(-1, (block.kv_heads, together + 2, size))
+            q, k, v = (x.flatten(2) for x in rows.split([together, 1, 1], -2))
+        elif block.fused:
             widths = [n * size for n in (block.heads, block.kv_heads, block.kv_heads)]
             q, k, v = self.qkv_proj(normed).split(widths, -1)
         else:

@@ -89,7 +89,7 @@ def _axes(block: spec.Rotary) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor(chosen), len(block.sections)).T
 
 
-def _slots(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+def slots_of_step(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     """The cache slots of this step's tokens [T]."""
     total, sequence = attention_mask.shape[1], input_ids.shape[1]
     return torch.arange(sequence, device=input_ids.device) + (total - sequence)
@@ -112,7 +112,7 @@ class Mask(nn.Module):
 
     def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
         keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        slots = _slots(attention_mask, input_ids)
+        slots = slots_of_step(attention_mask, input_ids)
         queries = slots.unsqueeze(1)
         visible = torch.logical_and((attention_mask != 0).unsqueeze(1), keys <= queries)
         if self.window is not None or self.chunk is not None:
@@ -156,7 +156,9 @@ class Temperature(nn.Module):
 
     def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
         running = tokens_up_to(attention_mask)
-        counted = leading_padding(running).unsqueeze(1) + running.index_select(1, _slots(attention_mask, input_ids))
+        counted = leading_padding(running).unsqueeze(1) + running.index_select(
+            1, slots_of_step(attention_mask, input_ids)
+        )
         return temperature(counted, self.block)
 
 
@@ -172,7 +174,7 @@ class Presence(nn.Module):
 
     def forward(self, attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         # Not a slice, whose length a trace cannot tell from the mask's.
-        present = (attention_mask.index_select(1, _slots(attention_mask, input_ids)) != 0).to(torch.int64)
+        present = (attention_mask.index_select(1, slots_of_step(attention_mask, input_ids)) != 0).to(torch.int64)
         running = present.cumsum(1)
         tokens, leading = present.sum(1), leading_padding(running)
         end = (present * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).amax(1)

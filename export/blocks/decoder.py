@@ -17,14 +17,19 @@ class Embedding(nn.Module):
         self.scale = float(torch.tensor(block.scale, dtype=dtype, device="cpu"))
         self.types = nn.Embedding(block.types, block.hidden) if block.types else None
         self.positions = nn.Embedding(block.positions, block.hidden) if block.positions else None
+        self.offset, self.names = block.offset, [p.name for p in block.inputs]
         self.norm = Norm(block.norm) if block.norm else None
 
-    def forward(self, input_ids: Tensor, *token_type_ids: Tensor) -> Tensor:
+    def forward(self, *read: Tensor) -> Tensor:
+        given = dict(zip(self.names, read, strict=True))
+        input_ids = given["input_ids"]
         hidden = F.embedding(input_ids, self.weight)
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
         if self.types:
-            hidden = hidden + self.types(*token_type_ids)
-        if self.positions:
+            hidden = hidden + self.types(given["token_type_ids"])
+        if self.positions and self.offset is not None:
+            hidden = hidden + self.positions(given["position_ids"] + self.offset)
+        elif self.positions:
             # Not a slice, which ends with the table and lets longer rows read too little.
             hidden = hidden + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
         return self.norm(hidden) if self.norm else hidden

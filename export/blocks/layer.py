@@ -23,18 +23,26 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
         """`read` is what the sublayers read besides hidden states, in the order of the layer's ports."""
         given = dict(zip(self.ports[1:], read, strict=True))
-        normed = self._norm(self.block.sublayers[0], "input_norm", hidden)
+        entered, parallel = hidden, self.block.parallel
+        normed = first = self._norm(self.block.sublayers[0], "input_norm", entered)
         others: list[Tensor] = []
         for i, sublayer in enumerate(self.block.sublayers):
-            if i and not self.block.parallel:
-                normed = self._norm(sublayer, "input_norm", hidden)
+            if i:
+                own = sublayer.input_norm or not parallel
+                normed = self._norm(sublayer, "input_norm", entered if parallel else hidden) if own else first
             made = getattr(self, sublayer.name)(normed, *(given[p.name] for p in sublayer.block.inputs[1:]))
             mixed, *more = made if isinstance(made, tuple) else (made,)
             others += more
-            hidden = self._norm(sublayer, "sum_norm", hidden + self._norm(sublayer, "output_norm", mixed))
-        hidden = hidden if self.block.scale == 1.0 else hidden * self.block.scale
+            mixed = self._norm(sublayer, "output_norm", mixed)
+            kept = normed if sublayer.from_normed else hidden
+            total = _times(kept, sublayer.kept) + _times(mixed, sublayer.scale)
+            hidden = self._norm(sublayer, "sum_norm", total)
         return (hidden, *others) if others else hidden
 
     def _norm(self, sublayer: spec.Sublayer, place: str, x: Tensor) -> Tensor:
         name = f"{sublayer.name}_{place}"
         return getattr(self, name)(x) if name in sublayer.norms else x
+
+
+def _times(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x * scale

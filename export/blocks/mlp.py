@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.linear import linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "gelu_erf": F.gelu,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -21,17 +23,21 @@ class Mlp(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[block.activation]
         self.block = block
+        hidden, intermediate, bias, turn = block.hidden, block.intermediate, block.bias, block.transposed
         if block.fused:
-            self.gate_up_proj = nn.Linear(block.hidden, 2 * block.intermediate, bias=block.bias)
+            self.gate_up_proj = linear(hidden, 2 * intermediate, bias, turn)
         else:
             if block.gated:
-                self.gate_proj = nn.Linear(block.hidden, block.intermediate, bias=block.bias)
-            self.up_proj = nn.Linear(block.hidden, block.intermediate, bias=block.bias)
-        self.down_proj = nn.Linear(block.intermediate, block.hidden, bias=block.bias)
+                self.gate_proj = linear(hidden, intermediate, bias, turn)
+            self.up_proj = linear(hidden, intermediate, bias, turn)
+        self.down_proj = linear(intermediate, hidden, bias, turn)
 
     def forward(self, normed: Tensor) -> Tensor:
         if not self.block.gated:
-            return self.down_proj(self.activation(self.up_proj(normed)))
-        fused = self.block.fused
-        gate, up = self.gate_up_proj(normed).chunk(2, -1) if fused else (self.gate_proj(normed), self.up_proj(normed))
-        return self.down_proj(self.activation(gate) * up)
+            mixed = self.activation(self.up_proj(normed))
+        else:
+            fused = self.block.fused
+            both = self.gate_up_proj(normed).chunk(2, -1) if fused else (self.gate_proj(normed), self.up_proj(normed))
+            mixed = self.activation(both[0]) * both[1]
+        down: Tensor = self.down_proj(mixed)
+        return down

@@ -13,10 +13,12 @@ class Router(nn.Linear):
     def __init__(self, block: spec.Router) -> None:
         super().__init__(block.hidden, block.experts, bias=block.bias)
         self.block = block
+        self.correction = nn.Parameter(torch.empty(block.experts)) if block.correction else None
 
     def forward(self, normed: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        block = self.block
-        return moe_route(super().forward(normed), None, block.top_k, block.scoring, block.renormalise, 1.0, 1, 1)
+        block, logits = self.block, super().forward(normed)
+        chosen = (block.top_k, block.scoring, block.renormalise, block.scale, block.groups, block.groups_kept)
+        return moe_route(logits, self.correction, *chosen)
 
 
 class Experts(nn.Module):

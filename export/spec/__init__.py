@@ -25,6 +25,7 @@ from llmexport.export.spec.axis import (
     summands,
     with_sums,
 )
+from llmexport.export.spec.bias import Alibi
 from llmexport.export.spec.block import DTYPES, OPSET, Block, Dim, Port, State, Use
 from llmexport.export.spec.context import (
     BidirectionalMask,
@@ -88,6 +89,7 @@ __all__ = [
     "TOTAL",
     "WRITTEN",
     "Activation",
+    "Alibi",
     "Arch",
     "Assembly",
     "Attention",

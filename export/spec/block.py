@@ -25,6 +25,7 @@ Use = Literal[
     "padding_length",  # how many slots of a row are before its first token
     "past_length",  # how many were written before this step
     "mask",  # which keys each query sees
+    "bias",  # what is added to the logits of attention, far below all of them where a query does not see a key
     "span_start",  # where the keys of a row begin
     "span_length",  # where they end
     "presence",  # 1 for a token, 0 for padding, along this step
@@ -138,6 +139,7 @@ def state(name: str, past: tuple[Dim, ...], present: tuple[Dim, ...], dtype: str
 
 
 INPUT_IDS = Port("input_ids", (BATCH, SEQUENCE), "int64", "tokens")
+POSITION_IDS = Port("position_ids", (BATCH, SEQUENCE), "int64", "positions")
 TOKEN_TYPE_IDS = Port("token_type_ids", (BATCH, SEQUENCE), "int64", "token_types")
 ATTENTION_MASK = Port("attention_mask", (BATCH, TOTAL), "int64", "padding")
 SLOT_MASK = Port("attention_mask", (BATCH, WRITTEN), "int64", "padding")

@@ -11,14 +11,15 @@ from llmexport.export.errors import ExportError
 from llmexport.export.spec.block import BATCH, SEQUENCE, Block, Dim, Port, hidden
 from llmexport.export.spec.storage import Plain, Storage, Stored
 
-Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "swiglu_clamped"]
+Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "swiglu_clamped"]
 
 
 @dataclass(frozen=True)
 class Mlp(Block):
     """Gated MLP (arXiv 2002.05202): down(activation(gate(x)) * up(x)). `fused`: gate and up are one matrix.
 
-    Unless `gated`, it is down(activation(up(x))). `axes` are those of rows and of tokens.
+    Unless `gated`, it is down(activation(up(x))). `transposed`: matrices are [in, out] (Conv1D, modeling_gpt2.py).
+    `axes` are those of rows and of tokens.
     """
 
     hidden: int
@@ -27,6 +28,7 @@ class Mlp(Block):
     bias: bool = False
     fused: bool = False
     gated: bool = True
+    transposed: bool = False
     axes: tuple[Dim, Dim] = (BATCH, SEQUENCE)
 
     @property
@@ -40,7 +42,11 @@ class Mlp(Block):
 
 @dataclass(frozen=True)
 class Router(Block):
-    """Which `top_k` of the experts a token goes to, and with what weight (the MoeRoute op)."""
+    """Which `top_k` of the experts a token goes to, and with what weight (the MoeRoute op).
+
+    `correction`: experts are chosen by score plus one number each, which their weights leave out. Of `groups` of
+    experts, `groups_kept` are eligible. `scale` multiplies the weights (modeling_deepseek_v3.py).
+    """
 
     hidden: int
     experts: int
@@ -48,10 +54,25 @@ class Router(Block):
     scoring: Literal["softmax", "softmax_top_k", "sigmoid"]
     renormalise: bool = False
     bias: bool = False
+    correction: bool = False
+    groups: int = 1
+    groups_kept: int = 1
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:
             raise ExportError(f"config.json: num_experts_per_tok is {self.top_k}, there are {self.experts} experts")
+        if self.experts % self.groups or (self.groups > 1 and self.experts < 2 * self.groups):
+            raise ExportError(f"config.json: {self.experts} experts are not {self.groups} groups of two or more")
+        if not 1 <= self.groups_kept <= self.groups:
+            raise ExportError(
+                f"config.json: topk_group is {self.groups_kept}, there are {self.groups} groups of experts"
+            )
+        if self.top_k > self.groups_kept * self.experts // self.groups:
+            raise ExportError(
+                f"config.json: num_experts_per_tok is {self.top_k}, the {self.groups_kept} groups that a token may "
+                f"choose from have {self.groups_kept * self.experts // self.groups} experts"
+            )
 
     @property
     def inputs(self) -> tuple[Port, ...]:

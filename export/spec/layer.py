@@ -15,7 +15,9 @@ class Sublayer:
     """x + output_norm(block(input_norm(x))), then sum_norm of that: a norm that is None is not there.
 
     Pre-norm layers have the first (Llama), sandwich norms the first two (modeling_gemma2.py), OLMo 2 the second
-    alone, BERT the third alone.
+    alone, BERT the third alone. `scale` multiplies what is added to x (modeling_granite.py), and `kept` multiplies x
+    (DeepNorm, arXiv 2203.00555). `from_normed`: input_norm(x) takes the place of x in the sum, too (modeling_bloom.py,
+    apply_residual_connection_post_layernorm).
     """
 
     name: str
@@ -23,6 +25,9 @@ class Sublayer:
     input_norm: Norm | None = None
     output_norm: Norm | None = None
     sum_norm: Norm | None = None
+    scale: float = 1.0
+    kept: float = 1.0
+    from_normed: bool = False
 
     @property
     def norms(self) -> Mapping[str, Norm]:
@@ -33,19 +38,18 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Layer(Block):
-    """Sublayers one after the other; `parallel`: all read the layer's input, through the first one's input norm. What
-    comes out is multiplied by `scale`.
+    """Sublayers one after the other; `parallel`: all read the layer's input, those without an input norm of their own
+    through the first one's.
 
     The first input and output of a sublayer's block are hidden states; its others are the layer's.
     """
 
     sublayers: tuple[Sublayer, ...]
     parallel: bool = False
-    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.parallel and any(s.input_norm for s in self.sublayers[1:]):
-            raise ValueError("parallel sublayers read one input norm, the first one's")
+        if self.parallel and any(s.from_normed or s.kept != 1.0 for s in self.sublayers):
+            raise ValueError("what parallel sublayers give is added to the layer's input as it is")
         read = {p for s in self.sublayers for p in s.block.inputs[1:]}
         if len(read) > len({p.name for p in read}):
             raise ValueError(f"two sublayers read different ports of one name, of {sorted(p.name for p in read)}")

@@ -89,7 +89,10 @@ class Attention(Mixer):
 
     The first `rotated` dimensions of a head turn (None: all, 0: none), pairwise interleaved or by halves.
     `qk_norm` applies to every head of q and k, with one weight for all heads, one for each ("each_head") or over all
-    at once ("all_heads", modeling_olmo2.py). `fused`: q, k and v are one matrix. `clip` bounds q, k and v.
+    at once ("all_heads", modeling_olmo2.py). `fused`: q, k and v are one matrix, one after the other; or, if `grouped`,
+    group by group of the queries that share a key: queries, key, value (modeling_bloom.py, modeling_falcon.py).
+    `transposed`: matrices are [in, out] (Conv1D, modeling_gpt2.py). `clip` bounds q, k and v. `biased`: in place of a
+    mask it reads what is added to the logits, as ALiBi is.
     `output_gate`: the q projection holds, head by head, q and a gate whose sigmoid multiplies the head's output.
     `axes`, where it is not cached, are those of rows and of tokens; unless `masked`, a token sees all of its row.
     `temperature` scales q. `scale` is that of the logits (None: head_size ** -0.5).
@@ -101,6 +104,8 @@ class Attention(Mixer):
     qkv_bias: bool = False
     out_bias: bool = False
     fused: bool = False
+    grouped: bool = False
+    transposed: bool = False
     rotated: int | None = None
     interleaved: bool = False
     qk_norm: Norm | None = None
@@ -116,6 +121,7 @@ class Attention(Mixer):
     cached: bool = True
     keys: Keys | None = None
     masked: bool = True
+    biased: bool = False
     axes: tuple[Dim, Dim] = (BATCH, SEQUENCE)
 
     def __post_init__(self) -> None:
@@ -127,6 +133,8 @@ class Attention(Mixer):
             )
         if self.cached and (not self.masked or self.axes != (BATCH, SEQUENCE)):
             raise ValueError("attention without a mask, or along axes of its own, has no cache")
+        if (self.biased and (self.spans or not self.masked)) or (self.grouped and not self.fused):
+            raise ValueError("only a mask can be a bias, and only a fused matrix be grouped")
 
     @property
     def along(self) -> tuple[Dim, Dim]:
@@ -151,7 +159,8 @@ class Attention(Mixer):
             ports.append(Port("length", (rows,), "int32", "span_length"))
         elif self.masked:
             keys = self.keys.axis if self.keys else TOTAL if self.cached else tokens
-            ports.append(Port("mask", (rows, 1, tokens, keys), "bool", "mask"))
+            bias = Port("bias", (rows, self.heads, tokens, keys), use="bias")
+            ports.append(bias if self.biased else Port("mask", (rows, 1, tokens, keys), "bool", "mask"))
         if self.temperature:
             ports.append(Port("temperature", (BATCH, SEQUENCE), "float32", "temperature"))
         if self.scatters:

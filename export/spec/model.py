@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from llmexport.export.spec.axis import BATCH, SEQUENCE
-from llmexport.export.spec.block import INPUT_IDS, TOKEN_TYPE_IDS, Block, Port, hidden
+from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE
+from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, TOKEN_TYPE_IDS, Block, Port, hidden
 from llmexport.export.spec.context import Keys, LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from llmexport.export.spec.feed_forward import Activation
 from llmexport.export.spec.graph import Graph, Step
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class Embedding(Block):
     """Token embedding, times `scale` rounded to the model's dtype (modeling_gemma.py).
 
-    An encoder adds one for each of `types` of tokens and one for each of `positions`, which count from 0 whatever is
-    padding, then norms the sum (modeling_bert.py). 0 and None: there are none.
+    It adds one for each of `types` of tokens and one for each of `positions`, then norms the sum (modeling_bert.py).
+    0 and None: there are none. Positions count from 0 whatever is padding; or, with an `offset`, they are position_ids
+    and the rows of the table begin that much earlier (modeling_opt.py).
     """
 
     vocabulary: int
@@ -36,10 +37,17 @@ class Embedding(Block):
     types: int = 0
     positions: int = 0
     norm: Norm | None = None
+    offset: int | None = None
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (INPUT_IDS, TOKEN_TYPE_IDS) if self.types else (INPUT_IDS,)
+        types, positions = (TOKEN_TYPE_IDS,) * bool(self.types), (POSITION_IDS,) * bool(self.placed)
+        return (INPUT_IDS, *types, *positions)
+
+    @property
+    def placed(self) -> int:
+        """How many position_ids there are; 0 where it reads none."""
+        return self.positions - self.offset if self.positions and self.offset is not None else 0
 
     @property
     def outputs(self) -> tuple[Port, ...]:
@@ -51,6 +59,8 @@ class Embedding(Block):
 
     @property
     def most(self) -> Mapping[str, int]:
+        if self.placed:
+            return {SEQUENCE: self.placed, PAST: self.placed - 1}
         return {SEQUENCE: self.positions} if self.positions else {}
 
 
@@ -184,6 +194,8 @@ class Arch:
     built-in config. `multimodal` are the kinds of checkpoint that the model is published in beside its own. A base
     model's checkpoint, which has no head, leaves `base` out where a name starts with it.
     `overflows_float16` says, where published checkpoints are known to overflow float16, which do and how it shows.
+    `adds` says in a few words what its blocks have that Llama's have not, and `system` what the documents that this
+    project began with call it, if they name it.
     """
 
     model_types: tuple[str, ...]
@@ -198,6 +210,8 @@ class Arch:
     multimodal: tuple[Multimodal, ...] = ()
     base: str = "model."
     overflows_float16: str = ""
+    adds: str = ""
+    system: str = ""
     name: str = ""  # of its data file
 
 

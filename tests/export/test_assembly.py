@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from arch_cases import CASES, TOWERS, Case
-from vision_blocks import VISION_BLOCKS, each
+from spec_blocks import ATTENTION, BLOCKS, NORM
 
 from llmexport.export import archs
 from llmexport.export.assembly import TABLE, alone, checkpoint_name, find_block, named_blocks, part_names, parts
@@ -23,136 +23,22 @@ from llmexport.export.spec import (
     SEQUENCE,
     TOTAL,
     Assembly,
-    Attention,
-    BidirectionalMask,
     Block,
-    CausalConv,
-    Embedding,
-    Experts,
-    GatedDeltaNet,
-    GatedNorm,
-    Head,
-    Keys,
     Layer,
-    LinearScaling,
-    Llama3Scaling,
-    LongScaling,
-    Mask,
     Mixer,
-    Mlp,
     Model,
-    Moe,
-    Mxfp4,
-    Norm,
     Port,
-    Presence,
     Rotary,
-    Router,
     Scaling,
-    SharedExpert,
-    Slots,
-    Span,
     Step,
     Sublayer,
-    Temperature,
-    YarnScaling,
     causal_lm,
-    decoder_layer,
     from_data,
     to_data,
 )
 from llmexport.export.trace import module_shapes
 from llmexport.export.weights import Parameter
 
-NORM = Norm(64, 1e-6)
-ATTENTION = Attention(64, 4, 2, 16)
-MLP = Mlp(64, 128, "silu")
-ROUTER = Router(64, 8, 2, "softmax")
-EXPERTS = Experts(64, 32, 8, 2, bias=True)
-SHARED = SharedExpert(MLP)
-DELTA_NET = GatedDeltaNet(64, key_heads=2, key_size=16, value_heads=4, value_size=8, kernel=4, epsilon=1e-6)
-# One of each kind, and one of each variant that a field makes.
-BLOCKS = [
-    *each(Embedding(256, 64), vocabulary=128, hidden=32, scale=8.0, types=2, positions=64, norm=NORM),
-    *each(Rotary(16, 10000.0), size=8, theta=500000.0, scaling=LinearScaling(4.0), sections=(3, 3, 2)),
-    Rotary(16, 10000.0, Llama3Scaling(8.0, 1.0, 4.0, 64)),
-    Rotary(16, 10000.0, YarnScaling(32.0, 64, 32.0, 1.0, False, 1.3)),
-    Rotary(16, 10000.0, YarnScaling(32.0, 64, 32.0, 1.0, True, 1.3)),
-    Rotary(16, 10000.0, LongScaling((1.0,) * 8, (2.0,) * 8, 64, 1.2)),
-    Rotary(16, 10000.0, LongScaling((1.0,) * 8, (3.0,) * 8, 64, 1.2)),
-    *each(Slots(64), slots=32),
-    *each(Mask(), window=8, chunk=8, keys=Keys(64)),
-    BidirectionalMask(),
-    *each(Span(), keys=Keys(64)),
-    *each(Temperature(8, 0.1), interval=16, scale=0.2, static=True),
-    *each(Presence(), static=True),
-    *each(NORM, size=32, epsilon=1e-5, offset=1.0, rounding="after_weight", statistics="layer", weighted=False),
-    Norm(64, 1e-6, statistics="layer", bias=True),
-    Norm(64, 1e-6, statistics="layer", rows=4),
-    *each(
-        ATTENTION,
-        hidden=32,
-        heads=8,
-        kv_heads=4,
-        head_size=32,
-        qkv_bias=True,
-        out_bias=True,
-        fused=True,
-        rotated=8,
-        interleaved=True,
-        qk_norm=Norm(16, 1e-6),
-        qk_norm_place="after_rotary",
-        qk_norm_over="all_heads",
-        clip=0.5,
-        scale=0.1,
-        temperature=True,
-        output_gate=True,
-        sinks=True,
-        softcap=5.0,
-        window=8,
-        cached=False,
-        keys=Keys(64),
-    ),
-    *each(CausalConv(96, 4), channels=64, kernel=3),
-    *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5),
-    *each(DELTA_NET, hidden=32, key_heads=4, key_size=8, value_heads=8, value_size=16, kernel=3, epsilon=1e-5),
-    *each(MLP, hidden=32, intermediate=64, activation="gelu_tanh", bias=True, fused=True, gated=False),
-    *each(ROUTER, hidden=32, experts=4, top_k=1, scoring="sigmoid", renormalise=True, bias=True),
-    *each(
-        EXPERTS,
-        hidden=32,
-        intermediate=64,
-        experts=4,
-        top_k=1,
-        activation="swiglu_clamped",
-        alpha=1.702,
-        limit=7.0,
-        transposed=True,
-        interleaved=True,
-        bias=False,
-        scale_input=True,
-        storage=Mxfp4(),
-    ),
-    *each(SHARED, mlp=Mlp(64, 64, "silu"), gated=True),
-    *each(Moe(ROUTER, EXPERTS), router=Router(64, 8, 2, "sigmoid"), experts=Experts(64, 64, 8, 2), shared=SHARED),
-    decoder_layer(NORM, ATTENTION, NORM, MLP),
-    decoder_layer(NORM, ATTENTION, None, MLP, parallel=True),
-    *(
-        Layer((sublayer,))
-        for sublayer in each(
-            Sublayer("mlp", MLP, NORM),
-            name="mixed",
-            block=Moe(ROUTER, EXPERTS),
-            input_norm=None,
-            output_norm=NORM,
-            sum_norm=NORM,
-        )
-    ),
-    decoder_layer(NORM, DELTA_NET, NORM, MLP),
-    *each(Head(NORM, 256), norm=Norm(64, 0.1), vocabulary=9, softcap=3.0, scale=0.5, transform="relu", last=True),
-    Head(NORM, 256, bias=True),
-    *VISION_BLOCKS,
-]
 # Base of attention and the gated delta net: no block of its own.
 KINDS = {kind: cls for kind, cls in Block.kinds.items() if cls is not Mixer}
 cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -225,8 +111,14 @@ def test_a_layer_whose_sublayers_would_share_what_each_needs_is_a_mistake():
     twice = (Sublayer("first", ATTENTION, NORM), Sublayer("second", ATTENTION, NORM))
     with pytest.raises(ValueError, match=r"two sublayers give the same of .*present_key"):
         Layer(twice)
-    with pytest.raises(ValueError, match="read one input norm"):
-        decoder_layer(NORM, ATTENTION, NORM, MLP, parallel=True)
+    with pytest.raises(ValueError, match="added to the layer's input as it is"):
+        Layer((Sublayer("self_attn", ATTENTION, NORM, kept=2.0),), parallel=True)
+
+
+def test_a_mask_alone_can_be_a_bias_and_a_fused_matrix_alone_be_grouped():
+    for fields in ({"biased": True, "sinks": True}, {"biased": True, "masked": False}, {"grouped": True}):
+        with pytest.raises(ValueError, match="only a mask can be a bias, and only a fused matrix be grouped"):
+            dataclasses.replace(ATTENTION, cached=False, **fields)
 
 
 def test_a_block_cannot_be_changed():

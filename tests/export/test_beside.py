@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from arch_cases import CASES, FIRST, IN_FP16, MATRIX, Case, others_slow
+from arch_cases import CASES, FIRST, IN_FP16, MATRIX, Case, in_each_dtype, others_slow
 from first_feed import first_feed
 from one_node import session
 from onnx import TensorProto, helper
@@ -26,7 +26,7 @@ from llmexport.validate import runners, stages
 
 Exporter = Callable[..., Path]
 
-EACH = [(c, d) for c in CASES for d in ("float32", "float16")]
+EACH = in_each_dtype(CASES, ("float32", "float16"))
 AT_ONCE = [(c, "float16" if c in IN_FP16 else "float32") for c in FIRST]
 
 

@@ -20,6 +20,7 @@ FIRST = [c for c in FIRST_OF_ALL if c in DECODERS]
 FAR = 200  # where positions begin that do not begin at 0
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("case", DECODERS, ids=str)
 @pytest.mark.parametrize("shift", [0, FAR])
 def test_logits_match_transformers_through_prefill_and_decode(

@@ -1,5 +1,7 @@
 """Traces: a block's graph holds no weights, is right at every size, and says what its ports say."""
 
+import dataclasses
+
 import onnx
 import onnxruntime
 import pytest
@@ -18,6 +20,7 @@ from llmexport.export.spec import (
     TILES,
     TOTAL,
     WRITTEN,
+    Alibi,
     Attention,
     BidirectionalMask,
     Block,
@@ -85,11 +88,23 @@ CLAMPED = Experts(
     64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, transposed=True, interleaved=True, bias=True, scale_input=False
 )
 MXFP4 = Experts(64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, storage=Mxfp4())
+BIASED = Attention(33, 6, 2, 10, rotated=0, biased=True)
+PARALLEL = decoder_layer(LAYER_NORM, BIASED, LAYER_NORM, SILU_MLP, parallel=True)
+DEEP_NORM = Layer(
+    (
+        Sublayer("self_attn", BIASED, sum_norm=LAYER_NORM, kept=1.7),
+        Sublayer("mlp", SILU_MLP, LAYER_NORM, scale=0.3, from_normed=True),
+    )
+)
 DELTA_LAYER = decoder_layer(GEMMA_NORM, DELTA_NET, GEMMA_NORM, MOE)
 CASES = [
     (Embedding(37, 33), "float32"),
     (Embedding(37, 33, 33**0.5), "float16"),
     (Embedding(37, 33, types=2, positions=200, norm=LAYER_NORM), "float32"),
+    (Embedding(37, 33, positions=202, offset=2), "float32"),
+    (Alibi(6), "float32"),
+    (Alibi(4, 0.3, rounded=True), "float16"),
+    (Alibi(6, keys=ALL), "float32"),
     (Rotary(10, 10000.0), "float32"),
     (Rotary(10, 10000.0, LinearScaling(4.0)), "float32"),
     (Rotary(10, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64)), "float16"),
@@ -136,6 +151,11 @@ CASES = [
     (Attention(33, 6, 2, 10, qk_norm=HEAD_NORM, qk_norm_over="all_heads"), "float32"),
     (Attention(33, 6, 2, 10, qk_norm=Norm(10, 1e-5, statistics="layer"), qk_norm_over="each_head"), "float32"),
     (Attention(33, 6, 2, 10, rotated=0, temperature=True), "float32"),
+    (Attention(33, 6, 2, 10, fused=True, grouped=True, qkv_bias=True), "float32"),
+    (Attention(33, 6, 6, 10, fused=True, rotated=0, transposed=True, qkv_bias=True, out_bias=True), "float32"),
+    (BIASED, "float32"),
+    (BIASED, "float16"),
+    (dataclasses.replace(BIASED, keys=ALL), "float32"),
     (UNCACHED, "float32"),
     (UNCACHED, "float16"),
     (SINKS, "float32"),
@@ -152,9 +172,11 @@ CASES = [
     (Mlp(33, 65, "gelu_erf"), "float16"),
     (Mlp(33, 65, "silu", fused=True), "float32"),
     (Mlp(33, 65, "relu", gated=False), "float32"),
+    (Mlp(33, 65, "relu2", gated=False, bias=True, transposed=True), "float32"),
     (ROUTER, "float32"),
     (Router(33, 9, 3, "softmax_top_k", bias=True), "float32"),
     (Router(33, 9, 1, "sigmoid"), "float32"),
+    (Router(33, 12, 3, "sigmoid", True, correction=True, groups=4, groups_kept=2, scale=2.5), "float32"),
     (EXPERTS, "float32"),
     (EXPERTS, "float16"),
     (Experts(33, 21, 9, 1, transposed=True, scale_input=True), "float32"),
@@ -169,6 +191,8 @@ CASES = [
     (LAYER, "float16"),
     (SANDWICH, "float32"),
     (POST_NORM, "float32"),
+    (PARALLEL, "float32"),
+    (DEEP_NORM, "float32"),
     (DELTA_LAYER, "float32"),
     (Head(LLAMA_NORM, 37), "float32"),
     (Head(LLAMA_NORM, 37, softcap=3.0), "float32"),

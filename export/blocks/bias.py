@@ -1,0 +1,41 @@
+"""What is added to the logits of attention."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llmexport.export import spec
+from llmexport.export.blocks.context import slots_of_step, tokens_up_to
+
+
+def slopes(heads: int) -> Tensor:
+    """ALiBi's slope of each head [heads], fp32."""
+    below = 2 ** math.floor(math.log2(heads))
+    exponents = torch.arange(1, below + 1) * (8 / below)
+    between = torch.arange(1, 2 * (heads - below) + 1, 2) * (4 / below)
+    return torch.pow(2.0, -torch.cat((exponents, between)))
+
+
+class Alibi(nn.Module):
+    slopes: Tensor
+
+    def __init__(self, block: spec.Alibi, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.static, self.dtype = block.keys is not None, dtype
+        with torch.device("cpu"):
+            steep = slopes(block.heads)
+            steep = steep.to(torch.bfloat16).float() if block.rounded else steep
+            self.register_buffer("slopes", (steep * block.scale).reshape(-1, 1, 1))
+
+    def forward(self, where: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """`where` is the attention mask [B, S]; of a static cache, how many of its slots [B] are written."""
+        if self.static:
+            key = torch.arange(mask.shape[-1], device=mask.device).unsqueeze(0)
+            query = where.unsqueeze(1) + torch.arange(input_ids.shape[1], device=mask.device)
+        else:
+            key = tokens_up_to(where)
+            query = key.index_select(1, slots_of_step(where, input_ids))
+        behind = (key.unsqueeze(1) - query.unsqueeze(2)).unsqueeze(1)
+        bias = (self.slopes * behind).to(self.dtype)
+        return torch.where(mask, bias, torch.finfo(self.dtype).min)

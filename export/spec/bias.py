@@ -1,0 +1,37 @@
+"""What is added to the logits of attention, by how far a key is from a query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL
+from llmexport.export.spec.block import ATTENTION_MASK, INPUT_IDS, PAST_LENGTH, Block, Port
+from llmexport.export.spec.context import Keys
+
+
+@dataclass(frozen=True)
+class Alibi(Block):
+    """ALiBi (arXiv 2108.12409): the slope of each head times how far a key is behind a query, and where the mask hides
+    the key the least number of the dtype.
+
+    The slopes of a power of two of heads are geometric; of other numbers they are those of the power below, then every
+    other one of the power above (modeling_bloom.py, build_alibi_tensor). `scale` multiplies them, and they may be
+    `rounded` to bfloat16 before (modeling_falcon.py). Distances count the tokens of a row and no padding. `keys`: of a
+    static cache.
+    """
+
+    heads: int
+    scale: float = 1.0
+    rounded: bool = False
+    keys: Keys | None = None
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        keys = self.keys.axis if self.keys else TOTAL
+        where = (PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK, INPUT_IDS)
+        return (*where, Port("mask", (BATCH, 1, SEQUENCE, keys), "bool", "mask"))
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        keys = self.keys.axis if self.keys else TOTAL
+        return (Port("bias", (BATCH, self.heads, SEQUENCE, keys), use="bias"),)
