@@ -10,6 +10,7 @@ import pytest
 
 from llmexport.export import archs
 from llmexport.export.config import Config
+from llmexport.export.spec import PAST
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,16 @@ def carries(case: Case) -> bool:
 
 
 DECODERS, ENCODERS = ([c for c in CASES if carries(c) is carried] for carried in (True, False))
+
+
+def keeps_keys(case: Case) -> bool:
+    """Whether a layer keeps something of each token, and not states of one size alone."""
+    arch = archs.load(case.arch)
+    graphs = arch.build(Config({**arch.tiny, **case.changes})).graphs
+    return any(PAST in p.shape for g in graphs for p in g.assembly.inputs if p.name in g.carried)
+
+
+KEYED = [c for c in DECODERS if keeps_keys(c)]
 
 
 def others_slow(all_of_them: Sequence[Any], at_once: Collection[Any]) -> list[Any]:

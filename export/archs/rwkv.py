@@ -1,6 +1,7 @@
 """RWKV-4 (transformers modeling_rwkv.py): no attention, but a decaying mean of all values, carried in five states."""
 
 from llmexport.export.config import Config
+from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
     Arch,
     ChannelMix,
@@ -19,10 +20,14 @@ from llmexport.export.stack import wired
 
 def build(config: Config) -> Model:
     hidden, layers = config.length("hidden_size"), config.count("num_hidden_layers")
-    vocabulary, intermediate = config.length("vocab_size"), _width(config, 4 * hidden)
-    # transformers carries states of the hidden size alone.
-    config.expect("attention_hidden_size", hidden, None)
-    config.get("context_length", None)
+    vocabulary, intermediate = config.length("vocab_size"), _width(config, "intermediate_size", 4 * hidden)
+    if (attention := _width(config, "attention_hidden_size", hidden)) != hidden:
+        # transformers carries states of the hidden size alone.
+        raise ExportError(
+            f"config.json: attention_hidden_size is {attention}, only hidden_size, {hidden}, is supported"
+        )
+    # No more than the tokens of one call of a kernel of transformers.
+    config.integer("context_length", 1024)
     norm = Norm(hidden, config.number("layer_norm_epsilon", 1e-5), statistics="layer", bias=True)
     # Hidden states are halved behind every so many layers, and what is added to them is made so much smaller.
     every = _rescaled(config)
@@ -30,7 +35,7 @@ def build(config: Config) -> Model:
     def layer(i: int) -> Layer:
         scale = 0.5 ** (i // every) if every else 1.0
         halved = 0.5 if every and (i + 1) % every == 0 else 1.0
-        time, channel = TimeMix(hidden, scale), ChannelMix(hidden, scale, intermediate)
+        time, channel = TimeMix(hidden, scale), ChannelMix(hidden, intermediate, scale)
         second = Sublayer("feed_forward", channel, norm, scale=halved, kept=halved)
         return Layer((Sublayer("attention", time, norm), second))
 
@@ -41,9 +46,9 @@ def build(config: Config) -> Model:
     return wired(embedding, [(layer(i), (Presence(),)) for i in range(layers)], head, tied=tied, slots=config.slots)
 
 
-def _width(config: Config, absent: int) -> int:
-    """How many keys a channel mix has; null says what no key says."""
-    return absent if config.get("intermediate_size", None) is None else config.length("intermediate_size")
+def _width(config: Config, key: str, absent: int) -> int:
+    """The size that a key says; null says what no key says."""
+    return absent if config.get(key, None) is None else config.length(key)
 
 
 def _rescaled(config: Config) -> int:
@@ -54,7 +59,7 @@ def _rescaled(config: Config) -> int:
 ARCH = Arch(
     model_types=("rwkv",),
     system="RWKV (ChatRWKV)",
-    adds="no attention: a decaying mean of values with a running maximum, shifted tokens, five states of one size",
+    adds="no attention: a decaying mean of values with a running maximum; shifted tokens; five states",
     reference=Reference("RwkvForCausalLM", {"logits": "logits"}, state="state"),
     build=build,
     names={

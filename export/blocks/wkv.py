@@ -8,19 +8,10 @@ from llmexport.export.blocks.delta import carried
 from llmexport.plugins.wkv import wkv
 
 
-class ShiftMixer(nn.Module):
-    def __init__(self, block: spec.ShiftMixer) -> None:
-        super().__init__()
-        self.scale = block.scale
-
-    def scaled(self, x: Tensor) -> Tensor:
-        return x if self.scale == 1.0 else x * self.scale
-
-
-class TimeMix(ShiftMixer):
+class TimeMix(nn.Module):
     def __init__(self, block: spec.TimeMix) -> None:
-        super().__init__(block)
-        size = block.hidden
+        super().__init__()
+        self.scale, size = block.scale, block.hidden
         self.time_decay, self.time_first = (nn.Parameter(torch.empty(size)) for _ in range(2))
         self.time_mix_key, self.time_mix_value, self.time_mix_receptance = (_weights(size) for _ in range(3))
         self.key, self.value, self.receptance, self.output = (nn.Linear(size, size, bias=False) for _ in range(4))
@@ -41,13 +32,13 @@ class TimeMix(ShiftMixer):
         receptance = torch.sigmoid(self.receptance(_mixed(token, before, self.time_mix_receptance)))
         decay, first = self.time_decay.float(), self.time_first.float()
         mean, *sums = wkv(key, value, present_tokens, decay, first, past_numerator, past_denominator, past_maximum)
-        return self.output(self.scaled(receptance * mean)), shift, *sums
+        return self.output(_times(receptance * mean, self.scale)), shift, *sums
 
 
-class ChannelMix(ShiftMixer):
+class ChannelMix(nn.Module):
     def __init__(self, block: spec.ChannelMix) -> None:
-        super().__init__(block)
-        size = block.hidden
+        super().__init__()
+        self.scale, size = block.scale, block.hidden
         self.time_mix_key, self.time_mix_receptance = (_weights(size) for _ in range(2))
         self.key = nn.Linear(size, block.intermediate, bias=False)
         self.receptance = nn.Linear(size, size, bias=False)
@@ -59,7 +50,7 @@ class ChannelMix(ShiftMixer):
         token, before, shift = _shifted(normed, present_tokens, tokens_end, past_channel_shift)
         key = torch.relu(self.key(_mixed(token, before, self.time_mix_key)))
         receptance = torch.sigmoid(self.receptance(_mixed(token, before, self.time_mix_receptance)))
-        return receptance * self.value(self.scaled(key * key)), shift
+        return receptance * self.value(_times(key * key, self.scale)), shift
 
 
 def _weights(size: int) -> nn.Parameter:
@@ -77,3 +68,7 @@ def _shifted(normed: Tensor, present: Tensor, end: Tensor, past: Tensor) -> tupl
 
 def _mixed(token: Tensor, before: Tensor, weight: Tensor) -> Tensor:
     return token * weight + before * (1 - weight)
+
+
+def _times(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x * scale

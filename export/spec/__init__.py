@@ -70,7 +70,7 @@ from llmexport.export.spec.patches import (
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
-from llmexport.export.spec.wkv import ChannelMix, ShiftMixer, TimeMix
+from llmexport.export.spec.wkv import ChannelMix, TimeMix
 
 __all__ = [
     "ANY_FLOAT",
@@ -135,7 +135,6 @@ __all__ = [
     "Scaling",
     "SegmentMask",
     "SharedExpert",
-    "ShiftMixer",
     "Sizes",
     "Slots",
     "Span",

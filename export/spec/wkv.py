@@ -1,5 +1,4 @@
-"""The two halves of an RWKV-4 layer (arXiv 2305.13048, modeling_rwkv.py), which carry all that they know of earlier
-tokens in states of one size."""
+"""The two halves of an RWKV-4 layer (arXiv 2305.13048, modeling_rwkv.py), whose states do not grow."""
 
 from __future__ import annotations
 
@@ -13,11 +12,13 @@ from llmexport.export.spec.storage import Stored
 
 
 @dataclass(frozen=True)
-class ShiftMixer(Mixer):
-    """Base of both: what it projects are mixtures of each token and the one before, of which the last is a state.
+class TimeMix(Mixer):
+    """output(sigmoid(receptance) * Wkv(key, value)): a decaying mean of values, whose sums are states in fp32. Decays
+    are computed in fp32 from the numbers as they are stored.
 
-    What the last projection reads is multiplied by `scale`, a power of two: of layers whose hidden states are kept
-    smaller than the checkpoint's weights would make them, so that float16 holds them.
+    What is projected are mixtures of each token and the one before, of which the last is a state. `scale`, a power of
+    two, multiplies what the last projection reads: of layers whose hidden states are kept smaller than the weights
+    would make them, so that float16 holds them.
     """
 
     scale: float = 1.0
@@ -25,12 +26,6 @@ class ShiftMixer(Mixer):
     @property
     def context(self) -> tuple[Port, ...]:
         return PRESENCE
-
-
-@dataclass(frozen=True)
-class TimeMix(ShiftMixer):
-    """output(sigmoid(receptance) * Wkv(key, value)): a decaying mean of values, whose sums are states in fp32. Decays
-    are computed in fp32 from the numbers as they are stored."""
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -44,10 +39,16 @@ class TimeMix(ShiftMixer):
 
 
 @dataclass(frozen=True)
-class ChannelMix(ShiftMixer):
-    """sigmoid(receptance) * value(relu(key) ** 2), of `intermediate` keys."""
+class ChannelMix(Mixer):
+    """sigmoid(receptance) * value(relu(key) ** 2), of `intermediate` keys and of tokens mixed as TimeMix mixes them;
+    `scale` is as there."""
 
-    intermediate: int = 0
+    intermediate: int
+    scale: float = 1.0
+
+    @property
+    def context(self) -> tuple[Port, ...]:
+        return PRESENCE
 
     @property
     def states(self) -> tuple[State, ...]:

@@ -17,6 +17,7 @@ from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import (
     Attention,
     BidirectionalMask,
+    ChannelMix,
     Embedding,
     Experts,
     GatedDeltaNet,
@@ -38,6 +39,7 @@ from llmexport.export.spec import (
     Span,
     Sublayer,
     Temperature,
+    TimeMix,
     YarnScaling,
     decoder_layer,
 )
@@ -271,6 +273,19 @@ def qwen1_5_moe() -> Model:
     return llama(24, 2048, block, Rotary(128, 1000000.0), 151936)
 
 
+def rwkv_169m() -> Model:
+    norm = Norm(768, 1e-5, statistics="layer", bias=True)
+
+    def layer(scale: float, halved: float) -> Layer:
+        time, channel = TimeMix(768, scale), ChannelMix(768, 3072, scale)
+        second = Sublayer("feed_forward", channel, norm, scale=halved, kept=halved)
+        return Layer((Sublayer("attention", time, norm), second))
+
+    scales = (*((1.0, 1.0),) * 5, (1.0, 0.5), *((0.5, 1.0),) * 5, (0.5, 0.5))
+    layers = [(layer(*s), (Presence(),)) for s in scales]
+    return wired(Embedding(50277, 768, norm=norm), layers, Head(norm, 50277), tied=False)
+
+
 # 131072 positions are 32 times the original 4096.
 LONG = LongScaling(tuple(SHORT_FACTOR), tuple(LONG_FACTOR), 4096, math.sqrt(1 + math.log(32.0) / math.log(4096)))
 MODELS = {
@@ -278,6 +293,7 @@ MODELS = {
     "OLMo-2-1124-7B": olmo_2_7b(),
     "aya-23-8B": aya_23_8b(),
     "bert-base-uncased": bert_base(),
+    "rwkv-4-169m-pile": rwkv_169m(),
     "Llama-3.1-8B": llama_3_1_8b(),
     "linear scaling": linear_scaling(),
     "GLM-4-9B-0414": glm_4(1e-5, sandwich=True),
