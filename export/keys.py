@@ -9,7 +9,7 @@ from types import MappingProxyType
 ANY = frozenset(
     {
         "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
-        "_flash_attn_2_enabled", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+        "_flash_attn_2_enabled", "_name_or_path", "_num_labels", "architectures", "attention_dropout", "attention_probs_dropout_prob",
         "attn_implementation", "attn_pdrop", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
         "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id",
         "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size",
@@ -18,9 +18,11 @@ ANY = frozenset(
         "initializer_range", "label2id", "length_penalty", "max_length", "max_sequence_length", "min_length",
         "model_max_length", "model_type", "name", "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups",
         "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states",
-        "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+        "output_past", "output_router_logits",
+        "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
         "remove_invalid_values", "repetition_penalty", "resid_dropout", "resid_pdrop", "return_dict",
-        "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "suppress_tokens",
+        "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "summary_activation",
+        "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "suppress_tokens",
         "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "tokenizer_model_max_length",
         "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
         "use_bfloat16", "use_cache", "use_flash_attention", "use_flash_attention_2", "use_flash_attn",

@@ -97,9 +97,20 @@ CASES = (
     }),
     Case("rwkv", "rwkv"),
     Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None, "num_hidden_layers": 2}),
+    Case("deepseek_v3", "deepseek_v3"),
+    Case("deepseek_v3", "deepseek_v3-no-groups-bias", {
+        "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False,
+        "norm_topk_prob": False, "first_k_dense_replace": 0, "n_shared_experts": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    }),
     Case("bert", "bert"),
     Case("bert", "bert-relu-untied", {
         "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
+    }),
+    Case("gpt2", "gpt2"),
+    Case("gpt2", "gpt2-scales-untied", {
+        "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True,
+        "n_inner": 96, "activation_function": "relu", "tie_word_embeddings": False,
     }),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not

@@ -10,13 +10,16 @@ from llmexport.export.spec import (
     ChannelMix,
     Embedding,
     Experts,
+    FilteredAttention,
     GatedDeltaNet,
     GatedNorm,
     Head,
     Keys,
+    LatentAttention,
     Layer,
     LinearScaling,
     Llama3Scaling,
+    LocalizedFilter,
     LongScaling,
     Mask,
     Mlp,
@@ -38,6 +41,8 @@ from llmexport.export.spec import (
 
 NORM = Norm(64, 1e-6)
 ATTENTION = Attention(64, 4, 2, 16)
+FILTER = LocalizedFilter(NORM)
+FILTERED = FilteredAttention(64, 4, 4, 16, filter=FILTER)
 MLP = Mlp(64, 128, "silu")
 ROUTER = Router(64, 8, 2, "softmax")
 EXPERTS = Experts(64, 32, 8, 2, bias=True)
@@ -90,6 +95,25 @@ BLOCKS = [
         biased=True,
     ),
     Attention(64, 4, 2, 16, fused=True, grouped=True),
+    *each(
+        LatentAttention(64, 4, key_size=16, rope_size=8, value_size=8, latent=32, query=16, scale=0.2),
+        hidden=32,
+        heads=2,
+        key_size=8,
+        rope_size=4,
+        value_size=16,
+        latent=16,
+        query=None,
+        scale=0.1,
+        epsilon=1e-5,
+        bias=True,
+        turned=False,
+        interleaved=True,
+        parted=True,
+        keys=Keys(64),
+    ),
+    *each(FILTER, norm=Norm(32, 1e-6)),
+    *each(FILTERED, filter=LocalizedFilter(Norm(64, 1e-5))),
     *each(CausalConv(96, 4), channels=64, kernel=3),
     *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5),
     *each(DELTA_NET, hidden=32, key_heads=4, key_size=8, value_heads=8, value_size=16, kernel=3, epsilon=1e-5),
@@ -106,9 +130,11 @@ BLOCKS = [
         bias=True,
         correction=True,
         scale=2.0,
+        wide=True,
     ),
     Router(64, 8, 2, "softmax", groups=4, groups_kept=2),
     Router(64, 8, 2, "softmax", groups=4, groups_kept=1),
+    Router(64, 8, 2, "softmax", groups=4, groups_kept=2, group_best=1),
     *each(
         EXPERTS,
         hidden=32,

@@ -44,7 +44,9 @@ from llmexport.export.spec.context import (
 )
 from llmexport.export.spec.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
+from llmexport.export.spec.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
+from llmexport.export.spec.latent import LatentAttention
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, Mixer, Norm
 from llmexport.export.spec.model import (
@@ -101,14 +103,17 @@ __all__ = [
     "Dim",
     "Embedding",
     "Experts",
+    "FilteredAttention",
     "GatedDeltaNet",
     "GatedNorm",
     "Graph",
     "Head",
     "Keys",
+    "LatentAttention",
     "Layer",
     "LinearScaling",
     "Llama3Scaling",
+    "LocalizedFilter",
     "LongScaling",
     "Mask",
     "Mixer",

@@ -11,6 +11,7 @@ from arch_cases import DECODERS, FIRST
 from tiny_configs import read, read_whole, refusal
 
 from llmexport.export import archs
+from llmexport.export.errors import ExportError
 from llmexport.export.keys import CAUSAL, NEUTRAL, NEUTRAL_CAUSAL
 from llmexport.export.onnx_file import read_noted
 
@@ -50,11 +51,20 @@ def test_transformers_computes_the_same_with_it(arch, keys):
         assert torch.equal(first(ids).logits, second(ids).logits)
 
 
+def passes_over(arch: str, key: str, value: object) -> bool:
+    try:
+        return read(arch, **{key: value}) == read(arch)
+    except ExportError:
+        return False
+
+
 @pytest.mark.parametrize("arch", [c.arch for c in FIRST if c in DECODERS])
 def test_transformers_computes_the_same_decoder_whatever_its_config_says_of_encoders(arch):
     said = {"is_decoder": False, "add_cross_attention": True, "is_encoder_decoder": True}
     said |= {"cross_attention_hidden_size": 48, "tie_encoder_decoder": True, "max_position_embeddings": 511}
     assert said.keys() == CAUSAL
+    # Who has a table of positions reads how long it is, and GPT-2 whether it has cross-attention.
+    said = {k: v for k, v in said.items() if passes_over(arch, k, v)}
     model_class = getattr(transformers, archs.load(arch).reference.model_class)
     tiny = dict(archs.load(arch).tiny) | {"attn_implementation": "eager"}
     first, second = (model_class(model_class.config_class(**copy.deepcopy(tiny | k))).eval() for k in ({}, said))

@@ -255,6 +255,16 @@ def bert_base() -> Model:
     )
 
 
+def gpt2(hidden: int, heads: int, layers: int) -> Model:
+    norm = Norm(hidden, 1e-5, statistics="layer", bias=True)
+    fields = {"qkv_bias": True, "out_bias": True, "fused": True, "transposed": True, "rotated": 0}
+    attention = Attention(hidden, heads, heads, 64, scale=64**-0.5, **fields)
+    mlp = Mlp(hidden, 4 * hidden, "gelu_tanh", bias=True, gated=False, transposed=True)
+    layer = (decoder_layer(norm, attention, norm, mlp), (Mask(),))
+    embedding = Embedding(50257, hidden, positions=1024, offset=0)
+    return wired(embedding, (layer,) * layers, Head(norm, 50257), tied=True)
+
+
 def mixtral_8x7b() -> Model:
     norm = Norm(4096, 1e-5)
     moe = Moe(Router(4096, 8, 2, "softmax", renormalise=True), Experts(4096, 14336, 8, 2, "silu"))
@@ -294,6 +304,8 @@ MODELS = {
     "aya-23-8B": aya_23_8b(),
     "bert-base-uncased": bert_base(),
     "rwkv-4-169m-pile": rwkv_169m(),
+    "gpt2-xl": gpt2(1600, 25, 48),
+    "distilgpt2": gpt2(768, 12, 6),
     "Llama-3.1-8B": llama_3_1_8b(),
     "linear scaling": linear_scaling(),
     "GLM-4-9B-0414": glm_4(1e-5, sandwich=True),

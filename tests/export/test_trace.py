@@ -28,13 +28,16 @@ from llmexport.export.spec import (
     ChannelMix,
     Embedding,
     Experts,
+    FilteredAttention,
     GatedDeltaNet,
     GatedNorm,
     Head,
     Keys,
+    LatentAttention,
     Layer,
     LinearScaling,
     Llama3Scaling,
+    LocalizedFilter,
     LongScaling,
     Mask,
     Mixer,
@@ -82,6 +85,7 @@ POST_NORM = Layer((Sublayer("self_attn", UNCACHED, sum_norm=LAYER_NORM), Sublaye
 SINKS = Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True, sinks=True, window=7)
 ALL, LAST = Keys(150), Keys(7, slides=True)
 SOFTCAP = Attention(33, 6, 2, 10, softcap=2.0, scale=0.2)
+LATENT = LatentAttention(33, 6, key_size=10, rope_size=4, value_size=7, latent=13, query=9, scale=0.3, parted=True)
 DELTA_NET = GatedDeltaNet(33, key_heads=2, key_size=10, value_heads=6, value_size=7, kernel=4, epsilon=1e-6)
 ROUTER = Router(33, 9, 3, "softmax", renormalise=True)
 EXPERTS = Experts(33, 21, 9, 3)
@@ -90,6 +94,7 @@ CLAMPED = Experts(
     64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, transposed=True, interleaved=True, bias=True, scale_input=False
 )
 MXFP4 = Experts(64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, storage=Mxfp4())
+FILTER = LocalizedFilter(Norm(34, 1e-6))
 BIASED = Attention(33, 6, 2, 10, rotated=0, biased=True)
 PARALLEL = decoder_layer(LAYER_NORM, BIASED, LAYER_NORM, SILU_MLP, parallel=True)
 DEEP_NORM = Layer(
@@ -167,6 +172,15 @@ CASES = [
     (SINKS, "float32"),
     (SINKS, "float16"),
     (SOFTCAP, "float32"),
+    (LATENT, "float32"),
+    (LATENT, "float16"),
+    (dataclasses.replace(LATENT, query=None, bias=True, parted=False, interleaved=True), "float32"),
+    (dataclasses.replace(LATENT, turned=False), "float32"),
+    (dataclasses.replace(LATENT, keys=ALL), "float32"),
+    (FILTER, "float32"),
+    (FILTER, "float16"),
+    (FilteredAttention(34, 4, 4, 10, filter=FILTER), "float32"),
+    (FilteredAttention(34, 4, 4, 10, filter=FILTER, keys=ALL), "float32"),
     (CausalConv(33, 4), "float32"),
     (CausalConv(33, 2), "float16"),
     (GatedNorm(6, 7, 1e-6), "float32"),
@@ -186,6 +200,7 @@ CASES = [
     (Router(33, 9, 3, "softmax_top_k", bias=True), "float32"),
     (Router(33, 9, 1, "sigmoid"), "float32"),
     (Router(33, 12, 3, "sigmoid", True, correction=True, groups=4, groups_kept=2, scale=2.5), "float32"),
+    (Router(33, 12, 3, "sigmoid", correction=True, groups=4, groups_kept=2, group_best=1, wide=True), "float16"),
     (EXPERTS, "float32"),
     (EXPERTS, "float16"),
     (Experts(33, 21, 9, 1, transposed=True, scale_input=True), "float32"),
@@ -329,7 +344,8 @@ def test_parameters_have_the_shapes_and_types_of_the_module(case):
     expected = {n: (tuple(p.shape), str(p.dtype).removeprefix("torch.")) for n, p in parameters.items()}
     found = {v.name: (dims(v), dtype_of(v)) for v in model.graph.input if v.name in expected}
     assert found == expected
-    assert {kind for _, kind in found.values()} <= {dtype, "uint8"}
+    assert {kind for n, (_, kind) in found.items() if block.dtype_of(n) != "F"} <= {dtype, "uint8"}
+    assert {kind for n, (_, kind) in found.items() if block.dtype_of(n) == "F"} <= {"float32"}
 
 
 def test_every_inner_value_is_typed(case):
@@ -361,6 +377,8 @@ FEW = [
     (LAYER, {"Attention": 1, "Rope": 2, "RMSNormalization": 2, "MatMul": 7, "Gelu": 1}),
     (SANDWICH, {"Attention": 1, "Rope": 2, "RMSNormalization": 4, "MatMul": 7, "Sigmoid": 1}),
     (SINKS, {"SinkAttention": 1, "Rope": 2, "MatMul": 4}),
+    # The projections, and each head's two matrices, which lie in one.
+    (LATENT, {"Attention": 1, "Rope": 2, "RMSNormalization": 2, "MatMul": 6}),
     (DELTA_NET, {"CausalConv1d": 1, "GatedDeltaRule": 1, "GatedRmsNorm": 1, "MatMul": 5, "Softplus": 1, "Sigmoid": 1}),
     (TimeMix(33), {"Wkv": 1, "MatMul": 4, "Sigmoid": 1}),
     # The shared expert's three matrices, its gate and the router's scores.

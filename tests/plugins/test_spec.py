@@ -46,6 +46,7 @@ ATTRIBUTES = {
         "scale": 2.5,
         "groups": 2,
         "groups_kept": 1,
+        "group_best": 2,
     },
     "MoeExperts": {
         "activation": "swiglu_clamped",
