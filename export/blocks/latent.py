@@ -43,10 +43,7 @@ class LatentAttention(nn.Module):
             latent = tensor_scatter(given["past_latent"], latent, given["past_length"])
             shared = tensor_scatter(given["past_rope_key"], shared, given["past_length"])
         else:
-            latent, shared = (
-                torch.cat((given["past_latent"], latent), 2),
-                torch.cat((given["past_rope_key"], shared), 2),
-            )
+            latent, shared = torch.cat((given["past_latent"], latent), 2), torch.cat((given["past_rope_key"], shared), 2)
         # Of each head, the rows that make its key lie before those that make its value.
         matrices = self.kv_b_proj.weight.view(block.heads, -1, block.latent)
         query = torch.cat((own.transpose(1, 2) @ matrices[:, : block.key_size], turned), -1)
@@ -56,11 +53,7 @@ class LatentAttention(nn.Module):
         return attended, latent, shared
 
     def _queries(self, normed: Tensor) -> Tensor:
-        made = (
-            self.q_proj(normed)
-            if self.block.query is None
-            else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(normed)))
-        )
+        made = self.q_proj(normed) if self.block.query is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(normed)))
         assert isinstance(made, Tensor)
         return made
 
