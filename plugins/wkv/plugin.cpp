@@ -4,16 +4,7 @@
 namespace llmexport {
 namespace {
 
-enum Inputs {
-  kKey,
-  kValue,
-  kPresent,
-  kTimeDecay,
-  kTimeFirst,
-  kNumerator,
-  kDenominator,
-  kMaximum
-};
+enum Inputs { kKey, kValue, kPresent, kTimeDecay, kTimeFirst, kNumerator, kDenominator, kMaximum };
 enum Outputs { kY, kNextNumerator, kNextDenominator, kNextMaximum };
 
 WkvSizes sizesOf(Sizes const& s) { return {s['B'], s['T'], s['C']}; }

@@ -17,9 +17,15 @@ cudaError_t wkv(Dtype dtype, WkvSizes const& s, WkvTensors const& t, cudaStream_
   if (s.B * s.C == 0) return cudaSuccess;
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    WkvArguments<T> const a{typed<T>(t.key), typed<T>(t.value), typed<T>(t.present),
-                            t.timeDecay,     t.timeFirst,       t.states,
-                            typed<T>(t.y),   t.next,            s.T,
+    WkvArguments<T> const a{typed<T>(t.key),
+                            typed<T>(t.value),
+                            typed<T>(t.present),
+                            t.timeDecay,
+                            t.timeFirst,
+                            t.states,
+                            typed<T>(t.y),
+                            t.next,
+                            s.T,
                             s.C};
     return launch(wkvKernel<T>, wkvPlan(s), stream, a);
   });

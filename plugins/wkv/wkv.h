@@ -17,12 +17,12 @@ struct WkvStates {
 };
 
 struct WkvTensors {
-  void const *key, *value;                 // [B, T, C]
-  void const* present;                     // [B, T]
-  float const *timeDecay, *timeFirst;      // [C]
+  void const *key, *value;             // [B, T, C]
+  void const* present;                 // [B, T]
+  float const *timeDecay, *timeFirst;  // [C]
   WkvStates<float const> states;
-  void* y;                                 // [B, T, C]
-  WkvStates<float> next;                   // each may be its state itself
+  void* y;                // [B, T, C]
+  WkvStates<float> next;  // each may be its state itself
 };
 
 bool wkvServes(WkvSizes const& sizes);
@@ -30,7 +30,6 @@ bool wkvServes(WkvSizes const& sizes);
 // Sizes are at least 1, except T, which may be 0.
 LaunchPlan wkvPlan(WkvSizes const& sizes);
 
-cudaError_t wkv(Dtype dtype, WkvSizes const& sizes, WkvTensors const& tensors,
-                cudaStream_t stream);
+cudaError_t wkv(Dtype dtype, WkvSizes const& sizes, WkvTensors const& tensors, cudaStream_t stream);
 
 }  // namespace llmexport
