@@ -10,6 +10,7 @@ import pytest
 
 from llmexport.export import archs
 from llmexport.export.config import Config
+from llmexport.export.spec import PAST
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ CASES = (
         "use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": True, "decoder_sparse_step": 2,
         "mlp_only_layers": [],
     }),
+    Case("rwkv", "rwkv"),
+    Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None, "num_hidden_layers": 2}),
     Case("deepseek_v3", "deepseek_v3"),
     Case("deepseek_v3", "deepseek_v3-no-groups-bias", {
         "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False,
@@ -171,6 +174,16 @@ def carries(case: Case) -> bool:
 
 
 DECODERS, ENCODERS = ([c for c in CASES if carries(c) is carried] for carried in (True, False))
+
+
+def keeps_keys(case: Case) -> bool:
+    """Whether a layer keeps something of each token, and not states of one size alone."""
+    arch = archs.load(case.arch)
+    graphs = arch.build(Config({**arch.tiny, **case.changes})).graphs
+    return any(PAST in p.shape for g in graphs for p in g.assembly.inputs if p.name in g.carried)
+
+
+KEYED = [c for c in DECODERS if keeps_keys(c)]
 
 
 def others_slow(all_of_them: Sequence[Any], at_once: Collection[Any]) -> list[Any]:

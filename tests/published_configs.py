@@ -43,6 +43,12 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
         "pad_token_id": 0, "rope_theta": 10000, "torch_dtype": "float16", "transformers_version": "4.40.0.dev0",
         "use_cache": true, "use_qk_norm": false, "vocab_size": 256000
     },
+    "rwkv-4-169m-pile": {
+        "architectures": ["RwkvForCausalLM"], "attention_hidden_size": 768, "bos_token_id": 0, "context_length": 1024,
+        "eos_token_id": 0, "hidden_size": 768, "intermediate_size": 3072, "layer_norm_epsilon": 1e-05,
+        "model_type": "rwkv", "num_hidden_layers": 12, "rescale_every": 6, "tie_word_embeddings": false,
+        "transformers_version": "4.29.0.dev0", "use_cache": true, "vocab_size": 50277
+    },
     "bert-base-uncased": {
         "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": false,
         "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02,

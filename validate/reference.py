@@ -96,6 +96,7 @@ class Transformers:
         self._row: dict[str, Tensor] = {}
         self._kept = {"logits_to_keep": 1} if last or export.gives_last_logits else {}
         self._cache: Cache | None = None
+        self._states: dict[int, Any] = {}  # what it carries of each row, where that is no cache
         self._sight = sight(export.blocks)
         self._features = next((p.name for g in export.graphs for p in g.assembly.outputs if p.use == "features"), "")
 
@@ -109,6 +110,8 @@ class Transformers:
         return made
 
     def _read(self, stage: Stage) -> Feed:
+        if self._export.reference.state:
+            return self._rows(stage)
         given = {keyword: to_torch(stage.at(port)) for keyword, port in self._given.items()}
         if self._sight and stage.pictures:
             given |= _as_processed(self._sight, stage.ids, stage.pictures, self._model.dtype)
@@ -137,6 +140,25 @@ class Transformers:
         self._row = {k: torch.cat((*([self._row[k]] if k in self._row else []), given[k]), 1) for k in self._again}
         return self._row
 
+    def _rows(self, stage: Stage) -> Feed:
+        """Row by row and without padding, in whose places there are zeros."""
+        carries, made = self._export.reference.state, {}
+        if stage.begins:
+            self._states = {}
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for row, real in enumerate(stage.real):
+                if real.any():
+                    carried = {carries: self._states.get(row), "use_cache": True}
+                    made[row] = self._model(to_torch(stage.ids[row : row + 1, real]), **carried, **self._kept)
+        self.seconds = time.perf_counter() - start
+        self._states |= {row: getattr(its, carries) for row, its in made.items()}
+        found: Feed = {}
+        for port, name in self._export.reference.outputs.items():
+            rows = {row: to_numpy(getattr(its, name)) for row, its in made.items()}
+            found[port] = _in_places(stage.real, rows, last=bool(self._kept))
+        return found
+
     def _seen(self, pictures: Pictures) -> np.ndarray:
         """The features of pictures, one after the other, as wide as the text model."""
         grids = {} if pictures.grids is None else {"image_grid_thw": to_torch(pictures.grids)}
@@ -161,6 +183,16 @@ class Transformers:
                 if held:
                     cache.update(*map(to_torch, held), i)
         return cache
+
+
+def _in_places(real: np.ndarray, rows: Mapping[int, np.ndarray], last: bool) -> np.ndarray:
+    """What rows [1, tokens, ...] say of real tokens, in the places of those; `last`: of the last place alone."""
+    places = real[:, -1:] if last else real
+    some = next(iter(rows.values()))
+    made = np.zeros((*places.shape, *some.shape[2:]), some.dtype)
+    for row, own in rows.items():
+        made[row, places[row]] = own[0, own.shape[1] - places[row].sum() :]
+    return made
 
 
 def _without_text(config: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ from llmexport.export.spec.patches import (
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.spec.wkv import ChannelMix, TimeMix
 
 __all__ = [
     "ANY_FLOAT",
@@ -98,6 +99,7 @@ __all__ = [
     "BidirectionalMask",
     "Block",
     "CausalConv",
+    "ChannelMix",
     "Dim",
     "Embedding",
     "Experts",
@@ -150,6 +152,7 @@ __all__ = [
     "Temperature",
     "TileEmbedding",
     "TileRotary",
+    "TimeMix",
     "Tower",
     "Use",
     "YarnScaling",

@@ -180,12 +180,15 @@ class Reference:
 
     Unless it is `cached`, it keeps nothing of a step for the next one, as our graph does: a row is run whole each time.
     `attention` is which of its implementations does.
+    `state` is what a class that keeps no cache calls what it carries, in its call and in its output: it knows nothing
+    of padding, and is right for one row alone.
     """
 
     model_class: str
     outputs: Mapping[str, str]
     cached: bool = True
     attention: str = "eager"
+    state: str = ""
 
 
 def causal_lm(model_class: str, attention: str = "eager") -> Reference:

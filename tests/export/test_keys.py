@@ -70,11 +70,13 @@ def test_transformers_computes_the_same_decoder_whatever_its_config_says_of_enco
     tiny = dict(archs.load(arch).tiny) | {"attn_implementation": "eager"}
     first, second = (model_class(model_class.config_class(**copy.deepcopy(tiny | k))).eval() for k in ({}, said))
     second.load_state_dict(first.state_dict())
-    ids = torch.randint(3, 256, (1, 20))
+    ids, carries = torch.randint(3, 256, (1, 20)), archs.load(arch).reference.state or "past_key_values"
+    made = []
     with torch.no_grad():
         # GPT has no cache.
-        caches = [getattr(m(ids[:, :15]), "past_key_values", None) for m in (first, second)]
-        made = [m(ids[:, 15:], past_key_values=c).logits for m, c in zip((first, second), caches, strict=True)]
+        for model in (first, second):
+            carried = {carries: getattr(model(ids[:, :15]), carries, None)}
+            made.append(model(ids[:, 15:], **carried).logits)
     assert torch.equal(*made)
 
 

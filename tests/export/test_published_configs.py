@@ -18,6 +18,7 @@ from llmexport.export.spec import (
     Alibi,
     Attention,
     BidirectionalMask,
+    ChannelMix,
     Embedding,
     Experts,
     GatedDeltaNet,
@@ -39,6 +40,7 @@ from llmexport.export.spec import (
     Span,
     Sublayer,
     Temperature,
+    TimeMix,
     YarnScaling,
     decoder_layer,
 )
@@ -375,6 +377,19 @@ def stablelm_2_12b() -> Model:
     return llama(40, 5120, block, Rotary(40, 10000.0), 100352)
 
 
+def rwkv_169m() -> Model:
+    norm = Norm(768, 1e-5, statistics="layer", bias=True)
+
+    def layer(scale: float, halved: float) -> Layer:
+        time, channel = TimeMix(768, scale), ChannelMix(768, 3072, scale)
+        second = Sublayer("feed_forward", channel, norm, scale=halved, kept=halved)
+        return Layer((Sublayer("attention", time, norm), second))
+
+    scales = (*((1.0, 1.0),) * 5, (1.0, 0.5), *((0.5, 1.0),) * 5, (0.5, 0.5))
+    layers = [(layer(*s), (Presence(),)) for s in scales]
+    return wired(Embedding(50277, 768, norm=norm), layers, Head(norm, 50277), tied=False)
+
+
 # 131072 positions are 32 times the original 4096.
 LONG = LongScaling(tuple(SHORT_FACTOR), tuple(LONG_FACTOR), 4096, math.sqrt(1 + math.log(32.0) / math.log(4096)))
 MODELS = {
@@ -382,6 +397,7 @@ MODELS = {
     "OLMo-2-1124-7B": olmo_2_7b(),
     "aya-23-8B": aya_23_8b(),
     "bert-base-uncased": bert_base(),
+    "rwkv-4-169m-pile": rwkv_169m(),
     "gpt2-xl": gpt2(1600, 25, 48),
     "distilgpt2": gpt2(768, 12, 6),
     "openai-gpt": openai_gpt(),
