@@ -94,11 +94,21 @@ CASES = (
         "use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": True, "decoder_sparse_step": 2,
         "mlp_only_layers": [],
     }),
+    Case("deepseek_v2", "deepseek_v2"),
+    Case("deepseek_v2", "deepseek_v2-lite-bias", {
+        "topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True,
+        "mlp_bias": True, "routed_scaling_factor": 1.0,
+    }),
     Case("deepseek_v3", "deepseek_v3"),
     Case("deepseek_v3", "deepseek_v3-no-groups-bias", {
         "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False,
         "norm_topk_prob": False, "first_k_dense_replace": 0, "n_shared_experts": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    }),
+    Case("glm4_moe_lite", "glm4_moe_lite"),
+    Case("glm4_moe_lite", "glm4_moe_lite-halves", {
+        "rope_interleave": False, "q_lora_rank": None, "attention_bias": True, "n_group": 2,
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
     }),
     Case("bert", "bert"),
     Case("bert", "bert-relu-untied", {
