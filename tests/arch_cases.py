@@ -114,8 +114,23 @@ CASES = (
     Case("bert", "bert-relu-untied", {
         "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
     }),
+    Case("gpt2", "gpt2"),
+    Case("gpt2", "gpt2-scales-untied", {
+        "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True,
+        "n_inner": 96, "activation_function": "relu", "tie_word_embeddings": False,
+    }),
+    Case("openai_gpt", "openai_gpt"),
+    Case("gpt_neo", "gpt_neo"),
+    Case("opt", "opt"),
+    Case("opt", "opt-350m", {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
+    Case("opt", "opt-galactica", {
+        "activation_function": "gelu", "enable_bias": False, "layer_norm_elementwise_affine": False,
+    }),
+    Case("starcoder2", "starcoder2"),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
+# Families whose caches hold latents, and no keys and values.
+LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 # Families that are tested whole in every session: each form of a block occurs in one of them. The first case of every
 # other one meets transformers in every session (`every_family`), and its other tests are slow.
@@ -123,9 +138,8 @@ EVERY_TIME = frozenset({
     "bert", "cohere", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_oss", "llama", "llama4", "mistral",
     "mixtral", "olmo", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5", "qwen3_5_moe",
 })  # fmt: skip
-# One case an architecture, and those of the families of EVERY_TIME.
+# one case an architecture
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]
-FIRST_EVERY_TIME = tuple(c for c in FIRST if c.arch in EVERY_TIME)
 # Those whose multimodal checkpoints are exported whole: the text model, and what sees.
 TOWERS = tuple(c for c in FIRST if any(m.tower for m in archs.load(c.arch).multimodal))
 # Every session tries the one half of them in fp16 and the other in bf16; slow tests try both in both.
@@ -137,9 +151,9 @@ ONCE = tuple((case, ("float32", "bfloat16", "float16", "float32")[i % 4]) for i,
 def in_each_dtype(
     cases: Sequence[Case], dtypes: Sequence[str] = ("float32", "float16", "bfloat16")
 ) -> list[tuple[Case, str]]:
-    """Each case in each dtype; of a family that is not tested whole in every session, the first one in one dtype."""
-    once = {c: d if d in dtypes else dtypes[0] for c, d in ONCE}
-    return [(c, d) for d in dtypes for c in cases if c.arch in EVERY_TIME or once.get(c) == d]
+    """Each case in each dtype; of a family that is not tested whole in every session, in the one of ONCE."""
+    once = {c.arch: d if d in dtypes else dtypes[0] for c, d in ONCE}
+    return [(c, d) for d in dtypes for c in cases if c.arch in EVERY_TIME or d == once[c.arch]]
 
 
 def carries(case: Case) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,13 @@ REFUSED = "padding must be on the left|padding_must_be_on_the_left"
 
 
 def theirs(model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, cache: Any) -> Any:
-    """What a model of transformers makes of a step, and the cache after it."""
+    """What a model of transformers makes of a step, and the cache after it; of one without, the tokens so far."""
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        earlier = cache or (ids[:, :0], positions[:, :0])
+        row = tuple(np.concatenate(pair, 1) for pair in zip(earlier, (ids, positions), strict=True))
+        given = dict(zip(("input_ids", "position_ids", "attention_mask"), map(torch.from_numpy, (*row, mask))))
+        with torch.no_grad():
+            return SimpleNamespace(logits=model(**given).logits[:, -ids.shape[1] :], past_key_values=row)
     with torch.no_grad():
         return model(
             input_ids=torch.from_numpy(ids),

@@ -9,6 +9,7 @@ from llmexport.export.spec import (
     CausalConv,
     Embedding,
     Experts,
+    FilteredAttention,
     GatedDeltaNet,
     GatedNorm,
     Head,
@@ -17,6 +18,7 @@ from llmexport.export.spec import (
     Layer,
     LinearScaling,
     Llama3Scaling,
+    LocalizedFilter,
     LongScaling,
     Mask,
     Mlp,
@@ -37,6 +39,8 @@ from llmexport.export.spec import (
 
 NORM = Norm(64, 1e-6)
 ATTENTION = Attention(64, 4, 2, 16)
+FILTER = LocalizedFilter(NORM)
+FILTERED = FilteredAttention(64, 4, 4, 16, filter=FILTER)
 MLP = Mlp(64, 128, "silu")
 ROUTER = Router(64, 8, 2, "softmax")
 EXPERTS = Experts(64, 32, 8, 2, bias=True)
@@ -44,7 +48,7 @@ SHARED = SharedExpert(MLP)
 DELTA_NET = GatedDeltaNet(64, key_heads=2, key_size=16, value_heads=4, value_size=8, kernel=4, epsilon=1e-6)
 # One of each kind, and one of each variant that a field makes.
 BLOCKS = [
-    *each(Embedding(256, 64), vocabulary=128, hidden=32, scale=8.0, types=2, positions=64, norm=NORM),
+    *each(Embedding(256, 64), vocabulary=128, hidden=32, scale=8.0, types=2, positions=64, norm=NORM, inner=32),
     Embedding(256, 64, positions=64, offset=2),
     *each(Alibi(4), heads=8, scale=0.5, rounded=True, keys=Keys(64)),
     *each(Rotary(16, 10000.0), size=8, theta=500000.0, scaling=LinearScaling(4.0), sections=(3, 3, 2)),
@@ -106,6 +110,8 @@ BLOCKS = [
         parted=True,
         keys=Keys(64),
     ),
+    *each(FILTER, norm=Norm(32, 1e-6)),
+    *each(FILTERED, filter=LocalizedFilter(Norm(64, 1e-5))),
     *each(CausalConv(96, 4), channels=64, kernel=3),
     *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5),
     *each(DELTA_NET, hidden=32, key_heads=4, key_size=8, value_heads=8, value_size=16, kernel=3, epsilon=1e-5),
@@ -161,5 +167,6 @@ BLOCKS = [
     decoder_layer(NORM, DELTA_NET, NORM, MLP),
     *each(Head(NORM, 256), norm=Norm(64, 0.1), vocabulary=9, softcap=3.0, scale=0.5, transform="relu", last=True),
     Head(NORM, 256, bias=True),
+    *each(Head(None, 256, hidden=64), hidden=32, inner=16),
     *VISION_BLOCKS,
 ]

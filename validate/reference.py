@@ -72,7 +72,7 @@ class Transformers:
     """The model as transformers runs it, from the weights in the export: the reference that nobody here wrote.
 
     It carries its own cache from stage to stage, and begins a crossing with the random keys and values that our
-    runners read. A multimodal model is given pictures as its processor gives them, and counts their positions itself.
+    runners read; a model without a cache there runs the whole row at every stage. A multimodal model is given pictures as its processor gives them, and counts their positions itself.
     Raises Refused where it cannot say what is right.
     """
 
@@ -88,7 +88,11 @@ class Transformers:
         ports = [p for g in export.graphs for p in g.assembly.inputs if p.name not in carried]
         # A model without RoPE reads no positions.
         self._given = {KEYWORDS[p.use]: p for p in ports if p.use in KEYWORDS}
-        self._cached = bool(carried)
+        self._cached = bool(carried) and export.reference.cached
+        # What of the row so far a model without a cache is given again.
+        again = [k for k, p in self._given.items() if p.use != "padding"]
+        self._again = again if carried and not self._cached else []
+        self._row: dict[str, Tensor] = {}
         self._kept = {"logits_to_keep": 1} if last or export.gives_last_logits else {}
         self._cache: Cache | None = None
         self._sight = sight(export.blocks)
@@ -110,7 +114,12 @@ class Transformers:
             if self._sight.sections:
                 del given[KEYWORDS["positions"]]
         if stage.begins:
+            if self._again and stage.past:
+                raise Refused("transformers keeps no cache of this model that could hold random keys and values")
             self._cache = self._filled(stage) if stage.past else None
+            self._row = {}
+        if self._again:
+            given |= self._whole(given)
         run = self._model
         if self._cached:
             run = functools.partial(run, past_key_values=self._cache, use_cache=True)
@@ -119,7 +128,13 @@ class Transformers:
             made = run(**given, **self._kept)
         self.seconds = time.perf_counter() - start
         self._cache = made.past_key_values if self._cached else None
-        return {port: to_numpy(getattr(made, name)) for port, name in self._export.reference.outputs.items()}
+        own = slice(-stage.ids.shape[1], None) if self._again else slice(None)
+        return {port: to_numpy(getattr(made, name)[:, own]) for port, name in self._export.reference.outputs.items()}
+
+    def _whole(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The row up to the stage's last token, where the stage's own tokens are given."""
+        self._row = {k: torch.cat((*([self._row[k]] if k in self._row else []), given[k]), 1) for k in self._again}
+        return self._row
 
     def _seen(self, pictures: Pictures) -> np.ndarray:
         """The features of pictures, one after the other, as wide as the text model."""

@@ -12,6 +12,7 @@ from llmexport.export.blocks.bias import Alibi
 from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
+from llmexport.export.blocks.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.blocks.latent import LatentAttention
 from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
@@ -79,10 +80,12 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
     spec.Experts: Experts,
+    spec.FilteredAttention: FilteredAttention,
     spec.GatedDeltaNet: GatedDeltaNet,
     spec.GatedNorm: GatedNorm,
     spec.Head: Head,
     spec.LatentAttention: LatentAttention,
+    spec.LocalizedFilter: LocalizedFilter,
     spec.Mask: Mask,
     spec.Mlp: Mlp,
     spec.Moe: Moe,

@@ -44,6 +44,7 @@ from llmexport.export.spec.context import (
 )
 from llmexport.export.spec.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
+from llmexport.export.spec.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
 from llmexport.export.spec.latent import LatentAttention
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
@@ -100,6 +101,7 @@ __all__ = [
     "Dim",
     "Embedding",
     "Experts",
+    "FilteredAttention",
     "GatedDeltaNet",
     "GatedNorm",
     "Graph",
@@ -109,6 +111,7 @@ __all__ = [
     "Layer",
     "LinearScaling",
     "Llama3Scaling",
+    "LocalizedFilter",
     "LongScaling",
     "Mask",
     "Mixer",

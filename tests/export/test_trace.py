@@ -27,6 +27,7 @@ from llmexport.export.spec import (
     CausalConv,
     Embedding,
     Experts,
+    FilteredAttention,
     GatedDeltaNet,
     GatedNorm,
     Head,
@@ -35,6 +36,7 @@ from llmexport.export.spec import (
     Layer,
     LinearScaling,
     Llama3Scaling,
+    LocalizedFilter,
     LongScaling,
     Mask,
     Mixer,
@@ -90,6 +92,7 @@ CLAMPED = Experts(
     64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, transposed=True, interleaved=True, bias=True, scale_input=False
 )
 MXFP4 = Experts(64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, storage=Mxfp4())
+FILTER = LocalizedFilter(Norm(34, 1e-6))
 BIASED = Attention(33, 6, 2, 10, rotated=0, biased=True)
 PARALLEL = decoder_layer(LAYER_NORM, BIASED, LAYER_NORM, SILU_MLP, parallel=True)
 DEEP_NORM = Layer(
@@ -104,6 +107,7 @@ CASES = [
     (Embedding(37, 33, 33**0.5), "float16"),
     (Embedding(37, 33, types=2, positions=200, norm=LAYER_NORM), "float32"),
     (Embedding(37, 33, positions=202, offset=2), "float32"),
+    (Embedding(37, 33, positions=202, offset=2, inner=21), "float32"),
     (Alibi(6), "float32"),
     (Alibi(4, 0.3, rounded=True), "float16"),
     (Alibi(6, keys=ALL), "float32"),
@@ -168,6 +172,10 @@ CASES = [
     (dataclasses.replace(LATENT, query=None, bias=True, parted=False, interleaved=True), "float32"),
     (dataclasses.replace(LATENT, turned=False), "float32"),
     (dataclasses.replace(LATENT, keys=ALL), "float32"),
+    (FILTER, "float32"),
+    (FILTER, "float16"),
+    (FilteredAttention(34, 4, 4, 10, filter=FILTER), "float32"),
+    (FilteredAttention(34, 4, 4, 10, filter=FILTER, keys=ALL), "float32"),
     (CausalConv(33, 4), "float32"),
     (CausalConv(33, 2), "float16"),
     (GatedNorm(6, 7, 1e-6), "float32"),
@@ -205,6 +213,8 @@ CASES = [
     (Head(LLAMA_NORM, 37), "float32"),
     (Head(LLAMA_NORM, 37, softcap=3.0), "float32"),
     (Head(LAYER_NORM, 37, transform="gelu_erf", bias=True), "float32"),
+    (Head(None, 37, hidden=33), "float32"),
+    (Head(LAYER_NORM, 37, inner=21), "float32"),
     *VISION_TRACES,
 ]
 # batch, sequence, past: a decode step, a first token, prefills longer than what was traced, and a chunk.
