@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from published_latent import LATENT
+
 PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
     "gemma-2b": {
         "architectures": ["GemmaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 2,
@@ -425,6 +427,7 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
         "use_parallel_residual": true, "use_qkv_bias": false, "vocab_size": 100352
     }
 }""")
+PUBLISHED |= LATENT
 # Lists that repeat: 24 layers, 40 and 64.
 PUBLISHED["gpt-oss-20b"]["layer_types"] *= 12
 PUBLISHED["Qwen3.5-35B-A3B"]["text_config"]["layer_types"] *= 10

@@ -32,6 +32,8 @@ QUANTISED = {
     "RedHatAI/Llama-4-Scout-17B-16E-Instruct-FP8-dynamic": "compressed-tensors, float-quantized, 8 bits",
     "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8-dynamic": "compressed-tensors, float-quantized, 8 bits",
     "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16": "compressed-tensors, pack-quantized, 4 bits, groups of 128",
+    "deepseek-ai/DeepSeek-R1": "fp8, e4m3, blocks of 128 x 128",
+    "deepseek-ai/DeepSeek-V3": "fp8, e4m3, blocks of 128 x 128",
     "in a public repository: Qwen3-14B-MLX-4bit": "mlx, 4 bits, groups of 64",
     "in a public repository: Qwen3.6 dense, MLX 4 bit": "4 bits, groups of 32",
     "in a public repository: Wizard-Vicuna-30B-GPTQ": "gptq, 4 bits, one group",
