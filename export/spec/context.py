@@ -173,15 +173,18 @@ class Mask(Block):
 @dataclass(frozen=True)
 class BidirectionalMask(Block):
     """Every token sees all tokens of its row and no padding, and padding sees the same (masking_utils.py,
-    create_bidirectional_mask). A row that is all padding sees all of it, so that no backend makes a NaN."""
+    create_bidirectional_mask). A row that is all padding sees all of it, so that no backend makes a NaN. `tokens` is
+    the axis along which they lie."""
+
+    tokens: Dim = SEQUENCE
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (Port("attention_mask", (BATCH, SEQUENCE), "int64", "padding"),)
+        return (Port("attention_mask", (BATCH, self.tokens), "int64", "padding"),)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("mask", (BATCH, 1, SEQUENCE, SEQUENCE), "bool", "mask"),)
+        return (Port("mask", (BATCH, 1, self.tokens, self.tokens), "bool", "mask"),)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE
-from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, TOKEN_TYPE_IDS, Block, Port, hidden
+from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, TOKEN_TYPE_IDS, Block, Dim, Port, hidden
 from llmexport.export.spec.context import Keys, LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from llmexport.export.spec.feed_forward import Activation
 from llmexport.export.spec.graph import Graph, Step
@@ -29,7 +29,8 @@ class Embedding(Block):
     It adds one for each of `types` of tokens and one for each of `positions`, then norms the sum (modeling_bert.py).
     0 and None: there are none. Positions count from 0 whatever is padding; or, with an `offset`, they are position_ids
     and the rows of the table begin that much earlier (modeling_opt.py). A table of words with `inner` numbers a row,
-    if that is not 0, has a matrix without bias that makes hidden states of them (project_in there).
+    if that is not 0, has a matrix without bias that makes hidden states of them (project_in there). `axes` are those of
+    rows and of tokens.
     """
 
     vocabulary: int
@@ -40,11 +41,13 @@ class Embedding(Block):
     norm: Norm | None = None
     offset: int | None = None
     inner: int = 0
+    axes: tuple[Dim, Dim] = (BATCH, SEQUENCE)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
         types, positions = (TOKEN_TYPE_IDS,) * bool(self.types), (POSITION_IDS,) * bool(self.placed)
-        return (INPUT_IDS, *types, *positions)
+        ports = (INPUT_IDS, *types, *positions)
+        return tuple(dataclasses.replace(p, shape=self.axes) for p in ports)
 
     @property
     def placed(self) -> int:
@@ -53,7 +56,7 @@ class Embedding(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (hidden("hidden", self.hidden),)
+        return (hidden("hidden", self.hidden, self.axes),)
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
