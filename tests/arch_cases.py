@@ -98,6 +98,17 @@ CASES = (
     Case("bert", "bert-relu-untied", {
         "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
     }),
+    Case("baichuan", "baichuan"),
+    Case("baichuan", "baichuan-rope", {"max_position_embeddings": 512}),
+    Case("internlm", "internlm"),
+    Case("internlm", "internlm-no-bias", {"bias": False, "rotary": {"base": 10000, "type": "origin"}}),
+    Case("internlm2", "internlm2"),
+    Case("internlm3", "internlm3"),
+    Case("internlm3", "internlm3-bias", {"bias": True, "qkv_bias": True}),
+    Case("qwen", "qwen"),
+    Case("chatglm", "chatglm"),
+    Case("chatglm", "chatglm-no-bias", {"add_qkv_bias": False, "multi_query_group_num": 1}),
+    Case("internlm2", "internlm2-bias", {"bias": True, "rope_scaling": None, "num_key_value_heads": 4}),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
@@ -107,6 +118,8 @@ EVERY_TIME = frozenset({
     "bert", "cohere", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_oss", "llama", "llama4", "mistral",
     "mixtral", "olmo", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5", "qwen3_5_moe",
 })  # fmt: skip
+# Architectures whose checkpoints a class of transformers loads as they are.
+IN_TRANSFORMERS = [n for n in archs.names() if not archs.load(n).reference.made_by]
 # One case an architecture, and those of the families of EVERY_TIME.
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]
 FIRST_EVERY_TIME = tuple(c for c in FIRST if c.arch in EVERY_TIME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import onnxruntime
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from llmexport.export import manifest
+from llmexport.export import archs, manifest
+from llmexport.validate import references
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.tolerance import tolerance
@@ -68,9 +71,11 @@ class Decoder:
                 for n, p in self.ports.items()
                 if n in self.carried
             }
-        if len(self.ports["position_ids"].shape) == 3 and positions.ndim == 2:
+        ported = self.ports.get("position_ids")
+        if ported and len(ported.shape) == 3 and positions.ndim == 2:
             positions = np.broadcast_to(positions, (3, *positions.shape))
-        feed = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, **self.past}
+        feed = {"input_ids": ids, "attention_mask": mask, **self.past}
+        feed |= {"position_ids": positions} if ported else {}
         if self.torch:
             outputs = self.torch.infer(feed, check_inputs=False)
         else:
@@ -89,7 +94,12 @@ class Decoder:
 
 
 @functools.cache
-def reference(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers has it, or as its architecture's reference makes it of what transformers has."""
+    config = json.loads((folder / "config.json").read_text())
+    if made_by := archs.choose(None, config).reference.made_by:
+        tensors = {n: t for shard in folder.glob("*.safetensors") for n, t in load_file(shard).items()}
+        return references.make(made_by, config, tensors, dtype, "eager")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.eval()
 

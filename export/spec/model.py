@@ -69,8 +69,9 @@ class Head(Block):
     """Final norm and the projection to the vocabulary, times `scale` (modeling_cohere.py).
 
     `softcap` > 0 bounds the logits (modeling_gemma2.py). A head for masked tokens has a dense layer with this
-    activation, `transform`, before the norm, and a `bias` of the projection (modeling_bert.py). `last`: it gives the
-    logits of the last token of each row alone.
+    activation, `transform`, before the norm, and a `bias` of the projection (modeling_bert.py). `normed`: each row of
+    the projection is divided by its L2 norm (NormHead, Baichuan 2's modeling_baichuan.py). `last`: it gives the logits
+    of the last token of each row alone.
     """
 
     norm: Norm
@@ -80,6 +81,7 @@ class Head(Block):
     transform: Activation | None = None
     bias: bool = False
     last: bool = False
+    normed: bool = False
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -166,15 +168,21 @@ class Multimodal:
 
 @dataclass(frozen=True)
 class Reference:
-    """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output."""
+    """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output.
+
+    Where transformers has no class of the checkpoint's layout, `made_by` is the module of `validate/references/` that
+    makes a model of its tensors; `model_class` is then what configs call it, and `aliases` what others call it.
+    """
 
     model_class: str
     outputs: Mapping[str, str]
+    made_by: str = ""
+    aliases: tuple[str, ...] = ()
 
 
-def causal_lm(model_class: str) -> Reference:
+def causal_lm(model_class: str, made_by: str = "", aliases: tuple[str, ...] = ()) -> Reference:
     """The reference of a model whose logits are those of the next token."""
-    return Reference(model_class, MappingProxyType({"logits": "logits"}))
+    return Reference(model_class, MappingProxyType({"logits": "logits"}), made_by, aliases)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
+from arch_cases import IN_TRANSFORMERS
 from layouts import WHOLE
 from published_configs import LONG_FACTOR, PUBLISHED, SHORT_FACTOR, WITH_MORE_KEYS
 from tiny_configs import read, read_whole
@@ -43,7 +44,7 @@ from llmexport.export.spec import (
 )
 from llmexport.export.stack import wired
 
-CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).model_types[0]] for n in archs.names()}
+CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).model_types[0]] for n in IN_TRANSFORMERS}
 
 
 def published(name: str) -> Model:
