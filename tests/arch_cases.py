@@ -150,6 +150,17 @@ CASES = (
     Case("phi", "phi-qk-norm", {"qk_layernorm": True, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     Case("stablelm", "stablelm"),
     Case("stablelm", "stablelm-12b", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": False}),
+    Case("baichuan", "baichuan"),
+    Case("baichuan", "baichuan-rope", {"max_position_embeddings": 512}),
+    Case("internlm", "internlm"),
+    Case("internlm", "internlm-no-bias", {"bias": False, "rotary": {"base": 10000, "type": "origin"}}),
+    Case("internlm2", "internlm2"),
+    Case("internlm3", "internlm3"),
+    Case("internlm3", "internlm3-bias", {"bias": True, "qkv_bias": True}),
+    Case("qwen", "qwen"),
+    Case("chatglm", "chatglm"),
+    Case("chatglm", "chatglm-no-bias", {"add_qkv_bias": False, "multi_query_group_num": 1}),
+    Case("internlm2", "internlm2-bias", {"bias": True, "rope_scaling": None, "num_key_value_heads": 4}),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 # Families whose caches hold latents, and no keys and values.
@@ -162,6 +173,9 @@ EVERY_TIME = frozenset({
     "mixtral", "olmo", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5", "qwen3_5_moe",
 })  # fmt: skip
 # one case an architecture
+# Architectures whose checkpoints a class of transformers loads as they are.
+IN_TRANSFORMERS = [n for n in archs.names() if not archs.load(n).reference.made_by]
+# One case an architecture, and those of the families of EVERY_TIME.
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]
 # Those whose multimodal checkpoints are exported whole: the text model, and what sees.
 TOWERS = tuple(c for c in FIRST if any(m.tower for m in archs.load(c.arch).multimodal))

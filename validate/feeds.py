@@ -23,6 +23,7 @@ from llmexport.export.spec import (
     Experts,
     Graph,
     Port,
+    Rotary,
     Splice,
     Use,
     axis_of,
@@ -84,11 +85,14 @@ def beside(export: Export) -> tuple[Port, ...]:
 def limits(blocks: Collection[Block]) -> dict[Use, int]:
     """How many ids there are of each use, so that every block takes them: words, types, positions, experts."""
     tables = [b for b in blocks if isinstance(b, Embedding)]
+    turns = [b for b in blocks if isinstance(b, Rotary)]
     experts = [b.experts for b in blocks if isinstance(b, Experts)]
     found: dict[Use, int] = {
         "tokens": min((b.vocabulary for b in tables), default=100),
         "token_types": min((b.types for b in tables if b.types), default=1),
-        "positions": min((b.placed for b in tables if b.placed), default=MOST),
+        "positions": min(
+            (*(b.placed for b in tables if b.placed), *(b.places for b in turns if b.places)), default=MOST
+        ),
     }
     return found | ({"routing_experts": min(experts)} if experts else {})
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from llmexport.export.checkpoint import INDEX
@@ -23,6 +24,7 @@ from llmexport.export.exported import Export
 from llmexport.export.spec import Use
 from llmexport.export.trace import torch_dtype
 from llmexport.export.values import one_line
+from llmexport.validate import references
 from llmexport.validate.feeds import Feed, beside, earlier, of_source, sees
 from llmexport.validate.pictures import Pictures, Sight, sight, stands_for
 from llmexport.validate.runners import to_numpy, to_torch
@@ -109,8 +111,11 @@ class Transformers:
         self._features = next((p.name for g in export.graphs for p in g.assembly.outputs if p.use == "features"), "")
 
     def run(self, stage: Stage) -> Feed:
-        """The outputs that the export's reference names, and the features of pictures."""
+        """The outputs that the export's reference names, and the features of pictures; nothing of a crossing where no
+        cache can be given to it."""
         made: Feed = {}
+        if stage.begins and stage.past and isinstance(self._model, references.Described):
+            return made
         if self._sight and stage.pictures:
             made[self._features] = self._seen(stage.pictures)
         if self._given:
@@ -246,6 +251,8 @@ def _load(export: Export, attention: str | None) -> Any:
     transformers.utils.logging.disable_progress_bar()
     # It lists the vision tensors that the text model leaves.
     transformers.utils.logging.set_verbosity_error()
+    if made_by := export.reference.made_by:
+        return _made(export, made_by, attention)
     model = getattr(transformers, export.reference.model_class, None)
     if model is None:
         have = f"transformers {transformers.__version__}"
@@ -279,3 +286,18 @@ def _load(export: Export, attention: str | None) -> Any:
             dtype=torch_dtype(export.dtype),
             attn_implementation=attention,
         ).eval()
+
+
+def _made(export: Export, made_by: str, attention: str | None) -> Any:
+    """The model that a module of references makes of the weights in the export."""
+    stored: dict[str, list[str]] = {}
+    for tensor in export.checkpoint().tensors.values():
+        stored.setdefault(tensor.file, []).append(tensor.name)
+    tensors: dict[str, Tensor] = {}
+    for file, names in stored.items():
+        with safe_open(export.folder / file, "pt") as opened:
+            tensors |= {n: opened.get_tensor(n) for n in names}
+    try:
+        return references.make(made_by, export.text_config, tensors, torch_dtype(export.dtype), attention)
+    except references.Unread as error:
+        raise Refused(str(error)) from error

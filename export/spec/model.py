@@ -74,9 +74,10 @@ class Head(Block):
     """Final norm and the projection to the vocabulary, times `scale` (modeling_cohere.py).
 
     `softcap` > 0 bounds the logits (modeling_gemma2.py). A head for masked tokens has a dense layer with this
-    activation, `transform`, before the norm, and a `bias` of the projection (modeling_bert.py). `last`: it gives the
-    logits of the last token of each row alone. Without a norm it reads hidden states of the size `hidden`. If `inner`
-    is not 0, a matrix without bias makes so many numbers of them for the projection (modeling_opt.py, project_out).
+    activation, `transform`, before the norm, and a `bias` of the projection (modeling_bert.py). `normed`: each row of
+    the projection is divided by its L2 norm (NormHead, Baichuan 2's modeling_baichuan.py). `last`: it gives the logits
+    of the last token of each row alone. Without a norm it reads hidden states of the size `hidden`. If `inner` is not
+    0, a matrix without bias makes so many numbers of them for the projection (modeling_opt.py, project_out).
     """
 
     norm: Norm | None
@@ -86,6 +87,7 @@ class Head(Block):
     transform: Activation | None = None
     bias: bool = False
     last: bool = False
+    normed: bool = False
     hidden: int = 0
     inner: int = 0
 
@@ -185,6 +187,8 @@ class Reference:
     `attention` is which of its implementations does.
     `state` is what a class that keeps no cache calls what it carries, in its call and in its output: it knows nothing
     of padding, and is right for one row alone.
+    Where transformers has no class of the checkpoint's layout, `made_by` is the module of `validate/references/` that
+    makes a model of its tensors; `model_class` is then what configs call it, and `aliases` what others call it.
     """
 
     model_class: str
@@ -192,11 +196,13 @@ class Reference:
     cached: bool = True
     attention: str = "eager"
     state: str = ""
+    made_by: str = ""
+    aliases: tuple[str, ...] = ()
 
 
-def causal_lm(model_class: str, attention: str = "eager") -> Reference:
+def causal_lm(model_class: str, attention: str = "eager", **others: Any) -> Reference:
     """The reference of a model whose logits are those of the next token."""
-    return Reference(model_class, MappingProxyType({"logits": "logits"}), attention=attention)
+    return Reference(model_class, MappingProxyType({"logits": "logits"}), attention=attention, **others)
 
 
 @dataclass(frozen=True)

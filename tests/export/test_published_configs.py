@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
+from arch_cases import IN_TRANSFORMERS
 from layouts import WHOLE
 from published_configs import LONG_FACTOR, PUBLISHED, SHORT_FACTOR, WITH_MORE_KEYS
 from published_latent import LATENT_MODELS
@@ -47,7 +48,7 @@ from llmexport.export.spec import (
 )
 from llmexport.export.stack import wired
 
-CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).model_types[0]] for n in archs.names()}
+CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).model_types[0]] for n in IN_TRANSFORMERS}
 
 # Without these its own model is none.
 NO_DEFAULT = {"deepseek_v2": {"num_experts_per_tok": 6}}
