@@ -141,7 +141,11 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
             truncate = keys.pop("truncate", True)
             if type(truncate) is not bool:
                 raise ExportError(f"config.json: RoPE's truncate is {show(truncate)}, expected true or false")
-            found = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+            found = mscale(factor, 1.0)
+            of_angles, of_logits = (keys.pop(k, None) for k in ("mscale", "mscale_all_dim"))
+            if of_angles and of_logits:
+                of_angles, of_logits = (as_positive("RoPE's mscale", m) for m in (of_angles, of_logits))
+                found = mscale(factor, of_angles) / mscale(factor, of_logits)
             return YarnScaling(
                 factor=factor,
                 original_positions=_positions(config, keys),
@@ -153,6 +157,24 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
         case "longrope":
             return _long(config, keys, size)
     raise ValueError(f"no RoPE of type {kind}")
+
+
+def mscale(factor: float, weight: float) -> float:
+    """YaRN's magnitude of a stretch by `factor` (arXiv 2309.00071, section 3.4), with the weight that DeepSeek gives
+    its logarithm."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def of_logits(config: Config) -> float:
+    """What YaRN multiplies the logits of attention by, beside what it does to cos and sin; 1 without it.
+
+    The architectures that do so are DeepSeek's heirs (modeling_deepseek_v3.py, yarn_apply_mscale).
+    """
+    keys = _shared(config)
+    weight = keys.get("mscale_all_dim") or 0
+    if not weight or keys.get("rope_type", keys.get("type", "default")) == "default":
+        return 1.0
+    return mscale(_factor(keys), as_positive("RoPE's mscale_all_dim", weight)) ** 2
 
 
 def _long(config: Config, keys: dict[str, Any], size: int) -> LongScaling:

@@ -145,6 +145,10 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = _distinct(random, below.get(port.use, shape[-1]), shape)
             case "recurrence":
                 value = 0.1 * random.standard_normal(shape)
+            case "weight_sum":
+                # The first row has seen no token.
+                value = random.uniform(1, 2, shape)
+                value[:1] = 0
             case "cos":
                 value = np.cos(angles / np.arange(1, shape[-1] + 1))
             case "sin":
@@ -169,7 +173,7 @@ def states(graph: Graph, dtype: str, sizes: Mapping[str, int], seed: int = 0) ->
     for port in graph.assembly.inputs:
         if port.name in graph.carried:
             value = np.zeros(shape_of(port, sizes), port.typed(dtype).dtype)
-            tokens = held.get(port.name, value[:, :, :0])
+            tokens = held.get(port.name, value)
             match port.use:
                 case "slots":
                     value[:, :, : tokens.shape[2]] = tokens
@@ -177,7 +181,7 @@ def states(graph: Graph, dtype: str, sizes: Mapping[str, int], seed: int = 0) ->
                     kept = min(tokens.shape[2], value.shape[2])
                     value[:, :, value.shape[2] - kept :] = tokens[:, :, tokens.shape[2] - kept :]
                 case _:
-                    value = tokens if port.name in held else value
+                    value = tokens
             feed[port.name] = value
     return feed
 

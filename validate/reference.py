@@ -72,8 +72,9 @@ class Transformers:
     """The model as transformers runs it, from the weights in the export: the reference that nobody here wrote.
 
     It carries its own cache from stage to stage, and begins a crossing with the random keys and values that our
-    runners read. A multimodal model is given pictures as its processor gives them, and counts their positions itself.
-    `fast`: it computes attention as it chooses to. Raises Refused where it cannot say what is right.
+    runners read; a model without a cache there runs the whole row at every stage. A multimodal model is given pictures
+    as its processor gives them, and counts their positions itself. `fast`: it computes attention as it chooses to.
+    Raises Refused where it cannot say what is right.
     """
 
     def __init__(self, export: Export, *, fast: bool = False, last: bool = False) -> None:
@@ -88,9 +89,14 @@ class Transformers:
         ports = [p for g in export.graphs for p in g.assembly.inputs if p.name not in carried]
         # A model without RoPE reads no positions.
         self._given = {KEYWORDS[p.use]: p for p in ports if p.use in KEYWORDS}
-        self._cached = bool(carried)
+        self._cached = bool(carried) and export.reference.cached
+        # What of the row so far a model without a cache is given again.
+        again = [k for k, p in self._given.items() if p.use != "padding"]
+        self._again = again if carried and not self._cached else []
+        self._row: dict[str, Tensor] = {}
         self._kept = {"logits_to_keep": 1} if last or export.gives_last_logits else {}
         self._cache: Cache | None = None
+        self._states: dict[int, Any] = {}  # what it carries of each row, where that is no cache
         self._sight = sight(export.blocks)
         self._features = next((p.name for g in export.graphs for p in g.assembly.outputs if p.use == "features"), "")
 
@@ -104,13 +110,20 @@ class Transformers:
         return made
 
     def _read(self, stage: Stage) -> Feed:
+        if self._export.reference.state:
+            return self._rows(stage)
         given = {keyword: to_torch(stage.at(port)) for keyword, port in self._given.items()}
         if self._sight and stage.pictures:
             given |= _as_processed(self._sight, stage.ids, stage.pictures, self._model.dtype)
             if self._sight.sections:
                 del given[KEYWORDS["positions"]]
         if stage.begins:
+            if self._again and stage.past:
+                raise Refused("transformers keeps no cache of this model that could hold random keys and values")
             self._cache = self._filled(stage) if stage.past else None
+            self._row = {}
+        if self._again:
+            given |= self._whole(given)
         run = self._model
         if self._cached:
             run = functools.partial(run, past_key_values=self._cache, use_cache=True)
@@ -119,7 +132,32 @@ class Transformers:
             made = run(**given, **self._kept)
         self.seconds = time.perf_counter() - start
         self._cache = made.past_key_values if self._cached else None
-        return {port: to_numpy(getattr(made, name)) for port, name in self._export.reference.outputs.items()}
+        own = slice(-stage.ids.shape[1], None) if self._again else slice(None)
+        return {port: to_numpy(getattr(made, name)[:, own]) for port, name in self._export.reference.outputs.items()}
+
+    def _whole(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The row up to the stage's last token, where the stage's own tokens are given."""
+        self._row = {k: torch.cat((*([self._row[k]] if k in self._row else []), given[k]), 1) for k in self._again}
+        return self._row
+
+    def _rows(self, stage: Stage) -> Feed:
+        """Row by row and without padding, in whose places there are zeros."""
+        carries, made = self._export.reference.state, {}
+        if stage.begins:
+            self._states = {}
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for row, real in enumerate(stage.real):
+                if real.any():
+                    carried = {carries: self._states.get(row), "use_cache": True}
+                    made[row] = self._model(to_torch(stage.ids[row : row + 1, real]), **carried, **self._kept)
+        self.seconds = time.perf_counter() - start
+        self._states |= {row: getattr(its, carries) for row, its in made.items()}
+        found: Feed = {}
+        for port, name in self._export.reference.outputs.items():
+            rows = {row: to_numpy(getattr(its, name)) for row, its in made.items()}
+            found[port] = _in_places(stage.real, rows, last=bool(self._kept))
+        return found
 
     def _seen(self, pictures: Pictures) -> np.ndarray:
         """The features of pictures, one after the other, as wide as the text model."""
@@ -145,6 +183,16 @@ class Transformers:
                 if held:
                     cache.update(*map(to_torch, held), i)
         return cache
+
+
+def _in_places(real: np.ndarray, rows: Mapping[int, np.ndarray], last: bool) -> np.ndarray:
+    """What rows [1, tokens, ...] say of real tokens, in the places of those; `last`: of the last place alone."""
+    places = real[:, -1:] if last else real
+    some = next(iter(rows.values()))
+    made = np.zeros((*places.shape, *some.shape[2:]), some.dtype)
+    for row, own in rows.items():
+        made[row, places[row]] = own[0, own.shape[1] - places[row].sum() :]
+    return made
 
 
 def _without_text(config: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from llmexport.export.blocks.bias import Alibi
 from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
+from llmexport.export.blocks.filtered import FilteredAttention, LocalizedFilter
+from llmexport.export.blocks.latent import LatentAttention
 from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.moe import Experts, Moe, Router, SharedExpert
@@ -27,6 +29,7 @@ from llmexport.export.blocks.patches import (
 from llmexport.export.blocks.splice import Splice
 from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 from llmexport.export.blocks.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.blocks.wkv import ChannelMix, TimeMix
 
 
 def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
@@ -39,7 +42,7 @@ def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         made = _module(block, dtype)
     for path, parameter in made.named_parameters():
-        if block.dtype_of(path) in spec.ANY_FLOAT:
+        if block.dtype_of(path) in ("T", "W"):
             parameter.data = parameter.data.to(dtype)
     return made.requires_grad_(False).eval()
 
@@ -77,10 +80,14 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
 PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
+    spec.ChannelMix: ChannelMix,
     spec.Experts: Experts,
+    spec.FilteredAttention: FilteredAttention,
     spec.GatedDeltaNet: GatedDeltaNet,
     spec.GatedNorm: GatedNorm,
     spec.Head: Head,
+    spec.LatentAttention: LatentAttention,
+    spec.LocalizedFilter: LocalizedFilter,
     spec.Mask: Mask,
     spec.Mlp: Mlp,
     spec.Moe: Moe,
@@ -97,4 +104,5 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Splice: Splice,
     spec.TileEmbedding: TileEmbedding,
     spec.Temperature: Temperature,
+    spec.TimeMix: TimeMix,
 }

@@ -44,7 +44,9 @@ from llmexport.export.spec.context import (
 )
 from llmexport.export.spec.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
+from llmexport.export.spec.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
+from llmexport.export.spec.latent import LatentAttention
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, Mixer, Norm
 from llmexport.export.spec.model import (
@@ -70,6 +72,7 @@ from llmexport.export.spec.patches import (
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.spec.wkv import ChannelMix, TimeMix
 
 __all__ = [
     "ANY_FLOAT",
@@ -96,17 +99,21 @@ __all__ = [
     "BidirectionalMask",
     "Block",
     "CausalConv",
+    "ChannelMix",
     "Dim",
     "Embedding",
     "Experts",
+    "FilteredAttention",
     "GatedDeltaNet",
     "GatedNorm",
     "Graph",
     "Head",
     "Keys",
+    "LatentAttention",
     "Layer",
     "LinearScaling",
     "Llama3Scaling",
+    "LocalizedFilter",
     "LongScaling",
     "Mask",
     "Mixer",
@@ -145,6 +152,7 @@ __all__ = [
     "Temperature",
     "TileEmbedding",
     "TileRotary",
+    "TimeMix",
     "Tower",
     "Use",
     "YarnScaling",

@@ -12,6 +12,7 @@ from llmexport.export.spec.block import (
     INPUT_IDS,
     PADDING_LENGTH,
     PAST_LENGTH,
+    PRESENCE,
     SLOT_MASK,
     Block,
     Dim,
@@ -243,5 +244,4 @@ class Presence(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        end = Port("tokens_end", (BATCH,), "int64", "presence_end")
-        return (Port("present_tokens", (BATCH, SEQUENCE), use="presence"), end)
+        return PRESENCE

@@ -141,7 +141,8 @@ def test_the_largest_sizes_that_are_read_can_be_laid_out(arch):
     if arch in ("qwen3_5", "qwen3_5_moe"):
         # So that the sections of mRoPE still make its part of the head.
         config["rope_parameters"] = {"partial_rotary_factor": 8 / LONGEST, "mrope_section": [2, 1, 1]}
-    for key in [k for k, v in config.items() if type(v) is int and k not in ("num_hidden_layers", *not_read(arch))]:
+    passed_over = ("num_hidden_layers", "num_layers", *not_read(arch))
+    for key in [k for k, v in config.items() if type(v) is int and k not in passed_over]:
         config[key] = next(n for n in (2**31 - 1, LONGEST, MOST) if "at most" not in str(ours(config | {key: n})))
     model = ours(config)
     assert isinstance(model, Model), model

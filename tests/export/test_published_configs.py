@@ -18,6 +18,7 @@ from llmexport.export.spec import (
     Alibi,
     Attention,
     BidirectionalMask,
+    ChannelMix,
     Embedding,
     Experts,
     GatedDeltaNet,
@@ -39,6 +40,7 @@ from llmexport.export.spec import (
     Span,
     Sublayer,
     Temperature,
+    TimeMix,
     YarnScaling,
     decoder_layer,
 )
@@ -254,6 +256,51 @@ def bert_base() -> Model:
     )
 
 
+def gpt2(hidden: int, heads: int, layers: int) -> Model:
+    norm = Norm(hidden, 1e-5, statistics="layer", bias=True)
+    fields = {"qkv_bias": True, "out_bias": True, "fused": True, "transposed": True, "rotated": 0}
+    attention = Attention(hidden, heads, heads, 64, scale=64**-0.5, **fields)
+    mlp = Mlp(hidden, 4 * hidden, "gelu_tanh", bias=True, gated=False, transposed=True)
+    layer = (decoder_layer(norm, attention, norm, mlp), (Mask(),))
+    embedding = Embedding(50257, hidden, positions=1024, offset=0)
+    return wired(embedding, (layer,) * layers, Head(norm, 50257), tied=True)
+
+
+def openai_gpt() -> Model:
+    norm = Norm(768, 1e-5, statistics="layer", bias=True)
+    fields = {"qkv_bias": True, "out_bias": True, "fused": True, "transposed": True, "rotated": 0}
+    mlp = Mlp(768, 3072, "gelu_tanh", bias=True, gated=False, transposed=True)
+    attention = Attention(768, 12, 12, 64, **fields)
+    layer = Layer((Sublayer("self_attn", attention, sum_norm=norm), Sublayer("mlp", mlp, sum_norm=norm)))
+    embedding = Embedding(40478, 768, positions=512, offset=0)
+    return wired(embedding, ((layer, (Mask(),)),) * 12, Head(None, 40478, hidden=768), tied=True)
+
+
+def gpt_neo_125m() -> Model:
+    norm = Norm(768, 1e-5, statistics="layer", bias=True)
+    mlp = Mlp(768, 3072, "gelu_tanh", bias=True, gated=False)
+    block = decoder_layer(norm, Attention(768, 12, 12, 64, out_bias=True, rotated=0, scale=1.0), norm, mlp)
+    layers = ((block, (Mask(),)), (block, (Mask(256),))) * 6
+    return wired(Embedding(50257, 768, positions=2048, offset=0), layers, Head(norm, 50257), tied=True)
+
+
+def opt_350m() -> Model:
+    norm = Norm(1024, 1e-5, statistics="layer", bias=True)
+    attention = Attention(1024, 16, 16, 64, qkv_bias=True, out_bias=True, rotated=0)
+    mlp = Mlp(1024, 4096, "relu", bias=True, gated=False)
+    layer = Layer((Sublayer("self_attn", attention, sum_norm=norm), Sublayer("mlp", mlp, sum_norm=norm)))
+    embedding = Embedding(50272, 1024, positions=2050, offset=2, inner=512)
+    return wired(embedding, ((layer, (Mask(),)),) * 24, Head(None, 50272, hidden=1024, inner=512), tied=True)
+
+
+def starcoder2_3b() -> Model:
+    norm = Norm(3072, 1e-5, statistics="layer", bias=True)
+    attention = Attention(3072, 24, 2, 128, qkv_bias=True, out_bias=True)
+    block = decoder_layer(norm, attention, norm, Mlp(3072, 12288, "gelu_tanh", bias=True, gated=False))
+    layer = (block, (Rotary(128, 999999.4420358813), Mask(4096)))
+    return wired(Embedding(49152, 3072), (layer,) * 30, Head(norm, 49152), tied=True)
+
+
 def mixtral_8x7b() -> Model:
     norm = Norm(4096, 1e-5)
     moe = Moe(Router(4096, 8, 2, "softmax", renormalise=True), Experts(4096, 14336, 8, 2, "silu"))
@@ -330,6 +377,19 @@ def stablelm_2_12b() -> Model:
     return llama(40, 5120, block, Rotary(40, 10000.0), 100352)
 
 
+def rwkv_169m() -> Model:
+    norm = Norm(768, 1e-5, statistics="layer", bias=True)
+
+    def layer(scale: float, halved: float) -> Layer:
+        time, channel = TimeMix(768, scale), ChannelMix(768, 3072, scale)
+        second = Sublayer("feed_forward", channel, norm, scale=halved, kept=halved)
+        return Layer((Sublayer("attention", time, norm), second))
+
+    scales = (*((1.0, 1.0),) * 5, (1.0, 0.5), *((0.5, 1.0),) * 5, (0.5, 0.5))
+    layers = [(layer(*s), (Presence(),)) for s in scales]
+    return wired(Embedding(50277, 768, norm=norm), layers, Head(norm, 50277), tied=False)
+
+
 # 131072 positions are 32 times the original 4096.
 LONG = LongScaling(tuple(SHORT_FACTOR), tuple(LONG_FACTOR), 4096, math.sqrt(1 + math.log(32.0) / math.log(4096)))
 MODELS = {
@@ -337,6 +397,13 @@ MODELS = {
     "OLMo-2-1124-7B": olmo_2_7b(),
     "aya-23-8B": aya_23_8b(),
     "bert-base-uncased": bert_base(),
+    "rwkv-4-169m-pile": rwkv_169m(),
+    "gpt2-xl": gpt2(1600, 25, 48),
+    "distilgpt2": gpt2(768, 12, 6),
+    "openai-gpt": openai_gpt(),
+    "gpt-neo-125m": gpt_neo_125m(),
+    "opt-350m": opt_350m(),
+    "starcoder2-3b": starcoder2_3b(),
     "Llama-3.1-8B": llama_3_1_8b(),
     "linear scaling": linear_scaling(),
     "GLM-4-9B-0414": glm_4(1e-5, sandwich=True),

@@ -87,7 +87,7 @@ def hollow(name: str, folder: Path) -> Request:
 def test_the_tables_name_models_of_claimed_families():
     assert len(MODELS) == 170
     assert {*QUANTISED, *REFUSED, *NOTED, *EXPORTED} <= set(CLAIMED)
-    assert len(READ) == 98
+    assert len(READ) >= 98
 
 
 @pytest.mark.parametrize("name", READ)
