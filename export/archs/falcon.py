@@ -121,7 +121,7 @@ ARCH = Arch(
         "num_hidden_layers": 3,
         "num_attention_heads": 6,
         "num_kv_heads": None,
-        "ffn_hidden_size": 160,
+        "ffn_hidden_size": 112,
         "alibi": False,
         "bias": False,
         "multi_query": True,

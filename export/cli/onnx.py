@@ -30,8 +30,11 @@ from llmexport.export.spec import ONLY, Port
     help="portable runs everywhere; tensorrt is for trtexec with our plugins: no function bodies.",
 )
 @source.caching
-@click.option("--block", help="Export one block alone by its name, or `all`: each in a folder of its own; without "
-    "--arch and --checkpoint, a known block of no model, as deep_norm or gqa.")
+@click.option(
+    "--block",
+    help="Export one block alone by its name, or `all`: each in a folder of its own; without "
+    "--arch and --checkpoint, a known block of no model, as deep_norm or gqa.",
+)
 @click.option(
     "--for",
     "runtimes",
