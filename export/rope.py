@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from llmexport.export.config import Config
 
 TYPES = MappingProxyType({t: t for t in ("default", "linear", "llama3", "yarn", "longrope")})
+# Types by which the angles of a text change once it is longer than those that the model was trained on.
+WITHIN = MappingProxyType({**TYPES, "dynamic": "dynamic"})
 ORIGINAL = "original_max_position_embeddings"
 # Keys that nothing reads, and keys of other types or architectures with the values that change nothing.
 HARMLESS = ("finetuned",)
@@ -66,7 +68,15 @@ def read(
             f"config.json: RoPE has keys that are not understood: {names}. "
             "Exporting without them could give a wrong model: report the checkpoint, so that they are read here"
         )
-    return Rotary(size, theta, scaling, sections)
+    places = within(config, "rope_scaling", "max_position_embeddings") if types[found[0]] == "dynamic" else None
+    return Rotary(size, theta, scaling, sections, places)
+
+
+def within(config: Config, key: str, length_key: str) -> int:
+    """The length up to which what `key` asks for changes nothing, which is as far as the export goes."""
+    length = config.integer(length_key)
+    config.notes.append(f"config.json: {key} changes longer texts alone: the export is of texts up to {length} tokens")
+    return length
 
 
 def _rotated(config: Config, keys: dict[str, Any], head_size: int, partial: float, key: str) -> int:
@@ -119,6 +129,10 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
         case "default":
             # Some configs have it, though nothing reads it for this type.
             keys.pop(ORIGINAL, None)
+            return None
+        case "dynamic":
+            # NTK-aware theta, which grows with what a text has beyond max_position_embeddings.
+            _factor(keys)
             return None
         case "linear":
             keys.pop(ORIGINAL, None)

@@ -97,11 +97,21 @@ CASES = (
     }),
     Case("rwkv", "rwkv"),
     Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None, "num_hidden_layers": 2}),
+    Case("deepseek_v2", "deepseek_v2"),
+    Case("deepseek_v2", "deepseek_v2-lite-bias", {
+        "topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True,
+        "mlp_bias": True, "routed_scaling_factor": 1.0,
+    }),
     Case("deepseek_v3", "deepseek_v3"),
     Case("deepseek_v3", "deepseek_v3-no-groups-bias", {
         "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False,
         "norm_topk_prob": False, "first_k_dense_replace": 0, "n_shared_experts": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    }),
+    Case("glm4_moe_lite", "glm4_moe_lite"),
+    Case("glm4_moe_lite", "glm4_moe_lite-halves", {
+        "rope_interleave": False, "q_lora_rank": None, "attention_bias": True, "n_group": 2,
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
     }),
     Case("bert", "bert"),
     Case("bert", "bert-relu-untied", {
@@ -140,8 +150,21 @@ CASES = (
     Case("phi", "phi-qk-norm", {"qk_layernorm": True, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     Case("stablelm", "stablelm"),
     Case("stablelm", "stablelm-12b", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": False}),
+    Case("baichuan", "baichuan"),
+    Case("baichuan", "baichuan-rope", {"max_position_embeddings": 512}),
+    Case("internlm", "internlm"),
+    Case("internlm", "internlm-no-bias", {"bias": False, "rotary": {"base": 10000, "type": "origin"}}),
+    Case("internlm2", "internlm2"),
+    Case("internlm3", "internlm3"),
+    Case("internlm3", "internlm3-bias", {"bias": True, "qkv_bias": True}),
+    Case("qwen", "qwen"),
+    Case("chatglm", "chatglm"),
+    Case("chatglm", "chatglm-no-bias", {"add_qkv_bias": False, "multi_query_group_num": 1}),
+    Case("internlm2", "internlm2-bias", {"bias": True, "rope_scaling": None, "num_key_value_heads": 4}),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
+# Families whose caches hold latents, and no keys and values.
+LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 # Families that are tested whole in every session: each form of a block occurs in one of them. The first case of every
 # other one meets transformers in every session (`every_family`), and its other tests are slow.
@@ -150,6 +173,9 @@ EVERY_TIME = frozenset({
     "mixtral", "olmo", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5", "qwen3_5_moe",
 })  # fmt: skip
 # one case an architecture
+# Architectures whose checkpoints a class of transformers loads as they are.
+IN_TRANSFORMERS = [n for n in archs.names() if not archs.load(n).reference.made_by]
+# One case an architecture, and those of the families of EVERY_TIME.
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]
 # Those whose multimodal checkpoints are exported whole: the text model, and what sees.
 TOWERS = tuple(c for c in FIRST if any(m.tower for m in archs.load(c.arch).multimodal))

@@ -13,8 +13,10 @@ import numpy as np
 import onnxruntime
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from llmexport.export import archs, manifest
+from llmexport.validate import references
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.tolerance import tolerance
@@ -115,9 +117,14 @@ class Decoder:
 
 
 @functools.cache
-def reference(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
-    attention = archs.choose(None, json.loads((folder / "config.json").read_bytes())).reference.attention
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers has it, or as its architecture's reference makes it of what transformers has."""
+    config = json.loads((folder / "config.json").read_text())
+    said = archs.choose(None, config).reference
+    if said.made_by:
+        tensors = {n: t for shard in folder.glob("*.safetensors") for n, t in load_file(shard).items()}
+        return references.make(said.made_by, config, tensors, dtype, "eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=said.attention)
     return model.eval()
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+from published_latent import LATENT
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
     "gemma-2b": {
@@ -425,6 +428,7 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
         "use_parallel_residual": true, "use_qkv_bias": false, "vocab_size": 100352
     }
 }""")
+PUBLISHED |= LATENT
 # Lists that repeat: 24 layers, 40 and 64.
 PUBLISHED["gpt-oss-20b"]["layer_types"] *= 12
 PUBLISHED["Qwen3.5-35B-A3B"]["text_config"]["layer_types"] *= 10
@@ -476,3 +480,5 @@ WITH_MORE_KEYS["bert-base-chinese"] = PUBLISHED["bert-base-uncased"] | {
     "vocab_size": 21128,
 }
 WITH_MORE_KEYS["Qwen2.5-0.5B"] = PUBLISHED["Qwen2.5-0.5B-Instruct"] | {"use_mrope": False}
+# Those whose code lies beside their weights, as data: no test and no export runs it.
+PUBLISHED |= json.loads((Path(__file__).parent / "published_remote.json").read_text())

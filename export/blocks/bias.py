@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmexport.export import spec
@@ -48,3 +49,38 @@ class Alibi(nn.Module):
 
 def _rounded(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).float()
+
+
+def bucket_table(block: spec.RelativeBias) -> Tensor:
+    """The bucket of each place of a key less that of a query, from -distance to distance, int64.
+
+    Logarithms are those of fp32 here, as modeling_t5.py has them, so that no backend rounds one to another bucket.
+    """
+    apart = torch.arange(-block.distance, block.distance + 1)
+    buckets, behind, first = block.buckets, -apart.clamp(max=0), torch.zeros_like(apart)
+    if block.both_ways:
+        buckets //= 2
+        behind, first = apart.abs(), (apart > 0) * buckets
+    exact = buckets // 2
+    grown = torch.log(behind.float() / exact) / math.log(block.distance / exact) * (buckets - exact)
+    far = (exact + grown.clamp(min=0).to(torch.int64)).clamp(max=buckets - 1)
+    return first + torch.where(behind < exact, behind, far)
+
+
+class RelativeBias(nn.Module):
+    table: Tensor
+
+    def __init__(self, block: spec.RelativeBias, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.distance, self.dtype = block.distance, dtype
+        self.weight = nn.Parameter(torch.empty(block.buckets, block.heads))
+        with torch.device("cpu"):
+            self.register_buffer("table", bucket_table(block))
+
+    def forward(self, mask: Tensor) -> Tensor:
+        tokens, keys = mask.shape[2:]
+        query = torch.arange(tokens, device=mask.device) + (keys - tokens)
+        apart = torch.arange(keys, device=mask.device) - query.unsqueeze(1)
+        buckets = F.embedding(apart.clamp(-self.distance, self.distance) + self.distance, self.table.unsqueeze(1))
+        bias = F.embedding(buckets.squeeze(-1), self.weight).permute(2, 0, 1)
+        return torch.where(mask, bias, torch.finfo(self.dtype).min)
