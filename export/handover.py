@@ -18,8 +18,8 @@ from llmexport.export.stamp import read_errors
 from llmexport.plugins.regular import read_regular
 
 GENERATION = "generation_config.json"
-# Graph, config of the text model, generation config, what that config calls RoPE's keys -> JSON by the name of its file,
-# and sentences for who exports.
+# Graph, config of the text model, generation config, what the class of the former calls RoPE's keys -> JSON by the name
+# of its file, and sentences for who exports.
 Writer = Callable[[Graph, Mapping[str, Any], Mapping[str, Any], Mapping[str, str]], tuple[dict[str, Any], list[str]]]
 RUNTIMES: Mapping[str, Writer] = MappingProxyType(
     {"genai": lambda graph, config, generation, _: genai.files(graph, config, generation), "optimum": optimum.files}

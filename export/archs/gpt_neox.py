@@ -12,9 +12,8 @@ def build(config: Config) -> Model:
     d = decoder(config, grouped=False)
     config.expect("num_key_value_heads", None, d.heads)
     bias, parallel = config.flag("attention_bias", True), config.flag("use_parallel_residual", True)
-    rotary = config.rotary(
-        d.head_size, partial=0.25, theta_key=KEYS["rope_theta"], partial_key=KEYS["partial_rotary_factor"]
-    )
+    theta, share = KEYS.values()
+    rotary = config.rotary(d.head_size, partial=0.25, theta_key=theta, partial_key=share)
     norm = Norm(d.hidden, config.number("layer_norm_eps", 1e-5), statistics="layer", bias=True)
     mlp = d.mlp(activation=config.choice("hidden_act", PLAIN, "gelu"), bias=True, gated=False)
     attention = d.attention(qkv_bias=bias, out_bias=bias, fused=True, grouped=True, rotated=rotary.size)

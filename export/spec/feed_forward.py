@@ -19,8 +19,9 @@ class Mlp(Block):
     """Gated MLP (arXiv 2002.05202): down(activation(gate(x)) * up(x)). `fused`: gate and up are one matrix.
 
     Unless `gated`, it is down(activation(up(x))). GELU is x times the normal distribution up to x ("gelu_erf"), or one
-    of two approximations (arXiv 1606.08415): with a tanh, or with sigmoid(1.702 x), which few models mean by that name. `transposed`: matrices are [in, out] (Conv1D, modeling_gpt2.py).
-    `axes` are those of rows and of tokens.
+    of its approximations (arXiv 1606.08415): with a tanh, which most models mean by its other names, or with
+    sigmoid(1.702 x). `transposed`: matrices are [in, out] (Conv1D, modeling_gpt2.py). `axes` are those of rows and of
+    tokens.
     """
 
     hidden: int
