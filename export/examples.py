@@ -18,6 +18,7 @@ from llmexport.export.spec import (
     Norm,
     Part,
     Reference,
+    RelativeBias,
     Rotary,
     Sublayer,
 )
@@ -56,6 +57,8 @@ EXAMPLES: Mapping[str, Block] = MappingProxyType(
         "layer_norm": _NORM,
         "mha": _attention(HEADS),
         "mqa": _attention(1),
+        # T5's, of an encoder; a decoder has no buckets for keys before the query.
+        "relative_bias": RelativeBias(HEADS, 32, 128, both_ways=True),
         "rms_norm": Norm(HIDDEN, 1e-6),
         "rotary": Rotary(SIZE, 10000.0),
         "swiglu": Mlp(HIDDEN, WIDE, "silu"),

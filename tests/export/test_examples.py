@@ -19,7 +19,7 @@ from llmexport.validate.tolerance import tolerance
 
 pytestmark = pytest.mark.model
 
-TOKENS = 13
+TOKENS = 29
 Weights = dict[str, np.ndarray]
 erf = np.vectorize(math.erf)
 
@@ -75,6 +75,14 @@ def alibi(mask: np.ndarray) -> np.ndarray:
     return np.where(mask, -slopes[:, None, None] * distance, float(np.finfo(np.float32).min))
 
 
+def relative_bias(mask: np.ndarray, weights: Weights) -> np.ndarray:
+    """16 buckets for keys up to the query and 16 for those behind it: 8 of one distance each, then ever longer ones."""
+    behind = np.arange(TOKENS) - np.arange(TOKENS)[:, None]
+    far = 8 + (np.log(np.maximum(np.abs(behind), 1) / 8) / math.log(128 / 8) * 8).astype(int)
+    bucket = np.where(np.abs(behind) < 8, np.abs(behind), np.minimum(far, 15)) + 16 * (behind > 0)
+    return np.where(mask, weights["weight"][bucket].transpose(2, 0, 1), float(np.finfo(np.float32).min))
+
+
 def turns(positions: np.ndarray) -> np.ndarray:
     """exp(i m theta), by which the complex numbers of neighbouring dimensions are multiplied."""
     theta = 10000.0 ** -(np.arange(0, HIDDEN // HEADS, 2) / (HIDDEN // HEADS))
@@ -101,6 +109,8 @@ def expected(name: str, given: Weights, weights: Weights) -> list[np.ndarray]:
             return [attention(x, mask, weights)]
         case "layer_norm":
             return [layer_norm(x, weights)]
+        case "relative_bias":
+            return [relative_bias(mask, weights)]
         case "rms_norm":
             return [x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weights["weight"]]
         case "rotary":
