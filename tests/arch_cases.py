@@ -132,7 +132,7 @@ CASES = (
     Case("starcoder2", "starcoder2"),
     Case("bloom", "bloom"),
     Case("bloom", "bloom-normed-residual", {
-        "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False, "n_head": 4,
+        "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False, "n_head": 8,
     }),
     Case("falcon", "falcon"),
     Case("falcon", "falcon-40b", {"new_decoder_architecture": True, "num_kv_heads": 2}),

@@ -257,6 +257,8 @@ def _load(export: Export, attention: str | None) -> Any:
     if model is None:
         have = f"transformers {transformers.__version__}"
         raise Refused(f"{have} has no {export.reference.model_class}: pip install -U transformers")
+    if older := {*map(str, export.config.get("architectures") or ())} & {*export.reference.aliases}:
+        raise Refused(f"transformers takes no config of {older.pop()}, whose keys have other names")
     weights, whole = export.checkpoint(), any(map(sees, export.graphs))
     with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
         folder = Path(name)
