@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE
-from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, TOKEN_TYPE_IDS, Block, Dim, Port, hidden
+from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, STEP_MASK, TOKEN_TYPE_IDS, Block, Dim, Port, hidden
 from llmexport.export.spec.context import Keys, LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from llmexport.export.spec.feed_forward import Activation
 from llmexport.export.spec.graph import Graph, Step
@@ -29,8 +29,8 @@ class Embedding(Block):
     It adds one for each of `types` of tokens and one for each of `positions`, then norms the sum (modeling_bert.py).
     0 and None: there are none. Positions count from 0 whatever is padding; or, with an `offset`, they are position_ids
     and the rows of the table begin that much earlier (modeling_opt.py). A table of words with `inner` numbers a row,
-    if that is not 0, has a matrix without bias that makes hidden states of them (project_in there). `axes` are those of
-    rows and of tokens.
+    if that is not 0, has a matrix without bias that makes hidden states of them (project_in there). `masked`: those of
+    padding are zero (modeling_deberta.py). `axes` are those of rows and of tokens.
     """
 
     vocabulary: int
@@ -41,12 +41,13 @@ class Embedding(Block):
     norm: Norm | None = None
     offset: int | None = None
     inner: int = 0
+    masked: bool = False
     axes: tuple[Dim, Dim] = (BATCH, SEQUENCE)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
         types, positions = (TOKEN_TYPE_IDS,) * bool(self.types), (POSITION_IDS,) * bool(self.placed)
-        ports = (INPUT_IDS, *types, *positions)
+        ports = (INPUT_IDS, *types, *positions, *(STEP_MASK,) * self.masked)
         return tuple(dataclasses.replace(p, shape=self.axes) for p in ports)
 
     @property
@@ -184,6 +185,7 @@ class Reference:
     """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output.
 
     Unless it is `cached`, it keeps nothing of a step for the next one, as our graph does: a row is run whole each time.
+    `recast`: it makes some parameters in float32 whatever type is asked for, and runs once they are cast.
     `attention` is which of its implementations does.
     `state` is what a class that keeps no cache calls what it carries, in its call and in its output: it knows nothing
     of padding, and is right for one row alone.
@@ -194,6 +196,7 @@ class Reference:
     model_class: str
     outputs: Mapping[str, str]
     cached: bool = True
+    recast: bool = False
     attention: str = "eager"
     state: str = ""
     made_by: str = ""
