@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from llmexport.export import manifest
+from llmexport.export import archs, manifest
+from llmexport.validate import references
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.tolerance import tolerance
@@ -26,9 +29,17 @@ REFUSED = "padding must be on the left|padding_must_be_on_the_left"
 
 
 def theirs(model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, cache: Any) -> Any:
-    """What a model of transformers makes of a step, and the cache after it."""
-    if "state" in inspect.signature(model.forward).parameters:
+    """What a model of transformers makes of a step, and the cache after it; of one without, the tokens so far."""
+    parameters = inspect.signature(model.forward).parameters
+    if "state" in parameters:
         return each_row_alone(model, ids, mask, cache)
+    if "past_key_values" not in parameters:
+        earlier = cache or (ids[:, :0], positions[:, :0])
+        row = tuple(np.concatenate(pair, 1) for pair in zip(earlier, (ids, positions), strict=True))
+        names = ("input_ids", "position_ids", "attention_mask")
+        given = dict(zip(names, map(torch.from_numpy, (*row, mask)), strict=True))
+        with torch.no_grad():
+            return SimpleNamespace(logits=model(**given).logits[:, -ids.shape[1] :], past_key_values=row)
     with torch.no_grad():
         return model(
             input_ids=torch.from_numpy(ids),
@@ -48,7 +59,7 @@ def each_row_alone(model: Any, ids: np.ndarray, mask: np.ndarray, states: list[A
                 its = model(torch.from_numpy(ids[row, real][None]), state=after[row], use_cache=True)
             made = its.logits.new_zeros((*ids.shape, its.logits.shape[-1])) if made is None else made
             made[row, torch.from_numpy(real)], after[row] = its.logits[0], its.state
-    return types.SimpleNamespace(logits=made, past_key_values=after)
+    return SimpleNamespace(logits=made, past_key_values=after)
 
 
 @functools.cache
@@ -106,8 +117,14 @@ class Decoder:
 
 
 @functools.cache
-def reference(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers has it, or as its architecture's reference makes it of what transformers has."""
+    config = json.loads((folder / "config.json").read_text())
+    said = archs.choose(None, config).reference
+    if said.made_by:
+        tensors = {n: t for shard in folder.glob("*.safetensors") for n, t in load_file(shard).items()}
+        return references.make(said.made_by, config, tensors, dtype, "eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=said.attention)
     return model.eval()
 
 

@@ -202,7 +202,15 @@ ALL_CASES = {
     ),
     "MoeRoute-of-the-chosen": Case(
         "MoeRoute",
-        {"top_k": 4, "scoring": "softmax_top_k", "renormalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1, **BEST},
+        {
+            "top_k": 4,
+            "scoring": "softmax_top_k",
+            "renormalise": False,
+            "scale": 1.0,
+            "groups": 1,
+            "groups_kept": 1,
+            **BEST,
+        },
         {"B": 1, "T": 130, "E": 128},
         without=1,
         exact=("experts",),

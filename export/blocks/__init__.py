@@ -8,8 +8,9 @@ from torch import nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
-from llmexport.export.blocks.bias import Alibi
+from llmexport.export.blocks.bias import Alibi, RelativeBias
 from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
+from llmexport.export.blocks.cross import CrossAttention, CrossKeys, CrossMask
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.blocks.filtered import FilteredAttention, LocalizedFilter
@@ -55,6 +56,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return Layer(block, _module, dtype)
         case spec.Alibi():
             return Alibi(block, dtype)
+        case spec.RelativeBias():
+            return RelativeBias(block, dtype)
         case spec.Rotary():
             return Rotary(block, dtype)
         case spec.PatchRotary():
@@ -65,6 +68,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return StaticPresence(dtype) if block.static else Presence(dtype)
         case spec.BidirectionalMask():
             return BidirectionalMask()
+        case spec.CrossMask():
+            return CrossMask()
         case spec.Slots():
             return Slots()
         case spec.Span():
@@ -81,6 +86,8 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
     spec.ChannelMix: ChannelMix,
+    spec.CrossAttention: CrossAttention,
+    spec.CrossKeys: CrossKeys,
     spec.Experts: Experts,
     spec.FilteredAttention: FilteredAttention,
     spec.GatedDeltaNet: GatedDeltaNet,

@@ -113,6 +113,7 @@ CASES = [
     (Embedding(37, 33, 33**0.5), "float16"),
     (Embedding(37, 33, types=2, positions=200, norm=LAYER_NORM), "float32"),
     (Embedding(37, 33, positions=202, offset=2), "float32"),
+    (Embedding(37, 33, positions=202, offset=2, inner=21), "float32"),
     (Alibi(6), "float32"),
     (Alibi(4, 0.3, rounded=True), "float16"),
     (Alibi(6, keys=ALL), "float32"),
@@ -222,6 +223,8 @@ CASES = [
     (Head(LLAMA_NORM, 37), "float32"),
     (Head(LLAMA_NORM, 37, softcap=3.0), "float32"),
     (Head(LAYER_NORM, 37, transform="gelu_erf", bias=True), "float32"),
+    (Head(None, 37, hidden=33), "float32"),
+    (Head(LAYER_NORM, 37, inner=21), "float32"),
     *VISION_TRACES,
 ]
 # batch, sequence, past: a decode step, a first token, prefills longer than what was traced, and a chunk.
