@@ -96,7 +96,7 @@ CASES = (
         "mlp_only_layers": [],
     }),
     Case("rwkv", "rwkv"),
-    Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None, "num_hidden_layers": 2}),
+    Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None}),
     Case("deepseek_v2", "deepseek_v2"),
     Case("deepseek_v2", "deepseek_v2-lite-bias", {
         "topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True,
