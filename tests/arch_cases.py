@@ -110,6 +110,7 @@ CASES = (
         "rope_interleave": False, "q_lora_rank": None, "attention_bias": True, "n_group": 2,
         "mlp_layer_types": ["sparse", "dense", "sparse"],
     }),
+    Case("kimi_linear", "kimi_linear"),
     Case("bert", "bert"),
     Case("bert", "bert-relu-untied", {
         "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,

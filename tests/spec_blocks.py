@@ -14,6 +14,7 @@ from llmexport.export.spec import (
     GatedNorm,
     Head,
     Keys,
+    KimiDeltaAttention,
     LatentAttention,
     Layer,
     LinearScaling,
@@ -113,7 +114,8 @@ BLOCKS = [
     *each(FILTER, norm=Norm(32, 1e-6)),
     *each(FILTERED, filter=LocalizedFilter(Norm(64, 1e-5))),
     *each(CausalConv(96, 4), channels=64, kernel=3),
-    *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5),
+    *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5, activation="sigmoid", rounding="after_weight"),
+    *each(KimiDeltaAttention(64, 4, 16, 4, 1e-6), hidden=32, heads=2, size=8, kernel=3, epsilon=1e-5),
     *each(DELTA_NET, hidden=32, key_heads=4, key_size=8, value_heads=8, value_size=16, kernel=3, epsilon=1e-5),
     *each(MLP, hidden=32, intermediate=64, activation="gelu_tanh", bias=True, fused=True, gated=False, transposed=True),
     *each(

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, SEQUENCE
 from llmexport.export.spec.block import Block, Port, State, hidden, state
 from llmexport.export.spec.mixer import Mixer
+
+# Which tokens of a step are none, and where a row's end.
+PRESENT = (
+    Port("present_tokens", (BATCH, SEQUENCE), use="presence"),
+    Port("tokens_end", (BATCH,), "int64", "presence_end"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,14 @@ class CausalConv(Block):
 
 @dataclass(frozen=True)
 class GatedNorm(Block):
-    """RMSNorm of every head times the SiLU of a gate (modeling_qwen3_5_moe.py, RMSNormGated)."""
+    """RMSNorm of every head times the activation of a gate (modeling_qwen3_5_moe.py, RMSNormGated). `rounding`: as a
+    Norm's."""
 
     heads: int
     size: int
     epsilon: float
+    activation: Literal["silu", "sigmoid"] = "silu"
+    rounding: Literal["before_weight", "after_weight"] = "before_weight"
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -78,8 +88,7 @@ class GatedDeltaNet(Mixer):
 
     @property
     def context(self) -> tuple[Port, ...]:
-        end = Port("tokens_end", (BATCH,), "int64", "presence_end")
-        return (Port("present_tokens", (BATCH, SEQUENCE), use="presence"), end)
+        return PRESENT
 
     @property
     def states(self) -> tuple[State, ...]:

@@ -1,7 +1,7 @@
 """The ONNX function body of KimiDeltaRule: a Scan over tokens.
 
-A decay of each channel leaves no product of keys that two tokens share: chunks, as GatedDeltaRule's body has them, would
-hold a decay for every two tokens of each channel.
+A decay of each channel leaves no product of keys that two tokens share: chunks, as GatedDeltaRule's body has them,
+would hold a decay for every two tokens of each channel.
 """
 
 from __future__ import annotations
