@@ -7,6 +7,7 @@ from llmexport.export.spec import (
     Attention,
     BidirectionalMask,
     CausalConv,
+    ChannelMix,
     Embedding,
     Experts,
     FilteredAttention,
@@ -34,6 +35,7 @@ from llmexport.export.spec import (
     Span,
     Sublayer,
     Temperature,
+    TimeMix,
     YarnScaling,
     decoder_layer,
 )
@@ -117,6 +119,8 @@ BLOCKS = [
     *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5, activation="sigmoid", rounding="after_weight"),
     *each(KimiDeltaAttention(64, 4, 16, 4, 1e-6), hidden=32, heads=2, size=8, kernel=3, epsilon=1e-5),
     *each(DELTA_NET, hidden=32, key_heads=4, key_size=8, value_heads=8, value_size=16, kernel=3, epsilon=1e-5),
+    *each(TimeMix(64), hidden=32, scale=0.5),
+    *each(ChannelMix(64, 96), hidden=32, intermediate=64, scale=0.5),
     *each(MLP, hidden=32, intermediate=64, activation="gelu_tanh", bias=True, fused=True, gated=False, transposed=True),
     *each(
         ROUTER,

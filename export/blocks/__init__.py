@@ -8,8 +8,9 @@ from torch import nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
-from llmexport.export.blocks.bias import Alibi
+from llmexport.export.blocks.bias import Alibi, RelativeBias
 from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
+from llmexport.export.blocks.cross import CrossAttention, CrossKeys, CrossMask
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.blocks.filtered import FilteredAttention, LocalizedFilter
@@ -30,6 +31,7 @@ from llmexport.export.blocks.patches import (
 from llmexport.export.blocks.splice import Splice
 from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 from llmexport.export.blocks.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.blocks.wkv import ChannelMix, TimeMix
 
 
 def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
@@ -55,6 +57,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return Layer(block, _module, dtype)
         case spec.Alibi():
             return Alibi(block, dtype)
+        case spec.RelativeBias():
+            return RelativeBias(block, dtype)
         case spec.Rotary():
             return Rotary(block, dtype)
         case spec.PatchRotary():
@@ -65,6 +69,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return StaticPresence(dtype) if block.static else Presence(dtype)
         case spec.BidirectionalMask():
             return BidirectionalMask()
+        case spec.CrossMask():
+            return CrossMask()
         case spec.Slots():
             return Slots()
         case spec.Span():
@@ -80,6 +86,9 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
 PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
+    spec.ChannelMix: ChannelMix,
+    spec.CrossAttention: CrossAttention,
+    spec.CrossKeys: CrossKeys,
     spec.Experts: Experts,
     spec.FilteredAttention: FilteredAttention,
     spec.GatedDeltaNet: GatedDeltaNet,
@@ -104,4 +113,5 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Splice: Splice,
     spec.TileEmbedding: TileEmbedding,
     spec.Temperature: Temperature,
+    spec.TimeMix: TimeMix,
 }

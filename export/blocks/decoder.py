@@ -42,6 +42,7 @@ class Head(nn.Module):
     def __init__(self, block: spec.Head) -> None:
         super().__init__()
         self.softcap, self.scale, self.last, size = block.softcap, block.scale, block.last, block.size
+        self.normed = block.normed
         self.transform = nn.Linear(size, size) if block.transform else None
         self.activation = ACTIVATIONS[block.transform] if block.transform else None
         self.norm = Norm(block.norm) if block.norm else None
@@ -59,6 +60,12 @@ class Head(nn.Module):
             hidden = self.norm(hidden)
         if self.inner_proj:
             hidden = self.inner_proj(hidden)
-        logits = self.projection(hidden)
+        logits = F.linear(hidden, self._rows()) if self.normed else self.projection(hidden)
         logits = logits if self.scale == 1.0 else logits * self.scale
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+    def _rows(self) -> Tensor:
+        """The projection with rows of length one, or zero, in fp32 inside."""
+        weight = self.projection.weight.float()
+        length = weight.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+        return (weight / length).to(self.projection.weight.dtype)

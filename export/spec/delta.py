@@ -8,14 +8,8 @@ from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, SEQUENCE
-from llmexport.export.spec.block import Block, Port, State, hidden, state
+from llmexport.export.spec.block import PRESENCE, Block, Port, State, hidden, state
 from llmexport.export.spec.mixer import Mixer
-
-# Which tokens of a step are none, and where a row's end.
-PRESENT = (
-    Port("present_tokens", (BATCH, SEQUENCE), use="presence"),
-    Port("tokens_end", (BATCH,), "int64", "presence_end"),
-)
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ class GatedDeltaNet(Mixer):
 
     @property
     def context(self) -> tuple[Port, ...]:
-        return PRESENT
+        return PRESENCE
 
     @property
     def states(self) -> tuple[State, ...]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmexport.export.spec.axis import BATCH
-from llmexport.export.spec.block import Block, Port, State, state
-from llmexport.export.spec.delta import PRESENT, GatedNorm
+from llmexport.export.spec.block import PRESENCE, Block, Port, State, state
+from llmexport.export.spec.delta import GatedNorm
 from llmexport.export.spec.mixer import Mixer
 from llmexport.export.spec.storage import Stored
 
@@ -35,7 +35,7 @@ class KimiDeltaAttention(Mixer):
 
     @property
     def context(self) -> tuple[Port, ...]:
-        return PRESENT
+        return PRESENCE
 
     @property
     def states(self) -> tuple[State, ...]:

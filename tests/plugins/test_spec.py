@@ -38,6 +38,7 @@ ATTRIBUTES = {
     "GatedDeltaRule": {"scale": 0.5, "l2_norm": True},
     "KimiDeltaRule": {"scale": 0.5, "l2_norm": True},
     "CausalConv1d": {"activation": "silu"},
+    "Wkv": {},
     "GatedRmsNorm": {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True},
     "MoeRoute": {
         "top_k": 2,
