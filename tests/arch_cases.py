@@ -165,7 +165,7 @@ CASES = (
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 # Families whose caches hold latents, and no keys and values.
-LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear")
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 # Families that are tested whole in every session: each form of a block occurs in one of them. The first case of every
 # other one meets transformers in every session (`every_family`), and its other tests are slow.
