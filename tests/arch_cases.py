@@ -113,6 +113,7 @@ CASES = (
         "rope_interleave": False, "q_lora_rank": None, "attention_bias": True, "n_group": 2,
         "mlp_layer_types": ["sparse", "dense", "sparse"],
     }),
+    Case("kimi_linear", "kimi_linear"),
     Case("bert", "bert"),
     Case("bert", "bert-relu-untied", {
         "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
@@ -172,7 +173,7 @@ CASES = (
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 # Families whose caches hold latents, and no keys and values.
-LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear")
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 # Families that are tested whole in every session: each form of a block occurs in one of them. The first case of every
 # other one meets transformers in every session (`every_family`), and its other tests are slow.

@@ -15,6 +15,7 @@ from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.blocks.disentangled import DisentangledAttention, RelativePositions
 from llmexport.export.blocks.filtered import FilteredAttention, LocalizedFilter
+from llmexport.export.blocks.kimi_delta import KimiDeltaAttention
 from llmexport.export.blocks.latent import LatentAttention
 from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
@@ -95,6 +96,7 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.GatedDeltaNet: GatedDeltaNet,
     spec.GatedNorm: GatedNorm,
     spec.Head: Head,
+    spec.KimiDeltaAttention: KimiDeltaAttention,
     spec.LatentAttention: LatentAttention,
     spec.LocalizedFilter: LocalizedFilter,
     spec.Mask: Mask,
