@@ -88,12 +88,14 @@ class Decoder:
         scale: float = 1.0,
         softcap: float = 0.0,
         logit_scale: float = 1.0,
+        head_bias: bool = False,
+        normed: bool = False,
     ) -> Model:
         """`layers` are the blocks and what each reads; `tied` is for configs that do not say."""
         embedding = Embedding(self.vocabulary, self.hidden, scale)
         layers = list(layers)
         self.config.expect_layer_types([_kind(reads) for _, reads in layers])
-        head = Head(norm, self.vocabulary, softcap, logit_scale)
+        head = Head(norm, self.vocabulary, softcap, logit_scale, bias=head_bias, normed=normed)
         tied = self.config.flag("tie_word_embeddings", tied)
         return wired(embedding, layers, head, tied=tied, slots=self.config.slots, splice=self.config.splice)
 

@@ -105,7 +105,8 @@ def as_case(which: Case | str) -> Case:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes the checkpoint of a case with transformers: several shards, norms and biases randomised.
+    """Makes the checkpoint of a case with transformers, or where it has no class of this layout by the names and
+    shapes that are published: several shards, norms and biases randomised.
 
     `tiny_checkpoint(case, "all")` has the text model within the multimodal one.
     """
@@ -116,12 +117,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         import transformers
         from layouts import randomise
 
-        from llmexport.export import archs
+        from llmexport.export import archs, random_checkpoint
 
         arch = archs.load(case.arch)
         folder = tmp_path_factory.mktemp(case.name) / "checkpoint"
         text = {**arch.tiny, **case.changes}
         vision = text.pop("vision_config", {})
+        if arch.reference.made_by:
+            random_checkpoint.write(arch, folder, config=text, dtype="float32", shard_bytes=100_000)
+            return folder
         config = copy.deepcopy(dict(archs.tiny_config(dataclasses.replace(arch, tiny=text), part)))
         config.get("vision_config", {}).update(vision)
         [name] = config.pop("architectures", [arch.reference.model_class])

@@ -97,6 +97,16 @@ def decay(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     return -torch.nn.functional.softplus(normal)
 
 
+def mostly(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """1 for a token, 0 for padding."""
+    return (normal > -1).float()
+
+
+def weight(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """At least 1, or 0 before the first token."""
+    return (normal > -1) * (1 + normal.abs())
+
+
 def codes(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     """Any byte."""
     return (normal * 1000).long() % 256
@@ -192,7 +202,15 @@ ALL_CASES = {
     ),
     "MoeRoute-of-the-chosen": Case(
         "MoeRoute",
-        {"top_k": 4, "scoring": "softmax_top_k", "renormalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1, **BEST},
+        {
+            "top_k": 4,
+            "scoring": "softmax_top_k",
+            "renormalise": False,
+            "scale": 1.0,
+            "groups": 1,
+            "groups_kept": 1,
+            **BEST,
+        },
         {"B": 1, "T": 130, "E": 128},
         without=1,
         exact=("experts",),
@@ -234,6 +252,7 @@ ALL_CASES = {
         fills=KEYS,
         units=ATTENTION_UNITS,
     ),
+    "Wkv": Case("Wkv", {}, {"B": 2, "T": 63, "C": 37}, fills={"present": mostly, "denominator": weight}),
     "GatedDeltaRule": Case(
         "GatedDeltaRule",
         {"scale": 0.25, "l2_norm": True},

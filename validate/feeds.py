@@ -23,6 +23,7 @@ from llmexport.export.spec import (
     Experts,
     Graph,
     Port,
+    Rotary,
     Splice,
     Use,
     axis_of,
@@ -84,11 +85,14 @@ def beside(export: Export) -> tuple[Port, ...]:
 def limits(blocks: Collection[Block]) -> dict[Use, int]:
     """How many ids there are of each use, so that every block takes them: words, types, positions, experts."""
     tables = [b for b in blocks if isinstance(b, Embedding)]
+    turns = [b for b in blocks if isinstance(b, Rotary)]
     experts = [b.experts for b in blocks if isinstance(b, Experts)]
     found: dict[Use, int] = {
         "tokens": min((b.vocabulary for b in tables), default=100),
         "token_types": min((b.types for b in tables if b.types), default=1),
-        "positions": min((b.placed for b in tables if b.placed), default=MOST),
+        "positions": min(
+            (*(b.placed for b in tables if b.placed), *(b.places for b in turns if b.places)), default=MOST
+        ),
     }
     return found | ({"routing_experts": min(experts)} if experts else {})
 
@@ -156,6 +160,10 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = _distinct(random, below.get(port.use, shape[-1]), shape)
             case "recurrence":
                 value = 0.1 * random.standard_normal(shape)
+            case "weight_sum":
+                # The first row has seen no token.
+                value = random.uniform(1, 2, shape)
+                value[:1] = 0
             case "cos":
                 value = np.cos(angles / np.arange(1, shape[-1] + 1))
             case "sin":
@@ -180,7 +188,7 @@ def states(graph: Graph, dtype: str, sizes: Mapping[str, int], seed: int = 0) ->
     for port in graph.assembly.inputs:
         if port.name in graph.carried:
             value = np.zeros(shape_of(port, sizes), port.typed(dtype).dtype)
-            tokens = held.get(port.name, value[:, :, :0])
+            tokens = held.get(port.name, value)
             match port.use:
                 case "slots":
                     value[:, :, : tokens.shape[2]] = tokens
@@ -188,7 +196,7 @@ def states(graph: Graph, dtype: str, sizes: Mapping[str, int], seed: int = 0) ->
                     kept = min(tokens.shape[2], value.shape[2])
                     value[:, :, value.shape[2] - kept :] = tokens[:, :, tokens.shape[2] - kept :]
                 case _:
-                    value = tokens if port.name in held else value
+                    value = tokens
             feed[port.name] = value
     return feed
 

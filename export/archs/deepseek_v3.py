@@ -56,7 +56,7 @@ def build(config: Config) -> Model:
 
 def sizes(config: Config) -> Decoder:
     """The sizes, of which those of heads are said elsewhere."""
-    d = decoder(config, grouped=False)
+    d = decoder(config)
     config.expect("num_key_value_heads", d.heads)
     return d
 
@@ -66,10 +66,11 @@ def rotation(config: Config) -> dict[str, bool]:
     return {"parted": config.flag("rope_interleave", True)}
 
 
-def latent_attention(d: Decoder, query: int, **fields: Any) -> LatentAttention:
-    """`query` is the size of the queries' latent where the config does not say."""
+def latent_attention(d: Decoder, query: int, own: int = 128, value: int = 128, **fields: Any) -> LatentAttention:
+    """The sizes of the queries' latent, of what of a key is each head's own, and of a value are for configs that do not
+    say."""
     config = d.config
-    own, turned = config.length("qk_nope_head_dim", 128), config.length("qk_rope_head_dim", 64)
+    own, turned = config.length("qk_nope_head_dim", own), config.length("qk_rope_head_dim", 64)
     config.expect("qk_head_dim", own + turned)
     config.expect("head_dim", turned, None)
     return LatentAttention(
@@ -77,7 +78,7 @@ def latent_attention(d: Decoder, query: int, **fields: Any) -> LatentAttention:
         d.heads,
         own,
         turned,
-        config.length("v_head_dim", 128),
+        config.length("v_head_dim", value),
         config.length("kv_lora_rank", 512),
         config.length_or_none("q_lora_rank", query),
         (own + turned) ** -0.5 * of_logits(config),
@@ -86,14 +87,18 @@ def latent_attention(d: Decoder, query: int, **fields: Any) -> LatentAttention:
     )
 
 
-def experts(d: Decoder, groups: tuple[int, int], scale: float = 2.5, count: int = 256, top_k: int = 8) -> Moe:
-    """Experts that are chosen by the sigmoid of their logit and a correction; the numbers are for configs that do not
-    say."""
+def experts(
+    d: Decoder, groups: tuple[int, int], scale: float = 2.5, count: int = 256, top_k: int = 8, width: int = 2048
+) -> Moe:
+    """Experts that are chosen by the sigmoid of their logit and a correction.
+
+    `groups`: how many there are, and how many a token may choose from. Other numbers are for configs that do not say.
+    """
     config = d.config
     config.expect("scoring_func", "sigmoid")
     config.expect("topk_method", "noaux_tc")
     count, top_k = config.count("n_routed_experts", count), config.count("num_experts_per_tok", top_k)
-    width, activation = config.length("moe_intermediate_size", 2048), d.activation()
+    width, activation = config.length("moe_intermediate_size", width), d.activation()
     router = Router(
         d.hidden,
         count,

@@ -30,6 +30,7 @@ from llmexport.export.blocks.patches import (
 from llmexport.export.blocks.splice import Splice
 from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 from llmexport.export.blocks.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.blocks.wkv import ChannelMix, TimeMix
 
 
 def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
@@ -84,6 +85,7 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
 PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
+    spec.ChannelMix: ChannelMix,
     spec.CrossAttention: CrossAttention,
     spec.CrossKeys: CrossKeys,
     spec.Experts: Experts,
@@ -109,4 +111,5 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Splice: Splice,
     spec.TileEmbedding: TileEmbedding,
     spec.Temperature: Temperature,
+    spec.TimeMix: TimeMix,
 }

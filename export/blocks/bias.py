@@ -23,23 +23,32 @@ class Alibi(nn.Module):
 
     def __init__(self, block: spec.Alibi, dtype: torch.dtype) -> None:
         super().__init__()
-        self.static, self.dtype = block.keys is not None, dtype
+        self.block, self.dtype = block, dtype
         with torch.device("cpu"):
             steep = slopes(block.heads)
-            steep = steep.to(torch.bfloat16).float() if block.rounded else steep
-            self.register_buffer("slopes", (steep * block.scale).reshape(-1, 1, 1))
+            self.register_buffer("slopes", (_rounded(steep) if block.rounded else steep).unsqueeze(1))
 
-    def forward(self, where: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """`where` is the attention mask [B, S]; of a static cache, how many of its slots [B] are written."""
-        if self.static:
-            key = torch.arange(mask.shape[-1], device=mask.device).unsqueeze(0)
-            query = where.unsqueeze(1) + torch.arange(input_ids.shape[1], device=mask.device)
+    def forward(self, *read: Tensor) -> Tensor:
+        """`read` is what says where the step stands, its tokens [B, T], and the mask [B, 1, T, S]."""
+        *where, input_ids, mask = read
+        if self.block.keys:
+            padding, written = (x.unsqueeze(1) for x in where)
+            keys = torch.arange(mask.shape[-1], device=mask.device) - padding
+            queries = torch.arange(input_ids.shape[1], device=mask.device) + written - padding
         else:
-            key = tokens_up_to(where)
-            query = key.index_select(1, slots_of_step(where, input_ids))
-        behind = (key.unsqueeze(1) - query.unsqueeze(2)).unsqueeze(1)
-        bias = (self.slopes * behind).to(self.dtype)
-        return torch.where(mask, bias, torch.finfo(self.dtype).min)
+            keys = tokens_up_to(where[0]) - 1
+            queries = keys.index_select(1, slots_of_step(where[0], input_ids))
+        if self.block.rounded:
+            key, query = (_rounded(self.slopes * _rounded(x.unsqueeze(1).float())) for x in (keys, queries))
+            bias = key.unsqueeze(2) - query.unsqueeze(3)
+        else:
+            bias = self.slopes.unsqueeze(2) * (keys.unsqueeze(1) - queries.unsqueeze(2)).unsqueeze(1)
+        bias = bias if self.block.scale == 1.0 else bias * self.block.scale
+        return torch.where(mask, bias.to(self.dtype), torch.finfo(self.dtype).min)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
 
 
 def bucket_table(block: spec.RelativeBias) -> Tensor:

@@ -15,19 +15,17 @@ class LatentAttention(nn.Module):
     def __init__(self, block: spec.LatentAttention) -> None:
         super().__init__()
         self.block = block
-        norms = {path.rstrip("."): norm for norm, path in block.parts.values()}
         width = block.heads * (block.key_size + block.rope_size)
         if block.query is None:
             self.q_proj = nn.Linear(block.hidden, width, bias=False)
         else:
             self.q_a_proj = nn.Linear(block.hidden, block.query, bias=block.bias)
+            self.q_a_layernorm = Norm(spec.Norm(block.query, block.epsilon))
             self.q_b_proj = nn.Linear(block.query, width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(block.hidden, block.latent + block.rope_size, bias=block.bias)
+        self.kv_a_layernorm = Norm(spec.Norm(block.latent, block.epsilon))
         self.kv_b_proj = nn.Linear(block.latent, block.heads * (block.key_size + block.value_size), bias=False)
         self.o_proj = nn.Linear(block.heads * block.value_size, block.hidden, bias=block.bias)
-        for name, norm in norms.items():
-            assert isinstance(norm, spec.Norm)
-            self.add_module(name, Norm(norm))
         self.names = [p.name for p in (*block.context, *(s.past for s in block.states))]
 
     def forward(self, normed: Tensor, *read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,18 +41,24 @@ class LatentAttention(nn.Module):
             latent = tensor_scatter(given["past_latent"], latent, given["past_length"])
             shared = tensor_scatter(given["past_rope_key"], shared, given["past_length"])
         else:
-            latent, shared = torch.cat((given["past_latent"], latent), 2), torch.cat((given["past_rope_key"], shared), 2)
+            latent = torch.cat((given["past_latent"], latent), 2)
+            shared = torch.cat((given["past_rope_key"], shared), 2)
         # Of each head, the rows that make its key lie before those that make its value.
         matrices = self.kv_b_proj.weight.view(block.heads, -1, block.latent)
         query = torch.cat((own.transpose(1, 2) @ matrices[:, : block.key_size], turned), -1)
-        mixed = attention(query, torch.cat((latent, shared), -1), latent, given["mask"], block.scale)
+        # The value has the shared key too, which is dropped: TensorRT takes no value of another size than the key.
+        both = torch.cat((latent, shared), -1)
+        mixed = attention(query, both, both, given["mask"], block.scale)[..., : block.latent]
         values = matrices[:, block.key_size :] @ mixed.transpose(2, 3)
         attended: Tensor = self.o_proj(values.permute(0, 3, 1, 2).reshape(batch, sequence, -1))
         return attended, latent, shared
 
     def _queries(self, normed: Tensor) -> Tensor:
-        made = self.q_proj(normed) if self.block.query is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(normed)))
-        assert isinstance(made, Tensor)
+        """Own and turned parts of all heads [B, T, H * D]."""
+        if self.block.query is None:
+            made: Tensor = self.q_proj(normed)
+        else:
+            made = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(normed)))
         return made
 
     def _turn(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:

@@ -18,7 +18,10 @@ class Router(nn.Linear):
     def forward(self, normed: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         block = self.block
         logits = super().forward(normed.float() if block.wide else normed)
-        how, groups = (block.scoring, block.renormalise, block.scale), (block.groups, block.groups_kept, block.group_best)
+        how, groups = (
+            (block.scoring, block.renormalise, block.scale),
+            (block.groups, block.groups_kept, block.group_best),
+        )
         weights, experts = moe_route(logits, self.correction, block.top_k, *how, *groups)
         return weights.to(normed.dtype), experts
 

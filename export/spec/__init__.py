@@ -74,6 +74,7 @@ from llmexport.export.spec.patches import (
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.spec.wkv import ChannelMix, TimeMix
 
 __all__ = [
     "ANY_FLOAT",
@@ -103,6 +104,7 @@ __all__ = [
     "BidirectionalMask",
     "Block",
     "CausalConv",
+    "ChannelMix",
     "CrossAttention",
     "CrossKeys",
     "CrossMask",
@@ -159,6 +161,7 @@ __all__ = [
     "Temperature",
     "TileEmbedding",
     "TileRotary",
+    "TimeMix",
     "Tower",
     "Use",
     "YarnScaling",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, SEQUENCE, SOURCE, TOTAL
-from llmexport.export.spec.block import ATTENTION_MASK, INPUT_IDS, PAST_LENGTH, Block, Port
+from llmexport.export.spec.block import ATTENTION_MASK, INPUT_IDS, PADDING_LENGTH, PAST_LENGTH, Block, Port
 from llmexport.export.spec.context import Keys
 
 
@@ -16,9 +16,9 @@ class Alibi(Block):
     the key the least number of the dtype.
 
     The slopes of a power of two of heads are geometric; of other numbers they are those of the power below, then every
-    other one of the power above (modeling_bloom.py, build_alibi_tensor). `scale` multiplies them, and they may be
-    `rounded` to bfloat16 before (modeling_falcon.py). Distances count the tokens of a row and no padding. `keys`: of a
-    static cache.
+    other one of the power above (modeling_bloom.py, build_alibi_tensor). Distances count the tokens of a row and no
+    padding. `rounded`: slopes, places and their products are rounded to bfloat16 before the query's is subtracted
+    (modeling_falcon.py), which no softmax can tell from the key's alone. `scale` multiplies the difference. `keys`: of a static cache.
     """
 
     heads: int
@@ -26,10 +26,14 @@ class Alibi(Block):
     rounded: bool = False
     keys: Keys | None = None
 
+    def __post_init__(self) -> None:
+        if self.keys and self.keys.slides:
+            raise ValueError("ALiBi reads a whole cache")
+
     @property
     def inputs(self) -> tuple[Port, ...]:
         keys = self.keys.axis if self.keys else TOTAL
-        where = (PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK, INPUT_IDS)
+        where = (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK, INPUT_IDS)
         return (*where, Port("mask", (BATCH, 1, SEQUENCE, keys), "bool", "mask"))
 
     @property

@@ -45,8 +45,9 @@ class Router(Block):
     """Which `top_k` of the experts a token goes to, and with what weight (the MoeRoute op).
 
     `correction`: experts are chosen by score plus one number each, which their weights leave out. Of `groups` of
-    experts, `groups_kept` are eligible, those whose `group_best` best choices sum highest. `scale` multiplies the weights. `wide`: all is computed in float32, of the
-    router's own weights too, and the weights of experts are rounded once (modeling_deepseek_v3.py).
+    experts, `groups_kept` are eligible: those whose `group_best` best choices sum highest. `scale` multiplies the
+    weights. `wide`: all is computed in float32, of the router's own weights too, and what comes out is rounded once
+    (modeling_deepseek_v3.py).
     """
 
     hidden: int

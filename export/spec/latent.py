@@ -22,9 +22,10 @@ class LatentAttention(Mixer):
     comes after attention. So no step makes keys and values of earlier tokens again.
 
     `query` is the size of the latent that queries are made of (None: of the hidden states). Neighbours turn as pairs
-    if `interleaved`, else halves; `parted` sets the neighbours apart before, and keeps them so (modeling_deepseek_v3.py,
-    apply_rotary_pos_emb_interleave). Unless `turned`, nothing turns (modeling_kimi_linear.py). `bias` is that of the
-    projections to latents and of the output. `scale` is that of the logits. `epsilon` is that of the latents' norms.
+    if `interleaved`, else halves; `parted` sets neighbours apart before they turn, and leaves them so in the cache
+    (modeling_deepseek_v3.py, apply_rotary_pos_emb_interleave). Unless `turned`, nothing turns
+    (modeling_kimi_linear.py). `bias` is that of the projections to latents and of the output. `scale` is that of the
+    logits, `epsilon` that of the latents' norms.
     """
 
     heads: int

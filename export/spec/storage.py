@@ -16,7 +16,8 @@ class Stored:
 
     `dtype` is "T" for floats of any type, cast to the model's, and "F" for those that are cast to float32; "W" for
     floats that the graph takes in the type they are stored in; else the one type that it has. A checkpoint may set
-    `group`s of the last dimension apart, as one dimension more. A random checkpoint draws evenly from `usual` on and below its end; if it is None, as any weight.
+    `group`s of the last dimension apart, as one dimension more. A random checkpoint draws evenly from `usual` on and
+    below its end; if it is None, as any weight.
     """
 
     suffix: str

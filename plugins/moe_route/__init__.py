@@ -52,10 +52,10 @@ def moe_route(
       "softmax_top_k"  a softmax over the chosen logits alone (modeling_gpt_oss.py)
       "sigmoid"        the sigmoid of the logit (modeling_llama4.py, modeling_deepseek_v3.py)
     Experts are chosen by their logits; or, if there is a bias [E], by score + bias, while the weights stay without
-    it. groups > 1 splits the experts into that many equal groups, of which only the groups_kept whose group_best
-    best choices, 1 (modeling_deepseek_v2.py) or 2 (modeling_deepseek_v3.py), sum highest are eligible. renormalise divides the weights by their sum and
-    DeepSeek's 1e-20, which changes no sum above 2e-13; scale multiplies them last. Raises ValueError on any other
-    scoring.
+    it. groups > 1 splits the experts into that many equal groups, of which only the groups_kept whose group_best best
+    choices sum highest are eligible: 1 in modeling_deepseek_v2.py, 2 in modeling_deepseek_v3.py. renormalise divides
+    the weights by their sum and DeepSeek's 1e-20, which changes no sum above 2e-13; scale multiplies them last. Raises
+    ValueError on any other scoring.
     """
     wide = logits.float()
     if scoring == "softmax":

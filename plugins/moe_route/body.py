@@ -11,12 +11,13 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     scores = {"softmax": "Softmax <axis = -1>", "sigmoid": "Sigmoid", "softmax_top_k": "Identity"}
     if scoring not in scores:
         raise ValueError(f"MoeRoute knows no scoring {scoring!r}")
+    groups, kept, best = (int(attributes[n]) for n in ("groups", "groups_kept", "group_best"))
     last = "weights_chosen"
     steps = f"""
     last_axis = Constant <value_ints = [-1]> ()
     wide = Cast <to = 1> (logits)
     scores = {scores[str(scoring)]} (wide)
-    {_choice(*(int(attributes[n]) for n in ("groups", "groups_kept", "group_best")), "bias" in types)}
+    {_choice(groups, kept, best, "bias" in types)}
     top_k = Constant <value_ints = [{attributes["top_k"]}]> ()
     best, experts_wide = TopK <axis = -1, largest = 1, sorted = 1> (choice, top_k)
     experts = Cast <to = 6> (experts_wide)

@@ -25,6 +25,7 @@ from llmexport.export.spec import (
     BidirectionalMask,
     Block,
     CausalConv,
+    ChannelMix,
     Embedding,
     Experts,
     FilteredAttention,
@@ -53,6 +54,7 @@ from llmexport.export.spec import (
     Span,
     Sublayer,
     Temperature,
+    TimeMix,
     YarnScaling,
     decoder_layer,
 )
@@ -101,12 +103,17 @@ DEEP_NORM = Layer(
         Sublayer("mlp", SILU_MLP, LAYER_NORM, scale=0.3, from_normed=True),
     )
 )
+RWKV_SUBLAYERS = (
+    Sublayer("attention", TimeMix(33), LAYER_NORM),
+    Sublayer("feed_forward", ChannelMix(33, 65), LAYER_NORM),
+)
 DELTA_LAYER = decoder_layer(GEMMA_NORM, DELTA_NET, GEMMA_NORM, MOE)
 CASES = [
     (Embedding(37, 33), "float32"),
     (Embedding(37, 33, 33**0.5), "float16"),
     (Embedding(37, 33, types=2, positions=200, norm=LAYER_NORM), "float32"),
     (Embedding(37, 33, positions=202, offset=2), "float32"),
+    (Embedding(37, 33, positions=202, offset=2, inner=21), "float32"),
     (Alibi(6), "float32"),
     (Alibi(4, 0.3, rounded=True), "float16"),
     (Alibi(6, keys=ALL), "float32"),
@@ -181,6 +188,9 @@ CASES = [
     (GatedNorm(6, 7, 1e-6), "float16"),
     (DELTA_NET, "float32"),
     (DELTA_NET, "float16"),
+    (TimeMix(33), "float32"),
+    (TimeMix(33, 0.25), "float16"),
+    (ChannelMix(33, 65, 0.5), "float32"),
     (SILU_MLP, "float32"),
     (Mlp(33, 65, "gelu_tanh", bias=True), "float32"),
     (Mlp(33, 65, "gelu_erf"), "float16"),
@@ -209,9 +219,12 @@ CASES = [
     (PARALLEL, "float32"),
     (DEEP_NORM, "float32"),
     (DELTA_LAYER, "float32"),
+    (Layer(RWKV_SUBLAYERS), "float16"),
     (Head(LLAMA_NORM, 37), "float32"),
     (Head(LLAMA_NORM, 37, softcap=3.0), "float32"),
     (Head(LAYER_NORM, 37, transform="gelu_erf", bias=True), "float32"),
+    (Head(None, 37, hidden=33), "float32"),
+    (Head(LAYER_NORM, 37, inner=21), "float32"),
     *VISION_TRACES,
 ]
 # batch, sequence, past: a decode step, a first token, prefills longer than what was traced, and a chunk.
@@ -362,7 +375,7 @@ def ops(model: onnx.ModelProto) -> list[str]:
     return [n.op_type for n in model.graph.node]
 
 
-OURS = ("SinkAttention", "MoeRoute", "MoeExperts", "CausalConv1d", "GatedDeltaRule", "GatedRmsNorm")
+OURS = ("SinkAttention", "MoeRoute", "MoeExperts", "CausalConv1d", "GatedDeltaRule", "GatedRmsNorm", "Wkv")
 FEW = [
     (LAYER, {"Attention": 1, "Rope": 2, "RMSNormalization": 2, "MatMul": 7, "Gelu": 1}),
     (SANDWICH, {"Attention": 1, "Rope": 2, "RMSNormalization": 4, "MatMul": 7, "Sigmoid": 1}),
@@ -370,6 +383,7 @@ FEW = [
     # The projections, and each head's two matrices, which lie in one.
     (LATENT, {"Attention": 1, "Rope": 2, "RMSNormalization": 2, "MatMul": 6}),
     (DELTA_NET, {"CausalConv1d": 1, "GatedDeltaRule": 1, "GatedRmsNorm": 1, "MatMul": 5, "Softplus": 1, "Sigmoid": 1}),
+    (TimeMix(33), {"Wkv": 1, "MatMul": 4, "Sigmoid": 1}),
     # The shared expert's three matrices, its gate and the router's scores.
     (MOE, {"MoeRoute": 1, "MoeExperts": 1, "MatMul": 5, "Sigmoid": 2}),
 ]
