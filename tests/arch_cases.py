@@ -124,7 +124,7 @@ CASES = (
     }),
     Case("t5", "t5"),
     Case("t5", "t5-gated-unscaled", {
-        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_layers": 2, "num_decoder_layers": 3,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_layers": 2,
     }),
     Case("openai_gpt", "openai_gpt"),
     Case("gpt_neo", "gpt_neo"),
@@ -204,7 +204,9 @@ def carries(case: Case) -> tuple[bool, ...]:
     return tuple(bool(g.carried) for g in arch.build(Config({**arch.tiny, **case.changes})).graphs)
 
 
+# An encoder and a decoder of one model are two graphs; of all others the text model is one.
 DECODERS, ENCODERS, PAIRS = ([c for c in CASES if carries(c) == kind] for kind in ((True,), (False,), (False, True)))
+OF_ONE_GRAPH = tuple(c for c in FIRST if c not in PAIRS)
 
 
 def keeps_keys(case: Case) -> bool:

@@ -30,8 +30,8 @@ def build(config: Config) -> Model:
         Mlp(hidden, config.length("d_ff"), activation, gated=gated),
         heads=config.count("num_heads"),
         head_size=config.length("d_kv"),
-        buckets=config.integer("relative_attention_num_buckets", 32),
-        distance=config.integer("relative_attention_max_distance", 128),
+        buckets=config.count("relative_attention_num_buckets", 32),
+        distance=config.length("relative_attention_max_distance", 128),
         encoder_layers=layers,
         decoder_layers=config.count("num_decoder_layers", layers),
     )
