@@ -43,8 +43,8 @@ def read(
     say; an architecture that knows no shares or sections gives none, and a config with any is refused. `types` maps the
     types that the architecture knows to their names here. `original` is the length before LongRoPE's stretch, if the
     config says it elsewhere. `layer_kind`: which entry of `rope_parameters` to read, where each kind of layer has its
-    own. `theta_key` and `partial_key`: top-level keys that old configs use for theta and for the share. Raises ExportError on a type or key of RoPE that is
-    not known.
+    own. `theta_key` and `partial_key`: top-level keys that old configs use for theta and for the share. Raises
+    ExportError on a type or key of RoPE that is not known.
     """
     keys = _shared(config) if layer_kind is None else _of_kind(config, layer_kind)
     theta = as_positive(theta_key, _one(config, keys, "rope_theta", theta_key, theta))

@@ -134,9 +134,17 @@ CASES = (
         "activation_function": "gelu", "enable_bias": False, "layer_norm_elementwise_affine": False,
     }),
     Case("starcoder2", "starcoder2"),
+    Case("deberta", "deberta"),
+    Case("deberta", "deberta-placed-types", {
+        "position_biased_input": True, "type_vocab_size": 3, "pos_att_type": ["c2p"], "tie_word_embeddings": False,
+    }),
+    Case("deberta_v2", "deberta_v2"),
+    Case("deberta_v2", "deberta_v2-apart", {
+        "share_att_key": False, "norm_rel_ebd": "none", "position_buckets": -1, "max_relative_positions": -1,
+    }),
     Case("bloom", "bloom"),
     Case("bloom", "bloom-normed-residual", {
-        "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False, "n_head": 4,
+        "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False, "n_head": 8,
     }),
     Case("falcon", "falcon"),
     Case("falcon", "falcon-40b", {"new_decoder_architecture": True, "num_kv_heads": 2}),

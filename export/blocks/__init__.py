@@ -13,6 +13,7 @@ from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, R
 from llmexport.export.blocks.cross import CrossAttention, CrossKeys, CrossMask
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
+from llmexport.export.blocks.disentangled import DisentangledAttention, RelativePositions
 from llmexport.export.blocks.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.blocks.latent import LatentAttention
 from llmexport.export.blocks.layer import Layer
@@ -85,6 +86,7 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
 PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
+    spec.DisentangledAttention: DisentangledAttention,
     spec.ChannelMix: ChannelMix,
     spec.CrossAttention: CrossAttention,
     spec.CrossKeys: CrossKeys,
@@ -105,6 +107,7 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.PatchPositions: PatchPositions,
     spec.PixelShuffle: PixelShuffle,
     spec.Projector: Projector,
+    spec.RelativePositions: RelativePositions,
     spec.Router: Router,
     spec.SegmentMask: SegmentMask,
     spec.SharedExpert: SharedExpert,

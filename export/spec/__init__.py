@@ -45,6 +45,7 @@ from llmexport.export.spec.context import (
 )
 from llmexport.export.spec.cross import SOURCE_IDS, SOURCE_PADDING, CrossAttention, CrossKeys, CrossMask, cross_keys
 from llmexport.export.spec.delta import CausalConv, GatedDeltaNet, GatedNorm
+from llmexport.export.spec.disentangled import DisentangledAttention, RelativePositions
 from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
 from llmexport.export.spec.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
@@ -109,6 +110,7 @@ __all__ = [
     "CrossKeys",
     "CrossMask",
     "Dim",
+    "DisentangledAttention",
     "Embedding",
     "Experts",
     "FilteredAttention",
@@ -144,6 +146,7 @@ __all__ = [
     "Projector",
     "Reference",
     "RelativeBias",
+    "RelativePositions",
     "Rotary",
     "Router",
     "Scaling",

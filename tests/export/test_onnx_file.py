@@ -192,6 +192,23 @@ def test_a_published_model_exports_from_headers_alone(name: str, least: float, t
     assert sum(p.stat().st_size for p in new) < 1_000_000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("bloom", 352e9), ("falcon-40b", 82e9), ("pythia-1b", 2e9), ("phi-2", 5e9), ("stablelm-2-12b", 24e9)],
+)
+def test_a_published_model_of_alike_layers_is_a_layer_traced_once(name: str, least: float, tmp_path) -> None:
+    """And an embedding, a head and what the layers read."""
+    config = PUBLISHED[name]
+    random_checkpoint.write(archs.choose(None, config), tmp_path / "ck", config=config, dtype="float16", hollow=True)
+    assert sum(p.stat().st_size for p in (tmp_path / "ck").iterdir()) > least
+    record = onnx_file.write(request(tmp_path / "ck", dtype="float16"), tmp_path / "out", force=False)
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    assert (len(record.blocks), len(record.steps)) == (5, layers + 4)
+    new = [p for p in (tmp_path / "out").iterdir() if p.stat().st_nlink == 1]
+    assert sum(p.stat().st_size for p in new) < 1_500_000
+
+
 def test_a_tied_head_that_the_checkpoint_also_stores_is_dropped_if_it_is_the_same(tmp_path) -> None:
     folder = with_extra_head(tmp_path, same=True)
     onnx_file.write(request(folder), tmp_path / "out", force=False)
