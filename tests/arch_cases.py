@@ -123,6 +123,10 @@ CASES = (
         "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True,
         "n_inner": 96, "activation_function": "relu", "tie_word_embeddings": False,
     }),
+    Case("t5", "t5"),
+    Case("t5", "t5-gated-unscaled", {
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_layers": 2,
+    }),
     Case("openai_gpt", "openai_gpt"),
     Case("gpt_neo", "gpt_neo"),
     Case("opt", "opt"),
@@ -202,13 +206,16 @@ def in_each_dtype(
     return [(c, d) for d in dtypes for c in cases if c.arch in EVERY_TIME or d == once[c.arch]]
 
 
-def carries(case: Case) -> bool:
-    """Whether a step of the model reads what earlier ones left, as a decoder's does and an encoder's does not."""
+def carries(case: Case) -> tuple[bool, ...]:
+    """Of each graph, whether a step of it reads what earlier ones left, as a decoder's does and an encoder's does
+    not."""
     arch = archs.load(case.arch)
-    return any(g.carried for g in arch.build(Config({**arch.tiny, **case.changes})).graphs)
+    return tuple(bool(g.carried) for g in arch.build(Config({**arch.tiny, **case.changes})).graphs)
 
 
-DECODERS, ENCODERS = ([c for c in CASES if carries(c) is carried] for carried in (True, False))
+# An encoder and a decoder of one model are two graphs; of all others the text model is one.
+DECODERS, ENCODERS, PAIRS = ([c for c in CASES if carries(c) == kind] for kind in ((True,), (False,), (False, True)))
+OF_ONE_GRAPH = tuple(c for c in FIRST if c not in PAIRS)
 
 
 def keeps_keys(case: Case) -> bool:

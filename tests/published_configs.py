@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from published_latent import LATENT
+from published_pairs import PAIRED
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
     "gemma-2b": {
@@ -443,7 +444,7 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
         "use_parallel_residual": true, "use_qkv_bias": false, "vocab_size": 100352
     }
 }""")
-PUBLISHED |= LATENT
+PUBLISHED |= LATENT | PAIRED
 # Lists that repeat: 24 layers, 40 and 64.
 PUBLISHED["gpt-oss-20b"]["layer_types"] *= 12
 PUBLISHED["Qwen3.5-35B-A3B"]["text_config"]["layer_types"] *= 10

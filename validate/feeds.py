@@ -144,6 +144,10 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
             case "bias":
                 seen = np.tri(shape[2], shape[3], k=shape[3] - shape[2], dtype=bool)
                 value = np.where(seen, random.standard_normal(shape), np.finfo(np.float16).min)
+            case "mask" if port.shape[-1] == SOURCE and port.shape[-2] != SOURCE:
+                # Of a text whose rows end in padding, all is seen but that.
+                tokens = np.maximum(shape[3] - np.arange(shape[0]), 1)
+                value = np.broadcast_to(np.arange(shape[3]) < tokens.reshape(-1, 1, 1, 1), shape)
             case "mask":
                 value = np.broadcast_to(np.tri(shape[2], shape[3], k=shape[3] - shape[2]), shape)
             case "distances":

@@ -201,7 +201,8 @@ class Transformers:
         """A cache as after the tokens whose keys and values a crossing begins with."""
         import transformers
 
-        cache = transformers.DynamicCache(config=self._model.config)
+        # The config of a model with an encoder speaks of the encoder's layers.
+        cache = transformers.DynamicCache(**({} if self._source else {"config": self._model.config}))
         for graph in self._export.graphs:
             values = earlier(graph, self._export.dtype, stage.sizes)
             layers = [s for s in graph.assembly.steps if s.block.states]

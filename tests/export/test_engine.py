@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import onnx
 import psutil
 import pytest
-from arch_cases import FIRST, ONCE, PRIMARY, TOWERS, Case, others_slow
+from arch_cases import FIRST, OF_ONE_GRAPH, ONCE, PRIMARY, TOWERS, Case, others_slow
 from one_node import model_of, rtx_build
 from onnx.helper import make_node
 from reseal import reseal
@@ -65,7 +65,7 @@ def child(code: str) -> tuple[str, ...]:
 
 
 # The five families in every dtype, the others in one; with plugins all are, in test_engine_plugins.py.
-BUILDS = [(c, d) for c in FIRST for d in DTYPES if c.arch in PRIMARY or d == "float16"]
+BUILDS = [(c, d) for c in OF_ONE_GRAPH for d in DTYPES if c.arch in PRIMARY or d == "float16"]
 FAMILIES = [(c, d) for c, d in ONCE if c.arch in PRIMARY]
 
 

@@ -12,6 +12,7 @@ from arch_cases import IN_TRANSFORMERS
 from layouts import WHOLE
 from published_configs import LONG_FACTOR, PUBLISHED, SHORT_FACTOR, WITH_MORE_KEYS
 from published_latent import LATENT_MODELS
+from published_pairs import PAIRED_MODELS
 from tiny_configs import config_class, read, read_whole
 
 from llmexport.export import archs
@@ -456,6 +457,7 @@ MODELS = {
     "phi-2": phi_2(),
     "stablelm-2-12b": stablelm_2_12b(),
     **LATENT_MODELS,
+    **PAIRED_MODELS,
 }
 
 

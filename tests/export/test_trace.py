@@ -16,6 +16,7 @@ from llmexport.export.spec import (
     IMAGES,
     PAST,
     SEQUENCE,
+    SOURCE,
     SPLICED,
     TILES,
     TOTAL,
@@ -26,6 +27,9 @@ from llmexport.export.spec import (
     Block,
     CausalConv,
     ChannelMix,
+    CrossAttention,
+    CrossKeys,
+    CrossMask,
     DisentangledAttention,
     Embedding,
     Experts,
@@ -49,6 +53,7 @@ from llmexport.export.spec import (
     Norm,
     Port,
     Presence,
+    RelativeBias,
     RelativePositions,
     Rotary,
     Router,
@@ -122,6 +127,13 @@ CASES = [
     (Alibi(6), "float32"),
     (Alibi(4, 0.3, rounded=True), "float16"),
     (Alibi(6, keys=ALL), "float32"),
+    (RelativeBias(6, 12, 30), "float32"),
+    (RelativeBias(6, 12, 30), "float16"),
+    (RelativeBias(6, 12, 30, both_ways=True), "float32"),
+    (CrossKeys(33, 6, 10), "float32"),
+    (CrossMask(), "float32"),
+    (CrossAttention(33, 6, 10, 0.3), "float32"),
+    (CrossAttention(33, 6, 10, 0.3), "float16"),
     (Rotary(10, 10000.0), "float32"),
     (Rotary(10, 10000.0, LinearScaling(4.0)), "float32"),
     (Rotary(10, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64)), "float16"),
@@ -270,6 +282,7 @@ def filled(block: Block, dtype: str) -> torch.nn.Module:
 
 def sizes(batch: int, sequence: int, past: int) -> dict[str, int]:
     seen = {IMAGES: batch, TILES: batch, FEATURES: batch + sequence, SPLICED: batch * sequence}
+    seen[SOURCE] = sequence + 2 * past + 3
     return {BATCH: batch, SEQUENCE: sequence, PAST: past, TOTAL: sequence + past, WRITTEN: sequence + past, **seen}
 
 
