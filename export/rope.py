@@ -57,6 +57,8 @@ def read(
     if not isinstance(found[0], str) or found[0] not in types:
         known = ", ".join(dict.fromkeys(types.values()))
         raise ExportError(f"config.json: RoPE of type {show(found[0])} is not supported here, {known} are")
+    if types[found[0]] == "alpha":
+        theta *= _alpha(keys) ** (size / (size - 2))
     scaling = _scaling(config, types[found[0]], keys, size)
     unread = [k for k, v in keys.items() if v is not None and k not in HARMLESS and not same(v, NEUTRAL.get(k))]
     if unread:
@@ -120,6 +122,8 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
             # Some configs have it, though nothing reads it for this type.
             keys.pop(ORIGINAL, None)
             return None
+        case "alpha":
+            return None
         case "linear":
             keys.pop(ORIGINAL, None)
             return LinearScaling(_factor(keys))
@@ -181,6 +185,14 @@ def _sections(keys: dict[str, Any], default: Sequence[int]) -> tuple[int, ...]:
     if keys.pop("mrope_interleaved", True) is not True:
         raise ExportError("config.json: mrope_interleaved is not true, other mRoPE layouts are not supported")
     return tuple(sizes)
+
+
+def _alpha(keys: dict[str, Any]) -> float:
+    """What stretches the base once and for all (modeling_hunyuan_v1_dense.py); nothing reads what stands beside it."""
+    _factor(keys)
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        keys.pop(key, None)
+    return as_positive("RoPE's alpha", keys.pop("alpha", None))
 
 
 def _factor(keys: dict[str, Any]) -> float:
