@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
-from arch_cases import CASES, Case
+from arch_cases import CASES, EVERY_TIME, FIRST, Case
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -38,13 +38,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test with its tiers, and as slow where nvcc has to compile the whole library; the rest is quick."""
+    """Marks each test with its tiers; the rest is quick. It is slow where nvcc has to compile the whole library, and
+    where it asks more of a family than every session does."""
     for item in items:
         used = TIERS.keys() & {*getattr(item, "fixturenames", ()), *vars(getattr(item, "module", object))}
         for mark in {TIERS[name] for name in used} | {"slow" for name in used if name == "cuda_library"}:
             item.add_marker(mark)
+        if not item.get_closest_marker("quick") and used and _asks_more(item):
+            item.add_marker("slow")
         if not NOT_QUICK & {mark.name for mark in item.iter_markers()}:
             item.add_marker("quick")
+
+
+def _asks_more(item: pytest.Item) -> bool:
+    """Whether a test is of a family that is not tested whole in every session, and makes no claim on every family."""
+    params = vars(getattr(item, "callspec", object)).get("params", {})
+    cases = [c for value in params.values() for c in (value if isinstance(value, tuple) else (value,))]
+    later = [c for c in cases if isinstance(c, Case) and c.arch not in EVERY_TIME]
+    return bool(later) and not (item.get_closest_marker("every_family") and {*later} <= {*FIRST})
 
 
 @pytest.hookimpl(wrapper=True)
@@ -94,7 +105,8 @@ def as_case(which: Case | str) -> Case:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes the checkpoint of a case with transformers: several shards, norms and biases randomised.
+    """Makes the checkpoint of a case with transformers, or where it has no class of this layout by the names and
+    shapes that are published: several shards, norms and biases randomised.
 
     `tiny_checkpoint(case, "all")` has the text model within the multimodal one.
     """
@@ -105,12 +117,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         import transformers
         from layouts import randomise
 
-        from llmexport.export import archs
+        from llmexport.export import archs, random_checkpoint
 
         arch = archs.load(case.arch)
         folder = tmp_path_factory.mktemp(case.name) / "checkpoint"
         text = {**arch.tiny, **case.changes}
         vision = text.pop("vision_config", {})
+        if arch.reference.made_by:
+            random_checkpoint.write(arch, folder, config=text, dtype="float32", shard_bytes=100_000)
+            return folder
         config = copy.deepcopy(dict(archs.tiny_config(dataclasses.replace(arch, tiny=text), part)))
         config.get("vision_config", {}).update(vision)
         [name] = config.pop("architectures", [arch.reference.model_class])

@@ -10,7 +10,7 @@ from llmexport.export import graph_file
 from llmexport.export.exported import Export
 from llmexport.export.output import check_new_file
 from llmexport.export.progress import Progress, silent
-from llmexport.validate import judge, pack, stages
+from llmexport.validate import judge, pack, references, stages
 from llmexport.validate.compare import Mismatch
 from llmexport.validate.drive import Driver, Run, TorchDriver, in_torch, record
 from llmexport.validate.feeds import Feed, without_pictures
@@ -80,7 +80,7 @@ def make(
         script, ours, recorded = record(listener, stages.prompt(export, tokens=tokens, seed=seed))
         progress("transformers", 1, 3)
         whole = Whole(export, script, torch, exact_torch, ours, recorded, frozenset())
-        reference = _reference(whole.rungs("transformers"))
+        reference = _reference(whole.rungs("transformers"), references.source(export.reference.made_by))
         expected = whole.exact or ours
         if not expected.finite:
             raise Mismatch(
@@ -126,13 +126,15 @@ def graphs(export: Export) -> dict[str, pack.Graph]:
     }
 
 
-def _reference(rungs: Sequence[Rung]) -> str:
-    """What our PyTorch is, in words. Raises Mismatch if it is not what transformers is."""
+def _reference(rungs: Sequence[Rung], source: str) -> str:
+    """What our PyTorch is, in words, compared with this `source` or the model's own class. Raises Mismatch if it is not
+    what transformers is."""
     if wrong := next((r.name for r in rungs if r.status == "fail"), ""):
         raise Mismatch(f"{wrong} fails, so nothing can be measured by our PyTorch: see `llmexport validate`")
     if said := next((r.note for r in rungs if r.status == "not run"), ""):
         return f"PyTorch in float32, not compared with transformers ({said})"
-    return f"PyTorch in float32, compared with transformers {importlib.metadata.version('transformers')}"
+    theirs = f"transformers {importlib.metadata.version('transformers')}"
+    return f"PyTorch in float32, compared with {f'{source} ({theirs})' if source else theirs}"
 
 
 def _stage(stage: Stage, shots: Mapping[str, Feed], place: int, own: Rung, expected: Run) -> pack.Stage:

@@ -12,6 +12,7 @@ from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export
 from llmexport.export.values import one_line
 from llmexport.plugins.errors import PluginError
+from llmexport.validate import references
 from llmexport.validate.drive import Recorded, Run, Runs, TorchDriver, driver, follow
 from llmexport.validate.feeds import Feed
 from llmexport.validate.forms import FORMS, Form
@@ -135,14 +136,21 @@ class Whole:
             reference = follow(Transformers(export), export, script)
             self.theirs.append(reference)
             if self.exact is None:
-                return [compare_runs(REFERENCE, script, reference, self.ours, allowed)]
+                return self._told(compare_runs(REFERENCE, script, reference, self.ours, allowed))
             wide = follow(Transformers(export.in_float32()), export, script)
         except Refused as refusal:
             return [Rung(n, "not run", str(refusal)) for n in names]
-        return [
+        return self._told(
             compare_runs(names[0], script, wide, self.ours, allowed, [reference]),
             compare_runs(names[1], script, wide, self.exact, tolerances("float32", export)),
-        ]
+        )
+
+    def _told(self, *rungs: Rung) -> list[Rung]:
+        """The rungs, each with what the reference is where transformers has no class of this layout."""
+        source = references.source(self.export.reference.made_by)
+        for rung in rungs if source else ():
+            rung.note = "; ".join(filter(None, (rung.note, f"reference: {source}")))
+        return [*rungs]
 
     def _blocks(self) -> Rung:
         """Every step of the exported files alone, fed what PyTorch computed before it, so that no error adds up.

@@ -12,6 +12,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("bert",),
+    system="BERT",
+    adds="encoder: no cache, norms on sums, learned positions, token types, padding anywhere",
     reference=Reference("BertForMaskedLM", {"logits": "logits"}),
     build=build,
     names={

@@ -19,6 +19,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("cohere",),
+    system="Command-R, Command-R+",
+    adds="attention and MLP side by side, LayerNorm, scaled logits",
     reference=causal_lm("CohereForCausalLM"),
     build=build,
     names=NAMES,

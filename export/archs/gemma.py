@@ -22,6 +22,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("gemma",),
+    system="Gemma",
+    adds="1 + weight norms in fp32, scaled embeddings, MQA, GELU-tanh",
     reference=causal_lm("GemmaForCausalLM"),
     build=build,
     names=NAMES,

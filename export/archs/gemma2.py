@@ -39,6 +39,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("gemma2",),
+    adds="sandwich norms, soft caps on attention and final logits",
     reference=causal_lm("Gemma2ForCausalLM"),
     build=build,
     names={**NAMES, **NORMS},

@@ -39,6 +39,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("gemma3_text",),
+    adds="q and k norms, a RoPE for each kind of layer",
     reference=causal_lm("Gemma3ForCausalLM"),
     build=build,
     names={**NAMES, **NORMS},

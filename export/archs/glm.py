@@ -16,6 +16,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("glm",),
+    system="ChatGLM3, GLM-4-9B",
+    adds="interleaved RoPE over half a head, fused gate and up",
     reference=causal_lm("GlmForCausalLM"),
     build=build,
     names=NAMES,

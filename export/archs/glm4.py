@@ -16,6 +16,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("glm4",),
+    system="GLM-4-0414",
+    adds="four norms a layer, interleaved RoPE over half a head, fused gate and up",
     reference=causal_lm("Glm4ForCausalLM"),
     build=build,
     names={

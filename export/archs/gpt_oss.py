@@ -59,6 +59,8 @@ def mxfp4(config: Config) -> bool:
 
 ARCH = Arch(
     model_types=("gpt_oss",),
+    system="GPT-OSS",
+    adds="attention sinks, alternating windows, YaRN, clamped experts, MXFP4",
     reference=causal_lm("GptOssForCausalLM"),
     build=build,
     names=NAMES,

@@ -17,6 +17,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("llama",),
+    system="Llama 1, 2, 3",
+    adds="llama3 and linear RoPE scaling, optional biases",
     reference=causal_lm("LlamaForCausalLM"),
     build=build,
     names=NAMES,

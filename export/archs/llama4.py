@@ -76,6 +76,8 @@ def rotated(config: Config, layers: int) -> list[bool]:
 
 ARCH = Arch(
     model_types=("llama4_text",),
+    system="Llama 4",
+    adds="chunked attention, layers without RoPE, temperature, top-1 experts; vision: tiles",
     reference=causal_lm("Llama4ForCausalLM"),
     build=build,
     names={**NAMES, "layers.{i}.mlp.": FORWARD},

@@ -15,6 +15,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("mistral",),
+    system="Mistral",
+    adds="sliding window",
     reference=causal_lm("MistralForCausalLM"),
     build=build,
     names=NAMES,

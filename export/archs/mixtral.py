@@ -21,6 +21,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("mixtral",),
+    system="Mixtral",
+    adds="experts, softmax over all and renormalised",
     reference=causal_lm("MixtralForCausalLM"),
     build=build,
     names={

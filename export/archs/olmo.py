@@ -18,6 +18,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("olmo",),
+    system="OLMo",
+    adds="LayerNorm without parameters, clipped q, k, v",
     reference=causal_lm("OlmoForCausalLM"),
     build=build,
     names=NAMES,

@@ -16,6 +16,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("olmo2",),
+    adds="norms on what attention and MLP give, q and k normed over all heads",
     reference=causal_lm("Olmo2ForCausalLM"),
     build=build,
     names={

@@ -29,6 +29,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("phi3",),
+    system="Phi-3",
+    adds="fused projections, LongRoPE",
     reference=causal_lm("Phi3ForCausalLM"),
     build=build,
     names=NAMES,

@@ -57,6 +57,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("qwen2",),
+    system="Qwen1.5, Qwen2",
+    adds="bias on q, k, v; sliding window in the upper layers",
     reference=causal_lm("Qwen2ForCausalLM"),
     build=build,
     names=NAMES,

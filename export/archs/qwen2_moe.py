@@ -42,6 +42,8 @@ def masks(config: Config, layers: int) -> tuple[Mask, ...]:
 
 ARCH = Arch(
     model_types=("qwen2_moe",),
+    system="Qwen1.5-MoE, Qwen2-MoE",
+    adds="routed experts beside a gated shared one",
     reference=causal_lm("Qwen2MoeForCausalLM"),
     build=build,
     names={

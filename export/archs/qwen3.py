@@ -19,6 +19,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("qwen3",),
+    adds="q and k norms",
     reference=causal_lm("Qwen3ForCausalLM"),
     build=build,
     names=NAMES,

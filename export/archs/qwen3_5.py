@@ -99,6 +99,7 @@ TINY_HYBRID = {
 
 ARCH = Arch(
     model_types=("qwen3_5_text",),
+    adds="gated delta nets as Qwen3.5-MoE, with a dense MLP",
     reference=causal_lm("Qwen3_5ForCausalLM"),
     build=build,
     names=NAMES,

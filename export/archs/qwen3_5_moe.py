@@ -22,6 +22,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("qwen3_5_moe_text",),
+    system="Qwen3.5-MoE",
+    adds="gated delta nets, gated attention, mRoPE, shared expert; vision: packed patches",
     reference=causal_lm("Qwen3_5MoeForCausalLM"),
     build=build,
     names={

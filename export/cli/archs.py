@@ -1,40 +1,48 @@
 """llmexport archs"""
 
-import inspect
-import sys
+from typing import Any
 
 import click
 
 from llmexport.export import archs
 from llmexport.export.cli.console import Console, talkative
-from llmexport.export.spec import Multimodal
+from llmexport.export.spec import Arch
+
+GROUPS = ("of the documents", "most used")
 
 
 @click.command("archs")
 @talkative
 def command(quiet: bool, as_json: bool) -> None:
-    """List the architectures that can be exported."""
+    """List the architectures that can be exported, those of the documents first."""
     console = Console(quiet, as_json)
-    found = [archs.load(n) for n in archs.names()]
-    about = {a.name: (inspect.getdoc(sys.modules[a.build.__module__]) or "").partition("\n")[0] for a in found}
-    console.table(
-        "architectures",
-        ("--arch", "model_type", "multimodal", "what"),
-        [(a.name, ", ".join(a.model_types), ", ".join(map(_part, a.multimodal)), about[a.name]) for a in found],
-    )
-    console.result(
-        [
-            {
-                "arch": a.name,
-                "model_types": a.model_types,
-                "multimodal": {m.model_type: "all" if m.tower else "text" for m in a.multimodal},
-                "about": about[a.name],
-            }
-            for a in found
-        ]
-    )
+    # The systems of the documents that the project began with, then what else people use.
+    found = sorted(map(archs.load, archs.names()), key=lambda a: not a.system)
+    columns = ("--arch", "system", "model_type", "what it adds")
+    for title in GROUPS:
+        rows = [(a.name, a.system, types(a), a.adds) for a in found if group(a) == title]
+        console.table(title, columns, rows)
+    console.result([_data(a) for a in found])
 
 
-def _part(of: Multimodal) -> str:
-    """A kind of checkpoint that holds the text model, and whether that is all of it that is exported."""
-    return of.model_type if of.tower else f"{of.model_type} (text alone)"
+def _data(arch: Arch) -> dict[str, Any]:
+    return {
+        "arch": arch.name,
+        "group": group(arch),
+        "system": arch.system,
+        "model_types": arch.model_types,
+        "multimodal": {m.model_type: "all" if m.tower else "text" for m in arch.multimodal},
+        "adds": arch.adds,
+        "reference": arch.reference.model_class,
+    }
+
+
+def group(arch: Arch) -> str:
+    """Which of GROUPS an architecture is listed in."""
+    return GROUPS[not arch.system]
+
+
+def types(arch: Arch) -> str:
+    """The model_types of its checkpoints; of some that hold other parts too, the text model alone is exported."""
+    beside = (m.model_type if m.tower else f"{m.model_type} (text)" for m in arch.multimodal)
+    return ", ".join((*arch.model_types, *beside))

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec.axis import BATCH, SEQUENCE, TOTAL, WRITTEN, behind
+from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE, TOTAL, WRITTEN, behind
 from llmexport.export.spec.block import (
     ATTENTION_MASK,
     INPUT_IDS,
     PADDING_LENGTH,
     PAST_LENGTH,
+    PRESENCE,
     SLOT_MASK,
     Block,
     Dim,
@@ -73,13 +74,14 @@ class Rotary(Block):
 
     With `sections`, each token has as many positions (time, height, width: mRoPE, arXiv 2409.12191), equal for
     text. Frequency i turns by position i mod 3 as long as i < 3 * sections[i mod 3], by the first one otherwise
-    (modeling_qwen3_5_moe.py).
+    (modeling_qwen3_5_moe.py). `places`: how many positions these angles are right for, where a model has others beyond.
     """
 
     size: int
     theta: float
     scaling: Scaling | None = None
     sections: tuple[int, ...] = ()
+    places: int | None = None
 
     def __post_init__(self) -> None:
         if self.size % 2 or not self.size:
@@ -96,6 +98,10 @@ class Rotary(Block):
     def outputs(self) -> tuple[Port, ...]:
         shape = (BATCH, SEQUENCE, self.size // 2)
         return (Port("cos", shape, use="cos"), Port("sin", shape, use="sin"))
+
+    @property
+    def most(self) -> Mapping[str, int]:
+        return {SEQUENCE: self.places, PAST: self.places - 1} if self.places else {}
 
 
 @dataclass(frozen=True)
@@ -172,15 +178,18 @@ class Mask(Block):
 @dataclass(frozen=True)
 class BidirectionalMask(Block):
     """Every token sees all tokens of its row and no padding, and padding sees the same (masking_utils.py,
-    create_bidirectional_mask). A row that is all padding sees all of it, so that no backend makes a NaN."""
+    create_bidirectional_mask). A row that is all padding sees all of it, so that no backend makes a NaN. `tokens` is
+    the axis along which they lie."""
+
+    tokens: Dim = SEQUENCE
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (Port("attention_mask", (BATCH, SEQUENCE), "int64", "padding"),)
+        return (Port("attention_mask", (BATCH, self.tokens), "int64", "padding"),)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("mask", (BATCH, 1, SEQUENCE, SEQUENCE), "bool", "mask"),)
+        return (Port("mask", (BATCH, 1, self.tokens, self.tokens), "bool", "mask"),)
 
 
 @dataclass(frozen=True)
@@ -243,5 +252,4 @@ class Presence(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        end = Port("tokens_end", (BATCH,), "int64", "presence_end")
-        return (Port("present_tokens", (BATCH, SEQUENCE), use="presence"), end)
+        return PRESENCE

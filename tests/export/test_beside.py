@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from arch_cases import CASES, FIRST, IN_FP16, MATRIX, Case, others_slow
+from arch_cases import CASES, FIRST, IN_FP16, MATRIX, Case, in_each_dtype, others_slow
 from first_feed import first_feed
 from one_node import session
 from onnx import TensorProto, helper
@@ -26,7 +26,7 @@ from llmexport.validate import runners, stages
 
 Exporter = Callable[..., Path]
 
-EACH = [(c, d) for c in CASES for d in ("float32", "float16")]
+EACH = in_each_dtype(CASES, ("float32", "float16"))
 AT_ONCE = [(c, "float16" if c in IN_FP16 else "float32") for c in FIRST]
 
 
@@ -124,6 +124,20 @@ def test_experts_one_by_one_are_put_together_where_they_are_bound() -> None:
     assert beside(model, 48) == {
         "experts": Binding("bfloat16", (2, 3, 4), (stored("e0", 3, 4), stored("e1", 3, 4)), operations)
     }
+
+
+def test_slices_of_a_weight_are_made_where_they_are_bound() -> None:
+    """As those of latent attention, whose matrix holds two of each head."""
+    nodes = [
+        make_node("Reshape", ["w", "shape"], ["heads"]),
+        make_node("Slice", ["heads", "three", "five", "one"], ["values"]),
+        make_node("MatMul", ["x", "values"], ["y"]),
+    ]
+    constants = {"three": np.array([3]), "five": np.array([2**62]), "one": np.array([-2])}
+    model = model_of(nodes, [matrix("w", (10, 4))], shape=np.array([2, 5, 4]), **constants)
+    operations = (Operation("reshape", (2, 5, 4)), Operation("slice", (1, 3, 5)))
+    assert beside(model, 1) == {"values": Binding("bfloat16", (2, 2, 4), (stored("w", 10, 4),), operations)}
+    assert [n.op_type for n in model.graph.node] == ["MatMul"]
 
 
 def test_a_table_that_is_embedding_and_head_is_bound_once() -> None:

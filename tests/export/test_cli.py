@@ -345,14 +345,6 @@ def test_json_is_all_that_stdout_holds(run: Run, checkpoint: Path) -> None:
     assert {a["arch"] for a in json.loads(out)} >= {"gemma", "llama", "mistral", "qwen2"}
 
 
-def test_architectures_say_which_multimodal_types_are_exported_whole(run: Run) -> None:
-    _, out, _ = run("archs", "--json")
-    found = {a["arch"]: a["multimodal"] for a in json.loads(out)}
-    assert (found["qwen3_5"], found["qwen3"], found["llama"]) == ({"qwen3_5": "all"}, {"qwen3_vl": "text"}, {})
-    _, table, _ = run("archs")
-    assert "qwen3_vl (text alone)" in table
-
-
 def test_json_errors_are_json_too(run: Run) -> None:
     code, out, err = run("validate", "nowhere", "--json")
     assert (code, json.loads(out)["error"]) == (2, err.removeprefix("error: ").strip())

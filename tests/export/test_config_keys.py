@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from arch_cases import DECODERS, FIRST
+from arch_cases import DECODERS, FIRST, IN_TRANSFORMERS
 from published_configs import PUBLISHED
-from tiny_configs import everywhere, one_line, placed_layers
+from tiny_configs import config_class, everywhere, one_line, placed_layers
 
 from llmexport.export import archs, blocks
 from llmexport.export.config import LONGEST, MOST
@@ -28,6 +28,7 @@ ABSENT = object()
 CONFIGS = PUBLISHED | {
     c.name: {"model_type": archs.load(c.arch).model_types[0], **archs.load(c.arch).tiny} for c in FIRST
 }
+THEIRS = [n for n, c in CONFIGS.items() if archs.choose(None, c).name in IN_TRANSFORMERS]
 # Those beside the text model of a multimodal config too, but for the tie, which the text model's config says as well.
 NOT_READ = ANY.union(*(w.harmless for n in archs.names() for w in archs.load(n).multimodal)) - {"tie_word_embeddings"}
 
@@ -70,13 +71,13 @@ def ours(config: dict[str, Any]) -> Model | str:
 def theirs(config: dict[str, Any]) -> Model | str:
     """The model that it means to transformers, or that it is refused there."""
     try:
-        full = transformers.CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config)).to_dict()
+        full = config_class(config)(**copy.deepcopy(config)).to_dict()
     except Exception as error:
         return f"transformers refuses: {error}"
     return ours(full)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", THEIRS)
 @pytest.mark.parametrize("value", [ABSENT, None], ids=["absent", "null"])
 def test_a_key_that_is_missing_is_refused_or_means_what_it_means_to_transformers(name, value):
     config = CONFIGS[name]
@@ -105,7 +106,8 @@ FULL = {
 
 def keys(arch: str) -> list[str]:
     """All that the architecture could look at."""
-    written = transformers.CONFIG_MAPPING[archs.load(arch).model_types[0]]().to_dict().keys()
+    kind = archs.load(arch).model_types[0]
+    written = transformers.CONFIG_MAPPING[kind]().to_dict().keys() if arch in IN_TRANSFORMERS else set()
     more = {"rope_scaling", "rope_theta", "hidden_activation", "layer_types", "quantization_config", "auto_map"}
     return sorted((written | more | archs.load(arch).tiny.keys() | {"architectures", "model_type"}) - not_read(arch))
 
@@ -141,7 +143,11 @@ def test_the_largest_sizes_that_are_read_can_be_laid_out(arch):
     if arch in ("qwen3_5", "qwen3_5_moe"):
         # So that the sections of mRoPE still make its part of the head.
         config["rope_parameters"] = {"partial_rotary_factor": 8 / LONGEST, "mrope_section": [2, 1, 1]}
-    for key in [k for k, v in config.items() if type(v) is int and k not in ("num_hidden_layers", *not_read(arch))]:
+    # So that every expert may be chosen.
+    groups = {k: 1 for k in ("n_group", "topk_group") if k in config}
+    config |= groups
+    passed_over = ("num_hidden_layers", "num_layers", *groups, *not_read(arch))
+    for key in [k for k, v in config.items() if type(v) is int and k not in passed_over]:
         config[key] = next(n for n in (2**31 - 1, LONGEST, MOST) if "at most" not in str(ours(config | {key: n})))
     model = ours(config)
     assert isinstance(model, Model), model

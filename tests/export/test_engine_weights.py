@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from arch_cases import FIRST, MATRIX, ONCE, Case, others_slow
+from arch_cases import FIRST, MATRIX, ONCE, Case, in_each_dtype, others_slow
 from native import emulated_library
 from onnx import TensorProto, helper
 from onnx.helper import make_node
@@ -18,7 +18,6 @@ from onnx.helper import make_node
 from llmexport.export import beside, builder, engine, engine_weights, manifest
 from llmexport.export.cli.engine import summary
 from llmexport.export.errors import EngineError
-from llmexport.export.spec import DTYPES
 
 trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
 pytestmark = pytest.mark.engine
@@ -34,7 +33,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beside, "LARGE", MATRIX)
 
 
-EACH = [(c, d, p) for c in FIRST for d in DTYPES for p in (True, False)]
+EACH = [(c, d, p) for c, d in in_each_dtype(FIRST) for p in (True, False)]
 AT_ONCE = [(c, d, i % 3 > 0) for i, (c, d) in enumerate(ONCE)]
 
 

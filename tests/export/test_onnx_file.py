@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from arch_cases import CASES, FIRST, ONCE, PRIMARY, Case, others_slow
+from arch_cases import CASES, FIRST, ONCE, PRIMARY, Case, in_each_dtype, others_slow
 from first_feed import first_feed
 from published_configs import PUBLISHED
 from reseal import reseal
@@ -25,7 +25,6 @@ from llmexport.export.assembly import named_blocks, parts
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
-from llmexport.export.spec import DTYPES
 from llmexport.graphs.bodies import op_of
 from llmexport.validate import ladder, stages
 from llmexport.validate.compare import compare
@@ -69,7 +68,7 @@ def test_a_process_that_never_heard_of_llmexport_runs_the_model(case: Case, expo
     subprocess.run([sys.executable, "-c", PLAIN, str(exported(case) / "model.onnx")], check=True, cwd="/")
 
 
-@pytest.mark.parametrize(("case", "dtype"), others_slow([(c, d) for c in FIRST for d in DTYPES], ONCE), ids=str)
+@pytest.mark.parametrize(("case", "dtype"), others_slow(in_each_dtype(FIRST), ONCE), ids=str)
 def test_checker_and_strict_shape_inference_accept_copied_weights(case: Case, dtype: str, exported) -> None:
     path = exported(case, dtype, weights="copy") / "model.onnx"
     onnx.checker.check_model(path, full_check=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arch_cases import FIRST, Case, others_slow
+from arch_cases import FIRST, Case, in_each_dtype, others_slow
 from misuse import call
 
 from llmexport.export import graph_file, manifest
@@ -26,7 +26,7 @@ from llmexport.validate.tolerance import TOLERANCE
 
 pytestmark = pytest.mark.model
 
-PACKED = [(c, d) for d in ("float32", "float16") for c in FIRST]
+PACKED = in_each_dtype(FIRST, ("float32", "float16"))
 Change = Callable[[str, Arrays], None]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from arch_cases import CASES, FIRST, IN_FP16, PRIMARY, Case, others_slow
+from arch_cases import CASES, FIRST, IN_FP16, PRIMARY, Case, in_each_dtype, others_slow
 from reseal import reseal
 from rungs import EVERYWHERE, OF_A_BLOCK
 from safetensors.numpy import load_file, save_file
@@ -53,7 +53,7 @@ def edit_model(folder: Path, op: str, change) -> None:
     reseal(folder)
 
 
-CLIMBED = [(c, d) for d in ("float32", "float16") for c in FIRST]
+CLIMBED = in_each_dtype(FIRST, ("float32", "float16"))
 
 
 @pytest.mark.parametrize(

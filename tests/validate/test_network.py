@@ -8,7 +8,7 @@ from pathlib import Path
 
 import planted
 import pytest
-from arch_cases import CASES, ONCE, PRIMARY, TOWERS, Case, others_slow
+from arch_cases import CASES, ONCE, PRIMARY, TOWERS, Case, in_each_dtype, others_slow
 from native import emulated_library
 
 from llmexport.export import builder, manifest
@@ -20,7 +20,7 @@ from llmexport.validate.report import Rung
 pytestmark = pytest.mark.engine
 
 PLUGINS = "ops as plugin layers, by their references"
-EVERY = [(c, d) for c in CASES for d in DTYPES]
+EVERY = in_each_dtype(CASES)
 
 
 def climb(folder: Path) -> Rung:
