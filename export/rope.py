@@ -36,6 +36,7 @@ def read(
     layer_kind: str | None = None,
     theta_key: str = "rope_theta",
     partial_key: str = "partial_rotary_factor",
+    others: Sequence[str] = (),
 ) -> Rotary:
     """RoPE, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` and the like.
 
@@ -43,7 +44,8 @@ def read(
     say; an architecture that knows no shares or sections gives none, and a config with any is refused. `types` maps the
     types that the architecture knows to their names here. `original` is the length before LongRoPE's stretch, if the
     config says it elsewhere. `layer_kind`: which entry of `rope_parameters` to read, where each kind of layer has its
-    own. `theta_key` and `partial_key`: top-level keys that old configs use for theta and for the share. Raises ExportError on a type or key of RoPE that is
+    own. `theta_key` and `partial_key`: top-level keys that old configs use for theta and for the share.
+    `others`: keys that the architecture reads itself, by `beside`. Raises ExportError on a type or key of RoPE that is
     not known.
     """
     keys = _shared(config) if layer_kind is None else _of_kind(config, layer_kind)
@@ -63,7 +65,9 @@ def read(
     if types[found[0]] == "alpha":
         theta *= _alpha(keys) ** (size / (size - 2))
     scaling = _scaling(config, types[found[0]], keys, size)
-    unread = [k for k, v in keys.items() if v is not None and k not in HARMLESS and not same(v, NEUTRAL.get(k))]
+    unread = [
+        k for k, v in keys.items() if v is not None and k not in (*HARMLESS, *others) and not same(v, NEUTRAL.get(k))
+    ]
     if unread:
         names = ", ".join(map(key_name, unread))
         raise ExportError(
@@ -181,6 +185,11 @@ def mscale(factor: float, weight: float) -> float:
     """YaRN's magnitude of a stretch by `factor` (arXiv 2309.00071, section 3.4), with the weight that DeepSeek gives
     its logarithm."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def beside(config: Config, key: str) -> Any:
+    """What stands among RoPE's keys and is not RoPE's; None where nothing does."""
+    return _shared(config).get(key)
 
 
 def of_logits(config: Config) -> float:

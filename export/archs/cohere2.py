@@ -41,6 +41,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("cohere2",),
+    adds="Cohere's parallel layers, sliding ones with RoPE, full ones without",
     reference=causal_lm("Cohere2ForCausalLM"),
     build=build,
     names=NAMES,

@@ -4,8 +4,16 @@ from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 
+# Baidu's code, which transformers took over under names without the second underscore.
+CODE = {
+    "AutoConfig": "configuration_ernie4_5.Ernie4_5_Config",
+    "AutoModel": "modeling_ernie4_5.Ernie4_5_Model",
+    "AutoModelForCausalLM": "modeling_ernie4_5.Ernie4_5_ForCausalLM",
+}
+
 
 def build(config: Config) -> Model:
+    config.expect_code(CODE)
     bias = config.flag("use_bias")
     d = decoder(config, head_size=128)
     norm = d.norm(1e-5)
@@ -15,7 +23,8 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("ernie4_5",),
-    reference=causal_lm("Ernie4_5ForCausalLM"),
+    adds="interleaved RoPE",
+    reference=causal_lm("Ernie4_5ForCausalLM", aliases=("Ernie4_5_ForCausalLM",)),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

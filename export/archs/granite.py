@@ -26,6 +26,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("granite",),
+    adds="multipliers of embeddings, residuals, scores and logits",
     reference=causal_lm("GraniteForCausalLM"),
     build=build,
     names=NAMES,

@@ -37,6 +37,7 @@ def unused(config: Config, head_size: int) -> None:
 
 ARCH = Arch(
     model_types=("hunyuan_v1_dense",),
+    adds="q and k norms after RoPE, whose base an alpha stretches",
     reference=causal_lm("HunYuanDenseV1ForCausalLM"),
     build=build,
     names={

@@ -26,6 +26,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("olmo3",),
+    adds="OLMo 2's norms, sliding windows, YaRN in full layers alone",
     reference=causal_lm("Olmo3ForCausalLM"),
     build=build,
     names={

@@ -44,6 +44,7 @@ def count(config: Config) -> int:
 
 ARCH = Arch(
     model_types=("qwen3_moe",),
+    adds="q and k norms, experts, softmax over all",
     reference=causal_lm("Qwen3MoeForCausalLM"),
     build=build,
     names={**NAMES, "layers.{i}.mlp.router.": MOE + "gate."},

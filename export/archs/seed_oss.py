@@ -17,6 +17,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("seed_oss",),
+    adds="bias on q, k, v, a head size of its own",
     reference=causal_lm("SeedOssForCausalLM"),
     build=build,
     names=NAMES,

@@ -25,6 +25,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("smollm3",),
+    adds="layers without RoPE",
     reference=causal_lm("SmolLM3ForCausalLM"),
     build=build,
     names=NAMES,

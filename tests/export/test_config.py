@@ -164,7 +164,7 @@ QWEN3_5 = ("qwen3_5", "qwen3_5_moe")
 # What some architectures know, each with a value that is not their tiny config's.
 RICHER = {
     "quantization_config": ({"quant_method": "gptq", "bits": 4}, ()),
-    "partial_rotary_factor": (0.75, ("glm", "glm4", "phi3", *QWEN3_5)),
+    "partial_rotary_factor": (0.75, ("glm", "glm4", "glm4_moe", "minimax_m2", "phi3", "qwen3_next", *QWEN3_5)),
     "attn_logit_softcapping": (50.0, ("gemma2",)),
     "final_logit_softcapping": (50.0, ("gemma2",)),
     "logits_scaling": (8.0, ("granite",)),
@@ -172,8 +172,8 @@ RICHER = {
     "residual_multiplier": (0.5, ("granite",)),
     "rope_interleaved": (True, ()),
     "query_pre_attn_scalar": (256, ("gemma2", "gemma3_text")),
-    "num_local_experts": (16, ("gpt_oss", "llama4", "mixtral", "qwen3_moe")),
-    "num_experts": (16, ("qwen2_moe", "qwen3_5_moe")),
+    "num_local_experts": (16, ("gpt_oss", "llama4", "minimax_m2", "mixtral", "qwen3_moe")),
+    "num_experts": (16, ("qwen2_moe", "qwen3_5_moe", "qwen3_next")),
     "clip_qkv": (8.0, ("olmo",)),
     "swiglu_limit": (5.0, ("gpt_oss",)),
     "auto_map": ({"AutoModelForCausalLM": "modeling_other.Other"}, ()),

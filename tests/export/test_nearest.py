@@ -20,7 +20,7 @@ def refusal(config):
         ("qwen3_vl_moe", ["qwen3", "qwen3_moe"]),
         ("qwen2_5_omni", ["qwen2"]),
         ("mistral4", ["mistral"]),
-        ("glm4_moe", ["glm4"]),
+        ("glm4v", ["glm4"]),
         ("olmoe", ["olmo2", "olmo"]),
         ("phi3_v", ["phi3"]),
     ],

@@ -50,12 +50,16 @@ QUANTISED = {
 REFUSED = {
     "in a public repository: Qwen3.5-25B-REAP (pruned)": "exports ['Qwen3_5MoeForCausalLM']",
     "in a public repository: Devstral-like mistral3, MLX 4 bit": "is of model_type 'mistral4', expected mistral",
+    # The type of its text model stands where that of the multimodal one does.
+    "mistralai/Ministral-3-3B-2512": "exports ['Ministral3ForCausalLM']",
     # A sentence encoder.
     "BAAI/bge-large-en": "a base model has no head that gives logits, take a BertForMaskedLM",
     # What is known of them: no more than their types.
     "ByteDance-Seed/Seed-OSS-36B-Instruct": "config.json has no 'hidden_size'",
     "CohereForAI/c4ai-command-r-v01": "config.json has no 'hidden_size'",
     "EleutherAI/pythia-1b": "config.json has no 'hidden_size'",
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": "config.json has no 'hidden_size'",
+    "zai-org/GLM-4.5-Air": "config.json has no 'hidden_size'",
     "HuggingFaceTB/SmolLM3-3B": "config.json has no 'hidden_size'",
     "tencent/Hunyuan-7B-Instruct": "config.json has no 'hidden_size'",
 }

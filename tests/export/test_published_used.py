@@ -13,8 +13,10 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.onnx_file import Request, open_model, read_model
 from llmexport.export.spec import (
     Attention,
+    Block,
     Embedding,
     Experts,
+    GatedDeltaNet,
     Head,
     Layer,
     Mask,
@@ -22,15 +24,18 @@ from llmexport.export.spec import (
     Model,
     Moe,
     Norm,
+    Presence,
     Rotary,
     Router,
+    SharedExpert,
     Sublayer,
+    Temperature,
     YarnScaling,
     decoder_layer,
 )
 from llmexport.export.stack import wired
 
-Layers = tuple[tuple[Layer, tuple[Rotary | Mask, ...]], ...]
+Layers = tuple[tuple[Layer, tuple[Block, ...]], ...]
 
 
 def model(vocabulary: int, norm: Norm, layers: Layers, *, tied: bool, scale: float = 1.0, logits: float = 1.0) -> Model:
@@ -101,6 +106,47 @@ def command_r7b() -> Model:
     return model(256000, norm, (slides, slides, slides, (straight, (Mask(),))) * 8, tied=True, logits=0.25)
 
 
+def glm_4_5_air() -> Model:
+    norm = Norm(4096, 1e-5)
+    router = Router(4096, 128, 8, "sigmoid", renormalise=True, correction=True, wide=True)
+    moe = Moe(router, Experts(4096, 1408, 128, 8), SharedExpert(Mlp(4096, 1408, "silu")))
+    attention = Attention(4096, 96, 8, 128, qkv_bias=True, rotated=64)
+    dense, sparse = (decoder_layer(norm, attention, norm, mlp) for mlp in (Mlp(4096, 10944, "silu"), moe))
+    reads = (Rotary(64, 1000000.0), Mask())
+    return model(151552, norm, ((dense, reads), *((sparse, reads),) * 45), tied=False)
+
+
+def minimax_m2() -> Model:
+    norm = Norm(3072, 1e-6)
+    router = Router(3072, 256, 8, "sigmoid", renormalise=True, correction=True)
+    attention = Attention(3072, 48, 8, 128, rotated=64, qk_norm=norm, qk_norm_over="all_heads")
+    block = decoder_layer(norm, attention, norm, Moe(router, Experts(3072, 1536, 256, 8)))
+    return model(200064, norm, ((block, (Rotary(64, 5000000.0), Mask())),) * 62, tied=False)
+
+
+def qwen3_next_80b() -> Model:
+    norm, heads = (Norm(size, 1e-6, 1.0, "after_weight") for size in (2048, 256))
+    moe = Moe(
+        Router(2048, 512, 10, "softmax", renormalise=True),
+        Experts(2048, 512, 512, 10),
+        SharedExpert(Mlp(2048, 512, "silu"), gated=True),
+    )
+    net = GatedDeltaNet(2048, 16, 128, 32, 128, kernel=4, epsilon=1e-6, grouped=True)
+    attention = Attention(2048, 16, 2, 256, rotated=64, qk_norm=heads, output_gate=True)
+    linear = (decoder_layer(norm, net, norm, moe), (Presence(),))
+    full = (decoder_layer(norm, attention, norm, moe), (Rotary(64, 5000000.0), Mask()))
+    return model(151936, norm, (linear, linear, linear, full) * 12, tied=False)
+
+
+def ministral_3_3b() -> Model:
+    norm = Norm(3072, 1e-5)
+    block = decoder_layer(norm, Attention(3072, 32, 8, 128, temperature=True), norm, Mlp(3072, 9216, "silu"))
+    # Both mscales are 1, so that angles keep their magnitude.
+    yarn = YarnScaling(16.0, 16384, 32.0, 1.0, True, 1.0)
+    reads = (Rotary(128, 1000000.0, yarn), Temperature(16384, 0.1, placed=True), Mask())
+    return model(131072, norm, ((block, reads),) * 26, tied=True)
+
+
 MODELS = {
     "Qwen3-30B-A3B": qwen3_30b(),
     "Olmo-3-7B": olmo_3_7b(),
@@ -110,6 +156,10 @@ MODELS = {
     "ERNIE-4.5-0.3B": ernie_4_5(),
     "Hy-MT2-7B": hunyuan_7b(),
     "c4ai-command-r7b": command_r7b(),
+    "GLM-4.5-Air": glm_4_5_air(),
+    "MiniMax-M2 (without its quantisation)": minimax_m2(),
+    "Qwen3-Next-80B-A3B": qwen3_next_80b(),
+    "Ministral-3-3B": ministral_3_3b(),
 }
 # Names that checkpoints have; those of Qwen3-MoE are in test_published_models.py.
 NAMED = {
@@ -120,6 +170,11 @@ NAMED = {
     "ERNIE-4.5-0.3B": ("model.layers.17.mlp.up_proj.weight",),
     "Hy-MT2-7B": ("model.layers.31.self_attn.query_layernorm.weight", "model.layers.0.self_attn.key_layernorm.weight"),
     "c4ai-command-r7b": ("model.layers.31.input_layernorm.weight",),
+    "GLM-4.5-Air": (
+        "model.layers.45.mlp.gate.e_score_correction_bias",
+        "model.layers.1.mlp.shared_experts.up_proj.weight",
+    ),
+    "Ministral-3-3B": ("language_model.model.layers.25.self_attn.q_proj.weight",),
 }
 
 
