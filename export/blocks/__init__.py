@@ -9,7 +9,15 @@ from torch import nn
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
 from llmexport.export.blocks.bias import Alibi, RelativeBias
-from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
+from llmexport.export.blocks.context import (
+    BidirectionalMask,
+    Mask,
+    PlacedTemperature,
+    Presence,
+    Rotary,
+    Span,
+    Temperature,
+)
 from llmexport.export.blocks.cross import CrossAttention, CrossKeys, CrossMask
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
@@ -78,6 +86,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return StaticSpan(block.keys) if block.keys else Span()
         case spec.Mask(keys=spec.Keys()):
             return StaticMask(block)
+        case spec.Temperature(placed=True):
+            return PlacedTemperature(block)
         case spec.Temperature(static=True):
             return StaticTemperature(block)
     return PLAIN[type(block)](block)

@@ -58,7 +58,8 @@ class GatedNorm(Block):
 class GatedDeltaNet(Mixer):
     """Linear attention by the gated delta rule behind a short convolution (arXiv 2412.06464).
 
-    q and k have `key_heads` of `key_size`, v `value_heads` of `value_size`; the recurrent state is fp32.
+    q and k have `key_heads` of `key_size`, v `value_heads` of `value_size`; the recurrent state is fp32. `grouped`: one
+    matrix holds, key head by key head, q, k, v and the gate, and another beta and the decay (modeling_qwen3_next.py).
     """
 
     key_heads: int
@@ -67,6 +68,7 @@ class GatedDeltaNet(Mixer):
     value_size: int
     kernel: int
     epsilon: float
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         if self.value_heads % self.key_heads:
