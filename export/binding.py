@@ -39,9 +39,9 @@ class Source:
 @dataclass(frozen=True)
 class Operation:
     """One step from stored tensors to a weight. to: the axis of a concat, the dtype of a cast, the order of axes of a
-    transpose, the shape of a reshape."""
+    transpose, the shape of a reshape, the axis, first and last + 1 of a slice."""
 
-    do: Literal["concat", "cast", "transpose", "reshape"]
+    do: Literal["concat", "cast", "transpose", "reshape", "slice"]
     to: int | str | tuple[int, ...]
 
 
@@ -121,6 +121,9 @@ def _made(name: str, binding: Binding, folder: Path, stamps: Mapping[str, Stamp]
                     parts = [np.ascontiguousarray(p.transpose(to)) for p in parts]
                 case "reshape":
                     parts = [p.reshape(to) for p in parts]
+                case "slice":
+                    axis, first, end = to
+                    parts = [np.ascontiguousarray(p[(*(slice(None),) * axis, slice(first, end))]) for p in parts]
         [made] = parts
     except (TypeError, ValueError) as error:
         raise EngineError(f"engine.json cannot make {name} as it says ({error}): build it again") from error

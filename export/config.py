@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llmexport.export import quantised, rope
@@ -55,6 +55,20 @@ class Config:
     def has(self, key: str) -> bool:
         return self._data.get(key) is not None
 
+    def either(self, *keys: str) -> str:
+        """Which of these keys, which all say one thing, the config has; the first if it has none."""
+        self._read.update(keys)
+        said = [k for k in keys if self.has(k)] or [keys[0]]
+        for other in said[1:]:
+            if not same(self._data[said[0]], self._data[other]):
+                found = f"{said[0]} {show(self._data[said[0]])} and {other} {show(self._data[other])}"
+                raise ExportError(f"config.json says {found}, which are one thing: which of them is right?")
+        return said[0]
+
+    def leave(self, keys: Iterable[str]) -> None:
+        """Passes over keys that change nothing in this architecture, whatever they hold."""
+        self._read.update(keys)
+
     def window(self, key: str, absent: int | None) -> int | None:
         """An attention window in tokens; null means none, and a config without the key means `absent`."""
         self._read.add(key)
@@ -73,6 +87,11 @@ class Config:
     def length(self, key: str, default: Any = _REQUIRED) -> int:
         """The size of a dimension of a weight."""
         return as_integer(key, self.get(key, default), most=LONGEST)
+
+    def length_or_none(self, key: str, absent: int) -> int | None:
+        """The size of a dimension that null does without; a config without the key means `absent`."""
+        self._read.add(key)
+        return None if key in self._data and self._data[key] is None else self.length(key, absent)
 
     def side(self, key: str, default: Any = _REQUIRED) -> int:
         """The size of all sides of a picture or a patch, which may be listed if they are equal."""

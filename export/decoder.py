@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmexport.export.config import Config
+from llmexport.export.errors import ExportError
 from llmexport.export.spec import Activation, Attention, Block, Embedding, Head, Layer, Mask, Mlp, Model, Norm
 from llmexport.export.stack import wired
 
@@ -87,15 +88,23 @@ class Decoder:
         scale: float = 1.0,
         softcap: float = 0.0,
         logit_scale: float = 1.0,
+        head_bias: bool = False,
         normed: bool = False,
     ) -> Model:
         """`layers` are the blocks and what each reads; `tied` is for configs that do not say."""
         embedding = Embedding(self.vocabulary, self.hidden, scale)
         layers = list(layers)
         self.config.expect_layer_types([_kind(reads) for _, reads in layers])
-        head = Head(norm, self.vocabulary, softcap, logit_scale, normed=normed)
+        head = Head(norm, self.vocabulary, softcap, logit_scale, bias=head_bias, normed=normed)
         tied = self.config.flag("tie_word_embeddings", tied)
         return wired(embedding, layers, head, tied=tied, slots=self.config.slots, splice=self.config.splice)
+
+
+def head_size(hidden: int, heads: int) -> int:
+    """The size of the heads of a model that shares its hidden size among them."""
+    if hidden % heads:
+        raise ExportError(f"config.json: the hidden size, {hidden}, is not a multiple of {heads} attention heads")
+    return hidden // heads
 
 
 def _kind(reads: Iterable[Block]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -37,6 +37,10 @@ class Derived:
 
     def reshape(self, shape: tuple[int, ...]) -> Derived:
         return self.then(Operation("reshape", shape), self.binding.dtype, shape)
+
+    def slice(self, axis: int, first: int, end: int) -> Derived:
+        shape = (*self.binding.shape[:axis], end - first, *self.binding.shape[axis + 1 :])
+        return self.then(Operation("slice", (axis, first, end)), self.binding.dtype, shape)
 
     def transpose(self, axes: tuple[int, ...]) -> Derived:
         return self.then(Operation("transpose", axes), self.binding.dtype, tuple(self.binding.shape[a] for a in axes))
@@ -101,9 +105,23 @@ def _step(node: onnx.NodeProto, made: Mapping[str, Derived], numbers: Mapping[st
             rest = math.prod(ordered.binding.shape) // -math.prod(known)
             named = dataclasses.replace(ordered, name=node.output[0]) if len(ordered.binding.sources) > 1 else ordered
             return named.reshape(tuple(rest if d == -1 else d for d in known))
+        case "Slice" if numbers.keys() >= {*node.input[1:]}:
+            said_by_inputs = [onnx.numpy_helper.to_array(numbers[n]).tolist() for n in node.input[1:]]
+            return _sliced(dataclasses.replace(first.in_order, name=node.output[0]), *said_by_inputs)
         case "Concat":
             return _joined([made[n] for n in node.input if n in made], len(node.input), said["axis"], node.output[0])
     return None
+
+
+def _sliced(
+    whole: Derived, starts: Sequence[int], ends: Sequence[int], axes: Sequence[int] = (0,), steps: Sequence[int] = (1,)
+) -> Derived | None:
+    """Neighbours along one axis."""
+    if len(starts) != 1 or tuple(steps) != (1,):
+        return None
+    axis = axes[0] % len(whole.binding.shape)
+    first, end, _ = slice(starts[0], ends[0]).indices(whole.binding.shape[axis])
+    return whole.slice(axis, first, end)
 
 
 def _joined(parts: list[Derived], count: int, axis: int, name: str) -> Derived | None:

@@ -30,8 +30,9 @@ CONTEXT = 4096  # tokens, where a config does not say for how many it is made
 def files(graph: Graph, config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The file, and sentences on what the runtime does with this model. Raises ExportError if it cannot run it."""
     blocks = [part.block for step in graph.assembly.steps for part in parts(step)]
-    [vocabulary] = [b.vocabulary for b in blocks if isinstance(b, Embedding)]
-    ids, context, notes = _ids(vocabulary, config, generation), config.get("max_position_embeddings"), list[str]()
+    [table] = [b for b in blocks if isinstance(b, Embedding)]
+    vocabulary, context = table.vocabulary, config.get("max_position_embeddings") or table.placed or None
+    ids, notes = _ids(vocabulary, config, generation), list[str]()
     if "eos_token_id" not in ids:
         notes.append(f"no config says eos_token_id, without which onnxruntime-genai stops: write it into {FILE}")
     if context is None:

@@ -192,4 +192,4 @@ def _ports(step: Step) -> tuple[list[Port], list[Port]]:
 
 def _stored_types(wanted: Mapping[str, weights.Parameter], checkpoint: Checkpoint) -> dict[str, int]:
     """The ONNX types of the weights that a graph takes as they are stored."""
-    return {n: weights.stored_type(p, checkpoint) for n, p in wanted.items() if p.dtype != "T"}
+    return {n: weights.stored_type(p, checkpoint) for n, p in wanted.items() if p.cast(0) is None}

@@ -9,18 +9,21 @@ from types import MappingProxyType
 ANY = frozenset(
     {
         "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
-        "_flash_attn_2_enabled", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
-        "attn_implementation", "attn_pdrop", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
-        "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id",
-        "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size",
+        "_flash_attn_2_enabled", "_name_or_path", "_num_labels", "activation_dropout", "architectures",
+        "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "attn_pdrop", "bad_words_ids",
+        "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
+        "classifier_dropout", "decoder_start_token_id", "diversity_penalty", "do_sample", "dropout", "dtype",
+        "early_stopping", "embd_pdrop", "embed_dropout", "embedding_dropout", "encoder_no_repeat_ngram_size",
         "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
         "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "id2label",
-        "initializer_range", "label2id", "length_penalty", "max_length", "max_sequence_length", "min_length",
-        "model_max_length", "model_type", "name", "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups",
-        "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states",
-        "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
-        "remove_invalid_values", "repetition_penalty", "resid_dropout", "resid_pdrop", "return_dict",
-        "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "suppress_tokens",
+        "init_std", "initializer_range", "label2id", "layerdrop", "length_penalty", "max_length", "max_sequence_length",
+        "min_length", "model_max_length", "model_type", "n_special", "name", "neftune_noise_alpha",
+        "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences",
+        "output_attentions", "output_hidden_states", "output_past", "output_router_logits", "output_scores",
+        "pad_token_id", "predict_special_tokens", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
+        "repetition_penalty", "resid_dropout", "resid_pdrop", "residual_dropout", "return_dict",
+        "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "summary_activation",
+        "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "suppress_tokens",
         "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "tokenizer_model_max_length",
         "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
         "use_bfloat16", "use_cache", "use_flash_attention", "use_flash_attention_2", "use_flash_attn",
@@ -54,6 +57,7 @@ NEUTRAL = MappingProxyType(
         "num_experts": (0,),
         "num_local_experts": (0,),
         "partial_rotary_factor": (1,),
+        "pruned_heads": ({},),
         "residual_multiplier": (1,),
         "rope_interleaved": (False,),
         "use_bias": (False,),
@@ -76,7 +80,14 @@ NEUTRAL_ENCODER = MappingProxyType(
 )
 
 # Keys that say again what another says.
-EQUAL = MappingProxyType({"sliding_window_size": "sliding_window"})
+EQUAL = MappingProxyType(
+    {
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+        "sliding_window_size": "sliding_window",
+    }
+)
 
 # Keys whose null is not their absence: transformers takes a null is_causal for false.
 NOT_NULL = frozenset({"is_causal"})

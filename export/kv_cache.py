@@ -27,7 +27,7 @@ class KvCache:
 
 
 def kv_cache(graph: Graph) -> KvCache:
-    """The cache of a graph. Raises ExportError unless all layers that have one have the same."""
+    """The cache of a graph. Raises ExportError unless all layers that have one have the same, of keys and values."""
     layers = [s for s in graph.assembly.steps if s.block.states]
     kept = [(s, tuple(t for t in s.block.states if _by_token(t))) for s in layers]
     if any(t.past.use == "window" for _, states in kept for t in states):
@@ -35,7 +35,9 @@ def kv_cache(graph: Graph) -> KvCache:
     kinds = {(_names(s, states), *(t.past.shape for t in states)) for s, states in kept if states}
     if len(kinds) != 1:
         raise ExportError("whose layers keep keys and values of different shapes" if kinds else "which keeps no keys")
-    [((past, present), shape, *_)] = kinds
+    [((past, present), shape, *more)] = kinds
+    if any(other != shape for other in more):
+        raise ExportError("which keeps a latent of each token and no values of the shape of keys")
     numbers = [int(found[1]) for name in graph.carried if (found := _LAYER.search(name))]
     others = {_pattern(s.reads[t.past.name]) for s in layers for t in s.block.states if not _by_token(t)}
     _, heads, tokens, size = shape

@@ -35,6 +35,7 @@ def read(
     original: int | None = None,
     layer_kind: str | None = None,
     theta_key: str = "rope_theta",
+    partial_key: str = "partial_rotary_factor",
 ) -> Rotary:
     """RoPE, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` and the like.
 
@@ -42,14 +43,14 @@ def read(
     say; an architecture that knows no shares or sections gives none, and a config with any is refused. `types` maps the
     types that the architecture knows to their names here. `original` is the length before LongRoPE's stretch, if the
     config says it elsewhere. `layer_kind`: which entry of `rope_parameters` to read, where each kind of layer has its
-    own. `theta_key`: top-level key that old configs use for theta. Raises ExportError on a type or key of RoPE that is
+    own. `theta_key` and `partial_key`: top-level keys that old configs use for theta and for the share. Raises ExportError on a type or key of RoPE that is
     not known.
     """
     keys = _shared(config) if layer_kind is None else _of_kind(config, layer_kind)
     theta = as_positive(theta_key, _one(config, keys, "rope_theta", theta_key, theta))
     if theta <= 1:
         raise ExportError(f"config.json: {theta_key} is {theta}, expected a number above 1")
-    size = head_size if partial is None else _rotated(config, keys, head_size, partial)
+    size = head_size if partial is None else _rotated(config, keys, head_size, partial, partial_key)
     sections = _sections(keys, sections) if sections else ()
     if original is not None and keys.setdefault(ORIGINAL, original) != original:
         raise ExportError(f"config.json says {ORIGINAL} twice, {show(keys[ORIGINAL])} and {original}: remove one")
@@ -67,7 +68,7 @@ def read(
             f"config.json: RoPE has keys that are not understood: {names}. "
             "Exporting without them could give a wrong model: report the checkpoint, so that they are read here"
         )
-    places = within(config, "rope_scaling", "max_position_embeddings") if types[found[0]] == "dynamic" else None
+    places = within(config, "dynamic RoPE", "max_position_embeddings") if types[found[0]] == "dynamic" else None
     return Rotary(size, theta, scaling, sections, places)
 
 
@@ -78,12 +79,11 @@ def within(config: Config, key: str, length_key: str) -> int:
     return length
 
 
-def _rotated(config: Config, keys: dict[str, Any], head_size: int, partial: float) -> int:
+def _rotated(config: Config, keys: dict[str, Any], head_size: int, partial: float, key: str) -> int:
     """How many dimensions of a head are rotated."""
-    name = "partial_rotary_factor"
-    share = as_positive(name, _one(config, keys, name, name, partial))
+    share = as_positive(key, _one(config, keys, "partial_rotary_factor", key, partial))
     if share > 1:
-        raise ExportError(f"config.json: partial_rotary_factor is {share}, a share of the head is at most 1")
+        raise ExportError(f"config.json: {key} is {share}, a share of the head is at most 1")
     return int(head_size * share)
 
 
@@ -155,7 +155,11 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
             truncate = keys.pop("truncate", True)
             if type(truncate) is not bool:
                 raise ExportError(f"config.json: RoPE's truncate is {show(truncate)}, expected true or false")
-            found = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+            found = mscale(factor, 1.0)
+            of_angles, of_logits = (keys.pop(k, None) for k in ("mscale", "mscale_all_dim"))
+            if of_angles and of_logits:
+                of_angles, of_logits = (as_positive("RoPE's mscale", m) for m in (of_angles, of_logits))
+                found = mscale(factor, of_angles) / mscale(factor, of_logits)
             return YarnScaling(
                 factor=factor,
                 original_positions=_positions(config, keys),
@@ -167,6 +171,24 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
         case "longrope":
             return _long(config, keys, size)
     raise ValueError(f"no RoPE of type {kind}")
+
+
+def mscale(factor: float, weight: float) -> float:
+    """YaRN's magnitude of a stretch by `factor` (arXiv 2309.00071, section 3.4), with the weight that DeepSeek gives
+    its logarithm."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def of_logits(config: Config) -> float:
+    """What YaRN multiplies the logits of attention by, beside what it does to cos and sin; 1 without it.
+
+    The architectures that do so are DeepSeek's heirs (modeling_deepseek_v3.py, yarn_apply_mscale).
+    """
+    keys = _shared(config)
+    weight = keys.get("mscale_all_dim") or 0
+    if not weight or keys.get("rope_type", keys.get("type", "default")) == "default":
+        return 1.0
+    return mscale(_factor(keys), as_positive("RoPE's mscale_all_dim", weight)) ** 2
 
 
 def _long(config: Config, keys: dict[str, Any], size: int) -> LongScaling:

@@ -13,6 +13,7 @@ from llmexport.export.spec import (
     Attention,
     Block,
     Keys,
+    LatentAttention,
     Layer,
     Mask,
     Presence,
@@ -36,7 +37,9 @@ def with_slots(layer: Layer, reads: Reads, slots: int) -> tuple[Layer, Reads]:
     kept = min(windows, default=slots)
     keys = Keys(kept, slides=True) if kept < slots else Keys(slots)
     sublayers = tuple(
-        dataclasses.replace(s, block=dataclasses.replace(s.block, keys=keys)) if isinstance(s.block, Attention) else s
+        dataclasses.replace(s, block=dataclasses.replace(s.block, keys=keys))
+        if isinstance(s.block, Attention | LatentAttention)
+        else s
         for s in layer.sublayers
     )
     return dataclasses.replace(layer, sublayers=sublayers), (Slots(slots), *(_static(b, keys) for b in reads))

@@ -27,7 +27,7 @@ from llmexport.export.tidy import constant, hold_tensors, name_sizes, tidy
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
 
 # Sizes to trace at: distinct, so that no two dimensions are taken for one, and above 1, which would be special.
-PRIMES = (2, 5, 3, 7, 11, 13, 17, 19, 23)
+PRIMES = (2, 5, 3, 7, 11, 13, 17, 19, 23, 29, 31)
 SIZES = with_sums(dict(zip((a.name for a in AXES.values() if not a.sum_of), PRIMES, strict=False)))
 
 

@@ -36,6 +36,10 @@ class Parameter:
     dtype: str = "T"
     group: int | None = None
 
+    def cast(self, dtype: int) -> int | None:
+        """The ONNX type that it is cast to in a model of `dtype`; None if the graph takes it as it is stored."""
+        return {"T": dtype, "F": int(TensorProto.FLOAT)}.get(self.dtype)
+
     @property
     def sources(self) -> tuple[str, ...]:
         return self.parts or (self.name,)
@@ -163,7 +167,7 @@ def stored_type(parameter: Parameter, checkpoint: Checkpoint) -> int:
 def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Checkpoint, dtype: int) -> None:
     """Turns the graph inputs named in `wanted` into external initialisers that point into the shards, in place.
 
-    A tensor stored in another type than `dtype` gets a Cast, unless the graph takes it as it is stored; one in parts
+    A tensor stored in another type than the graph wants, `dtype` if it does not say, gets a Cast; one in parts
     is put together by a Concat. Runtimes fold both when they load. A Transpose or Gather of a narrower tensor comes
     before its Cast: ONNX Runtime keeps what it folds on the way, and so keeps it narrow, or casts the rows it gathers.
     """
@@ -172,8 +176,8 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
     del graph.input[:]
     graph.input.extend(kept)
     types = {n: stored_type(p, checkpoint) for n, p in wanted.items()}
-    recast = {n for n, p in wanted.items() if types[n] != dtype and p.dtype == "T"}
-    narrow = {n for n in recast if BY_ONNX[types[n]].bits < BY_ONNX[dtype].bits}
+    recast = {n: to for n, p in wanted.items() if (to := p.cast(dtype)) not in (types[n], None)}
+    narrow = {n for n, to in recast.items() if BY_ONNX[types[n]].bits < BY_ONNX[to].bits}
     read = {name for node in graph.node for name in node.input[1 if _moves(node, narrow) else 0 :]}
     nodes: list[onnx.NodeProto] = []
     for name, parameter in wanted.items():
@@ -184,15 +188,16 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
             nodes.append(onnx.helper.make_node("Concat", parameter.parts, [rows], name=rows, axis=0))
             nodes.append(onnx.helper.make_node("Reshape", [rows, shape], [name], name=f"{name}/stack"))
             graph.value_info.append(onnx.helper.make_tensor_value_info(name, types[name], list(parameter.shape)))
-        if name in recast & read:
-            nodes.append(_cast(name, f"{name}/cast", dtype))
-            graph.value_info.append(onnx.helper.make_tensor_value_info(f"{name}/cast", dtype, list(parameter.shape)))
+        if name in recast.keys() & read:
+            to = recast[name]
+            nodes.append(_cast(name, f"{name}/cast", to))
+            graph.value_info.append(onnx.helper.make_tensor_value_info(f"{name}/cast", to, list(parameter.shape)))
     for node in graph.node:
         nodes.append(node)
         if _moves(node, narrow):
             moved = node.output[0]
             node.output[0] = f"{moved}/stored"
-            nodes.append(_cast(node.output[0], moved, dtype))
+            nodes.append(_cast(node.output[0], moved, recast[node.input[0]]))
         else:
             node.input[:] = [f"{n}/cast" if n in recast else n for n in node.input]
     del graph.node[:]

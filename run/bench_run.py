@@ -26,7 +26,7 @@ from llmexport.export.engine_build import die_with_parent
 from llmexport.export.exported import Export
 from llmexport.plugins.errors import UserError
 from llmexport.run.checks import picture_tokens, run_again_at
-from llmexport.run.session import BACKENDS, decode, greedy, opened
+from llmexport.run.session import BACKENDS, begun, decode, greedy, opened
 
 EAGER = "eager"
 RUNNERS = (*BACKENDS, EAGER)
@@ -78,11 +78,12 @@ def timed(job: Job) -> Timing:
     """One run to warm up, then those that count."""
     export, ids, start = manifest.read(Path(job.folder)), np.array(job.ids, np.int64), time.perf_counter()
     first, steps, tokens = list[float](), list[float](), list[np.ndarray]()
+    ids, begin = begun(export, ids)
     with _session(export, job) as (session, what):
         load = time.perf_counter() - start
         for run in range(job.runs + 1):
             tokens, start = [], time.perf_counter()
-            made = decode(session, ids, greedy, run_again_at(export), never=picture_tokens(export))
+            made = decode(session, ids, greedy, run_again_at(export), begin=begin, never=picture_tokens(export))
             for chosen in itertools.islice(made, job.new_tokens):
                 now = time.perf_counter()
                 if run:

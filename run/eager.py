@@ -17,7 +17,7 @@ class TransformersSession:
     name = "transformers"
 
     def __init__(self, export: Export) -> None:
-        self._model = Transformers(export, attention=None, last=True)
+        self._model = Transformers(export, fast=True, last=True)
         self._logits = next(p.name for g in export.graphs for p in g.assembly.outputs if p.use == "logits")
 
     def run(self, stage: Stage) -> np.ndarray:

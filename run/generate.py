@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
 import time
@@ -18,7 +17,7 @@ from llmexport.run.checks import check_decoder, check_patches, check_prompt, pic
 from llmexport.run.errors import RunError
 from llmexport.run.pictures import Asked, check_installed, check_sees, process, read_pictures
 from llmexport.run.sampling import Sampler
-from llmexport.run.session import decode, opened, opening, row
+from llmexport.run.session import begun, decode, opened, row
 from llmexport.run.settings import read_settings
 from llmexport.validate.pictures import Pictures, sight
 
@@ -91,13 +90,13 @@ def generate(
     most = positions(export) or len(ids) + max_new_tokens
     room = most - len(ids) + 1
     made, finish, first = list[int](), "length" if max_new_tokens <= room else "context", 0.0
-    begin = functools.partial(opening, pictures=pictures, seen=sight(export.blocks))
+    begins, begin = begun(export, row(ids), pictures, sight(export.blocks))
     with opened(export, backend) as session:
         export.check_untouched()
         progress("load the model", 1, 1)
         loaded = time.perf_counter()
         tokens, never = Sampler(settings.sampling, seed), picture_tokens(export)
-        for [token] in decode(session, row(ids), tokens, run_again_at(export), begin=begin, never=never):
+        for [token] in decode(session, begins, tokens, run_again_at(export), begin=begin, never=never):
             first = first or time.perf_counter()
             made.append(int(token))
             if made[-1] in settings.eos:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,10 +16,11 @@ from llmexport.export.graph_file import load
 from llmexport.export.last_logits import last_logits
 from llmexport.run.checks import check_decoder
 from llmexport.run.errors import RunError
-from llmexport.validate.feeds import sees, states, without_pictures
+from llmexport.run.settings import start_token
+from llmexport.validate.feeds import reads_source, sees, states, without_pictures
 from llmexport.validate.pictures import Pictures, Sight
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
-from llmexport.validate.stages import Stage, runs_at
+from llmexport.validate.stages import Source, Stage, runs_at
 
 # Of pictures at once: each patch scores all others, and an engine takes so many frames or tiles by default.
 MOST_PATCHES, MOST_FRAMES = 1024, 16
@@ -191,6 +193,21 @@ def opening(ids: np.ndarray, pictures: Pictures | None = None, seen: Sight | Non
     if positions is None:
         positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     return Stage("prompt", "opening", ids, positions, mask, np.zeros_like(ids), pictures)
+
+
+def begun(
+    export: Export, prompt: np.ndarray, pictures: Pictures | None = None, seen: Sight | None = None
+) -> tuple[np.ndarray, Callable[[np.ndarray], Stage]]:
+    """The tokens [B, T] that a decoder goes on from, and what makes a stage of all its tokens so far.
+
+    Those are the prompt's, unless an encoder reads the prompt. Raises RunError if nobody says what a decoder then
+    begins with.
+    """
+    if not reads_source(export):
+        return prompt, functools.partial(opening, pictures=pictures, seen=seen)
+    source = Source(prompt, np.ones_like(prompt))
+    start = np.full((len(prompt), 1), start_token(export))
+    return start, lambda ids: dataclasses.replace(opening(ids), source=source)
 
 
 def decode(

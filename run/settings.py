@@ -61,6 +61,15 @@ def read_settings(
     return Settings(sampling, _ids(end), tuple([stop] if isinstance(stop, str) else stop), notes)
 
 
+def start_token(export: Export) -> int:
+    """The token that a decoder begins with beside an encoder. Raises RunError if nobody says it."""
+    said = (read_json(export.folder / FILE), export.text_config)
+    tokens = [d[n] for n in ("decoder_start_token_id", "bos_token_id") for d in said if isinstance(d.get(n), int)]
+    if not tokens:
+        raise RunError(f"neither {FILE} nor config.json says decoder_start_token_id, which the decoder begins with")
+    return int(tokens[0])
+
+
 def _number(data: Mapping[str, Any], name: str, absent: float) -> float:
     value = data.get(name)
     if value is None:

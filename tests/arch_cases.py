@@ -10,6 +10,7 @@ import pytest
 
 from llmexport.export import archs
 from llmexport.export.config import Config
+from llmexport.export.spec import PAST
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,61 @@ CASES = (
         "use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": True, "decoder_sparse_step": 2,
         "mlp_only_layers": [],
     }),
+    Case("rwkv", "rwkv"),
+    Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None, "num_hidden_layers": 2}),
+    Case("deepseek_v2", "deepseek_v2"),
+    Case("deepseek_v2", "deepseek_v2-lite-bias", {
+        "topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True,
+        "mlp_bias": True, "routed_scaling_factor": 1.0,
+    }),
+    Case("deepseek_v3", "deepseek_v3"),
+    Case("deepseek_v3", "deepseek_v3-no-groups-bias", {
+        "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False,
+        "norm_topk_prob": False, "first_k_dense_replace": 0, "n_shared_experts": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    }),
+    Case("glm4_moe_lite", "glm4_moe_lite"),
+    Case("glm4_moe_lite", "glm4_moe_lite-halves", {
+        "rope_interleave": False, "q_lora_rank": None, "attention_bias": True, "n_group": 2,
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+    }),
     Case("bert", "bert"),
     Case("bert", "bert-relu-untied", {
         "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
     }),
+    Case("gpt2", "gpt2"),
+    Case("gpt2", "gpt2-scales-untied", {
+        "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True,
+        "n_inner": 96, "activation_function": "relu", "tie_word_embeddings": False,
+    }),
+    Case("openai_gpt", "openai_gpt"),
+    Case("gpt_neo", "gpt_neo"),
+    Case("opt", "opt"),
+    Case("opt", "opt-350m", {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
+    Case("opt", "opt-galactica", {
+        "activation_function": "gelu", "enable_bias": False, "layer_norm_elementwise_affine": False,
+    }),
+    Case("starcoder2", "starcoder2"),
+    Case("bloom", "bloom"),
+    Case("bloom", "bloom-normed-residual", {
+        "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False, "n_head": 4,
+    }),
+    Case("falcon", "falcon"),
+    Case("falcon", "falcon-40b", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    Case("falcon", "falcon-11b", {
+        "new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1,
+        "tie_word_embeddings": False,
+    }),
+    Case("falcon", "falcon-rw", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    Case("gpt_neox", "gpt_neox"),
+    Case("gpt_neox", "gpt_neox-serial", {
+        "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_fast", "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+    }),
+    Case("phi", "phi"),
+    Case("phi", "phi-qk-norm", {"qk_layernorm": True, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    Case("stablelm", "stablelm"),
+    Case("stablelm", "stablelm-12b", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": False}),
     Case("baichuan", "baichuan"),
     Case("baichuan", "baichuan-rope", {"max_position_embeddings": 512}),
     Case("internlm", "internlm"),
@@ -108,9 +160,13 @@ CASES = (
     Case("qwen", "qwen"),
     Case("chatglm", "chatglm"),
     Case("chatglm", "chatglm-no-bias", {"add_qkv_bias": False, "multi_query_group_num": 1}),
-    Case("internlm2", "internlm2-bias", {"bias": True, "rope_scaling": None, "num_key_value_heads": 4}),
+    Case("internlm2", "internlm2-bias", {
+        "bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "num_key_value_heads": 4,
+    }),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
+# Families whose caches hold latents, and no keys and values.
+LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 # Families that are tested whole in every session: each form of a block occurs in one of them. The first case of every
 # other one meets transformers in every session (`every_family`), and its other tests are slow.
@@ -118,11 +174,11 @@ EVERY_TIME = frozenset({
     "bert", "cohere", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_oss", "llama", "llama4", "mistral",
     "mixtral", "olmo", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5", "qwen3_5_moe",
 })  # fmt: skip
+# one case an architecture
 # Architectures whose checkpoints a class of transformers loads as they are.
 IN_TRANSFORMERS = [n for n in archs.names() if not archs.load(n).reference.made_by]
 # One case an architecture, and those of the families of EVERY_TIME.
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]
-FIRST_EVERY_TIME = tuple(c for c in FIRST if c.arch in EVERY_TIME)
 # Those whose multimodal checkpoints are exported whole: the text model, and what sees.
 TOWERS = tuple(c for c in FIRST if any(m.tower for m in archs.load(c.arch).multimodal))
 # Every session tries the one half of them in fp16 and the other in bf16; slow tests try both in both.
@@ -134,9 +190,9 @@ ONCE = tuple((case, ("float32", "bfloat16", "float16", "float32")[i % 4]) for i,
 def in_each_dtype(
     cases: Sequence[Case], dtypes: Sequence[str] = ("float32", "float16", "bfloat16")
 ) -> list[tuple[Case, str]]:
-    """Each case in each dtype; of a family that is not tested whole in every session, the first one in one dtype."""
-    once = {c: d if d in dtypes else dtypes[0] for c, d in ONCE}
-    return [(c, d) for d in dtypes for c in cases if c.arch in EVERY_TIME or once.get(c) == d]
+    """Each case in each dtype; of a family that is not tested whole in every session, in the one of ONCE."""
+    once = {c.arch: d if d in dtypes else dtypes[0] for c, d in ONCE}
+    return [(c, d) for d in dtypes for c in cases if c.arch in EVERY_TIME or d == once[c.arch]]
 
 
 def carries(case: Case) -> bool:
@@ -146,6 +202,16 @@ def carries(case: Case) -> bool:
 
 
 DECODERS, ENCODERS = ([c for c in CASES if carries(c) is carried] for carried in (True, False))
+
+
+def keeps_keys(case: Case) -> bool:
+    """Whether a layer keeps something of each token, and not states of one size alone."""
+    arch = archs.load(case.arch)
+    graphs = arch.build(Config({**arch.tiny, **case.changes})).graphs
+    return any(PAST in p.shape for g in graphs for p in g.assembly.inputs if p.name in g.carried)
+
+
+KEYED = [c for c in DECODERS if keeps_keys(c)]
 
 
 def others_slow(all_of_them: Sequence[Any], at_once: Collection[Any]) -> list[Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,17 @@ REFUSED = "padding must be on the left|padding_must_be_on_the_left"
 
 
 def theirs(model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, cache: Any) -> Any:
-    """What a model of transformers makes of a step, and the cache after it."""
+    """What a model of transformers makes of a step, and the cache after it; of one without, the tokens so far."""
+    parameters = inspect.signature(model.forward).parameters
+    if "state" in parameters:
+        return each_row_alone(model, ids, mask, cache)
+    if "past_key_values" not in parameters:
+        earlier = cache or (ids[:, :0], positions[:, :0])
+        row = tuple(np.concatenate(pair, 1) for pair in zip(earlier, (ids, positions), strict=True))
+        names = ("input_ids", "position_ids", "attention_mask")
+        given = dict(zip(names, map(torch.from_numpy, (*row, mask)), strict=True))
+        with torch.no_grad():
+            return SimpleNamespace(logits=model(**given).logits[:, -ids.shape[1] :], past_key_values=row)
     with torch.no_grad():
         return model(
             input_ids=torch.from_numpy(ids),
@@ -36,6 +48,18 @@ def theirs(model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray,
             past_key_values=cache,
             use_cache=True,
         )
+
+
+def each_row_alone(model: Any, ids: np.ndarray, mask: np.ndarray, states: list[Any] | None) -> Any:
+    """The same of a model that knows neither padding nor, in a step of one token, batches."""
+    made, after = None, list(states or [None] * len(ids))
+    for row, real in enumerate(mask[:, -ids.shape[1] :].astype(bool)):
+        if real.any():
+            with torch.no_grad():
+                its = model(torch.from_numpy(ids[row, real][None]), state=after[row], use_cache=True)
+            made = its.logits.new_zeros((*ids.shape, its.logits.shape[-1])) if made is None else made
+            made[row, torch.from_numpy(real)], after[row] = its.logits[0], its.state
+    return SimpleNamespace(logits=made, past_key_values=after)
 
 
 @functools.cache
@@ -71,11 +95,10 @@ class Decoder:
                 for n, p in self.ports.items()
                 if n in self.carried
             }
-        ported = self.ports.get("position_ids")
-        if ported and len(ported.shape) == 3 and positions.ndim == 2:
+        if "position_ids" in self.ports and len(self.ports["position_ids"].shape) == 3 and positions.ndim == 2:
             positions = np.broadcast_to(positions, (3, *positions.shape))
-        feed = {"input_ids": ids, "attention_mask": mask, **self.past}
-        feed |= {"position_ids": positions} if ported else {}
+        given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+        feed = {n: a for n, a in given.items() if n in self.ports} | self.past
         if self.torch:
             outputs = self.torch.infer(feed, check_inputs=False)
         else:
@@ -97,11 +120,23 @@ class Decoder:
 def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as transformers has it, or as its architecture's reference makes it of what transformers has."""
     config = json.loads((folder / "config.json").read_text())
-    if made_by := archs.choose(None, config).reference.made_by:
+    said = archs.choose(None, config).reference
+    if said.made_by:
         tensors = {n: t for shard in folder.glob("*.safetensors") for n, t in load_file(shard).items()}
-        return references.make(made_by, config, tensors, dtype, "eager")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        return references.make(said.made_by, config, tensors, dtype, "eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=said.attention)
     return model.eval()
+
+
+def generate(model: Any, ids: np.ndarray, mask: np.ndarray, tokens: int = 32) -> np.ndarray:
+    """The tokens that a model of transformers goes on with."""
+    alone = "state" in inspect.signature(model.forward).parameters
+    rows = [(ids[i, real][None], np.ones((1, real.sum()), int)) for i, real in enumerate(mask.astype(bool))]
+    made = []
+    for its, own in rows if alone else [(ids, mask)]:
+        given = {"attention_mask": torch.from_numpy(own), "do_sample": False, "pad_token_id": 0}
+        made.append(model.generate(torch.from_numpy(its), **given, max_new_tokens=tokens)[:, its.shape[1] :].numpy())
+    return np.concatenate(made)
 
 
 def prompt(length: int = PROMPT, padding: int = 5, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:

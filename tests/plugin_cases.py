@@ -97,6 +97,16 @@ def decay(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     return -torch.nn.functional.softplus(normal)
 
 
+def mostly(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """1 for a token, 0 for padding."""
+    return (normal > -1).float()
+
+
+def weight(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """At least 1, or 0 before the first token."""
+    return (normal > -1) * (1 + normal.abs())
+
+
 def codes(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     """Any byte."""
     return (normal * 1000).long() % 256
@@ -121,6 +131,7 @@ def all_keys(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     return sizes["S"] - torch.arange(len(normal)) % 2
 
 
+BEST = {"group_best": 2}
 EXPERTS = {"transposed": False, "interleaved": False, "scale_input": False}
 EXPERT_SIZES = {"B": 2, "T": 9, "K": 2, "E": 4, "C": 64, "P": 64, "Q": 64, "R": 64, "S": 32, "J": 64}
 EXPERT_FILLS: dict[str, Fill] = {"weights": probability, "experts": choice, "gate_up": small, "down": small}
@@ -170,27 +181,43 @@ ALL_CASES = {
     ),
     "MoeRoute": Case(
         "MoeRoute",
-        {"top_k": 4, "scoring": "sigmoid", "renormalise": True, "scale": 2.5, "groups": 4, "groups_kept": 2},
+        {"top_k": 4, "scoring": "sigmoid", "renormalise": True, "scale": 2.5, "groups": 4, "groups_kept": 2, **BEST},
         {"B": 2, "T": 63, "E": 32},
+        exact=("experts",),
+    ),
+    "MoeRoute-best-of-group": Case(
+        "MoeRoute",
+        {"top_k": 6, "scoring": "softmax", "renormalise": False, "scale": 16.0, "groups": 8, "groups_kept": 3}
+        | {"group_best": 1},
+        {"B": 1, "T": 9, "E": 160},
+        without=1,
         exact=("experts",),
     ),
     "MoeRoute-no-bias": Case(
         "MoeRoute",
-        {"top_k": 3, "scoring": "softmax", "renormalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1},
+        {"top_k": 3, "scoring": "softmax", "renormalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1, **BEST},
         {"B": 2, "T": 63, "E": 60},
         without=1,
         exact=("experts",),
     ),
     "MoeRoute-of-the-chosen": Case(
         "MoeRoute",
-        {"top_k": 4, "scoring": "softmax_top_k", "renormalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1},
+        {
+            "top_k": 4,
+            "scoring": "softmax_top_k",
+            "renormalise": False,
+            "scale": 1.0,
+            "groups": 1,
+            "groups_kept": 1,
+            **BEST,
+        },
         {"B": 1, "T": 130, "E": 128},
         without=1,
         exact=("experts",),
     ),
     "MoeRoute-bias": Case(
         "MoeRoute",
-        {"top_k": 8, "scoring": "softmax", "renormalise": True, "scale": 1.0, "groups": 1, "groups_kept": 1},
+        {"top_k": 8, "scoring": "softmax", "renormalise": True, "scale": 1.0, "groups": 1, "groups_kept": 1, **BEST},
         {"B": 1, "T": 64, "E": 256},
         exact=("experts",),
     ),
@@ -225,6 +252,7 @@ ALL_CASES = {
         fills=KEYS,
         units=ATTENTION_UNITS,
     ),
+    "Wkv": Case("Wkv", {}, {"B": 2, "T": 63, "C": 37}, fills={"present": mostly, "denominator": weight}),
     "GatedDeltaRule": Case(
         "GatedDeltaRule",
         {"scale": 0.25, "l2_norm": True},

@@ -7,15 +7,19 @@ from llmexport.export.spec import (
     Attention,
     BidirectionalMask,
     CausalConv,
+    ChannelMix,
     Embedding,
     Experts,
+    FilteredAttention,
     GatedDeltaNet,
     GatedNorm,
     Head,
     Keys,
+    LatentAttention,
     Layer,
     LinearScaling,
     Llama3Scaling,
+    LocalizedFilter,
     LongScaling,
     Mask,
     Mlp,
@@ -30,12 +34,15 @@ from llmexport.export.spec import (
     Span,
     Sublayer,
     Temperature,
+    TimeMix,
     YarnScaling,
     decoder_layer,
 )
 
 NORM = Norm(64, 1e-6)
 ATTENTION = Attention(64, 4, 2, 16)
+FILTER = LocalizedFilter(NORM)
+FILTERED = FilteredAttention(64, 4, 4, 16, filter=FILTER)
 MLP = Mlp(64, 128, "silu")
 ROUTER = Router(64, 8, 2, "softmax")
 EXPERTS = Experts(64, 32, 8, 2, bias=True)
@@ -43,7 +50,7 @@ SHARED = SharedExpert(MLP)
 DELTA_NET = GatedDeltaNet(64, key_heads=2, key_size=16, value_heads=4, value_size=8, kernel=4, epsilon=1e-6)
 # One of each kind, and one of each variant that a field makes.
 BLOCKS = [
-    *each(Embedding(256, 64), vocabulary=128, hidden=32, scale=8.0, types=2, positions=64, norm=NORM),
+    *each(Embedding(256, 64), vocabulary=128, hidden=32, scale=8.0, types=2, positions=64, norm=NORM, inner=32),
     Embedding(256, 64, positions=64, offset=2),
     *each(Alibi(4), heads=8, scale=0.5, rounded=True, keys=Keys(64)),
     *each(Rotary(16, 10000.0), size=8, theta=500000.0, scaling=LinearScaling(4.0), sections=(3, 3, 2)),
@@ -88,9 +95,30 @@ BLOCKS = [
         biased=True,
     ),
     Attention(64, 4, 2, 16, fused=True, grouped=True),
+    *each(
+        LatentAttention(64, 4, key_size=16, rope_size=8, value_size=8, latent=32, query=16, scale=0.2),
+        hidden=32,
+        heads=2,
+        key_size=8,
+        rope_size=4,
+        value_size=16,
+        latent=16,
+        query=None,
+        scale=0.1,
+        epsilon=1e-5,
+        bias=True,
+        turned=False,
+        interleaved=True,
+        parted=True,
+        keys=Keys(64),
+    ),
+    *each(FILTER, norm=Norm(32, 1e-6)),
+    *each(FILTERED, filter=LocalizedFilter(Norm(64, 1e-5))),
     *each(CausalConv(96, 4), channels=64, kernel=3),
     *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5),
     *each(DELTA_NET, hidden=32, key_heads=4, key_size=8, value_heads=8, value_size=16, kernel=3, epsilon=1e-5),
+    *each(TimeMix(64), hidden=32, scale=0.5),
+    *each(ChannelMix(64, 96), hidden=32, intermediate=64, scale=0.5),
     *each(MLP, hidden=32, intermediate=64, activation="gelu_tanh", bias=True, fused=True, gated=False, transposed=True),
     *each(
         ROUTER,
@@ -102,9 +130,11 @@ BLOCKS = [
         bias=True,
         correction=True,
         scale=2.0,
+        wide=True,
     ),
     Router(64, 8, 2, "softmax", groups=4, groups_kept=2),
     Router(64, 8, 2, "softmax", groups=4, groups_kept=1),
+    Router(64, 8, 2, "softmax", groups=4, groups_kept=2, group_best=1),
     *each(
         EXPERTS,
         hidden=32,
@@ -141,5 +171,6 @@ BLOCKS = [
     decoder_layer(NORM, DELTA_NET, NORM, MLP),
     *each(Head(NORM, 256), norm=Norm(64, 0.1), vocabulary=9, softcap=3.0, scale=0.5, transform="relu", last=True),
     Head(NORM, 256, bias=True),
+    *each(Head(None, 256, hidden=64), hidden=32, inner=16),
     *VISION_BLOCKS,
 ]

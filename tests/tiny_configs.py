@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import transformers
 from layouts import WHOLE
 
 from llmexport.export import archs
@@ -24,6 +25,13 @@ def read_whole(kind: str, beside: dict[str, Any] | None = None, **changes: Any) 
     named = archs.load(WHOLE[kind])
     outer = {"model_type": kind, "vision_config": {}, **(beside or {})}
     return read_model(named, {**outer, "text_config": named.tiny | changes})
+
+
+def config_class(config: dict[str, Any]) -> Any:
+    """The class of transformers for a config; that of the architecture, where transformers knows no such type."""
+    kind = config["model_type"]
+    known = kind in transformers.CONFIG_MAPPING
+    return transformers.CONFIG_MAPPING[kind if known else archs.choose(None, config).model_types[0]]
 
 
 def refusal(arch: str, **changes: Any) -> str:

@@ -15,6 +15,7 @@ from llmexport.export.spec import (
     MOST,
     PAST,
     SEQUENCE,
+    SOURCE,
     SPLICED,
     WRITTEN,
     Block,
@@ -46,6 +47,16 @@ def along_step(port: Port) -> bool:
     return any({SEQUENCE, WRITTEN} & {*summands(d)} for d in port.shape if isinstance(d, str))
 
 
+def of_source(port: Port) -> bool:
+    """Whether a port is of the text that an encoder reads, or of what a decoder sees of it."""
+    return SOURCE in port.shape
+
+
+def reads_source(export: Export) -> bool:
+    """Whether an encoder reads a text, and a decoder goes on from it."""
+    return any(of_source(p) for g in export.graphs if g.carried for p in g.assembly.inputs)
+
+
 def sees(graph: Graph) -> bool:
     """Whether a graph looks at pictures."""
     return any(p.use == "pixels" for p in graph.assembly.inputs)
@@ -60,13 +71,13 @@ def without_pictures(export: Export) -> Feed:
 def beside(export: Export) -> tuple[Port, ...]:
     """The inputs of an export's graphs that no earlier graph makes, no step carries, and no tokens of a step fill.
 
-    Nor do pictures fill them.
+    Nor do pictures fill them, nor the text of an encoder.
     """
     made: set[str] = set()
     found: dict[str, Port] = {}
     for graph in export.graphs:
         inputs = [p for p in graph.assembly.inputs if p.name not in made and p.name not in graph.carried]
-        found |= {p.name: p for p in inputs if not along_step(p) and p.use not in SEEN}
+        found |= {p.name: p for p in inputs if not along_step(p) and not of_source(p) and p.use not in SEEN}
         made |= {p.name for p in graph.assembly.outputs}
     return tuple(found.values())
 
@@ -149,6 +160,10 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = _distinct(random, below.get(port.use, shape[-1]), shape)
             case "recurrence":
                 value = 0.1 * random.standard_normal(shape)
+            case "weight_sum":
+                # The first row has seen no token.
+                value = random.uniform(1, 2, shape)
+                value[:1] = 0
             case "cos":
                 value = np.cos(angles / np.arange(1, shape[-1] + 1))
             case "sin":
@@ -173,7 +188,7 @@ def states(graph: Graph, dtype: str, sizes: Mapping[str, int], seed: int = 0) ->
     for port in graph.assembly.inputs:
         if port.name in graph.carried:
             value = np.zeros(shape_of(port, sizes), port.typed(dtype).dtype)
-            tokens = held.get(port.name, value[:, :, :0])
+            tokens = held.get(port.name, value)
             match port.use:
                 case "slots":
                     value[:, :, : tokens.shape[2]] = tokens
@@ -181,7 +196,7 @@ def states(graph: Graph, dtype: str, sizes: Mapping[str, int], seed: int = 0) ->
                     kept = min(tokens.shape[2], value.shape[2])
                     value[:, :, value.shape[2] - kept :] = tokens[:, :, tokens.shape[2] - kept :]
                 case _:
-                    value = tokens if port.name in held else value
+                    value = tokens
             feed[port.name] = value
     return feed
 

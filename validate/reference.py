@@ -25,7 +25,7 @@ from llmexport.export.spec import Use
 from llmexport.export.trace import torch_dtype
 from llmexport.export.values import one_line
 from llmexport.validate import references
-from llmexport.validate.feeds import Feed, beside, earlier, sees
+from llmexport.validate.feeds import Feed, beside, earlier, of_source, sees
 from llmexport.validate.pictures import Pictures, Sight, sight, stands_for
 from llmexport.validate.runners import to_numpy, to_torch
 from llmexport.validate.stages import Stage
@@ -40,6 +40,9 @@ KEYWORDS: dict[Use, str] = {
     "padding": "attention_mask",
     "token_types": "token_type_ids",
 }
+# The same of the text that an encoder reads, and of a decoder's tokens beside it.
+SOURCE_KEYWORDS: dict[Use, str] = {"tokens": "input_ids", "padding": "attention_mask"}
+STEP_KEYWORDS: dict[Use, str] = {"tokens": "decoder_input_ids", "padding": "decoder_attention_mask"}
 # What it calls pictures of a packed row, by the tokens that stand for them: images, then frames of videos.
 PIXELS, GRIDS = ("pixel_values", "pixel_values_videos"), ("image_grid_thw", "video_grid_thw")
 OLDEST_TRANSFORMERS = (5, 20)  # whose numbers the tests hold the architectures against
@@ -74,25 +77,36 @@ class Transformers:
     """The model as transformers runs it, from the weights in the export: the reference that nobody here wrote.
 
     It carries its own cache from stage to stage, and begins a crossing with the random keys and values that our
-    runners read. A multimodal model is given pictures as its processor gives them, and counts their positions itself.
+    runners read; a model without a cache there runs the whole row at every stage. A multimodal model is given pictures
+    as its processor gives them, and counts their positions itself. `fast`: it computes attention as it chooses to.
     Raises Refused where it cannot say what is right.
     """
 
-    def __init__(self, export: Export, *, attention: str | None = "eager", last: bool = False) -> None:
+    def __init__(self, export: Export, *, fast: bool = False, last: bool = False) -> None:
         if refusal := unable():
             raise Refused(refusal)
         if unknown := [p.name for p in beside(export)]:
             raise Refused(f"nobody knows what transformers calls {', '.join(unknown)}")
         self.seconds = 0.0
         self._export = export
-        self._model = _load(export, attention)
+        self._model = _load(export, None if fast else export.reference.attention)
         carried = {n for g in export.graphs for n in g.carried}
         ports = [p for g in export.graphs for p in g.assembly.inputs if p.name not in carried]
         # A model without RoPE reads no positions.
-        self._given = {KEYWORDS[p.use]: p for p in ports if p.use in KEYWORDS}
-        self._cached = bool(carried)
-        self._kept = {"logits_to_keep": 1} if last or export.gives_last_logits else {}
+        self._source = {SOURCE_KEYWORDS[p.use]: p for p in ports if of_source(p) and p.use in SOURCE_KEYWORDS}
+        words = STEP_KEYWORDS if self._source else KEYWORDS
+        self._given = {words[p.use]: p for p in ports if not of_source(p) and p.use in words}
+        self._encoded: Any = None
+        self._cached = bool(carried) and export.reference.cached
+        # What of the row so far a model without a cache is given again.
+        again = [k for k, p in self._given.items() if p.use != "padding"]
+        self._again = again if carried and not self._cached else []
+        self._row: dict[str, Tensor] = {}
+        self._last = last or export.gives_last_logits
+        # A model with an encoder gives the logits of all tokens.
+        self._kept = {"logits_to_keep": 1} if self._last and not self._source else {}
         self._cache: Cache | None = None
+        self._states: dict[int, Any] = {}  # what it carries of each row, where that is no cache
         self._sight = sight(export.blocks)
         self._features = next((p.name for g in export.graphs for p in g.assembly.outputs if p.use == "features"), "")
 
@@ -109,22 +123,68 @@ class Transformers:
         return made
 
     def _read(self, stage: Stage) -> Feed:
+        if self._export.reference.state:
+            return self._rows(stage)
         given = {keyword: to_torch(stage.at(port)) for keyword, port in self._given.items()}
         if self._sight and stage.pictures:
             given |= _as_processed(self._sight, stage.ids, stage.pictures, self._model.dtype)
             if self._sight.sections:
                 del given[KEYWORDS["positions"]]
+        start = time.perf_counter()
+        if self._source:
+            given |= self._of_source(stage)
         if stage.begins:
+            if self._again and stage.past:
+                raise Refused("transformers keeps no cache of this model that could hold random keys and values")
             self._cache = self._filled(stage) if stage.past else None
+            self._row = {}
+        if self._again:
+            given |= self._whole(given)
         run = self._model
         if self._cached:
             run = functools.partial(run, past_key_values=self._cache, use_cache=True)
-        start = time.perf_counter()
         with torch.inference_mode():
             made = run(**given, **self._kept)
         self.seconds = time.perf_counter() - start
         self._cache = made.past_key_values if self._cached else None
-        return {port: to_numpy(getattr(made, name)) for port, name in self._export.reference.outputs.items()}
+        own = (
+            slice(-stage.ids.shape[1], None)
+            if self._again
+            else slice(-1 if self._last and self._source else None, None)
+        )
+        return {port: to_numpy(getattr(made, name)[:, own]) for port, name in self._export.reference.outputs.items()}
+
+    def _whole(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The row up to the stage's last token, where the stage's own tokens are given."""
+        self._row = {k: torch.cat((*([self._row[k]] if k in self._row else []), given[k]), 1) for k in self._again}
+        return self._row
+
+    def _rows(self, stage: Stage) -> Feed:
+        """Row by row and without padding, in whose places there are zeros."""
+        carries, made = self._export.reference.state, {}
+        if stage.begins:
+            self._states = {}
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for row, real in enumerate(stage.real):
+                if real.any():
+                    carried = {carries: self._states.get(row), "use_cache": True}
+                    made[row] = self._model(to_torch(stage.ids[row : row + 1, real]), **carried, **self._kept)
+        self.seconds = time.perf_counter() - start
+        self._states |= {row: getattr(its, carries) for row, its in made.items()}
+        found: Feed = {}
+        for port, name in self._export.reference.outputs.items():
+            rows = {row: to_numpy(getattr(its, name)) for row, its in made.items()}
+            found[port] = _in_places(stage.real, rows, last=bool(self._kept))
+        return found
+
+    def _of_source(self, stage: Stage) -> dict[str, Any]:
+        """What the decoder is given of the text, which the encoder reads where a stage begins."""
+        read = {keyword: to_torch(stage.at(port)) for keyword, port in self._source.items()}
+        if stage.begins:
+            with torch.inference_mode():
+                self._encoded = self._model.get_encoder()(**read)
+        return {"encoder_outputs": self._encoded, "attention_mask": read["attention_mask"]}
 
     def _seen(self, pictures: Pictures) -> np.ndarray:
         """The features of pictures, one after the other, as wide as the text model."""
@@ -149,7 +209,17 @@ class Transformers:
                 held = [values[n] for s in step.block.states if (n := step.reads[s.past.name]) in values]
                 if held:
                     cache.update(*map(to_torch, held), i)
-        return cache
+        return transformers.EncoderDecoderCache(cache, transformers.DynamicCache()) if self._source else cache
+
+
+def _in_places(real: np.ndarray, rows: Mapping[int, np.ndarray], last: bool) -> np.ndarray:
+    """What rows [1, tokens, ...] say of real tokens, in the places of those; `last`: of the last place alone."""
+    places = real[:, -1:] if last else real
+    some = next(iter(rows.values()))
+    made = np.zeros((*places.shape, *some.shape[2:]), some.dtype)
+    for row, own in rows.items():
+        made[row, places[row]] = own[0, own.shape[1] - places[row].sum() :]
+    return made
 
 
 def _without_text(config: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:

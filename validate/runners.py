@@ -81,7 +81,8 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         state = dict(module.named_buffers())
         for path, names in weights.items():
             tensor = self._read(names).reshape(shapes[path])
-            state[path] = tensor.to(dtype) if step.block.dtype_of(path) == "T" else tensor
+            cast = {"T": dtype, "F": torch.float32}.get(step.block.dtype_of(path))
+            state[path] = tensor if cast is None else tensor.to(cast)
         module.load_state_dict(state, assign=True, strict=True)
         module.to(self._device)
         if self._hold:

@@ -14,8 +14,10 @@ from llmexport.export.spec import (
     MOST,
     PAST,
     SEQUENCE,
+    SOURCE,
     WRITTEN,
     Assembly,
+    CrossMask,
     Graph,
     Port,
     Rotary,
@@ -23,7 +25,7 @@ from llmexport.export.spec import (
 )
 from llmexport.export.static import slots_of
 from llmexport.validate.compare import Mismatch
-from llmexport.validate.feeds import along_step, limits, sees, shape_of, words
+from llmexport.validate.feeds import along_step, limits, of_source, sees, shape_of, words
 from llmexport.validate.pictures import Pictures, Sight, drawn, sight, smallest
 from llmexport.validate.thresholds import BEFORE, CROSSING, threshold
 
@@ -37,13 +39,22 @@ AFTER = 67  # tokens behind the last picture, where there is room: more than a c
 
 
 @dataclass(frozen=True)
+class Source:
+    """The text that an encoder reads: ids [B, S], and a mask [B, S] that is 1 for a token and 0 for padding."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
 class Stage:
     """Tokens that a model is run on at once.
 
     An "opening" begins anew, with nothing before it; a "decode" step of one token a row and a "piece" of several go on
     from the stage before; a "crossing" begins after a random past. ids and positions are [B, T]; mask [B, past + T] is
     1 for a token and 0 for padding; types [B, T] is the segment of each token. positions may be [3, B, T], for mRoPE;
-    pictures are those that its tokens stand for.
+    pictures are those that its tokens stand for; source is what an encoder read, which all stages up to the next one
+    that begins go on from.
     """
 
     name: str
@@ -53,6 +64,7 @@ class Stage:
     mask: np.ndarray
     types: np.ndarray
     pictures: Pictures | None = None
+    source: Source | None = None
 
     @property
     def past(self) -> int:
@@ -77,13 +89,17 @@ class Stage:
     @property
     def sizes(self) -> dict[str, int]:
         batch, tokens = self.ids.shape
-        return with_sums({BATCH: batch, SEQUENCE: tokens, PAST: self.past, WRITTEN: self.mask.shape[1]})
+        own = {SOURCE: self.source.ids.shape[1]} if self.source else {}
+        return with_sums({BATCH: batch, SEQUENCE: tokens, PAST: self.past, WRITTEN: self.mask.shape[1], **own})
 
     def at(self, port: Port) -> np.ndarray:
         """Its tokens, and what is known of them, as fed to a port along them. Raises Mismatch on any other port."""
+        source = self.source if of_source(port) else None
         match port.use:
             case "tokens":
-                value = self.ids
+                value = source.ids if source else self.ids
+            case "padding" if source:
+                value = source.mask
             case "token_types":
                 value = self.types
             case "positions":
@@ -106,7 +122,7 @@ class Stage:
         # Of a picture's last token the largest one counts.
         positions = (last.max(0) if last.ndim == 3 else last) + 1 + np.arange(ids.shape[1])
         mask = np.concatenate((self.mask, np.ones_like(ids)), 1)
-        return Stage(name, kind, ids, positions, mask, np.zeros_like(ids))
+        return Stage(name, kind, ids, positions, mask, np.zeros_like(ids), source=self.source)
 
 
 Script = tuple[Stage, ...]
@@ -159,6 +175,7 @@ def prompt(model: Assembly | Export, *, batch: int = 2, tokens: int | None = Non
             at += count + GAP
     types = random.integers(0, below["token_types"], ids.shape, np.int64)
     stage = opening(ids, mask, types, places=below["positions"])
+    stage = with_source(stage, model, random)
     return with_pictures(stage, seen, pictures) if seen and pictures else stage
 
 
@@ -193,6 +210,19 @@ def with_pictures(stage: Stage, seen: Sight, pictures: Pictures) -> Stage:
     return dataclasses.replace(stage, pictures=pictures, positions=stage.positions if own is None else own)
 
 
+def with_source(stage: Stage, model: Assembly | Export, random: np.random.Generator) -> Stage:
+    """The stage with a random text for the encoder of a model that has one: of two tokens more than the stage, and
+    padded on both sides in all rows but the first."""
+    if not any(isinstance(b, CrossMask) for b in model.blocks):
+        return stage
+    text, (batch, tokens) = words(model.blocks), stage.ids.shape
+    ids, mask = text[random.integers(0, len(text), (batch, tokens + 2))], np.ones((batch, tokens + 2), np.int64)
+    for row in range(1, batch):
+        few = min(_padding(row), tokens // 2)
+        mask[row, :few], mask[row, tokens + 2 - few :] = 0, 0
+    return dataclasses.replace(stage, source=Source(ids, mask))
+
+
 def one_picture(seen: Sight, pictures: Pictures) -> Stage:
     """A stage of the smallest picture alone, for a model that reads no tokens."""
     return _alone("one picture", seen, smallest(seen, pictures))
@@ -223,4 +253,5 @@ def crossing(model: Assembly | Export, at: int, seed: int = 0) -> Stage:
     past = max(min(past, limits(model.blocks)["positions"] - CROSSING), 0)
     ids = ids[:, : min(slots_of(model.blocks) or MOST, limits(model.blocks)["positions"]) - past]
     mask = np.ones((1, past + ids.shape[1]), np.int64)
-    return Stage(f"across {at}", "crossing", ids, past + np.arange(ids.shape[1])[None], mask, np.zeros_like(ids))
+    stage = Stage(f"across {at}", "crossing", ids, past + np.arange(ids.shape[1])[None], mask, np.zeros_like(ids))
+    return with_source(stage, model, np.random.default_rng(seed))

@@ -13,6 +13,7 @@ from llmexport.export.spec import (
     IMAGES,
     PAST,
     SEQUENCE,
+    SOURCE,
     SPLICED,
     TILES,
     WRITTEN,
@@ -22,10 +23,11 @@ from llmexport.export.spec import (
     Layer,
     LongScaling,
     Mask,
+    RelativeBias,
     Rotary,
     Temperature,
 )
-from llmexport.validate.feeds import along_step
+from llmexport.validate.feeds import along_step, of_source
 
 # Tokens of a step that crosses a threshold, and how many of them come before it.
 CROSSING, BEFORE = 13, 2
@@ -50,10 +52,13 @@ def suspected_thresholds(config: Any) -> set[int]:
 
 def threshold(block: Block) -> int:
     """The number of tokens after which a block computes what it did not before: its window, its chunk, its
-    temperature's interval, the positions of LongRoPE's short factors; 0 if it has none."""
+    temperature's interval, the distance of its last bucket, the positions of LongRoPE's short factors; 0 if it has
+    none."""
     match block:
         case Mask():
             return block.window or block.chunk or 0
+        case RelativeBias():
+            return block.distance
         case Temperature():
             return block.interval
         case Rotary(scaling=LongScaling()):
@@ -68,6 +73,8 @@ def threshold(block: Block) -> int:
 def block_sizes(block: Block) -> list[dict[str, int]]:
     """Sizes to run one block at: a prompt, a token after a past, and tokens that cross its threshold; or of one that
     sees, three pictures and the smallest one."""
+    if any(map(of_source, block.outputs)):
+        return [_within(block, 2, 1, 0) | {SOURCE: n} for n in (13, 1, threshold(block) + 7)]
     if not any(map(along_step, (*block.inputs, *block.outputs))):
         few, one = ({IMAGES: n, TILES: n, FEATURES: f} for n, f in ((3, 11), (1, 1)))
         return [_within(block, 2, 13, 0) | few, _within(block, 2, 13, 0) | one]

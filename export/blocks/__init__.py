@@ -8,10 +8,13 @@ from torch import nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
-from llmexport.export.blocks.bias import Alibi
+from llmexport.export.blocks.bias import Alibi, RelativeBias
 from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
+from llmexport.export.blocks.cross import CrossAttention, CrossKeys, CrossMask
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
+from llmexport.export.blocks.filtered import FilteredAttention, LocalizedFilter
+from llmexport.export.blocks.latent import LatentAttention
 from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.moe import Experts, Moe, Router, SharedExpert
@@ -27,6 +30,7 @@ from llmexport.export.blocks.patches import (
 from llmexport.export.blocks.splice import Splice
 from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 from llmexport.export.blocks.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.blocks.wkv import ChannelMix, TimeMix
 
 
 def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
@@ -39,7 +43,7 @@ def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         made = _module(block, dtype)
     for path, parameter in made.named_parameters():
-        if block.dtype_of(path) in spec.ANY_FLOAT:
+        if block.dtype_of(path) in ("T", "W"):
             parameter.data = parameter.data.to(dtype)
     return made.requires_grad_(False).eval()
 
@@ -52,6 +56,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return Layer(block, _module, dtype)
         case spec.Alibi():
             return Alibi(block, dtype)
+        case spec.RelativeBias():
+            return RelativeBias(block, dtype)
         case spec.Rotary():
             return Rotary(block, dtype)
         case spec.PatchRotary():
@@ -62,6 +68,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return StaticPresence(dtype) if block.static else Presence(dtype)
         case spec.BidirectionalMask():
             return BidirectionalMask()
+        case spec.CrossMask():
+            return CrossMask()
         case spec.Slots():
             return Slots()
         case spec.Span():
@@ -77,10 +85,16 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
 PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
+    spec.ChannelMix: ChannelMix,
+    spec.CrossAttention: CrossAttention,
+    spec.CrossKeys: CrossKeys,
     spec.Experts: Experts,
+    spec.FilteredAttention: FilteredAttention,
     spec.GatedDeltaNet: GatedDeltaNet,
     spec.GatedNorm: GatedNorm,
     spec.Head: Head,
+    spec.LatentAttention: LatentAttention,
+    spec.LocalizedFilter: LocalizedFilter,
     spec.Mask: Mask,
     spec.Mlp: Mlp,
     spec.Moe: Moe,
@@ -97,4 +111,5 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Splice: Splice,
     spec.TileEmbedding: TileEmbedding,
     spec.Temperature: Temperature,
+    spec.TimeMix: TimeMix,
 }

@@ -30,10 +30,15 @@ class Attention(nn.Module):
             self.sinks = nn.Parameter(torch.empty(block.heads))
         self.names = [p.name for p in (*block.context, *(s.past for s in block.states))]
 
-    def forward(self, normed: Tensor, *read: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, normed: Tensor, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
         """`read` is the context and the cache, in the order of the block's ports."""
-        block, given = self.block, dict(zip(self.names, read, strict=True))
-        q, k, v, gate = self._project(normed)
+        return self.attend(*self._project(normed), dict(zip(self.names, read, strict=True)))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, given: dict[str, Tensor]
+    ) -> Tensor | tuple[Tensor, ...]:
+        """What q, k, v [B, T, heads, D] make of the context and the cache, by the names of their ports."""
+        block, (batch, sequence) = self.block, q.shape[:2]
         q, k = self._turn(q, given, "q_norm"), self._turn(k, given, "k_norm")
         if block.temperature:
             q = (q.float() * given["temperature"].unsqueeze(1).unsqueeze(-1)).to(q.dtype)
@@ -50,7 +55,6 @@ class Attention(nn.Module):
             mixed = sink_attention(q, key, value, *span, sinks, scale, block.softcap, block.window)
         else:
             mixed = attention(q, key, value, given.get("bias" if block.biased else "mask"), scale)
-        batch, sequence, _ = normed.shape
         mixed = mixed.transpose(1, 2).reshape(batch, sequence, block.heads * block.head_size)
         attended: Tensor = self.o_proj(mixed if gate is None else mixed * torch.sigmoid(gate))
         if block.keys and block.keys.slides:

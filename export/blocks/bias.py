@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmexport.export import spec
@@ -22,20 +23,64 @@ class Alibi(nn.Module):
 
     def __init__(self, block: spec.Alibi, dtype: torch.dtype) -> None:
         super().__init__()
-        self.static, self.dtype = block.keys is not None, dtype
+        self.block, self.dtype = block, dtype
         with torch.device("cpu"):
             steep = slopes(block.heads)
-            steep = steep.to(torch.bfloat16).float() if block.rounded else steep
-            self.register_buffer("slopes", (steep * block.scale).reshape(-1, 1, 1))
+            self.register_buffer("slopes", (_rounded(steep) if block.rounded else steep).unsqueeze(1))
 
-    def forward(self, where: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """`where` is the attention mask [B, S]; of a static cache, how many of its slots [B] are written."""
-        if self.static:
-            key = torch.arange(mask.shape[-1], device=mask.device).unsqueeze(0)
-            query = where.unsqueeze(1) + torch.arange(input_ids.shape[1], device=mask.device)
+    def forward(self, *read: Tensor) -> Tensor:
+        """`read` is what says where the step stands, its tokens [B, T], and the mask [B, 1, T, S]."""
+        *where, input_ids, mask = read
+        if self.block.keys:
+            padding, written = (x.unsqueeze(1) for x in where)
+            keys = torch.arange(mask.shape[-1], device=mask.device) - padding
+            queries = torch.arange(input_ids.shape[1], device=mask.device) + written - padding
         else:
-            key = tokens_up_to(where)
-            query = key.index_select(1, slots_of_step(where, input_ids))
-        behind = (key.unsqueeze(1) - query.unsqueeze(2)).unsqueeze(1)
-        bias = (self.slopes * behind).to(self.dtype)
+            keys = tokens_up_to(where[0]) - 1
+            queries = keys.index_select(1, slots_of_step(where[0], input_ids))
+        if self.block.rounded:
+            key, query = (_rounded(self.slopes * _rounded(x.unsqueeze(1).float())) for x in (keys, queries))
+            bias = key.unsqueeze(2) - query.unsqueeze(3)
+        else:
+            bias = self.slopes.unsqueeze(2) * (keys.unsqueeze(1) - queries.unsqueeze(2)).unsqueeze(1)
+        bias = bias if self.block.scale == 1.0 else bias * self.block.scale
+        return torch.where(mask, bias.to(self.dtype), torch.finfo(self.dtype).min)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
+
+
+def bucket_table(block: spec.RelativeBias) -> Tensor:
+    """The bucket of each place of a key less that of a query, from -distance to distance, int64.
+
+    Logarithms are those of fp32 here, as modeling_t5.py has them, so that no backend rounds one to another bucket.
+    """
+    apart = torch.arange(-block.distance, block.distance + 1)
+    buckets, behind, first = block.buckets, -apart.clamp(max=0), torch.zeros_like(apart)
+    if block.both_ways:
+        buckets //= 2
+        behind, first = apart.abs(), (apart > 0) * buckets
+    exact = buckets // 2
+    grown = torch.log(behind.float() / exact) / math.log(block.distance / exact) * (buckets - exact)
+    far = (exact + grown.clamp(min=0).to(torch.int64)).clamp(max=buckets - 1)
+    return first + torch.where(behind < exact, behind, far)
+
+
+class RelativeBias(nn.Module):
+    table: Tensor
+
+    def __init__(self, block: spec.RelativeBias, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.distance, self.dtype = block.distance, dtype
+        self.weight = nn.Parameter(torch.empty(block.buckets, block.heads))
+        with torch.device("cpu"):
+            self.register_buffer("table", bucket_table(block))
+
+    def forward(self, mask: Tensor) -> Tensor:
+        tokens, keys = mask.shape[2:]
+        query = torch.arange(tokens, device=mask.device) + (keys - tokens)
+        apart = torch.arange(keys, device=mask.device) - query.unsqueeze(1)
+        buckets = F.embedding(apart.clamp(-self.distance, self.distance) + self.distance, self.table.unsqueeze(1))
+        bias = F.embedding(buckets.squeeze(-1), self.weight).permute(2, 0, 1)
         return torch.where(mask, bias, torch.finfo(self.dtype).min)

@@ -12,9 +12,10 @@ from llmexport.export.blocks.norm import Norm
 class Embedding(nn.Module):
     def __init__(self, block: spec.Embedding, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(block.vocabulary, block.hidden))
+        self.weight = nn.Parameter(torch.empty(block.vocabulary, block.inner or block.hidden))
         # Gemma rounds the scale to the weight's dtype before it multiplies.
         self.scale = float(torch.tensor(block.scale, dtype=dtype, device="cpu"))
+        self.inner_proj = nn.Linear(block.inner, block.hidden, bias=False) if block.inner else None
         self.types = nn.Embedding(block.types, block.hidden) if block.types else None
         self.positions = nn.Embedding(block.positions, block.hidden) if block.positions else None
         self.offset, self.names = block.offset, [p.name for p in block.inputs]
@@ -25,6 +26,8 @@ class Embedding(nn.Module):
         input_ids = given["input_ids"]
         hidden = F.embedding(input_ids, self.weight)
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
+        if self.inner_proj:
+            hidden = self.inner_proj(hidden)
         if self.types:
             hidden = hidden + self.types(given["token_type_ids"])
         if self.positions and self.offset is not None:
@@ -38,12 +41,13 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     def __init__(self, block: spec.Head) -> None:
         super().__init__()
-        self.softcap, self.scale, self.last, size = block.softcap, block.scale, block.last, block.norm.size
+        self.softcap, self.scale, self.last, size = block.softcap, block.scale, block.last, block.size
         self.normed = block.normed
         self.transform = nn.Linear(size, size) if block.transform else None
         self.activation = ACTIVATIONS[block.transform] if block.transform else None
-        self.norm = Norm(block.norm)
-        self.projection = nn.Linear(size, block.vocabulary, bias=block.bias)
+        self.norm = Norm(block.norm) if block.norm else None
+        self.inner_proj = nn.Linear(size, block.inner, bias=False) if block.inner else None
+        self.projection = nn.Linear(block.inner or size, block.vocabulary, bias=block.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.last:
@@ -52,7 +56,10 @@ class Head(nn.Module):
             hidden = hidden.index_select(1, place)
         if self.transform and self.activation:
             hidden = self.activation(self.transform(hidden))
-        hidden = self.norm(hidden)
+        if self.norm:
+            hidden = self.norm(hidden)
+        if self.inner_proj:
+            hidden = self.inner_proj(hidden)
         logits = F.linear(hidden, self._rows()) if self.normed else self.projection(hidden)
         logits = logits if self.scale == 1.0 else logits * self.scale
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

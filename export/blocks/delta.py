@@ -69,10 +69,10 @@ class GatedDeltaNet(nn.Module):
         g, beta = g * present.float(), torch.sigmoid(self.in_proj_b(normed)) * present
         recalled, state = gated_delta_rule(q, k, v, g, beta, past_recurrent_state, block.key_size**-0.5, True)
         gated = self.norm(recalled, z).reshape(batch, sequence, values)
-        return self.out_proj(gated), _carried(past_conv_state, mixing, tokens_end, conv_state), state
+        return self.out_proj(gated), carried(past_conv_state, mixing, tokens_end, conv_state), state
 
 
-def _carried(past: Tensor, x: Tensor, end: Tensor, following: Tensor) -> Tensor:
+def carried(past: Tensor, x: Tensor, end: Tensor, following: Tensor) -> Tensor:
     """The inputs [B, K - 1, C] that the next token's convolution reads: the last ones of past [B, K - 1, C] and of x
     [B, T, C] up to end [B], after which there is padding; `following` where there is none."""
     kept = past.shape[1]

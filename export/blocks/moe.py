@@ -16,9 +16,14 @@ class Router(nn.Linear):
         self.correction = nn.Parameter(torch.empty(block.experts)) if block.correction else None
 
     def forward(self, normed: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        block, logits = self.block, super().forward(normed)
-        chosen = (block.top_k, block.scoring, block.renormalise, block.scale, block.groups, block.groups_kept)
-        return moe_route(logits, self.correction, *chosen)
+        block = self.block
+        logits = super().forward(normed.float() if block.wide else normed)
+        how, groups = (
+            (block.scoring, block.renormalise, block.scale),
+            (block.groups, block.groups_kept, block.group_best),
+        )
+        weights, experts = moe_route(logits, self.correction, block.top_k, *how, *groups)
+        return weights.to(normed.dtype), experts
 
 
 class Experts(nn.Module):

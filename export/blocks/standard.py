@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """ai.onnx Attention-23 with a boolean mask, or without any.
 
-    q [B, H, T, D]; k, v [B, Hkv, S, D], H a multiple of Hkv; mask [B, 1, T, S], true where visible.
+    q [B, H, T, D]; k [B, Hkv, S, D]; v [B, Hkv, S, Dv], H a multiple of Hkv; mask [B, 1, T, S], true where visible.
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
@@ -53,7 +53,7 @@ def padding_must_be_on_the_left(between: Tensor) -> Tensor:
 
 
 rms_norm.register_fake(lambda x, weight, epsilon: torch.empty_like(x))
-attention.register_fake(lambda q, k, v, mask, scale: torch.empty_like(q))
+attention.register_fake(lambda q, k, v, mask, scale: q.new_empty((*q.shape[:-1], v.shape[-1])))
 tensor_scatter.register_fake(lambda past, update, write_indices: torch.empty_like(past))
 padding_must_be_on_the_left.register_fake(lambda between: torch.empty_like(between))
 

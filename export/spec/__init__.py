@@ -12,6 +12,7 @@ from llmexport.export.spec.axis import (
     MOST,
     PAST,
     SEQUENCE,
+    SOURCE,
     SPLICED,
     TILES,
     TOTAL,
@@ -25,7 +26,7 @@ from llmexport.export.spec.axis import (
     summands,
     with_sums,
 )
-from llmexport.export.spec.bias import Alibi
+from llmexport.export.spec.bias import Alibi, RelativeBias
 from llmexport.export.spec.block import DTYPES, OPSET, Block, Dim, Port, State, Use
 from llmexport.export.spec.context import (
     BidirectionalMask,
@@ -42,9 +43,12 @@ from llmexport.export.spec.context import (
     Temperature,
     YarnScaling,
 )
+from llmexport.export.spec.cross import SOURCE_IDS, SOURCE_PADDING, CrossAttention, CrossKeys, CrossMask, cross_keys
 from llmexport.export.spec.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
+from llmexport.export.spec.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
+from llmexport.export.spec.latent import LatentAttention
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, Mixer, Norm
 from llmexport.export.spec.model import (
@@ -70,6 +74,7 @@ from llmexport.export.spec.patches import (
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.spec.wkv import ChannelMix, TimeMix
 
 __all__ = [
     "ANY_FLOAT",
@@ -83,6 +88,9 @@ __all__ = [
     "OPSET",
     "PAST",
     "SEQUENCE",
+    "SOURCE",
+    "SOURCE_IDS",
+    "SOURCE_PADDING",
     "SPLICED",
     "TILES",
     "TOTAL",
@@ -96,17 +104,24 @@ __all__ = [
     "BidirectionalMask",
     "Block",
     "CausalConv",
+    "ChannelMix",
+    "CrossAttention",
+    "CrossKeys",
+    "CrossMask",
     "Dim",
     "Embedding",
     "Experts",
+    "FilteredAttention",
     "GatedDeltaNet",
     "GatedNorm",
     "Graph",
     "Head",
     "Keys",
+    "LatentAttention",
     "Layer",
     "LinearScaling",
     "Llama3Scaling",
+    "LocalizedFilter",
     "LongScaling",
     "Mask",
     "Mixer",
@@ -128,6 +143,7 @@ __all__ = [
     "Presence",
     "Projector",
     "Reference",
+    "RelativeBias",
     "Rotary",
     "Router",
     "Scaling",
@@ -145,12 +161,14 @@ __all__ = [
     "Temperature",
     "TileEmbedding",
     "TileRotary",
+    "TimeMix",
     "Tower",
     "Use",
     "YarnScaling",
     "axis_of",
     "behind",
     "causal_lm",
+    "cross_keys",
     "decoder_layer",
     "from_data",
     "patch_axis",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 BATCH, SEQUENCE, PAST, TOTAL, WRITTEN = "batch", "sequence", "past", "total", "written"
-IMAGES, TILES, FEATURES, SPLICED = "images", "tiles", "features", "spliced"
+IMAGES, TILES, FEATURES, SPLICED, SOURCE = "images", "tiles", "features", "spliced", "source"
 Sizes = tuple[int, int, int]
 
 
@@ -51,6 +51,8 @@ AXES: Mapping[str, Axis] = MappingProxyType(
             Axis(FEATURES, profile=(1, 256, 2048)),
             # What a step is given of them, or of all tiles of a large picture.
             Axis(SPLICED, least=0, profile=(0, 256, 4096)),
+            # The tokens of a text that an encoder reads, and a decoder sees at each of its steps.
+            Axis(SOURCE, profile=(1, 64, 512)),
         )
     }
 )

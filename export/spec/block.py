@@ -45,6 +45,7 @@ Use = Literal[
     "slots",  # keys or values, each token's in its own slot, the first token's in the first one
     "window",  # keys or values of the last tokens, the latest one's in the last place
     "recurrence",  # a sum over all earlier tokens, zero before the first
+    "weight_sum",  # the sum of their weights, zero before the first and at least 1 behind it
 ]
 
 
@@ -144,3 +145,8 @@ ATTENTION_MASK = Port("attention_mask", (BATCH, TOTAL), "int64", "padding")
 SLOT_MASK = Port("attention_mask", (BATCH, WRITTEN), "int64", "padding")
 PADDING_LENGTH = Port("padding_length", (BATCH,), "int64", "padding_length")
 PAST_LENGTH = Port("past_length", (BATCH,), "int64", "past_length")
+# What a block that must not see padding reads.
+PRESENCE = (
+    Port("present_tokens", (BATCH, SEQUENCE), use="presence"),
+    Port("tokens_end", (BATCH,), "int64", "presence_end"),
+)

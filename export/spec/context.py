@@ -12,6 +12,7 @@ from llmexport.export.spec.block import (
     INPUT_IDS,
     PADDING_LENGTH,
     PAST_LENGTH,
+    PRESENCE,
     SLOT_MASK,
     Block,
     Dim,
@@ -177,15 +178,18 @@ class Mask(Block):
 @dataclass(frozen=True)
 class BidirectionalMask(Block):
     """Every token sees all tokens of its row and no padding, and padding sees the same (masking_utils.py,
-    create_bidirectional_mask). A row that is all padding sees all of it, so that no backend makes a NaN."""
+    create_bidirectional_mask). A row that is all padding sees all of it, so that no backend makes a NaN. `tokens` is
+    the axis along which they lie."""
+
+    tokens: Dim = SEQUENCE
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (Port("attention_mask", (BATCH, SEQUENCE), "int64", "padding"),)
+        return (Port("attention_mask", (BATCH, self.tokens), "int64", "padding"),)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (Port("mask", (BATCH, 1, SEQUENCE, SEQUENCE), "bool", "mask"),)
+        return (Port("mask", (BATCH, 1, self.tokens, self.tokens), "bool", "mask"),)
 
 
 @dataclass(frozen=True)
@@ -248,5 +252,4 @@ class Presence(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        end = Port("tokens_end", (BATCH,), "int64", "presence_end")
-        return (Port("present_tokens", (BATCH, SEQUENCE), use="presence"), end)
+        return PRESENCE

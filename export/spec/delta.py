@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, SEQUENCE
-from llmexport.export.spec.block import Block, Port, State, hidden, state
+from llmexport.export.spec.block import PRESENCE, Block, Port, State, hidden, state
 from llmexport.export.spec.mixer import Mixer
 
 
@@ -78,8 +78,7 @@ class GatedDeltaNet(Mixer):
 
     @property
     def context(self) -> tuple[Port, ...]:
-        end = Port("tokens_end", (BATCH,), "int64", "presence_end")
-        return (Port("present_tokens", (BATCH, SEQUENCE), use="presence"), end)
+        return PRESENCE
 
     @property
     def states(self) -> tuple[State, ...]:

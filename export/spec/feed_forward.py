@@ -45,7 +45,9 @@ class Router(Block):
     """Which `top_k` of the experts a token goes to, and with what weight (the MoeRoute op).
 
     `correction`: experts are chosen by score plus one number each, which their weights leave out. Of `groups` of
-    experts, `groups_kept` are eligible. `scale` multiplies the weights (modeling_deepseek_v3.py).
+    experts, `groups_kept` are eligible: those whose `group_best` best choices sum highest. `scale` multiplies the
+    weights. `wide`: all is computed in float32, of the router's own weights too, and what comes out is rounded once
+    (modeling_deepseek_v3.py).
     """
 
     hidden: int
@@ -57,7 +59,9 @@ class Router(Block):
     correction: bool = False
     groups: int = 1
     groups_kept: int = 1
+    group_best: int = 2
     scale: float = 1.0
+    wide: bool = False
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:
@@ -81,6 +85,14 @@ class Router(Block):
     @property
     def outputs(self) -> tuple[Port, ...]:
         return routed(self.top_k)
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        if not self.wide:
+            return {}
+        own = {"bias": self.bias, "correction": self.correction}
+        rows = {name: Stored("", (self.experts,), "F") for name, there in own.items() if there}
+        return {"weight": Stored("", (self.experts, self.hidden), "F"), **rows}
 
 
 @dataclass(frozen=True)

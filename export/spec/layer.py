@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmexport.export.spec.block import Block, Port, State
+from llmexport.export.spec.latent import LatentAttention
 from llmexport.export.spec.mixer import Attention, Mixer, Norm
 
 
@@ -98,6 +99,6 @@ def decoder_layer(
     parallel: bool = False,
 ) -> Layer:
     """The layer of most decoders: a mixer, then an MLP or experts, by the names that checkpoints give them."""
-    name = "self_attn" if isinstance(mixer, Attention) else "linear_attn"
+    name = "self_attn" if isinstance(mixer, Attention | LatentAttention) else "linear_attn"
     first = Sublayer(name, mixer, input_norm, mixer_output_norm)
     return Layer((first, Sublayer("mlp", mlp, post_attention_norm, mlp_output_norm)), parallel)

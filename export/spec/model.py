@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE
-from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, TOKEN_TYPE_IDS, Block, Port, hidden
+from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, TOKEN_TYPE_IDS, Block, Dim, Port, hidden
 from llmexport.export.spec.context import Keys, LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from llmexport.export.spec.feed_forward import Activation
 from llmexport.export.spec.graph import Graph, Step
@@ -28,7 +28,9 @@ class Embedding(Block):
 
     It adds one for each of `types` of tokens and one for each of `positions`, then norms the sum (modeling_bert.py).
     0 and None: there are none. Positions count from 0 whatever is padding; or, with an `offset`, they are position_ids
-    and the rows of the table begin that much earlier (modeling_opt.py).
+    and the rows of the table begin that much earlier (modeling_opt.py). A table of words with `inner` numbers a row,
+    if that is not 0, has a matrix without bias that makes hidden states of them (project_in there). `axes` are those of
+    rows and of tokens.
     """
 
     vocabulary: int
@@ -38,11 +40,14 @@ class Embedding(Block):
     positions: int = 0
     norm: Norm | None = None
     offset: int | None = None
+    inner: int = 0
+    axes: tuple[Dim, Dim] = (BATCH, SEQUENCE)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
         types, positions = (TOKEN_TYPE_IDS,) * bool(self.types), (POSITION_IDS,) * bool(self.placed)
-        return (INPUT_IDS, *types, *positions)
+        ports = (INPUT_IDS, *types, *positions)
+        return tuple(dataclasses.replace(p, shape=self.axes) for p in ports)
 
     @property
     def placed(self) -> int:
@@ -51,7 +56,7 @@ class Embedding(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (hidden("hidden", self.hidden),)
+        return (hidden("hidden", self.hidden, self.axes),)
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
@@ -71,10 +76,11 @@ class Head(Block):
     `softcap` > 0 bounds the logits (modeling_gemma2.py). A head for masked tokens has a dense layer with this
     activation, `transform`, before the norm, and a `bias` of the projection (modeling_bert.py). `normed`: each row of
     the projection is divided by its L2 norm (NormHead, Baichuan 2's modeling_baichuan.py). `last`: it gives the logits
-    of the last token of each row alone.
+    of the last token of each row alone. Without a norm it reads hidden states of the size `hidden`. If `inner` is not
+    0, a matrix without bias makes so many numbers of them for the projection (modeling_opt.py, project_out).
     """
 
-    norm: Norm
+    norm: Norm | None
     vocabulary: int
     softcap: float = 0.0
     scale: float = 1.0
@@ -82,10 +88,17 @@ class Head(Block):
     bias: bool = False
     last: bool = False
     normed: bool = False
+    hidden: int = 0
+    inner: int = 0
+
+    @property
+    def size(self) -> int:
+        """How many numbers hidden states have."""
+        return self.norm.size if self.norm else self.hidden
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (hidden("hidden", self.norm.size),)
+        return (hidden("hidden", self.size),)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
@@ -93,7 +106,7 @@ class Head(Block):
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
-        return {"norm": (self.norm, "norm.")}
+        return {"norm": (self.norm, "norm.")} if self.norm else {}
 
 
 @dataclass(frozen=True)
@@ -170,19 +183,26 @@ class Multimodal:
 class Reference:
     """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output.
 
+    Unless it is `cached`, it keeps nothing of a step for the next one, as our graph does: a row is run whole each time.
+    `attention` is which of its implementations does.
+    `state` is what a class that keeps no cache calls what it carries, in its call and in its output: it knows nothing
+    of padding, and is right for one row alone.
     Where transformers has no class of the checkpoint's layout, `made_by` is the module of `validate/references/` that
     makes a model of its tensors; `model_class` is then what configs call it, and `aliases` what others call it.
     """
 
     model_class: str
     outputs: Mapping[str, str]
+    cached: bool = True
+    attention: str = "eager"
+    state: str = ""
     made_by: str = ""
     aliases: tuple[str, ...] = ()
 
 
-def causal_lm(model_class: str, made_by: str = "", aliases: tuple[str, ...] = ()) -> Reference:
+def causal_lm(model_class: str, attention: str = "eager", **others: Any) -> Reference:
     """The reference of a model whose logits are those of the next token."""
-    return Reference(model_class, MappingProxyType({"logits": "logits"}), made_by, aliases)
+    return Reference(model_class, MappingProxyType({"logits": "logits"}), attention=attention, **others)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
 
-ANY_FLOAT = ("T", "W")
+ANY_FLOAT = ("T", "W", "F")
 
 
 @dataclass(frozen=True)
 class Stored:
     """One of the tensors that hold a matrix. Its name is the matrix's with `suffix`, its `shape` the graph's.
 
-    `dtype` is "T" for floats of any type, cast to the model's; "W" for floats that the graph takes in the type they
-    are stored in; else the one type that it has. A checkpoint may set `group`s of the last dimension apart, as one
-    dimension more. A random checkpoint draws evenly from `usual` on and below its end; if it is None, as any weight.
+    `dtype` is "T" for floats of any type, cast to the model's, and "F" for those that are cast to float32; "W" for
+    floats that the graph takes in the type they are stored in; else the one type that it has. A checkpoint may set
+    `group`s of the last dimension apart, as one dimension more. A random checkpoint draws evenly from `usual` on and
+    below its end; if it is None, as any weight.
     """
 
     suffix: str

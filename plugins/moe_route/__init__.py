@@ -16,6 +16,7 @@ def fake(
     scale: float,
     groups: int,
     groups_kept: int,
+    group_best: int,
 ) -> tuple[Tensor, Tensor]:
     shape = (*logits.shape[:-1], top_k)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
@@ -41,6 +42,7 @@ def moe_route(
     scale: float,
     groups: int,
     groups_kept: int,
+    group_best: int,
 ) -> tuple[Tensor, Tensor]:
     """The top_k experts of every token and their weights, computed in fp32 and rounded once.
 
@@ -50,10 +52,10 @@ def moe_route(
       "softmax_top_k"  a softmax over the chosen logits alone (modeling_gpt_oss.py)
       "sigmoid"        the sigmoid of the logit (modeling_llama4.py, modeling_deepseek_v3.py)
     Experts are chosen by their logits; or, if there is a bias [E], by score + bias, while the weights stay without
-    it. groups > 1 splits the experts into that many equal groups, of which only the groups_kept whose two best
-    choices sum highest are eligible (modeling_deepseek_v3.py). renormalise divides the weights by their sum and
-    DeepSeek's 1e-20, which changes no sum above 2e-13; scale multiplies them last. Raises ValueError on any other
-    scoring.
+    it. groups > 1 splits the experts into that many equal groups, of which only the groups_kept whose group_best best
+    choices sum highest are eligible: 1 in modeling_deepseek_v2.py, 2 in modeling_deepseek_v3.py. renormalise divides
+    the weights by their sum and DeepSeek's 1e-20, which changes no sum above 2e-13; scale multiplies them last. Raises
+    ValueError on any other scoring.
     """
     wide = logits.float()
     if scoring == "softmax":
@@ -67,7 +69,7 @@ def moe_route(
     choice = wide if bias is None else scores + bias.float()
     if groups > 1:
         grouped = choice.unflatten(-1, (groups, -1))
-        best = grouped.topk(2, -1).values.sum(-1)
+        best = grouped.topk(group_best, -1).values.sum(-1)
         kept = best.sort(dim=-1, descending=True, stable=True).indices[..., :groups_kept]
         dropped = torch.ones_like(best, dtype=torch.bool).scatter(-1, kept, False)
         choice = grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)

@@ -11,12 +11,13 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     scores = {"softmax": "Softmax <axis = -1>", "sigmoid": "Sigmoid", "softmax_top_k": "Identity"}
     if scoring not in scores:
         raise ValueError(f"MoeRoute knows no scoring {scoring!r}")
+    groups, kept, best = (int(attributes[n]) for n in ("groups", "groups_kept", "group_best"))
     last = "weights_chosen"
     steps = f"""
     last_axis = Constant <value_ints = [-1]> ()
     wide = Cast <to = 1> (logits)
     scores = {scores[str(scoring)]} (wide)
-    {_choice(int(attributes["groups"]), int(attributes["groups_kept"]), "bias" in types)}
+    {_choice(groups, kept, best, "bias" in types)}
     top_k = Constant <value_ints = [{attributes["top_k"]}]> ()
     best, experts_wide = TopK <axis = -1, largest = 1, sorted = 1> (choice, top_k)
     experts = Cast <to = 6> (experts_wide)
@@ -38,7 +39,7 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     weights = CastLike (weights_scaled, logits)"""
 
 
-def _choice(groups: int, kept: int, biased: bool) -> str:
+def _choice(groups: int, kept: int, best: int, biased: bool) -> str:
     """The numbers that experts are chosen by: -inf outside the groups that are kept."""
     whole = "choice" if groups == 1 else "choice_whole"
     steps = f"{whole} = Identity (wide)"
@@ -50,9 +51,9 @@ def _choice(groups: int, kept: int, biased: bool) -> str:
     return f"""{steps}
     grouped_shape = Constant <value_ints = [0, 0, {groups}, -1]> ()
     grouped = Reshape (choice_whole, grouped_shape)
-    two = Constant <value_ints = [2]> ()
-    best_two, best_two_at = TopK <axis = -1, largest = 1, sorted = 1> (grouped, two)
-    group_scores = ReduceSum <keepdims = 0> (best_two, last_axis)
+    group_best = Constant <value_ints = [{best}]> ()
+    best_of_group, best_of_group_at = TopK <axis = -1, largest = 1, sorted = 1> (grouped, group_best)
+    group_scores = ReduceSum <keepdims = 0> (best_of_group, last_axis)
     groups_kept = Constant <value_ints = [{kept}]> ()
     best_groups, kept = TopK <axis = -1, largest = 1, sorted = 1> (group_scores, groups_kept)
     kept_column = Unsqueeze (kept, last_axis)

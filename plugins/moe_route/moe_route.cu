@@ -14,6 +14,9 @@ bool moeRouteFits(MoeRouteSizes const& s, MoeRouteAttributes const& a) {
   if (a.groups < 1 || a.groupsKept < 1 || a.groupsKept > a.groups) {
     return refuse("MoeRoute: %d of %d groups are kept", a.groupsKept, a.groups);
   }
+  if (a.groupBest < 1 || a.groupBest > 2) {
+    return refuse("MoeRoute: the %d best choices of a group, 1 or 2 are summed", a.groupBest);
+  }
   if (E == kUnknown) return true;
   if (a.topK > E) return refuse("MoeRoute: top_k is %d, but there are E = %lld experts", a.topK, E);
   if (a.groups > 1 && (E % a.groups != 0 || E / a.groups < 2)) {

@@ -95,7 +95,7 @@ struct RouteScore {
   }
 };
 
-// The groups whose two best choices sum highest, the lower group winning a tie: a bit for each.
+// The groups whose best choice, or two best ones, sum highest, the lower group winning a tie: a bit for each.
 // `choices` are the row's; lane g looks through group g.
 __device__ __forceinline__ unsigned bestRouteGroups(float const* choices, int experts,
                                                     MoeRouteAttributes const& attributes) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ unsigned bestRouteGroups(float const* choices, int ex
       first = fmaxf(first, choice);
     }
   }
-  float const mine = first + second;
+  float const mine = attributes.groupBest == 1 ? first : first + second;
   int better = 0;
   for (int g = 0; g < attributes.groups; ++g) {
     float const other = __shfl_sync(~0u, mine, g);

@@ -17,7 +17,7 @@ struct MoeRouteAttributes {
   Scoring scoring;
   bool renormalise;
   float scale;
-  int32_t groups, groupsKept;
+  int32_t groups, groupsKept, groupBest;
 };
 
 struct MoeRouteTensors {

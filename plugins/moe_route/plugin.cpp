@@ -6,14 +6,18 @@ namespace {
 
 enum Inputs { kLogits, kBias };
 enum Outputs { kWeights, kExperts };
-enum Attributes { kTopK, kScoring, kRenormalise, kScale, kGroups, kGroupsKept };
+enum Attributes { kTopK, kScoring, kRenormalise, kScale, kGroups, kGroupsKept, kGroupBest };
 
 MoeRouteSizes sizesOf(Sizes const& s) { return {s['B'], s['T'], s['E']}; }
 
 MoeRouteAttributes attributesOf(Values const& values) {
-  return {
-      values[kTopK].integer, Scoring(values[kScoring].integer), values[kRenormalise].integer != 0,
-      values[kScale].real,   values[kGroups].integer,           values[kGroupsKept].integer};
+  return {values[kTopK].integer,
+          Scoring(values[kScoring].integer),
+          values[kRenormalise].integer != 0,
+          values[kScale].real,
+          values[kGroups].integer,
+          values[kGroupsKept].integer,
+          values[kGroupBest].integer};
 }
 
 bool check(Sizes const& sizes, Values const& values) {
@@ -41,7 +45,8 @@ Registration const registration({
      {"renormalise", Kind::kBool},
      {"scale", Kind::kFloat},
      {"groups", Kind::kInt},
-     {"groups_kept", Kind::kInt}},
+     {"groups_kept", Kind::kInt},
+     {"group_best", Kind::kInt}},
     enqueue,
     check,
     supports,

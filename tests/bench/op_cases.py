@@ -193,7 +193,7 @@ def of_linear_attention(name: str, B: int, T: int) -> Iterator[Case]:
 
 def of_router(r: Router, B: int, T: int) -> Case:
     attributes = {"top_k": r.K, "scoring": r.scoring, "renormalise": r.renormalise, "scale": r.scale}
-    attributes |= {"groups": r.groups, "groups_kept": r.kept}
+    attributes |= {"groups": r.groups, "groups_kept": r.kept, "group_best": 2}
     return Case("MoeRoute", r.name, B, T, ((B, T, r.E), *[(r.E,)] * r.bias), attributes)
 
 

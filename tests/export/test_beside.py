@@ -126,6 +126,20 @@ def test_experts_one_by_one_are_put_together_where_they_are_bound() -> None:
     }
 
 
+def test_slices_of_a_weight_are_made_where_they_are_bound() -> None:
+    """As those of latent attention, whose matrix holds two of each head."""
+    nodes = [
+        make_node("Reshape", ["w", "shape"], ["heads"]),
+        make_node("Slice", ["heads", "three", "five", "one"], ["values"]),
+        make_node("MatMul", ["x", "values"], ["y"]),
+    ]
+    constants = {"three": np.array([3]), "five": np.array([2**62]), "one": np.array([-2])}
+    model = model_of(nodes, [matrix("w", (10, 4))], shape=np.array([2, 5, 4]), **constants)
+    operations = (Operation("reshape", (2, 5, 4)), Operation("slice", (1, 3, 5)))
+    assert beside(model, 1) == {"values": Binding("bfloat16", (2, 2, 4), (stored("w", 10, 4),), operations)}
+    assert [n.op_type for n in model.graph.node] == ["MatMul"]
+
+
 def test_a_table_that_is_embedding_and_head_is_bound_once() -> None:
     nodes = [
         make_node("Gather", ["w", "ids"], ["rows"], axis=0),

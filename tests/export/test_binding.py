@@ -54,11 +54,11 @@ def test_operations_are_done_in_order(export: Export) -> None:
     rows, columns = wanted.shape
     operations = (
         *(Operation("concat", 0), Operation("reshape", (2, rows, columns))),
-        *(Operation("cast", "bfloat16"), Operation("transpose", (0, 2, 1))),
+        *(Operation("cast", "bfloat16"), Operation("transpose", (0, 2, 1)), Operation("slice", (1, 3, 10))),
     )
-    found = bind(export, *operations, dtype="bfloat16", shape=(2, columns, rows), count=2)
+    found = bind(export, *operations, dtype="bfloat16", shape=(2, 7, rows), count=2)
     assert found.flags.c_contiguous
-    assert np.array_equal(found, np.stack([wanted.T.astype(found.dtype)] * 2))
+    assert np.array_equal(found, np.stack([wanted.T[3:10].astype(found.dtype)] * 2))
 
 
 @pytest.mark.parametrize(

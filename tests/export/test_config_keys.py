@@ -13,7 +13,7 @@ import torch
 import transformers
 from arch_cases import DECODERS, FIRST, IN_TRANSFORMERS
 from published_configs import PUBLISHED
-from tiny_configs import everywhere, one_line, placed_layers
+from tiny_configs import config_class, everywhere, one_line, placed_layers
 
 from llmexport.export import archs, blocks
 from llmexport.export.config import LONGEST, MOST
@@ -71,7 +71,7 @@ def ours(config: dict[str, Any]) -> Model | str:
 def theirs(config: dict[str, Any]) -> Model | str:
     """The model that it means to transformers, or that it is refused there."""
     try:
-        full = transformers.CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config)).to_dict()
+        full = config_class(config)(**copy.deepcopy(config)).to_dict()
     except Exception as error:
         return f"transformers refuses: {error}"
     return ours(full)
@@ -143,7 +143,11 @@ def test_the_largest_sizes_that_are_read_can_be_laid_out(arch):
     if arch in ("qwen3_5", "qwen3_5_moe"):
         # So that the sections of mRoPE still make its part of the head.
         config["rope_parameters"] = {"partial_rotary_factor": 8 / LONGEST, "mrope_section": [2, 1, 1]}
-    for key in [k for k, v in config.items() if type(v) is int and k not in ("num_hidden_layers", *not_read(arch))]:
+    # So that every expert may be chosen.
+    groups = {k: 1 for k in ("n_group", "topk_group") if k in config}
+    config |= groups
+    passed_over = ("num_hidden_layers", "num_layers", *groups, *not_read(arch))
+    for key in [k for k, v in config.items() if type(v) is int and k not in passed_over]:
         config[key] = next(n for n in (2**31 - 1, LONGEST, MOST) if "at most" not in str(ours(config | {key: n})))
     model = ours(config)
     assert isinstance(model, Model), model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from arch_cases import DECODERS, FIRST, Case
+from arch_cases import FIRST, KEYED, LATENTS, Case
 from other_runtimes import GENAI, asked
 from tiny_configs import read
 
@@ -70,7 +70,7 @@ def test_the_file_of_a_llama() -> None:
     )
 
 
-@pytest.mark.parametrize("case", DECODERS, ids=str)
+@pytest.mark.parametrize("case", [c for c in KEYED if c.arch not in LATENTS], ids=str)
 def test_its_names_and_sizes_are_those_of_the_graph(case: Case) -> None:
     model = read(case.arch, **case.changes)
     decoder = written(model)[0]["model"]["decoder"]
@@ -100,8 +100,15 @@ def test_mrope_has_a_runner_of_its_own_which_finds_no_image_in_a_text() -> None:
 
 
 def test_who_may_not_be_padded_on_the_right_is_noted() -> None:
-    noted = {c.arch for c in FIRST if c in DECODERS and any(PADDED in n for n in written(read(c.arch))[1])}
+    taken = [c for c in FIRST if c in KEYED and c.arch not in LATENTS]
+    noted = {c.arch for c in taken if any(PADDED in n for n in written(read(c.arch))[1])}
     assert noted == {"gpt_oss", "gemma2", "qwen3_5", "qwen3_5_moe"}
+
+
+@pytest.mark.parametrize("arch", LATENTS)
+def test_a_cache_of_latents_is_refused(arch: str) -> None:
+    with pytest.raises(ExportError, match="which keeps a latent of each token and no values of the shape of keys"):
+        written(read(arch))
 
 
 def test_a_static_cache_is_one_buffer_of_the_longest_text() -> None:
@@ -113,6 +120,11 @@ def test_a_static_cache_is_one_buffer_of_the_longest_text() -> None:
 def test_a_static_cache_that_keeps_a_window_is_refused() -> None:
     with pytest.raises(ExportError, match="whose static cache keeps the last tokens alone in some layers"):
         written(read_model(archs.load("mistral"), archs.load("mistral").tiny, 64))
+
+
+def test_a_model_that_keeps_no_keys_is_refused() -> None:
+    with pytest.raises(ExportError, match="which keeps no keys"):
+        written(read("rwkv"))
 
 
 def test_what_no_config_says_is_noted() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from arch_cases import DECODERS, IN_TRANSFORMERS, Case
+from arch_cases import DECODERS, IN_TRANSFORMERS, LATENTS, Case
 from other_runtimes import OPTIMUM, asked
 from tiny_configs import one_line, read
 
@@ -19,9 +19,9 @@ from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 
 PYTHON = "LLMEXPORT_OPTIMUM_PYTHON"  # the interpreter of an environment with optimum-onnx
-# Those that carry more than keys and values.
-OTHERS = ("qwen3_5", "qwen3_5_moe")
-KNOWN = [c for c in DECODERS if c.arch not in OTHERS]
+# Those that carry more than keys and values, or others.
+OTHERS = ("qwen3_5", "qwen3_5_moe", *LATENTS)
+KNOWN = [c for c in DECODERS if c.arch not in OTHERS and "rope_parameters" in archs.load(c.arch).tiny]
 
 
 def stored(case: Case) -> dict:

@@ -11,13 +11,16 @@ import transformers
 from arch_cases import IN_TRANSFORMERS
 from layouts import WHOLE
 from published_configs import LONG_FACTOR, PUBLISHED, SHORT_FACTOR, WITH_MORE_KEYS
-from tiny_configs import read, read_whole
+from published_latent import LATENT_MODELS
+from tiny_configs import config_class, read, read_whole
 
 from llmexport.export import archs
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import (
+    Alibi,
     Attention,
     BidirectionalMask,
+    ChannelMix,
     Embedding,
     Experts,
     GatedDeltaNet,
@@ -39,6 +42,7 @@ from llmexport.export.spec import (
     Span,
     Sublayer,
     Temperature,
+    TimeMix,
     YarnScaling,
     decoder_layer,
 )
@@ -46,6 +50,9 @@ from llmexport.export.stack import wired
 
 CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).model_types[0]] for n in IN_TRANSFORMERS}
 THEIRS = {t for n in IN_TRANSFORMERS for t in archs.load(n).model_types}
+
+# Without these its own model is none.
+NO_DEFAULT = {"deepseek_v2": {"num_experts_per_tok": 6}}
 
 
 def published(name: str) -> Model:
@@ -55,12 +62,12 @@ def published(name: str) -> Model:
 
 def as_transformers_writes(config: dict[str, Any]) -> dict[str, Any]:
     """The config as transformers understands it: every key that its class has, in the words of this version."""
-    return transformers.CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config)).to_dict()
+    return config_class(config)(**copy.deepcopy(config)).to_dict()
 
 
 @pytest.mark.parametrize("arch", CLASSES)
 def test_every_key_that_transformers_writes_is_understood(arch):
-    read_model(archs.load(arch), CLASSES[arch]().to_dict())
+    read_model(archs.load(arch), CLASSES[arch](**NO_DEFAULT.get(arch, {})).to_dict())
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -255,6 +262,51 @@ def bert_base() -> Model:
     )
 
 
+def gpt2(hidden: int, heads: int, layers: int) -> Model:
+    norm = Norm(hidden, 1e-5, statistics="layer", bias=True)
+    fields = {"qkv_bias": True, "out_bias": True, "fused": True, "transposed": True, "rotated": 0}
+    attention = Attention(hidden, heads, heads, 64, scale=64**-0.5, **fields)
+    mlp = Mlp(hidden, 4 * hidden, "gelu_tanh", bias=True, gated=False, transposed=True)
+    layer = (decoder_layer(norm, attention, norm, mlp), (Mask(),))
+    embedding = Embedding(50257, hidden, positions=1024, offset=0)
+    return wired(embedding, (layer,) * layers, Head(norm, 50257), tied=True)
+
+
+def openai_gpt() -> Model:
+    norm = Norm(768, 1e-5, statistics="layer", bias=True)
+    fields = {"qkv_bias": True, "out_bias": True, "fused": True, "transposed": True, "rotated": 0}
+    mlp = Mlp(768, 3072, "gelu_tanh", bias=True, gated=False, transposed=True)
+    attention = Attention(768, 12, 12, 64, **fields)
+    layer = Layer((Sublayer("self_attn", attention, sum_norm=norm), Sublayer("mlp", mlp, sum_norm=norm)))
+    embedding = Embedding(40478, 768, positions=512, offset=0)
+    return wired(embedding, ((layer, (Mask(),)),) * 12, Head(None, 40478, hidden=768), tied=True)
+
+
+def gpt_neo_125m() -> Model:
+    norm = Norm(768, 1e-5, statistics="layer", bias=True)
+    mlp = Mlp(768, 3072, "gelu_tanh", bias=True, gated=False)
+    block = decoder_layer(norm, Attention(768, 12, 12, 64, out_bias=True, rotated=0, scale=1.0), norm, mlp)
+    layers = ((block, (Mask(),)), (block, (Mask(256),))) * 6
+    return wired(Embedding(50257, 768, positions=2048, offset=0), layers, Head(norm, 50257), tied=True)
+
+
+def opt_350m() -> Model:
+    norm = Norm(1024, 1e-5, statistics="layer", bias=True)
+    attention = Attention(1024, 16, 16, 64, qkv_bias=True, out_bias=True, rotated=0)
+    mlp = Mlp(1024, 4096, "relu", bias=True, gated=False)
+    layer = Layer((Sublayer("self_attn", attention, sum_norm=norm), Sublayer("mlp", mlp, sum_norm=norm)))
+    embedding = Embedding(50272, 1024, positions=2050, offset=2, inner=512)
+    return wired(embedding, ((layer, (Mask(),)),) * 24, Head(None, 50272, hidden=1024, inner=512), tied=True)
+
+
+def starcoder2_3b() -> Model:
+    norm = Norm(3072, 1e-5, statistics="layer", bias=True)
+    attention = Attention(3072, 24, 2, 128, qkv_bias=True, out_bias=True)
+    block = decoder_layer(norm, attention, norm, Mlp(3072, 12288, "gelu_tanh", bias=True, gated=False))
+    layer = (block, (Rotary(128, 999999.4420358813), Mask(4096)))
+    return wired(Embedding(49152, 3072), (layer,) * 30, Head(norm, 49152), tied=True)
+
+
 def mixtral_8x7b() -> Model:
     norm = Norm(4096, 1e-5)
     moe = Moe(Router(4096, 8, 2, "softmax", renormalise=True), Experts(4096, 14336, 8, 2, "silu"))
@@ -273,6 +325,77 @@ def qwen1_5_moe() -> Model:
     return llama(24, 2048, block, Rotary(128, 1000000.0), 151936)
 
 
+def layer_norm(size: int) -> Norm:
+    return Norm(size, 1e-5, statistics="layer", bias=True)
+
+
+def bloom_176b() -> Model:
+    norm = layer_norm(14336)
+    biases = {"qkv_bias": True, "out_bias": True, "biased": True}
+    attention = Attention(14336, 112, 112, 128, fused=True, grouped=True, rotated=0, **biases)
+    block = decoder_layer(norm, attention, norm, Mlp(14336, 57344, "gelu_tanh", bias=True, gated=False))
+    layers = ((block, (Mask(), Alibi(112))),) * 70
+    return wired(Embedding(250880, 14336, norm=norm), layers, Head(norm, 250880), tied=True)
+
+
+def falcon_40b() -> Model:
+    norm, attention = layer_norm(8192), Attention(8192, 128, 8, 64, fused=True, grouped=True)
+    mlp = Mlp(8192, 32768, "gelu_erf", gated=False)
+    block = Layer((Sublayer("attn", attention, norm), Sublayer("ffn", mlp, norm)), parallel=True)
+    layers = ((block, (Rotary(64, 10000.0), Mask())),) * 60
+    return wired(Embedding(65024, 8192), layers, Head(norm, 65024), tied=True)
+
+
+def falcon_11b() -> Model:
+    norm, attention = layer_norm(4096), Attention(4096, 32, 8, 128, fused=True, grouped=True)
+    block = decoder_layer(norm, attention, None, Mlp(4096, 16384, "gelu_erf", gated=False), parallel=True)
+    return llama(60, 4096, block, Rotary(128, 500042.0), 65024)
+
+
+def falcon_rw_1b() -> Model:
+    norm, biases = layer_norm(2048), {"qkv_bias": True, "out_bias": True, "biased": True}
+    attention = Attention(2048, 32, 32, 64, fused=True, grouped=True, rotated=0, **biases)
+    block = decoder_layer(norm, attention, norm, Mlp(2048, 8192, "gelu_erf", bias=True, gated=False))
+    layers = ((block, (Mask(), Alibi(32, 0.125, rounded=True))),) * 24
+    return wired(Embedding(50304, 2048), layers, Head(norm, 50304), tied=True)
+
+
+def pythia_1b() -> Model:
+    norm, biases = layer_norm(2048), {"qkv_bias": True, "out_bias": True}
+    attention = Attention(2048, 8, 8, 256, fused=True, grouped=True, rotated=64, **biases)
+    mlp = Mlp(2048, 8192, "gelu_erf", bias=True, gated=False)
+    block = decoder_layer(norm, attention, norm, mlp, parallel=True)
+    return llama(16, 2048, block, Rotary(64, 10000.0), 50304)
+
+
+def phi_2() -> Model:
+    norm, biases = layer_norm(2560), {"qkv_bias": True, "out_bias": True}
+    mlp = Mlp(2560, 10240, "gelu_tanh", bias=True, gated=False)
+    block = decoder_layer(norm, Attention(2560, 32, 32, 80, rotated=32, **biases), None, mlp, parallel=True)
+    layers = ((block, (Rotary(32, 10000.0), Mask())),) * 32
+    return wired(Embedding(51200, 2560), layers, Head(norm, 51200, bias=True), tied=False)
+
+
+def stablelm_2_12b() -> Model:
+    norm, heads = layer_norm(5120), Norm(160, 1e-5, statistics="layer")
+    attention = Attention(5120, 32, 8, 160, rotated=40, qk_norm=heads, qk_norm_over="each_head")
+    block = decoder_layer(norm, attention, None, Mlp(5120, 13824, "silu"), parallel=True)
+    return llama(40, 5120, block, Rotary(40, 10000.0), 100352)
+
+
+def rwkv_169m() -> Model:
+    norm = Norm(768, 1e-5, statistics="layer", bias=True)
+
+    def layer(scale: float, halved: float) -> Layer:
+        time, channel = TimeMix(768, scale), ChannelMix(768, 3072, scale)
+        second = Sublayer("feed_forward", channel, norm, scale=halved, kept=halved)
+        return Layer((Sublayer("attention", time, norm), second))
+
+    scales = (*((1.0, 1.0),) * 5, (1.0, 0.5), *((0.5, 1.0),) * 5, (0.5, 0.5))
+    layers = [(layer(*s), (Presence(),)) for s in scales]
+    return wired(Embedding(50277, 768, norm=norm), layers, Head(norm, 50277), tied=False)
+
+
 # 131072 positions are 32 times the original 4096.
 LONG = LongScaling(tuple(SHORT_FACTOR), tuple(LONG_FACTOR), 4096, math.sqrt(1 + math.log(32.0) / math.log(4096)))
 MODELS = {
@@ -280,6 +403,13 @@ MODELS = {
     "OLMo-2-1124-7B": olmo_2_7b(),
     "aya-23-8B": aya_23_8b(),
     "bert-base-uncased": bert_base(),
+    "rwkv-4-169m-pile": rwkv_169m(),
+    "gpt2-xl": gpt2(1600, 25, 48),
+    "distilgpt2": gpt2(768, 12, 6),
+    "openai-gpt": openai_gpt(),
+    "gpt-neo-125m": gpt_neo_125m(),
+    "opt-350m": opt_350m(),
+    "starcoder2-3b": starcoder2_3b(),
     "Llama-3.1-8B": llama_3_1_8b(),
     "linear scaling": linear_scaling(),
     "GLM-4-9B-0414": glm_4(1e-5, sandwich=True),
@@ -296,6 +426,14 @@ MODELS = {
     "OLMo-1B-hf": olmo_1b(),
     "Mixtral-8x7B-v0.1": mixtral_8x7b(),
     "Qwen1.5-MoE-A2.7B": qwen1_5_moe(),
+    "bloom": bloom_176b(),
+    "falcon-40b": falcon_40b(),
+    "falcon-11B": falcon_11b(),
+    "falcon-rw-1b": falcon_rw_1b(),
+    "pythia-1b": pythia_1b(),
+    "phi-2": phi_2(),
+    "stablelm-2-12b": stablelm_2_12b(),
+    **LATENT_MODELS,
 }
 
 

@@ -25,15 +25,19 @@ from llmexport.export.spec import (
     BidirectionalMask,
     Block,
     CausalConv,
+    ChannelMix,
     Embedding,
     Experts,
+    FilteredAttention,
     GatedDeltaNet,
     GatedNorm,
     Head,
     Keys,
+    LatentAttention,
     Layer,
     LinearScaling,
     Llama3Scaling,
+    LocalizedFilter,
     LongScaling,
     Mask,
     Mixer,
@@ -50,6 +54,7 @@ from llmexport.export.spec import (
     Span,
     Sublayer,
     Temperature,
+    TimeMix,
     YarnScaling,
     decoder_layer,
 )
@@ -80,6 +85,7 @@ POST_NORM = Layer((Sublayer("self_attn", UNCACHED, sum_norm=LAYER_NORM), Sublaye
 SINKS = Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True, sinks=True, window=7)
 ALL, LAST = Keys(150), Keys(7, slides=True)
 SOFTCAP = Attention(33, 6, 2, 10, softcap=2.0, scale=0.2)
+LATENT = LatentAttention(33, 6, key_size=10, rope_size=4, value_size=7, latent=13, query=9, scale=0.3, parted=True)
 DELTA_NET = GatedDeltaNet(33, key_heads=2, key_size=10, value_heads=6, value_size=7, kernel=4, epsilon=1e-6)
 ROUTER = Router(33, 9, 3, "softmax", renormalise=True)
 EXPERTS = Experts(33, 21, 9, 3)
@@ -88,6 +94,7 @@ CLAMPED = Experts(
     64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, transposed=True, interleaved=True, bias=True, scale_input=False
 )
 MXFP4 = Experts(64, 32, 5, 2, "swiglu_clamped", 1.702, 7.0, interleaved=True, bias=True, storage=Mxfp4())
+FILTER = LocalizedFilter(Norm(34, 1e-6))
 BIASED = Attention(33, 6, 2, 10, rotated=0, biased=True)
 PARALLEL = decoder_layer(LAYER_NORM, BIASED, LAYER_NORM, SILU_MLP, parallel=True)
 DEEP_NORM = Layer(
@@ -96,12 +103,17 @@ DEEP_NORM = Layer(
         Sublayer("mlp", SILU_MLP, LAYER_NORM, scale=0.3, from_normed=True),
     )
 )
+RWKV_SUBLAYERS = (
+    Sublayer("attention", TimeMix(33), LAYER_NORM),
+    Sublayer("feed_forward", ChannelMix(33, 65), LAYER_NORM),
+)
 DELTA_LAYER = decoder_layer(GEMMA_NORM, DELTA_NET, GEMMA_NORM, MOE)
 CASES = [
     (Embedding(37, 33), "float32"),
     (Embedding(37, 33, 33**0.5), "float16"),
     (Embedding(37, 33, types=2, positions=200, norm=LAYER_NORM), "float32"),
     (Embedding(37, 33, positions=202, offset=2), "float32"),
+    (Embedding(37, 33, positions=202, offset=2, inner=21), "float32"),
     (Alibi(6), "float32"),
     (Alibi(4, 0.3, rounded=True), "float16"),
     (Alibi(6, keys=ALL), "float32"),
@@ -161,12 +173,24 @@ CASES = [
     (SINKS, "float32"),
     (SINKS, "float16"),
     (SOFTCAP, "float32"),
+    (LATENT, "float32"),
+    (LATENT, "float16"),
+    (dataclasses.replace(LATENT, query=None, bias=True, parted=False, interleaved=True), "float32"),
+    (dataclasses.replace(LATENT, turned=False), "float32"),
+    (dataclasses.replace(LATENT, keys=ALL), "float32"),
+    (FILTER, "float32"),
+    (FILTER, "float16"),
+    (FilteredAttention(34, 4, 4, 10, filter=FILTER), "float32"),
+    (FilteredAttention(34, 4, 4, 10, filter=FILTER, keys=ALL), "float32"),
     (CausalConv(33, 4), "float32"),
     (CausalConv(33, 2), "float16"),
     (GatedNorm(6, 7, 1e-6), "float32"),
     (GatedNorm(6, 7, 1e-6), "float16"),
     (DELTA_NET, "float32"),
     (DELTA_NET, "float16"),
+    (TimeMix(33), "float32"),
+    (TimeMix(33, 0.25), "float16"),
+    (ChannelMix(33, 65, 0.5), "float32"),
     (SILU_MLP, "float32"),
     (Mlp(33, 65, "gelu_tanh", bias=True), "float32"),
     (Mlp(33, 65, "gelu_erf"), "float16"),
@@ -177,6 +201,7 @@ CASES = [
     (Router(33, 9, 3, "softmax_top_k", bias=True), "float32"),
     (Router(33, 9, 1, "sigmoid"), "float32"),
     (Router(33, 12, 3, "sigmoid", True, correction=True, groups=4, groups_kept=2, scale=2.5), "float32"),
+    (Router(33, 12, 3, "sigmoid", correction=True, groups=4, groups_kept=2, group_best=1, wide=True), "float16"),
     (EXPERTS, "float32"),
     (EXPERTS, "float16"),
     (Experts(33, 21, 9, 1, transposed=True, scale_input=True), "float32"),
@@ -194,9 +219,12 @@ CASES = [
     (PARALLEL, "float32"),
     (DEEP_NORM, "float32"),
     (DELTA_LAYER, "float32"),
+    (Layer(RWKV_SUBLAYERS), "float16"),
     (Head(LLAMA_NORM, 37), "float32"),
     (Head(LLAMA_NORM, 37, softcap=3.0), "float32"),
     (Head(LAYER_NORM, 37, transform="gelu_erf", bias=True), "float32"),
+    (Head(None, 37, hidden=33), "float32"),
+    (Head(LAYER_NORM, 37, inner=21), "float32"),
     *VISION_TRACES,
 ]
 # batch, sequence, past: a decode step, a first token, prefills longer than what was traced, and a chunk.
@@ -319,7 +347,8 @@ def test_parameters_have_the_shapes_and_types_of_the_module(case):
     expected = {n: (tuple(p.shape), str(p.dtype).removeprefix("torch.")) for n, p in parameters.items()}
     found = {v.name: (dims(v), dtype_of(v)) for v in model.graph.input if v.name in expected}
     assert found == expected
-    assert {kind for _, kind in found.values()} <= {dtype, "uint8"}
+    assert {kind for n, (_, kind) in found.items() if block.dtype_of(n) != "F"} <= {dtype, "uint8"}
+    assert {kind for n, (_, kind) in found.items() if block.dtype_of(n) == "F"} <= {"float32"}
 
 
 def test_every_inner_value_is_typed(case):
@@ -346,12 +375,15 @@ def ops(model: onnx.ModelProto) -> list[str]:
     return [n.op_type for n in model.graph.node]
 
 
-OURS = ("SinkAttention", "MoeRoute", "MoeExperts", "CausalConv1d", "GatedDeltaRule", "GatedRmsNorm")
+OURS = ("SinkAttention", "MoeRoute", "MoeExperts", "CausalConv1d", "GatedDeltaRule", "GatedRmsNorm", "Wkv")
 FEW = [
     (LAYER, {"Attention": 1, "Rope": 2, "RMSNormalization": 2, "MatMul": 7, "Gelu": 1}),
     (SANDWICH, {"Attention": 1, "Rope": 2, "RMSNormalization": 4, "MatMul": 7, "Sigmoid": 1}),
     (SINKS, {"SinkAttention": 1, "Rope": 2, "MatMul": 4}),
+    # The projections, and each head's two matrices, which lie in one.
+    (LATENT, {"Attention": 1, "Rope": 2, "RMSNormalization": 2, "MatMul": 6}),
     (DELTA_NET, {"CausalConv1d": 1, "GatedDeltaRule": 1, "GatedRmsNorm": 1, "MatMul": 5, "Softplus": 1, "Sigmoid": 1}),
+    (TimeMix(33), {"Wkv": 1, "MatMul": 4, "Sigmoid": 1}),
     # The shared expert's three matrices, its gate and the router's scores.
     (MOE, {"MoeRoute": 1, "MoeExperts": 1, "MatMul": 5, "Sigmoid": 2}),
 ]

@@ -9,6 +9,7 @@
 #include "moe_route/moe_route.h"
 #include "rope/rope.h"
 #include "sink_attention/sink_attention.h"
+#include "wkv/wkv.h"
 
 using namespace llmexport;
 
@@ -59,3 +60,5 @@ extern "C" int launch_SinkAttention(int64_t const* s) {
 extern "C" int launch_GatedDeltaRule(int64_t const* s) {
   return gatedDeltaRule(kDtype, {s[0], s[1], s[2], s[3], s[4], s[5]}, {}, {}, nullptr, nullptr);
 }
+
+extern "C" int launch_Wkv(int64_t const* s) { return wkv(kDtype, {s[0], s[1], s[2]}, {}, nullptr); }

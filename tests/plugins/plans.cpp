@@ -4,6 +4,7 @@
 #include "gated_act/gated_act.h"
 #include "moe_route/moe_route.h"
 #include "rope/rope.h"
+#include "wkv/wkv.h"
 
 using namespace llmexport;
 
@@ -63,4 +64,9 @@ extern "C" void plan_moe_route(int64_t const* sizes, int, bool, int64_t* out) {
   auto const plan = moeRoutePlan({1, sizes[0], sizes[1]}, attributes);
   write(plan.launch, out);
   out[8] = plan.perLane;
+}
+
+// sizes: B, T, C.
+extern "C" void plan_wkv(int64_t const* sizes, int, bool, int64_t* out) {
+  write(wkvPlan({sizes[0], sizes[1], sizes[2]}), out);
 }

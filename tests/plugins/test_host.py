@@ -33,7 +33,8 @@ def test_an_error_says_what_the_plugin_said(library: Library) -> None:
 
 
 def test_prepare_tells_outputs_and_workspace(library: Library) -> None:
-    attributes = {"top_k": 3, "scoring": "softmax", "renormalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1}
+    attributes = {"top_k": 3, "scoring": "softmax", "renormalise": False, "scale": 1.0, "groups": 1}
+    attributes |= {"groups_kept": 1, "group_best": 2}
     outputs, workspace = library.create("MoeRoute", attributes).prepare([desc((2, 5, 8), "float16")])
     assert [(d.shape, dtype_name(d.type)) for d in outputs] == [((2, 5, 3), "float16"), ((2, 5, 3), "int32")]
     assert workspace == 0

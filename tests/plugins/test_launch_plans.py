@@ -119,6 +119,15 @@ def test_conv_keeps_every_sm_busy_with_chunks_as_long_as_may_be(plan, tokens, le
 
 
 @several
+@given(few, many)
+def test_wkv(plan, batch, channels):
+    p = plan("wkv", (batch, 1, channels), 2, True)
+    p.check(WARP)
+    assert p.grid[1] == batch
+    assert p.grid[0] * p.block[0] >= channels > (p.grid[0] - 1) * p.block[0]
+
+
+@several
 @given(many, st.integers(2, 512), st.integers(1, 512), st.booleans())
 def test_moe_route(plan, rows, experts, top_k, grouped):
     top_k = min(top_k, experts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from one_node import rtx_build, session
 from op_model import DYNAMIC, node_model, run
 from torch import Tensor
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.llama4.modeling_llama4 import Llama4Router
@@ -39,6 +40,7 @@ class Routing:
     scale: float = 1.0
     groups: int = 1
     groups_kept: int = 1
+    group_best: int = 2
 
     def __call__(self, logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return moe_route(logits, bias, **asdict(self))
@@ -48,6 +50,7 @@ MIXTRAL = Routing(2, "softmax", renormalise=True)
 QWEN = Routing(8, "softmax", renormalise=True)
 GPT_OSS = Routing(4, "softmax_top_k")
 LLAMA4 = Routing(1, "sigmoid")
+DEEPSEEK_V2 = Routing(6, "softmax", scale=16.0, groups=8, groups_kept=3, group_best=1)
 DEEPSEEK = Routing(8, "sigmoid", renormalise=True, scale=2.5, groups=8, groups_kept=4)
 # (experts, routing, with a bias): those of published models, and what none of them combines.
 CASES = [
@@ -59,6 +62,7 @@ CASES = [
     (32, Routing(5, "softmax_top_k", groups=4, groups_kept=1, scale=3.0), True),
     (128, LLAMA4, False),
     (128, Routing(6, "sigmoid", renormalise=True), True),
+    (160, DEEPSEEK_V2, False),
     (256, QWEN, False),
     (256, DEEPSEEK, True),
     (256, Routing(10, "softmax_top_k", renormalise=True), False),
@@ -87,7 +91,7 @@ def exact(logits: np.ndarray, bias: np.ndarray | None, routing: Routing) -> tupl
     score = scores[routing.scoring]
     choice = list(logits if bias is None else score + bias)
     members = np.split(np.arange(len(choice)), routing.groups)
-    sums = [sum(sorted((choice[e] for e in group), reverse=True)[:2]) for group in members]
+    sums = [sum(sorted((choice[e] for e in group), reverse=True)[: routing.group_best]) for group in members]
     kept = sorted(range(routing.groups), key=lambda g: (-sums[g], g))[: routing.groups_kept]
     eligible = [e for g in kept for e in members[g]] if routing.groups > 1 else range(len(choice))
     experts = sorted(eligible, key=lambda e: (-choice[e], e))[: routing.top_k]
@@ -179,6 +183,19 @@ def test_equals_deepseek_with_groups_a_bias_and_a_scale(renormalise):
     assert torch.equal(picked[0].gather(-1, ours), chosen.gather(-1, order).int())
     expected, sorted_found = weights.gather(-1, order).numpy(), found[0].gather(-1, ours).numpy()
     assert compare(expected, sorted_found).excess(FEW_ROUNDINGS) <= 1
+
+
+def test_equals_deepseek_v2_whose_groups_are_as_good_as_their_best_expert():
+    tensors = example((1, 130), 160, False)
+    config = {"routed_scaling_factor": 16.0, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"}
+    module = published(DeepseekV2TopkRouter, 160, torch.float32, num_experts_per_tok=6, **config)
+    _, weights, chosen = module(tensors["logits"][0])
+    best = weights.sort(-1, descending=True)
+    found, picked = DEEPSEEK_V2(**tensors)
+    assert torch.equal(picked[0], chosen.gather(-1, best.indices).int())
+    assert compare(best.values.numpy(), found[0].numpy()).excess(FEW_ROUNDINGS) <= 1
+    # By the sum of two others would be chosen.
+    assert not torch.equal(picked, replace(DEEPSEEK_V2, group_best=2)(**tensors)[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

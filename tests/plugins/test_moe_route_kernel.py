@@ -36,7 +36,7 @@ def exact(inputs: list[Values], attributes: dict[str, Any]) -> tuple[Values, Val
     groups = attributes["groups"]
     if groups > 1:
         grouped = choice.reshape(*choice.shape[:-1], groups, -1)
-        of_group = np.sort(grouped, -1)[..., -2:].sum(-1)
+        of_group = np.sort(grouped, -1)[..., -attributes["group_best"] :].sum(-1)
         dropped = best_first(of_group)[..., attributes["groups_kept"] :]
         np.put_along_axis(grouped, dropped[..., None], -np.inf, axis=-2)
         choice = grouped.reshape(choice.shape)
@@ -50,7 +50,7 @@ def exact(inputs: list[Values], attributes: dict[str, Any]) -> tuple[Values, Val
 
 
 def asked(top_k: int, scoring: str = "softmax", groups: int = 1, kept: int = 1, **changed: Any) -> dict[str, Any]:
-    whole = {"top_k": top_k, "scoring": scoring, "renormalise": False, "scale": 1.0}
+    whole = {"top_k": top_k, "scoring": scoring, "renormalise": False, "scale": 1.0, "group_best": 2}
     return {**whole, "groups": groups, "groups_kept": kept, **changed}
 
 
@@ -93,14 +93,15 @@ GROUPS = [(256, 8, 4, 8), (160, 8, 3, 6), (60, 4, 2, 5), (30, 2, 1, 15), (64, 32
 
 
 @pytest.mark.parametrize(
-    ("grouped", "dtype", "renormalise", "with_bias"), pairwise(GROUPS, [*DTYPES], (False, True), (False, True))
+    ("grouped", "dtype", "renormalise", "with_bias", "best"),
+    pairwise(GROUPS, [*DTYPES], (False, True), (False, True), (1, 2)),
 )
 def test_groups(
-    machine: Machine, grouped: tuple[int, int, int, int], dtype: str, renormalise: bool, with_bias: bool
+    machine: Machine, grouped: tuple[int, int, int, int], dtype: str, renormalise: bool, with_bias: bool, best: int
 ) -> None:
     e, groups, kept, k = grouped
     inputs = [random((2, 5, e), dtype, 1), random((e,), dtype, 2)][: 2 if with_bias else 1]
-    attributes = asked(k, "sigmoid", groups, kept, renormalise=renormalise, scale=2.5)
+    attributes = asked(k, "sigmoid", groups, kept, renormalise=renormalise, scale=2.5, group_best=best)
     assert is_right(machine, inputs, attributes, dtype)
 
 
@@ -167,6 +168,7 @@ def test_result_does_not_depend_on_the_order_of_threads(machine: Machine, monkey
         (9, asked(2, groups=2), "E = 9 experts are not 2 groups of two or more"),
         (8, asked(2, groups=8), "E = 8 experts are not 8 groups of two or more"),
         (8, asked(2, groups=2, kept=3), "3 of 2 groups are kept"),
+        (8, asked(2, groups=2, group_best=3), "the 3 best choices of a group, 1 or 2 are summed"),
         (128, asked(2, groups=64, kept=2), "64 groups, the kernel has a lane for 32"),
     ],
 )

@@ -37,6 +37,7 @@ ATTRIBUTES = {
     "SinkAttention": {"scale": 0.5, "softcap": 30.0, "window": 3},
     "GatedDeltaRule": {"scale": 0.5, "l2_norm": True},
     "CausalConv1d": {"activation": "silu"},
+    "Wkv": {},
     "GatedRmsNorm": {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True},
     "MoeRoute": {
         "top_k": 2,
@@ -45,6 +46,7 @@ ATTRIBUTES = {
         "scale": 2.5,
         "groups": 2,
         "groups_kept": 1,
+        "group_best": 2,
     },
     "MoeExperts": {
         "activation": "swiglu_clamped",
