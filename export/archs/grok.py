@@ -43,7 +43,7 @@ ARCH = Arch(
     model_types=("grok-1",),
     system="Grok-1",
     adds="sandwich norms, tanh-bounded scores, 8 experts without renormalisation, multipliers",
-    reference=causal_lm("Grok1ModelForCausalLM"),
+    reference=causal_lm("Grok1ModelForCausalLM", made_by="grok"),
     build=build,
     names={
         **NAMES,

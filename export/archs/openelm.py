@@ -79,7 +79,7 @@ ARCH = Arch(
     model_types=("openelm",),
     system="OpenELM",
     adds="heads and MLP widths of each layer its own, fused q, k, v and gate, up",
-    reference=causal_lm("OpenELMForCausalLM"),
+    reference=causal_lm("OpenELMForCausalLM", made_by="openelm"),
     build=build,
     names={
         "embedding.": "transformer.token_embeddings.",

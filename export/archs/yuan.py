@@ -40,7 +40,7 @@ ARCH = Arch(
     model_types=("yuan",),
     system="Yuan 2.0",
     adds="localized filtering before q and k, with a state; heads split across q and k; SiLU on up",
-    reference=causal_lm("YuanForCausalLM"),
+    reference=causal_lm("YuanForCausalLM", made_by="yuan"),
     build=build,
     names={
         **NAMES,
