@@ -161,6 +161,9 @@ CASES = (
     Case("chatglm", "chatglm"),
     Case("chatglm", "chatglm-no-bias", {"add_qkv_bias": False, "multi_query_group_num": 1}),
     Case("internlm2", "internlm2-bias", {"bias": True, "rope_scaling": None, "num_key_value_heads": 4}),
+    Case("grok", "grok"),
+    Case("openelm", "openelm"),
+    Case("yuan", "yuan"),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 # Families whose caches hold latents, and no keys and values.
