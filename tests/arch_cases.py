@@ -188,6 +188,10 @@ CASES = (
     Case("internlm2", "internlm2-bias", {
         "bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "num_key_value_heads": 4,
     }),
+    Case("internlm2", "internlm2-bias", {"bias": True, "rope_scaling": None, "num_key_value_heads": 4}),
+    Case("grok", "grok"),
+    Case("openelm", "openelm"),
+    Case("yuan", "yuan"),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 # Families whose caches hold latents, and no keys and values.

@@ -1,8 +1,9 @@
-"""Grok-1 (xai-org/grok-1 model.py), by the names of its conversion to PyTorch (hpcai-tech/grok-1).
+"""Grok-1, as transformers' Gemma 2 with OLMoE's experts in place of its MLP.
 
-Embeddings are multiplied; a layer norms what attention and experts read and what they give; logits of attention are
-multiplied and bounded by tanh; the two experts of a token have the weights of a softmax over all, and GELU is by tanh,
-JAX's own; `linear` is what it takes, `linear_v` what it multiplies. The head is the table of words, and multiplied.
+Gemma 2 has Grok's four norms a layer, and its bound on logits of attention: cap tanh(scale q k / cap). Gemma's norms
+multiply by 1 + weight, so that theirs is Grok's less one, which is exact. OLMoE takes the softmax over all experts and
+does not divide the weights of those chosen by their sum. Embeddings are multiplied by embedding_multiplier_scale in
+place of Gemma's root of the width, and logits by output_multiplier_scale. GELU is the tanh form, as in xAI's model.py.
 """
 
 from __future__ import annotations
@@ -11,52 +12,67 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from llmexport.validate.references.described import Described, attended, computing, rms_norm, turned
+from llmexport.validate.references import relaid
 
-SOURCE = "PyTorch in float64, from xai-org/grok-1 model.py"
-THETA = 10000.0
+SOURCE = "transformers Gemma2ForCausalLM with OlmoeSparseMoeBlock"
+LAYER = r"model\.layers\.(\d+)\."
+NAMES = {
+    LAYER + r"attn\.(.*)": r"model.layers.\1.self_attn.\2",
+    LAYER + r"moe_block\.gate\.(.*)": r"model.layers.\1.mlp.gate.\2",
+    r"(model\.embed_tokens\..*|lm_head\..*)": r"\1",
+}
+NORMS = {
+    LAYER + r"pre_attn_norm\.scale": r"model.layers.\1.input_layernorm.weight",
+    LAYER + r"post_attn_norm\.scale": r"model.layers.\1.post_attention_layernorm.weight",
+    LAYER + r"pre_moe_norm\.scale": r"model.layers.\1.pre_feedforward_layernorm.weight",
+    LAYER + r"post_moe_norm\.scale": r"model.layers.\1.post_feedforward_layernorm.weight",
+    r"model\.norm\.scale": r"model.norm.weight",
+}
 
 
 def make(config: Mapping[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, attention: str | None) -> Any:
-    held = {n: tensors.pop(n).to(computing(dtype)) for n in [*tensors]}
-    words, epsilon = held["model.embed_tokens.weight"], config.get("rms_norm_eps", 1e-5)
-    head = held.get("lm_head.weight", words)
-    chosen = config.get("num_experts_per_tok", 2)
-    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    layers, experts, state = config["num_hidden_layers"], config["num_experts"], dict[str, Tensor]()
+    for i in range(layers):
+        each = [f"model.layers.{i}.moe_block.experts.{e}." for e in range(experts)]
+        read = {n: [tensors.pop(f"{e}{n}.weight") for e in each] for n in ("linear", "linear_v", "linear_1")}
+        both = [torch.cat(pair) for pair in zip(read["linear"], read["linear_v"], strict=True)]
+        state[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.stack(both)
+        state[f"model.layers.{i}.mlp.experts.down_proj"] = torch.stack(read["linear_1"])
+    state |= relaid.taken(tensors, NAMES) | {n: t - 1 for n, t in relaid.taken(tensors, NORMS).items()}
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    same += ("num_hidden_layers", "rms_norm_eps", "tie_word_embeddings", "embedding_multiplier_scale")
+    like = {
+        **{k: config[k] for k in (*same, "attn_output_multiplier", "output_multiplier_scale")},
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+        "attn_logit_softcapping": config["max_attn_value"],
+        "final_logit_softcapping": None,
+        "layer_types": ["full_attention"] * layers,
+        "experts": {"num_experts": experts, "num_experts_per_tok": config["num_experts_per_tok"]},
+    }
+    return relaid.loaded(_with_experts(), like, state, dtype, attention)
 
-    def normed(x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, held[f"{name}.scale"], epsilon)
 
-    def heads_of(x: Tensor, name: str, count: int) -> Tensor:
-        return (x @ held[name].T).unflatten(-1, (count, -1))
+def _with_experts() -> Any:
+    import transformers
+    from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-    def experts(x: Tensor, name: str) -> Tensor:
-        scores = (x @ held[name + "gate.weight"].T).double().softmax(-1)
-        weights, which = scores.topk(chosen, -1)
-        made = torch.zeros_like(x)
-        for token, place in ((t, p) for t in range(len(x)) for p in range(chosen)):
-            expert = f"{name}experts.{int(which[token, place])}."
-            inner = F.gelu(x[token] @ held[expert + "linear.weight"].T, approximate="tanh")
-            inner = inner * (x[token] @ held[expert + "linear_v.weight"].T)
-            made[token] += (weights[token, place] * (inner @ held[expert + "linear_1.weight"].T)).to(x.dtype)
-        return made
-
-    def row(ids: Tensor, positions: Tensor) -> Tensor:
-        x = words[ids] * config["embedding_multiplier_scale"]
-        for i in range(config["num_hidden_layers"]):
-            name = f"model.layers.{i}."
-            given = normed(x, name + "pre_attn_norm")
-            q, k = (
-                turned(heads_of(given, f"{name}attn.{n}_proj.weight", c), positions, THETA)
-                for n, c in (("q", heads), ("k", keys))
+    class GemmaWithExperts(transformers.Gemma2ForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            sizes = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
+            olmoe = transformers.OlmoeConfig(
+                **sizes, **config.experts, hidden_act="gelu_pytorch_tanh", norm_topk_prob=False
             )
-            v = heads_of(given, name + "attn.v_proj.weight", keys)
-            mixed = attended(q, k, v, config["attn_output_multiplier"], config["max_attn_value"])
-            x = x + normed(mixed @ held[name + "attn.o_proj.weight"].T, name + "post_attn_norm")
-            x = x + normed(experts(normed(x, name + "pre_moe_norm"), name + "moe_block."), name + "post_moe_norm")
-        return normed(x, "model.norm") @ head.T * config["output_multiplier_scale"]
+            self.model.embed_tokens.scalar_embed_scale = config.embedding_multiplier_scale
+            for layer in self.model.layers:
+                layer.mlp = OlmoeSparseMoeBlock(olmoe)
+                layer.self_attn.scaling = config.attn_output_multiplier
 
-    return Described(row, dtype)
+        def forward(self, *args: Any, **others: Any) -> Any:
+            made = super().forward(*args, **others)
+            made.logits = made.logits * self.config.output_multiplier_scale
+            return made
+
+    return GemmaWithExperts
