@@ -77,12 +77,14 @@ class GatedDeltaNet(nn.Module):
     def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k and v beside one another, the gate z, and what beta and the decay are made of."""
         if not self.block.grouped:
-            return self.in_proj_qkv(normed), self.in_proj_z(normed), self.in_proj_b(normed), self.in_proj_a(normed)
+            q, z, b, a = (getattr(self, f"in_proj_{n}")(normed) for n in ("qkv", "z", "b", "a"))
+            return q, z, b, a
         keys, together = self.block.key_heads, self.block.value_heads // self.block.key_heads
         size, width = self.block.key_size, together * self.block.value_size
-        rows = self.in_proj_qkvz(normed).unflatten(-1, (keys, 2 * (size + width)))
+        both, gates = (getattr(self, f"in_proj_{n}")(normed) for n in ("qkvz", "ba"))
+        rows = both.unflatten(-1, (keys, 2 * (size + width)))
         q, k, v, z = (x.flatten(2) for x in rows.split([size, size, width, width], -1))
-        b, a = (x.flatten(2) for x in self.in_proj_ba(normed).unflatten(-1, (keys, 2 * together)).chunk(2, -1))
+        b, a = (x.flatten(2) for x in gates.unflatten(-1, (keys, 2 * together)).chunk(2, -1))
         return torch.cat((q, k, v), -1), z, b, a
 
 

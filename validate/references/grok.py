@@ -41,7 +41,13 @@ def make(config: Mapping[str, Any], tensors: dict[str, Tensor], dtype: torch.dty
         state[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.stack(both)
         state[f"model.layers.{i}.mlp.experts.down_proj"] = torch.stack(read["linear_1"])
     state |= relaid.taken(tensors, NAMES) | {n: t - 1 for n, t in relaid.taken(tensors, NORMS).items()}
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    same: tuple[str, ...] = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     same += ("num_hidden_layers", "rms_norm_eps", "tie_word_embeddings", "embedding_multiplier_scale")
     like = {
         **{k: config[k] for k in (*same, "attn_output_multiplier", "output_multiplier_scale")},

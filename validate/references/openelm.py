@@ -70,7 +70,7 @@ def _layered() -> Any:
                 for key, value in own.items():
                     setattr(sized, key, value)
                 layer = self.model.layers[i] = Qwen3DecoderLayer(sized, i)
-                if not config.normalised:
-                    layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
+                for name in () if config.normalised else ("q_norm", "k_norm"):
+                    setattr(layer.self_attn, name, nn.Identity())
 
     return Layered
