@@ -42,7 +42,7 @@ extern "C" int launch_CausalConv1d(int64_t const* s) {
 }
 
 extern "C" int launch_MoeRoute(int64_t const* s) {
-  MoeRouteAttributes const attributes{int32_t(s[3]), Scoring::kSoftmax, false, 1.0f, 1, 1};
+  MoeRouteAttributes const attributes{int32_t(s[3]), Scoring::kSoftmax, false, 1.0f, 1, 1, 2};
   return moeRoute(kDtype, {s[0], s[1], s[2]}, attributes, {}, nullptr);
 }
 
