@@ -13,7 +13,16 @@ from arch_cases import CASES, TOWERS, Case
 from spec_blocks import ATTENTION, BLOCKS, NORM
 
 from llmexport.export import archs
-from llmexport.export.assembly import TABLE, alone, checkpoint_name, find_block, named_blocks, part_names, parts
+from llmexport.export.assembly import (
+    TABLE,
+    alone,
+    checkpoint_name,
+    find_block,
+    named_blocks,
+    older_name,
+    part_names,
+    parts,
+)
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
@@ -59,6 +68,7 @@ def wanted_shapes(
     for step in steps(model):
         for path, shape in module_shapes(step.block).items():
             name = checkpoint_name(arch, model, step.path + path)
+            name = next((n for n in (name, older_name(arch, name)) if n in checkpoint.tensors), name)
             stacked = () if name in checkpoint.tensors else part_names(arch, step.path + path, shape[0])
             parameter = Parameter(name, shape, stacked)
             yield from ((n, parameter.part_shape) for n in parameter.sources)
