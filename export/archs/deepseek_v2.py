@@ -75,7 +75,7 @@ ARCH = Arch(
         "kv_lora_rank": 32,
         "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
+        "v_head_dim": 20,
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
         "topk_method": "group_limited_greedy",

@@ -58,6 +58,7 @@ def sizes(config: Config) -> Decoder:
     """The sizes, of which those of heads are said elsewhere."""
     d = decoder(config)
     config.expect("num_key_value_heads", d.heads)
+    config.expect("head_dim", config.length("qk_rope_head_dim", 64), None)
     return d
 
 
@@ -66,13 +67,12 @@ def rotation(config: Config) -> dict[str, bool]:
     return {"parted": config.flag("rope_interleave", True)}
 
 
-def latent_attention(d: Decoder, query: int, own: int = 128, value: int = 128, **fields: Any) -> LatentAttention:
+def latent_attention(d: Decoder, query: int | None, own: int = 128, value: int = 128, **fields: Any) -> LatentAttention:
     """The sizes of the queries' latent, of what of a key is each head's own, and of a value are for configs that do not
     say."""
     config = d.config
     own, turned = config.length("qk_nope_head_dim", own), config.length("qk_rope_head_dim", 64)
     config.expect("qk_head_dim", own + turned)
-    config.expect("head_dim", turned, None)
     return LatentAttention(
         d.hidden,
         d.heads,
@@ -134,7 +134,7 @@ ARCH = Arch(
         "kv_lora_rank": 32,
         "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
+        "v_head_dim": 20,
         "n_routed_experts": 8,
         "num_experts_per_tok": 3,
         "n_group": 4,

@@ -3,15 +3,14 @@ RoPE, experts chosen as DeepSeek V3's."""
 
 from typing import Any
 
-from llmexport.export.archs.deepseek_v3 import sizes
+from llmexport.export.archs.deepseek_v3 import latent_attention
 from llmexport.export.config import Config
-from llmexport.export.decoder import NAMES, TINY, Decoder
+from llmexport.export.decoder import NAMES, TINY, Decoder, decoder
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
     Arch,
     Experts,
     KimiDeltaAttention,
-    LatentAttention,
     Mask,
     Model,
     Moe,
@@ -30,25 +29,30 @@ CODE = {
     "AutoModel": "modeling_kimi.KimiLinearModel",
     "AutoModelForCausalLM": "modeling_kimi.KimiLinearForCausalLM",
 }
-# Of RoPE, which nothing has; how long a text may be; modules that guess more tokens; a way to write one group.
-HARMLESS = ("model_max_length", "num_nextn_predict_layers", "rope_parameters", "rope_scaling", "rope_theta")
+# Nothing turns, and what of a head would is no head's size; modules that guess more tokens are no layers; groups of
+# experts are said by how many there are.
+HARMLESS = ("head_dim", "num_nextn_predict_layers", "rope_theta", "use_grouped_topk")
 
 
 def build(config: Config) -> Model:
     config.expect_code(CODE)
-    for key in (*HARMLESS, "use_grouped_topk", "head_dim"):
+    for key in HARMLESS:
         config.get(key, None)
+    for key in ("rope_parameters", "rope_scaling"):
+        config.expect(key, None)
     config.expect("mla_use_nope", True)
     config.expect("moe_layer_freq", 1)
-    d = sizes(config)
+    d = decoder(config)
+    config.expect("num_key_value_heads", d.heads)
     config.expect("hidden_act", "silu")
     norm, dense, moe = d.norm(1e-5), d.mlp(), experts(d)
     linear, derived = linear_attention(d, norm.epsilon)
+    full = latent_attention(d, None, turned=False)
     first = config.integer("first_k_dense_replace", 1, least=0)
     mlps = ["dense" if i < first else "sparse" for i in range(d.layers)]
     if config.get("mlp_layer_types", mlps) != mlps:
         raise ExportError("config.json: mlp_layer_types and first_k_dense_replace differ: remove one")
-    mixers = {"linear_attention": (linear, (Presence(),)), "full_attention": (latent_attention(d), (Mask(),))}
+    mixers = {"linear_attention": (linear, (Presence(),)), "full_attention": (full, (Mask(),))}
     layers = []
     for (mixer, reads), kind in zip(config.layer_types(mixers, derived), mlps, strict=True):
         layers.append((decoder_layer(norm, mixer, norm, dense if kind == "dense" else moe), reads))
@@ -78,21 +82,6 @@ def linear_attention(d: Decoder, epsilon: float) -> tuple[KimiDeltaAttention, li
             f"config.json: full_attn_layers {show(full)} and kda_layers {show(delta)} must be layers 1 to {d.layers}"
         )
     return net, ["full_attention" if i in full else "linear_attention" for i in every]
-
-
-def latent_attention(d: Decoder) -> LatentAttention:
-    config = d.config
-    own, shared = config.length("qk_nope_head_dim", 128), config.length("qk_rope_head_dim", 64)
-    config.expect("qk_head_dim", own + shared)
-    return LatentAttention(
-        *(d.hidden, d.heads, own, shared),
-        config.length("v_head_dim", 128),
-        config.length("kv_lora_rank", 512),
-        config.length_or_none("q_lora_rank", None),
-        (own + shared) ** -0.5,
-        bias=config.flag("attention_bias"),
-        turned=False,
-    )
 
 
 def experts(d: Decoder) -> Moe:
@@ -133,6 +122,8 @@ ARCH = Arch(
         MOE + "experts.down_proj": (MOE + "experts.{e}.w2.weight",),
     },
     in_parts=True,
+    # transformers saves dense layers by the name of those with experts.
+    older={f".mlp.{n}_proj.weight": f".block_sparse_moe.{n}_proj.weight" for n in ("gate", "up", "down")},
     tiny={
         **{k: v for k, v in TINY.items() if k not in ("rope_parameters", "max_position_embeddings")},
         "num_hidden_layers": 4,
@@ -140,12 +131,11 @@ ARCH = Arch(
         "rms_norm_eps": 1e-5,
         "model_max_length": 512,
         "pad_token_id": 0,
-        "bos_token_id": 1,
         "eos_token_id": 2,
         "kv_lora_rank": 32,
         "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
+        "v_head_dim": 20,
         "num_experts": 8,
         "num_experts_per_token": 3,
         "moe_intermediate_size": 32,
