@@ -14,8 +14,14 @@ CODE = {
 }
 LAYER = "transformer.encoder.layers.{i}."
 # How it is trained and run; scores are divided by the number of the layer and multiplied by it again.
-HARMLESS = ("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion", "seq_length")
-HARMLESS += ("fp32_residual_connection", "prefix_projection")
+HARMLESS = (
+    "apply_query_key_layer_scaling",
+    "attention_softmax_in_fp32",
+    "bias_dropout_fusion",
+    "seq_length",
+    "fp32_residual_connection",
+    "prefix_projection",
+)
 
 
 def build(config: Config) -> Model:

@@ -13,8 +13,14 @@ from llmexport.export.spec import Arch, Mask, Model, Norm, Rotary, causal_lm, de
 CODE = {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}
 LAYER = "transformer.h.{i}."
 # How it is run, and not what it computes.
-HARMLESS = ("attn_dropout_prob", "emb_dropout_prob", "bf16", "fp16", "fp32", "onnx_safe", "softmax_in_fp32")
-HARMLESS += (
+HARMLESS = (
+    "attn_dropout_prob",
+    "emb_dropout_prob",
+    "bf16",
+    "fp16",
+    "fp32",
+    "onnx_safe",
+    "softmax_in_fp32",
     "tokenizer_type",
     "use_cache_kernel",
     "use_cache_quantization",

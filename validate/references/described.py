@@ -18,9 +18,9 @@ class Described:
     """
 
     def __init__(self, row: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
-        self.row, self.dtype = row, dtype
+        self.row, self.dtype, self.generation_config = row, dtype, SimpleNamespace()
 
-    def __call__(
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -36,9 +36,11 @@ class Described:
         if past_key_values is not None:
             carried = torch.cat((past_key_values, carried), -1)
         mask = torch.ones_like(carried[0]) if attention_mask is None else attention_mask
-        rows = [self._row(*text, real) for *text, real in zip(*carried, mask.bool(), strict=True)]
+        rows = [self._row(*text) for text in zip(*carried, mask.bool(), strict=True)]
         logits = torch.stack(rows)[:, past:][:, -logits_to_keep:]
         return SimpleNamespace(logits=logits, past_key_values=carried)
+
+    __call__ = forward
 
     def _row(self, ids: Tensor, positions: Tensor, real: Tensor) -> Tensor:
         made = self.row(ids[real], positions[real]).to(self.dtype)

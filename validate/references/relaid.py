@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 # What configs of Llama's kin call as Llama does, and the names of a checkpoint that has Llama's.
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-SIZES += ("rms_norm_eps", "tie_word_embeddings")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
 SAME = {"(.*)": r"\1"}
 
 
@@ -37,7 +45,7 @@ def theta(config: Mapping[str, Any]) -> float:
 
 def split(tensors: dict[str, Tensor], name: str, sizes: list[int], new: list[str]) -> dict[str, Tensor]:
     """A matrix, and its bias if it has one, cut along its rows."""
-    made = {}
+    made: dict[str, Tensor] = {}
     for end in (".weight", ".bias"):
         if end == ".weight" or name + end in tensors:
             made |= {n + end: t for n, t in zip(new, tensors.pop(name + end).split(sizes), strict=True)}
