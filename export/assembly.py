@@ -51,10 +51,12 @@ def _named_in(graph: Graph, known: Collection[Block]) -> dict[str, Part]:
 
 
 def find_block(model: Model, name: str) -> Part:
+    """The block of this name, or the one at a place of this name."""
     blocks = named_blocks(model)
-    if name not in blocks:
+    found = {s.name: Part(s.name, s.block, s.path) for s in model.steps} | blocks
+    if name not in found:
         raise ExportError(f"no block {name!r} in this model, its blocks are: {', '.join(blocks)}")
-    return blocks[name]
+    return found[name]
 
 
 def checkpoint_name(arch: Arch, model: Model, path: str) -> str:

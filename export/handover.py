@@ -18,9 +18,12 @@ from llmexport.export.stamp import read_errors
 from llmexport.plugins.regular import read_regular
 
 GENERATION = "generation_config.json"
-# Graph, config of the text model, generation config -> JSON by the name of its file, and sentences for who exports.
-Writer = Callable[[Graph, Mapping[str, Any], Mapping[str, Any]], tuple[dict[str, Any], list[str]]]
-RUNTIMES: Mapping[str, Writer] = MappingProxyType({"genai": genai.files, "optimum": optimum.files})
+# Graph, config of the text model, generation config, what the class of the former calls RoPE's keys -> JSON by the name
+# of its file, and sentences for who exports.
+Writer = Callable[[Graph, Mapping[str, Any], Mapping[str, Any], Mapping[str, str]], tuple[dict[str, Any], list[str]]]
+RUNTIMES: Mapping[str, Writer] = MappingProxyType(
+    {"genai": lambda graph, config, generation, _: genai.files(graph, config, generation), "optimum": optimum.files}
+)
 FED: tuple[Use, ...] = ("tokens", "padding", "positions")  # what every runtime feeds beside what is carried
 
 
@@ -39,8 +42,14 @@ class HandOver:
         return {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
 
 
-def hand_over(runtimes: Collection[str], graphs: Sequence[Graph], config: Mapping[str, Any], folder: Path) -> HandOver:
-    """What the runtimes need. config: of the text model; folder: the checkpoint's.
+def hand_over(
+    runtimes: Collection[str],
+    graphs: Sequence[Graph],
+    config: Mapping[str, Any],
+    folder: Path,
+    keys: Mapping[str, str] = MappingProxyType({}),
+) -> HandOver:
+    """What the runtimes need. config: of the text model, which calls RoPE's keys by `keys`; folder: the checkpoint's.
 
     Raises ExportError on a model that one of them cannot run.
     """
@@ -53,7 +62,7 @@ def hand_over(runtimes: Collection[str], graphs: Sequence[Graph], config: Mappin
                 f"--for {runtime} cannot run a model that reads pictures: pass --part text, or leave it out"
             )
         try:
-            written, said = RUNTIMES[runtime](_decoder(graphs), config, generation)
+            written, said = RUNTIMES[runtime](_decoder(graphs), config, generation, keys)
         except ExportError as error:
             raise ExportError(f"--for {runtime} cannot run this model, {error}: leave it out") from error
         files |= written

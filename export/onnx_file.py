@@ -175,7 +175,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
     config = text_config(arch, checkpoint.config)
-    handed = hand_over(request.runtimes, graphs, config, checkpoint.folder)
+    handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
     used = {checkpoint.tensors[n].file for p in wanted for n in p.sources}
     shards = [s for s in checkpoint.shards if s.file in used]

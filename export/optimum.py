@@ -18,10 +18,12 @@ CACHE = (
 )
 
 
-def files(graph: Graph, config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def files(
+    graph: Graph, config: Mapping[str, Any], generation: Mapping[str, Any], keys: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     """The files, and sentences on what the runtime does with this model. Raises ExportError if it cannot run it.
 
-    config.json is that of the text model.
+    config.json is that of the text model; `keys` are what its class calls RoPE's, where that is its own.
     """
     cache = kv_cache(graph)
     if cache.others:
@@ -30,13 +32,13 @@ def files(graph: Graph, config: Mapping[str, Any], generation: Mapping[str, Any]
         raise ExportError("whose static cache it does not write in place")
     if any(p.use == "positions" and len(p.shape) > 2 for p in graph.assembly.inputs):
         raise ExportError("which takes several positions for each token")
-    written = {CONFIG: with_old_rope(config)}
+    written = {CONFIG: with_old_rope(config, keys)}
     if not generation and (ids := {key: config[key] for key in IDS if config.get(key) is not None}):
         written[GENERATION] = ids
     return written, [] if _expected(cache, config) else [_told(cache)]
 
 
-def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_old_rope(config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
     """The same config in words that transformers 4 has for RoPE, and that 5 reads too: 4 passes over
     `rope_parameters` without a word."""
     told, new = dict(config), config.get("rope_parameters")
@@ -50,7 +52,7 @@ def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         told["rope_local_base_freq"] = sliding["rope_theta"]
     scaling = {k: v for k, v in new.items() if v is not None}
     kind = scaling.pop("rope_type", "default")
-    told |= {k: scaling.pop(k) for k in ("rope_theta", "partial_rotary_factor") if k in scaling}
+    told |= {keys.get(k, k): scaling.pop(k) for k in ("rope_theta", "partial_rotary_factor") if k in scaling}
     if kind == "longrope":
         # Who has this type says the length at the top, and calls the type otherwise.
         told |= {k: scaling.pop(k) for k in (ORIGINAL,) if k in scaling}

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from llmexport.export import archs, weights
 from llmexport.export.assembly import checkpoint_name, part_names, parts
-from llmexport.export.checkpoint import INDEX
+from llmexport.export.checkpoint import INDEX, SINGLE
 from llmexport.export.earlier import RANDOM
 from llmexport.export.errors import ExportError
 from llmexport.export.multimodal import tiny_config, tiny_files, with_part
@@ -73,7 +73,8 @@ def write(
     with new_folder(target, force=force, marker=RANDOM) as folder:
         index: dict[str, str] = {}
         for i, names in enumerate(shards):
-            file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            # An index of no tensor is a damaged one.
+            file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if names else SINGLE
             if hollow:
                 _write_holes(folder / file, {n: parameters[n] for n in names})
             else:
@@ -84,7 +85,8 @@ def write(
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         for name, text in beside.items():
             (folder / name).write_text(text)
-        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
+        if index:
+            (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def read(
             f"config.json: RoPE has keys that are not understood: {names}. "
             "Exporting without them could give a wrong model: report the checkpoint, so that they are read here"
         )
-    places = within(config, "rope_scaling", "max_position_embeddings") if types[found[0]] == "dynamic" else None
+    places = within(config, "dynamic RoPE", "max_position_embeddings") if types[found[0]] == "dynamic" else None
     return Rotary(size, theta, scaling, sections, places)
 
 

@@ -108,7 +108,7 @@ CASES = (
     Case("qwen3_next", "qwen3_next"),
     Case("ministral3", "ministral3"),
     Case("rwkv", "rwkv"),
-    Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None, "num_hidden_layers": 2}),
+    Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None}),
     Case("deepseek_v2", "deepseek_v2"),
     Case("deepseek_v2", "deepseek_v2-lite-bias", {
         "topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True,
@@ -125,6 +125,7 @@ CASES = (
         "rope_interleave": False, "q_lora_rank": None, "attention_bias": True, "n_group": 2,
         "mlp_layer_types": ["sparse", "dense", "sparse"],
     }),
+    Case("kimi_linear", "kimi_linear"),
     Case("bert", "bert"),
     Case("bert", "bert-relu-untied", {
         "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
@@ -134,6 +135,10 @@ CASES = (
         "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True,
         "n_inner": 96, "activation_function": "relu", "tie_word_embeddings": False,
     }),
+    Case("t5", "t5"),
+    Case("t5", "t5-gated-unscaled", {
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_layers": 2,
+    }),
     Case("openai_gpt", "openai_gpt"),
     Case("gpt_neo", "gpt_neo"),
     Case("opt", "opt"),
@@ -142,9 +147,17 @@ CASES = (
         "activation_function": "gelu", "enable_bias": False, "layer_norm_elementwise_affine": False,
     }),
     Case("starcoder2", "starcoder2"),
+    Case("deberta", "deberta"),
+    Case("deberta", "deberta-placed-types", {
+        "position_biased_input": True, "type_vocab_size": 3, "pos_att_type": ["c2p"], "tie_word_embeddings": False,
+    }),
+    Case("deberta_v2", "deberta_v2"),
+    Case("deberta_v2", "deberta_v2-apart", {
+        "share_att_key": False, "norm_rel_ebd": "none", "position_buckets": -1, "max_relative_positions": -1,
+    }),
     Case("bloom", "bloom"),
     Case("bloom", "bloom-normed-residual", {
-        "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False, "n_head": 4,
+        "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False, "n_head": 8,
     }),
     Case("falcon", "falcon"),
     Case("falcon", "falcon-40b", {"new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -172,11 +185,17 @@ CASES = (
     Case("qwen", "qwen"),
     Case("chatglm", "chatglm"),
     Case("chatglm", "chatglm-no-bias", {"add_qkv_bias": False, "multi_query_group_num": 1}),
+    Case("internlm2", "internlm2-bias", {
+        "bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "num_key_value_heads": 4,
+    }),
     Case("internlm2", "internlm2-bias", {"bias": True, "rope_scaling": None, "num_key_value_heads": 4}),
+    Case("grok", "grok"),
+    Case("openelm", "openelm"),
+    Case("yuan", "yuan"),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 # Families whose caches hold latents, and no keys and values.
-LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear")
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 # Families that are tested whole in every session: each form of a block occurs in one of them. The first case of every
 # other one meets transformers in every session (`every_family`), and its other tests are slow.
@@ -205,13 +224,16 @@ def in_each_dtype(
     return [(c, d) for d in dtypes for c in cases if c.arch in EVERY_TIME or d == once[c.arch]]
 
 
-def carries(case: Case) -> bool:
-    """Whether a step of the model reads what earlier ones left, as a decoder's does and an encoder's does not."""
+def carries(case: Case) -> tuple[bool, ...]:
+    """Of each graph, whether a step of it reads what earlier ones left, as a decoder's does and an encoder's does
+    not."""
     arch = archs.load(case.arch)
-    return any(g.carried for g in arch.build(Config({**arch.tiny, **case.changes})).graphs)
+    return tuple(bool(g.carried) for g in arch.build(Config({**arch.tiny, **case.changes})).graphs)
 
 
-DECODERS, ENCODERS = ([c for c in CASES if carries(c) is carried] for carried in (True, False))
+# An encoder and a decoder of one model are two graphs; of all others the text model is one.
+DECODERS, ENCODERS, PAIRS = ([c for c in CASES if carries(c) == kind] for kind in ((True,), (False,), (False, True)))
+OF_ONE_GRAPH = tuple(c for c in FIRST if c not in PAIRS)
 
 
 def keeps_keys(case: Case) -> bool:

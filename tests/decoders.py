@@ -36,10 +36,10 @@ def theirs(model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray,
     if "past_key_values" not in parameters:
         earlier = cache or (ids[:, :0], positions[:, :0])
         row = tuple(np.concatenate(pair, 1) for pair in zip(earlier, (ids, positions), strict=True))
-        names = ("input_ids", "position_ids", "attention_mask")
-        given = dict(zip(names, map(torch.from_numpy, (*row, mask)), strict=True))
+        row_ids, row_positions, padding = map(torch.from_numpy, (*row, mask))
         with torch.no_grad():
-            return SimpleNamespace(logits=model(**given).logits[:, -ids.shape[1] :], past_key_values=row)
+            made = model(input_ids=row_ids, attention_mask=padding, position_ids=row_positions)
+        return SimpleNamespace(logits=made.logits[:, -ids.shape[1] :], past_key_values=row)
     with torch.no_grad():
         return model(
             input_ids=torch.from_numpy(ids),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from published_latent import LATENT
+from published_pairs import PAIRED
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
     "gemma-2b": {
@@ -117,6 +118,21 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
         "residual_dropout": 0.1, "rope_theta": 999999.4420358813, "scale_attention_softmax_in_fp32": true,
         "scale_attn_weights": true, "sliding_window": 4096, "transformers_version": "4.37.0.dev0", "use_bias": true,
         "use_cache": true, "vocab_size": 49152
+    },
+    "deberta-base": {
+        "model_type": "deberta", "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+        "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 512,
+        "relative_attention": true, "pos_att_type": "c2p|p2c", "layer_norm_eps": 1e-7, "max_relative_positions": -1,
+        "position_biased_input": false, "num_attention_heads": 12, "num_hidden_layers": 12, "type_vocab_size": 0,
+        "vocab_size": 50265
+    },
+    "deberta-v3-base": {
+        "model_type": "deberta-v2", "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+        "max_position_embeddings": 512, "relative_attention": true, "position_buckets": 256,
+        "norm_rel_ebd": "layer_norm", "share_att_key": true, "pos_att_type": "p2c|c2p", "layer_norm_eps": 1e-7,
+        "max_relative_positions": -1, "position_biased_input": false, "num_attention_heads": 12,
+        "num_hidden_layers": 12, "type_vocab_size": 0, "vocab_size": 128100
     },
     "Llama-2-7b": {
         "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
@@ -428,6 +444,7 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
         "use_parallel_residual": true, "use_qkv_bias": false, "vocab_size": 100352
     }
 }""")
+PUBLISHED |= LATENT | PAIRED
 # The most used of 2025, a line each.
 PUBLISHED |= json.loads(Path(__file__).with_name("published_used.json").read_bytes())
 PUBLISHED |= LATENT

@@ -72,7 +72,7 @@ def placed_layers(model: Model) -> list[Placed]:
     found = []
     for step in model.steps:
         if isinstance(step.block, Layer):
-            mixer, mlp = (sublayer.block for sublayer in step.block.sublayers)
+            mixer, *_, mlp = (sublayer.block for sublayer in step.block.sublayers)
             reads = dict.fromkeys(makers[v] for v in step.inputs[1:] if v in makers)
             found.append(Placed(mixer, mlp, tuple(reads)))
     return found

@@ -49,7 +49,7 @@ def with_source(model: Model) -> Model:
     [whole] = model.graphs
     source, decoder = Wiring("source"), Wiring("decoder")
     temperature = dataclasses.replace(TEMPERATURE.outputs[0], shape=(BATCH, 1))
-    source.take(Port("source_mask", (BATCH, "source"), "int64", "padding"))
+    source.take(Port("source_mask", (BATCH, "elsewhere"), "int64", "padding"))
     source.take(Port("last_id", (BATCH, 1), "int64", "tokens"))
     source.place("temperature", TEMPERATURE, attention_mask="source_mask", input_ids="last_id")
     source.give(temperature)

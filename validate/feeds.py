@@ -19,6 +19,7 @@ from llmexport.export.spec import (
     SPLICED,
     WRITTEN,
     Block,
+    DisentangledAttention,
     Embedding,
     Experts,
     Graph,
@@ -83,7 +84,7 @@ def beside(export: Export) -> tuple[Port, ...]:
 
 
 def limits(blocks: Collection[Block]) -> dict[Use, int]:
-    """How many ids there are of each use, so that every block takes them: words, types, positions, experts."""
+    """How many ids there are of each use, so that every block takes them: words, types, positions, experts, ..."""
     tables = [b for b in blocks if isinstance(b, Embedding)]
     turns = [b for b in blocks if isinstance(b, Rotary)]
     experts = [b.experts for b in blocks if isinstance(b, Experts)]
@@ -93,6 +94,7 @@ def limits(blocks: Collection[Block]) -> dict[Use, int]:
         "positions": min(
             (*(b.placed for b in tables if b.placed), *(b.places for b in turns if b.places)), default=MOST
         ),
+        "distances": min((2 * b.span for b in blocks if isinstance(b, DisentangledAttention)), default=1),
     }
     return found | ({"routing_experts": min(experts)} if experts else {})
 
@@ -142,8 +144,14 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
             case "bias":
                 seen = np.tri(shape[2], shape[3], k=shape[3] - shape[2], dtype=bool)
                 value = np.where(seen, random.standard_normal(shape), np.finfo(np.float16).min)
+            case "mask" if port.shape[-1] == SOURCE and port.shape[-2] != SOURCE:
+                # Of a text whose rows end in padding, all is seen but that.
+                tokens = np.maximum(shape[3] - np.arange(shape[0]), 1)
+                value = np.broadcast_to(np.arange(shape[3]) < tokens.reshape(-1, 1, 1, 1), shape)
             case "mask":
                 value = np.broadcast_to(np.tri(shape[2], shape[3], k=shape[3] - shape[2]), shape)
+            case "distances":
+                value = random.integers(0, below[port.use], shape)
             case "span_start":
                 value = np.arange(shape[0])
             case "span_length":
@@ -176,7 +184,7 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = extents
             case "segments":
                 value = segments
-            case "hidden" | "state" | "slots" | "window" | "logits" | "pixels" | "features":
+            case "hidden" | "relative" | "state" | "slots" | "window" | "logits" | "pixels" | "features":
                 value = random.standard_normal(shape)
         feed[port.name] = np.ascontiguousarray(value.astype(port.typed(dtype).dtype))
     return feed

@@ -11,7 +11,7 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.export.spec import FEATURES, IMAGES, PAST, SEQUENCE, TILES, Block, Step, summands
+from llmexport.export.spec import FEATURES, IMAGES, PAST, SEQUENCE, SOURCE, TILES, Block, Step, summands
 from llmexport.validate.compare import Difference, compare, median
 from llmexport.validate.drive import Run, TorchDriver
 from llmexport.validate.feeds import Feed, block_feed
@@ -67,7 +67,7 @@ def feeds_alone(step: Step, dtype: str, seed: int) -> Iterator[tuple[str, Feed]]
 def _said(block: Block, sizes: Mapping[str, int]) -> str:
     """The sizes that one block is run at, for people."""
     axes = {n for p in block.inputs for d in p.shape if isinstance(d, str) for n in summands(d)}
-    seen = [f"{sizes[n]} {n}" for n in (IMAGES, TILES, FEATURES) if n in axes]
+    seen = [f"{sizes[n]} {n}" for n in (IMAGES, TILES, FEATURES, SOURCE) if n in axes & sizes.keys()]
     return ", ".join(seen) or f"{sizes[PAST]} + {sizes[SEQUENCE]} tokens"
 
 

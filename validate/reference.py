@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from llmexport.export import archs
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.exported import Export
 from llmexport.export.spec import Use
@@ -200,7 +201,8 @@ class Transformers:
         """A cache as after the tokens whose keys and values a crossing begins with."""
         import transformers
 
-        cache = transformers.DynamicCache(config=self._model.config)
+        # The config of a model with an encoder speaks of the encoder's layers.
+        cache = transformers.DynamicCache(**({} if self._source else {"config": self._model.config}))
         for graph in self._export.graphs:
             values = earlier(graph, self._export.dtype, stage.sizes)
             layers = [s for s in graph.assembly.steps if s.block.states]
@@ -257,6 +259,8 @@ def _load(export: Export, attention: str | None) -> Any:
     if model is None:
         have = f"transformers {transformers.__version__}"
         raise Refused(f"{have} has no {export.reference.model_class}: pip install -U transformers")
+    if older := {*map(str, export.config.get("architectures") or ())} & {*export.reference.aliases}:
+        raise Refused(f"transformers takes no config of {older.pop()}, whose keys have other names")
     weights, whole = export.checkpoint(), any(map(sees, export.graphs))
     with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
         folder = Path(name)
@@ -272,20 +276,31 @@ def _load(export: Export, attention: str | None) -> Any:
             config = _without_text(config, export.text_config)
         # The class of the whole checkpoint has the checkpoint's own names.
         names = {f"^{re.escape(there)}": here for here, there in export.renamed.items()} if not whole else {}
+        names |= _newer_names(model, _config(model.config_class, copy.deepcopy(config)), archs.load(export.arch).older)
         # Weights in 4 bits are computed with in the runner's dtype, as in our export.
         packed = (
             transformers.utils.quantization_config.Mxfp4Config(dequantize=True)
             if "quantization_config" in config
             else None
         )
-        return model.from_pretrained(
+        loaded = model.from_pretrained(
             folder,
             config=_config(model.config_class, config),
             key_mapping=names or None,
             **({"quantization_config": packed} if packed else {}),
             dtype=torch_dtype(export.dtype),
             attn_implementation=attention,
-        ).eval()
+        )
+        return (loaded.to(torch_dtype(export.dtype)) if export.reference.recast else loaded).eval()
+
+
+def _newer_names(model: Any, config: Any, older: Mapping[str, str]) -> dict[str, str]:
+    """How names of old releases are to be read, by patterns: those that the model of transformers does not have."""
+    if not older:
+        return {}
+    with torch.device("meta"):
+        known = tuple(model(config).state_dict())
+    return {f"{re.escape(old)}$": new for new, old in older.items() if not any(n.endswith(old) for n in known)}
 
 
 def _made(export: Export, made_by: str, attention: str | None) -> Any:

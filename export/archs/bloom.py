@@ -79,10 +79,9 @@ ARCH = Arch(
     base="transformer.",
     tiny={
         "vocab_size": 256,
-        "hidden_size": 96,
+        "hidden_size": 32,
         "n_layer": 3,
-        # No power of two, whose slopes are of another series.
-        "n_head": 6,
+        "n_head": 4,
         "layer_norm_epsilon": 1e-5,
         "apply_residual_connection_post_layernorm": False,
         "tie_word_embeddings": True,

@@ -26,17 +26,20 @@ HEADS = ("", "ForCausalLM", "ForQuestionAnswering", "ForSequenceClassification",
 CODE = {"AutoConfig": "configuration_falcon.FalconConfig"} | {
     f"AutoModel{head}": f"modeling_falcon.Falcon{head or 'Model'}" for head in HEADS
 }
+# What it was called when the first checkpoints were published, by a model_type that told the two layers apart.
+FIRST = {"AutoConfig": "configuration_RW.RWConfig"} | {
+    f"AutoModel{head}": f"modelling_RW.RW{head or 'Model'}" for head in HEADS
+}
 
 
 def build(config: Config) -> Model:
-    config.expect_code(CODE)
+    config.expect_code(FIRST if config.get("architectures", None) == ["RWForCausalLM"] else CODE)
     config.expect("apply_residual_connection_post_layernorm", False)
+    new = config.flag("new_decoder_architecture", config.get("model_type", "falcon") == "RefinedWeb")
     hidden = config.length(config.either("hidden_size", "n_embed"))
-    heads = config.count("num_attention_heads")
-    layers, vocabulary = config.count("num_hidden_layers"), config.length("vocab_size")
-    # Other names of these two, which nothing reads.
-    config.expect("n_head", None, heads)
-    config.expect("n_layer", None, layers)
+    heads = config.count(config.either("num_attention_heads", "n_head"))
+    layers = config.count(config.either("num_hidden_layers", "n_layer"))
+    vocabulary = config.length("vocab_size")
     if hidden % heads:
         raise ExportError(f"config.json: hidden_size {hidden} is not a multiple of {heads} attention heads")
     size, bias = hidden // heads, config.flag("bias")
@@ -46,7 +49,7 @@ def build(config: Config) -> Model:
     attention = Attention(
         hidden,
         heads,
-        kv_heads(config, heads),
+        kv_heads(config, heads, new),
         size,
         qkv_bias=bias,
         out_bias=bias,
@@ -57,10 +60,10 @@ def build(config: Config) -> Model:
     )
     intermediate = config.get("ffn_hidden_size", None)
     wide = 4 * hidden if intermediate is None else config.length("ffn_hidden_size")
-    config.expect("ff_factor", None, wide / hidden)
+    config.expect("ff_factor", wide / hidden, None)
     mlp = Mlp(hidden, wide, config.choice("activation", PLAIN, "gelu"), bias=bias, gated=False)
     norm = Norm(hidden, config.number("layer_norm_epsilon", 1e-5), statistics="layer", bias=True)
-    layer = Layer(*sublayers(config, norm, attention, mlp))
+    layer = Layer(*sublayers(config, norm, attention, mlp, new))
     return wired(
         Embedding(vocabulary, hidden),
         [(layer, reads or (rotary, Mask()))] * layers,
@@ -70,11 +73,11 @@ def build(config: Config) -> Model:
     )
 
 
-def kv_heads(config: Config, heads: int) -> int:
+def kv_heads(config: Config, heads: int, new: bool) -> int:
     """How many keys and values a token has; transformers repeats those of the new layers before it caches them."""
-    found, one = config.get("num_kv_heads", None), config.flag("multi_query", True)
-    found = heads if found is None else config.count("num_kv_heads")
-    if config.flag("new_decoder_architecture"):
+    key, one = config.either("num_kv_heads", "n_head_kv"), config.flag("multi_query", True)
+    found = config.count(key) if config.has(key) else heads
+    if new:
         return found
     if not one and found != heads:
         raise ExportError(
@@ -83,9 +86,11 @@ def kv_heads(config: Config, heads: int) -> int:
     return 1 if one else heads
 
 
-def sublayers(config: Config, norm: Norm, attention: Attention, mlp: Mlp) -> tuple[tuple[Sublayer, ...], bool]:
+def sublayers(
+    config: Config, norm: Norm, attention: Attention, mlp: Mlp, new: bool
+) -> tuple[tuple[Sublayer, ...], bool]:
     """Attention and MLP, and whether both read the layer's input: through one norm, or each through its own."""
-    new, parallel = config.flag("new_decoder_architecture"), config.flag("parallel_attn", True)
+    parallel = config.flag("parallel_attn", True)
     norms = config.get("num_ln_in_parallel_attn", None)
     norms = 1 + new if norms is None else config.count("num_ln_in_parallel_attn")
     if norms > 1 + new or (new and not parallel):
@@ -102,11 +107,11 @@ def sublayers(config: Config, norm: Norm, attention: Attention, mlp: Mlp) -> tup
 
 
 ARCH = Arch(
-    model_types=("falcon",),
+    model_types=("falcon", "RefinedWeb", "RefinedWebModel"),
     system="Falcon 7B, 40B, RW",
     adds="grouped fused q, k, v; attention and MLP side by side with one norm or two; or ALiBi in bfloat16",
     # Its eager attention adds ALiBi twice: once to the logits, and once with the mask.
-    reference=causal_lm("FalconForCausalLM", attention="sdpa"),
+    reference=causal_lm("FalconForCausalLM", attention="sdpa", aliases=("RWForCausalLM",)),
     build=build,
     names={
         **NAMES,
@@ -121,7 +126,7 @@ ARCH = Arch(
         "num_hidden_layers": 3,
         "num_attention_heads": 6,
         "num_kv_heads": None,
-        "ffn_hidden_size": 160,
+        "ffn_hidden_size": 112,
         "alibi": False,
         "bias": False,
         "multi_query": True,

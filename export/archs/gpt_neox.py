@@ -5,13 +5,15 @@ from llmexport.export.decoder import PLAIN, TINY, decoder
 from llmexport.export.spec import Arch, Mask, Model, Norm, causal_lm, decoder_layer
 
 LAYER = "gpt_neox.layers.{i}."
+KEYS = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
 
 def build(config: Config) -> Model:
     d = decoder(config, grouped=False)
     config.expect("num_key_value_heads", None, d.heads)
     bias, parallel = config.flag("attention_bias", True), config.flag("use_parallel_residual", True)
-    rotary = config.rotary(d.head_size, partial=0.25, theta_key="rotary_emb_base", partial_key="rotary_pct")
+    theta, share = KEYS.values()
+    rotary = config.rotary(d.head_size, partial=0.25, theta_key=theta, partial_key=share)
     norm = Norm(d.hidden, config.number("layer_norm_eps", 1e-5), statistics="layer", bias=True)
     mlp = d.mlp(activation=config.choice("hidden_act", PLAIN, "gelu"), bias=True, gated=False)
     attention = d.attention(qkv_bias=bias, out_bias=bias, fused=True, grouped=True, rotated=rotary.size)
@@ -33,11 +35,10 @@ ARCH = Arch(
         "layers.{i}.mlp.up_proj.": f"{LAYER}mlp.dense_h_to_4h.",
         "layers.{i}.mlp.down_proj.": f"{LAYER}mlp.dense_4h_to_h.",
         "head.norm.": "gpt_neox.final_layer_norm.",
-        "head.projection.": "lm_head.",
+        "head.projection.": "embed_out.",
     },
     base="gpt_neox.",
-    # What all published checkpoints call the head.
-    older={"lm_head.weight": "embed_out.weight"},
+    rope_keys=KEYS,
     ignore=tuple(f"gpt_neox.layers.*.attention.{b}" for b in ("bias", "masked_bias", "rotary_emb.inv_freq")),
     tiny={
         **{k: v for k, v in TINY.items() if k not in ("rms_norm_eps", "num_key_value_heads")},

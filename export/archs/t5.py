@@ -13,6 +13,9 @@ SAID_AGAIN = {"relu": "relu", "gated-gelu": "gelu_new", "gated-silu": "silu"}
 
 def build(config: Config) -> Model:
     config.expect("is_encoder_decoder", True)
+    # What training was told, and the length of its texts, which no table has.
+    for key in ("dropout_rate", "initializer_factor", "n_positions"):
+        config.get(key, None)
     if config.slots is not None:
         raise ExportError("--cache static: an encoder-decoder has a dynamic cache here: leave --cache out")
     hidden, vocabulary = config.length("d_model"), config.length("vocab_size")
@@ -27,8 +30,8 @@ def build(config: Config) -> Model:
         Mlp(hidden, config.length("d_ff"), activation, gated=gated),
         heads=config.count("num_heads"),
         head_size=config.length("d_kv"),
-        buckets=config.integer("relative_attention_num_buckets", 32),
-        distance=config.integer("relative_attention_max_distance", 128),
+        buckets=config.count("relative_attention_num_buckets", 32),
+        distance=config.length("relative_attention_max_distance", 128),
         encoder_layers=layers,
         decoder_layers=config.count("num_decoder_layers", layers),
     )

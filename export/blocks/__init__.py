@@ -21,7 +21,9 @@ from llmexport.export.blocks.context import (
 from llmexport.export.blocks.cross import CrossAttention, CrossKeys, CrossMask
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
+from llmexport.export.blocks.disentangled import DisentangledAttention, RelativePositions
 from llmexport.export.blocks.filtered import FilteredAttention, LocalizedFilter
+from llmexport.export.blocks.kimi_delta import KimiDeltaAttention
 from llmexport.export.blocks.latent import LatentAttention
 from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
@@ -95,6 +97,7 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
 PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
+    spec.DisentangledAttention: DisentangledAttention,
     spec.ChannelMix: ChannelMix,
     spec.CrossAttention: CrossAttention,
     spec.CrossKeys: CrossKeys,
@@ -103,6 +106,7 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.GatedDeltaNet: GatedDeltaNet,
     spec.GatedNorm: GatedNorm,
     spec.Head: Head,
+    spec.KimiDeltaAttention: KimiDeltaAttention,
     spec.LatentAttention: LatentAttention,
     spec.LocalizedFilter: LocalizedFilter,
     spec.Mask: Mask,
@@ -115,6 +119,7 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.PatchPositions: PatchPositions,
     spec.PixelShuffle: PixelShuffle,
     spec.Projector: Projector,
+    spec.RelativePositions: RelativePositions,
     spec.Router: Router,
     spec.SegmentMask: SegmentMask,
     spec.SharedExpert: SharedExpert,

@@ -18,7 +18,7 @@ class Embedding(nn.Module):
         self.inner_proj = nn.Linear(block.inner, block.hidden, bias=False) if block.inner else None
         self.types = nn.Embedding(block.types, block.hidden) if block.types else None
         self.positions = nn.Embedding(block.positions, block.hidden) if block.positions else None
-        self.offset, self.names = block.offset, [p.name for p in block.inputs]
+        self.offset, self.masked, self.names = block.offset, block.masked, [p.name for p in block.inputs]
         self.norm = Norm(block.norm) if block.norm else None
 
     def forward(self, *read: Tensor) -> Tensor:
@@ -35,7 +35,8 @@ class Embedding(nn.Module):
         elif self.positions:
             # Not a slice, which ends with the table and lets longer rows read too little.
             hidden = hidden + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
-        return self.norm(hidden) if self.norm else hidden
+        hidden = self.norm(hidden) if self.norm else hidden
+        return hidden * (given["attention_mask"] != 0).unsqueeze(-1).to(hidden.dtype) if self.masked else hidden
 
 
 class Head(nn.Module):

@@ -22,11 +22,13 @@ class CausalConv(nn.Module):
 class GatedNorm(nn.Module):
     def __init__(self, block: spec.GatedNorm) -> None:
         super().__init__()
-        self.epsilon = block.epsilon
+        self.block = block
         self.weight = nn.Parameter(torch.empty(block.size))
 
     def forward(self, recalled: Tensor, gate: Tensor) -> Tensor:
-        return gated_rms_norm(recalled, gate, self.weight, self.epsilon, "silu", True)
+        block = self.block
+        rounded = block.rounding == "before_weight"
+        return gated_rms_norm(recalled, gate, self.weight, block.epsilon, block.activation, rounded)
 
 
 class GatedDeltaNet(nn.Module):

@@ -30,7 +30,11 @@ from llmexport.export.spec import ONLY, Port
     help="portable runs everywhere; tensorrt is for trtexec with our plugins: no function bodies.",
 )
 @source.caching
-@click.option("--block", help="Export one block alone by its name, or `all`: each in a folder of its own.")
+@click.option(
+    "--block",
+    help="Export one block alone by its name, or `all`: each in a folder of its own; without "
+    "--arch and --checkpoint, a known block of no model, as deep_norm or gqa.",
+)
 @click.option(
     "--for",
     "runtimes",
@@ -62,7 +66,7 @@ def command(
     """Export a checkpoint to ONNX: the whole model, or one of its blocks."""
     console = Console(quiet, as_json)
     part = chosen(part, checkpoint)
-    with open_source(arch, checkpoint, output, part) as (named, found):
+    with open_source(arch, checkpoint, output, part, block) as (named, found):
         one = None if block == "all" else block
         kind = (dtype, one, weights, target, digest, cache, max_tokens, runtimes, logits, part)
         request = onnx_file.Request(named, found, *kind)

@@ -45,9 +45,11 @@ from llmexport.export.spec.context import (
 )
 from llmexport.export.spec.cross import SOURCE_IDS, SOURCE_PADDING, CrossAttention, CrossKeys, CrossMask, cross_keys
 from llmexport.export.spec.delta import CausalConv, GatedDeltaNet, GatedNorm
+from llmexport.export.spec.disentangled import DisentangledAttention, RelativePositions
 from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
 from llmexport.export.spec.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
+from llmexport.export.spec.kimi_delta import KimiDeltaAttention
 from llmexport.export.spec.latent import LatentAttention
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, Mixer, Norm
@@ -109,6 +111,7 @@ __all__ = [
     "CrossKeys",
     "CrossMask",
     "Dim",
+    "DisentangledAttention",
     "Embedding",
     "Experts",
     "FilteredAttention",
@@ -117,6 +120,7 @@ __all__ = [
     "Graph",
     "Head",
     "Keys",
+    "KimiDeltaAttention",
     "LatentAttention",
     "Layer",
     "LinearScaling",
@@ -144,6 +148,7 @@ __all__ = [
     "Projector",
     "Reference",
     "RelativeBias",
+    "RelativePositions",
     "Rotary",
     "Router",
     "Scaling",

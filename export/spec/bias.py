@@ -16,9 +16,11 @@ class Alibi(Block):
     the key the least number of the dtype.
 
     The slopes of a power of two of heads are geometric; of other numbers they are those of the power below, then every
-    other one of the power above (modeling_bloom.py, build_alibi_tensor). Distances count the tokens of a row and no
-    padding. `rounded`: slopes, places and their products are rounded to bfloat16 before the query's is subtracted
-    (modeling_falcon.py), which no softmax can tell from the key's alone. `scale` multiplies the difference. `keys`: of a static cache.
+    other one of the power above (modeling_bloom.py, build_alibi_tensor): the short formula of the documents, which
+    takes the number itself for a power, is wrong there. Distances count the tokens of a row and no padding.
+    `rounded`: slopes, places and their products are rounded to bfloat16 before the query's is subtracted
+    (modeling_falcon.py), which no softmax can tell from the key's alone. `scale` multiplies the difference. `keys`: of
+    a static cache.
     """
 
     heads: int

@@ -26,6 +26,8 @@ Use = Literal[
     "past_length",  # how many were written before this step
     "mask",  # which keys each query sees
     "bias",  # what is added to the logits of attention, far below all of them where a query does not see a key
+    "relative",  # a vector for each distance of a query from a key
+    "distances",  # which of them each pair of a query and a key takes
     "span_start",  # where the keys of a row begin
     "span_length",  # where they end
     "presence",  # 1 for a token, 0 for padding, along this step
@@ -142,6 +144,7 @@ INPUT_IDS = Port("input_ids", (BATCH, SEQUENCE), "int64", "tokens")
 POSITION_IDS = Port("position_ids", (BATCH, SEQUENCE), "int64", "positions")
 TOKEN_TYPE_IDS = Port("token_type_ids", (BATCH, SEQUENCE), "int64", "token_types")
 ATTENTION_MASK = Port("attention_mask", (BATCH, TOTAL), "int64", "padding")
+STEP_MASK = Port("attention_mask", (BATCH, SEQUENCE), "int64", "padding")
 SLOT_MASK = Port("attention_mask", (BATCH, WRITTEN), "int64", "padding")
 PADDING_LENGTH = Port("padding_length", (BATCH,), "int64", "padding_length")
 PAST_LENGTH = Port("past_length", (BATCH,), "int64", "past_length")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, SEQUENCE
@@ -34,11 +35,14 @@ class CausalConv(Block):
 
 @dataclass(frozen=True)
 class GatedNorm(Block):
-    """RMSNorm of every head times the SiLU of a gate (modeling_qwen3_5_moe.py, RMSNormGated)."""
+    """RMSNorm of every head times the activation of a gate (modeling_qwen3_5_moe.py, RMSNormGated). `rounding`: as a
+    Norm's."""
 
     heads: int
     size: int
     epsilon: float
+    activation: Literal["silu", "sigmoid"] = "silu"
+    rounding: Literal["before_weight", "after_weight"] = "before_weight"
 
     @property
     def inputs(self) -> tuple[Port, ...]:

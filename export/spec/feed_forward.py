@@ -11,15 +11,17 @@ from llmexport.export.errors import ExportError
 from llmexport.export.spec.block import BATCH, SEQUENCE, Block, Dim, Port, hidden
 from llmexport.export.spec.storage import Plain, Storage, Stored
 
-Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "swiglu_clamped"]
+Activation = Literal["silu", "gelu_tanh", "gelu_erf", "gelu_sigmoid", "relu", "relu2", "swiglu_clamped"]
 
 
 @dataclass(frozen=True)
 class Mlp(Block):
     """Gated MLP (arXiv 2002.05202): down(activation(gate(x)) * up(x)). `fused`: gate and up are one matrix.
 
-    Unless `gated`, it is down(activation(up(x))). `transposed`: matrices are [in, out] (Conv1D, modeling_gpt2.py).
-    `axes` are those of rows and of tokens.
+    Unless `gated`, it is down(activation(up(x))). GELU is x times the normal distribution up to x ("gelu_erf"), or one
+    of its approximations (arXiv 1606.08415): with a tanh, which most models mean by its other names, or with
+    sigmoid(1.702 x). `transposed`: matrices are [in, out] (Conv1D, modeling_gpt2.py). `axes` are those of rows and of
+    tokens.
     """
 
     hidden: int

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE
-from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, TOKEN_TYPE_IDS, Block, Dim, Port, hidden
+from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, STEP_MASK, TOKEN_TYPE_IDS, Block, Dim, Port, hidden
 from llmexport.export.spec.context import Keys, LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from llmexport.export.spec.feed_forward import Activation
 from llmexport.export.spec.graph import Graph, Step
@@ -29,8 +29,8 @@ class Embedding(Block):
     It adds one for each of `types` of tokens and one for each of `positions`, then norms the sum (modeling_bert.py).
     0 and None: there are none. Positions count from 0 whatever is padding; or, with an `offset`, they are position_ids
     and the rows of the table begin that much earlier (modeling_opt.py). A table of words with `inner` numbers a row,
-    if that is not 0, has a matrix without bias that makes hidden states of them (project_in there). `axes` are those of
-    rows and of tokens.
+    if that is not 0, has a matrix without bias that makes hidden states of them (project_in there). `masked`: those of
+    padding are zero (modeling_deberta.py). `axes` are those of rows and of tokens.
     """
 
     vocabulary: int
@@ -41,12 +41,13 @@ class Embedding(Block):
     norm: Norm | None = None
     offset: int | None = None
     inner: int = 0
+    masked: bool = False
     axes: tuple[Dim, Dim] = (BATCH, SEQUENCE)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
         types, positions = (TOKEN_TYPE_IDS,) * bool(self.types), (POSITION_IDS,) * bool(self.placed)
-        ports = (INPUT_IDS, *types, *positions)
+        ports = (INPUT_IDS, *types, *positions, *(STEP_MASK,) * self.masked)
         return tuple(dataclasses.replace(p, shape=self.axes) for p in ports)
 
     @property
@@ -184,6 +185,7 @@ class Reference:
     """The class of transformers that says what is right; `outputs` maps our ports to the attributes of its output.
 
     Unless it is `cached`, it keeps nothing of a step for the next one, as our graph does: a row is run whole each time.
+    `recast`: it makes some parameters in float32 whatever type is asked for, and runs once they are cast.
     `attention` is which of its implementations does.
     `state` is what a class that keeps no cache calls what it carries, in its call and in its output: it knows nothing
     of padding, and is right for one row alone.
@@ -194,6 +196,7 @@ class Reference:
     model_class: str
     outputs: Mapping[str, str]
     cached: bool = True
+    recast: bool = False
     attention: str = "eager"
     state: str = ""
     made_by: str = ""
@@ -217,6 +220,7 @@ class Arch:
     built-in config. `multimodal` are the kinds of checkpoint that the model is published in beside its own. A base
     model's checkpoint, which has no head, leaves `base` out where a name starts with it.
     `overflows_float16` says, where published checkpoints are known to overflow float16, which do and how it shows.
+    `rope_keys` are what its configs call RoPE's keys beside `rope_parameters`, where that is not what others call them.
     `adds` says in a few words what its blocks have that Llama's have not, and `system` what the documents that this
     project began with call it, if they name it.
     """
@@ -233,6 +237,7 @@ class Arch:
     multimodal: tuple[Multimodal, ...] = ()
     base: str = "model."
     overflows_float16: str = ""
+    rope_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adds: str = ""
     system: str = ""
     name: str = ""  # of its data file

@@ -107,7 +107,7 @@ def test_weights_beside_the_network_are_what_they_are_inside(
     """Products read them transposed, as they are stored, and the numbers are the same."""
     monkeypatch.setattr(beside, "LARGE", MATRIX)
     export = manifest.read(exported(case, dtype))
-    [graph] = export.graphs
+    graph = export.graphs[0]
     made = []
     for weights in WEIGHTS:
         (work / weights).mkdir()

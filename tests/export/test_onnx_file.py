@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from arch_cases import CASES, FIRST, ONCE, PRIMARY, Case, in_each_dtype, others_slow
+from arch_cases import CASES, FIRST, OF_ONE_GRAPH, ONCE, PRIMARY, Case, in_each_dtype, others_slow
 from first_feed import first_feed
 from published_configs import PUBLISHED
 from reseal import reseal
@@ -53,9 +53,11 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden_ops.json").read_text())
 
 
 def summary(export: Export) -> dict[str, Any]:
-    """How often each op occurs in an export of one graph, and what each pass did, as golden_ops.json has it."""
-    graph = manifest.as_data(export)["graphs"]["model"]
-    return json.loads(json.dumps({"ops": graph["ops"], "fusions": graph["fusions"]}))
+    """How often each op occurs in an export, and what each pass did, as golden_ops.json has it: by graph, if there are
+    several."""
+    graphs = json.loads(json.dumps(manifest.as_data(export)["graphs"]))
+    found = {name: {"ops": graph["ops"], "fusions": graph["fusions"]} for name, graph in graphs.items()}
+    return found.get("model", found)
 
 
 def request(folder: Path, **changes: object) -> onnx_file.Request:
@@ -63,28 +65,30 @@ def request(folder: Path, **changes: object) -> onnx_file.Request:
     return onnx_file.Request(archs.choose(None, checkpoint.config), checkpoint, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", others_slow(FIRST, [c for c in FIRST if c.arch in PRIMARY]), ids=str)
+@pytest.mark.parametrize("case", others_slow(OF_ONE_GRAPH, [c for c in FIRST if c.arch in PRIMARY]), ids=str)
 def test_a_process_that_never_heard_of_llmexport_runs_the_model(case: Case, exported) -> None:
     subprocess.run([sys.executable, "-c", PLAIN, str(exported(case) / "model.onnx")], check=True, cwd="/")
 
 
 @pytest.mark.parametrize(("case", "dtype"), others_slow(in_each_dtype(FIRST), ONCE), ids=str)
 def test_checker_and_strict_shape_inference_accept_copied_weights(case: Case, dtype: str, exported) -> None:
-    path = exported(case, dtype, weights="copy") / "model.onnx"
-    onnx.checker.check_model(path, full_check=True)
-    onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
+    folder = exported(case, dtype, weights="copy")
+    for graph in manifest.read(folder).graphs:
+        onnx.checker.check_model(folder / graph.file, full_check=True)
+        onnx.shape_inference.infer_shapes(onnx.load(folder / graph.file, load_external_data=False), strict_mode=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_model_has_the_ops_that_its_blocks_make_and_says_which_norms_it_left(case: Case, exported) -> None:
     found = manifest.read(exported(case))
-    model = onnx.load(exported(case) / "model.onnx", load_external_data=False)
-    nodes = collections.Counter(op_of(n) for n in model.graph.node if n.domain == "llmexport")
     assert summary(found) == GOLDEN.get(case.name)
-    assert found.graphs[0].ops == nodes
+    for graph in found.graphs:
+        model = onnx.load(exported(case) / graph.file, load_external_data=False)
+        nodes = collections.Counter(op_of(n) for n in model.graph.node if n.domain == "llmexport")
+        assert graph.ops == nodes
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", OF_ONE_GRAPH, ids=str)
 def test_outputs_agree_before_and_after_fusion_to_fp32_rounding(
     case: Case, tiny_checkpoint, exported, monkeypatch, tmp_path
 ) -> None:
@@ -186,6 +190,23 @@ def test_a_published_model_exports_from_headers_alone(name: str, least: float, t
     assert summary(record) == GOLDEN[name]
     new = [p for p in (tmp_path / "out").iterdir() if p.stat().st_nlink == 1]
     assert sum(p.stat().st_size for p in new) < 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("bloom", 352e9), ("falcon-40b", 82e9), ("pythia-1b", 2e9), ("phi-2", 5e9), ("stablelm-2-12b", 24e9)],
+)
+def test_a_published_model_of_alike_layers_is_a_layer_traced_once(name: str, least: float, tmp_path) -> None:
+    """And an embedding, a head and what the layers read."""
+    config = PUBLISHED[name]
+    random_checkpoint.write(archs.choose(None, config), tmp_path / "ck", config=config, dtype="float16", hollow=True)
+    assert sum(p.stat().st_size for p in (tmp_path / "ck").iterdir()) > least
+    record = onnx_file.write(request(tmp_path / "ck", dtype="float16"), tmp_path / "out", force=False)
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    assert (len(record.blocks), len(record.steps)) == (5, layers + 4)
+    new = [p for p in (tmp_path / "out").iterdir() if p.stat().st_nlink == 1]
+    assert sum(p.stat().st_size for p in new) < 1_500_000
 
 
 def test_a_tied_head_that_the_checkpoint_also_stores_is_dropped_if_it_is_the_same(tmp_path) -> None:

@@ -34,13 +34,13 @@ def stored(case: Case) -> dict:
 @pytest.mark.parametrize("case", [c for c in KNOWN if c.arch in IN_TRANSFORMERS], ids=str)
 def test_transformers_reads_the_same_of_both_forms(case: Case, tmp_path: Path) -> None:
     before = stored(case)
-    after = optimum.with_old_rope(before)
+    after = optimum.with_old_rope(before, archs.load(case.arch).rope_keys)
     assert "rope_parameters" not in after
     found = []
     for config in (before, after):
         (tmp_path / "config.json").write_text(json.dumps(config))
         found.append(transformers.AutoConfig.from_pretrained(tmp_path).to_dict())
-    new, old = (f.pop("rope_parameters") for f in found)
+    new, old = (f.pop("rope_parameters", {}) for f in found)
     assert rope_of(new) == rope_of(old)
     # Beside it, only the names that say the same.
     told = {"rope_theta", "rope_local_base_freq", "partial_rotary_factor", "original_max_position_embeddings"}
@@ -61,21 +61,21 @@ ORIGINAL = "original_max_position_embeddings"
 def test_this_package_reads_the_same_of_both_forms(case: Case) -> None:
     arch = archs.load(case.arch)
     before = {**arch.tiny, **case.changes}
-    assert read_model(arch, optimum.with_old_rope(before)) == read_model(arch, before)
+    assert read_model(arch, optimum.with_old_rope(before, arch.rope_keys)) == read_model(arch, before)
 
 
 def test_a_checkpoint_without_a_generation_config_gets_its_ids() -> None:
     config = {"eos_token_id": 2, "pad_token_id": None, "num_attention_heads": 4, "hidden_size": 64}
     graph = read("llama").graphs[0]
-    assert optimum.files(graph, config, {})[0]["generation_config.json"] == {"eos_token_id": 2}
-    assert list(optimum.files(graph, config, {"top_k": 3})[0]) == ["config.json"]
+    assert optimum.files(graph, config, {}, {})[0]["generation_config.json"] == {"eos_token_id": 2}
+    assert list(optimum.files(graph, config, {"top_k": 3}, {})[0]) == ["config.json"]
 
 
 def test_a_cache_that_optimum_mistakes_is_noted_with_the_line_that_sets_it() -> None:
     graph = read("llama").graphs[0]
     sizes = {"num_attention_heads": 2, "hidden_size": 32}
-    assert optimum.files(graph, sizes, {})[1] == []
-    [note] = optimum.files(graph, {**sizes, "hidden_size": 64}, {})[1]
+    assert optimum.files(graph, sizes, {}, {})[1] == []
+    [note] = optimum.files(graph, {**sizes, "hidden_size": 64}, {}, {})[1]
     line = note.partition("run after from_pretrained: ")[2]
     model = type("Model", (), {"input_shapes": {"past_key_values.0.key": ["batch", 2, "past", 16]}})
     exec(line, {"model": model})
@@ -92,14 +92,14 @@ def test_a_cache_that_optimum_mistakes_is_noted_with_the_line_that_sets_it() -> 
 def test_what_optimum_does_not_feed_is_refused(arch: str, slots: int | None, why: str) -> None:
     named = archs.load(arch)
     with pytest.raises(ExportError) as error:
-        optimum.files(read_model(named, named.tiny, slots).graphs[0], named.tiny, {})
+        optimum.files(read_model(named, named.tiny, slots).graphs[0], named.tiny, {}, {})
     assert one_line(error.value).endswith(why)
 
 
 def test_a_sliding_rope_that_transformers_4_cannot_be_told_is_refused() -> None:
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(ExportError, match="whose sliding attention has a RoPE that transformers 4 cannot be told"):
-        optimum.with_old_rope({"rope_parameters": {"sliding_attention": linear, "full_attention": linear}})
+        optimum.with_old_rope({"rope_parameters": {"sliding_attention": linear, "full_attention": linear}}, {})
 
 
 @pytest.mark.model

@@ -16,6 +16,7 @@ from llmexport.export.spec import (
     IMAGES,
     PAST,
     SEQUENCE,
+    SOURCE,
     SPLICED,
     TILES,
     TOTAL,
@@ -26,6 +27,10 @@ from llmexport.export.spec import (
     Block,
     CausalConv,
     ChannelMix,
+    CrossAttention,
+    CrossKeys,
+    CrossMask,
+    DisentangledAttention,
     Embedding,
     Experts,
     FilteredAttention,
@@ -33,6 +38,7 @@ from llmexport.export.spec import (
     GatedNorm,
     Head,
     Keys,
+    KimiDeltaAttention,
     LatentAttention,
     Layer,
     LinearScaling,
@@ -47,6 +53,8 @@ from llmexport.export.spec import (
     Norm,
     Port,
     Presence,
+    RelativeBias,
+    RelativePositions,
     Rotary,
     Router,
     SharedExpert,
@@ -86,6 +94,7 @@ SINKS = Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True, sinks=True, window
 ALL, LAST = Keys(150), Keys(7, slides=True)
 SOFTCAP = Attention(33, 6, 2, 10, softcap=2.0, scale=0.2)
 LATENT = LatentAttention(33, 6, key_size=10, rope_size=4, value_size=7, latent=13, query=9, scale=0.3, parted=True)
+KIMI_DELTA = KimiDeltaAttention(33, heads=3, size=10, kernel=4, epsilon=1e-5)
 DELTA_NET = GatedDeltaNet(33, key_heads=2, key_size=10, value_heads=6, value_size=7, kernel=4, epsilon=1e-6)
 ROUTER = Router(33, 9, 3, "softmax", renormalise=True)
 EXPERTS = Experts(33, 21, 9, 3)
@@ -114,9 +123,17 @@ CASES = [
     (Embedding(37, 33, types=2, positions=200, norm=LAYER_NORM), "float32"),
     (Embedding(37, 33, positions=202, offset=2), "float32"),
     (Embedding(37, 33, positions=202, offset=2, inner=21), "float32"),
+    (Embedding(37, 33, types=2, norm=LAYER_NORM, masked=True), "float32"),
     (Alibi(6), "float32"),
     (Alibi(4, 0.3, rounded=True), "float16"),
     (Alibi(6, keys=ALL), "float32"),
+    (RelativeBias(6, 12, 30), "float32"),
+    (RelativeBias(6, 12, 30), "float16"),
+    (RelativeBias(6, 12, 30, both_ways=True), "float32"),
+    (CrossKeys(33, 6, 10), "float32"),
+    (CrossMask(), "float32"),
+    (CrossAttention(33, 6, 10, 0.3), "float32"),
+    (CrossAttention(33, 6, 10, 0.3), "float16"),
     (Rotary(10, 10000.0), "float32"),
     (Rotary(10, 10000.0, LinearScaling(4.0)), "float32"),
     (Rotary(10, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64)), "float16"),
@@ -169,11 +186,21 @@ CASES = [
     (BIASED, "float32"),
     (BIASED, "float16"),
     (dataclasses.replace(BIASED, keys=ALL), "float32"),
+    (RelativePositions(16, 33), "float32"),
+    (RelativePositions(16, 33, 40, LAYER_NORM), "float32"),
+    (DisentangledAttention(33, 6, 10, 16, 0.2), "float32"),
+    (DisentangledAttention(33, 6, 10, 16, 0.2, shared=True), "float16"),
+    (DisentangledAttention(33, 6, 10, 16, 0.2, from_position=False, fused=True), "float32"),
+    (DisentangledAttention(33, 6, 10, 16, 0.2, to_position=False, fused=True), "float32"),
+    (DisentangledAttention(33, 6, 10, 16, 0.2, to_position=False, from_position=False), "float32"),
     (UNCACHED, "float32"),
     (UNCACHED, "float16"),
     (SINKS, "float32"),
     (SINKS, "float16"),
     (SOFTCAP, "float32"),
+    (KIMI_DELTA, "float32"),
+    (KIMI_DELTA, "float16"),
+    (GatedNorm(6, 7, 1e-6, "sigmoid", "after_weight"), "float16"),
     (LATENT, "float32"),
     (LATENT, "float16"),
     (dataclasses.replace(LATENT, query=None, bias=True, parted=False, interleaved=True), "float32"),
@@ -257,6 +284,7 @@ def filled(block: Block, dtype: str) -> torch.nn.Module:
 
 def sizes(batch: int, sequence: int, past: int) -> dict[str, int]:
     seen = {IMAGES: batch, TILES: batch, FEATURES: batch + sequence, SPLICED: batch * sequence}
+    seen[SOURCE] = sequence + 2 * past + 3
     return {BATCH: batch, SEQUENCE: sequence, PAST: past, TOTAL: sequence + past, WRITTEN: sequence + past, **seen}
 
 

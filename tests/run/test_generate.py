@@ -46,6 +46,15 @@ def test_the_text_is_what_transformers_generates(run: Run, talking, tiny_checkpo
     assert (code, out) == (0, by_transformers(tiny_checkpoint("llama"), PROMPT, special=True) + "\n")
 
 
+def test_a_prompt_is_what_an_encoder_reads(run: Run, talking, tiny_checkpoint) -> None:
+    code, out, _ = run("generate", talking("t5"), "--prompt", PROMPT, "--raw", "--max-new-tokens", 32)
+    ids = torch.tensor([tiny_tokenizer().encode(PROMPT).ids])
+    model = transformers.T5ForConditionalGeneration.from_pretrained(tiny_checkpoint("t5"), dtype=torch.float32)
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer())
+    assert (code, out) == (0, tokenizer.decode(made[0, 1:], skip_special_tokens=True) + "\n")
+
+
 def test_a_chat_template_is_applied_where_there_is_one(run: Run, talking, tiny_checkpoint) -> None:
     code, out, _ = run("generate", talking("llama"), "--prompt", PROMPT, "--max-new-tokens", 32, "--json")
     answer = json.loads(out)

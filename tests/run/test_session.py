@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from arch_cases import CASES, DECODERS, FIRST, Case, others_slow
+from arch_cases import CASES, DECODERS, FIRST, PAIRS, Case, others_slow
 from two_graphs import in_two, rebuilt
 
 from llmexport.export import archs, manifest, onnx_file
@@ -23,7 +25,8 @@ from llmexport.export.graph_file import load
 from llmexport.run import engine
 from llmexport.run.checks import check_prompt, run_again_at
 from llmexport.run.errors import RunError
-from llmexport.run.session import RuntimeSession, decode, greedy, opened, opening
+from llmexport.run.session import RuntimeSession, begun, decode, greedy, opened, opening
+from llmexport.run.settings import start_token
 from llmexport.validate.runners import onnx_runner
 
 STEPS = 64
@@ -55,6 +58,29 @@ def found(folder: Path, ids: np.ndarray, steps: int = STEPS) -> np.ndarray:
 def test_greedy_tokens_are_those_of_generate_for_64_steps(case: Case, tiny_checkpoint, exported) -> None:
     ids = prompt()
     assert np.array_equal(found(exported(case), ids), expected(tiny_checkpoint(case), ids))
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_greedy_tokens_after_what_an_encoder_read_are_those_of_generate(case: Case, tiny_checkpoint, exported) -> None:
+    export, ids = manifest.read(exported(case)), prompt(batch=2)
+    start, begin = begun(export, ids)
+    tokens = decode(RuntimeSession(export), start, greedy, begin=begin)
+    model = transformers.T5ForConditionalGeneration.from_pretrained(tiny_checkpoint(case), dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    given = torch.from_numpy(ids)
+    made = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=STEPS, do_sample=False)
+    assert np.array_equal(np.stack(list(itertools.islice(tokens, STEPS)), 1), made[:, 1:].numpy())
+
+
+def test_what_a_decoder_begins_with_is_what_the_files_say(exported, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported("t5"), tmp_path / "export"))
+    export = manifest.read(folder)
+    assert start_token(export) == 0
+    (folder / "generation_config.json").write_text('{"decoder_start_token_id": 7}')
+    assert start_token(export) == 7
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(RunError, match=r"neither generation_config.json nor config.json says decoder_start_token_id"):
+        start_token(dataclasses.replace(export, text_config={}))
 
 
 def test_rows_of_a_batch_go_on_each_by_itself(exported) -> None:
