@@ -10,7 +10,7 @@ import pytest
 
 from llmexport.export import archs
 from llmexport.export.config import Config
-from llmexport.export.spec import PAST
+from llmexport.export.spec import PAST, Use
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,13 @@ def keeps_keys(case: Case) -> bool:
 
 
 KEYED = [c for c in DECODERS if keeps_keys(c)]
+
+
+def reads(case: Case, use: Use) -> bool:
+    """Whether a block of the model reads a value of this use."""
+    arch = archs.load(case.arch)
+    steps = arch.build(Config({**arch.tiny, **case.changes})).steps
+    return any(p.use == use for s in steps for p in s.block.inputs)
 
 
 def others_slow(all_of_them: Sequence[Any], at_once: Collection[Any]) -> list[Any]:

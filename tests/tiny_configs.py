@@ -55,7 +55,7 @@ def one_line(error: ExportError) -> str:
 
 def everywhere(arch: str, rope: dict[str, Any]) -> dict[str, Any]:
     """RoPE of all layers, as rope_parameters say it."""
-    return {"sliding_attention": rope, "full_attention": dict(rope)} if arch == "gemma3_text" else rope
+    return {"sliding_attention": rope, "full_attention": dict(rope)} if arch in ("gemma3_text", "olmo3") else rope
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,15 @@ from llmexport.export.spec import Arch, Mask, Model, Norm, causal_lm, decoder_la
 ATTENTION = "model.layers.{i}.self_attn."
 ROPE = {"default": "default", "dynamic": "alpha"}
 # Of tokens, of classes, and of caches that layers share, which there are none of.
-UNUSED = ("cla_share_factor", "class_num", "dense_list", "org_vocab_size", "pool_type", "pad_id", "eod_token_id")
+UNUSED: tuple[str, ...] = (
+    "cla_share_factor",
+    "class_num",
+    "dense_list",
+    "org_vocab_size",
+    "pool_type",
+    "pad_id",
+    "eod_token_id",
+)
 UNUSED += ("im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id", "mask_init_id")
 
 

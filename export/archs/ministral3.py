@@ -14,7 +14,7 @@ BETA = "llama_4_scaling_beta"
 
 def build(config: Config) -> Model:
     # Without, transformers takes the whole stretch of one release.
-    config.get("rope_parameters")
+    config.get("rope_scaling" if config.has("rope_scaling") else "rope_parameters")
     d = decoder(config, head_size=128)
     norm = d.norm(1e-5)
     rotary = config.rotary(d.head_size, others=(BETA, "max_position_embeddings"))

@@ -14,7 +14,8 @@ def build(config: Config) -> Model:
     attention = d.attention(qkv_bias=bias, out_bias=bias, qk_norm=norm, qk_norm_over="all_heads")
     block = decoder_layer(None, attention, None, d.mlp(), mixer_output_norm=norm, mlp_output_norm=norm)
     # transformers takes another one for full layers alone, vLLM for all.
-    config.expect("rope_theta", THETA)
+    for key in ("rope_theta", "rope_local_base_freq"):
+        config.expect(key, THETA)
     local, far = (config.rotary(d.head_size, THETA, layer_kind=f"{k}_attention") for k in ("sliding", "full"))
     kinds = {
         "sliding_attention": (block, (local, Mask(config.integer("sliding_window", 4096)))),
@@ -43,10 +44,10 @@ ARCH = Arch(
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": THETA},
             "full_attention": {
                 "rope_type": "yarn",
-                "rope_theta": 10000.0,
+                "rope_theta": THETA,
                 "factor": 8.0,
                 "original_max_position_embeddings": 64,
                 "beta_fast": 32.0,

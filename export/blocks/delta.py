@@ -38,11 +38,14 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         self.block = block
         width, channels = block.value_heads * block.value_size, block.convolution.channels
-        parts = {"qkv": channels, "z": width, "b": block.value_heads, "a": block.value_heads}
         if block.grouped:
-            parts = {"qkvz": channels + width, "ba": 2 * block.value_heads}
-        for name, size in parts.items():
-            self.add_module(f"in_proj_{name}", nn.Linear(block.hidden, size, bias=False))
+            self.in_proj_qkvz = nn.Linear(block.hidden, channels + width, bias=False)
+            self.in_proj_ba = nn.Linear(block.hidden, 2 * block.value_heads, bias=False)
+        else:
+            self.in_proj_qkv = nn.Linear(block.hidden, channels, bias=False)
+            self.in_proj_z = nn.Linear(block.hidden, width, bias=False)
+            self.in_proj_b = nn.Linear(block.hidden, block.value_heads, bias=False)
+            self.in_proj_a = nn.Linear(block.hidden, block.value_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(block.value_heads))
         self.dt_bias = nn.Parameter(torch.empty(block.value_heads))
         self.conv1d = CausalConv(block.convolution)

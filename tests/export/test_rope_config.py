@@ -272,9 +272,12 @@ def test_an_unsupported_rope_scaling_is_refused_by_name_in_every_architecture(ki
     keys, fields = ("rope_type", "type"), ("rope_parameters", "rope_scaling")
     for arch, key, field in itertools.product(TURNING, keys, fields):
         rope, said = {key: kind, "factor": 2.0}, f"type '{kind}' is not supported"
+        if arch == "hunyuan_v1_dense" and kind == "dynamic":
+            # It knows that type with an alpha alone.
+            said = "RoPE's alpha is None, expected a positive number"
         if field == "rope_parameters":
             rope = everywhere(arch, rope)
-        elif arch == "gemma3_text" and key == "type":
+        elif arch in ("gemma3_text", "olmo3") and key == "type":
             said = f"of types ['default', '{kind}']: choose one"
         assert said in refusal(arch, **{"rope_parameters": None, field: rope}), (arch, key, field)
 
