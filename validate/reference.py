@@ -26,9 +26,10 @@ from llmexport.export.spec import Use
 from llmexport.export.trace import torch_dtype
 from llmexport.export.values import one_line
 from llmexport.validate import references
-from llmexport.validate.feeds import Feed, beside, earlier, of_source, sees
+from llmexport.validate.feeds import Feed, beside, earlier, sees
 from llmexport.validate.pictures import Pictures, Sight, sight, stands_for
 from llmexport.validate.runners import to_numpy, to_torch
+from llmexport.validate.source import of_source
 from llmexport.validate.stages import Stage
 
 if TYPE_CHECKING:
