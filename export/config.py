@@ -88,10 +88,10 @@ class Config:
         """The size of a dimension of a weight."""
         return as_integer(key, self.get(key, default), most=LONGEST)
 
-    def length_or_none(self, key: str, absent: int) -> int | None:
+    def length_or_none(self, key: str, absent: int | None) -> int | None:
         """The size of a dimension that null does without; a config without the key means `absent`."""
         self._read.add(key)
-        return None if key in self._data and self._data[key] is None else self.length(key, absent)
+        return None if self._data.get(key, absent) is None else self.length(key, absent)
 
     def side(self, key: str, default: Any = _REQUIRED) -> int:
         """The size of all sides of a picture or a patch, which may be listed if they are equal."""

@@ -36,6 +36,7 @@ def read(
     layer_kind: str | None = None,
     theta_key: str = "rope_theta",
     partial_key: str = "partial_rotary_factor",
+    others: Sequence[str] = (),
 ) -> Rotary:
     """RoPE, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` and the like.
 
@@ -43,8 +44,9 @@ def read(
     say; an architecture that knows no shares or sections gives none, and a config with any is refused. `types` maps the
     types that the architecture knows to their names here. `original` is the length before LongRoPE's stretch, if the
     config says it elsewhere. `layer_kind`: which entry of `rope_parameters` to read, where each kind of layer has its
-    own. `theta_key` and `partial_key`: top-level keys that old configs use for theta and for the share. Raises
-    ExportError on a type or key of RoPE that is not known.
+    own. `theta_key` and `partial_key`: top-level keys that old configs use for theta and for the share.
+    `others`: keys that the architecture reads itself, by `beside`. Raises ExportError on a type or key of RoPE that is
+    not known.
     """
     keys = _shared(config) if layer_kind is None else _of_kind(config, layer_kind)
     theta = as_positive(theta_key, _one(config, keys, "rope_theta", theta_key, theta))
@@ -60,15 +62,19 @@ def read(
     if not isinstance(found[0], str) or found[0] not in types:
         known = ", ".join(dict.fromkeys(types.values()))
         raise ExportError(f"config.json: RoPE of type {show(found[0])} is not supported here, {known} are")
+    if types[found[0]] == "alpha":
+        theta *= _alpha(keys) ** (size / (size - 2))
     scaling = _scaling(config, types[found[0]], keys, size)
-    unread = [k for k, v in keys.items() if v is not None and k not in HARMLESS and not same(v, NEUTRAL.get(k))]
+    unread = [
+        k for k, v in keys.items() if v is not None and k not in (*HARMLESS, *others) and not same(v, NEUTRAL.get(k))
+    ]
     if unread:
         names = ", ".join(map(key_name, unread))
         raise ExportError(
             f"config.json: RoPE has keys that are not understood: {names}. "
             "Exporting without them could give a wrong model: report the checkpoint, so that they are read here"
         )
-    places = within(config, "rope_scaling", "max_position_embeddings") if types[found[0]] == "dynamic" else None
+    places = within(config, "dynamic RoPE", "max_position_embeddings") if types[found[0]] == "dynamic" else None
     return Rotary(size, theta, scaling, sections, places)
 
 
@@ -130,6 +136,8 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
             # Some configs have it, though nothing reads it for this type.
             keys.pop(ORIGINAL, None)
             return None
+        case "alpha":
+            return None
         case "dynamic":
             # NTK-aware theta, which grows with what a text has beyond max_position_embeddings.
             _factor(keys)
@@ -179,6 +187,11 @@ def mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def beside(config: Config, key: str) -> Any:
+    """What stands among RoPE's keys and is not RoPE's; None where nothing does."""
+    return _shared(config).get(key)
+
+
 def of_logits(config: Config) -> float:
     """What YaRN multiplies the logits of attention by, beside what it does to cos and sin; 1 without it.
 
@@ -217,6 +230,14 @@ def _sections(keys: dict[str, Any], default: Sequence[int]) -> tuple[int, ...]:
     if keys.pop("mrope_interleaved", True) is not True:
         raise ExportError("config.json: mrope_interleaved is not true, other mRoPE layouts are not supported")
     return tuple(sizes)
+
+
+def _alpha(keys: dict[str, Any]) -> float:
+    """What stretches the base once and for all (modeling_hunyuan_v1_dense.py); nothing reads what stands beside it."""
+    _factor(keys)
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        keys.pop(key, None)
+    return as_positive("RoPE's alpha", keys.pop("alpha", None))
 
 
 def _factor(keys: dict[str, Any]) -> float:

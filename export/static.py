@@ -54,7 +54,7 @@ def _static(block: Block, keys: Keys) -> Block:
     match block:
         case Mask() | Span() | Alibi():
             return dataclasses.replace(block, keys=keys)
-        case Temperature() | Presence():
+        case Temperature(placed=False) | Presence():
             return dataclasses.replace(block, static=True)
     return block
 

@@ -95,8 +95,20 @@ CASES = (
         "use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": True, "decoder_sparse_step": 2,
         "mlp_only_layers": [],
     }),
+    Case("qwen3_moe", "qwen3_moe"),
+    Case("olmo3", "olmo3"),
+    Case("granite", "granite"),
+    Case("smollm3", "smollm3"),
+    Case("seed_oss", "seed_oss"),
+    Case("ernie4_5", "ernie4_5"),
+    Case("hunyuan_v1_dense", "hunyuan_v1_dense"),
+    Case("cohere2", "cohere2"),
+    Case("glm4_moe", "glm4_moe"),
+    Case("minimax_m2", "minimax_m2"),
+    Case("qwen3_next", "qwen3_next"),
+    Case("ministral3", "ministral3"),
     Case("rwkv", "rwkv"),
-    Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None, "num_hidden_layers": 2}),
+    Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None}),
     Case("deepseek_v2", "deepseek_v2"),
     Case("deepseek_v2", "deepseek_v2-lite-bias", {
         "topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True,
@@ -113,6 +125,7 @@ CASES = (
         "rope_interleave": False, "q_lora_rank": None, "attention_bias": True, "n_group": 2,
         "mlp_layer_types": ["sparse", "dense", "sparse"],
     }),
+    Case("kimi_linear", "kimi_linear"),
     Case("bert", "bert"),
     Case("bert", "bert-relu-untied", {
         "hidden_act": "relu", "tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 1,
@@ -172,11 +185,17 @@ CASES = (
     Case("qwen", "qwen"),
     Case("chatglm", "chatglm"),
     Case("chatglm", "chatglm-no-bias", {"add_qkv_bias": False, "multi_query_group_num": 1}),
+    Case("internlm2", "internlm2-bias", {
+        "bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "num_key_value_heads": 4,
+    }),
     Case("internlm2", "internlm2-bias", {"bias": True, "rope_scaling": None, "num_key_value_heads": 4}),
+    Case("grok", "grok"),
+    Case("openelm", "openelm"),
+    Case("yuan", "yuan"),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
 # Families whose caches hold latents, and no keys and values.
-LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear")
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
 # Families that are tested whole in every session: each form of a block occurs in one of them. The first case of every
 # other one meets transformers in every session (`every_family`), and its other tests are slow.

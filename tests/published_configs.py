@@ -445,6 +445,9 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads("""{
     }
 }""")
 PUBLISHED |= LATENT | PAIRED
+# The most used of 2025, a line each.
+PUBLISHED |= json.loads(Path(__file__).with_name("published_used.json").read_bytes())
+PUBLISHED |= LATENT
 # Lists that repeat: 24 layers, 40 and 64.
 PUBLISHED["gpt-oss-20b"]["layer_types"] *= 12
 PUBLISHED["Qwen3.5-35B-A3B"]["text_config"]["layer_types"] *= 10

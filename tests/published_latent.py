@@ -11,6 +11,7 @@ from llmexport.export.spec import (
     Embedding,
     Experts,
     Head,
+    KimiDeltaAttention,
     LatentAttention,
     Layer,
     Mask,
@@ -18,6 +19,7 @@ from llmexport.export.spec import (
     Model,
     Moe,
     Norm,
+    Presence,
     Rotary,
     Router,
     SharedExpert,
@@ -80,6 +82,30 @@ LATENT: dict[str, dict[str, Any]] = json.loads("""{
         "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_scaling": null,
         "rope_theta": 1000000, "routed_scaling_factor": 1.8, "tie_word_embeddings": false, "topk_group": 1,
         "topk_method": "noaux_tc", "transformers_version": "5.0.0rc0", "v_head_dim": 256, "vocab_size": 154880
+    },
+    "Kimi-Linear-48B-A3B-Instruct": {
+        "architectures": ["KimiLinearForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_kimi.KimiLinearConfig", "AutoModel": "modeling_kimi.KimiLinearModel",
+            "AutoModelForCausalLM": "modeling_kimi.KimiLinearForCausalLM"
+        },
+        "bos_token_id": 163584, "dtype": "bfloat16", "eos_token_id": 163586, "first_k_dense_replace": 1,
+        "head_dim": 72, "hidden_act": "silu", "hidden_size": 2304, "initializer_range": 0.02,
+        "intermediate_size": 9216, "kv_lora_rank": 512,
+        "linear_attn_config": {
+            "full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "head_dim": 128,
+            "kda_layers": [1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26],
+            "num_heads": 32, "short_conv_kernel_size": 4
+        },
+        "mla_use_nope": true, "model_max_length": 1048576, "model_type": "kimi_linear",
+        "moe_intermediate_size": 1024, "moe_layer_freq": 1, "moe_renormalize": true,
+        "moe_router_activation_func": "sigmoid", "num_attention_heads": 32, "num_expert_group": 1,
+        "num_experts": 256, "num_experts_per_token": 8, "num_hidden_layers": 27, "num_key_value_heads": 32,
+        "num_nextn_predict_layers": 0, "num_shared_experts": 1, "pad_token_id": 163839, "q_lora_rank": null,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_scaling": null,
+        "rope_theta": 10000.0, "routed_scaling_factor": 2.446, "tie_word_embeddings": false, "topk_group": 1,
+        "transformers_version": "4.56.2", "use_cache": true, "use_grouped_topk": true, "v_head_dim": 128,
+        "vocab_size": 163840
     }
 }""")
 # Of another type, with keys of training and with RoPE's ends at one place.
@@ -169,7 +195,19 @@ def of_deepseek(heads: int, factor: float) -> LatentAttention:
     return LatentAttention(7168, heads, 128, 64, 128, 512, 1536, scale(factor, 1.0), parted=True)
 
 
+def kimi_linear() -> Model:
+    norm, moe = Norm(2304, 1e-5), chosen_by_sigmoid(2304, 1024, 256, 8, 2.446, 1, 1)
+    delta = (KimiDeltaAttention(2304, 32, 128, 4, 1e-5), (Presence(),))
+    full = (LatentAttention(2304, 32, 128, 64, 128, 512, None, 192**-0.5, turned=False), (Mask(),))
+    layers = []
+    for i in range(27):
+        mixer, reads = full if i in (3, 7, 11, 15, 19, 23, 26) else delta
+        layers.append((decoder_layer(norm, mixer, norm, moe if i else Mlp(2304, 9216, "silu")), reads))
+    return wired(Embedding(163840, 2304), layers, Head(norm, 163840), tied=False)
+
+
 LATENT_MODELS = {
+    "Kimi-Linear-48B-A3B-Instruct": kimi_linear(),
     "DeepSeek-V3": model(
         *(of_deepseek(128, 40.0), yarn(10000.0, 40.0), chosen_by_sigmoid(7168, 2048, 256, 8, 2.5, 8, 4)),
         *(18432, 61, 129280, 1e-6, 3),

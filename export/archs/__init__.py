@@ -119,7 +119,8 @@ def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:
             every = [load(n) for n in names()]
             by_type = {t: n.name for n in every for t in _types(n)}
             raise nearest.refusal(config, by_type, {m.model_type: bool(m.tower) for n in every for m in n.multimodal})
-        return matches[0]
+        # Several text models are published within one kind of checkpoint.
+        return next((n for n in matches if _of_text(n, config)), matches[0])
     arch = load(name)
     if kind not in _types(arch):
         raise ExportError(
@@ -127,3 +128,10 @@ def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:
             f"but config.json says {show(kind)}: leave --arch out, or check the folder"
         )
     return arch
+
+
+def _of_text(arch: Arch, config: Mapping[str, Any]) -> bool:
+    """Whether the text model within a multimodal config is this one's."""
+    outer = outer_of(arch, config)
+    inner = config.get(outer.config_key) if outer else None
+    return bool(outer) and isinstance(inner, dict) and inner.get("model_type") in (outer.text_types or arch.model_types)

@@ -39,7 +39,13 @@ ARCH = Arch(
     names={**NAMES, "layers.{i}.self_attn.qkv_proj.": "model.layers.{i}.self_attn.W_pack."},
     ignore=BUFFERS,
     tiny={
-        **{k: v for k, v in TINY.items() if k not in ("num_key_value_heads", "rope_parameters")},
+        **{
+            k: v
+            for k, v in TINY.items()
+            if k not in ("num_key_value_heads", "rope_parameters", "max_position_embeddings")
+        },
+        "hidden_size": 96,
+        "num_attention_heads": 6,
         "model_max_length": 512,
         "z_loss_weight": 0,
     },

@@ -43,9 +43,8 @@ ARCH = Arch(
     },
     ignore=("model.layers.*.attention.rotary_emb.inv_freq",),
     tiny={
-        **{k: v for k, v in TINY.items() if k != "rope_parameters"},
+        **TINY,
         "bias": False,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000000.0, "factor": 2.0},
     },
 )

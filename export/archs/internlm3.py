@@ -32,11 +32,10 @@ ARCH = Arch(
     names=NAMES,
     ignore=BUFFERS,
     tiny={
-        **{k: v for k, v in TINY.items() if k != "rope_parameters"},
+        **TINY,
         "bias": False,
         "head_dim": 24,
         "qkv_bias": False,
-        "rope_theta": 50000000,
-        "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 50000000.0, "factor": 6.0},
     },
 )

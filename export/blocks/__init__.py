@@ -9,12 +9,21 @@ from torch import nn
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
 from llmexport.export.blocks.bias import Alibi, RelativeBias
-from llmexport.export.blocks.context import BidirectionalMask, Mask, Presence, Rotary, Span, Temperature
+from llmexport.export.blocks.context import (
+    BidirectionalMask,
+    Mask,
+    PlacedTemperature,
+    Presence,
+    Rotary,
+    Span,
+    Temperature,
+)
 from llmexport.export.blocks.cross import CrossAttention, CrossKeys, CrossMask
 from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.blocks.disentangled import DisentangledAttention, RelativePositions
 from llmexport.export.blocks.filtered import FilteredAttention, LocalizedFilter
+from llmexport.export.blocks.kimi_delta import KimiDeltaAttention
 from llmexport.export.blocks.latent import LatentAttention
 from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
@@ -77,6 +86,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return StaticSpan(block.keys) if block.keys else Span()
         case spec.Mask(keys=spec.Keys()):
             return StaticMask(block)
+        case spec.Temperature(placed=True):
+            return PlacedTemperature(block)
         case spec.Temperature(static=True):
             return StaticTemperature(block)
     return PLAIN[type(block)](block)
@@ -95,6 +106,7 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.GatedDeltaNet: GatedDeltaNet,
     spec.GatedNorm: GatedNorm,
     spec.Head: Head,
+    spec.KimiDeltaAttention: KimiDeltaAttention,
     spec.LatentAttention: LatentAttention,
     spec.LocalizedFilter: LocalizedFilter,
     spec.Mask: Mask,

@@ -162,6 +162,15 @@ class Temperature(nn.Module):
         return temperature(counted, self.block)
 
 
+class PlacedTemperature(nn.Module):
+    def __init__(self, block: spec.Temperature) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return temperature(position_ids, self.block)
+
+
 def temperature(counted: Tensor, block: spec.Temperature) -> Tensor:
     """The factor of a query that is the `counted`-th token of its row."""
     return torch.log1p(torch.floor(counted.float() / block.interval)) * block.scale + 1.0

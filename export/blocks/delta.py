@@ -22,24 +22,27 @@ class CausalConv(nn.Module):
 class GatedNorm(nn.Module):
     def __init__(self, block: spec.GatedNorm) -> None:
         super().__init__()
-        self.epsilon = block.epsilon
+        self.block = block
         self.weight = nn.Parameter(torch.empty(block.size))
 
     def forward(self, recalled: Tensor, gate: Tensor) -> Tensor:
-        return gated_rms_norm(recalled, gate, self.weight, self.epsilon, "silu", True)
+        block = self.block
+        rounded = block.rounding == "before_weight"
+        return gated_rms_norm(recalled, gate, self.weight, block.epsilon, block.activation, rounded)
 
 
 class GatedDeltaNet(nn.Module):
-    """Parameter names are those of transformers' modeling_qwen3_5_moe.py."""
+    """Parameter names are those of transformers' modeling_qwen3_5_moe.py and modeling_qwen3_next.py."""
 
     def __init__(self, block: spec.GatedDeltaNet) -> None:
         super().__init__()
         self.block = block
-        width = block.value_heads * block.value_size
-        self.in_proj_qkv = nn.Linear(block.hidden, block.convolution.channels, bias=False)
-        self.in_proj_z = nn.Linear(block.hidden, width, bias=False)
-        self.in_proj_b = nn.Linear(block.hidden, block.value_heads, bias=False)
-        self.in_proj_a = nn.Linear(block.hidden, block.value_heads, bias=False)
+        width, channels = block.value_heads * block.value_size, block.convolution.channels
+        parts = {"qkv": channels, "z": width, "b": block.value_heads, "a": block.value_heads}
+        if block.grouped:
+            parts = {"qkvz": channels + width, "ba": 2 * block.value_heads}
+        for name, size in parts.items():
+            self.add_module(f"in_proj_{name}", nn.Linear(block.hidden, size, bias=False))
         self.A_log = nn.Parameter(torch.empty(block.value_heads))
         self.dt_bias = nn.Parameter(torch.empty(block.value_heads))
         self.conv1d = CausalConv(block.convolution)
@@ -58,18 +61,31 @@ class GatedDeltaNet(nn.Module):
         batch, sequence, _ = normed.shape
         present = present_tokens.unsqueeze(-1)
         normed = normed * present
-        mixing = self.in_proj_qkv(normed)
+        mixing, z, b, a = self._project(normed)
         mixed, conv_state = self.conv1d(mixing, past_conv_state)
         keys, values = block.key_heads * block.key_size, block.value_heads * block.value_size
         q, k, v = mixed.split([keys, keys, values], -1)
         q, k = (x.reshape(batch, sequence, block.key_heads, block.key_size) for x in (q, k))
-        v, z = (x.reshape(batch, sequence, block.value_heads, block.value_size) for x in (v, self.in_proj_z(normed)))
-        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(normed).float() + self.dt_bias.float())
+        v, z = (x.reshape(batch, sequence, block.value_heads, block.value_size) for x in (v, z))
+        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
         # Padding neither lets the state decay nor writes into it, though the convolution reaches into it.
-        g, beta = g * present.float(), torch.sigmoid(self.in_proj_b(normed)) * present
+        g, beta = g * present.float(), torch.sigmoid(b) * present
         recalled, state = gated_delta_rule(q, k, v, g, beta, past_recurrent_state, block.key_size**-0.5, True)
         gated = self.norm(recalled, z).reshape(batch, sequence, values)
         return self.out_proj(gated), carried(past_conv_state, mixing, tokens_end, conv_state), state
+
+    def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v beside one another, the gate z, and what beta and the decay are made of."""
+        if not self.block.grouped:
+            q, z, b, a = (getattr(self, f"in_proj_{n}")(normed) for n in ("qkv", "z", "b", "a"))
+            return q, z, b, a
+        keys, together = self.block.key_heads, self.block.value_heads // self.block.key_heads
+        size, width = self.block.key_size, together * self.block.value_size
+        both, gates = (getattr(self, f"in_proj_{n}")(normed) for n in ("qkvz", "ba"))
+        rows = both.unflatten(-1, (keys, 2 * (size + width)))
+        q, k, v, z = (x.flatten(2) for x in rows.split([size, size, width, width], -1))
+        b, a = (x.flatten(2) for x in gates.unflatten(-1, (keys, 2 * together)).chunk(2, -1))
+        return torch.cat((q, k, v), -1), z, b, a
 
 
 def carried(past: Tensor, x: Tensor, end: Tensor, following: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
-from llmexport.export.blocks.delta import carried
 from llmexport.plugins.wkv import wkv
 
 
@@ -60,10 +59,10 @@ def _weights(size: int) -> nn.Parameter:
 def _shifted(normed: Tensor, present: Tensor, end: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens [B, T, C], of which padding is zeros; those before them; and the last one up to end [B]."""
     token = normed * present.unsqueeze(-1)
-    # The token before each one, of the last `past` [B, 1, C]: a slice would keep a step of one token apart.
     both = torch.cat((past, token), 1)
-    places = torch.arange(normed.shape[1], device=normed.device)
-    return token, both.index_select(1, places), carried(past, token, end, both[:, -1:])
+    # Not a slice, which keeps a step of one token apart.
+    before = both.index_select(1, torch.arange(normed.shape[1], device=normed.device))
+    return token, before, both.gather(1, end.reshape(-1, 1, 1).expand(-1, 1, normed.shape[2]))
 
 
 def _mixed(token: Tensor, before: Tensor, weight: Tensor) -> Tensor:

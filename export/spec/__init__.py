@@ -49,6 +49,7 @@ from llmexport.export.spec.disentangled import DisentangledAttention, RelativePo
 from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
 from llmexport.export.spec.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
+from llmexport.export.spec.kimi_delta import KimiDeltaAttention
 from llmexport.export.spec.latent import LatentAttention
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, Mixer, Norm
@@ -119,6 +120,7 @@ __all__ = [
     "Graph",
     "Head",
     "Keys",
+    "KimiDeltaAttention",
     "LatentAttention",
     "Layer",
     "LinearScaling",

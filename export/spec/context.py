@@ -12,6 +12,7 @@ from llmexport.export.spec.block import (
     INPUT_IDS,
     PADDING_LENGTH,
     PAST_LENGTH,
+    POSITION_IDS,
     PRESENCE,
     SLOT_MASK,
     Block,
@@ -220,14 +221,17 @@ class Temperature(Block):
     """1 + scale * log(1 + floor((p + 1) / interval)) for every query, which its logits are multiplied by (arXiv
     2501.19399, modeling_llama4.py). Of the row's cache slots up to the query's, p + 1 are tokens or padding before
     the first of them, which counts there; padding further right does not, as a row alone has none. `static`: of a
-    static cache."""
+    static cache. `placed`: p + 1 is the query's position instead (modeling_ministral3.py)."""
 
     interval: int
     scale: float
     static: bool = False
+    placed: bool = False
 
     @property
     def inputs(self) -> tuple[Port, ...]:
+        if self.placed:
+            return (POSITION_IDS,)
         return (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.static else (ATTENTION_MASK, INPUT_IDS)
 
     @property

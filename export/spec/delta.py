@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, SEQUENCE
@@ -34,11 +35,14 @@ class CausalConv(Block):
 
 @dataclass(frozen=True)
 class GatedNorm(Block):
-    """RMSNorm of every head times the SiLU of a gate (modeling_qwen3_5_moe.py, RMSNormGated)."""
+    """RMSNorm of every head times the activation of a gate (modeling_qwen3_5_moe.py, RMSNormGated). `rounding`: as a
+    Norm's."""
 
     heads: int
     size: int
     epsilon: float
+    activation: Literal["silu", "sigmoid"] = "silu"
+    rounding: Literal["before_weight", "after_weight"] = "before_weight"
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -54,7 +58,8 @@ class GatedNorm(Block):
 class GatedDeltaNet(Mixer):
     """Linear attention by the gated delta rule behind a short convolution (arXiv 2412.06464).
 
-    q and k have `key_heads` of `key_size`, v `value_heads` of `value_size`; the recurrent state is fp32.
+    q and k have `key_heads` of `key_size`, v `value_heads` of `value_size`; the recurrent state is fp32. `grouped`: one
+    matrix holds, key head by key head, q, k, v and the gate, and another beta and the decay (modeling_qwen3_next.py).
     """
 
     key_heads: int
@@ -63,6 +68,7 @@ class GatedDeltaNet(Mixer):
     value_size: int
     kernel: int
     epsilon: float
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         if self.value_heads % self.key_heads:

@@ -12,6 +12,7 @@ import delta_rule_cases
 import expert_cases
 import torch
 import torch.nn.functional as F
+import wkv_cases
 from gpu_clock import Ceilings, copy_of, once
 
 from llmexport.plugins.spec import Attribute, all_ops
@@ -153,12 +154,13 @@ class Case:
 
 
 def cases() -> Iterator[
-    Case | attention_cases.AttentionCase | expert_cases.ExpertCase | delta_rule_cases.DeltaRuleCase
+    Case | attention_cases.AttentionCase | expert_cases.ExpertCase | delta_rule_cases.DeltaRuleCase | wkv_cases.WkvCase
 ]:
     """Every op of every family, each shape once."""
     yield from attention_cases.cases()
     yield from expert_cases.cases()
     yield from delta_rule_cases.cases()
+    yield from wkv_cases.cases()
     seen: set[tuple[Any, ...]] = set()
     sizes = [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]
     for family in FAMILIES:

@@ -17,12 +17,11 @@ def refusal(config):
     ("kind", "near"),
     [
         ("gemma3n", ["gemma3_text"]),
-        ("qwen3_moe", ["qwen3", "qwen2_moe"]),
-        ("qwen3_vl_moe", ["qwen3"]),
+        ("qwen3_vl_moe", ["qwen3", "qwen3_moe"]),
         ("qwen2_5_omni", ["qwen2"]),
         ("mistral4", ["mistral"]),
-        ("glm4_moe", ["glm4"]),
-        ("olmo3", ["olmo2", "olmo"]),
+        ("glm4v", ["glm4"]),
+        ("olmoe", ["olmo2", "olmo"]),
         ("phi3_v", ["phi3"]),
     ],
 )

@@ -136,7 +136,7 @@ def test_a_checkpoint_holds_the_published_tensors(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("arch", "key"),
-    [("internlm", "rotary"), ("internlm2", "rope_scaling"), ("qwen", "use_dynamic_ntk and use_logn_attn")],
+    [("internlm", "rotary"), ("internlm2", "dynamic RoPE"), ("qwen", "use_dynamic_ntk and use_logn_attn")],
 )
 def test_angles_that_change_with_the_length_are_exported_as_far_as_they_do_not(arch, key):
     model, notes = read_noted(archs.load(arch), archs.load(arch).tiny)
@@ -146,7 +146,7 @@ def test_angles_that_change_with_the_length_are_exported_as_far_as_they_do_not(a
 
 def test_angles_that_do_not_change_have_no_end():
     assert rotary(read("qwen", use_dynamic_ntk=False, use_logn_attn=False)).most == {}
-    assert rotary(read("internlm2", rope_scaling=None)).most == {}
+    assert rotary(read("internlm2", rope_parameters={"rope_theta": 10000.0})).most == {}
 
 
 @pytest.mark.parametrize(

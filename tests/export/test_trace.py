@@ -38,6 +38,7 @@ from llmexport.export.spec import (
     GatedNorm,
     Head,
     Keys,
+    KimiDeltaAttention,
     LatentAttention,
     Layer,
     LinearScaling,
@@ -93,6 +94,7 @@ SINKS = Attention(33, 6, 2, 10, qkv_bias=True, out_bias=True, sinks=True, window
 ALL, LAST = Keys(150), Keys(7, slides=True)
 SOFTCAP = Attention(33, 6, 2, 10, softcap=2.0, scale=0.2)
 LATENT = LatentAttention(33, 6, key_size=10, rope_size=4, value_size=7, latent=13, query=9, scale=0.3, parted=True)
+KIMI_DELTA = KimiDeltaAttention(33, heads=3, size=10, kernel=4, epsilon=1e-5)
 DELTA_NET = GatedDeltaNet(33, key_heads=2, key_size=10, value_heads=6, value_size=7, kernel=4, epsilon=1e-6)
 ROUTER = Router(33, 9, 3, "softmax", renormalise=True)
 EXPERTS = Experts(33, 21, 9, 3)
@@ -153,6 +155,7 @@ CASES = [
     (Span(ALL), "float32"),
     (Span(LAST), "float32"),
     (Temperature(8, 0.1, static=True), "float32"),
+    (Temperature(8, 0.1, placed=True), "float32"),
     (Presence(static=True), "float16"),
     (Attention(33, 6, 2, 10, keys=ALL), "float32"),
     (Attention(33, 6, 2, 10, keys=ALL), "float16"),
@@ -195,6 +198,9 @@ CASES = [
     (SINKS, "float32"),
     (SINKS, "float16"),
     (SOFTCAP, "float32"),
+    (KIMI_DELTA, "float32"),
+    (KIMI_DELTA, "float16"),
+    (GatedNorm(6, 7, 1e-6, "sigmoid", "after_weight"), "float16"),
     (LATENT, "float32"),
     (LATENT, "float16"),
     (dataclasses.replace(LATENT, query=None, bias=True, parted=False, interleaved=True), "float32"),
@@ -210,6 +216,7 @@ CASES = [
     (GatedNorm(6, 7, 1e-6), "float16"),
     (DELTA_NET, "float32"),
     (DELTA_NET, "float16"),
+    (dataclasses.replace(DELTA_NET, grouped=True), "float32"),
     (TimeMix(33), "float32"),
     (TimeMix(33, 0.25), "float16"),
     (ChannelMix(33, 65, 0.5), "float32"),

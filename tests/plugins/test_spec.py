@@ -36,6 +36,7 @@ ATTRIBUTES = {
     "GatedAct": {"activation": "silu", "alpha": 0.0, "limit": 0.0},
     "SinkAttention": {"scale": 0.5, "softcap": 30.0, "window": 3},
     "GatedDeltaRule": {"scale": 0.5, "l2_norm": True},
+    "KimiDeltaRule": {"scale": 0.5, "l2_norm": True},
     "CausalConv1d": {"activation": "silu"},
     "Wkv": {},
     "GatedRmsNorm": {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True},
@@ -62,6 +63,7 @@ SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 9}
 OWN_SIZES = {
     "SinkAttention": {"G": 1, "S": 8},
     "GatedDeltaRule": {"G": 1, "V": 4},
+    "KimiDeltaRule": {"V": 4},
     "CausalConv1d": {"O": 1, "K": 4, "S": 3},
     "MoeRoute": {"E": 8},
     "MoeExperts": {"C": 32, "K": 2, "E": 4, "P": 64, "Q": 32, "R": 32, "S": 32, "J": 64, "M": 1, "N": 1},

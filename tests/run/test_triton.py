@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arch_cases import DECODERS, ENCODERS, FIRST, OF_ONE_GRAPH, TOWERS, Case
+from arch_cases import DECODERS, ENCODERS, FIRST, KEYED, OF_ONE_GRAPH, TOWERS, Case
 from click.testing import CliRunner
 from engine_folder import make_engine
 from google.protobuf.text_format import ParseError
@@ -50,8 +50,9 @@ def expected(ports: tuple[Port, ...], dtype: str) -> dict[str, tuple[str, list[i
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("case", OF_ONE_GRAPH, ids=str)
+@pytest.mark.parametrize("case", [c for c in OF_ONE_GRAPH if c in (*ENCODERS, *KEYED)], ids=str)
 def test_a_config_has_the_ports_of_the_graph(case: Case, dtype: str) -> None:
+    """Triton would hold states of one size by itself."""
     [graph] = read(case.arch, **case.changes).graphs
     config = config_of(graph, dtype)
     assert tensors(config.input) == expected(graph.assembly.inputs, dtype)

@@ -327,6 +327,7 @@ MISREAD = {
     "clip dropped": ("olmo", "Attention", "clip", None),
     "LongRoPE's lengths": ("phi3-longrope-long", "LongScaling", "original_positions", 512),
     "a delta net's epsilon": ("qwen3_5_moe", "GatedDeltaNet", "epsilon", 1e-2),
+    "hidden states not rescaled": ("rwkv", "ChannelMix", "scale", 1.0),
     "an encoder's attention scaled": ("bert", "Attention", "scale", 0.2),
 }
 DTYPES = ("float32", "float16", "bfloat16")

@@ -48,3 +48,30 @@ class Described:
 def computing(dtype: torch.dtype) -> torch.dtype:
     """What a reference for a model in `dtype` computes in."""
     return torch.float64 if dtype == torch.float32 else dtype
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """arXiv 1910.07467, over the last dimension, with statistics in float64."""
+    wide = x.double()
+    return (wide * (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()).to(x.dtype) * weight
+
+
+def turned(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """RoPE (arXiv 2104.09864) of [T, H, D]: dimension i turns with dimension i + D / 2."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None].double() * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = (f(angles).to(x.dtype)[:, None] for f in (torch.cos, torch.sin))
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float = 0.0) -> Tensor:
+    """What each token of a text takes from itself and those before it [T, H * D]; k and v [T, G, D] are shared by
+    H / G queries each, and logits bounded by `cap` through tanh."""
+    together = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(together, 1) for x in (k, v))
+    logits = torch.einsum("qhd,khd->hqk", q, k).double() * scale
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    later = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
+    weights = logits.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype)
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)

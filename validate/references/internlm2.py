@@ -46,6 +46,6 @@ def make(config: Mapping[str, Any], tensors: dict[str, Tensor], dtype: torch.dty
     told = {
         **{k: config[k] for k in (*relaid.SIZES, "num_key_value_heads", "max_position_embeddings")},
         "attention_bias": config.get("bias", True),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(config["rope_theta"])},
+        "rope_parameters": {"rope_type": "default", "rope_theta": relaid.theta(config)},
     }
     return relaid.loaded(transformers.LlamaForCausalLM, told, state, dtype, attention)

@@ -21,6 +21,6 @@ def make(config: Mapping[str, Any], tensors: dict[str, Tensor], dtype: torch.dty
         **{k: config[k] for k in (*relaid.SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")},
         "attention_bias": config.get("qkv_bias", False),
         "mlp_bias": config.get("bias", False),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(config["rope_theta"])},
+        "rope_parameters": {"rope_type": "default", "rope_theta": relaid.theta(config)},
     }
     return relaid.loaded(transformers.LlamaForCausalLM, told, relaid.taken(tensors, relaid.SAME), dtype, attention)

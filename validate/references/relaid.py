@@ -30,6 +30,11 @@ def taken(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Ten
     return made
 
 
+def theta(config: Mapping[str, Any]) -> float:
+    """RoPE's base, in the words of transformers 5 or of those before it."""
+    return float((config.get("rope_parameters") or config)["rope_theta"])
+
+
 def split(tensors: dict[str, Tensor], name: str, sizes: list[int], new: list[str]) -> dict[str, Tensor]:
     """A matrix, and its bias if it has one, cut along its rows."""
     made = {}

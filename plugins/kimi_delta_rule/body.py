@@ -1,0 +1,69 @@
+"""The ONNX function body of KimiDeltaRule: a Scan over tokens.
+
+A decay of each channel leaves no product of keys that two tokens share: chunks, as GatedDeltaRule's body has them,
+would hold a decay for every two tokens of each channel.
+"""
+
+from __future__ import annotations
+
+from llmexport.plugins.gated_delta_rule.body import L2_EPSILON
+from llmexport.plugins.spec import Attribute
+
+
+def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """Every tensor of the Scan is [T, B, H, ., .]; q, and k before the state, are rows, decays and k after it columns.
+
+    ONNX Runtime before 1.24 wants the shapes of a Scan's outputs said.
+    """
+    h, d, v = (sizes[n] for n in "HDV")
+    return f"""
+    last = Constant <value_ints = [-1]> ()
+    row = Constant <value_ints = [-2]> ()
+    q_wide = Cast <to = 1> (q)
+    k_wide = Cast <to = 1> (k)
+    v_wide = Cast <to = 1> (v)
+    beta_wide = Cast <to = 1> (beta)
+    {_normed("q") if attributes["l2_norm"] else "q_unit = Identity (q_wide)"}
+    {_normed("k") if attributes["l2_norm"] else "k_unit = Identity (k_wide)"}
+    scale = Constant <value_float = {attributes["scale"]}> ()
+    q_scaled = Mul (q_unit, scale)
+    decay = Exp (g)
+    beta_column = Unsqueeze (beta_wide, last)
+    {_by_token("q", "q_scaled", "row")}
+    {_by_token("k", "k_unit", "row")}
+    {_by_token("k_column", "k_unit", "last")}
+    {_by_token("v", "v_wide", "row")}
+    {_by_token("decay", "decay", "last")}
+    {_by_token("beta", "beta_column", "last")}
+    next_state, y_tokens = Scan <
+      num_scan_inputs = 6,
+      body = token (float[] s, float[] q_t, float[] k_t, float[] k_c, float[] v_t, float[] decay_t, float[] beta_t) => (
+          float[rows, {h}, {d}, {v}] s_next, float[rows, {h}, 1, {v}] y_t) {{
+        s_kept = Mul (s, decay_t)
+        known = MatMul (k_t, s_kept)
+        missed = Sub (v_t, known)
+        wanted = Mul (missed, beta_t)
+        added = MatMul (k_c, wanted)
+        s_next = Add (s_kept, added)
+        y_t = MatMul (q_t, s_next)
+      }}
+    > (state, q_by_token, k_by_token, k_column_by_token, v_by_token, decay_by_token, beta_by_token)
+    y_rows = Squeeze (y_tokens, row)
+    y_wide = Transpose <perm = [1, 0, 2, 3]> (y_rows)
+    y = CastLike (y_wide, v)"""
+
+
+def _normed(name: str) -> str:
+    return f"""
+    {name}_squares = Mul ({name}_wide, {name}_wide)
+    {name}_sum = ReduceSum <keepdims = 1> ({name}_squares, last)
+    {name}_epsilon = Constant <value_float = {L2_EPSILON}> ()
+    {name}_positive = Add ({name}_sum, {name}_epsilon)
+    {name}_norm = Sqrt ({name}_positive)
+    {name}_unit = Div ({name}_wide, {name}_norm)"""
+
+
+def _by_token(name: str, source: str, axis: str) -> str:
+    return f"""
+    {name}_first = Transpose <perm = [1, 0, 2, 3]> ({source})
+    {name}_by_token = Unsqueeze ({name}_first, {axis})"""
