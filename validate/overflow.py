@@ -24,8 +24,8 @@ def first_step(assembly: Assembly, values: Mapping[str, np.ndarray]) -> str | No
 
 
 def largest(assembly: Assembly, values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The largest magnitude that each step makes, but for masks and biases, which are as large as can be; infinite for a
-    NaN."""
+    """The largest magnitude that each step makes, but for masks and biases, which are as large as can be; infinite for
+    a NaN."""
     found: dict[str, float] = {}
     for step in assembly.steps if values else ():
         ports = zip(step.outputs, step.block.outputs, strict=True)

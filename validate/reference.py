@@ -186,7 +186,8 @@ class Transformers:
         if stage.begins:
             with torch.inference_mode():
                 self._encoded = self._model.get_encoder()(**read)
-        return {"encoder_outputs": self._encoded, "attention_mask": read["attention_mask"]}
+        padding = SOURCE_KEYWORDS["padding"]
+        return {"encoder_outputs": self._encoded, padding: read[padding]}
 
     def _seen(self, pictures: Pictures) -> np.ndarray:
         """The features of pictures, one after the other, as wide as the text model."""
