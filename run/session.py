@@ -17,10 +17,11 @@ from llmexport.export.last_logits import last_logits
 from llmexport.run.checks import check_decoder
 from llmexport.run.errors import RunError
 from llmexport.run.settings import start_token
-from llmexport.validate.feeds import reads_source, sees, states, without_pictures
+from llmexport.validate.feeds import sees, states, without_pictures
 from llmexport.validate.pictures import Pictures, Sight
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
-from llmexport.validate.stages import Source, Stage, runs_at
+from llmexport.validate.source import Source, reads_source
+from llmexport.validate.stages import Stage, runs_at
 
 # Of pictures at once: each patch scores all others, and an engine takes so many frames or tiles by default.
 MOST_PATCHES, MOST_FRAMES = 1024, 16

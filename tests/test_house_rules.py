@@ -227,7 +227,7 @@ KEYS = {
     "export/engine.py": ["model", "weights"],
     "export/engine_build.py": ["model", "weights"],
     "export/evaluation.py": ["model", "weights"],
-    "export/genai.py": ["attention_mask", "input_ids", "logits", "model", "position_ids"],
+    "export/genai.py": ["attention_mask", "decoder", "input_ids", "logits", "model", "position_ids"],
     "export/manifest.py": ["logits", "weights"],
     "export/network/serve.py": ["model"],
     "export/quantised.py": ["weights"],

@@ -33,6 +33,7 @@ from llmexport.export.spec import (
     with_sums,
 )
 from llmexport.validate.pictures import patch_places
+from llmexport.validate.source import of_source
 
 Feed = dict[str, np.ndarray]
 SEEN: tuple[Use, ...] = ("pixels", "grid", "features")
@@ -46,16 +47,6 @@ def shape_of(port: Port, sizes: Mapping[str, int]) -> tuple[int, ...]:
 def along_step(port: Port) -> bool:
     """Whether the tokens of a step lie along one of its axes."""
     return any({SEQUENCE, WRITTEN} & {*summands(d)} for d in port.shape if isinstance(d, str))
-
-
-def of_source(port: Port) -> bool:
-    """Whether a port is of the text that an encoder reads, or of what a decoder sees of it."""
-    return SOURCE in port.shape
-
-
-def reads_source(export: Export) -> bool:
-    """Whether an encoder reads a text, and a decoder goes on from it."""
-    return any(of_source(p) for g in export.graphs if g.carried for p in g.assembly.inputs)
 
 
 def sees(graph: Graph) -> bool:

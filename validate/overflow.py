@@ -24,10 +24,12 @@ def first_step(assembly: Assembly, values: Mapping[str, np.ndarray]) -> str | No
 
 
 def largest(assembly: Assembly, values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The largest magnitude that each step makes, but for masks, which are as large as can be; infinite for a NaN."""
+    """The largest magnitude that each step makes, but for masks and biases, which are as large as can be; infinite for
+    a NaN."""
     found: dict[str, float] = {}
     for step in assembly.steps if values else ():
-        made = [values[n] for n, p in zip(step.outputs, step.block.outputs, strict=True) if p.use != "mask"]
+        ports = zip(step.outputs, step.block.outputs, strict=True)
+        made = [values[n] for n, p in ports if p.use not in ("mask", "bias")]
         floats = [np.abs(a).max() for a in made if a.size and a.dtype.kind == "f"]
         if floats:
             found[step.name] = max(float(x) if np.isfinite(x) else math.inf for x in floats)

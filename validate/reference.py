@@ -26,9 +26,10 @@ from llmexport.export.spec import Use
 from llmexport.export.trace import torch_dtype
 from llmexport.export.values import one_line
 from llmexport.validate import references
-from llmexport.validate.feeds import Feed, beside, earlier, of_source, sees
+from llmexport.validate.feeds import Feed, beside, earlier, sees
 from llmexport.validate.pictures import Pictures, Sight, sight, stands_for
 from llmexport.validate.runners import to_numpy, to_torch
+from llmexport.validate.source import of_source
 from llmexport.validate.stages import Stage
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ class Transformers:
         if stage.begins:
             with torch.inference_mode():
                 self._encoded = self._model.get_encoder()(**read)
-        return {"encoder_outputs": self._encoded, "attention_mask": read["attention_mask"]}
+        padding = SOURCE_KEYWORDS["padding"]
+        return {"encoder_outputs": self._encoded, padding: read[padding]}
 
     def _seen(self, pictures: Pictures) -> np.ndarray:
         """The features of pictures, one after the other, as wide as the text model."""

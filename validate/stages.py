@@ -25,8 +25,9 @@ from llmexport.export.spec import (
 )
 from llmexport.export.static import slots_of
 from llmexport.validate.compare import Mismatch
-from llmexport.validate.feeds import along_step, limits, of_source, sees, shape_of, words
+from llmexport.validate.feeds import along_step, limits, sees, shape_of, words
 from llmexport.validate.pictures import Pictures, Sight, drawn, sight, smallest
+from llmexport.validate.source import Source, of_source, random_source
 from llmexport.validate.thresholds import BEFORE, CROSSING, threshold
 
 SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; longer windows are crossed after a random past
@@ -36,14 +37,6 @@ PIECE = 3  # tokens of a prompt's later piece
 # Text before the first picture of a row, and behind each but the last one.
 LEAD, GAP = 5, 3
 AFTER = 67  # tokens behind the last picture, where there is room: more than a chunk of any delta rule
-
-
-@dataclass(frozen=True)
-class Source:
-    """The text that an encoder reads: ids [B, S], and a mask [B, S] that is 1 for a token and 0 for padding."""
-
-    ids: np.ndarray
-    mask: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -211,16 +204,11 @@ def with_pictures(stage: Stage, seen: Sight, pictures: Pictures) -> Stage:
 
 
 def with_source(stage: Stage, model: Assembly | Export, random: np.random.Generator) -> Stage:
-    """The stage with a random text for the encoder of a model that has one: of two tokens more than the stage, and
-    padded on both sides in all rows but the first."""
+    """The stage with a random text of two tokens more for the encoder of a model that has one."""
     if not any(isinstance(b, CrossMask) for b in model.blocks):
         return stage
-    text, (batch, tokens) = words(model.blocks), stage.ids.shape
-    ids, mask = text[random.integers(0, len(text), (batch, tokens + 2))], np.ones((batch, tokens + 2), np.int64)
-    for row in range(1, batch):
-        few = min(_padding(row), tokens // 2)
-        mask[row, :few], mask[row, tokens + 2 - few :] = 0, 0
-    return dataclasses.replace(stage, source=Source(ids, mask))
+    batch, tokens = stage.ids.shape
+    return dataclasses.replace(stage, source=random_source(words(model.blocks), batch, tokens + 2, random))
 
 
 def one_picture(seen: Sight, pictures: Pictures) -> Stage:

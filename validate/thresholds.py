@@ -27,7 +27,8 @@ from llmexport.export.spec import (
     Rotary,
     Temperature,
 )
-from llmexport.validate.feeds import along_step, of_source
+from llmexport.validate.feeds import along_step
+from llmexport.validate.source import of_source
 
 # Tokens of a step that crosses a threshold, and how many of them come before it.
 CROSSING, BEFORE = 13, 2

@@ -67,7 +67,7 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
         case spec.Alibi():
             return Alibi(block, dtype)
         case spec.RelativeBias():
-            return RelativeBias(block, dtype)
+            return RelativeBias(block)
         case spec.Rotary():
             return Rotary(block, dtype)
         case spec.PatchRotary():

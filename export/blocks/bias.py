@@ -51,6 +51,10 @@ def _rounded(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).float()
 
 
+# Every dtype holds it as it is, and its exponential is zero beside that of any logit.
+HIDDEN = -(2.0**15)
+
+
 def bucket_table(block: spec.RelativeBias) -> Tensor:
     """The bucket of each place of a key less that of a query, from -distance to distance, int64.
 
@@ -70,9 +74,9 @@ def bucket_table(block: spec.RelativeBias) -> Tensor:
 class RelativeBias(nn.Module):
     table: Tensor
 
-    def __init__(self, block: spec.RelativeBias, dtype: torch.dtype) -> None:
+    def __init__(self, block: spec.RelativeBias) -> None:
         super().__init__()
-        self.distance, self.dtype = block.distance, dtype
+        self.distance = block.distance
         self.weight = nn.Parameter(torch.empty(block.buckets, block.heads))
         with torch.device("cpu"):
             self.register_buffer("table", bucket_table(block))
@@ -83,4 +87,4 @@ class RelativeBias(nn.Module):
         apart = torch.arange(keys, device=mask.device) - query.unsqueeze(1)
         buckets = F.embedding(apart.clamp(-self.distance, self.distance) + self.distance, self.table.unsqueeze(1))
         bias = F.embedding(buckets.squeeze(-1), self.weight).permute(2, 0, 1)
-        return torch.where(mask, bias, torch.finfo(self.dtype).min)
+        return torch.where(mask, bias, HIDDEN)

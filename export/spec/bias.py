@@ -47,7 +47,7 @@ class Alibi(Block):
 @dataclass(frozen=True)
 class RelativeBias(Block):
     """T5's bias (arXiv 1910.10683): of each head a learned number for the bucket of the distance from a query to a key,
-    and where the mask hides the key the least number of the dtype (modeling_t5.py).
+    and where the mask hides the key a number below all logits (modeling_t5.py).
 
     Half of the buckets are of one distance each, the others of ranges that grow up to `distance`, beyond which all is
     the last bucket. `both_ways`, in an encoder, half of all buckets are of keys behind the query and half of those

@@ -17,7 +17,7 @@ from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.cli.main import main
 from llmexport.export.cli.validate import summary
-from llmexport.export.spec import Assembly, Mask, Norm, Step
+from llmexport.export.spec import Assembly, Mask, Norm, RelativeBias, Step
 from llmexport.validate import ladder, overflow
 from llmexport.validate import page as files
 from llmexport.validate.compare import compare
@@ -57,11 +57,11 @@ def test_a_note_names_the_step_and_keeps_what_was_noted(dtype: str) -> None:
 
 
 def test_the_largest_magnitude_of_each_step_is_of_what_it_makes() -> None:
-    blocks = (Norm(2, 1e-6), Norm(2, 1e-6), Mask(), Norm(2, 1e-6))
+    blocks = (Norm(2, 1e-6), Norm(2, 1e-6), Mask(), Norm(2, 1e-6), RelativeBias(2, 8, 20))
     chain = Assembly((), tuple(Step(f"s{i}", b, (f"v{i}",), (f"v{i + 1}",), "") for i, b in enumerate(blocks)), ())
-    made = ([9, 9], [-3, 2], [0, NAN], [65504, -65504], [1, -INF])
+    made = ([9, 9], [-3, 2], [0, NAN], [65504, -65504], [1, -INF], [-65504, 2])
     values = {f"v{i}": np.array(numbers, np.float16) for i, numbers in enumerate(made)}
-    # A mask is as large as can be, and no worry.
+    # A mask is as large as can be, and no worry, nor is a bias that hides keys.
     assert overflow.largest(chain, values) == {"s0": 3.0, "s1": INF, "s3": INF}
     assert overflow.largest(chain, {}) == {}
 
