@@ -143,15 +143,7 @@ ARCH = Arch(
         "moe_intermediate_size": 32,
         "routed_scaling_factor": 2.5,
         "first_k_dense_replace": 1,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 40.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.707,
-            "original_max_position_embeddings": 64,
-        },
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "mscale": 1.0}
+        | {"mscale_all_dim": 0.707, "original_max_position_embeddings": 64},
     },
 )

@@ -40,15 +40,8 @@ ATTRIBUTES = {
     "CausalConv1d": {"activation": "silu"},
     "Wkv": {},
     "GatedRmsNorm": {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True},
-    "MoeRoute": {
-        "top_k": 2,
-        "scoring": "sigmoid",
-        "renormalise": True,
-        "scale": 2.5,
-        "groups": 2,
-        "groups_kept": 1,
-        "group_best": 2,
-    },
+    "MoeRoute": {"top_k": 2, "scoring": "sigmoid", "renormalise": True, "scale": 2.5}
+    | {"groups": 2, "groups_kept": 1, "group_best": 2},
     "MoeExperts": {
         "activation": "swiglu_clamped",
         "alpha": 1.702,
