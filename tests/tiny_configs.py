@@ -47,7 +47,7 @@ def one_line(error: ExportError) -> str:
 
 def everywhere(arch: str, rope: dict[str, Any]) -> dict[str, Any]:
     """RoPE of all layers, as rope_parameters say it."""
-    return {"sliding_attention": rope, "full_attention": dict(rope)} if arch == "gemma3_text" else rope
+    return {"sliding_attention": rope, "full_attention": dict(rope)} if arch in ("gemma3_text", "gemma4_text") else rope
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def placed_layers(model: Model) -> list[Placed]:
     found = []
     for step in model.steps:
         if isinstance(step.block, Layer):
-            mixer, mlp = (sublayer.block for sublayer in step.block.sublayers)
+            mixer, mlp, *_ = (sublayer.block for sublayer in step.block.sublayers)
             reads = dict.fromkeys(makers[v] for v in step.inputs[1:] if v in makers)
             found.append(Placed(mixer, mlp, tuple(reads)))
     return found

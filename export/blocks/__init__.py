@@ -14,7 +14,7 @@ from llmexport.export.blocks.decoder import Embedding, Head
 from llmexport.export.blocks.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
-from llmexport.export.blocks.moe import Experts, Moe, Router, SharedExpert
+from llmexport.export.blocks.moe import Experts, MlpWithExperts, Moe, Router, SharedExpert
 from llmexport.export.blocks.norm import Norm
 from llmexport.export.blocks.patches import (
     PatchEmbedding,
@@ -24,6 +24,7 @@ from llmexport.export.blocks.patches import (
     PatchRotary,
     SegmentMask,
 )
+from llmexport.export.blocks.per_layer import PerLayerEmbedding, PerLayerInput
 from llmexport.export.blocks.splice import Splice
 from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 from llmexport.export.blocks.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
@@ -52,6 +53,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return Layer(block, _module, dtype)
         case spec.Alibi():
             return Alibi(block, dtype)
+        case spec.PerLayerEmbedding():
+            return PerLayerEmbedding(block, dtype)
         case spec.Rotary():
             return Rotary(block, dtype)
         case spec.PatchRotary():
@@ -83,12 +86,14 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Head: Head,
     spec.Mask: Mask,
     spec.Mlp: Mlp,
+    spec.MlpWithExperts: MlpWithExperts,
     spec.Moe: Moe,
     spec.Norm: Norm,
     spec.PatchEmbedding: PatchEmbedding,
     spec.PatchMerger: PatchMerger,
     spec.PatchPlaces: PatchPlaces,
     spec.PatchPositions: PatchPositions,
+    spec.PerLayerInput: PerLayerInput,
     spec.PixelShuffle: PixelShuffle,
     spec.Projector: Projector,
     spec.Router: Router,

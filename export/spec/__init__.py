@@ -35,6 +35,7 @@ from llmexport.export.spec.context import (
     LongScaling,
     Mask,
     Presence,
+    ProportionalScaling,
     Rotary,
     Scaling,
     Slots,
@@ -43,7 +44,7 @@ from llmexport.export.spec.context import (
     YarnScaling,
 )
 from llmexport.export.spec.delta import CausalConv, GatedDeltaNet, GatedNorm
-from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
+from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, MlpWithExperts, Moe, Router, SharedExpert
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
 from llmexport.export.spec.layer import Layer, Sublayer, decoder_layer
 from llmexport.export.spec.mixer import Attention, Mixer, Norm
@@ -67,6 +68,7 @@ from llmexport.export.spec.patches import (
     PatchRotary,
     SegmentMask,
 )
+from llmexport.export.spec.per_layer import PerLayerEmbedding, PerLayerInput
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
@@ -111,6 +113,7 @@ __all__ = [
     "Mask",
     "Mixer",
     "Mlp",
+    "MlpWithExperts",
     "Model",
     "Moe",
     "Multimodal",
@@ -122,11 +125,14 @@ __all__ = [
     "PatchPlaces",
     "PatchPositions",
     "PatchRotary",
+    "PerLayerEmbedding",
+    "PerLayerInput",
     "PixelShuffle",
     "Plain",
     "Port",
     "Presence",
     "Projector",
+    "ProportionalScaling",
     "Reference",
     "Rotary",
     "Router",

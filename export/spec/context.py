@@ -64,7 +64,15 @@ class LongScaling:
     magnitude: float
 
 
-Scaling = Llama3Scaling | LinearScaling | YarnScaling | LongScaling
+@dataclass(frozen=True)
+class ProportionalScaling:
+    """The first `turning` frequencies of a head turn, in the steps that all of them would, and the others stand still
+    ("proportional", transformers modeling_rope_utils.py)."""
+
+    turning: int
+
+
+Scaling = Llama3Scaling | LinearScaling | YarnScaling | LongScaling | ProportionalScaling
 
 
 @dataclass(frozen=True)

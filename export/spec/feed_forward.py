@@ -9,6 +9,7 @@ from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.block import BATCH, SEQUENCE, Block, Dim, Port, hidden
+from llmexport.export.spec.mixer import Norm
 from llmexport.export.spec.storage import Plain, Storage, Stored
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "swiglu_clamped"]
@@ -45,7 +46,9 @@ class Router(Block):
     """Which `top_k` of the experts a token goes to, and with what weight (the MoeRoute op).
 
     `correction`: experts are chosen by score plus one number each, which their weights leave out. Of `groups` of
-    experts, `groups_kept` are eligible. `scale` multiplies the weights (modeling_deepseek_v3.py).
+    experts, `groups_kept` are eligible. `scale` multiplies the weights (modeling_deepseek_v3.py). It may have a `norm`
+    of its own and an `input_scale` for what it reads, and `expert_scales` multiply the weights, one for each expert
+    (modeling_gemma4.py).
     """
 
     hidden: int
@@ -58,6 +61,9 @@ class Router(Block):
     groups: int = 1
     groups_kept: int = 1
     scale: float = 1.0
+    norm: Norm | None = None
+    input_scale: float = 1.0
+    expert_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:
@@ -81,6 +87,10 @@ class Router(Block):
     @property
     def outputs(self) -> tuple[Port, ...]:
         return routed(self.top_k)
+
+    @property
+    def parts(self) -> Mapping[str, tuple[Block, str]]:
+        return {"norm": (self.norm, "norm.")} if self.norm else {}
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,36 @@ class Moe(Block):
     def parts(self) -> Mapping[str, tuple[Block, str]]:
         shared = {"shared": (self.shared, "shared_expert.")} if self.shared else {}
         return {"router": (self.router, "router."), "experts": (self.experts, "experts."), **shared}
+
+
+@dataclass(frozen=True)
+class MlpWithExperts(Block):
+    """An MLP and routed experts side by side, each between norms of its own, summed; the router reads what neither of
+    these norms has touched (modeling_gemma4.py)."""
+
+    norm: Norm
+    mlp: Mlp
+    router: Router
+    experts: Experts
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (hidden("hidden", self.mlp.hidden),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return self.experts.outputs
+
+    @property
+    def parts(self) -> Mapping[str, tuple[Block, str]]:
+        names = ("mlp_input_norm", "mlp_output_norm", "experts_input_norm", "experts_output_norm")
+        norms = {name: (self.norm, f"{name}.") for name in names}
+        return {
+            **norms,
+            "mlp": (self.mlp, "mlp."),
+            "router": (self.router, "router."),
+            "experts": (self.experts, "experts."),
+        }
 
 
 def routed(top_k: int) -> tuple[Port, Port]:

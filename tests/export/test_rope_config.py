@@ -274,6 +274,8 @@ def test_an_unsupported_rope_scaling_is_refused_by_name_in_every_architecture(ki
         rope, said = {key: kind, "factor": 2.0}, f"type '{kind}' is not supported"
         if field == "rope_parameters":
             rope = everywhere(arch, rope)
+        elif arch == "gemma4_text":
+            said = "config.json has no 'rope_parameters'"
         elif arch == "gemma3_text" and key == "type":
             said = f"of types ['default', '{kind}']: choose one"
         assert said in refusal(arch, **{"rope_parameters": None, field: rope}), (arch, key, field)
