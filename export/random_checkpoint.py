@@ -132,7 +132,7 @@ def _means(block: Block) -> dict[str, float]:
         case Layer():
             return {"layer_scalar": 1.0}
         case Router():
-            return {"expert_scales": 1.0}
+            return {"expert_scale": 1.0}
     return {}
 
 

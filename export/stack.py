@@ -57,11 +57,10 @@ def wired(
     wiring.share(shared)
     lent: dict[tuple[Block, ...], dict[str, str]] = {}
     for i, (block, reads) in enumerate(layers):
-        given = {"hidden": hidden} | ({"layer_input": f"layer_input.{i}"} if told else {})
         mixer = block.sublayers[0].block
-        if isinstance(mixer, Attention) and mixer.borrows:
-            given |= lent[reads]
+        given = lent[reads] if isinstance(mixer, Attention) and mixer.borrows else {}
         gives = [f"hidden.{i + 1}", *(f"{p.name}.{i}" for p in getattr(mixer, "lent", ()))]
+        given = dict(given, hidden=hidden, layer_input=f"layer_input.{i}")
         hidden, *_ = wiring.place(f"layers.{i}", block, gives, state=f"{i}", context=reads, **given)
         if isinstance(mixer, Attention) and mixer.lends:
             # A static cache that slides does not keep all that its step sees.

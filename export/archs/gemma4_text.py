@@ -88,7 +88,7 @@ def feed_forward(config: Config, norm: spec.Norm, mlp: spec.Mlp) -> spec.Sublaye
     if not config.flag("enable_moe_block"):
         return spec.Sublayer("mlp", mlp, norm, norm)
     experts, top_k = config.count("num_experts"), config.count("top_k_experts")
-    router = spec.Router(mlp.hidden, experts, top_k, "softmax", renormalise=True, expert_scales=True)
+    router = spec.Router(mlp.hidden, experts, top_k, "softmax", renormalise=True, expert_scale=True)
     router = dataclasses.replace(router, norm=spec.Norm(mlp.hidden, norm.epsilon), input_scale=mlp.hidden**-0.5)
     routed = spec.Experts(mlp.hidden, config.length("moe_intermediate_size"), experts, top_k, mlp.activation)
     return spec.Sublayer("mlp", spec.MlpWithExperts(norm, mlp, router, routed), output_norm=norm)
@@ -116,7 +116,7 @@ ARCH = spec.Arch(
         "layers.{i}.mlp.experts.": LAYER + "experts.",
         "layers.{i}.mlp.router.": LAYER + "router.proj.",
         "layers.{i}.mlp.router.norm.weight": LAYER + "router.scale",
-        "layers.{i}.mlp.router.expert_scales": LAYER + "router.per_expert_scale",
+        "layers.{i}.mlp.router.expert_scale": LAYER + "router.per_expert_scale",
     },
     # Published checkpoints hold keys and values of layers that read another's.
     ignore=(*BUFFERS, *(f"model.layers.*.self_attn.{n}.weight" for n in ("k_proj", "v_proj", "k_norm"))),

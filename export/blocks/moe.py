@@ -16,7 +16,7 @@ class Router(nn.Linear):
         self.block = block
         self.correction = nn.Parameter(torch.empty(block.experts)) if block.correction else None
         self.norm = Norm(block.norm) if block.norm else None
-        self.expert_scales = nn.Parameter(torch.empty(block.experts)) if block.expert_scales else None
+        self.expert_scale = nn.Parameter(torch.empty(block.experts)) if block.expert_scale else None
 
     def forward(self, normed: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         block = self.block
@@ -24,8 +24,8 @@ class Router(nn.Linear):
         logits = super().forward(normed if block.input_scale == 1.0 else normed * block.input_scale)
         chosen = (block.top_k, block.scoring, block.renormalise, block.scale, block.groups, block.groups_kept)
         weights, experts = moe_route(logits, self.correction, *chosen)
-        if self.expert_scales is not None:
-            scales = self.expert_scales.index_select(0, experts.flatten()).view_as(weights)
+        if self.expert_scale is not None:
+            scales = self.expert_scale.index_select(0, experts.flatten()).view_as(weights)
             weights = (weights.float() * scales.float()).to(weights.dtype)
         return weights, experts
 

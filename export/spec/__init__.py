@@ -35,7 +35,6 @@ from llmexport.export.spec.context import (
     LongScaling,
     Mask,
     Presence,
-    ProportionalScaling,
     Rotary,
     Scaling,
     Slots,
@@ -69,6 +68,7 @@ from llmexport.export.spec.patches import (
     SegmentMask,
 )
 from llmexport.export.spec.per_layer import PerLayerEmbedding, PerLayerInput
+from llmexport.export.spec.proportional import ProportionalScaling
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary

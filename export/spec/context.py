@@ -17,6 +17,7 @@ from llmexport.export.spec.block import (
     Dim,
     Port,
 )
+from llmexport.export.spec.proportional import ProportionalScaling
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,6 @@ class LongScaling:
     long: tuple[float, ...]
     original_positions: int
     magnitude: float
-
-
-@dataclass(frozen=True)
-class ProportionalScaling:
-    """The first `turning` frequencies of a head turn, in the steps that all of them would, and the others stand still
-    ("proportional", transformers modeling_rope_utils.py)."""
-
-    turning: int
 
 
 Scaling = Llama3Scaling | LinearScaling | YarnScaling | LongScaling | ProportionalScaling

@@ -47,7 +47,7 @@ class Router(Block):
 
     `correction`: experts are chosen by score plus one number each, which their weights leave out. Of `groups` of
     experts, `groups_kept` are eligible. `scale` multiplies the weights (modeling_deepseek_v3.py). It may have a `norm`
-    of its own and an `input_scale` for what it reads, and `expert_scales` multiply the weights, one for each expert
+    of its own and an `input_scale` for what it reads; with `expert_scale` one number for each expert multiplies weights
     (modeling_gemma4.py).
     """
 
@@ -63,7 +63,7 @@ class Router(Block):
     scale: float = 1.0
     norm: Norm | None = None
     input_scale: float = 1.0
-    expert_scales: bool = False
+    expert_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:

@@ -15,13 +15,13 @@ from llmexport.export.spec.context import (
     LinearScaling,
     Llama3Scaling,
     LongScaling,
-    ProportionalScaling,
     YarnScaling,
 )
 from llmexport.export.spec.feed_forward import Activation
 from llmexport.export.spec.graph import Graph, Step
 from llmexport.export.spec.layer import Sublayer
 from llmexport.export.spec.mixer import Norm
+from llmexport.export.spec.proportional import ProportionalScaling
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import Storage
 

@@ -258,7 +258,7 @@ def bert_base() -> Model:
 
 def gemma_4_26b() -> Model:
     norm, router = Norm(2816, 1e-6, rounding="after_weight"), Router(2816, 128, 8, "softmax", renormalise=True)
-    router = dataclasses.replace(router, norm=Norm(2816, 1e-6), input_scale=2816**-0.5, expert_scales=True)
+    router = dataclasses.replace(router, norm=Norm(2816, 1e-6), input_scale=2816**-0.5, expert_scale=True)
     experts = Experts(2816, 704, 128, 8, "gelu_tanh")
     beside = Sublayer("mlp", MlpWithExperts(norm, Mlp(2816, 2112, "gelu_tanh"), router, experts), output_norm=norm)
 

@@ -102,7 +102,7 @@ DEEP_NORM = Layer(
 )
 QKV_NORMS = Attention(33, 6, 2, 10, scale=1.0, qk_norm=HEAD_NORM, v_norm=UNIT_NORM, key_is_value=True)
 BORROWING = Attention(33, 6, 2, 10, qk_norm=HEAD_NORM, borrows=True)
-NORMED_ROUTER = Router(33, 9, 3, "softmax", True, norm=LLAMA_NORM, input_scale=0.3, expert_scales=True)
+NORMED_ROUTER = Router(33, 9, 3, "softmax", True, norm=LLAMA_NORM, input_scale=0.3, expert_scale=True)
 TOLD = Layer((Sublayer("per_layer_input", PerLayerInput(33, 12, "gelu_tanh"), output_norm=GEMMA_NORM),), scaled=True)
 DELTA_LAYER = decoder_layer(GEMMA_NORM, DELTA_NET, GEMMA_NORM, MOE)
 CASES = [
