@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from llmexport.export import quantised, rope
@@ -172,6 +172,25 @@ class Config:
         if any(type(i) is not int or not 0 <= i < layers for i in numbers):
             raise ExportError(f"config.json: {key} is {show(found)}, expected numbers of layers from 0 to {layers - 1}")
         return frozenset(numbers)
+
+    def of_layers(self, layers: Collection[int], known: Collection[str]) -> Config | None:
+        """What per_layer_config says of these layers, of which some keys are `known`; None if it is not there.
+
+        transformers writes there what differs from the keys beside it. Raises ExportError unless it speaks of these
+        layers alone, and of all alike.
+        """
+        found = self.get("per_layer_config", None)
+        if found is None:
+            return None
+        each = list(found.values()) if isinstance(found, dict) else []
+        numbers = {str(k).lstrip("0") or "0" for k in found} if each else set()
+        alike = all(isinstance(e, dict) and e.keys() <= {*known} and e == each[0] for e in each)
+        if numbers != set(map(str, layers)) or len(each) != len(numbers) or not alike:
+            raise ExportError(
+                f"config.json: per_layer_config is {show(found)}, expected {' and '.join(known)} of layers "
+                f"{', '.join(map(str, layers))}, one for all"
+            )
+        return Config(each[0])
 
     rotary = rope.read
 

@@ -9,7 +9,19 @@ from typing import Any
 
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Activation, Attention, Block, Embedding, Head, Layer, Mask, Mlp, Model, Norm
+from llmexport.export.spec import (
+    Activation,
+    Attention,
+    Block,
+    Embedding,
+    Head,
+    Layer,
+    Mask,
+    Mlp,
+    Model,
+    Norm,
+    PerLayerEmbedding,
+)
 from llmexport.export.stack import wired
 
 # The published names of Llama and of all who followed it.
@@ -90,6 +102,7 @@ class Decoder:
         logit_scale: float = 1.0,
         head_bias: bool = False,
         normed: bool = False,
+        told: PerLayerEmbedding | None = None,
     ) -> Model:
         """`layers` are the blocks and what each reads; `tied` is for configs that do not say."""
         embedding = Embedding(self.vocabulary, self.hidden, scale)
@@ -97,7 +110,8 @@ class Decoder:
         self.config.expect_layer_types([_kind(reads) for _, reads in layers])
         head = Head(norm, self.vocabulary, softcap, logit_scale, bias=head_bias, normed=normed)
         tied = self.config.flag("tie_word_embeddings", tied)
-        return wired(embedding, layers, head, tied=tied, slots=self.config.slots, splice=self.config.splice)
+        slots, splice = self.config.slots, self.config.splice
+        return wired(embedding, layers, head, tied=tied, slots=slots, splice=splice, told=told)
 
 
 def head_size(hidden: int, heads: int) -> int:

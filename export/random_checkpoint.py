@@ -23,7 +23,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.multimodal import tiny_config, tiny_files, with_part
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
-from llmexport.export.spec import ANY_FLOAT, Arch, Block, GatedNorm, Norm
+from llmexport.export.spec import ANY_FLOAT, Arch, Attention, Block, GatedNorm, Layer, Norm, Router
 from llmexport.export.wanted import load_parameters
 from llmexport.plugins.dtypes import BY_NAME
 
@@ -108,10 +108,12 @@ def _parameters(arch: Arch, config: Mapping[str, Any], dtype: str, part: str) ->
     model, arch = read_model(arch, config, part=part), with_part(arch, config, part)
     stored_as = {block: load_parameters(block) for block in {s.block for s in model.steps}}
     for step in model.steps:
-        means = {part.path: mean for part in parts(step) if (mean := _mean(part.block)) is not None}
+        # What a block says of the blocks inside it counts.
+        every = reversed([*parts(step)])
+        means = {part.path + path: mean for part in every for path, mean in _means(part.block).items()}
         for path, tensor in stored_as[step.block].items():
             full, shape = step.path + path, tensor.shape
-            mean = next((m for start, m in means.items() if full == f"{start}weight"), 0.0)
+            mean = means.get(full, 0.0)
             names = part_names(arch, full, shape[0]) if arch.in_parts else ()
             wanted = weights.Parameter(checkpoint_name(arch, model, full), shape, names, group=tensor.group)
             kind = dtype if tensor.dtype in ANY_FLOAT else tensor.dtype
@@ -119,11 +121,21 @@ def _parameters(arch: Arch, config: Mapping[str, Any], dtype: str, part: str) ->
                 yield name, _Parameter(wanted.grouped_shape, kind, mean, tensor.usual)
 
 
-def _mean(block: Block) -> float | None:
-    """About what a norm's weight lies; None for other blocks."""
-    if isinstance(block, Norm):
-        return 1.0 - block.offset
-    return 1.0 if isinstance(block, GatedNorm) else None
+def _means(block: Block) -> dict[str, float]:
+    """About what the weights of a norm, and others that multiply what is there, lie, by their paths in the block."""
+    match block:
+        case Norm():
+            return {"weight": 1.0 - block.offset}
+        case GatedNorm():
+            return {"weight": 1.0}
+        case Attention(scale=1.0, qk_norm=Norm() as norm):
+            # The norm of q has the scale that there is not: larger logits make 16 bits a toss.
+            return {"q_norm.weight": block.head_size**-0.5 - norm.offset}
+        case Layer():
+            return {"layer_scalar": 1.0}
+        case Router():
+            return {"expert_scale": 1.0}
+    return {}
 
 
 def _check_room(target: Path, size: int, hollow: bool) -> None:

@@ -8,7 +8,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import LinearScaling, Llama3Scaling, LongScaling, Rotary, Scaling, YarnScaling
+from llmexport.export.spec import (
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    ProportionalScaling,
+    Rotary,
+    Scaling,
+    YarnScaling,
+)
 from llmexport.export.values import as_integer, as_positive, key_name, same, show, whole
 
 if TYPE_CHECKING:
@@ -27,7 +35,7 @@ KINDS = ("sliding_attention", "full_attention")  # the kinds of layer, where eac
 def read(
     config: Config,
     head_size: int,
-    theta: float = 10000.0,
+    theta: float | None = 10000.0,
     *,
     partial: float | None = None,
     sections: Sequence[int] = (),
@@ -40,13 +48,13 @@ def read(
 ) -> Rotary:
     """RoPE, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` and the like.
 
-    `theta`, `partial` (the share of a head that is rotated) and `sections` (of mRoPE) hold where the config does not
-    say; an architecture that knows no shares or sections gives none, and a config with any is refused. `types` maps the
-    types that the architecture knows to their names here. `original` is the length before LongRoPE's stretch, if the
-    config says it elsewhere. `layer_kind`: which entry of `rope_parameters` to read, where each kind of layer has its
-    own. `theta_key` and `partial_key`: top-level keys that old configs use for theta and for the share.
-    `others`: keys that the architecture reads itself, by `beside`. Raises ExportError on a type or key of RoPE that is
-    not known.
+    `theta` (None: it must say), `partial` (the share of a head that is rotated) and `sections` (of mRoPE) hold where
+    the config does not say; an architecture that knows no shares or sections gives none, and a config with any is
+    refused. `types` maps the types that the architecture knows to their names here. `original` is the length before
+    LongRoPE's stretch, if the config says it elsewhere. `layer_kind`: which entry of `rope_parameters` to read, where
+    each kind of layer has its own. `theta_key` and `partial_key`: top-level keys that old configs use for theta and for
+    the share. `others`: keys that the architecture reads itself, by `beside`. Raises ExportError on a type or key of
+    RoPE that is not known.
     """
     keys = _shared(config) if layer_kind is None else _of_kind(config, layer_kind)
     theta = as_positive(theta_key, _one(config, keys, "rope_theta", theta_key, theta))
@@ -87,10 +95,14 @@ def within(config: Config, key: str, length_key: str) -> int:
 
 def _rotated(config: Config, keys: dict[str, Any], head_size: int, partial: float, key: str) -> int:
     """How many dimensions of a head are rotated."""
-    share = as_positive(key, _one(config, keys, "partial_rotary_factor", key, partial))
+    return int(head_size * _share(_one(config, keys, "partial_rotary_factor", key, partial), key))
+
+
+def _share(found: Any, key: str = "partial_rotary_factor") -> float:
+    share = as_positive(key, found)
     if share > 1:
         raise ExportError(f"config.json: {key} is {share}, a share of the head is at most 1")
-    return int(head_size * share)
+    return share
 
 
 def _objects(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -121,7 +133,7 @@ def _of_kind(config: Config, layer_kind: str) -> dict[str, Any]:
     return dict(new[layer_kind])
 
 
-def _one(config: Config, keys: dict[str, Any], name: str, outer_name: str, default: float) -> Any:
+def _one(config: Config, keys: dict[str, Any], name: str, outer_name: str, default: float | None) -> Any:
     """A value that may stand among RoPE's keys, beside them as `outer_name`, or at both places if they agree."""
     outer = config.get(outer_name, default)
     inner = keys.pop(name, outer)
@@ -178,6 +190,9 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
             )
         case "longrope":
             return _long(config, keys, size)
+        case "proportional":
+            share = _share(keys.pop("partial_rotary_factor", 1.0))
+            return ProportionalScaling(int(share * size // 2))
     raise ValueError(f"no RoPE of type {kind}")
 
 

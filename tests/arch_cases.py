@@ -70,6 +70,17 @@ CASES = (
     Case("gemma2", "gemma2"),
     Case("gemma2", "gemma2-no-caps", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     Case("gemma3_text", "gemma3_text"),
+    Case("gemma4_text", "gemma4_text"),
+    Case("gemma4_text", "gemma4_text-experts", {
+        "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 32,
+        "attention_k_eq_v": False, "use_bidirectional_attention": "vision", "final_logit_softcapping": None,
+    }),
+    Case("gemma4_text", "gemma4_text-shared-keys", {
+        "hidden_size_per_layer_input": 16, "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"], "num_kv_shared_layers": 3,
+        "per_layer_config": {"1": {"head_dim": 64}, "3": {"head_dim": 64}, "4": {"head_dim": 64}},
+        "use_double_wide_mlp": True, "attention_k_eq_v": False, "num_key_value_heads": 1,
+    }),
     Case("qwen3", "qwen3"),
     Case("phi3", "phi3"),
     # generate makes the cache anew where the factors change, so no prompt of the tests crosses that point.

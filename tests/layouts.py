@@ -53,6 +53,16 @@ VISION["gemma3"] = {
     "patch_size": 4, "vision_use_head": False,
 }  # fmt: skip
 VISION["mistral3"] = {k: v for k, v in VISION["gemma3"].items() if k != "vision_use_head"} | {"head_dim": 16}
+VISION["gemma4"] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 4,
+    "position_embedding_size": 16,
+}
 # What the multimodal configs say beside the tiny text model's, and in it.
 BESIDE: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_tokens_per_image": 4},
@@ -79,6 +89,14 @@ def randomise(model: Any) -> None:
             noise = torch.randn_like(parameter)
             # A norm's weight is spread about where it starts.
             parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.08 * noise)
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():
+                buffer.add_(0.2 * torch.randn_like(buffer))
+        for module in model.modules():
+            # Where attention has no scale, the norm of q has it: larger logits would make 16 bits a toss.
+            if getattr(module, "scaling", None) == 1.0 and hasattr(module, "q_norm"):
+                module.q_norm.weight.mul_(module.head_dim**-0.5)
 
 
 def outer(kind: str) -> Multimodal:

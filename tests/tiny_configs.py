@@ -55,7 +55,8 @@ def one_line(error: ExportError) -> str:
 
 def everywhere(arch: str, rope: dict[str, Any]) -> dict[str, Any]:
     """RoPE of all layers, as rope_parameters say it."""
-    return {"sliding_attention": rope, "full_attention": dict(rope)} if arch in ("gemma3_text", "olmo3") else rope
+    kinds = ("gemma3_text", "gemma4_text", "olmo3")
+    return {"sliding_attention": rope, "full_attention": dict(rope)} if arch in kinds else rope
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ def placed_layers(model: Model) -> list[Placed]:
     found = []
     for step in model.steps:
         if isinstance(step.block, Layer):
-            mixer, *_, mlp = (sublayer.block for sublayer in step.block.sublayers)
+            mixer, *others = step.block.sublayers
+            mlp = next((s for s in others if s.name == "mlp"), others[-1])
             reads = dict.fromkeys(makers[v] for v in step.inputs[1:] if v in makers)
-            found.append(Placed(mixer, mlp, tuple(reads)))
+            found.append(Placed(mixer.block, mlp.block, tuple(reads)))
     return found
 
 

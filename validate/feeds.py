@@ -23,6 +23,7 @@ from llmexport.export.spec import (
     Embedding,
     Experts,
     Graph,
+    PerLayerEmbedding,
     Port,
     Rotary,
     Splice,
@@ -78,9 +79,10 @@ def limits(blocks: Collection[Block]) -> dict[Use, int]:
     """How many ids there are of each use, so that every block takes them: words, types, positions, experts, ..."""
     tables = [b for b in blocks if isinstance(b, Embedding)]
     turns = [b for b in blocks if isinstance(b, Rotary)]
+    vocabularies = [b.vocabulary for b in blocks if isinstance(b, Embedding | PerLayerEmbedding)]
     experts = [b.experts for b in blocks if isinstance(b, Experts)]
     found: dict[Use, int] = {
-        "tokens": min((b.vocabulary for b in tables), default=100),
+        "tokens": min(vocabularies, default=100),
         "token_types": min((b.types for b in tables if b.types), default=1),
         "positions": min(
             (*(b.placed for b in tables if b.placed), *(b.places for b in turns if b.places)), default=MOST

@@ -27,7 +27,7 @@ from llmexport.export.blocks.kimi_delta import KimiDeltaAttention
 from llmexport.export.blocks.latent import LatentAttention
 from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
-from llmexport.export.blocks.moe import Experts, Moe, Router, SharedExpert
+from llmexport.export.blocks.moe import Experts, MlpWithExperts, Moe, Router, SharedExpert
 from llmexport.export.blocks.norm import Norm
 from llmexport.export.blocks.patches import (
     PatchEmbedding,
@@ -37,6 +37,7 @@ from llmexport.export.blocks.patches import (
     PatchRotary,
     SegmentMask,
 )
+from llmexport.export.blocks.per_layer import PerLayerEmbedding, PerLayerInput
 from llmexport.export.blocks.splice import Splice
 from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 from llmexport.export.blocks.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
@@ -68,6 +69,8 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
             return Alibi(block, dtype)
         case spec.RelativeBias():
             return RelativeBias(block)
+        case spec.PerLayerEmbedding():
+            return PerLayerEmbedding(block, dtype)
         case spec.Rotary():
             return Rotary(block, dtype)
         case spec.PatchRotary():
@@ -111,12 +114,14 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.LocalizedFilter: LocalizedFilter,
     spec.Mask: Mask,
     spec.Mlp: Mlp,
+    spec.MlpWithExperts: MlpWithExperts,
     spec.Moe: Moe,
     spec.Norm: Norm,
     spec.PatchEmbedding: PatchEmbedding,
     spec.PatchMerger: PatchMerger,
     spec.PatchPlaces: PatchPlaces,
     spec.PatchPositions: PatchPositions,
+    spec.PerLayerInput: PerLayerInput,
     spec.PixelShuffle: PixelShuffle,
     spec.Projector: Projector,
     spec.RelativePositions: RelativePositions,

@@ -21,10 +21,11 @@ class Attention(nn.Module):
             self.qkv_proj = linear(hidden, q_width + 2 * kv_width, block.qkv_bias, turn)
         else:
             self.q_proj = linear(hidden, q_width * (1 + block.output_gate), block.qkv_bias, turn)
-            self.k_proj = linear(hidden, kv_width, block.qkv_bias, turn)
-            self.v_proj = linear(hidden, kv_width, block.qkv_bias, turn)
+            self.k_proj = None if block.borrows else linear(hidden, kv_width, block.qkv_bias, turn)
+            own = not block.borrows and not block.key_is_value
+            self.v_proj = linear(hidden, kv_width, block.qkv_bias, turn) if own else None
         self.o_proj = linear(q_width, hidden, block.out_bias, turn)
-        for name, norm in block.qk_norms.items():
+        for name, norm in block.norms.items():
             self.add_module(name, Norm(norm))
         if block.sinks:
             self.sinks = nn.Parameter(torch.empty(block.heads))
@@ -35,19 +36,14 @@ class Attention(nn.Module):
         return self.attend(*self._project(normed), dict(zip(self.names, read, strict=True)))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, given: dict[str, Tensor]
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, gate: Tensor | None, given: dict[str, Tensor]
     ) -> Tensor | tuple[Tensor, ...]:
         """What q, k, v [B, T, heads, D] make of the context and the cache, by the names of their ports."""
         block, (batch, sequence) = self.block, q.shape[:2]
-        q, k = self._turn(q, given, "q_norm"), self._turn(k, given, "k_norm")
+        q = self._turn(q, given, "q_norm")
         if block.temperature:
             q = (q.float() * given["temperature"].unsqueeze(1).unsqueeze(-1)).to(q.dtype)
-        key, value = k, v.transpose(1, 2)
-        if block.scatters:
-            key = tensor_scatter(given["past_key"], key, given["past_length"])
-            value = tensor_scatter(given["past_value"], value, given["past_length"])
-        elif block.cached:
-            key, value = torch.cat((given["past_key"], key), 2), torch.cat((given["past_value"], value), 2)
+        seen = key, value = self._seen(k, v, given)
         scale = block.head_size**-0.5 if block.scale is None else block.scale
         if block.spans:
             sinks = self.sinks if block.sinks else None
@@ -59,10 +55,22 @@ class Attention(nn.Module):
         attended: Tensor = self.o_proj(mixed if gate is None else mixed * torch.sigmoid(gate))
         if block.keys and block.keys.slides:
             key, value = (x[:, :, -block.keys.slots :] for x in (key, value))
-        return (attended, key, value) if block.cached else attended
+        return (attended, *(seen if block.lent else ()), key, value) if block.states else attended
 
-    def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k, v as [B, T, heads, D], and the output gate [B, T, H * D] if there is one."""
+    def _seen(self, k: Tensor | None, v: Tensor | None, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """All keys and values [B, heads, S, D] that the step sees."""
+        if k is None or v is None:
+            return given["seen_key"], given["seen_value"]
+        key, value = self._turn(k, given, "k_norm"), v.transpose(1, 2)
+        if self.block.scatters:
+            key = tensor_scatter(given["past_key"], key, given["past_length"])
+            value = tensor_scatter(given["past_value"], value, given["past_length"])
+        elif self.block.cached:
+            key, value = torch.cat((given["past_key"], key), 2), torch.cat((given["past_value"], value), 2)
+        return key, value
+
+    def _project(self, normed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """q, k, v as [B, T, heads, D], and the output gate [B, T, H * D] if there is one; None for what is borrowed."""
         block, gate = self.block, None
         size = block.head_size
         if block.grouped:
@@ -73,15 +81,18 @@ class Attention(nn.Module):
             widths = [n * size for n in (block.heads, block.kv_heads, block.kv_heads)]
             q, k, v = self.qkv_proj(normed).split(widths, -1)
         else:
-            q, k, v = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
+            q, k = self.q_proj(normed), self.k_proj(normed) if self.k_proj else None
+            v = self.v_proj(normed) if self.v_proj else k
         if block.clip is not None:
-            q, k, v = (x.clamp(-block.clip, block.clip) for x in (q, k, v))
+            q, k, v = (x if x is None else x.clamp(-block.clip, block.clip) for x in (q, k, v))
         batch, sequence, _ = normed.shape
         if block.output_gate:
             q, gate = q.view(batch, sequence, block.heads, 2 * size).chunk(2, -1)
             gate = gate.reshape(batch, sequence, block.heads * size)
         q = q.view(batch, sequence, block.heads, size)
-        k, v = (x.view(batch, sequence, block.kv_heads, size) for x in (k, v))
+        k, v = (x if x is None else x.view(batch, sequence, block.kv_heads, size) for x in (k, v))
+        if "v_norm" in block.norms:
+            v = self.get_submodule("v_norm")(v)
         return q, k, v, gate
 
     def _turn(self, x: Tensor, given: dict[str, Tensor], norm: str) -> Tensor:

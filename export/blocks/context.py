@@ -21,6 +21,8 @@ def inverse_frequencies(block: spec.Rotary) -> Tensor:
             return steps
         case spec.LinearScaling(factor):
             return steps / factor
+        case spec.ProportionalScaling(turning):
+            return torch.where(torch.arange(len(steps)) < turning, steps, 0.0)
         case spec.Llama3Scaling(factor, low, high, positions):
             wavelengths = 2 * math.pi / steps
             # 0 where the wavelength is longer than the low limit, 1 where it is shorter than the high one; where

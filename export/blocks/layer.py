@@ -19,6 +19,7 @@ class Layer(nn.Module):
             self.add_module(sublayer.name, make(sublayer.block, dtype))
             for name, norm in sublayer.norms.items():
                 self.add_module(name, Norm(norm))
+        self.layer_scalar = nn.Parameter(torch.empty(1)) if block.scaled else None
 
     def forward(self, hidden: Tensor, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
         """`read` is what the sublayers read besides hidden states, in the order of the layer's ports."""
@@ -37,6 +38,7 @@ class Layer(nn.Module):
             kept = normed if sublayer.from_normed else hidden
             total = _times(kept, sublayer.kept) + _times(mixed, sublayer.scale)
             hidden = self._norm(sublayer, "sum_norm", total)
+        hidden = hidden if self.layer_scalar is None else hidden * self.layer_scalar
         return (hidden, *others) if others else hidden
 
     def _norm(self, sublayer: spec.Sublayer, place: str, x: Tensor) -> Tensor:

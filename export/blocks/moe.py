@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.mlp import Mlp
+from llmexport.export.blocks.norm import Norm
 from llmexport.plugins.moe_experts import moe_experts
 from llmexport.plugins.moe_route import moe_route
 
@@ -14,15 +15,20 @@ class Router(nn.Linear):
         super().__init__(block.hidden, block.experts, bias=block.bias)
         self.block = block
         self.correction = nn.Parameter(torch.empty(block.experts)) if block.correction else None
+        self.norm = Norm(block.norm) if block.norm else None
+        self.expert_scale = nn.Parameter(torch.empty(block.experts)) if block.expert_scale else None
 
     def forward(self, normed: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         block = self.block
-        logits = super().forward(normed.float() if block.wide else normed)
-        how, groups = (
-            (block.scoring, block.renormalise, block.scale),
-            (block.groups, block.groups_kept, block.group_best),
-        )
+        normed = self.norm(normed) if self.norm else normed
+        read = normed if block.input_scale == 1.0 else normed * block.input_scale
+        logits = super().forward(read.float() if block.wide else read)
+        how = (block.scoring, block.renormalise, block.scale)
+        groups = (block.groups, block.groups_kept, block.group_best)
         weights, experts = moe_route(logits, self.correction, block.top_k, *how, *groups)
+        if self.expert_scale is not None:
+            scales = self.expert_scale.index_select(0, experts.flatten()).view_as(weights)
+            weights = (weights.float() * scales.float()).to(weights.dtype)
         return weights.to(normed.dtype), experts
 
 
@@ -80,3 +86,18 @@ class Moe(nn.Module):
     def forward(self, normed: Tensor) -> Tensor:
         mixed = self.experts(normed, *self.router(normed))
         return mixed if self.shared_expert is None else mixed + self.shared_expert(normed)
+
+
+class MlpWithExperts(nn.Module):
+    def __init__(self, block: spec.MlpWithExperts) -> None:
+        super().__init__()
+        self.mlp = Mlp(block.mlp)
+        self.router = Router(block.router)
+        self.experts = Experts(block.experts)
+        self.mlp_input_norm, self.mlp_output_norm = Norm(block.norm), Norm(block.norm)
+        self.experts_input_norm, self.experts_output_norm = Norm(block.norm), Norm(block.norm)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        dense = self.mlp_output_norm(self.mlp(self.mlp_input_norm(hidden)))
+        mixed = self.experts(self.experts_input_norm(hidden), *self.router(hidden))
+        return dense + self.experts_output_norm(mixed)

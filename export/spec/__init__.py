@@ -46,7 +46,7 @@ from llmexport.export.spec.context import (
 from llmexport.export.spec.cross import SOURCE_IDS, SOURCE_PADDING, CrossAttention, CrossKeys, CrossMask, cross_keys
 from llmexport.export.spec.delta import CausalConv, GatedDeltaNet, GatedNorm
 from llmexport.export.spec.disentangled import DisentangledAttention, RelativePositions
-from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, Moe, Router, SharedExpert
+from llmexport.export.spec.feed_forward import Activation, Experts, Mlp, MlpWithExperts, Moe, Router, SharedExpert
 from llmexport.export.spec.filtered import FilteredAttention, LocalizedFilter
 from llmexport.export.spec.graph import ONLY, Assembly, Graph, Part, Step
 from llmexport.export.spec.kimi_delta import KimiDeltaAttention
@@ -73,6 +73,8 @@ from llmexport.export.spec.patches import (
     PatchRotary,
     SegmentMask,
 )
+from llmexport.export.spec.per_layer import PerLayerEmbedding, PerLayerInput
+from llmexport.export.spec.proportional import ProportionalScaling
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
@@ -130,6 +132,7 @@ __all__ = [
     "Mask",
     "Mixer",
     "Mlp",
+    "MlpWithExperts",
     "Model",
     "Moe",
     "Multimodal",
@@ -141,11 +144,14 @@ __all__ = [
     "PatchPlaces",
     "PatchPositions",
     "PatchRotary",
+    "PerLayerEmbedding",
+    "PerLayerInput",
     "PixelShuffle",
     "Plain",
     "Port",
     "Presence",
     "Projector",
+    "ProportionalScaling",
     "Reference",
     "RelativeBias",
     "RelativePositions",

@@ -19,6 +19,7 @@ from llmexport.export.spec.block import (
     Dim,
     Port,
 )
+from llmexport.export.spec.proportional import ProportionalScaling
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class LongScaling:
     magnitude: float
 
 
-Scaling = Llama3Scaling | LinearScaling | YarnScaling | LongScaling
+Scaling = Llama3Scaling | LinearScaling | YarnScaling | LongScaling | ProportionalScaling
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.block import BATCH, SEQUENCE, Block, Dim, Port, hidden
+from llmexport.export.spec.mixer import Norm
 from llmexport.export.spec.storage import Plain, Storage, Stored
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf", "gelu_sigmoid", "relu", "relu2", "swiglu_clamped"]
@@ -49,7 +50,8 @@ class Router(Block):
     `correction`: experts are chosen by score plus one number each, which their weights leave out. Of `groups` of
     experts, `groups_kept` are eligible: those whose `group_best` best choices sum highest. `scale` multiplies the
     weights. `wide`: all is computed in float32, of the router's own weights too, and what comes out is rounded once
-    (modeling_deepseek_v3.py).
+    (modeling_deepseek_v3.py). It may have a `norm` of its own and an `input_scale` for what it reads; with
+    `expert_scale` one number for each expert multiplies weights (modeling_gemma4.py).
     """
 
     hidden: int
@@ -64,6 +66,9 @@ class Router(Block):
     group_best: int = 2
     scale: float = 1.0
     wide: bool = False
+    norm: Norm | None = None
+    input_scale: float = 1.0
+    expert_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:
@@ -95,6 +100,10 @@ class Router(Block):
         own = {"bias": self.bias, "correction": self.correction}
         rows = {name: Stored("", (self.experts,), "F") for name, there in own.items() if there}
         return {"weight": Stored("", (self.experts, self.hidden), "F"), **rows}
+
+    @property
+    def parts(self) -> Mapping[str, tuple[Block, str]]:
+        return {"norm": (self.norm, "norm.")} if self.norm else {}
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,36 @@ class Moe(Block):
     def parts(self) -> Mapping[str, tuple[Block, str]]:
         shared = {"shared": (self.shared, "shared_expert.")} if self.shared else {}
         return {"router": (self.router, "router."), "experts": (self.experts, "experts."), **shared}
+
+
+@dataclass(frozen=True)
+class MlpWithExperts(Block):
+    """An MLP and routed experts side by side, each between norms of its own, summed; the router reads what neither of
+    these norms has touched (modeling_gemma4.py)."""
+
+    norm: Norm
+    mlp: Mlp
+    router: Router
+    experts: Experts
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (hidden("hidden", self.mlp.hidden),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return self.experts.outputs
+
+    @property
+    def parts(self) -> Mapping[str, tuple[Block, str]]:
+        names = ("mlp_input_norm", "mlp_output_norm", "experts_input_norm", "experts_output_norm")
+        norms = {name: (self.norm, f"{name}.") for name in names}
+        return {
+            **norms,
+            "mlp": (self.mlp, "mlp."),
+            "router": (self.router, "router."),
+            "experts": (self.experts, "experts."),
+        }
 
 
 def routed(top_k: int) -> tuple[Port, Port]:

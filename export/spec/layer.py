@@ -42,11 +42,13 @@ class Layer(Block):
     """Sublayers one after the other; `parallel`: all read the layer's input, those without an input norm of their own
     through the first one's.
 
-    The first input and output of a sublayer's block are hidden states; its others are the layer's.
+    The first input and output of a sublayer's block are hidden states; its others are the layer's. `scaled`: a weight
+    of one number multiplies what comes out (modeling_gemma4.py).
     """
 
     sublayers: tuple[Sublayer, ...]
     parallel: bool = False
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.parallel and any(s.from_normed or s.kept != 1.0 for s in self.sublayers):

@@ -89,12 +89,16 @@ class Attention(Mixer):
 
     The first `rotated` dimensions of a head turn (None: all, 0: none), pairwise interleaved or by halves.
     `qk_norm` applies to every head of q and k, with one weight for all heads, one for each ("each_head") or over all
-    at once ("all_heads", modeling_olmo2.py). `fused`: q, k and v are one matrix, one after the other; or, if `grouped`,
-    group by group of the queries that share a key: queries, key, value (modeling_bloom.py, modeling_falcon.py).
+    at once ("all_heads", modeling_olmo2.py). `v_norm` is that of the values; `key_is_value`: they are what is projected
+    for keys, before its norm (modeling_gemma4.py). `fused`: q, k and v are one matrix, one after the other; or, if
+    `grouped`, group by group of the queries that share a key: queries, key, value (modeling_bloom.py,
+    modeling_falcon.py).
     `transposed`: matrices are [in, out] (Conv1D, modeling_gpt2.py). `clip` bounds q, k and v. `biased`: in place of a
     mask it reads what is added to the logits, as ALiBi is.
     `output_gate`: the q projection holds, head by head, q and a gate whose sigmoid multiplies the head's output.
     `axes`, where it is not cached, are those of rows and of tokens; unless `masked`, a token sees all of its row.
+    `borrows`: keys and values are an earlier layer's, as that sees them in this step, and it keeps none; `lends`: later
+    layers read this one's (modeling_gemma4.py).
     `temperature` scales q. `scale` is that of the logits (None: head_size ** -0.5).
     """
 
@@ -111,6 +115,8 @@ class Attention(Mixer):
     qk_norm: Norm | None = None
     qk_norm_over: Literal["head", "each_head", "all_heads"] = "head"
     qk_norm_place: Literal["before_rotary", "after_rotary"] = "before_rotary"
+    v_norm: Norm | None = None
+    key_is_value: bool = False
     clip: float | None = None
     scale: float | None = None
     temperature: bool = False
@@ -118,6 +124,8 @@ class Attention(Mixer):
     sinks: bool = False
     softcap: float = 0.0
     window: int = 0
+    borrows: bool = False
+    lends: bool = False
     cached: bool = True
     keys: Keys | None = None
     masked: bool = True
@@ -135,6 +143,10 @@ class Attention(Mixer):
             raise ValueError("attention without a mask, or along axes of its own, has no cache")
         if (self.biased and (self.spans or not self.masked)) or (self.grouped and not self.fused):
             raise ValueError("only a mask can be a bias, and only a fused matrix be grouped")
+        if self.key_is_value and self.fused:
+            raise ValueError("a fused matrix has values of its own")
+        if ((self.borrows or self.lends) and not self.cached) or (self.borrows and (self.lends or self.fused)):
+            raise ValueError("only a cache is lent, and who borrows has nothing to lend and a matrix for q alone")
 
     @property
     def along(self) -> tuple[Dim, Dim]:
@@ -165,11 +177,27 @@ class Attention(Mixer):
             ports.append(Port("temperature", (BATCH, SEQUENCE), "float32", "temperature"))
         if self.scatters:
             ports.append(PAST_LENGTH)
-        return tuple(ports)
+        return (*ports, *(self._seen if self.borrows else ()))
+
+    @property
+    def lent(self) -> tuple[Port, ...]:
+        """What it gives of keys and values that later layers read, where that is not what it keeps."""
+        return self._seen if self.lends and self.keys and self.keys.slides else ()
+
+    @property
+    def _seen(self) -> tuple[Port, Port]:
+        """All keys and values that the step sees."""
+        shape = (BATCH, self.kv_heads, self.keys.axis if self.keys else TOTAL, self.head_size)
+        return Port("seen_key", shape, use="state"), Port("seen_value", shape, use="state")
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        attended, *presents = super().outputs
+        return (attended, *self.lent, *presents)
 
     @property
     def states(self) -> tuple[State, ...]:
-        if not self.cached:
+        if not self.cached or self.borrows:
             return ()
         axes = (self.keys.slots,) * 2 if self.keys else (PAST, TOTAL)
         past, present = ((BATCH, self.kv_heads, axis, self.head_size) for axis in axes)
@@ -179,7 +207,7 @@ class Attention(Mixer):
     @property
     def scatters(self) -> bool:
         """Whether it writes into its cache."""
-        return self.keys is not None and not self.keys.slides
+        return self.keys is not None and not self.keys.slides and not self.borrows
 
     @property
     def opset(self) -> int:
@@ -193,14 +221,14 @@ class Attention(Mixer):
 
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
-        return {name: (norm, f"{name}.") for name, norm in self.qk_norms.items()}
+        return {name: (norm, f"{name}.") for name, norm in self.norms.items()}
 
     @property
-    def qk_norms(self) -> Mapping[str, Norm]:
-        """The norms of q and of k, if there are any."""
-        if self.qk_norm is None:
-            return {}
-        return {"q_norm": self._norm_of(self.qk_norm, self.heads), "k_norm": self._norm_of(self.qk_norm, self.kv_heads)}
+    def norms(self) -> Mapping[str, Norm]:
+        """The norms of q, of k and of v, if there are any."""
+        heads = {"q_norm": self.heads} | ({} if self.borrows else {"k_norm": self.kv_heads})
+        own = {name: self._norm_of(self.qk_norm, n) for name, n in heads.items()} if self.qk_norm else {}
+        return own | ({"v_norm": self.v_norm} if self.v_norm and not self.borrows else {})
 
     def _norm_of(self, norm: Norm, heads: int) -> Norm:
         match self.qk_norm_over:

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE
 from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, STEP_MASK, TOKEN_TYPE_IDS, Block, Dim, Port, hidden
-from llmexport.export.spec.context import Keys, LinearScaling, Llama3Scaling, LongScaling, YarnScaling
+from llmexport.export.spec.context import (
+    Keys,
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    YarnScaling,
+)
 from llmexport.export.spec.feed_forward import Activation
 from llmexport.export.spec.graph import Graph, Step
 from llmexport.export.spec.layer import Sublayer
 from llmexport.export.spec.mixer import Norm
+from llmexport.export.spec.proportional import ProportionalScaling
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import Storage
 
@@ -263,5 +270,6 @@ def from_data(data: Any) -> Any:
 
 def _class(name: str) -> Any:
     # Asked of the base classes when it is called: a module with further ones may be imported later.
-    others = (Keys, Llama3Scaling, LinearScaling, LongScaling, YarnScaling, Port, Reference, Sublayer)
-    return {c.__name__: c for c in (*Block.kinds.values(), *Storage.__subclasses__(), *others)}[name]
+    scalings = (Llama3Scaling, LinearScaling, LongScaling, ProportionalScaling, YarnScaling)
+    others = (Keys, Port, Reference, Sublayer)
+    return {c.__name__: c for c in (*Block.kinds.values(), *Storage.__subclasses__(), *scalings, *others)}[name]

@@ -166,7 +166,7 @@ RICHER = {
     "quantization_config": ({"quant_method": "gptq", "bits": 4}, ()),
     "partial_rotary_factor": (0.75, ("glm", "glm4", "glm4_moe", "minimax_m2", "phi3", "qwen3_next", *QWEN3_5)),
     "attn_logit_softcapping": (50.0, ("gemma2",)),
-    "final_logit_softcapping": (50.0, ("gemma2",)),
+    "final_logit_softcapping": (50.0, ("gemma2", "gemma4_text")),
     "logits_scaling": (8.0, ("granite",)),
     "embedding_multiplier": (8.0, ("granite",)),
     "residual_multiplier": (0.5, ("granite",)),
@@ -213,7 +213,7 @@ def test_a_window_is_refused_where_the_architecture_has_none(arch):
 
 
 ROUTED = ["gpt_oss", "llama4", "mixtral", "qwen2_moe", "qwen3_5_moe"]
-TYPED = ["gemma2", "gemma3_text", "gpt_oss", "llama4", "qwen2", "qwen2_moe", "qwen3", *QWEN3_5]
+TYPED = ["gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "llama4", "qwen2", "qwen2_moe", "qwen3", *QWEN3_5]
 
 
 @pytest.mark.parametrize("arch", ROUTED)
@@ -264,6 +264,21 @@ def test_an_unknown_kind_of_layer_is_refused_by_name(arch, kind):
         ("gemma2", {"sliding_window": 0}, "sliding_window is 0, expected a positive integer"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, only None"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True, only False"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all', only None"),
+        (
+            "gemma4_text",
+            {"layer_types": ["full_attention", *["sliding_attention"] * 2]},
+            "the last layer of this model",
+        ),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, "num_kv_shared_layers is 1, which leaves no full_attention"),
+        ("gemma4_text", {"num_kv_shared_layers": 9}, "num_kv_shared_layers is 9, which leaves no full_attention"),
+        ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 64}}}, "expected head_dim and num_key_value_heads"),
+        ("gemma4_text", {"per_layer_config": {"2": {"hidden_size": 64}}}, "of layers 2, one for all"),
+        ("gemma4_text", {"per_layer_config": {"2": 64}}, "of layers 2, one for all"),
+        ("gemma4_text", {"per_layer_config": [{"head_dim": 64}]}, "of layers 2, one for all"),
+        ("gemma4_text", {"global_head_dim": 64}, "global_head_dim=64"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 9}, "is 9, vocab_size is 256"),
+        ("gemma4_text", {"enable_moe_block": True}, "no 'num_experts'"),
         ("gpt_oss", {"sliding_window": None}, "sliding_window is null"),
         ("gpt_oss", {"sliding_window": 2**32 + 2}, "sliding_window is 4294967298, at most 2147483647 is supported"),
         ("gemma2", {"sliding_window": 2**31}, "sliding_window is 2147483648, at most 2147483647 is supported"),

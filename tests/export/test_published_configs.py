@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -33,11 +34,13 @@ from llmexport.export.spec import (
     LongScaling,
     Mask,
     Mlp,
+    MlpWithExperts,
     Model,
     Moe,
     Mxfp4,
     Norm,
     Presence,
+    ProportionalScaling,
     RelativePositions,
     Rotary,
     Router,
@@ -329,6 +332,24 @@ def deberta_v3_base() -> Model:
     return deberta(128100, attention, normed)
 
 
+def gemma_4_26b() -> Model:
+    norm, router = Norm(2816, 1e-6, rounding="after_weight"), Router(2816, 128, 8, "softmax", renormalise=True)
+    router = dataclasses.replace(router, norm=Norm(2816, 1e-6), input_scale=2816**-0.5, expert_scale=True)
+    experts = Experts(2816, 704, 128, 8, "gelu_tanh")
+    beside = Sublayer("mlp", MlpWithExperts(norm, Mlp(2816, 2112, "gelu_tanh"), router, experts), output_norm=norm)
+
+    def layer(kv_heads: int, size: int, key_is_value: bool) -> Layer:
+        heads = Attention(2816, 16, kv_heads, size, scale=1.0, key_is_value=key_is_value)
+        qk, v = Norm(size, 1e-6, rounding="after_weight"), Norm(size, 1e-6, weighted=False)
+        heads = dataclasses.replace(heads, qk_norm=qk, v_norm=v)
+        return Layer((Sublayer("self_attn", heads, norm, norm), beside), scaled=True)
+
+    slides = (layer(8, 256, False), (Rotary(256, 10000.0), Mask(1024)))
+    full = (layer(2, 512, True), (Rotary(512, 1000000.0, ProportionalScaling(64)), Mask()))
+    head = Head(norm, 262144, 30.0)
+    return wired(Embedding(262144, 2816, 2816**0.5), (*[slides] * 5, full) * 5, head, tied=True)
+
+
 def mixtral_8x7b() -> Model:
     norm = Norm(4096, 1e-5)
     moe = Moe(Router(4096, 8, 2, "softmax", renormalise=True), Experts(4096, 14336, 8, 2, "silu"))
@@ -444,6 +465,7 @@ MODELS = {
     "Qwen3.5-27B": qwen3_5_27b(),
     "gemma-2-2b": gemma_2_2b(),
     "gemma-3-1b-pt": gemma_3_1b(),
+    "gemma-4-26B-A4B": gemma_4_26b(),
     "Qwen3-8B": qwen3_8b(),
     "Phi-3-mini-4k-instruct": phi_3_mini(2047, None),
     "Phi-3-mini-128k-instruct": phi_3_mini(262144, LONG),

@@ -41,6 +41,7 @@ QUANTISED = {
     "meta-llama/Llama-3.1-405B-Instruct-FP8": "fbgemm_fp8",
     "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8": "compressed-tensors, float-quantized, 8 bits",
     "mlx-community/Llama-3.2-1B-Instruct-4bit": "mlx, 4 bits, groups of 64",
+    "nvidia/Gemma-4-31B-IT-NVFP4": "modelopt, NVFP4, 4 bits, groups of 16",
     "nvidia/Qwen3.5-122B-A10B-NVFP4": "modelopt, NVFP4, 4 bits, groups of 16",
     "nvidia/Qwen3.6-27B-NVFP4": "modelopt, MIXED_PRECISION, 8 bits",
     "nvidia/Qwen3.6-35B-A3B-NVFP4": "modelopt, MIXED_PRECISION, 8 bits",
@@ -62,12 +63,13 @@ REFUSED = {
     "zai-org/GLM-4.5-Air": "config.json has no 'hidden_size'",
     "HuggingFaceTB/SmolLM3-3B": "config.json has no 'hidden_size'",
     "tencent/Hunyuan-7B-Instruct": "config.json has no 'hidden_size'",
+    "google/gemma-4-E2B-it": "config.json has no 'text_config'",
 }
 READ = [n for n in CLAIMED if n not in QUANTISED and n not in REFUSED]
 NOTED = {
     "Qwen/Qwen2.5-7B-Instruct-1M": "dual_chunk_attention_config is left out, as transformers does: right up to 262144",
     **dict.fromkeys(
-        (n for n in READ if MODELS[n]["model_type"] in ("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+        (n for n in READ if MODELS[n]["model_type"] in ("gemma3", "gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
         "the text model alone is exported",
     ),
     "internlm/internlm2_5-7b": "the export is of texts up to 32768 tokens",

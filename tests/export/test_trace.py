@@ -48,11 +48,15 @@ from llmexport.export.spec import (
     Mask,
     Mixer,
     Mlp,
+    MlpWithExperts,
     Moe,
     Mxfp4,
     Norm,
+    PerLayerEmbedding,
+    PerLayerInput,
     Port,
     Presence,
+    ProportionalScaling,
     RelativeBias,
     RelativePositions,
     Rotary,
@@ -116,6 +120,10 @@ RWKV_SUBLAYERS = (
     Sublayer("attention", TimeMix(33), LAYER_NORM),
     Sublayer("feed_forward", ChannelMix(33, 65), LAYER_NORM),
 )
+QKV_NORMS = Attention(33, 6, 2, 10, scale=1.0, qk_norm=HEAD_NORM, v_norm=UNIT_NORM, key_is_value=True)
+BORROWING = Attention(33, 6, 2, 10, qk_norm=HEAD_NORM, borrows=True)
+NORMED_ROUTER = Router(33, 9, 3, "softmax", True, norm=LLAMA_NORM, input_scale=0.3, expert_scale=True)
+TOLD = Layer((Sublayer("per_layer_input", PerLayerInput(33, 12, "gelu_tanh"), output_norm=GEMMA_NORM),), scaled=True)
 DELTA_LAYER = decoder_layer(GEMMA_NORM, DELTA_NET, GEMMA_NORM, MOE)
 CASES = [
     (Embedding(37, 33), "float32"),
@@ -141,6 +149,7 @@ CASES = [
     # Half of the runs end before position 64.
     (Rotary(10, 10000.0, LongScaling((1.0, 1.1, 1.2, 1.3, 1.4), (1.0, 2.0, 4.0, 8.0, 16.0), 64, 1.2)), "float32"),
     (Rotary(10, 10000.0, sections=(2, 2, 1)), "float32"),
+    (Rotary(10, 10000.0, ProportionalScaling(2)), "float32"),
     (Mask(), "float32"),
     (Mask(7), "float32"),
     (Mask(chunk=7), "float32"),
@@ -249,6 +258,18 @@ CASES = [
     (DEEP_NORM, "float32"),
     (DELTA_LAYER, "float32"),
     (Layer(RWKV_SUBLAYERS), "float16"),
+    (QKV_NORMS, "float32"),
+    (QKV_NORMS, "float16"),
+    (BORROWING, "float32"),
+    (dataclasses.replace(BORROWING, keys=ALL), "float32"),
+    (dataclasses.replace(BORROWING, keys=LAST), "float32"),
+    (Attention(33, 6, 2, 10, lends=True, keys=LAST), "float32"),
+    (NORMED_ROUTER, "float32"),
+    (MlpWithExperts(GEMMA_NORM, SILU_MLP, NORMED_ROUTER, EXPERTS), "float32"),
+    (PerLayerEmbedding(37, 33, 3, Norm(12, 1e-6)), "float32"),
+    (PerLayerEmbedding(37, 33, 3, Norm(12, 1e-6)), "float16"),
+    (PerLayerInput(33, 12, "gelu_tanh"), "float32"),
+    (TOLD, "float32"),
     (Head(LLAMA_NORM, 37), "float32"),
     (Head(LLAMA_NORM, 37, softcap=3.0), "float32"),
     (Head(LAYER_NORM, 37, transform="gelu_erf", bias=True), "float32"),
