@@ -25,7 +25,16 @@ from llmexport.export import builder, engine, engine_build, engine_record, manif
 from llmexport.export.assembly import parts
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.profile import Profile, parse_profile
-from llmexport.export.spec import DTYPES, Attention, LatentAttention, Port, behind, patch_axis, to_data
+from llmexport.export.spec import (
+    DTYPES,
+    Attention,
+    DisentangledAttention,
+    LatentAttention,
+    Port,
+    behind,
+    patch_axis,
+    to_data,
+)
 
 PLAN = "model.plan"
 OLD = {PLAN: b"an earlier plan", engine_record.RECORD: b"an earlier record"}
@@ -78,7 +87,8 @@ def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported:
     [built] = record.graphs.values()
     assert (built.bytes, built.sha256) == (len(plan), hashlib.sha256(plan).hexdigest())
     inside = [part.block for step in manifest.read(folder).steps for part in parts(step)]
-    masked = [b for b in inside if isinstance(b, LatentAttention) or (isinstance(b, Attention) and not b.spans)]
+    masked = [b for b in inside if isinstance(b, DisentangledAttention | LatentAttention)]
+    masked += [b for b in inside if isinstance(b, Attention) and not b.spans]
     # In float32 attention is written out.
     assert built.layers.get("ATTENTION_INPUT", 0) == (0 if dtype == "float32" else len(masked))
     assert tree(folder) == before | {n: (folder / n).read_bytes() for n in (PLAN, engine_record.RECORD)}
