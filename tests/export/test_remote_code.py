@@ -160,7 +160,7 @@ def test_angles_that_do_not_change_have_no_end():
         ("qwen", {"rotary_pct": 0.5}, "rotary_pct is 0.5"),
         ("qwen", {"intermediate_size": 191}, "the widths of w1 and w2 together"),
         ("internlm", {"rotary": {"base": 10000, "type": "yarn"}}, "expected a base and a type"),
-        ("internlm2", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "RoPE of type 'ntk' is not supported"),
+        ("internlm2", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "RoPE of type 'ntk' is not supported"),
     ],
 )
 def test_what_their_code_does_otherwise_is_refused(arch, changes, why):
