@@ -8,6 +8,7 @@ from types import MappingProxyType
 from llmexport.export.assembly import alone
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
+    Activation,
     Alibi,
     Arch,
     Attention,
@@ -28,7 +29,10 @@ HIDDEN, HEADS, SIZE, WIDE, DEPTH = 64, 8, 8, 160, 12
 ALPHA = (2 * DEPTH) ** 0.25  # of DeepNorm in a decoder of so many layers
 
 _NORM = Norm(HIDDEN, 1e-5, statistics="layer", bias=True)
-_PLAIN = {"bias": True, "gated": False}
+
+
+def _plain(wide: int, activation: Activation) -> Mlp:
+    return Mlp(HIDDEN, wide, activation, bias=True, gated=False)
 
 
 def _attention(kv_heads: int, *, masked: bool = True) -> Attention:
@@ -39,7 +43,7 @@ def _attention(kv_heads: int, *, masked: bool = True) -> Attention:
 
 def _deep_norm(scale: float, kept: float) -> Layer:
     """A layer that norms its sums, of what each sublayer gives and what went into it, one of which has a factor."""
-    blocks = {"self_attn": _attention(HEADS, masked=False), "mlp": Mlp(HIDDEN, 4 * HIDDEN, "relu", **_PLAIN)}
+    blocks = {"self_attn": _attention(HEADS, masked=False), "mlp": _plain(4 * HIDDEN, "relu")}
     return Layer(tuple(Sublayer(n, b, sum_norm=_NORM, scale=scale, kept=kept) for n, b in blocks.items()))
 
 
@@ -50,9 +54,9 @@ EXAMPLES: Mapping[str, Block] = MappingProxyType(
         # multiply what the sublayer gives, which is another function.
         "deep_norm": _deep_norm(1.0, ALPHA),
         "deep_norm_of_sublayers": _deep_norm(ALPHA, 1.0),
-        "gelu": Mlp(HIDDEN, WIDE, "gelu_erf", **_PLAIN),
-        "gelu_sigmoid": Mlp(HIDDEN, WIDE, "gelu_sigmoid", **_PLAIN),
-        "gelu_tanh": Mlp(HIDDEN, WIDE, "gelu_tanh", **_PLAIN),
+        "gelu": _plain(WIDE, "gelu_erf"),
+        "gelu_sigmoid": _plain(WIDE, "gelu_sigmoid"),
+        "gelu_tanh": _plain(WIDE, "gelu_tanh"),
         "gqa": _attention(2),
         "layer_norm": _NORM,
         "mha": _attention(HEADS),

@@ -82,6 +82,7 @@ BLOCKS = [
     BidirectionalMask(SOURCE),
     Embedding(256, 64, axes=("batch", SOURCE)),
     *each(Rotary(16, 10000.0), size=8, theta=500000.0, scaling=LinearScaling(4.0), sections=(3, 3, 2)),
+    Rotary(16, 10000.0, places=64),
     Rotary(16, 10000.0, Llama3Scaling(8.0, 1.0, 4.0, 64)),
     Rotary(16, 10000.0, YarnScaling(32.0, 64, 32.0, 1.0, False, 1.3)),
     Rotary(16, 10000.0, YarnScaling(32.0, 64, 32.0, 1.0, True, 1.3)),
@@ -165,8 +166,6 @@ BLOCKS = [
     *each(CausalConv(96, 4), channels=64, kernel=3),
     *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5, activation="sigmoid", rounding="after_weight"),
     *each(KimiDeltaAttention(64, 4, 16, 4, 1e-6), hidden=32, heads=2, size=8, kernel=3, epsilon=1e-5),
-    *each(DELTA_NET, hidden=32, key_heads=4, key_size=8, value_heads=8, value_size=16, kernel=3, epsilon=1e-5),
-    *each(GatedNorm(4, 8, 1e-6), heads=2, size=16, epsilon=1e-5),
     *each(
         DELTA_NET,
         hidden=32,
@@ -243,6 +242,7 @@ BLOCKS = [
     decoder_layer(NORM, DELTA_NET, NORM, MLP),
     *each(Head(NORM, 256), norm=Norm(64, 0.1), vocabulary=9, softcap=3.0, scale=0.5, transform="relu", last=True),
     Head(NORM, 256, bias=True),
+    Head(NORM, 256, normed=True),
     *each(Head(None, 256, hidden=64), hidden=32, inner=16),
     *VISION_BLOCKS,
 ]

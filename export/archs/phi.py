@@ -24,7 +24,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("phi",),
-    adds="attention and MLP side by side, partial RoPE, LayerNorm, plain MLP, a bias on every matrix and the head",
+    adds="attention and MLP side by side, partial RoPE, LayerNorm, a bias on every matrix and the head",
     reference=causal_lm("PhiForCausalLM"),
     build=build,
     names={

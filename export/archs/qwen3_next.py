@@ -60,7 +60,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("qwen3_next",),
-    adds="gated delta nets with a state, fused key head by key head; gated attention; experts beside a shared one",
+    adds="gated delta nets, fused key head by key head; gated attention; experts beside a shared one",
     reference=causal_lm("Qwen3NextForCausalLM"),
     build=build,
     names=QWEN3_5_MOE.names,

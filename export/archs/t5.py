@@ -64,7 +64,7 @@ def _side(name: str, mlp: int) -> dict[str, str]:
 ARCH = Arch(
     model_types=("t5",),
     system="T5",
-    adds="encoder and decoder graphs, cross-attention keys made once, relative buckets, logits without 1/sqrt(d)",
+    adds="encoder and decoder graphs, cross-attention keys made once, relative buckets, unscaled scores",
     reference=causal_lm("T5ForConditionalGeneration"),
     build=build,
     names={

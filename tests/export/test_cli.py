@@ -136,7 +136,7 @@ def only_head(tensors: dict[str, np.ndarray]) -> None:
 BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no such folder": (shutil.rmtree, ["ck"]),
     "no config.json": (lambda f: (f / "config.json").unlink(), ["config.json"]),
-    "config of another family": (lambda f: edit_config(f, model_type="t5"), ["t5", "gemma", "qwen2"]),
+    "config of another family": (lambda f: edit_config(f, model_type="bart"), ["bart", "gemma", "qwen2"]),
     "unknown key": (lambda f: edit_config(f, final_logit_softcapping=30.0), ["final_logit_softcapping=30.0"]),
     "unsupported value": (lambda f: edit_config(f, hidden_act="relu"), ["hidden_act", "relu"]),
     "missing shard": (lambda f: first_shard(f).unlink(), ["model-00001-of-"]),

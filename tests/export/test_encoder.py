@@ -211,7 +211,7 @@ def test_another_head_is_refused_by_the_one_that_is_exported(head: str, why: str
         ({"is_causal": True}, "is_causal=True"),
         ({"directionality": "left"}, "directionality='left'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key', only 'absolute'"),
-        ({"hidden_act": "mish"}, "hidden_act is 'mish', this architecture knows 'gelu', "),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish', this architecture knows 'silu', "),
         ({"num_attention_heads": 5}, "hidden_size 64 is not a multiple of 5 attention heads"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types="),
         ({"rope_theta": 10000.0}, "rope_theta=10000.0"),

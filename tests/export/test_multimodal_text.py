@@ -27,7 +27,7 @@ def test_the_tie_may_be_said_beside_the_text_model(kind):
     assert read_model(arch, whole | {"tie_word_embeddings": True}).ties
     assert not read_model(arch, whole | {"tie_word_embeddings": False}).ties
     # What a config means that does not say.
-    assert bool(read_model(arch, whole).ties) == (kind == "gemma3")
+    assert bool(read_model(arch, whole).ties) == (kind in ("gemma3", "gemma4"))
 
 
 @pytest.mark.parametrize("kind", TIED_OUTSIDE)
@@ -43,7 +43,7 @@ def test_the_text_model_of_mistral_3_says_the_tie(tied):
 
 
 @pytest.mark.parametrize("kind", [k for k in WHOLE if not outer(k).flat])
-@pytest.mark.parametrize("key", ["hidden_size", "rope_theta", "audio_config"])
+@pytest.mark.parametrize("key", ["hidden_size", "rope_theta", "speech_config"])
 def test_an_unknown_key_beside_the_text_model_is_refused(kind, key):
     assert f"{key}=" in refusal_of_whole(kind, {key: 4096})
 
@@ -118,7 +118,8 @@ def test_a_config_is_known_by_its_type_alone_or_within_a_multimodal_one(kind):
         (known.model_types[0], known.reference.model_class),
         (kind, outer(kind).architecture),
     ):
-        assert archs.choose(None, {"model_type": said, "architectures": [architecture]}).name == known.name
+        text = {"text_config": {"model_type": known.model_types[0]}}
+        assert archs.choose(None, {"model_type": said, "architectures": [architecture], **text}).name == known.name
 
 
 @pytest.mark.parametrize("kind", WHOLE)

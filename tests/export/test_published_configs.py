@@ -58,7 +58,7 @@ CLASSES = {n: transformers.CONFIG_MAPPING[archs.load(n).model_types[0]] for n in
 THEIRS = {t for n in IN_TRANSFORMERS for t in archs.load(n).model_types}
 
 # Without these its own model is none.
-NO_DEFAULT = {"deepseek_v2": {"num_experts_per_tok": 6}}
+NO_DEFAULT = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}
 
 
 def published(name: str) -> Model:
