@@ -199,7 +199,6 @@ CASES = (
     Case("internlm2", "internlm2-bias", {
         "bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "num_key_value_heads": 4,
     }),
-    Case("internlm2", "internlm2-bias", {"bias": True, "rope_scaling": None, "num_key_value_heads": 4}),
     Case("grok", "grok"),
     Case("openelm", "openelm"),
     Case("yuan", "yuan"),
@@ -208,17 +207,17 @@ MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their
 # Families whose caches hold latents, and no keys and values.
 LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear")
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for
-# Families that are tested whole in every session. The first case of every other one meets its reference in every session
+# Families that are tested whole in every session. The first case of every other one meets its reference in each
 # (`every_family`), and its other tests are slow.
 EVERY_TIME = frozenset({
     "bert", "cohere", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_oss", "llama", "llama4", "mistral", "phi3",
     "qwen2", "qwen2_moe", "qwen3_5", "qwen3_5_moe",
 })  # fmt: skip
-# one case an architecture
 # Architectures whose checkpoints a class of transformers loads as they are.
 IN_TRANSFORMERS = [n for n in archs.names() if not archs.load(n).reference.made_by]
 # One case an architecture, and those of the families of EVERY_TIME.
 FIRST = tuple({c.arch: c for c in reversed(CASES)}.values())[::-1]
+FIRST_EVERY_TIME = tuple(c for c in FIRST if c.arch in EVERY_TIME)
 # Those whose multimodal checkpoints are exported whole: the text model, and what sees.
 TOWERS = tuple(c for c in FIRST if any(m.tower for m in archs.load(c.arch).multimodal))
 # Every session tries the one half of them in fp16 and the other in bf16; slow tests try both in both.
@@ -230,9 +229,9 @@ ONCE = tuple((case, ("float32", "bfloat16", "float16", "float32")[i % 4]) for i,
 def in_each_dtype(
     cases: Sequence[Case], dtypes: Sequence[str] = ("float32", "float16", "bfloat16")
 ) -> list[tuple[Case, str]]:
-    """Each case in each dtype; of a family that is not tested whole in every session, in the one of ONCE."""
-    once = {c.arch: d if d in dtypes else dtypes[0] for c, d in ONCE}
-    return [(c, d) for d in dtypes for c in cases if c.arch in EVERY_TIME or d == once[c.arch]]
+    """Each case in each dtype; of a family that is not tested whole in every session, the first one in one dtype."""
+    once = {c: d if d in dtypes else dtypes[0] for c, d in ONCE}
+    return [(c, d) for d in dtypes for c in cases if c.arch in EVERY_TIME or once.get(c) == d]
 
 
 def carries(case: Case) -> tuple[bool, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arch_cases import FIRST, Case, in_each_dtype, others_slow
+from arch_cases import FIRST_EVERY_TIME, Case, in_each_dtype, others_slow
 from misuse import call
 
 from llmexport.export import graph_file, manifest
@@ -26,7 +26,7 @@ from llmexport.validate.tolerance import TOLERANCE
 
 pytestmark = pytest.mark.model
 
-PACKED = in_each_dtype(FIRST, ("float32", "float16"))
+PACKED = in_each_dtype(FIRST_EVERY_TIME, ("float32", "float16"))
 Change = Callable[[str, Arrays], None]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from arch_cases import FIRST, PRIMARY, Case, in_each_dtype, others_slow
+from arch_cases import FIRST_EVERY_TIME, PRIMARY, Case, in_each_dtype, others_slow
 from native import emulated_library, gpu_library
 from published_configs import PUBLISHED
 
@@ -25,7 +25,7 @@ from llmexport.plugins.spec import Attribute
 from llmexport.validate import kernels, ladder
 from llmexport.validate.report import Rung
 
-EVERY = in_each_dtype([c for c in FIRST if c.arch != "bert"])
+EVERY = in_each_dtype([c for c in FIRST_EVERY_TIME if c.arch != "bert"])
 # The families that the project exists for, each in one dtype.
 AT_ONCE = dict(zip(PRIMARY, ("bfloat16", "float32", "float16", "bfloat16", "float16"), strict=True))
 TOKENS = 19  # of a prompt: past the windows of tiny models, and short where each costs much
