@@ -38,7 +38,15 @@ RENAMED = [kind for kind in WHOLE if outer(kind).other_names]
 # One of those whose text model alone is exported, and whose config and names differ from that the most.
 AT_ONCE = ["llama4", "qwen3_5_moe", f"qwen2_5_vl{FLAT}", FUSED, MXFP4]
 RUNGS = {"PyTorch / transformers", "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"}
-TOWERS = ("vision_model.", "vision_tower.", "multi_modal_projector.", "model.visual.", "visual.")
+TOWERS = (
+    "model.vision_tower.",
+    "model.embed_vision.",
+    "vision_model.",
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.visual.",
+    "visual.",
+)
 BLOCKS = {
     "llama4": ["attention", "temperature", "mask_chunk_8", "layers_3_self_attn", "router", "experts", "shared_expert"],
     "qwen3_5_moe": ["gated_delta_net", "causal_conv", "gated_norm", "presence", "attention", "router", "experts"],
