@@ -234,7 +234,6 @@ KEYS = {
     "export/engine.py": ["model", "weights"],
     "export/engine_build.py": ["model", "weights"],
     "export/evaluation.py": ["model", "weights"],
-    "export/examples.py": ["bias"],
     "export/genai.py": ["attention_mask", "decoder", "input_ids", "logits", "model", "position_ids"],
     "export/manifest.py": ["logits", "weights"],
     "export/network/serve.py": ["model"],

@@ -14,8 +14,7 @@ SAID_AGAIN = {"relu": "relu", "gated-gelu": "gelu_new", "gated-silu": "silu"}
 def build(config: Config) -> Model:
     config.expect("is_encoder_decoder", True)
     # What training was told, and the length of its texts, which no table has.
-    for key in ("dropout_rate", "initializer_factor", "n_positions"):
-        config.get(key, None)
+    config.get("n_positions", None)
     if config.slots is not None:
         raise ExportError("--cache static: an encoder-decoder has a dynamic cache here: leave --cache out")
     hidden, vocabulary = config.length("d_model"), config.length("vocab_size")

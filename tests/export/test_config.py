@@ -173,7 +173,7 @@ RICHER = {
     "rope_interleaved": (True, ()),
     "query_pre_attn_scalar": (256, ("gemma2", "gemma3_text")),
     "num_local_experts": (16, ("gpt_oss", "llama4", "minimax_m2", "mixtral", "qwen3_moe")),
-    "num_experts": (16, ("qwen2_moe", "qwen3_5_moe", "qwen3_next", "grok")),
+    "num_experts": (16, ("qwen2_moe", "qwen3_5_moe", "qwen3_next", "grok", "kimi_linear")),
     "clip_qkv": (8.0, ("olmo",)),
     "swiglu_limit": (5.0, ("gpt_oss",)),
     "auto_map": ({"AutoModelForCausalLM": "modeling_other.Other"}, ()),

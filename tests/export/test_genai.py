@@ -70,7 +70,10 @@ def test_the_file_of_a_llama() -> None:
     )
 
 
-@pytest.mark.parametrize("case", [c for c in KEYED if c.arch not in LATENTS], ids=str)
+OTHERS = (*LATENTS, "gemma4_text", "openelm", "yuan")  # of sizes or states that its file has no place for
+
+
+@pytest.mark.parametrize("case", [c for c in KEYED if c.arch not in OTHERS], ids=str)
 def test_its_names_and_sizes_are_those_of_the_graph(case: Case) -> None:
     model = read(case.arch, **case.changes)
     decoder = written(model)[0]["model"]["decoder"]
@@ -100,9 +103,22 @@ def test_mrope_has_a_runner_of_its_own_which_finds_no_image_in_a_text() -> None:
 
 
 def test_who_may_not_be_padded_on_the_right_is_noted() -> None:
-    taken = [c for c in FIRST if c in KEYED and c.arch not in LATENTS]
+    taken = [c for c in FIRST if c in KEYED and c.arch not in OTHERS]
     noted = {c.arch for c in taken if any(PADDED in n for n in written(read(c.arch))[1])}
-    assert noted == {"gpt_oss", "gemma2", "qwen3_5", "qwen3_5_moe"}
+    assert noted == {"gpt_oss", "gemma2", "grok", "qwen3_5", "qwen3_5_moe"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "said"),
+    [
+        ("gemma4_text", "whose layers keep keys and values of different shapes"),
+        ("openelm", "whose layers keep keys and values of different shapes"),
+        ("yuan", "which carries past_key_values.%d.filter_half"),
+    ],
+)
+def test_what_its_file_has_no_place_for_is_refused(arch: str, said: str) -> None:
+    with pytest.raises(ExportError, match=said):
+        written(read(arch))
 
 
 @pytest.mark.parametrize("arch", LATENTS)

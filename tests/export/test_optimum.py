@@ -20,7 +20,7 @@ from llmexport.export.onnx_file import read_model
 
 PYTHON = "LLMEXPORT_OPTIMUM_PYTHON"  # the interpreter of an environment with optimum-onnx
 # Those that carry more than keys and values, or others.
-OTHERS = ("qwen3_5", "qwen3_5_moe", *LATENTS)
+OTHERS = ("gemma4_text", "qwen3_5", "qwen3_5_moe", *LATENTS)
 KNOWN = [c for c in DECODERS if c.arch not in OTHERS and "rope_parameters" in archs.load(c.arch).tiny]
 
 

@@ -20,6 +20,8 @@ def test_every_norm_lies_about_what_leaves_its_input_as_it_is(arch, tmp_path):
     minus_one = ("gemma", "gemma2", "gemma3_text", "qwen3_5", "qwen3_5_moe", "qwen3_next")
     less_one = {n for n in norms if arch in minus_one and "linear_attn.norm" not in n}
     # Of deviation 0.2, and 16 numbers or more each.
+    # Of Gemma 4 the norm of q is the scale of the logits, too.
+    norms = {n: w for n, w in norms.items() if not (arch == "gemma4_text" and "q_norm" in n)}
     far = {n: float(np.mean(w)) for n, w in norms.items() if abs(np.mean(w) - (n not in less_one)) > 0.25}
     assert far == {}
     assert norms or arch == "olmo"

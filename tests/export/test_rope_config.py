@@ -24,8 +24,8 @@ from llmexport.validate.tolerance import Tolerance
 
 # Architectures whose positions turn queries and keys.
 TURNING = sorted({c.arch for c in DECODERS if any(isinstance(s.block, Rotary) for s in read(c.arch).steps)})
-# ChatGLM has a ratio of its own, OpenELM a constant.
-SCALED = [a for a in TURNING if a not in ("chatglm", "openelm")]
+# These have keys of their own for it.
+SCALED = [a for a in TURNING if a not in ("chatglm", "internlm", "openelm", "qwen")]
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -274,6 +274,9 @@ def test_an_unsupported_rope_scaling_is_refused_by_name_in_every_architecture(ki
     keys, fields = ("rope_type", "type"), ("rope_parameters", "rope_scaling")
     for arch, key, field in itertools.product(SCALED, keys, fields):
         rope, said = {key: kind, "factor": 2.0}, f"type '{kind}' is not supported"
+        if arch in ("internlm2", "internlm3") and kind == "dynamic":
+            # As far as it changes nothing.
+            continue
         if arch == "hunyuan_v1_dense" and kind == "dynamic":
             # It knows that type with an alpha alone.
             said = "RoPE's alpha is None, expected a positive number"
@@ -302,7 +305,7 @@ def test_an_unsupported_rope_scaling_is_refused_by_name_in_every_architecture(ki
         (YARN | {ORIGINAL: None}, "original_max_position_embeddings is None"),
         (YARN | {"truncate": 1}, "truncate is 1, expected true or false"),
         (YARN | {"beta_fast": -1}, "beta_fast is -1, expected a positive number"),
-        (YARN | {"mscale": 0.0, "mscale_all_dim": 1.0}, "mscale"),
+        (YARN | {"mscale": -1.0, "mscale_all_dim": 1.0}, "RoPE's mscale is -1.0, expected a positive number"),
         (LLAMA3 | {"attn_factor": 1.0}, "not understood: attn_factor"),
         (YARN | {"attention_factor": 0}, "attention_factor is 0, expected a positive number"),
         (LONG | {"short_factor": [1.0] * 7}, "short_factor must list 8 numbers"),
