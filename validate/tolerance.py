@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmexport.export.assembly import parts
-from llmexport.export.spec import Assembly, GatedDeltaNet, Moe, Part, Step
+from llmexport.export.spec import Assembly, GatedDeltaNet, MlpWithExperts, Moe, Part, Step
 
 if TYPE_CHECKING:
     from llmexport.export.exported import Export
@@ -97,7 +97,7 @@ STEP_STRAYS = 0.2
 
 def step_tolerance(dtype: str, step: Step | Part) -> Tolerance:
     """How far two runs of one step may differ, which read the same numbers."""
-    routed = any(isinstance(part.block, Moe) for part in parts(step))
+    routed = any(isinstance(part.block, Moe | MlpWithExperts) for part in parts(step))
     return dataclasses.replace(TOLERANCE[dtype], strays=STEP_STRAYS if routed and dtype != "float32" else 0.0)
 
 
@@ -118,7 +118,7 @@ def tolerances(dtype: str, export: Export) -> dict[str, Tolerance]:
 
 def _tolerance(dtype: str, steps: Iterable[Step]) -> Tolerance:
     blocks = [part.block for step in steps for part in parts(step)]
-    recurrent, routed = (any(isinstance(b, kind) for b in blocks) for kind in (GatedDeltaNet, Moe))
+    recurrent, routed = (any(isinstance(b, kind) for b in blocks) for kind in (GatedDeltaNet, Moe | MlpWithExperts))
     base, factor = TOLERANCE[dtype], RECURRENT if recurrent else 1.0
     strays = STRAYS if routed and dtype != "float32" else 0.0
     return dataclasses.replace(base, max_abs=factor * base.max_abs, rms_ratio=factor * base.rms_ratio, strays=strays)

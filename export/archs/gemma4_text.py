@@ -96,7 +96,7 @@ def feed_forward(config: Config, norm: spec.Norm, mlp: spec.Mlp) -> spec.Sublaye
 
 ARCH = spec.Arch(
     model_types=("gemma4_text",),
-    adds="norms of q, k and v for a scale, heads and RoPE of each kind of layer, experts beside the MLP",
+    adds="norms of q, k and v, heads and RoPE by kind of layer, experts beside the MLP, per-layer inputs",
     reference=spec.causal_lm("Gemma4ForCausalLM"),
     build=build,
     names={

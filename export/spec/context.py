@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE, TOTAL, WRITTEN, behind
@@ -67,7 +68,7 @@ class LongScaling:
     magnitude: float
 
 
-Scaling = Llama3Scaling | LinearScaling | YarnScaling | LongScaling | ProportionalScaling
+Scaling: TypeAlias = Llama3Scaling | LinearScaling | YarnScaling | LongScaling | ProportionalScaling
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,9 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from arch_cases import others_slow
+from arch_cases import CASES, others_slow
 from first_feed import first_feed
-from layouts import WHOLE, flat, fuse_experts, multimodal, mxfp4, of_another_release, outer
+from layouts import INDEX, WHOLE, flat, fuse_experts, multimodal, mxfp4, of_another_release, outer
 from rungs import EVERYWHERE, OF_A_BLOCK
 from safetensors.numpy import load_file, save_file
 
@@ -38,8 +39,15 @@ RENAMED = [kind for kind in WHOLE if outer(kind).other_names]
 # One of those whose text model alone is exported, and whose config and names differ from that the most.
 AT_ONCE = ["llama4", "qwen3_5_moe", f"qwen2_5_vl{FLAT}", FUSED, MXFP4]
 RUNGS = {"PyTorch / transformers", "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"}
-TOWERS = ("vision_model.", "vision_tower.", "multi_modal_projector.", "model.visual.", "visual.")
-TOWERS += ("model.vision_tower.", "model.embed_vision.")
+TOWERS = (
+    "model.vision_tower.",
+    "model.embed_vision.",
+    "vision_model.",
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.visual.",
+    "visual.",
+)
 BLOCKS = {
     "llama4": ["attention", "temperature", "mask_chunk_8", "layers_3_self_attn", "router", "experts", "shared_expert"],
     "qwen3_5_moe": ["gated_delta_net", "causal_conv", "gated_norm", "presence", "attention", "router", "experts"],
@@ -245,6 +253,25 @@ def test_four_bits_without_their_scales_or_scales_without_bits_are_refused(
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     with pytest.raises(ExportError, match=f"lacks 1 tensors that its config.json asks for: {missing}"):
         export(folder, tmp_path / "out")
+
+
+def test_published_keys_of_layers_that_read_others_are_passed_over(tmp_path: Path) -> None:
+    """Gemma 4 E2B and E4B hold a projection and a norm of keys for all layers, those too that have none."""
+    named, case = archs.load("gemma4_text"), next(c for c in CASES if c.name == "gemma4_text-shared-keys")
+    config = {**named.tiny, **case.changes, "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text"}
+    random_checkpoint.write(named, tmp_path / "checkpoint", config=config)
+    before = export(tmp_path / "checkpoint", tmp_path / "before")
+    own = [f"model.layers.4.self_attn.{n}.weight" for n in ("k_proj", "v_proj", "k_norm")]
+    save_file(
+        {n: np.ones((64, 64), np.float32) for n in own}, tmp_path / "checkpoint" / "model-00002-of-00002.safetensors"
+    )
+    index = tmp_path / "checkpoint" / INDEX
+    listed = json.loads(index.read_text())
+    listed["weight_map"] |= dict.fromkeys(own, "model-00002-of-00002.safetensors")
+    index.write_text(json.dumps(listed))
+    after = export(tmp_path / "checkpoint", tmp_path / "after")
+    assert external(after).keys() == external(before).keys()
+    assert np.array_equal(logits(after), logits(before))
 
 
 @pytest.mark.parametrize("arch", ["llama4", "mixtral", "qwen2_moe"])
