@@ -39,7 +39,10 @@ class LocalizedFilter(nn.Module):
         # The bias makes something of padding, too.
         half = self.conv1(x, past_input) * present
         filtered = self.output_layernorm(self.conv2(half, past_half) + x)
-        kept = (carried(past, new, tokens_end, new[:, -1:]) for past, new in ((past_input, x), (past_half, half)))
+        # Of a slice TensorRT does not see that it has one row.
+        last = x.shape[1] - torch.ones(1, dtype=torch.int64, device=x.device)
+        both = ((past_input, x), (past_half, half))
+        kept = (carried(past, new, tokens_end, new.index_select(1, last)) for past, new in both)
         return (filtered, *kept)
 
 
