@@ -27,6 +27,8 @@ from llmexport.validate import runners, stages
 Exporter = Callable[..., Path]
 
 EACH = in_each_dtype(CASES, ("float32", "float16"))
+# Their graphs compute with weights alone: norms of rows, and of a table.
+COMPUTED = ("baichuan", "deberta", "deberta_v2")
 AT_ONCE = [(c, "float16" if c in IN_FP16 else "float32") for c in FIRST]
 
 
@@ -46,8 +48,12 @@ def test_a_model_computes_the_same_bits_with_its_weights_bound(case: Case, dtype
     export = manifest.read(exported(case, dtype))
     form = tensorrt_form(load(export, export.graphs[0]))[0]
     taken = onnx.ModelProto.FromString(form.SerializeToString())
+    if case.arch in COMPUTED:
+        with pytest.raises(EngineError, match="cannot be done where it is bound: build the engine with its weights in"):
+            beside(taken, MATRIX)
+        return
     arrays = dict(weights(beside(taken, MATRIX), export.weights, export.folder))
-    assert len(arrays) >= 2 * len(export.graphs[0].assembly.blocks)
+    assert len(arrays) > len(export.graphs[0].assembly.blocks)
     typed = {v.name: BY_ONNX[v.type.tensor_type.elem_type].name for v in form.graph.input}
     feed = {n: a.astype(typed[n]) for n, a in first_feed(export.graphs[0], stages.prompt(export)).items()}
     outputs = []

@@ -18,7 +18,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
 from llmexport.export.last_logits import last_logits
-from llmexport.export.spec import BATCH, SEQUENCE
+from llmexport.export.spec import BATCH, SEQUENCE, Head
 from llmexport.validate.compare import compare
 from llmexport.validate.feeds import draw, shape_of, states
 from llmexport.validate.ladder import climb
@@ -74,7 +74,8 @@ def test_the_projection_sees_one_token(case: Case, exported) -> None:
     [logits] = [p for p in graph.assembly.outputs if p.use == "logits"]
     assert shapes[logits.name] == [BATCH, 1, logits.shape[-1]]
     assert logits.name in after
-    assert products == 1
+    [head] = [b for b in export.blocks if isinstance(b, Head)]
+    assert products == 1 + bool(head.inner)
     assert [n for n in after if SEQUENCE in shapes[n]] == []
     assert len(changed.graph.node) == len(model.graph.node) + 1
 
