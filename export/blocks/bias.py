@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from llmexport.export import spec
 from llmexport.export.blocks.context import slots_of_step, tokens_up_to
 
+# Every dtype holds it as it is, and its exponential is zero beside that of any logit.
+HIDDEN = -(2.0**15)
+
 
 def slopes(heads: int) -> Tensor:
     """ALiBi's slope of each head [heads], fp32."""
@@ -44,15 +47,11 @@ class Alibi(nn.Module):
         else:
             bias = self.slopes.unsqueeze(2) * (keys.unsqueeze(1) - queries.unsqueeze(2)).unsqueeze(1)
         bias = bias if self.block.scale == 1.0 else bias * self.block.scale
-        return torch.where(mask, bias.to(self.dtype), torch.finfo(self.dtype).min)
+        return torch.where(mask, bias.to(self.dtype), HIDDEN)
 
 
 def _rounded(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).float()
-
-
-# Every dtype holds it as it is, and its exponential is zero beside that of any logit.
-HIDDEN = -(2.0**15)
 
 
 def bucket_table(block: spec.RelativeBias) -> Tensor:

@@ -13,7 +13,7 @@ from llmexport.export.spec.context import Keys
 @dataclass(frozen=True)
 class Alibi(Block):
     """ALiBi (arXiv 2108.12409): the slope of each head times how far a key is behind a query, and where the mask hides
-    the key the least number of the dtype.
+    the key -32768, which is as far below all others in every dtype.
 
     The slopes of a power of two of heads are geometric; of other numbers they are those of the power below, then every
     other one of the power above (modeling_bloom.py, build_alibi_tensor): the short formula of the documents, which

@@ -72,7 +72,7 @@ def alibi(mask: np.ndarray) -> np.ndarray:
     """Slopes 2^-1, 2^-2, ... 2^-8 of 8 heads, times minus the distance, where a query sees a key."""
     slopes = 2.0 ** -np.arange(1, HEADS + 1)
     distance = np.abs(np.arange(TOKENS)[:, None] - np.arange(TOKENS))
-    return np.where(mask, -slopes[:, None, None] * distance, float(np.finfo(np.float32).min))
+    return np.where(mask, -slopes[:, None, None] * distance, -32768.0)
 
 
 def relative_bias(weights: Weights) -> np.ndarray:
