@@ -86,6 +86,7 @@ def renamed(arch: Arch, rename: Callable[[str], str]) -> Arch:
         names={path: rename(n) for path, n in arch.names.items()},
         stacks={rename(n): tuple(map(rename, names)) for n, names in arch.stacks.items()},
         ignore=tuple(map(rename, arch.ignore)),
+        ahead=rename(arch.ahead),
     )
 
 

@@ -114,10 +114,10 @@ class Decoder:
         return wired(embedding, layers, head, tied=tied, slots=slots, splice=splice, told=told)
 
 
-def head_size(hidden: int, heads: int) -> int:
-    """The size of the heads of a model that shares its hidden size among them."""
+def head_size(hidden: int, heads: int, key: str = "hidden_size") -> int:
+    """The size of the heads of a model that shares its hidden size among them; `key` is what says that."""
     if hidden % heads:
-        raise ExportError(f"config.json: the hidden size, {hidden}, is not a multiple of {heads} attention heads")
+        raise ExportError(f"config.json: {key} {hidden} is not a multiple of {heads} attention heads")
     return hidden // heads
 
 
@@ -144,3 +144,14 @@ def decoder(config: Config, head_size: int | None = None, *, grouped: bool = Tru
         config.count("num_hidden_layers"),
         config.length("vocab_size"),
     )
+
+
+def stacks(
+    moe: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> dict[str, tuple[str, ...]]:
+    """An Arch's `stacks` for experts that a checkpoint has one by one behind `moe`, by the names of their matrices."""
+    each = f"{moe}experts.{{e}}."
+    return {
+        f"{moe}experts.gate_up_proj": (f"{each}{gate}.weight", f"{each}{up}.weight"),
+        f"{moe}experts.down_proj": (f"{each}{down}.weight",),
+    }

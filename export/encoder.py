@@ -5,8 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import PLAIN
-from llmexport.export.errors import ExportError
+from llmexport.export.decoder import PLAIN, head_size
 from llmexport.export.spec import (
     Attention,
     BidirectionalMask,
@@ -61,11 +60,11 @@ def names(base: str) -> dict[str, str]:
 def post_norm(config: Config) -> Model:
     """An encoder whose layers norm their sums, with a head for masked tokens (modeling_bert.py)."""
     hidden, heads = config.length("hidden_size"), config.count("num_attention_heads")
-    if hidden % heads:
-        raise ExportError(f"config.json: hidden_size {hidden} is not a multiple of {heads} attention heads")
     activation = config.choice("hidden_act", PLAIN, "gelu")
     normed = Norm(hidden, config.number("layer_norm_eps", 1e-12), statistics="layer", bias=True)
-    attention = Attention(hidden, heads, heads, hidden // heads, qkv_bias=True, out_bias=True, rotated=0, cached=False)
+    attention = Attention(
+        hidden, heads, heads, head_size(hidden, heads), qkv_bias=True, out_bias=True, rotated=0, cached=False
+    )
     mlp = Mlp(hidden, config.length("intermediate_size"), activation, bias=True, gated=False)
     layer = Layer((Sublayer("self_attn", attention, sum_norm=normed), Sublayer("mlp", mlp, sum_norm=normed)))
     vocabulary = config.length("vocab_size")

@@ -36,12 +36,7 @@ def with_slots(layer: Layer, reads: Reads, slots: int) -> tuple[Layer, Reads]:
     windows += [s.block.window for s in layer.sublayers if isinstance(s.block, Attention) and s.block.window]
     kept = min(windows, default=slots)
     keys = Keys(kept, slides=True) if kept < slots else Keys(slots)
-    sublayers = tuple(
-        dataclasses.replace(s, block=dataclasses.replace(s.block, keys=keys))
-        if isinstance(s.block, Attention | LatentAttention)
-        else s
-        for s in layer.sublayers
-    )
+    sublayers = tuple(dataclasses.replace(s, block=_static(s.block, keys)) for s in layer.sublayers)
     return dataclasses.replace(layer, sublayers=sublayers), (Slots(slots), *(_static(b, keys) for b in reads))
 
 
@@ -52,7 +47,7 @@ def slots_of(blocks: Iterable[Block]) -> int | None:
 
 def _static(block: Block, keys: Keys) -> Block:
     match block:
-        case Mask() | Span() | Alibi():
+        case Attention() | LatentAttention() | Mask() | Span() | Alibi():
             return dataclasses.replace(block, keys=keys)
         case Temperature(placed=False) | Presence():
             return dataclasses.replace(block, static=True)

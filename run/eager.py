@@ -6,7 +6,8 @@ import numpy as np
 
 from llmexport.export.exported import Export
 from llmexport.run.session import ArraySession
-from llmexport.validate.reference import Refused, Transformers
+from llmexport.validate.loading import Refused
+from llmexport.validate.reference import Transformers
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.stages import Stage
 

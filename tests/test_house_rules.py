@@ -40,7 +40,6 @@ LONG: dict[str, str] = {
     "export/spec/context.py": "what layers read besides hidden states, dynamic and static side by side",
     "export/spec/model.py": "the two ends of a model, the model, and what an architecture says of itself",
     "validate/feeds.py": "one case for each use of a port",
-    "validate/reference.py": "each way in which transformers carries what a step leaves for the next one",
 }
 # Imported by an export whose blocks are all known, which must not pay for torch.
 WARM = [
@@ -229,6 +228,7 @@ def test_no_code_asks_which_architecture_it_is():
 # Keys of JSON files that are called like a port, an axis or a graph.
 KEYS = {
     "export/cli/validate.py": ["batch"],
+    "export/decoder.py": ["experts.down_proj", "experts.gate_up_proj"],
     "export/disentangled.py": ["bias"],
     "export/earlier.py": ["weights"],
     "export/engine.py": ["model", "weights"],

@@ -17,8 +17,9 @@ from llmexport.validate.drive import Recorded, Run, Runs, TorchDriver, driver, f
 from llmexport.validate.feeds import Feed
 from llmexport.validate.forms import FORMS, Form
 from llmexport.validate.judge import Judge, alone, compare_runs, rung_of
+from llmexport.validate.loading import Refused
 from llmexport.validate.pictures import sight
-from llmexport.validate.reference import Refused, Transformers
+from llmexport.validate.reference import Transformers
 from llmexport.validate.report import REFERENCE, Rung
 from llmexport.validate.runners import not_runnable, onnx_runner
 from llmexport.validate.stages import Script, Stage

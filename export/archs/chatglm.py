@@ -33,8 +33,7 @@ def build(config: Config) -> Model:
     config.expect("interleaved_qkv", False)
     config.expect("quantization_bit", 0)
     config.expect("pre_seq_len", None)
-    for key in HARMLESS:
-        config.get(key, None)
+    config.leave(HARMLESS)
     layers = config.count("num_layers")
     config.expect("num_hidden_layers", layers)
     d = Decoder(

@@ -1,9 +1,9 @@
 """DeepSeek V2, V2-Lite and Coder V2 (transformers modeling_deepseek_v2.py): attention over latents, experts of which
 the best by softmax are taken, or the best of the best groups."""
 
-from llmexport.export.archs.deepseek_v3 import HARMLESS, MOE_NAMES, MOE_STACKS, latent_attention, sizes
+from llmexport.export.archs.deepseek_v3 import HARMLESS, MOE_NAMES, MOE_STACKS, TINY_LATENT, latent_attention, sizes
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, TINY, Decoder
+from llmexport.export.decoder import BUFFERS, Decoder
 from llmexport.export.spec import Arch, Experts, Mask, Model, Moe, Router, SharedExpert, causal_lm, decoder_layer
 
 # DeepSeek's code, which transformers took over.
@@ -17,8 +17,7 @@ GROUPS = ("n_group", "topk_group")
 
 def build(config: Config) -> Model:
     config.expect_code(CODE)
-    for key in HARMLESS:
-        config.get(key, None)
+    config.leave(HARMLESS)
     d = sizes(config)
     norm, bias = d.norm(), config.flag("mlp_bias")
     attention = latent_attention(d, 1536, interleaved=True)
@@ -39,8 +38,7 @@ def experts(d: Decoder, bias: bool) -> Moe:
     width, activation = config.length("moe_intermediate_size", 1407), d.activation()
     grouped = config.choice("topk_method", {"greedy": False, "group_limited_greedy": True}, "greedy")
     # Where experts are not grouped, nothing reads how many groups there are.
-    for key in GROUPS:
-        config.get(key, None)
+    config.leave(GROUPS)
     groups, kept = map(config.count, GROUPS) if grouped else (1, 1)
     router = Router(
         d.hidden,
@@ -68,21 +66,12 @@ ARCH = Arch(
     in_parts=True,
     ignore=BUFFERS,
     tiny={
-        **TINY,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-5,
-        "q_lora_rank": 24,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 20,
-        "n_routed_experts": 8,
+        **TINY_LATENT,
         "num_experts_per_tok": 2,
         "topk_method": "group_limited_greedy",
         "n_group": 4,
         "topk_group": 2,
         "n_shared_experts": 2,
-        "moe_intermediate_size": 32,
         "routed_scaling_factor": 16.0,
         "first_k_dense_replace": 1,
         "rope_parameters": {

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, NAMES, TINY, Decoder, decoder
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, Decoder, decoder, stacks
 from llmexport.export.rope import of_logits
 from llmexport.export.spec import (
     Arch,
@@ -33,16 +33,26 @@ MOE_NAMES = {
     "layers.{i}.mlp.router.correction": MOE + "gate.e_score_correction_bias",
     "layers.{i}.mlp.shared_expert.": MOE + "shared_experts.",
 }
-MOE_STACKS = {
-    MOE + "experts.gate_up_proj": (MOE + "experts.{e}.gate_proj.weight", MOE + "experts.{e}.up_proj.weight"),
-    MOE + "experts.down_proj": (MOE + "experts.{e}.down_proj.weight",),
+MOE_STACKS = stacks(MOE)
+# What the tiny configs of models with latents share.
+TINY_LATENT = {
+    **TINY,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 32,
 }
+AHEAD = "model.layers.{layers}.eh_proj.weight"
 
 
 def build(config: Config) -> Model:
     config.expect_code(CODE)
-    for key in HARMLESS:
-        config.get(key, None)
+    config.leave(HARMLESS)
     d = sizes(config)
     norm = d.norm()
     attention = latent_attention(d, 1536, **rotation(config))
@@ -124,23 +134,14 @@ ARCH = Arch(
     names=MOE_NAMES,
     stacks=MOE_STACKS,
     in_parts=True,
-    # What guesses the token after the next follows the 61 layers.
-    ignore=("model.layers.61.*", *BUFFERS),
+    ignore=BUFFERS,
+    ahead=AHEAD,
     tiny={
-        **TINY,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-5,
-        "q_lora_rank": 24,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 20,
-        "n_routed_experts": 8,
+        **TINY_LATENT,
         "num_experts_per_tok": 3,
         "n_group": 4,
         "topk_group": 2,
         "n_shared_experts": 1,
-        "moe_intermediate_size": 32,
         "routed_scaling_factor": 2.5,
         "first_k_dense_replace": 1,
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "mscale": 1.0}

@@ -2,7 +2,7 @@
 
 from llmexport.export.archs.bloom import LAYER, NAMES
 from llmexport.export.config import Config
-from llmexport.export.decoder import PLAIN
+from llmexport.export.decoder import PLAIN, head_size
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
     Alibi,
@@ -40,9 +40,7 @@ def build(config: Config) -> Model:
     heads = config.count(config.either("num_attention_heads", "n_head"))
     layers = config.count(config.either("num_hidden_layers", "n_layer"))
     vocabulary = config.length("vocab_size")
-    if hidden % heads:
-        raise ExportError(f"config.json: hidden_size {hidden} is not a multiple of {heads} attention heads")
-    size, bias = hidden // heads, config.flag("bias")
+    size, bias = head_size(hidden, heads), config.flag("bias")
     rotary, reads = config.rotary(size), tuple[Block, ...]()
     if alibi := config.flag("alibi"):
         reads = (Mask(), Alibi(heads, size**-0.5, rounded=True))

@@ -1,14 +1,13 @@
 """GLM-4.5, 4.6 and 4.7 (transformers modeling_glm4_moe.py): DeepSeek V3's experts behind attention with half a RoPE."""
 
-from llmexport.export.archs.deepseek_v3 import HARMLESS, MOE_NAMES, MOE_STACKS, experts
+from llmexport.export.archs.deepseek_v3 import AHEAD, HARMLESS, MOE_NAMES, MOE_STACKS, experts
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, TINY, decoder
 from llmexport.export.spec import Arch, Mask, Model, Norm, causal_lm, decoder_layer
 
 
 def build(config: Config) -> Model:
-    for key in HARMLESS:
-        config.get(key, None)
+    config.leave(HARMLESS)
     d = decoder(config)
     norm, rotary = d.norm(1e-5), config.rotary(d.head_size, partial=0.5)
     heads = Norm(d.head_size, norm.epsilon) if config.flag("use_qk_norm") else None
@@ -28,8 +27,8 @@ ARCH = Arch(
     names=MOE_NAMES,
     stacks=MOE_STACKS,
     in_parts=True,
-    # What guesses the token after the next follows the 46 layers of Air, and the 92 of the others.
-    ignore=("model.layers.46.*", "model.layers.92.*", *BUFFERS),
+    ignore=BUFFERS,
+    ahead=AHEAD,
     tiny={
         **TINY,
         "head_dim": 32,

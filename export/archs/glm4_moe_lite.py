@@ -1,16 +1,18 @@
 """GLM-4.7-Flash (transformers modeling_glm4_moe_lite.py): DeepSeek V3's layers, of which the config lists the kinds."""
 
 from llmexport.export.archs.deepseek_v3 import (
+    AHEAD,
     HARMLESS,
     MOE_NAMES,
     MOE_STACKS,
+    TINY_LATENT,
     experts,
     latent_attention,
     rotation,
     sizes,
 )
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, TINY
+from llmexport.export.decoder import BUFFERS
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 from llmexport.export.values import show
@@ -19,8 +21,7 @@ KINDS = ("dense", "sparse")
 
 
 def build(config: Config) -> Model:
-    for key in HARMLESS:
-        config.get(key, None)
+    config.leave(HARMLESS)
     d = sizes(config)
     norm = d.norm(1e-5)
     attention = latent_attention(d, 768, value=256, own=192, **rotation(config))
@@ -51,23 +52,14 @@ ARCH = Arch(
     names=MOE_NAMES,
     stacks=MOE_STACKS,
     in_parts=True,
-    # What guesses the token after the next follows the 47 layers.
-    ignore=("model.layers.47.*", *BUFFERS),
+    ignore=BUFFERS,
+    ahead=AHEAD,
     tiny={
-        **TINY,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-5,
-        "q_lora_rank": 24,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 20,
-        "n_routed_experts": 8,
+        **TINY_LATENT,
         "num_experts_per_tok": 3,
         "n_group": 1,
         "topk_group": 1,
         "n_shared_experts": 1,
-        "moe_intermediate_size": 32,
         "routed_scaling_factor": 1.8,
         "norm_topk_prob": True,
         "mlp_layer_types": ["dense", "sparse", "sparse"],

@@ -5,6 +5,18 @@ from llmexport.export.decoder import PLAIN, head_size
 from llmexport.export.spec import Arch, Attention, Embedding, Head, Mask, Mlp, Model, Norm, causal_lm, decoder_layer
 from llmexport.export.stack import wired
 
+# Of all but attention, here and in GPT-Neo.
+NAMES = {
+    "embedding.": "transformer.wte.",
+    "embedding.positions.": "transformer.wpe.",
+    "layers.{i}.self_attn_input_norm.": "transformer.h.{i}.ln_1.",
+    "layers.{i}.mlp_input_norm.": "transformer.h.{i}.ln_2.",
+    "layers.{i}.mlp.up_proj.": "transformer.h.{i}.mlp.c_fc.",
+    "layers.{i}.mlp.down_proj.": "transformer.h.{i}.mlp.c_proj.",
+    "head.norm.": "transformer.ln_f.",
+    "head.projection.": "lm_head.",
+}
+
 
 def build(config: Config) -> Model:
     hidden, heads, positions = config.length("n_embd"), config.count("n_head"), config.length("n_positions")
@@ -17,7 +29,7 @@ def build(config: Config) -> Model:
     inner = config.length("n_inner") if config.has("n_inner") else 4 * hidden
     activation = config.choice("activation_function", PLAIN, "gelu_new")
     mlp = Mlp(hidden, inner, activation, bias=True, gated=False, transposed=True)
-    size, by_layer = head_size(hidden, heads), config.flag("scale_attn_by_inverse_layer_idx")
+    size, by_layer = head_size(hidden, heads, "n_embd"), config.flag("scale_attn_by_inverse_layer_idx")
     scale = size**-0.5 if config.flag("scale_attn_weights", True) else 1.0
 
     def attention(layer: int) -> Attention:
@@ -38,16 +50,9 @@ ARCH = Arch(
     reference=causal_lm("GPT2LMHeadModel"),
     build=build,
     names={
-        "embedding.": "transformer.wte.",
-        "embedding.positions.": "transformer.wpe.",
-        "layers.{i}.self_attn_input_norm.": "transformer.h.{i}.ln_1.",
+        **NAMES,
         "layers.{i}.self_attn.qkv_proj.": "transformer.h.{i}.attn.c_attn.",
         "layers.{i}.self_attn.o_proj.": "transformer.h.{i}.attn.c_proj.",
-        "layers.{i}.mlp_input_norm.": "transformer.h.{i}.ln_2.",
-        "layers.{i}.mlp.up_proj.": "transformer.h.{i}.mlp.c_fc.",
-        "layers.{i}.mlp.down_proj.": "transformer.h.{i}.mlp.c_proj.",
-        "head.norm.": "transformer.ln_f.",
-        "head.projection.": "lm_head.",
     },
     base="transformer.",
     # The mask, and what it fills with.

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from llmexport.export.archs.gpt2 import NAMES
 from llmexport.export.config import Config
 from llmexport.export.decoder import PLAIN, head_size
 from llmexport.export.errors import ExportError
@@ -56,16 +57,9 @@ ARCH = Arch(
     reference=causal_lm("GPTNeoForCausalLM"),
     build=build,
     names={
-        "embedding.": "transformer.wte.",
-        "embedding.positions.": "transformer.wpe.",
-        "layers.{i}.self_attn_input_norm.": "transformer.h.{i}.ln_1.",
+        **NAMES,
         "layers.{i}.self_attn.": "transformer.h.{i}.attn.attention.",
         "layers.{i}.self_attn.o_proj.": "transformer.h.{i}.attn.attention.out_proj.",
-        "layers.{i}.mlp_input_norm.": "transformer.h.{i}.ln_2.",
-        "layers.{i}.mlp.up_proj.": "transformer.h.{i}.mlp.c_fc.",
-        "layers.{i}.mlp.down_proj.": "transformer.h.{i}.mlp.c_proj.",
-        "head.norm.": "transformer.ln_f.",
-        "head.projection.": "lm_head.",
     },
     base="transformer.",
     # The mask, and what it fills with.

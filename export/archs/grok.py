@@ -5,7 +5,7 @@ original, and this, have the tanh form.
 """
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import NAMES, TINY, decoder
+from llmexport.export.decoder import NAMES, TINY, decoder, stacks
 from llmexport.export.spec import Arch, Experts, Model, Moe, Router, Span, causal_lm, decoder_layer
 
 CODE = {
@@ -56,10 +56,7 @@ ARCH = Arch(
         "layers.{i}.mlp.router.": MOE + "gate.",
         "head.norm.weight": "model.norm.scale",
     },
-    stacks={
-        MOE + "experts.gate_up_proj": (MOE + "experts.{e}.linear.weight", MOE + "experts.{e}.linear_v.weight"),
-        MOE + "experts.down_proj": (MOE + "experts.{e}.linear_1.weight",),
-    },
+    stacks=stacks(MOE, "linear", "linear_v", "linear_1"),
     in_parts=True,
     tiny={
         **{k: v for k, v in TINY.items() if k not in ("hidden_act", "rope_parameters")},

@@ -39,8 +39,7 @@ def unused(config: Config, head_size: int) -> None:
         config.expect(key, False)
     config.expect("attention_head_dim", head_size)
     config.expect("norm_type", "rms", "hf_rms")
-    for key in UNUSED:
-        config.get(key, None)
+    config.leave(UNUSED)
 
 
 ARCH = Arch(

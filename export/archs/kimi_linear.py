@@ -5,7 +5,7 @@ from typing import Any
 
 from llmexport.export.archs.deepseek_v3 import latent_attention
 from llmexport.export.config import Config
-from llmexport.export.decoder import NAMES, TINY, Decoder, decoder
+from llmexport.export.decoder import NAMES, TINY, Decoder, decoder, stacks
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
     Arch,
@@ -36,8 +36,7 @@ HARMLESS = ("head_dim", "num_nextn_predict_layers", "rope_theta", "use_grouped_t
 
 def build(config: Config) -> Model:
     config.expect_code(CODE)
-    for key in HARMLESS:
-        config.get(key, None)
+    config.leave(HARMLESS)
     for key in ("rope_parameters", "rope_scaling"):
         config.expect(key, None)
     config.expect("mla_use_nope", True)
@@ -117,10 +116,7 @@ ARCH = Arch(
         "layers.{i}.mlp.experts.": MOE + "experts.",
         "layers.{i}.mlp.shared_expert.": MOE + "shared_experts.",
     },
-    stacks={
-        MOE + "experts.gate_up_proj": (MOE + "experts.{e}.w1.weight", MOE + "experts.{e}.w3.weight"),
-        MOE + "experts.down_proj": (MOE + "experts.{e}.w2.weight",),
-    },
+    stacks=stacks(MOE, "w1", "w3", "w2"),
     in_parts=True,
     # transformers saves dense layers by the name of those with experts.
     older={f".mlp.{n}_proj.weight": f".block_sparse_moe.{n}_proj.weight" for n in ("gate", "up", "down")},

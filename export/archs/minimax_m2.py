@@ -2,7 +2,7 @@
 heads, RoPE over half a head."""
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder, stacks
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Experts, Mask, Model, Moe, Router, causal_lm, decoder_layer
 from llmexport.export.values import show
@@ -18,8 +18,7 @@ UNUSED = ("use_mtp", "num_mtp_modules", "mtp_transformer_layers", "max_model_len
 
 def build(config: Config) -> Model:
     config.expect_code(CODE)
-    for key in UNUSED:
-        config.get(key, None)
+    config.leave(UNUSED)
     for key, value in {"use_qk_norm": True, "qk_norm_type": "per_layer", "use_routing_bias": True}.items():
         config.expect(key, value)
     config.expect("scoring_func", "sigmoid")
@@ -52,10 +51,7 @@ ARCH = Arch(
         "layers.{i}.mlp.router.": MOE + "gate.",
         "layers.{i}.mlp.router.correction": MOE + "e_score_correction_bias",
     },
-    stacks={
-        MOE + "experts.gate_up_proj": (MOE + "experts.{e}.w1.weight", MOE + "experts.{e}.w3.weight"),
-        MOE + "experts.down_proj": (MOE + "experts.{e}.w2.weight",),
-    },
+    stacks=stacks(MOE, "w1", "w3", "w2"),
     in_parts=True,
     ignore=BUFFERS,
     tiny={

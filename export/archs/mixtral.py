@@ -1,7 +1,7 @@
 """Mixtral (transformers modeling_mixtral.py): experts in every layer, softmax over all, the best renormalised."""
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder, stacks
 from llmexport.export.spec import Arch, Experts, Mask, Model, Moe, Router, causal_lm, decoder_layer
 
 MOE = "model.layers.{i}.block_sparse_moe."
@@ -30,10 +30,7 @@ ARCH = Arch(
         "layers.{i}.mlp.": MOE,
         "layers.{i}.mlp.router.": MOE + "gate.",
     },
-    stacks={
-        MOE + "experts.gate_up_proj": (MOE + "experts.{e}.w1.weight", MOE + "experts.{e}.w3.weight"),
-        MOE + "experts.down_proj": (MOE + "experts.{e}.w2.weight",),
-    },
+    stacks=stacks(MOE, "w1", "w3", "w2"),
     in_parts=True,
     ignore=BUFFERS,
     tiny={**TINY, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},

@@ -19,7 +19,7 @@ def build(config: Config) -> Model:
     config.get("n_ctx", None)
     norm = Norm(hidden, config.number("layer_norm_epsilon", 1e-5), statistics="layer", bias=True)
     fields = {"qkv_bias": True, "out_bias": True, "fused": True, "transposed": True, "rotated": 0}
-    attention = Attention(hidden, heads, heads, head_size(hidden, heads), **fields)
+    attention = Attention(hidden, heads, heads, head_size(hidden, heads, "n_embd"), **fields)
     activation = config.choice("afn", ACTIVATIONS, "gelu")
     mlp = Mlp(hidden, 4 * hidden, activation, bias=True, gated=False, transposed=True)
     layer = Layer((Sublayer("self_attn", attention, sum_norm=norm), Sublayer("mlp", mlp, sum_norm=norm)))

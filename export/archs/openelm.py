@@ -38,8 +38,7 @@ def build(config: Config) -> Model:
     config.expect("normalization_layer_name", "rms_norm")
     config.expect("ffn_with_glu", True)
     # Lengths of tables that grow where they end, and what the lists below were made of.
-    for key in ("max_context_length", "rope_max_length", "num_gqa_groups", "qkv_multipliers"):
-        config.get(key, None)
+    config.leave(("max_context_length", "rope_max_length", "num_gqa_groups", "qkv_multipliers"))
     hidden, size = config.length("model_dim"), config.length("head_dim", 128)
     layers, divisor = config.count("num_transformer_layers"), config.integer("ffn_dim_divisor", 256)
     activation = config.choice("activation_fn_name", ACTIVATIONS, "swish")

@@ -33,8 +33,7 @@ def build(config: Config) -> Model:
     config.expect_code(CODE)
     config.expect("scale_attn_weights", True)
     config.expect("rotary_pct", 1.0)
-    for key in HARMLESS:
-        config.get(key, None)
+    config.leave(HARMLESS)
     heads, size = config.count("num_attention_heads"), config.length("kv_channels", 128)
     intermediate = config.length("intermediate_size")
     if intermediate % 2:

@@ -1,7 +1,7 @@
 """Qwen1.5-MoE and Qwen2-MoE (transformers modeling_qwen2_moe.py): routed experts beside a gated shared one."""
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder, stacks
 from llmexport.export.spec import Arch, Experts, Mask, Mlp, Model, Moe, Router, SharedExpert, causal_lm, decoder_layer
 
 MOE = "model.layers.{i}.mlp."
@@ -51,10 +51,7 @@ ARCH = Arch(
         "layers.{i}.mlp.router.": MOE + "gate.",
         "layers.{i}.mlp.shared_expert.gate.": MOE + "shared_expert_gate.",
     },
-    stacks={
-        MOE + "experts.gate_up_proj": (MOE + "experts.{e}.gate_proj.weight", MOE + "experts.{e}.up_proj.weight"),
-        MOE + "experts.down_proj": (MOE + "experts.{e}.down_proj.weight",),
-    },
+    stacks=stacks(MOE),
     in_parts=True,
     ignore=BUFFERS,
     tiny={

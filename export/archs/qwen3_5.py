@@ -55,8 +55,7 @@ def hybrid(d: Decoder, mlp: Mlp | Moe) -> Model:
     config.expect("mlp_only_layers", [])
     # The delta nets' gate, by vLLM's names.
     config.choice("output_gate_type", {"silu": None, "swish": None}, "silu")
-    for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
-        config.get(key, None)
+    config.leave(("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"))
     interval = config.integer("full_attention_interval", 4)
     derived = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(d.layers)]
     kinds = {

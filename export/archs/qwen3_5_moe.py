@@ -2,7 +2,7 @@
 
 from llmexport.export.archs.qwen3_5 import AHEAD, TINY_HYBRID, hybrid, multimodal
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, NAMES, decoder
+from llmexport.export.decoder import BUFFERS, NAMES, decoder, stacks
 from llmexport.export.spec import Arch, Experts, Mlp, Model, Moe, Router, SharedExpert, causal_lm
 
 MOE = "model.layers.{i}.mlp."
@@ -31,10 +31,7 @@ ARCH = Arch(
         "layers.{i}.mlp.router.": MOE + "gate.",
         "layers.{i}.mlp.shared_expert.gate.": MOE + "shared_expert_gate.",
     },
-    stacks={
-        MOE + "experts.gate_up_proj": (MOE + "experts.{e}.gate_proj.weight", MOE + "experts.{e}.up_proj.weight"),
-        MOE + "experts.down_proj": (MOE + "experts.{e}.down_proj.weight",),
-    },
+    stacks=stacks(MOE),
     ignore=(*AHEAD, *BUFFERS),
     multimodal=multimodal("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
     tiny={

@@ -1,7 +1,7 @@
 """Qwen3-MoE (transformers modeling_qwen3_moe.py): Qwen3's attention, routed experts without a shared one."""
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder, stacks
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Experts, Mask, Model, Moe, Norm, Router, causal_lm, decoder_layer
 
@@ -48,10 +48,7 @@ ARCH = Arch(
     reference=causal_lm("Qwen3MoeForCausalLM"),
     build=build,
     names={**NAMES, "layers.{i}.mlp.router.": MOE + "gate."},
-    stacks={
-        MOE + "experts.gate_up_proj": (MOE + "experts.{e}.gate_proj.weight", MOE + "experts.{e}.up_proj.weight"),
-        MOE + "experts.down_proj": (MOE + "experts.{e}.down_proj.weight",),
-    },
+    stacks=stacks(MOE),
     in_parts=True,
     ignore=BUFFERS,
     tiny={

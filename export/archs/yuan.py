@@ -25,8 +25,7 @@ TRAINING = ("dropout", "use_loss_mask", "eod_token", "reset_attention_mask", "re
 def build(config: Config) -> Model:
     config.expect_code(CODE)
     config.expect("causal_mask", True)
-    for key in TRAINING:
-        config.get(key, None)
+    config.leave(TRAINING)
     d = decoder(config, grouped=False)
     norm = d.norm()
     # The filter's epsilon is its class's own.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.context import slots_of_step, tokens_up_to
+from llmexport.export.blocks.linear import times
 
 # Every dtype holds it as it is, and its exponential is zero beside that of any logit.
 HIDDEN = -(2.0**15)
@@ -46,8 +47,7 @@ class Alibi(nn.Module):
             bias = key.unsqueeze(2) - query.unsqueeze(3)
         else:
             bias = self.slopes.unsqueeze(2) * (keys.unsqueeze(1) - queries.unsqueeze(2)).unsqueeze(1)
-        bias = bias if self.block.scale == 1.0 else bias * self.block.scale
-        return torch.where(mask, bias.to(self.dtype), HIDDEN)
+        return torch.where(mask, times(bias, self.block.scale).to(self.dtype), HIDDEN)
 
 
 def _rounded(x: Tensor) -> Tensor:

@@ -131,11 +131,16 @@ class Mask(nn.Module):
 
 class BidirectionalMask(nn.Module):
     def forward(self, attention_mask: Tensor) -> Tensor:
-        tokens = attention_mask != 0
-        visible = torch.logical_or(tokens, tokens.sum(1, keepdim=True) == 0)
-        # The mask has its full shape, as TensorRT's fused attention wants it.
-        queries = torch.ones_like(tokens).unsqueeze(2)
-        return torch.logical_and(queries, visible.unsqueeze(1)).unsqueeze(1)
+        return seen_by_all(attention_mask, attention_mask)
+
+
+def seen_by_all(attention_mask: Tensor, queries: Tensor) -> Tensor:
+    """The mask [B, 1, T, S] of `queries` [B, T] that all see the tokens of their row and no padding; or all of a row
+    that is padding alone."""
+    tokens = attention_mask != 0
+    visible = torch.logical_or(tokens, tokens.sum(1, keepdim=True) == 0)
+    # The mask has its full shape, as TensorRT's fused attention wants it.
+    return torch.logical_and(torch.ones_like(queries, dtype=torch.bool).unsqueeze(2), visible.unsqueeze(1)).unsqueeze(1)
 
 
 class Span(nn.Module):

@@ -1,9 +1,9 @@
 """Attention to the text that an encoder has read."""
 
-import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.context import seen_by_all
 from llmexport.export.blocks.standard import attention
 
 
@@ -20,11 +20,7 @@ class CrossKeys(nn.Module):
 
 class CrossMask(nn.Module):
     def forward(self, encoder_attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
-        tokens = encoder_attention_mask != 0
-        visible = torch.logical_or(tokens, tokens.sum(1, keepdim=True) == 0)
-        # The mask has its full shape, as TensorRT's fused attention wants it.
-        queries = torch.ones_like(decoder_input_ids, dtype=torch.bool).unsqueeze(2)
-        return torch.logical_and(queries, visible.unsqueeze(1)).unsqueeze(1)
+        return seen_by_all(encoder_attention_mask, decoder_input_ids)
 
 
 class CrossAttention(nn.Module):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.linear import times
 from llmexport.export.blocks.mlp import ACTIVATIONS
 from llmexport.export.blocks.norm import Norm
 
@@ -24,8 +25,7 @@ class Embedding(nn.Module):
     def forward(self, *read: Tensor) -> Tensor:
         given = dict(zip(self.names, read, strict=True))
         input_ids = given["input_ids"]
-        hidden = F.embedding(input_ids, self.weight)
-        hidden = hidden if self.scale == 1.0 else hidden * self.scale
+        hidden = times(F.embedding(input_ids, self.weight), self.scale)
         if self.inner_proj:
             hidden = self.inner_proj(hidden)
         if self.types:
@@ -61,8 +61,7 @@ class Head(nn.Module):
             hidden = self.norm(hidden)
         if self.inner_proj:
             hidden = self.inner_proj(hidden)
-        logits = F.linear(hidden, self._rows()) if self.normed else self.projection(hidden)
-        logits = logits if self.scale == 1.0 else logits * self.scale
+        logits = times(F.linear(hidden, self._rows()) if self.normed else self.projection(hidden), self.scale)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
     def _rows(self) -> Tensor:

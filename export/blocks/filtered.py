@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
-from llmexport.export.blocks.delta import carried
 from llmexport.export.blocks.norm import Norm
+from llmexport.export.blocks.shift import shifted
 
 
 class Pairwise(nn.Module):
@@ -18,9 +18,9 @@ class Pairwise(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        """x [B, T, in], and before [B, 1, in], the token before its first one."""
+        """Of tokens [B, T, in] and those before them."""
         # A product of matrices, which every runtime computes alike: in and the two tokens lie side by side.
-        pairs = torch.stack((torch.cat((before, x), 1)[:, : x.shape[1]], x), -1).flatten(-2)
+        pairs = torch.stack((before, x), -1).flatten(-2)
         return nn.functional.linear(pairs, self.weight.reshape(self.weight.shape[0], -1), self.bias)
 
 
@@ -34,16 +34,10 @@ class LocalizedFilter(nn.Module):
     def forward(
         self, normed: Tensor, present_tokens: Tensor, tokens_end: Tensor, past_input: Tensor, past_half: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        present = present_tokens.unsqueeze(-1)
-        x = normed * present
+        x, before, last = shifted(normed, present_tokens, tokens_end, past_input)
         # The bias makes something of padding, too.
-        half = self.conv1(x, past_input) * present
-        filtered = self.output_layernorm(self.conv2(half, past_half) + x)
-        # Of a slice TensorRT does not see that it has one row.
-        last = x.shape[1] - torch.ones(1, dtype=torch.int64, device=x.device)
-        both = ((past_input, x), (past_half, half))
-        kept = (carried(past, new, tokens_end, new.index_select(1, last)) for past, new in both)
-        return (filtered, *kept)
+        half, half_before, half_last = shifted(self.conv1(x, before), present_tokens, tokens_end, past_half)
+        return self.output_layernorm(self.conv2(half, half_before) + x), last, half_last
 
 
 class FilteredAttention(Attention):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.linear import times
 from llmexport.export.blocks.norm import Norm
 
 
@@ -36,7 +37,7 @@ class Layer(nn.Module):
             others += more
             mixed = self._norm(sublayer, "output_norm", mixed)
             kept = normed if sublayer.from_normed else hidden
-            total = _times(kept, sublayer.kept) + _times(mixed, sublayer.scale)
+            total = times(kept, sublayer.kept) + times(mixed, sublayer.scale)
             hidden = self._norm(sublayer, "sum_norm", total)
         hidden = hidden if self.layer_scalar is None else hidden * self.layer_scalar
         return (hidden, *others) if others else hidden
@@ -44,7 +45,3 @@ class Layer(nn.Module):
     def _norm(self, sublayer: spec.Sublayer, place: str, x: Tensor) -> Tensor:
         name = f"{sublayer.name}_{place}"
         return getattr(self, name)(x) if name in sublayer.norms else x
-
-
-def _times(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1.0 else x * scale

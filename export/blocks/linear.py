@@ -1,4 +1,4 @@
-"""A matrix as checkpoints have it: [out, in], or [in, out]."""
+"""A matrix as checkpoints have it, [out, in] or [in, out], and a factor that most models have not."""
 
 import torch
 from torch import Tensor, nn
@@ -20,3 +20,8 @@ class Transposed(nn.Module):
 def linear(inputs: int, outputs: int, bias: bool, transposed: bool = False) -> nn.Module:
     """A projection whose weight is [out, in], or [in, out] if it is `transposed`."""
     return Transposed(inputs, outputs, bias) if transposed else nn.Linear(inputs, outputs, bias=bias)
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """x * factor, and no node of the graph where that is 1."""
+    return x if factor == 1.0 else x * factor

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.linear import times
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.norm import Norm
 from llmexport.plugins.moe_experts import moe_experts
@@ -21,7 +22,7 @@ class Router(nn.Linear):
     def forward(self, normed: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         block = self.block
         normed = self.norm(normed) if self.norm else normed
-        read = normed if block.input_scale == 1.0 else normed * block.input_scale
+        read = times(normed, block.input_scale)
         logits = super().forward(read.float() if block.wide else read)
         how = (block.scoring, block.renormalise, block.scale)
         groups = (block.groups, block.groups_kept, block.group_best)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.linear import times
+from llmexport.export.blocks.shift import shifted
 from llmexport.plugins.wkv import wkv
 
 
@@ -25,13 +27,13 @@ class TimeMix(nn.Module):
         past_denominator: Tensor,
         past_maximum: Tensor,
     ) -> tuple[Tensor, ...]:
-        token, before, shift = _shifted(normed, present_tokens, tokens_end, past_time_shift)
+        token, before, shift = shifted(normed, present_tokens, tokens_end, past_time_shift)
         key = self.key(_mixed(token, before, self.time_mix_key))
         value = self.value(_mixed(token, before, self.time_mix_value))
         receptance = torch.sigmoid(self.receptance(_mixed(token, before, self.time_mix_receptance)))
         decay, first = self.time_decay.float(), self.time_first.float()
         mean, *sums = wkv(key, value, present_tokens, decay, first, past_numerator, past_denominator, past_maximum)
-        return self.output(_times(receptance * mean, self.scale)), shift, *sums
+        return self.output(times(receptance * mean, self.scale)), shift, *sums
 
 
 class ChannelMix(nn.Module):
@@ -46,28 +48,15 @@ class ChannelMix(nn.Module):
     def forward(
         self, normed: Tensor, present_tokens: Tensor, tokens_end: Tensor, past_channel_shift: Tensor
     ) -> tuple[Tensor, Tensor]:
-        token, before, shift = _shifted(normed, present_tokens, tokens_end, past_channel_shift)
+        token, before, shift = shifted(normed, present_tokens, tokens_end, past_channel_shift)
         key = torch.relu(self.key(_mixed(token, before, self.time_mix_key)))
         receptance = torch.sigmoid(self.receptance(_mixed(token, before, self.time_mix_receptance)))
-        return receptance * self.value(_times(key * key, self.scale)), shift
+        return receptance * self.value(times(key * key, self.scale)), shift
 
 
 def _weights(size: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(1, 1, size))
 
 
-def _shifted(normed: Tensor, present: Tensor, end: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens [B, T, C], of which padding is zeros; those before them; and the last one up to end [B]."""
-    token = normed * present.unsqueeze(-1)
-    both = torch.cat((past, token), 1)
-    # Not a slice, which keeps a step of one token apart.
-    before = both.index_select(1, torch.arange(normed.shape[1], device=normed.device))
-    return token, before, both.gather(1, end.reshape(-1, 1, 1).expand(-1, 1, normed.shape[2]))
-
-
 def _mixed(token: Tensor, before: Tensor, weight: Tensor) -> Tensor:
     return token * weight + before * (1 - weight)
-
-
-def _times(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1.0 else x * scale

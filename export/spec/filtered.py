@@ -6,15 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec.axis import BATCH, SEQUENCE
-from llmexport.export.spec.block import Block, Port, State, hidden, state
+from llmexport.export.spec.axis import BATCH
+from llmexport.export.spec.block import PRESENCE, Block, Port, State, hidden, state
 from llmexport.export.spec.mixer import Attention, Norm
-
-# What tells padding, which a filter must not see.
-PRESENT = (
-    Port("present_tokens", (BATCH, SEQUENCE), use="presence"),
-    Port("tokens_end", (BATCH,), "int64", "presence_end"),
-)
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class LocalizedFilter(Block):
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (hidden("normed", self.norm.size), *PRESENT, *(s.past for s in self.states))
+        return (hidden("normed", self.norm.size), *PRESENCE, *(s.past for s in self.states))
 
     @property
     def outputs(self) -> tuple[Port, ...]:
@@ -62,7 +56,7 @@ class FilteredAttention(Attention):
 
     @property
     def context(self) -> tuple[Port, ...]:
-        return (*super().context, *PRESENT)
+        return (*super().context, *PRESENCE)
 
     @property
     def states(self) -> tuple[State, ...]:

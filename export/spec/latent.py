@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE, TOTAL, WRITTEN
@@ -28,6 +29,7 @@ class LatentAttention(Mixer):
     logits, `epsilon` that of the latents' norms.
     """
 
+    sublayer: ClassVar[str] = "self_attn"
     heads: int
     key_size: int
     rope_size: int

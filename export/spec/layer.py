@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmexport.export.spec.block import Block, Port, State
-from llmexport.export.spec.latent import LatentAttention
-from llmexport.export.spec.mixer import Attention, Mixer, Norm
+from llmexport.export.spec.mixer import Mixer, Norm
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,5 @@ def decoder_layer(
     parallel: bool = False,
 ) -> Layer:
     """The layer of most decoders: a mixer, then an MLP or experts, by the names that checkpoints give them."""
-    name = "self_attn" if isinstance(mixer, Attention | LatentAttention) else "linear_attn"
-    first = Sublayer(name, mixer, input_norm, mixer_output_norm)
+    first = Sublayer(mixer.sublayer, mixer, input_norm, mixer_output_norm)
     return Layer((first, Sublayer("mlp", mlp, post_attention_norm, mlp_output_norm)), parallel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE, TOTAL, WRITTEN
@@ -57,9 +57,11 @@ class Norm(Block):
 
 @dataclass(frozen=True)
 class Mixer(Block):
-    """Base of what reads normed hidden states, `context` that layers share, and states."""
+    """Base of what reads normed hidden states, `context` that layers share, and states. A decoder's layer calls it
+    `sublayer`."""
 
     hidden: int
+    sublayer: ClassVar[str] = "linear_attn"
 
     @property
     def along(self) -> tuple[Dim, Dim]:
@@ -102,6 +104,7 @@ class Attention(Mixer):
     `temperature` scales q. `scale` is that of the logits (None: head_size ** -0.5).
     """
 
+    sublayer: ClassVar[str] = "self_attn"
     heads: int
     kv_heads: int
     head_size: int

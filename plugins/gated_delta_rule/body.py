@@ -28,14 +28,7 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     one = Constant <value_ints = [1]> ()
     tokens = Shape <start = 1, end = 2> (v)
     {_chunk_sizes()}
-    q_wide = Cast <to = 1> (q)
-    k_wide = Cast <to = 1> (k)
-    v_wide = Cast <to = 1> (v)
-    beta_wide = Cast <to = 1> (beta)
-    {_normed("q") if attributes["l2_norm"] else "q_unit = Identity (q_wide)"}
-    {_normed("k") if attributes["l2_norm"] else "k_unit = Identity (k_wide)"}
-    scale = Constant <value_float = {attributes["scale"]}> ()
-    q_scaled = Mul (q_unit, scale)
+    {inputs(attributes)}
     {_chunked("q", "q_scaled", g, 1, d)}
     {_chunked("k", "k_unit", g, 1, d)}
     {_chunked("v", "v_wide", g, h // g, v)}
@@ -94,6 +87,19 @@ def _chunk_sizes() -> str:
     room = Mul (count, size)
     missing = Sub (room, tokens)
     padding = Concat <axis = 0> (zero, missing)"""
+
+
+def inputs(attributes: dict[str, Attribute]) -> str:
+    """q_scaled, k_unit, v_wide and beta_wide: q, k, v and beta in float32, normed and scaled as they are to be."""
+    return f"""
+    q_wide = Cast <to = 1> (q)
+    k_wide = Cast <to = 1> (k)
+    v_wide = Cast <to = 1> (v)
+    beta_wide = Cast <to = 1> (beta)
+    {_normed("q") if attributes["l2_norm"] else "q_unit = Identity (q_wide)"}
+    {_normed("k") if attributes["l2_norm"] else "k_unit = Identity (k_wide)"}
+    scale = Constant <value_float = {attributes["scale"]}> ()
+    q_scaled = Mul (q_unit, scale)"""
 
 
 def _normed(name: str) -> str:

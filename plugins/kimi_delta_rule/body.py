@@ -6,7 +6,7 @@ would hold a decay for every two tokens of each channel.
 
 from __future__ import annotations
 
-from llmexport.plugins.gated_delta_rule.body import L2_EPSILON
+from llmexport.plugins.gated_delta_rule.body import inputs
 from llmexport.plugins.spec import Attribute
 
 
@@ -19,14 +19,7 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     return f"""
     last = Constant <value_ints = [-1]> ()
     row = Constant <value_ints = [-2]> ()
-    q_wide = Cast <to = 1> (q)
-    k_wide = Cast <to = 1> (k)
-    v_wide = Cast <to = 1> (v)
-    beta_wide = Cast <to = 1> (beta)
-    {_normed("q") if attributes["l2_norm"] else "q_unit = Identity (q_wide)"}
-    {_normed("k") if attributes["l2_norm"] else "k_unit = Identity (k_wide)"}
-    scale = Constant <value_float = {attributes["scale"]}> ()
-    q_scaled = Mul (q_unit, scale)
+    {inputs(attributes)}
     decay = Exp (g)
     beta_column = Unsqueeze (beta_wide, last)
     {_by_token("q", "q_scaled", "row")}
@@ -51,16 +44,6 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     y_rows = Squeeze (y_tokens, row)
     y_wide = Transpose <perm = [1, 0, 2, 3]> (y_rows)
     y = CastLike (y_wide, v)"""
-
-
-def _normed(name: str) -> str:
-    return f"""
-    {name}_squares = Mul ({name}_wide, {name}_wide)
-    {name}_sum = ReduceSum <keepdims = 1> ({name}_squares, last)
-    {name}_epsilon = Constant <value_float = {L2_EPSILON}> ()
-    {name}_positive = Add ({name}_sum, {name}_epsilon)
-    {name}_norm = Sqrt ({name}_positive)
-    {name}_unit = Div ({name}_wide, {name}_norm)"""
 
 
 def _by_token(name: str, source: str, axis: str) -> str:

@@ -71,7 +71,7 @@ def test_a_prompt_has_no_more_tokens_than_the_table_has_positions(case: str, exp
 @pytest.mark.parametrize(
     ("arch", "changes", "said"),
     [
-        ("gpt2", {"n_head": 5}, "the hidden size, 64, is not a multiple of 5 attention heads"),
+        ("gpt2", {"n_head": 5}, "n_embd 64 is not a multiple of 5 attention heads"),
         ("gpt2", {"max_position_embeddings": 511}, "max_position_embeddings is 511, only 512 is supported here"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True, only False"),
         ("openai_gpt", {"afn": "gelu_new"}, "afn is 'gelu_new', this architecture knows 'gelu'"),

@@ -59,6 +59,28 @@ def test_a_config_that_does_not_fit_is_told_before_a_trace(arch, changes, said, 
     assert said in refusal(opened(tmp_path / "ck", arch, **changes), tmp_path)
 
 
+AHEAD = [n for n in archs.names() if archs.load(n).ahead]
+
+
+@pytest.mark.usefixtures("no_trace")
+@pytest.mark.parametrize("arch", AHEAD)
+def test_a_module_that_guesses_ahead_is_passed_over_where_it_follows_the_layers(arch, tmp_path):
+    request = opened(tmp_path / "ck", arch)
+
+    def held(*names: str) -> Request:
+        some = next(iter(request.checkpoint.tensors.values()))
+        tensors = {**request.checkpoint.tensors, **{n: dataclasses.replace(some, name=n) for n in names}}
+        return dataclasses.replace(request, checkpoint=dataclasses.replace(request.checkpoint, tensors=tensors))
+
+    module = [f"model.layers.3.{n}.weight" for n in ("eh_proj", "enorm", "shared_head.head")]
+    # Who comes to tracing has checked.
+    with pytest.raises(AssertionError, match="traced"):
+        fill(held(*module), tmp_path)
+    # Of the layer after it, and of a layer that the config does not count.
+    for names in ([*module, "model.layers.4.enorm.weight"], ["model.layers.3.input_layernorm.weight"]):
+        assert f"holds 1 tensors that this architecture does not use: {names[-1]}" in refusal(held(*names), tmp_path)
+
+
 @pytest.mark.usefixtures("no_trace")
 @pytest.mark.parametrize("names", ["as published", "of another kind"])
 def test_a_config_of_millions_of_experts_costs_what_the_checkpoint_holds(names, tmp_path, monkeypatch):

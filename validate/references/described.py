@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmexport.validate.carrying import Carrying
 
-class Described:
+
+class Described(Carrying):
     """A model that computes in float64, or in the 16 bits that are asked for, and keeps no cache: what it carries is
     the tokens so far, of which each step computes all anew, row by row and without their padding.
 
