@@ -204,6 +204,10 @@ CASES = (
     Case("yuan", "yuan"),
 )  # fmt: skip
 MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their norms, biases and convolutions have not
+# Graphs of these compute with weights alone, norms of rows and of a table, and are built with their weights inside.
+COMPUTED = ("baichuan", "deberta", "deberta_v2")
+UNBOUND = "cannot be done where it is bound: build the engine with its weights inside$"
+FEW_MATRICES = ("openelm",)  # each layer is a block of its own, of four matrices
 # Families whose caches hold latents, and no keys and values.
 LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear")
 PRIMARY = ("gemma", "glm4", "gpt_oss", "llama4", "qwen3_5_moe")  # the families that the project exists for

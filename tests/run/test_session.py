@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from arch_cases import CASES, DECODERS, FIRST, PAIRS, Case, others_slow
+from arch_cases import CASES, DECODERS, FIRST, IN_TRANSFORMERS, PAIRS, Case, others_slow
 from two_graphs import in_two, rebuilt
 
 from llmexport.export import archs, manifest, onnx_file
@@ -27,6 +27,7 @@ from llmexport.run.checks import check_prompt, run_again_at
 from llmexport.run.errors import RunError
 from llmexport.run.session import RuntimeSession, begun, decode, greedy, opened, opening
 from llmexport.run.settings import start_token
+from llmexport.validate import loading
 from llmexport.validate.runners import onnx_runner
 
 STEPS = 64
@@ -48,6 +49,15 @@ def expected(checkpoint: Path, ids: np.ndarray, steps: int = STEPS) -> np.ndarra
     return made[:, ids.shape[1] :].numpy()
 
 
+def chosen_anew(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """What the reference of a family that transformers lacks chooses, each time after the whole text."""
+    model, text = loading.load(manifest.read(folder), "eager"), torch.from_numpy(ids)
+    with torch.no_grad():
+        for _ in range(STEPS):
+            text = torch.cat((text, model(input_ids=text).logits[:, -1:].argmax(-1)), 1)
+    return text[:, ids.shape[1] :].numpy()
+
+
 def found(folder: Path, ids: np.ndarray, steps: int = STEPS) -> np.ndarray:
     export = manifest.read(folder)
     tokens = decode(RuntimeSession(export), ids, greedy, run_again_at(export))
@@ -56,8 +66,10 @@ def found(folder: Path, ids: np.ndarray, steps: int = STEPS) -> np.ndarray:
 
 @pytest.mark.parametrize("case", others_slow(DECODERS, [c for c in FIRST if c in DECODERS]), ids=str)
 def test_greedy_tokens_are_those_of_generate_for_64_steps(case: Case, tiny_checkpoint, exported) -> None:
-    ids = prompt()
-    assert np.array_equal(found(exported(case), ids), expected(tiny_checkpoint(case), ids))
+    ids, folder = prompt(), exported(case)
+    known = case.arch in IN_TRANSFORMERS
+    right = expected(tiny_checkpoint(case), ids) if known else chosen_anew(folder, ids)
+    assert np.array_equal(found(folder, ids), right)
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=str)
