@@ -7,12 +7,15 @@ import json
 import math
 import reprlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
 from llmexport.export.folder import ADAPTER, INDEX, SINGLE, few, what_it_is
+from llmexport.export.packed.read import read_matrices
+from llmexport.export.packed.scheme import read_scheme
 from llmexport.export.stamp import Stamp, check_stamp, stamp
 from llmexport.export.stamp import read_errors as _read_errors
 from llmexport.plugins.dtypes import BY_SAFETENSORS
@@ -20,6 +23,8 @@ from llmexport.plugins.regular import open_regular, read_regular
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from llmexport.export.packed.matrix import Matrix
 
 # What ends the names of buffers that follow from the config: some indexes name ones that no shard holds.
 BUFFERS = ("rotary_emb.inv_freq",)
@@ -63,6 +68,20 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]  # shard by shard, in the order of their data
     shards: tuple[Shard, ...]
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)  # those in few bits, by their names in 16
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors, and of the matrices that several tensors hold."""
+        return self.tensors.keys() | self.matrices.keys()
+
+    def holders(self, name: str) -> tuple[str, ...]:
+        """The tensors that hold what is called so."""
+        return self.matrices[name].tensors if name in self.matrices else (name,)
+
+    def values(self, name: str) -> np.ndarray:
+        """The numbers of a tensor as it is stored, or those that a matrix in few bits means, in float32."""
+        return self.matrices[name].decode(self.read) if name in self.matrices else self.read(name)
 
     def read(self, name: str) -> np.ndarray:
         """Map one tensor read-only, without a copy; bf16 and fp8 come as ml_dtypes."""
@@ -105,7 +124,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise ExportError(f"{folder / file} {problem}: download both again")
         tensors |= held
         shards.append(shard)
-    return Checkpoint(folder, config, tensors, tuple(shards))
+    return with_matrices(Checkpoint(folder, config, tensors, tuple(shards)))
+
+
+def with_matrices(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the matrices that are quantised, if any are. Raises ExportError on one that is not read."""
+    scheme = read_scheme(checkpoint.config, checkpoint.folder)
+    if scheme is None:
+        return checkpoint
+    return replace(checkpoint, matrices=read_matrices(scheme, checkpoint.tensors))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llmexport.export.keys import (
     QUANTISATION,
     SWITCHED,
 )
+from llmexport.export.packed.scheme import KEYS, method_of, said_in
 from llmexport.export.spec import Splice
 from llmexport.export.values import as_integer, as_positive, key_name, same, show, visible, whole
 
@@ -200,6 +201,9 @@ class Config:
         `causal`: the model is a decoder, else an encoder.
         """
         unread = sorted(k for k in self._data if not self._says_nothing(k, causal))
+        if (said := said_in(self._data)) and method_of(said):
+            # What it says is held against the tensors.
+            unread = [k for k in unread if k not in KEYS]
         for key in (k for k in QUANTISATION if k in unread):
             raise quantised.refusal(f"config.json: {key}", quantised.describe(self._data[key]))
         if unread:

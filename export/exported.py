@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header
+from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header, with_matrices
 from llmexport.export.earlier import EXPORT
 from llmexport.export.identity import SAYS, WAYS, Held, WeightFile
 from llmexport.export.spec import Block, Graph, Head, Reference, Step
@@ -111,7 +111,7 @@ class Export:
             held, shard = read_header(self.folder / weights.file)
             tensors |= held
             shards.append(shard)
-        return Checkpoint(self.folder, self.config, tensors, tuple(shards))
+        return with_matrices(Checkpoint(self.folder, self.config, tensors, tuple(shards)))
 
     def in_float32(self) -> Export:
         """The same model in fp32, where what it computes can be told from how it rounds."""

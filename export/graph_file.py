@@ -15,6 +15,7 @@ from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.identity import changed
+from llmexport.export.packed import fp4
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import Assembly, Block, Graph, Port, Step, to_data
 from llmexport.graphs import bodies, pipeline
@@ -58,6 +59,7 @@ def build(
     fusions = {p.key: Fused(**json.loads(p.value)) for p in proto.metadata_props}
     del proto.metadata_props[:]
     weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx)
+    fp4.attach(proto)
     data = proto.SerializeToString(deterministic=True)
     names = {step: {path: p.parts or p.name for path, p in parameters.items()} for step, parameters in own.items()}
     digest = hashlib.sha256(data).hexdigest()
@@ -108,6 +110,7 @@ def as_traced(
     proto = _stitched([piece], *_ports(step), dtype, _stored_types(wanted, checkpoint), opset)
     bodies.attach_bodies(proto, load_body)
     weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx)
+    fp4.attach(proto)
     return proto
 
 

@@ -14,7 +14,7 @@ from llmexport.export.stamp import Stamp, stamp
 
 PAGES, PAGE = 64, 4096  # of a weight file, for its sample digest
 CHUNK, PIECE = 1 << 24, 1 << 20  # bytes that a thread digests on its own, and that it reads at a time
-WAYS = ("reflink", "link", "copy")  # to place a file, in the order in which "auto" tries them
+WAYS = ("reflink", "link", "copy", "repacked")  # to place a file, in the order in which "auto" tries them; or made
 WHOLE, KNOWN, SAMPLED = "whole", "known", "sampled"
 # What each says of a file, for people; `rest`: what became of its other bytes.
 SAYS = {

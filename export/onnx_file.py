@@ -31,6 +31,7 @@ from llmexport.export.identity import identify
 from llmexport.export.last_logits import with_last_logits
 from llmexport.export.multimodal import PARTS, left_out, read_tower, text_config, tower_tensors, with_part
 from llmexport.export.output import new_folder
+from llmexport.export.packed.repack import with_repacked, write_repacked
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import DTYPES, Arch, Layer, Model
@@ -120,7 +121,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     config, part = request.checkpoint.config, request.part
     model, notes = read_noted(request.arch, config, request.max_tokens, part)
     model = with_last_logits(model) if request.logits == "last" else model
-    stored = request.checkpoint.tensors
+    stored = request.checkpoint.names
     named = with_part(in_layout(request.arch, config, stored), config, part)
     arch = as_stored(named, stored)
     check_layers(arch, model, stored, tower_tensors(arch, config, part))
@@ -174,10 +175,12 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
+    checkpoint, repacked = with_repacked(checkpoint, (n for p in wanted for n in p.sources))
     config = text_config(arch, checkpoint.config)
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
-    used = {checkpoint.tensors[n].file for p in wanted for n in p.sources}
+    held = [n for p in wanted for source in p.sources for n in checkpoint.holders(source)]
+    used = {checkpoint.tensors[n].file for n in held}
     shards = [s for s in checkpoint.shards if s.file in used]
     progress(f"weights ({len(shards)} files)", 0, 1)
     placed = place_weights({checkpoint.folder / s.file: s.stamp for s in shards}, folder, request.weights)
@@ -186,6 +189,8 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     # A block is no model that a tokenizer belongs to.
     companions = place_companions(checkpoint, folder) if request.block is None else {}
     companions = dict(sorted({**companions, **handed.place(folder)}.items()))
+    if repacked:
+        found.append(write_repacked(repacked, folder, whole=request.digest))
     progress("weights", 1, 1)
     for graph, data in built:
         (folder / graph.file).write_bytes(data)
@@ -200,7 +205,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         weights=tuple(file for file, _ in found),
         config=checkpoint.config,
         text_config=config,
-        renamed=multimodal_names(arch, checkpoint.config, checkpoint.tensors),
+        renamed=multimodal_names(arch, checkpoint.config, checkpoint.names),
         reference=arch.reference,
         versions=cache.versions(),
         notes=(*notes, *handed.notes),

@@ -18,6 +18,7 @@ from typing import BinaryIO
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.output import write_errors
+from llmexport.export.quantised import FILES
 from llmexport.export.stamp import Stamp, read_errors, stamp
 
 FICLONE = 0x40049409  # of linux/fs.h: share the blocks of another file
@@ -33,6 +34,8 @@ COMPANIONS = (
     *(CONFIG, "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("tokenizer*", "chat_template*", "*.model", "*.tiktoken", "tekken.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    # How the weights are quantised, where config.json does not say it.
+    *FILES,
 )
 TEMPLATES = {"additional_chat_templates": "*.jinja", "chat_templates": "*.jinja"}
 # Neither code nor weights travel, whatever they are called.
@@ -175,11 +178,17 @@ def _check_space(folder: Path, sources: list[Path]) -> None:
         with read_errors(source):
             info = os.stat(source)
         needed += min(info.st_size, info.st_blocks * 512)
+    check_space(
+        folder, needed, "copy", "free space, or choose a folder on the file system of the checkpoint and --weights link"
+    )
+
+
+def check_space(folder: Path, needed: int, do: str, cure: str) -> None:
+    """Raise ExportError, with the cure, if so many bytes of weights are more than the disk takes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(
-            f"cannot copy {needed / 1e9:.3g} GB of weights to {folder}, {free / 1e9:.3g} GB are free: "
-            "free space, or choose a folder on the file system of the checkpoint and --weights link"
+            f"cannot {do} {needed / 1e9:.3g} GB of weights to {folder}, {free / 1e9:.3g} GB are free: {cure}"
         )
 
 

@@ -113,13 +113,13 @@ def _layout(names: Iterator[str], stored: Mapping[str, Any]) -> tuple[Layout, st
 def _beside(folder: Path) -> Iterator[str]:
     """What the files of other tools say, if they are there and read as they should."""
     for file, key in FILES.items():
-        data = _read(folder / file)
+        data = read_file(folder / file)
         inner = data.get(key) if key else data
         if isinstance(inner, dict) and inner:
             yield f"{file}: {describe({**inner, 'producer': data.get('producer')})}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none, as it only adds to what the tensors tell."""
     try:
         data = json.loads(read_regular(path))

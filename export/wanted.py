@@ -24,7 +24,7 @@ def wanted_parameters(
 
     Raises ExportError if the config asks for far more tensors than there are, before their names are made.
     """
-    stored = checkpoint.tensors
+    stored = checkpoint.names
     stored_as = {block: load_parameters(block) for block in assembly.blocks}
     found: dict[str, dict[str, Parameter]] = {}
     most = SPARE + 2 * len(stored)

@@ -14,6 +14,9 @@ from onnx import TensorProto
 from llmexport.export import quantised
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.errors import ExportError
+from llmexport.export.packed.bind import bind_matrices, external, value_of
+from llmexport.export.packed.matrix import Matrix
+from llmexport.export.packed.read import cache_scales
 from llmexport.export.spec import ANY_FLOAT
 from llmexport.export.values import show_name, visible
 from llmexport.plugins.dtypes import BY_NAME, BY_ONNX, BY_SAFETENSORS, FLOATS
@@ -76,12 +79,16 @@ def check(
     """
     stored = checkpoint.tensors
     sources = {n: p for p in wanted.values() for n in p.sources}
-    unused = [n for n in stored if n not in sources and not any(fnmatch(n, p) for p in ignore)]
-    missing = [n for n in sources if n not in stored]
+    used = {held for n in sources for held in checkpoint.holders(n)}
+    if checkpoint.matrices:
+        used.update(cache_scales(stored))
+    unused = [n for n in stored if n not in used and not any(fnmatch(n, p) for p in ignore)]
+    missing = [n for n in sources if n not in checkpoint.names]
     if missing:
         raise ExportError(_lacks(missing, unused, checkpoint, head) + _way_out(missing, tower))
     for name, parameter in sources.items():
-        if problem := _problem(parameter, stored[name]):
+        matrix = checkpoint.matrices.get(name)
+        if problem := _unfit(parameter, matrix) if matrix else _problem(parameter, stored[name]):
             raise ExportError(
                 quantised.found([name], unused, stored, checkpoint.folder) or problem + _way_out([name], tower)
             )
@@ -154,9 +161,21 @@ def _problem(parameter: Parameter, stored: StoredTensor) -> str | None:
     return None
 
 
+def _unfit(parameter: Parameter, matrix: Matrix) -> str | None:
+    """What is wrong with a matrix in few bits."""
+    if parameter.dtype != "T":
+        return f"{matrix.name} is quantised, and is no matrix of a product here: leave it in 16 bits"
+    if matrix.shape != parameter.part_shape:
+        return (
+            f"{matrix.name} is {list(matrix.shape)} in the checkpoint once it is unpacked, config.json makes it "
+            f"{list(parameter.part_shape)}: is config.json from the same model?"
+        )
+    return None
+
+
 def stored_type(parameter: Parameter, checkpoint: Checkpoint) -> int:
     """The ONNX type that a parameter is stored in. Raises ExportError if its parts differ in that."""
-    found = {checkpoint.tensors[n].dtype for n in parameter.sources}
+    found = {"few bits" if n in checkpoint.matrices else checkpoint.tensors[n].dtype for n in parameter.sources}
     if len(found) > 1:
         raise ExportError(
             f"the parts of {parameter.name} are stored as {', '.join(sorted(found))}: convert them to one"
@@ -168,24 +187,28 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
     """Turns the graph inputs named in `wanted` into external initialisers that point into the shards, in place.
 
     A tensor stored in another type than the graph wants, `dtype` if it does not say, gets a Cast; one in parts
-    is put together by a Concat. Runtimes fold both when they load. A Transpose or Gather of a narrower tensor comes
+    is put together by a Concat. Runtimes fold both when they load. One in few bits is made by nodes (packed/). A Transpose or Gather of a narrower tensor comes
     before its Cast: ONNX Runtime keeps what it folds on the way, and so keeps it narrow, or casts the rows it gathers.
     """
     graph = model.graph
     kept = [v for v in graph.input if v.name not in wanted]
     del graph.input[:]
     graph.input.extend(kept)
-    types = {n: stored_type(p, checkpoint) for n, p in wanted.items()}
+    made = bind_matrices(graph, wanted, checkpoint, dtype)
+    types = {n: dtype if made.keys() & p.sources else stored_type(p, checkpoint) for n, p in wanted.items()}
     recast = {n: to for n, p in wanted.items() if (to := p.cast(dtype)) not in (types[n], None)}
     narrow = {n for n, to in recast.items() if BY_ONNX[types[n]].bits < BY_ONNX[to].bits}
     read = {name for node in graph.node for name in node.input[1 if _moves(node, narrow) else 0 :]}
     nodes: list[onnx.NodeProto] = []
     for name, parameter in wanted.items():
-        graph.initializer.extend(_external(checkpoint.tensors[n], parameter.part_shape) for n in parameter.sources)
+        plain = (checkpoint.tensors[n] for n in parameter.sources if n not in made)
+        graph.initializer.extend(external(t, parameter.part_shape, BY_SAFETENSORS[t.dtype].onnx) for t in plain)
+        nodes += [node for n in parameter.sources for node in made.get(n, ())]
         if parameter.parts:
             rows, shape = f"{name}/rows", f"{name}/shape"
             graph.initializer.append(onnx.numpy_helper.from_array(np.array(parameter.shape, np.int64), shape))
-            nodes.append(onnx.helper.make_node("Concat", parameter.parts, [rows], name=rows, axis=0))
+            parts = [value_of(n) if n in made else n for n in parameter.parts]
+            nodes.append(onnx.helper.make_node("Concat", parts, [rows], name=rows, axis=0))
             nodes.append(onnx.helper.make_node("Reshape", [rows, shape], [name], name=f"{name}/stack"))
             graph.value_info.append(onnx.helper.make_tensor_value_info(name, types[name], list(parameter.shape)))
         if name in recast.keys() & read:
@@ -211,14 +234,6 @@ def _moves(node: onnx.NodeProto, weights: set[str]) -> bool:
 
 def _cast(name: str, result: str, dtype: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [name], [result], name=f"{name}/cast", to=dtype)
-
-
-def _external(stored: StoredTensor, shape: tuple[int, ...]) -> TensorProto:
-    tensor = TensorProto(name=stored.name, data_type=BY_SAFETENSORS[stored.dtype].onnx, dims=shape)
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", stored.file), ("offset", stored.offset), ("length", stored.nbytes)):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
 
 
 def _some(names: list[str]) -> str:

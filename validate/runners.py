@@ -92,8 +92,8 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
     def _read(self, names: str | tuple[str, ...]) -> Tensor:
         """A tensor of the checkpoint, or several, one after the other."""
         if isinstance(names, str):
-            return to_torch(self._checkpoint.read(names))
-        return torch.cat([to_torch(self._checkpoint.read(n)) for n in names])
+            return to_torch(self._checkpoint.values(names))
+        return torch.cat([to_torch(self._checkpoint.values(n)) for n in names])
 
 
 def onnx_runner(model: onnx.ModelProto, weights: Path) -> BaseRunner:

@@ -1,0 +1,149 @@
+"""Matrices in few bits as TensorRT keeps them packed: constants that a DequantizeLinear alone reads, signed, unturned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+from onnx.helper import get_attribute_value, make_node
+
+from llmexport.export.packed import fp4
+
+# What unsigned numbers are as signed ones once all their bytes are changed by this mask: each less its middle.
+SIGNED = {TensorProto.UINT4: (TensorProto.INT4, 0x88), TensorProto.UINT8: (TensorProto.INT8, 0x80)}
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """A constant whose bytes in `file` TensorRT is given with each changed by `mask` (XOR)."""
+
+    name: str
+    file: str
+    offset: int
+    nbytes: int
+    mask: int
+
+
+def engine_form(model: onnx.ModelProto) -> list[Flipped]:
+    """Rewrites the nodes that make matrices, in place; returns the constants to be given otherwise than they lie."""
+    if not any(n.op_type in ("DequantizeLinear", fp4.NAME) for n in model.graph.node):
+        return []
+    form = _Form(model)
+    nodes = [new for node in model.graph.node for new in form.of(node)]
+    read = {name for node in nodes for name in node.input} | {o.name for o in model.graph.output}
+    # What turned a matrix or made its middle is read no more.
+    for node in reversed(nodes):
+        if form.constant(node.output[0]) and read.isdisjoint(node.output):
+            nodes.remove(node)
+            read = {name for n in nodes for name in n.input} | {o.name for o in model.graph.output}
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    functions = [f for f in model.functions if f.domain != fp4.DOMAIN]
+    del model.functions[:]
+    model.functions.extend(functions)
+    return form.flipped
+
+
+class _Form:
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph = model.graph
+        self.held = {t.name: t for t in model.graph.initializer}
+        self.made = {n.output[0]: n for n in model.graph.node}
+        self.flipped: list[Flipped] = []
+
+    def constant(self, name: str) -> bool:
+        node = self.made.get(name)
+        return node is not None and all(i in self.held or self.constant(i) for i in node.input)
+
+    def of(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        """What stands in the place of a node."""
+        if node.op_type == fp4.NAME and node.domain == fp4.DOMAIN:
+            yield self._fp4(node)
+        elif node.op_type == "DequantizeLinear" and self._integers(node):
+            yield from self._dequantised(node)
+        else:
+            yield node
+
+    def _fp4(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        numbers = self.held[node.input[0]]
+        if numbers.data_type == TensorProto.UINT8:
+            numbers.data_type = TensorProto.FLOAT4E2M1
+            numbers.dims[1] *= 2
+        size = numbers.dims[1] // self._columns(node.input[1])
+        return make_node("DequantizeLinear", node.input, node.output, node.name, axis=1, block_size=size)
+
+    def _columns(self, name: str) -> int:
+        """Of scales, which nodes that change no shape make of a tensor."""
+        while name not in self.held:
+            name = max(self.made[name].input, key=lambda n: len(self._shape(n)))
+        return self.held[name].dims[1]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        while name not in self.held:
+            name = self.made[name].input[0]
+        return tuple(self.held[name].dims)
+
+    def _stored(self, name: str) -> tuple[TensorProto | None, bool]:
+        """The constant that a value is or is the transpose of, and whether it is that."""
+        turned = name not in self.held
+        if turned and self.made[name].op_type == "Transpose" and name in self.made:
+            name = self.made[name].input[0]
+        return self.held.get(name), turned
+
+    def _integers(self, node: onnx.NodeProto) -> bool:
+        if node.input[0] in self.made and self.made[node.input[0]].op_type != "Transpose":
+            return False
+        numbers, turned = self._stored(node.input[0])
+        return numbers is not None and (turned or numbers.data_type in SIGNED)
+
+    def _dequantised(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        said = {a.name: get_attribute_value(a) for a in node.attribute}
+        numbers, turned = self._stored(node.input[0])
+        assert numbers is not None
+        self._sign(numbers)
+        scales, zeros = node.input[1], node.input[2] if len(node.input) > 2 else None
+        points = self.held.get(zeros) if zeros else None
+        value = node.output[0]
+        made = f"{value}/middle" if points else value
+        if turned:
+            stands = {**said, "axis": 1 - said.get("axis", 1)}
+            grid = scales
+            if "block_size" in said:
+                grid = self.made[scales].input[0]
+            yield make_node("DequantizeLinear", [numbers.name, grid], [f"{value}/rows"], f"{value}/rows", **stands)
+            yield make_node("Transpose", [f"{value}/rows"], [made], made, perm=[1, 0])
+        else:
+            yield make_node("DequantizeLinear", [numbers.name, scales], [made], made, **said)
+        if points:
+            yield from self._moved(points, scales, made, value, int(said["block_size"]))
+
+    def _moved(self, points: TensorProto, scales: str, made: str, value: str, size: int) -> Iterator[onnx.NodeProto]:
+        """Zero points as what is added to each block, which TensorRT takes where it takes no zero points: the scale
+        times how far zero is from the middle."""
+        groups, rows = points.dims
+        self._sign(points)
+        one, apart, whole, axis = (f"{value}/{n}" for n in ("one", "apart", "whole", "axis"))
+        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array([groups, size, rows], np.int64), apart))
+        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array([groups * size, rows], np.int64), whole))
+        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1], np.int64), axis))
+        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1, np.float32), f"{one}/wide"))
+        steps = {n: f"{value}/{n}" for n in ("zeros", "scaled", "offset", "grouped", "added")}
+        yield make_node("CastLike", [f"{one}/wide", scales], [one], one)
+        yield make_node("DequantizeLinear", [points.name, one], [steps["zeros"]], steps["zeros"])
+        yield make_node("Mul", [steps["zeros"], scales], [steps["scaled"]], steps["scaled"])
+        yield make_node("Unsqueeze", [steps["scaled"], axis], [steps["offset"]], steps["offset"])
+        yield make_node("Reshape", [made, apart], [steps["grouped"]], steps["grouped"])
+        yield make_node("Sub", [steps["grouped"], steps["offset"]], [steps["added"]], steps["added"])
+        yield make_node("Reshape", [steps["added"], whole], [value], value)
+
+    def _sign(self, tensor: TensorProto) -> None:
+        """Makes a constant one of signed numbers, each less the middle."""
+        if tensor.data_type not in SIGNED:
+            return
+        tensor.data_type, mask = SIGNED[tensor.data_type]
+        said = {e.key: e.value for e in tensor.external_data}
+        place = (said["location"], int(said["offset"]), int(said["length"]))
+        self.flipped.append(Flipped(tensor.name, *place, mask))

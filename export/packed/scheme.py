@@ -1,0 +1,246 @@
+"""What a checkpoint says of how its weights are quantised: in config.json, or in the file that a tool wrote beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from llmexport.export.errors import ExportError
+from llmexport.export.quantised import FILES, describe, read_file
+from llmexport.export.values import show
+
+KEYS = ("quantization_config", "compression_config")
+# quant_method -> what reads it here; those that wrap another's layout say so in a key of their own.
+METHODS = {
+    "fp8": "fp8",
+    "fbgemm_fp8": "fp8",
+    "compressed-tensors": "compressed-tensors",
+    "modelopt": "modelopt",
+    "modelopt_fp4": "modelopt",
+    "gptq": "gptq",
+    "gptqmodel": "gptq",
+    "awq": "awq",
+}
+ROUNDED = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
+# ModelOpt's algorithms that leave weights as a type and scales alone.
+ALGORITHMS = (
+    *("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A8_NVFP4_FP8"),
+    *("W4A16_AWQ", "W4A8_AWQ", "INT4_AWQ", "W8A8_SQ_PER_CHANNEL", "MXFP4", "MIXED_PRECISION"),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one group of compressed-tensors says of the weights of its targets."""
+
+    targets: tuple[str, ...]
+    format: str
+    bits: int
+    size: int | None
+    symmetric: bool
+    block: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a checkpoint is quantised: `method` is that of METHODS, `where` it was said.
+
+    bits, size and symmetric: of GPTQ and AWQ; the size of a group is None where a row is one. older: zeros are stored
+    less one. block: of FP8. groups: of compressed-tensors. kept: patterns of the modules that it leaves.
+    """
+
+    method: str
+    where: str
+    bits: int = 8
+    size: int | None = None
+    symmetric: bool = True
+    older: bool = False
+    block: tuple[int, int] | None = None
+    groups: tuple[Group, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    def keeps(self, module: str) -> bool:
+        """Whether it says that this module is not quantised."""
+        return any(matches(module, k) for k in self.kept)
+
+    def group(self, module: str) -> Group | None:
+        """The group that a module is in: the one that names it, or else the one of its class."""
+        named = (g for g in self.groups if any(matches(module, t) for t in g.targets))
+        of_class = (g for g in self.groups if "Linear" in g.targets)
+        return next(chain(named, of_class), None)
+
+
+def matches(module: str, pattern: str) -> bool:
+    """Whether a pattern of compressed-tensors (`re:`), ModelOpt (`*`) or transformers (a name or its end) is of it."""
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], module) is not None
+        except re.error as error:
+            raise ExportError(f"config.json: {show(pattern)} is no regular expression: {error}") from error
+    if "*" in pattern:
+        return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), module) is not None
+    return module == pattern or module.endswith(f".{pattern}") or module.startswith(f"{pattern}.")
+
+
+def said_in(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The part of config.json that speaks of quantisation, of the whole or of its text model; None if there is none."""
+    inner = [v for k in ("text_config", "llm_config", "language_config") if isinstance(v := config.get(k), Mapping)]
+    found = (c[k] for c in (config, *inner) for k in KEYS if isinstance(c.get(k), Mapping) and c[k])
+    return next(found, None)
+
+
+def method_of(said: Mapping[str, Any]) -> str | None:
+    """The method of METHODS that this is, if one."""
+    name, producer = said.get("quant_method"), said.get("producer")
+    if name is None and isinstance(producer, Mapping):
+        name = producer.get("name")
+    if name == "auto-round":
+        return ROUNDED.get(str(said.get("packing_format")))
+    return METHODS.get(name) if isinstance(name, str) else None
+
+
+def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | None:
+    """How a checkpoint says that it is quantised; None if it says nothing, or what an architecture reads itself.
+
+    Raises ExportError on what is said and cannot be read.
+    """
+    said, where = said_in(config), "config.json"
+    if said is None:
+        for file, key in FILES.items():
+            data = read_file(folder / file)
+            inner = data.get(key) if key else data
+            if isinstance(inner, dict) and inner:
+                said, where = _older(file, {**inner, "producer": data.get("producer")}), file
+                break
+    if said is None or (method := method_of(said)) is None:
+        return None
+    keys = _Said(said, where)
+    kept = (keys.names(k) for k in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"))
+    scheme = Scheme(method, where, kept=tuple(n for names in kept for n in names))
+    return READERS[method](keys, scheme)
+
+
+def _older(file: str, said: dict[str, Any]) -> dict[str, Any]:
+    """What files say that were written before config.json did, in its words."""
+    if file == "quantize_config.json":
+        return {"quant_method": "gptq", **said}
+    if file == "quant_config.json":
+        return {"quant_method": "awq", "bits": said.get("w_bit"), "group_size": said.get("q_group_size"), **said}
+    return said
+
+
+@dataclass(frozen=True)
+class _Said:
+    """The keys of a quantization_config, each read as what it must be. Raises ExportError on another."""
+
+    data: Mapping[str, Any]
+    where: str
+
+    def wrong(self, key: str, expected: str) -> ExportError:
+        return ExportError(
+            f"{self.where}: {key} of its quantisation ({describe(self.data)}) is {show(self.data.get(key))}, "
+            f"expected {expected}"
+        )
+
+    def choice(self, key: str, choices: tuple[Any, ...]) -> Any:
+        """One of these; the first where nothing is said."""
+        found = self.data.get(key, choices[0])
+        if not any(found is c or (found == c and type(found) is type(c)) for c in choices):
+            raise self.wrong(key, " or ".join(map(str, choices)))
+        return found
+
+    def size(self, key: str) -> int | None:
+        """A group's size; None where a row is one group."""
+        found = self.data.get(key)
+        if found in (None, -1):
+            return None
+        if type(found) is not int or found < 1:
+            raise self.wrong(key, "a number of columns, or -1")
+        return found
+
+    def flag(self, key: str, absent: bool) -> bool:
+        return bool(self.choice(key, (absent, not absent)))
+
+    def names(self, key: str) -> tuple[str, ...]:
+        found = self.data.get(key)
+        if found is None:
+            return ()
+        if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+            raise self.wrong(key, "names of modules")
+        return tuple(found)
+
+    def block(self, key: str) -> tuple[int, int] | None:
+        found = self.data.get(key)
+        if found is None:
+            return None
+        if not isinstance(found, list) or len(found) != 2 or any(type(n) is not int or n < 1 for n in found):
+            raise self.wrong(key, "two numbers, of rows and columns")
+        return found[0], found[1]
+
+
+def _fp8(said: _Said, scheme: Scheme) -> Scheme:
+    said.choice("fmt", (None, "e4m3", "float8_e4m3fn"))
+    return replace(scheme, block=said.block("weight_block_size"))
+
+
+def _gptq(said: _Said, scheme: Scheme) -> Scheme:
+    bits = said.choice("bits", (4, 8))
+    older = said.choice("checkpoint_format", ("gptq", "gptq_v2", None)) != "gptq_v2"
+    return replace(scheme, bits=bits, size=said.size("group_size"), symmetric=said.flag("sym", True), older=older)
+
+
+def _awq(said: _Said, scheme: Scheme) -> Scheme:
+    version = said.data.get("version", "gemm")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise said.wrong("version", "gemm")
+    zeros = said.flag("zero_point", True)
+    return replace(scheme, bits=said.choice("bits", (4,)), size=said.size("group_size"), symmetric=not zeros)
+
+
+def _modelopt(said: _Said, scheme: Scheme) -> Scheme:
+    algorithm = said.data.get("quant_algo")
+    if algorithm not in ALGORITHMS:
+        raise said.wrong("quant_algo", ", ".join(ALGORITHMS))
+    return scheme
+
+
+def _compressed(said: _Said, scheme: Scheme) -> Scheme:
+    groups = said.data.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
+        raise said.wrong("config_groups", "groups of targets")
+    overall = said.data.get("format")
+    return replace(scheme, groups=tuple(_group(_Said(g, said.where), overall) for g in groups.values()))
+
+
+FORMATS = (
+    *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+)
+
+
+def _group(said: _Said, overall: Any) -> Group:
+    kind = said.data.get("format") or overall
+    if kind not in FORMATS:
+        raise ExportError(f"{said.where}: format of a group is {show(kind)}, expected {' or '.join(FORMATS)}")
+    inner = said.data.get("weights")
+    if not isinstance(inner, Mapping):
+        raise said.wrong("weights", "what is said of weights")
+    weights = _Said(inner, said.where)
+    weights.choice("dynamic", (False,))
+    strategy = weights.choice("strategy", ("tensor", "channel", "group", "block", "tensor_group", None))
+    size = weights.size("group_size") if strategy in ("group", "tensor_group") else None
+    return Group(
+        said.names("targets") or ("Linear",),
+        str(kind),
+        weights.choice("num_bits", (8, 4)),
+        size,
+        weights.flag("symmetric", True),
+        weights.block("block_structure") if strategy == "block" else None,
+    )
+
+
+READERS = {"fp8": _fp8, "gptq": _gptq, "awq": _awq, "modelopt": _modelopt, "compressed-tensors": _compressed}
