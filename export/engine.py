@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
 from llmexport.export.output import write_errors
+from llmexport.export.packed.engine_form import engine_form
 from llmexport.export.profile import Profile
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import Port, Sizes
@@ -118,13 +120,16 @@ class _Job:
         """Leaves the plan of a graph, the `place`-th, in its folder; returns it and the version of TensorRT."""
         steps, assembly, work = 2 * len(self.export.graphs), graph.assembly, self.work / graph.name
         self.progress("engine: read", 2 * place, steps)
-        model, nodes = tensorrt_form(load(self.export, graph), self.served)
+        loaded = load(self.export, graph)
+        flipped = engine_form(loaded)
+        model, nodes = tensorrt_form(loaded, self.served)
         bindings = beside.beside(model, beside.LARGE) if self.weights == "beside" else {}
         work.mkdir()
         (work / MODEL).write_bytes(model.SerializeToString())
         shapes = {p.name: _shapes(p, self.sizes) for p in assembly.inputs}
         job = {"module": self.module, "model": str(self.export.folder / graph.file), "profile": shapes}
         job |= {"weights": list(bindings), "large": beside.LARGE}
+        job |= {"flipped": [dataclasses.asdict(f) for f in flipped]}
         job |= {"library": str(self.library)} if nodes else {}
         (work / JOB).write_text(json.dumps(job))
         dtype = self.export.dtype

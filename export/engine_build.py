@@ -61,7 +61,8 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model, job["model"]):
+    flipped = [_flip(Path(job["model"]).parent, **f) for f in job["flipped"]]
+    if not _parse(parser, model, job["model"], flipped):
         errors = [parser.get_error(i) for i in range(min(parser.num_errors, 5))]
         tell("unreadable", [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors])
         return None
@@ -97,6 +98,24 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     if plan is None:
         tell("unbuildable")
     return plan
+
+
+def _parse(parser: Any, model: bytes, path: str, given: list[tuple[str, Any]]) -> bool:
+    """Reads a model whose external data lies beside `path`, but for what is `given` by name."""
+    if not given:
+        return bool(parser.parse(model, path))
+    return bool(
+        parser.load_model_proto(model, path)
+        and all(parser.load_initializer(name, array.ctypes.data, array.nbytes) for name, array in given)
+        and parser.parse_model_proto()
+    )
+
+
+def _flip(folder: Path, name: str, file: str, offset: int, nbytes: int, mask: int) -> tuple[str, Any]:
+    """The bytes of a constant, each changed by the mask."""
+    import numpy as np
+
+    return name, np.fromfile(folder / file, np.uint8, nbytes, offset=offset) ^ np.uint8(mask)
 
 
 def _port(tensor: Any) -> list[Any]:

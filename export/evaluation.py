@@ -25,6 +25,7 @@ from llmexport.export.engine_record import check_backend
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
+from llmexport.export.packed.engine_form import engine_form
 from llmexport.export.spec import Port
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.plugins import library
@@ -105,7 +106,9 @@ def evaluator(
     """
     module = check_backend(backend).module
     served = library.served(plugins) if plugins else frozenset()
-    model, nodes = tensorrt_form(load(export, graph), served)
+    loaded = load(export, graph)
+    flipped = engine_form(loaded)
+    model, nodes = tensorrt_form(loaded, served)
     bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}
     (work / MODEL).write_bytes(model.SerializeToString())
     ours, theirs = Pipe()
@@ -114,6 +117,7 @@ def evaluator(
             job = {"module": module, "model": os.path.realpath(export.folder / graph.file), "channel": theirs.fileno()}
             job |= {"library": str(plugins)} if nodes else {}
             job |= {"weights": list(bindings), "large": beside.LARGE}
+            job |= {"flipped": [dataclasses.asdict(f) for f in flipped]}
             job |= {"bindings": {n: dataclasses.asdict(b) for n, b in bindings.items()}}
             job |= {"files": [dataclasses.asdict(w) for w in export.weights]}
             (work / JOB).write_text(json.dumps(job))

@@ -187,8 +187,9 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
     """Turns the graph inputs named in `wanted` into external initialisers that point into the shards, in place.
 
     A tensor stored in another type than the graph wants, `dtype` if it does not say, gets a Cast; one in parts
-    is put together by a Concat. Runtimes fold both when they load. One in few bits is made by nodes (packed/). A Transpose or Gather of a narrower tensor comes
+    is put together by a Concat. Runtimes fold both when they load. A Transpose or Gather of a narrower tensor comes
     before its Cast: ONNX Runtime keeps what it folds on the way, and so keeps it narrow, or casts the rows it gathers.
+    A matrix in few bits is made by nodes (packed/).
     """
     graph = model.graph
     kept = [v for v in graph.input if v.name not in wanted]

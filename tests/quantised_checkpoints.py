@@ -269,12 +269,12 @@ FORMS: dict[str, Published] = {
 KEPT = ("embed", "lm_head", "router", ".gate.weight", "norm", "conv", "lm_head")
 
 
-def write(folder: Path, form: str, arch: str = "llama", changes: Mapping[str, Any] | None = None) -> Path:
+def write(folder: Path, form: str, arch: str = "llama", config: Mapping[str, Any] | None = None) -> Path:
     """A tiny checkpoint of random weights whose linear layers are stored so, in `folder`/ck; what its weights mean is
     in `folder`/meant, an unquantised checkpoint of float32."""
     published, rng = FORMS[form], np.random.default_rng(0)
     named = archs.load(arch)
-    random_checkpoint.write(named, folder / "plain", **({"changes": changes} if changes else {}))
+    random_checkpoint.write(named, folder / "plain", config=config)
     config = json.loads((folder / "plain" / "config.json").read_text())
     tensors = {}
     for file in sorted((folder / "plain").glob("*.safetensors")):

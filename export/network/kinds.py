@@ -22,8 +22,9 @@ class Unable(Exception):
 def numpy_type(dtype: Any) -> np.dtype[Any]:
     """Of a trt.DataType. Raises Unable on one that numpy has no arrays of."""
     known = BY_TENSORRT.get(dtype.name)
-    if known is None or known.bits < 8:
+    if known is None:
         raise Unable(f"no numbers of type {dtype.name}")
+    # Those of 4 bits take a byte each.
     return np.dtype(known.name)
 
 

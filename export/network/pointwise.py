@@ -121,12 +121,16 @@ def dequantize(layer: Any) -> Compute:
 
 
 def _scale(layer: Any) -> Callable[[Array, Array], Array]:
-    """One scale, or one an entry of an axis."""
+    """One scale, one an entry of an axis, or one a block."""
     axis = layer.axis
 
     def shaped(x: Array, scale: Array) -> Array:
         if scale.size == 1:
             return scale.reshape(())
+        if scale.ndim == x.ndim and all(n % m == 0 for n, m in zip(x.shape, scale.shape, strict=True)):
+            for i, (n, m) in enumerate(zip(x.shape, scale.shape, strict=True)):
+                scale = np.repeat(scale, n // m, i)
+            return scale
         if scale.shape != (x.shape[axis],):
             raise Unable(f"scales of {scale.shape} for {x.shape} are not known here")
         return np.expand_dims(scale, tuple(range(1, x.ndim - axis % x.ndim)))

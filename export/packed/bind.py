@@ -37,7 +37,8 @@ def bind_matrices(
     for node in graph.node:
         for name in set(node.input):
             readers[name].append(node)
-    made, dropped = {}, set()
+    made: dict[str, list[onnx.NodeProto]] = {}
+    dropped: set[int] = set()
     before: dict[str, list[onnx.NodeProto]] = {}
     for name, parameter in found.items():
         maker = Maker(checkpoint.matrices[name], checkpoint.tensors, dtype)

@@ -1,4 +1,4 @@
-"""Matrices in few bits as TensorRT keeps them packed: constants that a DequantizeLinear alone reads, signed, unturned."""
+"""Matrices in few bits as TensorRT keeps them packed: signed constants, unturned, that DequantizeLinear reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from onnx.helper import get_attribute_value, make_node
 from llmexport.export.packed import fp4
 
 # What unsigned numbers are as signed ones once all their bytes are changed by this mask: each less its middle.
-SIGNED = {TensorProto.UINT4: (TensorProto.INT4, 0x88), TensorProto.UINT8: (TensorProto.INT8, 0x80)}
+SIGNED: dict[int, tuple[int, int]] = {
+    TensorProto.UINT4: (TensorProto.INT4, 0x88),
+    TensorProto.UINT8: (TensorProto.INT8, 0x80),
+}
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,16 @@ def engine_form(model: onnx.ModelProto) -> list[Flipped]:
     if not any(n.op_type in ("DequantizeLinear", fp4.NAME) for n in model.graph.node):
         return []
     form = _Form(model)
-    nodes = [new for node in model.graph.node for new in form.of(node)]
-    read = {name for node in nodes for name in node.input} | {o.name for o in model.graph.output}
-    # What turned a matrix or made its middle is read no more.
-    for node in reversed(nodes):
-        if form.constant(node.output[0]) and read.isdisjoint(node.output):
-            nodes.remove(node)
-            read = {name for n in nodes for name in n.input} | {o.name for o in model.graph.output}
+    kept: list[onnx.NodeProto] = []
+    read = {o.name for o in model.graph.output}
+    for node in reversed([new for old in model.graph.node for new in form.of(old)]):
+        # What turned a matrix or made its middle is read no more.
+        if read.isdisjoint(node.output) and form.constant(node.output[0]):
+            continue
+        kept.append(node)
+        read.update(node.input)
     del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    model.graph.node.extend(kept[::-1])
     functions = [f for f in model.functions if f.domain != fp4.DOMAIN]
     del model.functions[:]
     model.functions.extend(functions)
@@ -68,23 +72,10 @@ class _Form:
             yield node
 
     def _fp4(self, node: onnx.NodeProto) -> onnx.NodeProto:
-        numbers = self.held[node.input[0]]
-        if numbers.data_type == TensorProto.UINT8:
-            numbers.data_type = TensorProto.FLOAT4E2M1
-            numbers.dims[1] *= 2
-        size = numbers.dims[1] // self._columns(node.input[1])
+        numbers, [size] = self.held[node.input[0]], get_attribute_value(node.attribute[0])
+        numbers.data_type = TensorProto.FLOAT4E2M1
+        numbers.dims[1] *= 2
         return make_node("DequantizeLinear", node.input, node.output, node.name, axis=1, block_size=size)
-
-    def _columns(self, name: str) -> int:
-        """Of scales, which nodes that change no shape make of a tensor."""
-        while name not in self.held:
-            name = max(self.made[name].input, key=lambda n: len(self._shape(n)))
-        return self.held[name].dims[1]
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        while name not in self.held:
-            name = self.made[name].input[0]
-        return tuple(self.held[name].dims)
 
     def _stored(self, name: str) -> tuple[TensorProto | None, bool]:
         """The constant that a value is or is the transpose of, and whether it is that."""

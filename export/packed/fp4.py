@@ -1,4 +1,4 @@
-"""Numbers of 4-bit floats (E2M1) with a scale for each block of a row: as a function, and as TensorRT's own type."""
+"""Numbers of 4-bit floats (E2M1) with a scale for each block of a row, as a function."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def function(opset: int) -> onnx.FunctionProto:
     """
     table = ", ".join(str(s * x) for s in (1.0, -1.0) for x in E2M1)
     return onnx.parser.parse_function(
-        f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {NAME} (numbers, scales) => (y) {{
+        f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {NAME} <block_size> (numbers, scales) => (y) {{
             mask = Constant <value = uint8 {{15}}> ()
             half = Constant <value = uint8 {{4}}> ()
             last = Constant <value_ints: ints = [-1]> ()
@@ -36,7 +36,8 @@ def function(opset: int) -> onnx.FunctionProto:
             places = Cast <to: int = {TensorProto.INT32}> (both)
             values = Gather (table, places)
             blocks = Shape (scales)
-            by_block = Concat <axis: int = 0> (blocks, last)
+            size = Constant <value_ints: ints = @block_size> ()
+            by_block = Concat <axis: int = 0> (blocks, size)
             grouped = Reshape (values, by_block)
             scales_apart = Unsqueeze (scales, last)
             scaled = Mul (grouped, scales_apart)
@@ -47,8 +48,8 @@ def function(opset: int) -> onnx.FunctionProto:
     )
 
 
-def node(numbers: str, scales: str, value: str) -> onnx.NodeProto:
-    return make_node(NAME, [numbers, scales], [value], value, domain=DOMAIN)
+def node(numbers: str, scales: str, value: str, block_size: int) -> onnx.NodeProto:
+    return make_node(NAME, [numbers, scales], [value], value, domain=DOMAIN, block_size=[block_size])
 
 
 def attach(model: onnx.ModelProto) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -145,34 +147,39 @@ class Maker:
         elif grid[1] == 1 and said.block[0] == 1:
             scales, how = self._scales(said, (rows,), FLOAT), {"axis": 0}
         else:
-            scales, how = self._repeated(self._scales(said, grid, FLOAT)), {"axis": 1, "block_size": said.block[1]}
+            # Whole blocks alone: TensorRT takes no others.
+            size = math.gcd(said.block[1], columns)
+            scales, how = self._repeated(self._scales(said, grid, FLOAT), size), {"axis": 1, "block_size": size}
         wide = value if self.dtype == FLOAT else f"{value}/wide"
         self._node("DequantizeLinear", [numbers, scales], wide, **how)
         if wide != value:
             self._node("Cast", [wide], value, to=self.dtype)
 
-    def _repeated(self, grid: str) -> str:
-        """Scales of blocks of rows as those of each row, as ONNX has blocks along one axis."""
-        (rows, _), (tall, across), height = self.matrix.shape, self.matrix.grid, self.matrix.scales.block[0]
-        name = f"{self.matrix.name}/scales"
-        sizes = {"apart": [tall, 1, across], "repeated": [tall, height, across], "together": [tall * height, across]}
-        for step, size in sizes.items():
-            self._constant(f"{name}/{step}/shape", np.array(size, np.int64))
-        grid = self._node("Reshape", [grid, f"{name}/apart/shape"], f"{name}/apart")
-        grid = self._node("Expand", [grid, f"{name}/repeated/shape"], f"{name}/repeated")
-        grid = self._node("Reshape", [grid, f"{name}/together/shape"], f"{name}/together")
-        if tall * height == rows:
+    def _repeated(self, grid: str, size: int) -> str:
+        """Scales of blocks of rows and columns as those of `size` columns of each row, as ONNX has blocks along one
+        axis."""
+        (rows, columns), (tall, across), block = self.matrix.shape, self.matrix.grid, self.matrix.scales.block
+        name, times = f"{self.matrix.name}/scales", block[1] // size
+        sizes = {
+            "apart": [tall, 1, across, 1],
+            "repeated": [tall, block[0], across, times],
+            "together": [tall * block[0], across * times],
+        }
+        for (step, shape), kind in zip(sizes.items(), ("Reshape", "Expand", "Reshape"), strict=True):
+            self._constant(f"{name}/{step}/shape", np.array(shape, np.int64))
+            grid = self._node(kind, [grid, f"{name}/{step}/shape"], f"{name}/{step}")
+        if sizes["together"] == [rows, columns // size]:
             return grid
-        for step, number in (("from", 0), ("to", rows), ("axis", 0)):
-            self._constant(f"{name}/{step}", np.array([number], np.int64))
-        return self._node("Slice", [grid, f"{name}/from", f"{name}/to", f"{name}/axis"], f"{name}/cut")
+        for step, ends in (("from", [0, 0]), ("to", [rows, columns // size])):
+            self._constant(f"{name}/{step}", np.array(ends, np.int64))
+        return self._node("Slice", [grid, f"{name}/from", f"{name}/to"], f"{name}/cut")
 
     def _fp4(self, value: str) -> None:
         """By a function; TensorRT's own type is put in its place (engine_form.py)."""
         rows, columns = self.matrix.shape
         numbers = self._stored(self.matrix.values, (rows, columns // 2), "uint8")
         scales = self._scales(self.matrix.scales, self.matrix.grid, self.dtype)
-        self.nodes.append(fp4.node(numbers, scales, value))
+        self.nodes.append(fp4.node(numbers, scales, value, self.matrix.scales.block[1]))
 
     def _scales(self, said: Scales, shape: tuple[int, ...], dtype: int) -> str:
         """Scales of this shape and type."""
@@ -218,7 +225,7 @@ class Maker:
     def _constant(self, name: str, array: np.ndarray | np.generic) -> None:
         self.initializers.append(onnx.numpy_helper.from_array(np.asarray(array), name))
 
-    def _node(self, kind: str, inputs: list[str], value: str, **said: object) -> str:
+    def _node(self, kind: str, inputs: list[str], value: str, **said: Any) -> str:
         self.nodes.append(make_node(kind, inputs, [value], value, **said))
         return value
 

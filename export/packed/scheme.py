@@ -1,4 +1,4 @@
-"""What a checkpoint says of how its weights are quantised: in config.json, or in the file that a tool wrote beside it."""
+"""What a checkpoint says of how its weights are quantised: in config.json, or in what a tool wrote beside it."""
 
 from __future__ import annotations
 
