@@ -115,7 +115,7 @@ class RuntimeSession(Session[OrtValue]):
         if export.dtype == "bfloat16":
             raise RunError("ONNX Runtime has no bfloat16 MatMul on a CPU: export with --dtype float32 or float16 too")
         models = {g.name: last_logits(load(export, g), g, export.dtype) for g in export.graphs}
-        self._sessions = {n: open_session(m, export.folder, _options(threads)) for n, m in models.items()}
+        self._sessions = {n: open_session(m, export.folder, _options(threads), fused=True) for n, m in models.items()}
 
     @property
     def what(self) -> str:

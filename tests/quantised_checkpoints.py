@@ -283,7 +283,8 @@ def write(folder: Path, form: str, arch: str = "llama", config: Mapping[str, Any
     values: Held = {}
     for name, stored in tensors.items():
         wide = np.asarray(stored).astype(np.float32)
-        if wide.ndim != 2 or any(k in name for k in KEPT):
+        odd = wide.ndim != 2 or wide.shape[0] % 8 or wide.shape[1] % GROUP
+        if odd or any(k in name for k in KEPT):
             held[name], values[name] = np.asarray(stored), wide
             continue
         own, value = published.form(wide, rng)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx
 
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.packed.nodes import Maker
 from llmexport.export.wanted import load_parameters
 from llmexport.export.weights import Parameter
-from llmexport.plugins.dtypes import BY_ONNX, BY_SAFETENSORS
+from llmexport.plugins.dtypes import BY_SAFETENSORS
 
 
 def parameters(graph: ExportedGraph, model: onnx.ModelProto) -> dict[str, dict[str, Parameter]]:
@@ -33,8 +36,9 @@ def wrong(export: Export, graph: ExportedGraph, model: onnx.ModelProto) -> dict[
     """By name, how each tensor that the file does not have as the checkpoint has it differs."""
     checkpoint = export.checkpoint()
     held = {t.name: t for t in model.graph.initializer}
-    names = dict.fromkeys(n for step in graph.assembly.steps for n in _own(graph, step.name))
-    found = {n: _differs(held.get(n), checkpoint.tensors[n], checkpoint) for n in names}
+    named = dict.fromkeys(n for step in graph.assembly.steps for n in _own(graph, step.name))
+    kinds = {n: kind for name in named for n, kind in _kinds(checkpoint, name, held).items()}
+    found = {n: _differs(held.get(n), kind, checkpoint.tensors[n], checkpoint) for n, kind in kinds.items()}
     return {n: said for n, said in found.items() if said}
 
 
@@ -48,11 +52,23 @@ def _own(graph: ExportedGraph, step: str) -> list[str]:
     return [n for names in given for n in ((names,) if isinstance(names, str) else names)]
 
 
-def _differs(tensor: onnx.TensorProto | None, stored: StoredTensor, checkpoint: Checkpoint) -> str | None:
+def _kinds(checkpoint: Checkpoint, name: str, held: Collection[str]) -> dict[str, int]:
+    """The tensors that hold what the checkpoint calls so, each with the ONNX type that a graph reads it in."""
+    if name not in checkpoint.matrices:
+        return {name: BY_SAFETENSORS[checkpoint.tensors[name].dtype].onnx}
+    whole, product = (Maker(checkpoint.matrices[name], checkpoint.tensors, onnx.TensorProto.FLOAT) for _ in range(2))
+    whole.whole(name)
+    product.product(name, [])
+    # The order of columns is undone in one of two ways.
+    maker = product if product.reads <= {*held} else whole
+    return {t.name: t.data_type for t in maker.initializers if t.name in maker.reads}
+
+
+def _differs(tensor: onnx.TensorProto | None, kind: int, stored: StoredTensor, checkpoint: Checkpoint) -> str | None:
     """How an initialiser is another tensor than the one in the checkpoint; None if it is that one."""
     if tensor is None:
         return "is not in the graph's file"
-    if BY_ONNX.get(tensor.data_type) != BY_SAFETENSORS[stored.dtype]:
+    if tensor.data_type != kind:
         return f"is of ONNX type {tensor.data_type} in the graph's file, {stored.dtype} in the checkpoint"
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return _compared("lies in the graph's file", _bytes(onnx.numpy_helper.to_array(tensor)), stored, checkpoint)

@@ -19,11 +19,14 @@ from torch import Tensor
 from llmexport.export import archs
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.exported import Export
+from llmexport.export.packed import repack
+from llmexport.export.packed.scheme import KEYS
 from llmexport.export.trace import torch_dtype
 from llmexport.export.values import one_line
 from llmexport.validate import references
 from llmexport.validate.carrying import Again, RowByRow
 from llmexport.validate.feeds import sees
+from llmexport.validate.runners import to_torch
 
 OLDEST_TRANSFORMERS = (5, 20)  # whose numbers the tests hold the architectures against
 
@@ -87,11 +90,12 @@ def _loaded(export: Export, attention: str | None) -> Any:
     weights, whole = export.checkpoint(), any(map(sees, export.graphs))
     with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
         folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(export.config))
-        index = {t.name: t.file for t in weights.tensors.values()}
-        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-        for shard in weights.shards:
-            (folder / shard.file).symlink_to((export.folder / shard.file).resolve())
+        if not weights.matrices:
+            (folder / "config.json").write_text(json.dumps(export.config))
+            index = {t.name: t.file for t in weights.tensors.values()}
+            (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+            for shard in weights.shards:
+                (folder / shard.file).symlink_to((export.folder / shard.file).resolve())
         # transformers writes into the dictionaries that it is given.
         config = copy.deepcopy(dict(export.config if whole else export.text_config))
         if whole and not any(p.use == "logits" for g in export.graphs for p in g.assembly.outputs):
@@ -100,17 +104,19 @@ def _loaded(export: Export, attention: str | None) -> Any:
         # The class of the whole checkpoint has the checkpoint's own names.
         names = {f"^{re.escape(there)}": here for here, there in export.renamed.items()} if not whole else {}
         names |= _newer_names(model, _config(model.config_class, copy.deepcopy(config)), archs.load(export.arch).older)
-        # Weights in 4 bits are computed with in the runner's dtype, as in our export.
-        packed = (
-            transformers.utils.quantization_config.Mxfp4Config(dequantize=True)
-            if "quantization_config" in config
-            else None
-        )
+        source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+        if weights.matrices:
+            # Of the weights that they mean, which is no transformers' own reading of them.
+            for key in KEYS:
+                config.pop(key, None)
+            source = {"pretrained_model_name_or_path": None, "state_dict": _tensors(export)}
+        elif "quantization_config" in config:
+            # Weights in 4 bits are computed with in the runner's dtype, as in our export.
+            source["quantization_config"] = transformers.utils.quantization_config.Mxfp4Config(dequantize=True)
         loaded = model.from_pretrained(
-            folder,
+            **source,
             config=_config(model.config_class, config),
             key_mapping=names or None,
-            **({"quantization_config": packed} if packed else {}),
             dtype=torch_dtype(export.dtype),
             attn_implementation=attention,
         )
@@ -128,16 +134,23 @@ def _newer_names(model: Any, config: Any, older: Mapping[str, str]) -> dict[str,
 
 def _made(export: Export, attention: str | None) -> Any:
     """The model that a module of references makes of the weights in the export."""
-    stored: dict[str, list[str]] = {}
-    for tensor in export.checkpoint().tensors.values():
-        stored.setdefault(tensor.file, []).append(tensor.name)
-    tensors: dict[str, Tensor] = {}
-    for file, names in stored.items():
-        with safe_open(export.folder / file, "pt") as opened:
-            tensors |= {n: opened.get_tensor(n) for n in names}
+    tensors, dtype = _tensors(export), torch_dtype(export.dtype)
     try:
-        return references.make(
-            export.reference.made_by, export.text_config, tensors, torch_dtype(export.dtype), attention
-        )
+        return references.make(export.reference.made_by, export.text_config, tensors, dtype, attention)
     except references.Unread as error:
         raise Refused(str(error)) from error
+
+
+def _tensors(export: Export) -> dict[str, Tensor]:
+    """The weights of an export by their names in 16 bits, those in few bits as the numbers that they mean."""
+    checkpoint = export.checkpoint()
+    held = {n for matrix in checkpoint.matrices.values() for n in matrix.tensors}
+    made = {n: to_torch(checkpoint.values(n)) for n in checkpoint.matrices}
+    stored: dict[str, list[str]] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.name not in held and tensor.file != repack.FILE:
+            stored.setdefault(tensor.file, []).append(tensor.name)
+    for file, names in stored.items():
+        with safe_open(export.folder / file, "pt") as opened:
+            made |= {n: opened.get_tensor(n) for n in names}
+    return made

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import onnx
+from onnx import TensorProto
 
 from llmexport.export.values import one_line
 from llmexport.validate.compare import Mismatch
@@ -33,8 +34,13 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def open_session(model: onnx.ModelProto, weights: Path, options: SessionOptions | None = None) -> InferenceSession:
+def open_session(
+    model: onnx.ModelProto, weights: Path, options: SessionOptions | None = None, *, fused: bool = False
+) -> InferenceSession:
     """A session of `model`; `weights` is the folder that external data lies in.
+
+    Matrices in few bits are made wide when it is opened, and products are those of the numbers that they mean. If
+    products may be `fused`, ONNX Runtime keeps integers packed, and may round what they are multiplied with to 8 bits.
 
     Raises Mismatch, in one line, if the ONNX Runtime here is too old for it, and NotTaken if it refuses the model.
     """
@@ -49,9 +55,17 @@ def open_session(model: onnx.ModelProto, weights: Path, options: SessionOptions 
         )
     options = options or SessionOptions()
     options.log_severity_level = 3
+    if not (fused and _all_integers(model)):
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
     try:
         return InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except REFUSALS as error:
         said = one_line(error)
         raise NotTaken(f"ONNX Runtime {installed} does not take the model: {said}") from error
+
+
+def _all_integers(model: onnx.ModelProto) -> bool:
+    """Whether all that is dequantised is integers, of which alone ONNX Runtime's CPU has products."""
+    floats = {t.name for t in model.graph.initializer if "FLOAT8" in TensorProto.DataType.Name(t.data_type)}
+    return floats.isdisjoint(n for node in model.graph.node if node.op_type == "DequantizeLinear" for n in node.input)

@@ -109,26 +109,38 @@ class _Form:
         else:
             yield make_node("DequantizeLinear", [numbers.name, scales], [made], made, **said)
         if points:
-            yield from self._moved(points, scales, made, value, int(said["block_size"]))
+            yield from self._moved(points, scales, made, value, said.get("block_size"))
 
-    def _moved(self, points: TensorProto, scales: str, made: str, value: str, size: int) -> Iterator[onnx.NodeProto]:
+    def _moved(
+        self, points: TensorProto, scales: str, made: str, value: str, size: int | None
+    ) -> Iterator[onnx.NodeProto]:
         """Zero points as what is added to each block, which TensorRT takes where it takes no zero points: the scale
         times how far zero is from the middle."""
-        groups, rows = points.dims
         self._sign(points)
-        one, apart, whole, axis = (f"{value}/{n}" for n in ("one", "apart", "whole", "axis"))
-        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array([groups, size, rows], np.int64), apart))
-        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array([groups * size, rows], np.int64), whole))
-        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1], np.int64), axis))
-        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1, np.float32), f"{one}/wide"))
-        steps = {n: f"{value}/{n}" for n in ("zeros", "scaled", "offset", "grouped", "added")}
-        yield make_node("CastLike", [f"{one}/wide", scales], [one], one)
-        yield make_node("DequantizeLinear", [points.name, one], [steps["zeros"]], steps["zeros"])
-        yield make_node("Mul", [steps["zeros"], scales], [steps["scaled"]], steps["scaled"])
-        yield make_node("Unsqueeze", [steps["scaled"], axis], [steps["offset"]], steps["offset"])
-        yield make_node("Reshape", [made, apart], [steps["grouped"]], steps["grouped"])
-        yield make_node("Sub", [steps["grouped"], steps["offset"]], [steps["added"]], steps["added"])
-        yield make_node("Reshape", [steps["added"], whole], [value], value)
+        wide = self._constant(f"{value}/one/wide", np.array(1, np.float32))
+
+        def node(kind: str, inputs: list[str], name: str) -> onnx.NodeProto:
+            return make_node(kind, inputs, [name], name)
+
+        one, zeros, offset = (f"{value}/{n}" for n in ("one", "zeros", "offset"))
+        yield node("CastLike", [wide, scales], one)
+        yield node("DequantizeLinear", [points.name, one], zeros)
+        yield node("Mul", [zeros, scales], offset)
+        if size is None:
+            yield node("Sub", [made, offset], value)
+            return
+        groups, rows = points.dims
+        apart = self._constant(f"{value}/apart", np.array([groups, size, rows], np.int64))
+        whole = self._constant(f"{value}/whole", np.array([groups * size, rows], np.int64))
+        axis = self._constant(f"{value}/axis", np.array([1], np.int64))
+        yield node("Unsqueeze", [offset, axis], f"{offset}/apart")
+        yield node("Reshape", [made, apart], f"{value}/blocks")
+        yield node("Sub", [f"{value}/blocks", f"{offset}/apart"], f"{value}/moved")
+        yield node("Reshape", [f"{value}/moved", whole], value)
+
+    def _constant(self, name: str, array: np.ndarray) -> str:
+        self.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        return name
 
     def _sign(self, tensor: TensorProto) -> None:
         """Makes a constant one of signed numbers, each less the middle."""

@@ -36,6 +36,11 @@ class Maker:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     before: dict[str, list[onnx.NodeProto]] = field(default_factory=dict)
 
+    @property
+    def reads(self) -> set[str]:
+        """The tensors of the checkpoint that the nodes read."""
+        return {t.name for t in self.initializers if t.data_location == TensorProto.EXTERNAL}
+
     def whole(self, value: str) -> None:
         """Adds what makes the value: the matrix."""
         steps = [n for n in (self.matrix.factor, self._places) if n]
@@ -54,14 +59,14 @@ class Maker:
         """
         self._columns(value, turned=True)
         factor = self._factor() if self.matrix.factor else None
+        places = self._stored(self._places, (self.matrix.shape[1],), "int64") if self._places else None
         for reader in readers:
             own = self.before[reader.output[0]] = []
             if factor:
                 scaled = f"{reader.output[0]}/scaled"
                 own.append(make_node("Mul", [reader.input[0], factor], [scaled], scaled))
                 reader.input[0] = scaled
-            if self._places:
-                places = self._stored(self._places, (self.matrix.shape[1],), "int64")
+            if places:
                 gathered = f"{reader.output[0]}/gathered"
                 own.append(make_node("Gather", [reader.input[0], places], [gathered], gathered, axis=-1))
                 reader.input[0] = gathered
@@ -104,10 +109,11 @@ class Maker:
         else:
             numbers = self._turned(self._stored(matrix.values, (rows, columns), number))
         inputs = [numbers, self._scales_of_columns()]
+        points = (matrix.grid[1], rows) if self._grouped else (rows,)
         if zeros:
-            inputs.append(self._stored(zeros.name, (matrix.grid[1], rows), number))
+            inputs.append(self._stored(zeros.name, points, number))
         elif number.startswith("u"):
-            inputs.append(self._middle(number, (matrix.grid[1], rows) if self._grouped else (rows,)))
+            inputs.append(self._middle(number, points))
         said = {"axis": 0, "block_size": matrix.scales.block[1]} if self._grouped else {"axis": 1}
         self._node("DequantizeLinear", inputs, value if turned else f"{value}/columns", **said)
         if not turned:
