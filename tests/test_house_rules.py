@@ -237,6 +237,7 @@ KEYS = {
     "export/genai.py": ["attention_mask", "decoder", "input_ids", "logits", "model", "position_ids"],
     "export/manifest.py": ["logits", "weights"],
     "export/network/serve.py": ["model"],
+    "export/packed/scheme.py": ["weights"],
     "export/quantised.py": ["weights"],
     "run/bench.py": ["batch"],
     "run/pictures.py": ["images", "input_ids"],

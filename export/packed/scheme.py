@@ -26,10 +26,11 @@ METHODS = {
     "awq": "awq",
 }
 ROUNDED = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
-# ModelOpt's algorithms that leave weights as a type and scales alone.
+# ModelOpt's algorithms that leave weights as a type and scales alone; it writes some of them in capitals.
 ALGORITHMS = (
-    *("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A8_NVFP4_FP8"),
-    *("W4A16_AWQ", "W4A8_AWQ", "INT4_AWQ", "W8A8_SQ_PER_CHANNEL", "MXFP4", "MIXED_PRECISION"),
+    *("fp8", "fp8_pb_wo", "fp8_per_channel_per_token", "nvfp4", "nvfp4_awq", "w4a16_nvfp4", "w4a8_nvfp4_fp8"),
+    *("w4a16_awq", "w4a8_awq", "int4_awq", "w8a8_sq_per_channel", "w8a16", "mxfp4", "w4a8_mxfp4_fp8", "mxfp8"),
+    "mixed_precision",
 )
 
 
@@ -118,7 +119,7 @@ def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | None:
                 break
     if said is None or (method := method_of(said)) is None:
         return None
-    keys = _Said(said, where)
+    keys = _Said(said, where, describe(said))
     kept = (keys.names(k) for k in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"))
     scheme = Scheme(method, where, kept=tuple(n for names in kept for n in names))
     return READERS[method](keys, scheme)
@@ -135,15 +136,18 @@ def _older(file: str, said: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Said:
-    """The keys of a quantization_config, each read as what it must be. Raises ExportError on another."""
+    """The keys of a quantization_config, or of a part of one, each read as what it must be; `what` describes the whole.
+
+    Raises ExportError on another.
+    """
 
     data: Mapping[str, Any]
     where: str
+    what: str
 
     def wrong(self, key: str, expected: str) -> ExportError:
         return ExportError(
-            f"{self.where}: {key} of its quantisation ({describe(self.data)}) is {show(self.data.get(key))}, "
-            f"expected {expected}"
+            f"{self.where}: {key} of its quantisation ({self.what}) is {show(self.data.get(key))}, expected {expected}"
         )
 
     def choice(self, key: str, choices: tuple[Any, ...]) -> Any:
@@ -203,8 +207,8 @@ def _awq(said: _Said, scheme: Scheme) -> Scheme:
 
 def _modelopt(said: _Said, scheme: Scheme) -> Scheme:
     algorithm = said.data.get("quant_algo")
-    if algorithm not in ALGORITHMS:
-        raise said.wrong("quant_algo", ", ".join(ALGORITHMS))
+    if not isinstance(algorithm, str) or algorithm.lower() not in ALGORITHMS:
+        raise said.wrong("quant_algo", ", ".join(ALGORITHMS).upper())
     return scheme
 
 
@@ -213,12 +217,12 @@ def _compressed(said: _Said, scheme: Scheme) -> Scheme:
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
         raise said.wrong("config_groups", "groups of targets")
     overall = said.data.get("format")
-    return replace(scheme, groups=tuple(_group(_Said(g, said.where), overall) for g in groups.values()))
+    return replace(scheme, groups=tuple(_group(replace(said, data=g), overall) for g in groups.values()))
 
 
 FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
-    *("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
 )
 
 
@@ -229,7 +233,7 @@ def _group(said: _Said, overall: Any) -> Group:
     inner = said.data.get("weights")
     if not isinstance(inner, Mapping):
         raise said.wrong("weights", "what is said of weights")
-    weights = _Said(inner, said.where)
+    weights = replace(said, data=inner)
     weights.choice("dynamic", (False,))
     strategy = weights.choice("strategy", ("tensor", "channel", "group", "block", "tensor_group", None))
     size = weights.size("group_size") if strategy in ("group", "tensor_group") else None

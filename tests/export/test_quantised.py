@@ -1,4 +1,4 @@
-"""Quantised checkpoints are refused by what they are, as the config says it or as the tensors show."""
+"""Quantised checkpoints that are not read are refused by what they are, as the config or the tensors show it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llmexport.export.onnx_file import Request, fill
 from llmexport.export.quantised import describe
 
 Tensors = dict[str, tuple[str, list[int]]]
+Changes = dict[str, tuple[str, list[int]] | None]  # None where a tensor is left out
 M, N = 64, 64  # rows and columns of the matrix that is stored otherwise
 NAME = "model.layers.0.self_attn.q_proj"
 # In place of NAME.weight: what the published formats store, and what is said of it.
@@ -94,8 +95,14 @@ LAYOUTS: dict[str, tuple[dict[str, tuple[str, list[int]]], str]] = {
 }
 
 
-def write(folder: Path, change: dict[str, tuple[str, list[int]]], arch: str = "llama", name: str = NAME) -> Path:
-    """A checkpoint of holes of the tiny config, with `change` in place of one weight."""
+def write(
+    folder: Path,
+    change: dict[str, tuple[str, list[int]]],
+    arch: str = "llama",
+    name: str = NAME,
+    said: dict[str, Any] | None = None,
+) -> Path:
+    """A checkpoint of holes of the tiny config, with `change` in place of one weight, and what is `said` of it."""
     from llmexport.export import random_checkpoint
 
     random_checkpoint.write(archs.load(arch), folder / "plain", hollow=True)
@@ -112,7 +119,7 @@ def write(folder: Path, change: dict[str, tuple[str, list[int]]], arch: str = "l
     text = json.dumps(header).encode()
     made = folder / "ck"
     made.mkdir()
-    (made / "config.json").write_text(json.dumps(plain.config))
+    (made / "config.json").write_text(json.dumps(plain.config | ({"quantization_config": said} if said else {})))
     with (made / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
@@ -144,28 +151,261 @@ def test_one_block_alone_is_refused_by_the_same_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "data", "words"),
+    ("file", "data", "layout", "words"),
     [
         (
             "hf_quant_config.json",
             {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}},
+            "FP8 of ModelOpt",
             "hf_quant_config.json: modelopt, FP8",
         ),
-        (
-            "quantize_config.json",
-            {"bits": 4, "group_size": -1, "desc_act": True},
-            "quantize_config.json: 4 bits, one group",
-        ),
-        ("quant_config.json", {"w_bit": 4, "q_group_size": 128}, "quant_config.json: 4 bits, groups of 128"),
+        ("quantize_config.json", {"bits": 4, "group_size": -1, "sym": False}, "GPTQ", "4 bits, one group"),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 64}, "AWQ", "4 bits, groups of 64"),
     ],
 )
-def test_what_the_tool_wrote_beside_is_said_too(file, data, words, tmp_path):
-    folder = write(tmp_path, LAYOUTS["FP8 of ModelOpt"][0])
+def test_what_the_tool_wrote_beside_is_read_where_the_config_says_nothing(file, data, layout, words, tmp_path):
+    change, told = LAYOUTS[layout]
+    folder = write(tmp_path, change)
     (folder / file).write_text(json.dumps(data))
-    assert words in refusal(folder)
+    assert open_checkpoint(folder).matrices.keys() == {f"{NAME}.weight"}
     for broken in ("{", "[]", "[" * 100_000):
         (folder / file).write_text(broken)
-        assert "stored as F8_E4M3)" in refusal(folder)
+        assert f"quantised ({told})" in refusal(folder)
+
+
+def test_an_unknown_method_that_a_tool_wrote_beside_is_said_too(tmp_path):
+    folder = write(tmp_path, LAYOUTS["bitsandbytes int8"][0])
+    (folder / "quantize_config.json").write_text(json.dumps({"quant_method": "hqq", "bits": 4, "group_size": 64}))
+    assert "stored as I8, quantize_config.json: hqq, 4 bits, groups of 64)" in refusal(folder)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "quanto", "mlx", "auto-round"])
+def test_a_method_that_is_not_read_is_refused_by_its_name(method, tmp_path):
+    line = refusal(write(tmp_path, LAYOUTS["GPTQ"][0], said={"quant_method": method, "bits": 4, "group_size": 64}))
+    assert line.startswith(
+        f"config.json: quantization_config says that the weights are quantised ({method}, 4 bits, groups of 64)"
+    )
+    assert "take the unquantised model" in line
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64}
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 64]}
+INTS = {"num_bits": 4, "strategy": "channel", "symmetric": True}
+
+
+def compressed(kind: str, targets: tuple[str, ...] = ("Linear",), ignore: tuple[str, ...] = (), **weights: Any) -> dict:
+    group = {"targets": list(targets), "weights": weights}
+    said = {"quant_method": "compressed-tensors", "format": kind, "ignore": list(ignore)}
+    return said | {"config_groups": {"group_0": group}}
+
+
+def modelopt(algorithm: object) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm}
+
+
+FITTING = {
+    "FP8 in blocks": FP8,
+    "FP8 of ModelOpt": modelopt("FP8"),
+    "FP8 of compressed-tensors": compressed("float-quantized", num_bits=8, strategy="channel"),
+    "int8 of compressed-tensors": compressed("int-quantized", num_bits=8, strategy="channel"),
+    "NVFP4 of ModelOpt": modelopt("NVFP4"),
+    "NVFP4 of compressed-tensors": compressed(
+        "nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=16
+    ),
+    "w4a16 of compressed-tensors": compressed("pack-quantized", **INTS),
+    "GPTQ": GPTQ,
+    "AWQ": AWQ,
+}
+
+
+@pytest.mark.parametrize("layout", FITTING)
+def test_a_layout_that_its_config_tells_of_is_read(layout, tmp_path):
+    checkpoint = open_checkpoint(write(tmp_path, LAYOUTS[layout][0], said=FITTING[layout]))
+    assert [(n, m.shape) for n, m in checkpoint.matrices.items()] == [(f"{NAME}.weight", (M, N))]
+
+
+# A layout, what is changed of its tensors, what config.json says of it, and what is wrong.
+CONTRADICTIONS: list[tuple[str, Changes, dict[str, Any], str]] = [
+    ("FP8 of ModelOpt", {".weight": None}, modelopt("FP8"), "it lacks .weight:"),
+    ("FP8 of ModelOpt", {}, GPTQ, "it lacks .qweight:"),
+    ("GPTQ", {}, modelopt("FP8"), "it lacks .weight:"),
+    (
+        "int8 of compressed-tensors",
+        {},
+        FITTING["FP8 of compressed-tensors"],
+        ".weight is I8, which float-quantized has not",
+    ),
+    (
+        "NVFP4 of compressed-tensors",
+        {},
+        compressed("pack-quantized", **INTS),
+        ".weight_packed is U8, which pack-quantized has not",
+    ),
+    (
+        "FP8 in blocks",
+        {},
+        {**FP8, "weight_block_size": [32, 64]},
+        ".weight_scale_inv is [1, 1], blocks of 32 x 64 make it [2, 1]",
+    ),
+    (
+        "FP8 of ModelOpt",
+        {".weight_scale": ("F32", [3])},
+        modelopt("FP8"),
+        ".weight_scale is [3], blocks of 128 x 128 make it [1, 1]",
+    ),
+    (
+        "FP8 of ModelOpt",
+        {".weight_scale": ("I32", [])},
+        modelopt("FP8"),
+        ".weight_scale is I32, which modelopt has not",
+    ),
+    ("FP8 of ModelOpt", {".weight_scale_2": ("F32", [])}, modelopt("FP8"), ".weight_scale_2 should not be there"),
+    (
+        "FP8 of compressed-tensors",
+        {},
+        compressed("float-quantized", num_bits=8, strategy="block", block_structure=[32, 32]),
+        ".weight_scale is [64, 1], blocks of 32 x 32 make it [2, 2]",
+    ),
+    (
+        "int8 of compressed-tensors",
+        {".weight_zero_point": ("I8", [M, 1])},
+        compressed("int-quantized", num_bits=8, strategy="channel", symmetric=False),
+        ".weight_zero_point should not be there",
+    ),
+    (
+        "NVFP4 of ModelOpt",
+        {".weight_scale": ("F8_E4M3", [M, 3])},
+        modelopt("NVFP4"),
+        ".weight_scale is [64, 3], expected [64, 4]",
+    ),
+    ("NVFP4 of ModelOpt", {".weight_scale_2": None}, modelopt("NVFP4"), ".weight_scale_2 is missing"),
+    (
+        "NVFP4 of ModelOpt",
+        {".weight_scale": ("F32", [M, 7])},
+        modelopt("W4A16_AWQ"),
+        ".weight_scale is [64, 7] of a matrix [128, 32]",
+    ),
+    (
+        "NVFP4 of ModelOpt",
+        {".pre_quant_scale": ("BF16", [M + 1])},
+        modelopt("NVFP4_AWQ"),
+        ".pre_quant_scale is [65], expected [64]",
+    ),
+    (
+        "NVFP4 of compressed-tensors",
+        {".weight_global_scale": ("F32", [2])},
+        FITTING["NVFP4 of compressed-tensors"],
+        "expected one number",
+    ),
+    (
+        "w4a16 of compressed-tensors",
+        {},
+        compressed("pack-quantized", **{**INTS, "strategy": "group", "group_size": 32}),
+        ".weight_scale is [64, 1], groups of 32 make it [64, 2]",
+    ),
+    (
+        "w4a16 of compressed-tensors",
+        {".weight_scale": ("BF16", [M, 2])},
+        compressed("pack-quantized", **{**INTS, "strategy": "group", "group_size": 48}),
+        "groups of 48 do not fill rows of 64",
+    ),
+    (
+        "w4a16 of compressed-tensors",
+        {},
+        compressed("pack-quantized", **{**INTS, "symmetric": False}),
+        "its group says symmetric False, and of zero points the opposite is there",
+    ),
+    (
+        "w4a16 of compressed-tensors",
+        {".weight_zero_point": ("I32", [M, 1])},
+        compressed("pack-quantized", **{**INTS, "symmetric": False}),
+        ".weight_zero_point is [64, 1], expected [8, 1]",
+    ),
+    (
+        "w4a16 of compressed-tensors",
+        {".weight_g_idx": ("I32", [M // 2])},
+        compressed("pack-quantized", **INTS),
+        ".weight_g_idx is [32], expected [64]",
+    ),
+    (
+        "w4a16 of compressed-tensors",
+        {},
+        compressed("pack-quantized", ("re:.*mlp.*",), **INTS),
+        "no group of config_groups is of it",
+    ),
+    (
+        "w4a16 of compressed-tensors",
+        {},
+        compressed("pack-quantized", ignore=(NAME,), **INTS),
+        "config.json says that it is not quantised",
+    ),
+    ("GPTQ", {}, {**GPTQ, "group_size": 32}, ".scales is [1, 64], groups of 32 make it [2, 64]"),
+    ("GPTQ", {".qzeros": ("I32", [2, M // 8])}, GPTQ, ".qzeros is [2, 8], expected [1, 8]"),
+    ("GPTQ", {".g_idx": ("I32", [M + 8])}, GPTQ, ".g_idx is [72], expected [64]"),
+    ("GPTQ", {".qweight": ("I32", [0, M])}, GPTQ, ".qweight is [0, 64]"),
+    ("AWQ", {".qzeros": None}, AWQ, "it lacks .qzeros"),
+    ("AWQ", {".qzeros": ("I32", [1, M])}, AWQ, ".qzeros is [1, 64], expected [1, 8]"),
+]
+
+
+@pytest.mark.parametrize(("layout", "change", "said", "wrong"), CONTRADICTIONS)
+def test_tensors_that_contradict_the_config_are_refused(layout, change, said, wrong, tmp_path):
+    held = {n: kind for n, kind in (LAYOUTS[layout][0] | change).items() if kind}
+    with pytest.raises(ExportError) as error:
+        open_checkpoint(write(tmp_path, held, said=said))
+    line = one_line(error.value)
+    assert line.startswith(f"'{NAME}' is quantised (")
+    assert wrong in line
+    assert line.endswith("are config.json and the weights from the same download?")
+
+
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [
+        ({**GPTQ, "bits": 3}, "bits of its quantisation (gptq, 3 bits, one group) is 3, expected 4 or 8"),
+        (
+            {**GPTQ, "group_size": 0},
+            "group_size of its quantisation (gptq, 4 bits) is 0, expected a number of columns, or -1",
+        ),
+        ({**GPTQ, "checkpoint_format": "marlin"}, "is 'marlin', expected gptq or gptq_v2"),
+        (
+            {**AWQ, "version": "gemv"},
+            "version of its quantisation (awq, 4 bits, groups of 64) is 'gemv', expected gemm",
+        ),
+        ({**FP8, "fmt": "e5m2"}, "is 'e5m2', expected"),
+        (
+            {**FP8, "weight_block_size": [128]},
+            "weight_block_size of its quantisation (fp8, e4m3, blocks of 128) is [128]",
+        ),
+        (modelopt("NVFP4_SVD"), "is 'NVFP4_SVD', expected FP8, "),
+        (modelopt(None), "quant_algo of its quantisation (modelopt) is None, expected FP8, "),
+        (compressed("marlin-24", **INTS), "format of a group is 'marlin-24', expected pack-quantized or "),
+        (
+            compressed("pack-quantized", **{**INTS, "num_bits": 3}),
+            "num_bits of its quantisation (compressed-tensors, pack-quantized, 3 bits) is 3, expected 8 or 4",
+        ),
+        (compressed("pack-quantized", **{**INTS, "dynamic": True}), "is True, expected False"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "is {}, expected groups of targets"),
+        (compressed("pack-quantized", ("re:(",), **INTS), "'re:(' is no regular expression"),
+        ({**FP8, "modules_to_not_convert": "lm_head"}, "is 'lm_head', expected names of modules"),
+    ],
+)
+def test_what_is_said_and_not_read_is_refused(said, wrong, tmp_path):
+    with pytest.raises(ExportError) as error:
+        open_checkpoint(write(tmp_path, LAYOUTS["w4a16 of compressed-tensors"][0], said=said))
+    line = one_line(error.value)
+    assert line.startswith("config.json: ")
+    assert wrong in line
+
+
+def test_a_config_that_says_quantised_of_plain_weights_is_refused(tmp_path):
+    with pytest.raises(ExportError) as error:
+        open_checkpoint(write(tmp_path, {".weight": ("BF16", [M, N])}, said=GPTQ))
+    assert one_line(error.value) == (
+        "config.json says that the weights are quantised (gptq), and no tensor is: "
+        "download the weights and config.json again"
+    )
 
 
 def test_quantised_experts_one_by_one_in_place_of_a_stack_are_told(tmp_path):
