@@ -31,6 +31,7 @@ from llmexport.export.identity import identify
 from llmexport.export.last_logits import with_last_logits
 from llmexport.export.multimodal import PARTS, left_out, read_tower, text_config, tower_tensors, with_part
 from llmexport.export.output import new_folder
+from llmexport.export.packed.notes import notes as packed_notes
 from llmexport.export.packed.repack import with_repacked, write_repacked
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
@@ -208,7 +209,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         renamed=multimodal_names(arch, checkpoint.config, checkpoint.names),
         reference=arch.reference,
         versions=cache.versions(),
-        notes=(*notes, *handed.notes),
+        notes=(*notes, *packed_notes(wanted, checkpoint), *handed.notes),
         companions=companions,
         inode=stamp(folder).inode,
         held={file.file: held for file, held in found},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -11,12 +12,22 @@ from onnx import TensorProto
 from onnx.helper import get_attribute_value, make_node
 
 from llmexport.export.packed import fp4
+from llmexport.export.packed.matrix import Matrix
 
 # What unsigned numbers are as signed ones once all their bytes are changed by this mask: each less its middle.
 SIGNED: dict[int, tuple[int, int]] = {
     TensorProto.UINT4: (TensorProto.INT4, 0x88),
     TensorProto.UINT8: (TensorProto.INT8, 0x80),
 }
+
+
+# The compute capability from which GPUs have numbers of a type; TensorRT builds for no other that it is told of.
+NEEDS: Mapping[str, tuple[int, int]] = MappingProxyType({"float8_e4m3fn": (8, 9), "float4_e2m1fn": (10, 0)})
+
+
+def needs(matrices: Iterable[Matrix]) -> tuple[tuple[int, int], str] | None:
+    """The compute capability that engines of these need, and the type that needs it; None if any will do."""
+    return max(((NEEDS[kind], kind) for kind in {m.number for m in matrices} if kind in NEEDS), default=None)
 
 
 @dataclass(frozen=True)

@@ -188,10 +188,11 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
         del port["is"]
         port["dtype"] = port["dtype"].replace("T", "float32")
     assert record == {
-        "format": 3,
+        "format": 4,
         "backend": "tensorrt-rtx",
         "version": importlib.metadata.version("tensorrt_rtx"),
         "target": "NVIDIA GPUs of compute capability 8.0 and later",
+        "least": [8, 0],
         "built_on": None,
         "arch": "llama",
         "block": "attention",

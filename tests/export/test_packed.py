@@ -1,0 +1,129 @@
+"""Quantised checkpoints are read as published, stay in few bits, and mean what their formats say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from first_feed import first_feed
+from quantised_checkpoints import FORMS, write
+
+from llmexport.export import archs, engine, evaluation, graph_file
+from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.exported import Export
+from llmexport.export.onnx_file import Request
+from llmexport.export.onnx_file import write as export_to
+from llmexport.export.packed.repack import FILE
+from llmexport.validate import stages
+from llmexport.validate.compare import compare
+from llmexport.validate.runtime import SessionOptions, open_session
+
+# Of these nothing is packed anew.
+IN_PLACE = ("w4a16", "w8a16", "w8a8", "fp8", "fbgemm", "nvfp4", "mxfp4")
+ANEW = ("asymmetric", "act-order", "w4a16-modelopt")
+# Wide enough that weights are most of an engine.
+WIDE = {
+    **archs.load("llama").tiny,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+
+
+def exported(folder: Path, name: str, **kind: Any) -> Export:
+    checkpoint = open_checkpoint(folder / name)
+    return export_to(Request(archs.choose(None, checkpoint.config), checkpoint, **kind), folder / f"out-{name}")
+
+
+def logits(export: Export, **how: Any) -> np.ndarray:
+    graph = export.graphs[-1]
+    session = open_session(graph_file.load(export, graph), export.folder, **how)
+    made: np.ndarray = session.run(["logits"], first_feed(graph, stages.prompt(export), export.dtype))[0]
+    return made
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    write(tmp_path, request.param)
+    return request.param, tmp_path
+
+
+def test_numbers_are_what_the_format_says(form):
+    _, folder = form
+    packed, meant = open_checkpoint(folder / "ck"), open_checkpoint(folder / "meant")
+    assert len(packed.matrices) == 21
+    for name in packed.matrices:
+        assert compare(meant.read(name), packed.values(name)).max_abs <= 1e-7
+
+
+def test_the_graph_computes_with_what_they_mean(form):
+    name, folder = form
+    ours, plain = exported(folder, "ck"), exported(folder, "meant")
+    expected = logits(plain)
+    assert np.abs(expected).max() > 0.5
+    difference = compare(expected, logits(ours))
+    assert difference.max_abs <= 1e-5
+    assert difference.rms_ratio <= 1e-6
+    in_place = name.startswith(IN_PLACE) and not name.endswith(ANEW)
+    assert (FILE in [w.file for w in ours.weights]) is not in_place
+    assert any(note.startswith("quantised as published: 21 matrices of ") for note in ours.notes)
+
+
+INTEGERS = [name for name in FORMS if name.startswith(("gptq", "awq", "w4a16", "w8a16"))]
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_onnx_runtime_keeps_integers_packed(name, tmp_path):
+    write(tmp_path, name)
+    export, options = exported(tmp_path, "ck"), SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    expected, found = logits(export), logits(export, options=options, fused=True)
+    nodes = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node
+    kinds = [n.op_type for n in nodes]
+    assert kinds.count("MatMulNBits") == 21
+    assert "DequantizeLinear" not in kinds
+    assert compare(expected, found).rms_ratio <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("awq", "nvfp4") else pytest.param(n, marks=pytest.mark.slow) for n in FORMS]
+)
+def test_tensorrt_reads_the_same_and_keeps_it_packed(name, tmp_path):
+    write(tmp_path, name, config=WIDE)
+    ours = exported(tmp_path, "ck")
+    (tmp_path / "work").mkdir()
+    [graph] = ours.graphs
+    with evaluation.evaluator(ours, graph, tmp_path / "work") as network:
+        made = network.run(first_feed(graph, stages.prompt(ours)))["logits"]
+    difference = compare(logits(ours), made)
+    assert difference.max_abs <= 1e-4
+    assert difference.rms_ratio <= 1e-5
+
+
+HALVES = 2 * (4 * 512 * 512 + 3 * 512 * 1024)  # bytes of the matrices in float16
+LEAST = {"fp8": (8, 9), "fbgemm": (8, 9), "nvfp4": (10, 0), "mxfp4": (10, 0)}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("w4a16", "fp8-dynamic") else pytest.param(n, marks=pytest.mark.slow) for n in FORMS]
+)
+def test_an_engine_holds_them_packed(name, tmp_path):
+    write(tmp_path, name, config=WIDE)
+    ours, plain = exported(tmp_path, "ck", dtype="float16"), exported(tmp_path, "meant", dtype="float16")
+    told: list[str] = []
+    packed = engine.build(ours.folder, progress=lambda what, done, of: told.append(what))
+    whole = engine.build(plain.folder)
+    [(small, large)] = zip(packed.graphs.values(), whole.graphs.values(), strict=True)
+    bits = open_checkpoint(tmp_path / "ck").matrices.popitem()[1].bits
+    # What scales take, of groups of 16 and 32 here, is left to them.
+    assert large.bytes - small.bytes > 0.55 * HALVES * (1 - bits / 16)
+    least = next((c for start, c in LEAST.items() if name.startswith(start)), (8, 0))
+    assert packed.least == least
+    assert any(f"for compute capability {least[0]}.{least[1]} and later" in t for t in told) is (least != (8, 0))
