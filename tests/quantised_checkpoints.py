@@ -4,6 +4,7 @@ and none of our code. Each form gives the tensors of a matrix, and the numbers t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from llmexport.export import archs, random_checkpoint
+from llmexport.export.checkpoint import INDEX, ITEMSIZE, open_checkpoint
 
 Held = dict[str, np.ndarray]
 Form = Callable[[np.ndarray, np.random.Generator], tuple[Held, np.ndarray]]
@@ -309,3 +311,44 @@ def tensor(array: np.ndarray | np.generic) -> torch.Tensor:
         raw = np.int16 if held.itemsize == 2 else np.uint8
         return torch.from_numpy(held.reshape(-1).view(raw)).view(dtype).reshape(held.shape)
     return torch.from_numpy(held)
+
+
+def hollow(folder: Path, config: Mapping[str, Any], quantised: Mapping[str, Any], kept: tuple[str, ...] = KEPT) -> Path:
+    """A checkpoint of holes of a published size whose linear layers are FP8 in blocks of 128 x 128, as DeepSeek's are,
+    or in 4 bits as compressed-tensors packs them."""
+    random_checkpoint.write(archs.choose(None, config), folder / "plain", config=config, hollow=True)
+    plain = open_checkpoint(folder / "plain")
+    made = folder / "ck"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps({**plain.config, "quantization_config": quantised}))
+    blocks = quantised["quant_method"] == "fp8"
+    placed = {}
+    for shard in plain.shards:
+        header: dict[str, Any] = {}
+        for tensor in (t for t in plain.tensors.values() if t.file == shard.file):
+            name, shape = tensor.name, tensor.shape
+            if len(shape) != 2 or any(k in name for k in kept):
+                header[name] = (tensor.dtype, shape)
+            elif blocks:
+                header[name] = ("F8_E4M3", shape)
+                header[f"{name}_scale_inv"] = ("F32", tuple(-(-n // 128) for n in shape))
+            else:
+                header[f"{name}_packed"] = ("I32", (shape[0], shape[1] // 8))
+                header[f"{name}_scale"] = ("BF16", (shape[0], shape[1] // 128))
+                header[f"{name}_shape"] = ("I64", (2,))
+        placed |= dict.fromkeys(header, shard.file)
+        _holes(made / shard.file, header)
+    if len(plain.shards) > 1:
+        (made / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    return made
+
+
+def _holes(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + ITEMSIZE[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
