@@ -176,6 +176,11 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
+    if request.target == "tensorrt" and any(n in checkpoint.matrices for p in wanted for n in p.sources):
+        raise ExportError(
+            "target tensorrt: a quantised checkpoint gets TensorRT's form when its engine is built: export it without "
+            "--target, then run `llmexport engine`"
+        )
     checkpoint, repacked = with_repacked(checkpoint, (n for p in wanted for n in p.sources))
     config = text_config(arch, checkpoint.config)
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)

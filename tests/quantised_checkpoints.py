@@ -313,29 +313,50 @@ def tensor(array: np.ndarray | np.generic) -> torch.Tensor:
     return torch.from_numpy(held)
 
 
-def hollow(folder: Path, config: Mapping[str, Any], quantised: Mapping[str, Any], kept: tuple[str, ...] = KEPT) -> Path:
-    """A checkpoint of holes of a published size whose linear layers are FP8 in blocks of 128 x 128, as DeepSeek's are,
-    or in 4 bits as compressed-tensors packs them."""
-    random_checkpoint.write(archs.choose(None, config), folder / "plain", config=config, hollow=True)
+def _cut(number: int, by: int) -> int:
+    return -(-number // by)
+
+
+# What lies in the place of a weight [rows, columns], by what a published config says; groups are of 128.
+HOLES: dict[str, Callable[[int, int], dict[str, tuple[str, list[int]]]]] = {
+    "fp8": lambda n, k: {"weight": ("F8_E4M3", [n, k]), "weight_scale_inv": ("F32", [_cut(n, 128), _cut(k, 128)])},
+    "fbgemm_fp8": lambda n, k: {"weight": ("F8_E4M3", [n, k]), "weight_scale": ("F32", [n, 1])},
+    "float-quantized": lambda n, k: {"weight": ("F8_E4M3", [n, k]), "weight_scale": ("BF16", [n, 1])},
+    "pack-quantized": lambda n, k: {
+        "weight_packed": ("I32", [n, k // 8]), "weight_scale": ("BF16", [n, k // 128]), "weight_shape": ("I64", [2])
+    },
+    "awq": lambda n, k: {
+        "qweight": ("I32", [k, n // 8]), "qzeros": ("I32", [k // 128, n // 8]), "scales": ("F16", [k // 128, n])
+    },
+    "FP8": lambda n, k: {
+        "weight": ("F8_E4M3", [n, k]), "weight_scale": ("F32", []), "input_scale": ("F32", [])
+    },
+    "NVFP4": lambda n, k: {
+        "weight": ("U8", [n, k // 2]), "weight_scale": ("F8_E4M3", [n, k // 16]),
+        "weight_scale_2": ("F32", []), "input_scale": ("F32", []),
+    },
+}  # fmt: skip
+
+
+def hollow(folder: Path, config: Mapping[str, Any], kept: tuple[str, ...] = KEPT) -> Path:
+    """A checkpoint of holes of a published size, whose linear layers are stored as its quantization_config says."""
+    said = config["quantization_config"]
+    form = HOLES[next(w for w in (said.get("quant_algo"), said.get("format"), said.get("quant_method")) if w)]
+    unquantised = {k: v for k, v in config.items() if k != "quantization_config"}
+    random_checkpoint.write(archs.choose(None, config), folder / "plain", config=unquantised, hollow=True)
     plain = open_checkpoint(folder / "plain")
     made = folder / "ck"
     made.mkdir()
-    (made / "config.json").write_text(json.dumps({**plain.config, "quantization_config": quantised}))
-    blocks = quantised["quant_method"] == "fp8"
+    (made / "config.json").write_text(json.dumps({**plain.config, "quantization_config": said}))
     placed = {}
     for shard in plain.shards:
         header: dict[str, Any] = {}
         for tensor in (t for t in plain.tensors.values() if t.file == shard.file):
-            name, shape = tensor.name, tensor.shape
-            if len(shape) != 2 or any(k in name for k in kept):
-                header[name] = (tensor.dtype, shape)
-            elif blocks:
-                header[name] = ("F8_E4M3", shape)
-                header[f"{name}_scale_inv"] = ("F32", tuple(-(-n // 128) for n in shape))
-            else:
-                header[f"{name}_packed"] = ("I32", (shape[0], shape[1] // 8))
-                header[f"{name}_scale"] = ("BF16", (shape[0], shape[1] // 128))
-                header[f"{name}_shape"] = ("I64", (2,))
+            if len(tensor.shape) != 2 or any(k in tensor.name for k in kept):
+                header[tensor.name] = (tensor.dtype, tensor.shape)
+                continue
+            module = tensor.name.removesuffix("weight")
+            header |= {module + end: held for end, held in form(*tensor.shape).items()}
         placed |= dict.fromkeys(header, shard.file)
         _holes(made / shard.file, header)
     if len(plain.shards) > 1:

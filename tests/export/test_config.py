@@ -163,7 +163,7 @@ def test_what_is_harmless_in_a_decoder_alone_is_read_or_refused_in_an_encoder(ke
 QWEN3_5 = ("qwen3_5", "qwen3_5_moe")
 # What some architectures know, each with a value that is not their tiny config's.
 RICHER = {
-    "quantization_config": ({"quant_method": "gptq", "bits": 4}, ()),
+    "quantization_config": ({"quant_method": "aqlm", "bits": 4}, ()),
     "partial_rotary_factor": (0.75, ("glm", "glm4", "glm4_moe", "minimax_m2", "phi3", "qwen3_next", *QWEN3_5)),
     "attn_logit_softcapping": (50.0, ("gemma2",)),
     "final_logit_softcapping": (50.0, ("gemma2", "gemma4_text")),

@@ -13,11 +13,12 @@ from quantised_checkpoints import FORMS, write
 
 from llmexport.export import archs, engine, evaluation, graph_file
 from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.exported import Export
 from llmexport.export.onnx_file import Request
 from llmexport.export.onnx_file import write as export_to
 from llmexport.export.packed.repack import FILE
-from llmexport.validate import stages
+from llmexport.validate import bound, stages, validate
 from llmexport.validate.compare import compare
 from llmexport.validate.runtime import SessionOptions, open_session
 
@@ -127,3 +128,58 @@ def test_an_engine_holds_them_packed(name, tmp_path):
     least = next((c for start, c in LEAST.items() if name.startswith(start)), (8, 0))
     assert packed.least == least
     assert any(f"for compute capability {least[0]}.{least[1]} and later" in t for t in told) is (least != (8, 0))
+
+
+@pytest.mark.parametrize("name", ["w4a16-asymmetric", "gptq-act-order"])
+def test_weights_cannot_lie_beside_a_plan(name, tmp_path):
+    write(tmp_path, name, config=WIDE)
+    with pytest.raises(EngineError, match="build the engine with its weights inside"):
+        engine.build(exported(tmp_path, "ck").folder, weights="beside")
+
+
+def test_the_form_of_trtexec_is_that_of_an_engine(tmp_path):
+    write(tmp_path, "w8a8")
+    with pytest.raises(ExportError, match="export it without --target, then run `llmexport engine`"):
+        exported(tmp_path, "ck", target="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [("mixtral", "awq"), ("deepseek_v3", "fp8-block"), ("qwen2", "gptq-act-order"), ("qwen3_5", "nvfp4-modelopt")],
+)
+def test_other_architectures_compute_with_what_they_mean(arch, name, tmp_path):
+    """Experts one by one, a projection that is absorbed, biases, recurrences."""
+    write(tmp_path, name, arch)
+    ours, plain = exported(tmp_path, "ck"), exported(tmp_path, "meant")
+    difference = compare(logits(plain), logits(ours))
+    assert difference.max_abs <= 1e-5
+    assert difference.rms_ratio <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        ("llama", "gptq-act-order"),
+        *(pytest.param(a, n, marks=pytest.mark.slow) for a, n in [("mixtral", "w4a16"), ("deepseek_v3", "fp8-block")]),
+    ],
+)
+def test_validate_passes_every_rung(arch, name, tmp_path):
+    write(tmp_path, name, arch)
+    report = validate(exported(tmp_path, "ck").folder)
+    assert {"transformers", "onnxruntime", "network"} <= {r.key for r in report.rungs if r.status == "pass"}
+    assert report.passed
+
+
+def test_a_tensor_that_is_not_the_checkpoints_is_told(tmp_path):
+    write(tmp_path, "gptq-asymmetric")
+    export = exported(tmp_path, "ck")
+    [graph] = export.graphs
+    model = graph_file.load(export, graph)
+    assert bound.wrong(export, graph, model) == {}
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("layers.0.self_attn.q_proj.weight/numbers"):
+            place = next(e for e in tensor.external_data if e.key == "offset")
+            place.value = str(int(place.value) + 16)
+    [(name, said)] = bound.wrong(export, graph, model).items()
+    assert name.endswith("q_proj.weight/numbers")
+    assert "where other numbers lie" in said
