@@ -11,7 +11,7 @@ import pytest
 from first_feed import first_feed
 from quantised_checkpoints import FORMS, write
 
-from llmexport.export import archs, engine, evaluation, graph_file
+from llmexport.export import archs, engine, evaluation, graph_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.exported import Export
@@ -183,3 +183,31 @@ def test_a_tensor_that_is_not_the_checkpoints_is_told(tmp_path):
     [(name, said)] = bound.wrong(export, graph, model).items()
     assert name.endswith("q_proj.weight/numbers")
     assert "where other numbers lie" in said
+
+
+def test_how_far_quantisation_moved_the_logits_is_told(tmp_path):
+    write(tmp_path, "w4a16")
+    folder = exported(tmp_path, "ck").folder
+    report = validate(folder, rungs=["onnxruntime"], reference=tmp_path / "plain")
+    # In 4 bits more than nothing, and most tokens are the same.
+    assert report.moved
+    assert 1e-5 < report.moved.kl_mean < 0.2
+    assert 0.5 < report.moved.top1 < 1
+    assert "moved by quantisation" in (folder / "report.html").read_text()
+    same = validate(folder, rungs=["onnxruntime"], reference=tmp_path / "meant").moved
+    assert same
+    assert same.kl_max < 1e-8
+
+
+@pytest.mark.parametrize("wrong", ["another model", "another depth", "not quantised"])
+def test_a_reference_of_another_model_is_refused(wrong, tmp_path):
+    write(tmp_path, "w4a16")
+    config = {**archs.load("llama").tiny} | ({"num_hidden_layers": 2} if wrong == "another depth" else {})
+    random_checkpoint.write(
+        archs.load("qwen2" if wrong == "another model" else "llama"),
+        tmp_path / "other",
+        config=None if wrong == "another model" else config,
+    )
+    folder = exported(tmp_path, "meant" if wrong == "not quantised" else "ck").folder
+    with pytest.raises(ExportError, match="--reference: "):
+        validate(folder, rungs=["onnxruntime"], reference=tmp_path / "other")
