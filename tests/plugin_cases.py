@@ -253,6 +253,12 @@ ALL_CASES = {
         units=ATTENTION_UNITS,
     ),
     "Wkv": Case("Wkv", {}, {"B": 2, "T": 63, "C": 37}, fills={"present": mostly, "denominator": weight}),
+    "KimiDeltaRule": Case(
+        "KimiDeltaRule",
+        {"scale": 0.25, "l2_norm": True},
+        {"B": 2, "T": 9, "H": 3, "D": 16, "V": 32},
+        fills=DELTA_FILLS,
+    ),
     "GatedDeltaRule": Case(
         "GatedDeltaRule",
         {"scale": 0.25, "l2_norm": True},

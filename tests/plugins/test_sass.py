@@ -87,6 +87,16 @@ def test_no_16_bit_result_of_the_delta_rule_is_stored_on_its_own(code: Code) -> 
     assert [n for n in scans if any(i.startswith("STG.E.U16") for i in code[n])] == []
 
 
+def test_a_recurrence_moves_its_state_by_whole_vectors(code: Code) -> None:
+    """Eight rows of a thread's four columns, and y's four."""
+    recurrences = [n for n in code if re.search(r"recurrenceKernel<\w+, (\(bool\)1|true), ", n)]
+    assert len(recurrences) == 6
+    for name in recurrences:
+        stores = [i for i in code[name] if i.startswith("STG")]
+        assert (len(stores), {*stores} <= {"STG.E.64", "STG.E.128"}) == (9, True), (name, stores)
+        assert code[name].count("LDG.E.128") >= 8, name
+
+
 def projections(code: Code) -> list[str]:
     found = [n for n in code if "tensorCoreProjectionKernel<" in n]
     assert found
