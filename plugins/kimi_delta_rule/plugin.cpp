@@ -16,13 +16,17 @@ KimiDeltaRuleAttributes attributesOf(Values const& values) {
 
 bool supports(Node const& node) { return kimiDeltaRuleServes(sizesOf(node.sizes)); }
 
+size_t workspace(Node const& node) {
+  return kimiDeltaRuleWorkspace(sizesOf(node.sizes), node.dtype);
+}
+
 cudaError_t enqueue(Call const& call) {
   KimiDeltaRuleTensors const tensors{call.input(kQ),    call.input(kK),
                                      call.input(kV),    call.input<float>(kG),
                                      call.input(kBeta), call.input<float>(kState),
                                      call.output(kY),   call.output<float>(kNextState)};
   return kimiDeltaRule(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
-                       call.stream);
+                       call.workspace, call.stream);
 }
 
 Registration const registration({
@@ -38,6 +42,7 @@ Registration const registration({
     enqueue,
     nullptr,
     supports,
+    workspace,
 });
 
 }  // namespace

@@ -23,6 +23,7 @@ class KimiDeltaCase(DeltaRuleCase):
     """A case of GatedDeltaRule, each of whose heads has its own q and k and a decay for each channel of them."""
 
     op: str = "KimiDeltaRule"
+    chunk: int = 16
 
     @property
     def bytes(self) -> int:
@@ -31,7 +32,7 @@ class KimiDeltaCase(DeltaRuleCase):
 
     @property
     def target(self) -> float:
-        """None was set for a prompt: its tokens wait for each other."""
+        """None was set for a prompt: its chunks wait for each other."""
         return DECODE_TARGETS[self.B] if self.T == 1 else 0.0
 
     def on(self, device: str) -> list[torch.Tensor]:

@@ -63,7 +63,7 @@ extern "C" int launch_GatedDeltaRule(int64_t const* s) {
 }
 
 extern "C" int launch_KimiDeltaRule(int64_t const* s) {
-  return kimiDeltaRule(kDtype, {s[0], s[1], s[2], s[3], s[4]}, {}, {}, nullptr);
+  return kimiDeltaRule(kDtype, {s[0], s[1], s[2], s[3], s[4]}, {}, {}, nullptr, nullptr);
 }
 
 extern "C" int launch_Wkv(int64_t const* s) { return wkv(kDtype, {s[0], s[1], s[2]}, {}, nullptr); }

@@ -2,7 +2,6 @@
 #include "causal_conv1d/causal_conv1d.h"
 #include "common/row_plan.h"
 #include "gated_act/gated_act.h"
-#include "kimi_delta_rule/kimi_delta_rule.h"
 #include "moe_route/moe_route.h"
 #include "rope/rope.h"
 #include "wkv/wkv.h"
@@ -65,14 +64,6 @@ extern "C" void plan_moe_route(int64_t const* sizes, int, bool, int64_t* out) {
   auto const plan = moeRoutePlan({1, sizes[0], sizes[1]}, attributes);
   write(plan.launch, out);
   out[8] = plan.perLane;
-}
-
-// sizes: B, H, D, V.
-extern "C" void plan_kimi_delta_rule(int64_t const* sizes, int, bool pointersAligned,
-                                     int64_t* out) {
-  auto const plan = kimiDeltaRulePlan({sizes[0], 1, sizes[1], sizes[2], sizes[3]}, pointersAligned);
-  write(plan.recurrence, out);
-  out[7] = plan.width;
 }
 
 // sizes: B, T, C.

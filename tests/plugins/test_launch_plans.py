@@ -23,7 +23,6 @@ SHARED_WITHOUT_ASKING = 48 * 1024
 # __launch_bounds__ of the kernels.
 ROPE_THREADS, NORM_THREADS, ACT_THREADS, CONV_THREADS, ROUTE_THREADS = 256, 512, 256, 128, 128
 ROPE_HEADS, ACT_VECTORS = 4, 2
-DELTA_THREADS, DELTA_COLUMNS = 128, 32
 CONV_TOKENS = (8, 64)  # of a chunk, at least and at most
 
 
@@ -126,16 +125,6 @@ def test_wkv(plan, batch, channels):
     p.check(WARP)
     assert p.grid[1] == batch
     assert p.grid[0] * p.block[0] >= channels > (p.grid[0] - 1) * p.block[0]
-
-
-@several
-@given(few, few, st.sampled_from((16, 32, 64, 128)), st.sampled_from((16, 32, 64, 128)), st.booleans())
-def test_kimi_delta_rule(plan, batch, heads, rows, columns, aligned):
-    p = plan("kimi_delta_rule", (batch, heads, rows, columns), 2, aligned)
-    p.check(DELTA_THREADS)
-    assert p.grid == (-(-columns // DELTA_COLUMNS), heads, batch)
-    assert p.block == (DELTA_THREADS, 1, 1)
-    assert p.width == (4 if aligned else 1)
 
 
 @several
