@@ -426,7 +426,8 @@ def ops(model: onnx.ModelProto) -> list[str]:
     return [n.op_type for n in model.graph.node]
 
 
-OURS = ("SinkAttention", "MoeRoute", "MoeExperts", "CausalConv1d", "GatedDeltaRule", "GatedRmsNorm", "Wkv")
+OURS = ("SinkAttention", "MoeRoute", "MoeExperts", "CausalConv1d", "GatedDeltaRule", "KimiDeltaRule")
+OURS += ("GatedRmsNorm", "Wkv")
 FEW = [
     (LAYER, {"Attention": 1, "Rope": 2, "RMSNormalization": 2, "MatMul": 7, "Gelu": 1}),
     (SANDWICH, {"Attention": 1, "Rope": 2, "RMSNormalization": 4, "MatMul": 7, "Sigmoid": 1}),
@@ -434,6 +435,7 @@ FEW = [
     # The projections, and each head's two matrices, which lie in one.
     (LATENT, {"Attention": 1, "Rope": 2, "RMSNormalization": 2, "MatMul": 6}),
     (DELTA_NET, {"CausalConv1d": 1, "GatedDeltaRule": 1, "GatedRmsNorm": 1, "MatMul": 5, "Softplus": 1, "Sigmoid": 1}),
+    (KIMI_DELTA, {"CausalConv1d": 1, "KimiDeltaRule": 1, "GatedRmsNorm": 1, "MatMul": 9, "Softplus": 1, "Sigmoid": 1}),
     (TimeMix(33), {"Wkv": 1, "MatMul": 4, "Sigmoid": 1}),
     # The shared expert's three matrices, its gate and the router's scores.
     (MOE, {"MoeRoute": 1, "MoeExperts": 1, "MatMul": 5, "Sigmoid": 2}),
