@@ -26,7 +26,7 @@ GRIDS = {
 TILES = (1, 5)
 SEEN = [
     *((case, name) for case in (*PACKED, WIDE[0]) for name in GRIDS),
-    *((case, tiles) for case in (*(c for c in TOWERS if c not in PACKED), WIDE[1]) for tiles in TILES),
+    *((case, tiles) for case in (*(c for c in TOWERS if c not in PACKED), *WIDE[1:]) for tiles in TILES),
 ]
 
 
