@@ -51,7 +51,11 @@ def tiny(arch: str) -> Rows:
 @pytest.mark.model
 @pytest.mark.parametrize(
     ("arch", "count", "pixels", "features"),
-    [("qwen3_5_moe", 4, [4 * 64, 96], [4 * 16, 64]), ("llama4", 1, [5, 3, 24, 24], [5 * 9, 64])],
+    [
+        ("qwen3_5_moe", 4, [4 * 64, 96], [4 * 16, 64]),
+        ("llama4", 1, [5, 3, 24, 24], [5 * 9, 64]),
+        ("gemma3_text", 1, [1, 3, 24, 24], [9, 64]),
+    ],
 )
 def test_tower_alone_is_held_against_transformers(
     in_process: Any, tmp_path: Path, arch: str, count: int, pixels: list[int], features: list[int]
