@@ -128,10 +128,6 @@ class PooledProjector(Block):
     norm: Norm
     out: int
 
-    def __post_init__(self) -> None:
-        if self.side % self.merge:
-            raise ExportError(f"config.json: a tile has {self.side} patches a side, which {self.merge} must divide")
-
     @property
     def tokens(self) -> int:
         """How many features a tile makes."""
