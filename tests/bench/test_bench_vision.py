@@ -152,5 +152,5 @@ def test_a_try_of_few_layers_leaves_the_results(run: Callable[..., tuple[Any, Ro
 
 
 def test_a_name_of_no_model_is_told(run: Callable[..., tuple[Any, Rows]], capsys: Any) -> None:
-    assert run("gemma") == (2, {})
-    assert "no model has gemma in its name: choose of Qwen/Qwen3.6-35B-A3B" in capsys.readouterr().err
+    assert run("mistral") == (2, {})
+    assert "no model has mistral in its name: choose of Qwen/Qwen3.6-35B-A3B" in capsys.readouterr().err
