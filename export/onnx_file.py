@@ -123,7 +123,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     model, notes = read_noted(request.arch, config, request.max_tokens, part)
     model = with_last_logits(model) if request.logits == "last" else model
     stored = request.checkpoint.names
-    named = with_part(in_layout(request.arch, config, stored), config, part)
+    named = with_part(in_layout(request.arch, config, stored), config, part, stored)
     arch = as_stored(named, stored)
     check_layers(arch, model, stored, tower_tensors(arch, config, part))
     if arch is not named and model.ties:

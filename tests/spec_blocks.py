@@ -90,7 +90,7 @@ BLOCKS = [
     Rotary(16, 10000.0, LongScaling((1.0,) * 8, (3.0,) * 8, 64, 1.2)),
     Rotary(16, 10000.0, ProportionalScaling(2)),
     *each(Slots(64), slots=32),
-    *each(Mask(), window=8, chunk=8, keys=Keys(64)),
+    *each(Mask(), window=8, chunk=8, keys=Keys(64), pictures=True),
     BidirectionalMask(),
     *each(Span(), keys=Keys(64)),
     *each(Temperature(8, 0.1), interval=16, scale=0.2, static=True, placed=True),

@@ -14,7 +14,7 @@ from typing import Any
 from llmexport.export import nearest
 from llmexport.export.assembly import TABLE, has_own_head, renamed
 from llmexport.export.errors import ExportError
-from llmexport.export.multimodal import outer_of, tiny_config
+from llmexport.export.multimodal import of_release, outer_of, tiny_config
 from llmexport.export.spec import Arch, Multimodal
 from llmexport.export.values import show, show_name
 
@@ -64,7 +64,7 @@ def multimodal_names(arch: Arch, config: Mapping[str, Any], tensors: Collection[
         return {}
     table = _table(load(arch.name))
     known = (outer.names, *outer.other_names)
-    return next((names for names in known if _renamed(table, names) in tensors), outer.names)
+    return next((names for names in known if of_release(table, names) in tensors), outer.names)
 
 
 def in_layout(arch: Arch, config: Mapping[str, Any], tensors: Collection[str]) -> Arch:
@@ -92,14 +92,9 @@ def as_stored(arch: Arch, tensors: Collection[str]) -> Arch:
 
 def _inside(arch: Arch, outer: Multimodal, names: Mapping[str, str]) -> Arch:
     """The architecture with the names that its parameters have in the whole checkpoint."""
-    inside = renamed(arch, lambda name: _renamed(name, names))
-    base = _renamed(arch.base, names)
+    inside = renamed(arch, lambda name: of_release(name, names))
+    base = of_release(arch.base, names)
     return dataclasses.replace(inside, ignore=inside.ignore + outer.ignore + outer.left_out, base=base)
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    start = next((s for s in names if name.startswith(s)), "")
-    return names.get(start, "") + name.removeprefix(start)
 
 
 def _table(arch: Arch) -> str:

@@ -40,7 +40,7 @@ from llmexport.export.blocks.patches import (
 from llmexport.export.blocks.per_layer import PerLayerEmbedding, PerLayerInput
 from llmexport.export.blocks.splice import Splice
 from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
-from llmexport.export.blocks.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.blocks.tiles import PixelShuffle, PooledProjector, Projector, TileEmbedding, TileRotary
 from llmexport.export.blocks.wkv import ChannelMix, TimeMix
 
 
@@ -123,6 +123,7 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.PatchPositions: PatchPositions,
     spec.PerLayerInput: PerLayerInput,
     spec.PixelShuffle: PixelShuffle,
+    spec.PooledProjector: PooledProjector,
     spec.Projector: Projector,
     spec.RelativePositions: RelativePositions,
     spec.Router: Router,

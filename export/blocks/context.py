@@ -112,11 +112,14 @@ class Mask(nn.Module):
         super().__init__()
         self.window, self.chunk = block.window, block.chunk
 
-    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(self, attention_mask: Tensor, input_ids: Tensor, pictures: Tensor | None = None) -> Tensor:
         keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         slots = slots_of_step(attention_mask, input_ids)
         queries = slots.unsqueeze(1)
-        visible = torch.logical_and((attention_mask != 0).unsqueeze(1), keys <= queries)
+        seen = keys <= queries
+        if pictures is not None:
+            seen = torch.logical_or(seen, of_one_picture(pictures, (keys - slots[:1]).expand_as(attention_mask)))
+        visible = torch.logical_and((attention_mask != 0).unsqueeze(1), seen)
         if self.window is not None or self.chunk is not None:
             running = tokens_up_to(attention_mask)
             # Two tokens are as far apart as these two are: whatever padding stands before or between them.
@@ -127,6 +130,16 @@ class Mask(nn.Module):
                 chunks = [torch.div(x - 1, self.chunk, rounding_mode="floor") for x in (query, key)]
                 visible = torch.logical_and(visible, chunks[0] == chunks[1])
         return torch.logical_or(visible, keys == queries).unsqueeze(1)
+
+
+def of_one_picture(pictures: Tensor, at: Tensor) -> Tensor:
+    """Whether a token of the step and a key are of one picture [B, T, S], by the numbers of the tokens' pictures
+    [B, T]. A key is the `at`-th token [B, S] of the step, or none of them."""
+    place = at.clamp(0, pictures.shape[1] - 1)
+    key = pictures.gather(1, place)
+    # No token has the number -1.
+    key = torch.where(torch.logical_and(place == at, key > 0), key, -1)
+    return pictures.unsqueeze(2) == key.unsqueeze(1)
 
 
 class BidirectionalMask(nn.Module):

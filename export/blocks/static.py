@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
-from llmexport.export.blocks.context import leading_padding, temperature, tokens_up_to
+from llmexport.export.blocks.context import leading_padding, of_one_picture, temperature, tokens_up_to
 from llmexport.export.blocks.standard import padding_must_be_on_the_left
 
 
@@ -33,7 +33,9 @@ class StaticMask(nn.Module):
         assert block.keys
         self.block, self.keys = block, block.keys
 
-    def forward(self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(
+        self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor, pictures: Tensor | None = None
+    ) -> Tensor:
         block, first = self.block, padding_length.reshape(-1, 1, 1)
         query = _step_slots(past_length, input_ids).unsqueeze(2)
         if self.keys.slides:
@@ -41,7 +43,10 @@ class StaticMask(nn.Module):
             key = past_length.reshape(-1, 1, 1) - self.keys.slots + places
         else:
             key = torch.arange(self.keys.slots, device=input_ids.device).reshape(1, 1, -1)
-        visible = torch.logical_and(key >= first, key <= query)
+        seen = key <= query
+        if pictures is not None:
+            seen = torch.logical_or(seen, of_one_picture(pictures, (key - past_length.reshape(-1, 1, 1)).squeeze(1)))
+        visible = torch.logical_and(key >= first, seen)
         if block.window is not None:
             visible = torch.logical_and(visible, key > query - block.window)
         if block.chunk is not None:

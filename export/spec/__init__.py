@@ -77,7 +77,7 @@ from llmexport.export.spec.per_layer import PerLayerEmbedding, PerLayerInput
 from llmexport.export.spec.proportional import ProportionalScaling
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
-from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.spec.tiles import PixelShuffle, PooledProjector, Projector, TileEmbedding, TileRotary
 from llmexport.export.spec.wkv import ChannelMix, TimeMix
 
 __all__ = [
@@ -148,6 +148,7 @@ __all__ = [
     "PerLayerInput",
     "PixelShuffle",
     "Plain",
+    "PooledProjector",
     "Port",
     "Presence",
     "Projector",

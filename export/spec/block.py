@@ -42,6 +42,7 @@ Use = Literal[
     "places",  # of each patch, in which row and column of its picture it is
     "extents",  # and how many rows and columns that has
     "segments",  # the number of the frame that each patch is of
+    "pictures",  # of each token of this step, the number of the picture that it stands for in its row, 0 for text
     "features",  # what takes the place of the embeddings of this step's tokens that stand for pictures
     "state",  # keys, values or inputs that a block kept of earlier tokens
     "slots",  # keys or values, each token's in its own slot, the first token's in the first one
@@ -148,6 +149,7 @@ STEP_MASK = Port("attention_mask", (BATCH, SEQUENCE), "int64", "padding")
 SLOT_MASK = Port("attention_mask", (BATCH, WRITTEN), "int64", "padding")
 PADDING_LENGTH = Port("padding_length", (BATCH,), "int64", "padding_length")
 PAST_LENGTH = Port("past_length", (BATCH,), "int64", "past_length")
+PICTURES = Port("pictures", (BATCH, SEQUENCE), "int64", "pictures")
 # What a block that must not see padding reads.
 PRESENCE = (
     Port("present_tokens", (BATCH, SEQUENCE), use="presence"),

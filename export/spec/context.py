@@ -13,6 +13,7 @@ from llmexport.export.spec.block import (
     INPUT_IDS,
     PADDING_LENGTH,
     PAST_LENGTH,
+    PICTURES,
     POSITION_IDS,
     PRESENCE,
     SLOT_MASK,
@@ -156,16 +157,20 @@ class Mask(Block):
 
     Windows and chunks count the tokens of a row and no padding, wherever it stands, so that a row in a batch sees
     what it sees alone. A query always sees itself, so that the row of a padding token is never empty: no backend
-    then makes a NaN. `keys`: of a static cache.
+    then makes a NaN. `keys`: of a static cache. `pictures`: the tokens of a picture see each other as well, as far as
+    they are of this step, those behind a query too; a window bounds what is before it (modeling_gemma3.py,
+    create_masks_for_vision_model).
     """
 
     window: int | None = None
     chunk: int | None = None
     keys: Keys | None = None
+    pictures: bool = False
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK, INPUT_IDS)
+        ports = (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK, INPUT_IDS)
+        return (*ports, *(PICTURES,) * self.pictures)
 
     @property
     def outputs(self) -> tuple[Port, ...]:

@@ -143,9 +143,10 @@ class Tower:
     """What of a multimodal checkpoint sees: a graph of pictures to features.
 
     `build` makes the graph, and what puts features into the text, of the config at `config_key`, of the keys beside it
-    and of the width of the text model. `names` are as an Arch's, of paths that start with `vision.`. `tiny` are the
-    keys beside the text model's config in the built-in one. `words` are special words of its tokenizer and their ids,
-    `beside` what else lies there, by file: text, or a JSON object.
+    and of the width of the text model. `names` are as an Arch's, of paths that start with `vision.`; `other_names` maps
+    the starts of such names to those of other releases. `tiny` are the keys beside the text model's config in the
+    built-in one. `words` are special words of its tokenizer and their ids, `beside` what else lies there, by file:
+    text, or a JSON object.
     """
 
     build: Callable[[Config, Config, int], tuple[Graph, Splice]]
@@ -154,6 +155,7 @@ class Tower:
     words: Mapping[str, int]
     beside: Mapping[str, Any]
     config_key: str = "vision_config"
+    other_names: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ READ = [n for n in CLAIMED if n not in QUANTISED and n not in REFUSED and n not 
 NOTED = {
     "Qwen/Qwen2.5-7B-Instruct-1M": "dual_chunk_attention_config is left out, as transformers does: right up to 262144",
     **dict.fromkeys(
-        (n for n in READ if MODELS[n]["model_type"] in ("gemma3", "gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+        (n for n in READ if MODELS[n]["model_type"] in ("gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
         "the text model alone is exported",
     ),
     "internlm/internlm2_5-7b": "the export is of texts up to 32768 tokens",

@@ -26,7 +26,7 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.spec import PAST, SEQUENCE, SOURCE
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import drive, forms, ladder, reference, stages, thresholds, whole
+from llmexport.validate import drive, forms, ladder, loading, stages, thresholds, whole
 from llmexport.validate import page as files
 
 pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
@@ -377,7 +377,7 @@ def test_bf16_says_why_onnx_runtime_was_not_run(exported) -> None:
 def test_a_verdict_says_when_transformers_was_not_asked(exported, monkeypatch: pytest.MonkeyPatch) -> None:
     found = manifest.read(exported("gemma"))
     assert ladder.climb(found).verdict == "every rung that was run passed"
-    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     assert "not compared with transformers" in ladder.climb(found).verdict
 
 
@@ -425,7 +425,7 @@ def test_a_report_in_which_nothing_ran_has_not_passed() -> None:
 
 
 def test_without_transformers_its_rung_says_how_to_get_it(exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     rung = climb(exported("gemma"))["PyTorch / transformers"]
     assert (rung.status, "pip install" in rung.note) == ("not run", True)
 
