@@ -72,15 +72,18 @@ class Rotary(nn.Module):
         positions, steps = position_ids.unsqueeze(-1).float(), self.steps
         if self.block.sections:
             positions = (positions * self.axes).sum(0)
-        scaling, magnitude = self.block.scaling, 1.0
+        scaling = self.block.scaling
+        magnitude: float | Tensor = 1.0
+        if isinstance(scaling, spec.LongScaling | spec.YarnScaling):
+            magnitude = scaling.magnitude
         if isinstance(scaling, spec.LongScaling):
             beyond = position_ids.max() >= scaling.original_positions
             steps = torch.where(beyond, self.steps[1], self.steps[0])
-        if isinstance(scaling, spec.LongScaling | spec.YarnScaling):
-            magnitude = scaling.magnitude
+            if scaling.long_magnitude is not None:
+                magnitude = torch.where(beyond, scaling.long_magnitude, scaling.magnitude)
         angles = positions * steps
         cos, sin = angles.cos(), angles.sin()
-        if magnitude != 1.0:
+        if not isinstance(magnitude, float) or magnitude != 1.0:
             cos, sin = cos * magnitude, sin * magnitude
         return cos.to(self.dtype), sin.to(self.dtype)
 

@@ -60,12 +60,14 @@ class YarnScaling:
 class LongScaling:
     """LongRoPE (arXiv 2402.13753): a divisor for each frequency, `long` once a position is `original_positions`
     or beyond, else `short`; keys cached before that point keep their angles, so that who crosses it must run the
-    whole prompt again, as transformers' generate does. cos and sin are multiplied by `magnitude`."""
+    whole prompt again, as transformers' generate does. cos and sin are multiplied by `magnitude`, or beside `long` by
+    `long_magnitude` if there is one."""
 
     short: tuple[float, ...]
     long: tuple[float, ...]
     original_positions: int
     magnitude: float
+    long_magnitude: float | None = None
 
 
 Scaling: TypeAlias = Llama3Scaling | LinearScaling | YarnScaling | LongScaling | ProportionalScaling

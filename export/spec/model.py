@@ -196,8 +196,9 @@ class Reference:
     `attention` is which of its implementations does.
     `state` is what a class that keeps no cache calls what it carries, in its call and in its output: it knows nothing
     of padding, and is right for one row alone.
-    Where transformers has no class of the checkpoint's layout, `made_by` is the module of `validate/references/` that
-    makes a model of its tensors; `model_class` is then what configs call it, and `aliases` what others call it.
+    Where transformers has no class of the checkpoint's layout, or a wrong one, `made_by` is the module of
+    `validate/references/` that makes a model of its tensors; `model_class` is then what configs call it, and `aliases`
+    what others call it.
     """
 
     model_class: str

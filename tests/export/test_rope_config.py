@@ -93,6 +93,31 @@ def test_longrope_is_read():
     assert of_llama(**LONG) == Rotary(16, 10000.0, LongScaling(short, long, 64, magnitude))
 
 
+def test_phi_3_5_moe_says_the_magnitudes_of_short_and_of_long_texts():
+    short, long = tuple(LONG["short_factor"]), tuple(LONG["long_factor"])
+    rope = LONG | {"short_mscale": 1.1, "long_mscale": 1.3}
+    assert rotary(read("phimoe", rope_parameters=rope, **{ORIGINAL: 64})).scaling == LongScaling(
+        short, long, 64, 1.1, 1.3
+    )
+    rope["long_mscale"] = 1.1
+    assert rotary(read("phimoe", rope_parameters=rope, **{ORIGINAL: None})).scaling == LongScaling(short, long, 64, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"short_mscale": None}, "RoPE's short_mscale is None, expected a positive number"),
+        ({"long_mscale": "1"}, "RoPE's long_mscale is '1', expected a positive number"),
+        ({"attention_factor": 1.2}, "not understood: attention_factor"),
+        ({"rope_type": "su"}, "type 'su' is not supported here, default, longrope with mscales are"),
+        ({ORIGINAL: 32}, f"says {ORIGINAL} twice, 32 and 64"),
+    ],
+)
+def test_another_longrope_of_phi_3_5_moe_is_refused(changes, said):
+    rope = LONG | {"short_mscale": 1.1, "long_mscale": 1.3} | changes
+    assert said in refusal("phimoe", rope_parameters=rope, **{ORIGINAL: 64})
+
+
 @pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
 def test_phi_3_calls_longrope_by_its_old_names(name):
     rope = {k: v for k, v in LONG.items() if k != "rope_type"} | {"type": name}

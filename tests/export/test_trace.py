@@ -148,6 +148,7 @@ CASES = [
     (Rotary(10, 150000.0, YarnScaling(32.0, 64, 32.0, 1.0, False, 1.35)), "float32"),
     # Half of the runs end before position 64.
     (Rotary(10, 10000.0, LongScaling((1.0, 1.1, 1.2, 1.3, 1.4), (1.0, 2.0, 4.0, 8.0, 16.0), 64, 1.2)), "float32"),
+    (Rotary(10, 10000.0, LongScaling((1.0,) * 5, (2.0,) * 5, 64, 1.2, 1.4)), "float32"),
     (Rotary(10, 10000.0, sections=(2, 2, 1)), "float32"),
     (Rotary(10, 10000.0, ProportionalScaling(2)), "float32"),
     (Mask(), "float32"),
@@ -238,6 +239,8 @@ CASES = [
     (ROUTER, "float32"),
     (Router(33, 9, 3, "softmax_top_k", bias=True), "float32"),
     (Router(33, 9, 1, "sigmoid"), "float32"),
+    (Router(33, 9, 2, "sparse_mixer", jitter=0.2), "float32"),
+    (Router(33, 9, 2, "sparse_mixer", jitter=0.2), "float16"),
     (Router(33, 12, 3, "sigmoid", True, correction=True, groups=4, groups_kept=2, scale=2.5), "float32"),
     (Router(33, 12, 3, "sigmoid", correction=True, groups=4, groups_kept=2, group_best=1, wide=True), "float16"),
     (EXPERTS, "float32"),
