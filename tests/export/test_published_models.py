@@ -50,7 +50,7 @@ QUANTISED = {
 # Its names are those of the multimodal model, its config that of the text model alone.
 REFUSED = {
     "in a public repository: Qwen3.5-25B-REAP (pruned)": "exports ['Qwen3_5MoeForCausalLM']",
-    "in a public repository: Devstral-like mistral3, MLX 4 bit": "is of model_type 'mistral4', expected ministral3",
+    "in a public repository: Devstral-like mistral3, MLX 4 bit": "'mistral4', expected ministral3 or mistral",
     # The type of its text model stands where that of the multimodal one does.
     "mistralai/Ministral-3-3B-2512": "exports ['Ministral3ForCausalLM']",
     # A sentence encoder.
