@@ -56,7 +56,6 @@ ARCH = Arch(
         "attention_bias": True,
         "lm_head_bias": True,
         "num_local_experts": 6,
-        "num_experts_per_tok": 2,
         "original_max_position_embeddings": 512,
         # Large, so that tiny experts are within it.
         "router_jitter_noise": 0.2,
