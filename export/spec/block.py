@@ -125,6 +125,11 @@ class Block:
         """By their paths, the parameters that a Storage speaks of. All others are floats, cast to the model's type."""
         return {path + own: s for block, path in self.parts.values() for own, s in block.stored.items()}
 
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """The paths of weights that a checkpoint may hold and the block does not read."""
+        return ()
+
     def dtype_of(self, path: str) -> str:
         """The type of a parameter, as `Stored.dtype` says it."""
         return self.stored[path].dtype if path in self.stored else "T"

@@ -227,6 +227,14 @@ class Attention(Mixer):
         return {name: (norm, f"{name}.") for name, norm in self.norms.items()}
 
     @property
+    def spare(self) -> tuple[str, ...]:
+        """Published checkpoints hold keys and values of layers that read another's."""
+        if not self.borrows:
+            return ()
+        names = ["k_proj", *([] if self.key_is_value else ["v_proj"]), *(["k_norm"] if self.qk_norm else [])]
+        return tuple(f"{n}.weight" for n in names)
+
+    @property
     def norms(self) -> Mapping[str, Norm]:
         """The norms of q, of k and of v, if there are any."""
         heads = {"q_norm": self.heads} | ({} if self.borrows else {"k_norm": self.kv_heads})
