@@ -112,6 +112,14 @@ CASES = (
             "short_mscale": 1.1, "long_mscale": 1.25,
         },
     }),
+    Case("phimoe", "phimoe-short", {
+        "original_max_position_embeddings": 400,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 400,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8],
+            "short_mscale": 1.1, "long_mscale": 1.25,
+        },
+    }),
     Case("qwen2_moe", "qwen2_moe"),
     Case("qwen2_moe", "qwen2_moe-sliding", {
         "use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": True, "decoder_sparse_step": 2,

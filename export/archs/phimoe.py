@@ -56,18 +56,8 @@ ARCH = Arch(
         "attention_bias": True,
         "lm_head_bias": True,
         "num_local_experts": 6,
-        "original_max_position_embeddings": 512,
         # Large, so that tiny experts are within it.
         "router_jitter_noise": 0.2,
         "sliding_window": None,
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "original_max_position_embeddings": 512,
-            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
-            "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
-            "short_mscale": 1.1,
-            "long_mscale": 1.25,
-        },
     },
 )

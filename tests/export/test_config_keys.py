@@ -143,9 +143,6 @@ def test_the_largest_sizes_that_are_read_can_be_laid_out(arch):
     if arch in ("qwen3_5", "qwen3_5_moe"):
         # So that the sections of mRoPE still make its part of the head.
         config["rope_parameters"] = {"partial_rotary_factor": 8 / LONGEST, "mrope_section": [2, 1, 1]}
-    if arch == "phimoe":
-        # So that no list of RoPE's has to be as long as half a head.
-        config["rope_parameters"] = {"rope_theta": 10000.0}
     # So that every expert may be chosen.
     groups = {k: 1 for k in ("n_group", "topk_group") if k in config}
     config |= groups
