@@ -115,6 +115,8 @@ def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:
     kind = config.get("model_type")
     if name is None:
         matches = [n for n in map(load, names()) if kind in _types(n)]
+        told = [n for n in matches if n.told_by and n.told_by in config]
+        matches = told or [n for n in matches if not n.told_by]
         if not matches:
             every = [load(n) for n in names()]
             by_type = {t: n.name for n in every for t in _types(n)}

@@ -14,7 +14,8 @@ def inverse_frequencies(block: spec.Rotary) -> Tensor:
 
     For LongRoPE there are two rows: the short steps and the long ones.
     """
-    exponents = torch.arange(0, block.size, 2, dtype=torch.int64).float() / block.size
+    size = block.size // 2 if block.halves else block.size
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
     steps = 1.0 / (block.theta**exponents)
     match block.scaling:
         case None:
@@ -82,6 +83,8 @@ class Rotary(nn.Module):
             if scaling.long_magnitude is not None:
                 magnitude = torch.where(beyond, scaling.long_magnitude, scaling.magnitude)
         angles = positions * steps
+        if self.block.halves:
+            angles = torch.cat(angles.unbind(), -1)
         cos, sin = angles.cos(), angles.sin()
         if not isinstance(magnitude, float) or magnitude != 1.0:
             cos, sin = cos * magnitude, sin * magnitude
@@ -115,7 +118,7 @@ class Mask(nn.Module):
         super().__init__()
         self.window, self.chunk = block.window, block.chunk
 
-    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(self, attention_mask: Tensor, input_ids: Tensor, shown: Tensor | None = None) -> Tensor:
         keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         slots = slots_of_step(attention_mask, input_ids)
         queries = slots.unsqueeze(1)
@@ -129,6 +132,10 @@ class Mask(nn.Module):
             if self.chunk is not None:
                 chunks = [torch.div(x - 1, self.chunk, rounding_mode="floor") for x in (query, key)]
                 visible = torch.logical_and(visible, chunks[0] == chunks[1])
+        if shown is not None:
+            own = keys - slots.min()
+            seen = torch.logical_and(shown.index_select(1, own.clamp(min=0)), own >= 0)
+            visible = torch.logical_or(visible, seen.unsqueeze(1))
         return torch.logical_or(visible, keys == queries).unsqueeze(1)
 
 

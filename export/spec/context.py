@@ -13,8 +13,10 @@ from llmexport.export.spec.block import (
     INPUT_IDS,
     PADDING_LENGTH,
     PAST_LENGTH,
+    PLACES,
     POSITION_IDS,
     PRESENCE,
+    SHOWN,
     SLOT_MASK,
     Block,
     Dim,
@@ -80,6 +82,7 @@ class Rotary(Block):
     With `sections`, each token has as many positions (time, height, width: mRoPE, arXiv 2409.12191), equal for
     text. Frequency i turns by position i mod 3 as long as i < 3 * sections[i mod 3], by the first one otherwise
     (modeling_qwen3_5_moe.py). `places`: how many positions these angles are right for, where a model has others beyond.
+    `halves`: a head has two, each turned by a place of its own as a head of that size is (modeling_chatglm.py).
     """
 
     size: int
@@ -87,15 +90,18 @@ class Rotary(Block):
     scaling: Scaling | None = None
     sections: tuple[int, ...] = ()
     places: int | None = None
+    halves: bool = False
 
     def __post_init__(self) -> None:
-        if self.size % 2 or not self.size:
+        if self.size % (4 if self.halves else 2) or not self.size:
             raise ExportError(f"RoPE needs an even number of dimensions above 0, config.json makes it {self.size}")
         if self.sections and (len(self.sections) != 3 or sum(self.sections) != self.size // 2):
             raise ExportError(f"mrope_section is {list(self.sections)}: 3 numbers of sum {self.size // 2} are expected")
 
     @property
     def inputs(self) -> tuple[Port, ...]:
+        if self.halves:
+            return (PLACES,)
         axes = (len(self.sections),) if self.sections else ()
         return (Port("position_ids", (*axes, BATCH, SEQUENCE), "int64", "positions"),)
 
@@ -158,16 +164,18 @@ class Mask(Block):
 
     Windows and chunks count the tokens of a row and no padding, wherever it stands, so that a row in a batch sees
     what it sees alone. A query always sees itself, so that the row of a padding token is never empty: no backend
-    then makes a NaN. `keys`: of a static cache.
+    then makes a NaN. `prefixed`: some tokens of a step are seen by all of it. `keys`: of a static cache.
     """
 
     window: int | None = None
     chunk: int | None = None
     keys: Keys | None = None
+    prefixed: bool = False
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK, INPUT_IDS)
+        where = (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK, INPUT_IDS)
+        return (*where, SHOWN) if self.prefixed else where
 
     @property
     def outputs(self) -> tuple[Port, ...]:

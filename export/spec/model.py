@@ -230,6 +230,7 @@ class Arch:
     `tiny` is the built-in config. `multimodal` are the kinds of checkpoint that the model is published in beside its
     own. A base model's checkpoint, which has no head, leaves `base` out where a name starts with it.
     `overflows_float16` says, where published checkpoints are known to overflow float16, which do and how it shows.
+    `told_by` is a key that its configs have, and those of another architecture of the same model type have not.
     `rope_keys` are what its configs call RoPE's keys beside `rope_parameters`, where that is not what others call them.
     `adds` says in a few words what its blocks have that Llama's have not, and `system` what the documents that this
     project began with call it, if they name it.
@@ -248,6 +249,7 @@ class Arch:
     multimodal: tuple[Multimodal, ...] = ()
     base: str = "model."
     overflows_float16: str = ""
+    told_by: str = ""
     rope_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adds: str = ""
     system: str = ""

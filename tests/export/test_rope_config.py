@@ -25,7 +25,7 @@ from llmexport.validate.tolerance import Tolerance
 # Architectures whose positions turn queries and keys.
 TURNING = sorted({c.arch for c in DECODERS if any(isinstance(s.block, Rotary) for s in read(c.arch).steps)})
 # These have keys of their own for it.
-SCALED = [a for a in TURNING if a not in ("chatglm", "internlm", "openelm", "qwen")]
+SCALED = [a for a in TURNING if a not in ("chatglm", "chatglm_6b", "internlm", "openelm", "qwen")]
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
