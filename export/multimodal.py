@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmexport.export.config import Config
@@ -22,6 +22,11 @@ def outer_of(arch: Arch, config: Mapping[str, Any]) -> Multimodal | None:
     return next((m for m in arch.multimodal if m.model_type == config.get("model_type")), None)
 
 
+def wrong_text(key: str, kind: Any, types: Sequence[str]) -> ExportError:
+    """A multimodal config whose text model is of another type than those that are published so."""
+    return ExportError(f"config.json: {key} is of model_type {show(kind)}, expected {' or '.join(types)}")
+
+
 def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the text model, which a multimodal checkpoint's config holds among others.
 
@@ -36,9 +41,7 @@ def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
     types = outer.text_types or arch.model_types
     kind = inner.get("model_type", types[0])
     if kind not in types:
-        raise ExportError(
-            f"config.json: {outer.config_key} is of model_type {show(kind)}, expected {' or '.join(types)}"
-        )
+        raise wrong_text(outer.config_key, kind, types)
     beside = {k: v for k, v in config.items() if k not in (outer.config_key, *outer.harmless)}
     shared = {k: v for k, v in beside.items() if outer.flat or k == "tie_word_embeddings"}
     said = {k: v for k, v in inner.items() if v is not None and k not in ANY}

@@ -14,10 +14,12 @@ from typing import Any
 from llmexport.export import cache, manifest, weights
 from llmexport.export.archs import as_stored, in_layout, multimodal_names
 from llmexport.export.assembly import (
+    ahead_names,
     alone,
     find_block,
     head_name,
     named_blocks,
+    spare_names,
     tied_names,
 )
 from llmexport.export.checkpoint import Checkpoint
@@ -35,7 +37,7 @@ from llmexport.export.packed.notes import notes as packed_notes
 from llmexport.export.packed.repack import with_repacked, write_repacked
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
-from llmexport.export.spec import DTYPES, Arch, Layer, Model
+from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import check_slots
 from llmexport.export.wanted import check_layers, wanted_parameters
@@ -226,10 +228,9 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
 def _check_weights(request: Request, model: Model, wanted: list[weights.Parameter]) -> None:
     """Raise ExportError unless the checkpoint holds what the graphs want, and nothing that they leave unsaid."""
     arch = request.arch
-    ignore = arch.ignore
-    ahead = arch.ahead.replace("{layers}", str(sum(isinstance(s.block, Layer) for s in model.steps)))
-    if ahead in request.checkpoint.tensors:
-        ignore += (f"{ahead.rsplit('.', 2)[0]}.*",)
+    ignore = arch.ignore + spare_names(arch, model)
+    names = [n for p in wanted for n in p.sources]
+    ignore += ahead_names(arch, model, names, request.checkpoint.tensors)
     for copy, original in tied_names(arch, model):
         ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
     by_name = {p.name: p for p in wanted}

@@ -151,6 +151,9 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = np.full(shape, sizes[PAST] + sizes[SEQUENCE])
             case "presence":
                 value = np.arange(shape[1]) >= np.arange(shape[0])[:, None]
+            case "shown":
+                value = np.arange(shape[1]) < shape[1] // 2
+                value = np.broadcast_to(value, shape)
             case "presence_end":
                 value = sizes[SEQUENCE] - np.arange(shape[0]) % (sizes[SEQUENCE] + 1)
             case "temperature":

@@ -29,6 +29,7 @@ from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.moe import Experts, MlpWithExperts, Moe, Router, SharedExpert
 from llmexport.export.blocks.norm import Norm
+from llmexport.export.blocks.passage import Passage
 from llmexport.export.blocks.patches import (
     PatchEmbedding,
     PatchMerger,
@@ -117,6 +118,7 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.MlpWithExperts: MlpWithExperts,
     spec.Moe: Moe,
     spec.Norm: Norm,
+    spec.Passage: Passage,
     spec.PatchEmbedding: PatchEmbedding,
     spec.PatchMerger: PatchMerger,
     spec.PatchPlaces: PatchPlaces,

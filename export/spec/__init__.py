@@ -65,6 +65,7 @@ from llmexport.export.spec.model import (
     from_data,
     to_data,
 )
+from llmexport.export.spec.passage import Passage
 from llmexport.export.spec.patches import (
     PatchEmbedding,
     PatchMerger,
@@ -139,6 +140,7 @@ __all__ = [
     "Mxfp4",
     "Norm",
     "Part",
+    "Passage",
     "PatchEmbedding",
     "PatchMerger",
     "PatchPlaces",

@@ -32,6 +32,7 @@ Use = Literal[
     "span_length",  # where they end
     "presence",  # 1 for a token, 0 for padding, along this step
     "presence_end",  # where this step's tokens of a row end
+    "shown",  # which tokens of this step all of their row see
     "cos",  # cosines of the angles that RoPE turns by
     "sin",  # their sines
     "temperature",  # a factor of each query
@@ -126,6 +127,11 @@ class Block:
         """By their paths, the parameters that a Storage speaks of. All others are floats, cast to the model's type."""
         return {path + own: s for block, path in self.parts.values() for own, s in block.stored.items()}
 
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """The paths of weights that a checkpoint may hold and the block does not read."""
+        return ()
+
     def dtype_of(self, path: str) -> str:
         """The type of a parameter, as `Stored.dtype` says it."""
         return self.stored[path].dtype if path in self.stored else "T"
@@ -143,6 +149,8 @@ def state(name: str, past: tuple[Dim, ...], present: tuple[Dim, ...], dtype: str
 
 INPUT_IDS = Port("input_ids", (BATCH, SEQUENCE), "int64", "tokens")
 POSITION_IDS = Port("position_ids", (BATCH, SEQUENCE), "int64", "positions")
+PLACES = Port("places", (2, BATCH, SEQUENCE), "int64", "positions")
+SHOWN = Port("shown", (BATCH, SEQUENCE), "bool", "shown")
 TOKEN_TYPE_IDS = Port("token_type_ids", (BATCH, SEQUENCE), "int64", "token_types")
 ATTENTION_MASK = Port("attention_mask", (BATCH, TOTAL), "int64", "padding")
 STEP_MASK = Port("attention_mask", (BATCH, SEQUENCE), "int64", "padding")

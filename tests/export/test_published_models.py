@@ -53,7 +53,7 @@ REFUSED = {
     # Experts one by one, where unquantised ones lie in one tensor.
     "RedHatAI/Llama-4-Scout-17B-16E-Instruct-FP8-dynamic": "for_llm_compressor is True, only False is supported",
     "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8": "for_llm_compressor is True, only False is supported",
-    "in a public repository: Devstral-like mistral3, MLX 4 bit": "is of model_type 'mistral4', expected ministral3",
+    "in a public repository: Devstral-like mistral3, MLX 4 bit": "'mistral4', expected ministral3 or mistral",
     # The type of its text model stands where that of the multimodal one does.
     "mistralai/Ministral-3-3B-2512": "exports ['Ministral3ForCausalLM']",
     # A sentence encoder.

@@ -326,6 +326,8 @@ MISREAD = {
     "one RoPE for all kinds of layers": ("gemma3_text", "Rotary", "theta", 10000.0),
     "clip dropped": ("olmo", "Attention", "clip", None),
     "LongRoPE's lengths": ("phi3-longrope-long", "LongScaling", "original_positions", 512),
+    "LongRoPE's magnitude of long texts": ("phimoe-long-plain", "LongScaling", "long_magnitude", None),
+    "experts within the jitter": ("phimoe", "Router", "jitter", 0.1),
     "a delta net's epsilon": ("qwen3_5_moe", "GatedDeltaNet", "epsilon", 1e-2),
     "hidden states not rescaled": ("rwkv", "ChannelMix", "scale", 1.0),
     "an encoder's attention scaled": ("bert", "Attention", "scale", 0.2),
