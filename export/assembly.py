@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import ONLY, Arch, Assembly, Block, Graph, Model, Part, Step
+from llmexport.export.spec import ONLY, Arch, Assembly, Block, Graph, Layer, Model, Part, Step
 
 # Paths of the two parameters that may be tied; a base model lacks the first.
 HEAD, TABLE = "head.projection.weight", "embedding.weight"
@@ -69,6 +69,26 @@ def tied_names(arch: Arch, model: Model) -> list[tuple[str, str]]:
     return [(_stored_name(arch, copy), _stored_name(arch, original)) for copy, original in model.ties.items()]
 
 
+def spare_names(arch: Arch, model: Model) -> tuple[str, ...]:
+    """What a checkpoint calls the weights that it may hold and no block reads."""
+    every = [part for step in model.steps for part in parts(step)]
+    return tuple(checkpoint_name(arch, model, part.path + path) for part in every for path in part.block.spare)
+
+
+def ahead_names(arch: Arch, model: Model, wanted: Collection[str], held: Collection[str]) -> tuple[str, ...]:
+    """What a checkpoint that holds these tensors calls those of its module that guesses ahead, if it has one.
+
+    `wanted` are the names of the model's own.
+    """
+    layers = sum(isinstance(s.block, Layer) for s in model.steps)
+    named = [n.replace("{layers}", str(layers)) for n in arch.ahead]
+    if not named or named[0] not in held:
+        return ()
+    start = arch.ahead[0].partition("{layers}")[0]
+    last = f"{start}{layers - 1}."
+    return (*named, *(f"{start}{layers}.{n.removeprefix(last)}" for n in wanted if n.startswith(last)))
+
+
 def head_name(arch: Arch) -> str:
     """What a checkpoint calls the head's projection."""
     return _stored_name(arch, HEAD)
@@ -86,7 +106,7 @@ def renamed(arch: Arch, rename: Callable[[str], str]) -> Arch:
         names={path: rename(n) for path, n in arch.names.items()},
         stacks={rename(n): tuple(map(rename, names)) for n, names in arch.stacks.items()},
         ignore=tuple(map(rename, arch.ignore)),
-        ahead=rename(arch.ahead),
+        ahead=tuple(map(rename, arch.ahead)),
     )
 
 

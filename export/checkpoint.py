@@ -8,14 +8,13 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
 from llmexport.export.folder import ADAPTER, INDEX, SINGLE, few, what_it_is
-from llmexport.export.packed.read import read_matrices
-from llmexport.export.packed.scheme import read_scheme
+from llmexport.export.packed.read import matrices_of
 from llmexport.export.stamp import Stamp, check_stamp, stamp
 from llmexport.export.stamp import read_errors as _read_errors
 from llmexport.plugins.dtypes import BY_SAFETENSORS
@@ -124,15 +123,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise ExportError(f"{folder / file} {problem}: download both again")
         tensors |= held
         shards.append(shard)
-    return with_matrices(Checkpoint(folder, config, tensors, tuple(shards)))
-
-
-def with_matrices(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the matrices that are quantised, if any are. Raises ExportError on one that is not read."""
-    scheme = read_scheme(checkpoint.config, checkpoint.folder)
-    if scheme is None:
-        return checkpoint
-    return replace(checkpoint, matrices=read_matrices(scheme, checkpoint.tensors))
+    return Checkpoint(folder, config, tensors, tuple(shards), matrices_of(config, folder, tensors))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -40,6 +40,12 @@ NAMES = MappingProxyType(
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
+# What a module that guesses the token after the next has beside a layer of its own (DeepSeek V3, section 2.2).
+AHEAD = tuple(
+    f"model.layers.{{layers}}.{n}.weight"
+    for n in ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head")
+)
+
 # What the built-in tiny configs share.
 TINY = MappingProxyType(
     {

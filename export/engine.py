@@ -18,7 +18,7 @@ from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
 from llmexport.export.output import write_errors
-from llmexport.export.packed.engine_form import engine_form
+from llmexport.export.packed.engine_form import engine_form, needs
 from llmexport.export.profile import Profile
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import Port, Sizes
@@ -65,8 +65,14 @@ def build(
         progress("verify the weights", 0, 1)
         export = manifest.verified(export)
     served = library.served(plugins) if plugins else frozenset()
+    gpu = None if chosen.least else device.first()
+    built_on = gpu if isinstance(gpu, device.Device) else None
+    least, why = max((chosen.least or (0, 0), ""), needs(export.checkpoint().matrices.values()) or ((0, 0), ""))
+    if built_on and built_on.capability < least:
+        raise EngineError(f"{why} weights need compute capability {_text(least)} or later, here is {built_on.text}")
     with write_errors(folder / plan_name(export.graphs[0].name)), workspace(folder) as work:
-        job = _Job(export, chosen.module, sizes, plugins, served, weights, timeout, work, progress)
+        wants = f" for compute capability {_text(least)} and later, as weights are {why}" if why else ""
+        job = _Job(export, chosen.module, sizes, plugins, served, weights, timeout, work, progress, wants)
         plans: dict[str, Plan] = {}
         for place, graph in enumerate(export.graphs):
             try:
@@ -76,12 +82,12 @@ def build(
                     raise
                 raise EngineError(f"{graph.name}: {error}") from error
         used = any(p.plugins for p in plans.values())
-        gpu = None if chosen.least else device.first()
         engine = Engine(
             backend=backend,
             version=version,
-            target=chosen.target,
-            built_on=gpu if isinstance(gpu, device.Device) else None,
+            target=chosen.target.format(_text(least)) + (f", as weights are {why}" if why else ""),
+            least=least if chosen.least or why else None,
+            built_on=built_on,
             arch=export.arch,
             block=export.block,
             dtype=export.dtype,
@@ -96,6 +102,10 @@ def build(
         _place(work, folder, engine)
     progress("engine", 2 * len(plans), 2 * len(plans))
     return engine
+
+
+def _text(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 def plan_name(graph: str) -> str:
@@ -115,6 +125,7 @@ class _Job:
     timeout: float | None
     work: Path
     progress: Progress
+    wants: str
 
     def build(self, place: int, graph: ExportedGraph) -> tuple[Plan, str]:
         """Leaves the plan of a graph, the `place`-th, in its folder; returns it and the version of TensorRT."""
@@ -141,7 +152,7 @@ class _Job:
             check_ports(outputs, read.outputs)
             if read.computed:
                 raise EngineError(f"TensorRT would compute weights at every step, by {', '.join(read.computed[:5])}")
-            self.progress("engine: build", 2 * place + 1, steps)
+            self.progress(f"engine: build{self.wants}", 2 * place + 1, steps)
 
         ran = builder.run(work, self.module, self.timeout, check)
         plan = Plan(

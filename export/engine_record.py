@@ -27,7 +27,7 @@ from llmexport.export.typed import DAMAGED, typed
 from llmexport.plugins.regular import open_regular, read_regular, sha256
 
 RECORD = "engine.json"
-FORMAT = 3
+FORMAT = 4
 WEIGHTS = ("inside", "beside")  # the plans
 MOST = 100_000_000  # bytes, as of a manifest
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -51,7 +51,7 @@ BACKENDS = MappingProxyType(
         "tensorrt-rtx": Backend(
             "tensorrt_rtx",
             "pip install tensorrt-rtx",
-            "NVIDIA GPUs of compute capability 8.0 and later",
+            "NVIDIA GPUs of compute capability {} and later",
             (8, 0),
         ),
         "tensorrt": Backend(
@@ -99,7 +99,8 @@ class Library:
 class Engine:
     """What `engine.json` says: what all plans share, and the plan of each graph by name.
 
-    target: the GPUs that the plans run on. built_on: the GPU, where the backend's plans are bound to its kind.
+    target: the GPUs that the plans run on. least: the compute capability that they need, if any will not do.
+    built_on: the GPU, where the backend's plans are bound to its kind.
     weights_at: "inside" the plans, or "beside" them, in the files. checked: how much of the weights was read.
     profile: (min, opt, max) of each dynamic dimension.
     """
@@ -107,6 +108,7 @@ class Engine:
     backend: str
     version: str
     target: str
+    least: tuple[int, int] | None
     built_on: Device | None
     arch: str
     block: str | None
@@ -236,7 +238,7 @@ def check_version(folder: Path, engine: Engine, installed: str) -> None:
 
 def check_device(folder: Path, engine: Engine, device: Device) -> str:
     """What is to be known of the plans on this GPU, or nothing. Raises EngineError if they cannot run on it."""
-    least, built_on = BACKENDS[engine.backend].least, engine.built_on
+    least, built_on = engine.least, engine.built_on
     if least and device.capability < least:
         wants = f"compute capability {least[0]}.{least[1]} or later"
         raise EngineError(f"{folder} runs on {engine.target}, here is {device.text}: take a GPU of {wants}")

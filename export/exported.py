@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header, with_matrices
+from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header
 from llmexport.export.earlier import EXPORT
 from llmexport.export.identity import SAYS, WAYS, Held, WeightFile
+from llmexport.export.packed.read import matrices_of
 from llmexport.export.spec import Block, Graph, Head, Reference, Step
 from llmexport.export.stamp import check_stamp, read_errors
 from llmexport.export.static import slots_of
@@ -111,7 +112,8 @@ class Export:
             held, shard = read_header(self.folder / weights.file)
             tensors |= held
             shards.append(shard)
-        return with_matrices(Checkpoint(self.folder, self.config, tensors, tuple(shards)))
+        matrices = matrices_of(self.config, self.folder, tensors)
+        return Checkpoint(self.folder, self.config, tensors, tuple(shards), matrices)
 
     def in_float32(self) -> Export:
         """The same model in fp32, where what it computes can be told from how it rounds."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmexport.export.config import Config
 from llmexport.export.errors import ExportError
 from llmexport.export.keys import ANY, QUANTISATION
-from llmexport.export.spec import Arch, Graph, Multimodal, Reference, Splice
+from llmexport.export.spec import Arch, Graph, Multimodal, Reference, Splice, Tower
 from llmexport.export.values import key_name, same, show
 
 PARTS = ("all", "text", "vision")
@@ -19,6 +20,11 @@ PARTS = ("all", "text", "vision")
 def outer_of(arch: Arch, config: Mapping[str, Any]) -> Multimodal | None:
     """The outer layout, if that is what this config is of."""
     return next((m for m in arch.multimodal if m.model_type == config.get("model_type")), None)
+
+
+def wrong_text(key: str, kind: Any, types: Sequence[str]) -> ExportError:
+    """A multimodal config whose text model is of another type than those that are published so."""
+    return ExportError(f"config.json: {key} is of model_type {show(kind)}, expected {' or '.join(types)}")
 
 
 def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -35,9 +41,7 @@ def text_config(arch: Arch, config: Mapping[str, Any]) -> Mapping[str, Any]:
     types = outer.text_types or arch.model_types
     kind = inner.get("model_type", types[0])
     if kind not in types:
-        raise ExportError(
-            f"config.json: {outer.config_key} is of model_type {show(kind)}, expected {' or '.join(types)}"
-        )
+        raise wrong_text(outer.config_key, kind, types)
     beside = {k: v for k, v in config.items() if k not in (outer.config_key, *outer.harmless)}
     shared = {k: v for k, v in beside.items() if outer.flat or k == "tie_word_embeddings"}
     said = {k: v for k, v in inner.items() if v is not None and k not in ANY}
@@ -97,8 +101,11 @@ def read_tower(arch: Arch, config: Mapping[str, Any], part: str) -> tuple[Graph,
     return made
 
 
-def with_part(arch: Arch, config: Mapping[str, Any], part: str) -> Arch:
-    """The architecture, as `choose` gives it, with the names and the reference of this part of a checkpoint."""
+def with_part(arch: Arch, config: Mapping[str, Any], part: str, tensors: Collection[str] = ()) -> Arch:
+    """The architecture, as `choose` gives it, with the names and the reference of this part of a checkpoint.
+
+    `tensors` are the checkpoint's, by which it is known of which release its tower is.
+    """
     outer = outer_of(arch, config)
     if part == "text" or outer is None or outer.tower is None:
         return arch
@@ -106,7 +113,24 @@ def with_part(arch: Arch, config: Mapping[str, Any], part: str) -> Arch:
     if part == "vision":
         ignore += tuple(f"{name.replace('{i}', '*')}*" for name in arch.names.values())
     reference = Reference(outer.architecture, arch.reference.outputs)
-    return dataclasses.replace(arch, names={**arch.names, **outer.tower.names}, ignore=ignore, reference=reference)
+    names = max(_releases(outer.tower), key=lambda own: sum(map(functools.partial(_known, tensors), own.values())))
+    return dataclasses.replace(arch, names={**arch.names, **names}, ignore=ignore, reference=reference)
+
+
+def _releases(tower: Tower) -> Iterator[Mapping[str, str]]:
+    """The names of a tower, then those in other releases."""
+    for starts in ({}, *tower.other_names):
+        yield {path: of_release(name, starts) for path, name in tower.names.items()}
+
+
+def _known(tensors: Collection[str], name: str) -> bool:
+    return any(t.startswith(name.partition("{i}")[0]) for t in tensors)
+
+
+def of_release(name: str, starts: Mapping[str, str]) -> str:
+    """The name of a tensor in a release that calls such starts of names otherwise."""
+    start = next((s for s in starts if name.startswith(s)), "")
+    return starts.get(start, "") + name.removeprefix(start)
 
 
 def tower_tensors(arch: Arch, config: Mapping[str, Any], part: str) -> tuple[str, ...]:

@@ -14,10 +14,12 @@ from typing import Any
 from llmexport.export import cache, manifest, weights
 from llmexport.export.archs import as_stored, in_layout, multimodal_names
 from llmexport.export.assembly import (
+    ahead_names,
     alone,
     find_block,
     head_name,
     named_blocks,
+    spare_names,
     tied_names,
 )
 from llmexport.export.checkpoint import Checkpoint
@@ -31,10 +33,11 @@ from llmexport.export.identity import identify
 from llmexport.export.last_logits import with_last_logits
 from llmexport.export.multimodal import PARTS, left_out, read_tower, text_config, tower_tensors, with_part
 from llmexport.export.output import new_folder
+from llmexport.export.packed.notes import notes as packed_notes
 from llmexport.export.packed.repack import with_repacked, write_repacked
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
-from llmexport.export.spec import DTYPES, Arch, Layer, Model
+from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import check_slots
 from llmexport.export.wanted import check_layers, wanted_parameters
@@ -122,7 +125,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     model, notes = read_noted(request.arch, config, request.max_tokens, part)
     model = with_last_logits(model) if request.logits == "last" else model
     stored = request.checkpoint.names
-    named = with_part(in_layout(request.arch, config, stored), config, part)
+    named = with_part(in_layout(request.arch, config, stored), config, part, stored)
     arch = as_stored(named, stored)
     check_layers(arch, model, stored, tower_tensors(arch, config, part))
     if arch is not named and model.ties:
@@ -175,6 +178,11 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
+    if request.target == "tensorrt" and any(n in checkpoint.matrices for p in wanted for n in p.sources):
+        raise ExportError(
+            "target tensorrt: a quantised checkpoint gets TensorRT's form when its engine is built: export it without "
+            "--target, then run `llmexport engine`"
+        )
     checkpoint, repacked = with_repacked(checkpoint, (n for p in wanted for n in p.sources))
     config = text_config(arch, checkpoint.config)
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
@@ -208,7 +216,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         renamed=multimodal_names(arch, checkpoint.config, checkpoint.names),
         reference=arch.reference,
         versions=cache.versions(),
-        notes=(*notes, *handed.notes),
+        notes=(*notes, *packed_notes(wanted, checkpoint), *handed.notes),
         companions=companions,
         inode=stamp(folder).inode,
         held={file.file: held for file, held in found},
@@ -220,10 +228,9 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
 def _check_weights(request: Request, model: Model, wanted: list[weights.Parameter]) -> None:
     """Raise ExportError unless the checkpoint holds what the graphs want, and nothing that they leave unsaid."""
     arch = request.arch
-    ignore = arch.ignore
-    ahead = arch.ahead.replace("{layers}", str(sum(isinstance(s.block, Layer) for s in model.steps)))
-    if ahead in request.checkpoint.tensors:
-        ignore += (f"{ahead.rsplit('.', 2)[0]}.*",)
+    ignore = arch.ignore + spare_names(arch, model)
+    names = [n for p in wanted for n in p.sources]
+    ignore += ahead_names(arch, model, names, request.checkpoint.tensors)
     for copy, original in tied_names(arch, model):
         ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
     by_name = {p.name: p for p in wanted}

@@ -26,6 +26,7 @@ TYPES = MappingProxyType({t: t for t in ("default", "linear", "llama3", "yarn", 
 # Types by which the angles of a text change once it is longer than those that the model was trained on.
 WITHIN = MappingProxyType({**TYPES, "dynamic": "dynamic"})
 ORIGINAL = "original_max_position_embeddings"
+MSCALES = ("short_mscale", "long_mscale")
 # Keys that nothing reads, and keys of other types or architectures with the values that change nothing.
 HARMLESS = ("finetuned",)
 NEUTRAL = MappingProxyType({"factor": 1, "partial_rotary_factor": 1})
@@ -190,6 +191,8 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
             )
         case "longrope":
             return _long(config, keys, size)
+        case "longrope with mscales":
+            return _long(config, keys, size, says_mscale=True)
         case "proportional":
             share = _share(keys.pop("partial_rotary_factor", 1.0))
             return ProportionalScaling(int(share * size // 2))
@@ -219,22 +222,32 @@ def of_logits(config: Config) -> float:
     return mscale(_factor(keys), as_positive("RoPE's mscale_all_dim", weight)) ** 2
 
 
-def _long(config: Config, keys: dict[str, Any], size: int) -> LongScaling:
+def _long(config: Config, keys: dict[str, Any], size: int, *, says_mscale: bool = False) -> LongScaling:
+    """`says_mscale`: the magnitudes of short and of long texts are written there (modeling_phimoe.py)."""
     # The magnitude is divided by the logarithm of the length, which is 0 for a length of 1.
     positions = _positions(config, keys, least=2)
-    factor, magnitude = keys.pop("factor", None), keys.pop("attention_factor", None)
-    if factor is None:
-        factor = config.integer("max_position_embeddings") / positions
-    if magnitude is None:
-        factor = as_positive("RoPE's factor", factor)
-        magnitude = math.sqrt(1 + math.log(factor) / math.log(positions)) if factor > 1 else 1.0
+    if says_mscale:
+        magnitude, long_magnitude = (as_positive(f"RoPE's {k}", keys.pop(k, None)) for k in MSCALES)
+    else:
+        magnitude = long_magnitude = _long_magnitude(config, keys, positions)
     factors = []
     for name in ("short_factor", "long_factor"):
         found = keys.pop(name, None)
         if not isinstance(found, list) or len(found) != size // 2:
             raise ExportError(f"config.json: RoPE's {name} must list {size // 2} numbers, found {show(found)}")
         factors.append(tuple(as_positive(f"RoPE's {name}", v) for v in found))
-    return LongScaling(factors[0], factors[1], positions, as_positive("RoPE's attention_factor", magnitude))
+    return LongScaling(*factors, positions, magnitude, None if long_magnitude == magnitude else long_magnitude)
+
+
+def _long_magnitude(config: Config, keys: dict[str, Any], positions: int) -> float:
+    """What the stretch of a text of `positions` multiplies cos and sin by, unless it is said."""
+    factor, magnitude = keys.pop("factor", None), keys.pop("attention_factor", None)
+    if factor is None:
+        factor = config.integer("max_position_embeddings") / positions
+    if magnitude is None:
+        factor = as_positive("RoPE's factor", factor)
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(positions)) if factor > 1 else 1.0
+    return as_positive("RoPE's attention_factor", magnitude)
 
 
 def _sections(keys: dict[str, Any], default: Sequence[int]) -> tuple[int, ...]:

@@ -45,7 +45,8 @@ def wired(
             raise ExportError(f"config.json: token {token} stands for pictures, vocab_size is {embedding.vocabulary}")
         wiring.take(splice.inputs[-1])
         wiring.place("embedding", embedding, ["embedded"])
-        (hidden,) = wiring.place("splice", splice, ["hidden.0"], hidden="embedded")
+        gives = ["hidden.0", *(p.name for p in splice.outputs[1:])]
+        hidden, *_ = wiring.place("splice", splice, gives, hidden="embedded")
     else:
         (hidden,) = wiring.place("embedding", embedding, ["hidden.0"])
     if told:

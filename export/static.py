@@ -16,6 +16,7 @@ from llmexport.export.spec import (
     LatentAttention,
     Layer,
     Mask,
+    Passage,
     Presence,
     Slots,
     Span,
@@ -49,7 +50,7 @@ def _static(block: Block, keys: Keys) -> Block:
     match block:
         case Attention() | LatentAttention() | Mask() | Span() | Alibi():
             return dataclasses.replace(block, keys=keys)
-        case Temperature(placed=False) | Presence():
+        case Temperature(placed=False) | Presence() | Passage():
             return dataclasses.replace(block, static=True)
     return block
 

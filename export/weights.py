@@ -84,7 +84,8 @@ def check(
     if checkpoint.matrices:
         used.update(cache_scales(stored))
     unused = [n for n in stored if n not in used and not any(fnmatch(n, p) for p in ignore)]
-    missing = [n for n in sources if n not in checkpoint.names]
+    names = checkpoint.names
+    missing = [n for n in sources if n not in names]
     if missing:
         raise ExportError(_lacks(missing, unused, checkpoint, head) + _way_out(missing, tower))
     for name, parameter in sources.items():

@@ -45,7 +45,9 @@ class Wiring:
         for block in dict.fromkeys(blocks):
             twins = sum(b.label == block.label for b in self._shared)
             suffix = block.label.removeprefix(block.kind) + (f"_{twins}" if twins else "")
-            self.place(block.kind + suffix, block, [p.name + suffix for p in block.outputs])
+            kept = {s.present for s in block.states}
+            gives = [p.name + suffix for p in block.outputs if p not in kept]
+            self.place(block.kind + suffix, block, gives, state=block.kind + suffix)
             self._shared[block] = self._steps[-1]
 
     def place(

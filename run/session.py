@@ -18,7 +18,7 @@ from llmexport.run.checks import check_decoder
 from llmexport.run.errors import RunError
 from llmexport.run.settings import start_token
 from llmexport.validate.feeds import sees, states, without_pictures
-from llmexport.validate.pictures import Pictures, Sight
+from llmexport.validate.pictures import Pictures, Sight, sight
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
 from llmexport.validate.source import Source, reads_source
 from llmexport.validate.stages import Stage, runs_at
@@ -54,8 +54,13 @@ class Session(Generic[V]):
 
     @property
     def at_once(self) -> tuple[int, int]:
-        """How many patches, and how many frames or tiles, are seen in one call, unless a frame has more."""
-        return MOST_PATCHES, MOST_FRAMES
+        """How many patches, and how many frames or tiles, are seen in one call, unless a frame has more.
+
+        Tiles take no more memory, which grows with the square of their patches, than so many patches of a picture.
+        """
+        seen = sight(self._export.blocks)
+        tiles = MOST_PATCHES**2 // seen.places**2 if seen and seen.places else MOST_FRAMES
+        return MOST_PATCHES, max(min(tiles, MOST_FRAMES), 1)
 
     def put(self, array: np.ndarray) -> V:
         raise NotImplementedError

@@ -101,6 +101,25 @@ CASES = (
     Case("olmo", "olmo"),
     Case("olmo", "olmo-no-clip", {"clip_qkv": None, "num_key_value_heads": 4}),
     Case("mixtral", "mixtral"),
+    Case("phimoe", "phimoe"),
+    # As phi3's, no prompt crosses the point where the factors change.
+    Case("phimoe", "phimoe-long-plain", {
+        "original_max_position_embeddings": 24, "attention_bias": False, "lm_head_bias": False, "sliding_window": 8,
+        "num_local_experts": 16, "router_jitter_noise": 0.01,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8],
+            "short_mscale": 1.1, "long_mscale": 1.25,
+        },
+    }),
+    Case("phimoe", "phimoe-short", {
+        "original_max_position_embeddings": 400,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 400,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8],
+            "short_mscale": 1.1, "long_mscale": 1.25,
+        },
+    }),
     Case("qwen2_moe", "qwen2_moe"),
     Case("qwen2_moe", "qwen2_moe-sliding", {
         "use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": True, "decoder_sparse_step": 2,
@@ -196,6 +215,7 @@ CASES = (
     Case("qwen", "qwen"),
     Case("chatglm", "chatglm"),
     Case("chatglm", "chatglm-no-bias", {"add_qkv_bias": False, "multi_query_group_num": 1}),
+    Case("chatglm_6b", "chatglm_6b"),
     Case("internlm2", "internlm2-bias", {
         "bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "num_key_value_heads": 4,
     }),

@@ -444,8 +444,8 @@ def parts() -> Iterator[Situation]:
         return both(seeing, edit)
 
     def unseeing(folder: Path) -> None:
-        outer = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {}}
-        said = {**outer, "text_config": dict(archs.load("gemma3_text").tiny)}
+        outer = {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "vision_config": {}}
+        said = {**outer, "text_config": dict(archs.load("gemma4_text").tiny)}
         random_checkpoint.write(archs.choose(None, said), folder / "eyes", config=said, part="text")
 
     export, eyes = ("onnx", "-o", "new", "--checkpoint"), ("onnx", "-o", "new", "--checkpoint", "eyes")
@@ -456,7 +456,7 @@ def parts() -> Iterator[Situation]:
     for command in ("onnx", "checkpoint", "deploy"):
         built_in = (command, "--arch", "gemma", "--part", "vision", "-o", "new")
         yield Situation("parts", f"{command}, vision of gemma", built_in, says="has no vision tower here")
-    yield Situation("parts", "vision of gemma3", (*eyes, "--part", "vision"), unseeing, says="the text model alone")
+    yield Situation("parts", "vision of gemma4", (*eyes, "--part", "vision"), unseeing, says="the text model alone")
     for name, asked, says in (
         ("a static cache of vision", ("--part", "vision", "--cache", "static", "--max-tokens", "64"), "keeps no cache"),
         ("last logits of vision", ("--part", "vision", "--logits", "last"), "gives no logits"),

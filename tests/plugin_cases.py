@@ -140,6 +140,8 @@ MXFP4_FILLS: dict[str, Fill] = {**EXPERT_FILLS, "gate_up": codes, "down": codes}
 MXFP4_FILLS |= {"gate_up_scales": powers, "down_scales": powers}
 KEYS: dict[str, Fill] = {"start": first_key, "length": all_keys}
 DELTA_FILLS: dict[str, Fill] = {"g": decay, "beta": probability}
+# Of 16-bit types the states are sums of products that hold 16 bits.
+CHUNK_UNITS = (128.0, 1.01)
 # The projections are rounded too, each at another place of a tie, and the second sums what the first gave.
 EXPERT_UNITS = (16.0, 4.0)
 # A logit's rounding, of a few units of its own size, is its weight's; both sides have it.
@@ -253,6 +255,19 @@ ALL_CASES = {
         units=ATTENTION_UNITS,
     ),
     "Wkv": Case("Wkv", {}, {"B": 2, "T": 63, "C": 37}, fills={"present": mostly, "denominator": weight}),
+    "KimiDeltaRule": Case(
+        "KimiDeltaRule",
+        {"scale": 0.25, "l2_norm": True},
+        {"B": 2, "T": 9, "H": 3, "D": 16, "V": 32},
+        fills=DELTA_FILLS,
+    ),
+    "KimiDeltaRule-chunks": Case(
+        "KimiDeltaRule",
+        {"scale": 0.125, "l2_norm": True},
+        {"B": 2, "T": 65, "H": 2, "D": 64, "V": 64},
+        fills=DELTA_FILLS,
+        units=CHUNK_UNITS,
+    ),
     "GatedDeltaRule": Case(
         "GatedDeltaRule",
         {"scale": 0.25, "l2_norm": True},
@@ -264,8 +279,7 @@ ALL_CASES = {
         {"scale": 0.125, "l2_norm": True},
         {"B": 2, "T": 65, "G": 1, "H": 2, "D": 64, "V": 64},
         fills=DELTA_FILLS,
-        # Of 16-bit types the states are sums of products that hold 16 bits.
-        units=(128.0, 1.01),
+        units=CHUNK_UNITS,
     ),
 }
 

@@ -4,6 +4,7 @@ and none of our code. Each form gives the tensors of a matrix, and the numbers t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from llmexport.export import archs, random_checkpoint
+from llmexport.export.checkpoint import INDEX, ITEMSIZE, open_checkpoint
 
 Held = dict[str, np.ndarray]
 Form = Callable[[np.ndarray, np.random.Generator], tuple[Held, np.ndarray]]
@@ -309,3 +311,65 @@ def tensor(array: np.ndarray | np.generic) -> torch.Tensor:
         raw = np.int16 if held.itemsize == 2 else np.uint8
         return torch.from_numpy(held.reshape(-1).view(raw)).view(dtype).reshape(held.shape)
     return torch.from_numpy(held)
+
+
+def _cut(number: int, by: int) -> int:
+    return -(-number // by)
+
+
+# What lies in the place of a weight [rows, columns], by what a published config says; groups are of 128.
+HOLES: dict[str, Callable[[int, int], dict[str, tuple[str, list[int]]]]] = {
+    "fp8": lambda n, k: {"weight": ("F8_E4M3", [n, k]), "weight_scale_inv": ("F32", [_cut(n, 128), _cut(k, 128)])},
+    "fbgemm_fp8": lambda n, k: {"weight": ("F8_E4M3", [n, k]), "weight_scale": ("F32", [n, 1])},
+    "float-quantized": lambda n, k: {"weight": ("F8_E4M3", [n, k]), "weight_scale": ("BF16", [n, 1])},
+    "pack-quantized": lambda n, k: {
+        "weight_packed": ("I32", [n, k // 8]), "weight_scale": ("BF16", [n, k // 128]), "weight_shape": ("I64", [2])
+    },
+    "awq": lambda n, k: {
+        "qweight": ("I32", [k, n // 8]), "qzeros": ("I32", [k // 128, n // 8]), "scales": ("F16", [k // 128, n])
+    },
+    "FP8": lambda n, k: {
+        "weight": ("F8_E4M3", [n, k]), "weight_scale": ("F32", []), "input_scale": ("F32", [])
+    },
+    "NVFP4": lambda n, k: {
+        "weight": ("U8", [n, k // 2]), "weight_scale": ("F8_E4M3", [n, k // 16]),
+        "weight_scale_2": ("F32", []), "input_scale": ("F32", []),
+    },
+}  # fmt: skip
+
+
+def hollow(folder: Path, config: Mapping[str, Any], kept: tuple[str, ...] = KEPT) -> Path:
+    """A checkpoint of holes of a published size, whose linear layers are stored as its quantization_config says."""
+    said = config["quantization_config"]
+    form = HOLES[next(w for w in (said.get("quant_algo"), said.get("format"), said.get("quant_method")) if w)]
+    unquantised = {k: v for k, v in config.items() if k != "quantization_config"}
+    random_checkpoint.write(archs.choose(None, config), folder / "plain", config=unquantised, hollow=True)
+    plain = open_checkpoint(folder / "plain")
+    made = folder / "ck"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps({**plain.config, "quantization_config": said}))
+    placed = {}
+    for shard in plain.shards:
+        header: dict[str, Any] = {}
+        for tensor in (t for t in plain.tensors.values() if t.file == shard.file):
+            if len(tensor.shape) != 2 or any(k in tensor.name for k in kept):
+                header[tensor.name] = (tensor.dtype, tensor.shape)
+                continue
+            module = tensor.name.removesuffix("weight")
+            header |= {module + end: held for end, held in form(*tensor.shape).items()}
+        placed |= dict.fromkeys(header, shard.file)
+        _holes(made / shard.file, header)
+    if len(plain.shards) > 1:
+        (made / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    return made
+
+
+def _holes(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + ITEMSIZE[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)

@@ -37,8 +37,15 @@ WIDE = (
             "num_channels": 1, "pixel_shuffle_ratio": 0.25, "rope_parameters": {"rope_theta": 100.0},
         },
     }),
+    Case("gemma3_text", "gemma3-heads-of-72", {
+        "vision_config": {
+            "model_type": "siglip_vision_model", "hidden_size": 144, "num_hidden_layers": 1, "intermediate_size": 96,
+            "num_attention_heads": 2, "image_size": 24, "patch_size": 2, "num_channels": 1, "hidden_act": "gelu",
+            "layer_norm_eps": 1e-4, "vision_use_head": True,
+        },
+    }),
 )  # fmt: skip
-PACKED = tuple(c for c in TOWERS if c.arch != "llama4")
+PACKED = tuple(c for c in TOWERS if c.arch.startswith("qwen3_5"))
 
 
 @functools.cache
@@ -67,8 +74,10 @@ def seen(model: Any, feed: Feed) -> np.ndarray:
         if "grid_thw" in feed:
             made = model.model.get_image_features(colours, torch.from_numpy(feed["grid_thw"])).pooler_output
             return torch.cat(made).float().numpy()
-        made = model.get_image_features(colours.to(model.dtype)).last_hidden_state.flatten(0, 1)
-        return model.multi_modal_projector(made).float().numpy()
+        made = model.get_image_features(colours.to(model.dtype))
+        if getattr(made, "pooler_output", None) is not None:
+            return made.pooler_output.flatten(0, 1).float().numpy()
+        return model.multi_modal_projector(made.last_hidden_state.flatten(0, 1)).float().numpy()
 
 
 @functools.cache

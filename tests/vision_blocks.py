@@ -18,6 +18,7 @@ from llmexport.export.spec import (
     PatchPositions,
     PatchRotary,
     PixelShuffle,
+    PooledProjector,
     Projector,
     SegmentMask,
     Splice,
@@ -47,11 +48,12 @@ VISION_BLOCKS = [
     *each(PatchRotary(16, 10000.0, AXIS), size=8, theta=100.0, axis=OTHER),
     *each(SegmentMask(AXIS), axis=OTHER),
     *each(PatchMerger(NORM, 2, 48, AXIS), norm=Norm(32, 1e-6), merge=3, out=96, axis=OTHER),
-    *each(TileEmbedding(3, 4, 4, 64), channels=1, side=6, patch=2, hidden=32),
+    *each(TileEmbedding(3, 4, 4, 64), channels=1, side=6, patch=2, hidden=32, kernel=True),
     *each(TileRotary(3, 4, 4, 16, 10000.0), channels=1, side=6, patch=2, size=8, theta=100.0),
     *each(PixelShuffle(6, 2, 64, 48), side=12, merge=3, hidden=32, out=96),
     *each(Projector(9, 48, 64), tokens=4, hidden=32, out=96),
-    *each(Splice((250, 251), 64), tokens=(250,), hidden=32),
+    *each(PooledProjector(6, 2, NORM, 96), side=12, merge=3, norm=Norm(64, 1e-6, 1.0, "after_weight"), out=64),
+    *each(Splice((250, 251), 64), tokens=(250,), hidden=32, numbered=True),
 ]
 
 ROWS = (1, AXIS)
@@ -61,6 +63,7 @@ OF_TILES = (TILES, 10)
 TILED = Attention(33, 3, 3, 12, qkv_bias=True, interleaved=True, cached=False, masked=False, axes=OF_TILES)
 MLP = Mlp(33, 65, "gelu_tanh", bias=True, gated=False, axes=ROWS)
 TILE_NORM = Norm(33, 1e-5, statistics="layer", bias=True, axes=OF_TILES)
+POOLED = Norm(33, 1e-6, 1.0, "after_weight", axes=(TILES, 9))
 VISION_TRACES = [
     (PatchEmbedding(3, 2, 4, 33, AXIS), "float32"),
     (PatchEmbedding(3, 2, 4, 33, AXIS), "float16"),
@@ -78,6 +81,8 @@ VISION_TRACES = [
     (Layer((Sublayer("self_attn", MASKED, LAYER_NORM), Sublayer("mlp", MLP, LAYER_NORM))), "float32"),
     (TileEmbedding(3, 3, 4, 33), "float32"),
     (TileEmbedding(3, 3, 4, 33), "float16"),
+    (TileEmbedding(3, 3, 4, 33, kernel=True), "float32"),
+    (TileEmbedding(3, 3, 4, 33, kernel=True), "float16"),
     (TileRotary(3, 3, 4, 12, 10000.0), "float32"),
     (TILED, "float32"),
     (TILED, "float16"),
@@ -86,5 +91,8 @@ VISION_TRACES = [
     (PixelShuffle(6, 2, 33, 21), "float16"),
     (Projector(9, 33, 21), "float32"),
     (Splice((7, 9), 33), "float32"),
+    (PooledProjector(6, 2, POOLED, 21), "float32"),
+    (PooledProjector(6, 3, dataclasses.replace(POOLED, axes=(TILES, 4)), 21), "float16"),
     (Splice((7,), 33), "float16"),
+    (Splice((7, 9), 33, numbered=True), "float32"),
 ]

@@ -25,6 +25,7 @@ def validate(
     save_results: Path | None = None,
     verify: bool = False,
     bisect: bool = False,
+    reference: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> Report:
     """The report on the export in `folder`, also written there.
@@ -59,7 +60,9 @@ def validate(
         progress("read the weights", 0, 1)
         export = manifest.digested(export) if first else manifest.verified(export)
     keep = functools.partial(results.save, save_results) if save_results else None
-    report = ladder.climb(export, rungs=rungs, tokens=tokens, seed=seed, bisect=bisect, keep=keep, progress=progress)
+    wide = folder_path(reference) if reference else None
+    climb = functools.partial(ladder.climb, rungs=rungs, tokens=tokens, seed=seed, bisect=bisect, reference=wide)
+    report = climb(export, keep=keep, progress=progress)
     export.check_untouched()
     # Where a rung failed, nothing is recorded that later runs would trust.
     report.weights = (export if report.passed else dataclasses.replace(export, digested=False)).checked

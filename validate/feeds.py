@@ -151,6 +151,9 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = np.full(shape, sizes[PAST] + sizes[SEQUENCE])
             case "presence":
                 value = np.arange(shape[1]) >= np.arange(shape[0])[:, None]
+            case "shown":
+                value = np.arange(shape[1]) < shape[1] // 2
+                value = np.broadcast_to(value, shape)
             case "presence_end":
                 value = sizes[SEQUENCE] - np.arange(shape[0]) % (sizes[SEQUENCE] + 1)
             case "temperature":
@@ -177,6 +180,10 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
                 value = extents
             case "segments":
                 value = segments
+            case "pictures":
+                # Runs of seven, which begin elsewhere in each row, and three tokens of text between them.
+                place = np.arange(shape[1]) + np.arange(shape[0])[:, None]
+                value = np.where(place % 10 < 7, place // 10 + 1, 0)
             case "hidden" | "relative" | "state" | "slots" | "window" | "logits" | "pixels" | "features":
                 value = random.standard_normal(shape)
         feed[port.name] = np.ascontiguousarray(value.astype(port.typed(dtype).dtype))

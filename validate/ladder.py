@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from llmexport.export.errors import EngineError, ExportError
@@ -20,6 +21,7 @@ from llmexport.validate.judge import Judge, alone, rung_of
 from llmexport.validate.report import Report, Rung
 from llmexport.validate.stages import Script
 from llmexport.validate.thresholds import BEFORE
+from llmexport.validate.unquantised import moved, unquantised
 from llmexport.validate.whole import BLOCKS, Whole
 
 Keep = Callable[[Mapping[str, list[Feed]]], None]
@@ -42,23 +44,26 @@ def climb(
     tokens: int | None = None,
     seed: int = 0,
     bisect: bool = False,
+    reference: Path | None = None,
     keep: Keep | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Runs the rungs of these names, or every rung that this machine can run, and says of each other one why not.
 
-    bisect: what fails is traced to its block and node, for which the blocks are run too. keep: gets the outputs of each
+    bisect: what fails is traced to its block and node, for which the blocks are run too. reference: the folder of the
+    checkpoint that this one was quantised from. keep: gets the outputs of each
     stage of a whole model, by runner. Raises Mismatch if two runs have different shapes, ExportError if there is no
     rung of a name, or no node of this type can be run.
     """
     asked = check_rungs(rungs)
+    wide = unquantised(export, reference) if reference else None
     if bisect:
         asked = with_blocks(export, asked)
     with in_torch(export) as ours, exact_driver(export) as exact:
         if export.block is not None:
             return _climb_block(export, asked, ours, exact, seed, bisect, progress)
         prompt = stages.prompt(export, tokens=tokens, seed=seed)
-        return _climb_whole(export, asked, ours, exact, prompt, bisect, keep, progress)
+        return _climb_whole(export, asked, ours, exact, prompt, bisect, wide, keep, progress)
 
 
 @contextlib.contextmanager
@@ -78,6 +83,7 @@ def _climb_whole(
     exact_torch: TorchDriver | None,
     prompt: stages.Stage,
     bisect: bool,
+    wide: Export | None,
     keep: Keep | None,
     progress: Progress,
 ) -> Report:
@@ -107,6 +113,7 @@ def _climb_whole(
         bisect=first_fault(export, rungs, recorded) if bisect else None,
         largest=ours.largest,
         warning=overflow.near(ours.largest) if lost == "float16" else "",
+        moved=moved(export, wide, script, ours) if wide else None,
     )
 
 

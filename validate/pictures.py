@@ -13,8 +13,10 @@ from llmexport.export.spec import (
     SPLICED,
     TILES,
     Block,
+    Mask,
     PatchPlaces,
     PixelShuffle,
+    PooledProjector,
     Port,
     Rotary,
     Splice,
@@ -67,14 +69,17 @@ class Sight:
 
     tokens: the ids that stand for pictures, the last one for frames of a video; none in a model without text. pixels:
     where colours go in. Either `merge` x `merge` patches of a packed row make a token, or a tile makes so many of them;
-    the other is 0. sections: whether a token has a position in time, height and width.
+    the other is 0. places: how many hidden states a tile has; 0 too. sections: whether a token has a position in time,
+    height and width. mutual: whether the tokens of a picture see each other.
     """
 
     tokens: tuple[int, ...]
     pixels: Port
     merge: int
     tile: int
+    places: int
     sections: bool
+    mutual: bool
 
     def runs(self, pictures: Pictures) -> list[int]:
         """How many tokens each picture takes, or each frame of one, or each tile."""
@@ -105,8 +110,10 @@ def sight(blocks: Collection[Block]) -> Sight | None:
         tokens=next((b.tokens for b in blocks if isinstance(b, Splice)), ()),
         pixels=ends[0].inputs[0],
         merge=next((b.merge for b in blocks if isinstance(b, PatchPlaces)), 0),
-        tile=next((b.tokens for b in blocks if isinstance(b, PixelShuffle)), 0),
+        tile=next((b.tokens for b in blocks if isinstance(b, PixelShuffle | PooledProjector)), 0),
+        places=next((b.places for b in blocks if isinstance(b, TileEmbedding)), 0),
         sections=any(isinstance(b, Rotary) and b.sections for b in blocks),
+        mutual=any(isinstance(b, Mask) and b.pictures for b in blocks),
     )
 
 

@@ -118,7 +118,7 @@ class Transformers:
             if projector := getattr(self._model, "multi_modal_projector", None):
                 # Llama 4 projects what this returns where it puts it into the text.
                 return to_numpy(projector(made.last_hidden_state).flatten(0, -2))
-            return to_numpy(torch.cat(made.pooler_output))
+            return to_numpy(torch.cat([*made.pooler_output]))
 
     def _filled(self, stage: Stage) -> Cache:
         """A cache as after the tokens whose keys and values a crossing begins with."""
@@ -141,7 +141,8 @@ def _as_processed(seen: Sight, ids: np.ndarray, pictures: Pictures, dtype: torch
     """Pictures as the processors of transformers give them: frames of videos apart from images."""
     pixels = to_torch(pictures.pixels).to(dtype)
     if pictures.grids is None:
-        return {"pixel_values": pixels}
+        types = {KEYWORDS["token_types"]: to_torch(np.isin(ids, seen.tokens).astype(np.int64))} if seen.mutual else {}
+        return {"pixel_values": pixels, **types}
     grids, kinds = to_torch(pictures.grids), torch.tensor(stands_for(seen, ids, pictures))
     patches = kinds.repeat_interleave(grids.prod(1))
     given = {"mm_token_type_ids": torch.zeros(ids.shape, dtype=torch.int64)}

@@ -107,7 +107,8 @@ class Report:
     prompt: the sizes of what was run. weights: how much of them was read to tell that they are those exported.
     asked: the rungs that the user chose; none if all were to be run that can. calls: of how many calls each median is.
     bisect: where it leaves tolerance first, if that was asked for. largest: in float16, the largest magnitude that
-    each block makes over all stages, by its place. warning: what that is to tell, or nothing.
+    each block makes over all stages, by its place. warning: what that is to tell, or nothing. moved: what the tokens
+    of the unquantised checkpoint tell, where one was given.
     """
 
     rungs: list[Rung]
@@ -119,6 +120,7 @@ class Report:
     bisect: Bisection | None = None
     largest: dict[str, float] = field(default_factory=dict)
     warning: str = ""
+    moved: Metrics | None = None
 
     @property
     def passed(self) -> bool:

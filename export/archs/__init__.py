@@ -14,7 +14,7 @@ from typing import Any
 from llmexport.export import nearest
 from llmexport.export.assembly import TABLE, has_own_head, renamed
 from llmexport.export.errors import ExportError
-from llmexport.export.multimodal import outer_of, tiny_config
+from llmexport.export.multimodal import of_release, outer_of, tiny_config, wrong_text
 from llmexport.export.spec import Arch, Multimodal
 from llmexport.export.values import show, show_name
 
@@ -64,7 +64,7 @@ def multimodal_names(arch: Arch, config: Mapping[str, Any], tensors: Collection[
         return {}
     table = _table(load(arch.name))
     known = (outer.names, *outer.other_names)
-    return next((names for names in known if _renamed(table, names) in tensors), outer.names)
+    return next((names for names in known if of_release(table, names) in tensors), outer.names)
 
 
 def in_layout(arch: Arch, config: Mapping[str, Any], tensors: Collection[str]) -> Arch:
@@ -92,14 +92,9 @@ def as_stored(arch: Arch, tensors: Collection[str]) -> Arch:
 
 def _inside(arch: Arch, outer: Multimodal, names: Mapping[str, str]) -> Arch:
     """The architecture with the names that its parameters have in the whole checkpoint."""
-    inside = renamed(arch, lambda name: _renamed(name, names))
-    base = _renamed(arch.base, names)
+    inside = renamed(arch, lambda name: of_release(name, names))
+    base = of_release(arch.base, names)
     return dataclasses.replace(inside, ignore=inside.ignore + outer.ignore + outer.left_out, base=base)
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    start = next((s for s in names if name.startswith(s)), "")
-    return names.get(start, "") + name.removeprefix(start)
 
 
 def _table(arch: Arch) -> str:
@@ -115,12 +110,13 @@ def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:
     kind = config.get("model_type")
     if name is None:
         matches = [n for n in map(load, names()) if kind in _types(n)]
+        told = [n for n in matches if n.told_by and n.told_by in config]
+        matches = told or [n for n in matches if not n.told_by]
         if not matches:
             every = [load(n) for n in names()]
             by_type = {t: n.name for n in every for t in _types(n)}
             raise nearest.refusal(config, by_type, {m.model_type: bool(m.tower) for n in every for m in n.multimodal})
-        # Several text models are published within one kind of checkpoint.
-        return next((n for n in matches if _of_text(n, config)), matches[0])
+        return _of_its_text(matches, config)
     arch = load(name)
     if kind not in _types(arch):
         raise ExportError(
@@ -130,8 +126,15 @@ def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:
     return arch
 
 
-def _of_text(arch: Arch, config: Mapping[str, Any]) -> bool:
-    """Whether the text model within a multimodal config is this one's."""
-    outer = outer_of(arch, config)
-    inner = config.get(outer.config_key) if outer else None
-    return bool(outer) and isinstance(inner, dict) and inner.get("model_type") in (outer.text_types or arch.model_types)
+def _of_its_text(matches: list[Arch], config: Mapping[str, Any]) -> Arch:
+    """The one whose text model is within the config: several are published within one kind of checkpoint."""
+    outers = [(n, m) for n in matches if (m := outer_of(n, config))]
+    told = [(m.config_key, m.text_types or n.model_types) for n, m in outers]
+    inner = config.get(told[0][0]) if told else None
+    if len(matches) == 1 or not isinstance(inner, dict):
+        return matches[0]
+    kind = inner.get("model_type")
+    found = [n for (n, _), (_, types) in zip(outers, told, strict=True) if kind in types]
+    if not found:
+        raise wrong_text(told[0][0], kind, [t for _, types in told for t in types])
+    return found[0]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, NAMES, TINY, Decoder, decoder, stacks
+from llmexport.export.decoder import AHEAD, BUFFERS, NAMES, TINY, Decoder, decoder, stacks
 from llmexport.export.rope import of_logits
 from llmexport.export.spec import (
     Arch,
@@ -47,7 +47,6 @@ TINY_LATENT = {
     "n_routed_experts": 8,
     "moe_intermediate_size": 32,
 }
-AHEAD = "model.layers.{layers}.eh_proj.weight"
 
 
 def build(config: Config) -> Model:

@@ -1,6 +1,8 @@
-"""Gemma 3, text (transformers modeling_gemma3.py): five sliding layers to a full one, each kind with its own RoPE."""
+"""Gemma 3, text (transformers modeling_gemma3.py): five sliding layers to a full one, each kind with its own RoPE;
+with its tower the tokens of a picture see each other."""
 
 from llmexport.export.archs.gemma2 import ACTIVATIONS, NORMS
+from llmexport.export.archs.towers.gemma3 import TOWER
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.spec import Arch, Mask, Model, Multimodal, Norm, causal_lm, decoder_layer
@@ -27,8 +29,9 @@ def build(config: Config) -> Model:
     local = config.rotary(
         d.head_size, 10000.0, types=ROPE, layer_kind="sliding_attention", theta_key="rope_local_base_freq"
     )
-    slides = (local, Mask(config.integer("sliding_window", 4096)))
-    full = (config.rotary(d.head_size, 1000000.0, types=ROPE, layer_kind="full_attention"), Mask())
+    sees = config.splice is not None
+    slides = (local, Mask(config.integer("sliding_window", 4096), pictures=sees))
+    full = (config.rotary(d.head_size, 1000000.0, types=ROPE, layer_kind="full_attention"), Mask(pictures=sees))
     pattern = config.integer("sliding_window_pattern", 6)
     # Written by transformers beside layer_types, and not read again.
     config.expect("_sliding_window_pattern", pattern, None)
@@ -39,7 +42,7 @@ def build(config: Config) -> Model:
 
 ARCH = Arch(
     model_types=("gemma3_text",),
-    adds="q and k norms, a RoPE for each kind of layer",
+    adds="q and k norms, a RoPE for each kind of layer; vision: pictures of one size, seen both ways",
     reference=causal_lm("Gemma3ForCausalLM"),
     build=build,
     names={**NAMES, **NORMS},
@@ -50,8 +53,9 @@ ARCH = Arch(
             architecture="Gemma3ForConditionalGeneration",
             names={"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
             other_names=({"model.": "model.language_model."},),
-            left_out=("vision_tower.*", "multi_modal_projector.*"),
-            ignore=("model.vision_tower.*", "model.multi_modal_projector.*"),
+            tower=TOWER,
+            left_out=tuple(f"{m}{n}.*" for m in ("", "model.") for n in ("vision_tower", "multi_modal_projector")),
+            ignore=tuple(f"{m}vision_tower.{n}head.*" for m in ("", "model.") for n in ("", "vision_model.")),
             harmless=(
                 "boi_token_index",
                 "eoi_token_index",

@@ -118,8 +118,7 @@ ARCH = spec.Arch(
         "layers.{i}.mlp.router.norm.weight": LAYER + "router.scale",
         "layers.{i}.mlp.router.expert_scale": LAYER + "router.per_expert_scale",
     },
-    # Published checkpoints hold keys and values of layers that read another's.
-    ignore=(*BUFFERS, *(f"model.layers.*.self_attn.{n}.weight" for n in ("k_proj", "v_proj", "k_norm"))),
+    ignore=BUFFERS,
     multimodal=(
         spec.Multimodal(
             model_type="gemma4",

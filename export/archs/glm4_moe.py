@@ -1,8 +1,8 @@
 """GLM-4.5, 4.6 and 4.7 (transformers modeling_glm4_moe.py): DeepSeek V3's experts behind attention with half a RoPE."""
 
-from llmexport.export.archs.deepseek_v3 import AHEAD, HARMLESS, MOE_NAMES, MOE_STACKS, experts
+from llmexport.export.archs.deepseek_v3 import HARMLESS, MOE_NAMES, MOE_STACKS, experts
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, TINY, decoder
+from llmexport.export.decoder import AHEAD, BUFFERS, TINY, decoder
 from llmexport.export.spec import Arch, Mask, Model, Norm, causal_lm, decoder_layer
 
 

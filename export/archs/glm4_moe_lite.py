@@ -1,7 +1,6 @@
 """GLM-4.7-Flash (transformers modeling_glm4_moe_lite.py): DeepSeek V3's layers, of which the config lists the kinds."""
 
 from llmexport.export.archs.deepseek_v3 import (
-    AHEAD,
     HARMLESS,
     MOE_NAMES,
     MOE_STACKS,
@@ -12,7 +11,7 @@ from llmexport.export.archs.deepseek_v3 import (
     sizes,
 )
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS
+from llmexport.export.decoder import AHEAD, BUFFERS
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 from llmexport.export.values import show

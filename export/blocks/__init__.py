@@ -29,6 +29,7 @@ from llmexport.export.blocks.layer import Layer
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.moe import Experts, MlpWithExperts, Moe, Router, SharedExpert
 from llmexport.export.blocks.norm import Norm
+from llmexport.export.blocks.passage import Passage
 from llmexport.export.blocks.patches import (
     PatchEmbedding,
     PatchMerger,
@@ -40,7 +41,7 @@ from llmexport.export.blocks.patches import (
 from llmexport.export.blocks.per_layer import PerLayerEmbedding, PerLayerInput
 from llmexport.export.blocks.splice import Splice
 from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
-from llmexport.export.blocks.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.blocks.tiles import PixelShuffle, PooledProjector, Projector, TileEmbedding, TileRotary
 from llmexport.export.blocks.wkv import ChannelMix, TimeMix
 
 
@@ -117,12 +118,14 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.MlpWithExperts: MlpWithExperts,
     spec.Moe: Moe,
     spec.Norm: Norm,
+    spec.Passage: Passage,
     spec.PatchEmbedding: PatchEmbedding,
     spec.PatchMerger: PatchMerger,
     spec.PatchPlaces: PatchPlaces,
     spec.PatchPositions: PatchPositions,
     spec.PerLayerInput: PerLayerInput,
     spec.PixelShuffle: PixelShuffle,
+    spec.PooledProjector: PooledProjector,
     spec.Projector: Projector,
     spec.RelativePositions: RelativePositions,
     spec.Router: Router,

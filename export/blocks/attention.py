@@ -102,6 +102,9 @@ class Attention(nn.Module):
             whole = block.qk_norm_over == "all_heads"
             x = getattr(self, norm)(x.flatten(2)).view(x.shape) if whole else getattr(self, norm)(x)
         x = x.transpose(1, 2)
+        if block.halves:
+            # What turns together comes to lie as in a head without halves; scores do not tell.
+            x = x.unflatten(-1, (2, 2, block.head_size // 4)).transpose(-3, -2).flatten(-3)
         if block.turned:
             x = rope(x, given["cos"], given["sin"], block.interleaved)
         if block.qk_norm and block.qk_norm_place == "after_rotary":

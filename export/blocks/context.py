@@ -14,7 +14,8 @@ def inverse_frequencies(block: spec.Rotary) -> Tensor:
 
     For LongRoPE there are two rows: the short steps and the long ones.
     """
-    exponents = torch.arange(0, block.size, 2, dtype=torch.int64).float() / block.size
+    size = block.size // 2 if block.halves else block.size
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
     steps = 1.0 / (block.theta**exponents)
     match block.scaling:
         case None:
@@ -72,15 +73,20 @@ class Rotary(nn.Module):
         positions, steps = position_ids.unsqueeze(-1).float(), self.steps
         if self.block.sections:
             positions = (positions * self.axes).sum(0)
-        scaling, magnitude = self.block.scaling, 1.0
+        scaling = self.block.scaling
+        magnitude: float | Tensor = 1.0
+        if isinstance(scaling, spec.LongScaling | spec.YarnScaling):
+            magnitude = scaling.magnitude
         if isinstance(scaling, spec.LongScaling):
             beyond = position_ids.max() >= scaling.original_positions
             steps = torch.where(beyond, self.steps[1], self.steps[0])
-        if isinstance(scaling, spec.LongScaling | spec.YarnScaling):
-            magnitude = scaling.magnitude
+            if scaling.long_magnitude is not None:
+                magnitude = torch.where(beyond, scaling.long_magnitude, scaling.magnitude)
         angles = positions * steps
+        if self.block.halves:
+            angles = torch.cat(angles.unbind(), -1)
         cos, sin = angles.cos(), angles.sin()
-        if magnitude != 1.0:
+        if not isinstance(magnitude, float) or magnitude != 1.0:
             cos, sin = cos * magnitude, sin * magnitude
         return cos.to(self.dtype), sin.to(self.dtype)
 
@@ -110,13 +116,22 @@ def leading_padding(running: Tensor) -> Tensor:
 class Mask(nn.Module):
     def __init__(self, block: spec.Mask) -> None:
         super().__init__()
-        self.window, self.chunk = block.window, block.chunk
+        self.window, self.chunk, self.pictures, self.prefixed = (
+            block.window,
+            block.chunk,
+            block.pictures,
+            block.prefixed,
+        )
 
-    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(self, attention_mask: Tensor, input_ids: Tensor, told: Tensor | None = None) -> Tensor:
+        pictures, shown = (told if asked else None for asked in (self.pictures, self.prefixed))
         keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         slots = slots_of_step(attention_mask, input_ids)
         queries = slots.unsqueeze(1)
-        visible = torch.logical_and((attention_mask != 0).unsqueeze(1), keys <= queries)
+        seen = keys <= queries
+        if pictures is not None:
+            seen = torch.logical_or(seen, of_one_picture(pictures, (keys - slots[:1]).expand_as(attention_mask)))
+        visible = torch.logical_and((attention_mask != 0).unsqueeze(1), seen)
         if self.window is not None or self.chunk is not None:
             running = tokens_up_to(attention_mask)
             # Two tokens are as far apart as these two are: whatever padding stands before or between them.
@@ -126,7 +141,21 @@ class Mask(nn.Module):
             if self.chunk is not None:
                 chunks = [torch.div(x - 1, self.chunk, rounding_mode="floor") for x in (query, key)]
                 visible = torch.logical_and(visible, chunks[0] == chunks[1])
+        if shown is not None:
+            own = keys - slots.min()
+            seen = torch.logical_and(shown.index_select(1, own.clamp(min=0)), own >= 0)
+            visible = torch.logical_or(visible, seen.unsqueeze(1))
         return torch.logical_or(visible, keys == queries).unsqueeze(1)
+
+
+def of_one_picture(pictures: Tensor, at: Tensor) -> Tensor:
+    """Whether a token of the step and a key are of one picture [B, T, S], by the numbers of the tokens' pictures
+    [B, T]. A key is the `at`-th token [B, S] of the step, or none of them."""
+    place = at.clamp(0, pictures.shape[1] - 1)
+    key = pictures.gather(1, place)
+    # No token has the number -1.
+    key = torch.where(torch.logical_and(place == at, key > 0), key, -1)
+    return pictures.unsqueeze(2) == key.unsqueeze(1)
 
 
 class BidirectionalMask(nn.Module):

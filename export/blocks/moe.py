@@ -23,14 +23,37 @@ class Router(nn.Linear):
         block = self.block
         normed = self.norm(normed) if self.norm else normed
         read = times(normed, block.input_scale)
-        logits = super().forward(read.float() if block.wide else read)
-        how = (block.scoring, block.renormalise, block.scale)
-        groups = (block.groups, block.groups_kept, block.group_best)
-        weights, experts = moe_route(logits, self.correction, block.top_k, *how, *groups)
+        weights, experts = self._route(super().forward(read.float() if block.wide else read))
         if self.expert_scale is not None:
             scales = self.expert_scale.index_select(0, experts.flatten()).view_as(weights)
             weights = (weights.float() * scales.float()).to(weights.dtype)
         return weights.to(normed.dtype), experts
+
+    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        block = self.block
+        if block.scoring == "sparse_mixer":
+            return sparse_mixer(logits, block.jitter)
+        how = (block.scoring, block.renormalise, block.scale)
+        groups = (block.groups, block.groups_kept, block.group_best)
+        return moe_route(logits, self.correction, block.top_k, *how, *groups)
+
+
+def sparse_mixer(logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+    """The best expert of every token and the best of the others, without sampling (arXiv 2409.12136).
+
+    logits [B, T, E]; weights [B, T, 2] fp32 and experts [B, T, 2] int32, the lower index winning a tie. An expert's
+    weight is its share in a softmax over those that are left and within 2 * `jitter` of it, by the larger of its logit
+    and their own magnitude.
+    """
+    wide = logits.float()
+    left, weights, experts = wide, [], []
+    for _ in range(2):
+        best, expert = left.max(-1, keepdim=True)
+        far = (best - wide) / torch.maximum(wide.abs(), best) > 2 * jitter
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, expert))
+        experts.append(expert)
+        left = left.scatter(-1, expert, -torch.inf)
+    return torch.cat(weights, -1), torch.cat(experts, -1).to(torch.int32)
 
 
 class Experts(nn.Module):

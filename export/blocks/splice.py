@@ -11,7 +11,7 @@ class Splice(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, input_ids: Tensor, hidden: Tensor, features: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, hidden: Tensor, features: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         visual = input_ids == self.block.tokens[0]
         for token in self.block.tokens[1:]:
             visual = visual | (input_ids == token)
@@ -20,4 +20,9 @@ class Splice(nn.Module):
         # Row 0 is for all other tokens, and there may be no features at all.
         rows = torch.cat((torch.zeros_like(hidden[0, :1]), features))
         row = torch.cumsum(visual.flatten().to(torch.int64), 0) * visual.flatten()
-        return torch.where(visual.unsqueeze(-1), rows.index_select(0, row).view_as(hidden), hidden)
+        spliced = torch.where(visual.unsqueeze(-1), rows.index_select(0, row).view_as(hidden), hidden)
+        if not self.block.numbered:
+            return spliced
+        # Those of one picture have the same number of other tokens before them.
+        before = torch.cumsum(torch.logical_not(visual).to(torch.int64), 1)
+        return spliced, (before + 1) * visual.to(torch.int64)

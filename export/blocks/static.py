@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
-from llmexport.export.blocks.context import leading_padding, temperature, tokens_up_to
+from llmexport.export.blocks.context import leading_padding, of_one_picture, temperature, tokens_up_to
 from llmexport.export.blocks.standard import padding_must_be_on_the_left
 
 
@@ -22,7 +22,7 @@ class Slots(nn.Module):
         return padding, (end - sequence).clamp(min=0) + refused
 
 
-def _step_slots(past_length: Tensor, input_ids: Tensor) -> Tensor:
+def step_slots(past_length: Tensor, input_ids: Tensor) -> Tensor:
     """The slots of a static cache that this step's tokens are written to [B, T]."""
     return past_length.unsqueeze(1) + torch.arange(input_ids.shape[1], device=input_ids.device)
 
@@ -33,20 +33,31 @@ class StaticMask(nn.Module):
         assert block.keys
         self.block, self.keys = block, block.keys
 
-    def forward(self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(
+        self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor, told: Tensor | None = None
+    ) -> Tensor:
         block, first = self.block, padding_length.reshape(-1, 1, 1)
-        query = _step_slots(past_length, input_ids).unsqueeze(2)
+        pictures, shown = (told if asked else None for asked in (block.pictures, block.prefixed))
+        query = step_slots(past_length, input_ids).unsqueeze(2)
         if self.keys.slides:
             places = torch.arange(self.keys.slots + input_ids.shape[1], device=input_ids.device)
             key = past_length.reshape(-1, 1, 1) - self.keys.slots + places
         else:
             key = torch.arange(self.keys.slots, device=input_ids.device).reshape(1, 1, -1)
-        visible = torch.logical_and(key >= first, key <= query)
+        seen = key <= query
+        if pictures is not None:
+            seen = torch.logical_or(seen, of_one_picture(pictures, (key - past_length.reshape(-1, 1, 1)).squeeze(1)))
+        visible = torch.logical_and(key >= first, seen)
         if block.window is not None:
             visible = torch.logical_and(visible, key > query - block.window)
         if block.chunk is not None:
             chunks = [torch.div(x - first, block.chunk, rounding_mode="floor") for x in (query, key)]
             visible = torch.logical_and(visible, chunks[0] == chunks[1])
+        if shown is not None:
+            own = (key - past_length.reshape(-1, 1, 1)).squeeze(1)
+            within = torch.logical_and(own >= 0, own < input_ids.shape[1])
+            seen = torch.logical_and(shown.gather(1, own.clamp(0, input_ids.shape[1] - 1)), within)
+            visible = torch.logical_or(visible, seen.unsqueeze(1))
         return torch.logical_or(visible, key == query).unsqueeze(1)
 
 
@@ -70,7 +81,7 @@ class StaticTemperature(nn.Module):
         self.block = block
 
     def forward(self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor) -> Tensor:
-        counted = torch.maximum(_step_slots(past_length, input_ids) + 1, padding_length.unsqueeze(1))
+        counted = torch.maximum(step_slots(past_length, input_ids) + 1, padding_length.unsqueeze(1))
         return temperature(counted, self.block)
 
 
@@ -80,5 +91,5 @@ class StaticPresence(nn.Module):
         self.dtype = dtype
 
     def forward(self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        present = _step_slots(past_length, input_ids) >= padding_length.unsqueeze(1)
+        present = step_slots(past_length, input_ids) >= padding_length.unsqueeze(1)
         return present.to(self.dtype), present.any(1).to(torch.int64) * input_ids.shape[1]

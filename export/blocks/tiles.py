@@ -6,22 +6,26 @@ from torch import Tensor, nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.context import inverse_frequencies
+from llmexport.export.blocks.norm import Norm
 
 
 class TileEmbedding(nn.Module):
     def __init__(self, block: spec.TileEmbedding) -> None:
         super().__init__()
         self.block = block
-        self.weight = nn.Parameter(torch.empty(block.hidden, block.channels * block.patch**2))
-        self.class_token = nn.Parameter(torch.empty(block.hidden))
-        self.positions = nn.Parameter(torch.empty(block.side**2 + 1, block.hidden))
+        self.kernel = (block.hidden, block.channels, block.patch, block.patch)
+        shape = self.kernel if block.kernel else (block.hidden, block.channels * block.patch**2)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(block.hidden)) if block.kernel else None
+        self.class_token = None if block.kernel else nn.Parameter(torch.empty(block.hidden))
+        self.positions = nn.Parameter(torch.empty(block.places, block.hidden))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        block = self.block
-        kernel = self.weight.view(block.hidden, block.channels, block.patch, block.patch)
-        seen = F.conv2d(pixels.to(kernel.dtype), kernel, stride=block.patch).flatten(2).transpose(1, 2)
-        token = self.class_token.expand(pixels.shape[0], 1, block.hidden)
-        return torch.cat((seen, token), 1) + self.positions
+        block, kernel = self.block, self.weight.view(self.kernel)
+        seen = F.conv2d(pixels.to(kernel.dtype), kernel, self.bias, stride=block.patch).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            seen = torch.cat((seen, self.class_token.expand(pixels.shape[0], 1, block.hidden)), 1)
+        return seen + self.positions
 
 
 class TileRotary(nn.Module):
@@ -69,3 +73,18 @@ class Projector(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         seen: Tensor = self.projection(hidden)
         return seen.reshape(-1, self.out)
+
+
+class PooledProjector(nn.Module):
+    def __init__(self, block: spec.PooledProjector) -> None:
+        super().__init__()
+        self.block = block
+        self.norm = Norm(block.norm)
+        self.weight = nn.Parameter(torch.empty(block.norm.size, block.out))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        block, width = self.block, self.block.norm.size
+        across = block.side // block.merge
+        grid = hidden.reshape(-1, across, block.merge, across, block.merge, width)
+        pooled = grid.float().mean((2, 4)).to(hidden.dtype).reshape(-1, block.tokens, width)
+        return (self.norm(pooled) @ self.weight).reshape(-1, block.out)

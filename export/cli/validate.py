@@ -35,6 +35,9 @@ ENGINE = "engine"  # the runner that is on a GPU
     "--engine", type=FOLDER, help="In place of FOLDER: the folder of an engine, where no torch is. Needs --golden."
 )
 @click.option(
+    "--reference", type=FOLDER, help="The checkpoint that was quantised, to tell how far that moved the logits."
+)
+@click.option(
     "--save-results", type=FOLDER, help="A file for the outputs of all runners, which `polygraphy inspect data` reads."
 )
 @verifying
@@ -47,6 +50,7 @@ def command(
     bisect: bool,
     golden: Path | None,
     engine: Path | None,
+    reference: Path | None,
     save_results: Path | None,
     verify: bool,
     quiet: bool,
@@ -60,8 +64,9 @@ def command(
         raise click.UsageError("give one of FOLDER and --engine", click.get_current_context())
     if engine and not golden:
         raise click.UsageError("--engine needs --golden, a pack of `llmexport golden`", click.get_current_context())
-    if golden and (tokens or seed is not None or rungs or bisect or verify):
-        said = "--golden brings its own prompt and rung: leave out --tokens, --seed, --rungs, --bisect and --verify"
+    if golden and (tokens or seed is not None or rungs or bisect or reference or verify):
+        said = "--golden brings its own prompt and rung: leave out --tokens, --seed, --rungs, --bisect, --reference "
+        said += "and --verify"
         raise click.UsageError(said, click.get_current_context())
     console = Console(quiet, as_json)
     if golden:
@@ -79,6 +84,7 @@ def command(
             save_results=save_results,
             verify=verify,
             bisect=bisect,
+            reference=reference,
             progress=console.progress,
         )
     console.table(f"validation of {engine or folder}", (), summary(report))
@@ -99,6 +105,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
             rows.append(("", rung.metrics.text))
     rows += report.bisect.lines if report.bisect else []
     rows += [("warning", report.warning)] if report.warning else []
+    rows += [("moved by quantisation", report.moved.text)] if report.moved else []
     for runner, seconds in report.seconds.items():
         prompt = report.prompt
         shown = f", {prompt['pictures']} pictures among them," if "pictures" in prompt else ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -11,12 +12,22 @@ from onnx import TensorProto
 from onnx.helper import get_attribute_value, make_node
 
 from llmexport.export.packed import fp4
+from llmexport.export.packed.matrix import Matrix
 
 # What unsigned numbers are as signed ones once all their bytes are changed by this mask: each less its middle.
 SIGNED: dict[int, tuple[int, int]] = {
     TensorProto.UINT4: (TensorProto.INT4, 0x88),
     TensorProto.UINT8: (TensorProto.INT8, 0x80),
 }
+
+
+# The compute capability from which GPUs have numbers of a type; TensorRT builds for no other that it is told of.
+NEEDS: Mapping[str, tuple[int, int]] = MappingProxyType({"float8_e4m3fn": (8, 9), "float4_e2m1fn": (10, 0)})
+
+
+def needs(matrices: Iterable[Matrix]) -> tuple[tuple[int, int], str] | None:
+    """The compute capability that engines of these need, and the type that needs it; None if any will do."""
+    return max(((NEEDS[kind], kind) for kind in {m.number for m in matrices} if kind in NEEDS), default=None)
 
 
 @dataclass(frozen=True)
@@ -79,14 +90,13 @@ class _Form:
 
     def _stored(self, name: str) -> tuple[TensorProto | None, bool]:
         """The constant that a value is or is the transpose of, and whether it is that."""
-        turned = name not in self.held
-        if turned and self.made[name].op_type == "Transpose" and name in self.made:
-            name = self.made[name].input[0]
-        return self.held.get(name), turned
+        made = self.made.get(name)
+        if made is not None and made.op_type == "Transpose":
+            return self.held.get(made.input[0]), True
+        return self.held.get(name), False
 
     def _integers(self, node: onnx.NodeProto) -> bool:
-        if node.input[0] in self.made and self.made[node.input[0]].op_type != "Transpose":
-            return False
+        """Whether TensorRT would not take what it dequantises: the transpose of a constant, or unsigned numbers."""
         numbers, turned = self._stored(node.input[0])
         return numbers is not None and (turned or numbers.data_type in SIGNED)
 
@@ -95,15 +105,14 @@ class _Form:
         numbers, turned = self._stored(node.input[0])
         assert numbers is not None
         self._sign(numbers)
-        scales, zeros = node.input[1], node.input[2] if len(node.input) > 2 else None
-        points = self.held.get(zeros) if zeros else None
+        scales = node.input[1]
+        # Those that are made say the middle, which a signed number is without one.
+        points = self.held.get(node.input[2]) if len(node.input) > 2 else None
         value = node.output[0]
         made = f"{value}/middle" if points else value
         if turned:
-            stands = {**said, "axis": 1 - said.get("axis", 1)}
-            grid = scales
-            if "block_size" in said:
-                grid = self.made[scales].input[0]
+            stands = {**said, "axis": 1 - said["axis"]}
+            grid = self.made[scales].input[0] if "block_size" in said else scales
             yield make_node("DequantizeLinear", [numbers.name, grid], [f"{value}/rows"], f"{value}/rows", **stands)
             yield make_node("Transpose", [f"{value}/rows"], [made], made, perm=[1, 0])
         else:

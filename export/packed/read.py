@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
 from llmexport.export.packed.matrix import Matrix
 from llmexport.export.packed.module import Module
-from llmexport.export.packed.scheme import Scheme
+from llmexport.export.packed.scheme import Scheme, read_scheme
 
 if TYPE_CHECKING:
     from llmexport.export.checkpoint import StoredTensor
@@ -24,6 +25,12 @@ ENDINGS = (
 MARKS = (".weight_scale_inv", ".weight_scale", ".weight_packed", ".qweight", ".scales", ".qzeros", ".weight_scale_2")
 # Scales of a cache in 8 bits, which is not made here.
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".prob_scale", ".k_proj.output_scale", ".v_proj.output_scale")
+
+
+def matrices_of(config: Mapping[str, Any], folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Matrix]:
+    """The matrices in few bits of a checkpoint; none if nothing says that it has any. Raises as read_matrices does."""
+    scheme = read_scheme(config, folder)
+    return read_matrices(scheme, tensors) if scheme else {}
 
 
 def read_matrices(scheme: Scheme, tensors: Mapping[str, StoredTensor]) -> dict[str, Matrix]:

@@ -65,6 +65,7 @@ from llmexport.export.spec.model import (
     from_data,
     to_data,
 )
+from llmexport.export.spec.passage import Passage
 from llmexport.export.spec.patches import (
     PatchEmbedding,
     PatchMerger,
@@ -77,7 +78,7 @@ from llmexport.export.spec.per_layer import PerLayerEmbedding, PerLayerInput
 from llmexport.export.spec.proportional import ProportionalScaling
 from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
-from llmexport.export.spec.tiles import PixelShuffle, Projector, TileEmbedding, TileRotary
+from llmexport.export.spec.tiles import PixelShuffle, PooledProjector, Projector, TileEmbedding, TileRotary
 from llmexport.export.spec.wkv import ChannelMix, TimeMix
 
 __all__ = [
@@ -139,6 +140,7 @@ __all__ = [
     "Mxfp4",
     "Norm",
     "Part",
+    "Passage",
     "PatchEmbedding",
     "PatchMerger",
     "PatchPlaces",
@@ -148,6 +150,7 @@ __all__ = [
     "PerLayerInput",
     "PixelShuffle",
     "Plain",
+    "PooledProjector",
     "Port",
     "Presence",
     "Projector",

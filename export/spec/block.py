@@ -32,6 +32,7 @@ Use = Literal[
     "span_length",  # where they end
     "presence",  # 1 for a token, 0 for padding, along this step
     "presence_end",  # where this step's tokens of a row end
+    "shown",  # which tokens of this step all of their row see
     "cos",  # cosines of the angles that RoPE turns by
     "sin",  # their sines
     "temperature",  # a factor of each query
@@ -42,6 +43,7 @@ Use = Literal[
     "places",  # of each patch, in which row and column of its picture it is
     "extents",  # and how many rows and columns that has
     "segments",  # the number of the frame that each patch is of
+    "pictures",  # of each token of this step, the number of the picture that it stands for in its row, 0 for text
     "features",  # what takes the place of the embeddings of this step's tokens that stand for pictures
     "state",  # keys, values or inputs that a block kept of earlier tokens
     "slots",  # keys or values, each token's in its own slot, the first token's in the first one
@@ -125,6 +127,11 @@ class Block:
         """By their paths, the parameters that a Storage speaks of. All others are floats, cast to the model's type."""
         return {path + own: s for block, path in self.parts.values() for own, s in block.stored.items()}
 
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """The paths of weights that a checkpoint may hold and the block does not read."""
+        return ()
+
     def dtype_of(self, path: str) -> str:
         """The type of a parameter, as `Stored.dtype` says it."""
         return self.stored[path].dtype if path in self.stored else "T"
@@ -142,12 +149,15 @@ def state(name: str, past: tuple[Dim, ...], present: tuple[Dim, ...], dtype: str
 
 INPUT_IDS = Port("input_ids", (BATCH, SEQUENCE), "int64", "tokens")
 POSITION_IDS = Port("position_ids", (BATCH, SEQUENCE), "int64", "positions")
+PLACES = Port("places", (2, BATCH, SEQUENCE), "int64", "positions")
+SHOWN = Port("shown", (BATCH, SEQUENCE), "bool", "shown")
 TOKEN_TYPE_IDS = Port("token_type_ids", (BATCH, SEQUENCE), "int64", "token_types")
 ATTENTION_MASK = Port("attention_mask", (BATCH, TOTAL), "int64", "padding")
 STEP_MASK = Port("attention_mask", (BATCH, SEQUENCE), "int64", "padding")
 SLOT_MASK = Port("attention_mask", (BATCH, WRITTEN), "int64", "padding")
 PADDING_LENGTH = Port("padding_length", (BATCH,), "int64", "padding_length")
 PAST_LENGTH = Port("past_length", (BATCH,), "int64", "past_length")
+PICTURES = Port("pictures", (BATCH, SEQUENCE), "int64", "pictures")
 # What a block that must not see padding reads.
 PRESENCE = (
     Port("present_tokens", (BATCH, SEQUENCE), use="presence"),

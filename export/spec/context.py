@@ -13,8 +13,11 @@ from llmexport.export.spec.block import (
     INPUT_IDS,
     PADDING_LENGTH,
     PAST_LENGTH,
+    PICTURES,
+    PLACES,
     POSITION_IDS,
     PRESENCE,
+    SHOWN,
     SLOT_MASK,
     Block,
     Dim,
@@ -60,12 +63,14 @@ class YarnScaling:
 class LongScaling:
     """LongRoPE (arXiv 2402.13753): a divisor for each frequency, `long` once a position is `original_positions`
     or beyond, else `short`; keys cached before that point keep their angles, so that who crosses it must run the
-    whole prompt again, as transformers' generate does. cos and sin are multiplied by `magnitude`."""
+    whole prompt again, as transformers' generate does. cos and sin are multiplied by `magnitude`, or beside `long` by
+    `long_magnitude` if there is one."""
 
     short: tuple[float, ...]
     long: tuple[float, ...]
     original_positions: int
     magnitude: float
+    long_magnitude: float | None = None
 
 
 Scaling: TypeAlias = Llama3Scaling | LinearScaling | YarnScaling | LongScaling | ProportionalScaling
@@ -78,6 +83,7 @@ class Rotary(Block):
     With `sections`, each token has as many positions (time, height, width: mRoPE, arXiv 2409.12191), equal for
     text. Frequency i turns by position i mod 3 as long as i < 3 * sections[i mod 3], by the first one otherwise
     (modeling_qwen3_5_moe.py). `places`: how many positions these angles are right for, where a model has others beyond.
+    `halves`: a head has two, each turned by a place of its own as a head of that size is (modeling_chatglm.py).
     """
 
     size: int
@@ -85,15 +91,18 @@ class Rotary(Block):
     scaling: Scaling | None = None
     sections: tuple[int, ...] = ()
     places: int | None = None
+    halves: bool = False
 
     def __post_init__(self) -> None:
-        if self.size % 2 or not self.size:
+        if self.size % (4 if self.halves else 2) or not self.size:
             raise ExportError(f"RoPE needs an even number of dimensions above 0, config.json makes it {self.size}")
         if self.sections and (len(self.sections) != 3 or sum(self.sections) != self.size // 2):
             raise ExportError(f"mrope_section is {list(self.sections)}: 3 numbers of sum {self.size // 2} are expected")
 
     @property
     def inputs(self) -> tuple[Port, ...]:
+        if self.halves:
+            return (PLACES,)
         axes = (len(self.sections),) if self.sections else ()
         return (Port("position_ids", (*axes, BATCH, SEQUENCE), "int64", "positions"),)
 
@@ -156,16 +165,21 @@ class Mask(Block):
 
     Windows and chunks count the tokens of a row and no padding, wherever it stands, so that a row in a batch sees
     what it sees alone. A query always sees itself, so that the row of a padding token is never empty: no backend
-    then makes a NaN. `keys`: of a static cache.
+    then makes a NaN. `keys`: of a static cache. `pictures`: the tokens of a picture see each other as well, as far as
+    they are of this step, those behind a query too; a window bounds what is before it (modeling_gemma3.py,
+    create_masks_for_vision_model). `prefixed`, of texts alone: some tokens of a step are seen by all of it.
     """
 
     window: int | None = None
     chunk: int | None = None
     keys: Keys | None = None
+    pictures: bool = False
+    prefixed: bool = False
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK, INPUT_IDS)
+        ports = (PADDING_LENGTH, PAST_LENGTH, INPUT_IDS) if self.keys else (ATTENTION_MASK, INPUT_IDS)
+        return (*ports, *(PICTURES,) * self.pictures, *(SHOWN,) * self.prefixed)
 
     @property
     def outputs(self) -> tuple[Port, ...]:

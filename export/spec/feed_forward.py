@@ -51,13 +51,14 @@ class Router(Block):
     experts, `groups_kept` are eligible: those whose `group_best` best choices sum highest. `scale` multiplies the
     weights. `wide`: all is computed in float32, of the router's own weights too, and what comes out is rounded once
     (modeling_deepseek_v3.py). It may have a `norm` of its own and an `input_scale` for what it reads; with
-    `expert_scale` one number for each expert multiplies weights (modeling_gemma4.py).
+    `expert_scale` one number for each expert multiplies weights (modeling_gemma4.py). "sparse_mixer" is no mode of the
+    op: each of two choices is weighed against the experts that are within `jitter` of it (modeling_phimoe.py).
     """
 
     hidden: int
     experts: int
     top_k: int
-    scoring: Literal["softmax", "softmax_top_k", "sigmoid"]
+    scoring: Literal["softmax", "softmax_top_k", "sigmoid", "sparse_mixer"]
     renormalise: bool = False
     bias: bool = False
     correction: bool = False
@@ -69,6 +70,7 @@ class Router(Block):
     norm: Norm | None = None
     input_scale: float = 1.0
     expert_scale: bool = False
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:

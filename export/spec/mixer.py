@@ -89,14 +89,14 @@ class Attention(Mixer):
     What a query may see is an input, the mask: layers that differ in their window alone are one block. With `sinks`
     or a `softcap` on the logits, it is the SinkAttention op, and its `window` (0: none) part of the block.
 
-    The first `rotated` dimensions of a head turn (None: all, 0: none), pairwise interleaved or by halves.
-    `qk_norm` applies to every head of q and k, with one weight for all heads, one for each ("each_head") or over all
-    at once ("all_heads", modeling_olmo2.py). `v_norm` is that of the values; `key_is_value`: they are what is projected
-    for keys, before its norm (modeling_gemma4.py). `fused`: q, k and v are one matrix, one after the other; or, if
-    `grouped`, group by group of the queries that share a key: queries, key, value (modeling_bloom.py,
-    modeling_falcon.py).
-    `transposed`: matrices are [in, out] (Conv1D, modeling_gpt2.py). `clip` bounds q, k and v. `biased`: in place of a
-    mask it reads what is added to the logits, as ALiBi is.
+    The first `rotated` dimensions of a head turn (None: all, 0: none), pairwise interleaved or by halves; with
+    `halves`, each half of a head by halves of its own (Rotary). `qk_norm` applies to every head of q and k, with one
+    weight for all heads, one for each ("each_head") or over all at once ("all_heads", modeling_olmo2.py). `v_norm` is
+    that of the values; `key_is_value`: they are what is projected for keys, before its norm (modeling_gemma4.py).
+    `fused`: q, k and v are one matrix, one after the other; or, if `grouped`, group by group of the queries that share
+    a key: queries, key, value (modeling_bloom.py, modeling_falcon.py). `transposed`: matrices are [in, out] (Conv1D,
+    modeling_gpt2.py). `clip` bounds q, k and v. `biased`: in place of a mask it reads what is added to the logits, as
+    ALiBi is.
     `output_gate`: the q projection holds, head by head, q and a gate whose sigmoid multiplies the head's output.
     `axes`, where it is not cached, are those of rows and of tokens; unless `masked`, a token sees all of its row.
     `borrows`: keys and values are an earlier layer's, as that sees them in this step, and it keeps none; `lends`: later
@@ -115,6 +115,7 @@ class Attention(Mixer):
     transposed: bool = False
     rotated: int | None = None
     interleaved: bool = False
+    halves: bool = False
     qk_norm: Norm | None = None
     qk_norm_over: Literal["head", "each_head", "all_heads"] = "head"
     qk_norm_place: Literal["before_rotary", "after_rotary"] = "before_rotary"
@@ -225,6 +226,12 @@ class Attention(Mixer):
     @property
     def parts(self) -> Mapping[str, tuple[Block, str]]:
         return {name: (norm, f"{name}.") for name, norm in self.norms.items()}
+
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """Published checkpoints hold keys and values of layers that read another's."""
+        own = {"k_proj": self.borrows, "v_proj": not self.key_is_value, "k_norm": self.qk_norm is not None}
+        return tuple(f"{n}.weight" for n, there in own.items() if there and self.borrows)
 
     @property
     def norms(self) -> Mapping[str, Norm]:

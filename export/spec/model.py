@@ -143,9 +143,10 @@ class Tower:
     """What of a multimodal checkpoint sees: a graph of pictures to features.
 
     `build` makes the graph, and what puts features into the text, of the config at `config_key`, of the keys beside it
-    and of the width of the text model. `names` are as an Arch's, of paths that start with `vision.`. `tiny` are the
-    keys beside the text model's config in the built-in one. `words` are special words of its tokenizer and their ids,
-    `beside` what else lies there, by file: text, or a JSON object.
+    and of the width of the text model. `names` are as an Arch's, of paths that start with `vision.`; `other_names` maps
+    the starts of such names to those of other releases. `tiny` are the keys beside the text model's config in the
+    built-in one. `words` are special words of its tokenizer and their ids, `beside` what else lies there, by file:
+    text, or a JSON object.
     """
 
     build: Callable[[Config, Config, int], tuple[Graph, Splice]]
@@ -154,6 +155,7 @@ class Tower:
     words: Mapping[str, int]
     beside: Mapping[str, Any]
     config_key: str = "vision_config"
+    other_names: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,9 @@ class Reference:
     `attention` is which of its implementations does.
     `state` is what a class that keeps no cache calls what it carries, in its call and in its output: it knows nothing
     of padding, and is right for one row alone.
-    Where transformers has no class of the checkpoint's layout, `made_by` is the module of `validate/references/` that
-    makes a model of its tensors; `model_class` is then what configs call it, and `aliases` what others call it.
+    Where transformers has no class of the checkpoint's layout, or a wrong one, `made_by` is the module of
+    `validate/references/` that makes a model of its tensors; `model_class` is then what configs call it, and `aliases`
+    what others call it.
     """
 
     model_class: str
@@ -223,12 +226,13 @@ class Arch:
     start of its name in the checkpoint; the longest start that fits is taken. `stacks` maps the checkpoint's name of
     a stacked parameter to the names, with {e}, of the matrices of each expert that a checkpoint may have in its
     place; `in_parts`: published ones have. `older` maps how a name ends to how it ends in the files of old releases.
-    `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and the model does not need, and `ahead`
-    is a tensor by which one is known that guesses the token after the next and follows the layers, of which there are
-    {layers}: the model does not need any of it. `tiny` is the built-in config. `multimodal` are the kinds of checkpoint
-    that the model is published in beside its own. A base model's checkpoint, which has no head, leaves `base` out where
-    a name starts with it.
+    `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and the model does not need. `ahead` are names
+    of a module that guesses the token after the next and follows the layers, of which there are {layers}: it is known
+    by the first, and the model needs neither them nor the module's own layer, which has the tensors of the last one.
+    `tiny` is the built-in config. `multimodal` are the kinds of checkpoint that the model is published in beside its
+    own. A base model's checkpoint, which has no head, leaves `base` out where a name starts with it.
     `overflows_float16` says, where published checkpoints are known to overflow float16, which do and how it shows.
+    `told_by` is a key that its configs have, and those of another architecture of the same model type have not.
     `rope_keys` are what its configs call RoPE's keys beside `rope_parameters`, where that is not what others call them.
     `adds` says in a few words what its blocks have that Llama's have not, and `system` what the documents that this
     project began with call it, if they name it.
@@ -240,13 +244,14 @@ class Arch:
     names: Mapping[str, str]
     tiny: Mapping[str, Any]
     ignore: tuple[str, ...] = ()
-    ahead: str = ""
+    ahead: tuple[str, ...] = ()
     stacks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     in_parts: bool = False
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
     multimodal: tuple[Multimodal, ...] = ()
     base: str = "model."
     overflows_float16: str = ""
+    told_by: str = ""
     rope_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adds: str = ""
     system: str = ""

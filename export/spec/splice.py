@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import SPLICED
-from llmexport.export.spec.block import INPUT_IDS, Block, Port, hidden
+from llmexport.export.spec.block import INPUT_IDS, PICTURES, Block, Port, hidden
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,13 @@ class Splice(Block):
     row by row, takes row k of the features (masked_scatter in transformers' multimodal models).
 
     Where a step has no features it has no pictures, and every token keeps its own embedding. Else more such tokens than
-    features: a run fails in PyTorch and in ONNX Runtime; TensorRT does not tell.
+    features: a run fails in PyTorch and in ONNX Runtime; TensorRT does not tell. `numbered`: it also gives the
+    number of each token's picture. Tokens that follow each other are of one.
     """
 
     tokens: tuple[int, ...]
     hidden: int
+    numbered: bool = False
 
     def __post_init__(self) -> None:
         if len({*self.tokens}) < len(self.tokens):
@@ -31,7 +33,7 @@ class Splice(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (hidden("spliced", self.hidden),)
+        return (hidden("spliced", self.hidden), *(PICTURES,) * self.numbered)
 
 
 def features(axis: str, width: int) -> Port:

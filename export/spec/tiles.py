@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import FEATURES, TILES
 from llmexport.export.spec.block import Block, Port, hidden
+from llmexport.export.spec.mixer import Norm
 from llmexport.export.spec.splice import features
 
 
@@ -18,12 +20,20 @@ def tiles(channels: int, size: int) -> Port:
 @dataclass(frozen=True)
 class TileEmbedding(Block):
     """`side` x `side` patches of a tile to hidden states, by a convolution that sees one at a time; then a class token,
-    and a learned position for each (modeling_llama4.py, Llama4VisionModel)."""
+    and a learned position for each (modeling_llama4.py, Llama4VisionModel). Where the weight is a `kernel`
+    [hidden, channels, patch, patch] there is a bias, and no class token (modeling_siglip.py, SiglipVisionEmbeddings).
+    """
 
     channels: int
     side: int
     patch: int
     hidden: int
+    kernel: bool = False
+
+    @property
+    def places(self) -> int:
+        """How many hidden states a tile makes."""
+        return self.side**2 + (not self.kernel)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -31,7 +41,7 @@ class TileEmbedding(Block):
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        return (hidden("embedded", self.hidden, (TILES, self.side**2 + 1)),)
+        return (hidden("embedded", self.hidden, (TILES, self.places)),)
 
 
 @dataclass(frozen=True)
@@ -106,3 +116,31 @@ class Projector(Block):
     @property
     def outputs(self) -> tuple[Port, ...]:
         return (features(FEATURES, self.out),)
+
+
+@dataclass(frozen=True)
+class PooledProjector(Block):
+    """The mean of `merge` x `merge` patches of `side` x `side` of a tile, normed, times a matrix [in, out]: features as
+    wide as the text model (modeling_gemma3.py, Gemma3MultiModalProjector)."""
+
+    side: int
+    merge: int
+    norm: Norm
+    out: int
+
+    @property
+    def tokens(self) -> int:
+        """How many features a tile makes."""
+        return (self.side // self.merge) ** 2
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (hidden("hidden", self.norm.size, (TILES, self.side**2)),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (features(FEATURES, self.out),)
+
+    @property
+    def parts(self) -> Mapping[str, tuple[Block, str]]:
+        return {"norm": (self.norm, "norm.")}

@@ -100,6 +100,18 @@ __device__ __forceinline__ Parts split(float const (&left)[4], float const (&rig
   return parts;
 }
 
+// The parts of an fp32 tile in shared memory, whose rows are `pitch` floats apart.
+__device__ __forceinline__ Parts loadParts(float const* tile, int pitch) {
+  int const lane = threadIdx.x % kWarp;
+  Parts parts;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    auto const pair = load<2>(tile + (lane / 4 + i % 2 * 8) * pitch + lane % 4 * 2 + i / 2 * 8);
+    split<Bfloat16>(pair.at[0], pair.at[1], parts.high.a[i], parts.low.a[i]);
+  }
+  return parts;
+}
+
 // sum += a b^T, for columns 8 * side to 8 * side + 7 of b^T.
 template <class T>
 __device__ __forceinline__ void multiply(float (&sum)[4], Fragment const& a, Fragment const& b,
@@ -162,5 +174,20 @@ __device__ __forceinline__ Fragment loadTileTransposed(T const* rows, int row, i
       tile.a, rows + place<kWidth>(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
   return tile;
 }
+
+constexpr int kScanColumns = 32;  // columns of V that a block takes
+constexpr int kHalves = 2;        // halves of D, each with a warp
+constexpr int kQuad = 4;          // lanes that hold a row of an accumulator
+
+// Four floats a lane, in which the warps of the two halves of D give each other their sums.
+using Exchanged = Vector<float, 4>;
+
+// The places of a warp, 16 columns of V and a half of D, and of a lane.
+struct ScanPlace {
+  int lane = threadIdx.x % kWarp, warp = warpOfThread();
+  int half = warp % kHalves, columnInBlock = warp / kHalves * kTile;
+  int column = blockIdx.x * kScanColumns + columnInBlock;
+  int row = lane / kQuad, pair = lane % kQuad * 2;  // in an accumulator: rows row and row + 8
+};
 
 }  // namespace llmexport

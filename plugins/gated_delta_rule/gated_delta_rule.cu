@@ -1,8 +1,7 @@
 #include <algorithm>
-#include <utility>
 
-#include "common/refuse.h"
 #include "gated_delta_rule/gated_delta_rule.cuh"
+#include "gated_delta_rule/limits.h"
 
 namespace llmexport {
 namespace {
@@ -10,11 +9,6 @@ namespace {
 // Up to so many tokens the recurrence is at least as fast: a chunk takes two launches and the time
 // of about as many of its steps (reckoned, not measured).
 constexpr int64_t kFewTokens = 16;
-
-// Whether there are kernels for matrices of this many rows or columns.
-constexpr bool isServed(int64_t size) {
-  return size == 16 || size == 32 || size == 64 || size == 128;
-}
 
 bool hasChunks(GatedDeltaRuleSizes const& sizes, Dtype dtype) {
   bool const wide = sizes.D == 64 || sizes.D == 128;  // two warps' halves of whole tiles
@@ -41,10 +35,10 @@ struct Arguments {
 template <class T, bool kVectors>
 cudaError_t startRecurrence(Arguments const& a) {
   GatedDeltaRuleTensors const& t = a.tensors;
-  return launch(recurrenceKernel<T, kVectors>, a.plan.recurrence, a.stream, typed<T>(t.q),
-                typed<T>(t.k), typed<T>(t.v), t.g, typed<T>(t.beta), t.state, typed<T>(t.y),
-                t.nextState, a.sizes.T, int(a.sizes.G), int(a.sizes.D), int(a.sizes.V),
-                a.attributes.scale, a.attributes.l2Norm);
+  return launch(recurrenceKernel<T, kVectors, DecayOf::kHead>, a.plan.recurrence, a.stream,
+                typed<T>(t.q), typed<T>(t.k), typed<T>(t.v), t.g, typed<T>(t.beta), t.state,
+                typed<T>(t.y), t.nextState, a.sizes.T, int(a.sizes.G), int(a.sizes.D),
+                int(a.sizes.V), a.attributes.scale, a.attributes.l2Norm);
 }
 
 template <class T, int D>
@@ -69,15 +63,7 @@ bool gatedDeltaRuleFits(GatedDeltaRuleSizes const& s) {
 }
 
 bool gatedDeltaRuleServes(GatedDeltaRuleSizes const& s) {
-  if (!gatedDeltaRuleFits(s)) return false;
-  for (auto const& [letter, size] : {std::pair('D', s.D), std::pair('V', s.V)}) {
-    if (size == kUnknown || isServed(size)) continue;
-    return refuse("GatedDeltaRule: %c is %lld, but there are kernels for 16, 32, 64 and 128 only",
-                  letter, (long long)size);
-  }
-  return isAtMost("GatedDeltaRule", "B", {s.B}, kMaxGridY) &&
-         isAtMost("GatedDeltaRule", "H", {s.H}, kMaxGridY) &&
-         isAtMost("GatedDeltaRule", "T", {s.T}, INT32_MAX);
+  return gatedDeltaRuleFits(s) && deltaRuleServes("GatedDeltaRule", s.B, s.T, s.H, s.D, s.V);
 }
 
 GatedDeltaRulePlan gatedDeltaRulePlan(GatedDeltaRuleSizes const& sizes, Dtype dtype,

@@ -91,18 +91,6 @@ __device__ __forceinline__ void invertDiagonal(ChunkSystem& system) {
   }
 }
 
-// The parts of an fp32 tile in shared memory, whose rows are `pitch` floats apart.
-__device__ __forceinline__ Parts loadParts(float const* tile, int pitch) {
-  int const lane = threadIdx.x % kWarp;
-  Parts parts;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    auto const pair = load<2>(tile + (lane / 4 + i % 2 * 8) * pitch + lane % 4 * 2 + i / 2 * 8);
-    split<Bfloat16>(pair.at[0], pair.at[1], parts.high.a[i], parts.low.a[i]);
-  }
-  return parts;
-}
-
 __device__ __forceinline__ void storeParts(Fragment (&to)[2][kTriangleTiles][kWarp], int tile,
                                            float const (&left)[4], float const (&right)[4]) {
   Parts const parts = split<Bfloat16>(left, right);

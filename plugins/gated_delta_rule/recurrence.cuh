@@ -15,6 +15,8 @@ constexpr int kThreadColumns = 4, kThreadRows = 8;
 constexpr int kRowLanes = kRecurrenceColumns / kThreadColumns;
 constexpr int kRowGroups = kRecurrenceThreads / kRowLanes;
 constexpr int kMostRows = kThreadRows * kRowGroups;
+// What decays by a number of its own: a head's whole state, or each row of it.
+enum class DecayOf { kHead, kRow };
 // Blocks on an SM, for 80 KiB of states under way; with fp32 tokens five would spill.
 template <class T>
 constexpr int kRecurrenceBlocks = sizeof(T) == 2 ? 5 : 4;
@@ -61,8 +63,8 @@ __device__ __forceinline__ void storeRows(StateRows const& s, float* to, int row
   }
 }
 
-// The part of a token that a thread reads: an element of q and one of k for the whole block, the
-// rest for itself.
+// The part of a token that a thread reads: an element of q, one of k and, where each row has one,
+// one of g for the whole block, the rest for itself.
 template <class T>
 struct RecurrenceToken {
   T q, k, beta;
@@ -104,24 +106,28 @@ __device__ __forceinline__ void sumOverRows(RecurrenceSums& sums, RecurrenceSums
 
 // Grid (columns of V / kRecurrenceColumns, H, B). Thread t holds rows t / kRowLanes + 16 i of the 4
 // columns from t % kRowLanes * 4 on: the state is read once, stays in registers for all tokens, and
-// is written once. A token takes one pass over the state, as q^T S' = exp(g) q^T S + (q^T k) error;
-// norms of q and k are applied to the sums.
+// is written once. A token takes one pass over the state, as q^T S' = q^T exp(g) S + (q^T k) error;
+// norms of q and k, and the decay of a head, are applied to the sums. That of a row is applied to
+// the row before, which costs no more: four instructions an element of the state either way.
 //
 // All is computed in fp32 and y is rounded to T once, as in torch_recurrent_gated_delta_rule of
-// modeling_qwen3_5_moe.py, which applies norms and scale to q and k first and reads y from the new
-// state. Sums over D add a thread's rows in order, then lanes, then warps. expf and rsqrtf are good
-// to 2 units in the last place. An fp16 y beyond 65504 is infinite, as in transformers.
-template <class T, bool kVectors>
+// modeling_qwen3_5_moe.py and recurrent_kimi_delta_attention of modeling_kimi_linear.py, which
+// apply norms and scale to q and k first and read y from the new state. Sums over D add a thread's
+// rows in order, then lanes, then warps. expf and rsqrtf are good to 2 units in the last place. An
+// fp16 y beyond 65504 is infinite, as in transformers.
+template <class T, bool kVectors, DecayOf kDecay>
 __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
     recurrenceKernel(T const* q, T const* k, T const* v, float const* g, T const* beta,
                      float const* state, T* y, float* nextState, int64_t tokens, int groups, int D,
                      int V, float scale, bool l2Norm) {
+  constexpr bool kOfRow = kDecay == DecayOf::kRow;
   // There are so many buffers that a thread which writes one again has passed a barrier after its
   // last reader: sums are read right after the barrier of their token, k up to the next barrier.
   constexpr int kPartials = kRecurrenceThreads / kWarp * kRowLanes;
   SHARED_ARRAY(RecurrenceSums, partial, 2 * kPartials);
   SHARED_ARRAY(float, queries, 3 * kMostRows);
   SHARED_ARRAY(float, keys, 3 * kMostRows);
+  SHARED_ARRAY(float, decays, kOfRow ? 3 * kMostRows : 1);
   int const head = blockIdx.y, heads = gridDim.y, rowGroup = threadIdx.x / kRowLanes;
   int const column = blockIdx.x * kRecurrenceColumns + threadIdx.x % kRowLanes * kThreadColumns;
   bool const here = column < V;  // other threads still take part in shuffles and barriers
@@ -137,15 +143,17 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
     if (element < D) {
       token.q = q[(at * groups + group) * D + element];
       token.k = k[(at * groups + group) * D + element];
+      if (kOfRow) token.g = g[ofHead * D + element];
     }
     if (here) token.v = loadColumns<kVectors>(v + ofHead * V + column);
-    token.g = g[ofHead];
+    if (!kOfRow) token.g = g[ofHead];
     token.beta = beta[ofHead];
     return token;
   };
   auto share = [&](RecurrenceToken<T> const& token, int64_t t) {
     queries[t % 3 * kMostRows + element] = toFloat(token.q);
     keys[t % 3 * kMostRows + element] = toFloat(token.k);
+    if (kOfRow) decays[t % 3 * kMostRows + element] = expf(token.g);
   };
 
   // A token is read two steps before its own step, and shared one step before.
@@ -157,6 +165,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
   for (int64_t t = 0; t < tokens; ++t) {
     float const* const query = queries + t % 3 * kMostRows;
     float const* const key = keys + t % 3 * kMostRows;
+    float const* const kept = decays + (kOfRow ? t % 3 * kMostRows : 0);
     RecurrenceToken<T> const afterNext = t + 2 < tokens ? read(t + 2) : RecurrenceToken<T>{};
     if (t + 1 < tokens) share(next, t + 1);
     RecurrenceSums sums{};
@@ -165,8 +174,10 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
       if (r >= rows) continue;
       float const qd = query[r * kRowGroups + rowGroup], kd = key[r * kRowGroups + rowGroup];
       sums.kk += kd * kd, sums.qq += qd * qd, sums.qk += qd * kd;
+      float const ofRow = kOfRow ? kept[r * kRowGroups + rowGroup] : 1.0f;
 #pragma unroll
       for (int c = 0; c < kThreadColumns; ++c) {
+        s[r][c] *= ofRow;
         sums.kS[c] += kd * s[r][c];
         sums.qS[c] += qd * s[r][c];
       }
@@ -174,7 +185,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
     sumOverRows(sums, partial + t % 2 * kPartials);
     float const kNorm = l2Norm ? rsqrtf(sums.kk + kDeltaEpsilon) : 1.0f;
     float const qNorm = (l2Norm ? rsqrtf(sums.qq + kDeltaEpsilon) : 1.0f) * scale;
-    float const decay = expf(token.g), strength = toFloat(token.beta);
+    float const decay = kOfRow ? 1.0f : expf(token.g), strength = toFloat(token.beta);
     float update[kThreadColumns];
     float out[kThreadColumns];
 #pragma unroll

@@ -5,13 +5,7 @@
 
 namespace llmexport {
 
-constexpr int kScanColumns = 32;  // columns of V that a block takes
-constexpr int kHalves = 2;        // halves of D, each with a warp
-constexpr int kQuad = 4;          // lanes that hold a row of an accumulator
 constexpr int kChunkAccumulators = kChunk / 8;
-
-// Four floats a lane, in which the warps of the two halves of D give each other their sums.
-using Exchanged = Vector<float, 4>;
 constexpr int kExchanged = kChunkAccumulators + kChunkTiles;
 
 // Shared memory of a block. The next chunk's keys are copied while this one's are in use.
@@ -21,14 +15,6 @@ struct alignas(16) ScanShared {
   T values[kChunk * pitch<kScanColumns>()];
   ChunkRecord record;
   Exchanged exchanged[kChunkThreads / kWarp][kExchanged][kWarp];
-};
-
-// The places of a warp, 16 columns of V and a half of D, and of a lane.
-struct ScanPlace {
-  int lane = threadIdx.x % kWarp, warp = warpOfThread();
-  int half = warp % kHalves, columnInBlock = warp / kHalves * kTile;
-  int column = blockIdx.x * kScanColumns + columnInBlock;
-  int row = lane / kQuad, pair = lane % kQuad * 2;  // in an accumulator: rows row and row + 8
 };
 
 // Whether rows must be scaled into the range of T: bf16 has the range of fp32, fp16 has not.

@@ -38,7 +38,8 @@ def kimi_delta_rule(
 
     q, k [B, T, H, D]; v [B, T, H, V]; g, the log of the decay of each channel of k, [B, T, H, D] fp32; beta [B, T, H];
     state and next_state [B, H, D, V] fp32. l2_norm divides q and k by sqrt(sum of squares + 1e-6) first. All is
-    computed in fp32 and y is rounded once (modeling_kimi_linear.py, recurrent_kimi_delta_attention).
+    computed in fp32 and y is rounded once (modeling_kimi_linear.py, recurrent_kimi_delta_attention). Kernels compute
+    long prompts in chunks, in which a NaN of a token may spread to the 15 before it.
     """
     wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
     if l2_norm:

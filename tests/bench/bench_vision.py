@@ -44,6 +44,7 @@ MODELS = (
     "Qwen/Qwen3.6-35B-A3B",
     "Qwen/Qwen3.5-27B",
     "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+    "google/gemma-3-27b-it",
 )
 SIDE, FOUR = 448, 4
 MEMORY_MB = 24 * 2**30 / MB
@@ -78,7 +79,8 @@ def pictures(config: dict[str, Any], count: int) -> dict[str, np.ndarray]:
         pixels = random.uniform(-1, 1, (count * side**2, numbers))
         return {"pixel_values": pixels.astype(np.float32), "grid_thw": np.array([[1, side, side]] * count)}
     size = vision["image_size"]
-    tiles = (-(-SIDE // size)) ** 2
+    # Gemma 3 resizes every picture to its one size.
+    tiles = (-(-SIDE // size)) ** 2 if config["model_type"] == "llama4" else 1
     shape = (count * (tiles + (tiles > 1)), vision.get("num_channels", 3), size, size)
     return {"pixel_values": random.uniform(-1, 1, shape).astype(np.float32)}
 

@@ -51,6 +51,7 @@ class DeltaRuleCase:
     B: int
     T: int
     op: str = "GatedDeltaRule"
+    chunk: int = CHUNK
     roundings: int = 1  # of y
 
     @property
@@ -71,7 +72,7 @@ class DeltaRuleCase:
     @property
     def flops(self) -> int:
         """Of the chunked form, each product once: five of C x C, three with the state, the inverse."""
-        layer, C = self.layer, CHUNK
+        layer, C = self.layer, self.chunk
         of_chunk = 2 * C * C * (3 * layer.D + 2 * layer.V) + 3 * 2 * C * layer.D * layer.V + 2 * C**3 // 3
         return self.B * layer.H * -(-self.T // C) * of_chunk if self.T > 1 else 0
 

@@ -10,6 +10,7 @@ from typing import Any
 import attention_cases
 import delta_rule_cases
 import expert_cases
+import kimi_delta_cases
 import torch
 import torch.nn.functional as F
 import wkv_cases
@@ -160,6 +161,7 @@ def cases() -> Iterator[
     yield from attention_cases.cases()
     yield from expert_cases.cases()
     yield from delta_rule_cases.cases()
+    yield from kimi_delta_cases.cases()
     yield from wkv_cases.cases()
     seen: set[tuple[Any, ...]] = set()
     sizes = [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]

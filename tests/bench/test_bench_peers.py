@@ -145,6 +145,16 @@ def test_a_state_half_a_percent_off_is_wrong(bench: Callable[[str], Any], tokens
     assert right(y * 1.05, state) == [False, True]
 
 
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_transformers_computes_the_rule_of_kimi(bench: Callable[[str], Any], tokens: int) -> None:
+    cases, ops = bench("kimi_delta_cases"), bench("bench_ops")
+    torch.manual_seed(6)
+    case = cases.KimiDeltaCase(cases.Layer("small", 2, 2, 16, 16), 2, tokens)
+    inputs = case.on("cpu")
+    theirs = cases.torch_rule(case)(*inputs)
+    assert [ops.agree(case, *pair) for pair in case.checked(inputs, list(theirs))] == [True, True]
+
+
 def test_bounds_are_timed_but_no_peers(bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls take as many seconds as they add to a clock."""
     ops, clock, now = bench("bench_ops"), bench("gpu_clock"), [0.0]

@@ -51,7 +51,11 @@ def tiny(arch: str) -> Rows:
 @pytest.mark.model
 @pytest.mark.parametrize(
     ("arch", "count", "pixels", "features"),
-    [("qwen3_5_moe", 4, [4 * 64, 96], [4 * 16, 64]), ("llama4", 1, [5, 3, 24, 24], [5 * 9, 64])],
+    [
+        ("qwen3_5_moe", 4, [4 * 64, 96], [4 * 16, 64]),
+        ("llama4", 1, [5, 3, 24, 24], [5 * 9, 64]),
+        ("gemma3_text", 1, [1, 3, 24, 24], [9, 64]),
+    ],
 )
 def test_tower_alone_is_held_against_transformers(
     in_process: Any, tmp_path: Path, arch: str, count: int, pixels: list[int], features: list[int]
@@ -148,5 +152,5 @@ def test_a_try_of_few_layers_leaves_the_results(run: Callable[..., tuple[Any, Ro
 
 
 def test_a_name_of_no_model_is_told(run: Callable[..., tuple[Any, Rows]], capsys: Any) -> None:
-    assert run("gemma") == (2, {})
-    assert "no model has gemma in its name: choose of Qwen/Qwen3.6-35B-A3B" in capsys.readouterr().err
+    assert run("mistral") == (2, {})
+    assert "no model has mistral in its name: choose of Qwen/Qwen3.6-35B-A3B" in capsys.readouterr().err

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from llmexport.export import manifest
 from llmexport.export.checkpoint import open_checkpoint
@@ -34,9 +33,14 @@ from llmexport.validate.runtime import SessionOptions, open_session
 
 Call = Callable[[Feed], np.ndarray]
 Said = Callable[[], dict[str, Any]]
-TOWERS = {"llama4": "Llama4VisionModel", "qwen3_5": "Qwen3_5VisionModel", "qwen3_5_moe": "Qwen3_5MoeVisionModel"}
-# The weight that comes after the tower, where the checkpoint has one.
-PROJECTION = "multi_modal_projector.linear_1.weight"
+TOWERS = {
+    "gemma3": "SiglipVisionModel",
+    "llama4": "Llama4VisionModel",
+    "qwen3_5": "Qwen3_5VisionModel",
+    "qwen3_5_moe": "Qwen3_5MoeVisionModel",
+}
+# What comes after the tower, where the checkpoint has it.
+PROJECTOR = "multi_modal_projector."
 SHOWN = 0.01  # the least share of the time that an operator is named for
 
 
@@ -49,23 +53,35 @@ def in_transformers(source: Path, export: Export) -> tuple[Call, Said]:
         config=config.vision_config,
         dtype=dtype,
         attn_implementation="sdpa",
-        key_mapping={r"^model\.visual\.": "", r"^vision_model\.": ""},
+        key_mapping={r"^model\.visual\.": "", r"^vision_model\.": "", r"^vision_tower\.vision_model\.": ""},
         output_loading_info=True,
     )
     if lacks := [*found["missing_keys"], *found["mismatched_keys"]]:
         raise SystemExit(f"transformers does not find {lacks[:3]} in {source}")
     tower.eval()
-    checkpoint = open_checkpoint(source)
-    if PROJECTION in checkpoint.tensors:
-        projection = torch.tensor(checkpoint.read(PROJECTION).astype(np.float32)).to(dtype)
+    project = projector(source, config, dtype)
 
     def call(feed: Feed) -> np.ndarray:
         pixels, *grids = (torch.tensor(feed[n]) for n in ("pixel_values", "grid_thw") if n in feed)
         if grids:
             return to_numpy(tower(pixels, grid_thw=grids[0]).pooler_output)
-        return to_numpy(F.linear(tower(pixels.to(dtype)).last_hidden_state.flatten(0, 1), projection))
+        return to_numpy(project(tower(pixels.to(dtype)).last_hidden_state).flatten(0, 1))
 
     return call, dict
+
+
+def projector(source: Path, config: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """What transformers puts behind a tower over tiles; nothing behind another."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
+    from transformers.models.llama4.modeling_llama4 import Llama4MultiModalProjector
+
+    kinds = {"gemma3": Gemma3MultiModalProjector, "llama4": Llama4MultiModalProjector}
+    if config.model_type not in kinds:
+        return torch.nn.Identity()
+    checkpoint, made = open_checkpoint(source), kinds[config.model_type](config).to(dtype)
+    stored = {n: torch.tensor(checkpoint.read(n).astype(np.float32)) for n in checkpoint.tensors}
+    made.load_state_dict({n.removeprefix(PROJECTOR): t for n, t in stored.items() if n.startswith(PROJECTOR)})
+    return made.eval()
 
 
 def in_pytorch(source: Path, export: Export) -> tuple[Call, Said]:

@@ -192,7 +192,7 @@ BAD_EXPERTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "another quantisation": (
         lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}),
-        ["quantised (fp8)", "only unquantised weights or mxfp4"],
+        ["quantised (fp8)", "and no tensor is"],
     ),
     "layer_types that are too short": (
         lambda f: edit_config(f, layer_types=["full_attention"]),

@@ -163,7 +163,7 @@ def test_what_is_harmless_in_a_decoder_alone_is_read_or_refused_in_an_encoder(ke
 QWEN3_5 = ("qwen3_5", "qwen3_5_moe")
 # What some architectures know, each with a value that is not their tiny config's.
 RICHER = {
-    "quantization_config": ({"quant_method": "gptq", "bits": 4}, ()),
+    "quantization_config": ({"quant_method": "aqlm", "bits": 4}, ()),
     "partial_rotary_factor": (0.75, ("glm", "glm4", "glm4_moe", "minimax_m2", "phi3", "qwen3_next", *QWEN3_5)),
     "attn_logit_softcapping": (50.0, ("gemma2",)),
     "final_logit_softcapping": (50.0, ("gemma2", "gemma4_text")),
@@ -172,7 +172,7 @@ RICHER = {
     "residual_multiplier": (0.5, ("granite",)),
     "rope_interleaved": (True, ()),
     "query_pre_attn_scalar": (256, ("gemma2", "gemma3_text")),
-    "num_local_experts": (16, ("gpt_oss", "llama4", "minimax_m2", "mixtral", "qwen3_moe")),
+    "num_local_experts": (16, ("gpt_oss", "llama4", "minimax_m2", "mixtral", "phimoe", "qwen3_moe")),
     "num_experts": (16, ("qwen2_moe", "qwen3_5_moe", "qwen3_next", "grok", "kimi_linear")),
     "clip_qkv": (8.0, ("olmo",)),
     "swiglu_limit": (5.0, ("gpt_oss",)),
@@ -309,6 +309,10 @@ def test_an_unknown_kind_of_layer_is_refused_by_name(arch, kind):
             "output_gate_type is 'sigmoid', this architecture knows 'silu'",
         ),
         ("phi3", {"auto_map": {"AutoConfig": "a/b--other.Phi3Config"}}, "auto_map is {'AutoConfig'"),
+        ("phimoe", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1, only 2"),
+        ("phimoe", {"num_local_experts": 1}, "num_local_experts is 1, expected an integer of at least 2"),
+        ("phimoe", {"router_jitter_noise": 0.0}, "router_jitter_noise is 0.0, expected a positive number"),
+        ("phimoe", {"auto_map": {"AutoConfig": "configuration_slimmoe.PhiMoEConfig"}}, "auto_map is {'AutoConfig'"),
         ("llama4", {"for_llm_compressor": True}, "for_llm_compressor is True, only False"),
         ("qwen2_moe", {"mlp_only_layers": [3]}, "mlp_only_layers is [3], expected numbers of layers from 0 to 2"),
         ("qwen3_5_moe", {"linear_num_value_heads": 3}, "3 value heads are not a multiple of 2 key heads"),

@@ -118,9 +118,10 @@ def test_both_graphs_of_a_multimodal_export_are_built(case: Case, dtype: str, ex
     assert record.profile["spliced"][0] == 0
 
 
-def attention_of(head_size: int, masked: bool) -> onnx.ModelProto:
-    """One Attention of a tower in fp16: over packed patches with a mask, or over tiles of 577 without one."""
-    rows, tokens = (1, "patches") if masked else ("tiles", 577)
+def attention_of(head_size: int, tile: int) -> onnx.ModelProto:
+    """One Attention of a tower in fp16: over tiles of so many tokens without a mask, or else over packed patches."""
+    masked = not tile
+    rows, tokens = ("tiles", tile) if tile else (1, "patches")
     kinds = dict.fromkeys(["q", "k", "v", "y"], onnx.TensorProto.FLOAT16) | {"mask": onnx.TensorProto.BOOL}
     shapes = {n: (rows, 1, tokens, tokens) if n == "mask" else (rows, 16, tokens, head_size) for n in kinds}
     values = {n: onnx.helper.make_tensor_value_info(n, kinds[n], shapes[n]) for n in kinds}
@@ -131,13 +132,15 @@ def attention_of(head_size: int, masked: bool) -> onnx.ModelProto:
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10)
 
 
-# Of Qwen3.5 and of Llama 4 as they are published; and one for which there is no such kernel.
-@pytest.mark.parametrize(("head_size", "masked", "fused"), [(72, True, True), (88, False, True), (512, True, False)])
+# Of Qwen3.5, of Gemma 3 and of Llama 4 as they are published; and one for which there is no such kernel.
+@pytest.mark.parametrize(
+    ("head_size", "tile", "fused"), [(72, 0, True), (72, 4096, True), (88, 577, True), (512, 0, False)]
+)
 def test_the_heads_of_published_towers_have_a_fused_kernel(
-    head_size: int, masked: bool, fused: bool, tmp_path: Path
+    head_size: int, tile: int, fused: bool, tmp_path: Path
 ) -> None:
     sizes = {"patches": (4, 1024, 8192), "tiles": (1, 5, 17)}
-    assert rtx_build(attention_of(head_size, masked), sizes, tmp_path) == ["built"]
+    assert rtx_build(attention_of(head_size, tile), sizes, tmp_path) == ["built"]
     assert (FUSED in (tmp_path / engine_build.PLAN).read_bytes()) == fused
 
 
@@ -188,10 +191,11 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
         del port["is"]
         port["dtype"] = port["dtype"].replace("T", "float32")
     assert record == {
-        "format": 3,
+        "format": 4,
         "backend": "tensorrt-rtx",
         "version": importlib.metadata.version("tensorrt_rtx"),
         "target": "NVIDIA GPUs of compute capability 8.0 and later",
+        "least": [8, 0],
         "built_on": None,
         "arch": "llama",
         "block": "attention",

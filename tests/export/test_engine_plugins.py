@@ -15,7 +15,6 @@ import onnx
 import pytest
 from arch_cases import FIRST, ONCE, TOWERS, Case, in_each_dtype, others_slow
 from native import emulated_library
-from plugin_cases import served
 
 from llmexport.export import engine, engine_record, manifest, onnx_file
 from llmexport.export.errors import EngineError
@@ -57,10 +56,8 @@ def check_layers(export: Path, library: Path, tmp_path: Path) -> None:
     graphs = manifest.read(folder).graphs
     for graph in graphs:
         plan = record.graphs[graph.name]
-        # Those without a kernel are built from their bodies.
-        ours = {op: count for op, count in graph.ops.items() if op in served()}
-        assert plan.plugins == ours
-        assert plan.layers.get("PLUGIN_V3", 0) == sum(ours.values())
+        assert plan.plugins == graph.ops
+        assert plan.layers.get("PLUGIN_V3", 0) == sum(graph.ops.values())
         assert not [m for m in plan.messages if "Unused Input" in m]
     used = engine_record.Library(str(library), hashlib.sha256(library.read_bytes()).hexdigest())
     assert record.plugins == ((used,) if any(g.ops for g in graphs) else ())

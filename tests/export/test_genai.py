@@ -70,7 +70,7 @@ def test_the_file_of_a_llama() -> None:
     )
 
 
-OTHERS = (*LATENTS, "gemma4_text", "openelm", "yuan")  # of sizes or states that its file has no place for
+OTHERS = (*LATENTS, "chatglm_6b", "gemma4_text", "openelm", "yuan")  # of sizes or states that its file has no place for
 
 
 @pytest.mark.parametrize("case", [c for c in KEYED if c.arch not in OTHERS], ids=str)
@@ -114,6 +114,7 @@ def test_who_may_not_be_padded_on_the_right_is_noted() -> None:
         ("gemma4_text", "whose layers keep keys and values of different shapes"),
         ("openelm", "whose layers keep keys and values of different shapes"),
         ("yuan", "which carries past_key_values.%d.filter_half"),
+        ("chatglm_6b", "which carries past_key_values.passage.blanks"),
     ],
 )
 def test_what_its_file_has_no_place_for_is_refused(arch: str, said: str) -> None:

@@ -57,6 +57,8 @@ def shown(case: Case, folder: Path) -> tuple[np.ndarray, np.ndarray, Feed, np.nd
 def theirs(model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, cache: Any, feed: Feed) -> Any:
     known = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     known |= {{"grid_thw": "image_grid_thw"}.get(n, n): a for n, a in feed.items()}
+    if feed and model.config.model_type == "gemma3":
+        known["token_type_ids"] = (ids == model.config.image_token_id).astype(np.int64)
     with torch.no_grad():
         return model(**{n: torch.from_numpy(a) for n, a in known.items()}, past_key_values=cache, use_cache=True)
 

@@ -136,6 +136,14 @@ def test_a_text_model_of_another_type_is_refused(kind, inner):
     assert f"text_config is of model_type {inner!r}, expected {' or '.join(types)}" in line
 
 
+@pytest.mark.parametrize("inner", [{"model_type": "mistral4"}, {"model_type": ["mistral"]}, {}])
+def test_a_text_model_that_none_of_several_fits_is_refused_by_all_of_them(inner):
+    with pytest.raises(ExportError) as error:
+        archs.choose(None, {"model_type": "mistral3", "text_config": inner})
+    found = inner.get("model_type")
+    assert one_line(error.value).endswith(f"text_config is of model_type {found!r}, expected ministral3 or mistral")
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     monkeypatch.chdir(tmp_path)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantised_checkpoints
 import transformers
 from tiny_configs import one_line
 
 from llmexport.export import archs, graph_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
+from llmexport.export.keys import QUANTISATION
 from llmexport.export.onnx_file import Request, fill, open_model, read_model, read_noted
 from llmexport.export.spec import Layer
 
@@ -24,33 +26,34 @@ TYPES = {
 CLAIMED = [n for n, c in MODELS.items() if c.get("model_type") in TYPES]
 # How the weights are quantised, as config.json says it.
 QUANTISED = {
-    "Qwen/Qwen3-30B-A3B-FP8": "fp8, e4m3, blocks of 128 x 128",
-    "Qwen/Qwen2.5-7B-Instruct-AWQ": "awq, 4 bits, groups of 128",
-    "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4": "gptq, 4 bits, groups of 128",
-    "Qwen/Qwen3-32B-FP8": "fp8, e4m3, blocks of 128 x 128",
-    "Qwen/Qwen3-32B-FP8-Static-PerTensor": "modelopt, FP8, 8 bits",
-    "Qwen/Qwen3-8B-FP8": "fp8, e4m3, blocks of 128 x 128",
-    "RedHatAI/Llama-4-Scout-17B-16E-Instruct-FP8-dynamic": "compressed-tensors, float-quantized, 8 bits",
-    "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8-dynamic": "compressed-tensors, float-quantized, 8 bits",
-    "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16": "compressed-tensors, pack-quantized, 4 bits, groups of 128",
-    "deepseek-ai/DeepSeek-R1": "fp8, e4m3, blocks of 128 x 128",
-    "deepseek-ai/DeepSeek-V3": "fp8, e4m3, blocks of 128 x 128",
     "in a public repository: Qwen3-14B-MLX-4bit": "mlx, 4 bits, groups of 64",
     "in a public repository: Qwen3.6 dense, MLX 4 bit": "4 bits, groups of 32",
-    "in a public repository: Wizard-Vicuna-30B-GPTQ": "gptq, 4 bits, one group",
-    "meta-llama/Llama-3.1-405B-Instruct-FP8": "fbgemm_fp8",
-    "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8": "compressed-tensors, float-quantized, 8 bits",
     "mlx-community/Llama-3.2-1B-Instruct-4bit": "mlx, 4 bits, groups of 64",
-    "nvidia/Gemma-4-31B-IT-NVFP4": "modelopt, NVFP4, 4 bits, groups of 16",
-    "nvidia/Qwen3.5-122B-A10B-NVFP4": "modelopt, NVFP4, 4 bits, groups of 16",
-    "nvidia/Qwen3.6-27B-NVFP4": "modelopt, MIXED_PRECISION, 8 bits",
-    "nvidia/Qwen3.6-35B-A3B-NVFP4": "modelopt, MIXED_PRECISION, 8 bits",
     "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit": "bitsandbytes, nf4, 4 bits",
 }
+# What their matrices are; of the others two kinds lie beside one another, or there are more than a test has time for.
+IN_FEW_BITS = {
+    "Qwen/Qwen2.5-7B-Instruct-AWQ": "196 matrices of uint4, groups of 128",
+    "Qwen/Qwen3-32B-FP8": "448 matrices of float8_e4m3fn, blocks of 128 x 128",
+    "Qwen/Qwen3-32B-FP8-Static-PerTensor": "448 matrices of float8_e4m3fn, one scale each",
+    "Qwen/Qwen3-8B-FP8": "252 matrices of float8_e4m3fn, blocks of 128 x 128",
+    "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8-dynamic": "224 matrices of float8_e4m3fn, one scale a row",
+    "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16": "224 matrices of uint4, groups of 128",
+}
+PACKED = [
+    *IN_FEW_BITS,
+    *("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "in a public repository: Wizard-Vicuna-30B-GPTQ"),
+    *("Qwen/Qwen3-30B-A3B-FP8", "deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-V3"),
+    *("meta-llama/Llama-3.1-405B-Instruct-FP8", "nvidia/Gemma-4-31B-IT-NVFP4", "nvidia/Qwen3.5-122B-A10B-NVFP4"),
+    *("nvidia/Qwen3.6-27B-NVFP4", "nvidia/Qwen3.6-35B-A3B-NVFP4"),
+]
 # Its names are those of the multimodal model, its config that of the text model alone.
 REFUSED = {
     "in a public repository: Qwen3.5-25B-REAP (pruned)": "exports ['Qwen3_5MoeForCausalLM']",
-    "in a public repository: Devstral-like mistral3, MLX 4 bit": "is of model_type 'mistral4', expected ministral3",
+    # Experts one by one, where unquantised ones lie in one tensor.
+    "RedHatAI/Llama-4-Scout-17B-16E-Instruct-FP8-dynamic": "for_llm_compressor is True, only False is supported",
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8": "for_llm_compressor is True, only False is supported",
+    "in a public repository: Devstral-like mistral3, MLX 4 bit": "'mistral4', expected ministral3 or mistral",
     # The type of its text model stands where that of the multimodal one does.
     "mistralai/Ministral-3-3B-2512": "exports ['Ministral3ForCausalLM']",
     # A sentence encoder.
@@ -65,11 +68,11 @@ REFUSED = {
     "tencent/Hunyuan-7B-Instruct": "config.json has no 'hidden_size'",
     "google/gemma-4-E2B-it": "config.json has no 'text_config'",
 }
-READ = [n for n in CLAIMED if n not in QUANTISED and n not in REFUSED]
+READ = [n for n in CLAIMED if n not in QUANTISED and n not in REFUSED and n not in PACKED]
 NOTED = {
     "Qwen/Qwen2.5-7B-Instruct-1M": "dual_chunk_attention_config is left out, as transformers does: right up to 262144",
     **dict.fromkeys(
-        (n for n in READ if MODELS[n]["model_type"] in ("gemma3", "gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+        (n for n in READ if MODELS[n]["model_type"] in ("gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
         "the text model alone is exported",
     ),
     "internlm/internlm2_5-7b": "the export is of texts up to 32768 tokens",
@@ -99,7 +102,7 @@ def hollow(name: str, folder: Path) -> Request:
 
 def test_the_tables_name_models_of_claimed_families():
     assert len(MODELS) == 170
-    assert {*QUANTISED, *REFUSED, *NOTED, *EXPORTED} <= set(CLAIMED)
+    assert {*QUANTISED, *PACKED, *REFUSED, *NOTED, *EXPORTED} <= set(CLAIMED)
     assert len(READ) == 110
 
 
@@ -139,6 +142,26 @@ def test_a_quantised_model_is_refused_by_what_it_is_quantised(name):
     assert f"says that the weights are quantised ({QUANTISED[name]}), " in line
     assert "take the unquantised model that it was made from" in line
     assert "remove" not in line
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_the_config_of_a_quantised_model_is_read_as_that_of_the_unquantised_one(name):
+    config = MODELS[name]
+    named = archs.choose(None, config)
+    assert read_model(named, config) == read_model(named, {k: v for k, v in config.items() if k not in QUANTISATION})
+
+
+@pytest.mark.parametrize("name", IN_FEW_BITS)
+def test_a_quantised_checkpoint_of_the_published_shapes_is_taken(name, tmp_path):
+    """Of two layers: what they are made of, and that none of it is read or packed anew but AWQ's numbers."""
+    layers = MODELS[name]["num_hidden_layers"]
+    checkpoint = open_checkpoint(quantised_checkpoints.hollow(tmp_path, {**MODELS[name], "num_hidden_layers": 2}))
+    (out := tmp_path / "out").mkdir()
+    export = fill(Request(archs.choose(None, checkpoint.config), checkpoint, dtype="bfloat16"), out)
+    number, _, kind = IN_FEW_BITS[name].partition(" ")
+    assert export.notes[0].endswith(f": {2 * int(number) // layers} {kind}")
+    repacked = [w.file for w in export.weights if w.placed == "repacked"]
+    assert bool(repacked) is ("AWQ" in name)
 
 
 @pytest.mark.parametrize("name", REFUSED)

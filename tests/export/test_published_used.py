@@ -19,6 +19,7 @@ from llmexport.export.spec import (
     GatedDeltaNet,
     Head,
     Layer,
+    LongScaling,
     Mask,
     Mlp,
     Model,
@@ -147,6 +148,16 @@ def ministral_3_3b() -> Model:
     return model(131072, norm, ((block, reads),) * 26, tied=True)
 
 
+def phi_3_5_moe() -> Model:
+    norm, said = Norm(4096, 1e-5, statistics="layer", bias=True), PUBLISHED["Phi-3.5-MoE-instruct"]["rope_scaling"]
+    moe = Moe(Router(4096, 16, 2, "sparse_mixer", jitter=0.01), Experts(4096, 6400, 16, 2))
+    block = decoder_layer(norm, Attention(4096, 32, 8, 128, qkv_bias=True, out_bias=True), norm, moe)
+    # Both magnitudes are one number.
+    scaling = LongScaling(tuple(said["short_factor"]), tuple(said["long_factor"]), 4096, 1.243163121016122)
+    embedding, head = Embedding(32064, 4096), Head(norm, 32064, bias=True)
+    return wired(embedding, ((block, (Rotary(128, 10000.0, scaling), Mask(131072))),) * 32, head, tied=False)
+
+
 MODELS = {
     "Qwen3-30B-A3B": qwen3_30b(),
     "Olmo-3-7B": olmo_3_7b(),
@@ -160,6 +171,7 @@ MODELS = {
     "MiniMax-M2 (without its quantisation)": minimax_m2(),
     "Qwen3-Next-80B-A3B": qwen3_next_80b(),
     "Ministral-3-3B": ministral_3_3b(),
+    "Phi-3.5-MoE-instruct": phi_3_5_moe(),
 }
 # Names that checkpoints have; those of Qwen3-MoE are in test_published_models.py.
 NAMED = {
@@ -175,6 +187,13 @@ NAMED = {
         "model.layers.1.mlp.shared_experts.up_proj.weight",
     ),
     "Ministral-3-3B": ("language_model.model.layers.25.self_attn.q_proj.weight",),
+    "Phi-3.5-MoE-instruct": (
+        "model.layers.31.block_sparse_moe.experts.15.w2.weight",
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.0.input_layernorm.bias",
+        "model.layers.0.self_attn.o_proj.bias",
+        "lm_head.bias",
+    ),
 }
 
 

@@ -68,6 +68,12 @@ READ = {
         Attention(4096, 32, 2, 128, fused=True, qkv_bias=True, rotated=64, interleaved=True),
         Mlp(4096, 13696, "silu", fused=True), (Rotary(64, 10000.0), Mask()), Head(Norm(4096, 1e-5), 65024),
     ),
+    "chatglm-6b": (
+        Attention(4096, 32, 32, 128, fused=True, grouped=True, qkv_bias=True, out_bias=True, halves=True),
+        Mlp(4096, 16384, "gelu_tanh", bias=True, gated=False),
+        (Rotary(128, 10000.0, halves=True), Mask(prefixed=True)),
+        Head(Norm(4096, 1e-5, statistics="layer", bias=True), 130528),
+    ),
     "glm-4-9b-chat-1m": (
         Attention(4096, 32, 4, 128, fused=True, qkv_bias=True, rotated=64, interleaved=True),
         Mlp(4096, 13696, "silu", fused=True), (Rotary(64, RATIO), Mask()), Head(Norm(4096, 1.5625e-7), 151552),
@@ -122,6 +128,17 @@ LAYOUTS = {
         "transformer.encoder.final_layernorm.weight": (4096,),
         "transformer.embedding.word_embeddings.weight": (65024, 4096), "transformer.output_layer.weight": (65024, 4096),
     }),
+    "chatglm-6b": (340, {
+        "transformer.layers.27.attention.query_key_value.weight": (12288, 4096),
+        "transformer.layers.27.attention.query_key_value.bias": (12288,),
+        "transformer.layers.0.attention.dense.weight": (4096, 4096),
+        "transformer.layers.0.mlp.dense_h_to_4h.weight": (16384, 4096),
+        "transformer.layers.0.mlp.dense_4h_to_h.bias": (4096,),
+        "transformer.layers.0.input_layernorm.bias": (4096,),
+        "transformer.layers.0.post_attention_layernorm.weight": (4096,),
+        "transformer.final_layernorm.bias": (4096,), "transformer.word_embeddings.weight": (130528, 4096),
+        "lm_head.weight": (130528, 4096),
+    }),
 }  # fmt: skip
 
 
@@ -157,6 +174,12 @@ def test_angles_that_do_not_change_have_no_end():
         ("chatglm", {"rmsnorm": False}, "rmsnorm is False"),
         ("chatglm", {"quantization_bit": 4}, "quantization_bit is 4"),
         ("chatglm", {"position_encoding_2d": True, "inner_hidden_size": 16384}, "inner_hidden_size=16384"),
+        ("chatglm_6b", {"position_encoding_2d": False}, "position_encoding_2d is False, only True"),
+        ("chatglm_6b", {"quantization_bit": 4}, "quantization_bit is 4"),
+        ("chatglm_6b", {"pre_seq_len": 128}, "pre_seq_len is 128"),
+        ("chatglm_6b", {"gmask_token_id": None}, "no 'gmask_token_id'"),
+        ("chatglm_6b", {"num_attention_heads": 5}, "hidden_size 64 is not a multiple of 5 attention heads"),
+        ("chatglm_6b", {"multi_query_attention": True}, "multi_query_attention=True"),
         ("qwen", {"rotary_pct": 0.5}, "rotary_pct is 0.5"),
         ("qwen", {"intermediate_size": 191}, "the widths of w1 and w2 together"),
         ("internlm", {"rotary": {"base": 10000, "type": "yarn"}}, "expected a base and a type"),

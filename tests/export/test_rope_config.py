@@ -25,7 +25,7 @@ from llmexport.validate.tolerance import Tolerance
 # Architectures whose positions turn queries and keys.
 TURNING = sorted({c.arch for c in DECODERS if any(isinstance(s.block, Rotary) for s in read(c.arch).steps)})
 # These have keys of their own for it.
-SCALED = [a for a in TURNING if a not in ("chatglm", "internlm", "openelm", "qwen")]
+SCALED = [a for a in TURNING if a not in ("chatglm", "chatglm_6b", "internlm", "openelm", "qwen")]
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -91,6 +91,31 @@ def test_longrope_is_read():
     magnitude = math.sqrt(1 + math.log(8) / math.log(64))
     short, long = tuple(LONG["short_factor"]), tuple(LONG["long_factor"])
     assert of_llama(**LONG) == Rotary(16, 10000.0, LongScaling(short, long, 64, magnitude))
+
+
+def test_phi_3_5_moe_says_the_magnitudes_of_short_and_of_long_texts():
+    short, long = tuple(LONG["short_factor"]), tuple(LONG["long_factor"])
+    rope = LONG | {"short_mscale": 1.1, "long_mscale": 1.3}
+    assert rotary(read("phimoe", rope_parameters=rope, **{ORIGINAL: 64})).scaling == LongScaling(
+        short, long, 64, 1.1, 1.3
+    )
+    rope["long_mscale"] = 1.1
+    assert rotary(read("phimoe", rope_parameters=rope, **{ORIGINAL: None})).scaling == LongScaling(short, long, 64, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"short_mscale": None}, "RoPE's short_mscale is None, expected a positive number"),
+        ({"long_mscale": "1"}, "RoPE's long_mscale is '1', expected a positive number"),
+        ({"attention_factor": 1.2}, "not understood: attention_factor"),
+        ({"rope_type": "su"}, "type 'su' is not supported here, default, longrope with mscales are"),
+        ({ORIGINAL: 32}, f"says {ORIGINAL} twice, 32 and 64"),
+    ],
+)
+def test_another_longrope_of_phi_3_5_moe_is_refused(changes, said):
+    rope = LONG | {"short_mscale": 1.1, "long_mscale": 1.3} | changes
+    assert said in refusal("phimoe", rope_parameters=rope, **{ORIGINAL: 64})
 
 
 @pytest.mark.parametrize("name", ["su", "yarn", "longrope"])

@@ -11,9 +11,11 @@ from decoders import reference
 from first_feed import first_feed
 from tiny_configs import placed_layers, read
 from torch import Tensor, nn
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from llmexport.export import blocks, graph_file, manifest
 from llmexport.export.assembly import parts
+from llmexport.export.blocks.moe import sparse_mixer
 from llmexport.export.spec import Moe
 from llmexport.graphs.bodies import op_of
 from llmexport.validate import stages
@@ -57,6 +59,21 @@ def check(logits: Tensor, expected: Tensor, weights: Tensor, experts: Tensor) ->
     assert compare(expected.numpy(), found.numpy(), clear.numpy()).excess(TOLERANCE["float32"]) <= 1
 
 
+@pytest.mark.parametrize("jitter", [0.01, 0.3])
+def test_a_sparse_mixer_chooses_and_weighs_as_that_of_transformers(jitter: float) -> None:
+    """Of ties it takes the lower index, and of logits that are all zero or all below it what it takes of others."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(99, 7, generator=random).round(decimals=1)
+    logits[0], logits[1], logits[2] = 0.0, -2.5, torch.tensor([0.0, -1, -1, 0, -2, 0, -3])
+    logits[3:9] -= 9.0
+    expected, chosen = sparsemixer(logits, jitter, training=False)
+    weights, experts = sparse_mixer(logits, jitter)
+    assert torch.equal(experts.long(), chosen)
+    assert (logits.topk(2).values.diff() == 0).any(), "no logits tie"
+    assert 0 < (expected < 1.0).float().mean() < 1
+    assert compare(expected.numpy(), weights.numpy()).excess(TOLERANCE["float32"]) <= 1
+
+
 @pytest.mark.parametrize("case", ROUTED, ids=str)
 def test_every_layer_chooses_the_experts_that_transformers_chooses(case: Case, tiny_checkpoint, exported) -> None:
     """Our router on the hidden states of theirs, and the exported file on its own."""
@@ -64,7 +81,7 @@ def test_every_layer_chooses_the_experts_that_transformers_chooses(case: Case, t
     prompt = stages.opening(np.random.default_rng(3).integers(0, 256, (2, 37)), np.ones((2, 37), np.int64))
     routings = heard(reference(tiny_checkpoint(case)), prompt.ids)
     graph = graph_file.load(read_back, read_back.graphs[0])
-    named = [n.output for n in graph.graph.node if op_of(n) == "MoeRoute"]
+    named = [n.input[1:3] for n in graph.graph.node if op_of(n) == "MoeExperts"]
     graph.graph.output.extend(onnx.ValueInfoProto(name=n) for names in named for n in names)
     feed = first_feed(read_back.graphs[0], prompt)
     # transformers counts the positions of every row from 0.

@@ -16,7 +16,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Model
 
-PATCHES, TILES = "qwen3_5_moe", "llama4"
+PATCHES, TILES, PICTURES = "qwen3_5_moe", "llama4", "gemma3_text"
 REMOVED = object()
 
 
@@ -79,10 +79,28 @@ OF_TILES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no such word": ({"image_token_index": 256}, {}, "token 256 stands for pictures, vocab_size is 256"),
     "other word": ({"image_token_id": 250}, {}, "image_token_id=250"),
 }
+OF_PICTURES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "unread": ({}, {"window_size": 112}, "keys that this architecture does not understand: window_size=112"),
+    "RoPE": ({}, {"rope_theta": 10000.0}, "does not understand: rope_theta=10000.0"),
+    "another tower": ({}, {"model_type": "siglip2_vision_model"}, "model_type is 'siglip2_vision_model'"),
+    "heads": ({}, {"num_attention_heads": 3}, "hidden_size 32, no multiple of 3 heads"),
+    "patches": ({}, {"image_size": 25}, "image_size 25, no multiple of patch_size 4"),
+    "oblong": ({}, {"image_size": [24, 48]}, r"image_size is \[24, 48\], expected"),
+    "activation": ({}, {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
+    "no tower": ({"vision_config": None}, {}, "no 'vision_config': .*--part text"),
+    "quantised": ({}, {"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised"),
+    "no square of tokens": ({"mm_tokens_per_image": 8}, {}, "mm_tokens_per_image is 8, expected the square of a"),
+    "no share of patches": ({"mm_tokens_per_image": 16}, {}, "is 16, expected .* that divides 6 patches"),
+    "default tokens": ({"mm_tokens_per_image": REMOVED}, {}, "mm_tokens_per_image is 256, expected"),
+    "no such word": ({"image_token_index": 256}, {}, "token 256 stands for pictures, vocab_size is 256"),
+    "default word": ({"image_token_index": REMOVED}, {}, "token 262144 stands for pictures"),
+    "other word": ({"image_token_id": 250}, {}, "image_token_id=250"),
+}
 REFUSED = [
     *((arch, *asked) for arch in (PATCHES, TILES) for asked in BOTH.values()),
     *((PATCHES, *asked) for asked in OF_PATCHES.values()),
     *((TILES, *asked) for asked in OF_TILES.values()),
+    *((PICTURES, *asked) for asked in OF_PICTURES.values()),
 ]
 
 
@@ -98,6 +116,12 @@ SAME = [
     (PATCHES, {"deepstack_visual_indexes": None, "rope_parameters": {"rope_type": "axial", "rope_theta": 10000}}),
     (PATCHES, {"rope_parameters": None, "model_type": "qwen3_5_moe", "attention_dropout": 0.1}),
     (TILES, {"patch_size": [4, 4], "image_size": [24, 24], "norm_eps": 0.5, "projector_dropout": 0.1}),
+    (
+        PICTURES,
+        {"patch_size": [4, 4], "attention_dropout": 0.1, "layer_norm_eps": 1e-06, "hidden_act": "gelu_pytorch_tanh"},
+    ),
+    # A head gives something else of the same patches.
+    (PICTURES, {"vision_use_head": True, "num_channels": 3}),
     (TILES, {"vision_feature_layer": -1, "rope_theta": 10000, "_attn_implementation_autoset": True}),
 ]
 
@@ -112,8 +136,10 @@ def test_a_key_that_is_missing_means_what_it_means_to_transformers(case: Case) -
     """With the fewest keys that agree with the tiny text model."""
     named = archs.load(case.arch)
     config = dict(archs.tiny_config(named, "all"))
-    fewest = {"out_hidden_size": 64} if case in PACKED else {"vision_output_dim": 4096, "intermediate_size": 3072}
-    config["vision_config"] = fewest
+    fewest = {"vision_output_dim": 4096, "intermediate_size": 3072} if case.arch == TILES else {}
+    config["vision_config"] = {"out_hidden_size": 64} if case in PACKED else fewest
+    # The default of as many tokens is no share of the default of patches.
+    config |= {"mm_tokens_per_image": 49} if case.arch == PICTURES else {}
     theirs = transformers.CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config)).to_dict()
     assert len(theirs["vision_config"]) > 10
     assert read_model(named, config, part="all") == read_model(named, theirs, part="all")

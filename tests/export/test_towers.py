@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from arch_cases import TOWERS, Case
+from safetensors.numpy import load_file, save_file
 from towers import PACKED, RUNNERS, WIDE, check, pixels, reference, run_only, seen
 
+from llmexport.export import archs, export, random_checkpoint
+from llmexport.export.multimodal import of_release
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import not_runnable
 from llmexport.validate.tolerance import TOLERANCE
@@ -26,7 +31,7 @@ GRIDS = {
 TILES = (1, 5)
 SEEN = [
     *((case, name) for case in (*PACKED, WIDE[0]) for name in GRIDS),
-    *((case, tiles) for case in (*(c for c in TOWERS if c not in PACKED), WIDE[1]) for tiles in TILES),
+    *((case, tiles) for case in (*(c for c in TOWERS if c not in PACKED), *WIDE[1:]) for tiles in TILES),
 ]
 
 
@@ -67,3 +72,29 @@ def test_a_grid_of_fewer_patches_than_there_are_fails(case: Case, runner: str, t
     feed = shown(case, tiny_checkpoint(case, "all"), "one")
     with pytest.raises(Exception, match=r"out of|idx"):
         run_only(exported(case, part="vision"), runner, feed | {"grid_thw": np.array([[1, 8, 4]])})
+
+
+RELEASES = archs.load("gemma3_text").multimodal[0].tower.other_names
+
+
+@pytest.mark.parametrize("starts", RELEASES, ids=lambda starts: next(iter(starts.values())))
+def test_the_names_of_another_release_are_the_same_tower(starts: dict[str, str], tmp_path: Path) -> None:
+    """The published names, and those that transformers has saved since: it loads them all."""
+    source, folder = tmp_path / "published", tmp_path / "checkpoint"
+    random_checkpoint.write(archs.load("gemma3_text"), source, dtype="float32", part="all")
+    [shard] = source.glob("*.safetensors")
+    later = any(to.startswith("model.") for to in starts.values())
+    text = {"language_model.model.": "model.language_model."} if later else {}
+    folder.mkdir()
+    renamed = {of_release(n, {**starts, **text}): t for n, t in load_file(shard).items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    assert {n.partition(".layers.")[0] for n in renamed} != {n.partition(".layers.")[0] for n in load_file(shard)}
+    feed = pixels(folder, 2)
+    for part in ("vision", "all"):
+        export(folder, tmp_path / part, part=part)
+        found = run_only(tmp_path / part, "onnxruntime", feed)["image_features"]
+        check(seen(reference(folder), feed), found)
+    assert np.array_equal(
+        found, run_only(export(source, tmp_path / "out").folder, "onnxruntime", feed)["image_features"]
+    )

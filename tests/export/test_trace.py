@@ -52,6 +52,7 @@ from llmexport.export.spec import (
     Moe,
     Mxfp4,
     Norm,
+    Passage,
     PerLayerEmbedding,
     PerLayerInput,
     Port,
@@ -148,11 +149,20 @@ CASES = [
     (Rotary(10, 150000.0, YarnScaling(32.0, 64, 32.0, 1.0, False, 1.35)), "float32"),
     # Half of the runs end before position 64.
     (Rotary(10, 10000.0, LongScaling((1.0, 1.1, 1.2, 1.3, 1.4), (1.0, 2.0, 4.0, 8.0, 16.0), 64, 1.2)), "float32"),
+    (Rotary(10, 10000.0, LongScaling((1.0,) * 5, (2.0,) * 5, 64, 1.2, 1.4)), "float32"),
     (Rotary(10, 10000.0, sections=(2, 2, 1)), "float32"),
     (Rotary(10, 10000.0, ProportionalScaling(2)), "float32"),
     (Mask(), "float32"),
+    (Rotary(12, 10000.0, halves=True), "float32"),
+    (Passage(5, (3, 4)), "float32"),
+    (Passage(5, (3,), static=True), "float32"),
+    (Mask(prefixed=True), "float32"),
+    (Mask(keys=ALL, prefixed=True), "float32"),
+    (Attention(33, 6, 6, 12, fused=True, grouped=True, qkv_bias=True, halves=True), "float32"),
     (Mask(7), "float32"),
     (Mask(chunk=7), "float32"),
+    (Mask(pictures=True), "float32"),
+    (Mask(7, pictures=True), "float32"),
     (BidirectionalMask(), "float32"),
     (Span(), "float32"),
     (Temperature(8, 0.1), "float32"),
@@ -160,6 +170,8 @@ CASES = [
     (Slots(150), "float32"),
     (Mask(7, keys=ALL), "float32"),
     (Mask(7, keys=LAST), "float32"),
+    (Mask(7, keys=LAST, pictures=True), "float32"),
+    (Mask(keys=ALL, pictures=True), "float32"),
     (Mask(chunk=7, keys=LAST), "float32"),
     (Span(ALL), "float32"),
     (Span(LAST), "float32"),
@@ -238,6 +250,8 @@ CASES = [
     (ROUTER, "float32"),
     (Router(33, 9, 3, "softmax_top_k", bias=True), "float32"),
     (Router(33, 9, 1, "sigmoid"), "float32"),
+    (Router(33, 9, 2, "sparse_mixer", jitter=0.2), "float32"),
+    (Router(33, 9, 2, "sparse_mixer", jitter=0.2), "float16"),
     (Router(33, 12, 3, "sigmoid", True, correction=True, groups=4, groups_kept=2, scale=2.5), "float32"),
     (Router(33, 12, 3, "sigmoid", correction=True, groups=4, groups_kept=2, group_best=1, wide=True), "float16"),
     (EXPERTS, "float32"),
@@ -426,7 +440,8 @@ def ops(model: onnx.ModelProto) -> list[str]:
     return [n.op_type for n in model.graph.node]
 
 
-OURS = ("SinkAttention", "MoeRoute", "MoeExperts", "CausalConv1d", "GatedDeltaRule", "GatedRmsNorm", "Wkv")
+OURS = ("SinkAttention", "MoeRoute", "MoeExperts", "CausalConv1d", "GatedDeltaRule", "KimiDeltaRule")
+OURS += ("GatedRmsNorm", "Wkv")
 FEW = [
     (LAYER, {"Attention": 1, "Rope": 2, "RMSNormalization": 2, "MatMul": 7, "Gelu": 1}),
     (SANDWICH, {"Attention": 1, "Rope": 2, "RMSNormalization": 4, "MatMul": 7, "Sigmoid": 1}),
@@ -434,6 +449,7 @@ FEW = [
     # The projections, and each head's two matrices, which lie in one.
     (LATENT, {"Attention": 1, "Rope": 2, "RMSNormalization": 2, "MatMul": 6}),
     (DELTA_NET, {"CausalConv1d": 1, "GatedDeltaRule": 1, "GatedRmsNorm": 1, "MatMul": 5, "Softplus": 1, "Sigmoid": 1}),
+    (KIMI_DELTA, {"CausalConv1d": 1, "KimiDeltaRule": 1, "GatedRmsNorm": 1, "MatMul": 9, "Softplus": 1, "Sigmoid": 1}),
     (TimeMix(33), {"Wkv": 1, "MatMul": 4, "Sigmoid": 1}),
     # The shared expert's three matrices, its gate and the router's scores.
     (MOE, {"MoeRoute": 1, "MoeExperts": 1, "MatMul": 5, "Sigmoid": 2}),

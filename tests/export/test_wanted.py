@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from arch_cases import CASES
 from safetensors.numpy import load_file, save_file
 from tiny_configs import one_line
 
@@ -31,6 +32,13 @@ def opened(folder: Path, arch: str, **changes: object) -> Request:
     checkpoint = open_checkpoint(folder)
     config = {k: v for k, v in (checkpoint.config | changes).items() if v is not ...}
     return Request(archs.choose(None, config), dataclasses.replace(checkpoint, config=config))
+
+
+def holding(request: Request, *names: str) -> Request:
+    """The same of a checkpoint that holds these tensors too."""
+    some = next(iter(request.checkpoint.tensors.values()))
+    tensors = {**request.checkpoint.tensors, **{n: dataclasses.replace(some, name=n) for n in names}}
+    return dataclasses.replace(request, checkpoint=dataclasses.replace(request.checkpoint, tensors=tensors))
 
 
 def refusal(request: Request, folder: Path) -> str:
@@ -66,19 +74,38 @@ AHEAD = [n for n in archs.names() if archs.load(n).ahead]
 @pytest.mark.parametrize("arch", AHEAD)
 def test_a_module_that_guesses_ahead_is_passed_over_where_it_follows_the_layers(arch, tmp_path):
     request = opened(tmp_path / "ck", arch)
-
-    def held(*names: str) -> Request:
-        some = next(iter(request.checkpoint.tensors.values()))
-        tensors = {**request.checkpoint.tensors, **{n: dataclasses.replace(some, name=n) for n in names}}
-        return dataclasses.replace(request, checkpoint=dataclasses.replace(request.checkpoint, tensors=tensors))
-
-    module = [f"model.layers.3.{n}.weight" for n in ("eh_proj", "enorm", "shared_head.head")]
+    own = ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.head", "shared_head.norm")
+    own += ("input_layernorm", "self_attn.o_proj", "mlp.gate", "mlp.experts.7.down_proj")
+    module = [f"model.layers.3.{n}.weight" for n in own]
     # Who comes to tracing has checked.
     with pytest.raises(AssertionError, match="traced"):
-        fill(held(*module), tmp_path)
-    # Of the layer after it, and of a layer that the config does not count.
-    for names in ([*module, "model.layers.4.enorm.weight"], ["model.layers.3.input_layernorm.weight"]):
-        assert f"holds 1 tensors that this architecture does not use: {names[-1]}" in refusal(held(*names), tmp_path)
+        fill(holding(request, *module), tmp_path)
+    # Of the layer after it, of a layer that the config does not count, and of no layer that there is.
+    strays = ("4.enorm", "3.enorm.extra", "3.mlp.experts.8.down_proj", "3.self_attn.gate")
+    for names in (*([*module, f"model.layers.{s}.weight"] for s in strays), ["model.layers.3.input_layernorm.weight"]):
+        line = refusal(holding(request, *names), tmp_path)
+        assert f"holds 1 tensors that this architecture does not use: {names[-1]}" in line
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_keys_and_values_are_passed_over_in_layers_that_read_anothers_alone(tmp_path):
+    case = next(c for c in CASES if c.name == "gemma4_text-shared-keys")
+    named = archs.load(case.arch)
+    random_checkpoint.write(named, tmp_path / "ck", config={**named.tiny, **case.changes}, hollow=True)
+    request = opened(tmp_path / "ck", case.arch, model_type=case.arch)
+    published = [f"model.layers.{i}.self_attn.{n}.weight" for i in (2, 3, 4) for n in ("k_proj", "v_proj", "k_norm")]
+    with pytest.raises(AssertionError, match="traced"):
+        fill(holding(request, *published), tmp_path)
+    for stray in ("5.self_attn.k_proj.weight", "4.self_attn.v_norm.weight", "3.self_attn.k_proj.bias"):
+        line = refusal(holding(request, *published, f"model.layers.{stray}"), tmp_path)
+        assert f"holds 1 tensors that this architecture does not use: model.layers.{stray}" in line
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_values_of_a_layer_whose_keys_are_its_values_are_refused(tmp_path):
+    stray = "model.layers.2.self_attn.v_proj.weight"
+    line = refusal(holding(opened(tmp_path / "ck", "gemma4_text"), stray), tmp_path)
+    assert f"holds 1 tensors that this architecture does not use: {stray}" in line
 
 
 @pytest.mark.usefixtures("no_trace")

@@ -5,6 +5,7 @@
 #include "gated_act/gated_act.h"
 #include "gated_delta_rule/gated_delta_rule.h"
 #include "gated_rms_norm/gated_rms_norm.h"
+#include "kimi_delta_rule/kimi_delta_rule.h"
 #include "moe_experts/moe_experts.h"
 #include "moe_route/moe_route.h"
 #include "rope/rope.h"
@@ -59,6 +60,10 @@ extern "C" int launch_SinkAttention(int64_t const* s) {
 
 extern "C" int launch_GatedDeltaRule(int64_t const* s) {
   return gatedDeltaRule(kDtype, {s[0], s[1], s[2], s[3], s[4], s[5]}, {}, {}, nullptr, nullptr);
+}
+
+extern "C" int launch_KimiDeltaRule(int64_t const* s) {
+  return kimiDeltaRule(kDtype, {s[0], s[1], s[2], s[3], s[4]}, {}, {}, nullptr, nullptr);
 }
 
 extern "C" int launch_Wkv(int64_t const* s) { return wkv(kDtype, {s[0], s[1], s[2]}, {}, nullptr); }

@@ -31,6 +31,8 @@ CASES = [
     ("Wkv", (1, 1, 2**36), "the product of C is 68719476736, the kernels take 68719476704"),
     ("GatedDeltaRule", (1, 1, 1, 4, 48, 64), "D is 48, but there are kernels for 16, 32, 64 and 128 only"),
     ("GatedDeltaRule", (1, 1, 0, 4, 64, 64), "v has H = 4 heads, no multiple of the G = 0 of q and k"),
+    ("KimiDeltaRule", (1, 1, 4, 64, 12), "V is 12, but there are kernels for 16, 32, 64 and 128 only"),
+    ("KimiDeltaRule", (1, 1, 2**16, 64, 64), "the product of H is 65536, the kernels take 65535"),
 ]
 
 

@@ -81,10 +81,20 @@ def test_exp_and_reciprocal_of_16_bit_results_take_one_instruction(code: Code) -
         assert not [i for i in code[name] if i.startswith("FSETP")], name
 
 
-def test_no_16_bit_result_of_the_delta_rule_is_stored_on_its_own(code: Code) -> None:
-    scans = [n for n in code if "scanKernel<" in n]
-    assert len(scans) == 4
+def test_no_16_bit_result_of_a_delta_rule_is_stored_on_its_own(code: Code) -> None:
+    scans = [n for n in code if re.search("[sS]canKernel<", n)]
+    assert len(scans) == 8
     assert [n for n in scans if any(i.startswith("STG.E.U16") for i in code[n])] == []
+
+
+def test_a_recurrence_moves_its_state_by_whole_vectors(code: Code) -> None:
+    """Eight rows of a thread's four columns, and y's four."""
+    recurrences = [n for n in code if re.search(r"recurrenceKernel<\w+, (\(bool\)1|true), ", n)]
+    assert len(recurrences) == 6
+    for name in recurrences:
+        stores = [i for i in code[name] if i.startswith("STG")]
+        assert (len(stores), {*stores} <= {"STG.E.64", "STG.E.128"}) == (9, True), (name, stores)
+        assert code[name].count("LDG.E.128") >= 8, name
 
 
 def projections(code: Code) -> list[str]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -33,7 +34,7 @@ from llmexport.run.session import MOST_FRAMES, MOST_PATCHES, RuntimeSession, ope
 from llmexport.validate.pictures import Pictures, sight
 from llmexport.validate.runtime import open_session
 
-ARCHS = ("qwen3_5_moe", "llama4", "qwen3_5")
+ARCHS = ("qwen3_5_moe", "llama4", "qwen3_5", "gemma3_text")
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.model
 Child = Callable[[dict[str, Any]], Any]
@@ -119,19 +120,21 @@ ASKED = [
     ("qwen3_5", LONG, ("dog",), True, False),
     ("llama4", LONG, ("cat", "dog", "dot"), False, False),
     ("llama4", "a <|image|> b <|image|>", ("dog", "cat"), False, True),
+    ("gemma3_text", LONG, ("cat", "dog"), False, False),
+    ("gemma3_text", "a <start_of_image> b <start_of_image>", ("dog", "cat"), False, True),
 ]
 
 
 @pytest.mark.parametrize(
-    ("arch", "prompt", "images", "video", "raw"), others_slow(ASKED, [ASKED[0], ASKED[1], ASKED[4]])
+    ("arch", "prompt", "images", "video", "raw"), others_slow(ASKED, [ASKED[0], ASKED[1], ASKED[4], ASKED[6]])
 )
 def test_an_answer_is_that_of_transformers(arch, prompt, images, video, raw, made, folder, child) -> None:
     checkpoint, export = made(arch)
     paths, videos = [str(folder / f"{n}.png") for n in images], [str(folder / "video")] * video
     options = [f"--image={p}" for p in paths] + [f"--video={v}" for v in videos] + ["--raw"] * raw
     asked = {"checkpoint": str(checkpoint), "prompt": prompt, "images": paths, "videos": videos, "raw": raw}
-    expected = child({"generate": asked})
-    found = answer(child, export, prompt, *options)
+    expected = child({"generate": asked | {"tokens": 32}})
+    found = answer(child, export, prompt, *options, tokens=32)
     assert found["prompt_ids"] == expected["prompt_ids"]
     assert found["ids"] == expected["ids"]
 
@@ -141,6 +144,27 @@ def test_a_prompt_without_pictures_is_answered_as_before(arch, made, child) -> N
     checkpoint, export = made(arch)
     asked = {"checkpoint": str(checkpoint), "prompt": "what is it?", "raw": True}
     assert answer(child, export, "what is it?", "--raw")["ids"] == child({"generate": asked})["ids"]
+
+
+def test_pan_and_scan_is_what_the_processor_makes_of_it(made, folder, child, tmp_path) -> None:
+    """Gemma's has a default of its own, whatever its file says (processing_gemma3.py, images_kwargs)."""
+    checkpoint, cropping = made("gemma3_text")[0], tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, cropping)
+    file = cropping / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_pan_and_scan": True}))
+    opened = open_checkpoint(cropping)
+    onnx_file.write(onnx_file.Request(choose(None, opened.config), opened), tmp_path / "out")
+    image = str(folder / "cat.png")
+    expected = child({"generate": {"checkpoint": str(cropping), "prompt": "what?", "images": [image]}})
+    found = answer(child, tmp_path / "out", "what?", f"--image={image}")
+    assert (found["prompt_ids"], found["ids"]) == (expected["prompt_ids"], expected["ids"])
+
+
+def test_tiles_of_many_patches_are_seen_one_by_one(made, monkeypatch) -> None:
+    session = RuntimeSession(manifest.read(made("gemma3_text")[1]))
+    for patches, tiles in ((36, 1), (35, 1), (72, 4), (10**6, MOST_FRAMES)):
+        monkeypatch.setattr("llmexport.run.session.MOST_PATCHES", patches)
+        assert session.at_once == (patches, tiles)
 
 
 WRONG = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from arch_cases import FIRST_EVERY_TIME, PRIMARY, Case, in_each_dtype, others_slow
+from arch_cases import EVERY_TIME, FIRST, PRIMARY, Case, in_each_dtype, others_slow
 from native import emulated_library, gpu_library
 from published_configs import PUBLISHED
 
@@ -25,7 +25,8 @@ from llmexport.plugins.spec import Attribute
 from llmexport.validate import kernels, ladder
 from llmexport.validate.report import Rung
 
-EVERY = in_each_dtype([c for c in FIRST_EVERY_TIME if c.arch != "bert"])
+OWN_OPS = ("kimi_linear", "rwkv")  # late families, each with an op that no other has
+EVERY = in_each_dtype([c for c in FIRST if c.arch in (*EVERY_TIME - {"bert"}, *OWN_OPS)])
 # The families that the project exists for, each in one dtype.
 AT_ONCE = dict(zip(PRIMARY, ("bfloat16", "float32", "float16", "bfloat16", "float16"), strict=True))
 TOKENS = 19  # of a prompt: past the windows of tiny models, and short where each costs much
@@ -153,6 +154,7 @@ def zeros(monkeypatch: pytest.MonkeyPatch, op: str, tokens: Callable[[int], bool
 # The first layer of each that has the op.
 ZEROS = [("gemma", 0, "Rope"), ("gpt_oss", 0, "MoeExperts"), ("glm4", 0, "Rope"), ("llama4", 1, "MoeExperts")]
 ZEROS += [("qwen3_5_moe", 0, op) for op in ("GatedDeltaRule", "CausalConv1d", "GatedRmsNorm")]
+ZEROS += [("kimi_linear", 0, "KimiDeltaRule")]
 
 
 @pytest.mark.parametrize(("name", "layer", "op"), others_slow(ZEROS, ZEROS[:2]))
@@ -160,12 +162,12 @@ def test_a_plugin_that_returns_zeros_is_named(
     name: str, layer: int, op: str, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zeros(monkeypatch, op)
-    rung = climb(exported(name, AT_ONCE[name]))
+    rung = climb(exported(name, AT_ONCE.get(name, "bfloat16")))
     assert (rung.status, rung.note.partition(" is ")[0]) == ("fail", f"prompt: layers.{layer}: y of {op}")
 
 
 ZEROS = [("gemma", "Rope"), ("glm4", "Rope"), ("llama4", "Rope"), ("gpt_oss", "MoeExperts")]
-ZEROS += [("qwen3_5_moe", "GatedDeltaRule")]
+ZEROS += [("qwen3_5_moe", "GatedDeltaRule"), ("kimi_linear", "KimiDeltaRule")]
 
 
 @pytest.mark.parametrize(("name", "op"), others_slow(ZEROS, ZEROS[:1]))
@@ -196,6 +198,7 @@ WRONG: list[tuple[str, str, dict[str, Attribute]]] = [
     ("gpt_oss", "SinkAttention", {"window": 5}),
     ("gpt_oss", "MoeExperts", {"limit": 0.1}),
     ("llama4", "MoeRoute", {"scoring": "softmax"}),
+    ("kimi_linear", "KimiDeltaRule", {"l2_norm": False}),
 ]
 
 

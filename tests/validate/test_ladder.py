@@ -26,7 +26,7 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.export.spec import PAST, SEQUENCE, SOURCE
 from llmexport.graphs.bodies import op_of
-from llmexport.validate import drive, forms, ladder, reference, stages, thresholds, whole
+from llmexport.validate import drive, forms, ladder, loading, stages, thresholds, whole
 from llmexport.validate import page as files
 
 pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
@@ -326,6 +326,8 @@ MISREAD = {
     "one RoPE for all kinds of layers": ("gemma3_text", "Rotary", "theta", 10000.0),
     "clip dropped": ("olmo", "Attention", "clip", None),
     "LongRoPE's lengths": ("phi3-longrope-long", "LongScaling", "original_positions", 512),
+    "LongRoPE's magnitude of long texts": ("phimoe-long-plain", "LongScaling", "long_magnitude", None),
+    "experts within the jitter": ("phimoe", "Router", "jitter", 0.1),
     "a delta net's epsilon": ("qwen3_5_moe", "GatedDeltaNet", "epsilon", 1e-2),
     "hidden states not rescaled": ("rwkv", "ChannelMix", "scale", 1.0),
     "an encoder's attention scaled": ("bert", "Attention", "scale", 0.2),
@@ -377,7 +379,7 @@ def test_bf16_says_why_onnx_runtime_was_not_run(exported) -> None:
 def test_a_verdict_says_when_transformers_was_not_asked(exported, monkeypatch: pytest.MonkeyPatch) -> None:
     found = manifest.read(exported("gemma"))
     assert ladder.climb(found).verdict == "every rung that was run passed"
-    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     assert "not compared with transformers" in ladder.climb(found).verdict
 
 
@@ -425,7 +427,7 @@ def test_a_report_in_which_nothing_ran_has_not_passed() -> None:
 
 
 def test_without_transformers_its_rung_says_how_to_get_it(exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     rung = climb(exported("gemma"))["PyTorch / transformers"]
     assert (rung.status, "pip install" in rung.note) == ("not run", True)
 

@@ -162,7 +162,7 @@ def engine(graph: str, word: str, model: str = "0" * 64) -> engine_record.Engine
     )
     said = dict.fromkeys(("backend", "version", "target", "arch", "block", "dtype", "checked"), word)
     return engine_record.Engine(
-        **said, weights_at="inside", built_on=None, weights=(), profile={}, plugins=(), graphs={graph: plan}
+        **said, weights_at="inside", least=None, built_on=None, weights=(), profile={}, plugins=(), graphs={graph: plan}
     )
 
 

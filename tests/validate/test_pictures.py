@@ -28,7 +28,8 @@ from llmexport.validate.runners import to_numpy, to_torch
 pytestmark = [pytest.mark.model, pytest.mark.usefixtures("up_to_onnx_runtime")]
 
 PACKED_ROW, TILED = PACKED[0], next(c for c in TOWERS if c not in PACKED)
-ONE_EACH = (PACKED_ROW, TILED)
+MUTUAL = next(c for c in TOWERS if c.arch == "gemma3_text")  # tokens of a picture see each other
+ONE_EACH = (PACKED_ROW, TILED, MUTUAL)
 BLOCKS, FILE = "blocks: ONNX Runtime / PyTorch", "ONNX Runtime / PyTorch"
 
 
@@ -139,6 +140,9 @@ AT_ONCE = [
     (PACKED_ROW, "float16", None, "vision"),
     (TILED, "float32", None, "vision"),
     (TILED, "float16", 128, "all"),
+    (MUTUAL, "float32", None, "all"),
+    (MUTUAL, "float32", 128, "all"),
+    (MUTUAL, "float16", None, "all"),
 ]
 
 
@@ -192,6 +196,14 @@ def one_mask(model: onnx.ModelProto) -> None:
     node(model, "segment_mask/unsqueeze").input[0] = "one"
 
 
+def one_picture(model: onnx.ModelProto) -> None:
+    """No token of text parts two pictures of a row."""
+    before = node(model, "splice/cumsum_1")
+    at = list(model.graph.node).index(before)
+    model.graph.node.insert(at, onnx.helper.make_node("Sub", [before.input[0]] * 2, ["none"], "none"))
+    before.input[0] = "none"
+
+
 def one_position(model: onnx.ModelProto) -> None:
     """All frequencies of mRoPE turn by the first position."""
     name = node(model, "rotary/mul").input[1]
@@ -201,12 +213,25 @@ def one_position(model: onnx.ModelProto) -> None:
     axes.CopyFrom(onnx.numpy_helper.from_array(value, name))
 
 
+def no_pictures(graph: str) -> Callable[[onnx.ModelProto], None]:
+    """All tokens are words to a mask."""
+
+    def change(model: onnx.ModelProto) -> None:
+        [where] = [n for n in model.graph.node if n.name == f"{graph}/where"]
+        where.input[1] = where.input[2]
+
+    return change
+
+
 PLANTED = {
     "row and column of RoPE swapped": (PACKED_ROW, "vision: patch_rotary", swap("patch_rotary/cat")),
     "one mask over all pictures": (PACKED_ROW, "vision: segment_mask", one_mask),
     "tanh for erf": (PACKED_ROW, "vision: patch_merger", attribute("patch_merger/gelu", "approximate", "tanh")),
     "positions of pictures all equal": (PACKED_ROW, "decoder: rotary", one_position),
     "features in each other's places": (PACKED_ROW, "decoder: splice", attribute("splice/cumsum", "reverse", 1)),
+    "pictures seen back alone": (MUTUAL, "decoder: mask", no_pictures("mask")),
+    "pictures seen back alone, in a window": (MUTUAL, "decoder: mask_window_8", no_pictures("mask_window_8")),
+    "all pictures of a row are one": (MUTUAL, "decoder: splice", one_picture),
     "class token first": (TILED, "vision: tile_embedding", swap("tile_embedding/cat")),
     "pixel shuffle by columns": (
         TILED, "vision: pixel_shuffle", attribute("pixel_shuffle/transpose", "perm", [0, 3, 1, 2, 4]),

@@ -20,7 +20,7 @@ from rungs import EVERYWHERE
 from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.spec import Attention, Experts, Mlp, Moe, Norm, Part, Router, causal_lm, decoder_layer
-from llmexport.validate import drive, judge, ladder, reference
+from llmexport.validate import drive, judge, ladder, loading
 from llmexport.validate.compare import Difference, compare, median
 from llmexport.validate.stages import Stage, opening
 from llmexport.validate.tolerance import FACTOR, MOST, TOLERANCE, Tolerance, step_tolerance
@@ -134,9 +134,9 @@ def test_a_median_is_of_each_error_in_units_of_its_reference() -> None:
 
 
 def test_an_older_transformers_is_no_reference(rough, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = reference.importlib.metadata.version
+    real = loading.importlib.metadata.version
     monkeypatch.setattr(
-        reference.importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name)
+        loading.importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name)
     )
     found = rungs(rough("float16"))
     for name in (PYTORCH, f"{PYTORCH}, float32"):

@@ -1,5 +1,5 @@
-"""References of models that transformers has no class for, each made from a checkpoint's tensors by their published
-names.
+"""References of models that transformers has no class for, or a wrong one, each made from a checkpoint's tensors by
+their published names.
 
 A module here is what `Reference.made_by` names. It has `SOURCE`, what its numbers are of, and `make(config, tensors,
 dtype, attention)`, which takes out of `tensors` all that it reads. What it gives is called as the models of

@@ -69,13 +69,14 @@ def turned(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float = 0.0) -> Tensor:
+def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float = 0.0, prefix: int = 0) -> Tensor:
     """What each token of a text takes from itself and those before it [T, H * D]; k and v [T, G, D] are shared by
-    H / G queries each, and logits bounded by `cap` through tanh."""
+    H / G queries each, and logits bounded by `cap` through tanh. All see the first `prefix` tokens."""
     together = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(together, 1) for x in (k, v))
     logits = torch.einsum("qhd,khd->hqk", q, k).double() * scale
     logits = cap * torch.tanh(logits / cap) if cap else logits
     later = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
+    later[:, :prefix] = False
     weights = logits.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)

@@ -1,0 +1,52 @@
+"""What an export of a quantised checkpoint is to be known by, as sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+
+from llmexport.export.checkpoint import Checkpoint
+from llmexport.export.packed.matrix import Matrix
+from llmexport.export.packed.read import cache_scales
+from llmexport.export.values import visible
+from llmexport.export.weights import Parameter
+
+NAMED = 3
+
+
+def notes(wanted: Collection[Parameter], checkpoint: Checkpoint) -> Iterator[str]:
+    """Sentences on the matrices in few bits among what is `wanted`; none of a checkpoint without."""
+    matrices = {n: m for p in wanted for n in p.sources if (m := checkpoint.matrices.get(n))}
+    if not matrices:
+        return
+    kinds = Counter(map(_kind, matrices.values()))
+    yield f"quantised as published: {', '.join(f'{n} matrices of {kind}' for kind, n in kinds.most_common())}"
+    if any(m.beside for m in matrices.values()):
+        yield "activations are not quantised: what the checkpoint says of their scales is left out"
+    if scales := list(cache_scales(checkpoint.tensors)):
+        yield f"the cache is not quantised: {_some(scales)} are left out"
+    if parts := {n for p in wanted for n in p.parts} & matrices.keys():
+        yield (
+            f"{len(parts)} matrices of experts are dequantised when the model is loaded, and take the memory of "
+            "unquantised ones then"
+        )
+    if any(m.number.startswith("float8") for m in matrices.values()):
+        yield (
+            "ONNX Runtime has no product of these types on a CPU and widens them at each call: set the session option "
+            '"session.disable_quant_qdq" to "1", so that it does when it loads the model'
+        )
+
+
+def _kind(matrix: Matrix) -> str:
+    """A type, and what shares a scale."""
+    rows, columns = matrix.scales.block
+    if matrix.scales.block == matrix.shape:
+        return f"{matrix.number}, one scale each"
+    if rows > 1:
+        return f"{matrix.number}, blocks of {rows} x {columns}"
+    return f"{matrix.number}, {'one scale a row' if columns == matrix.shape[1] else f'groups of {columns}'}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(map(visible, names[:NAMED])) + more

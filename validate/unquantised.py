@@ -1,0 +1,57 @@
+"""How far quantisation itself moved the logits: the same tokens through the checkpoint that was quantised."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from llmexport.export import archs
+from llmexport.export.checkpoint import Checkpoint, open_checkpoint
+from llmexport.export.errors import ExportError
+from llmexport.export.exported import Export
+from llmexport.export.identity import identify
+from llmexport.export.keys import QUANTISATION
+from llmexport.export.onnx_file import read_model
+from llmexport.export.values import show_name
+from llmexport.validate.drive import Run, follow, in_torch
+from llmexport.validate.judge import compare_runs
+from llmexport.validate.metrics import Metrics
+from llmexport.validate.stages import Script
+from llmexport.validate.tolerance import tolerances
+
+TITLE = "moved by quantisation"
+
+
+def unquantised(export: Export, folder: Path) -> Export:
+    """The export with the weights of the checkpoint in `folder`, where they lie.
+
+    Raises ExportError if that is of another model, or lacks a weight.
+    """
+    checkpoint, own = open_checkpoint(folder), export.checkpoint()
+    if export.block is not None or not own.matrices:
+        raise ExportError(f"--reference: {export.folder} is no whole model of quantised weights: leave it out")
+    said, config = ({k: v for k, v in c.items() if k not in QUANTISATION} for c in (export.config, checkpoint.config))
+    models = [read_model(archs.choose(None, c), c, part="all") for c in (said, config)]
+    if models[0] != models[1]:
+        raise ExportError(f"--reference: config.json of {folder} is of another model than {export.folder}")
+    steps = (w for g in export.graphs for weights in g.step_weights.values() for w in weights.values())
+    for name in (n for names in steps for n in ((names,) if isinstance(names, str) else names)):
+        if _shape(checkpoint, name) != _shape(own, name):
+            raise ExportError(
+                f"--reference: {folder} has no {show_name(name)} of {list(_shape(own, name) or ())}: "
+                "give the checkpoint that was quantised"
+            )
+    files = tuple(identify(folder / s.file, s, "link", whole=False)[0] for s in checkpoint.shards)
+    return dataclasses.replace(export, folder=folder, config=checkpoint.config, weights=files, held={})
+
+
+def moved(export: Export, reference: Export, script: Script, ours: Run) -> Metrics | None:
+    """What the tokens of the script tell, the logits of `reference` against `ours`, both by our PyTorch."""
+    with in_torch(reference) as model:
+        run = follow(model, reference, script)
+    return compare_runs(TITLE, script, run, ours, tolerances(export.dtype, export)).metrics
+
+
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
+    held = checkpoint.matrices.get(name) or checkpoint.tensors.get(name)
+    return None if held is None else tuple(held.shape)
