@@ -27,20 +27,17 @@ if TYPE_CHECKING:
 
 # What ends the names of buffers that follow from the config: some indexes name ones that no shard holds.
 BUFFERS = ("rotary_emb.inv_freq",)
-
 # Bytes of an item, by safetensors' name. Types that pack several items in a byte are not read.
 ITEMSIZE = {name: d.bits // 8 for name, d in BY_SAFETENSORS.items() if d.bits % 8 == 0}
 
-_KEYS = {"dtype", "shape", "data_offsets"}
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_TENSORS = 500_000  # in a file; the largest models published have some 100,000
 MAX_RANK = 32  # numpy 1 takes no more
 MAX_NBYTES = 2**63 - 1  # numpy, ONNX and the file system count in int64
 
-# Values from a file that nobody vouches for are shown on one line, cut in length and depth.
 _short = reprlib.Repr()
 _short.maxstring = 120
-_show = _short.repr
+_show = _short.repr  # a value from a file that nobody vouches for, on one line, cut in length and depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +172,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], Shard]:
 
 
 def _read_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise _broken_entry(path, name, f"{_show(entry)} in place of dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from onnx.helper import get_attribute_value, make_node
 
 from llmexport.export.packed import fp4
 from llmexport.export.packed.matrix import Matrix
+from llmexport.plugins.dtypes import BY_ONNX
 
 # What unsigned numbers are as signed ones once all their bytes are changed by this mask: each less its middle.
 SIGNED: dict[int, tuple[int, int]] = {
@@ -157,5 +159,5 @@ class _Form:
             return
         tensor.data_type, mask = SIGNED[tensor.data_type]
         said = {e.key: e.value for e in tensor.external_data}
-        place = (said["location"], int(said["offset"]), int(said["length"]))
-        self.flipped.append(Flipped(tensor.name, *place, mask))
+        nbytes = math.prod(tensor.dims) * BY_ONNX[tensor.data_type].bits // 8
+        self.flipped.append(Flipped(tensor.name, said["location"], int(said["offset"]), nbytes, mask))

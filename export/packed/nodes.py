@@ -166,15 +166,16 @@ class Maker:
         axis."""
         (rows, columns), (tall, across), block = self.matrix.shape, self.matrix.grid, self.matrix.scales.block
         name, times = f"{self.matrix.name}/scales", block[1] // size
-        sizes = {
-            "apart": [tall, 1, across, 1],
-            "repeated": [tall, block[0], across, times],
-            "together": [tall * block[0], across * times],
-        }
-        for (step, shape), kind in zip(sizes.items(), ("Reshape", "Expand", "Reshape"), strict=True):
+        every = [tall * block[0], across * times]
+        steps = (
+            ("Reshape", "split", [tall, 1, across, 1]),
+            ("Expand", "repeated", [tall, block[0], across, times]),
+            ("Reshape", "joined", every),
+        )
+        for kind, step, shape in steps:
             self._constant(f"{name}/{step}/shape", np.array(shape, np.int64))
             grid = self._node(kind, [grid, f"{name}/{step}/shape"], f"{name}/{step}")
-        if sizes["together"] == [rows, columns // size]:
+        if every == [rows, columns // size]:
             return grid
         for step, ends in (("from", [0, 0]), ("to", [rows, columns // size])):
             self._constant(f"{name}/{step}", np.array(ends, np.int64))
