@@ -48,7 +48,7 @@ def build(
         for s in assembly.steps
     }
     wanted = {p.name: p for parameters in own.values() for p in parameters.values()}
-    stored = _stored_types(wanted, checkpoint)
+    stored = _stored_types(wanted, checkpoint, dtype)
 
     def make() -> bytes:
         pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]
@@ -107,7 +107,7 @@ def as_traced(
     values = {**step.reads, **{path: parameter.name for path, parameter in own.items()}, **step.makes}
     wanted = {p.name: p for p in own.values()}
     piece = Piece(step.name, load_block(step.block, dtype), values)
-    proto = _stitched([piece], *_ports(step), dtype, _stored_types(wanted, checkpoint), opset)
+    proto = _stitched([piece], *_ports(step), dtype, _stored_types(wanted, checkpoint, dtype), opset)
     bodies.attach_bodies(proto, load_body)
     weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx)
     fp4.attach(proto)
@@ -193,6 +193,7 @@ def _ports(step: Step) -> tuple[list[Port], list[Port]]:
     return inputs, outputs
 
 
-def _stored_types(wanted: Mapping[str, weights.Parameter], checkpoint: Checkpoint) -> dict[str, int]:
+def _stored_types(wanted: Mapping[str, weights.Parameter], checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
     """The ONNX types of the weights that a graph takes as they are stored."""
-    return {n: weights.stored_type(p, checkpoint) for n, p in wanted.items() if p.cast(0) is None}
+    to = BY_NAME[dtype].onnx
+    return {n: weights.stored_type(p, checkpoint, to) for n, p in wanted.items() if p.cast(to) is None}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmexport.export import cache, manifest, weights
+from llmexport.export import cache, manifest, quantize, weights
 from llmexport.export.archs import as_stored, in_layout, multimodal_names
 from llmexport.export.assembly import (
     alone,
@@ -34,6 +34,7 @@ from llmexport.export.output import new_folder
 from llmexport.export.packed.repack import with_repacked, write_repacked
 from llmexport.export.placing import check_config, place_companions, place_weights
 from llmexport.export.progress import Progress, silent
+from llmexport.export.quantize import quantise
 from llmexport.export.spec import DTYPES, Arch, Layer, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import check_slots
@@ -52,7 +53,8 @@ class Request:
     `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
     a body over a plugin of the same name. `max_tokens` are the slots of a static `cache`. `runtimes` are others that
     shall open the folder. `logits` are those of all tokens, or of the last of each row. `part` of a multimodal
-    checkpoint is all that is exported of it, its text model or what sees.
+    checkpoint is all that is exported of it, its text model or what sees. `quantize` rounds the matrices of products to
+    int4, in groups of `group_size` columns (128), int8 or fp8.
     """
 
     arch: Arch
@@ -67,6 +69,8 @@ class Request:
     runtimes: tuple[str, ...] = ()
     logits: str = "all"
     part: str = "all"
+    quantize: str | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         said = (
@@ -89,6 +93,10 @@ class Request:
             raise ExportError(f"{wants}, not {odd}: leave one of them out")
         if self.part == "vision" and (self.cache != "dynamic" or self.logits != "all"):
             raise ExportError("--part vision keeps no cache and gives no logits: leave --cache and --logits out")
+        placed = f"--weights {self.weights}" if self.weights != "auto" else ""
+        seen = "--part vision" if self.part == "vision" else ""
+        one = f"--block {self.block}" if self.block else ""
+        quantize.check(self.quantize, self.group_size, self.checkpoint, one or placed or seen)
 
 
 def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None, part: str = "text") -> Model:
@@ -146,6 +154,8 @@ def write_blocks(
     request: Request, target: Path, *, force: bool = False, progress: Progress = silent
 ) -> dict[str, Export]:
     """Exports every block alone, each to a folder of its name in `target`; returns them by name."""
+    if request.quantize:
+        raise ExportError("--quantize writes the weights of a whole model anew, not those of blocks: leave --block out")
     names = named_blocks(open_model(request)[1])
     with new_export(request, target, force=force, marker=BLOCKS) as folder:
         exports = {}
@@ -175,6 +185,11 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
+    made = None
+    if request.quantize:
+        tower = tower_tensors(arch, checkpoint.config, "all")
+        made = quantise(request.quantize, request.group_size, arch, checkpoint, graphs, own, tower)
+        checkpoint, notes = made.checkpoint, [*notes, *made.told.notes]
     checkpoint, repacked = with_repacked(checkpoint, (n for p in wanted for n in p.sources))
     config = text_config(arch, checkpoint.config)
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
@@ -185,9 +200,12 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     progress(f"weights ({len(shards)} files)", 0, 1)
     placed = place_weights({checkpoint.folder / s.file: s.stamp for s in shards}, folder, request.weights)
     found = [identify(folder / s.file, s, placed[s.file], whole=request.digest) for s in shards]
-    check_config(checkpoint)
+    check_config(request.checkpoint)
     # A block is no model that a tokenizer belongs to.
     companions = place_companions(checkpoint, folder) if request.block is None else {}
+    if made:
+        found += made.write(folder, whole=request.digest, progress=progress)
+        companions |= made.told.place(folder)
     companions = dict(sorted({**companions, **handed.place(folder)}.items()))
     if repacked:
         found.append(write_repacked(repacked, folder, whole=request.digest))

@@ -92,7 +92,7 @@ def place_companions(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
 def check_config(checkpoint: Checkpoint) -> None:
     """Raise ExportError if config.json does not say any more what was read from it."""
     path = checkpoint.folder / CONFIG
-    with _reader(path) as file:
+    with reading(path) as file:
         text = file.read()
     try:
         same = json.loads(text) == checkpoint.config
@@ -139,7 +139,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _clone(source: Path, to: Path, seen: Stamp | None) -> bool:
-    with _reader(source, seen) as reader, open(to, "xb") as writer:
+    with reading(source, seen) as reader, open(to, "xb") as writer:
         shared = reflink(reader.fileno(), writer.fileno())
     if not shared:
         os.unlink(to)
@@ -195,7 +195,7 @@ def check_space(folder: Path, needed: int, do: str, cure: str) -> None:
 def _copy(source: Path, to: Path, seen: Stamp | None) -> None:
     zeros = bytes(1 << 20)
     # "x": writing into a hard link of an earlier run would change the checkpoint itself.
-    with _reader(source, seen) as reader, open(to, "xb") as writer:
+    with reading(source, seen) as reader, open(to, "xb") as writer:
         while chunk := reader.read(len(zeros)):
             if chunk == zeros:
                 writer.seek(len(zeros), os.SEEK_CUR)
@@ -205,7 +205,7 @@ def _copy(source: Path, to: Path, seen: Stamp | None) -> None:
 
 
 @contextmanager
-def _reader(path: Path, seen: Stamp | None = None) -> Iterator[BinaryIO]:
+def reading(path: Path, seen: Stamp | None = None) -> Iterator[BinaryIO]:
     """The file, open. Raises ExportError if it is not the one that was `seen`, or changes while it is open."""
     with read_errors(path):
         file = open(path, "rb")  # noqa: SIM115  closed below: what fails inside the block is no error of reading

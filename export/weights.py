@@ -163,7 +163,7 @@ def _problem(parameter: Parameter, stored: StoredTensor) -> str | None:
 
 def _unfit(parameter: Parameter, matrix: Matrix) -> str | None:
     """What is wrong with a matrix in few bits."""
-    if parameter.dtype != "T":
+    if parameter.dtype not in ("T", "W"):
         return f"{matrix.name} is quantised, and is no matrix of a product here: leave it in 16 bits"
     if matrix.shape != parameter.part_shape:
         return (
@@ -173,14 +173,17 @@ def _unfit(parameter: Parameter, matrix: Matrix) -> str | None:
     return None
 
 
-def stored_type(parameter: Parameter, checkpoint: Checkpoint) -> int:
-    """The ONNX type that a parameter is stored in. Raises ExportError if its parts differ in that."""
+def stored_type(parameter: Parameter, checkpoint: Checkpoint, dtype: int) -> int:
+    """The ONNX type that a parameter is stored in, or `dtype` if nodes make it of few bits.
+
+    Raises ExportError if its parts differ in that.
+    """
     found = {"few bits" if n in checkpoint.matrices else checkpoint.tensors[n].dtype for n in parameter.sources}
     if len(found) > 1:
         raise ExportError(
             f"the parts of {parameter.name} are stored as {', '.join(sorted(found))}: convert them to one"
         )
-    return BY_SAFETENSORS[found.pop()].onnx
+    return dtype if checkpoint.matrices.keys() & parameter.sources else BY_SAFETENSORS[found.pop()].onnx
 
 
 def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Checkpoint, dtype: int) -> None:
@@ -195,7 +198,7 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
     del graph.input[:]
     graph.input.extend(kept)
     made = bind_matrices(graph, wanted, checkpoint, dtype)
-    types = {n: dtype if made.keys() & p.sources else stored_type(p, checkpoint) for n, p in wanted.items()}
+    types = {n: stored_type(p, checkpoint, dtype) for n, p in wanted.items()}
     recast = {n: to for n, p in wanted.items() if (to := p.cast(dtype)) not in (types[n], None)}
     narrow = {n for n, to in recast.items() if BY_ONNX[types[n]].bits < BY_ONNX[to].bits}
     read = {name for node in graph.node for name in node.input[1 if _moves(node, narrow) else 0 :]}
