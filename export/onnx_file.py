@@ -27,7 +27,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
 from llmexport.export.graph_file import build
 from llmexport.export.handover import RUNTIMES, hand_over
-from llmexport.export.identity import identify
+from llmexport.export.identity import Held, WeightFile, identify
 from llmexport.export.last_logits import with_last_logits
 from llmexport.export.multimodal import PARTS, left_out, read_tower, text_config, tower_tensors, with_part
 from llmexport.export.output import new_folder
@@ -93,10 +93,8 @@ class Request:
             raise ExportError(f"{wants}, not {odd}: leave one of them out")
         if self.part == "vision" and (self.cache != "dynamic" or self.logits != "all"):
             raise ExportError("--part vision keeps no cache and gives no logits: leave --cache and --logits out")
-        placed = f"--weights {self.weights}" if self.weights != "auto" else ""
-        seen = "--part vision" if self.part == "vision" else ""
-        one = f"--block {self.block}" if self.block else ""
-        quantize.check(self.quantize, self.group_size, self.checkpoint, one or placed or seen)
+        others = (self.block, self.weights, self.part)
+        quantize.check(self.quantize, self.group_size, self.checkpoint, *others)
 
 
 def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None, part: str = "text") -> Model:
@@ -154,8 +152,7 @@ def write_blocks(
     request: Request, target: Path, *, force: bool = False, progress: Progress = silent
 ) -> dict[str, Export]:
     """Exports every block alone, each to a folder of its name in `target`; returns them by name."""
-    if request.quantize:
-        raise ExportError("--quantize writes the weights of a whole model anew, not those of blocks: leave --block out")
+    quantize.check(request.quantize, request.group_size, request.checkpoint, "all", request.weights, request.part)
     names = named_blocks(open_model(request)[1])
     with new_export(request, target, force=force, marker=BLOCKS) as folder:
         exports = {}
@@ -187,8 +184,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     _check_weights(request, model, wanted)
     made = None
     if request.quantize:
-        tower = tower_tensors(arch, checkpoint.config, "all")
-        made = quantise(request.quantize, request.group_size, arch, checkpoint, graphs, own, tower)
+        made = quantise(request.quantize, request.group_size, arch, checkpoint, graphs, own, folder)
         checkpoint, notes = made.checkpoint, [*notes, *made.told.notes]
     checkpoint, repacked = with_repacked(checkpoint, (n for p in wanted for n in p.sources))
     config = text_config(arch, checkpoint.config)
@@ -196,19 +192,15 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
     held = [n for p in wanted for source in p.sources for n in checkpoint.holders(source)]
     used = {checkpoint.tensors[n].file for n in held}
-    shards = [s for s in checkpoint.shards if s.file in used]
-    progress(f"weights ({len(shards)} files)", 0, 1)
-    placed = place_weights({checkpoint.folder / s.file: s.stamp for s in shards}, folder, request.weights)
-    found = [identify(folder / s.file, s, placed[s.file], whole=request.digest) for s in shards]
+    whole = request.digest
+    found = made.write(folder, whole, progress) if made else _place(request, used, folder, progress)
     check_config(request.checkpoint)
     # A block is no model that a tokenizer belongs to.
     companions = place_companions(checkpoint, folder) if request.block is None else {}
-    if made:
-        found += made.write(folder, whole=request.digest, progress=progress)
-        companions |= made.told.place(folder)
-    companions = dict(sorted({**companions, **handed.place(folder)}.items()))
+    for told in (made.told, handed) if made else (handed,):
+        companions |= told.place(folder)
     if repacked:
-        found.append(write_repacked(repacked, folder, whole=request.digest))
+        found.append(write_repacked(repacked, folder, whole=whole))
     progress("weights", 1, 1)
     for graph, data in built:
         (folder / graph.file).write_bytes(data)
@@ -227,12 +219,21 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         reference=arch.reference,
         versions=cache.versions(),
         notes=(*notes, *handed.notes),
-        companions=companions,
+        companions=dict(sorted(companions.items())),
         inode=stamp(folder).inode,
         held={file.file: held for file, held in found},
     )
     (folder / manifest.NAME).write_bytes(manifest.encode(manifest.as_data(export)))
     return export
+
+
+def _place(request: Request, used: set[str], folder: Path, progress: Progress) -> list[tuple[WeightFile, Held]]:
+    """Puts the shards that are used into the folder."""
+    checkpoint = request.checkpoint
+    shards = [s for s in checkpoint.shards if s.file in used]
+    progress(f"weights ({len(shards)} files)", 0, 1)
+    placed = place_weights({checkpoint.folder / s.file: s.stamp for s in shards}, folder, request.weights)
+    return [identify(folder / s.file, s, placed[s.file], whole=request.digest) for s in shards]
 
 
 def _check_weights(request: Request, model: Model, wanted: list[weights.Parameter]) -> None:

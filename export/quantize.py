@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from llmexport.export.checkpoint import INDEX, Checkpoint, with_matrices
 from llmexport.export.errors import ExportError
 from llmexport.export.handover import HandOver
 from llmexport.export.identity import Held, WeightFile
+from llmexport.export.multimodal import tower_tensors
 from llmexport.export.packed.scheme import said_in
-from llmexport.export.placing import CONFIG
+from llmexport.export.placing import CONFIG, check_space
 from llmexport.export.progress import Progress
 from llmexport.export.rounding import GROUPS, ROUNDINGS, Rounding
 from llmexport.export.spec import Arch, Experts, Graph, Step
@@ -40,14 +40,15 @@ class Quantised:
     files: tuple[rounded_files.File, ...]
     told: HandOver
 
-    def write(self, folder: Path, *, whole: bool, progress: Progress) -> list[tuple[WeightFile, Held]]:
+    def write(self, folder: Path, whole: bool, progress: Progress) -> list[tuple[WeightFile, Held]]:
         """Writes the weights into a folder that has none; a chunk of a tensor is in memory."""
-        how = partial(rounded_files.write, whole=whole, progress=progress)
-        return how(self.files, self.source, self.rounding, folder)
+        return rounded_files.write(self.files, self.source, self.rounding, folder, whole, progress)
 
 
-def check(kind: str | None, size: int | None, checkpoint: Checkpoint, odd: str) -> None:
-    """Raise ExportError unless this can be quantised so; `odd` is what else was asked for and does not go with it."""
+def check(
+    kind: str | None, size: int | None, checkpoint: Checkpoint, block: str | None, weights: str, part: str
+) -> None:
+    """Raise ExportError unless a checkpoint can be quantised so, where these are the other options of an export."""
     if kind is None:
         if size is not None:
             raise ExportError("--group-size is that of --quantize int4: pass both, or neither")
@@ -58,8 +59,9 @@ def check(kind: str | None, size: int | None, checkpoint: Checkpoint, odd: str) 
         raise ExportError(f"--group-size is that of int4, {kind} has a scale for each row: leave it out")
     if size not in (None, *GROUPS):
         raise ExportError(f"group_size is {size!r}: choose one of {', '.join(map(str, GROUPS))}")
-    if odd:
-        raise ExportError(f"--quantize writes the weights of a whole model anew, not {odd}: leave one of them out")
+    odd = {f"--block {block}": block, f"--weights {weights}": weights != "auto", "--part vision": part == "vision"}
+    if others := [said for said, there in odd.items() if there]:
+        raise ExportError(f"--quantize writes all weights of a text model anew, not {others[0]}: leave one of them out")
     if checkpoint.matrices or said_in(checkpoint.config):
         raise ExportError(
             "the checkpoint is quantised, and is exported as it is: leave --quantize out, or take the model in 16 bits"
@@ -73,27 +75,29 @@ def quantise(
     checkpoint: Checkpoint,
     graphs: Iterable[Graph],
     own: Own,
-    tower: tuple[str, ...],
+    folder: Path,
 ) -> Quantised:
-    """Plans the checkpoint of which the matrices of products are rounded, in groups of `size` columns if it is int4.
+    """Plans the checkpoint in `folder` of which matrices of products are rounded, in groups of `size` columns if int4.
 
-    The head, and what patterns of `tower` name, stay as they are. Raises ExportError if there is nothing to round.
+    The head and a vision tower stay as they are. Raises ExportError if there is nothing to round, or no space.
     """
     rounding = ROUNDINGS[kind]
-    wanted = size or GROUPS[0]
+    wanted, tower = size or GROUPS[0], tower_tensors(arch, checkpoint.config, "all")
     found = [p for p in matrices(graphs, own) if not any(fnmatch(n, t) for n in p.sources for t in tower)]
     fits = {p.name: _group_size(rounding, wanted, p.part_shape[1]) for p in found}
     sizes = {n: fit for p in found if (fit := fits[p.name]) for n in p.sources}
     if not sizes:
-        raise ExportError(f"--quantize {kind}: {arch.name} has no matrix here that is quantised: leave it out")
+        has = f"{arch.name} has no linear layer here whose weight [out, in] can be rounded so"
+        raise ExportError(f"--quantize {kind}: {has}: leave it out")
     limit = max(s.nbytes for s in checkpoint.shards)
     files = rounded_files.planned(checkpoint.tensors.values(), sizes, rounding, limit)
     tensors = {t.name: t for f in files for p in f.pieces for t in p.tensors}
+    total = sum(t.nbytes for t in tensors.values())
+    check_space(folder, total, "write", "free space, or choose another disk")
     said = _said(rounding, sizes, checkpoint, head_name(arch))
     config = {**checkpoint.config, "quantization_config": said}
     told = {CONFIG: config}
     if len(files) > 1:
-        total = sum(t.nbytes for t in tensors.values())
         told[INDEX] = {"metadata": {"total_size": total}, "weight_map": {n: t.file for n, t in tensors.items()}}
     written = {name: f"{json.dumps(data, indent=2)}\n".encode() for name, data in told.items()}
     notes = tuple(_notes(kind, wanted, found, fits, own, checkpoint, tower))
@@ -143,15 +147,17 @@ def _said(rounding: Rounding, sizes: Mapping[str, int], checkpoint: Checkpoint, 
     for i, (size, _) in enumerate(Counter(by_size.values()).most_common()):
         targets = ["Linear"] if i == 0 else [n.removesuffix(WEIGHT) for n, s in by_size.items() if s == size]
         aside = {"input_activations": None, "output_activations": None}
-        groups[f"group_{i}"] = {"targets": targets, "weights": rounding.said(size), **aside}
+        groups[f"group_{i}"] = {"targets": targets, "format": rounding.format, "weights": rounding.said(size), **aside}
     kept = [n for n, t in checkpoint.tensors.items() if len(t.shape) > 1 and n not in sizes]
     modules = [n.removesuffix(WEIGHT) if n.endswith(WEIGHT) else n.rpartition(".")[0] for n in (*kept, head)]
+    # A module's own parameter, as a decay, must not leave out the matrices that lie below it.
+    above = {"", *(n[:i] for n in sizes for i, letter in enumerate(n) if letter == ".")}
     return {
         "quant_method": "compressed-tensors",
         "format": rounding.format,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(dict.fromkeys(filter(None, modules))),
+        "ignore": [m for m in dict.fromkeys(modules) if m not in above],
     }
 
 

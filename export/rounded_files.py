@@ -18,7 +18,7 @@ from llmexport.export.checkpoint import SINGLE, Checkpoint, StoredTensor, read_h
 from llmexport.export.errors import ExportError
 from llmexport.export.identity import Held, WeightFile, identify
 from llmexport.export.output import write_errors
-from llmexport.export.placing import check_space, reading
+from llmexport.export.placing import reading
 from llmexport.export.progress import Progress
 from llmexport.export.rounding import Rounding
 from llmexport.export.values import show_name
@@ -106,13 +106,10 @@ def write(
     source: Checkpoint,
     rounding: Rounding,
     folder: Path,
-    *,
     whole: bool,
     progress: Progress,
 ) -> list[tuple[WeightFile, Held]]:
     """Writes the files of the checkpoint `source` into a folder that has none of them."""
-    nbytes = sum(p.nbytes for f in files for p in f.pieces)
-    check_space(folder, nbytes, "write", "free space, or choose another disk")
     stamps = {s.file: s.stamp for s in source.shards}
     for i, made in enumerate(files):
         progress(f"quantised weights ({len(files)} files)", i, len(files))
@@ -147,9 +144,11 @@ def _rounded(
 ) -> Iterator[np.ndarray]:
     """The numbers of rows; their scales are added to `scales`."""
     for rows in arrays:
-        numbers, own = rounding.round(rows, size)
-        if not np.isfinite(own.astype(np.float32)).all():
-            raise ExportError(f"{show_name(name)} holds a number that is not finite: download the weights again")
+        try:
+            numbers, own = rounding.round(rows, size)
+        except FloatingPointError as error:
+            problem = f"{show_name(name)} holds a number that is not finite: download the weights again"
+            raise ExportError(problem) from error
         scales.append(own)
         yield numbers
 

@@ -40,12 +40,14 @@ class Rounding:
     def round(self, rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of rows [N, C], in bytes as they are stored, and scales [N, C / size] in the type of the rows.
 
-        Scales are not finite where the rows are not. Of columns that are all zero the scale is 1.
+        Of columns that are all zero the scale is 1. Raises FloatingPointError on a number that is not finite.
         """
         # The quotient of two floats of 16 bits is near a tie only if it is one, and float32 tells it apart.
         wide = np.float32 if rows.dtype.itemsize == 2 else np.float64
         apart = rows.astype(wide).reshape(len(rows), -1, size)
         scales = (np.abs(apart).max(-1) / ((self.high - self.low) / 2)).astype(rows.dtype)
+        if not np.isfinite(scales.astype(wide)).all():
+            raise FloatingPointError("not finite")
         scales[scales == 0] = 1
         np.divide(apart, scales[..., None].astype(wide), out=apart)
         if self.stored == "float8_e4m3fn":

@@ -238,6 +238,7 @@ KEYS = {
     "export/manifest.py": ["logits", "weights"],
     "export/network/serve.py": ["model"],
     "export/quantised.py": ["weights"],
+    "export/quantize.py": ["weights"],
     "run/bench.py": ["batch"],
     "run/pictures.py": ["images", "input_ids"],
     "run/settings.py": ["temperature"],
