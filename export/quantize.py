@@ -177,7 +177,7 @@ def _notes(
     for (columns, size), names in by_fit.items():
         if size is None:
             yield f"{kind}: {_some(names)} stays as it is, no groups of 32 or more fill its rows of {columns}"
-        elif kind == "int4" and size != wanted:
+        elif ROUNDINGS[kind].packs and size != wanted:
             yield f"{kind}: {_some(names)} has groups of {size}, as {wanted} do not fill its rows of {columns}"
     if names := [n for p in found if p.parts and fits[p.name] for n in p.sources]:
         yield f"{kind}: {_some(names)} is one of several experts, which runtimes unpack when they load the model"

@@ -24,7 +24,7 @@ from llmexport.export.rounding import Rounding
 from llmexport.export.values import show_name
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
 
-CHUNK = 2**22  # numbers in memory at a time, or one row
+CHUNK = 2**20  # numbers in memory at a time, or one row
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,18 +18,21 @@ GROUPS = (128, 64, 32)  # columns that share a scale of int4, the default first
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """To integers from `low` to `high`, or to E4M3, between these. Of a matrix NAME.weight the numbers are NAME with
-    `ending`, in the type `stored`, of which an item has so many bits of a number as `packed` says numbers."""
+    """To numbers of so many `bits`, from `low` to `high`. Those of NAME.weight lie in the tensor NAME + `ending`.
+
+    stored: the type of that tensor, of BY_NAME. format: what compressed-tensors calls how they lie.
+    """
 
     bits: int
     low: int
     high: int
     stored: str
     ending: str
-    format: str  # as compressed-tensors calls it
+    format: str
 
     @property
     def packs(self) -> bool:
+        """Whether an item of the tensor holds several numbers; their scales are those of groups, others of rows."""
         return self.bits < 8
 
     @property

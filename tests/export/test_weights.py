@@ -161,7 +161,7 @@ def test_a_part_of_a_wrong_type_is_named():
 def test_parts_of_two_types_are_refused_by_the_name_of_their_stack():
     checkpoint = stored(*(part(n, dtype="F16" if n == "e1.up" else "BF16") for n in PARTS))
     with pytest.raises(ExportError, match=r"the parts of gate_up are stored as BF16, F16: convert them to one"):
-        weights.stored_type(STACK, checkpoint)
+        weights.stored_type(STACK, checkpoint, onnx.TensorProto.FLOAT)
 
 
 # 4-bit values of 3 experts, 2 rows of 64, as bytes of two and as blocks of 16 bytes.
