@@ -31,6 +31,8 @@ def export(
     logits: str = "all",
     part: str | None = None,
     runtimes: Sequence[str] = (),
+    quantize: str | None = None,
+    group_size: int | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Export:
@@ -52,6 +54,8 @@ def export(
             runtimes=tuple(runtimes),
             logits=logits,
             part=part,
+            quantize=quantize,
+            group_size=group_size,
         )
         return onnx_file.write(request, folder, force=force, progress=progress)
 

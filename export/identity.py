@@ -14,7 +14,8 @@ from llmexport.export.stamp import Stamp, stamp
 
 PAGES, PAGE = 64, 4096  # of a weight file, for its sample digest
 CHUNK, PIECE = 1 << 24, 1 << 20  # bytes that a thread digests on its own, and that it reads at a time
-WAYS = ("reflink", "link", "copy", "repacked")  # to place a file, in the order in which "auto" tries them; or made
+# To place a file, in the order in which "auto" tries them; or what made it.
+WAYS = ("reflink", "link", "copy", "repacked", "quantised")
 WHOLE, KNOWN, SAMPLED = "whole", "known", "sampled"
 # What each says of a file, for people; `rest`: what became of its other bytes.
 SAYS = {

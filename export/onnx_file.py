@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmexport.export import cache, manifest, weights
+from llmexport.export import cache, manifest, quantize, weights
 from llmexport.export.archs import as_stored, in_layout, multimodal_names
 from llmexport.export.assembly import (
     ahead_names,
@@ -29,14 +29,14 @@ from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
 from llmexport.export.graph_file import build
 from llmexport.export.handover import RUNTIMES, hand_over
-from llmexport.export.identity import identify
 from llmexport.export.last_logits import with_last_logits
 from llmexport.export.multimodal import PARTS, left_out, read_tower, text_config, tower_tensors, with_part
 from llmexport.export.output import new_folder
 from llmexport.export.packed.notes import notes as packed_notes
 from llmexport.export.packed.repack import with_repacked, write_repacked
-from llmexport.export.placing import check_config, place_companions, place_weights
+from llmexport.export.placing import check_config, place_companions, place_shards
 from llmexport.export.progress import Progress, silent
+from llmexport.export.quantize import quantise
 from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import check_slots
@@ -55,7 +55,8 @@ class Request:
     `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
     a body over a plugin of the same name. `max_tokens` are the slots of a static `cache`. `runtimes` are others that
     shall open the folder. `logits` are those of all tokens, or of the last of each row. `part` of a multimodal
-    checkpoint is all that is exported of it, its text model or what sees.
+    checkpoint is all that is exported of it, its text model or what sees. `quantize` rounds the matrices of products to
+    int4, in groups of `group_size` columns (128), int8 or fp8.
     """
 
     arch: Arch
@@ -70,6 +71,8 @@ class Request:
     runtimes: tuple[str, ...] = ()
     logits: str = "all"
     part: str = "all"
+    quantize: str | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         said = (
@@ -92,6 +95,8 @@ class Request:
             raise ExportError(f"{wants}, not {odd}: leave one of them out")
         if self.part == "vision" and (self.cache != "dynamic" or self.logits != "all"):
             raise ExportError("--part vision keeps no cache and gives no logits: leave --cache and --logits out")
+        others = (self.block, self.weights, self.part)
+        quantize.check(self.quantize, self.group_size, self.checkpoint, *others)
 
 
 def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None, part: str = "text") -> Model:
@@ -149,6 +154,7 @@ def write_blocks(
     request: Request, target: Path, *, force: bool = False, progress: Progress = silent
 ) -> dict[str, Export]:
     """Exports every block alone, each to a folder of its name in `target`; returns them by name."""
+    quantize.check(request.quantize, request.group_size, request.checkpoint, "all", request.weights, request.part)
     names = named_blocks(open_model(request)[1])
     with new_export(request, target, force=force, marker=BLOCKS) as folder:
         exports = {}
@@ -178,27 +184,35 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
-    if request.target == "tensorrt" and any(n in checkpoint.matrices for p in wanted for n in p.sources):
+    packed = request.quantize or any(n in checkpoint.matrices for p in wanted for n in p.sources)
+    if request.target == "tensorrt" and packed:
         raise ExportError(
-            "target tensorrt: a quantised checkpoint gets TensorRT's form when its engine is built: export it without "
+            "target tensorrt: weights in few bits get TensorRT's form when their engine is built: export without "
             "--target, then run `llmexport engine`"
         )
+    made = None
+    if request.quantize:
+        made = quantise(request.quantize, request.group_size, arch, checkpoint, graphs, own, folder)
+        checkpoint, notes = made.checkpoint, [*notes, *made.told.notes]
     checkpoint, repacked = with_repacked(checkpoint, (n for p in wanted for n in p.sources))
     config = text_config(arch, checkpoint.config)
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
     held = [n for p in wanted for source in p.sources for n in checkpoint.holders(source)]
     used = {checkpoint.tensors[n].file for n in held}
-    shards = [s for s in checkpoint.shards if s.file in used]
-    progress(f"weights ({len(shards)} files)", 0, 1)
-    placed = place_weights({checkpoint.folder / s.file: s.stamp for s in shards}, folder, request.weights)
-    found = [identify(folder / s.file, s, placed[s.file], whole=request.digest) for s in shards]
-    check_config(checkpoint)
+    whole = request.digest
+    progress("weights", 0, 1)
+    if made:
+        found = made.write(folder, whole, progress)
+    else:
+        found = place_shards(checkpoint, used, folder, request.weights, whole=whole)
+    check_config(request.checkpoint)
     # A block is no model that a tokenizer belongs to.
     companions = place_companions(checkpoint, folder) if request.block is None else {}
-    companions = dict(sorted({**companions, **handed.place(folder)}.items()))
+    for told in (made.told, handed) if made else (handed,):
+        companions |= told.place(folder)
     if repacked:
-        found.append(write_repacked(repacked, folder, whole=request.digest))
+        found.append(write_repacked(repacked, folder, whole=whole))
     progress("weights", 1, 1)
     for graph, data in built:
         (folder / graph.file).write_bytes(data)
@@ -217,7 +231,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         reference=arch.reference,
         versions=cache.versions(),
         notes=(*notes, *packed_notes(wanted, checkpoint), *handed.notes),
-        companions=companions,
+        companions=dict(sorted(companions.items())),
         inode=stamp(folder).inode,
         held={file.file: held for file, held in found},
     )

@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
+from llmexport.export.identity import Held, WeightFile, identify
 from llmexport.export.output import write_errors
 from llmexport.export.quantised import FILES
 from llmexport.export.stamp import Stamp, read_errors, stamp
@@ -72,6 +73,15 @@ def place_weights(sources: Mapping[Path, Stamp], folder: Path, mode: str) -> dic
     return placed
 
 
+def place_shards(
+    checkpoint: Checkpoint, used: Collection[str], folder: Path, mode: str, *, whole: bool
+) -> list[tuple[WeightFile, Held]]:
+    """Puts the shards `used` by an export into its folder, as place_weights does, and says what each is then."""
+    shards = [s for s in checkpoint.shards if s.file in used]
+    placed = place_weights({checkpoint.folder / s.file: s.stamp for s in shards}, folder, mode)
+    return [identify(folder / s.file, s, placed[s.file], whole=whole) for s in shards]
+
+
 def place_companions(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
     """Put the checkpoint's config, tokenizer and the like into `folder`; returns their names there and SHA-256.
 
@@ -92,7 +102,7 @@ def place_companions(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
 def check_config(checkpoint: Checkpoint) -> None:
     """Raise ExportError if config.json does not say any more what was read from it."""
     path = checkpoint.folder / CONFIG
-    with _reader(path) as file:
+    with reading(path) as file:
         text = file.read()
     try:
         same = json.loads(text) == checkpoint.config
@@ -139,7 +149,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _clone(source: Path, to: Path, seen: Stamp | None) -> bool:
-    with _reader(source, seen) as reader, open(to, "xb") as writer:
+    with reading(source, seen) as reader, open(to, "xb") as writer:
         shared = reflink(reader.fileno(), writer.fileno())
     if not shared:
         os.unlink(to)
@@ -195,7 +205,7 @@ def check_space(folder: Path, needed: int, do: str, cure: str) -> None:
 def _copy(source: Path, to: Path, seen: Stamp | None) -> None:
     zeros = bytes(1 << 20)
     # "x": writing into a hard link of an earlier run would change the checkpoint itself.
-    with _reader(source, seen) as reader, open(to, "xb") as writer:
+    with reading(source, seen) as reader, open(to, "xb") as writer:
         while chunk := reader.read(len(zeros)):
             if chunk == zeros:
                 writer.seek(len(zeros), os.SEEK_CUR)
@@ -205,7 +215,7 @@ def _copy(source: Path, to: Path, seen: Stamp | None) -> None:
 
 
 @contextmanager
-def _reader(path: Path, seen: Stamp | None = None) -> Iterator[BinaryIO]:
+def reading(path: Path, seen: Stamp | None = None) -> Iterator[BinaryIO]:
     """The file, open. Raises ExportError if it is not the one that was `seen`, or changes while it is open."""
     with read_errors(path):
         file = open(path, "rb")  # noqa: SIM115  closed below: what fails inside the block is no error of reading

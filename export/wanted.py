@@ -74,3 +74,15 @@ def load_parameters(block: Block) -> dict[str, Stored]:
 
     shapes = json.loads(cache.cached("parameters", to_data(block), make))
     return {path: Stored("", tuple(shape)) for path, shape in shapes.items()} | dict(block.stored)
+
+
+def load_matrices(block: Block) -> list[str]:
+    """Paths of the weights [out, in] by which Linear layers of a block multiply."""
+
+    def make() -> bytes:
+        from llmexport.export.blocks import matrices
+
+        return json.dumps(matrices(block)).encode()
+
+    found: list[str] = json.loads(cache.cached("matrices", to_data(block), make))
+    return found

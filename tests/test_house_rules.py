@@ -239,6 +239,7 @@ KEYS = {
     "export/network/serve.py": ["model"],
     "export/packed/scheme.py": ["weights"],
     "export/quantised.py": ["weights"],
+    "export/quantize.py": ["weights"],
     "run/bench.py": ["batch"],
     "run/pictures.py": ["images", "input_ids"],
     "run/settings.py": ["temperature"],

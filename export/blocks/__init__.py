@@ -97,6 +97,12 @@ def _module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
     return PLAIN[type(block)](block)
 
 
+def matrices(block: spec.Block) -> list[str]:
+    """Paths of the weights [out, in] of a block's Linear layers, without those that have a class of their own."""
+    made = module(block, torch.float32)
+    return [f"{path}.weight" for path, inner in made.named_modules() if type(inner) is nn.Linear]
+
+
 # The modules that are made of their block alone.
 PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,

@@ -139,7 +139,7 @@ def test_weights_cannot_lie_beside_a_plan(name, tmp_path):
 
 def test_the_form_of_trtexec_is_that_of_an_engine(tmp_path):
     write(tmp_path, "w8a8")
-    with pytest.raises(ExportError, match="export it without --target, then run `llmexport engine`"):
+    with pytest.raises(ExportError, match="export without --target, then run `llmexport engine`"):
         exported(tmp_path, "ck", target="tensorrt")
 
 
