@@ -184,8 +184,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
-    packed = request.quantize or any(n in checkpoint.matrices for p in wanted for n in p.sources)
-    if request.target == "tensorrt" and packed:
+    if request.target == "tensorrt" and (request.quantize or checkpoint.matrices):
         raise ExportError(
             "target tensorrt: weights in few bits get TensorRT's form when their engine is built: export without "
             "--target, then run `llmexport engine`"
@@ -198,8 +197,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     config = text_config(arch, checkpoint.config)
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
-    held = [n for p in wanted for source in p.sources for n in checkpoint.holders(source)]
-    used = {checkpoint.tensors[n].file for n in held}
+    used = {checkpoint.tensors[n].file for p in wanted for s in p.sources for n in checkpoint.holders(s)}
     whole = request.digest
     progress("weights", 0, 1)
     if made:
@@ -230,7 +228,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         renamed=multimodal_names(arch, checkpoint.config, checkpoint.names),
         reference=arch.reference,
         versions=cache.versions(),
-        notes=(*notes, *packed_notes(wanted, checkpoint), *handed.notes),
+        notes=(*notes, *(() if made else packed_notes(wanted, checkpoint)), *handed.notes),
         companions=dict(sorted(companions.items())),
         inode=stamp(folder).inode,
         held={file.file: held for file, held in found},

@@ -12,11 +12,12 @@ from typing import Any
 
 from llmexport.export import rounded_files
 from llmexport.export.assembly import HEAD, head_name, parts
-from llmexport.export.checkpoint import INDEX, Checkpoint, with_matrices
+from llmexport.export.checkpoint import INDEX, Checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.handover import HandOver
 from llmexport.export.identity import Held, WeightFile
 from llmexport.export.multimodal import tower_tensors
+from llmexport.export.packed.read import matrices_of
 from llmexport.export.packed.scheme import said_in
 from llmexport.export.placing import CONFIG, check_space
 from llmexport.export.progress import Progress
@@ -101,7 +102,8 @@ def quantise(
         told[INDEX] = {"metadata": {"total_size": total}, "weight_map": {n: t.file for n, t in tensors.items()}}
     written = {name: f"{json.dumps(data, indent=2)}\n".encode() for name, data in told.items()}
     notes = tuple(_notes(kind, wanted, found, fits, own, checkpoint, tower))
-    made = with_matrices(replace(checkpoint, config=config, tensors=tensors, shards=()))
+    packed = matrices_of(config, checkpoint.folder, tensors)
+    made = replace(checkpoint, config=config, tensors=tensors, shards=(), matrices=packed)
     return Quantised(checkpoint, made, rounding, files, HandOver(written, notes))
 
 

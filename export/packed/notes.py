@@ -12,6 +12,7 @@ from llmexport.export.values import visible
 from llmexport.export.weights import Parameter
 
 NAMED = 3
+ACTIVATIONS = (".input_", ".activation_")
 
 
 def notes(wanted: Collection[Parameter], checkpoint: Checkpoint) -> Iterator[str]:
@@ -21,7 +22,7 @@ def notes(wanted: Collection[Parameter], checkpoint: Checkpoint) -> Iterator[str
         return
     kinds = Counter(map(_kind, matrices.values()))
     yield f"quantised as published: {', '.join(f'{n} matrices of {kind}' for kind, n in kinds.most_common())}"
-    if any(m.beside for m in matrices.values()):
+    if any(any(word in n for word in ACTIVATIONS) for m in matrices.values() for n in m.beside):
         yield "activations are not quantised: what the checkpoint says of their scales is left out"
     if scales := list(cache_scales(checkpoint.tensors)):
         yield f"the cache is not quantised: {_some(scales)} are left out"
