@@ -199,7 +199,12 @@ def test_mxfp4_is_refused_where_no_experts_are_known_to_be_stored_so(arch):
     assert "quantization_config" in refusal(arch, quantization_config=MXFP4)
 
 
-@pytest.mark.parametrize("found", [{"quant_method": "fp8"}, {"bits": 4}, {}, "mxfp4", ["mxfp4"], True])
+def test_gpt_oss_in_few_bits_otherwise_is_what_it_is_in_16():
+    """What its tensors are is asked of the checkpoint."""
+    assert read("gpt_oss", quantization_config={"quant_method": "fp8"}) == read("gpt_oss")
+
+
+@pytest.mark.parametrize("found", [{"quant_method": "aqlm"}, {"bits": 4}, {}, "mxfp4", ["mxfp4"], True])
 def test_gpt_oss_is_refused_in_any_other_quantisation(found):
     line = refusal("gpt_oss", quantization_config=found)
     assert "quantization_config says that the weights are quantised" in line
