@@ -40,7 +40,9 @@ WEIGHTS = "model.safetensors"
 # Groups and blocks of 128 fill its columns; the rows of keys and values are half a block.
 SIZES = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 64}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 128}
-ATTENTION, MLP = r"re:.*self_attn\.\w_proj$", r"re:.*mlp\.\w+_proj$"
+MIXED = {"FP8_DYNAMIC": r"re:.*self_attn\.\w_proj$", "W4A16": r"re:.*mlp\.\w+_proj$"}
+ROWS = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="channel")
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
 def ids() -> torch.Tensor:
@@ -64,7 +66,7 @@ def loaded(folder: Path, **how: Any) -> Any:
 
 
 def modules(held: Tensors, mark: str) -> dict[str, Tensors]:
-    """The tensors of each module that has one of this name, which are taken from those that are held."""
+    """The tensors of each module that has one of this name; they are taken from those that are held."""
     found = [n.removesuffix(f".{mark}") for n in held if n.endswith(f".{mark}")]
     return {m: {n.removeprefix(f"{m}."): held.pop(n) for n in [*held] if n.startswith(f"{m}.")} for m in found}
 
@@ -82,9 +84,9 @@ def compressed(
     """By llm-compressor."""
     model = loaded(source)
     said = {"targets": "Linear", "scheme": scheme} if scheme else {}
-    data = Dataset.from_dict({"input_ids": ids().tolist(), "attention_mask": torch.ones_like(ids()).tolist()})
     given: dict[str, Any] = {}
     if calibrated:
+        data = Dataset.from_dict({"input_ids": ids().tolist(), "attention_mask": torch.ones_like(ids()).tolist()})
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")), pad_token="a")
         given = {"dataset": data, "processor": tokenizer, "num_calibration_samples": len(data), "max_seq_length": 16}
     recipe = kind(**said, ignore=list(ignore), **how)
@@ -92,7 +94,7 @@ def compressed(
     schemes = {n: s for n, m in model.named_modules() if (s := getattr(m, "quantization_scheme", None)) and s.weights}
     model.save_pretrained(folder, save_compressed=True)
     held = load_file(folder / WEIGHTS)
-    for name, own in (modules(held, "weight_scale")).items():
+    for name, own in modules(held, "weight_scale").items():
         # A scale's type is that of the result.
         wide = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in own.items()}
         tool = BaseCompressor.get_value_from_registry(schemes[name].format)
@@ -100,14 +102,10 @@ def compressed(
     return {n: t for n, t in held.items() if not n.endswith(("k_scale", "v_scale"))}
 
 
-def group(preset: str, *targets: str) -> QuantizationScheme:
-    return preset_name_to_scheme(preset, list(targets))
-
-
 def by_modelopt(
     source: Path, folder: Path, preset: str, attention: str | None = None, cache: str | None = None
 ) -> Tensors:
-    """By ModelOpt, by one preset, others in attention and for a cache."""
+    """By ModelOpt: a preset, and others in attention and for a cache."""
     model = loaded(source)
     config = copy.deepcopy(getattr(mtq, preset))
     config["quant_cfg"] += copy.deepcopy(getattr(mtq, cache)["quant_cfg"]) if cache else []
@@ -176,19 +174,14 @@ def by_transformers(source: Path, folder: Path, **how: Any) -> Tensors:
     return held
 
 
-Form = Callable[[Path, Path], Tensors]
 make = functools.partial
-CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-ints = {"num_bits": 4, "type": "int", "symmetric": True}
-FORMS: dict[str, Form] = {
+FORMS: dict[str, Callable[[Path, Path], Tensors]] = {
     "w4a16": make(compressed),
     "w4a16-asymmetric": make(compressed, scheme="W4A16_ASYM"),
     "w4a16-rows": make(
         compressed,
         scheme=None,
-        config_groups={
-            "g": QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**ints, strategy="channel"))
-        },
+        config_groups={"rows": QuantizationScheme(targets=["Linear"], weights=ROWS)},
     ),
     "w4a16-head": make(compressed, ignore=()),
     "w4a16-some": make(compressed, ignore=("lm_head", "re:.*layers.0.mlp.*", "model.layers.1.self_attn.o_proj")),
@@ -207,7 +200,7 @@ FORMS: dict[str, Form] = {
     "mixed": make(
         compressed,
         scheme=None,
-        config_groups={"a": group("FP8_DYNAMIC", ATTENTION), "b": group("W4A16", MLP)},
+        config_groups={name: preset_name_to_scheme(name, [target]) for name, target in MIXED.items()},
     ),
     "modelopt-fp8": make(by_modelopt, preset="FP8_DEFAULT_CFG", cache="FP8_KV_CFG"),
     "modelopt-fp8-rows": make(by_modelopt, preset="FP8_PER_CHANNEL_PER_TOKEN_CFG"),
@@ -228,11 +221,11 @@ FORMS: dict[str, Form] = {
 def main(folder: Path) -> None:
     # It would round what it unpacks to bfloat16.
     fp4.unpack_fp4_from_uint8 = functools.partial(fp4.unpack_fp4_from_uint8, dtype=torch.float32)
-    for tied in (False, True):
-        plain(folder / f"plain-{tied}", tied)
+    plain(folder / "plain", tied=False)
+    plain(folder / "tied", tied=True)
     for name, form in FORMS.items():
         made = folder / name
-        values = form(folder / f"plain-{name.endswith('tied')}", made / "ck")
+        values = form(folder / ("tied" if name == "w4a16-tied" else "plain"), made / "ck")
         config = json.loads((made / "ck" / "config.json").read_text())
         config.pop("quantization_config")
         (made / "meant").mkdir()

@@ -39,7 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "quantisers"
     with native.alone(folder.name):
         if not folder.exists():
-            made = folder.with_suffix(".part")
+            made = tmp_path_factory.mktemp("quantisers")
             done = subprocess.run([os.environ[PYTHON], SCRIPT, made], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-2000:]
             made.rename(folder)
