@@ -61,7 +61,7 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    flipped = [_flip(Path(job["model"]).parent, **f) for f in job["flipped"]]
+    flipped = [_flip(Path(job["model"]).parent, **f) for f in job.get("flipped", ())]
     if not _parse(parser, model, job["model"], flipped):
         errors = [parser.get_error(i) for i in range(min(parser.num_errors, 5))]
         tell("unreadable", [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors])
