@@ -51,7 +51,7 @@ class Stored:
     """The tensors of a model's file, wherever their bytes lie, as `layers.Stored`; those of 8 bits and more are not
     copied, unless TensorRT was given other bytes (`flipped`)."""
 
-    def __init__(self, model: bytes, folder: Path, flipped: tuple[Flipped, ...]) -> None:
+    def __init__(self, model: bytes, folder: Path, flipped: tuple[Flipped, ...] = ()) -> None:
         self._model, self._folder = model, folder
         self._masks = {f.name: f.mask for f in flipped}
         self._files: dict[str, Array] = {}
