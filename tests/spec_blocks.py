@@ -94,8 +94,7 @@ BLOCKS = [
     *each(Rotary(16, 10000.0, halves=True), size=8),
     *each(Passage(5, (3,)), begins=6, blanks=(3, 4), static=True),
     *each(Slots(64), slots=32),
-    *each(Mask(), window=8, chunk=8, keys=Keys(64), pictures=True),
-    *each(Mask(), window=8, chunk=8, keys=Keys(64), prefixed=True),
+    *each(Mask(), window=8, chunk=8, keys=Keys(64), pictures=True, prefixed=True),
     BidirectionalMask(),
     *each(Span(), keys=Keys(64)),
     *each(Temperature(8, 0.1), interval=16, scale=0.2, static=True, placed=True),
@@ -134,6 +133,7 @@ BLOCKS = [
         biased=True,
     ),
     Attention(64, 4, 2, 16, fused=True, grouped=True),
+    Attention(64, 4, 2, 16, halves=True),
     *each(RelativePositions(8, 64), span=16, hidden=32, most_apart=64, norm=NORM),
     *each(
         DisentangledAttention(64, 4, 16, 8, 0.1),

@@ -88,8 +88,8 @@ def test_a_key_that_is_missing_means_what_it_means_to_the_class_of_the_text_mode
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_quantisation_that_is_said_beside_the_text_model_is_refused(kind):
-    line = refusal_of_whole(kind, {"quantization_config": {"quant_method": "awq", "bits": 4}})
-    assert "quantization_config says that the weights are quantised (awq, 4 bits)" in line
+    line = refusal_of_whole(kind, {"quantization_config": {"quant_method": "aqlm", "bits": 4}})
+    assert "quantization_config says that the weights are quantised (aqlm, 4 bits)" in line
 
 
 @pytest.mark.parametrize("kind", WHOLE)

@@ -45,7 +45,7 @@ BOTH: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "RoPE of a type": ({}, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn'"),
     "RoPE of a share": ({}, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     "no RoPE": ({}, {"rope_theta": 0}, "rope_theta is 0"),
-    "quantised": ({}, {"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised"),
+    "quantised": ({}, {"quantization_config": {"quant_method": "aqlm"}}, "the weights are quantised"),
     "no tower": ({"vision_config": None}, {}, "no 'vision_config': .*--part text"),
     "text alone": ({"language_model_only": True}, {}, "language_model_only=True"),
 }
@@ -88,7 +88,7 @@ OF_PICTURES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "oblong": ({}, {"image_size": [24, 48]}, r"image_size is \[24, 48\], expected"),
     "activation": ({}, {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
     "no tower": ({"vision_config": None}, {}, "no 'vision_config': .*--part text"),
-    "quantised": ({}, {"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised"),
+    "quantised": ({}, {"quantization_config": {"quant_method": "aqlm"}}, "the weights are quantised"),
     "no square of tokens": ({"mm_tokens_per_image": 8}, {}, "mm_tokens_per_image is 8, expected the square of a"),
     "no share of patches": ({"mm_tokens_per_image": 16}, {}, "is 16, expected .* that divides 6 patches"),
     "default tokens": ({"mm_tokens_per_image": REMOVED}, {}, "mm_tokens_per_image is 256, expected"),
