@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmexport.plugins.microscaling import BLOCK, VALUES
 from llmexport.plugins.moe_experts import moe_experts
-from llmexport.plugins.moe_experts.mxfp4 import BLOCK, VALUES
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
 

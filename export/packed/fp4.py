@@ -9,7 +9,7 @@ import onnx.parser
 from onnx import TensorProto
 from onnx.helper import make_node
 
-from llmexport.export.packed.matrix import E2M1
+from llmexport.plugins.microscaling import VALUES
 
 DOMAIN, NAME = "llmexport.packed", "DequantizeFp4"
 
@@ -20,7 +20,7 @@ def function(opset: int) -> onnx.FunctionProto:
 
     ONNX Runtime's CPU has no DequantizeLinear of this type. It folds the function when it loads a model.
     """
-    table = ", ".join(str(s * x) for s in (1.0, -1.0) for x in E2M1)
+    table = ", ".join(map(str, VALUES))
     return onnx.parser.parse_function(
         f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {NAME} <block_size> (numbers, scales) => (y) {{
             mask = Constant <value = uint8 {{15}}> ()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from llmexport.plugins.dtypes import BY_NAME
+from llmexport.plugins.microscaling import SCALE_BIAS, VALUES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,9 +21,6 @@ Layout = Literal[
     "pairs",  # bytes hold two neighbours of one of the matrix's columns, the first in the low half (ModelOpt)
 ]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-# Of E2M1 (OCP Microscaling Formats 1.0, table 5), by its bits without the sign.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-EXPONENT_BIAS = 127  # of E8M0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +105,7 @@ class Matrix:
 
         stored = read(self.values)
         if self.number == "float4_e2m1fn":
-            table = np.array([*E2M1, *(-x for x in E2M1)], np.float32)
+            table = np.array(VALUES, np.float32)
             return table[unpack(stored, self.shape, 4, self.layout)]
         if self.layout == "rows" and stored.dtype.name == self.number:
             return stored.reshape(self.shape).astype(np.float32)
@@ -142,7 +139,7 @@ class Matrix:
         said = self.scales
         stored = read(said.name)
         if stored.dtype.name in ("uint8", "float8_e8m0fnu"):
-            exponents = stored.view(np.uint8).astype(np.int32) - EXPONENT_BIAS
+            exponents = stored.view(np.uint8).astype(np.int32) - SCALE_BIAS
             wide = np.ldexp(np.float32(1), exponents).astype(np.float32)
         else:
             wide = stored.astype(np.float32)
@@ -195,7 +192,3 @@ def _numbers(stored: np.ndarray, bits: int) -> np.ndarray:
 def pack(numbers: np.ndarray) -> np.ndarray:
     """Numbers of 4 bits, a byte each, two a byte along the last axis, the first in the low half."""
     return numbers[..., ::2] | numbers[..., 1::2] << 4
-
-
-# The types of the numbers that a graph reads as they are, by the type that is stored.
-PLAIN = MappingProxyType({"float8_e4m3fn": "float8_e4m3fn", "int8": "int8"})

@@ -14,9 +14,10 @@ from onnx.helper import make_node
 
 from llmexport.export.checkpoint import StoredTensor
 from llmexport.export.packed import fp4
-from llmexport.export.packed.matrix import EXPONENT_BIAS, Matrix, Scales
+from llmexport.export.packed.matrix import Matrix, Scales
 from llmexport.export.packed.repack import NUMBERS, PLACES, RANKS, ZEROS
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
+from llmexport.plugins.microscaling import SCALE_BIAS
 
 FLOAT = int(TensorProto.FLOAT)
 
@@ -206,7 +207,7 @@ class Maker:
 
     def _powers(self, exponents: str, name: str) -> str:
         """Bytes as powers of two."""
-        self._constant(f"{name}/bias", np.float32(EXPONENT_BIAS))
+        self._constant(f"{name}/bias", np.float32(SCALE_BIAS))
         self._constant(f"{name}/base", np.float32(2))
         wide = self._node("Cast", [exponents], f"{name}/wide", to=FLOAT)
         power = self._node("Sub", [wide, f"{name}/bias"], f"{name}/exponents")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
+from llmexport.plugins.microscaling import BLOCK, SCALE_BIAS
 
 ANY_FLOAT = ("T", "W", "F")
 
@@ -49,12 +50,11 @@ class Mxfp4(Storage):
     """4-bit floats, two a byte, in blocks of 32 that share a power of two (OCP Microscaling Formats 1.0)."""
 
     def tensors(self, rows: int, columns: int) -> tuple[Stored, ...]:
-        block, bias = 32, 127
-        if columns % block:
-            raise ExportError(f"MXFP4 packs {block} values a block, which rows of {columns} do not fill")
+        if columns % BLOCK:
+            raise ExportError(f"MXFP4 packs {BLOCK} values a block, which rows of {columns} do not fill")
         # 4-bit values have a deviation of 3, which these scales make 1 / sqrt(columns): outputs stay of order one.
-        middle = bias - round(math.log2(4 * columns**0.5))
+        middle = SCALE_BIAS - round(math.log2(4 * columns**0.5))
         return (
-            Stored("_blocks", (rows, columns // 2), "uint8", group=block // 2, usual=(0, 256)),
-            Stored("_scales", (rows, columns // block), "uint8", usual=(middle - 1, middle + 2)),
+            Stored("_blocks", (rows, columns // 2), "uint8", group=BLOCK // 2, usual=(0, 256)),
+            Stored("_scales", (rows, columns // BLOCK), "uint8", usual=(middle - 1, middle + 2)),
         )

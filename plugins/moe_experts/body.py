@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmexport.plugins.moe_experts.mxfp4 import BLOCK, SCALE_BIAS, VALUES
+from llmexport.plugins.microscaling import BLOCK, SCALE_BIAS, VALUES
 from llmexport.plugins.spec import Attribute
 
 GATED = {

@@ -1,12 +1,9 @@
-"""MXFP4: 4-bit floats in blocks of 32 that share a power of two (OCP Microscaling Formats 1.0)."""
+"""MXFP4: 4-bit floats in blocks of 32 that share a power of two."""
 
 import torch
 from torch import Tensor
 
-# The 16 values of E2M1, by code.
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-BLOCK = 32  # values that share a scale
-SCALE_BIAS = 127
+from llmexport.plugins.microscaling import BLOCK, SCALE_BIAS, VALUES
 
 
 def dequantise(packed: Tensor, scales: Tensor) -> Tensor:

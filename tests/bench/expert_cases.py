@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from gpu_clock import Ceilings, copy_of, once
 
 from llmexport.plugins.gated_act import gated_act
+from llmexport.plugins.microscaling import BLOCK
 from llmexport.plugins.moe_experts import moe_experts
-from llmexport.plugins.moe_experts.mxfp4 import BLOCK, dequantise
+from llmexport.plugins.moe_experts.mxfp4 import dequantise
 from llmexport.plugins.spec import Attribute
 
 Peer, Call = Callable[..., object], Callable[[], object]

@@ -22,8 +22,9 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
+from llmexport.plugins.microscaling import VALUES
 from llmexport.plugins.moe_experts import moe_experts
-from llmexport.plugins.moe_experts.mxfp4 import VALUES, dequantise
+from llmexport.plugins.moe_experts.mxfp4 import dequantise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOKENS = [(1, 1), (2, 7), (1, 130)]
