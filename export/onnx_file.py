@@ -33,7 +33,7 @@ from llmexport.export.last_logits import with_last_logits
 from llmexport.export.multimodal import PARTS, left_out, read_tower, text_config, tower_tensors, with_part
 from llmexport.export.output import new_folder
 from llmexport.export.packed.notes import notes as packed_notes
-from llmexport.export.packed.repack import with_repacked, write_repacked
+from llmexport.export.packed.repack import with_repacked
 from llmexport.export.placing import check_config, place_companions, place_shards
 from llmexport.export.progress import Progress, silent
 from llmexport.export.quantize import quantise
@@ -210,7 +210,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     for told in (made.told, handed) if made else (handed,):
         companions |= told.place(folder)
     if repacked:
-        found.append(write_repacked(repacked, folder, whole=whole))
+        found.append(repacked.write(folder, whole=whole))
     progress("weights", 1, 1)
     for graph, data in built:
         (folder / graph.file).write_bytes(data)

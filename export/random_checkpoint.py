@@ -25,6 +25,7 @@ from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
 from llmexport.export.spec import ANY_FLOAT, Arch, Attention, Block, GatedNorm, Layer, Norm, Router
 from llmexport.export.wanted import load_parameters
+from llmexport.export.weight_layout import unplaced, write_holes
 from llmexport.plugins.dtypes import BY_NAME
 
 MOST_TENSORS = 2**18  # the largest published models have a quarter of that
@@ -76,7 +77,8 @@ def write(
             # An index of no tensor is a damaged one.
             file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if names else SINGLE
             if hollow:
-                _write_holes(folder / file, {n: parameters[n] for n in names})
+                held = ((n, parameters[n]) for n in names)
+                write_holes(folder / file, [unplaced(n, BY_NAME[p.dtype], p.shape) for n, p in held])
             else:
                 tensors = {n: _draw(n, parameters[n], seed) for n in names}
                 save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -162,20 +164,6 @@ def _split(parameters: Mapping[str, _Parameter], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         room -= parameter.nbytes
     return shards
-
-
-def _write_holes(path: Path, parameters: Mapping[str, _Parameter]) -> None:
-    """A safetensors file whose data is one hole."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, parameter in parameters.items():
-        start, end = end, end + parameter.nbytes
-        kind = BY_NAME[parameter.dtype].safetensors
-        header[name] = {"dtype": kind, "shape": parameter.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(file.tell() + end)
 
 
 def _draw(name: str, parameter: _Parameter, seed: int) -> np.ndarray:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from llmexport.export.placing import reading
 from llmexport.export.progress import Progress
 from llmexport.export.rounding import Rounding
 from llmexport.export.values import show_name
+from llmexport.export.weight_layout import laid_out, unplaced
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
 
 CHUNK = 2**20  # numbers in memory at a time, or one row
@@ -76,29 +75,14 @@ def _in_its_place(tensor: StoredTensor, size: int, rounding: Rounding) -> tuple[
         (".weight_scale", BY_SAFETENSORS[tensor.dtype], (rows, columns // size)),
         (".weight_shape", BY_NAME["int64"], (2,)),
     ]
-    return tuple(
-        StoredTensor(module + ending, dtype.safetensors, shape, "", 0, math.prod(shape) * dtype.bits // 8)
-        for ending, dtype, shape in made[: 3 if rounding.packs else 2]
-    )
+    return tuple(unplaced(module + ending, dtype, shape) for ending, dtype, shape in made[: 3 if rounding.packs else 2])
 
 
 def _placed(name: str, pieces: list[Piece]) -> File:
-    """The pieces with their places in a file, where the widest types lie first, so that every tensor is aligned."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, end = {}, 0
-    tensors = [t for p in pieces for t in p.tensors]
-    for tensor in sorted(tensors, key=lambda t: -BY_SAFETENSORS[t.dtype].bits):
-        starts[tensor.name], end = end, end + tensor.nbytes
-        at = [starts[tensor.name], end]
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": at}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-
-    def place(tensor: StoredTensor) -> StoredTensor:
-        return dataclasses.replace(tensor, file=name, offset=len(header) + starts[tensor.name])
-
-    return File(name, header, tuple(dataclasses.replace(p, tensors=tuple(map(place, p.tensors))) for p in pieces))
+    """The pieces with their places in a file."""
+    header, at = laid_out(name, (t for p in pieces for t in p.tensors))
+    placed = (dataclasses.replace(p, tensors=tuple(at[t.name] for t in p.tensors)) for p in pieces)
+    return File(name, header, tuple(placed))
 
 
 def write(

@@ -4,7 +4,6 @@ and none of our code. Each form gives the tensors of a matrix, and the numbers t
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from llmexport.export import archs, random_checkpoint
-from llmexport.export.checkpoint import INDEX, ITEMSIZE, open_checkpoint
+from llmexport.export.checkpoint import INDEX, open_checkpoint
+from llmexport.export.weight_layout import unplaced, write_holes
+from llmexport.plugins.dtypes import BY_SAFETENSORS
 
 Held = dict[str, np.ndarray]
 Form = Callable[[np.ndarray, np.random.Generator], tuple[Held, np.ndarray]]
@@ -358,18 +359,8 @@ def hollow(folder: Path, config: Mapping[str, Any], kept: tuple[str, ...] = KEPT
             module = tensor.name.removesuffix("weight")
             header |= {module + end: held for end, held in form(*tensor.shape).items()}
         placed |= dict.fromkeys(header, shard.file)
-        _holes(made / shard.file, header)
+        held = [unplaced(n, BY_SAFETENSORS[dtype], tuple(shape)) for n, (dtype, shape) in header.items()]
+        write_holes(made / shard.file, held)
     if len(plain.shards) > 1:
         (made / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     return made
-
-
-def _holes(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    header, end = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + ITEMSIZE[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +17,7 @@ from llmexport.export.output import write_errors
 from llmexport.export.packed.matrix import Matrix, Read, pack, unpack
 from llmexport.export.placing import check_space
 from llmexport.export.values import show_name
+from llmexport.export.weight_layout import laid_out, unplaced
 from llmexport.plugins.dtypes import BY_NAME
 
 FILE = "repacked.safetensors"
@@ -30,76 +29,64 @@ NUMBERS, ZEROS, PLACES, RANKS = "/numbers", "/zeros", "/places", "/ranks"
 class Piece:
     """A tensor to be written: its bytes are made when it is its turn."""
 
-    name: str
-    dtype: str  # of BY_NAME
-    shape: tuple[int, ...]
+    tensor: StoredTensor
     make: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * BY_NAME[self.dtype].bits // 8
 
 
 def pieces(matrices: Iterable[Matrix], checkpoint: Checkpoint) -> Iterator[Piece]:
     """What has to be packed anew for a graph to read these. Raises ExportError on groups that are none."""
+    byte, place = BY_NAME["uint8"], BY_NAME["int64"]
     for matrix in matrices:
         rows, columns = matrix.shape
-        places, zeros = _places(matrix, checkpoint.read), _zeros(matrix, checkpoint.read)
-        if (matrix.layout != "rows" or places is not None or zeros) and rows * matrix.bits % 8:
+        places, zeros = _places(matrix, checkpoint.read), _has_zeros(matrix, checkpoint.read)
+        anew = matrix.layout != "rows" or places is not None
+        if (anew or zeros) and rows * matrix.bits % 8:
             raise ExportError(f"{matrix.name} has {rows} rows, which bytes of two numbers do not fill")
-        if matrix.layout != "rows" or places is not None:
-            numbers = partial(_numbers, matrix, places, bool(zeros), checkpoint.read)
-            yield Piece(matrix.name + NUMBERS, "uint8", (columns, rows * matrix.bits // 8), numbers)
+        width = rows * matrix.bits // 8
+        if anew:
+            numbers = partial(_numbers, matrix, places, zeros, checkpoint.read)
+            yield Piece(unplaced(matrix.name + NUMBERS, byte, (columns, width)), numbers)
         if places is not None:
-            yield Piece(matrix.name + PLACES, "int64", (columns,), partial(np.asarray, places))
-            yield Piece(matrix.name + RANKS, "int64", (columns,), partial(np.argsort, places))
+            yield Piece(unplaced(matrix.name + PLACES, place, (columns,)), partial(np.asarray, places))
+            yield Piece(unplaced(matrix.name + RANKS, place, (columns,)), partial(np.argsort, places))
         if zeros:
-            yield Piece(matrix.name + ZEROS, "uint8", (matrix.grid[1], rows * matrix.bits // 8), zeros)
+            points = partial(_zeros, matrix, checkpoint.read)
+            yield Piece(unplaced(matrix.name + ZEROS, byte, (matrix.grid[1], width)), points)
 
 
-def planned(found: Iterable[Piece], offset: int) -> list[StoredTensor]:
-    """The same pieces as tensors of the file, whose data begins at `offset`."""
-    tensors = []
-    for piece in found:
-        dtype = BY_NAME[piece.dtype].safetensors
-        tensors.append(StoredTensor(piece.name, dtype, piece.shape, FILE, offset, piece.nbytes))
-        offset += piece.nbytes
-    return tensors
+@dataclass(frozen=True)
+class Repacked:
+    """The file of these pieces: its header, and the pieces with their places behind it."""
+
+    header: bytes
+    pieces: tuple[Piece, ...]
+
+    def write(self, folder: Path, *, whole: bool) -> tuple[WeightFile, Held]:
+        """Writes the file into a folder that has none; never more than one tensor is in memory."""
+        path = folder / FILE
+        check_space(folder, sum(p.tensor.nbytes for p in self.pieces), "pack", "free space, or choose another disk")
+        with write_errors(folder), open(path, "xb") as file:
+            file.write(self.header)
+            for piece in self.pieces:
+                interrupt.check()
+                file.seek(piece.tensor.offset)
+                file.write(np.ascontiguousarray(piece.make()).data)
+        return identify(path, read_header(path)[1], "repacked", whole=whole)
 
 
-def header(found: list[Piece]) -> bytes:
-    """The beginning of a safetensors file of these, its length included."""
-    said = {
-        t.name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.offset, t.offset + t.nbytes]}
-        for t in planned(found, 0)
-    }
-    text = json.dumps(said, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def with_repacked(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[Checkpoint, list[Piece]]:
-    """The checkpoint as if it held what these matrices need besides, and the pieces that are to be written for that."""
+def with_repacked(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[Checkpoint, Repacked | None]:
+    """The checkpoint as if it held what these matrices need besides, and the file that is to be written for that."""
     wanted = dict.fromkeys(n for n in names if n in checkpoint.matrices)
     found = list(pieces(map(checkpoint.matrices.__getitem__, wanted), checkpoint))
-    tensors = {t.name: t for t in planned(found, len(header(found)))}
-    if found and FILE in [s.file for s in checkpoint.shards]:
+    if not found:
+        return checkpoint, None
+    if FILE in [s.file for s in checkpoint.shards]:
         raise ExportError(f"the checkpoint has a {FILE}, as an export calls what it packs anew: give it another name")
-    if taken := [n for n in tensors if n in checkpoint.tensors]:
+    header, at = laid_out(FILE, (p.tensor for p in found))
+    if taken := [n for n in at if n in checkpoint.tensors]:
         raise ExportError(f"the checkpoint has a tensor {show_name(taken[0])}, as an export calls what it packs anew")
-    return replace(checkpoint, tensors={**checkpoint.tensors, **tensors}), found
-
-
-def write_repacked(found: list[Piece], folder: Path, *, whole: bool) -> tuple[WeightFile, Held]:
-    """Writes the file into a folder that has none; never more than one tensor is in memory."""
-    path = folder / FILE
-    check_space(folder, sum(p.nbytes for p in found), "pack", "free space, or choose another disk")
-    with write_errors(folder), open(path, "xb") as file:
-        file.write(header(found))
-        for piece in found:
-            interrupt.check()
-            file.write(np.ascontiguousarray(piece.make()).data)
-    return identify(path, read_header(path)[1], "repacked", whole=whole)
+    placed = tuple(replace(p, tensor=at[p.tensor.name]) for p in found)
+    return replace(checkpoint, tensors={**checkpoint.tensors, **at}), Repacked(header, placed)
 
 
 def _numbers(matrix: Matrix, places: np.ndarray | None, unsigned: bool, read: Read) -> np.ndarray:
@@ -114,14 +101,15 @@ def _numbers(matrix: Matrix, places: np.ndarray | None, unsigned: bool, read: Re
     return pack(numbers) if bits == 4 else numbers
 
 
-def _zeros(matrix: Matrix, read: Read) -> Callable[[], np.ndarray] | None:
-    """Makes the zero points [groups, rows]; None if all are the middle, which a signed number is without one."""
-    if matrix.zeros is None:
-        return None
+def _has_zeros(matrix: Matrix, read: Read) -> bool:
+    """Whether zero is another number than the middle, which a signed number is without a zero point."""
+    return matrix.zeros is not None and bool((matrix.zero_points(read) != matrix.offset).any())
+
+
+def _zeros(matrix: Matrix, read: Read) -> np.ndarray:
+    """The zero points [groups, rows]."""
     points = matrix.zero_points(read).T.astype(np.uint8)
-    if (points == matrix.offset).all():
-        return None
-    return partial(pack, points) if matrix.bits == 4 else partial(np.asarray, points)
+    return pack(points) if matrix.bits == 4 else points
 
 
 def _places(matrix: Matrix, read: Read) -> np.ndarray | None:

@@ -10,10 +10,12 @@ import pytest
 from tiny_configs import one_line
 
 from llmexport.export import archs, weights
-from llmexport.export.checkpoint import ITEMSIZE, open_checkpoint
+from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import Request, fill
 from llmexport.export.quantised import describe
+from llmexport.export.weight_layout import unplaced, write_holes
+from llmexport.plugins.dtypes import BY_SAFETENSORS
 
 Tensors = dict[str, tuple[str, list[int]]]
 Changes = dict[str, tuple[str, list[int]] | None]  # None where a tensor is left out
@@ -109,20 +111,11 @@ def write(
     plain = open_checkpoint(folder / "plain")
     tensors: Tensors = {t.name: (t.dtype, list(t.shape)) for t in plain.tensors.values() if t.name != f"{name}.weight"}
     tensors |= {name + end: kind for end, kind in change.items()}
-    header, end = {}, 0
-    for key, (dtype, shape) in tensors.items():
-        start, size = end, ITEMSIZE[dtype]
-        for n in shape:
-            size *= n
-        end = start + size
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
     made = folder / "ck"
     made.mkdir()
     (made / "config.json").write_text(json.dumps(plain.config | ({"quantization_config": said} if said else {})))
-    with (made / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    held = [unplaced(key, BY_SAFETENSORS[dtype], tuple(shape)) for key, (dtype, shape) in tensors.items()]
+    write_holes(made / "model.safetensors", held)
     return made
 
 

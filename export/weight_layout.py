@@ -1,0 +1,42 @@
+"""Where tensors lie in a new safetensors file, and the header that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from llmexport.export.checkpoint import StoredTensor
+from llmexport.plugins.dtypes import BY_SAFETENSORS, Dtype
+
+
+def unplaced(name: str, dtype: Dtype, shape: tuple[int, ...]) -> StoredTensor:
+    """A tensor that has no place yet."""
+    return StoredTensor(name, dtype.safetensors, shape, "", 0, math.prod(shape) * dtype.bits // 8)
+
+
+def laid_out(file: str, tensors: Iterable[StoredTensor]) -> tuple[bytes, dict[str, StoredTensor]]:
+    """The header of a file of these tensors, its length included, and each with its place there, by name.
+
+    The widest types lie first, so that every tensor is aligned.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    placed, end = [], 0
+    for tensor in sorted(tensors, key=lambda t: -BY_SAFETENSORS[t.dtype].bits):
+        placed.append(dataclasses.replace(tensor, file=file, offset=end))
+        start, end = end, end + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {t.name: dataclasses.replace(t, offset=len(header) + t.offset) for t in placed}
+
+
+def write_holes(path: Path, tensors: Iterable[StoredTensor]) -> None:
+    """A file of these tensors whose data is one hole: it reads as zeros and takes no space."""
+    header, placed = laid_out(path.name, tensors)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(t.nbytes for t in placed.values()))
