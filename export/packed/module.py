@@ -11,12 +11,13 @@ from llmexport.export.packed.matrix import Layout, Matrix, Scales, Zeros
 from llmexport.export.packed.scheme import Scheme
 from llmexport.export.values import show_name
 from llmexport.plugins.dtypes import BY_SAFETENSORS
+from llmexport.plugins.microscaling import BLOCK
 
 if TYPE_CHECKING:
     from llmexport.export.checkpoint import StoredTensor
 
 FLOATS = ("float32", "float16", "bfloat16")
-NV, MX = 16, 32  # columns that share a scale in NVFP4, and in the formats of OCP Microscaling
+NV, MX = 16, BLOCK  # columns that share a scale in NVFP4, and in the formats of OCP Microscaling
 # Scales of activations, which are not quantised here, and sizes that shapes say too.
 ASIDE = (".input_scale", ".input_global_scale", ".input_scale_ub", ".activation_scale", ".weight_shape")
 # By method, or by a group's format: the tensor of the numbers, and its types.
@@ -47,7 +48,7 @@ class Module:
 
     def matrix(self) -> Matrix:
         """Raises ExportError if they are not as the scheme says."""
-        if self.scheme.keeps(self.module):
+        if self.module in self.scheme.kept:
             raise self.wrong(f"{self.scheme.where} says that it is not quantised")
         if self.scheme.groups and not self.group:
             raise self.wrong("no group of config_groups is of it")

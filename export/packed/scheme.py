@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmexport.export.errors import ExportError
+from llmexport.export.packed.modules import Modules
 from llmexport.export.quantised import FILES, describe, read_file
 from llmexport.export.values import show
 
@@ -36,9 +36,10 @@ ALGORITHMS = (
 
 @dataclass(frozen=True)
 class Group:
-    """What one group of compressed-tensors says of the weights of its targets."""
+    """What one group of compressed-tensors says of the weights of its targets; `every`: all that no other names."""
 
-    targets: tuple[str, ...]
+    targets: Modules
+    every: bool
     format: str
     bits: int
     size: int | None
@@ -51,40 +52,23 @@ class Scheme:
     """How a checkpoint is quantised: `method` is that of METHODS, `where` it was said.
 
     bits, size and symmetric: of GPTQ and AWQ; the size of a group is None where a row is one. older: zeros are stored
-    less one. block: of FP8. groups: of compressed-tensors. kept: patterns of the modules that it leaves.
+    less one. block: of FP8. groups: of compressed-tensors. kept: the modules that it leaves in 16 bits.
     """
 
     method: str
     where: str
+    kept: Modules
     bits: int = 8
     size: int | None = None
     symmetric: bool = True
     older: bool = False
     block: tuple[int, int] | None = None
     groups: tuple[Group, ...] = ()
-    kept: tuple[str, ...] = ()
-
-    def keeps(self, module: str) -> bool:
-        """Whether it says that this module is not quantised."""
-        return any(matches(module, k) for k in self.kept)
 
     def group(self, module: str) -> Group | None:
         """The group that a module is in: the one that names it, or else the one of its class."""
-        named = (g for g in self.groups if any(matches(module, t) for t in g.targets))
-        of_class = (g for g in self.groups if "Linear" in g.targets)
-        return next(chain(named, of_class), None)
-
-
-def matches(module: str, pattern: str) -> bool:
-    """Whether a pattern of compressed-tensors (`re:`), ModelOpt (`*`) or transformers (a name or its end) is of it."""
-    if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], module) is not None
-        except re.error as error:
-            raise ExportError(f"config.json: {show(pattern)} is no regular expression: {error}") from error
-    if "*" in pattern:
-        return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), module) is not None
-    return module == pattern or module.endswith(f".{pattern}") or module.startswith(f"{pattern}.")
+        named = (g for g in self.groups if module in g.targets)
+        return next(chain(named, (g for g in self.groups if g.every)), None)
 
 
 def said_in(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -120,8 +104,8 @@ def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | None:
     if said is None or (method := method_of(said)) is None:
         return None
     keys = _Said(said, where, describe(said))
-    kept = (keys.names(k) for k in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"))
-    scheme = Scheme(method, where, kept=tuple(n for names in kept for n in names))
+    kept = map(keys.names, ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"))
+    scheme = Scheme(method, where, Modules(chain.from_iterable(kept)))
     return READERS[method](keys, scheme)
 
 
@@ -237,8 +221,10 @@ def _group(said: _Said, overall: Any) -> Group:
     weights.choice("dynamic", (False,))
     strategy = weights.choice("strategy", ("tensor", "channel", "group", "block", "tensor_group", None))
     size = weights.size("group_size") if strategy in ("group", "tensor_group") else None
+    targets = said.names("targets") or ("Linear",)
     return Group(
-        said.names("targets") or ("Linear",),
+        Modules(targets),
+        "Linear" in targets,
         str(kind),
         weights.choice("num_bits", (8, 4)),
         size,
