@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -11,18 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmexport.export import beside, builder, device, manifest
-from llmexport.export.engine_build import JOB, MODEL, PLAN
+from llmexport.export import builder, device, engine_job, manifest
+from llmexport.export.engine_build import PLAN
 from llmexport.export.engine_record import RECORD, WEIGHTS, Engine, Library, Plan, check_backend
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.export.graph_file import load
 from llmexport.export.output import write_errors
-from llmexport.export.packed.engine_form import engine_form, needs
+from llmexport.export.packed.engine_form import needs
 from llmexport.export.profile import Profile
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import Port, Sizes
-from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.export.workspace import workspace
 from llmexport.plugins import library
 from llmexport.plugins.dtypes import BY_TENSORRT
@@ -131,18 +128,10 @@ class _Job:
         """Leaves the plan of a graph, the `place`-th, in its folder; returns it and the version of TensorRT."""
         steps, assembly, work = 2 * len(self.export.graphs), graph.assembly, self.work / graph.name
         self.progress("engine: read", 2 * place, steps)
-        loaded = load(self.export, graph)
-        flipped = engine_form(loaded)
-        model, nodes = tensorrt_form(loaded, self.served)
-        bindings = beside.beside(model, beside.LARGE) if self.weights == "beside" else {}
+        job = engine_job.prepare(self.export, graph, self.module, self.library, self.served, self.weights)
+        nodes, bindings = job.nodes, job.bindings
         work.mkdir()
-        (work / MODEL).write_bytes(model.SerializeToString())
-        shapes = {p.name: _shapes(p, self.sizes) for p in assembly.inputs}
-        job = {"module": self.module, "model": str(self.export.folder / graph.file), "profile": shapes}
-        job |= {"weights": list(bindings), "large": beside.LARGE}
-        job |= {"flipped": [dataclasses.asdict(f) for f in flipped]}
-        job |= {"library": str(self.library)} if nodes else {}
-        (work / JOB).write_text(json.dumps(job))
+        job.write(work, profile={p.name: _shapes(p, self.sizes) for p in assembly.inputs})
         dtype = self.export.dtype
         inputs, outputs = (tuple(p.typed(dtype) for p in ports) for ports in (assembly.inputs, assembly.outputs))
 

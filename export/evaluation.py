@@ -5,8 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
-import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,17 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from llmexport.export import beside, builder
+from llmexport.export import builder, engine_job
 from llmexport.export.binding import Binding
 from llmexport.export.engine import check_plugins, check_ports
-from llmexport.export.engine_build import JOB, MODEL
 from llmexport.export.engine_record import check_backend
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
-from llmexport.export.graph_file import load
-from llmexport.export.packed.engine_form import engine_form
 from llmexport.export.spec import Port
-from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.plugins import library
 
 Values = dict[str, np.ndarray]
@@ -106,26 +100,18 @@ def evaluator(
     """
     module = check_backend(backend).module
     served = library.served(plugins) if plugins else frozenset()
-    loaded = load(export, graph)
-    flipped = engine_form(loaded)
-    model, nodes = tensorrt_form(loaded, served)
-    bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}
-    (work / MODEL).write_bytes(model.SerializeToString())
+    job = engine_job.prepare(export, graph, module, plugins, served, weights)
     ours, theirs = Pipe()
     with ours:
         with theirs:
-            job = {"module": module, "model": os.path.realpath(export.folder / graph.file), "channel": theirs.fileno()}
-            job |= {"library": str(plugins)} if nodes else {}
-            job |= {"weights": list(bindings), "large": beside.LARGE}
-            job |= {"flipped": [dataclasses.asdict(f) for f in flipped]}
-            job |= {"bindings": {n: dataclasses.asdict(b) for n, b in bindings.items()}}
-            job |= {"files": [dataclasses.asdict(w) for w in export.weights]}
-            (work / JOB).write_text(json.dumps(job))
+            bindings = {n: dataclasses.asdict(b) for n, b in job.bindings.items()}
+            files = [dataclasses.asdict(w) for w in export.weights]
+            job.write(work, channel=theirs.fileno(), bindings=bindings, files=files)
             process = contextlib.ExitStack()
             child = process.enter_context(builder.builder(work, module, theirs.fileno()))
         with process:
             made = Evaluator(work, child, ours, timeout, collections.deque(maxlen=20))
-            made.read(lambda read: _check(read, export, graph, nodes, bindings))
+            made.read(lambda read: _check(read, export, graph, job.nodes, job.bindings))
             yield made
 
 

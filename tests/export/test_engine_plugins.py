@@ -16,7 +16,7 @@ import pytest
 from arch_cases import FIRST, ONCE, TOWERS, Case, in_each_dtype, others_slow
 from native import emulated_library
 
-from llmexport.export import engine, engine_record, manifest, onnx_file
+from llmexport.export import engine, engine_job, engine_record, manifest, onnx_file
 from llmexport.export.errors import EngineError
 from llmexport.export.spec import DTYPES
 
@@ -81,13 +81,13 @@ def test_ops_that_the_library_does_not_serve_are_built_from_their_bodies(copy: P
 def test_an_op_that_does_not_become_a_plugin_layer_is_an_error(copy: Path, monkeypatch) -> None:
     """The engine would run, by another kernel than engine.json says."""
     library = emulated_library()
-    original = engine.tensorrt_form
+    original = engine_job.tensorrt_form
 
     def one_more(*arguments):
         model, nodes = original(*arguments)
         return model, {**nodes, "ghost": "Rope"}
 
-    monkeypatch.setattr(engine, "tensorrt_form", one_more)
+    monkeypatch.setattr(engine_job, "tensorrt_form", one_more)
     with pytest.raises(EngineError, match="15 plugin layers of 16 ops, see ghost"):
         engine.build(copy, plugins=library)
     assert not (copy / "model.plan").exists()

@@ -1,0 +1,60 @@
+"""What a builder's process is given of a graph, whether it builds an engine or computes what TensorRT reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from llmexport.export import beside
+from llmexport.export.binding import Binding
+from llmexport.export.engine_build import JOB, MODEL
+from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.graph_file import load
+from llmexport.export.packed.engine_form import engine_form
+from llmexport.export.tensorrt_form import tensorrt_form
+
+
+@dataclass(frozen=True)
+class Job:
+    """A graph in TensorRT's form: `nodes` are left to plugins, name -> op; `bindings` make the weights that are inputs.
+
+    said: what the job's file says, to which the builder's task is added.
+    """
+
+    model: onnx.ModelProto
+    nodes: dict[str, str]
+    bindings: Mapping[str, Binding]
+    said: Mapping[str, Any]
+
+    def write(self, folder: Path, **more: Any) -> None:
+        """Leaves it in an empty folder."""
+        (folder / MODEL).write_bytes(self.model.SerializeToString())
+        (folder / JOB).write_text(json.dumps({**self.said, **more}))
+
+
+def prepare(
+    export: Export, graph: ExportedGraph, module: str, plugins: Path | None, served: frozenset[str], weights: str
+) -> Job:
+    """module: TensorRT's. plugins, weights: as of `engine.build`; `served` are the ops that the library has.
+
+    Raises EngineError on what TensorRT would misread, and on weights that cannot lie beside a plan.
+    """
+    loaded = load(export, graph)
+    flipped = engine_form(loaded)
+    model, nodes = tensorrt_form(loaded, served)
+    bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}
+    said = {
+        "module": module,
+        "model": os.path.realpath(export.folder / graph.file),
+        "weights": list(bindings),
+        "large": beside.LARGE,
+        "flipped": [dataclasses.asdict(f) for f in flipped],
+    }
+    return Job(model, nodes, bindings, said | ({"library": str(plugins)} if nodes else {}))
