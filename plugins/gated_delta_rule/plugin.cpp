@@ -12,7 +12,7 @@ GatedDeltaRuleSizes sizesOf(Sizes const& s) {
   return {s['B'], s['T'], s['G'], s['H'], s['D'], s['V']};
 }
 
-GatedDeltaRuleAttributes attributesOf(Values const& values) {
+DeltaRuleAttributes attributesOf(Values const& values) {
   return {values[kScale].real, values[kL2Norm].integer != 0};
 }
 
@@ -25,10 +25,10 @@ size_t workspace(Node const& node) {
 }
 
 cudaError_t enqueue(Call const& call) {
-  GatedDeltaRuleTensors const tensors{call.input(kQ),    call.input(kK),
-                                      call.input(kV),    call.input<float>(kG),
-                                      call.input(kBeta), call.input<float>(kState),
-                                      call.output(kY),   call.output<float>(kNextState)};
+  DeltaRuleTensors const tensors{call.input(kQ),    call.input(kK),
+                                 call.input(kV),    call.input<float>(kG),
+                                 call.input(kBeta), call.input<float>(kState),
+                                 call.output(kY),   call.output<float>(kNextState)};
   return gatedDeltaRule(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
                         call.workspace, call.stream);
 }

@@ -10,7 +10,7 @@ enum Attributes { kScale, kL2Norm };
 
 KimiDeltaRuleSizes sizesOf(Sizes const& s) { return {s['B'], s['T'], s['H'], s['D'], s['V']}; }
 
-KimiDeltaRuleAttributes attributesOf(Values const& values) {
+DeltaRuleAttributes attributesOf(Values const& values) {
   return {values[kScale].real, values[kL2Norm].integer != 0};
 }
 
@@ -21,10 +21,10 @@ size_t workspace(Node const& node) {
 }
 
 cudaError_t enqueue(Call const& call) {
-  KimiDeltaRuleTensors const tensors{call.input(kQ),    call.input(kK),
-                                     call.input(kV),    call.input<float>(kG),
-                                     call.input(kBeta), call.input<float>(kState),
-                                     call.output(kY),   call.output<float>(kNextState)};
+  DeltaRuleTensors const tensors{call.input(kQ),    call.input(kK),
+                                 call.input(kV),    call.input<float>(kG),
+                                 call.input(kBeta), call.input<float>(kState),
+                                 call.output(kY),   call.output<float>(kNextState)};
   return kimiDeltaRule(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
                        call.workspace, call.stream);
 }
