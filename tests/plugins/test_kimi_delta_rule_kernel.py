@@ -9,72 +9,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from kernel_numbers import Values, near, random, wide
+from delta_rules import BETA, KIMI, STATE, G, Inputs, K, V, exact, in_chunks, right, right_state
+from kernel_numbers import Values, near, wide
 from pairwise import pairwise
-from plugin_host import DTYPES, Machine, computed, lay_out
-from plugin_memory import Output
+from plugin_host import DTYPES, Machine
 
-from llmexport.plugins.host import Plugin, Refused
-from llmexport.validate.compare import compare
-from llmexport.validate.tolerance import Tolerance
+from llmexport.plugins.host import Refused
 
-FP16_INFINITE = 65520.0  # and more is rounded up
-FEW_TOKENS = 16  # up to here token by token
-# As of GatedDeltaRule: fp32 numbers are multiplied as two bf16 parts, which leave out 2**-17 of each.
-IN_CHUNKS = Tolerance(2.0**-15, 2.0**-16, scaled=True)
-Q, K, V, G, BETA, STATE = range(6)
-Inputs = list[Values]
-
-
-def tensors(size: tuple[int, ...], dtype: str, seed: int = 1) -> Inputs:
-    """Of a layer: decays of about a half, each channel's its own, strengths between 0 and 1."""
-    b, t, h, d, v = size
-    shapes = [(b, t, h, d), (b, t, h, d), (b, t, h, v), (b, t, h, d), (b, t, h), (b, h, d, v)]
-    q, k, values, g, beta, state = (random(s, "fp32", seed + i) for i, s in enumerate(shapes))
-    made = [q, k, values, -np.log1p(np.exp(g)), 1 / (1 + np.exp(-beta)), state]
-    return [x.astype(DTYPES["fp32" if i in (G, STATE) else dtype]) for i, x in enumerate(made)]
-
-
-def exact(inputs: Inputs, l2_norm: bool = True) -> tuple[Values, Values]:
-    q, k, v, g, beta, state = wide(*inputs)
-    if l2_norm:
-        q, k = (x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
-    y = np.empty_like(v)
-    for t in range(v.shape[1]):
-        state = state * np.exp(g[:, t])[..., None]
-        error = (v[:, t] - np.einsum("bhd,bhdv->bhv", k[:, t], state)) * beta[:, t, :, None]
-        state = state + k[:, t, :, :, None] * error[:, :, None]
-        y[:, t] = np.einsum("bhd,bhdv->bhv", scale(inputs) * q[:, t], state)
-    return y, state
-
-
-def scale(inputs: Inputs) -> float:
-    return float(inputs[Q].shape[-1] ** -0.5)
-
-
-def created(machine: Machine, inputs: Inputs, l2_norm: bool = True) -> Plugin:
-    return machine.library.create("KimiDeltaRule", {"scale": scale(inputs), "l2_norm": l2_norm})
-
-
-def run(machine: Machine, inputs: Inputs, l2_norm: bool = True, shift: int = 0) -> Inputs:
-    return computed(created(machine, inputs, l2_norm), machine.memory(), inputs, shift)
-
-
-def in_chunks(inputs: Inputs, shift: int = 0) -> bool:
-    wide_enough = inputs[Q].shape[-1] in (64, 128) and inputs[Q].itemsize == 2
-    return wide_enough and inputs[Q].shape[1] > FEW_TOKENS and shift == 0
-
-
-def right_state(found: Values, state: Values, chunks: bool) -> bool:
-    return compare(state, found).excess(IN_CHUNKS) <= 1 if chunks else near(found, state, "fp32")
-
-
-def right(found: Inputs, inputs: Inputs, l2_norm: bool = True, shift: int = 0) -> bool:
-    """y is rounded once, whatever the form."""
-    y, state = exact(inputs, l2_norm)
-    dtype = next(name for name, kind in DTYPES.items() if kind == inputs[V].dtype)
-    return near(found[0], y, dtype) and right_state(found[1], state, in_chunks(inputs, shift))
-
+run, tensors = KIMI.run, KIMI.tensors
 
 # B, T, H, D, V: one token, few, many; any number of 16 rows, of a block's 32 columns a half, one, some.
 SIZES = [(1, 1, 2, 128, 128), (2, 1, 3, 16, 16), (1, 7, 4, 64, 32), (2, 16, 3, 32, 64), (1, 63, 2, 64, 16)]
@@ -97,23 +39,6 @@ def test_chunks(machine: Machine, size: tuple[int, ...], dtype: str) -> None:
     inputs = tensors(size, dtype)
     assert in_chunks(inputs)
     assert right(run(machine, inputs), inputs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_chunks_do_not_serve_goes_token_by_token(machine: Machine, dtype: str) -> None:
-    """fp32, and pointers that no 16 bytes can be copied from."""
-    inputs, shift = tensors((1, 65, 2, 64, 16), dtype), int(dtype != "fp32")
-    assert not in_chunks(inputs, shift)
-    assert right(run(machine, inputs, shift=shift), inputs, shift=shift)
-
-
-@pytest.mark.parametrize("tokens", [9, 40])
-def test_keys_as_they_are(machine: Machine, tokens: int) -> None:
-    inputs = tensors((1, tokens, 2, 64, 32), "bf16")
-    for i in (Q, K):
-        norm = np.linalg.norm(wide(inputs[i])[0], axis=-1, keepdims=True)
-        inputs[i] = (wide(inputs[i])[0] / norm).astype(inputs[i].dtype)
-    assert right(run(machine, inputs, l2_norm=False), inputs, l2_norm=False)
 
 
 def swap_channels(inputs: Inputs) -> None:
@@ -190,47 +115,11 @@ def test_equal_keys_of_full_strength(machine: Machine, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [7, 40])
-def test_keys_of_nothing(machine: Machine, tokens: int) -> None:
-    """The norm of a zero key is not zero."""
-    inputs = tensors((1, tokens, 2, 64, 32), "bf16")
-    inputs[K][:, 3:6], inputs[Q][:, 4:5] = 0, 0
-    assert right(run(machine, inputs), inputs)
-
-
-@pytest.mark.parametrize("tokens", [7, 40])
 def test_padding_leaves_the_state_as_it_is(machine: Machine, tokens: int) -> None:
     """Bit by bit: it has decays of 1 and no strength."""
     inputs = tensors((2, tokens, 2, 64, 32), "bf16")
     inputs[G][:], inputs[BETA][:] = 0, 0
     assert run(machine, inputs)[1].tobytes() == inputs[STATE].tobytes()
-
-
-@pytest.mark.parametrize("tokens", [7, 40])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("size", [2.0**-12, 2.0**13])
-def test_values_of_any_size(machine: Machine, size: float, dtype: str, tokens: int) -> None:
-    inputs = tensors((1, tokens, 1, 64, 32), dtype)
-    inputs[V] *= np.array(size, inputs[V].dtype)
-    inputs[STATE] *= np.float32(size * 8)
-    y, state = exact(inputs)
-    found = run(machine, inputs)
-    assert right_state(found[1], state, in_chunks(inputs))
-    # The smaller of fp16 have fewer bits as subnormals: half of the smallest is off.
-    unit = 2.0**-24 if dtype == "fp16" and size < 1 else 0.0
-    most = {"fp16": 2.0**-10, "bf16": 2.0**-7}[dtype] * np.abs(y).max() + unit
-    assert compare(y, found[0]).max_abs <= most
-
-
-@pytest.mark.parametrize("tokens", [7, 40])
-def test_what_fp16_cannot_hold_is_infinite(machine: Machine, tokens: int) -> None:
-    """As the reference rounds it. The state goes on."""
-    inputs = tensors((1, tokens, 1, 64, 32), "fp16")
-    inputs[STATE] *= np.float32(2.0**22)
-    y, state = exact(inputs)
-    found = run(machine, inputs)
-    assert np.isinf(found[0][:, 0]).any()
-    assert (np.isinf(found[0]) == (np.abs(y) >= FP16_INFINITE)).all()
-    assert right_state(found[1], state, in_chunks(inputs))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -244,20 +133,6 @@ def test_a_nan_reaches_back_no_further_than_its_chunk(machine: Machine, dtype: s
     assert np.isnan(y[40:, 3]).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 40])
-def test_state_is_updated_in_place(machine: Machine, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    """Also of 128 columns, which several blocks take."""
-    inputs = tensors((2, tokens, 1, 64, 128 if tokens == 1 else 32), "bf16")
-    for seed in range(3):
-        monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
-        memory = machine.memory()
-        prepared = lay_out(created(machine, inputs), memory, inputs)
-        prepared.outputs[1] = Output.holding(memory, inputs[STATE])
-        prepared.inputs[STATE] = prepared.outputs[1].address
-        prepared.enqueue(memory.stream)
-        assert right(prepared.results(), inputs)
-
-
 @pytest.mark.parametrize(("dtype", "cuts"), [("fp16", (48,)), ("bf16", (1, 4, 40)), ("fp32", (1, 9))])
 def test_calls_in_a_row_are_one_call(machine: Machine, dtype: str, cuts: tuple[int, ...]) -> None:
     inputs = tensors((2, 66, 2, 64, 16), dtype)
@@ -266,24 +141,6 @@ def test_calls_in_a_row_are_one_call(machine: Machine, dtype: str, cuts: tuple[i
         y, state = run(machine, [*pieces, state])
         parts.append(y)
     assert right([np.concatenate(parts, 1), state], inputs)
-
-
-@pytest.mark.parametrize("tokens", [9, 40])
-def test_result_does_not_depend_on_the_order_of_threads(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, tokens: int
-) -> None:
-    inputs, results = tensors((1, tokens, 1, 64, 32), "fp16"), set()
-    for seed in range(4):
-        monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
-        results.add(b"".join(y.tobytes() for y in run(machine, inputs)))
-    assert len(results) == 1
-
-
-def test_no_token_keeps_the_state(machine: Machine) -> None:
-    inputs = tensors((2, 0, 2, 64, 32), "bf16")
-    y, state = run(machine, inputs)
-    assert y.shape == (2, 0, 2, 32)
-    assert state.tobytes() == inputs[STATE].tobytes()
 
 
 @pytest.mark.parametrize(
