@@ -25,7 +25,7 @@ def notes(wanted: Collection[Parameter], checkpoint: Checkpoint) -> Iterator[str
     if any(any(word in n for word in ACTIVATIONS) for m in matrices.values() for n in m.beside):
         yield "activations are not quantised: what the checkpoint says of their scales is left out"
     if scales := list(cache_scales(checkpoint.tensors)):
-        yield f"the cache is not quantised: {_some(scales)} are left out"
+        yield f"the cache is not quantised, its scales are left out: {_some(scales)}"
     if parts := {n for p in wanted for n in p.parts} & matrices.keys():
         yield (
             f"{len(parts)} matrices of experts are dequantised when the model is loaded, and take the memory of "

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from first_feed import first_feed
 from quantised_checkpoints import FORMS, write
+from safetensors.torch import load_file, save_file
 
 from llmexport.export import archs, engine, evaluation, graph_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
@@ -211,3 +213,26 @@ def test_a_reference_of_another_model_is_refused(wrong, tmp_path):
     folder = exported(tmp_path, "meant" if wrong == "not quantised" else "ck").folder
     with pytest.raises(ExportError, match="--reference: "):
         validate(folder, rungs=["onnxruntime"], reference=tmp_path / "other")
+
+
+def test_what_is_left_out_is_noted(tmp_path):
+    write(tmp_path, "fp8-modelopt")
+    held = load_file(tmp_path / "ck" / "model.safetensors")
+    scale = "model.layers.0.self_attn.k_proj.k_scale"
+    save_file(held | {scale: torch.tensor(0.5)}, tmp_path / "ck" / "model.safetensors")
+    export, plain = exported(tmp_path, "ck"), exported(tmp_path, "meant")
+    assert export.notes == (
+        "quantised as published: 21 matrices of float8_e4m3fn, one scale each",
+        "activations are not quantised: what the checkpoint says of their scales is left out",
+        f"the cache is not quantised, its scales are left out: {scale}",
+        "ONNX Runtime has no product of these types on a CPU and widens them at each call: set the session option "
+        '"session.disable_quant_qdq" to "1", so that it does when it loads the model',
+    )
+    assert compare(logits(plain), logits(export)).max_abs <= 1e-5
+
+
+def test_experts_that_are_widened_are_noted(tmp_path):
+    write(tmp_path, "awq", "mixtral")
+    quantised, experts = exported(tmp_path, "ck").notes
+    assert quantised == "quantised as published: 48 matrices of uint4, groups of 32"
+    assert experts.startswith("36 matrices of experts are dequantised when the model is loaded, ")
