@@ -27,7 +27,7 @@ NOT_FOR_KERNELS += ("safetensors", "tensorrt", "tensorrt_lean", "tensorrt_rtx", 
 # The tier of a test by what its fixtures, or what its file takes from native.py, make; where neither says it, the
 # test or its file is marked by hand.
 TIERS = {"exported": "model", "tiny_checkpoint": "model", "cuda_library": "engine"}
-TIERS |= dict.fromkeys(("machine", "compiled", "beside_emulated", "emulated_library"), "kernel")
+TIERS |= dict.fromkeys(("machine", "compiled", "beside_emulated", "emulated_library", "Plans"), "kernel")
 NOT_QUICK = {*TIERS.values(), "slow", "gpu"}
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
+from delta_rule_plans import Launch, Plan, Plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import beside_emulated
 
 FP32, FP16, BF16 = range(3)
 MAX_GRID_X = 2**31 - 1
@@ -22,47 +20,22 @@ RECORD = 2 * 2 * 10 * 32 * 16 + 3 * CHUNK * 4 + 16
 UNUSED = (1, 1, 1)
 
 
-@dataclass(frozen=True)
-class Launch:
-    grid: tuple[int, int, int]
-    threads: int
-    shared: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    chunked: bool
-    width: int
-    recurrence: Launch
-    prepare: Launch
-    scan: Launch
-
-
 Sizes = tuple[int, int, int, int, int, int]
-Planned = Callable[[Sizes, int, bool], Plan]
 
 
 @pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    built = beside_emulated("gated_delta_rule.cpp")
-    built.delta_rule_workspace.restype = ctypes.c_int64
-    return built
+def plans() -> Plans:
+    return Plans("gated")
 
 
 @pytest.fixture(scope="module")
-def plan(library: ctypes.CDLL) -> Planned:
-    def made(sizes: Sizes, dtype: int, aligned: bool) -> Plan:
-        out = (ctypes.c_int64 * 17)()
-        library.delta_rule_plan((ctypes.c_int64 * 6)(*sizes), dtype, ctypes.c_bool(aligned), out)
-        launches = [Launch(tuple(out[i : i + 3]), *out[i + 3 : i + 5]) for i in (2, 7, 12)]
-        return Plan(bool(out[0]), out[1], *launches)
-
-    return made
+def plan(plans: Plans) -> Callable[[Sizes, int, bool], Plan]:
+    return plans.plan
 
 
 @pytest.fixture(scope="module")
-def workspace(library: ctypes.CDLL) -> Callable[[Sizes, int], int]:
-    return lambda sizes, dtype: library.delta_rule_workspace((ctypes.c_int64 * 6)(*sizes), dtype)
+def workspace(plans: Plans) -> Callable[[Sizes, int], int]:
+    return plans.workspace
 
 
 @st.composite
