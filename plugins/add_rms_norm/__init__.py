@@ -3,7 +3,24 @@
 import torch
 from torch import Tensor
 
-from llmexport.plugins.spec import op
+from llmexport.plugins.spec import Attribute, op
+
+
+def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """RMSNormalization rounds before the weight; what is rounded after it is normalised in fp32."""
+    wide = types["x"] != "float32" and not attributes["round_before_weight"]
+    total = "total" if wide else "sum"
+    epsilon, offset = (float(attributes[name]) for name in ("epsilon", "weight_offset"))
+    shifted = f"""weight_wide = Cast <to = 1> (weight)
+    offset = Constant <value_float = {offset}> ()
+    weight_shifted = Add (weight_wide, offset)"""
+    return f"""
+    sum = Add (x, residual)
+    {"total = Cast <to = 1> (sum)" if wide else ""}
+    {shifted if offset else ""}
+    scale = CastLike ({"weight_shifted" if offset else "weight"}, {total})
+    normed = RMSNormalization <axis = -1, epsilon = {epsilon}, stash_type = 1> ({total}, scale)
+    y = CastLike (normed, x)"""
 
 
 @op(
@@ -11,6 +28,7 @@ from llmexport.plugins.spec import op
     version=1,
     dims={"x": "B T C", "residual": "B T C", "weight": "C"},
     outputs={"y": "B T C", "sum": "B T C"},
+    body=body,
 )
 def add_rms_norm(
     x: Tensor,
