@@ -64,7 +64,7 @@ def build(
     served = library.served(plugins) if plugins else frozenset()
     gpu = None if chosen.least else device.first()
     built_on = gpu if isinstance(gpu, device.Device) else None
-    least, why = max((chosen.least or (0, 0), ""), needs(export.checkpoint().matrices.values()) or ((0, 0), ""))
+    least, why = max((chosen.least or (0, 0), ""), needs(export.plain_matrices(export.checkpoint())) or ((0, 0), ""))
     if built_on and built_on.capability < least:
         raise EngineError(f"{why} weights need compute capability {_text(least)} or later, here is {built_on.text}")
     with write_errors(folder / plan_name(export.graphs[0].name)), workspace(folder) as work:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from llmexport.export import engine_weights
+from llmexport.export.packed.given import Given
+from llmexport.export.typed import typed
 from llmexport.plugins import library
 
 JOB, MODEL, PLAN = "job.json", "model.onnx", "model.plan"  # in the folder of a job
@@ -61,8 +63,7 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    flipped = [_flip(Path(job["model"]).parent, **f) for f in job.get("flipped", ())]
-    if not _parse(parser, model, job["model"], flipped):
+    if not _parse(parser, model, Path(job["model"]), typed(tuple[Given, ...], job.get("given", []))):
         errors = [parser.get_error(i) for i in range(min(parser.num_errors, 5))]
         tell("unreadable", [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors])
         return None
@@ -100,22 +101,17 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     return plan
 
 
-def _parse(parser: Any, model: bytes, path: str, given: list[tuple[str, Any]]) -> bool:
+def _parse(parser: Any, model: bytes, path: Path, given: tuple[Given, ...]) -> bool:
     """Reads a model whose external data lies beside `path`, but for what is `given` by name."""
     if not given:
-        return bool(parser.parse(model, path))
+        return bool(parser.parse(model, str(path)))
+    # TensorRT copies none of them before the model is parsed.
+    held = [(g.name, g.read(path.parent)) for g in given]
     return bool(
-        parser.load_model_proto(model, path)
-        and all(parser.load_initializer(name, array.ctypes.data, array.nbytes) for name, array in given)
+        parser.load_model_proto(model, str(path))
+        and all(parser.load_initializer(name, array.ctypes.data, array.nbytes) for name, array in held)
         and parser.parse_model_proto()
     )
-
-
-def _flip(folder: Path, name: str, file: str, offset: int, nbytes: int, mask: int) -> tuple[str, Any]:
-    """The bytes of a constant, each changed by the mask."""
-    import numpy as np
-
-    return name, np.fromfile(folder / file, np.uint8, nbytes, offset=offset) ^ np.uint8(mask)
 
 
 def _port(tensor: Any) -> list[Any]:

@@ -47,7 +47,7 @@ def prepare(
     Raises EngineError on what TensorRT would misread, and on weights that cannot lie beside a plan.
     """
     loaded = load(export, graph)
-    flipped = engine_form(loaded)
+    given = engine_form(loaded)
     model, nodes = tensorrt_form(loaded, served)
     bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}
     said = {
@@ -55,6 +55,6 @@ def prepare(
         "model": os.path.realpath(export.folder / graph.file),
         "weights": list(bindings),
         "large": beside.LARGE,
-        "flipped": [dataclasses.asdict(f) for f in flipped],
+        "given": [dataclasses.asdict(g) for g in given],
     }
     return Job(model, nodes, bindings, said | ({"library": str(plugins)} if nodes else {}))

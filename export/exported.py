@@ -12,6 +12,7 @@ from typing import Any
 from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header
 from llmexport.export.earlier import EXPORT
 from llmexport.export.identity import SAYS, WAYS, Held, WeightFile
+from llmexport.export.packed.matrix import Matrix
 from llmexport.export.packed.read import matrices_of
 from llmexport.export.spec import Block, Graph, Head, Reference, Step
 from llmexport.export.stamp import check_stamp, read_errors
@@ -103,6 +104,16 @@ class Export:
     def place(self, graph: str, step: str) -> str:
         """What people call a step: with its graph where there are several."""
         return step if len(self.graphs) == 1 else f"{graph}: {step}"
+
+    def plain_matrices(self, checkpoint: Checkpoint) -> list[Matrix]:
+        """Those in few bits that nodes make numbers of; an op reads the others as they are."""
+        packed: set[str] = set()
+        for graph in self.graphs:
+            for step in graph.assembly.steps:
+                given = graph.step_weights[step.name]
+                roles = [path for path, s in step.block.stored.items() if s.role]
+                packed.update(n for path in roles for n in given[path])
+        return [m for n, m in checkpoint.matrices.items() if n not in packed]
 
     def checkpoint(self) -> Checkpoint:
         """The weights that lie in the export's folder."""

@@ -112,7 +112,7 @@ def with_part(arch: Arch, config: Mapping[str, Any], part: str, tensors: Collect
     ignore = tuple(i for i in arch.ignore if i not in outer.left_out)
     if part == "vision":
         ignore += tuple(f"{name.replace('{i}', '*')}*" for name in arch.names.values())
-    reference = Reference(outer.architecture, arch.reference.outputs)
+    reference = Reference(outer.architecture, arch.reference.outputs, joined=arch.reference.joined)
     names = max(_releases(outer.tower), key=lambda own: sum(map(functools.partial(_known, tensors), own.values())))
     return dataclasses.replace(arch, names={**arch.names, **names}, ignore=ignore, reference=reference)
 

@@ -32,12 +32,14 @@ from llmexport.export.handover import RUNTIMES, hand_over
 from llmexport.export.last_logits import with_last_logits
 from llmexport.export.multimodal import PARTS, left_out, read_tower, text_config, tower_tensors, with_part
 from llmexport.export.output import new_folder
+from llmexport.export.packed.experts import with_packed
 from llmexport.export.packed.notes import notes as packed_notes
+from llmexport.export.packed.notes import widened
 from llmexport.export.packed.repack import with_repacked
 from llmexport.export.placing import check_config, place_companions, place_shards
 from llmexport.export.progress import Progress, silent
 from llmexport.export.quantize import quantise
-from llmexport.export.spec import DTYPES, Arch, Model
+from llmexport.export.spec import DTYPES, Arch, Graph, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import check_slots
 from llmexport.export.wanted import check_layers, wanted_parameters
@@ -140,7 +142,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
         )
     if request.dtype == "float16" and arch.overflows_float16 and part != "vision":
         notes.append(f"{arch.overflows_float16}, use bfloat16 or float32")
-    return dataclasses.replace(request, arch=arch), model, notes
+    return dataclasses.replace(request, arch=arch), with_packed(model, arch, request.checkpoint), notes
 
 
 def write(request: Request, target: Path, *, force: bool = False, progress: Progress = silent) -> Export:
@@ -179,9 +181,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     """Exports into an empty folder."""
     request, model, notes = open_model(request)
     arch, checkpoint = request.arch, request.checkpoint
-    graphs = model.graphs if request.block is None else (alone(find_block(model, request.block)),)
-    own = {g.name: wanted_parameters(arch, checkpoint, model, g.assembly) for g in graphs}
-    wanted = [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
+    graphs, own, wanted = _graphs(request, model, checkpoint)
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
     if request.target == "tensorrt" and (request.quantize or checkpoint.matrices):
@@ -193,7 +193,8 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     if request.quantize:
         made = quantise(request.quantize, request.group_size, arch, checkpoint, graphs, own, folder)
         checkpoint, notes = made.checkpoint, [*notes, *made.told.notes]
-    checkpoint, repacked = with_repacked(checkpoint, (n for p in wanted for n in p.sources))
+        graphs, own, wanted = _graphs(request, with_packed(model, arch, checkpoint), checkpoint)
+    checkpoint, repacked = with_repacked(checkpoint, wanted)
     config = text_config(arch, checkpoint.config)
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
@@ -228,13 +229,22 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         renamed=multimodal_names(arch, checkpoint.config, checkpoint.names),
         reference=arch.reference,
         versions=cache.versions(),
-        notes=(*notes, *(() if made else packed_notes(wanted, checkpoint)), *handed.notes),
+        notes=(*notes, *(widened if made else packed_notes)(wanted, checkpoint), *handed.notes),
         companions=dict(sorted(companions.items())),
         inode=stamp(folder).inode,
         held={file.file: held for file, held in found},
     )
     (folder / manifest.NAME).write_bytes(manifest.encode(manifest.as_data(export)))
     return export
+
+
+def _graphs(
+    request: Request, model: Model, checkpoint: Checkpoint
+) -> tuple[tuple[Graph, ...], dict[str, dict[str, dict[str, weights.Parameter]]], list[weights.Parameter]]:
+    """The graphs of a request; by their names the weights of each step, by the path in its block; and all weights."""
+    graphs = model.graphs if request.block is None else (alone(find_block(model, request.block)),)
+    own = {g.name: wanted_parameters(request.arch, checkpoint, model, g.assembly) for g in graphs}
+    return graphs, own, [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
 
 
 def _check_weights(request: Request, model: Model, wanted: list[weights.Parameter]) -> None:

@@ -181,8 +181,6 @@ def _notes(
             yield f"{kind}: {_some(names)} stays as it is, no groups of 32 or more fill its rows of {columns}"
         elif ROUNDINGS[kind].packs and size != wanted:
             yield f"{kind}: {_some(names)} has groups of {size}, as {wanted} do not fill its rows of {columns}"
-    if names := [n for p in found if p.parts and fits[p.name] for n in p.sources]:
-        yield f"{kind}: {_some(names)} is one of several experts, which runtimes unpack when they load the model"
     every = {n: p for g in own.values() for s in g.values() for p in s.values() for n in p.sources}
     if names := [n for n, p in every.items() if len(p.part_shape) == 3 and p.dtype == "W"]:
         yield f"{kind}: {_some(names)} stays as it is: experts in one tensor are not quantised"

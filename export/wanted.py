@@ -34,8 +34,9 @@ def wanted_parameters(
         for path, tensor in stored_as[step.block].items():
             name, shape = checkpoint_name(arch, model, step.path + path), tensor.shape
             name = next((n for n in (name, older_name(arch, name)) if n in stored), name)
-            parts = () if name in stored else part_names(arch, step.path + path, min(shape[0], most) if shape else 0)
-            own[path] = Parameter(name, shape, parts, tensor.dtype, tensor.group)
+            matrix = (step.path + path).removesuffix(tensor.suffix if tensor.role else "")
+            parts = () if name in stored else part_names(arch, matrix, min(shape[0], most) if shape else 0)
+            own[path] = Parameter(name, shape, parts, tensor.dtype, tensor.group, tensor.role)
             names += len(own[path].sources)
             if names > most:
                 raise ExportError(

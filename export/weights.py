@@ -17,7 +17,8 @@ from llmexport.export.errors import ExportError
 from llmexport.export.packed.bind import bind_matrices, external, value_of
 from llmexport.export.packed.matrix import Matrix
 from llmexport.export.packed.read import cache_scales
-from llmexport.export.spec import ANY_FLOAT
+from llmexport.export.packed.stacks import stack
+from llmexport.export.spec import ANY_FLOAT, Role
 from llmexport.export.values import show_name, visible
 from llmexport.plugins.dtypes import BY_NAME, BY_ONNX, BY_SAFETENSORS, FLOATS
 
@@ -31,7 +32,7 @@ class Parameter:
     """A weight that the model wants: its name in the checkpoint and its shape.
 
     `parts` are the tensors it is made of, stacked in this order, where the checkpoint has no such tensor.
-    `dtype` and `group` are those of Stored.
+    `dtype`, `group` and `role` are those of Stored; with a role, the parts are matrices in few bits.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Parameter:
     parts: tuple[str, ...] = ()
     dtype: str = "T"
     group: int | None = None
+    role: Role = ""
 
     def cast(self, dtype: int) -> int | None:
         """The ONNX type that it is cast to in a model of `dtype`; None if the graph takes it as it is stored."""
@@ -79,8 +81,11 @@ def check(
     does without. Raises ExportError.
     """
     stored = checkpoint.tensors
-    sources = {n: p for p in wanted.values() for n in p.sources}
+    # Matrices of a role were held against it when the model was given it.
+    sources = {n: p for p in wanted.values() for n in p.sources if not p.role}
+    of_role = {n for p in wanted.values() if p.role for n in p.sources}
     used = {held for n in sources for held in checkpoint.holders(n)}
+    used.update(held for n in of_role for held in checkpoint.holders(n))
     if checkpoint.matrices:
         used.update(cache_scales(stored))
     unused = [n for n in stored if n not in used and not any(fnmatch(n, p) for p in ignore)]
@@ -180,6 +185,8 @@ def stored_type(parameter: Parameter, checkpoint: Checkpoint, dtype: int) -> int
 
     Raises ExportError if its parts differ in that.
     """
+    if parameter.role:
+        return int(TensorProto.FLOAT) if parameter.dtype == "F" else BY_NAME[parameter.dtype].onnx
     found = {FEW if n in checkpoint.matrices else checkpoint.tensors[n].dtype for n in parameter.sources}
     if len(found) > 1:
         raise ExportError(
@@ -203,11 +210,17 @@ def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Ch
     graph.input.extend(kept)
     made = bind_matrices(graph, wanted, checkpoint, dtype)
     types = {n: stored_type(p, checkpoint, dtype) for n, p in wanted.items()}
-    recast = {n: to for n, p in wanted.items() if (to := p.cast(dtype)) not in (types[n], None)}
+    recast = {n: to for n, p in wanted.items() if not p.role and (to := p.cast(dtype)) not in (types[n], None)}
     narrow = {n for n, to in recast.items() if BY_ONNX[types[n]].bits < BY_ONNX[to].bits}
     read = {name for node in graph.node for name in node.input[1 if _moves(node, narrow) else 0 :]}
     nodes: list[onnx.NodeProto] = []
     for name, parameter in wanted.items():
+        if parameter.role:
+            made_here = stack(parameter, checkpoint)
+            graph.initializer.extend(made_here.initializers)
+            nodes += made_here.nodes
+            graph.value_info.append(onnx.helper.make_tensor_value_info(name, types[name], list(parameter.shape)))
+            continue
         plain = (checkpoint.tensors[n] for n in parameter.sources if n not in made)
         graph.initializer.extend(external(t, parameter.part_shape, BY_SAFETENSORS[t.dtype].onnx) for t in plain)
         nodes += [node for n in parameter.sources for node in made.get(n, ())]

@@ -55,10 +55,10 @@ def first_fault(export: Export, rungs: Sequence[Rung], recorded: Recorded, seed:
 
     recorded: what our PyTorch computed in the runs of the rung over blocks. seed: of the inputs drawn for its others.
     """
-    models = {g.name: graph_file.load(export, g) for g in export.graphs}
+    models, checkpoint = {g.name: graph_file.load(export, g) for g in export.graphs}, export.checkpoint()
     wrong = {g.name: bound.wrong(export, g, models[g.name]) for g in export.graphs}
     weights = [
-        f"{export.place(g.name, bound.reader(g, tensor))}: {tensor} {said}"
+        f"{export.place(g.name, bound.reader(g, checkpoint, tensor))}: {tensor} {said}"
         for g in export.graphs
         for tensor, said in wrong[g.name].items()
     ]
@@ -86,7 +86,8 @@ def first_node(
 
     model: the graph's file. wrong: the tensors in it that are not the checkpoint's.
     """
-    checkpoint, own = export.checkpoint(), bound.parameters(graph, model)
+    checkpoint = export.checkpoint()
+    own = bound.parameters(graph, model, checkpoint)
     traced = graph_file.as_traced(step, own[step.name], checkpoint, export.dtype, graph.assembly.opset)
     part = graph_file.cut_step(model, step, export.dtype)
     outputs = list(nodes.run_alone(part, traced, feed, export.folder))

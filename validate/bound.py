@@ -9,26 +9,33 @@ import onnx
 
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.packed import stacks
 from llmexport.export.packed.nodes import Maker
+from llmexport.export.spec import Step
 from llmexport.export.wanted import load_parameters
 from llmexport.export.weights import Parameter
-from llmexport.plugins.dtypes import BY_SAFETENSORS
+from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
 
 
-def parameters(graph: ExportedGraph, model: onnx.ModelProto) -> dict[str, dict[str, Parameter]]:
+def parameters(graph: ExportedGraph, model: onnx.ModelProto, checkpoint: Checkpoint) -> dict[str, dict[str, Parameter]]:
     """The weights of every step, by the path in its block; one of several tensors is called as in `model`."""
     rows = {n: node.output[0] for node in model.graph.node if node.op_type == "Concat" for n in node.input}
-    stacks = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Reshape"}
+    stacked = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Reshape"}
     stored = {block: load_parameters(block) for block in graph.assembly.blocks}
     found: dict[str, dict[str, Parameter]] = {}
     for step in graph.assembly.steps:
         own = found[step.name] = {}
         for path, names in graph.step_weights[step.name].items():
             parts = () if isinstance(names, str) else tuple(names)
-            # No node has the name of a weight that the file does not put together.
-            name = next((stacks[rows[p]] for p in parts if rows.get(p) in stacks), f"{step.path}{path}")
             held = stored[step.block][path]
-            own[path] = Parameter(name if parts else str(names), held.shape, parts, held.dtype, held.group)
+            if held.role:
+                first = stacks.part(checkpoint.matrices[parts[0]], held.role, held.dtype, checkpoint.tensors)
+                name = rows.get(first.tensor.name, "").removesuffix(stacks.JOINED)
+            else:
+                name = next((stacked[rows[p]] for p in parts if rows.get(p) in stacked), "")
+            # No node has the name of a weight that the file does not put together.
+            name = name or f"{step.path}{path}"
+            own[path] = Parameter(name if parts else str(names), held.shape, parts, held.dtype, held.group, held.role)
     return found
 
 
@@ -36,27 +43,36 @@ def wrong(export: Export, graph: ExportedGraph, model: onnx.ModelProto) -> dict[
     """By name, how each tensor that the file does not have as the checkpoint has it differs."""
     checkpoint = export.checkpoint()
     held = {t.name: t for t in model.graph.initializer}
-    named = dict.fromkeys(n for step in graph.assembly.steps for n in _own(graph, step.name))
-    kinds = {n: kind for name in named for n, kind in _kinds(checkpoint, name, held).items()}
+    kinds: dict[str, int] = {}
+    for own in parameters(graph, model, checkpoint).values():
+        for parameter in own.values():
+            for name in parameter.sources:
+                kinds |= _kinds(checkpoint, name, parameter, held)
     found = {n: _differs(held.get(n), kind, checkpoint.tensors[n], checkpoint) for n, kind in kinds.items()}
     return {n: said for n, said in found.items() if said}
 
 
-def reader(graph: ExportedGraph, tensor: str) -> str:
-    """The first step that has the tensor."""
-    return next(s.name for s in graph.assembly.steps if tensor in _own(graph, s.name))
+def reader(graph: ExportedGraph, checkpoint: Checkpoint, tensor: str) -> str:
+    """The first step that has the tensor, or a matrix that is made of it."""
+
+    def has(step: Step) -> bool:
+        given = graph.step_weights[step.name].values()
+        own = {n for names in given for n in ((names,) if isinstance(names, str) else names)}
+        # What is packed anew is called after its matrix.
+        return tensor.partition("/")[0] in own or any(tensor in checkpoint.holders(n) for n in own)
+
+    return next(s.name for s in graph.assembly.steps if has(s))
 
 
-def _own(graph: ExportedGraph, step: str) -> list[str]:
-    given = graph.step_weights[step].values()
-    return [n for names in given for n in ((names,) if isinstance(names, str) else names)]
-
-
-def _kinds(checkpoint: Checkpoint, name: str, held: Collection[str]) -> dict[str, int]:
+def _kinds(checkpoint: Checkpoint, name: str, parameter: Parameter, held: Collection[str]) -> dict[str, int]:
     """The tensors that hold what the checkpoint calls so, each with the ONNX type that a graph reads it in."""
     if name not in checkpoint.matrices:
         return {name: BY_SAFETENSORS[checkpoint.tensors[name].dtype].onnx}
-    whole, product = (Maker(checkpoint.matrices[name], checkpoint.tensors, onnx.TensorProto.FLOAT) for _ in range(2))
+    matrix = checkpoint.matrices[name]
+    if parameter.role:
+        part = stacks.part(matrix, parameter.role, parameter.dtype, checkpoint.tensors)
+        return {part.tensor.name: BY_NAME[part.dtype].onnx}
+    whole, product = (Maker(matrix, checkpoint.tensors, onnx.TensorProto.FLOAT) for _ in range(2))
     whole.whole(name)
     product.product(name, [])
     # The order of columns is undone in one of two ways.

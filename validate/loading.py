@@ -153,4 +153,21 @@ def _tensors(export: Export) -> dict[str, Tensor]:
     for file, names in stored.items():
         with safe_open(export.folder / file, "pt") as opened:
             made |= {n: opened.get_tensor(n) for n in names}
-    return made
+    return _joined(made, export.reference.joined)
+
+
+def _joined(tensors: dict[str, Tensor], stacks: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """The same with each stack in the place of its matrices."""
+    found: dict[str, dict[tuple[int, int], Tensor]] = {}
+    for stack, parts in stacks.items():
+        for place, part in enumerate(parts):
+            pattern = re.escape(part).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")
+            for name in [n for n in tensors if n.endswith(part.rpartition("}")[2])]:
+                if at := re.search(f"{pattern}$", name):
+                    joined = name[: at.start()] + stack.replace("{i}", at["i"])
+                    found.setdefault(joined, {})[int(at["e"]), place] = tensors.pop(name)
+    for name, held in found.items():
+        whole = torch.stack([held[key] for key in sorted(held)])
+        experts = max(e for e, _ in held) + 1
+        tensors[name] = whole.reshape(experts, -1, whole.shape[-1]).mT.contiguous()
+    return tensors

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from llmexport.export import blocks
 from llmexport.export.exported import Export, ExportedGraph
+from llmexport.export.packed import stacks
 from llmexport.export.spec import Port, Step
 from llmexport.export.trace import torch_dtype
+from llmexport.export.weights import Parameter
 from llmexport.validate.feeds import Feed
 from llmexport.validate.runtime import open_session
 
@@ -79,8 +81,14 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         weights = self._graph.step_weights[step.name]
         shapes = {n: p.shape for n, p in module.named_parameters()}
         state = dict(module.named_buffers())
+        stored = step.block.stored
         for path, names in weights.items():
-            tensor = self._read(names).reshape(shapes[path])
+            held = stored.get(path)
+            if held and held.role:
+                parameter = Parameter(path, held.shape, tuple(names), held.dtype, role=held.role)
+                tensor = to_torch(stacks.values(parameter, self._checkpoint))
+            else:
+                tensor = self._read(names).reshape(shapes[path])
             cast = {"T": dtype, "F": torch.float32}.get(step.block.dtype_of(path))
             state[path] = tensor if cast is None else tensor.to(cast)
         module.load_state_dict(state, assign=True, strict=True)

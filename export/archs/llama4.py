@@ -3,7 +3,7 @@ without; temperature; top-1 experts whose score multiplies their input, beside a
 
 from llmexport.export.archs.towers.llama4 import TOWER
 from llmexport.export.config import Config
-from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
+from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder, stacks
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
     Arch,
@@ -24,6 +24,7 @@ from llmexport.export.spec import (
 from llmexport.export.values import whole
 
 FORWARD = "model.layers.{i}.feed_forward."
+STACKS = stacks(FORWARD)
 
 
 def build(config: Config) -> Model:
@@ -31,9 +32,11 @@ def build(config: Config) -> Model:
     norm, bias, activation = d.norm(1e-5), config.flag("attention_bias"), d.activation()
     intermediate = config.length("intermediate_size", 8192)
     experts, top_k = config.count("num_local_experts", 16), config.count("num_experts_per_tok", 1)
+    # Published ones in few bits have nn.Linear for each expert.
+    apart = config.flag("for_llm_compressor", False)
     moe = Moe(
         Router(d.hidden, experts, top_k, "sigmoid"),
-        Experts(d.hidden, intermediate, experts, top_k, activation, transposed=True, scale_input=True),
+        Experts(d.hidden, intermediate, experts, top_k, activation, transposed=not apart, scale_input=True),
         SharedExpert(Mlp(d.hidden, intermediate, activation)),
     )
     dense = Mlp(d.hidden, config.length("intermediate_size_mlp", 16384), activation)
@@ -49,7 +52,6 @@ def build(config: Config) -> Model:
     masks = {"chunked_attention": Mask(chunk=chunk), "full_attention": Mask()}
     turning = rotated(config, d.layers)
     derived = ["chunked_attention" if t else "full_attention" for t in turning]
-    config.expect("for_llm_compressor", False)
     layers = []
     for i, (mask, turn) in enumerate(zip(config.layer_types(masks, derived), turning, strict=True)):
         own: tuple[Block, ...] = (rotary,) if turn else (temperature,) if tuned else ()
@@ -68,6 +70,8 @@ def is_tuned(config: Config) -> bool:
 def rotated(config: Config, layers: int) -> list[bool]:
     """Which layers have RoPE: no_rope_layers says 1 where one has."""
     interval = config.integer("no_rope_layer_interval", 4)
+    # Its name before; transformers reads it no more.
+    config.expect("nope_layer_interval", interval)
     found = config.get("no_rope_layers", None) or [int((i + 1) % interval != 0) for i in range(layers)]
     if not isinstance(found, list) or len(found) != layers or any(n not in (0, 1) for n in found):
         raise ExportError(f"config.json: no_rope_layers must list {layers} times 0 or 1")
@@ -78,9 +82,10 @@ ARCH = Arch(
     model_types=("llama4_text",),
     system="Llama 4",
     adds="chunked attention, layers without RoPE, temperature, top-1 experts; vision: tiles",
-    reference=causal_lm("Llama4ForCausalLM"),
+    reference=causal_lm("Llama4ForCausalLM", joined=STACKS),
     build=build,
     names={**NAMES, "layers.{i}.mlp.": FORWARD},
+    stacks=STACKS,
     ignore=BUFFERS,
     multimodal=(
         Multimodal(

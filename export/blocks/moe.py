@@ -68,22 +68,32 @@ class Experts(nn.Module):
                 self._add(f"{name}_bias", (block.experts, block.sizes[name][0]))
 
     def forward(self, normed: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        block, own = self.block, dict(self.named_parameters())
-        values, *others = zip(*([own[n + s.suffix] for s in held] for n, held in block.matrices.items()), strict=True)
+        block, own = self.block, dict[str, Tensor](self.named_parameters())
+        values = [own[n + held[0].suffix] for n, held in block.matrices.items()]
+        biases, scales, factors, zeros = (
+            [own.get(n + suffix) for n in block.matrices] for suffix in ("_bias", "_scales", "_factors", "_zeros")
+        )
+        # The op leaves out inputs from the end alone.
+        if scales[0] is not None and not block.bias:
+            biases = [normed.new_zeros(block.experts, rows) for rows, _ in block.sizes.values()]
+        if zeros[0] is not None and factors[0] is None:
+            factors = [torch.ones(block.experts, count, device=normed.device) for count in (2, 1)]
         return moe_experts(
             normed,
             weights,
             experts,
             *values,
-            *(own.get(f"{n}_bias") for n in block.matrices),
-            # Scales, or nothing.
-            *(tensor for pair in others or [(None, None)] for tensor in pair),
+            *biases,
+            *scales,
+            *factors,
+            *zeros,
             block.activation,
             block.alpha,
             block.limit,
             block.transposed,
             block.interleaved,
             block.scale_input,
+            *block.storage.read_as,
         )
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:

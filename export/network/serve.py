@@ -14,7 +14,7 @@ from llmexport.export.binding import Binding, weights
 from llmexport.export.identity import WeightFile
 from llmexport.export.network.kinds import Array, Unable
 from llmexport.export.network.program import Program
-from llmexport.export.packed.engine_form import Flipped
+from llmexport.export.packed.given import Given
 from llmexport.export.typed import typed
 from llmexport.plugins.dtypes import BY_ONNX
 
@@ -27,7 +27,7 @@ def serve(trt: Any, network: Any, model: bytes, job: dict[str, Any], tell: Any) 
     known; with a text if that cannot be computed."""
     folder = Path(job["model"]).parent
     try:
-        program = Program(trt, network, Stored(model, folder, typed(tuple[Flipped, ...], job["flipped"])))
+        program = Program(trt, network, Stored(model, folder, typed(tuple[Given, ...], job["given"])))
     except Unable as error:
         tell("unknown", str(error))
         return
@@ -49,11 +49,11 @@ def serve(trt: Any, network: Any, model: bytes, job: dict[str, Any], tell: Any) 
 
 class Stored:
     """The tensors of a model's file, wherever their bytes lie, as `layers.Stored`; those of 8 bits and more are not
-    copied, unless TensorRT was given other bytes (`flipped`)."""
+    copied, unless TensorRT was `given` other bytes."""
 
-    def __init__(self, model: bytes, folder: Path, flipped: tuple[Flipped, ...] = ()) -> None:
+    def __init__(self, model: bytes, folder: Path, given: tuple[Given, ...] = ()) -> None:
         self._model, self._folder = model, folder
-        self._masks = {f.name: f.mask for f in flipped}
+        self._given = {g.name: g for g in given}
         self._files: dict[str, Array] = {}
 
     @functools.cached_property
@@ -83,14 +83,16 @@ class Stored:
         tensor = tensors[name]
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
-        said = {entry.key: entry.value for entry in tensor.external_data}
-        file, kind = said["location"], BY_ONNX[tensor.data_type]
-        if file not in self._files:
-            self._files[file] = np.memmap(self._folder / file, np.uint8, "r")
-        start = int(said["offset"])
-        held = self._files[file][start : start + math.prod(tensor.dims) * kind.bits // 8]
-        if name in self._masks:
-            held = held ^ np.uint8(self._masks[name])
+        kind = BY_ONNX[tensor.data_type]
+        held = self._given[name].read(self._folder) if name in self._given else self._mapped(tensor, kind.bits)
         if kind.bits < 8:
             held = np.stack((held & 15, held >> 4), -1).reshape(-1)
         return held.view(kind.name)
+
+    def _mapped(self, tensor: onnx.TensorProto, bits: int) -> Array:
+        """The bytes of a tensor as they lie in its file."""
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        file, start = said["location"], int(said["offset"])
+        if file not in self._files:
+            self._files[file] = np.memmap(self._folder / file, np.uint8, "r")
+        return self._files[file][start : start + math.prod(tensor.dims) * bits // 8]

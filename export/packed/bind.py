@@ -30,7 +30,7 @@ def bind_matrices(
     Their initialisers are added to the graph, and what read the matrix reads the value that they make. Where products
     alone read its transpose, the nodes make that, as runtimes keep such a matrix packed.
     """
-    found = {n: p for p in wanted.values() for n in p.sources if n in checkpoint.matrices}
+    found = {n: p for p in wanted.values() if not p.role for n in p.sources if n in checkpoint.matrices}
     if not found:
         return {}
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)

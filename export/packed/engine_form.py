@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -13,6 +12,7 @@ from onnx import TensorProto
 from onnx.helper import get_attribute_value, make_node
 
 from llmexport.export.packed import fp4
+from llmexport.export.packed.given import Given, Run
 from llmexport.export.packed.matrix import Matrix
 from llmexport.plugins.dtypes import BY_ONNX
 
@@ -32,21 +32,11 @@ def needs(matrices: Iterable[Matrix]) -> tuple[tuple[int, int], str] | None:
     return max(((NEEDS[kind], kind) for kind in {m.number for m in matrices} if kind in NEEDS), default=None)
 
 
-@dataclass(frozen=True)
-class Flipped:
-    """A constant whose bytes in `file` TensorRT is given with each changed by `mask` (XOR)."""
-
-    name: str
-    file: str
-    offset: int
-    nbytes: int
-    mask: int
-
-
-def engine_form(model: onnx.ModelProto) -> list[Flipped]:
+def engine_form(model: onnx.ModelProto) -> list[Given]:
     """Rewrites the nodes that make matrices, in place; returns the constants to be given otherwise than they lie."""
+    joined = _joined(model.graph)
     if not any(n.op_type in ("DequantizeLinear", fp4.NAME) for n in model.graph.node):
-        return []
+        return joined
     form = _Form(model)
     kept: list[onnx.NodeProto] = []
     read = {o.name for o in model.graph.output}
@@ -61,7 +51,41 @@ def engine_form(model: onnx.ModelProto) -> list[Flipped]:
     functions = [f for f in model.functions if f.domain != fp4.DOMAIN]
     del model.functions[:]
     model.functions.extend(functions)
-    return form.flipped
+    return joined + form.flipped
+
+
+def _joined(graph: onnx.GraphProto) -> list[Given]:
+    """Makes one constant of bytes that lie apart and are read one behind the other, which TensorRT does not join."""
+    held = {t.name: t for t in graph.initializer}
+    readers = {n: node for node in graph.node for n in node.input}
+    given, dropped = [], set()
+    for node in graph.node:
+        parts = [held.get(n) for n in node.input]
+        if node.op_type != "Concat" or not all(t and t.data_type == TensorProto.UINT8 for t in parts):
+            continue
+        stacked = readers[node.output[0]]
+        shape = onnx.numpy_helper.to_array(held[stacked.input[1]]).tolist()
+        given.append(Given(stacked.output[0], tuple(_run(t) for t in parts if t)))
+        whole = TensorProto(name=stacked.output[0], data_type=TensorProto.UINT8, dims=shape)
+        whole.data_location = TensorProto.EXTERNAL
+        # Of the bytes that are given, not of this file.
+        whole.external_data.extend(parts[0].external_data if parts[0] else ())
+        graph.initializer.append(whole)
+        dropped |= {node.output[0], stacked.output[0]}
+    kept = [n for n in graph.node if n.output[0] not in dropped]
+    read = {n for node in kept for n in node.input}
+    del graph.node[:]
+    graph.node.extend(kept)
+    tensors = [t for t in graph.initializer if t.name in read] if dropped else graph.initializer
+    if dropped:
+        del graph.initializer[:]
+        graph.initializer.extend(tensors)
+    return given
+
+
+def _run(tensor: TensorProto) -> Run:
+    said = {e.key: e.value for e in tensor.external_data}
+    return Run(said["location"], int(said["offset"]), math.prod(tensor.dims) * BY_ONNX[tensor.data_type].bits // 8)
 
 
 class _Form:
@@ -69,7 +93,7 @@ class _Form:
         self.graph = model.graph
         self.held = {t.name: t for t in model.graph.initializer}
         self.made = {n.output[0]: n for n in model.graph.node}
-        self.flipped: list[Flipped] = []
+        self.flipped: list[Given] = []
 
     def constant(self, name: str) -> bool:
         node = self.made.get(name)
@@ -158,6 +182,4 @@ class _Form:
         if tensor.data_type not in SIGNED:
             return
         tensor.data_type, mask = SIGNED[tensor.data_type]
-        said = {e.key: e.value for e in tensor.external_data}
-        nbytes = math.prod(tensor.dims) * BY_ONNX[tensor.data_type].bits // 8
-        self.flipped.append(Flipped(tensor.name, said["location"], int(said["offset"]), nbytes, mask))
+        self.flipped.append(Given(tensor.name, (_run(tensor),), mask))

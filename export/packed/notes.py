@@ -26,15 +26,20 @@ def notes(wanted: Collection[Parameter], checkpoint: Checkpoint) -> Iterator[str
         yield "activations are not quantised: what the checkpoint says of their scales is left out"
     if scales := list(cache_scales(checkpoint.tensors)):
         yield f"the cache is not quantised, its scales are left out: {_some(scales)}"
-    if parts := {n for p in wanted for n in p.parts} & matrices.keys():
-        yield (
-            f"{len(parts)} matrices of experts are dequantised when the model is loaded, and take the memory of "
-            "unquantised ones then"
-        )
+    yield from widened(wanted, checkpoint)
     if any(m.number.startswith("float8") for m in matrices.values()):
         yield (
             "ONNX Runtime has no product of these types on a CPU and widens them at each call: set the session option "
             '"session.disable_quant_qdq" to "1", so that it does when it loads the model'
+        )
+
+
+def widened(wanted: Collection[Parameter], checkpoint: Checkpoint) -> Iterator[str]:
+    """A sentence on experts in few bits whose op does not read them so, if there are any."""
+    if parts := {n for p in wanted if not p.role for n in p.parts} & checkpoint.matrices.keys():
+        yield (
+            f"{len(parts)} matrices of experts are dequantised when the model is loaded, and take the memory of "
+            "unquantised ones then"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,11 +19,16 @@ from llmexport.export.packed.matrix import Matrix, Read, pack, unpack
 from llmexport.export.placing import check_space
 from llmexport.export.values import show_name
 from llmexport.export.weight_layout import laid_out, unplaced
-from llmexport.plugins.dtypes import BY_NAME
+from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
+
+if TYPE_CHECKING:
+    from llmexport.export.weights import Parameter
 
 FILE = "repacked.safetensors"
 # What is made of a matrix NAME; the numbers are its transpose.
 NUMBERS, ZEROS, PLACES, RANKS = "/numbers", "/zeros", "/places", "/ranks"
+# And of one that is read in a stack: numbers, scales and zero points [rows, ...].
+ROWS, GRID, POINTS = "/rows", "/grid", "/points"
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ def pieces(matrices: Iterable[Matrix], checkpoint: Checkpoint) -> Iterator[Piece
     byte, place = BY_NAME["uint8"], BY_NAME["int64"]
     for matrix in matrices:
         rows, columns = matrix.shape
-        places, zeros = _places(matrix, checkpoint.read), _has_zeros(matrix, checkpoint.read)
+        places, zeros = places_of(matrix, checkpoint.read), has_zeros(matrix, checkpoint.read)
         anew = matrix.layout != "rows" or places is not None
         if (anew or zeros) and rows * matrix.bits % 8:
             raise ExportError(f"{matrix.name} has {rows} rows, which bytes of two numbers do not fill")
@@ -52,6 +58,20 @@ def pieces(matrices: Iterable[Matrix], checkpoint: Checkpoint) -> Iterator[Piece
         if zeros:
             points = partial(_zeros, matrix, checkpoint.read)
             yield Piece(unplaced(matrix.name + ZEROS, byte, (matrix.grid[1], width)), points)
+
+
+def stack_pieces(matrix: Matrix, checkpoint: Checkpoint, *, zeros: bool) -> Iterator[Piece]:
+    """What has to be packed anew for a stack to have this matrix, with zero points or without."""
+    byte, (rows, columns) = BY_NAME["uint8"], matrix.shape
+    if matrix.layout != "rows" or matrix.number == "int4":
+        numbers = partial(_rows, matrix, checkpoint.read)
+        yield Piece(unplaced(matrix.name + ROWS, byte, (rows, columns * matrix.bits // 8)), numbers)
+    if matrix.scales.turned:
+        scales = checkpoint.tensors[matrix.scales.name]
+        turned = partial(_turned, scales.name, matrix.grid, checkpoint.read)
+        yield Piece(unplaced(matrix.name + GRID, BY_SAFETENSORS[scales.dtype], matrix.grid), turned)
+    if zeros:
+        yield Piece(unplaced(matrix.name + POINTS, byte, matrix.grid), partial(_points, matrix, checkpoint.read))
 
 
 @dataclass(frozen=True)
@@ -74,10 +94,18 @@ class Repacked:
         return identify(path, read_header(path)[1], "repacked", whole=whole)
 
 
-def with_repacked(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[Checkpoint, Repacked | None]:
+def with_repacked(checkpoint: Checkpoint, wanted: Iterable[Parameter]) -> tuple[Checkpoint, Repacked | None]:
     """The checkpoint as if it held what these matrices need besides, and the file that is to be written for that."""
-    wanted = dict.fromkeys(n for n in names if n in checkpoint.matrices)
-    found = list(pieces(map(checkpoint.matrices.__getitem__, wanted), checkpoint))
+    roles: dict[str, set[str]] = {}
+    for parameter in wanted:
+        for name in checkpoint.matrices.keys() & {*parameter.sources}:
+            roles.setdefault(name, set()).add(parameter.role)
+    found: list[Piece] = []
+    for name, matrix in checkpoint.matrices.items():
+        if own := roles.get(name):
+            whole = pieces([matrix], checkpoint) if "" in own else ()
+            stacked = stack_pieces(matrix, checkpoint, zeros="zeros" in own) if "values" in own else ()
+            found += (*whole, *stacked)
     if not found:
         return checkpoint, None
     if FILE in [s.file for s in checkpoint.shards]:
@@ -101,7 +129,23 @@ def _numbers(matrix: Matrix, places: np.ndarray | None, unsigned: bool, read: Re
     return pack(numbers) if bits == 4 else numbers
 
 
-def _has_zeros(matrix: Matrix, read: Read) -> bool:
+def _rows(matrix: Matrix, read: Read) -> np.ndarray:
+    """The unsigned numbers along each row."""
+    numbers = unpack(read(matrix.values), matrix.shape, matrix.bits, matrix.layout)
+    numbers = numbers if matrix.number.startswith("u") else numbers ^ (1 << (matrix.bits - 1))
+    return pack(numbers) if matrix.bits == 4 else numbers
+
+
+def _turned(name: str, grid: tuple[int, int], read: Read) -> np.ndarray:
+    return read(name).reshape(grid[::-1]).T
+
+
+def _points(matrix: Matrix, read: Read) -> np.ndarray:
+    """The zero points [rows, groups], a byte each."""
+    return np.broadcast_to(matrix.zero_points(read).astype(np.uint8), matrix.grid)
+
+
+def has_zeros(matrix: Matrix, read: Read) -> bool:
     """Whether zero is another number than the middle, which a signed number is without a zero point."""
     return matrix.zeros is not None and bool((matrix.zero_points(read) != matrix.offset).any())
 
@@ -112,7 +156,7 @@ def _zeros(matrix: Matrix, read: Read) -> np.ndarray:
     return pack(points) if matrix.bits == 4 else points
 
 
-def _places(matrix: Matrix, read: Read) -> np.ndarray | None:
+def places_of(matrix: Matrix, read: Read) -> np.ndarray | None:
     """The columns by their groups, and within one in their order; None if they lie so."""
     if matrix.order is None:
         return None

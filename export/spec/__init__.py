@@ -77,7 +77,7 @@ from llmexport.export.spec.patches import (
 from llmexport.export.spec.per_layer import PerLayerEmbedding, PerLayerInput
 from llmexport.export.spec.proportional import ProportionalScaling
 from llmexport.export.spec.splice import Splice
-from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Plain, Storage, Stored
+from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Packed, Plain, Role, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, PooledProjector, Projector, TileEmbedding, TileRotary
 from llmexport.export.spec.wkv import ChannelMix, TimeMix
 
@@ -139,6 +139,7 @@ __all__ = [
     "Multimodal",
     "Mxfp4",
     "Norm",
+    "Packed",
     "Part",
     "Passage",
     "PatchEmbedding",
@@ -158,6 +159,7 @@ __all__ = [
     "Reference",
     "RelativeBias",
     "RelativePositions",
+    "Role",
     "Rotary",
     "Router",
     "Scaling",

@@ -136,8 +136,8 @@ class Experts(Block):
         except ExportError as error:
             says = f"hidden_size {self.hidden} and intermediate_size {self.intermediate}"
             raise ExportError(f"config.json says {says}: {error}, is it from the same model?") from error
-        if scaled and (self.transposed or not self.bias):
-            raise ValueError("experts with scales have biases and are not transposed")
+        if scaled and self.transposed:
+            raise ValueError("experts with scales are not transposed")
 
     @property
     def sizes(self) -> Mapping[str, tuple[int, int]]:
@@ -147,8 +147,9 @@ class Experts(Block):
     @property
     def matrices(self) -> Mapping[str, tuple[Stored, ...]]:
         """What holds a matrix of all experts, by its name."""
-        turn = -1 if self.transposed else 1
-        return {n: tuple(map(self._of_all, self.storage.tensors(*size[::turn]))) for n, size in self.sizes.items()}
+        turn, each = -1 if self.transposed else 1, {"gate_up_proj": 2, "down_proj": 1}
+        held = {n: self.storage.tensors(*size[::turn], each[n]) for n, size in self.sizes.items()}
+        return {n: tuple(map(self._of_all, tensors)) for n, tensors in held.items()}
 
     @property
     def stored(self) -> Mapping[str, Stored]:

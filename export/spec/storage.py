@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.plugins.microscaling import BLOCK, SCALE_BIAS
 
 ANY_FLOAT = ("T", "W", "F")
+FOUR_BITS, BYTE_SCALES = ("mxfp4", "nvfp4", "uint4"), ("mxfp4", "mxfp8", "nvfp4")
+# What of matrices in few bits a tensor of the op is: of all of them, one behind the other.
+Role = Literal["", "values", "scales", "factors", "zeros"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Stored:
     `dtype` is "T" for floats of any type, cast to the model's, and "F" for those that are cast to float32; "W" for
     floats that the graph takes in the type they are stored in; else the one type that it has. A checkpoint may set
     `group`s of the last dimension apart, as one dimension more. A random checkpoint draws evenly from `usual` on and
-    below its end; if it is None, as any weight.
+    below its end; if it is None, as any weight. With a `role` it is made of what holds the matrices in few bits.
     """
 
     suffix: str
@@ -26,14 +30,23 @@ class Stored:
     dtype: str = "T"
     group: int | None = None
     usual: tuple[float, float] | None = None
+    role: Role = ""
 
 
 @dataclass(frozen=True)
 class Storage:
     """Base of the ways to store a matrix."""
 
-    def tensors(self, rows: int, columns: int) -> tuple[Stored, ...]:
-        """What holds a matrix, its values first. Raises ExportError if one of these sizes cannot be stored so."""
+    @property
+    def read_as(self) -> tuple[str, int]:
+        """The `format` and `group` of MoeExperts."""
+        return "plain", 0
+
+    def tensors(self, rows: int, columns: int, matrices: int = 1) -> tuple[Stored, ...]:
+        """What holds a matrix, which is several `matrices` one below the other; its values first.
+
+        Raises ExportError if one of these sizes cannot be stored so.
+        """
         raise NotImplementedError(type(self).__name__)
 
 
@@ -41,7 +54,7 @@ class Storage:
 class Plain(Storage):
     """One tensor of floats."""
 
-    def tensors(self, rows: int, columns: int) -> tuple[Stored, ...]:
+    def tensors(self, rows: int, columns: int, matrices: int = 1) -> tuple[Stored, ...]:
         return (Stored("", (rows, columns)),)
 
 
@@ -49,7 +62,11 @@ class Plain(Storage):
 class Mxfp4(Storage):
     """4-bit floats, two a byte, in blocks of 32 that share a power of two (OCP Microscaling Formats 1.0)."""
 
-    def tensors(self, rows: int, columns: int) -> tuple[Stored, ...]:
+    @property
+    def read_as(self) -> tuple[str, int]:
+        return "mxfp4", BLOCK
+
+    def tensors(self, rows: int, columns: int, matrices: int = 1) -> tuple[Stored, ...]:
         if columns % BLOCK:
             raise ExportError(f"MXFP4 packs {BLOCK} values a block, which rows of {columns} do not fill")
         # 4-bit values have a deviation of 3, which these scales make 1 / sqrt(columns): outputs stay of order one.
@@ -58,3 +75,31 @@ class Mxfp4(Storage):
             Stored("_blocks", (rows, columns // 2), "uint8", group=BLOCK // 2, usual=(0, 256)),
             Stored("_scales", (rows, columns // BLOCK), "uint8", usual=(middle - 1, middle + 2)),
         )
+
+
+@dataclass(frozen=True)
+class Packed(Storage):
+    """Numbers of few bits in `group`s of a row's columns that share a scale, as a format of MoeExperts has them.
+
+    Each of the matrices has a factor more if there are `factors`.
+    """
+
+    format: str
+    group: int
+    factors: bool = False
+    zeros: bool = False
+
+    @property
+    def read_as(self) -> tuple[str, int]:
+        return self.format, self.group
+
+    def tensors(self, rows: int, columns: int, matrices: int = 1) -> tuple[Stored, ...]:
+        groups, nbytes = -(-columns // self.group), columns * (4 if self.format in FOUR_BITS else 8) // 8
+        scale = "uint8" if self.format in BYTE_SCALES else "F"
+        held = [
+            Stored("", (rows, nbytes), "uint8", role="values"),
+            Stored("_scales", (rows, groups), scale, role="scales"),
+        ]
+        held += [Stored("_factors", (matrices,), "F", role="factors")] if self.factors else []
+        held += [Stored("_zeros", (rows, groups), "uint8", role="zeros")] if self.zeros else []
+        return tuple(held)

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from llmexport.plugins.spec import op
+from llmexport.plugins.spec import Attribute, op
+
+
+def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    rotated = 2 * sizes["R"]
+    said = f"interleaved = {int(attributes['interleaved'])}, rotary_embedding_dim = {rotated % sizes['D']}"
+    return f"y = RotaryEmbedding <{said}> (x, cos, sin)"
 
 
 @op(
@@ -12,6 +18,7 @@ from llmexport.plugins.spec import op
     dims={"x": "B H T D", "cos": "B T R", "sin": "B T R"},
     outputs={"y": "B H T D"},
     static=("D", "R"),
+    body=body,
 )
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate pairs of x by the angles whose cos and sin are given (arXiv 2104.09864).

@@ -318,7 +318,7 @@ def test_an_unknown_kind_of_layer_is_refused_by_name(arch, kind):
         ("phimoe", {"num_local_experts": 1}, "num_local_experts is 1, expected an integer of at least 2"),
         ("phimoe", {"router_jitter_noise": 0.0}, "router_jitter_noise is 0.0, expected a positive number"),
         ("phimoe", {"auto_map": {"AutoConfig": "configuration_slimmoe.PhiMoEConfig"}}, "auto_map is {'AutoConfig'"),
-        ("llama4", {"for_llm_compressor": True}, "for_llm_compressor is True, only False"),
+        ("llama4", {"nope_layer_interval": 3}, "nope_layer_interval is 3, only 4"),
         ("qwen2_moe", {"mlp_only_layers": [3]}, "mlp_only_layers is [3], expected numbers of layers from 0 to 2"),
         ("qwen3_5_moe", {"linear_num_value_heads": 3}, "3 value heads are not a multiple of 2 key heads"),
         (

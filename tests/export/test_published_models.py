@@ -45,14 +45,13 @@ PACKED = [
     *("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "in a public repository: Wizard-Vicuna-30B-GPTQ"),
     *("Qwen/Qwen3-30B-A3B-FP8", "deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-V3"),
     *("meta-llama/Llama-3.1-405B-Instruct-FP8", "nvidia/Gemma-4-31B-IT-NVFP4", "nvidia/Qwen3.5-122B-A10B-NVFP4"),
+    # Experts one by one, where unquantised ones lie in one tensor.
+    *("RedHatAI/Llama-4-Scout-17B-16E-Instruct-FP8-dynamic", "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8"),
     *("nvidia/Qwen3.6-27B-NVFP4", "nvidia/Qwen3.6-35B-A3B-NVFP4"),
 ]
 # Its names are those of the multimodal model, its config that of the text model alone.
 REFUSED = {
     "in a public repository: Qwen3.5-25B-REAP (pruned)": "exports ['Qwen3_5MoeForCausalLM']",
-    # Experts one by one, where unquantised ones lie in one tensor.
-    "RedHatAI/Llama-4-Scout-17B-16E-Instruct-FP8-dynamic": "for_llm_compressor is True, only False is supported",
-    "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8": "for_llm_compressor is True, only False is supported",
     "in a public repository: Devstral-like mistral3, MLX 4 bit": "'mistral4', expected ministral3 or mistral",
     # The type of its text model stands where that of the multimodal one does.
     "mistralai/Ministral-3-3B-2512": "exports ['Ministral3ForCausalLM']",
@@ -125,9 +124,8 @@ def test_a_model_of_a_claimed_family_is_read_as_transformers_reads_it(name):
 @pytest.mark.parametrize("name", SEEING)
 def test_a_tower_is_read_as_transformers_reads_it(name):
     config = copy.deepcopy({k: v for k, v in MODELS[name].items() if k != "quantization_config"})
-    # Keys of quantised text models, which are refused.
-    for key in ("for_llm_compressor", "nope_layer_interval"):
-        config["text_config"].pop(key, None)
+    # Which transformers does not know.
+    config["text_config"].pop("for_llm_compressor", None)
     theirs = transformers.CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config)).to_dict()
     named = archs.choose(None, config)
     whole = read_model(named, config, part="all")

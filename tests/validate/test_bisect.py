@@ -170,7 +170,7 @@ def run_alone(export: Export, step: Step, damage: Callable[[onnx.ModelProto], No
     graph, dtype = export.graphs[0], export.dtype
     model = graph_file.load(export, graph)
     _, feed = next(feeds_alone(step, dtype, 0))
-    own, opset = bound.parameters(graph, model)[step.name], graph.assembly.opset
+    own, opset = bound.parameters(graph, model, export.checkpoint())[step.name], graph.assembly.opset
     traced = graph_file.as_traced(step, own, export.checkpoint(), dtype, opset)
     part = graph_file.cut_step(model, step, dtype)
     damage(part)
