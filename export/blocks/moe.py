@@ -7,6 +7,7 @@ from llmexport.export import spec
 from llmexport.export.blocks.linear import times
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.norm import Norm
+from llmexport.plugins.microscaling import BLOCK
 from llmexport.plugins.moe_experts import moe_experts
 from llmexport.plugins.moe_route import moe_route
 
@@ -78,12 +79,15 @@ class Experts(nn.Module):
             *(own.get(f"{n}_bias") for n in block.matrices),
             # Scales, or nothing.
             *(tensor for pair in others or [(None, None)] for tensor in pair),
+            # Neither factors nor zero points.
+            *[None] * 4,
             block.activation,
             block.alpha,
             block.limit,
             block.transposed,
             block.interleaved,
             block.scale_input,
+            *(("mxfp4", BLOCK) if others else ("plain", 0)),
         )
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
