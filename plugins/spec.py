@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "llmexport"
-# The types that a tensor of an op may have, by the name that @op gives them. W: a weight as it is stored.
-TYPES = {"T": FLOATS, "W": (*FLOATS, "uint8"), "float32": ("float32",), "int32": ("int32",), "uint8": ("uint8",)}
+# The types that a tensor of an op may have, by the name that @op gives them. W: a weight as it is stored; S: its
+# scales.
+TYPES = {"T": FLOATS, "W": (*FLOATS, "uint8"), "S": ("float32", "uint8")}
+TYPES |= {name: (name,) for name in ("float32", "int32", "uint8")}
 SIGNS = {"-": "m", ".": "p"}  # letters for signs in the name of a body: 1e-06 is 1em06
 SEPARATOR = "__"  # between the parts of a body's name; no op's name holds it
 Attribute = bool | int | float | str
@@ -77,7 +79,7 @@ class Op:
         kinds = {bool: OpSchema.AttrType.INT, int: OpSchema.AttrType.INT}
         kinds |= {float: OpSchema.AttrType.FLOAT, str: OpSchema.AttrType.STRING}
         option = OpSchema.FormalParameterOption
-        notes = {"T": "any float; computed in fp32", "W": "a weight as it is stored"}
+        notes = {"T": "any float; computed in fp32", "W": "a weight as it is stored", "S": "scales of a weight"}
         return OpSchema(
             self.name,
             DOMAIN,

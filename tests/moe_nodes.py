@@ -50,7 +50,9 @@ class Node:
     @property
     def attributes(self) -> dict[str, Any]:
         flags = {n: getattr(self, n) for n in ("transposed", "interleaved", "scale_input")}
-        return {"activation": self.activation, "alpha": 1.702, "limit": 1.5, **flags}
+        format, group = (MXFP4, BLOCK) if self.stored == MXFP4 else ("plain", 0)
+        numbers = {"alpha": 1.702, "limit": 1.5}
+        return {"activation": self.activation, **numbers, **flags, "format": format, "group": group}
 
     def inputs(self, dtype: str, seed: int = 0) -> list[Values]:
         random = np.random.default_rng(seed)

@@ -60,7 +60,7 @@ class Case:
         """Of an input or output in a node whose T is `dtype`."""
         kind = self.spec.types[name]
         stored = self.stored or TORCH[dtype]
-        return {"T": TORCH[dtype], "W": stored, **FIXED}[kind]
+        return {"T": TORCH[dtype], "W": stored, "S": torch.uint8, **FIXED}[kind]
 
     def tensors(self, dtype: str, **changed: int) -> list[torch.Tensor]:
         seed, sizes = torch.Generator().manual_seed(3), {**self.sizes, **changed}
@@ -132,7 +132,7 @@ def all_keys(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
 
 
 BEST = {"group_best": 2}
-EXPERTS = {"transposed": False, "interleaved": False, "scale_input": False}
+EXPERTS = {"transposed": False, "interleaved": False, "scale_input": False, "format": "plain", "group": 0}
 EXPERT_SIZES = {"B": 2, "T": 9, "K": 2, "E": 4, "C": 64, "P": 64, "Q": 64, "R": 64, "S": 32, "J": 64}
 EXPERT_FILLS: dict[str, Fill] = {"weights": probability, "experts": choice, "gate_up": small, "down": small}
 MXFP4_SIZES = {**EXPERT_SIZES, "Q": 32, "S": 16, "M": 2, "N": 1}
@@ -227,14 +227,16 @@ ALL_CASES = {
         "MoeExperts",
         {"activation": "silu", "alpha": 0.0, "limit": 0.0, **EXPERTS},
         EXPERT_SIZES,
-        without=4,
+        without=8,
         fills=EXPERT_FILLS,
         units=EXPERT_UNITS,
     ),
     "MoeExperts-mxfp4": Case(
         "MoeExperts",
-        {"activation": "swiglu_clamped", "alpha": 1.702, "limit": 7.0, **EXPERTS, "interleaved": True},
+        {"activation": "swiglu_clamped", "alpha": 1.702, "limit": 7.0, **EXPERTS, "interleaved": True}
+        | {"format": "mxfp4", "group": 32},
         MXFP4_SIZES,
+        without=4,
         fills=MXFP4_FILLS,
         stored=torch.uint8,
         units=EXPERT_UNITS,

@@ -17,8 +17,8 @@ enum class Dtype { kFloat32, kFloat16, kBfloat16 };
 constexpr size_t sizeOf(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // How the weights of a node are stored; kNone if the op has none that are stored in a form of
-// their own. A format of packed values is one more line here.
-enum class Stored { kNone, kFloat32, kFloat16, kBfloat16, kMxfp4 };
+// their own. What bytes mean an attribute says.
+enum class Stored { kNone, kFloat32, kFloat16, kBfloat16, kBytes };
 
 constexpr Stored storedAs(Dtype dtype) {
   switch (dtype) {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llmexport.plugins.microscaling import BLOCK, SCALE_BIAS, VALUES
+from llmexport.plugins.moe_experts.decoding import matrix, tables
+from llmexport.plugins.moe_experts.formats import PACKED, check
 from llmexport.plugins.spec import Attribute
 
 GATED = {
@@ -38,6 +39,7 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     """
     if attributes["activation"] not in GATED:
         raise ValueError(f"GatedAct knows no activation {attributes['activation']!r}")
+    check(str(attributes["format"]), int(attributes["group"]), bool(attributes["transposed"]), types)
     dtype = types["x"].replace("float32", "float")
     top_k, hidden = sizes["K"], sizes["C"]
     return f"""
@@ -46,7 +48,7 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     rows = Reshape (x, rows_shape)
     scales = Reshape (weights, flat)
     {_constants(attributes) if attributes["activation"] == "swiglu_clamped" else ""}
-    {_tables() if "gate_up_scales" in types else ""}
+    {tables(attributes, types, sizes) if attributes["format"] in PACKED else ""}
     passed, block_outputs = Loop <
       body = turn (int64 b, bool go, int64 pass) => (bool go_on, int64 pass_on, {dtype}[] y_b) {{
         go_on = Constant <value = bool {{1}}> ()
@@ -158,40 +160,15 @@ def _mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
           token_b = Div (choice_b, top_k)
           tokens_b = Gather <axis = 0> (rows, token_b)
           {scaled if attributes["scale_input"] else "inputs = Identity (tokens_b)"}
-          {_matrix("gate_up", types, transposed)}
+          {matrix("gate_up", attributes, types, sizes)}
           product = MatMul (inputs, gate_up_matrix)
           {_biased("both", "product", "gate_up_bias", types)}{split}
           gate_wide = Cast <to = 1> (gate)
           up_wide = Cast <to = 1> (up){GATED[str(attributes["activation"])]}
           gated_rounded = CastLike (gated, x)
-          {_matrix("down", types, transposed)}
+          {matrix("down", attributes, types, sizes)}
           result = MatMul (gated_rounded, down_matrix)
           {_biased("y_some", "result", "down_bias", types)}"""
-
-
-def _matrix(name: str, types: dict[str, str], transposed: bool) -> str:
-    """The weight of expert e in x's type, [columns in, columns out]."""
-    if f"{name}_scales" in types:
-        steps = f"""{name}_packed = Gather <axis = 0> ({name}, e)
-          {name}_bytes = Cast <to = 6> ({name}_packed)
-          {name}_pairs = Gather <axis = 0> (two_values, {name}_bytes)
-          {name}_blocks_shape = Constant <value_ints = [0, -1, {BLOCK}]> ()
-          {name}_codes = Reshape ({name}_pairs, {name}_blocks_shape)
-          {name}_exponents = Gather <axis = 0> ({name}_scales, e)
-          {name}_exponents_index = Cast <to = 6> ({name}_exponents)
-          {name}_powers = Gather <axis = 0> (powers, {name}_exponents_index)
-          {name}_powers_column = Unsqueeze ({name}_powers, two)
-          {name}_blocks = Mul ({name}_codes, {name}_powers_column)
-          {name}_rows_shape = Constant <value_ints = [0, -1]> ()
-          {name}_stored = Reshape ({name}_blocks, {name}_rows_shape)"""
-    else:
-        steps = f"{name}_stored = Gather <axis = 0> ({name}, e)"
-    if transposed:
-        return f"""{steps}
-          {name}_matrix = CastLike ({name}_stored, x)"""
-    return f"""{steps}
-          {name}_cast = CastLike ({name}_stored, x)
-          {name}_matrix = Transpose <perm = [1, 0]> ({name}_cast)"""
 
 
 def _biased(result: str, product: str, bias: str, types: dict[str, str]) -> str:
@@ -213,13 +190,3 @@ def _constants(attributes: dict[str, Attribute]) -> str:
     return f"""alpha = Constant <value_float = {attributes["alpha"]}> ()
     limit = Constant <value_float = {attributes["limit"]}> ()
     float_one = Constant <value_float = 1.0> ()"""
-
-
-def _tables() -> str:
-    """two_values: the values in a byte, the low nibble first; powers: the factor that a byte of scales means."""
-    pairs = [f"{VALUES[byte % 16]}, {VALUES[byte // 16]}" for byte in range(256)]
-    # 2^128 is no fp32; torch.ldexp makes it infinite, too.
-    powers = [str(2.0 ** (byte - SCALE_BIAS)) for byte in range(255)] + ["inf"]
-    return f"""two = Constant <value_ints = [2]> ()
-    two_values = Constant <value = float[256, 2] {{{", ".join(pairs)}}}> ()
-    powers = Constant <value = float[256] {{{", ".join(powers)}}}> ()"""

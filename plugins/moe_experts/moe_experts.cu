@@ -78,8 +78,7 @@ int64_t mostBlocks(MoeExpertsSizes const& sizes) {
 
 }  // namespace
 
-bool moeExpertsServes(MoeExpertsSizes const& s, MoeExpertsAttributes const& attributes,
-                      Stored stored) {
+bool moeExpertsServes(MoeExpertsSizes const& s, MoeExpertsAttributes const& attributes) {
   if (s.experts > kMoeMaxExperts) {
     return refuse("MoeExperts: E = %lld experts, the kernels sort %d", (long long)s.experts,
                   kMoeMaxExperts);
@@ -91,8 +90,8 @@ bool moeExpertsServes(MoeExpertsSizes const& s, MoeExpertsAttributes const& attr
     return refuse("MoeExperts: %lld pairs of C = %lld columns take %lld blocks, a grid holds %lld",
                   (long long)s.pairs(), (long long)s.hidden, (long long)all, (long long)kMaxGridX);
   }
-  bool const refused = stored == Stored::kMxfp4 && attributes.transposed;
-  return !refused || refuse("MoeExperts: MXFP4 weights are never transposed");
+  bool const refused = attributes.format != WeightFormat::kPlain && attributes.transposed;
+  return !refused || refuse("MoeExperts: packed weights are never transposed");
 }
 
 MoeExpertsWorkspace moeExpertsWorkspace(MoeExpertsSizes const& sizes, Dtype dtype) {
@@ -114,7 +113,7 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype, Stored 
   MoeExpertsPlan plan{};
   bool const vectors =
       pointersAligned && sizes.hidden % kChunk == 0 && sizes.intermediate % kChunk == 0;
-  Tile const fast = stored == Stored::kMxfp4 ? tileFor<Mxfp4>(sizes) : tileFor<Half>(sizes);
+  Tile const fast = stored == Stored::kBytes ? tileFor<Mxfp4>(sizes) : tileFor<Half>(sizes);
   plan.onTensorCores =
       vectors && dtype != Dtype::kFloat32 && stored != Stored::kFloat32 &&
       std::max(fast.sharedUp, fast.sharedDown) + kSharedBeside <= kLeastSharedBytes;
@@ -214,7 +213,7 @@ cudaError_t run(Arguments const& a) {
   Projection const up{is.scaleInput ? outputs : a.tensors.x,
                       is.scaleInput ? 1 : int(a.sizes.slots),
                       a.tensors.gateUp,
-                      a.tensors.gateUpScales,
+                      typed<uint8_t>(a.tensors.gateUpScales),
                       a.tensors.gateUpBias,
                       gated,
                       hidden,
@@ -228,7 +227,7 @@ cudaError_t run(Arguments const& a) {
   down.input = gated;
   down.pairsPerRow = 1;
   down.weights = a.tensors.down;
-  down.scales = a.tensors.downScales;
+  down.scales = typed<uint8_t>(a.tensors.downScales);
   down.bias = a.tensors.downBias;
   down.output = outputs;
   std::swap(down.depth, down.columns);
@@ -243,7 +242,7 @@ cudaError_t run(Arguments const& a) {
 cudaError_t moeExperts(Dtype dtype, MoeExpertsSizes const& s,
                        MoeExpertsAttributes const& attributes, MoeExpertsTensors const& t,
                        void* workspace, Device const& device, cudaStream_t stream) {
-  if (!moeExpertsServes(s, attributes, t.stored)) return cudaErrorInvalidValue;
+  if (!moeExpertsServes(s, attributes)) return cudaErrorInvalidValue;
   if (s.tokens * s.hidden == 0) return cudaSuccess;
   bool const isAligned = aligned({t.x, t.gateUp, t.down, t.y, workspace});
   MoeExpertsPlan const plan = moeExpertsPlan(s, dtype, t.stored, isAligned, device);

@@ -11,6 +11,9 @@ namespace llmexport {
 constexpr int kMoeMaxExperts = 512;  // that are sorted in shared memory
 constexpr int kMoeScaleBlock = 32;   // MXFP4 values that share a scale
 
+// What formats.py says of each. All but kPlain are bytes.
+enum class WeightFormat { kPlain, kMxfp4, kMxfp8, kNvfp4, kFp8, kUint4, kUint8, kInt8 };
+
 // Each token has `slots` experts. A pair is a token and one of its slots, token * slots + slot.
 struct MoeExpertsSizes {
   int64_t tokens, slots, experts, hidden, intermediate;
@@ -21,17 +24,21 @@ struct MoeExpertsAttributes {
   Activation activation;
   float alpha, limit;
   bool transposed, interleaved, scaleInput;
+  WeightFormat format;
+  int group;  // columns that share a scale
 };
 
 // x and y are [tokens, hidden], weights and experts [tokens, slots]; a pair whose expert is not in
-// [0, sizes.experts) adds nothing. `stored` is the form of gateUp and down. Biases and scales are
-// null where there are none; MXFP4 has both.
+// [0, sizes.experts) adds nothing. `stored` is the form of gateUp and down. What comes after them is
+// null where there is none.
 struct MoeExpertsTensors {
   void const *x, *weights;
   int32_t const* experts;
   Stored stored;
   void const *gateUp, *down, *gateUpBias, *downBias;
-  uint8_t const *gateUpScales, *downScales;
+  void const *gateUpScales, *downScales;
+  float const *gateUpFactors, *downFactors;
+  uint8_t const *gateUpZeros, *downZeros;
   void* y;
 };
 
@@ -59,8 +66,7 @@ struct MoeExpertsPlan {
   LaunchPlan scale, sort, up, down, combine;
 };
 
-bool moeExpertsServes(MoeExpertsSizes const& sizes, MoeExpertsAttributes const& attributes,
-                      Stored stored);
+bool moeExpertsServes(MoeExpertsSizes const& sizes, MoeExpertsAttributes const& attributes);
 
 MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype, Stored stored,
                               bool pointersAligned, Device const& device);

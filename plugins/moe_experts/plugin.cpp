@@ -14,10 +14,23 @@ enum Inputs {
   kDownBias,
   kGateUpScales,
   kDownScales,
+  kGateUpFactors,
+  kDownFactors,
+  kGateUpZeros,
+  kDownZeros,
   kAllInputs
 };
 enum Outputs { kY };
-enum Attributes { kActivation, kAlpha, kLimit, kTransposed, kInterleaved, kScaleInput };
+enum Attributes {
+  kActivation,
+  kAlpha,
+  kLimit,
+  kTransposed,
+  kInterleaved,
+  kScaleInput,
+  kFormat,
+  kGroup
+};
 
 // gate_up is [E, P, Q], down [E, R, S]: the widths are rows, or columns if transposed.
 MoeExpertsSizes sizesOf(Sizes const& s, MoeExpertsAttributes const& attributes) {
@@ -32,7 +45,9 @@ MoeExpertsAttributes attributesOf(Values const& values) {
           values[kLimit].real,
           values[kTransposed].integer != 0,
           values[kInterleaved].integer != 0,
-          values[kScaleInput].integer != 0};
+          values[kScaleInput].integer != 0,
+          WeightFormat(values[kFormat].integer),
+          values[kGroup].integer};
 }
 
 // Whether two sizes differ that are both known.
@@ -64,44 +79,89 @@ bool check(Sizes const& s, Values const& values) {
   return true;
 }
 
-// `elements` of a row of `name` should be `columns` of x, or half as many bytes of MXFP4.
-bool checkRow(char const* name, char letter, int64_t elements, int64_t columns, bool isMxfp4) {
-  if (!differ(elements, isMxfp4 && columns != kUnknown ? columns / 2 : columns)) return true;
+// What a format is stored in; `group` is 0 if a node may say any.
+struct Packing {
+  char const* name;
+  int perByte, group;
+  bool hasByteScales, hasZeros;
+};
+
+// In the order of WeightFormat.
+constexpr Packing kPackings[] = {
+    {"plain", 0, 0, false, false},  {"mxfp4", 2, 32, true, false},  {"mxfp8", 1, 32, true, false},
+    {"nvfp4", 2, 16, true, false},  {"fp8", 1, 0, false, false},    {"uint4", 2, 0, false, true},
+    {"uint8", 1, 0, false, true},   {"int8", 1, 0, false, false},
+};
+
+// `elements` of a row of `name` should be `columns`, `perByte` a byte.
+bool checkRow(char const* name, char letter, int64_t elements, int64_t columns, int perByte) {
+  if (columns != kUnknown && columns % perByte != 0) {
+    return refuse("MoeExperts: %s has rows of %lld values, which fill no bytes", name,
+                  (long long)columns);
+  }
+  if (!differ(elements, columns == kUnknown ? kUnknown : columns / perByte)) return true;
   return refuse("MoeExperts: %s has %c = %lld columns, not %s%lld", name, letter,
-                (long long)elements, isMxfp4 ? "the half of " : "", (long long)columns);
+                (long long)elements, perByte == 2 ? "the half of " : "", (long long)columns);
 }
 
-bool checkScales(char const* name, char letter, int64_t scales, int64_t columns) {
-  if (columns == kUnknown) return true;
-  if (columns % kMoeScaleBlock != 0) {
-    return refuse("MoeExperts: %lld columns are no blocks of %d MXFP4 values", (long long)columns,
-                  kMoeScaleBlock);
-  }
-  if (!differ(scales, columns / kMoeScaleBlock)) return true;
+bool checkScales(char const* name, char letter, int64_t scales, int64_t columns, int group) {
+  if (!differ(scales, columns == kUnknown ? kUnknown : ceilDiv(columns, group))) return true;
   return refuse("MoeExperts: %s has %c = %lld columns, not one for each %d of %lld", name, letter,
-                (long long)scales, kMoeScaleBlock, (long long)columns);
+                (long long)scales, group, (long long)columns);
+}
+
+bool checkFactors(char const* name, char letter, int64_t factors, int64_t parts) {
+  return !differ(factors, parts) || refuse("MoeExperts: %s has %c = %lld columns, not %lld", name,
+                                           letter, (long long)factors, (long long)parts);
+}
+
+bool supportsPlain(Node const& node, MoeExpertsAttributes const& attributes) {
+  if (node.stored == Stored::kBytes) {
+    return refuse("MoeExperts: weights are bytes, but plain by their format");
+  }
+  if (node.inputCount > kGateUpScales || attributes.group != 0) {
+    return refuse("MoeExperts: plain weights have no scales and group = 0, not %d",
+                  attributes.group);
+  }
+  Sizes const& s = node.sizes;
+  if (attributes.transposed) return checkRow("down", 'S', s['S'], s['C'], 1);
+  return checkRow("gate_up", 'Q', s['Q'], s['C'], 1) &&
+         checkRow("down", 'S', s['S'], sizesOf(s, attributes).intermediate, 1);
+}
+
+bool supportsPacked(Node const& node, MoeExpertsAttributes const& attributes) {
+  Packing const& is = kPackings[int(attributes.format)];
+  if (attributes.format != WeightFormat::kMxfp4) {
+    return refuse("MoeExperts: the kernels read mxfp4 weights, not %s", is.name);
+  }
+  Stored const scales = is.hasByteScales ? Stored::kBytes : Stored::kFloat32;
+  if (node.stored != Stored::kBytes || node.scales != scales || node.inputCount <= kDownScales) {
+    return refuse("MoeExperts: %s weights are bytes with biases and scales of %s", is.name,
+                  is.hasByteScales ? "bytes" : "fp32");
+  }
+  if (is.group ? attributes.group != is.group : attributes.group < 1) {
+    return refuse("MoeExperts: %s weights have scales of group = %d, not %d", is.name,
+                  is.group ? is.group : 1, attributes.group);
+  }
+  bool const isPaired = node.inputCount % 2 == kAllInputs % 2;
+  if (!isPaired || (node.inputCount > kGateUpZeros && !is.hasZeros)) {
+    return refuse("MoeExperts: %s weights with %zu inputs", is.name, node.inputCount);
+  }
+  Sizes const& s = node.sizes;
+  int64_t const intermediate = sizesOf(s, attributes).intermediate;
+  return checkRow("gate_up", 'Q', s['Q'], s['C'], is.perByte) &&
+         checkRow("down", 'S', s['S'], intermediate, is.perByte) &&
+         checkScales("gate_up_scales", 'M', s['M'], s['C'], attributes.group) &&
+         checkScales("down_scales", 'N', s['N'], intermediate, attributes.group) &&
+         checkFactors("gate_up_factors", 'F', s['F'], 2) &&
+         checkFactors("down_factors", 'G', s['G'], 1);
 }
 
 bool supports(Node const& node) {
-  Sizes const& s = node.sizes;
   auto const attributes = attributesOf(node.attributes);
-  auto const sizes = sizesOf(s, attributes);
-  bool const isMxfp4 = node.stored == Stored::kMxfp4;
-  if (!moeExpertsServes(sizes, attributes, node.stored)) return false;
-  if (isMxfp4 && node.inputCount != kAllInputs) {
-    return refuse(
-        "MoeExperts: weights of bytes are MXFP4, which has biases and scales: %d inputs, "
-        "not %zu",
-        kAllInputs, node.inputCount);
-  }
-  if (!isMxfp4 && node.inputCount > kGateUpScales) {
-    return refuse("MoeExperts: there are scales, but the weights are no bytes of MXFP4");
-  }
-  if (attributes.transposed) return checkRow("down", 'S', s['S'], s['C'], false);
-  return checkRow("gate_up", 'Q', s['Q'], s['C'], isMxfp4) &&
-         checkRow("down", 'S', s['S'], sizes.intermediate, isMxfp4) &&
-         (!isMxfp4 || (checkScales("gate_up_scales", 'M', s['M'], s['C']) &&
-                       checkScales("down_scales", 'N', s['N'], sizes.intermediate)));
+  if (!moeExpertsServes(sizesOf(node.sizes, attributes), attributes)) return false;
+  return attributes.format == WeightFormat::kPlain ? supportsPlain(node, attributes)
+                                                   : supportsPacked(node, attributes);
 }
 
 size_t workspace(Node const& node) {
@@ -118,8 +178,12 @@ cudaError_t enqueue(Call const& call) {
                                   call.input(kDown),
                                   call.input(kGateUpBias),
                                   call.input(kDownBias),
-                                  call.input<uint8_t>(kGateUpScales),
-                                  call.input<uint8_t>(kDownScales),
+                                  call.input(kGateUpScales),
+                                  call.input(kDownScales),
+                                  call.input<float>(kGateUpFactors),
+                                  call.input<float>(kDownFactors),
+                                  call.input<uint8_t>(kGateUpZeros),
+                                  call.input<uint8_t>(kDownZeros),
                                   call.output(kY)};
   return moeExperts(call.dtype, sizesOf(call.sizes, attributes), attributes, tensors,
                     call.workspace, call.device, call.stream);
@@ -134,16 +198,24 @@ Registration const registration({
      {"down", "ERS", Element::kW},
      {"gate_up_bias", "EJ", Element::kT, kOptional},
      {"down_bias", "EC", Element::kT, kOptional},
-     {"gate_up_scales", "EPM", Element::kUint8, kOptional},
-     {"down_scales", "ERN", Element::kUint8, kOptional}},
+     {"gate_up_scales", "EPM", Element::kS, kOptional},
+     {"down_scales", "ERN", Element::kS, kOptional},
+     {"gate_up_factors", "EF", Element::kFloat32, kOptional},
+     {"down_factors", "EG", Element::kFloat32, kOptional},
+     {"gate_up_zeros", "EPM", Element::kUint8, kOptional},
+     {"down_zeros", "ERN", Element::kUint8, kOptional}},
     {{"y", "BTC"}},
-    // The choices in the order of enum class Activation.
+    // The choices in the order of enum class Activation and of WeightFormat.
     {{"activation", Kind::kChoice, {"silu", "gelu_tanh", "gelu_erf", "swiglu_clamped"}},
      {"alpha", Kind::kFloat},
      {"limit", Kind::kFloat},
      {"transposed", Kind::kBool},
      {"interleaved", Kind::kBool},
-     {"scale_input", Kind::kBool}},
+     {"scale_input", Kind::kBool},
+     {"format",
+      Kind::kChoice,
+      {"plain", "mxfp4", "mxfp8", "nvfp4", "fp8", "uint4", "uint8", "int8"}},
+     {"group", Kind::kInt}},
     enqueue,
     check,
     supports,

@@ -21,7 +21,7 @@ cudaError_t withStored(Stored stored, F function) {
       return function(Type<Half>{});
     case Stored::kBfloat16:
       return function(Type<Bfloat16>{});
-    case Stored::kMxfp4:
+    case Stored::kBytes:
       return function(Type<Mxfp4>{});
     case Stored::kNone:
       break;

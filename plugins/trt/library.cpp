@@ -26,6 +26,8 @@ char const* nameOf(Element element) {
       return "T";
     case Element::kW:
       return "W";
+    case Element::kS:
+      return "S";
     case Element::kFloat32:
       return "float32";
     case Element::kInt32:

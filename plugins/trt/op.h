@@ -58,8 +58,9 @@ namespace llmexport {
 
 // The element types of a tensor, as TYPES in spec.py: kT is a float type, the same for all tensors
 // of kT; kW is a weight as it is stored, in any float type or as bytes, the same for all tensors of
-// kW. TensorRT gives plugins no uint8: it calls such bytes int8.
-enum class Element { kT, kW, kFloat32, kInt32, kUint8 };
+// kW; kS its scales, fp32 or bytes, the same for all of kS. TensorRT gives plugins no uint8: it
+// calls such bytes int8.
+enum class Element { kT, kW, kS, kFloat32, kInt32, kUint8 };
 
 constexpr bool kOptional = true;
 
@@ -90,7 +91,7 @@ union Value {
   float real;
 };
 
-constexpr int kMaxAttributes = 12, kMaxInputs = 12;
+constexpr int kMaxAttributes = 12, kMaxInputs = 16;
 using Values = std::array<Value, kMaxAttributes>;
 
 // The size of each dimension by its letter; it may be kUnknown.
@@ -108,6 +109,7 @@ class Sizes {
 struct Node {
   Dtype dtype;    // of its tensors of kT
   Stored stored;  // the form of those of kW
+  Stored scales;  // that of those of kS
   size_t inputCount;
   Sizes const& sizes;
   Values const& attributes;

@@ -54,7 +54,7 @@ class Plugin final : public trt::IPluginV3,
   // The types and sizes of a node; a size may be unknown.
   struct Form {
     Dtype dtype;
-    Stored stored;
+    Stored stored, scales;
     size_t inputs;
     Sizes sizes;
   };
@@ -67,7 +67,7 @@ class Plugin final : public trt::IPluginV3,
   Sizes largestSizes(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
                      Sizes const& known) const;
   Node node(Form const& form) const {
-    return {form.dtype, form.stored, form.inputs, form.sizes, attributes_};
+    return {form.dtype, form.stored, form.scales, form.inputs, form.sizes, attributes_};
   }
 
   Op const& op_;

@@ -22,6 +22,8 @@ char const* allowed(Element element) {
       return "the one float type of such inputs: fp32 (0), fp16 (1) or bf16 (7)";
     case Element::kW:
       return "the one type of its weights: fp32 (0), fp16 (1), bf16 (7) or int8 (2)";
+    case Element::kS:
+      return "the one type of its scales: fp32 (0) or int8 (2)";
     case Element::kFloat32:
       return "fp32 (0)";
     case Element::kInt32:
@@ -35,12 +37,21 @@ char const* allowed(Element element) {
 }  // namespace
 
 bool TypeReader::accept(Tensor const& tensor, trt::DataType type) {
-  bool const isT = tensor.element == Element::kT, isW = tensor.element == Element::kW;
-  if (!isT && !isW) return type == typeOf(tensor.element);
-  if (!floatOf(type) && !(isW && type == trt::DataType::kINT8)) return false;
-  auto& known = isT ? shared_ : stored_;
-  if (!known) known = type;
-  return *known == type;
+  auto const is = [&](auto& known, bool isAllowed) {
+    if (isAllowed && !known) known = type;
+    return isAllowed && *known == type;
+  };
+  bool const isByte = type == trt::DataType::kINT8;
+  switch (tensor.element) {
+    case Element::kT:
+      return is(shared_, floatOf(type).has_value());
+    case Element::kW:
+      return is(stored_, floatOf(type) || isByte);
+    case Element::kS:
+      return is(scales_, type == trt::DataType::kFLOAT || isByte);
+    default:
+      return type == typeOf(tensor.element);
+  }
 }
 
 bool TypeReader::read(Tensor const& tensor, trt::DataType type) {
@@ -55,6 +66,8 @@ trt::DataType TypeReader::typeOf(Element element) const {
       return *shared_;
     case Element::kW:
       return *stored_;
+    case Element::kS:
+      return *scales_;
     case Element::kFloat32:
       return trt::DataType::kFLOAT;
     case Element::kInt32:
@@ -67,11 +80,9 @@ trt::DataType TypeReader::typeOf(Element element) const {
 
 Dtype TypeReader::dtype() const { return *floatOf(*shared_); }
 
-Stored TypeReader::stored() const {
-  if (!stored_) return Stored::kNone;
-  // MXFP4 is the one format of bytes.
-  if (*stored_ == trt::DataType::kINT8) return Stored::kMxfp4;
-  return storedAs(*floatOf(*stored_));
+Stored TypeReader::storedIn(std::optional<trt::DataType> const& type) {
+  if (!type) return Stored::kNone;
+  return *type == trt::DataType::kINT8 ? Stored::kBytes : storedAs(*floatOf(*type));
 }
 
 }  // namespace llmexport

@@ -17,14 +17,17 @@ class TypeReader {
   // The same; refuses the type if they do not.
   bool read(Tensor const& tensor, trt::DataType type);
 
-  // The type that stands for an element; of kT and kW a tensor was read before.
+  // The type that stands for an element; of kT, kW and kS a tensor was read before.
   trt::DataType typeOf(Element element) const;
   Dtype dtype() const;
-  Stored stored() const;
+  Stored stored() const { return storedIn(stored_); }
+  Stored scales() const { return storedIn(scales_); }
 
  private:
+  static Stored storedIn(std::optional<trt::DataType> const& type);
+
   Op const& op_;
-  std::optional<trt::DataType> shared_, stored_;  // of kT and of kW
+  std::optional<trt::DataType> shared_, stored_, scales_;  // of kT, of kW and of kS
 };
 
 }  // namespace llmexport

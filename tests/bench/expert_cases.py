@@ -15,7 +15,7 @@ from gpu_clock import Ceilings, copy_of, once
 from llmexport.plugins.gated_act import gated_act
 from llmexport.plugins.microscaling import BLOCK
 from llmexport.plugins.moe_experts import moe_experts
-from llmexport.plugins.moe_experts.mxfp4 import dequantise
+from llmexport.plugins.moe_experts.formats import dequantise
 from llmexport.plugins.spec import Attribute
 
 Peer, Call = Callable[..., object], Callable[[], object]
@@ -72,7 +72,9 @@ class ExpertCase:
     @property
     def attributes(self) -> dict[str, Attribute]:
         flags = {n: getattr(self.layer, n) for n in ("transposed", "interleaved", "scale_input")}
-        return {"activation": self.layer.activation, "alpha": 1.702, "limit": 7.0, **flags}
+        format, group = ("mxfp4", BLOCK) if self.layer.mxfp4 else ("plain", 0)
+        numbers = {"alpha": 1.702, "limit": 7.0}
+        return {"activation": self.layer.activation, **numbers, **flags, "format": format, "group": group}
 
     @property
     def bytes(self) -> int:
@@ -129,7 +131,7 @@ class ExpertCase:
         return [torch.full_like(inputs[0], float("nan"))]
 
     def reference(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return moe_experts.reference(*inputs, *[None] * (9 - len(inputs)), **self.attributes)
+        return moe_experts.reference(*inputs, *[None] * (13 - len(inputs)), **self.attributes)
 
     def checked(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
         """What the reference says, beside what was found."""
@@ -198,7 +200,8 @@ def in_bf16(
     """The weights as they are stored, but for MXFP4, whose `rest` is biases and scales."""
     if not layer.mxfp4:
         return gate_up, down
-    return dequantise(gate_up, rest[2]).bfloat16(), dequantise(down, rest[3]).bfloat16()
+    first, second = (dequantise("mxfp4", BLOCK, *m).bfloat16() for m in ((gate_up, rest[2]), (down, rest[3])))
+    return first, second
 
 
 def copy_of_touched(case: ExpertCase, *inputs: torch.Tensor) -> Call:

@@ -30,7 +30,7 @@ from llmexport.export.spec import (
 )
 from llmexport.export.wanted import load_parameters, wanted_parameters
 from llmexport.export.weights import Parameter
-from llmexport.plugins.moe_experts.mxfp4 import dequantise
+from llmexport.plugins.moe_experts.formats import dequantise
 
 EXPERTS = Experts(64, 32, 4, 2, bias=True)
 MXFP4 = Experts(64, 32, 4, 2, bias=True, storage=Mxfp4())
@@ -82,7 +82,7 @@ def test_mxfp4_is_what_the_op_decodes_and_drawn_as_wide_as_other_weights():
     rows, columns = 96, 4096
     random = np.random.default_rng(0)
     blocks_, scales = (random.integers(*s.usual, s.shape, np.uint8) for s in Mxfp4().tensors(rows, columns))
-    values = dequantise(torch.from_numpy(blocks_), torch.from_numpy(scales))
+    values = dequantise("mxfp4", 32, torch.from_numpy(blocks_), torch.from_numpy(scales))
     assert tuple(values.shape) == (rows, columns)
     assert 0.5 < as_wide(values.numpy()) < 2
 

@@ -18,7 +18,7 @@ bool check(Sizes const& sizes, Values const& attributes) {
 }
 
 bool supports(Node const& node) {
-  if (node.dtype == Dtype::kFloat32 && node.stored == Stored::kMxfp4) {
+  if (node.dtype == Dtype::kFloat32 && node.stored == Stored::kBytes) {
     return refuse("Probe: fp32 and a uint8 weight");
   }
   int64_t const E = node.sizes['E'];
@@ -36,6 +36,7 @@ cudaError_t enqueue(Call const& call) {
   int32_t const found[] = {
       int32_t(call.dtype),
       int32_t(call.stored),
+      int32_t(call.scales),
       int32_t(call.input(kTable) != nullptr),
       int32_t(call.input(kScales) != nullptr),
       int32_t(s['K']),
@@ -44,7 +45,7 @@ cudaError_t enqueue(Call const& call) {
       int32_t(call.device.sharedBytes),
       call.input<int32_t>(kCount)[s['B'] - 1],
   };
-  static_assert(sizeof found / sizeof found[0] == 9);
+  static_assert(sizeof found / sizeof found[0] == 10);
   std::memcpy(call.output(kFacts), found, sizeof found);
   std::memset(call.output(kY), 0, size_t(s['B'] * s['T'] * s['K']) * sizeOf(call.dtype));
   return cudaSuccess;
@@ -56,7 +57,7 @@ Registration const registration({
      {"weight", "EC", Element::kW},
      {"count", "B", Element::kInt32},
      {"table", "BE", Element::kFloat32, kOptional},
-     {"scales", "E", Element::kUint8, kOptional}},
+     {"scales", "E", Element::kS, kOptional}},
     {{"y", "BTK"}, {"facts", "F", Element::kInt32}},
     {{"top_k", Kind::kInt, {}, 'K'}, {"offset", Kind::kInt}, {"facts", Kind::kInt, {}, 'F'}},
     enqueue,

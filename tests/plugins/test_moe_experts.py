@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 from hypothesis import example as example_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_cases import ALPHA, LAYOUTS, LIMIT, OPTIONAL, C, E, I, K, Layout, exact, example, excess
+from moe_cases import ALPHA, FORMATS, LAYOUTS, LIMIT, OPTIONAL, C, E, I, K, Layout, decode, exact, example, excess
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,11 +25,12 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExper
 
 from llmexport.plugins.microscaling import VALUES
 from llmexport.plugins.moe_experts import moe_experts
-from llmexport.plugins.moe_experts.mxfp4 import dequantise
+from llmexport.plugins.moe_experts.formats import PACKED, dequantise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOKENS = [(1, 1), (2, 7), (1, 130)]
-layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+EVERY = {**LAYOUTS, **FORMATS}
+layouts = pytest.mark.parametrize("layout", EVERY.values(), ids=EVERY)
 
 
 @layouts
@@ -51,8 +53,8 @@ def test_every_layout_is_the_definition_in_float64(flags):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_is_the_definition_at_any_size(data):
-    layout = data.draw(st.sampled_from(list(LAYOUTS.values())))
-    step = 32 if layout.mxfp4 else 1
+    layout = data.draw(st.sampled_from(list(EVERY.values())))
+    step = PACKED[layout.format].per_byte if layout.packed else 1
     experts = data.draw(st.integers(1, 9))
     sizes = (experts, data.draw(st.integers(1, experts)), *(step * data.draw(st.integers(1, 3)) for _ in "CI"))
     tensors = example(layout, (data.draw(st.integers(1, 2)), data.draw(st.integers(1, 9))), sizes=sizes)
@@ -111,11 +113,60 @@ def test_mxfp4_decodes_every_byte_under_every_scale_as_transformers_does():
     packed = torch.arange(256, dtype=torch.uint8).reshape(16, 16).repeat(256, 1, 1)
     scales = torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1).expand(256, 16, 1)
     expected = convert_moe_packed_tensors(packed.unsqueeze(2), scales, dtype=torch.float32).mT
-    found = dequantise(packed, scales)
+    found = dequantise("mxfp4", 32, packed, scales)
     assert torch.equal(found.view(torch.int32), expected.contiguous().view(torch.int32))
     # 2^-127, the least, is no normal fp32; 2^128, the largest, is infinite.
     assert found[0, 0, 2:4].tolist() == [2.0**-128, 0.0]
     assert found[254, 0, 2:4].tolist() == [2.0**126, 0.0]
+
+
+@pytest.mark.parametrize("format", PACKED)
+def test_every_code_under_every_scale_is_what_ml_dtypes_reads(format):
+    form = PACKED[format]
+    # The last of E8M0 is NaN there.
+    rows = 255 if form.scales and form.group == 32 else 256
+    layout = Layout(format=format, group=form.group or 256 * form.per_byte)
+    codes = torch.arange(256, dtype=torch.uint8).expand(rows, 256)
+    scales = torch.arange(rows).unsqueeze(1).expand(rows, 256 * form.per_byte // layout.group)
+    scales = scales.to(torch.uint8) if form.scales else scales / 3
+    with np.errstate(over="ignore"):
+        expected = decode(layout, "down", {"down": codes.numpy(), "down_scales": scales.numpy()}).astype(np.float32)
+    assert np.array_equal(dequantise(format, layout.group, codes, scales).numpy(), expected, equal_nan=True)
+
+
+def shorter(t: Tensor) -> Tensor:
+    return t[..., :-1]
+
+
+# Of these experts, with another attribute or tensor.
+REFUSED = [
+    ("qwen", {"format": "int4"}, {}, "knows no format 'int4'"),
+    ("qwen", {"group": 32}, {}, "plain weights are floats without scales and group, not float32, 32"),
+    ("mxfp4", {"format": "plain", "group": 0}, {}, "plain weights are floats without scales and group, not uint8, 0"),
+    ("qwen", {"format": "fp8", "group": 32}, {}, "fp8 weights are uint8 with scales of float32, not float32 with None"),
+    ("fp8", {}, {"gate_up_scales": Tensor.byte}, "fp8 weights are uint8 with scales of float32, not uint8 with uint8"),
+    ("mxfp8", {"transposed": True}, {}, "mxfp8 weights are never transposed"),
+    ("mxfp8", {"group": 16}, {}, "a group has 32 columns in mxfp8, not 16"),
+    ("nvfp4", {"group": 32}, {}, "a group has 16 columns in nvfp4, not 32"),
+    ("int8", {"group": 0}, {}, "a group has at least 1 columns in int8, not 0"),
+    ("uint8-zeros", {"format": "int8"}, {}, "int8 weights have no zero points"),
+    ("uint4", {}, {"down": shorter}, r"down is \[6, 64, 15\], not \[6, 64, 16\] of uint4"),
+    ("uint4", {}, {"x": shorter}, "64 rows of gate_up and 63 columns of gate_up are odd"),
+    ("uint4", {}, {"gate_up_scales": shorter}, r"gate_up_scales is \[6, 64, 2\], not \[6, 64, 3\] of uint4"),
+    ("uint4-zeros", {}, {"down_zeros": shorter}, r"down_zeros is \[6, 64, 1\], not \[6, 64, 2\] of uint4"),
+    ("nvfp4", {}, {"gate_up_factors": shorter}, r"gate_up_factors is \[6, 1\], not \[6, 2\] of nvfp4"),
+    ("nvfp4", {}, {"down_factors": lambda t: t[:-1]}, r"down_factors is \[5, 1\], not \[6, 1\] of nvfp4"),
+]
+
+
+@pytest.mark.parametrize(("layout", "attributes", "tensors", "says"), REFUSED, ids=[r[3] for r in REFUSED])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_that_are_not_of_their_format_are_refused(layout, attributes, tensors, says, device):
+    whole = example(EVERY[layout])
+    whole |= {n: change(whole[n]) for n, change in tensors.items()}
+    arguments = {**dict.fromkeys(OPTIONAL), **{n: t.to(device) for n, t in whole.items()}}
+    with pytest.raises(ValueError, match=f"MoeExperts:? {says}"):
+        moe_experts(**arguments, **{**EVERY[layout].attributes, **attributes})
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

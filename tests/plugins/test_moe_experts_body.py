@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from moe_cases import LAYOUTS, C, E, I, K, Layout, example, excess
+from moe_cases import FORMATS, LAYOUTS, OPTIONAL, C, E, I, K, Layout, example, excess
 from one_node import rtx_build, session
 from op_model import DYNAMIC, node_model, run
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch import Tensor
 from llmexport.export.tensorrt_form import tensorrt_form
 
 TOKENS = [(1, 1), (1, 7), (2, 65)]
-WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scales", "down_scales")
-layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+WEIGHTS = ("gate_up", "down", *OPTIONAL)
+EVERY = {**LAYOUTS, **FORMATS}
+layouts = pytest.mark.parametrize("layout", EVERY.values(), ids=EVERY)
 
 
 def model(layout: Layout, tensors: dict[str, Tensor]) -> onnx.ModelProto:
@@ -186,3 +187,10 @@ def test_an_unknown_activation_is_refused():
     layout = Layout("relu")
     with pytest.raises(ValueError, match="'relu'"):
         model(layout, example(layout))
+
+
+def test_scales_of_another_type_than_the_formats_are_refused():
+    layout = FORMATS["fp8"]
+    tensors = example(layout)
+    with pytest.raises(ValueError, match="fp8 weights are uint8 with scales of float32, not uint8 with uint8"):
+        model(layout, tensors | {n: tensors[n].byte() for n in ("gate_up_scales", "down_scales")})

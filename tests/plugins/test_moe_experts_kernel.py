@@ -202,7 +202,7 @@ def test_no_tokens_are_no_error(machine: Machine) -> None:
     ("node", "left_out", "says"),
     [
         (Node(1, 1, 513, 8, 8), 0, "E = 513 experts, the kernels sort 512"),
-        (Node(1, 1, 2, 32, 32, stored=MXFP4, biases=True), 1, "weights of bytes are MXFP4, which has biases and "),
+        (Node(1, 1, 2, 32, 32, stored=MXFP4, biases=True), 1, "mxfp4 weights are bytes with biases and scales"),
     ],
     ids=["experts", "scales"],
 )
@@ -220,7 +220,7 @@ def test_refuses_transposed_mxfp4(machine: Machine, capfd: pytest.CaptureFixture
     inputs[8] = np.zeros((2, 32, 2), np.uint8)
     with pytest.raises(Refused):
         run(machine, node, inputs)
-    assert "llmexport: MoeExperts: MXFP4 weights are never transposed" in capfd.readouterr().err
+    assert "llmexport: MoeExperts: packed weights are never transposed" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -272,6 +272,6 @@ def test_float64_is_the_torch_reference(node: Node) -> None:
         stored=MXFP4 if fits else "",
     )
     inputs = changed.inputs("fp32")
-    tensors = [*map(torch.from_numpy, inputs), *[None] * (9 - len(inputs))]
+    tensors = [*map(torch.from_numpy, inputs), *[None] * (13 - len(inputs))]
     found = moe_experts.reference(*tensors, **changed.attributes)
     assert is_near(changed, found.numpy(), exact(changed, inputs, "fp32"), "fp32")

@@ -201,7 +201,7 @@ def routed(experts: np.ndarray, count: int, hidden: int = 8, intermediate: int =
     """The workspace after a run with these experts of [tokens, slots], as the plugin leaves it."""
     tokens, slots = experts.shape
     attributes = {"activation": "silu", "alpha": 0.0, "limit": 0.0}
-    attributes |= dict.fromkeys(("transposed", "interleaved", "scale_input"), False)
+    attributes |= dict.fromkeys(("transposed", "interleaved", "scale_input"), False) | {"format": "plain", "group": 0}
     dtype = DTYPES["bf16"]
     inputs = [np.zeros((1, tokens, hidden), dtype), np.zeros((1, tokens, slots), dtype), experts[None]]
     inputs += [np.zeros((count, 2 * intermediate, hidden), dtype), np.zeros((count, hidden, intermediate), dtype)]

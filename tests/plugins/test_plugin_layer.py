@@ -14,7 +14,7 @@ from plugin_memory import CpuMemory
 
 from llmexport.plugins.host import FIELD_INT64, Desc, Field, Library, Plugin, Refused, desc, field
 
-FACTS = 9
+FACTS = 10
 ATTRIBUTES = {"top_k": 3, "offset": -7, "facts": FACTS}
 B, T, C, E = 2, 5, 6, 8
 INT32, UINT8 = np.dtype(np.int32), np.dtype(np.uint8)
@@ -31,9 +31,12 @@ def plugin(library: Library) -> Plugin:
     return library.create("Probe", ATTRIBUTES)
 
 
-def arrays(x: str = "fp16", weight: str = "bf16", inputs: int = 5, e: int = E) -> list[np.ndarray[Any, Any]]:
-    weight_type = UINT8 if weight == "uint8" else DTYPES[weight]
-    shapes = [((B, T, C), DTYPES[x]), ((e, C), weight_type), ((B,), INT32), ((B, e), DTYPES["fp32"]), ((e,), UINT8)]
+def arrays(
+    x: str = "fp16", weight: str = "bf16", inputs: int = 5, e: int = E, scales: str = "uint8"
+) -> list[np.ndarray[Any, Any]]:
+    types = {**DTYPES, "uint8": UINT8}
+    shapes = [((B, T, C), types[x]), ((e, C), types[weight]), ((B,), INT32), ((B, e), types["fp32"])]
+    shapes.append(((e,), types[scales]))
     return [np.full(shape, 7, dtype) for shape, dtype in shapes[:inputs]]
 
 
@@ -42,14 +45,17 @@ def io(inputs: list[np.ndarray[Any, Any]], y: str = "fp16") -> list[Desc]:
     return [*(desc(x.shape, x.dtype) for x in inputs), *outputs]
 
 
-@pytest.mark.parametrize(("inputs", "there"), [(3, [0, 0]), (4, [1, 0]), (5, [1, 1])])
+@pytest.mark.parametrize(
+    ("inputs", "scales", "there"),
+    [(3, "uint8", [0, 0, 0]), (4, "uint8", [0, 1, 0]), (5, "uint8", [4, 1, 1]), (5, "fp32", [1, 1, 1])],
+)
 @pytest.mark.parametrize(
     ("x", "weight", "codes"), [("fp16", "bf16", [1, 3]), ("bf16", "uint8", [2, 4]), ("fp32", "fp32", [0, 1])]
 )
 def test_a_call_tells_types_inputs_attributes_and_device(
-    plugin: Plugin, x: str, weight: str, codes: list[int], inputs: int, there: list[int]
+    plugin: Plugin, x: str, weight: str, codes: list[int], inputs: int, scales: str, there: list[int]
 ) -> None:
-    y, facts = computed(plugin, CpuMemory(), arrays(x, weight, inputs))
+    y, facts = computed(plugin, CpuMemory(), arrays(x, weight, inputs, scales=scales))
     assert (y.shape, y.dtype) == ((B, T, 3), DTYPES[x])
     assert facts.tolist() == [*codes, *there, 3, -7, *EMULATED_DEVICE, 7]
 
@@ -78,7 +84,7 @@ def test_refuses_another_number_of_inputs(plugin: Plugin, capfd: pytest.CaptureF
     assert f"Probe has 3 to 5 inputs and 2 outputs, not {inputs} and 2" in capfd.readouterr().err
 
 
-ALLOWED = ([0, 1, 7], [0, 1, 2, 7], [3], [0], [2])
+ALLOWED = ([0, 1, 7], [0, 1, 2, 7], [3], [0], [0, 2])
 
 
 @pytest.mark.parametrize("inputs", [3, 4, 5])
@@ -103,7 +109,7 @@ def test_each_tensor_has_its_own_types(plugin: Plugin, inputs: int) -> None:
         (1, 3, "weight has type 3, not the one type of its weights: fp32 (0), fp16 (1), bf16 (7) or int8 (2)"),
         (2, 8, "count has type 8, not int32 (3)"),
         (3, 1, "table has type 1, not fp32 (0)"),
-        (4, 3, "scales has type 3, not int8 (2)"),
+        (4, 3, "scales has type 3, not the one type of its scales: fp32 (0) or int8 (2)"),
     ],
 )
 def test_refuses_a_type_by_its_tensor(

@@ -39,7 +39,7 @@ FIELD_TYPES = {bool: FIELD_INT32, int: FIELD_INT32, float: FIELD_FLOAT32, str: F
 UNIT = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
 # TensorRT's numbers of the types that a tensor may have, by the name that @op gives them.
 FLOATS = [0, 1, 7]
-ALLOWED = {"T": FLOATS, "W": [*FLOATS, 2], "float32": [0], "int32": [3], "uint8": [2]}
+ALLOWED = {"T": FLOATS, "W": [*FLOATS, 2], "S": [0, 2], "float32": [0], "int32": [3], "uint8": [2]}
 
 REFUSED = [
     ("Rope", {}, "Rope: attribute interleaved is missing"),

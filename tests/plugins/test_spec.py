@@ -42,14 +42,8 @@ ATTRIBUTES = {
     "GatedRmsNorm": {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True},
     "MoeRoute": {"top_k": 2, "scoring": "sigmoid", "renormalise": True, "scale": 2.5}
     | {"groups": 2, "groups_kept": 1, "group_best": 2},
-    "MoeExperts": {
-        "activation": "swiglu_clamped",
-        "alpha": 1.702,
-        "limit": 7.0,
-        "transposed": False,
-        "interleaved": True,
-        "scale_input": False,
-    },
+    "MoeExperts": {"activation": "swiglu_clamped", "alpha": 1.702, "limit": 7.0, "format": "uint8", "group": 32}
+    | {"transposed": False, "interleaved": True, "scale_input": False},
 }
 SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 9}
 # Those of an op that means something else by a letter, or needs sizes that fit each other.
@@ -59,20 +53,25 @@ OWN_SIZES = {
     "KimiDeltaRule": {"V": 4},
     "CausalConv1d": {"O": 1, "K": 4, "S": 3},
     "MoeRoute": {"E": 8},
-    "MoeExperts": {"C": 32, "K": 2, "E": 4, "P": 64, "Q": 32, "R": 32, "S": 32, "J": 64, "M": 1, "N": 1},
+    "MoeExperts": {"C": 32, "K": 2, "E": 4, "P": 64, "Q": 32, "R": 32, "S": 32, "J": 64, "M": 1, "N": 1}
+    | {"F": 2, "G": 1},
 }
-MXFP4 = {"Q": 16, "S": 16}
 # Every op with all its inputs, and without as many of the last as may be left out.
 CALLS = [(n, 0) for n in ATTRIBUTES]
-CALLS += [("SinkAttention", 1), ("CausalConv1d", 1), ("MoeRoute", 1), ("MoeExperts", 2), ("MoeExperts", 4)]
+CALLS += [("SinkAttention", 1), ("CausalConv1d", 1), ("MoeRoute", 1), *(("MoeExperts", n) for n in (2, 4, 6, 8))]
 calls = pytest.mark.parametrize(("name", "without"), CALLS)
+
+
+def attributes(name: str, without: int) -> dict[str, Attribute]:
+    """Experts without scales are plain."""
+    return ATTRIBUTES[name] | ({"format": "plain", "group": 0} if name == "MoeExperts" and without > 4 else {})
 
 
 def tensors(made: Op, without: int = 0) -> dict[str, Tensor | None]:
     """Every input; integers are below 3, whatever they count."""
     seed = torch.Generator().manual_seed(0)
-    packed = made.name == "MoeExperts" and not without
-    sizes = {**SIZES, **OWN_SIZES.get(made.name, {}), **(MXFP4 if packed else {})}
+    packed = made.name == "MoeExperts" and without <= 4
+    sizes = {**SIZES, **OWN_SIZES.get(made.name, {})}
 
     def tensor(name: str) -> Tensor:
         shape, kind = [sizes[d] for d in made.inputs[name]], made.types[name]
@@ -162,22 +161,22 @@ def test_every_op_is_checked_here():
 
 def test_every_op_is_called_without_each_input_that_may_be_left_out():
     may = {(n, i) for n, made in all_ops().items() for i in range(len(made.optional) + 1)}
-    # Scales come in a pair, and so do biases: MXFP4 needs both.
-    assert set(CALLS) == may - {("MoeExperts", 1), ("MoeExperts", 3)}
+    # What experts may have comes in pairs.
+    assert set(CALLS) == may - {("MoeExperts", n) for n in (1, 3, 5, 7)}
 
 
 @calls
 def test_torch_agrees_with_the_schema_and_the_fake(name, without):
     made = all_ops()[name]
     checks = ("test_schema", "test_faketensor")
-    arguments = {**tensors(made, without), **ATTRIBUTES[name]}
+    arguments = {**tensors(made, without), **attributes(name, without)}
     torch.library.opcheck(made.call, (), arguments, test_utils=checks)
 
 
 @calls
 def test_call_gives_what_the_reference_gives(name, without):
     made = all_ops()[name]
-    expected, found = (f(**tensors(made, without), **ATTRIBUTES[name]) for f in (made.reference, made))
+    expected, found = (f(**tensors(made, without), **attributes(name, without)) for f in (made.reference, made))
     expected, found = ((v,) if isinstance(v, Tensor) else v for v in (expected, found))
     assert [torch.equal(e, f) for e, f in zip(expected, found, strict=True)] == [True] * len(made.outputs)
 
@@ -191,7 +190,7 @@ def test_tracing_registers_the_schemas_with_onnx():
 @calls
 def test_outputs_have_the_types_that_the_op_names(name, without):
     made = all_ops()[name]
-    found = made(**tensors(made, without), **ATTRIBUTES[name])
+    found = made(**tensors(made, without), **attributes(name, without))
     found = (found,) if isinstance(found, Tensor) else found
     kinds = {"T": torch.float32, "float32": torch.float32, "int32": torch.int32}
     assert [f.dtype for f in found] == [kinds[made.types[n]] for n in made.outputs]
