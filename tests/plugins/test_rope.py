@@ -121,12 +121,10 @@ def test_turns_tiles_as_llama4_does() -> None:
     assert torch.equal(found[:, :, -1], x.transpose(1, 2)[:, :, -1])
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(2, 3, 63, 11, 4), (1, 2, 33, 72, 36), (2, 2, 10, 88, 44)])
-def test_turns_each_pair_as_a_complex_number_in_float64(size, dtype, interleaved):
-    b, h, t, _, r = size
-    x, cos, sin = example(size, dtype)
+def is_turned(found: np.ndarray, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> bool:
+    """Whether each pair is turned as a complex number in float64, and what lies beyond as it was."""
+    b, h, t, _ = x.shape
+    r = cos.shape[-1]
     turned = numbers(x)[..., : 2 * r]
     pairs = turned.reshape(b, h, t, r, 2) if interleaved else turned.reshape(b, h, t, 2, r).swapaxes(-1, -2)
     angle = (numbers(cos) + 1j * numbers(sin))[:, None]
@@ -134,10 +132,18 @@ def test_turns_each_pair_as_a_complex_number_in_float64(size, dtype, interleaved
     exact = np.stack((exact.real, exact.imag), -1 if interleaved else -2).reshape(turned.shape)
     # Two products and their sum in fp32, then at most half a unit in the last place of the result's dtype.
     summands = np.abs(pairs).max(-1).repeat(2, -1) if interleaved else np.tile(np.abs(pairs).max(-1), 2)
-    bound = 3 * torch.finfo(torch.float32).eps * summands + torch.finfo(dtype).eps / 2 * np.abs(exact)
-    tiny = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    found = numbers(rope(x, cos, sin, interleaved))[..., : 2 * r]
-    assert (np.abs(found - exact) <= bound + tiny).all()
+    bound = 3 * torch.finfo(torch.float32).eps * summands + torch.finfo(x.dtype).eps / 2 * np.abs(exact)
+    tiny = torch.finfo(x.dtype).tiny * torch.finfo(x.dtype).eps
+    near = np.abs(found[..., : 2 * r] - exact) <= bound + tiny
+    return bool(near.all()) and np.array_equal(found[..., 2 * r :], numbers(x)[..., 2 * r :])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(2, 3, 63, 11, 4), (1, 2, 33, 72, 36), (2, 2, 10, 88, 44)])
+def test_turns_each_pair_as_a_complex_number_in_float64(size, dtype, interleaved):
+    x, cos, sin = example(size, dtype)
+    assert is_turned(numbers(rope(x, cos, sin, interleaved)), x, cos, sin, interleaved)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -149,7 +155,7 @@ def test_dimensions_beyond_the_rotated_pass_through(dtype, interleaved):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, interleaved):
+def test_body_in_onnx_runtime_is_right_at_other_sizes(dtype, interleaved):
     d, r = 11, 4
     body = trace_body(
         "Rope", {"interleaved": interleaved}, [dtype] * 3, [["B", "H", "T", d], ["B", "T", r], ["B", "T", r]]
@@ -174,5 +180,5 @@ def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, interle
     for size in [(1, 1, 1, d, r), (3, 2, 63, d, r), (1, 5, 130, d, r)]:
         x, cos, sin = example(size, getattr(torch, dtype))
         found = session.run(None, {"x": x.numpy(), "cos": cos.numpy(), "sin": sin.numpy()})[0]
-        # One rounding an operation in both: no bit differs.
-        assert compare(numbers(rope(x, cos, sin, interleaved)), found).max_abs == 0
+        # Its kernel rounds a product and the sum at once, where the reference rounds both.
+        assert is_turned(found.astype(np.float64), x, cos, sin, interleaved)
