@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import ONLY, Arch, Assembly, Block, Graph, Layer, Model, Part, Step
+from llmexport.export.spec import ONLY, Arch, Assembly, Block, Experts, Graph, Layer, Model, Part, Step
 
 # Paths of the two parameters that may be tied; a base model lacks the first.
 HEAD, TABLE = "head.projection.weight", "embedding.weight"
@@ -115,6 +115,12 @@ def has_own_head(arch: Arch) -> bool:
     head = HEAD.partition(".")[0] + "."
     beside = [n for path, n in arch.names.items() if path.startswith(head) and not HEAD.startswith(path)]
     return not all(n.startswith(arch.base) for n in beside)
+
+
+def transposed(step: Step) -> set[str]:
+    """The paths of stacks that no matrices of single experts make up, as those are [outputs, inputs]."""
+    experts = [p for p in parts(step) if isinstance(p.block, Experts) and p.block.transposed]
+    return {p.path + name for p in experts for name in p.block.sizes}
 
 
 def part_names(arch: Arch, path: str, experts: int) -> tuple[str, ...]:

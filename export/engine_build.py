@@ -63,7 +63,10 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    if not _parse(parser, model, Path(job["model"]), typed(tuple[Given, ...], job.get("given", []))):
+    folder = Path(job["model"]).parent
+    # The network has them where they lie here.
+    given = [(g.name, g.read(folder)) for g in typed(tuple[Given, ...], job.get("given", []))]
+    if not _parse(parser, model, job["model"], given):
         errors = [parser.get_error(i) for i in range(min(parser.num_errors, 5))]
         tell("unreadable", [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors])
         return None
@@ -101,15 +104,13 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     return plan
 
 
-def _parse(parser: Any, model: bytes, path: Path, given: tuple[Given, ...]) -> bool:
+def _parse(parser: Any, model: bytes, path: str, given: list[tuple[str, Any]]) -> bool:
     """Reads a model whose external data lies beside `path`, but for what is `given` by name."""
     if not given:
-        return bool(parser.parse(model, str(path)))
-    # TensorRT copies none of them before the model is parsed.
-    held = [(g.name, g.read(path.parent)) for g in given]
+        return bool(parser.parse(model, path))
     return bool(
-        parser.load_model_proto(model, str(path))
-        and all(parser.load_initializer(name, array.ctypes.data, array.nbytes) for name, array in held)
+        parser.load_model_proto(model, path)
+        and all(parser.load_initializer(name, array.ctypes.data, array.nbytes) for name, array in given)
         and parser.parse_model_proto()
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from llmexport.export import archs, weights
-from llmexport.export.assembly import checkpoint_name, part_names, parts
+from llmexport.export.assembly import checkpoint_name, part_names, parts, transposed
 from llmexport.export.checkpoint import INDEX, SINGLE
 from llmexport.export.earlier import RANDOM
 from llmexport.export.errors import ExportError
@@ -111,12 +111,12 @@ def _parameters(arch: Arch, config: Mapping[str, Any], dtype: str, part: str) ->
     stored_as = {block: load_parameters(block) for block in {s.block for s in model.steps}}
     for step in model.steps:
         # What a block says of the blocks inside it counts.
-        every = reversed([*parts(step)])
+        every, whole = reversed([*parts(step)]), transposed(step)
         means = {part.path + path: mean for part in every for path, mean in _means(part.block).items()}
         for path, tensor in stored_as[step.block].items():
             full, shape = step.path + path, tensor.shape
             mean = means.get(full, 0.0)
-            names = part_names(arch, full, shape[0]) if arch.in_parts else ()
+            names = part_names(arch, full, shape[0]) if arch.in_parts and full not in whole else ()
             wanted = weights.Parameter(checkpoint_name(arch, model, full), shape, names, group=tensor.group)
             kind = dtype if tensor.dtype in ANY_FLOAT else tensor.dtype
             for name in wanted.sources:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from fnmatch import fnmatch
 
 from llmexport.export import cache
-from llmexport.export.assembly import checkpoint_name, older_name, part_names
+from llmexport.export.assembly import checkpoint_name, older_name, part_names, transposed
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Arch, Assembly, Block, Model, Stored, to_data
@@ -30,12 +30,13 @@ def wanted_parameters(
     most = SPARE + 2 * len(stored)
     names = 0
     for step in assembly.steps:
-        own = found[step.name] = {}
+        own, whole = found.setdefault(step.name, {}), transposed(step)
         for path, tensor in stored_as[step.block].items():
             name, shape = checkpoint_name(arch, model, step.path + path), tensor.shape
             name = next((n for n in (name, older_name(arch, name)) if n in stored), name)
             matrix = (step.path + path).removesuffix(tensor.suffix if tensor.role else "")
-            parts = () if name in stored else part_names(arch, matrix, min(shape[0], most) if shape else 0)
+            experts = min(shape[0], most) if shape else 0
+            parts = () if name in stored or matrix in whole else part_names(arch, matrix, experts)
             own[path] = Parameter(name, shape, parts, tensor.dtype, tensor.group, tensor.role)
             names += len(own[path].sources)
             if names > most:

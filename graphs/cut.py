@@ -48,8 +48,8 @@ def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Seque
     part.graph.input.extend(inputs)
     typed = {v.name: v for v in (*graph.value_info, *graph.output)}
     part.graph.output.extend(typed[n] for n in outputs)
-    called = {n.op_type for n in part.graph.node if n.domain == DOMAIN}
-    bodies = [f for f in model.functions if f.name in called]
+    called = {(n.domain, n.op_type) for n in part.graph.node}
+    bodies = [f for f in model.functions if (f.domain, f.name) in called]
     del part.functions[:]
     part.functions.extend(bodies)
     return part

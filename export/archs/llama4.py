@@ -86,6 +86,7 @@ ARCH = Arch(
     build=build,
     names={**NAMES, "layers.{i}.mlp.": FORWARD},
     stacks=STACKS,
+    in_parts=True,
     ignore=BUFFERS,
     multimodal=(
         Multimodal(

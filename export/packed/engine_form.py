@@ -58,29 +58,30 @@ def _joined(graph: onnx.GraphProto) -> list[Given]:
     """Makes one constant of bytes that lie apart and are read one behind the other, which TensorRT does not join."""
     held = {t.name: t for t in graph.initializer}
     readers = {n: node for node in graph.node for n in node.input}
-    given, dropped = [], set()
+    given: dict[str, Given] = {}
+    apart: set[str] = set()
     for node in graph.node:
-        parts = [held.get(n) for n in node.input]
-        if node.op_type != "Concat" or not all(t and t.data_type == TensorProto.UINT8 for t in parts):
+        parts = [t for n in node.input if (t := held.get(n)) and t.data_type == TensorProto.UINT8]
+        if node.op_type != "Concat" or len(parts) < len(node.input):
             continue
-        stacked = readers[node.output[0]]
-        shape = onnx.numpy_helper.to_array(held[stacked.input[1]]).tolist()
-        given.append(Given(stacked.output[0], tuple(_run(t) for t in parts if t)))
-        whole = TensorProto(name=stacked.output[0], data_type=TensorProto.UINT8, dims=shape)
-        whole.data_location = TensorProto.EXTERNAL
-        # Of the bytes that are given, not of this file.
-        whole.external_data.extend(parts[0].external_data if parts[0] else ())
+        value, shape = node.output[0], [sum(t.dims[0] for t in parts), *parts[0].dims[1:]]
+        if (reader := readers[value]).op_type == "Reshape":
+            value, shape = reader.output[0], onnx.numpy_helper.to_array(held[reader.input[1]]).tolist()
+            given[node.output[0]] = Given(node.output[0], ())
+        given[value] = Given(value, tuple(map(_run, parts)))
+        apart.update(node.input)
+        whole = TensorProto(name=value, data_type=TensorProto.UINT8, dims=shape, data_location=TensorProto.EXTERNAL)
+        # Of the bytes that are given in their place, not of this file.
+        whole.external_data.extend(parts[0].external_data)
         graph.initializer.append(whole)
-        dropped |= {node.output[0], stacked.output[0]}
-    kept = [n for n in graph.node if n.output[0] not in dropped]
-    read = {n for node in kept for n in node.input}
-    del graph.node[:]
+    if not given:
+        return []
+    kept = [n for n in graph.node if n.output[0] not in given]
+    tensors = [t for t in graph.initializer if t.name not in apart]
+    del graph.node[:], graph.initializer[:]
     graph.node.extend(kept)
-    tensors = [t for t in graph.initializer if t.name in read] if dropped else graph.initializer
-    if dropped:
-        del graph.initializer[:]
-        graph.initializer.extend(tensors)
-    return given
+    graph.initializer.extend(tensors)
+    return [g for g in given.values() if g.runs]
 
 
 def _run(tensor: TensorProto) -> Run:

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from first_feed import first_feed
+from packed_exports import ANEW, IN_PLACE, exported, logits
 from quantised_checkpoints import FORMS, write
 from safetensors.torch import load_file, save_file
 
 from llmexport.export import archs, engine, evaluation, graph_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError, ExportError
-from llmexport.export.exported import Export
-from llmexport.export.onnx_file import Request
-from llmexport.export.onnx_file import write as export_to
 from llmexport.export.packed.repack import FILE
 from llmexport.validate import bound, stages, validate
 from llmexport.validate.compare import compare
-from llmexport.validate.runtime import SessionOptions, open_session
+from llmexport.validate.runtime import SessionOptions
 
-# Of these nothing is packed anew.
-IN_PLACE = ("w4a16", "w8a16", "w8a8", "fp8", "fbgemm", "nvfp4", "mxfp4")
-ANEW = ("asymmetric", "act-order", "w4a16-modelopt")
 # Wide enough that weights are most of an engine.
 WIDE = {
     **archs.load("llama").tiny,
@@ -37,18 +31,6 @@ WIDE = {
     "num_key_value_heads": 8,
     "head_dim": 64,
 }
-
-
-def exported(folder: Path, name: str, **kind: Any) -> Export:
-    checkpoint = open_checkpoint(folder / name)
-    return export_to(Request(archs.choose(None, checkpoint.config), checkpoint, **kind), folder / f"out-{name}")
-
-
-def logits(export: Export, **how: Any) -> np.ndarray:
-    graph = export.graphs[-1]
-    session = open_session(graph_file.load(export, graph), export.folder, **how)
-    made: np.ndarray = session.run(["logits"], first_feed(graph, stages.prompt(export), export.dtype))[0]
-    return made
 
 
 @pytest.fixture(params=FORMS)
@@ -229,10 +211,3 @@ def test_what_is_left_out_is_noted(tmp_path):
         '"session.disable_quant_qdq" to "1", so that it does when it loads the model',
     )
     assert compare(logits(plain), logits(export)).max_abs <= 1e-5
-
-
-def test_experts_that_are_widened_are_noted(tmp_path):
-    write(tmp_path, "awq", "mixtral")
-    quantised, experts = exported(tmp_path, "ck").notes
-    assert quantised == "quantised as published: 48 matrices of uint4, groups of 32"
-    assert experts.startswith("36 matrices of experts are dequantised when the model is loaded, ")

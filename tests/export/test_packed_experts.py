@@ -1,0 +1,125 @@
+"""Experts that a checkpoint has one by one in few bits: MoeExperts reads them packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from first_feed import first_feed
+from native import emulated_library
+from packed_exports import ANEW, IN_PLACE, exported, logits
+from quantised_checkpoints import FORMS, write
+
+from llmexport.export import archs, engine, evaluation, graph_file
+from llmexport.export.assembly import parts
+from llmexport.export.exported import Export
+from llmexport.export.packed.repack import FILE
+from llmexport.export.spec import Experts, Packed, Plain
+from llmexport.validate import bound, stages, validate
+from llmexport.validate.compare import compare
+
+# A factor of each column, and an order of columns for each expert, are nothing that the op reads.
+WIDENED = [n for n in FORMS if "act-order" in n or n == "w4a16-modelopt"]
+READ = [n for n in FORMS if n not in WIDENED]
+# One of each format of the op, and of what else the graph does to scales.
+KINDS = ["awq", "w8a16", "w8a8", "fp8-block", "nvfp4", "mxfp4"]
+WIDE = {
+    **archs.load("mixtral").tiny,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_local_experts": 8,
+}
+
+
+def storages(export: Export) -> set[Any]:
+    every = [p.block for s in export.steps for p in parts(s)]
+    return {b.storage for b in every if isinstance(b, Experts)}
+
+
+@pytest.mark.parametrize("form", READ)
+def test_experts_compute_with_what_their_numbers_mean(form, tmp_path):
+    write(tmp_path, form, "mixtral")
+    ours, plain = exported(tmp_path, "ck"), exported(tmp_path, "meant")
+    [storage] = storages(ours)
+    assert isinstance(storage, Packed)
+    expected = logits(plain)
+    assert np.abs(expected).max() > 0.5
+    difference = compare(expected, logits(ours))
+    assert difference.max_abs <= 1e-5
+    assert difference.rms_ratio <= 1e-6
+    in_place = form.startswith(IN_PLACE) and not form.endswith(ANEW)
+    assert (FILE in [w.file for w in ours.weights]) is not in_place
+    assert "experts" not in " ".join(ours.notes)
+
+
+@pytest.mark.parametrize("form", WIDENED)
+def test_experts_that_the_op_does_not_read_are_widened_and_noted(form, tmp_path):
+    write(tmp_path, form, "mixtral")
+    ours, plain = exported(tmp_path, "ck"), exported(tmp_path, "meant")
+    assert storages(ours) == {Plain()}
+    assert ours.notes[1].startswith("36 matrices of experts are dequantised when the model is loaded, ")
+    assert compare(logits(plain), logits(ours)).max_abs <= 1e-5
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_the_file_is_bound_to_each_tensor_and_a_wrong_one_is_found(form, tmp_path):
+    write(tmp_path, form, "mixtral")
+    export = exported(tmp_path, "ck")
+    model = graph_file.load(export, export.graphs[0])
+    assert bound.wrong(export, export.graphs[0], model) == {}
+    first, second = [t for t in model.graph.initializer if ".experts.0." in t.name][:2]
+    first.external_data[1].value = second.external_data[1].value
+    [(name, said)] = bound.wrong(export, export.graphs[0], model).items()
+    assert (name, "other numbers" in said) == (first.name, True)
+    assert bound.reader(export.graphs[0], export.checkpoint(), name).startswith("layers.0")
+
+
+@pytest.mark.parametrize("form", [KINDS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in KINDS[1:])])
+def test_tensorrt_reads_the_same(form, tmp_path):
+    write(tmp_path, form, "mixtral")
+    ours = exported(tmp_path, "ck")
+    (tmp_path / "work").mkdir()
+    [graph] = ours.graphs
+    with evaluation.evaluator(ours, graph, tmp_path / "work") as network:
+        made = network.run(first_feed(graph, stages.prompt(ours)))["logits"]
+    difference = compare(logits(ours), made)
+    assert difference.max_abs <= 1e-4
+    assert difference.rms_ratio <= 1e-5
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("form", KINDS)
+def test_the_plugin_of_an_engine_keeps_them_packed(form, tmp_path):
+    write(tmp_path, form, "mixtral", WIDE)
+    ours, plain = exported(tmp_path, "ck"), exported(tmp_path, "meant")
+    for export in (ours, plain):
+        plan = engine.build(export.folder, plugins=emulated_library()).graphs["model"]
+        assert plan.plugins == export.graphs[0].ops
+    packed, wide = ((e.folder / "model.plan").stat().st_size for e in (ours, plain))
+    matrices = ours.checkpoint().matrices.values()
+    numbers, bits = sum(m.shape[0] * m.shape[1] for m in matrices), next(m.bits for m in matrices)
+    # Scales and zero points may take an eighth of what was saved.
+    assert wide - packed >= numbers * (4 - bits / 8) * 7 / 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", KINDS)
+def test_every_rung_passes(form, tmp_path):
+    write(tmp_path, form, "mixtral")
+    report = validate(exported(tmp_path, "ck").folder)
+    assert [r.status for r in report.rungs[:4]] == ["pass"] * 4
+
+
+@pytest.mark.parametrize("form", ["fp8-dynamic", "w4a16"])
+def test_llama_4_has_experts_one_by_one_where_it_is_quantised(form, tmp_path):
+    config = {**archs.load("llama4").tiny, "for_llm_compressor": True, "intermediate_size": 64}
+    write(tmp_path, form, "llama4", config)
+    export = exported(tmp_path, "ck")
+    [storage] = storages(export)
+    assert isinstance(storage, Packed)
+    assert any(n.endswith("feed_forward.experts.3.up_proj.weight") for n in export.checkpoint().matrices)
+    rungs = validate(export.folder).rungs
+    assert [(r.key, r.status) for r in rungs[:1]] == [("transformers", "pass")]
+    assert [r.status for r in rungs[:4]] == ["pass"] * 4
