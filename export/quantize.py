@@ -86,6 +86,9 @@ def quantise(
     wanted, tower = size or GROUPS[0], tower_tensors(arch, checkpoint.config, "all")
     found = [p for p in matrices(graphs, own) if not any(fnmatch(n, t) for n in p.sources for t in tower)]
     fits = {p.name: _group_size(rounding, wanted, p.part_shape[1]) for p in found}
+    if rounding.packs and (of_experts := [fit for p in found if p.parts and (fit := fits[p.name])]):
+        # MoeExperts has one size for all.
+        fits |= {p.name: min(of_experts) for p in found if p.parts and fits[p.name]}
     sizes = {n: fit for p in found if (fit := fits[p.name]) for n in p.sources}
     if not sizes:
         has = f"{arch.name} has no linear layer here whose weight [out, in] can be rounded so"
@@ -180,7 +183,8 @@ def _notes(
         if size is None:
             yield f"{kind}: {_some(names)} stays as it is, no groups of 32 or more fill its rows of {columns}"
         elif ROUNDINGS[kind].packs and size != wanted:
-            yield f"{kind}: {_some(names)} has groups of {size}, as {wanted} do not fill its rows of {columns}"
+            rows = f"its rows of {columns}" if columns % wanted else "the rows of all experts"
+            yield f"{kind}: {_some(names)} has groups of {size}, as {wanted} do not fill {rows}"
     every = {n: p for g in own.values() for s in g.values() for p in s.values() for n in p.sources}
     if names := [n for n, p in every.items() if len(p.part_shape) == 3 and p.dtype == "W"]:
         yield f"{kind}: {_some(names)} stays as it is: experts in one tensor are not quantised"

@@ -37,8 +37,8 @@ def with_packed(model: Model, arch: Arch, checkpoint: Checkpoint) -> Model:
         if isinstance(block, Experts):
             storage = _storage(block, arch, path, checkpoint)
             return dataclasses.replace(block, storage=storage) if storage else block
-        inner = {n: within(part, path + own) for n, (part, own) in block.parts.items()}
-        changed = {n: new for n, new in inner.items() if new is not block.parts[n][0]}
+        # Some blocks are made when they are asked for.
+        changed = {n: new for n, (part, own) in block.parts.items() if (new := within(part, path + own)) is not part}
         if changed and isinstance(block, Layer):
             own = (dataclasses.replace(s, block=changed.get(s.name, s.block)) for s in block.sublayers)
             return dataclasses.replace(block, sublayers=tuple(own))

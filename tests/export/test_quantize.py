@@ -254,13 +254,22 @@ def test_a_matrix_that_no_groups_fill_stays_and_is_named(tmp_path):
 
 
 @pytest.mark.model
-def test_experts_in_one_tensor_stay_and_those_one_by_one_are_said_to_be_unpacked(tmp_path):
+def test_experts_in_one_tensor_stay(tmp_path):
     *_, made = planned(Case("qwen3_5_moe", "tiny"), "fp8", None, tmp_path / "stack")
     assert any(
         "mlp.experts.gate_up_proj' (and 7 more like it) stays as it is: experts in" in n for n in made.told.notes
     )
-    *_, made = planned(Case("mixtral", "tiny"), "fp8", None, tmp_path / "apart")
-    assert "experts.0.w1.weight' (and 35 more like it) is one of several experts" in made.told.notes[0]
+
+
+@pytest.mark.model
+def test_experts_one_by_one_share_the_size_of_their_groups(tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 96}
+    *_, made = planned(Case("mixtral", "narrow", sizes), "int4", None, tmp_path / "ck")
+    experts = [m for n, m in made.checkpoint.matrices.items() if ".experts." in n]
+    assert {m.scales.block for m in experts} == {(1, 32)}
+    first, second = (n for n in made.told.notes if "experts" in n)
+    assert first.endswith("has groups of 32, as 128 do not fill the rows of all experts")
+    assert second.endswith("has groups of 32, as 128 do not fill its rows of 96")
 
 
 @pytest.mark.model
