@@ -27,9 +27,9 @@ Fill = Callable[[torch.Tensor, Sizes], torch.Tensor]
 @dataclass(frozen=True)
 class Case:
     """A node of an op. `without` counts the optional inputs that it leaves out; `fills` makes the inputs that are
-    not plain normal numbers; `stored` is the type of its weights if that is not T. The kernels are made for
-    `dtypes` of T. `exact` names the outputs that are defined rounding by rounding. `units`, of fp32 and of the
-    16-bit types: how far the others may be off.
+    not plain normal numbers; `stored` is the type of its weights if that is not T, `scales` that of their scales. The
+    kernels are made for `dtypes` of T. `exact` names the outputs that are defined rounding by rounding. `units`, of
+    fp32 and of the 16-bit types: how far the others may be off.
     """
 
     op: str
@@ -38,6 +38,7 @@ class Case:
     without: int = 0
     fills: dict[str, Fill] = field(default_factory=dict)
     stored: torch.dtype | None = None
+    scales: torch.dtype = torch.uint8
     dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
     exact: tuple[str, ...] = ()
     # Rounded once, or on another side of a tie; fp32 inside has a few roundings of its own.
@@ -60,7 +61,7 @@ class Case:
         """Of an input or output in a node whose T is `dtype`."""
         kind = self.spec.types[name]
         stored = self.stored or TORCH[dtype]
-        return {"T": TORCH[dtype], "W": stored, "S": torch.uint8, **FIXED}[kind]
+        return {"T": TORCH[dtype], "W": stored, "S": self.scales, **FIXED}[kind]
 
     def tensors(self, dtype: str, **changed: int) -> list[torch.Tensor]:
         seed, sizes = torch.Generator().manual_seed(3), {**self.sizes, **changed}
@@ -117,6 +118,15 @@ def powers(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     return 124 + (normal * 1000).long() % 3
 
 
+def tiny(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """Scales with which differences of 4 bits are of order one by the root of their number."""
+    return normal.sigmoid() / 32
+
+
+def nibbles(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    return (normal * 1000).long() % 16
+
+
 def choice(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     """Different experts for each token."""
     ranked = torch.randn((*normal.shape[:-1], sizes["E"]), generator=torch.Generator().manual_seed(5))
@@ -138,6 +148,11 @@ EXPERT_FILLS: dict[str, Fill] = {"weights": probability, "experts": choice, "gat
 MXFP4_SIZES = {**EXPERT_SIZES, "Q": 32, "S": 16, "M": 2, "N": 1}
 MXFP4_FILLS: dict[str, Fill] = {**EXPERT_FILLS, "gate_up": codes, "down": codes}
 MXFP4_FILLS |= {"gate_up_scales": powers, "down_scales": powers}
+UINT4_SIZES = {**MXFP4_SIZES, "M": 3, "N": 2, "F": 2, "G": 1}
+UINT4_FILLS: dict[str, Fill] = {**EXPERT_FILLS, "gate_up": codes, "down": codes}
+UINT4_FILLS |= {
+    f"{n}_{what}": fill for n in ("gate_up", "down") for what, fill in (("scales", tiny), ("zeros", nibbles))
+}
 KEYS: dict[str, Fill] = {"start": first_key, "length": all_keys}
 DELTA_FILLS: dict[str, Fill] = {"g": decay, "beta": probability}
 # Of 16-bit types the states are sums of products that hold 16 bits.
@@ -239,6 +254,15 @@ ALL_CASES = {
         without=4,
         fills=MXFP4_FILLS,
         stored=torch.uint8,
+        units=EXPERT_UNITS,
+    ),
+    "MoeExperts-uint4": Case(
+        "MoeExperts",
+        {"activation": "silu", "alpha": 0.0, "limit": 0.0, **EXPERTS, "format": "uint4", "group": 24},
+        UINT4_SIZES,
+        fills=UINT4_FILLS,
+        stored=torch.uint8,
+        scales=torch.float32,
         units=EXPERT_UNITS,
     ),
     "SinkAttention": Case(

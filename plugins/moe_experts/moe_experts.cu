@@ -108,14 +108,16 @@ MoeExpertsWorkspace moeExpertsWorkspace(MoeExpertsSizes const& sizes, Dtype dtyp
   return parts;
 }
 
-MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype, Stored stored,
+MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype, WeightForm const& weights,
                               bool pointersAligned, Device const& device) {
   MoeExpertsPlan plan{};
   bool const vectors =
       pointersAligned && sizes.hidden % kChunk == 0 && sizes.intermediate % kChunk == 0;
-  Tile const fast = stored == Stored::kBytes ? tileFor<Mxfp4>(sizes) : tileFor<Half>(sizes);
+  bool const isMxfp4 = weights.format == WeightFormat::kMxfp4;
+  Tile const fast = isMxfp4 ? tileFor<Mxfp4>(sizes) : tileFor<Half>(sizes);
   plan.onTensorCores =
-      vectors && dtype != Dtype::kFloat32 && stored != Stored::kFloat32 &&
+      vectors && dtype != Dtype::kFloat32 && weights.stored != Stored::kFloat32 &&
+      (isMxfp4 || weights.stored != Stored::kBytes) &&
       std::max(fast.sharedUp, fast.sharedDown) + kSharedBeside <= kLeastSharedBytes;
   Tile const tile = plan.onTensorCores ? fast : kScalarTile;
   plan.sorted = sizes.pairs() > kUnsortedPairs;
@@ -213,9 +215,13 @@ cudaError_t run(Arguments const& a) {
   Projection const up{is.scaleInput ? outputs : a.tensors.x,
                       is.scaleInput ? 1 : int(a.sizes.slots),
                       a.tensors.gateUp,
-                      typed<uint8_t>(a.tensors.gateUpScales),
+                      a.tensors.gateUpScales,
+                      a.tensors.gateUpZeros,
+                      a.tensors.gateUpFactors,
                       a.tensors.gateUpBias,
                       gated,
+                      is.format,
+                      is.group,
                       hidden,
                       intermediate,
                       true,
@@ -227,7 +233,9 @@ cudaError_t run(Arguments const& a) {
   down.input = gated;
   down.pairsPerRow = 1;
   down.weights = a.tensors.down;
-  down.scales = typed<uint8_t>(a.tensors.downScales);
+  down.scales = a.tensors.downScales;
+  down.zeros = a.tensors.downZeros;
+  down.factors = a.tensors.downFactors;
   down.bias = a.tensors.downBias;
   down.output = outputs;
   std::swap(down.depth, down.columns);
@@ -245,7 +253,8 @@ cudaError_t moeExperts(Dtype dtype, MoeExpertsSizes const& s,
   if (!moeExpertsServes(s, attributes)) return cudaErrorInvalidValue;
   if (s.tokens * s.hidden == 0) return cudaSuccess;
   bool const isAligned = aligned({t.x, t.gateUp, t.down, t.y, workspace});
-  MoeExpertsPlan const plan = moeExpertsPlan(s, dtype, t.stored, isAligned, device);
+  MoeExpertsPlan const plan =
+      moeExpertsPlan(s, dtype, {t.stored, attributes.format, attributes.group}, isAligned, device);
   Arguments const a{s, attributes, t, plan, dtype, typed<unsigned char>(workspace), device, stream};
   return withType(dtype, [&](auto type) { return run<typename decltype(type)::type>(a); });
 }

@@ -14,6 +14,17 @@ constexpr int kMoeScaleBlock = 32;   // MXFP4 values that share a scale
 // What formats.py says of each. All but kPlain are bytes.
 enum class WeightFormat { kPlain, kMxfp4, kMxfp8, kNvfp4, kFp8, kUint4, kUint8, kInt8 };
 
+__host__ __device__ constexpr bool is4Bit(WeightFormat format) {
+  return format == WeightFormat::kMxfp4 || format == WeightFormat::kNvfp4 ||
+         format == WeightFormat::kUint4;
+}
+
+struct WeightForm {
+  Stored stored;
+  WeightFormat format;
+  int group;  // columns that share a scale
+};
+
 // Each token has `slots` experts. A pair is a token and one of its slots, token * slots + slot.
 struct MoeExpertsSizes {
   int64_t tokens, slots, experts, hidden, intermediate;
@@ -25,12 +36,12 @@ struct MoeExpertsAttributes {
   float alpha, limit;
   bool transposed, interleaved, scaleInput;
   WeightFormat format;
-  int group;  // columns that share a scale
+  int group;
 };
 
 // x and y are [tokens, hidden], weights and experts [tokens, slots]; a pair whose expert is not in
-// [0, sizes.experts) adds nothing. `stored` is the form of gateUp and down. What comes after them is
-// null where there is none.
+// [0, sizes.experts) adds nothing. `stored` is the form of gateUp and down. What comes after them
+// is null where there is none.
 struct MoeExpertsTensors {
   void const *x, *weights;
   int32_t const* experts;
@@ -68,7 +79,7 @@ struct MoeExpertsPlan {
 
 bool moeExpertsServes(MoeExpertsSizes const& sizes, MoeExpertsAttributes const& attributes);
 
-MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype, Stored stored,
+MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype, WeightForm const& weights,
                               bool pointersAligned, Device const& device);
 
 // `workspace` has the bytes above and is aligned to kVectorBytes.

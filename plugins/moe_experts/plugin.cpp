@@ -88,9 +88,9 @@ struct Packing {
 
 // In the order of WeightFormat.
 constexpr Packing kPackings[] = {
-    {"plain", 0, 0, false, false},  {"mxfp4", 2, 32, true, false},  {"mxfp8", 1, 32, true, false},
-    {"nvfp4", 2, 16, true, false},  {"fp8", 1, 0, false, false},    {"uint4", 2, 0, false, true},
-    {"uint8", 1, 0, false, true},   {"int8", 1, 0, false, false},
+    {"plain", 0, 0, false, false}, {"mxfp4", 2, 32, true, false}, {"mxfp8", 1, 32, true, false},
+    {"nvfp4", 2, 16, true, false}, {"fp8", 1, 0, false, false},   {"uint4", 2, 0, false, true},
+    {"uint8", 1, 0, false, true},  {"int8", 1, 0, false, false},
 };
 
 // `elements` of a row of `name` should be `columns`, `perByte` a byte.
@@ -131,21 +131,20 @@ bool supportsPlain(Node const& node, MoeExpertsAttributes const& attributes) {
 
 bool supportsPacked(Node const& node, MoeExpertsAttributes const& attributes) {
   Packing const& is = kPackings[int(attributes.format)];
-  if (attributes.format != WeightFormat::kMxfp4) {
-    return refuse("MoeExperts: the kernels read mxfp4 weights, not %s", is.name);
-  }
   Stored const scales = is.hasByteScales ? Stored::kBytes : Stored::kFloat32;
   if (node.stored != Stored::kBytes || node.scales != scales || node.inputCount <= kDownScales) {
     return refuse("MoeExperts: %s weights are bytes with biases and scales of %s", is.name,
                   is.hasByteScales ? "bytes" : "fp32");
   }
   if (is.group ? attributes.group != is.group : attributes.group < 1) {
-    return refuse("MoeExperts: %s weights have scales of group = %d, not %d", is.name,
-                  is.group ? is.group : 1, attributes.group);
+    return refuse("MoeExperts: %s weights have groups of %d columns%s, not %d", is.name,
+                  is.group ? is.group : 1, is.group ? "" : " or more", attributes.group);
   }
   bool const isPaired = node.inputCount % 2 == kAllInputs % 2;
   if (!isPaired || (node.inputCount > kGateUpZeros && !is.hasZeros)) {
-    return refuse("MoeExperts: %s weights with %zu inputs", is.name, node.inputCount);
+    return refuse(
+        "MoeExperts: %s weights have scales and maybe factors%s, each twice; not %zu inputs",
+        is.name, is.hasZeros ? " and zeros" : "", node.inputCount);
   }
   Sizes const& s = node.sizes;
   int64_t const intermediate = sizesOf(s, attributes).intermediate;

@@ -8,8 +8,9 @@
 
 namespace llmexport {
 
-// The type of packed MXFP4 weights.
+// The types of packed weights: of MXFP4, and of any format.
 struct Mxfp4 {};
+struct Packed {};
 
 // Calls `function` with Type<W>{} of the C++ type of weights in this form.
 template <class F>
@@ -22,7 +23,7 @@ cudaError_t withStored(Stored stored, F function) {
     case Stored::kBfloat16:
       return function(Type<Bfloat16>{});
     case Stored::kBytes:
-      return function(Type<Mxfp4>{});
+      return function(Type<Packed>{});
     case Stored::kNone:
       break;
   }
@@ -34,16 +35,28 @@ cudaError_t withStored(Stored stored, F function) {
 struct Projection {
   void const* input;  // [.., depth]; pair / pairsPerRow is a pair's row
   int pairsPerRow;
-  void const* weights;    // [experts, width, depth] or, transposed, [experts, depth, width]
-  uint8_t const* scales;  // [experts, width, depth / 32], of MXFP4
-  void const* bias;       // [experts, width] or null
-  void* output;           // [pairs, columns]
-  int depth, columns;
+  void const* weights;  // [experts, width, depth] or, transposed, [experts, depth, width]
+  // Of packed weights, [experts, width, depth / group] rounded up; null as factors where there are
+  // none.
+  void const* scales;
+  uint8_t const* zeros;
+  float const* factors;  // [experts, 2] or [experts, 1], or null
+  void const* bias;      // [experts, width] or null
+  void* output;          // [pairs, columns]
+  WeightFormat format;
+  int group, depth, columns;
   bool gated, interleaved;  // gate and up in halves of the width, or in its even and odd places
   Activation activation;
   float alpha, limit;
 
   __host__ __device__ int width() const { return gated ? 2 * columns : columns; }
+  __host__ __device__ int groups() const { return int(ceilDiv(depth, group)); }
+  // The factor of a column of an expert's weights.
+  __device__ __forceinline__ float factor(int expert, int column) const {
+    if (!factors) return 1.0f;
+    if (!gated) return factors[expert];
+    return factors[2 * expert + (interleaved ? column % 2 : column / columns)];
+  }
 };
 
 // How a launcher of a projection launches it.

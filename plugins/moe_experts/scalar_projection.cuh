@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/early_launch.cuh"
-#include "moe_experts/mxfp4.cuh"
+#include "moe_experts/packed_weights.cuh"
 #include "moe_experts/projection.cuh"
 
 namespace llmexport {
@@ -18,10 +18,10 @@ template <class T, class W>
 __device__ __forceinline__ float weightOf(Projection const& p, bool transposed, int expert,
                                           int column, int k) {
   int64_t const row = int64_t(expert) * p.width() + column;
-  if constexpr (std::is_same_v<W, Mxfp4>) {
-    int const byte = static_cast<uint8_t const*>(p.weights)[row * (p.depth / 2) + k / 2];
-    int const scale = p.scales[row * (p.depth / kMoeScaleBlock) + k / kMoeScaleBlock];
-    return rounded<T>(mxfp4Value(byte >> k % 2 * 4 & 15) * mxfp4Scale(scale));
+  if constexpr (std::is_same_v<W, Packed>) {
+    int64_t const at = row * p.groups() + k / p.group;
+    float const value = packedValue(p, row, k, at) * packedScale(p, at);
+    return rounded<T>(value * p.factor(expert, column));
   } else {
     int64_t const at =
         transposed ? (int64_t(expert) * p.depth + k) * p.width() + column : row * p.depth + k;

@@ -318,8 +318,8 @@ cudaError_t launchOnTensorCores(ProjectionLaunch const& how, Projection const& p
     using W = typename decltype(type)::type;
     if constexpr (sizeof(W) > 2) {
       return cudaErrorInvalidValue;
-    } else if constexpr (kIsMxfp4<W>) {
-      return launchTiles<T, W, false>(how, p, routing);
+    } else if constexpr (std::is_same_v<W, Packed>) {
+      return launchTiles<T, Mxfp4, false>(how, p, routing);
     } else {
       return how.transposed ? launchTiles<T, W, true>(how, p, routing)
                             : launchTiles<T, W, false>(how, p, routing);

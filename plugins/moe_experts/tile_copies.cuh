@@ -192,7 +192,8 @@ __device__ __forceinline__ void loadScales(Projection const& p, Share const& sha
   int depth = p.depth;
   keepInLoop(depth);
   int const pitch = scalePitch(depth, S::kDepth), blocks = depth / kMoeScaleBlock;
-  uint8_t const* const from = p.scales + int64_t(share.expert) * p.width() * blocks;
+  uint8_t const* const from =
+      static_cast<uint8_t const*>(p.scales) + int64_t(share.expert) * p.width() * blocks;
   // A warp has every kWarps-th column, and waits once for a batch of them; a larger batch would
   // spill.
   constexpr int kWarps = S::kThreads / kWarp, kBatch = 8;

@@ -154,7 +154,8 @@ size_t Plugin::getWorkspaceSize(trt::DynamicPluginTensorDesc const* in, int32_t 
   TypeReader types(op_);
   for (int32_t i = 0; i < nbInputs; ++i) types.accept(op_.inputs[size_t(i)], in[i].desc.type);
   Sizes const sizes = largestSizes(in, nbInputs, ShapeReader(op_, attributes_).sizes());
-  return op_.workspace(node({types.dtype(), types.stored(), types.scales(), size_t(nbInputs), sizes}));
+  return op_.workspace(
+      node({types.dtype(), types.stored(), types.scales(), size_t(nbInputs), sizes}));
 }
 
 int32_t Plugin::onShapeChange(trt::PluginTensorDesc const* in, int32_t nbInputs,

@@ -1,5 +1,5 @@
-// Choice and index arithmetic of MoeExperts by wgmma and TMA, for test_moe_experts_sm90a_plan.py by
-// ctypes.
+// Choice and index arithmetic of MoeExperts by wgmma and TMA, for
+// test_moe_experts_sm90a_plan.py by ctypes.
 #include "moe_experts/grouped_gemm_sm90a.h"
 
 using namespace llmexport;
@@ -9,7 +9,7 @@ extern "C" bool moe_on_sm90a(int64_t const* sizes, int dtype, int stored, bool p
                              int capability) {
   Device const device{132, 227 * 1024, capability};
   auto const plan = moeExpertsPlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, Dtype(dtype),
-                                   Stored(stored), pointersAligned, device);
+                                   {Stored(stored), {}, 1}, pointersAligned, device);
   return groupedGemmServes(plan, Dtype(dtype), Stored(stored), device);
 }
 
@@ -37,7 +37,8 @@ extern "C" void moe_weight_box(int kind, bool transposed, bool interleaved, int 
   out[2] = box.at2;
 }
 
-// tile: expert, first tile, first row, end row. Out: expert, first row, rows, tile of columns.
+// tile: expert, first tile, first row, end row. Out: expert, first row, rows,
+// tile of columns.
 extern "C" void moe_share(int const* tile, int64_t work, int columnTiles, int* out) {
   GroupedShare const share = groupedShare({tile[0], tile[1], tile[2], tile[3]}, work, columnTiles);
   out[0] = share.expert;

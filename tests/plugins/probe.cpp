@@ -1,5 +1,5 @@
-// An op that uses everything a table can say, for test_plugin_layer.py. It runs on the CPU and
-// writes down what it was called with.
+// An op that uses everything a table can say, for test_plugin_layer.py. It runs
+// on the CPU and writes down what it was called with.
 #include <cstring>
 
 #include "trt/op.h"

@@ -86,6 +86,32 @@ def test_mxfp4(machine: Machine, size: tuple[int, ...], dtype: str, interleaved:
     assert is_right(machine, node, dtype)
 
 
+# Of every format: groups of a tile, of a half of it and of a row, a last one that is smaller, and no whole vectors.
+PACKED = [
+    Node(7, 2, 4, 288, 64, stored="mxfp8", biases=True),
+    Node(65, 2, 4, 64, 96, stored="mxfp8", biases=True, interleaved=True, factors=True),
+    Node(1, 4, 32, 96, 32, stored="nvfp4", group=16, biases=True, factors=True),
+    Node(65, 2, 4, 352, 32, stored="nvfp4", group=16, biases=True, factors=True, interleaved=True),
+    Node(7, 2, 4, 48, 16, stored="nvfp4", group=16, biases=True),
+    Node(7, 2, 4, 288, 192, stored="fp8", group=128, biases=True),
+    Node(65, 2, 4, 96, 160, stored="fp8", group=10**6, biases=True, factors=True, interleaved=True),
+    Node(7, 2, 4, 37, 19, stored="fp8", group=5, biases=True, factors=True),
+    Node(7, 2, 4, 288, 64, stored="uint4", group=32, biases=True),
+    Node(65, 2, 4, 160, 96, stored="uint4", group=64, biases=True, zeros=True, interleaved=True),
+    Node(20, 1, 4, 38, 18, stored="uint4", group=7, biases=True, zeros=True, factors=True),
+    Node(7, 2, 4, 96, 64, stored="uint8", group=32, biases=True, zeros=True),
+    Node(65, 2, 2, 48, 40, stored="uint8", group=24, biases=True, interleaved=True),
+    Node(7, 2, 4, 160, 48, stored="int8", group=160, biases=True, activation="gelu_tanh"),
+    Node(65, 2, 4, 19, 8, stored="int8", group=1, biases=True, scale_input=True),
+]
+
+
+@pytest.mark.parametrize("node", PACKED, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_weights(machine: Machine, node: Node, dtype: str) -> None:
+    assert is_right(machine, node, dtype)
+
+
 # The scales with which 0.5 is a normal number to fp32, in which products are added up, and 6 is finite.
 SCALES = {"fp32": range(2, 253), "fp16": range(2, 141), "bf16": range(2, 253)}
 
@@ -96,7 +122,7 @@ def test_every_mxfp4_value(machine: Machine, dtype: str, tokens: int) -> None:
     """One token an element of down: the gate is 2 at alpha = 0, up is the token's one minus 1, their product that."""
     node = Node(BLOCK * tokens, 1, 1, 256, BLOCK, activation="swiglu_clamped", biases=True, stored=MXFP4)
     inputs = node.inputs(dtype)
-    x, weights, _, gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales = inputs
+    x, weights, _, gate_up, _, gate_up_bias, down_bias, gate_up_scales, down_scales = inputs
     weights[...] = 1
     x[...] = np.eye(BLOCK, node.C)[np.arange(node.T) % BLOCK]
     one, picked = 2, np.arange(BLOCK)
@@ -107,7 +133,7 @@ def test_every_mxfp4_value(machine: Machine, dtype: str, tokens: int) -> None:
     down_scales[0, :, 0] = np.resize(SCALES[dtype], node.C)
     attributes = {**node.attributes, "alpha": 0.0, "limit": 2.0}
     y = computed(machine.library.create("MoeExperts", attributes), machine.memory(), inputs)[0][0]
-    values = dequantised(down[0], down_scales[0]).astype(DTYPES[dtype])
+    values = dequantised(node, 1, [t[0] for t in inputs[3:]]).astype(DTYPES[dtype])
     assert (y == values.T[np.arange(node.T) % BLOCK]).all()
 
 
@@ -203,8 +229,26 @@ def test_no_tokens_are_no_error(machine: Machine) -> None:
     [
         (Node(1, 1, 513, 8, 8), 0, "E = 513 experts, the kernels sort 512"),
         (Node(1, 1, 2, 32, 32, stored=MXFP4, biases=True), 1, "mxfp4 weights are bytes with biases and scales"),
+        (Node(1, 1, 2, 32, 32, stored="fp8", biases=True), 2, "fp8 weights are bytes with biases and scales of fp32"),
+        (
+            Node(1, 1, 2, 32, 32, stored="fp8", biases=True, factors=True),
+            1,
+            "fp8 weights have scales and maybe factors, each twice; not 10",
+        ),
+        (
+            Node(1, 1, 2, 32, 32, stored="fp8", biases=True, zeros=True),
+            0,
+            "fp8 weights have scales and maybe factors, each twice; not 13",
+        ),
+        (Node(1, 1, 2, 32, 32, stored="nvfp4", biases=True), 0, "nvfp4 weights have groups of 16 columns, not 32"),
+        (
+            Node(1, 1, 2, 32, 32, stored="int8", biases=True, group=0),
+            0,
+            "int8 weights have groups of 1 columns or more",
+        ),
+        (Node(1, 1, 2, 31, 32, stored="uint4", biases=True), 0, "gate_up has rows of 31 values, which fill no bytes"),
     ],
-    ids=["experts", "scales"],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
 def test_refuses(machine: Machine, capfd: pytest.CaptureFixture[str], node: Node, left_out: int, says: str) -> None:
     inputs = node.inputs("fp16")
@@ -253,7 +297,7 @@ def test_refuses_sizes(
 
 
 @pytest.mark.skipif(SANITIZE, reason="torch is not made for sanitizers")
-@pytest.mark.parametrize("node", [*FEW_ROWS, *MANY_ROWS, *ODD], ids=name)
+@pytest.mark.parametrize("node", [*FEW_ROWS, *MANY_ROWS, *ODD, *PACKED], ids=name)
 def test_float64_is_the_torch_reference(node: Node) -> None:
     import torch
 
@@ -262,14 +306,18 @@ def test_float64_is_the_torch_reference(node: Node) -> None:
     # Each size in another form; MXFP4 where it fits.
     form = node.C + node.I
     fits = node.C % BLOCK == node.I % BLOCK == 0
-    changed = replace(
-        node,
-        activation=ACTIVATIONS[form // 4 % 4],
-        transposed=form % 16 > 8 and not fits,
-        interleaved=node.T % 2 == 1,
-        scale_input=node.K == 1,
-        biases=fits or form % 3 == 0,
-        stored=MXFP4 if fits else "",
+    changed = (
+        node
+        if node.stored
+        else replace(
+            node,
+            activation=ACTIVATIONS[form // 4 % 4],
+            transposed=form % 16 > 8 and not fits,
+            interleaved=node.T % 2 == 1,
+            scale_input=node.K == 1,
+            biases=fits or form % 3 == 0,
+            stored=MXFP4 if fits else "",
+        )
     )
     inputs = changed.inputs("fp32")
     tensors = [*map(torch.from_numpy, inputs), *[None] * (13 - len(inputs))]

@@ -69,11 +69,17 @@ def library() -> ctypes.CDLL:
 @pytest.fixture(scope="module")
 def plan(library: ctypes.CDLL) -> Planned:
     def made(
-        sizes: Sizes, dtype: int = BF16, stored: int = BF16, aligned: bool = True, device: tuple[int, int] = H100
+        sizes: Sizes,
+        dtype: int = BF16,
+        stored: int = BF16,
+        aligned: bool = True,
+        device: tuple[int, int] = H100,
+        group: int = 32,
     ) -> Plan:
         out = (ctypes.c_int64 * 23)()
-        # Before these forms of weights the library has that of an op without any.
-        library.moe_plan((ctypes.c_int64 * 7)(*sizes, *device), dtype, 1 + stored, ctypes.c_bool(aligned), out)
+        # Before these forms of weights the library has that of an op without any; what is packed are bytes.
+        form = (min(1 + stored, 4), max(stored - 2, 0), group)
+        library.moe_plan((ctypes.c_int64 * 7)(*sizes, *device), dtype, *form, ctypes.c_bool(aligned), out)
         launches = [Launch(*out[i : i + 3]) for i in range(8, 23, 3)]
         return Plan(bool(out[0]), bool(out[1]), *out[2:8], *launches)
 
