@@ -20,6 +20,7 @@ from llmexport.export.spec import (
     Moe,
     Mxfp4,
     Norm,
+    Packed,
     Plain,
     Router,
     Storage,
@@ -42,7 +43,7 @@ LAYER = decoder_layer(NORM, Attention(64, 4, 2, 16), NORM, Moe(Router(64, 4, 2, 
 class Int8(Storage):
     """Bytes with a scale for each row, which nothing but this file knows of."""
 
-    def tensors(self, rows: int, columns: int) -> tuple[Stored, ...]:
+    def tensors(self, rows: int, columns: int, matrices: int = 1) -> tuple[Stored, ...]:
         usual = 0.01 * columns**-0.5
         return (
             Stored("", (rows, columns), "int8", usual=(-128, 128)),
@@ -97,11 +98,25 @@ def test_rows_that_are_no_whole_number_of_blocks_are_refused(sizes: dict[str, in
     assert f"MXFP4 packs 32 values a block, which rows of {columns} do not fill" in str(error.value)
 
 
-@pytest.mark.parametrize("fields", [{"bias": False}, {"bias": True, "transposed": True}], ids=str)
-def test_experts_with_scales_are_those_that_the_op_takes(fields: dict[str, bool]):
-    Experts(64, 32, 4, 2, **fields)
-    with pytest.raises(ValueError, match="experts with scales have biases and are not transposed"):
-        Experts(64, 32, 4, 2, **fields, storage=Mxfp4())
+@pytest.mark.parametrize("storage", [Mxfp4(), Packed("uint4", 32, zeros=True)], ids=str)
+def test_experts_with_scales_are_those_that_the_op_takes(storage: Storage):
+    Experts(64, 32, 4, 2, transposed=True)
+    with pytest.raises(ValueError, match="experts with scales are not transposed"):
+        Experts(64, 32, 4, 2, transposed=True, storage=storage)
+
+
+def test_experts_in_few_bits_hold_what_the_op_reads():
+    packed = Experts(64, 48, 4, 2, storage=Packed("uint4", 32, factors=True, zeros=True))
+    assert {n: (s.dtype, s.shape, s.role) for n, s in packed.stored.items()} == {
+        "gate_up_proj": ("uint8", (4, 96, 32), "values"),
+        "gate_up_proj_scales": ("F", (4, 96, 2), "scales"),
+        "gate_up_proj_factors": ("F", (4, 2), "factors"),
+        "gate_up_proj_zeros": ("uint8", (4, 96, 2), "zeros"),
+        "down_proj": ("uint8", (4, 64, 24), "values"),
+        "down_proj_scales": ("F", (4, 64, 2), "scales"),
+        "down_proj_factors": ("F", (4, 1), "factors"),
+        "down_proj_zeros": ("uint8", (4, 64, 2), "zeros"),
+    }
 
 
 def test_a_storage_is_a_value():
