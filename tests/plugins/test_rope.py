@@ -174,5 +174,7 @@ def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, interle
     for size in [(1, 1, 1, d, r), (3, 2, 63, d, r), (1, 5, 130, d, r)]:
         x, cos, sin = example(size, getattr(torch, dtype))
         found = session.run(None, {"x": x.numpy(), "cos": cos.numpy(), "sin": sin.numpy()})[0]
-        # One rounding an operation in both: no bit differs.
-        assert compare(numbers(rope(x, cos, sin, interleaved)), found).max_abs == 0
+        # One rounding an operation in both: no bit differs. In float32 ONNX Runtime's operator may round a product and
+        # its sum once: two roundings of products and two of sums apart, of pairs of a length of at most 1.42 times max.
+        allowed = 5 * 2.0**-24 * float(x.abs().max()) if dtype == "float32" else 0.0
+        assert compare(numbers(rope(x, cos, sin, interleaved)), found).max_abs <= allowed
