@@ -33,6 +33,7 @@ def export(
     runtimes: Sequence[str] = (),
     quantize: str | None = None,
     group_size: int | None = None,
+    quantize_head: bool = False,
     force: bool = False,
     progress: Progress = silent,
 ) -> Export:
@@ -56,6 +57,7 @@ def export(
             part=part,
             quantize=quantize,
             group_size=group_size,
+            quantize_head=quantize_head,
         )
         return onnx_file.write(request, folder, force=force, progress=progress)
 

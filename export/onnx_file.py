@@ -38,7 +38,6 @@ from llmexport.export.packed.notes import widened
 from llmexport.export.packed.repack import with_repacked
 from llmexport.export.placing import check_config, place_companions, place_shards
 from llmexport.export.progress import Progress, silent
-from llmexport.export.quantize import quantise
 from llmexport.export.spec import DTYPES, Arch, Graph, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import check_slots
@@ -58,7 +57,7 @@ class Request:
     a body over a plugin of the same name. `max_tokens` are the slots of a static `cache`. `runtimes` are others that
     shall open the folder. `logits` are those of all tokens, or of the last of each row. `part` of a multimodal
     checkpoint is all that is exported of it, its text model or what sees. `quantize` rounds the matrices of products to
-    int4, in groups of `group_size` columns (128), int8 or fp8.
+    int4, in groups of `group_size` columns (128), int8 or fp8; with `quantize_head` that of the head too.
     """
 
     arch: Arch
@@ -75,19 +74,13 @@ class Request:
     part: str = "all"
     quantize: str | None = None
     group_size: int | None = None
+    quantize_head: bool = False
 
     def __post_init__(self) -> None:
-        said = (
-            ("dtype", DTYPES),
-            ("weights", WEIGHTS),
-            ("target", TARGETS),
-            ("cache", CACHES),
-            ("logits", LOGITS),
-            ("part", PARTS),
-        )
-        for name, choices in said:
-            if (said := getattr(self, name)) not in choices:
-                raise ExportError(f"{name} is {said!r}: choose one of {', '.join(choices)}")
+        said = (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS))
+        for name, choices in (*said, ("cache", CACHES), ("logits", LOGITS), ("part", PARTS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ExportError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
         check_slots(self.cache, self.max_tokens)
         if unknown := [r for r in self.runtimes if r not in RUNTIMES]:
             raise ExportError(f"runtime is {unknown[0]!r}: choose of {', '.join(RUNTIMES)}")
@@ -98,7 +91,7 @@ class Request:
         if self.part == "vision" and (self.cache != "dynamic" or self.logits != "all"):
             raise ExportError("--part vision keeps no cache and gives no logits: leave --cache and --logits out")
         others = (self.block, self.weights, self.part)
-        quantize.check(self.quantize, self.group_size, self.checkpoint, *others)
+        quantize.check(self.quantize, self.group_size, self.quantize_head, self.checkpoint, *others)
 
 
 def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None, part: str = "text") -> Model:
@@ -142,6 +135,11 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
         )
     if request.dtype == "float16" and arch.overflows_float16 and part != "vision":
         notes.append(f"{arch.overflows_float16}, use bfloat16 or float32")
+    if request.quantize_head and model.ties:
+        copied = quantize.untied(arch, model, request.checkpoint)
+        request, own, notes = open_model(dataclasses.replace(request, checkpoint=copied, quantize_head=False))
+        quantize.check_untied(arch, model, own)
+        return dataclasses.replace(request, quantize_head=True), own, notes
     return dataclasses.replace(request, arch=arch), with_packed(model, arch, request.checkpoint), notes
 
 
@@ -156,7 +154,8 @@ def write_blocks(
     request: Request, target: Path, *, force: bool = False, progress: Progress = silent
 ) -> dict[str, Export]:
     """Exports every block alone, each to a folder of its name in `target`; returns them by name."""
-    quantize.check(request.quantize, request.group_size, request.checkpoint, "all", request.weights, request.part)
+    kind = (request.quantize, request.group_size, request.quantize_head, request.checkpoint)
+    quantize.check(*kind, "all", request.weights, request.part)
     names = named_blocks(open_model(request)[1])
     with new_export(request, target, force=force, marker=BLOCKS) as folder:
         exports = {}
@@ -179,6 +178,7 @@ def new_export(request: Request, target: Path, *, force: bool, marker: str = man
 
 def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     """Exports into an empty folder."""
+    stored = request.checkpoint
     request, model, notes = open_model(request)
     arch, checkpoint = request.arch, request.checkpoint
     graphs, own, wanted = _graphs(request, model, checkpoint)
@@ -191,7 +191,8 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         )
     made = None
     if request.quantize:
-        made = quantise(request.quantize, request.group_size, arch, checkpoint, graphs, own, folder)
+        kind = (request.quantize, request.group_size, request.quantize_head)
+        made = quantize.quantise(*kind, arch, checkpoint, graphs, own, folder)
         checkpoint, notes = made.checkpoint, [*notes, *made.told.notes]
         graphs, own, wanted = _graphs(request, with_packed(model, arch, checkpoint), checkpoint)
     checkpoint, repacked = with_repacked(checkpoint, wanted)
@@ -199,19 +200,18 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
     used = {checkpoint.tensors[n].file for p in wanted for s in p.sources for n in checkpoint.holders(s)}
-    whole = request.digest
     progress("weights", 0, 1)
     if made:
-        found = made.write(folder, whole, progress)
+        found = made.write(folder, request.digest, progress)
     else:
-        found = place_shards(checkpoint, used, folder, request.weights, whole=whole)
-    check_config(request.checkpoint)
+        found = place_shards(checkpoint, used, folder, request.weights, whole=request.digest)
+    check_config(stored)
     # A block is no model that a tokenizer belongs to.
     companions = place_companions(checkpoint, folder) if request.block is None else {}
     for told in (made.told, handed) if made else (handed,):
         companions |= told.place(folder)
     if repacked:
-        found.append(repacked.write(folder, whole=whole))
+        found.append(repacked.write(folder, whole=request.digest))
     progress("weights", 1, 1)
     for graph, data in built:
         (folder / graph.file).write_bytes(data)

@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from llmexport.export import rounded_files
-from llmexport.export.assembly import HEAD, head_name, parts
+from llmexport.export.assembly import HEAD, head_name, parts, tied_names
 from llmexport.export.checkpoint import INDEX, Checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.handover import HandOver
 from llmexport.export.identity import Held, WeightFile
-from llmexport.export.multimodal import tower_tensors
+from llmexport.export.multimodal import outer_of, tower_tensors
 from llmexport.export.packed.read import matrices_of
 from llmexport.export.packed.scheme import said_in
 from llmexport.export.placing import CONFIG, check_space
 from llmexport.export.progress import Progress
 from llmexport.export.rounding import GROUPS, ROUNDINGS, Rounding
-from llmexport.export.spec import Arch, Experts, Graph, Step
+from llmexport.export.spec import Arch, Experts, Graph, Model, Step
 from llmexport.export.values import show_name
 from llmexport.export.wanted import load_matrices
-from llmexport.export.weights import Parameter
+from llmexport.export.weights import Parameter, check_tied
 
 Own = Mapping[str, Mapping[str, Mapping[str, Parameter]]]  # by graph, by step, by the path in its block
-WEIGHT = ".weight"
+WEIGHT, TIED = ".weight", "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,12 @@ class Quantised:
 
 
 def check(
-    kind: str | None, size: int | None, checkpoint: Checkpoint, block: str | None, weights: str, part: str
+    kind: str | None, size: int | None, head: bool, checkpoint: Checkpoint, block: str | None, weights: str, part: str
 ) -> None:
     """Raise ExportError unless a checkpoint can be quantised so, where these are the other options of an export."""
     if kind is None:
+        if head:
+            raise ExportError("--quantize-head rounds as --quantize does: pass both, or neither")
         if size is not None:
             raise ExportError("--group-size is that of --quantize int4: pass both, or neither")
         return
@@ -69,9 +71,28 @@ def check(
         )
 
 
+def untied(arch: Arch, model: Model, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint of a model whose head is its table, as one of a model whose head is its own, of the same bytes."""
+    copies = {}
+    for copy, original in tied_names(arch, model):
+        if not check_tied(copy, original, checkpoint):
+            copies[copy] = replace(checkpoint.tensors[original], name=copy)
+    config, outer = {**checkpoint.config, TIED: False}, outer_of(arch, checkpoint.config)
+    if outer and TIED in (inner := config.get(outer.config_key, {})):
+        config[outer.config_key] = {**inner, TIED: False}
+    return replace(checkpoint, config=config, tensors={**checkpoint.tensors, **copies})
+
+
+def check_untied(arch: Arch, tied: Model, own: Model) -> None:
+    """Raise ExportError unless a model computes the same whether its head is its table or a copy of that."""
+    if own.ties or own.graphs != tied.graphs:
+        raise ExportError(f"--quantize-head: the head of {arch.name} is its table of words alone: leave it out")
+
+
 def quantise(
     kind: str,
     size: int | None,
+    head: bool,
     arch: Arch,
     checkpoint: Checkpoint,
     graphs: Iterable[Graph],
@@ -80,11 +101,12 @@ def quantise(
 ) -> Quantised:
     """Plans the checkpoint in `folder` of which matrices of products are rounded, in groups of `size` columns if int4.
 
-    The head and a vision tower stay as they are. Raises ExportError if there is nothing to round, or no space.
+    A vision tower stays as it is, and without `head` the head does. Raises ExportError if there is nothing to round,
+    or no space.
     """
     rounding = ROUNDINGS[kind]
     wanted, tower = size or GROUPS[0], tower_tensors(arch, checkpoint.config, "all")
-    found = [p for p in matrices(graphs, own) if not any(fnmatch(n, t) for n in p.sources for t in tower)]
+    found = [p for p in matrices(graphs, own, head) if not any(fnmatch(n, t) for n in p.sources for t in tower)]
     fits = {p.name: _group_size(rounding, wanted, p.part_shape[1]) for p in found}
     if rounding.packs and (of_experts := [fit for p in found if p.parts and (fit := fits[p.name])]):
         # MoeExperts has one size for all.
@@ -93,6 +115,8 @@ def quantise(
     if not sizes:
         has = f"{arch.name} has no linear layer here whose weight [out, in] can be rounded so"
         raise ExportError(f"--quantize {kind}: {has}: leave it out")
+    if head and head_name(arch) not in sizes:
+        raise ExportError(f"--quantize-head: {arch.name} has no head here that can be rounded so: leave it out")
     limit = max(s.nbytes for s in checkpoint.shards)
     files = rounded_files.planned(checkpoint.tensors.values(), sizes, rounding, limit)
     tensors = {t.name: t for f in files for p in f.pieces for t in p.tensors}
@@ -110,17 +134,18 @@ def quantise(
     return Quantised(checkpoint, made, rounding, files, HandOver(written, notes))
 
 
-def matrices(graphs: Iterable[Graph], own: Own) -> list[Parameter]:
+def matrices(graphs: Iterable[Graph], own: Own, head: bool) -> list[Parameter]:
     """The parameters by which Linear layers and experts multiply, each of matrices [outputs, inputs] in the checkpoint.
 
-    Without the head, those of one output, which are gates, and those whose numbers are read otherwise as well.
+    Without those of one output, which are gates, those whose numbers are read otherwise as well, and the head unless
+    it is asked for.
     """
     found: dict[str, Parameter] = {}
     others: set[str] = set()
     for graph in graphs:
         paths = {block: load_matrices(block) for block in graph.assembly.blocks}
         for step in graph.assembly.steps:
-            multiply = {path for path in paths[step.block] if step.path + path != HEAD} | {*_experts(step)}
+            multiply = {path for path in paths[step.block] if head or step.path + path != HEAD} | {*_experts(step)}
             for path, parameter in own[graph.name][step.name].items():
                 shape = parameter.part_shape
                 plain = parameter.group is None and all(n.endswith(WEIGHT) for n in parameter.sources)
@@ -154,7 +179,10 @@ def _said(rounding: Rounding, sizes: Mapping[str, int], checkpoint: Checkpoint, 
         aside = {"input_activations": None, "output_activations": None}
         groups[f"group_{i}"] = {"targets": targets, "format": rounding.format, "weights": rounding.said(size), **aside}
     kept = [n for n, t in checkpoint.tensors.items() if len(t.shape) > 1 and n not in sizes]
-    modules = [n.removesuffix(WEIGHT) if n.endswith(WEIGHT) else n.rpartition(".")[0] for n in (*kept, head)]
+    modules = [
+        n.removesuffix(WEIGHT) if n.endswith(WEIGHT) else n.rpartition(".")[0]
+        for n in (*kept, *({head} - sizes.keys()))
+    ]
     # A module's own parameter, as a decay, must not leave out the matrices that lie below it.
     above = {"", *(n[:i] for n in sizes for i, letter in enumerate(n) if letter == ".")}
     return {

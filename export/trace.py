@@ -72,8 +72,8 @@ def trace_body(
     pairs = zip(inputs.values(), shapes, strict=True)
     seen = {d: n for dims, shape in pairs for d, n in zip(dims, shape, strict=True)}
     sizes = {d: int(seen[d]) for d in op.static if d in seen}
-    if op.body:
-        text = op.body(attributes, dict(zip(inputs, types, strict=True)), sizes)
+    text = op.body(attributes, dict(zip(inputs, types, strict=True)), sizes) if op.body else None
+    if text is not None:
         nodes = _parse(text, list(inputs), list(op.outputs))
     else:
         nodes = _trace_reference(op, attributes, inputs, types, sizes)

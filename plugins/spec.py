@@ -30,8 +30,8 @@ SIGNS = {"-": "m", ".": "p"}  # letters for signs in the name of a body: 1e-06 i
 SEPARATOR = "__"  # between the parts of a body's name; no op's name holds it
 Attribute = bool | int | float | str
 # (attributes, type of each input that is there, sizes of the static dimensions) -> the statements of the body in
-# ONNX's textual form, which name the op's inputs and outputs.
-Body = Callable[[dict[str, Attribute], dict[str, str], dict[str, int]], str]
+# ONNX's textual form, which name the op's inputs and outputs; None where the traced reference is the body.
+Body = Callable[[dict[str, Attribute], dict[str, str], dict[str, int]], str | None]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from llmexport.validate import validate
 @click.command("deploy")
 @source.options
 @source.caching
+@source.quantizing
 @click.option("-o", "--output", type=FOLDER, help="The folder to make; default: ARCH-deploy.")
 @engine_command.options
 @talkative
@@ -36,6 +37,9 @@ def command(
     max_tokens: int | None,
     logits: str,
     part: str | None,
+    quantize: str | None,
+    group_size: int | None,
+    quantize_head: bool,
     output: Path | None,
     backend: str,
     profile: str | None,
@@ -54,7 +58,14 @@ def command(
     part = chosen(part, checkpoint)
     with open_source(arch, checkpoint, output or Path("deploy"), part) as (named, found):
         request = onnx_file.Request(
-            named, found, dtype, None, weights, cache=cache, max_tokens=max_tokens, logits=logits, part=part
+            *(named, found, dtype, None, weights),
+            cache=cache,
+            max_tokens=max_tokens,
+            logits=logits,
+            part=part,
+            quantize=quantize,
+            group_size=group_size,
+            quantize_head=quantize_head,
         )
         target = output or Path(f"{named.name}-deploy")
         # The three steps fill one new folder, which appears when all are done.

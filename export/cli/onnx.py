@@ -16,7 +16,6 @@ from llmexport.export.exported import Export
 from llmexport.export.handover import RUNTIMES
 from llmexport.export.manifest import as_data
 from llmexport.export.placing import openings
-from llmexport.export.rounding import GROUPS, ROUNDINGS
 from llmexport.export.source import chosen, open_source
 from llmexport.export.spec import ONLY, Port
 
@@ -43,17 +42,7 @@ from llmexport.export.spec import ONLY, Port
     multiple=True,
     help="Write what another runtime wants in the folder too: onnxruntime-genai, or optimum's ORTModelForCausalLM.",
 )
-@click.option(
-    "--quantize",
-    type=click.Choice(list(ROUNDINGS)),
-    help="Round the matrices of linear layers and experts to nearest, into new files in OUTPUT: int4 in groups, int8 "
-    "and fp8 by rows. Embeddings, head, norms, routers and convolutions stay as they are.",
-)
-@click.option(
-    "--group-size",
-    type=click.Choice(GROUPS),
-    help=f"Columns that share a scale of int4; default: {GROUPS[0]}, fewer where those do not fill a row.",
-)
+@source.quantizing
 @click.option("--digest", is_flag=True, help="Read every byte of the weights and record digests, for --verify.")
 @click.option("-o", "--output", type=FOLDER, required=True, help="The folder to make.")
 @talkative
@@ -72,6 +61,7 @@ def command(
     runtimes: tuple[str, ...],
     quantize: str | None,
     group_size: int | None,
+    quantize_head: bool,
     digest: bool,
     output: Path,
     quiet: bool,
@@ -82,8 +72,8 @@ def command(
     part = chosen(part, checkpoint)
     with open_source(arch, checkpoint, output, part, block) as (named, found):
         one = None if block == "all" else block
-        kind = (dtype, one, weights, target, digest, cache, max_tokens, runtimes, logits, part, quantize, group_size)
-        request = onnx_file.Request(named, found, *kind)
+        kind = (dtype, one, weights, target, digest, cache, max_tokens, runtimes, logits, part)
+        request = onnx_file.Request(named, found, *kind, quantize, group_size, quantize_head)
         if block == "all":
             exports = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
             console.table(

@@ -10,6 +10,7 @@ import click
 from llmexport.export.cli.folder import FOLDER
 from llmexport.export.multimodal import PARTS
 from llmexport.export.onnx_file import CACHES, LOGITS, WEIGHTS
+from llmexport.export.rounding import GROUPS, ROUNDINGS
 from llmexport.export.spec import DTYPES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,6 +64,30 @@ def caching(command: F) -> F:
             show_default=True,
             help="A dynamic cache grows and is copied at every step; a static one has its size from the start and is "
             "written in place, which serving wants.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def quantizing(command: F) -> F:
+    """The options that say which weights are rounded, and how."""
+    for option in (
+        click.option(
+            "--quantize-head",
+            is_flag=True,
+            help="Round the matrix of the head too: where words are many, it is most of what a token reads.",
+        ),
+        click.option(
+            "--group-size",
+            type=click.Choice(GROUPS),
+            help=f"Columns that share a scale of int4; default: {GROUPS[0]}, fewer where those do not fill a row.",
+        ),
+        click.option(
+            "--quantize",
+            type=click.Choice(list(ROUNDINGS)),
+            help="Round the matrices of linear layers and experts to nearest, into new files in OUTPUT: int4 in "
+            "groups, int8 and fp8 by rows. Embeddings, head, norms, routers and convolutions stay as they are.",
         ),
     ):
         command = option(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import onnx
 import pytest
 from commands import runner
 from decoders import Decoder, prompt, reference, theirs
+from tiny_tokenizer import add_tokenizer
 
+from llmexport.export import archs, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
+from llmexport.validate import validate
 from llmexport.validate.runtime import open_session
 
 PYTHON = "LLMEXPORT_QUANTISERS"  # the interpreter of an environment with llm-compressor and ModelOpt
@@ -80,3 +84,35 @@ def test_the_logits_are_those_of_transformers_on_what_is_meant(
         ours.check(expected, ours.step(ids, positions, mask), mask.astype(bool) if step == 0 else None)
         ids, positions = expected[:, -1:].argmax(-1), positions[:, -1:] + 1
         mask = np.concatenate((mask, np.ones_like(ids)), 1)
+
+
+README = Path(__file__).parents[2] / "export" / "README.md"
+# The lines that a tool is shown to quantise with, by what it then is told to have made.
+LINES = {
+    made: lines
+    for lines in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    for made in re.findall(r'tokenizer.save_pretrained\("(.+?)"\)', lines)
+}
+
+
+@pytest.mark.parametrize("made", ["Qwen3-8B-AWQ", "Qwen3-8B-GPTQ"])
+def test_the_lines_of_the_readme_quantise_what_is_then_exported(
+    made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    arch = archs.load("qwen3")
+    random_checkpoint.write(arch, tmp_path / "Qwen3-8B", config={"model_type": "qwen3", **arch.tiny, **sizes})
+    add_tokenizer(tmp_path / "Qwen3-8B")
+    (tmp_path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 4)
+    done = subprocess.run([os.environ[PYTHON], "-c", LINES[made]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"onnx --checkpoint {made} -o OUT" in README.read_text()
+    monkeypatch.chdir(tmp_path)
+    code, _, said = runner(monkeypatch, capsys)("onnx", "--checkpoint", made, "-o", "OUT")
+    assert code == 0, said
+    assert len(open_checkpoint(tmp_path / made).matrices) == 7
+    moved = validate(tmp_path / "OUT", rungs=["transformers", "onnxruntime"], reference=tmp_path / "Qwen3-8B")
+    assert moved.passed
+    assert moved.moved
+    assert 0 < moved.moved.kl_mean < 0.2

@@ -14,13 +14,13 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 import transformers
 from arch_cases import CASES, Case
 from commands import Run, runner
 from decoders import Decoder, prompt
 from quantised_checkpoints import tensor
-from safetensors.torch import load_file, save_file
+from rounded import EXACT, KINDS, export, nearest, stored, tensors
+from safetensors.torch import save_file
 from tiny_configs import one_line
 from torch import nn
 
@@ -28,36 +28,11 @@ from llmexport.export import archs, manifest, onnx_file, random_checkpoint, roun
 from llmexport.export.checkpoint import Checkpoint, open_checkpoint, read_header
 from llmexport.export.cli.console import size
 from llmexport.export.errors import ExportError
-from llmexport.export.exported import Export
 from llmexport.export.packed.experts import with_packed
 from llmexport.export.quantize import Quantised, quantise
 from llmexport.export.spec import Model
 from llmexport.export.wanted import wanted_parameters
 from llmexport.validate.compare import compare
-from llmexport.validate.runners import to_numpy
-from llmexport.validate.tolerance import Tolerance
-
-KINDS = ("int4", "int8", "fp8")
-RANGES = {"int4": (-8, 7), "int8": (-128, 127), "fp8": (-448, 448)}
-BITS = np.arange(127)  # of all E4M3 that are not negative: 4 bits of exponent, 3 of mantissa
-E4M3 = np.where(BITS < 8, BITS * 2.0**-9, (8 + BITS % 8) * 2.0 ** (BITS // 8 - 10))
-EXACT = Tolerance(max_abs=1e-5, rms_ratio=1e-5)  # fp32 roundoff alone: both multiply by the same numbers
-
-
-def export(checkpoint: Path, out: Path, kind: str | None, group: int | None = None, **options: Any) -> Export:
-    found = open_checkpoint(checkpoint)
-    named = archs.choose(None, found.config)
-    return onnx_file.write(onnx_file.Request(named, found, quantize=kind, group_size=group, **options), out)
-
-
-def tensors(folder: Path) -> dict[str, np.ndarray]:
-    return {n: array(t) for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
-
-
-def array(tensor: torch.Tensor) -> np.ndarray:
-    if tensor.dtype == torch.float8_e4m3fn:
-        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-    return to_numpy(tensor)
 
 
 def edited(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
@@ -66,42 +41,6 @@ def edited(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Non
     held = tensors(folder)
     change(held)
     save_file({n: tensor(a) for n, a in held.items()}, file, {"format": "pt"})
-
-
-def nearest(weight: np.ndarray, kind: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """In float64: scales in the type of the weight, a row a group of `size` columns, and the numbers nearest to it."""
-    low, high = RANGES[kind]
-    rows, columns = weight.shape
-    numbers = np.empty(weight.shape)
-    scales = np.empty((rows, columns // size), weight.dtype)
-    for row in range(rows):
-        for group in range(columns // size):
-            at = slice(group * size, (group + 1) * size)
-            wide = weight[row, at].astype(np.float64)
-            scale = (np.abs(wide).max() / ((high - low) / 2)).astype(weight.dtype)
-            scales[row, group] = scale if scale else 1
-            quotient = wide / float(scales[row, group])
-            if kind != "fp8":
-                numbers[row, at] = np.clip(np.round(quotient), low, high)
-                continue
-            far = np.abs(np.abs(quotient)[:, None] - E4M3)
-            # Of two that are as near, the one whose last bit is zero.
-            best = np.argmin(np.where(far == far.min(1, keepdims=True), BITS % 2, 2), 1)
-            numbers[row, at] = np.sign(quotient) * E4M3[best]
-    return numbers, scales
-
-
-def stored(held: dict[str, np.ndarray], module: str, kind: str) -> np.ndarray:
-    """The numbers that are written, unpacked by shifts."""
-    if kind != "int4":
-        assert held[f"{module}.weight"].dtype == {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}[kind]
-        return held[f"{module}.weight"].astype(np.float64)
-    words = held[f"{module}.weight_packed"]
-    assert words.dtype == np.int32
-    apart = words.view(np.uint32)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
-    numbers = apart.reshape(len(words), -1).astype(np.float64) - 8
-    assert held[f"{module}.weight_shape"].tolist() == list(numbers.shape)
-    return numbers
 
 
 @pytest.mark.model
@@ -148,7 +87,7 @@ def test_scales_below_what_their_type_holds_are_one():
 
 
 def planned(case: Case, kind: str, size: int | None, folder: Path) -> tuple[Checkpoint, Model, Any, Quantised]:
-    """What would be written of a tiny checkpoint of holes."""
+    """What would be written of a tiny checkpoint of holes, whose head stays."""
     named = archs.load(case.arch)
     changes = {k: v for k, v in case.changes.items() if k != "vision_config"}
     config = {"model_type": named.model_types[0], **named.tiny, **changes}
@@ -156,7 +95,7 @@ def planned(case: Case, kind: str, size: int | None, folder: Path) -> tuple[Chec
     found = open_checkpoint(folder)
     request, model, _ = onnx_file.open_model(onnx_file.Request(archs.choose(None, found.config), found))
     own = {g.name: wanted_parameters(request.arch, found, model, g.assembly) for g in model.graphs}
-    return found, model, own, quantise(kind, size, request.arch, found, model.graphs, own, folder)
+    return found, model, own, quantise(kind, size, False, request.arch, found, model.graphs, own, folder)
 
 
 # Their matrices are [inputs, outputs].
@@ -286,17 +225,17 @@ def test_the_folder_is_a_checkpoint_of_the_same_graph_and_its_logits_are_those_o
     again = export(tmp_path / "out", tmp_path / "again", None)
     assert (tmp_path / "again/model.onnx").read_bytes() == (tmp_path / "out/model.onnx").read_bytes()
     assert again.graphs == made.graphs
-    ours, onnx = (Decoder(tmp_path / "out", runner) for runner in ("torch", "onnx"))
+    ours, theirs = (Decoder(tmp_path / "out", runner) for runner in ("torch", "onnx"))
     options = onnxruntime.SessionOptions()
     # Else products of int4 are taken in 8 bits.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    onnx.session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx", options)
+    theirs.session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx", options)
     ids, mask = prompt()
     positions = np.maximum(mask.cumsum(-1) - 1, 0)
     for step in (slice(0, -1), slice(-1, None)):
         # The mask is of all tokens so far.
         so_far = mask[:, : mask.shape[1] if step.stop is None else step.stop]
-        expected, found = (d.step(ids[:, step], positions[:, step], so_far) for d in (ours, onnx))
+        expected, found = (d.step(ids[:, step], positions[:, step], so_far) for d in (ours, theirs))
         difference = compare(expected, found, mask[:, step] != 0)
         assert difference.scale > 0.5
         assert difference.excess(EXACT) <= 1, difference
@@ -374,6 +313,7 @@ def test_files_are_no_larger_than_those_of_the_checkpoint_and_each_tensor_is_ali
         ("--quantize int8 --part vision", "not --part vision: leave one of them out"),
         ("--quantize int8 --group-size 32", "int8 has a scale for each row: leave it out"),
         ("--group-size 32", "--group-size is that of --quantize int4: pass both, or neither"),
+        ("--quantize-head", "--quantize-head rounds as --quantize does: pass both, or neither"),
         ("--quantize int4 --group-size 48", "'48' is not one of"),
         ("--quantize int3", "'int3' is not one of 'int4', 'int8', 'fp8'"),
     ],
