@@ -15,8 +15,6 @@ from llmexport.export import cache, manifest, quantize, weights
 from llmexport.export.archs import as_stored, in_layout, multimodal_names
 from llmexport.export.assembly import (
     ahead_names,
-    alone,
-    find_block,
     head_name,
     named_blocks,
     spare_names,
@@ -38,10 +36,11 @@ from llmexport.export.packed.notes import widened
 from llmexport.export.packed.repack import with_repacked
 from llmexport.export.placing import check_config, place_companions, place_shards
 from llmexport.export.progress import Progress, silent
-from llmexport.export.spec import DTYPES, Arch, Graph, Model
+from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import check_slots
-from llmexport.export.wanted import check_layers, wanted_parameters
+from llmexport.export.tied import check_tied
+from llmexport.export.wanted import check_layers, wanted_graphs
 
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt")
@@ -181,7 +180,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     stored = request.checkpoint
     request, model, notes = open_model(request)
     arch, checkpoint = request.arch, request.checkpoint
-    graphs, own, wanted = _graphs(request, model, checkpoint)
+    graphs, own, wanted = wanted_graphs(arch, checkpoint, model, request.block)
     # A trace takes seconds: what does not fit is told before.
     _check_weights(request, model, wanted)
     if request.target == "tensorrt" and (request.quantize or checkpoint.matrices):
@@ -194,7 +193,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         kind = (request.quantize, request.group_size, request.quantize_head)
         made = quantize.quantise(*kind, arch, checkpoint, graphs, own, folder)
         checkpoint, notes = made.checkpoint, [*notes, *made.told.notes]
-        graphs, own, wanted = _graphs(request, with_packed(model, arch, checkpoint), checkpoint)
+        graphs, own, wanted = wanted_graphs(arch, checkpoint, with_packed(model, arch, checkpoint), request.block)
     checkpoint, repacked = with_repacked(checkpoint, wanted)
     config = text_config(arch, checkpoint.config)
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
@@ -238,15 +237,6 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     return export
 
 
-def _graphs(
-    request: Request, model: Model, checkpoint: Checkpoint
-) -> tuple[tuple[Graph, ...], dict[str, dict[str, dict[str, weights.Parameter]]], list[weights.Parameter]]:
-    """The graphs of a request; by their names the weights of each step, by the path in its block; and all weights."""
-    graphs = model.graphs if request.block is None else (alone(find_block(model, request.block)),)
-    own = {g.name: wanted_parameters(request.arch, checkpoint, model, g.assembly) for g in graphs}
-    return graphs, own, [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
-
-
 def _check_weights(request: Request, model: Model, wanted: list[weights.Parameter]) -> None:
     """Raise ExportError unless the checkpoint holds what the graphs want, and nothing that they leave unsaid."""
     arch = request.arch
@@ -254,7 +244,7 @@ def _check_weights(request: Request, model: Model, wanted: list[weights.Paramete
     names = [n for p in wanted for n in p.sources]
     ignore += ahead_names(arch, model, names, request.checkpoint.tensors)
     for copy, original in tied_names(arch, model):
-        ignore += (copy,) if weights.check_tied(copy, original, request.checkpoint) else ()
+        ignore += (copy,) if check_tied(copy, original, request.checkpoint) else ()
     by_name = {p.name: p for p in wanted}
     tower = tower_tensors(arch, request.checkpoint.config, request.part)
     weights.check(by_name, request.checkpoint, ignore, request.block is None, head_name(arch), tower)

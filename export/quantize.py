@@ -23,9 +23,10 @@ from llmexport.export.placing import CONFIG, check_space
 from llmexport.export.progress import Progress
 from llmexport.export.rounding import GROUPS, ROUNDINGS, Rounding
 from llmexport.export.spec import Arch, Experts, Graph, Model, Step
+from llmexport.export.tied import check_tied
 from llmexport.export.values import show_name
 from llmexport.export.wanted import load_matrices
-from llmexport.export.weights import Parameter, check_tied
+from llmexport.export.weights import Parameter
 
 Own = Mapping[str, Mapping[str, Mapping[str, Parameter]]]  # by graph, by step, by the path in its block
 WEIGHT, TIED = ".weight", "tie_word_embeddings"

@@ -7,10 +7,10 @@ from collections.abc import Collection
 from fnmatch import fnmatch
 
 from llmexport.export import cache
-from llmexport.export.assembly import checkpoint_name, older_name, part_names, transposed
+from llmexport.export.assembly import alone, checkpoint_name, find_block, older_name, part_names, transposed
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import Arch, Assembly, Block, Model, Stored, to_data
+from llmexport.export.spec import Arch, Assembly, Block, Graph, Model, Stored, to_data
 from llmexport.export.values import show_name
 from llmexport.export.weights import Parameter
 
@@ -45,6 +45,16 @@ def wanted_parameters(
                     f"the checkpoint holds {len(stored)}: is config.json from the same model, and is every shard there?"
                 )
     return found
+
+
+def wanted_graphs(
+    arch: Arch, checkpoint: Checkpoint, model: Model, block: str | None
+) -> tuple[tuple[Graph, ...], dict[str, dict[str, dict[str, Parameter]]], list[Parameter]]:
+    """The graphs of a model, or of the one block of this name; by their names what wanted_parameters gives; and all
+    weights."""
+    graphs = model.graphs if block is None else (alone(find_block(model, block)),)
+    own = {g.name: wanted_parameters(arch, checkpoint, model, g.assembly) for g in graphs}
+    return graphs, own, [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
 
 
 def check_layers(arch: Arch, model: Model, tensors: Collection[str], tower: tuple[str, ...]) -> None:

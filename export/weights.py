@@ -22,7 +22,6 @@ from llmexport.export.spec import ANY_FLOAT, Role
 from llmexport.export.values import show_name, visible
 from llmexport.plugins.dtypes import BY_NAME, BY_ONNX, BY_SAFETENSORS, FLOATS
 
-PIECE = 2**24  # bytes compared at a time
 FEW = "few bits"
 LISTED = 10  # names in an error before "and N more"
 
@@ -125,30 +124,6 @@ def _lacks(missing: list[str], unused: list[str], checkpoint: Checkpoint, head: 
             f"{lacks}Names start with {show_name(start)} there: take that away, or save the model without its wrapper"
         )
     return lacks + "Is config.json from the same model, and is every shard there?"
-
-
-def check_tied(copy: str, original: str, checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint stores a tied weight a second time, as `copy`.
-
-    Raises ExportError if the two differ: the model would not be the one that config.json describes.
-    """
-    if copy not in checkpoint.tensors or original not in checkpoint.tensors:
-        return False
-    first, second = (checkpoint.tensors[n] for n in (original, copy))
-    alike = (first.dtype, first.shape) == (second.dtype, second.shape)
-    if not alike or not _same_bits(checkpoint, original, copy):
-        raise ExportError(
-            f"config.json says tie_word_embeddings, but the checkpoint's {copy} is not its {original}: "
-            "one of the two is wrong; set tie_word_embeddings to false if the head is its own"
-        )
-    return True
-
-
-def _same_bits(checkpoint: Checkpoint, *names: str) -> bool:
-    """Compared piece by piece: a table of 256,000 words is a gigabyte."""
-    first, second = (checkpoint.read(n).reshape(-1).view(np.uint8) for n in names)
-    pieces = range(0, first.size, PIECE)
-    return all(np.array_equal(first[i : i + PIECE], second[i : i + PIECE]) for i in pieces)
 
 
 def _problem(parameter: Parameter, stored: StoredTensor) -> str | None:
