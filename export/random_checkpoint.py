@@ -23,7 +23,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.multimodal import tiny_config, tiny_files, with_part
 from llmexport.export.onnx_file import read_model
 from llmexport.export.output import new_folder
-from llmexport.export.spec import ANY_FLOAT, Arch, Attention, Block, GatedNorm, Layer, Norm, Router
+from llmexport.export.spec import ANY_FLOAT, Arch, Attention, Block, DeltaTimeMix, GatedNorm, Layer, Norm, Router
 from llmexport.export.wanted import load_parameters
 from llmexport.export.weight_layout import unplaced, write_holes
 from llmexport.plugins.dtypes import BY_NAME
@@ -133,6 +133,8 @@ def _means(block: Block) -> dict[str, float]:
         case Attention(scale=1.0, qk_norm=Norm() as norm):
             # The norm of q has the scale that there is not: larger logits make 16 bits a toss.
             return {"q_norm.weight": block.head_size**-0.5 - norm.offset}
+        case DeltaTimeMix():
+            return {"k_k": 1.0, "k_a": 1.0, "g_norm.weight": 1.0}
         case Layer():
             return {"layer_scalar": 1.0}
         case Router():

@@ -6,7 +6,18 @@ from collections.abc import Iterable
 
 from llmexport.export.assembly import HEAD, TABLE
 from llmexport.export.errors import ExportError
-from llmexport.export.spec import ONLY, Attention, Block, Embedding, Head, Layer, Model, PerLayerEmbedding, Splice
+from llmexport.export.spec import (
+    ONLY,
+    Attention,
+    Block,
+    DeltaTimeMix,
+    Embedding,
+    Head,
+    Layer,
+    Model,
+    PerLayerEmbedding,
+    Splice,
+)
 from llmexport.export.static import with_slots
 from llmexport.export.wiring import Wiring
 
@@ -29,7 +40,8 @@ def wired(
     `layers` are the blocks and the context that each reads; `tied`: the head's projection is the embedding table, and
     its bias, if it has one, the one that stands beside it. `slots` are those of a static cache; `splice` puts pictures
     into the text, which an earlier graph has seen; `told` is what every layer reads of its own. A layer that borrows
-    keys and values reads those of the last one before it that lends them and has its context. Raises ExportError if
+    keys and values reads those of the last one before it that lends them and has its context; layers behind the first
+    DeltaTimeMix read its values. Raises ExportError if
     there is no cache that could have slots, or if no word stands for a picture.
     """
     layers, wiring = list(layers), Wiring("decoder" if splice else ONLY)
@@ -57,15 +69,18 @@ def wired(
         wiring.place("per_layer_embedding", told, [f"layer_input.{i}" for i in range(told.layers)], hidden=hidden)
     wiring.share(shared)
     lent: dict[tuple[Block, ...], dict[str, str]] = {}
+    first: dict[str, str] = {}
     for i, (block, reads) in enumerate(layers):
         mixer = block.sublayers[0].block
         given = lent[reads] if isinstance(mixer, Attention) and mixer.borrows else {}
         gives = [f"hidden.{i + 1}", *(f"{p.name}.{i}" for p in getattr(mixer, "lent", ()))]
-        given = dict(given, hidden=hidden, layer_input=f"layer_input.{i}")
+        given = dict(given, **first, hidden=hidden, layer_input=f"layer_input.{i}")
         hidden, *_ = wiring.place(f"layers.{i}", block, gives, state=f"{i}", context=reads, **given)
         if isinstance(mixer, Attention) and mixer.lends:
             # A static cache that slides does not keep all that its step sees.
             lent[reads] = {f"seen_{n}": f"seen_{n}.{i}" if mixer.lent else f"present.{i}.{n}" for n in ("key", "value")}
+        if isinstance(mixer, DeltaTimeMix):
+            first |= {p.name: f"{p.name}.{i}" for p in mixer.lent}
     wiring.place("head", head, hidden=hidden)
     wiring.give(*head.outputs)
     ties = {HEAD: TABLE} | ({"head.projection.bias": "head.bias"} if head.bias else {})

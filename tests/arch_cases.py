@@ -139,6 +139,11 @@ CASES = (
     Case("ministral3", "ministral3"),
     Case("rwkv", "rwkv"),
     Case("rwkv", "rwkv-not-rescaled", {"rescale_every": 0, "intermediate_size": None}),
+    Case("rwkv7", "rwkv7"),
+    Case("rwkv7", "rwkv7-tied-plain-norms", {
+        "norm_first": False, "norm_bias": False, "tie_word_embeddings": True, "head_dim": 32,
+        "intermediate_size": None, "hidden_ratio": 2.5, "num_hidden_layers": 2,
+    }),
     Case("deepseek_v2", "deepseek_v2"),
     Case("deepseek_v2", "deepseek_v2-lite-bias", {
         "topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True,

@@ -90,6 +90,11 @@ def small(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     return normal * normal.shape[-1] ** -0.5
 
 
+def unit(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """Of length one."""
+    return torch.nn.functional.normalize(normal, dim=-1)
+
+
 def probability(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     return normal.sigmoid()
 
@@ -281,6 +286,12 @@ ALL_CASES = {
         units=ATTENTION_UNITS,
     ),
     "Wkv": Case("Wkv", {}, {"B": 2, "T": 63, "C": 37}, fills={"present": mostly, "denominator": weight}),
+    "Wkv7": Case(
+        "Wkv7",
+        {},
+        {"B": 2, "T": 9, "H": 3, "D": 16, "V": 20},
+        fills={"present": mostly, "kappa": unit, "a": probability, "k": small},
+    ),
     "KimiDeltaRule": Case(
         "KimiDeltaRule",
         {"scale": 0.25, "l2_norm": True},

@@ -399,6 +399,29 @@ SHORT_FACTOR = [
     2.6999999999999984, 2.7499999999999982, 2.799999999999998, 2.8999999999999977, 3.049999999999997,
 ]
 # fmt: on
+# Of the sizes that Skywork's README says, in the keys of its configuration_skywork.py.
+PUBLISHED["Skywork-13B"] = {
+    "architectures": ["SkyworkForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_skywork.SkyworkConfig",
+        "AutoModelForCausalLM": "modeling_skywork.SkyworkForCausalLM",
+    },
+    "hidden_act": "silu",
+    "hidden_size": 4608,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 4096,
+    "model_type": "skywork",
+    "num_attention_heads": 36,
+    "num_hidden_layers": 52,
+    "num_key_value_heads": 36,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 65536,
+}
 PUBLISHED["Phi-3-mini-128k-instruct"] = PUBLISHED["Phi-3-mini-4k-instruct"] | {
     "_name_or_path": "Phi-3-mini-128k-instruct",
     "max_position_embeddings": 131072,

@@ -46,7 +46,8 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Arch:
     classes = config.get("architectures")
     if classes is None:
         classes = [wanted]
-    if not isinstance(classes, list) or not {wanted, *arch.reference.aliases} & {*map(str, classes)}:
+    known = {wanted, *arch.reference.aliases, *arch.reference.copies}
+    if not isinstance(classes, list) or not known & {*map(str, classes)}:
         why = "other heads and variants are not supported"
         if classes == [BASE.sub("Model", wanted)]:
             why = "a base model has no head that gives logits, "

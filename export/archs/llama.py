@@ -1,11 +1,20 @@
-"""Llama 1 to 3.3 (transformers modeling_llama.py), llama3 RoPE scaling included."""
+"""Llama 1 to 3.3 (transformers modeling_llama.py), llama3 RoPE scaling included, and who followed it to the letter: Yi,
+DeepSeek LLM and Coder by its own name, Skywork with a copy of its code."""
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 
+# Skywork's.
+CODE = {
+    "AutoConfig": "configuration_skywork.SkyworkConfig",
+    "AutoModel": "modeling_skywork.SkyworkModel",
+    "AutoModelForCausalLM": "modeling_skywork.SkyworkForCausalLM",
+}
+
 
 def build(config: Config) -> Model:
+    config.expect_code(CODE)
     config.expect("rope_interleaved", False)
     config.expect("is_llama_config", True)
     bias = config.flag("attention_bias")
@@ -16,10 +25,10 @@ def build(config: Config) -> Model:
 
 
 ARCH = Arch(
-    model_types=("llama",),
-    system="Llama 1, 2, 3",
+    model_types=("llama", "skywork"),
+    system="Llama 1, 2, 3, Skywork, Yi, DeepSeek LLM and Coder",
     adds="llama3 and linear RoPE scaling, optional biases",
-    reference=causal_lm("LlamaForCausalLM"),
+    reference=causal_lm("LlamaForCausalLM", copies=("SkyworkForCausalLM",)),
     build=build,
     names=NAMES,
     ignore=BUFFERS,

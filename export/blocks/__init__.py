@@ -43,6 +43,7 @@ from llmexport.export.blocks.splice import Splice
 from llmexport.export.blocks.static import Slots, StaticMask, StaticPresence, StaticSpan, StaticTemperature
 from llmexport.export.blocks.tiles import PixelShuffle, PooledProjector, Projector, TileEmbedding, TileRotary
 from llmexport.export.blocks.wkv import ChannelMix, TimeMix
+from llmexport.export.blocks.wkv7 import DeltaTimeMix, ShiftedMlp
 
 
 def module(block: spec.Block, dtype: torch.dtype) -> nn.Module:
@@ -107,6 +108,7 @@ def matrices(block: spec.Block) -> list[str]:
 PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Attention: Attention,
     spec.CausalConv: CausalConv,
+    spec.DeltaTimeMix: DeltaTimeMix,
     spec.DisentangledAttention: DisentangledAttention,
     spec.ChannelMix: ChannelMix,
     spec.CrossAttention: CrossAttention,
@@ -137,6 +139,7 @@ PLAIN: dict[type[spec.Block], Callable[[Any], nn.Module]] = {
     spec.Router: Router,
     spec.SegmentMask: SegmentMask,
     spec.SharedExpert: SharedExpert,
+    spec.ShiftedMlp: ShiftedMlp,
     spec.Splice: Splice,
     spec.TileEmbedding: TileEmbedding,
     spec.Temperature: Temperature,

@@ -80,6 +80,7 @@ from llmexport.export.spec.splice import Splice
 from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Packed, Plain, Role, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, PooledProjector, Projector, TileEmbedding, TileRotary
 from llmexport.export.spec.wkv import ChannelMix, TimeMix
+from llmexport.export.spec.wkv7 import DeltaTimeMix, ShiftedMlp
 
 __all__ = [
     "ANY_FLOAT",
@@ -113,6 +114,7 @@ __all__ = [
     "CrossAttention",
     "CrossKeys",
     "CrossMask",
+    "DeltaTimeMix",
     "Dim",
     "DisentangledAttention",
     "Embedding",
@@ -165,6 +167,7 @@ __all__ = [
     "Scaling",
     "SegmentMask",
     "SharedExpert",
+    "ShiftedMlp",
     "Sizes",
     "Slots",
     "Span",

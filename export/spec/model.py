@@ -200,7 +200,8 @@ class Reference:
     of padding, and is right for one row alone.
     Where transformers has no class of the checkpoint's layout, or a wrong one, `made_by` is the module of
     `validate/references/` that makes a model of its tensors; `model_class` is then what configs call it, and `aliases`
-    what others call it. `joined` are an Arch's `stacks`, of matrices that the class has in one tensor only, transposed.
+    what others call it. `copies` are classes that others published by names of their own, all else being the same.
+    `joined` are an Arch's `stacks`, of matrices that the class has in one tensor only, transposed.
     """
 
     model_class: str
@@ -211,6 +212,7 @@ class Reference:
     state: str = ""
     made_by: str = ""
     aliases: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
     joined: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 

@@ -31,7 +31,7 @@ class TimeMix(Mixer):
     def states(self) -> tuple[State, ...]:
         sums: dict[str, Use] = {"numerator": "recurrence", "denominator": "weight_sum", "maximum": "recurrence"}
         shape = (BATCH, self.hidden)
-        return (_shift("time", self.hidden), *(state(n, shape, shape, "float32", use) for n, use in sums.items()))
+        return (shift("time", self.hidden), *(state(n, shape, shape, "float32", use) for n, use in sums.items()))
 
     @property
     def stored(self) -> Mapping[str, Stored]:
@@ -52,8 +52,9 @@ class ChannelMix(Mixer):
 
     @property
     def states(self) -> tuple[State, ...]:
-        return (_shift("channel", self.hidden),)
+        return (shift("channel", self.hidden),)
 
 
-def _shift(name: str, hidden: int) -> State:
+def shift(name: str, hidden: int) -> State:
+    """The last token of a step, normed."""
     return state(f"{name}_shift", (BATCH, 1, hidden), (BATCH, 1, hidden))

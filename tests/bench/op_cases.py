@@ -13,6 +13,7 @@ import expert_cases
 import kimi_delta_cases
 import torch
 import torch.nn.functional as F
+import wkv7_cases
 import wkv_cases
 from gpu_clock import Ceilings, copy_of, once
 
@@ -155,7 +156,12 @@ class Case:
 
 
 def cases() -> Iterator[
-    Case | attention_cases.AttentionCase | expert_cases.ExpertCase | delta_rule_cases.DeltaRuleCase | wkv_cases.WkvCase
+    Case
+    | attention_cases.AttentionCase
+    | expert_cases.ExpertCase
+    | delta_rule_cases.DeltaRuleCase
+    | wkv_cases.WkvCase
+    | wkv7_cases.Wkv7Case
 ]:
     """Every op of every family, each shape once."""
     yield from attention_cases.cases()
@@ -163,6 +169,7 @@ def cases() -> Iterator[
     yield from delta_rule_cases.cases()
     yield from kimi_delta_cases.cases()
     yield from wkv_cases.cases()
+    yield from wkv7_cases.cases()
     seen: set[tuple[Any, ...]] = set()
     sizes = [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]
     for family in FAMILIES:

@@ -36,6 +36,7 @@ from llmexport.export.spec import (
     Layer,
     Mixer,
     Model,
+    Norm,
     Port,
     Rotary,
     Scaling,
@@ -115,6 +116,17 @@ def test_a_block_of_a_module_imported_later_comes_back_from_json(monkeypatch):
         size: int
 
     assert same(Later(3)) == Later(3)
+
+
+ROWS: dict[str, object] = {"statistics": "layer", "rows": 4}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rows": 4}, {"bias": True}, ROWS | {"weighted": False}, ROWS | {"bias": True}], ids=str
+)
+def test_a_norm_that_no_module_computes_is_a_mistake(fields):
+    with pytest.raises(ValueError, match="a norm with rows or a bias is a LayerNorm; one with rows has weights"):
+        Norm(64, 1e-6, **fields)
 
 
 def test_a_layer_whose_sublayers_would_share_what_each_needs_is_a_mistake():

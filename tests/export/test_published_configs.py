@@ -126,6 +126,12 @@ def llama_3_1_8b() -> Model:
     return llama(32, 4096, block, Rotary(128, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)), 128256)
 
 
+def skywork_13b() -> Model:
+    norm = Norm(4608, 1e-6)
+    block = decoder_layer(norm, Attention(4608, 36, 36, 128), norm, Mlp(4608, 12288, "silu"))
+    return llama(52, 4608, block, Rotary(128, 10000.0), 65536)
+
+
 def linear_scaling() -> Model:
     norm = Norm(64, 1e-5)
     block = decoder_layer(norm, Attention(64, 4, 4, 16), norm, Mlp(64, 128, "silu"))
@@ -456,6 +462,7 @@ MODELS = {
     "deberta-base": deberta_base(),
     "deberta-v3-base": deberta_v3_base(),
     "Llama-3.1-8B": llama_3_1_8b(),
+    "Skywork-13B": skywork_13b(),
     "linear scaling": linear_scaling(),
     "GLM-4-9B-0414": glm_4(1e-5, sandwich=True),
     "glm-4-9b-chat-hf": glm_4(1.5625e-7, sandwich=False),

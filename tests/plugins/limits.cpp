@@ -11,6 +11,7 @@
 #include "rope/rope.h"
 #include "sink_attention/sink_attention.h"
 #include "wkv/wkv.h"
+#include "wkv7/wkv7.h"
 
 using namespace llmexport;
 
@@ -67,3 +68,7 @@ extern "C" int launch_KimiDeltaRule(int64_t const* s) {
 }
 
 extern "C" int launch_Wkv(int64_t const* s) { return wkv(kDtype, {s[0], s[1], s[2]}, {}, nullptr); }
+
+extern "C" int launch_Wkv7(int64_t const* s) {
+  return wkv7(kDtype, {s[0], s[1], s[2], s[3], s[4]}, {}, nullptr);
+}

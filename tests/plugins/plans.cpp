@@ -5,6 +5,7 @@
 #include "moe_route/moe_route.h"
 #include "rope/rope.h"
 #include "wkv/wkv.h"
+#include "wkv7/wkv7.h"
 
 using namespace llmexport;
 
@@ -69,4 +70,9 @@ extern "C" void plan_moe_route(int64_t const* sizes, int, bool, int64_t* out) {
 // sizes: B, T, C.
 extern "C" void plan_wkv(int64_t const* sizes, int, bool, int64_t* out) {
   write(wkvPlan({sizes[0], sizes[1], sizes[2]}), out);
+}
+
+// sizes: B, T, H, D, V.
+extern "C" void plan_wkv7(int64_t const* sizes, int, bool, int64_t* out) {
+  write(wkv7Plan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}), out);
 }

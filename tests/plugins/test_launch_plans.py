@@ -128,6 +128,16 @@ def test_wkv(plan, batch, channels):
 
 
 @several
+@given(few, few, few)
+def test_wkv7(plan, batch, heads, rows):
+    p = plan("wkv7", (batch, 1, heads, 64, rows), 2, True)
+    p.check(2 * WARP)
+    assert p.grid[1:] == (heads, batch)
+    # Four lanes a row.
+    assert p.grid[0] * p.block[0] >= 4 * rows > (p.grid[0] - 1) * p.block[0]
+
+
+@several
 @given(many, st.integers(2, 512), st.integers(1, 512), st.booleans())
 def test_moe_route(plan, rows, experts, top_k, grouped):
     top_k = min(top_k, experts)

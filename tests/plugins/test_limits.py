@@ -29,6 +29,8 @@ CASES = [
     ("SinkAttention", (1, 4, 0, 1, 1, 64), "q has H = 4 heads, no multiple of the G = 0 of k and v"),
     ("Wkv", (2**16, 1, 8), "the product of B is 65536, the kernels take 65535"),
     ("Wkv", (1, 1, 2**36), "the product of C is 68719476736, the kernels take 68719476704"),
+    ("Wkv7", (1, 1, 4, 40, 64), "D is 40, but there are kernels for 16, 32, 64 and 128 only"),
+    ("Wkv7", (1, 1, 2**16, 64, 64), "the product of H is 65536, the kernels take 65535"),
     ("GatedDeltaRule", (1, 1, 1, 4, 48, 64), "D is 48, but there are kernels for 16, 32, 64 and 128 only"),
     ("GatedDeltaRule", (1, 1, 0, 4, 64, 64), "v has H = 4 heads, no multiple of the G = 0 of q and k"),
     ("KimiDeltaRule", (1, 1, 4, 64, 12), "V is 12, but there are kernels for 16, 32, 64 and 128 only"),

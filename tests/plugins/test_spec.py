@@ -39,6 +39,7 @@ ATTRIBUTES = {
     "KimiDeltaRule": {"scale": 0.5, "l2_norm": True},
     "CausalConv1d": {"activation": "silu"},
     "Wkv": {},
+    "Wkv7": {},
     "GatedRmsNorm": {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True},
     "MoeRoute": {"top_k": 2, "scoring": "sigmoid", "renormalise": True, "scale": 2.5}
     | {"groups": 2, "groups_kept": 1, "group_best": 2},
@@ -51,6 +52,7 @@ OWN_SIZES = {
     "SinkAttention": {"G": 1, "S": 8},
     "GatedDeltaRule": {"G": 1, "V": 4},
     "KimiDeltaRule": {"V": 4},
+    "Wkv7": {"V": 4},
     "CausalConv1d": {"O": 1, "K": 4, "S": 3},
     "MoeRoute": {"E": 8},
     "MoeExperts": {"C": 32, "K": 2, "E": 4, "P": 64, "Q": 32, "R": 32, "S": 32, "J": 64, "M": 1, "N": 1}

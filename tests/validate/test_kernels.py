@@ -25,7 +25,7 @@ from llmexport.plugins.spec import Attribute
 from llmexport.validate import kernels, ladder
 from llmexport.validate.report import Rung
 
-OWN_OPS = ("kimi_linear", "rwkv")  # late families, each with an op that no other has
+OWN_OPS = ("kimi_linear", "rwkv", "rwkv7")  # late families, each with an op that no other has
 EVERY = in_each_dtype([c for c in FIRST if c.arch in (*EVERY_TIME - {"bert"}, *OWN_OPS)])
 # The families that the project exists for, each in one dtype.
 AT_ONCE = dict(zip(PRIMARY, ("bfloat16", "float32", "float16", "bfloat16", "float16"), strict=True))

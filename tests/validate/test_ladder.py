@@ -330,6 +330,7 @@ MISREAD = {
     "experts within the jitter": ("phimoe", "Router", "jitter", 0.1),
     "a delta net's epsilon": ("qwen3_5_moe", "GatedDeltaNet", "epsilon", 1e-2),
     "hidden states not rescaled": ("rwkv", "ChannelMix", "scale", 1.0),
+    "a head's norm of another epsilon": ("rwkv7", "DeltaTimeMix", "epsilon", 1.0),
     "an encoder's attention scaled": ("bert", "Attention", "scale", 0.2),
 }
 DTYPES = ("float32", "float16", "bfloat16")
