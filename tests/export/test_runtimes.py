@@ -172,6 +172,17 @@ def test_onnx_runtime_quantises_every_matrix_to_4_bits(wide_of_bf16: Path, tmp_p
     assert max(compare(wanted[n], found[n]).excess(TOLERANCE["float32"]) for n in wanted) <= 1
 
 
+@pytest.mark.slow
+def test_experts_one_by_one_are_put_together_for_good_where_a_model_is_folded(tmp_path: Path, monkeypatch) -> None:
+    """What a session then opens are stacks that lie in a file; else it makes each beside its parts, in memory."""
+    random_checkpoint.write(archs.load("mixtral"), tmp_path / "ck")
+    made = onnx_file.write(onnx_file.Request(archs.load("mixtral"), open_checkpoint(tmp_path / "ck")), tmp_path / "out")
+    stacks = {t.name: t.dims for t in onnx.load(folded(tmp_path / "out", tmp_path, monkeypatch)).graph.initializer}
+    assert sum(len(d) == 3 and d[0] == made.config["num_local_experts"] for d in stacks.values()) == 2 * 3
+    (_, wanted), (_, found) = (run(m, tmp_path) for m in (tmp_path / "out/model.onnx", tmp_path / "folded.onnx"))
+    assert max(compare(wanted[n], found[n]).max_abs for n in wanted) == 0
+
+
 def surgeon(source: Path, target: Path) -> None:
     onnx.save(gs.export_onnx(gs.import_onnx(onnx.load(source))), target)
 
