@@ -44,6 +44,21 @@ Tile tileFor(MoeExpertsSizes const& sizes) {
                                                      : tileOf<W, typename Tiles<W>::Many>(sizes);
 }
 
+Tile fastTile(MoeExpertsSizes const& sizes, WeightForm const& weights) {
+  if (weights.format == WeightFormat::kPlain) return tileFor<Half>(sizes);
+  if (isMxfp4Alone(weights.format, weights.hasFactors)) return tileFor<Mxfp4>(sizes);
+  return is4Bit(weights.format) ? tileFor<Packed4>(sizes) : tileFor<Packed8>(sizes);
+}
+
+// Whether rows of so many weights are whole copies, and each entry has one scale.
+bool fitsBlocks(int64_t depth, WeightForm const& weights) {
+  if (weights.format == WeightFormat::kPlain) return true;
+  bool const is4 = is4Bit(weights.format);
+  int const entry = is4 ? kEntryDepth<Packed4> : kEntryDepth<Packed8>;
+  bool const isWhole = depth * (is4 ? kBits<Packed4> : kBits<Packed8>) / 8 % kVectorBytes == 0;
+  return isWhole && (weights.group % entry == 0 || weights.group >= depth);
+}
+
 constexpr Tile kScalarTile{kScalarRows, 2 * kScalarColumns, kScalarThreads, 0, 0, 0};
 
 // An upper bound of the row tiles: each expert with pairs has one that need not be full.
@@ -98,7 +113,8 @@ MoeExpertsWorkspace moeExpertsWorkspace(MoeExpertsSizes const& sizes, Dtype dtyp
   size_t const pairs = size_t(sizes.pairs());
   bool const sorted = pairs > kUnsortedPairs;
   // There are the most tiles where they are smallest.
-  int const tileRows = std::min({kScalarRows, Tiles<Half>::Few::kRows, Tiles<Mxfp4>::Few::kRows});
+  int const tileRows = std::min({kScalarRows, Tiles<Half>::Few::kRows, Tiles<Mxfp4>::Few::kRows,
+                                 Tiles<Packed4>::Few::kRows, Tiles<Packed8>::Few::kRows});
   size_t const tiles = sorted ? size_t(mostRowTiles(sizes, tileRows)) : 0;
   MoeExpertsWorkspace parts{};
   parts.outputs = padded(pairs * size_t(sizes.intermediate) * sizeOf(dtype));
@@ -113,11 +129,10 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype, WeightF
   MoeExpertsPlan plan{};
   bool const vectors =
       pointersAligned && sizes.hidden % kChunk == 0 && sizes.intermediate % kChunk == 0;
-  bool const isMxfp4 = weights.format == WeightFormat::kMxfp4;
-  Tile const fast = isMxfp4 ? tileFor<Mxfp4>(sizes) : tileFor<Half>(sizes);
+  Tile const fast = fastTile(sizes, weights);
   plan.onTensorCores =
       vectors && dtype != Dtype::kFloat32 && weights.stored != Stored::kFloat32 &&
-      (isMxfp4 || weights.stored != Stored::kBytes) &&
+      fitsBlocks(sizes.hidden, weights) && fitsBlocks(sizes.intermediate, weights) &&
       std::max(fast.sharedUp, fast.sharedDown) + kSharedBeside <= kLeastSharedBytes;
   Tile const tile = plan.onTensorCores ? fast : kScalarTile;
   plan.sorted = sizes.pairs() > kUnsortedPairs;
@@ -222,6 +237,7 @@ cudaError_t run(Arguments const& a) {
                       gated,
                       is.format,
                       is.group,
+                      int(ceilDiv(hidden, std::max(is.group, 1))),
                       hidden,
                       intermediate,
                       true,
@@ -239,6 +255,7 @@ cudaError_t run(Arguments const& a) {
   down.bias = a.tensors.downBias;
   down.output = outputs;
   std::swap(down.depth, down.columns);
+  down.groups = int(ceilDiv(intermediate, std::max(is.group, 1)));
   down.gated = false;
   if (error == cudaSuccess) error = project<T>(a, up, routing);
   if (error == cudaSuccess) error = project<T>(a, down, routing);
@@ -253,8 +270,9 @@ cudaError_t moeExperts(Dtype dtype, MoeExpertsSizes const& s,
   if (!moeExpertsServes(s, attributes)) return cudaErrorInvalidValue;
   if (s.tokens * s.hidden == 0) return cudaSuccess;
   bool const isAligned = aligned({t.x, t.gateUp, t.down, t.y, workspace});
-  MoeExpertsPlan const plan =
-      moeExpertsPlan(s, dtype, {t.stored, attributes.format, attributes.group}, isAligned, device);
+  MoeExpertsPlan const plan = moeExpertsPlan(
+      s, dtype, {t.stored, attributes.format, attributes.group, t.gateUpFactors != nullptr},
+      isAligned, device);
   Arguments const a{s, attributes, t, plan, dtype, typed<unsigned char>(workspace), device, stream};
   return withType(dtype, [&](auto type) { return run<typename decltype(type)::type>(a); });
 }

@@ -14,6 +14,11 @@ constexpr int kMoeScaleBlock = 32;   // MXFP4 values that share a scale
 // What formats.py says of each. All but kPlain are bytes.
 enum class WeightFormat { kPlain, kMxfp4, kMxfp8, kNvfp4, kFp8, kUint4, kUint8, kInt8 };
 
+// Whether scales are powers of two.
+__host__ __device__ constexpr bool isMicroscaling(WeightFormat format) {
+  return format == WeightFormat::kMxfp4 || format == WeightFormat::kMxfp8;
+}
+
 __host__ __device__ constexpr bool is4Bit(WeightFormat format) {
   return format == WeightFormat::kMxfp4 || format == WeightFormat::kNvfp4 ||
          format == WeightFormat::kUint4;
@@ -23,6 +28,7 @@ struct WeightForm {
   Stored stored;
   WeightFormat format;
   int group;  // columns that share a scale
+  bool hasFactors;
 };
 
 // Each token has `slots` experts. A pair is a token and one of its slots, token * slots + slot.

@@ -1,5 +1,5 @@
 // MXFP4 weights: blocks of 32 4-bit values (sign, two bits of exponent, one of mantissa) that share
-// a power of two (OCP Microscaling Formats 1.0); as mxfp4.py decodes them.
+// a power of two (OCP Microscaling Formats 1.0); as formats.py decodes them.
 #pragma once
 
 #include <cstring>
@@ -15,6 +15,8 @@ __device__ __forceinline__ To bitsAs(From from) {
   std::memcpy(static_cast<void*>(&to), &from, sizeof to);
   return to;
 }
+
+constexpr int kMxfp4One = 127;  // the scale 1
 
 // 2**(scale - 127); infinity for 255.
 __device__ __forceinline__ float mxfp4Scale(int scale) {

@@ -8,9 +8,12 @@
 
 namespace llmexport {
 
-// The types of packed weights: of MXFP4, and of any format.
-struct Mxfp4 {};
+// The types of packed weights: of any format; on tensor cores of MXFP4, and of the others of 4 and
+// 8 bits.
 struct Packed {};
+struct Mxfp4 {};
+struct Packed4 {};
+struct Packed8 {};
 
 // Calls `function` with Type<W>{} of the C++ type of weights in this form.
 template <class F>
@@ -44,13 +47,13 @@ struct Projection {
   void const* bias;      // [experts, width] or null
   void* output;          // [pairs, columns]
   WeightFormat format;
-  int group, depth, columns;
+  int group, groups;  // columns that share a scale, and how many of those there are
+  int depth, columns;
   bool gated, interleaved;  // gate and up in halves of the width, or in its even and odd places
   Activation activation;
   float alpha, limit;
 
   __host__ __device__ int width() const { return gated ? 2 * columns : columns; }
-  __host__ __device__ int groups() const { return int(ceilDiv(depth, group)); }
   // The factor of a column of an expert's weights.
   __device__ __forceinline__ float factor(int expert, int column) const {
     if (!factors) return 1.0f;

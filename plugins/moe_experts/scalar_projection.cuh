@@ -19,7 +19,7 @@ __device__ __forceinline__ float weightOf(Projection const& p, bool transposed, 
                                           int column, int k) {
   int64_t const row = int64_t(expert) * p.width() + column;
   if constexpr (std::is_same_v<W, Packed>) {
-    int64_t const at = row * p.groups() + k / p.group;
+    int64_t const at = row * p.groups + k / p.group;
     float const value = packedValue(p, row, k, at) * packedScale(p, at);
     return rounded<T>(value * p.factor(expert, column));
   } else {

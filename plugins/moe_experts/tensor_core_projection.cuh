@@ -7,7 +7,7 @@
 
 #include "common/early_launch.cuh"
 #include "common/tensor_core.cuh"
-#include "moe_experts/tile_copies.cuh"
+#include "moe_experts/packed_scales.cuh"
 
 namespace llmexport {
 
@@ -73,27 +73,24 @@ __device__ __forceinline__ void multiply(Sums<S>& sums, T const* input, W const*
   }
 }
 
-// The same for MXFP4. A sum may take the k of a block in any order: a thread takes 8 that follow
-// each other, a word of weights, and pairs i with i + 4, as decodeMxfp4 gives them.
-template <class T, class S>
-__device__ __forceinline__ void multiplyMxfp4(Sums<S>& sums, T const* input,
-                                              unsigned char const* weights,
-                                              unsigned char const* scales, int pitch, int warpRow,
-                                              int warpColumn) {
+// The same for packed weights. A sum may take the k of a block in any order: a thread takes 8 that
+// follow each other, and pairs them as decode(pairs, block, column, part) gives them.
+template <class T, class W, class S, class F>
+__device__ __forceinline__ void multiplyPacked(Sums<S>& sums, T const* input, int warpRow,
+                                               int warpColumn, F decode) {
   constexpr int kInputChunks = S::kDepth / kChunk;
-  constexpr int kWordsPerBlock = 4;
-  int const lane = threadIdx.x % kWarp, group = lane / 4, word = lane % 4;
-  int inputAt = chunkAt<kInputChunks>(warpRow + group, word);
+  constexpr int kParts = 4;
+  // Of 4 bits a word of inputs is paired with the next but one, of 8 bits with the next.
+  constexpr int kApart = kBits<W> == 4 ? 2 : 1, kStep = 3 - kApart;
+  int const lane = threadIdx.x % kWarp, group = lane / 4, part = lane % 4;
+  int inputAt = chunkAt<kInputChunks>(warpRow + group, part);
   keepInLoop(inputAt);
 #pragma unroll 1
-  for (int block = 0; block < S::kDepth / kMoeScaleBlock; ++block) {
+  for (int block = 0; block < S::kDepth / kPackedBlock; ++block) {
     uint32_t b[S::kColumnTiles][4];
 #pragma unroll
     for (int j = 0; j < S::kColumnTiles; ++j) {
-      int const column = warpColumn + j * kMmaColumns + group;
-      auto const* const words = reinterpret_cast<uint32_t const*>(weights);
-      decodeMxfp4<T>(b[j], words[(block * S::kColumns + column) * kWordsPerBlock + word],
-                     scales[column * pitch + block]);
+      decode(b[j], block, warpColumn + j * kMmaColumns + group, part);
     }
 #pragma unroll
     for (int i = 0; i < S::kRowTiles; ++i) {
@@ -101,13 +98,11 @@ __device__ __forceinline__ void multiplyMxfp4(Sums<S>& sums, T const* input,
       uint32_t a[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int const at =
-            (inputAt ^ block * kWordsPerBlock) + (i * kMmaRows + half * 8) * kInputChunks;
+        int const at = (inputAt ^ block * kParts) + (i * kMmaRows + half * 8) * kInputChunks;
         in[half] = load<4>(reinterpret_cast<uint32_t const*>(input + at * kChunk));
-        // Pairs values 0 and 4, 1 and 5, then 2 and 6, 3 and 7.
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          uint32_t const low = in[half].at[e], high = in[half].at[e + 2];
+          uint32_t const low = in[half].at[e * kStep], high = in[half].at[e * kStep + kApart];
           a[e][half] = (low & 0xFFFF) | high << 16;
           a[e][half + 2] = low >> 16 | (high & 0xFFFF0000);
         }
@@ -202,6 +197,7 @@ template <class T, class W, bool kTransposed, class S>
 __device__ __forceinline__ bool projectShare(Projection const& p, Routing const& routing,
                                              int columnTiles, unsigned at) {
   using Layout = StageLayout<W, S>;
+  constexpr int kEntriesAt = Layout::kInputBytes + Layout::kWeightBytes;
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(int, pairs, S::kRows);
   SHARED_ARRAY(int, inputRows, S::kRows);
@@ -224,6 +220,12 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
   }
   unsigned char* const scales = shared + Layout::kAllBytes;
   if constexpr (kIsMxfp4<W>) loadScales<S>(p, share, scales);
+  std::conditional_t<kHasEntries<W>, EntryCopies<W, S>, NoEntries> entries;
+#pragma unroll 1
+  for (int i = 0; i < S::kStages - 1 && i * S::kDepth < p.depth; ++i) {
+    entries.load(p, share, i * S::kDepth);
+    entries.store(p, shared + i * Layout::kBytes + kEntriesAt);
+  }
   waitForPrevious();
   // The first group of copies has all of these weights, and each group has a step's inputs. A step
   // past the last is an empty group, so that a wait counts steps.
@@ -242,31 +244,46 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
   bool const works =
       warpRow < share.rows && weightColumn<S>(p, share.columnTile, warpColumn, adjacent) >= 0;
   Sums<S> sums = {};
-  // The places in bytes of this step's tiles, and of those of the step before.
-  int stage = 0, freed = Layout::kAllBytes - Layout::kBytes;
+  int stage = 0;  // the place in bytes of this step's tiles
 #pragma unroll 1
   for (int depth = 0; depth < p.depth; depth += S::kDepth) {
     waitCopies<S::kStages - 2>();
     // All threads see this step's tiles, and all are done with the step before.
     __syncthreads();
     int const next = depth + (S::kStages - 1) * S::kDepth;
+    int const freed = (stage == 0 ? Layout::kAllBytes : stage) - Layout::kBytes;
     if (next < p.depth) {
       inputs.start(reinterpret_cast<T*>(shared + freed), next);
       weights.start(shared + freed + Layout::kInputBytes, next);
+      entries.load(p, kept[0], next);
     }
     commitCopies();
     if (works) {
       T const* const input = reinterpret_cast<T const*>(shared + stage);
       unsigned char const* const weight = shared + stage + Layout::kInputBytes;
       if constexpr (kIsMxfp4<W>) {
-        multiplyMxfp4<T, S>(sums, input, weight, scales + depth / kMoeScaleBlock,
-                            scalePitch(p.depth, S::kDepth), warpRow, warpColumn);
+        unsigned char const* const its = scales + depth / kMoeScaleBlock;
+        int const pitch = scalePitch(p.depth, S::kDepth);
+        auto decode = [&](uint32_t (&b)[4], int block, int column, int part) {
+          auto const* const words = reinterpret_cast<uint32_t const*>(weight);
+          decodeMxfp4<T>(b, words[(block * S::kColumns + column) * 4 + part],
+                         its[column * pitch + block]);
+        };
+        multiplyPacked<T, W, S>(sums, input, warpRow, warpColumn, decode);
+      } else if constexpr (kHasEntries<W>) {
+        auto const* const its = reinterpret_cast<Entry const*>(shared + stage + kEntriesAt);
+        auto decode = [&](uint32_t (&b)[4], int block, int column, int part) {
+          int const place = block * S::kColumns + column;
+          decodePacked<T, W>(b, weight + place * kBlockBytes<W>, part,
+                             its + place * (kPackedBlock / kEntryDepth<W>), p.format);
+        };
+        multiplyPacked<T, W, S>(sums, input, warpRow, warpColumn, decode);
       } else {
         multiply<T, W, kTransposed, S>(sums, input, reinterpret_cast<W const*>(weight), warpRow,
                                        warpColumn);
       }
     }
-    freed = stage;
+    if (next < p.depth) entries.store(p, shared + freed + kEntriesAt);
     stage = stage == Layout::kAllBytes - Layout::kBytes ? 0 : stage + Layout::kBytes;
   }
   __syncthreads();
@@ -319,7 +336,9 @@ cudaError_t launchOnTensorCores(ProjectionLaunch const& how, Projection const& p
     if constexpr (sizeof(W) > 2) {
       return cudaErrorInvalidValue;
     } else if constexpr (std::is_same_v<W, Packed>) {
-      return launchTiles<T, Mxfp4, false>(how, p, routing);
+      if (isMxfp4Alone(p.format, p.factors)) return launchTiles<T, Mxfp4, false>(how, p, routing);
+      return is4Bit(p.format) ? launchTiles<T, Packed4, false>(how, p, routing)
+                              : launchTiles<T, Packed8, false>(how, p, routing);
     } else {
       return how.transposed ? launchTiles<T, W, true>(how, p, routing)
                             : launchTiles<T, W, false>(how, p, routing);

@@ -9,7 +9,8 @@ namespace llmexport {
 constexpr int kChunk = 8;  // 16-bit elements of one copy
 constexpr int kMmaRows = 16, kMmaColumns = 8, kMmaDepth = 16;
 
-template <int rows, int columns, int depth, int warpsDown, int warpsAcross, int stages, int blocks>
+template <int rows, int columns, int depth, int warpsDown, int warpsAcross, int stages, int blocks,
+          bool persistent = (rows > kMmaRows)>
 struct TileShape {
   static constexpr int kRows = rows, kColumns = columns, kDepth = depth;
   static constexpr int kWarpsAcross = warpsAcross, kStages = stages;
@@ -17,7 +18,7 @@ struct TileShape {
   static constexpr int kBlocks = blocks;  // that an SM has registers for
   // Whether a block takes share after share. For few rows the loop would take a fourth more
   // registers, and a decode's shares are hardly more than the blocks that run at a time.
-  static constexpr bool kPersistent = rows > kMmaRows;
+  static constexpr bool kPersistent = persistent;
   static constexpr int kWarpRows = rows / warpsDown, kWarpColumns = columns / warpsAcross;
   static constexpr int kRowTiles = kWarpRows / kMmaRows;
   static constexpr int kColumnTiles = kWarpColumns / kMmaColumns;
@@ -38,8 +39,47 @@ struct Tiles<Mxfp4> {
   using Many = TileShape<128, 128, 64, 2, 4, 3, 2>;
 };
 
+// The others have as many bytes of entries in a stage as of weights, or a fourth. Their many rows
+// leave no registers for a loop over shares.
+template <>
+struct Tiles<Packed4> {
+  using Few = TileShape<16, 64, 256, 1, 4, 3, 3>;
+  using Many = TileShape<128, 128, 64, 2, 4, 3, 2, false>;
+};
+template <>
+struct Tiles<Packed8> {
+  using Few = TileShape<16, 64, 128, 1, 4, 4, 3>;
+  using Many = TileShape<128, 128, 64, 2, 4, 3, 2, false>;
+};
+
+// Whether the kernels for MXFP4 alone take these weights, which know no factors.
+constexpr bool isMxfp4Alone(WeightFormat format, bool hasFactors) {
+  return format == WeightFormat::kMxfp4 && !hasFactors;
+}
+
 template <class W>
 constexpr bool kIsMxfp4 = std::is_same_v<W, Mxfp4>;
+template <class W>
+constexpr bool kHasEntries = std::is_same_v<W, Packed4> || std::is_same_v<W, Packed8>;
+template <class W>
+constexpr int kBits = std::is_same_v<W, Packed8>      ? 8
+                      : kIsMxfp4<W> || kHasEntries<W> ? 4
+                                                      : 16;
+
+// Packed weights lie in a stage as blocks of so many of a column, the depth of two products.
+constexpr int kPackedBlock = 2 * kMmaDepth;
+template <class W>
+constexpr int kBlockBytes = kPackedBlock * kBits<W> / 8;
+// Weights of a column that share an entry: as many as share a scale, or a part of those.
+template <class W>
+constexpr int kEntryDepth = kBits<W> == 4 ? 16 : 32;
+
+// How such weights become numbers: code - zero, exact in fp16, times the scale, which has the
+// factor in it. `zero` is 1024 more than the zero point, twice in fp16.
+struct alignas(8) Entry {
+  float scale;
+  uint32_t zero;
+};
 
 // Bytes of a row of scales in shared memory: whole steps, and an odd number of words, so that rows
 // lie in different banks.
@@ -51,8 +91,9 @@ __host__ __device__ constexpr int scalePitch(int depth, int tileDepth) {
 template <class W, class S>
 struct StageLayout {
   static constexpr int kInputBytes = S::kRows * S::kDepth * 2;
-  static constexpr int kWeightBytes = S::kColumns * S::kDepth * (kIsMxfp4<W> ? 1 : 4) / 2;
-  static constexpr int kBytes = kInputBytes + kWeightBytes;
+  static constexpr int kWeightBytes = S::kColumns * S::kDepth * kBits<W> / 8;
+  static constexpr int kEntries = kHasEntries<W> ? S::kColumns * S::kDepth / kEntryDepth<W> : 0;
+  static constexpr int kBytes = kInputBytes + kWeightBytes + kEntries * int(sizeof(Entry));
   static constexpr int kAllBytes = S::kStages * kBytes;
 
   static constexpr size_t sharedBytes(int depth) {

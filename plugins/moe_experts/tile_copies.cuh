@@ -155,36 +155,50 @@ struct WeightCopies<W, true, S> {
   }
 };
 
-// The same for MXFP4: a stage holds [kDepth / 32, kColumns] blocks of 16 bytes. Scales are few, and
-// their bytes no multiple of a copy's: loadScales() reads a whole tile's before the first step.
-template <class S>
-struct WeightCopies<Mxfp4, false, S> {
-  static constexpr int kBlockBytes = kMoeScaleBlock / 2;
-  static constexpr int kPerRow = S::kDepth / kMoeScaleBlock, kApart = S::kThreads / kPerRow;
-  static constexpr int kCount = S::kColumns / kApart;
+// The same for packed weights: a stage holds [kDepth / kPackedBlock, kColumns] blocks.
+template <class W, class S>
+struct BlockCopies {
+  static constexpr int kCopyBytes = 16, kPerBlock = kBlockBytes<W> / kCopyBytes;
+  static constexpr int kPerRow = S::kDepth / kPackedBlock * kPerBlock;
+  static constexpr int kApart = S::kThreads / kPerRow, kCount = S::kColumns / kApart;
   unsigned char const* from;
   int count, apart, bytes;  // bytes of a column
 
-  __device__ __forceinline__ WeightCopies(Projection const& p, Share const& share)
+  __device__ __forceinline__ BlockCopies(Projection const& p, Share const& share)
       : from(weightsFrom<unsigned char>(
             p, share.expert, weightColumn<S>(p, share.columnTile, threadIdx.x / kPerRow, false),
-            p.depth / 2)),
+            p.depth * kBits<W> / 8)),
         count(columnsThere<S, kApart, kCount>(p, share, threadIdx.x / kPerRow)),
         apart(apartInWeights<kApart>(p)),
-        bytes(p.depth / 2) {}
+        bytes(p.depth * kBits<W> / 8) {}
 
   __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
-    int const block = threadIdx.x % kPerRow, at = firstDepth / 2 + block * kBlockBytes;
+    int const copy = threadIdx.x % kPerRow, at = firstDepth * kBits<W> / 8 + copy * kCopyBytes;
+    int const block = copy / kPerBlock, within = copy % kPerBlock * kCopyBytes;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       int const c = threadIdx.x / kPerRow + i * kApart;
-      copyAsync16(stage + (block * S::kColumns + c) * kBlockBytes,
+      copyAsync16(stage + (block * S::kColumns + c) * kBlockBytes<W> + within,
                   from + place(i * apart, bytes, at), i < count && at < bytes);
     }
   }
 };
+template <class S>
+struct WeightCopies<Mxfp4, false, S> : BlockCopies<Mxfp4, S> {
+  using BlockCopies<Mxfp4, S>::BlockCopies;
+};
+template <class S>
+struct WeightCopies<Packed4, false, S> : BlockCopies<Packed4, S> {
+  using BlockCopies<Packed4, S>::BlockCopies;
+};
+template <class S>
+struct WeightCopies<Packed8, false, S> : BlockCopies<Packed8, S> {
+  using BlockCopies<Packed8, S>::BlockCopies;
+};
 
-// Reads the scales of a tile, [kColumns, pitch]; a scale is 1 where there are no weights.
+// Reads the scales of a tile of MXFP4, [kColumns, pitch]; a scale is 1 where there are no weights.
+// They are few, and their bytes no multiple of a copy's, so that all are read before the first
+// step.
 template <class S>
 __device__ __forceinline__ void loadScales(Projection const& p, Share const& share,
                                            unsigned char* scales) {

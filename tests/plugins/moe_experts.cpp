@@ -14,10 +14,10 @@ MoeExpertsSizes sizesOf(int64_t const* s) { return {s[0], s[1], s[2], s[3], s[4]
 // block. It writes grid.x, block.x and bytes of shared memory of each launch,
 // in their order.
 extern "C" void moe_plan(int64_t const* sizes, int dtype, int stored, int format, int group,
-                         bool pointersAligned, int64_t* out) {
-  auto const plan =
-      moeExpertsPlan(sizesOf(sizes), Dtype(dtype), {Stored(stored), WeightFormat(format), group},
-                     pointersAligned, {int(sizes[5]), size_t(sizes[6])});
+                         bool hasFactors, bool pointersAligned, int64_t* out) {
+  auto const plan = moeExpertsPlan(sizesOf(sizes), Dtype(dtype),
+                                   {Stored(stored), WeightFormat(format), group, hasFactors},
+                                   pointersAligned, {int(sizes[5]), size_t(sizes[6])});
   int64_t const values[] = {plan.onTensorCores, plan.sorted, plan.tileRows,  plan.rowTiles,
                             plan.upTiles,       plan.width,  plan.downTiles, plan.rowBlocks};
   for (int64_t value : values) *out++ = value;

@@ -9,7 +9,7 @@ extern "C" bool moe_on_sm90a(int64_t const* sizes, int dtype, int stored, bool p
                              int capability) {
   Device const device{132, 227 * 1024, capability};
   auto const plan = moeExpertsPlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, Dtype(dtype),
-                                   {Stored(stored), {}, 1}, pointersAligned, device);
+                                   {Stored(stored), {}, 1, false}, pointersAligned, device);
   return groupedGemmServes(plan, Dtype(dtype), Stored(stored), device);
 }
 

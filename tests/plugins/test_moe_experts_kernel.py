@@ -88,6 +88,9 @@ def test_mxfp4(machine: Machine, size: tuple[int, ...], dtype: str, interleaved:
 
 # Of every format: groups of a tile, of a half of it and of a row, a last one that is smaller, and no whole vectors.
 PACKED = [
+    Node(7, 2, 4, 96, 64, stored=MXFP4, biases=True, factors=True),
+    Node(65, 2, 4, 64, 32, stored=MXFP4, biases=True, factors=True),
+    Node(7, 2, 4, 48, 18, stored=MXFP4, biases=True),
     Node(7, 2, 4, 288, 64, stored="mxfp8", biases=True),
     Node(65, 2, 4, 64, 96, stored="mxfp8", biases=True, interleaved=True, factors=True),
     Node(1, 4, 32, 96, 32, stored="nvfp4", group=16, biases=True, factors=True),
@@ -110,6 +113,16 @@ PACKED = [
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_weights(machine: Machine, node: Node, dtype: str) -> None:
     assert is_right(machine, node, dtype)
+
+
+@pytest.mark.parametrize("stored", ["fp8", "mxfp8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_code_that_is_nan_shows(machine: Machine, dtype: str, stored: str) -> None:
+    node = Node(3, 1, 1, 64, 32, stored=stored, biases=True)
+    inputs = node.inputs(dtype)
+    inputs[4][0, 5, 3], inputs[4][0, 40, 30] = 0x7F, 0xFF
+    found = np.isnan(run(machine, node, inputs).astype(np.float32))[0]
+    assert (found == np.isin(np.arange(64), (5, 40))).all()
 
 
 # The scales with which 0.5 is a normal number to fp32, in which products are added up, and 6 is finite.
@@ -155,7 +168,7 @@ def test_sizes_that_fill_no_vector(machine: Machine, node: Node, dtype: str) -> 
     assert is_right(machine, node, dtype)
 
 
-@pytest.mark.parametrize("stored", ["", MXFP4])
+@pytest.mark.parametrize("stored", ["", MXFP4, "uint4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_misaligned_tensors(machine: Machine, dtype: str, stored: str) -> None:
     assert is_right(machine, Node(20, 2, 4, 64, 32, biases=True, stored=stored), dtype, shift=1)
@@ -205,7 +218,7 @@ def test_a_nan_shows_in_its_token_alone(machine: Machine, dtype: str, tokens: in
 
 @pytest.mark.parametrize(
     "node",
-    [FEW_ROWS[1], FEW_ROWS[6], MANY_ROWS[0], Node(20, 2, 4, 96, 64, stored=MXFP4, biases=True), ODD[1]],
+    [FEW_ROWS[1], FEW_ROWS[6], MANY_ROWS[0], Node(20, 2, 4, 96, 64, stored=MXFP4, biases=True), PACKED[12], ODD[1]],
     ids=name,
 )
 def test_result_does_not_depend_on_the_order_of_threads(

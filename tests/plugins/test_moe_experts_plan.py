@@ -18,7 +18,7 @@ from plugin_memory import CpuMemory
 from llmexport.plugins.host import Library
 
 FP32, FP16, BF16 = range(3)
-MXFP4 = 3
+MXFP4, MXFP8, NVFP4, FP8, UINT4, UINT8, INT8 = range(3, 10)
 ITEM_SIZES = (4, 2, 2)
 MAX_GRID, MAX_THREADS = 2**31 - 1, 1024
 # Static and dynamic, that a block of sm_86, sm_89 and sm_120 may have; and what CUDA keeps of each block.
@@ -75,10 +75,11 @@ def plan(library: ctypes.CDLL) -> Planned:
         aligned: bool = True,
         device: tuple[int, int] = H100,
         group: int = 32,
+        factors: bool = False,
     ) -> Plan:
         out = (ctypes.c_int64 * 23)()
         # Before these forms of weights the library has that of an op without any; what is packed are bytes.
-        form = (min(1 + stored, 4), max(stored - 2, 0), group)
+        form = (min(1 + stored, 4), max(stored - 2, 0), group, ctypes.c_bool(factors))
         library.moe_plan((ctypes.c_int64 * 7)(*sizes, *device), dtype, *form, ctypes.c_bool(aligned), out)
         launches = [Launch(*out[i : i + 3]) for i in range(8, 23, 3)]
         return Plan(bool(out[0]), bool(out[1]), *out[2:8], *launches)
@@ -104,7 +105,7 @@ kinds = st.integers(0, 2)
 
 
 @several
-@given(sizes, kinds, st.integers(0, 3), st.booleans())
+@given(sizes, kinds, st.integers(0, INT8), st.booleans())
 def test_every_launch_is_within_the_limits_and_takes_all(plan: Planned, sizes, dtype, stored, aligned):
     tokens, slots, _, hidden, _ = sizes
     p = plan(sizes, dtype, stored, aligned)
@@ -115,7 +116,8 @@ def test_every_launch_is_within_the_limits_and_takes_all(plan: Planned, sizes, d
     assert p.sort.shared + SORT_STATIC <= SHARED_BYTES
     for launch, tiles in ((p.up, p.up_tiles), (p.down, p.down_tiles)):
         shares = p.row_tiles * tiles
-        assert launch.blocks == (shares if p.tile_rows == FEW_ROWS else min(shares, 2 * H100[0]))
+        all_at_once = p.tile_rows == FEW_ROWS or stored > MXFP4
+        assert launch.blocks == (shares if all_at_once else min(shares, 2 * H100[0]))
     per_block = p.combine.threads * p.width
     assert p.row_blocks * per_block >= hidden > (p.row_blocks - 1) * per_block
     assert (p.scale.blocks, p.combine.blocks) == (tokens * slots * p.row_blocks, tokens * p.row_blocks)
@@ -138,6 +140,25 @@ def test_tensor_cores_take_16_bits_in_whole_vectors(plan: Planned, sizes, dtype,
         assert (p.tile_rows == FEW_ROWS) == (tokens * slots <= FEW_ROWS * experts)
     else:
         assert p.tile_rows == FEW_ROWS
+
+
+@several
+@given(
+    st.tuples(st.integers(1, 300), st.just(4), st.just(32), *[st.integers(1, 80).map(lambda n: 8 * n)] * 2),
+    kinds,
+    st.integers(MXFP4, INT8),
+    st.sampled_from([1, 8, 16, 24, 32, 48, 128, 10**6]),
+    st.booleans(),
+)
+def test_tensor_cores_take_packed_weights_in_whole_copies_and_groups(
+    plan: Planned, sizes, dtype, stored, group, factors
+):
+    depths, half = sizes[3:], stored in (MXFP4, NVFP4, UINT4)
+    whole = all(n % (32 if half else 16) == 0 for n in depths)
+    grouped = all(group % (16 if half else 32) == 0 or group >= n for n in depths)
+    assert plan(sizes, dtype, stored, group=group, factors=factors).on_tensor_cores == (
+        dtype != FP32 and whole and grouped
+    )
 
 
 @several
@@ -184,7 +205,7 @@ def test_workspace_of_more_tokens_has_room_for_fewer(workspace: Parted, sizes, d
 MODELS = {"qwen": (8, 256, 2048, 512), "gpt-oss": (4, 32, 2880, 2880), "scout": (1, 16, 5120, 8192)}
 
 
-@pytest.mark.parametrize("stored", [BF16, MXFP4])
+@pytest.mark.parametrize("stored", [BF16, MXFP4, NVFP4, FP8])
 @pytest.mark.parametrize("tokens", [1, 8, 64, 512, 4096])
 @pytest.mark.parametrize("model", MODELS)
 def test_real_models_run_on_tensor_cores_two_blocks_or_more_to_an_sm(plan: Planned, model, tokens, stored):
@@ -193,6 +214,8 @@ def test_real_models_run_on_tensor_cores_two_blocks_or_more_to_an_sm(plan: Plann
     assert (p.tile_rows == FEW_ROWS) == (tokens <= (512 if model == "qwen" else 64))
     beside = PROJECTION_STATIC + SHARED_KEPT
     assert 2 * (max(p.up.shared, p.down.shared) + beside) <= H100[1] + SHARED_KEPT
+    if stored > MXFP4:
+        assert 2 * (max(p.up.shared, p.down.shared) + beside) <= A100[1] + SHARED_KEPT
 
 
 @pytest.mark.parametrize(("device", "resident"), [(H100, (2, 2)), (A100, (1, 2)), (RTX5090, (1, 1))])
