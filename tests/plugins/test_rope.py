@@ -149,8 +149,8 @@ def test_dimensions_beyond_the_rotated_pass_through(dtype, interleaved):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, interleaved):
-    d, r = 11, 4
+@pytest.mark.parametrize(("d", "r"), [(11, 4), (8, 4)])
+def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(d, r, dtype, interleaved):
     body = trace_body(
         "Rope", {"interleaved": interleaved}, [dtype] * 3, [["B", "H", "T", d], ["B", "T", r], ["B", "T", r]]
     )
@@ -174,7 +174,8 @@ def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(dtype, interle
     for size in [(1, 1, 1, d, r), (3, 2, 63, d, r), (1, 5, 130, d, r)]:
         x, cos, sin = example(size, getattr(torch, dtype))
         found = session.run(None, {"x": x.numpy(), "cos": cos.numpy(), "sin": sin.numpy()})[0]
-        # One rounding an operation in both: no bit differs. In float32 ONNX Runtime's operator may round a product and
-        # its sum once: two roundings of products and two of sums apart, of pairs of a length of at most 1.42 times max.
-        allowed = 5 * 2.0**-24 * float(x.abs().max()) if dtype == "float32" else 0.0
+        # One rounding an operation in both: no bit differs. ONNX Runtime's own operator, in float32 and of whole heads,
+        # may round a product and its sum once: two roundings of products and two of sums apart, of pairs of a length
+        # of at most 1.42 times max.
+        allowed = 5 * 2.0**-24 * float(x.abs().max()) if dtype == "float32" and d == 2 * r else 0.0
         assert compare(numbers(rope(x, cos, sin, interleaved)), found).max_abs <= allowed
