@@ -66,6 +66,10 @@ def check(format: str, group: int, transposed: bool, types: Mapping[str, str]) -
         raise ValueError(f"MoeExperts: a group has {form.group or 'at least 1'} columns in {format}, not {group}")
     if "gate_up_zeros" in types and form.zero is None:
         raise ValueError(f"MoeExperts: {format} weights have no zero points")
+    for what, said in (("factors", "float32"), ("zeros", "uint8")):
+        found = [types.get(f"{n}_{what}") for n in ("gate_up", "down")]
+        if found not in ([None, None], [said, said]):
+            raise ValueError(f"MoeExperts: {what} are {said} of gate_up and of down, not {found[0]} and {found[1]}")
 
 
 def check_shapes(format: str, group: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -90,7 +94,8 @@ def dequantise(format: str, group: int, codes: Tensor, scales: Tensor, zeros: Te
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
 
     def spread(groups: Tensor) -> Tensor:
-        return groups.repeat_interleave(group, -1)[..., : codes.shape[-1]]
+        columns = codes.shape[-1]
+        return groups.repeat_interleave(min(group, columns), -1)[..., :columns]
 
     values = torch.tensor(form.values_with(zeros is not None), device=codes.device)[codes.int()]
     if zeros is not None:

@@ -15,12 +15,12 @@ from gpu_clock import Ceilings, copy_of, once
 from llmexport.plugins.gated_act import gated_act
 from llmexport.plugins.microscaling import BLOCK
 from llmexport.plugins.moe_experts import moe_experts
-from llmexport.plugins.moe_experts.formats import dequantise
+from llmexport.plugins.moe_experts.formats import PACKED, dequantise
 from llmexport.plugins.spec import Attribute
 
 Peer, Call = Callable[..., object], Callable[[], object]
 PREFILL, DECODE = (4096, 4 * 4096), (1, 8, 64)
-BF16_BYTES, MXFP4_BYTES = 2.0, 0.5 + 1 / BLOCK
+BF16_BYTES = 2.0
 # Fractions of the floor to reach. Prefill: what mma.sync reaches of the GEMM ceiling. Decode: of the read ceiling,
 # whatever the weights' type.
 PREFILL_TARGET = 0.5
@@ -42,15 +42,29 @@ class Layer:
     interleaved: bool = False
     scale_input: bool = False
     biases: bool = False
-    mxfp4: bool = False
+    format: str = "plain"
+    group: int = 0
+
+    @property
+    def scales(self) -> torch.dtype:
+        return torch.uint8 if PACKED[self.format].scales else torch.float32
+
+    @property
+    def weight_bytes(self) -> float:
+        if self.format == "plain":
+            return BF16_BYTES
+        return 1 / PACKED[self.format].per_byte + self.scales.itemsize / self.group
 
 
 GPT_OSS = Layer("gpt-oss-20b", 2880, 2880, 32, 4, "swiglu_clamped", transposed=True, interleaved=True, biases=True)
 LAYERS = (
     Layer("Qwen3.5-35B-A3B", 2048, 512, 256, 8),
     GPT_OSS,
-    replace(GPT_OSS, family="gpt-oss-20b MXFP4", transposed=False, mxfp4=True),
+    replace(GPT_OSS, family="gpt-oss-20b MXFP4", transposed=False, format="mxfp4", group=BLOCK),
     Layer("Llama-4-Scout", 5120, 8192, 16, 1, transposed=True, scale_input=True),
+    Layer("Qwen3.5-35B-A3B INT4", 2048, 512, 256, 8, biases=True, format="uint4", group=128),
+    Layer("Qwen3.5-35B-A3B NVFP4", 2048, 512, 256, 8, biases=True, format="nvfp4", group=16),
+    Layer("Qwen3.5-35B-A3B FP8", 2048, 512, 256, 8, biases=True, format="fp8", group=128),
 )
 
 
@@ -72,9 +86,8 @@ class ExpertCase:
     @property
     def attributes(self) -> dict[str, Attribute]:
         flags = {n: getattr(self.layer, n) for n in ("transposed", "interleaved", "scale_input")}
-        format, group = ("mxfp4", BLOCK) if self.layer.mxfp4 else ("plain", 0)
-        numbers = {"alpha": 1.702, "limit": 7.0}
-        return {"activation": self.layer.activation, **numbers, **flags, "format": format, "group": group}
+        format = {"format": self.layer.format, "group": self.layer.group}
+        return {"activation": self.layer.activation, "alpha": 1.702, "limit": 7.0, **flags, **format}
 
     @property
     def bytes(self) -> int:
@@ -85,7 +98,7 @@ class ExpertCase:
     def bytes_of(self, chosen: float) -> int:
         """Weights of so many experts, inputs and results."""
         layer = self.layer
-        weights = 3 * chosen * layer.C * layer.I * (MXFP4_BYTES if layer.mxfp4 else BF16_BYTES)
+        weights = 3 * chosen * layer.C * layer.I * layer.weight_bytes
         return int(weights + 2 * self.B * self.T * layer.C * BF16_BYTES)
 
     @property
@@ -111,17 +124,25 @@ class ExpertCase:
         def numbers(low: int, high: int, *shape: int) -> torch.Tensor:
             return torch.randint(low, high, shape, device=device, dtype=torch.uint8)
 
+        def scales(*shape: int) -> torch.Tensor:
+            """With which weights are of order 1 / sqrt(columns)."""
+            if layer.scales == torch.float32:
+                return torch.rand(shape, device=device).mul_(2.0 ** (-12 if layer.format == "fp8" else -7))
+            return numbers(*((119, 123) if layer.format == "mxfp4" else (8, 16)), *shape)
+
         experts = torch.rand(*tokens, layer.E, device=device).topk(layer.K).indices.int()
         made = [normal(*tokens, layer.C), torch.rand(*tokens, layer.K, device=device).bfloat16(), experts]
-        if layer.mxfp4:
-            made += [numbers(0, 256, e, n, k // 2) for e, n, k in shapes]
+        if layer.format != "plain":
+            # Without a bit that NaN of E4M3 has.
+            each = 0xF7 if layer.format == "fp8" else 0xFF
+            made += [numbers(0, 256, e, n, k // PACKED[layer.format].per_byte) & each for e, n, k in shapes]
         else:
             matrices = [normal(e, n, k).mul_(k**-0.5) for e, n, k in shapes]
             made += [m.transpose(1, 2).contiguous() for m in matrices] if layer.transposed else matrices
         if layer.biases:
             made += [normal(e, n) for e, n, _ in shapes]
-        if layer.mxfp4:
-            made += [numbers(119, 123, e, n, k // BLOCK) for e, n, k in shapes]
+        if layer.format != "plain":
+            made += [scales(e, n, -(-k // layer.group)) for e, n, k in shapes]
         return made
 
     def inputs(self) -> list[torch.Tensor]:
@@ -156,7 +177,7 @@ class ExpertCase:
 
 
 def of_transformers(case: ExpertCase, name: str) -> Peer:
-    """One of its experts_implementations. It knows no MXFP4: weights are dequantised once, outside the timed graph."""
+    """One of its experts_implementations. Packed weights are dequantised once for it, outside the timed graph."""
     from transformers.integrations import moe
 
     layer, forward = case.layer, getattr(moe, f"{name}_experts_forward")
@@ -197,10 +218,11 @@ def of_transformers(case: ExpertCase, name: str) -> Peer:
 def in_bf16(
     layer: Layer, gate_up: torch.Tensor, down: torch.Tensor, *rest: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights as they are stored, but for MXFP4, whose `rest` is biases and scales."""
-    if not layer.mxfp4:
+    """The weights as they are stored, but for packed ones, whose `rest` is biases and scales."""
+    if layer.format == "plain":
         return gate_up, down
-    first, second = (dequantise("mxfp4", BLOCK, *m).bfloat16() for m in ((gate_up, rest[2]), (down, rest[3])))
+    pairs = ((gate_up, rest[2]), (down, rest[3]))
+    first, second = (dequantise(layer.format, layer.group, *m).bfloat16() for m in pairs)
     return first, second
 
 

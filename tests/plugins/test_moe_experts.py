@@ -150,6 +150,8 @@ REFUSED = [
     ("nvfp4", {"group": 32}, {}, "a group has 16 columns in nvfp4, not 32"),
     ("int8", {"group": 0}, {}, "a group has at least 1 columns in int8, not 0"),
     ("uint8-zeros", {"format": "int8"}, {}, "int8 weights have no zero points"),
+    ("nvfp4", {}, {"down_factors": lambda t: None}, "factors are float32 of gate_up and of down, not float32 and None"),
+    ("uint8-zeros", {}, {"down_zeros": Tensor.float}, "zeros are uint8 of gate_up and of down, not uint8 and float32"),
     ("uint4", {}, {"down": shorter}, r"down is \[6, 64, 15\], not \[6, 64, 16\] of uint4"),
     ("uint4", {}, {"x": shorter}, "64 rows of gate_up and 63 columns of gate_up are odd"),
     ("uint4", {}, {"gate_up_scales": shorter}, r"gate_up_scales is \[6, 64, 2\], not \[6, 64, 3\] of uint4"),
@@ -164,7 +166,7 @@ REFUSED = [
 def test_weights_that_are_not_of_their_format_are_refused(layout, attributes, tensors, says, device):
     whole = example(EVERY[layout])
     whole |= {n: change(whole[n]) for n, change in tensors.items()}
-    arguments = {**dict.fromkeys(OPTIONAL), **{n: t.to(device) for n, t in whole.items()}}
+    arguments = dict.fromkeys(OPTIONAL) | {n: t.to(device) for n, t in whole.items() if t is not None}
     with pytest.raises(ValueError, match=f"MoeExperts:? {says}"):
         moe_experts(**arguments, **{**EVERY[layout].attributes, **attributes})
 

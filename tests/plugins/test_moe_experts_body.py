@@ -149,18 +149,18 @@ def test_multiplies_twice_for_each_block_of_an_experts_tokens(experts, tokens, s
     assert sum(n for op, n in ran.items() if "MatMul" in op) == 2 * blocks
 
 
-@pytest.mark.parametrize("layout", ["qwen", "llama4", "gpt_oss", "mxfp4"])
+@pytest.mark.parametrize("layout", ["qwen", "llama4", "gpt_oss", "mxfp4", "uint4-zeros"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_onnx_runtime_keeps_weights_as_they_are_stored(dtype, layout, tmp_path):
-    stored = None if layout == "mxfp4" else torch.bfloat16
-    tensors = example(LAYOUTS[layout], dtype=dtype, stored=stored)
+    tensors = example(EVERY[layout], dtype=dtype, stored=torch.bfloat16)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
-    optioned(model(LAYOUTS[layout], tensors), options)
+    optioned(model(EVERY[layout], tensors), options)
     graph = onnx.load(tmp_path / "optimised.onnx").graph
     kept = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer if len(t.dims) == 3}
-    kind = onnx.TensorProto.UINT8 if layout == "mxfp4" else onnx.TensorProto.BFLOAT16
-    assert kept == {n: (kind, tuple(t.shape)) for n, t in tensors.items() if n in WEIGHTS and t.ndim == 3}
+    kinds = {torch.uint8: onnx.TensorProto.UINT8, torch.bfloat16: onnx.TensorProto.BFLOAT16}
+    kinds[torch.float32] = onnx.TensorProto.FLOAT
+    assert kept == {n: (kinds[t.dtype], tuple(t.shape)) for n, t in tensors.items() if n in WEIGHTS and t.ndim == 3}
 
 
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
