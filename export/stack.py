@@ -41,8 +41,8 @@ def wired(
     its bias, if it has one, the one that stands beside it. `slots` are those of a static cache; `splice` puts pictures
     into the text, which an earlier graph has seen; `told` is what every layer reads of its own. A layer that borrows
     keys and values reads those of the last one before it that lends them and has its context; layers behind the first
-    DeltaTimeMix read its values. Raises ExportError if
-    there is no cache that could have slots, or if no word stands for a picture.
+    DeltaTimeMix read its values. Raises ExportError if there is no cache that could have slots, or if no word stands
+    for a picture.
     """
     layers, wiring = list(layers), Wiring("decoder" if splice else ONLY)
     if slots is not None:

@@ -11,8 +11,10 @@ namespace llmexport {
 // heads of one text are few.
 constexpr int kWkv7Threads = 64, kWkv7Lanes = 4, kWkv7Vector = 4;
 constexpr int kWkv7Rows = kWkv7Threads / kWkv7Lanes;
+constexpr int kWkv7Blocks =
+    6;  // on an SM: what D = 128 leaves room for; asked for more, some spill
 // Tokens that lie in shared memory while as many are under way from global memory.
-constexpr int kWkv7Ahead = 4;
+constexpr int kWkv7Ahead = kWkv7Lanes;     // so that each thread reads one value
 constexpr float kWkv7Rate = -0.60653066f;  // -exp(-1/2), the log of the fastest decay
 
 template <class T>
@@ -26,24 +28,24 @@ struct Wkv7Arguments {
   bool vectors;  // whether states may be read four numbers at a time
 };
 
-// What all rows of a head read of a group of tokens: [tokens][D] each.
+// What a block reads of a group of tokens: [tokens][D] each, and [tokens][rows] of values.
 template <int D>
 struct Wkv7Group {
   float r[kWkv7Ahead * D], decay[kWkv7Ahead * D], k[kWkv7Ahead * D];
-  float kappa[kWkv7Ahead * D], back[kWkv7Ahead * D];
+  float kappa[kWkv7Ahead * D], back[kWkv7Ahead * D], v[kWkv7Threads];
 };
 
-// The part of a group that a thread reads: each kWkv7Threads-th element, and its row's values.
+// The part of a group that a thread reads: each kWkv7Threads-th element, and one value.
 template <class T, int D>
 struct Wkv7Share {
   static constexpr int kElements = kWkv7Ahead * D / kWkv7Threads;
   T r[kElements], w[kElements], k[kElements], kappa[kElements], a[kElements], present[kElements];
-  float v[kWkv7Ahead];
+  float v;
 };
 
 template <class T, int D>
 __device__ __forceinline__ void wkv7Fetch(Wkv7Share<T, D>& mine, Wkv7Arguments<T> const& a,
-                                          int64_t start, int row) {
+                                          int64_t start) {
   int64_t const firstToken = blockIdx.z * a.tokens + start;
 #pragma unroll
   for (int i = 0; i < mine.kElements; ++i) {
@@ -57,13 +59,12 @@ __device__ __forceinline__ void wkv7Fetch(Wkv7Share<T, D>& mine, Wkv7Arguments<T
     mine.a[i] = a.a[at];
     mine.present[i] = a.present[firstToken + token];
   }
-#pragma unroll
-  for (int i = 0; i < kWkv7Ahead; ++i) {
-    if (start + i >= a.tokens || row >= a.V) break;
-    bool const seen = toFloat(a.present[firstToken + i]) != 0.0f;
-    T const value = a.v[((firstToken + i) * gridDim.y + blockIdx.y) * a.V + row];
-    mine.v[i] = seen ? toFloat(value) : 0.0f;
-  }
+  int const token = threadIdx.x / kWkv7Rows;
+  int const row = blockIdx.x * kWkv7Rows + threadIdx.x % kWkv7Rows;
+  if (start + token >= a.tokens || row >= a.V) return;
+  bool const seen = toFloat(a.present[firstToken + token]) != 0.0f;
+  T const value = a.v[((firstToken + token) * gridDim.y + blockIdx.y) * a.V + row];
+  mine.v = seen ? toFloat(value) : 0.0f;
 }
 
 // Padding is a token that neither decays, removes nor writes anything.
@@ -83,6 +84,7 @@ __device__ __forceinline__ void wkv7Put(Wkv7Group<D>& group, Wkv7Share<T, D> con
     group.kappa[element] = kappa;
     group.back[element] = seen ? kappa * toFloat(mine.a[i]) : 0.0f;
   }
+  group.v[threadIdx.x] = mine.v;
 }
 
 // Grid (V / kWkv7Rows, heads, batch), block (rows x kWkv7Lanes). A thread holds its part of a row
@@ -92,7 +94,7 @@ __device__ __forceinline__ void wkv7Put(Wkv7Group<D>& group, Wkv7Share<T, D> con
 // All is fp32 in every T, as the state outlives a call; y is rounded to T once. A sum over D adds
 // the numbers of a lane in order, then lanes. An fp16 y beyond 65504 is infinite.
 template <class T, int D>
-__global__ void __launch_bounds__(kWkv7Threads) wkv7Kernel(Wkv7Arguments<T> const a) {
+__global__ void __launch_bounds__(kWkv7Threads, kWkv7Blocks) wkv7Kernel(Wkv7Arguments<T> const a) {
   constexpr int kVectors = D / (kWkv7Lanes * kWkv7Vector);
   SHARED_ARRAY(Wkv7Group<D>, group, 1);
   int const lane = threadIdx.x % kWkv7Lanes;
@@ -117,21 +119,20 @@ __global__ void __launch_bounds__(kWkv7Threads) wkv7Kernel(Wkv7Arguments<T> cons
   }
 
   Wkv7Share<T, D> mine;
-  wkv7Fetch(mine, a, 0, row);
+  mine.v = 0.0f;
+  wkv7Fetch(mine, a, 0);
 #pragma unroll 1
   for (int64_t start = 0; start < a.tokens; start += kWkv7Ahead) {
     wkv7Put(group[0], mine, a.tokens - start);
-    float values[kWkv7Ahead];
-#pragma unroll
-    for (int i = 0; i < kWkv7Ahead; ++i) values[i] = mine.v[i];
     __syncthreads();
-    wkv7Fetch(mine, a, start + kWkv7Ahead, row);
-#pragma unroll
+    wkv7Fetch(mine, a, start + kWkv7Ahead);
+#pragma unroll 1
     for (int i = 0; i < kWkv7Ahead; ++i) {
       if (start + i >= a.tokens) break;
       auto at = [&](float const* numbers, int j) {
         return load<kWkv7Vector>(numbers + i * D + numberOf(j) + lane * kWkv7Vector);
       };
+      float const value = group[0].v[i * kWkv7Rows + threadIdx.x / kWkv7Lanes];
       float known = 0.0f, out = 0.0f;
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kWkv7Threads) wkv7Kernel(Wkv7Arguments<T> cons
         auto const k = at(group[0].k, j), r = at(group[0].r, j);
 #pragma unroll
         for (int c = 0; c < kWkv7Vector; ++c) {
-          s[j][c] = s[j][c] * decay.at[c] - known * back.at[c] + values[i] * k.at[c];
+          s[j][c] = s[j][c] * decay.at[c] - known * back.at[c] + value * k.at[c];
           out += s[j][c] * r.at[c];
         }
       }

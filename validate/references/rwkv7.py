@@ -4,7 +4,8 @@ What is projected are mixtures of a token and the one before it, zeros before th
 keys], a token makes S (diag(d) - kappa^T (a kappa)) + v^T k, with d = exp(-exp(-1/2) sigmoid(w)), and reads S r. kappa
 is k * k_k of length one, head by head, k is then k (1 + (a - 1) k_a), and v of all but the first layer moves towards
 the first layer's by sigmoid of its LoRA. What is read is normed head by head, (r k r_k) v is added, and the gate
-multiplies. By hand: logits of 40 tokens, of 3 layers of random weights, are those of rwkv 0.8.32 (cpu fp32).
+multiplies. Checked once: of 130 tokens through 3 layers of random weights, the logits of the package rwkv 0.8.32 (cpu
+fp32) are these to 1.5e-06, 3.6e-07 of their rms.
 """
 
 from __future__ import annotations
