@@ -9,11 +9,12 @@ from llmexport.plugins.spec import Attribute, op
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str | None:
     """In float32, where nothing is rounded between, the standard operator: one node of seven in ONNX Runtime.
 
-    ONNX Runtime 1.23 wants to know the number of heads where not all dimensions turn.
+    ONNX Runtime 1.23 wants to know the number of heads where not all dimensions turn, and TensorRT-RTX 1.7 does not
+    build Llama 4 with the interleaved one.
     """
-    if types["x"] != "float32" or 2 * sizes["R"] != sizes["D"]:
+    if types["x"] != "float32" or 2 * sizes["R"] != sizes["D"] or attributes["interleaved"]:
         return None
-    return f"y = RotaryEmbedding <interleaved = {int(attributes['interleaved'])}> (x, cos, sin)"
+    return "y = RotaryEmbedding (x, cos, sin)"
 
 
 @op(
