@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from first_feed import first_feed
 
-from llmexport.export import archs, graph_file
+from llmexport.export import archs, evaluation, graph_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.exported import Export
 from llmexport.export.onnx_file import Request
@@ -28,4 +28,13 @@ def logits(export: Export, **how: Any) -> np.ndarray:
     graph = export.graphs[-1]
     session = open_session(graph_file.load(export, graph), export.folder, **how)
     made: np.ndarray = session.run(["logits"], first_feed(graph, stages.prompt(export), export.dtype))[0]
+    return made
+
+
+def by_tensorrt(export: Export, work: Path) -> np.ndarray:
+    """The logits by the network that TensorRT's parser makes, in the new folder `work`."""
+    work.mkdir()
+    graph = export.graphs[-1]
+    with evaluation.evaluator(export, graph, work) as network:
+        made: np.ndarray = network.run(first_feed(graph, stages.prompt(export), export.dtype))["logits"]
     return made
