@@ -76,16 +76,8 @@ def change_epsilon(model: onnx.ModelProto, export: Export, step: Step) -> onnx.N
     node = of_step(model, step, "AddRmsNorm")[0]
     body = model.functions.add()
     body.CopyFrom(next(f for f in model.functions if f.name == node.op_type))
-    [epsilon] = [a.f for a in node.attribute if a.name == "epsilon"]
-    [held] = [
-        a.t
-        for n in body.node
-        for a in n.attribute
-        if a.t.data_type == 1
-        and onnx.numpy_helper.to_array(a.t).size == 1
-        and onnx.numpy_helper.to_array(a.t) == np.float32(epsilon)
-    ]
-    held.CopyFrom(onnx.numpy_helper.from_array(np.array(0.1, np.float32), held.name))
+    [epsilon] = [a for n in body.node for a in n.attribute if a.name == "epsilon"]
+    epsilon.f = 0.1
     body.name = node.op_type = f"{node.op_type}__wrong"
     return node
 
