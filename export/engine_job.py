@@ -15,6 +15,7 @@ import onnx
 from llmexport.export import beside
 from llmexport.export.binding import Binding
 from llmexport.export.engine_build import JOB, MODEL
+from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
 from llmexport.export.packed.engine_form import engine_form
@@ -44,8 +45,11 @@ def prepare(
 ) -> Job:
     """module: TensorRT's. plugins, weights: as of `engine.build`; `served` are the ops that the library has.
 
-    Raises EngineError on what TensorRT would misread, and on weights that cannot lie beside a plan.
+    Raises EngineError on what TensorRT would misread or was not meant to read, and on weights that cannot lie beside a
+    plan.
     """
+    if export.target == "onnxruntime":
+        raise EngineError(f"{export.folder} was exported for ONNX Runtime alone: export it without --target")
     loaded = load(export, graph)
     given = engine_form(loaded)
     model, nodes = tensorrt_form(loaded, served)

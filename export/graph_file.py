@@ -54,7 +54,7 @@ def build(
         pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]
         return join(pieces, assembly, dtype, target, stored).SerializeToString()
 
-    key = [to_data(assembly), values, dtype, target, stored, [p.__name__ for p in pipeline.PIPELINE]]
+    key = [to_data(assembly), values, dtype, target, stored, [p.__name__ for p in pipeline.passes(target)]]
     proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
     fusions = {p.key: Fused(**json.loads(p.value)) for p in proto.metadata_props}
     del proto.metadata_props[:]
@@ -72,8 +72,10 @@ def join(
 ) -> onnx.ModelProto:
     """The pieces stitched and fused, weights still graph inputs, those in `stored` of that ONNX type; what each pass
     did is in `metadata_props`."""
-    proto, fusions = pipeline.run(_stitched(pieces, assembly.inputs, assembly.outputs, dtype, stored, assembly.opset))
-    if target == "portable":
+    proto, fusions = pipeline.run(
+        _stitched(pieces, assembly.inputs, assembly.outputs, dtype, stored, assembly.opset), target
+    )
+    if target != "tensorrt":
         bodies.attach_bodies(proto, load_body)
     for name, fused in fusions.items():
         proto.metadata_props.add(key=name, value=json.dumps(dataclasses.asdict(fused)))

@@ -30,9 +30,8 @@ from llmexport.export.handover import RUNTIMES, hand_over
 from llmexport.export.last_logits import with_last_logits
 from llmexport.export.multimodal import PARTS, left_out, read_tower, text_config, tower_tensors, with_part
 from llmexport.export.output import new_folder
+from llmexport.export.packed import notes as packed_notes
 from llmexport.export.packed.experts import with_packed
-from llmexport.export.packed.notes import notes as packed_notes
-from llmexport.export.packed.notes import widened
 from llmexport.export.packed.repack import with_repacked
 from llmexport.export.placing import check_config, place_companions, place_shards
 from llmexport.export.progress import Progress, silent
@@ -43,7 +42,7 @@ from llmexport.export.tied import check_tied
 from llmexport.export.wanted import check_layers, wanted_graphs
 
 WEIGHTS = ("auto", "link", "copy")
-TARGETS = ("portable", "tensorrt")
+TARGETS = ("portable", "tensorrt", "onnxruntime")
 CACHES = ("dynamic", "static")
 LOGITS = ("all", "last")
 
@@ -52,11 +51,12 @@ LOGITS = ("all", "last")
 class Request:
     """What to export: `block` is None for the whole model; `weights` is auto, link or copy; `digest` reads every byte.
 
-    `target` is "portable", with a function body for every op of ours, or "tensorrt": without, as its parser takes
-    a body over a plugin of the same name. `max_tokens` are the slots of a static `cache`. `runtimes` are others that
-    shall open the folder. `logits` are those of all tokens, or of the last of each row. `part` of a multimodal
-    checkpoint is all that is exported of it, its text model or what sees. `quantize` rounds the matrices of products to
-    int4, in groups of `group_size` columns (128), int8 or fp8; with `quantize_head` that of the head too.
+    `target` is "portable", with a function body for every op of ours; "tensorrt": without, as its parser takes a body
+    over a plugin of the same name; or "onnxruntime": with what that computes faster and TensorRT does not read.
+    `max_tokens` are the slots of a static `cache`. `runtimes` are others that shall open the folder. `logits` are those
+    of all tokens, or of the last of each row. `part` of a multimodal checkpoint is all that is exported of it, its text
+    model or what sees. `quantize` rounds the matrices of products to int4, in groups of `group_size` columns (128),
+    int8 or fp8; with `quantize_head` that of the head too.
     """
 
     arch: Arch
@@ -228,7 +228,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         renamed=multimodal_names(arch, checkpoint.config, checkpoint.names),
         reference=arch.reference,
         versions=cache.versions(),
-        notes=(*notes, *(widened if made else packed_notes)(wanted, checkpoint), *handed.notes),
+        notes=(*notes, *(packed_notes.widened if made else packed_notes.notes)(wanted, checkpoint), *handed.notes),
         companions=dict(sorted(companions.items())),
         inode=stamp(folder).inode,
         held={file.file: held for file, held in found},

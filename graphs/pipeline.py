@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -11,17 +11,25 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from llmexport.graphs.fuse_add_rms_norm import fuse_add_rms_norm
 from llmexport.graphs.fuse_gated_act import fuse_gated_act
 from llmexport.graphs.fusion import Fused
+from llmexport.graphs.lower_attention import lower_attention
 
-PIPELINE: tuple[Callable[[gs.Graph], Fused], ...] = (fuse_add_rms_norm, fuse_gated_act)
+Pass = Callable[[gs.Graph], Fused]
+PIPELINE: tuple[Pass, ...] = (fuse_add_rms_norm, fuse_gated_act)
+# By target, those that come after.
+LOWERING: Mapping[str, tuple[Pass, ...]] = {"onnxruntime": (lower_attention,)}
 
 
-def run(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Fused]]:
-    """The model after all passes, and what each did, by the pass's name.
+def passes(target: str) -> tuple[Pass, ...]:
+    return (*PIPELINE, *LOWERING.get(target, ()))
+
+
+def run(model: onnx.ModelProto, target: str = "portable") -> tuple[onnx.ModelProto, dict[str, Fused]]:
+    """The model after all passes for a target, and what each did, by the pass's name.
 
     Function bodies do not survive the round trip: attach them afterwards.
     """
     # GraphSurgeon warns of every bfloat16, which it carries through all the same, and of a missing package for colours.
     G_LOGGER.severity = G_LOGGER.ERROR
     graph = gs.import_onnx(model)
-    results = {step.__name__: step(graph) for step in PIPELINE}
+    results = {step.__name__: step(graph) for step in passes(target)}
     return gs.export_onnx(graph, ir_version=model.ir_version, producer_name=model.producer_name), results

@@ -115,7 +115,7 @@ def _plans(folder: Path, engine: Engine, name: str | None) -> Iterator[Served]:
 
 def _graphs(folder: Path, name: str | None) -> Iterator[Served]:
     export = manifest.read(folder)
-    if export.target != "portable":
+    if export.target == "tensorrt":
         raise RunError(
             f"{folder} was exported for {export.target}, without function bodies: export it without --target"
         )

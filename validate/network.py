@@ -71,6 +71,8 @@ def _evaluator(export: Export, graph: ExportedGraph) -> Iterator[Evaluator]:
 
 def unable(export: Export, asked: bool) -> str:
     """Why the network of this export is not computed here, or nothing; if it was asked for, size is no reason."""
+    if export.target == "onnxruntime":
+        return "it was exported for ONNX Runtime alone: export it without --target"
     try:
         check_backend(BACKEND)
         library.find()

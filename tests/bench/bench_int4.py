@@ -52,6 +52,7 @@ LLAMA_125M = {
 }
 MODELS = {"llama-125m": LLAMA_125M, "qwen2-0.5b": PUBLISHED["Qwen2.5-0.5B-Instruct"]}
 OURS = ("{bin}/llmexport", "onnx", "--checkpoint={checkpoint}", "-o", "{out}", "--quantize=int4")
+OURS += ("--target=onnxruntime",)
 THEIRS = ("{bin}/python", "-m", "onnxruntime_genai.models.builder", "-i", "{checkpoint}", "-o", "{out}")
 THEIRS += ("-p", "int4", "-e", "cpu", "-c", "{scratch}", "--extra_options")
 THEIRS += (f"block_size={GROUP}", f"accuracy_level={LEVEL}", "is_symmetric=true")

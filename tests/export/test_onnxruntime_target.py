@@ -1,0 +1,83 @@
+"""`--target onnxruntime`: Attention takes rows and caches as they are, and computes what transformers does."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from decoders import Decoder, prompt
+
+from llmexport.export import archs, engine, onnx_file
+from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import EngineError
+from llmexport.export.exported import Export
+from llmexport.run import triton
+from llmexport.validate import validate
+
+# Plain, biases, norms of heads before RoPE, windows, pairs side by side, part of a head, ALiBi, one key for all, linear
+# attention between, experts.
+LOWERED = {
+    "llama": 3,
+    "qwen2": 3,
+    "qwen3": 3,
+    "gemma3_text": 3,
+    "cohere": 3,
+    "stablelm": 3,
+    "bloom": 3,
+    "falcon": 3,
+    "qwen3_5": 1,
+    "mixtral": 3,
+}
+
+
+@pytest.fixture
+def lowered(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Export]:
+    def make(arch: str, **kind: str) -> Export:
+        checkpoint = open_checkpoint(tiny_checkpoint(arch))
+        request = onnx_file.Request(archs.load(arch), checkpoint, target="onnxruntime", **kind)
+        return onnx_file.write(request, tmp_path / "out")
+
+    return make
+
+
+@pytest.mark.parametrize("arch", LOWERED)
+def test_every_attention_is_lowered_and_gives_the_same_logits(arch, lowered):
+    export = lowered(arch)
+    fused = export.graphs[0].fusions["lower_attention"]
+    assert (fused.count, fused.refused) == (LOWERED[arch], [])
+    graph = onnx.load(export.folder / "model.onnx", load_external_data=False).graph
+    assert not [n for n in graph.node if n.op_type == "Concat" and n.input[0].startswith("past")]
+    ours, found = Decoder(export.folder, "torch"), Decoder(export.folder, "onnx")
+    ids, mask = prompt()
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    ends = (0, ids.shape[1] - 6, ids.shape[1] - 2, ids.shape[1] - 1, ids.shape[1])
+    for first, last in itertools.pairwise(ends):
+        step = slice(first, last)
+        expected, made = (d.step(ids[:, step], positions[:, step], mask[:, :last]) for d in (ours, found))
+        found.check(expected, made, mask[:, step] != 0)
+
+
+@pytest.mark.parametrize("arch", ["llama4", "deepseek_v2"])
+def test_attention_of_another_form_is_left_and_named(arch, lowered):
+    export = lowered(arch)
+    fused = export.graphs[0].fusions["lower_attention"]
+    assert fused.count == 0
+    assert all(node.startswith("layers.") for node, _ in fused.refused)
+    assert fused.refused
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_it_is_validated_and_tensorrt_is_not_asked(dtype, lowered):
+    export = lowered("qwen3", dtype=dtype)
+    rungs = {r.key: r for r in validate(export.folder).rungs}
+    assert [rungs[k].status for k in ("transformers", "blocks", "onnxruntime")] == ["pass"] * 3
+    says = "exported for ONNX Runtime alone: export it without --target"
+    assert (rungs["network"].status, rungs["network"].note) == ("not run", f"it was {says}")
+    with pytest.raises(EngineError, match=says):
+        engine.build(export.folder)
+    assert not (export.folder / "engine.json").exists()
+    triton.write(export.folder, export.folder.parent / "repository")
