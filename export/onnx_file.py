@@ -39,7 +39,7 @@ from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import check_slots
 from llmexport.export.tied import check_tied
-from llmexport.export.wanted import check_layers, wanted_graphs
+from llmexport.export.wanted import check_layers, wanted_graphs, whole
 
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt", "onnxruntime")
@@ -194,7 +194,8 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         made = quantize.quantise(*kind, arch, checkpoint, graphs, own, folder)
         checkpoint, notes = made.checkpoint, [*notes, *made.told.notes]
         graphs, own, wanted = wanted_graphs(arch, checkpoint, with_packed(model, arch, checkpoint), request.block)
-    checkpoint, repacked = with_repacked(checkpoint, wanted)
+    checkpoint, repacked = with_repacked(checkpoint, wanted, join=request.target == "onnxruntime")
+    own = {graph: {step: whole(p, checkpoint) for step, p in steps.items()} for graph, steps in own.items()}
     config = text_config(arch, checkpoint.config)
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
@@ -241,10 +242,10 @@ def _check_weights(request: Request, model: Model, wanted: list[weights.Paramete
     """Raise ExportError unless the checkpoint holds what the graphs want, and nothing that they leave unsaid."""
     arch = request.arch
     ignore = arch.ignore + spare_names(arch, model)
-    names = [n for p in wanted for n in p.sources]
-    ignore += ahead_names(arch, model, names, request.checkpoint.tensors)
+    ignore += ahead_names(arch, model, [n for p in wanted for n in p.sources], request.checkpoint.tensors)
     for copy, original in tied_names(arch, model):
         ignore += (copy,) if check_tied(copy, original, request.checkpoint) else ()
-    by_name = {p.name: p for p in wanted}
     tower = tower_tensors(arch, request.checkpoint.config, request.part)
-    weights.check(by_name, request.checkpoint, ignore, request.block is None, head_name(arch), tower)
+    weights.check(
+        {p.name: p for p in wanted}, request.checkpoint, ignore, request.block is None, head_name(arch), tower
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 
 from llmexport.export import cache
@@ -55,6 +56,11 @@ def wanted_graphs(
     graphs = model.graphs if block is None else (alone(find_block(model, block)),)
     own = {g.name: wanted_parameters(arch, checkpoint, model, g.assembly) for g in graphs}
     return graphs, own, [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
+
+
+def whole(parameters: Mapping[str, Parameter], checkpoint: Checkpoint) -> dict[str, Parameter]:
+    """The same, each that a checkpoint now holds in one tensor as that."""
+    return {n: replace(p, parts=()) if p.name in checkpoint.tensors else p for n, p in parameters.items()}
 
 
 def check_layers(arch: Arch, model: Model, tensors: Collection[str], tower: tuple[str, ...]) -> None:

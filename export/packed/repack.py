@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -74,6 +74,15 @@ def stack_pieces(matrix: Matrix, checkpoint: Checkpoint, *, zeros: bool) -> Iter
         yield Piece(unplaced(matrix.name + POINTS, byte, matrix.grid), partial(_points, matrix, checkpoint.read))
 
 
+def joined(wanted: Iterable[Parameter], checkpoint: Checkpoint) -> Iterator[Piece]:
+    """What is published in several tensors of floats, as one of the parameter's own name."""
+    for parameter in {p.name: p for p in wanted if p.parts and not p.role}.values():
+        parts = [checkpoint.tensors.get(n) for n in parameter.parts]
+        if len({t.dtype if t and t.name not in checkpoint.matrices else None for t in parts}) == 1 and parts[0]:
+            whole = partial(_joined, parameter, checkpoint.read)
+            yield Piece(unplaced(parameter.name, BY_SAFETENSORS[parts[0].dtype], parameter.shape), whole)
+
+
 @dataclass(frozen=True)
 class Repacked:
     """The file of these pieces: its header, and the pieces with their places behind it."""
@@ -94,8 +103,13 @@ class Repacked:
         return identify(path, read_header(path)[1], "repacked", whole=whole)
 
 
-def with_repacked(checkpoint: Checkpoint, wanted: Iterable[Parameter]) -> tuple[Checkpoint, Repacked | None]:
-    """The checkpoint as if it held what these matrices need besides, and the file that is to be written for that."""
+def with_repacked(
+    checkpoint: Checkpoint, wanted: Collection[Parameter], *, join: bool = False
+) -> tuple[Checkpoint, Repacked | None]:
+    """The checkpoint as if it held what these need besides, and the file that is to be written for that.
+
+    join: of what lies in several tensors, as experts one by one, it holds one.
+    """
     roles: dict[str, set[str]] = {}
     for parameter in wanted:
         for name in checkpoint.matrices.keys() & {*parameter.sources}:
@@ -106,6 +120,7 @@ def with_repacked(checkpoint: Checkpoint, wanted: Iterable[Parameter]) -> tuple[
             whole = pieces([matrix], checkpoint) if "" in own else ()
             stacked = stack_pieces(matrix, checkpoint, zeros="zeros" in own) if "values" in own else ()
             found += (*whole, *stacked)
+    found += joined(wanted, checkpoint) if join else ()
     if not found:
         return checkpoint, None
     if FILE in [s.file for s in checkpoint.shards]:
@@ -127,6 +142,10 @@ def _numbers(matrix: Matrix, places: np.ndarray | None, unsigned: bool, read: Re
         # Two's complement of what lies above the middle.
         numbers = numbers ^ (1 << (bits - 1))
     return pack(numbers) if bits == 4 else numbers
+
+
+def _joined(parameter: Parameter, read: Read) -> np.ndarray:
+    return np.concatenate([read(n) for n in parameter.parts]).reshape(parameter.shape)
 
 
 def _rows(matrix: Matrix, read: Read) -> np.ndarray:

@@ -242,7 +242,7 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_names(run: Run) ->
 def test_an_architecture_that_is_not_the_configs_is_refused(run: Run, checkpoint: Path) -> None:
     code, _, err = run("onnx", "--arch", "llama", "--checkpoint", checkpoint, "-o", "out")
     assert code == 2
-    assert "--arch llama exports model_type llama, but config.json says 'gemma'" in err
+    assert "--arch llama exports model_type llama, skywork, but config.json says 'gemma'" in err
 
 
 def test_an_existing_output_is_refused_without_force_and_replaced_with_it(run: Run, checkpoint: Path) -> None:

@@ -10,13 +10,17 @@ import numpy as np
 import onnx
 import pytest
 from decoders import Decoder, prompt
+from packed_exports import exported, logits
+from quantised_checkpoints import write
 
 from llmexport.export import archs, engine, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export
+from llmexport.export.packed.repack import FILE
 from llmexport.run import triton
-from llmexport.validate import validate
+from llmexport.validate import bound, validate
+from llmexport.validate.compare import compare
 
 # Plain, biases, norms of heads before RoPE, windows, pairs side by side, part of a head, ALiBi, one key for all, linear
 # attention between, experts.
@@ -81,3 +85,25 @@ def test_it_is_validated_and_tensorrt_is_not_asked(dtype, lowered):
         engine.build(export.folder)
     assert not (export.folder / "engine.json").exists()
     triton.write(export.folder, export.folder.parent / "repository")
+
+
+def test_experts_published_one_by_one_are_stacked_in_a_file(lowered):
+    export = lowered("mixtral")
+    model = onnx.load(export.folder / "model.onnx", load_external_data=False)
+    stacks = [t for t in model.graph.initializer if ".experts." in t.name]
+    assert {tuple(t.dims) for t in stacks} == {(4, 256, 64), (4, 64, 128)}
+    assert {e.value for t in stacks for e in t.external_data if e.key == "location"} == {FILE}
+    [written] = [w for w in export.weights if w.file == FILE]
+    assert written.placed == "repacked"
+    assert bound.wrong(export, export.graphs[0], model) == {}
+    checkpoint = export.checkpoint()
+    first = "model.layers.0.block_sparse_moe.experts."
+    gate, up = (checkpoint.read(f"{first}2.{n}.weight").view(np.int16) for n in ("w1", "w3"))
+    assert np.array_equal(checkpoint.read(f"{first}gate_up_proj")[2].view(np.int16), np.concatenate((gate, up)))
+
+
+def test_experts_in_few_bits_stay_as_they_are_published(tmp_path):
+    write(tmp_path, "w4a16", "mixtral")
+    export, portable = exported(tmp_path, "ck", target="onnxruntime"), exported(tmp_path, "meant")
+    assert FILE not in [w.file for w in export.weights]
+    assert compare(logits(portable), logits(export)).max_abs <= 1e-5
