@@ -13,13 +13,7 @@ from typing import Any
 
 from llmexport.export import cache, manifest, quantize, weights
 from llmexport.export.archs import as_stored, in_layout, multimodal_names
-from llmexport.export.assembly import (
-    ahead_names,
-    head_name,
-    named_blocks,
-    spare_names,
-    tied_names,
-)
+from llmexport.export.assembly import ahead_names, head_name, named_blocks, spare_names, tied_names
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
 from llmexport.export.earlier import BLOCKS
@@ -52,11 +46,11 @@ class Request:
     """What to export: `block` is None for the whole model; `weights` is auto, link or copy; `digest` reads every byte.
 
     `target` is "portable", with a function body for every op of ours; "tensorrt": without, as its parser takes a body
-    over a plugin of the same name; or "onnxruntime": with what that computes faster and TensorRT does not read.
-    `max_tokens` are the slots of a static `cache`. `runtimes` are others that shall open the folder. `logits` are those
-    of all tokens, or of the last of each row. `part` of a multimodal checkpoint is all that is exported of it, its text
-    model or what sees. `quantize` rounds the matrices of products to int4, in groups of `group_size` columns (128),
-    int8 or fp8; with `quantize_head` that of the head too.
+    over a plugin of that name; or "onnxruntime": as that is faster, unread by TensorRT. `max_tokens` are the slots of a
+    static `cache`. `runtimes` are others that shall open the folder. `logits` are those of all tokens, or of the last
+    of each row. `part` of a multimodal checkpoint is all that is exported of it, its text model or what sees.
+    `quantize` rounds the matrices of products to int4, in groups of `group_size` columns (128), int8 or fp8; with
+    `quantize_head` that of the head too.
     """
 
     arch: Arch
