@@ -11,10 +11,9 @@ from llmexport.export.packed.matrix import Matrix
 from llmexport.export.packed.repack import has_zeros, places_of
 from llmexport.export.packed.stacks import EXPONENTS
 from llmexport.export.spec import Arch, Block, Experts, Layer, Model, Packed, Plain
-from llmexport.plugins.microscaling import BLOCK
+from llmexport.plugins.packed_formats import PACKED
 
 FORMATS = {"uint4": "uint4", "int4": "uint4", "uint8": "uint8", "int8": "int8"}
-NV = 16  # columns that share a scale in NVFP4
 
 
 class Kind(NamedTuple):
@@ -82,10 +81,10 @@ def _kind(matrix: Matrix, checkpoint: Checkpoint) -> Kind | None:
         return None
     exponents = said.dtype in EXPONENTS
     if matrix.number == "float4_e2m1fn":
-        form, group = ("mxfp4", BLOCK) if exponents else ("nvfp4", NV)
-        fits = tall == 1 and said.block[1] == group
+        form = "mxfp4" if exponents else "nvfp4"
+        fits = said.block == (1, PACKED[form].group)
     elif matrix.number == "float8_e4m3fn":
-        form = "mxfp8" if exponents and said.block == (1, BLOCK) else "fp8"
+        form = "mxfp8" if exponents and said.block == (1, PACKED["mxfp8"].group) else "fp8"
         fits = True
     else:
         form, fits = FORMATS.get(matrix.number, ""), not exponents

@@ -12,12 +12,13 @@ from llmexport.export.packed.scheme import Scheme
 from llmexport.export.values import show_name
 from llmexport.plugins.dtypes import BY_SAFETENSORS
 from llmexport.plugins.microscaling import BLOCK
+from llmexport.plugins.packed_formats import PACKED
 
 if TYPE_CHECKING:
     from llmexport.export.checkpoint import StoredTensor
 
 FLOATS = ("float32", "float16", "bfloat16")
-NV, MX = 16, BLOCK  # columns that share a scale in NVFP4, and in the formats of OCP Microscaling
+NV, MX = PACKED["nvfp4"].group, BLOCK  # columns that share a scale in NVFP4, and in the formats of OCP Microscaling
 # Scales of activations, which are not quantised here, and sizes that shapes say too.
 ASIDE = (".input_scale", ".input_global_scale", ".input_scale_ub", ".activation_scale", ".weight_shape")
 # By method, or by a group's format: the tensor of the numbers, and its types.

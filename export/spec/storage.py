@@ -8,9 +8,9 @@ from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.plugins.microscaling import BLOCK, SCALE_BIAS
+from llmexport.plugins.packed_formats import PACKED, PLAIN
 
 ANY_FLOAT = ("T", "W", "F")
-FOUR_BITS, BYTE_SCALES = ("mxfp4", "nvfp4", "uint4"), ("mxfp4", "mxfp8", "nvfp4")
 # What of matrices in few bits a tensor of the op is: of all of them, one behind the other.
 Role = Literal["", "values", "scales", "factors", "zeros"]
 
@@ -40,7 +40,7 @@ class Storage:
     @property
     def read_as(self) -> tuple[str, int]:
         """The `format` and `group` of MoeExperts."""
-        return "plain", 0
+        return PLAIN, 0
 
     def tensors(self, rows: int, columns: int, matrices: int = 1) -> tuple[Stored, ...]:
         """What holds a matrix, which is several `matrices` one below the other; its values first.
@@ -94,8 +94,8 @@ class Packed(Storage):
         return self.format, self.group
 
     def tensors(self, rows: int, columns: int, matrices: int = 1) -> tuple[Stored, ...]:
-        groups, nbytes = -(-columns // self.group), columns * (4 if self.format in FOUR_BITS else 8) // 8
-        scale = "uint8" if self.format in BYTE_SCALES else "F"
+        form, groups = PACKED[self.format], -(-columns // self.group)
+        nbytes, scale = columns // form.per_byte, "uint8" if form.scales else "F"
         held = [
             Stored("", (rows, nbytes), "uint8", role="values"),
             Stored("_scales", (rows, groups), scale, role="scales"),

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from llmexport.plugins.gated_act import ACTIVATIONS, gated_act
 from llmexport.plugins.moe_experts.body import body
-from llmexport.plugins.moe_experts.formats import FORMATS, PLAIN, check, check_shapes, dequantise
+from llmexport.plugins.moe_experts.formats import check, check_shapes, dequantise
+from llmexport.plugins.packed_formats import FORMATS, PLAIN
 from llmexport.plugins.spec import op
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llmexport.plugins.moe_experts.decoding import matrix, tables
-from llmexport.plugins.moe_experts.formats import PACKED, check
+from llmexport.plugins.moe_experts.formats import check
+from llmexport.plugins.packed_formats import PACKED
 from llmexport.plugins.spec import Attribute
 
 GATED = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmexport.plugins.moe_experts.formats import PACKED
+from llmexport.plugins.packed_formats import PACKED
 from llmexport.plugins.spec import Attribute
 
 

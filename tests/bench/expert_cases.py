@@ -15,7 +15,8 @@ from gpu_clock import Ceilings, copy_of, once
 from llmexport.plugins.gated_act import gated_act
 from llmexport.plugins.microscaling import BLOCK
 from llmexport.plugins.moe_experts import moe_experts
-from llmexport.plugins.moe_experts.formats import PACKED, dequantise
+from llmexport.plugins.moe_experts.formats import dequantise
+from llmexport.plugins.packed_formats import PACKED
 from llmexport.plugins.spec import Attribute
 
 Peer, Call = Callable[..., object], Callable[[], object]

@@ -25,7 +25,8 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExper
 
 from llmexport.plugins.microscaling import VALUES
 from llmexport.plugins.moe_experts import moe_experts
-from llmexport.plugins.moe_experts.formats import PACKED, dequantise
+from llmexport.plugins.moe_experts.formats import dequantise
+from llmexport.plugins.packed_formats import PACKED
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOKENS = [(1, 1), (2, 7), (1, 130)]
