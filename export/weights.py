@@ -82,9 +82,8 @@ def check(
     stored = checkpoint.tensors
     # Matrices of a role were held against it when the model was given it.
     sources = {n: p for p in wanted.values() for n in p.sources if not p.role}
-    of_role = {n for p in wanted.values() if p.role for n in p.sources}
-    used = {held for n in sources for held in checkpoint.holders(n)}
-    used.update(held for n in of_role for held in checkpoint.holders(n))
+    every = {n for p in wanted.values() for n in p.sources}
+    used = {held for n in every for held in checkpoint.holders(n)}
     if checkpoint.matrices:
         used.update(cache_scales(stored))
     unused = [n for n in stored if n not in used and not any(fnmatch(n, p) for p in ignore)]

@@ -153,7 +153,7 @@ def _tensors(export: Export) -> dict[str, Tensor]:
     for file, names in stored.items():
         with safe_open(export.folder / file, "pt") as opened:
             made |= {n: opened.get_tensor(n) for n in names}
-    return _joined(made, export.reference.joined)
+    return _joined(made, archs.load(export.arch).stacks) if export.reference.joined else made
 
 
 def _joined(tensors: dict[str, Tensor], stacks: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:

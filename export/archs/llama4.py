@@ -24,7 +24,6 @@ from llmexport.export.spec import (
 from llmexport.export.values import whole
 
 FORWARD = "model.layers.{i}.feed_forward."
-STACKS = stacks(FORWARD)
 
 
 def build(config: Config) -> Model:
@@ -82,10 +81,10 @@ ARCH = Arch(
     model_types=("llama4_text",),
     system="Llama 4",
     adds="chunked attention, layers without RoPE, temperature, top-1 experts; vision: tiles",
-    reference=causal_lm("Llama4ForCausalLM", joined=STACKS),
+    reference=causal_lm("Llama4ForCausalLM", joined=True),
     build=build,
     names={**NAMES, "layers.{i}.mlp.": FORWARD},
-    stacks=STACKS,
+    stacks=stacks(FORWARD),
     in_parts=True,
     ignore=BUFFERS,
     multimodal=(

@@ -58,8 +58,8 @@ def _joined(graph: onnx.GraphProto) -> list[Given]:
     """Makes one constant of bytes that lie apart and are read one behind the other, which TensorRT does not join."""
     held = {t.name: t for t in graph.initializer}
     readers = {n: node for node in graph.node for n in node.input}
-    given: dict[str, Given] = {}
-    apart: set[str] = set()
+    given: list[Given] = []
+    apart, made = set[str](), set[str]()
     for node in graph.node:
         parts = [t for n in node.input if (t := held.get(n)) and t.data_type == TensorProto.UINT8]
         if node.op_type != "Concat" or len(parts) < len(node.input):
@@ -67,21 +67,21 @@ def _joined(graph: onnx.GraphProto) -> list[Given]:
         value, shape = node.output[0], [sum(t.dims[0] for t in parts), *parts[0].dims[1:]]
         if (reader := readers[value]).op_type == "Reshape":
             value, shape = reader.output[0], onnx.numpy_helper.to_array(held[reader.input[1]]).tolist()
-            given[node.output[0]] = Given(node.output[0], ())
-        given[value] = Given(value, tuple(map(_run, parts)))
+        given.append(Given(value, tuple(map(_run, parts))))
         apart.update(node.input)
+        made |= {node.output[0], value}
         whole = TensorProto(name=value, data_type=TensorProto.UINT8, dims=shape, data_location=TensorProto.EXTERNAL)
         # Of the bytes that are given in their place, not of this file.
         whole.external_data.extend(parts[0].external_data)
         graph.initializer.append(whole)
     if not given:
         return []
-    kept = [n for n in graph.node if n.output[0] not in given]
+    kept = [n for n in graph.node if n.output[0] not in made]
     tensors = [t for t in graph.initializer if t.name not in apart]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(kept)
     graph.initializer.extend(tensors)
-    return [g for g in given.values() if g.runs]
+    return given
 
 
 def _run(tensor: TensorProto) -> Run:

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from llmexport.export.assembly import part_names
 from llmexport.export.checkpoint import Checkpoint
-from llmexport.export.packed.matrix import Matrix
+from llmexport.export.packed.matrix import EXPONENTS, Matrix
 from llmexport.export.packed.repack import has_zeros, places_of
-from llmexport.export.packed.stacks import EXPONENTS
 from llmexport.export.spec import Arch, Block, Experts, Layer, Model, Packed, Plain
 from llmexport.plugins.packed_formats import PACKED
 

@@ -21,6 +21,7 @@ Layout = Literal[
     "pairs",  # bytes hold two neighbours of one of the matrix's columns, the first in the low half (ModelOpt)
 ]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+EXPONENTS = ("uint8", "float8_e8m0fnu")  # the types of scales that are powers of two
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +138,7 @@ class Matrix:
         import numpy as np
 
         said = self.scales
-        stored = read(said.name)
-        if stored.dtype.name in ("uint8", "float8_e8m0fnu"):
-            exponents = stored.view(np.uint8).astype(np.int32) - SCALE_BIAS
-            wide = np.ldexp(np.float32(1), exponents).astype(np.float32)
-        else:
-            wide = stored.astype(np.float32)
+        wide = in_float32(read(said.name))
         grid = wide.reshape(self.grid[::-1]).T if said.turned else wide.reshape(self.grid)
         if said.second:
             second = read(said.second).astype(np.float32).reshape(())
@@ -160,6 +156,15 @@ class Matrix:
         if self.order:
             return tall[:, read(self.order)]
         return np.repeat(tall, self.scales.block[1], 1)[:, :columns]
+
+
+def in_float32(scales: np.ndarray) -> np.ndarray:
+    """Scales as they are stored, as numbers."""
+    import numpy as np
+
+    if scales.dtype.name not in EXPONENTS:
+        return scales.astype(np.float32)
+    return np.ldexp(np.float32(1), scales.view(np.uint8).astype(np.int32) - SCALE_BIAS).astype(np.float32)
 
 
 def unpack(stored: np.ndarray, shape: tuple[int, int], bits: int, layout: Layout) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,16 +13,14 @@ from onnx.helper import make_node
 
 from llmexport.export.checkpoint import StoredTensor
 from llmexport.export.packed import fp4
-from llmexport.export.packed.matrix import Matrix, Scales
+from llmexport.export.packed.made import FLOAT, Made
+from llmexport.export.packed.matrix import EXPONENTS, Matrix, Scales
 from llmexport.export.packed.repack import NUMBERS, PLACES, RANKS, ZEROS
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
-from llmexport.plugins.microscaling import SCALE_BIAS
-
-FLOAT = int(TensorProto.FLOAT)
 
 
 @dataclass
-class Maker:
+class Maker(Made):
     """Makes the matrix [rows, columns], in the type `dtype` of ONNX, or its transpose.
 
     `initializers` point to tensors of the checkpoint, among which are those that were packed anew. `before` are
@@ -33,8 +30,6 @@ class Maker:
     matrix: Matrix
     tensors: Mapping[str, StoredTensor]
     dtype: int
-    initializers: list[TensorProto] = field(default_factory=list)
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
     before: dict[str, list[onnx.NodeProto]] = field(default_factory=dict)
 
     @property
@@ -49,9 +44,9 @@ class Maker:
         self._columns(made, turned=False)
         if self._places:
             ranks = self._stored(self.matrix.name + RANKS, (self.matrix.shape[1],), "int64")
-            made = self._node("Gather", [made, ranks], value if len(steps) == 1 else f"{value}/in_order", axis=1)
+            made = self.node("Gather", [made, ranks], value if len(steps) == 1 else f"{value}/in_order", axis=1)
         if self.matrix.factor:
-            self._node("Mul", [made, self._factor()], value)
+            self.node("Mul", [made, self._factor()], value)
 
     def product(self, value: str, readers: Iterable[onnx.NodeProto]) -> None:
         """Adds what makes the value: the transpose, which these products read as their second factor.
@@ -82,7 +77,7 @@ class Maker:
         assert self.matrix.factor
         held = BY_SAFETENSORS[self.tensors[self.matrix.factor].dtype]
         factor = self._stored(self.matrix.factor, (self.matrix.shape[1],), held.name)
-        return factor if held.onnx == self.dtype else self._node("Cast", [factor], f"{factor}/cast", to=self.dtype)
+        return factor if held.onnx == self.dtype else self.node("Cast", [factor], f"{factor}/cast", to=self.dtype)
 
     def _columns(self, value: str, *, turned: bool) -> None:
         """The matrix as it lies, its columns in the order of `_places` and without their factor, or its transpose."""
@@ -95,7 +90,7 @@ class Maker:
         else:
             self._fp8(made)
         if turned:
-            self._node("Transpose", [made], value, perm=[1, 0])
+            self.node("Transpose", [made], value, perm=[1, 0])
 
     def _integers(self, value: str, turned: bool) -> None:
         """In the order in which runtimes keep them packed: columns by groups first, as a product takes them."""
@@ -116,9 +111,9 @@ class Maker:
         elif number.startswith("u"):
             inputs.append(self._middle(number, points))
         said = {"axis": 0, "block_size": matrix.scales.block[1]} if self._grouped else {"axis": 1}
-        self._node("DequantizeLinear", inputs, value if turned else f"{value}/columns", **said)
+        self.node("DequantizeLinear", inputs, value if turned else f"{value}/columns", **said)
         if not turned:
-            self._node("Transpose", [f"{value}/columns"], value, perm=[1, 0])
+            self.node("Transpose", [f"{value}/columns"], value, perm=[1, 0])
 
     @property
     def _grouped(self) -> bool:
@@ -136,12 +131,12 @@ class Maker:
     def _middle(self, number: str, shape: tuple[int, ...]) -> str:
         """Zero points that are all the middle: made when the graph is loaded, as no file has them."""
         name = f"{self.matrix.name}/middle"
-        self._constant(f"{name}/shape", np.array(shape, np.int64))
+        self.constant(f"{name}/shape", np.array(shape, np.int64))
         middle = onnx.helper.make_tensor("value", TensorProto.UINT8, [1], [self.matrix.offset])
         wide = f"{name}/bytes"
         self.nodes.append(make_node("ConstantOfShape", [f"{name}/shape"], [wide], wide, value=middle))
         to = BY_NAME[number].onnx
-        return wide if to == TensorProto.UINT8 else self._node("Cast", [wide], name, to=to)
+        return wide if to == TensorProto.UINT8 else self.node("Cast", [wide], name, to=to)
 
     def _fp8(self, value: str) -> None:
         """In float32 first: scales of float16 would lose what lies below its range."""
@@ -158,9 +153,9 @@ class Maker:
             size = math.gcd(said.block[1], columns)
             scales, how = self._repeated(self._scales(said, grid, FLOAT), size), {"axis": 1, "block_size": size}
         wide = value if self.dtype == FLOAT else f"{value}/wide"
-        self._node("DequantizeLinear", [numbers, scales], wide, **how)
+        self.node("DequantizeLinear", [numbers, scales], wide, **how)
         if wide != value:
-            self._node("Cast", [wide], value, to=self.dtype)
+            self.node("Cast", [wide], value, to=self.dtype)
 
     def _repeated(self, grid: str, size: int) -> str:
         """Scales of blocks of rows and columns as those of `size` columns of each row, as ONNX has blocks along one
@@ -174,13 +169,13 @@ class Maker:
             ("Reshape", "joined", every),
         )
         for kind, step, shape in steps:
-            self._constant(f"{name}/{step}/shape", np.array(shape, np.int64))
-            grid = self._node(kind, [grid, f"{name}/{step}/shape"], f"{name}/{step}")
+            self.constant(f"{name}/{step}/shape", np.array(shape, np.int64))
+            grid = self.node(kind, [grid, f"{name}/{step}/shape"], f"{name}/{step}")
         if every == [rows, columns // size]:
             return grid
         for step, ends in (("from", [0, 0]), ("to", [rows, columns // size])):
-            self._constant(f"{name}/{step}", np.array(ends, np.int64))
-        return self._node("Slice", [grid, f"{name}/from", f"{name}/to"], f"{name}/cut")
+            self.constant(f"{name}/{step}", np.array(ends, np.int64))
+        return self.node("Slice", [grid, f"{name}/from", f"{name}/to"], f"{name}/cut")
 
     def _fp4(self, value: str) -> None:
         """By a function; TensorRT's own type is put in its place (engine_form.py)."""
@@ -193,34 +188,26 @@ class Maker:
         """Scales of this shape and type."""
         scales = self._stored(said.name, shape, said.dtype)
         name = f"{self.matrix.name}/scales"
-        if said.dtype in ("uint8", "float8_e8m0fnu"):
-            scales, held = self._powers(scales, name), "float32"
+        if said.dtype in EXPONENTS:
+            scales, held = self.powers(scales, name), "float32"
         elif said.second and said.dtype == "float8_e4m3fn":
-            scales, held = self._node("DequantizeLinear", [scales, self._second(said, name)], f"{name}/both"), "float32"
+            scales, held = self.node("DequantizeLinear", [scales, self._second(said, name)], f"{name}/both"), "float32"
         elif said.second:
-            scales, held = self._node("Mul", [scales, self._second(said, name)], f"{name}/both"), said.dtype
+            scales, held = self.node("Mul", [scales, self._second(said, name)], f"{name}/both"), said.dtype
         else:
             held = said.dtype
         if BY_NAME[held].onnx == dtype:
             return scales
-        return self._node("Cast", [scales], f"{name}/cast", to=dtype)
-
-    def _powers(self, exponents: str, name: str) -> str:
-        """Bytes as powers of two."""
-        self._constant(f"{name}/bias", np.float32(SCALE_BIAS))
-        self._constant(f"{name}/base", np.float32(2))
-        wide = self._node("Cast", [exponents], f"{name}/wide", to=FLOAT)
-        power = self._node("Sub", [wide, f"{name}/bias"], f"{name}/exponents")
-        return self._node("Pow", [f"{name}/base", power], f"{name}/powers")
+        return self.node("Cast", [scales], f"{name}/cast", to=dtype)
 
     def _second(self, said: Scales, name: str) -> str:
         """The factor of all scales, a scalar."""
         assert said.second
         second = self._stored(said.second, (), BY_SAFETENSORS[self.tensors[said.second].dtype].name)
-        return self._node("Reciprocal", [second], f"{name}/second") if said.divides else second
+        return self.node("Reciprocal", [second], f"{name}/second") if said.divides else second
 
     def _turned(self, name: str) -> str:
-        return self._node("Transpose", [name], f"{name}/turned", perm=[1, 0])
+        return self.node("Transpose", [name], f"{name}/turned", perm=[1, 0])
 
     def _stored(self, name: str, shape: tuple[int, ...], dtype: str) -> str:
         """The tensor of this name, whose bytes are numbers of this shape and type."""
@@ -229,13 +216,6 @@ class Maker:
         if name not in [i.name for i in self.initializers]:
             self.initializers.append(external(self.tensors[name], shape, BY_NAME[dtype].onnx))
         return name
-
-    def _constant(self, name: str, array: np.ndarray | np.generic) -> None:
-        self.initializers.append(onnx.numpy_helper.from_array(np.asarray(array), name))
-
-    def _node(self, kind: str, inputs: list[str], value: str, **said: Any) -> str:
-        self.nodes.append(make_node(kind, inputs, [value], value, **said))
-        return value
 
 
 def external(stored: StoredTensor, shape: tuple[int, ...], dtype: int) -> TensorProto:

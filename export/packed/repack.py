@@ -76,11 +76,12 @@ def stack_pieces(matrix: Matrix, checkpoint: Checkpoint, *, zeros: bool) -> Iter
 
 def joined(wanted: Iterable[Parameter], checkpoint: Checkpoint) -> Iterator[Piece]:
     """What is published in several tensors of floats, as one of the parameter's own name."""
-    for parameter in {p.name: p for p in wanted if p.parts and not p.role}.values():
-        parts = [checkpoint.tensors.get(n) for n in parameter.parts]
-        if len({t.dtype if t and t.name not in checkpoint.matrices else None for t in parts}) == 1 and parts[0]:
+    for parameter in {p.name: p for p in wanted if p.parts and checkpoint.matrices.keys().isdisjoint(p.parts)}.values():
+        dtypes = {checkpoint.tensors[n].dtype for n in parameter.parts}
+        # Others than of one type are refused when they are bound.
+        if len(dtypes) == 1:
             whole = partial(_joined, parameter, checkpoint.read)
-            yield Piece(unplaced(parameter.name, BY_SAFETENSORS[parts[0].dtype], parameter.shape), whole)
+            yield Piece(unplaced(parameter.name, BY_SAFETENSORS[dtypes.pop()], parameter.shape), whole)
 
 
 @dataclass(frozen=True)

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-from onnx import TensorProto
 from onnx.helper import make_node
 
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
-from llmexport.export.packed.matrix import Matrix
+from llmexport.export.packed.made import FLOAT, Made
+from llmexport.export.packed.matrix import EXPONENTS, Matrix, in_float32
 from llmexport.export.packed.nodes import external
 from llmexport.export.packed.repack import GRID, POINTS, ROWS
 from llmexport.export.spec import Role
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
-from llmexport.plugins.microscaling import SCALE_BIAS
 
 if TYPE_CHECKING:
     from llmexport.export.weights import Parameter
 
 JOINED = "/rows"  # ends the name of what is joined for a parameter
-EXPONENTS = ("uint8", "float8_e8m0fnu")
 
 
 @dataclass(frozen=True)
@@ -60,37 +57,21 @@ def part(matrix: Matrix, role: Role, dtype: str, tensors: Mapping[str, StoredTen
     return held(matrix.name + POINTS, matrix.grid)
 
 
-@dataclass
-class Stack:
-    """The nodes that make a parameter of the parts, and the initialisers that they read."""
-
-    initializers: list[TensorProto] = field(default_factory=list)
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-
-    def add(self, kind: str, inputs: list[str], value: str, **said: Any) -> str:
-        self.nodes.append(make_node(kind, inputs, [value], value, **said))
-        return value
-
-    def constant(self, name: str, array: np.ndarray) -> str:
-        self.initializers.append(onnx.numpy_helper.from_array(array, name))
-        return name
-
-
-def stack(parameter: Parameter, checkpoint: Checkpoint) -> Stack:
-    """Runtimes fold it when they load, and the numbers stay packed."""
-    made, name = Stack(), parameter.name
+def stack(parameter: Parameter, checkpoint: Checkpoint) -> Made:
+    """What makes a parameter of its parts: runtimes fold it when they load, and the numbers stay packed."""
+    made, name = Made(), parameter.name
     matrices = [checkpoint.matrices[n] for n in parameter.parts]
     parts = [part(m, parameter.role, parameter.dtype, checkpoint.tensors) for m in matrices]
     made.initializers += [external(p.tensor, p.shape, BY_NAME[p.dtype].onnx) for p in parts]
-    value = made.add("Concat", [p.tensor.name for p in parts], name + JOINED, axis=0)
+    value = made.node("Concat", [p.tensor.name for p in parts], name + JOINED, axis=0)
     if parameter.dtype == "F":
         value = _in_float32(made, value, name, parts[0].dtype, inverse=_inverse(parameter, matrices))
     if times := _repeats(matrices[0], parameter.role):
         rows, groups = len(parts) * parts[0].shape[0], parts[0].shape[1]
         apart = made.constant(f"{name}/apart", np.array([rows, 1, groups], np.int64))
         each = made.constant(f"{name}/each", np.array([rows, times, groups], np.int64))
-        value = made.add("Reshape", [value, apart], f"{name}/blocks")
-        value = made.add("Expand", [value, each], f"{name}/repeated")
+        value = made.node("Reshape", [value, apart], f"{name}/blocks")
+        value = made.node("Expand", [value, each], f"{name}/repeated")
     shape = made.constant(f"{name}/shape", np.array(parameter.shape, np.int64))
     made.nodes.append(make_node("Reshape", [value, shape], [name], f"{name}/stack"))
     return made
@@ -102,23 +83,18 @@ def values(parameter: Parameter, checkpoint: Checkpoint) -> np.ndarray:
     read = [part(m, parameter.role, parameter.dtype, checkpoint.tensors).read(checkpoint) for m in matrices]
     whole = np.concatenate(read)
     if parameter.dtype == "F":
-        exponents = whole.dtype == np.uint8
-        whole = np.ldexp(np.float32(1), whole.astype(np.int32) - SCALE_BIAS) if exponents else whole
-        whole = whole.astype(np.float32)
+        whole = in_float32(whole)
         whole = 1 / whole if _inverse(parameter, matrices) else whole
     times = _repeats(matrices[0], parameter.role)
     return (np.repeat(whole, times, 0) if times else whole).reshape(parameter.shape)
 
 
-def _in_float32(made: Stack, value: str, name: str, dtype: str, *, inverse: bool) -> str:
-    if dtype != "float32":
-        value = made.add("Cast", [value], f"{name}/wide", to=TensorProto.FLOAT)
+def _in_float32(made: Made, value: str, name: str, dtype: str, *, inverse: bool) -> str:
     if dtype == "uint8":
-        bias = made.constant(f"{name}/bias", np.array(SCALE_BIAS, np.float32))
-        base = made.constant(f"{name}/base", np.array(2, np.float32))
-        value = made.add("Sub", [value, bias], f"{name}/exponents")
-        value = made.add("Pow", [base, value], f"{name}/powers")
-    return made.add("Reciprocal", [value], f"{name}/inverse") if inverse else value
+        value = made.powers(value, name)
+    elif dtype != "float32":
+        value = made.node("Cast", [value], f"{name}/wide", to=FLOAT)
+    return made.node("Reciprocal", [value], f"{name}/inverse") if inverse else value
 
 
 def _inverse(parameter: Parameter, matrices: list[Matrix]) -> bool:

@@ -201,7 +201,7 @@ class Reference:
     Where transformers has no class of the checkpoint's layout, or a wrong one, `made_by` is the module of
     `validate/references/` that makes a model of its tensors; `model_class` is then what configs call it, and `aliases`
     what others call it. `copies` are classes that others published by names of their own, all else being the same.
-    `joined` are an Arch's `stacks`, of matrices that the class has in one tensor only, transposed.
+    `joined`: it has the `stacks` of its Arch in one tensor each only, transposed.
     """
 
     model_class: str
@@ -213,7 +213,7 @@ class Reference:
     made_by: str = ""
     aliases: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
-    joined: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    joined: bool = False
 
 
 def causal_lm(model_class: str, attention: str = "eager", **others: Any) -> Reference:
