@@ -11,7 +11,9 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.exported import Export
 from llmexport.export.onnx_file import Request
 from llmexport.export.onnx_file import write as export_to
+from llmexport.export.packed.repack import FILE
 from llmexport.validate import stages
+from llmexport.validate.compare import compare
 from llmexport.validate.runtime import open_session
 
 # Forms of quantised_checkpoints.py of which nothing is packed anew, but for those that end so.
@@ -38,3 +40,14 @@ def by_tensorrt(export: Export, work: Path) -> np.ndarray:
     with evaluation.evaluator(export, graph, work) as network:
         made: np.ndarray = network.run(first_feed(graph, stages.prompt(export), export.dtype))["logits"]
     return made
+
+
+def check_meaning(form: str, ours: Export, plain: Export) -> None:
+    """That an export computes with what the numbers of its form mean, and packs anew what this form wants."""
+    expected = logits(plain)
+    assert np.abs(expected).max() > 0.5
+    difference = compare(expected, logits(ours))
+    assert difference.max_abs <= 1e-5
+    assert difference.rms_ratio <= 1e-6
+    in_place = form.startswith(IN_PLACE) and not form.endswith(ANEW)
+    assert (FILE in [w.file for w in ours.weights]) is not in_place

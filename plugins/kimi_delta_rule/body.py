@@ -7,6 +7,7 @@ would hold a decay for every two tokens of each channel.
 from __future__ import annotations
 
 from llmexport.plugins.gated_delta_rule.body import inputs
+from llmexport.plugins.scan import by_token
 from llmexport.plugins.spec import Attribute
 
 
@@ -22,12 +23,12 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     {inputs(attributes)}
     decay = Exp (g)
     beta_column = Unsqueeze (beta_wide, last)
-    {_by_token("q", "q_scaled", "row")}
-    {_by_token("k", "k_unit", "row")}
-    {_by_token("k_column", "k_unit", "last")}
-    {_by_token("v", "v_wide", "row")}
-    {_by_token("decay", "decay", "last")}
-    {_by_token("beta", "beta_column", "last")}
+    {by_token("q", "q_scaled", "row")}
+    {by_token("k", "k_unit", "row")}
+    {by_token("k_column", "k_unit", "last")}
+    {by_token("v", "v_wide", "row")}
+    {by_token("decay", "decay", "last")}
+    {by_token("beta", "beta_column", "last")}
     next_state, y_tokens = Scan <
       num_scan_inputs = 6,
       body = token (float[] s, float[] q_t, float[] k_t, float[] k_c, float[] v_t, float[] decay_t, float[] beta_t) => (
@@ -44,9 +45,3 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     y_rows = Squeeze (y_tokens, row)
     y_wide = Transpose <perm = [1, 0, 2, 3]> (y_rows)
     y = CastLike (y_wide, v)"""
-
-
-def _by_token(name: str, source: str, axis: str) -> str:
-    return f"""
-    {name}_first = Transpose <perm = [1, 0, 2, 3]> ({source})
-    {name}_by_token = Unsqueeze ({name}_first, {axis})"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from llmexport.plugins.scan import by_token
 from llmexport.plugins.spec import Attribute
 
 RATE = -math.exp(-0.5)  # the log of the fastest decay
@@ -37,12 +38,12 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     a_wide = Cast <to = 1> (a)
     back_all = Mul (kappa_wide, a_wide)
     back_wide = Where (is_padding, zero, back_all)
-    {_by_token("r", "last")}
-    {_by_token("decay", "row")}
-    {_by_token("k", "row")}
-    {_by_token("v", "last")}
-    {_by_token("kappa", "last")}
-    {_by_token("back", "row")}
+    {by_token("r", "r_wide", "last")}
+    {by_token("decay", "decay_wide", "row")}
+    {by_token("k", "k_wide", "row")}
+    {by_token("v", "v_wide", "last")}
+    {by_token("kappa", "kappa_wide", "last")}
+    {by_token("back", "back_wide", "row")}
     next_state, y_tokens = Scan <
       num_scan_inputs = 6,
       body = token (float[] s, float[] r_t, float[] decay_t, float[] k_t, float[] v_t, float[] kappa_t, float[] back_t)
@@ -59,9 +60,3 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     y_rows = Squeeze (y_tokens, last)
     y_wide = Transpose <perm = [1, 0, 2, 3]> (y_rows)
     y = CastLike (y_wide, v)"""
-
-
-def _by_token(name: str, axis: str) -> str:
-    return f"""
-    {name}_first = Transpose <perm = [1, 0, 2, 3]> ({name}_wide)
-    {name}_by_token = Unsqueeze ({name}_first, {axis})"""
