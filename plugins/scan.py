@@ -2,7 +2,7 @@
 
 
 def by_token(name: str, source: str, axis: str) -> str:
-    """The statements that make NAME_by_token of `source` [B, T, H, D]: [T, B, H, D] and one dimension more at `axis`."""
+    """Makes NAME_by_token of `source` [B, T, H, D]: [T, B, H, D] and one dimension more at `axis`."""
     return f"""
     {name}_first = Transpose <perm = [1, 0, 2, 3]> ({source})
     {name}_by_token = Unsqueeze ({name}_first, {axis})"""
