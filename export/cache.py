@@ -28,6 +28,7 @@ SOURCES = (
     "export/blocks/*.py",
     "export/graph_file.py",
     "export/spec/*.py",
+    "export/shortcuts.py",
     "export/trace.py",
     "export/tidy.py",
 )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmexport.export import blocks
 from llmexport.export.blocks import standard
+from llmexport.export.shortcuts import shortcuts
 from llmexport.export.spec import AXES, OPSET, Block, Port, axis_of, size_of, with_sums
 from llmexport.export.tidy import constant, hold_tensors, name_sizes, tidy
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
@@ -160,7 +161,7 @@ def _export(
     }
     with _quiet():
         try:
-            with _shortcuts():
+            with shortcuts():
                 program = torch.onnx.export(Traced().eval(), (list(examples),), **arguments)
         except torch.onnx.OnnxExporterError:
             # An operator that is only translated once it is decomposed.
@@ -208,38 +209,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-@contextmanager
-def _shortcuts() -> Iterator[None]:
-    """Spares the exporter work that our blocks do not need: 60 % of the time of a trace.
-
-    All traces of a process share one operator table (0.8 s to build), and the program is translated as captured,
-    not decomposed first: blocks are written in operators that the exporter translates. Both places are private to
-    torch; where a version lacks them, a trace takes longer and gives the same graph.
-    """
-    try:
-        from torch.onnx._internal.exporter import _fx_passes, _registration
-
-        build = _registration.ONNXRegistry.__dict__["from_torchlib"]
-        decompose = _fx_passes.decompose_with_registry
-    except (ImportError, KeyError, AttributeError):
-        yield
-        return
-
-    def shared(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        key = (args, tuple(kwargs.items()))
-        if key not in _REGISTRIES:
-            _REGISTRIES[key] = build.__func__(cls, *args, **kwargs)
-        return _REGISTRIES[key]
-
-    setattr(_registration.ONNXRegistry, "from_torchlib", classmethod(shared))
-    setattr(_fx_passes, "decompose_with_registry", lambda program, registry: program)
-    try:
-        yield
-    finally:
-        setattr(_registration.ONNXRegistry, "from_torchlib", build)
-        setattr(_fx_passes, "decompose_with_registry", decompose)
-
-
-_REGISTRIES: dict[Any, Any] = {}

@@ -12,7 +12,7 @@ from llmexport.export import manifest
 from llmexport.export.exported import Export
 from llmexport.export.folder import folder_path
 from llmexport.export.progress import Progress, silent
-from llmexport.run import chat, text
+from llmexport.run import MOST_TOKENS, chat, text
 from llmexport.run.checks import check_decoder, check_patches, check_prompt, picture_tokens, positions, run_again_at
 from llmexport.run.errors import RunError
 from llmexport.run.pictures import Asked, check_installed, check_sees, process, read_pictures
@@ -20,8 +20,6 @@ from llmexport.run.sampling import Sampler
 from llmexport.run.session import begun, decode, opened, row
 from llmexport.run.settings import read_settings
 from llmexport.validate.pictures import Pictures, sight
-
-MOST_TOKENS = 256
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ __all__ = ["as_stored", "choose", "in_layout", "load", "multimodal_names", "name
 BASE = re.compile("For[A-Za-z]*$")
 
 
-def names() -> list[str]:
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+@functools.cache
+def names() -> tuple[str, ...]:
+    return tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__"))
 
 
 @functools.cache

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto
 from torch import Tensor
+
+BOOL = TensorProto.DataType.BOOL
 
 
 @torch.library.custom_op("llmexport::rms_norm", mutates_args=())
@@ -82,9 +85,25 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def cast(x: Any, dtype: int) -> Any:
         return ai_onnx.Identity(x) if x.dtype == dtype else ai_onnx.Cast(x, to=dtype)
 
+    def taken_from(x: Any, number: float) -> Any:
+        return ai_onnx.Sub(number, x)
+
+    def square(x: Any) -> Any:
+        return ai_onnx.Pow(x, 2.0)
+
+    def both(x: Any, y: Any) -> Any:
+        return ai_onnx.And(x, y) if x.dtype == BOOL else ai_onnx.BitwiseAnd(x, y)
+
+    def either(x: Any, y: Any) -> Any:
+        return ai_onnx.Or(x, y) if x.dtype == BOOL else ai_onnx.BitwiseOr(x, y)
+
     return {
-        # Untranslated elsewhere, as it is usually decomposed; see trace.py.
+        # Untranslated elsewhere, as they are usually decomposed; see shortcuts.py.
         torch.ops.aten.to.dtype: cast,
+        torch.ops.aten.rsub.Scalar: taken_from,
+        torch.ops.aten.square.default: square,
+        torch.ops.aten.__and__.Tensor: both,
+        torch.ops.aten.__or__.Tensor: either,
         torch.ops.llmexport.rms_norm.default: rms_normalization,
         torch.ops.llmexport.attention.default: attention_23,
         torch.ops.llmexport.padding_must_be_on_the_left.default: gather,

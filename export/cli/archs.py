@@ -1,12 +1,15 @@
 """llmexport archs"""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmexport.export import archs
 from llmexport.export.cli.console import Console, talkative
-from llmexport.export.spec import Arch
+
+if TYPE_CHECKING:
+    from llmexport.export.spec import Arch
 
 GROUPS = ("of the documents", "most used")
 
@@ -15,6 +18,8 @@ GROUPS = ("of the documents", "most used")
 @talkative
 def command(quiet: bool, as_json: bool) -> None:
     """List the architectures that can be exported, those of the documents first."""
+    from llmexport.export import archs
+
     console = Console(quiet, as_json)
     # The systems of the documents that the project began with, then what else people use.
     found = sorted(map(archs.load, archs.names()), key=lambda a: not a.system)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.folder import FOLDER
-from llmexport.run.bench import Bench, bench, write
 from llmexport.run.errors import RunError
+
+if TYPE_CHECKING:
+    from llmexport.run.bench import Bench
 
 
 @click.command("bench")
@@ -37,6 +40,8 @@ def command(
 
     Each runner has a process of its own. Exit code 1 if one chooses other tokens than PyTorch: it gets no time.
     """
+    from llmexport.run.bench import bench, write
+
     console = Console(quiet, as_json)
     target = output or folder
     if output and not output.is_dir():

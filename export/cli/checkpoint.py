@@ -7,22 +7,20 @@ from pathlib import Path
 
 import click
 
-from llmexport.export import archs
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.folder import FOLDER
+from llmexport.export.cli.source import DTYPES, PARTS
 from llmexport.export.errors import ExportError
-from llmexport.export.multimodal import PARTS
-from llmexport.export.spec import DTYPES
 from llmexport.plugins.regular import read_regular
 
 
 @click.command("checkpoint")
 @click.option("--arch", help="Architecture; default: what the config says.")
 @click.option("--config", type=FOLDER, help="A config.json; default: the architecture's tiny one.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--hollow", is_flag=True, help="Zeros that take no space on disk, for a model of any size.")
-@click.option("--part", type=click.Choice(PARTS), help="Of a multimodal config; of the tiny one default: text.")
+@click.option("--part", type=PARTS, help="Of a multimodal config; of the tiny one default: text.")
 @click.option("--force", is_flag=True, help="Replace an earlier output, if nothing else lies in it.")
 @click.option("-o", "--output", type=FOLDER, required=True, help="The folder to make.")
 @talkative
@@ -39,7 +37,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Write a checkpoint of seeded random weights, in the published layout, to try an export with."""
-    from llmexport.export import random_checkpoint
+    from llmexport.export import archs, random_checkpoint
 
     console = Console(quiet, as_json)
     data = None if config is None else _read(config)

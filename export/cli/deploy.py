@@ -6,18 +6,12 @@ from pathlib import Path
 
 import click
 
-from llmexport.export import engine, engine_record, manifest, onnx_file
 from llmexport.export.cli import engine as engine_command
 from llmexport.export.cli import onnx as onnx_command
 from llmexport.export.cli import source
 from llmexport.export.cli import validate as validate_command
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.folder import FOLDER
-from llmexport.export.placing import openings
-from llmexport.export.profile import parse_profile
-from llmexport.export.source import chosen, open_source
-from llmexport.plugins import library
-from llmexport.validate import validate
 
 
 @click.command("deploy")
@@ -51,6 +45,13 @@ def command(
 
     Exit code 1 if a rung of the comparison fails.
     """
+    from llmexport.export import engine, engine_record, manifest, onnx_file
+    from llmexport.export.placing import openings
+    from llmexport.export.profile import parse_profile
+    from llmexport.export.source import chosen, open_source
+    from llmexport.plugins import library
+    from llmexport.validate import validate
+
     console = Console(quiet, as_json)
     engine_record.check_backend(backend)
     sizes = None if profile is None else parse_profile(profile)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from llmexport.export.cli.choice import ChoiceOf
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.folder import FOLDER, verifying
-from llmexport.export.engine import LONGEST, build
-from llmexport.export.engine_record import BACKENDS, WEIGHTS, Engine
-from llmexport.export.profile import parse_profile
-from llmexport.plugins import library
 
+if TYPE_CHECKING:
+    from llmexport.export.engine_record import Engine
+
+BACKENDS = ChoiceOf("llmexport.export.engine_record", "BACKENDS")
+WEIGHTS = ChoiceOf("llmexport.export.engine_record", "WEIGHTS")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -40,7 +42,7 @@ def options(command: F) -> F:
             "--profile",
             help="Sizes as min:opt:max, as in batch=1:1:4,sequence=1:64:512,past=0:512:2048 (the default).",
         ),
-        click.option("--backend", type=click.Choice(list(BACKENDS)), default="tensorrt-rtx", show_default=True),
+        click.option("--backend", type=BACKENDS, default="tensorrt-rtx", show_default=True),
     ):
         command = option(command)
     return command
@@ -51,12 +53,12 @@ def options(command: F) -> F:
 @options
 @click.option(
     "--weights",
-    type=click.Choice(WEIGHTS),
+    type=WEIGHTS,
     default="inside",
     show_default=True,
     help="Inside the plan, or beside it: inputs that are bound from the safetensors files when the engine is loaded.",
 )
-@click.option("--timeout", type=Seconds(min=1, max=LONGEST), help="Seconds until the builder is given up.")
+@click.option("--timeout", type=Seconds(min=1), help="Seconds until the builder is given up.")
 @verifying
 @talkative
 def command(
@@ -71,6 +73,10 @@ def command(
     as_json: bool,
 ) -> None:
     """Build TensorRT engines of an export: a .plan for each graph, and engine.json, in FOLDER."""
+    from llmexport.export.engine import build
+    from llmexport.export.profile import parse_profile
+    from llmexport.plugins import library
+
     console = Console(quiet, as_json)
     built = build(
         folder,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
+from llmexport.export.cli.choice import ChoiceOf
 from llmexport.export.cli.console import Console, talkative
 from llmexport.export.cli.folder import FOLDER
+from llmexport.run import MOST_TOKENS
 from llmexport.run.errors import RunError
-from llmexport.run.generate import MOST_TOKENS, generate
-from llmexport.run.session import BACKENDS
 
 
 @click.command("generate")
@@ -35,7 +35,7 @@ from llmexport.run.session import BACKENDS
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Only the likeliest, to this sum.")
 @click.option("--seed", type=click.IntRange(0), help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, help="A text that ends the answer and is left out of it; may be repeated.")
-@click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True)
+@click.option("--backend", type=ChoiceOf("llmexport.run.session", "BACKENDS"), default="onnxruntime", show_default=True)
 @click.option("--stream/--no-stream", default=None, help="Print tokens as they come; default: on a terminal.")
 @talkative
 def command(
@@ -60,6 +60,8 @@ def command(
 
     What no option says, generation_config.json of the checkpoint does: whether tokens are drawn, and how.
     """
+    from llmexport.run.generate import generate
+
     console = Console(quiet, as_json)
     if (prompt is None) == (ids is None):
         raise RunError("say what to continue: --prompt TEXT, or --ids for its tokens, one of them")

@@ -14,7 +14,6 @@ from typing import Any, TextIO, cast
 import click
 
 from llmexport.export import interrupt, values
-from llmexport.export.cli import faults
 from llmexport.plugins.errors import UserError
 
 COMMANDS = (
@@ -87,6 +86,8 @@ def _call() -> tuple[int, str]:
     except (KeyboardInterrupt, click.Abort):
         return MENDABLE, _interrupted()
     except Exception as error:
+        from llmexport.export.cli import faults
+
         line = faults.in_one_line(error)
         return (MENDABLE, line) if line else (BUG, traceback.format_exc())
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from llmexport.export import onnx_file
 from llmexport.export.cli import source
+from llmexport.export.cli.choice import ChoiceOf
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.folder import FOLDER
-from llmexport.export.exported import Export
-from llmexport.export.handover import RUNTIMES
-from llmexport.export.manifest import as_data
-from llmexport.export.placing import openings
-from llmexport.export.source import chosen, open_source
-from llmexport.export.spec import ONLY, Port
+
+if TYPE_CHECKING:
+    from llmexport.export.exported import Export
+    from llmexport.export.spec import Port
 
 
 @click.command("onnx")
 @source.options
 @click.option(
     "--target",
-    type=click.Choice(onnx_file.TARGETS),
+    type=ChoiceOf("llmexport.export.onnx_file", "TARGETS"),
     default="portable",
     show_default=True,
     help="portable runs everywhere; tensorrt is for trtexec with our plugins: no function bodies.",
@@ -38,7 +37,7 @@ from llmexport.export.spec import ONLY, Port
 @click.option(
     "--for",
     "runtimes",
-    type=click.Choice(list(RUNTIMES)),
+    type=ChoiceOf("llmexport.export.handover", "RUNTIMES"),
     multiple=True,
     help="Write what another runtime wants in the folder too: onnxruntime-genai, or optimum's ORTModelForCausalLM.",
 )
@@ -68,6 +67,11 @@ def command(
     as_json: bool,
 ) -> None:
     """Export a checkpoint to ONNX: the whole model, or one of its blocks."""
+    from llmexport.export import onnx_file
+    from llmexport.export.manifest import as_data
+    from llmexport.export.placing import openings
+    from llmexport.export.source import chosen, open_source
+
     console = Console(quiet, as_json)
     part = chosen(part, checkpoint)
     with open_source(arch, checkpoint, output, part, block) as (named, found):
@@ -121,6 +125,8 @@ def summary(export: Export, folder: Path) -> list[tuple[str, str]]:
 
 def _flows(export: Export) -> Iterator[tuple[str, str]]:
     """What each graph takes and gives beside what it carries, and which graph makes what another takes."""
+    from llmexport.export.spec import ONLY
+
     made: dict[str, str] = {}
     for graph in export.graphs if [g.name for g in export.graphs] != [ONLY] else ():
         taken = [p for p in graph.assembly.inputs if p.name not in graph.carried]

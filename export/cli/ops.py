@@ -12,8 +12,8 @@ from llmexport.export.cli.console import Console, talkative
 def command(quiet: bool, as_json: bool) -> None:
     """List our ops: inputs, outputs, attributes, dtypes, and whether the plugin library serves them."""
     from llmexport.plugins import library
+    from llmexport.plugins.declared import declared
     from llmexport.plugins.dtypes import FLOATS
-    from llmexport.plugins.spec import all_ops
 
     console = Console(quiet, as_json)
     built = library.find()
@@ -24,11 +24,11 @@ def command(quiet: bool, as_json: bool) -> None:
             "version": op.version,
             "inputs": {n: list(d) for n, d in op.inputs.items()},
             "outputs": list(op.outputs),
-            "attributes": {n: t.__name__ for n, t in op.attributes.items()},
+            "attributes": op.attributes,
             "dtypes": FLOATS,
             "served": op.name in served,
         }
-        for op in all_ops().values()
+        for op in declared()
     ]
     console.table(
         f"ops; plugin library: {built or 'not built, see `llmexport plugins build`'}",

@@ -7,12 +7,16 @@ from typing import Any, TypeVar
 
 import click
 
+from llmexport.export.cli.choice import ChoiceOf
 from llmexport.export.cli.folder import FOLDER
-from llmexport.export.multimodal import PARTS
-from llmexport.export.onnx_file import CACHES, LOGITS, WEIGHTS
-from llmexport.export.rounding import GROUPS, ROUNDINGS
-from llmexport.export.spec import DTYPES
 
+WEIGHTS = ChoiceOf("llmexport.export.onnx_file", "WEIGHTS")
+CACHES = ChoiceOf("llmexport.export.onnx_file", "CACHES")
+LOGITS = ChoiceOf("llmexport.export.onnx_file", "LOGITS")
+PARTS = ChoiceOf("llmexport.export.multimodal", "PARTS")
+GROUPS = ChoiceOf("llmexport.export.rounding", "GROUPS")
+ROUNDINGS = ChoiceOf("llmexport.export.rounding", "ROUNDINGS")
+DTYPES = ChoiceOf("llmexport.export.spec", "DTYPES")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -22,18 +26,18 @@ def options(command: F) -> F:
         click.option("--force", is_flag=True, help="Replace an earlier output, if nothing else lies in it."),
         click.option(
             "--weights",
-            type=click.Choice(WEIGHTS),
+            type=WEIGHTS,
             default="auto",
             help="Hard links to the shards (no new bytes) or copies; auto takes the first of reflinks (no new bytes "
             "either, and files that every tool opens), links and copies that the file system has.",
         ),
-        click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+        click.option("--dtype", type=DTYPES, default="float32", show_default=True),
         click.option(
             "--checkpoint", type=FOLDER, help="Folder with config.json and safetensors; default: tiny, random."
         ),
         click.option(
             "--part",
-            type=click.Choice(PARTS),
+            type=PARTS,
             help="Of a multimodal checkpoint: all of it, its text model, or what sees pictures; default: all, and of "
             "the built-in tiny one the text model.",
         ),
@@ -48,7 +52,7 @@ def caching(command: F) -> F:
     for option in (
         click.option(
             "--logits",
-            type=click.Choice(LOGITS),
+            type=LOGITS,
             default="all",
             show_default=True,
             help="Of all tokens, or of the last of each row: then a prompt costs one product with the vocabulary, not "
@@ -59,7 +63,7 @@ def caching(command: F) -> F:
         ),
         click.option(
             "--cache",
-            type=click.Choice(CACHES),
+            type=CACHES,
             default="dynamic",
             show_default=True,
             help="A dynamic cache grows and is copied at every step; a static one has its size from the start and is "
@@ -80,12 +84,12 @@ def quantizing(command: F) -> F:
         ),
         click.option(
             "--group-size",
-            type=click.Choice(GROUPS),
-            help=f"Columns that share a scale of int4; default: {GROUPS[0]}, fewer where those do not fill a row.",
+            type=GROUPS,
+            help="Columns that share a scale of int4; default: the first of these, fewer where they fill no row.",
         ),
         click.option(
             "--quantize",
-            type=click.Choice(list(ROUNDINGS)),
+            type=ROUNDINGS,
             help="Round the matrices of linear layers and experts to nearest, into new files in OUTPUT: int4 in "
             "groups, int8 and fp8 by rows. Embeddings, head, norms, routers and convolutions stay as they are.",
         ),

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
+from llmexport.export.cli.choice import ChoiceOf
 from llmexport.export.cli.console import Console, talkative
 from llmexport.export.cli.folder import FOLDER
-from llmexport.export.onnx_file import WEIGHTS
-from llmexport.run.triton import BACKENDS, write
+from llmexport.export.cli.source import WEIGHTS
 
 
 @click.command("triton")
@@ -18,18 +18,18 @@ from llmexport.run.triton import BACKENDS, write
 @click.option("-o", "--output", type=FOLDER, required=True, help="The model repository to make.")
 @click.option(
     "--backend",
-    type=click.Choice(BACKENDS),
+    type=ChoiceOf("llmexport.run.triton", "BACKENDS"),
     help="Triton's: the engine or the ONNX file; default: the engine, if one of TensorRT is there.",
 )
 @click.option("--name", help="What the model is called; default: its architecture, and its block's name if it is one.")
-@click.option(
-    "--weights", type=click.Choice(WEIGHTS), default="auto", help="How its files are put there, as those of an export."
-)
+@click.option("--weights", type=WEIGHTS, default="auto", help="How its files are put there, as those of an export.")
 @talkative
 def command(
     folder: Path, output: Path, backend: str | None, name: str | None, weights: str, quiet: bool, as_json: bool
 ) -> None:
     """Write a model repository of Triton Inference Server, of the engine or the ONNX file in FOLDER."""
+    from llmexport.run.triton import write
+
     console = Console(quiet, as_json)
     made = write(folder, output, backend=backend, name=name, weights=weights)
     serve = f"tritonserver --model-repository={output.absolute()}"

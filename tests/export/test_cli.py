@@ -18,8 +18,7 @@ from commands import Run, runner
 from layouts import mxfp4
 from safetensors.numpy import load_file, save_file
 
-from llmexport.export import archs, output, random_checkpoint, trace
-from llmexport.export.cli import deploy
+from llmexport.export import archs, engine, output, random_checkpoint, trace
 from llmexport.export.cli.console import Console
 from llmexport.export.cli.main import COMMANDS
 from llmexport.export.errors import EngineError
@@ -441,7 +440,7 @@ def test_a_deploy_that_does_not_end_leaves_the_earlier_one(
     assert run("deploy", "--arch", "gemma", "-q")[0] == 0
     before = contents(tmp_path)
     for stop in (KeyboardInterrupt, EngineError("no engine")):
-        monkeypatch.setattr(deploy.engine, "build", raising(stop))
+        monkeypatch.setattr(engine, "build", raising(stop))
         assert run("deploy", "--arch", "gemma", "-q", "--force")[0] == 2
         assert contents(tmp_path) == before
 
