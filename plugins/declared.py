@@ -27,9 +27,10 @@ def declared() -> list[Declared]:
 
 def _in(module: ast.Module) -> Iterator[Declared]:
     for made in module.body:
-        for call in made.decorator_list if isinstance(made, ast.FunctionDef) else ():
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "op":
-                yield _of(call, made)
+        if isinstance(made, ast.FunctionDef):
+            for call in made.decorator_list:
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "op":
+                    yield _of(call, made)
 
 
 def _of(call: ast.Call, reference: ast.FunctionDef) -> Declared:

@@ -89,7 +89,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         return ai_onnx.Sub(number, x)
 
     def square(x: Any) -> Any:
-        return ai_onnx.Pow(x, 2.0)
+        two: Any = 2.0
+        return ai_onnx.Pow(x, two)
 
     def both(x: Any, y: Any) -> Any:
         return ai_onnx.And(x, y) if x.dtype == BOOL else ai_onnx.BitwiseAnd(x, y)
