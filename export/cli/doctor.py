@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -74,10 +74,19 @@ def examine() -> list[Finding]:
     for tool, fix in TOOLS:
         path = shutil.which(tool) or ""
         findings.append(Finding(tool, path, False, "plugins build", "" if path else fix))
-    driver = ctypes.util.find_library("cuda") or ""
+    driver = _loadable("libcuda.so.1")
     findings.append(Finding("NVIDIA driver", driver, False, "running engines", "" if driver else "a GPU machine"))
     findings.append(_cache())
     return findings
+
+
+def _loadable(library: str) -> str:
+    """Its name, if it can be loaded; ctypes.util.find_library would ask a compiler for one that is not there."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return ""
+    return library
 
 
 def _version(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -266,3 +267,19 @@ def test_every_file_that_tracing_imports_is_in_the_digest():
         todo |= imports(path) - seen - aside
     covered = {p for pattern in cache.SOURCES for p in cache.ROOT.glob(pattern)}
     assert seen - covered == set()
+
+
+@pytest.mark.parametrize("swept", [True, False])
+def test_cycles_are_not_searched_for_meanwhile_and_then_as_before(swept: bool) -> None:
+    def failing() -> bytes:
+        assert not gc.isenabled()
+        raise ValueError
+
+    (gc.enable if swept else gc.disable)()
+    try:
+        with pytest.raises(ValueError):  # noqa: PT011
+            cache.cached("block", 1, failing)
+        assert cache.cached("block", 2, lambda: bytes([gc.isenabled()])) == bytes([False])
+        assert gc.isenabled() is swept
+    finally:
+        gc.enable()
