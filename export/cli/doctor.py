@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import click
 
 from llmexport.export.cli.console import Console, size, talkative
+from llmexport.export.device import DRIVER
 from llmexport.plugins.cache_folder import cache_folder, trusted_folder
 from llmexport.plugins.errors import CacheError
 
@@ -74,7 +75,7 @@ def examine() -> list[Finding]:
     for tool, fix in TOOLS:
         path = shutil.which(tool) or ""
         findings.append(Finding(tool, path, False, "plugins build", "" if path else fix))
-    driver = _loadable("libcuda.so.1")
+    driver = _loadable(DRIVER)
     findings.append(Finding("NVIDIA driver", driver, False, "running engines", "" if driver else "a GPU machine"))
     findings.append(_cache())
     return findings
