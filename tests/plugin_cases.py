@@ -158,6 +158,9 @@ UINT4_FILLS: dict[str, Fill] = {**EXPERT_FILLS, "gate_up": codes, "down": codes}
 UINT4_FILLS |= {
     f"{n}_{what}": fill for n in ("gate_up", "down") for what, fill in (("scales", tiny), ("zeros", nibbles))
 }
+HEAD_NORM = {"epsilon": 1e-6, "weight_offset": 1.0}
+# The norm and the rotation are each rounded, and a rotation adds what the norm rounded to the other side of a tie.
+HEAD_UNITS = (8.0, 3.0)
 KEYS: dict[str, Fill] = {"start": first_key, "length": all_keys}
 DELTA_FILLS: dict[str, Fill] = {"g": decay, "beta": probability}
 # Of 16-bit types the states are sums of products that hold 16 bits.
@@ -169,6 +172,27 @@ ATTENTION_UNITS = (8.0, 1.01)
 
 ALL_CASES = {
     "Rope": Case("Rope", {"interleaved": True}, {"B": 2, "H": 3, "T": 63, "D": 40, "R": 16}, exact=("y",)),
+    "QkNormRope": Case(
+        "QkNormRope",
+        {**HEAD_NORM, "interleaved": False, "round_before_weight": True, "norm_first": True},
+        {"B": 2, "T": 63, "H": 4, "G": 2, "D": 64, "R": 16},
+        exact=("value",),
+        units=HEAD_UNITS,
+    ),
+    "QkNormRope-after": Case(
+        "QkNormRope",
+        {**HEAD_NORM, "interleaved": True, "round_before_weight": False, "norm_first": False},
+        {"B": 2, "T": 3, "H": 3, "G": 1, "D": 40, "R": 20},
+        exact=("value",),
+        units=HEAD_UNITS,
+    ),
+    "QkNormRope-no-norm": Case(
+        "QkNormRope",
+        {**HEAD_NORM, "interleaved": False, "round_before_weight": False, "norm_first": True},
+        {"B": 1, "T": 9, "H": 5, "G": 2, "D": 128, "R": 64},
+        without=2,
+        exact=("query", "key", "value"),
+    ),
     "AddRmsNorm": Case(
         "AddRmsNorm",
         {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": False},

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/element.cuh"
+#include "common/rotation.cuh"
 #include "rope/rope.h"
 
 namespace llmexport {
@@ -59,23 +59,9 @@ __global__ void __launch_bounds__(kRopeThreads)
 #pragma unroll
     for (int h = 0; h < kRopeHeads; ++h) {
       if (head0 + h >= heads) continue;
-      float out[2][kWidth];
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        constexpr int kStep = kInterleaved ? 2 : 1;
-        constexpr int kPartner = kInterleaved ? 1 : kWidth;
-        int const one = j * kStep, other = one + kPartner;
-        float const first = toFloat(in[h][one / kWidth].at[one % kWidth]);
-        float const second = toFloat(in[h][other / kWidth].at[other % kWidth]);
-        float const cosine = toFloat(c.at[j]), sine = toFloat(s.at[j]);
-        // Each product is rounded, as in torch: fma would give other bits.
-        out[one / kWidth][one % kWidth] =
-            __fsub_rn(__fmul_rn(first, cosine), __fmul_rn(second, sine));
-        out[other / kWidth][other % kWidth] =
-            __fadd_rn(__fmul_rn(second, cosine), __fmul_rn(first, sine));
-      }
-      storeWhole(y + at + h * headStride, fromFloats<T>(out[0]));
-      storeWhole(y + at + h * headStride + apart, fromFloats<T>(out[1]));
+      rotate<kInterleaved>(in[h], c, s);
+      storeWhole(y + at + h * headStride, in[h][0]);
+      storeWhole(y + at + h * headStride + apart, in[h][1]);
     }
   }
 }

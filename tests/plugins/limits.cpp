@@ -8,6 +8,7 @@
 #include "kimi_delta_rule/kimi_delta_rule.h"
 #include "moe_experts/moe_experts.h"
 #include "moe_route/moe_route.h"
+#include "qk_norm_rope/qk_norm_rope.h"
 #include "rope/rope.h"
 #include "sink_attention/sink_attention.h"
 #include "wkv/wkv.h"
@@ -25,6 +26,10 @@ constexpr Device kDevice{132, 227 * 1024, 90};
 // Sizes are those of the op's struct, in its order.
 extern "C" int launch_Rope(int64_t const* s) {
   return rope(kDtype, {s[0], s[1], s[2], s[3], s[4]}, {}, {}, nullptr);
+}
+
+extern "C" int launch_QkNormRope(int64_t const* s) {
+  return qkNormRope(kDtype, {s[0], s[1], s[2], s[3], s[4], s[5]}, {}, {}, nullptr);
 }
 
 extern "C" int launch_AddRmsNorm(int64_t const* s) {

@@ -15,7 +15,7 @@ from native import cuda_tool
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 # The element type and the elements of an access are the first two template arguments of all.
 WIDE = re.compile(
-    r"(rope|addRmsNorm|addRmsNormTwoPass|gatedAct|gatedRmsNorm|gatedRmsNormTwoPass|causalConv1d|scaleInput|combine)"
+    r"(rope|qkNormRope|addRmsNorm|addRmsNormTwoPass|gatedAct|gatedRmsNorm|gatedRmsNormTwoPass|causalConv1d|scaleInput|combine)"
     r"Kernel<(__half|__nv_bfloat16|float), (?:\(int\))?(4|8)[,>]"
 )
 Code = dict[str, list[str]]

@@ -1,0 +1,109 @@
+"""The ONNX function body of QkNormRope."""
+
+from __future__ import annotations
+
+import re
+
+from llmexport.plugins.spec import Attribute
+
+LAST = 2**63 - 1
+
+
+def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """The operators that it stands for, so that ONNX Runtime computes the same nodes with it as without."""
+    wide = types["q"] != "float32"
+    whole = 2 * sizes["R"] == sizes["D"]
+    # As Rope's body: ONNX Runtime 1.23 wants the heads' number elsewhere, TensorRT-RTX 1.7 builds no interleaved one.
+    standard = whole and not wide and not attributes["interleaved"]
+    shared = "" if standard else _angles(wide)
+    normed = "q_weight" in types
+    heads = [_head(x, y, attributes, sizes, wide, standard, normed) for x, y in (("q", "query"), ("k", "key"))]
+    text = "\n".join([shared, *heads, "value = Transpose <perm = [0, 2, 1, 3]> (v)"])
+    return f"{_constants(text, 2 * sizes['R'])}\n{text}"
+
+
+def _head(
+    x: str,
+    y: str,
+    attributes: dict[str, Attribute],
+    sizes: dict[str, int],
+    wide: bool,
+    standard: bool,
+    normed: bool,
+) -> str:
+    """What makes y of x."""
+    before, after = normed and attributes["norm_first"], normed and not attributes["norm_first"]
+    source, turned = f"{x}_normed" if before else x, f"{y}_turned" if after else y
+    turn = f"{turned} = RotaryEmbedding ({x}_heads, cos, sin)"
+    steps = [
+        _norm(x, x, source, attributes, wide) if before else "",
+        f"{x}_heads = Transpose <perm = [0, 2, 1, 3]> ({source})",
+        turn if standard else _turn(x, turned, sizes, wide, bool(attributes["interleaved"])),
+        _norm(x, turned, y, attributes, wide) if after else "",
+    ]
+    return "\n".join(steps)
+
+
+def _norm(x: str, source: str, target: str, attributes: dict[str, Attribute], wide: bool) -> str:
+    """As AddRmsNorm's body: what is rounded after the weight is normalised in fp32."""
+    wide = wide and not attributes["round_before_weight"]
+    epsilon, offset = (float(attributes[name]) for name in ("epsilon", "weight_offset"))
+    total, weight = (f"{source}_total" if wide else source), f"{x}_weight"
+    shifted = f"""{x}_weight_wide = Cast <to = 1> ({weight})
+    {x}_offset = Constant <value_float = {offset}> ()
+    {x}_shifted = Add ({x}_weight_wide, {x}_offset)"""
+    return f"""
+    {f"{total} = Cast <to = 1> ({source})" if wide else ""}
+    {shifted if offset else ""}
+    {x}_scale = CastLike ({f"{x}_shifted" if offset else weight}, {total})
+    {x}_unit = RMSNormalization <axis = -1, epsilon = {epsilon}, stash_type = 1> ({total}, {x}_scale)
+    {target} = CastLike ({x}_unit, {x})"""
+
+
+def _angles(wide: bool) -> str:
+    """cos and sin for all heads."""
+    cast = """cos_wide = Cast <to = 1> (cos)
+    sin_wide = Cast <to = 1> (sin)"""
+    cos, sin = ("cos_wide", "sin_wide") if wide else ("cos", "sin")
+    return f"""{cast if wide else ""}
+    c = Unsqueeze ({cos}, one)
+    s = Unsqueeze ({sin}, one)"""
+
+
+def _constants(text: str, rotated: int) -> str:
+    """Those that the text reads."""
+    values = {"minus_one": -1, "zero": 0, "one": 1, "two": 2, "last_axis": 3, "end": LAST, "rotated": rotated}
+    constants = {n: [v] for n, v in values.items()} | {"shape": [0, 0, 0, rotated]}
+    read = {n: v for n, v in constants.items() if re.search(rf"[(,] ?{n}\b", text)}
+    return "\n".join(f"{n} = Constant <value_ints = {v}> ()" for n, v in read.items())
+
+
+def _turn(x: str, target: str, sizes: dict[str, int], wide: bool, interleaved: bool) -> str:
+    """Turns {x}_heads; what is beyond the rotated part keeps its bits."""
+    whole = 2 * sizes["R"] == sizes["D"]
+    heads = f"{x}_heads"
+    part = heads if whole else f"{x}_part"
+    pairs = f"{x}_wide" if wide else part
+    turned = target if whole else f"{x}_rotated"
+    fp32 = f"{x}_fp32" if wide else turned
+    halves = f"{x}_first, {x}_second = Split <axis = -1, num_outputs = 2> ({pairs})"
+    strided = f"""{x}_first = Slice ({pairs}, zero, end, last_axis, two)
+    {x}_second = Slice ({pairs}, one, end, last_axis, two)"""
+    beside = f"""{x}_evens = Unsqueeze ({x}_cosine, minus_one)
+    {x}_odds = Unsqueeze ({x}_sine, minus_one)
+    {x}_stack = Concat <axis = -1> ({x}_evens, {x}_odds)
+    {fp32} = Reshape ({x}_stack, shape)"""
+    return f"""
+    {"" if whole else f"{part} = Slice ({heads}, zero, rotated, last_axis, one)"}
+    {f"{pairs} = Cast <to = 1> ({part})" if wide else ""}
+    {strided if interleaved else halves}
+    {x}_first_c = Mul ({x}_first, c)
+    {x}_second_s = Mul ({x}_second, s)
+    {x}_cosine = Sub ({x}_first_c, {x}_second_s)
+    {x}_second_c = Mul ({x}_second, c)
+    {x}_first_s = Mul ({x}_first, s)
+    {x}_sine = Add ({x}_second_c, {x}_first_s)
+    {beside if interleaved else f"{fp32} = Concat <axis = -1> ({x}_cosine, {x}_sine)"}
+    {f"{turned} = CastLike ({fp32}, {x})" if wide else ""}
+    {"" if whole else f"{x}_rest = Slice ({heads}, rotated, end, last_axis, one)"}
+    {"" if whole else f"{target} = Concat <axis = -1> ({turned}, {x}_rest)"}"""

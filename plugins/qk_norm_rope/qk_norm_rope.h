@@ -1,0 +1,43 @@
+// Norms and rotary embedding of q and k, and the heads of q, k and v before their tokens; its
+// meaning is in __init__.py.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/launch_plan.h"
+
+namespace llmexport {
+
+struct QkNormRopeSizes {
+  int64_t B, T, H, G, D, R;
+};
+
+struct QkNormRopeAttributes {
+  bool interleaved;
+  float epsilon, weightOffset;
+  bool roundBeforeWeight, normFirst;
+};
+
+struct QkNormRopeTensors {
+  void const *q, *k, *v;            // [B, T, H, D], twice [B, T, G, D]
+  void const *cos, *sin;            // [B, T, R]
+  void const *qWeight, *kWeight;    // [D], both null where there is no norm
+  void *query, *key, *value;        // [B, H, T, D], twice [B, G, T, D]
+};
+
+struct QkNormRopePlan {
+  LaunchPlan launch;
+  int width;  // pairs that a thread rotates at a time
+  bool once;  // whether a thread holds all that it takes of a head in registers
+};
+
+bool qkNormRopeFits(QkNormRopeSizes const& sizes);
+bool qkNormRopeServes(QkNormRopeSizes const& sizes);
+
+// Sizes are at least 1.
+QkNormRopePlan qkNormRopePlan(QkNormRopeSizes const& sizes, Dtype dtype, bool pointersAligned);
+
+cudaError_t qkNormRope(Dtype dtype, QkNormRopeSizes const& sizes,
+                       QkNormRopeAttributes const& attributes, QkNormRopeTensors const& tensors,
+                       cudaStream_t stream);
+
+}  // namespace llmexport
