@@ -54,7 +54,7 @@ def build(
         pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]
         return join(pieces, assembly, dtype, target, stored).SerializeToString()
 
-    key = [to_data(assembly), values, dtype, target, stored, [p.__name__ for p in pipeline.passes(target)]]
+    key = [to_data(assembly), values, dtype, target, stored, [p.__name__ for p in pipeline.passes(target, True)]]
     proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
     fusions = {p.key: Fused(**json.loads(p.value)) for p in proto.metadata_props}
     del proto.metadata_props[:]

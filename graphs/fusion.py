@@ -26,9 +26,10 @@ class Fused:
 
 
 def fuse_each(graph: gs.Graph, ops: tuple[str, ...], fuse: Callable[[gs.Graph, gs.Node], None]) -> Fused:
-    """Calls `fuse` on every standard operator of these types: `fuse` edits the graph, or raises Refusal instead."""
+    """Calls `fuse` on every standard operator or op of ours of these types: `fuse` edits the graph, or raises Refusal
+    instead."""
     fused = Fused()
-    for node in [n for n in graph.nodes if n.op in ops and not n.domain]:
+    for node in [n for n in graph.nodes if n.op in ops and n.domain in (None, "", DOMAIN)]:
         try:
             fuse(graph, node)
             fused.count += 1

@@ -10,17 +10,21 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from llmexport.graphs.fuse_add_rms_norm import fuse_add_rms_norm
 from llmexport.graphs.fuse_gated_act import fuse_gated_act
+from llmexport.graphs.fuse_qk_norm_rope import fuse_qk_norm_rope
 from llmexport.graphs.fusion import Fused
 from llmexport.graphs.lower_attention import lower_attention
 
 Pass = Callable[[gs.Graph], Fused]
 PIPELINE: tuple[Pass, ...] = (fuse_add_rms_norm, fuse_gated_act)
 # By target, those that come after.
-LOWERING: Mapping[str, tuple[Pass, ...]] = {"onnxruntime": (lower_attention,)}
+LOWERING: Mapping[str, tuple[Pass, ...]] = {"onnxruntime": (lower_attention,), "tensorrt": (fuse_qk_norm_rope,)}
+# Those of the portable target where a cache is written in place, as engines serve with.
+IN_PLACE: tuple[Pass, ...] = (fuse_qk_norm_rope,)
 
 
-def passes(target: str) -> tuple[Pass, ...]:
-    return (*PIPELINE, *LOWERING.get(target, ()))
+def passes(target: str, in_place: bool) -> tuple[Pass, ...]:
+    """in_place: whether the graph writes into a cache."""
+    return (*PIPELINE, *LOWERING.get(target, IN_PLACE if in_place else ()))
 
 
 def run(model: onnx.ModelProto, target: str = "portable") -> tuple[onnx.ModelProto, dict[str, Fused]]:
@@ -31,5 +35,6 @@ def run(model: onnx.ModelProto, target: str = "portable") -> tuple[onnx.ModelPro
     # GraphSurgeon warns of every bfloat16, which it carries through all the same, and of a missing package for colours.
     G_LOGGER.severity = G_LOGGER.ERROR
     graph = gs.import_onnx(model)
-    results = {step.__name__: step(graph) for step in passes(target)}
+    in_place = any(n.op == "TensorScatter" for n in graph.nodes)
+    results = {step.__name__: step(graph) for step in passes(target, in_place)}
     return gs.export_onnx(graph, ir_version=model.ir_version, producer_name=model.producer_name), results

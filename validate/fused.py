@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,10 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmexport.export import spec
+from llmexport.export.blocks.attention import Attention
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.norm import Norm
 from llmexport.plugins.add_rms_norm import add_rms_norm
 from llmexport.plugins.gated_act import ACTIVATIONS, gated_act
+from llmexport.plugins.qk_norm_rope import qk_norm_rope
+
+QK_NORM_ROPE = qk_norm_rope.name
 
 
 class Sums(TorchDispatchMode):
@@ -53,13 +58,42 @@ class _Gate:
         return gated_act(self.gate, up, self.activation, 0.0, 0.0)
 
 
-def fuse(module: nn.Module, sums: Sums) -> None:
-    """From now on `module` computes AddRmsNorm and GatedAct as ops, within `sums`."""
+def fuse(module: nn.Module, sums: Sums, made: Collection[str]) -> None:
+    """From now on `module` computes AddRmsNorm and GatedAct as ops, within `sums`; and QkNormRope, if it is among the
+    ops that were `made` of the graph."""
     for part in module.modules():
+        if isinstance(part, Attention) and QK_NORM_ROPE in made and _turns(part.block):
+            part.heads_first = partial(_heads_first, part)
         if isinstance(part, Mlp) and part.block.gated and part.block.activation in ACTIVATIONS:
             part.activation = partial(_Gate, activation=part.block.activation)
         if isinstance(part, Norm) and part.block.statistics == "rms" and part.block.rows is None:
             part.forward = partial(_normed, part, sums, part.forward)
+
+
+def _turns(block: spec.Attention) -> bool:
+    """Whether q and k of this step turn as they come from their projections."""
+    return block.turned > 0 and not block.halves and not block.borrows
+
+
+def _heads_first(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    block = attention.block
+    norm, first = block.qk_norm, block.qk_norm_place == "before_rotary"
+    angles = (given["cos"], given["sin"])
+    if norm and norm.statistics == "rms" and block.qk_norm_over == "head":
+        weights = [attention.get_submodule(n).weight.to(q.dtype) for n in ("q_norm", "k_norm")]
+        early = norm.rounding == "before_weight" and norm.weighted
+        numbers = (norm.epsilon, norm.offset, early, first)
+        return qk_norm_rope(q, k, v, *angles, *weights, block.interleaved, *numbers)
+    # A norm of another kind is computed where it is.
+    apart: list[Tensor] = [q, k]
+    if norm and first:
+        apart = [attention.normed(x, n) for x, n in ((q, "q_norm"), (k, "k_norm"))]
+    query, key, value = qk_norm_rope(*apart, v, *angles, None, None, block.interleaved, 0.0, 0.0, False, True)
+    if norm and not first:
+        query, key = (attention.get_submodule(n)(x) for x, n in ((query, "q_norm"), (key, "k_norm")))
+    return query, key, value
 
 
 def _normed(norm: Norm, sums: Sums, alone: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class KernelRunner(TorchRunner):
         self._kernels.place = self._place(step.name)
         module = super()._module(step)
         if module not in self._fused:
-            fuse(module, self._sums)
+            fuse(module, self._sums, self._graph.ops)
             self._fused.add(module)
         return module
 

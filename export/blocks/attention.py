@@ -40,7 +40,7 @@ class Attention(nn.Module):
     ) -> Tensor | tuple[Tensor, ...]:
         """What q, k, v [B, T, heads, D] make of the context and the cache, by the names of their ports."""
         block, (batch, sequence) = self.block, q.shape[:2]
-        q = self._turn(q, given, "q_norm")
+        q, k, v = self.heads_first(q, k, v, given)
         if block.temperature:
             q = (q.float() * given["temperature"].unsqueeze(1).unsqueeze(-1)).to(q.dtype)
         seen = key, value = self._seen(k, v, given)
@@ -57,11 +57,20 @@ class Attention(nn.Module):
             key, value = (x[:, :, -block.keys.slots :] for x in (key, value))
         return (attended, *(seen if block.lent else ()), key, value) if block.states else attended
 
+    def heads_first(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, given: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """q, k and v [B, T, heads, D], normed and turned, as [B, heads, T, D]."""
+        q = self._turn(q, given, "q_norm")
+        if k is None or v is None:
+            return q, None, None
+        return q, self._turn(k, given, "k_norm"), v.transpose(1, 2)
+
     def _seen(self, k: Tensor | None, v: Tensor | None, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """All keys and values [B, heads, S, D] that the step sees."""
+        """All keys and values [B, heads, S, D] that the step sees, given those of its own tokens."""
         if k is None or v is None:
             return given["seen_key"], given["seen_value"]
-        key, value = self._turn(k, given, "k_norm"), v.transpose(1, 2)
+        key, value = k, v
         if self.block.scatters:
             key = tensor_scatter(given["past_key"], key, given["past_length"])
             value = tensor_scatter(given["past_value"], value, given["past_length"])
@@ -99,8 +108,7 @@ class Attention(nn.Module):
         """Norm and RoPE of [B, T, heads, D], in the block's order, as [B, heads, T, D]."""
         block = self.block
         if block.qk_norm and block.qk_norm_place == "before_rotary":
-            whole = block.qk_norm_over == "all_heads"
-            x = getattr(self, norm)(x.flatten(2)).view(x.shape) if whole else getattr(self, norm)(x)
+            x = self.normed(x, norm)
         x = x.transpose(1, 2)
         if block.halves:
             # What turns together comes to lie as in a head without halves; scores do not tell.
@@ -108,5 +116,11 @@ class Attention(nn.Module):
         if block.turned:
             x = rope(x, given["cos"], given["sin"], block.interleaved)
         if block.qk_norm and block.qk_norm_place == "after_rotary":
-            x = getattr(self, norm)(x)
+            x = self.get_submodule(norm)(x)
         return x
+
+    def normed(self, x: Tensor, norm: str) -> Tensor:
+        """q or k [B, T, heads, D] after its norm, which is one of each head or over all of them."""
+        whole = self.block.qk_norm_over == "all_heads"
+        normed: Tensor = self.get_submodule(norm)(x.flatten(2) if whole else x)
+        return normed.view(x.shape) if whole else normed
