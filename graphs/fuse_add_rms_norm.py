@@ -5,7 +5,16 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs import rms_norm
-from llmexport.graphs.fusion import Fused, Refusal, check_operands, fuse_each, produced_by, producer, replace, same_shape
+from llmexport.graphs.fusion import (
+    Fused,
+    Refusal,
+    check_operands,
+    fuse_each,
+    produced_by,
+    producer,
+    replace,
+    same_shape,
+)
 
 
 def fuse_add_rms_norm(graph: gs.Graph) -> Fused:

@@ -11,10 +11,8 @@ from llmexport.plugins.spec import op
 @op(
     "QkNormRope",
     version=1,
-    dims={
-        **{"q": "B T H D", "k": "B T G D", "v": "B T G D", "cos": "B T R", "sin": "B T R"},
-        **{"q_weight": "D", "k_weight": "D"},
-    },
+    dims={"q": "B T H D", "k": "B T G D", "v": "B T G D", "cos": "B T R", "sin": "B T R"}
+    | {"q_weight": "D", "k_weight": "D"},
     outputs={"query": "B H T D", "key": "B G T D", "value": "B G T D"},
     static=("D", "R"),
     body=body,
@@ -41,7 +39,7 @@ def qk_norm_rope(
     dtype; round_before_weight is that of AddRmsNorm. Raises ValueError if one of the weights is missing.
     """
     if (q_weight is None) != (k_weight is None):
-        raise ValueError("QkNormRope norms both q and k, or neither: q_weight is given without k_weight")
+        raise ValueError("QkNormRope norms both q and k, or neither: give both weights, or none")
 
     def made(x: Tensor, weight: Tensor | None) -> Tensor:
         if weight is None:

@@ -3,6 +3,7 @@
 #include "common/row_plan.h"
 #include "gated_act/gated_act.h"
 #include "moe_route/moe_route.h"
+#include "qk_norm_rope/qk_norm_rope.h"
 #include "rope/rope.h"
 #include "wkv/wkv.h"
 #include "wkv7/wkv7.h"
@@ -29,6 +30,15 @@ extern "C" void plan_rope(int64_t const* sizes, int dtype, bool pointersAligned,
       ropePlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, Dtype(dtype), pointersAligned);
   write(plan.launch, out);
   out[7] = plan.width;
+}
+
+extern "C" void plan_qk_norm_rope(int64_t const* sizes, int dtype, bool pointersAligned,
+                                  int64_t* out) {
+  auto const plan = qkNormRopePlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]},
+                                   Dtype(dtype), pointersAligned);
+  write(plan.launch, out);
+  out[7] = plan.width;
+  out[8] = plan.once;
 }
 
 extern "C" void plan_rows(int64_t const* sizes, int dtype, bool pointersAligned, int64_t* out) {

@@ -21,7 +21,7 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK, MAX_THREADS = (1024, 1024, 64), 1024
 SHARED_WITHOUT_ASKING = 48 * 1024
 # __launch_bounds__ of the kernels.
-ROPE_THREADS, NORM_THREADS, ACT_THREADS, CONV_THREADS, ROUTE_THREADS = 256, 512, 256, 128, 128
+ROPE_THREADS, HEAD_THREADS, NORM_THREADS, ACT_THREADS, CONV_THREADS, ROUTE_THREADS = 256, 256, 512, 256, 128, 128
 ROPE_HEADS, ACT_VECTORS = 4, 2
 CONV_TOKENS = (8, 64)  # of a chunk, at least and at most
 
@@ -71,6 +71,25 @@ def test_rope(plan, sizes, dtype, aligned):
     assert p.grid[1] * ROPE_HEADS >= h > (p.grid[1] - 1) * ROPE_HEADS
     full = 16 // ITEM_SIZES[dtype]
     assert p.width == (full if aligned and d % full == 0 and r % full == 0 else 1)
+
+
+@several
+@given(st.tuples(few, few, few, few, st.integers(1, 600), st.integers(0, 300)), kinds, st.booleans())
+def test_qk_norm_rope(plan, sizes, dtype, aligned):
+    b, t, h, g, d, r = sizes
+    r = min(r, d // 2)
+    p = plan("qk_norm_rope", (b, t, h, g, d, r), dtype, aligned)
+    p.check(HEAD_THREADS)
+    assert p.grid[0] == b * t
+    assert p.grid[1] * p.block[1] >= h + 2 * g > (p.grid[1] - 1) * p.block[1]
+    # Lanes of a head shuffle: a power of two within a warp, and whole warps a block.
+    assert WARP % p.block[0] == 0
+    assert math.prod(p.block) % WARP == 0
+    full = 16 // ITEM_SIZES[dtype]
+    assert p.width == (full if aligned and d % full == 0 and r % full == 0 else 1)
+    units = (d - r) // p.width
+    assert p.block[0] < 2 * units or p.block[0] == 1
+    assert p.vectors == (units <= p.block[0])
 
 
 @several

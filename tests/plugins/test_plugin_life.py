@@ -209,6 +209,8 @@ def test_configures_with_dynamic_dimensions(library: Library, case: Case) -> Non
     [
         ("Rope", "T", 2**30, "Rope: the product of BT is 2147483648, the kernels take 2147483647"),
         ("Rope", "H", 2**20, "Rope: the product of H is 1048576, the kernels take 262140"),
+        ("QkNormRope", "T", 2**31, "QkNormRope: the product of BT is 4294967296, the kernels take 2147483647"),
+        ("QkNormRope", "H", 2**16, "QkNormRope: q, k and v have 65540 heads, the kernels take 65535"),
         ("GatedAct", "T", 2**40, "GatedAct: the product of BTI is 81363860455424, the kernels take 1099511627264"),
         ("AddRmsNorm", "T", 2**31, "AddRmsNorm: the product of BT is 4294967296, the kernels take 2147483647"),
         ("CausalConv1d", "B", 2**31, "CausalConv1d: the product of BT is 135291469824, the kernels take 2147483647"),

@@ -32,6 +32,8 @@ TENSORRT_IMPORTERS = {
 }
 ATTRIBUTES = {
     "Rope": {"interleaved": True},
+    "QkNormRope": {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": True}
+    | {"interleaved": False, "norm_first": True},
     "AddRmsNorm": {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": True},
     "GatedAct": {"activation": "silu", "alpha": 0.0, "limit": 0.0},
     "SinkAttention": {"scale": 0.5, "softcap": 30.0, "window": 3},
@@ -49,6 +51,7 @@ ATTRIBUTES = {
 SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 9}
 # Those of an op that means something else by a letter, or needs sizes that fit each other.
 OWN_SIZES = {
+    "QkNormRope": {"G": 1},
     "SinkAttention": {"G": 1, "S": 8},
     "GatedDeltaRule": {"G": 1, "V": 4},
     "KimiDeltaRule": {"V": 4},
@@ -60,7 +63,13 @@ OWN_SIZES = {
 }
 # Every op with all its inputs, and without as many of the last as may be left out.
 CALLS = [(n, 0) for n in ATTRIBUTES]
-CALLS += [("SinkAttention", 1), ("CausalConv1d", 1), ("MoeRoute", 1), *(("MoeExperts", n) for n in (2, 4, 6, 8))]
+CALLS += [
+    ("QkNormRope", 2),
+    ("SinkAttention", 1),
+    ("CausalConv1d", 1),
+    ("MoeRoute", 1),
+    *(("MoeExperts", n) for n in (2, 4, 6, 8)),
+]
 calls = pytest.mark.parametrize(("name", "without"), CALLS)
 
 
@@ -163,8 +172,8 @@ def test_every_op_is_checked_here():
 
 def test_every_op_is_called_without_each_input_that_may_be_left_out():
     may = {(n, i) for n, made in all_ops().items() for i in range(len(made.optional) + 1)}
-    # What experts may have comes in pairs.
-    assert set(CALLS) == may - {("MoeExperts", n) for n in (1, 3, 5, 7)}
+    # What experts may have comes in pairs, as the weights of two norms do.
+    assert set(CALLS) == may - {("MoeExperts", n) for n in (1, 3, 5, 7)} - {("QkNormRope", 1)}
 
 
 @calls
