@@ -189,6 +189,8 @@ def of_family(f: Family, B: int, T: int) -> Iterator[Case]:
     rope = {"interleaved": f.interleaved}
     yield Case("Rope", f.name, B, T, ((B, f.H, T, f.D), angles, angles), rope)
     norm = {"epsilon": 1e-6, "weight_offset": f.weight_offset, "round_before_weight": f.weight_offset == 0}
+    heads = ((B, T, f.H, f.D), *[(B, T, f.kv, f.D)] * 2, angles, angles, (f.D,), (f.D,))
+    yield Case("QkNormRope", f.name, B, T, heads, {**rope, **norm, "norm_first": True}, roundings=3)
     yield Case("AddRmsNorm", f.name, B, T, ((B, T, f.C), (B, T, f.C), (f.C,)), norm)
     act = {"activation": f.activation, "alpha": 0.0, "limit": 0.0}
     yield Case("GatedAct", f.name, B, T, ((B, T, f.I), (B, T, f.I)), act)

@@ -38,7 +38,7 @@ def test_plugins_take_every_case_as_it_is(op_cases: Any) -> None:
         assert plugin.output_types([d.type for d in inputs]) == types
         plugin.configure([*inputs, *(desc(t.shape, array_of(t.new_empty(0, device="cpu")).dtype) for t in results)])
         seen.add(case.op)
-    assert seen >= {"Rope", "AddRmsNorm", "GatedAct", "CausalConv1d", "GatedRmsNorm", "MoeRoute"}
+    assert seen >= {"Rope", "QkNormRope", "AddRmsNorm", "GatedAct", "CausalConv1d", "GatedRmsNorm", "MoeRoute"}
     assert seen >= {"Wkv", "Wkv7", "KimiDeltaRule"}
 
 

@@ -70,6 +70,21 @@ def test_the_model_computed_by_kernels_has_its_numbers(
     assert calls.keys() == {n for g in manifest.read(exported(case, dtype)).graphs for n in g.ops}
 
 
+# Norms of q and k before RoPE, after it, and none; of one kind of attention and of two.
+TURNED = ("qwen3_5_moe", "llama4", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "name", [*TURNED, *(pytest.param(a, marks=pytest.mark.slow) for a in PRIMARY if a not in TURNED)]
+)
+def test_with_a_static_cache_too(name: str, exported: Callable[..., Path], calls: Counter[str]) -> None:
+    folder = exported(name, AT_ONCE[name], slots=160)
+    assert climb(folder).status == "pass"
+    ops = manifest.read(folder).graphs[0].ops
+    assert calls.keys() == ops.keys()
+    assert ops["QkNormRope"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRIMARY)
 def test_a_prompt_past_every_window_has_them_too(name: str, exported: Callable[..., Path]) -> None:
@@ -125,7 +140,7 @@ def test_a_block_alone_is_computed_by_kernels(exported: Callable[..., Path], cal
 def test_an_op_that_no_kernel_computed_fails_the_rung(
     exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "fuse", lambda module, sums: None)
+    monkeypatch.setattr(kernels, "fuse", lambda module, sums, made: None)
     rung = climb(exported("gemma"), tokens=2)
     assert (rung.status, rung.note) == ("fail", "model.onnx has AddRmsNorm 6 times, a kernel computed it 0 times")
 

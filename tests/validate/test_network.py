@@ -61,6 +61,13 @@ def test_what_tensorrt_reads_of_a_static_cache_is_right(arch: str, exported) -> 
     assert climb(exported(arch, slots=160)).status == "pass"
 
 
+@pytest.mark.parametrize(("arch", "dtype"), [("qwen3_5_moe", "bfloat16"), ("llama4", "float16")])
+def test_and_with_its_ops_as_plugin_layers(arch: str, dtype: str, exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "find", emulated_library)
+    rung = climb(exported(arch, dtype, slots=160))
+    assert (rung.status, rung.note) == ("pass", PLUGINS)
+
+
 SEEING = [(c, d, p) for c in TOWERS for d in DTYPES for p in (True, False)]
 SEEING_ONCE = [(TOWERS[0], "float16", False), (TOWERS[-1], "bfloat16", True)]
 
