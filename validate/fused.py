@@ -80,7 +80,7 @@ def _heads_first(
 ) -> tuple[Tensor, Tensor, Tensor]:
     block = attention.block
     norm, first = block.qk_norm, block.qk_norm_place == "before_rotary"
-    angles = (given["cos"], given["sin"])
+    angles = attention.angles(given)
     if norm and norm.statistics == "rms" and block.qk_norm_over == "head":
         weights = [attention.get_submodule(n).weight.to(q.dtype) for n in ("q_norm", "k_norm")]
         early = norm.rounding == "before_weight" and norm.weighted

@@ -114,10 +114,14 @@ class Attention(nn.Module):
             # What turns together comes to lie as in a head without halves; scores do not tell.
             x = x.unflatten(-1, (2, 2, block.head_size // 4)).transpose(-3, -2).flatten(-3)
         if block.turned:
-            x = rope(x, given["cos"], given["sin"], block.interleaved)
+            x = rope(x, *self.angles(given), block.interleaved)
         if block.qk_norm and block.qk_norm_place == "after_rotary":
             x = self.get_submodule(norm)(x)
         return x
+
+    def angles(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, R]."""
+        return given["cos"], given["sin"]
 
     def normed(self, x: Tensor, norm: str) -> Tensor:
         """q or k [B, T, heads, D] after its norm, which is one of each head or over all of them."""

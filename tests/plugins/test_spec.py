@@ -30,15 +30,14 @@ TENSORRT_IMPORTERS = {
     "SkipSimplifiedLayerNormalization",
     "SwiGLU",
 }
+NORM = {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": True}
 ATTRIBUTES = {
     "Rope": {"interleaved": True},
-    "QkNormRope": {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": True}
-    | {"interleaved": False, "norm_first": True},
-    "AddRmsNorm": {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": True},
+    "QkNormRope": {"interleaved": False, **NORM, "norm_first": True},
+    "AddRmsNorm": NORM,
     "GatedAct": {"activation": "silu", "alpha": 0.0, "limit": 0.0},
     "SinkAttention": {"scale": 0.5, "softcap": 30.0, "window": 3},
-    "GatedDeltaRule": {"scale": 0.5, "l2_norm": True},
-    "KimiDeltaRule": {"scale": 0.5, "l2_norm": True},
+    **{key: {"scale": 0.5, "l2_norm": True} for key in ("GatedDeltaRule", "KimiDeltaRule")},
     "CausalConv1d": {"activation": "silu"},
     "Wkv": {},
     "Wkv7": {},
@@ -54,8 +53,7 @@ OWN_SIZES = {
     "QkNormRope": {"G": 1},
     "SinkAttention": {"G": 1, "S": 8},
     "GatedDeltaRule": {"G": 1, "V": 4},
-    "KimiDeltaRule": {"V": 4},
-    "Wkv7": {"V": 4},
+    **{key: {"V": 4} for key in ("KimiDeltaRule", "Wkv7")},
     "CausalConv1d": {"O": 1, "K": 4, "S": 3},
     "MoeRoute": {"E": 8},
     "MoeExperts": {"C": 32, "K": 2, "E": 4, "P": 64, "Q": 32, "R": 32, "S": 32, "J": 64, "M": 1, "N": 1}
@@ -63,13 +61,8 @@ OWN_SIZES = {
 }
 # Every op with all its inputs, and without as many of the last as may be left out.
 CALLS = [(n, 0) for n in ATTRIBUTES]
-CALLS += [
-    ("QkNormRope", 2),
-    ("SinkAttention", 1),
-    ("CausalConv1d", 1),
-    ("MoeRoute", 1),
-    *(("MoeExperts", n) for n in (2, 4, 6, 8)),
-]
+CALLS += [(n, 1) for n in ("SinkAttention", "CausalConv1d", "MoeRoute")]
+CALLS += [("QkNormRope", 2), *(("MoeExperts", n) for n in (2, 4, 6, 8))]
 calls = pytest.mark.parametrize(("name", "without"), CALLS)
 
 
