@@ -30,8 +30,8 @@ def fuse_qk_norm_rope(graph: gs.Graph) -> Fused:
        query      key      value
 
     The norms in brackets are taken where q and k both have one, before Rope or both after it, of one epsilon, offset
-    and rounding, as `rms_norm.read` takes it; others stay where they are. Between query and attention there may be
-    products and casts; between key and value and attention what joins them to the past. Legal if
+    and rounding, as `rms_norm.read` takes it; others before Rope stay where they are. Between query and attention there
+    may be products and casts; between key and value and attention what joins them to the past. Legal if
     1. queries and keys are turned by one Rope each, by the same angles and in the same way,
     2. q, k and v are [B, T, heads, D] with heads turned to the front right before,
     3. they are of one float type, their heads known and of one size, as many of k as of v,

@@ -71,8 +71,14 @@ def fuse(module: nn.Module, sums: Sums, made: Collection[str]) -> None:
 
 
 def _turns(block: spec.Attention) -> bool:
-    """Whether q and k of this step turn as they come from their projections."""
-    return block.turned > 0 and not block.halves and not block.borrows
+    """Whether the pass makes the op of what q and k of this step go through."""
+    known = block.qk_norm is None or block.qk_norm_place == "before_rotary" or _is_the_ops(block)
+    return block.turned > 0 and not block.halves and not block.borrows and known
+
+
+def _is_the_ops(block: spec.Attention) -> bool:
+    """Whether the op has the norm of q and k."""
+    return block.qk_norm is not None and block.qk_norm.statistics == "rms" and block.qk_norm_over == "head"
 
 
 def _heads_first(
@@ -81,19 +87,15 @@ def _heads_first(
     block = attention.block
     norm, first = block.qk_norm, block.qk_norm_place == "before_rotary"
     angles = attention.angles(given)
-    if norm and norm.statistics == "rms" and block.qk_norm_over == "head":
+    if norm and _is_the_ops(block):
         weights = [attention.get_submodule(n).weight.to(q.dtype) for n in ("q_norm", "k_norm")]
         early = norm.rounding == "before_weight" and norm.weighted
         numbers = (norm.epsilon, norm.offset, early, first)
         return qk_norm_rope(q, k, v, *angles, *weights, block.interleaved, *numbers)
     # A norm of another kind is computed where it is.
-    apart: list[Tensor] = [q, k]
-    if norm and first:
-        apart = [attention.normed(x, n) for x, n in ((q, "q_norm"), (k, "k_norm"))]
-    query, key, value = qk_norm_rope(*apart, v, *angles, None, None, block.interleaved, 0.0, 0.0, False, True)
-    if norm and not first:
-        query, key = (attention.get_submodule(n)(x) for x, n in ((query, "q_norm"), (key, "k_norm")))
-    return query, key, value
+    if norm:
+        q, k = attention.normed(q, "q_norm"), attention.normed(k, "k_norm")
+    return qk_norm_rope(q, k, v, *angles, None, None, block.interleaved, 0.0, 0.0, False, True)
 
 
 def _normed(norm: Norm, sums: Sums, alone: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
