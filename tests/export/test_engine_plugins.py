@@ -102,7 +102,7 @@ def test_the_form_for_trtexec_has_no_bodies_and_builds(tiny_checkpoint, tmp_path
     onnx_file.write(request, tmp_path / "export", force=False)
     model = onnx.load(tmp_path / "export" / "model.onnx", load_external_data=False)
     assert not model.functions
-    assert {n.op_type for n in model.graph.node if n.domain == "llmexport"} == {"Rope", "AddRmsNorm", "GatedAct"}
+    assert {n.op_type for n in model.graph.node if n.domain == "llmexport"} == {"QkNormRope", "AddRmsNorm", "GatedAct"}
     record = engine.build(tmp_path / "export", plugins=emulated_library())
     assert record.graphs["model"].plugins == manifest.read(tmp_path / "export").graphs[0].ops
 
