@@ -11,8 +11,15 @@ from llmexport.plugins.spec import op
 @op(
     "QkNormRope",
     version=1,
-    dims={"q": "B T H D", "k": "B T G D", "v": "B T G D", "cos": "B T R", "sin": "B T R"}
-    | {"q_weight": "D", "k_weight": "D"},
+    dims={
+        "q": "B T H D",
+        "k": "B T G D",
+        "v": "B T G D",
+        "cos": "B T R",
+        "sin": "B T R",
+        "q_weight": "D",
+        "k_weight": "D",
+    },
     outputs={"query": "B H T D", "key": "B G T D", "value": "B G T D"},
     static=("D", "R"),
     body=body,
