@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -129,7 +130,7 @@ class Model:
 
     def __post_init__(self) -> None:
         for what in ([g.name for g in self.graphs], [p.name for g in self.graphs for p in g.assembly.outputs]):
-            if twice := sorted({n for n in what if what.count(n) > 1}):
+            if twice := sorted(n for n, times in Counter(what).items() if times > 1):
                 raise ValueError(f"two graphs of a model are called, or give, {', '.join(twice)}")
 
     @property

@@ -25,6 +25,8 @@ from llmexport.export.trace import module_shapes
 
 Path = tuple[str, ...]
 ABSENT = object()
+# How many layers there are, of the same sizes each.
+LAYERS = {"n_layer", "num_decoder_layers", "num_hidden_layers", "num_layers", "num_transformer_layers"}
 CONFIGS = PUBLISHED | {
     c.name: {"model_type": archs.load(c.arch).model_types[0], **archs.load(c.arch).tiny} for c in FIRST
 }
@@ -146,7 +148,7 @@ def test_the_largest_sizes_that_are_read_can_be_laid_out(arch):
     # So that every expert may be chosen.
     groups = {k: 1 for k in ("n_group", "topk_group") if k in config}
     config |= groups
-    passed_over = ("num_hidden_layers", "num_layers", "num_transformer_layers", *groups, *not_read(arch))
+    passed_over = {*LAYERS, *groups, *not_read(arch)}
     for key in [k for k, v in config.items() if type(v) is int and k not in passed_over]:
         config[key] = next(n for n in (2**31 - 1, LONGEST, MOST) if "at most" not in str(ours(config | {key: n})))
     model = ours(config)
