@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,18 @@ def test_bytes_are_those_of_inputs_and_outputs(op_cases: Any, op: str, bytes_of_
     assert next(c for c in op_cases.cases() if c.op == op and c.T == 4096).bytes == bytes_of_a_prompt
 
 
-def test_says_what_it_needs() -> None:
+def test_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2 where there is no GPU; help anywhere."""
     import torch
 
-    command = [sys.executable, str(HERE / "bench_ops.py")]
-    assert "--only" in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    def ran(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["bench_ops.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(HERE / "bench_ops.py"), run_name="__main__")
+        return int(ended.value.code or 0)
+
+    assert ran("--help") == 0
+    assert "--only" in capsys.readouterr().out
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "no CUDA device: the ops are timed on a GPU only\n")
+    assert (ran(), capsys.readouterr().err) == (2, "no CUDA device: the ops are timed on a GPU only\n")

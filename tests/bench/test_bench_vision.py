@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import runner
 
 from llmexport.export import archs, manifest
 from llmexport.validate.compare import compare
@@ -30,11 +31,18 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def in_process(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The same, but every runner runs here, and pictures are 32 pixels a side."""
-    runs = importlib.import_module("vision_runs")
+def in_process(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Any:
+    """The same, but every command and runner runs here, and pictures are 32 pixels a side."""
+    runs, run = importlib.import_module("vision_runs"), runner(monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "SIDE", 32)
+
+    def done(*arguments: str | Path, log: Path) -> None:
+        code, _, said = run(*arguments)
+        assert code == 0, said
+
+    for module in (bench, importlib.import_module("bench_families")):
+        monkeypatch.setattr(module, "done", done)
 
     def seen(runner: str, source: Path, out: Path, feed: Any, chosen: Namespace) -> Any:
         return runs.measured(runner, source, manifest.read(out), feed, chosen.calls)
