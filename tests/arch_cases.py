@@ -232,6 +232,7 @@ MATRIX = 4096  # bytes that the matrices of tiny models have at least, and their
 # Graphs of these compute with weights alone, norms of rows and of a table, and are built with their weights inside.
 COMPUTED = ("baichuan", "deberta", "deberta_v2")
 UNBOUND = "cannot be done where it is bound: build the engine with its weights inside$"
+SLOTS = 96  # of static caches: more than any tiny window or what tests write; one number, as traces are then shared
 FEW_MATRICES = ("openelm",)  # each layer is a block of its own, of four matrices
 # Families whose caches hold latents, and no keys and values.
 LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from arch_cases import SLOTS
 from decoders import RUNNERS, Decoder, prompt, reference, theirs
 from published_configs import PUBLISHED
 
@@ -57,7 +58,7 @@ def test_a_prompt_that_is_cut_behind_its_context_equals_the_whole(cut: int, expo
 def test_a_static_cache_shows_the_context_too(exported) -> None:
     ids, mask, positions = asked(64)
     expected = Decoder(exported(ARCH), "onnxruntime").step(ids, positions, mask)
-    static = Decoder(exported(ARCH, slots=96), "onnxruntime")
+    static = Decoder(exported(ARCH, slots=SLOTS), "onnxruntime")
     static.check(expected, static.step(ids, positions, mask), mask.astype(bool))
 
 

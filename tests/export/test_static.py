@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from arch_cases import DECODERS, FIRST, PRIMARY, Case, others_slow
+from arch_cases import DECODERS, FIRST, PRIMARY, SLOTS, Case, others_slow
 from decoders import PROMPT, REFUSED, RUNNERS, Decoder, prompt, reference, session, theirs
 
 from llmexport.export import archs, export, manifest
@@ -18,12 +18,11 @@ from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Attention, Keys
 
-SLOTS = 59  # of no tiny window, and more than are written
 DECODE, PIECE = 8, 3
 # All that a static cache changes: full layers, windows, chunks, spans, temperatures, states.
 AT_ONCE = [c for c in FIRST if c.arch in (*PRIMARY, "gemma2", "gemma3_text", "mistral", "phi3")]
 COPIES = {"slots": 1, "window": 2, "state": 2, "recurrence": 2}  # buffers of a state
-BEYOND = {"torch": "59 slots has no slot 59", "onnxruntime": r"exceeds max_sequence_length \(59\)"}
+BEYOND = {"torch": f"{SLOTS} slots has no slot {SLOTS}", "onnxruntime": rf"exceeds max_sequence_length \({SLOTS}\)"}
 
 
 def wide(mask: np.ndarray) -> np.ndarray:

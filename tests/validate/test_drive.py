@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from arch_cases import SLOTS
 from rungs import EVERYWHERE
 from two_graphs import in_two, rebuilt, with_source
 
@@ -166,7 +167,7 @@ def test_a_step_beyond_a_static_cache_is_refused_and_no_prompt_leaves_its_steps_
 
 
 def test_a_past_stands_in_the_first_slots_and_a_windows_at_its_end(exported) -> None:
-    [graph] = manifest.read(exported("gpt_oss", slots=59)).graphs
+    [graph] = manifest.read(exported("gpt_oss", slots=SLOTS)).graphs
     sizes = thresholds.block_sizes(graph.assembly.steps[-1].block)[0] | {"past": 5}
     held, laid = feeds.earlier(graph, "float32", sizes), feeds.states(graph, "float32", sizes)
     assert held.keys() == laid.keys() == graph.carried.keys()

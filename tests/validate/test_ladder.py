@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from arch_cases import CASES, FIRST, IN_FP16, PRIMARY, Case, in_each_dtype, others_slow
+from arch_cases import CASES, FIRST, IN_FP16, PRIMARY, SLOTS, Case, in_each_dtype, others_slow
 from reseal import reseal
 from rungs import EVERYWHERE, OF_A_BLOCK
 from safetensors.numpy import load_file, save_file
@@ -80,7 +80,7 @@ IN_SLOTS_ONCE = [(c, d) for c, d in IN_SLOTS if c.arch == "gpt_oss" and d == "fl
 
 @pytest.mark.parametrize(("case", "dtype"), others_slow(IN_SLOTS, IN_SLOTS_ONCE), ids=str)
 def test_every_rung_of_a_right_export_with_a_static_cache_passes(case: Case, dtype: str, exported) -> None:
-    rungs = climb(exported(case, dtype, slots=96))
+    rungs = climb(exported(case, dtype, slots=SLOTS))
     assert {(r.status, r.note) for r in rungs.values()} == {("pass", "")}
     assert {d["step"] for d in rungs["blocks: ONNX Runtime / PyTorch"].details} >= {"slots", "layers.0", "layers.1"}
 
