@@ -80,14 +80,12 @@ def same(block: Block) -> Block:
     return from_data(json.loads(json.dumps(to_data(block))))
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_a_block_comes_back_from_json(block):
-    assert same(block) == block
+def test_a_block_comes_back_from_json():
+    assert [b for b in BLOCKS if same(b) != b] == []
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_equal_blocks_are_one_key(block):
-    assert {block: 1}[same(block)] == 1
+def test_equal_blocks_are_one_key():
+    assert [b for b in BLOCKS if same(b) not in {b: 1}] == []
 
 
 def test_blocks_that_differ_in_one_field_differ():

@@ -78,9 +78,10 @@ def test_weights_of_another_type(machine: Machine, node: Node, dtype: str, store
     assert is_right(machine, replace(node, stored=stored, transposed=transposed), dtype)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("size", [(1, 4, 32, 96, 32), (7, 2, 4, 288, 64), (20, 4, 8, 32, 1056), (65, 2, 4, 224, 96)])
-@pytest.mark.parametrize("dtype", DTYPES)
+MXFP4_SIZES = [(1, 4, 32, 96, 32), (7, 2, 4, 288, 64), (20, 4, 8, 32, 1056), (65, 2, 4, 224, 96)]
+
+
+@pytest.mark.parametrize(("size", "dtype", "interleaved"), pairwise(MXFP4_SIZES, [*DTYPES], (False, True)))
 def test_mxfp4(machine: Machine, size: tuple[int, ...], dtype: str, interleaved: bool) -> None:
     node = Node(*size, activation="swiglu_clamped", interleaved=interleaved, biases=True, stored=MXFP4)
     assert is_right(machine, node, dtype)
@@ -150,9 +151,10 @@ def test_every_mxfp4_value(machine: Machine, dtype: str, tokens: int) -> None:
     assert (y == values.T[np.arange(node.T) % BLOCK]).all()
 
 
-@pytest.mark.parametrize("size", [(1, 1, 16, 72, 40), (33, 1, 4, 72, 40), (65, 2, 2, 40, 72), (9, 2, 4, 37, 19)])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+SCALED_SIZES = [(1, 1, 16, 72, 40), (33, 1, 4, 72, 40), (65, 2, 2, 40, 72), (9, 2, 4, 37, 19)]
+
+
+@pytest.mark.parametrize(("size", "dtype", "transposed"), pairwise(SCALED_SIZES, [*DTYPES], (False, True)))
 def test_scaled_input(machine: Machine, size: tuple[int, ...], dtype: str, transposed: bool) -> None:
     assert is_right(machine, Node(*size, scale_input=True, transposed=transposed), dtype)
 
