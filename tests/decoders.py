@@ -128,29 +128,6 @@ def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-def generate(model: Any, ids: np.ndarray, mask: np.ndarray, tokens: int = 32) -> np.ndarray:
-    """The tokens that a model of transformers goes on with."""
-    if isinstance(model, references.Described):
-        return _best(model, ids, mask, tokens)
-    alone = "state" in inspect.signature(model.forward).parameters
-    rows = [(ids[i, real][None], np.ones((1, real.sum()), int)) for i, real in enumerate(mask.astype(bool))]
-    made = []
-    for its, own in rows if alone else [(ids, mask)]:
-        given = {"attention_mask": torch.from_numpy(own), "do_sample": False, "pad_token_id": 0}
-        made.append(model.generate(torch.from_numpy(its), **given, max_new_tokens=tokens)[:, its.shape[1] :].numpy())
-    return np.concatenate(made)
-
-
-def _best(model: references.Described, ids: np.ndarray, mask: np.ndarray, tokens: int) -> np.ndarray:
-    chosen, cache, positions = [], None, np.maximum(mask.cumsum(-1) - 1, 0)
-    for _ in range(tokens):
-        made = theirs(model, ids, mask, positions, cache)
-        ids, cache, positions = made.logits[:, -1:].argmax(-1).numpy(), made.past_key_values, positions[:, -1:] + 1
-        chosen.append(ids)
-        mask = np.concatenate((mask, np.ones_like(ids)), 1)
-    return np.concatenate(chosen, 1)
-
-
 def prompt(length: int = PROMPT, padding: int = 5, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     ids = np.random.default_rng(seed).integers(0, 256, (2, length))
     mask = np.ones_like(ids)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from arch_cases import CASES, DECODERS, FIRST, IN_TRANSFORMERS, PAIRS, Case, others_slow
+from arch_cases import CASES, DECODERS, FIRST, IN_TRANSFORMERS, PAIRS, SLOTS, Case, others_slow
 from two_graphs import in_two, rebuilt
 
 from llmexport.export import archs, manifest, onnx_file
@@ -188,7 +188,7 @@ def test_an_export_without_an_engine_is_told_so(exported) -> None:
 @pytest.mark.parametrize("arch", others_slow(["gemma", "gpt_oss", "qwen3_5_moe"], ["gpt_oss"]))
 def test_a_static_cache_gives_the_same_tokens_and_is_written_in_place(arch: str, tiny_checkpoint, exported, tmp_path):
     checkpoint = open_checkpoint(tiny_checkpoint(arch))
-    request = onnx_file.Request(archs.load(arch), checkpoint, cache="static", max_tokens=64)
+    request = onnx_file.Request(archs.load(arch), checkpoint, cache="static", max_tokens=SLOTS)
     export = onnx_file.write(request, tmp_path / "static")
     session, stage = RuntimeSession(export), opening(prompt())
     addresses = set()
