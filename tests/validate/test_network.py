@@ -8,7 +8,7 @@ from pathlib import Path
 
 import planted
 import pytest
-from arch_cases import CASES, ONCE, PRIMARY, TOWERS, Case, in_each_dtype, others_slow
+from arch_cases import CASES, ONCE, PRIMARY, SLOTS, TOWERS, Case, in_each_dtype, others_slow
 from native import emulated_library
 
 from llmexport.export import builder, manifest
@@ -58,7 +58,7 @@ def test_what_tensorrt_reads_with_plugins_is_right(
 
 @pytest.mark.parametrize("arch", ["gemma", *(pytest.param(a, marks=pytest.mark.slow) for a in PRIMARY if a != "gemma")])
 def test_what_tensorrt_reads_of_a_static_cache_is_right(arch: str, exported) -> None:
-    assert climb(exported(arch, slots=160)).status == "pass"
+    assert climb(exported(arch, slots=SLOTS)).status == "pass"
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [("qwen3_5_moe", "bfloat16"), ("llama4", "float16")])
