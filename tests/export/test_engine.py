@@ -73,7 +73,7 @@ def child(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-# The five families in every dtype, the others in one; with plugins all are, in test_engine_plugins.py.
+# The five families in every dtype, the others in one; with plugins more are, in test_engine_plugins.py.
 BUILDS = [(c, d) for c in OF_ONE_GRAPH for d in DTYPES if c.arch in PRIMARY or d == "float16"]
 FAMILIES = [(c, d) for c, d in ONCE if c.arch in PRIMARY]
 
@@ -144,7 +144,7 @@ def test_the_heads_of_published_towers_have_a_fused_kernel(
     assert (FUSED in (tmp_path / engine_build.PLAN).read_bytes()) == fused
 
 
-SLOTS = 48
+SLOTS = 48  # fewer than the tokens that a profile is made for
 IN_PLACE = [(c, d) for c in FIRST for d in DTYPES if c.arch in PRIMARY]
 IN_PLACE_ONCE = [(c, d) for c, d in IN_PLACE if c.arch == "glm4" and d == "float16"]
 

@@ -33,8 +33,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beside, "LARGE", MATRIX)
 
 
-EACH = [(c, d, p) for c, d in in_each_dtype(FIRST) for p in (True, False)]
+# Each architecture with plugins and from bodies; those that are tested in more dtypes, in these in turn.
 AT_ONCE = [(c, d, i % 3 > 0) for i, (c, d) in enumerate(ONCE)]
+EACH = [*AT_ONCE, *((c, d, not p) for c, d, p in AT_ONCE)]
+EACH += [(c, d, i % 2 > 0) for i, (c, d) in enumerate(in_each_dtype(FIRST)) if (c, d) not in ONCE]
 
 
 @pytest.mark.usefixtures("tiny")
