@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,7 @@ def join(
         _stitched(pieces, assembly.inputs, assembly.outputs, dtype, stored, assembly.opset), target
     )
     if target != "tensorrt":
-        bodies.attach_bodies(proto, load_body)
+        bodies.attach_bodies(proto, functools.partial(load_body, target=target))
     for name, fused in fusions.items():
         proto.metadata_props.add(key=name, value=json.dumps(dataclasses.asdict(fused)))
     return proto
@@ -166,15 +167,19 @@ def load_block(block: Block, dtype: str) -> onnx.ModelProto:
 
 
 def load_body(
-    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
+    name: str,
+    attributes: dict[str, Attribute],
+    types: list[str],
+    shapes: list[list[int | str]],
+    target: str = "portable",
 ) -> onnx.FunctionProto:
     def make() -> bytes:
         from llmexport.export.trace import trace_body
 
-        return trace_body(name, attributes, types, shapes).SerializeToString()
+        return trace_body(name, attributes, types, shapes, target).SerializeToString()
 
     sizes = [[d if isinstance(d, int) else None for d in shape] for shape in shapes]
-    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes], make))
+    return onnx.FunctionProto.FromString(cache.cached("body", [name, attributes, types, sizes, target], make))
 
 
 def value_info(port: Port, dtype: str) -> onnx.ValueInfoProto:

@@ -60,7 +60,11 @@ def trace_block(block: Block, dtype: str) -> onnx.ModelProto:
 
 
 def trace_body(
-    name: str, attributes: dict[str, Attribute], types: list[str], shapes: list[list[int | str]]
+    name: str,
+    attributes: dict[str, Attribute],
+    types: list[str],
+    shapes: list[list[int | str]],
+    target: str = "portable",
 ) -> onnx.FunctionProto:
     """The ONNX function body of an op, for one set of attribute values: the one it brings, or its reference, traced.
 
@@ -73,7 +77,8 @@ def trace_body(
     pairs = zip(inputs.values(), shapes, strict=True)
     seen = {d: n for dims, shape in pairs for d, n in zip(dims, shape, strict=True)}
     sizes = {d: int(seen[d]) for d in op.static if d in seen}
-    text = op.body(attributes, dict(zip(inputs, types, strict=True)), sizes) if op.body else None
+    write = op.bodies.get(target, op.body)
+    text = write(attributes, dict(zip(inputs, types, strict=True)), sizes) if write else None
     if text is not None:
         nodes = _parse(text, list(inputs), list(op.outputs))
     else:

@@ -11,7 +11,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -42,8 +42,8 @@ class Op:
     `static` ones and works on any size of the others. The last inputs may be `optional`: a node leaves out any number
     of them from the end. `types` names the type of each input and output in TYPES. `attributes` maps each scalar to
     its Python type, `choices` each string among them to the values it may have, `sizes` each one that is the size of a
-    dimension to that dimension. `body` writes the function body where the reference is not what is exported. An op is
-    called like the function it came from.
+    dimension to that dimension. `body` writes the function body where the reference is not what is exported, `bodies`
+    that for one target alone, by its name. An op is called like the function it came from.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Op:
     choices: dict[str, tuple[str, ...]]
     sizes: dict[str, str]
     body: Body | None
+    bodies: Mapping[str, Body]
     call: Callable[..., Any] = field(repr=False)
 
     @property
@@ -129,6 +130,7 @@ def op(
     types: dict[str, str] | None = None,
     choices: dict[str, tuple[str, ...]] | None = None,
     body: Body | None = None,
+    bodies: Mapping[str, Body] | None = None,
     fake: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Makes an op of its torch reference.
@@ -138,8 +140,8 @@ def op(
     types in TYPES of those inputs and outputs that are not T. Parameters of type bool, int, float and str become
     attributes, and `choices` lists the values of those of type str; those of type Tensor | None must be the last
     tensors. `fake` gives outputs of the right shapes and types where the reference itself cannot on tensors without
-    values. `body` writes the ONNX function body in place of the traced reference. Raises TypeError on a signature
-    that cannot become an ONNX operator.
+    values. `body` writes the ONNX function body in place of the traced reference, and `bodies` by target those that
+    stand there in its place. Raises TypeError on a signature that cannot become an ONNX operator.
     """
 
     def decorate(reference: Callable[..., Any]) -> Op:
@@ -169,6 +171,7 @@ def op(
             choices or {},
             sizes,
             body,
+            bodies or {},
             reference,
         )
         _check_names(made, dims)

@@ -21,13 +21,18 @@ DYNAMIC = {"B": (1, 2, 2), "T": (1, 7, 130)}
 
 
 def node_model(
-    name: str, attributes: dict[str, Any], tensors: dict[str, Tensor], stored: Collection[str] = ()
+    name: str,
+    attributes: dict[str, Any],
+    tensors: dict[str, Tensor],
+    stored: Collection[str] = (),
+    target: str = "portable",
 ) -> onnx.ModelProto:
     """One node on inputs of these types, all dimensions but the op's static ones dynamic; those `stored` are
-    initialisers, the others graph inputs. `tensors` are in the op's order and lack optional inputs at the end."""
+    initialisers, the others graph inputs. `tensors` are in the op's order and lack optional inputs at the end. The body
+    is that of `target`."""
     op = all_ops()[name]
     dims = {n: _dims(op, n, t) for n, t in tensors.items()}
-    body = trace_body(name, attributes, [NAMES[t.dtype] for t in tensors.values()], list(dims.values()))
+    body = trace_body(name, attributes, [NAMES[t.dtype] for t in tensors.values()], list(dims.values()), target)
     integers = {n: int(v) if isinstance(v, bool) else v for n, v in attributes.items()}
     node = make_node(body.name, list(tensors), list(op.outputs), "node", domain=DOMAIN, **integers)
     inputs = [make_tensor_value_info(n, ELEMENTS[t.dtype], dims[n]) for n, t in tensors.items() if n not in stored]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llmexport.plugins.gated_act import ACTIVATIONS, gated_act
 from llmexport.plugins.moe_experts.body import body
+from llmexport.plugins.moe_experts.by_expert import by_expert
 from llmexport.plugins.moe_experts.formats import check, check_shapes, dequantise
 from llmexport.plugins.packed_formats import FORMATS, PLAIN
 from llmexport.plugins.spec import op
@@ -79,6 +80,7 @@ def fake(
     },
     choices={"activation": ACTIVATIONS, "format": FORMATS},
     body=body,
+    bodies={"onnxruntime": by_expert},
     fake=fake,
 )
 def moe_experts(

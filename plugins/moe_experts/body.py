@@ -2,33 +2,8 @@
 
 from __future__ import annotations
 
-from llmexport.plugins.moe_experts.decoding import matrix, tables
-from llmexport.plugins.moe_experts.formats import check
-from llmexport.plugins.packed_formats import PACKED
+from llmexport.plugins.moe_experts.expert import SHARED, check_body, constants, mlp
 from llmexport.plugins.spec import Attribute
-
-GATED = {
-    "silu": """
-          sigmoid = Sigmoid (gate_wide)
-          gate_active = Mul (gate_wide, sigmoid)
-          gated = Mul (gate_active, up_wide)""",
-    "gelu_tanh": """
-          gate_active = Gelu <approximate = "tanh"> (gate_wide)
-          gated = Mul (gate_active, up_wide)""",
-    "gelu_erf": """
-          gate_active = Gelu <approximate = "none"> (gate_wide)
-          gated = Mul (gate_active, up_wide)""",
-    "swiglu_clamped": """
-          gate_low = Min (gate_wide, limit)
-          up_low = Min (up_wide, limit)
-          limit_below = Neg (limit)
-          up_clamped = Max (up_low, limit_below)
-          gate_steep = Mul (gate_low, alpha)
-          sigmoid = Sigmoid (gate_steep)
-          gate_active = Mul (gate_low, sigmoid)
-          up_one = Add (up_clamped, float_one)
-          gated = Mul (gate_active, up_one)""",
-}
 
 
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
@@ -38,18 +13,15 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     One form serves both runtimes. TensorRT has neither NonZero nor Unique, cannot add to a tensor by index, and takes
     the number of turns from shapes. ONNX Runtime wants each expert's weights gathered once, as they are.
     """
-    if attributes["activation"] not in GATED:
-        raise ValueError(f"GatedAct knows no activation {attributes['activation']!r}")
-    check(str(attributes["format"]), int(attributes["group"]), bool(attributes["transposed"]), types)
+    check_body(attributes, types)
     dtype = types["x"].replace("float32", "float")
     top_k, hidden = sizes["K"], sizes["C"]
     return f"""
+    {constants(attributes, types, sizes)}
     {_blocks(sizes["E"], top_k)}
     rows_shape = Constant <value_ints = [-1, {hidden}]> ()
     rows = Reshape (x, rows_shape)
     scales = Reshape (weights, flat)
-    {_constants(attributes) if attributes["activation"] == "swiglu_clamped" else ""}
-    {tables(attributes, types, sizes) if attributes["format"] in PACKED else ""}
     passed, block_outputs = Loop <
       body = turn (int64 b, bool go, int64 pass) => (bool go_on, int64 pass_on, {dtype}[] y_b) {{
         go_on = Constant <value = bool {{1}}> ()
@@ -90,8 +62,6 @@ def _blocks(experts: int, top_k: int) -> str:
     one = Constant <value_ints = [1]> ()
     zero = Constant <value_ints = [0]> ()
     flat = Constant <value_ints = [-1]> ()
-    number_zero = Constant <value_int = 0> ()
-    number_one = Constant <value_int = 1> ()
     top_k = Constant <value_int = {top_k}> ()
     expert_ids = Constant <value_ints = [{", ".join(map(str, range(experts)))}]> ()
     experts_flat = Reshape (experts, flat)
@@ -137,21 +107,11 @@ def _blocks(experts: int, top_k: int) -> str:
 
 def _mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
     """The expert of block b on its rows. A runtime may run branches not taken: past the last block, b counts as it."""
-    transposed = bool(attributes["transposed"])
-    two_halves = sizes["Q"] if transposed else sizes["P"]
-    if attributes["interleaved"]:
-        split = f"""
-          pairs_shape = Constant <value_ints = [-1, {two_halves // 2}, 2]> ()
-          pairs = Reshape (both, pairs_shape)
-          gate = Gather <axis = 2> (pairs, number_zero)
-          up = Gather <axis = 2> (pairs, number_one)"""
-    else:
-        split = """
-          gate, up = Split <axis = -1, num_outputs = 2> (both)"""
     scaled = """
           scale = Gather <axis = 0> (scales, choice_b)
           scale_column = Unsqueeze (scale, one)
           inputs = Mul (tokens_b, scale_column)"""
+    own = "\n          ".join(f"{n}_e = Gather <axis = 0> ({n}, e)" for n in types if n not in SHARED)
     return f"""
           b_there = Min (b, last_block)
           is_past = LessOrEqual (last, b_there)
@@ -161,22 +121,9 @@ def _mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
           token_b = Div (choice_b, top_k)
           tokens_b = Gather <axis = 0> (rows, token_b)
           {scaled if attributes["scale_input"] else "inputs = Identity (tokens_b)"}
-          {matrix("gate_up", attributes, types, sizes)}
-          product = MatMul (inputs, gate_up_matrix)
-          {_biased("both", "product", "gate_up_bias", types)}{split}
-          gate_wide = Cast <to = 1> (gate)
-          up_wide = Cast <to = 1> (up){GATED[str(attributes["activation"])]}
-          gated_rounded = CastLike (gated, x)
-          {matrix("down", attributes, types, sizes)}
-          result = MatMul (gated_rounded, down_matrix)
-          {_biased("y_some", "result", "down_bias", types)}"""
-
-
-def _biased(result: str, product: str, bias: str, types: dict[str, str]) -> str:
-    if bias not in types:
-        return f"{result} = Identity ({product})"
-    return f"""{bias}_e = Gather <axis = 0> ({bias}, e)
-          {result} = Add ({product}, {bias}_e)"""
+          {own}
+          {mlp(attributes, types, sizes)}
+          y_some = Identity (result)"""
 
 
 def _weighted(scale_input: bool) -> str:
@@ -185,9 +132,3 @@ def _weighted(scale_input: bool) -> str:
     return """scales_wide = Cast <to = 1> (scales)
     scales_column = Unsqueeze (scales_wide, one)
     outputs_weighted = Mul (outputs_wide, scales_column)"""
-
-
-def _constants(attributes: dict[str, Attribute]) -> str:
-    return f"""alpha = Constant <value_float = {attributes["alpha"]}> ()
-    limit = Constant <value_float = {attributes["limit"]}> ()
-    float_one = Constant <value_float = 1.0> ()"""

@@ -1,4 +1,4 @@
-"""The part of MoeExperts' function body that makes an expert's weights of what is stored."""
+"""The part of MoeExperts' function bodies that makes an expert's weights of what is stored of it."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ def tables(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[
 
 
 def matrix(name: str, attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """The weight of expert e in x's type, [columns in, columns out]."""
+    """The weight of expert e in x's type, [columns in, columns out], of NAME_e and what else there is of it."""
+    stored, steps = f"{name}_e", ""
     if attributes["format"] in PACKED:
-        steps = _decoded(name, attributes, types, sizes)
-    else:
-        steps = f"{name}_stored = Gather <axis = 0> ({name}, e)"
+        stored, steps = f"{name}_stored", _decoded(name, attributes, types, sizes)
     if attributes["transposed"]:
         return f"""{steps}
-          {name}_matrix = CastLike ({name}_stored, x)"""
+          {name}_matrix = CastLike ({stored}, x)"""
     return f"""{steps}
-          {name}_cast = CastLike ({name}_stored, x)
+          {name}_cast = CastLike ({stored}, x)
           {name}_matrix = Transpose <perm = [1, 0]> ({name}_cast)"""
 
 
@@ -52,8 +51,7 @@ def _decoded(name: str, attributes: dict[str, Attribute], types: dict[str, str],
         return f"Unsqueeze ({what}, two)" if whole else f"Gather <axis = 1> ({what}, {name}_group_of_column)"
 
     steps = [
-        f"{name}_packed = Gather <axis = 0> ({name}, e)",
-        f"{name}_bytes = Cast <to = 6> ({name}_packed)",
+        f"{name}_bytes = Cast <to = 6> ({name}_e)",
         f"{name}_values = Gather <axis = 0> (values, {name}_bytes)",
         f"{name}_groups_shape = Constant <value_ints = {[0, -1, group] if whole else [0, -1]}> ()",
         f"{name}_groups = Reshape ({name}_values, {name}_groups_shape)",
@@ -61,14 +59,12 @@ def _decoded(name: str, attributes: dict[str, Attribute], types: dict[str, str],
     codes, scales, weights = f"{name}_groups", f"{name}_scales_e", f"{name}_scaled"
     if f"{name}_zeros" in types:
         steps += [
-            f"{name}_zeros_e = Gather <axis = 0> ({name}_zeros, e)",
             f"{name}_zeros_bytes = Cast <to = 6> ({name}_zeros_e)",
             f"{name}_zeros_wide = Cast <to = 1> ({name}_zeros_bytes)",
             f"{name}_zeros_spread = {of_groups(f'{name}_zeros_wide')}",
             f"{name}_centred = Sub ({codes}, {name}_zeros_spread)",
         ]
         codes = f"{name}_centred"
-    steps.append(f"{scales} = Gather <axis = 0> ({name}_scales, e)")
     if form.scales:
         steps += [
             f"{name}_scales_bytes = Cast <to = 6> ({scales})",
@@ -83,7 +79,6 @@ def _decoded(name: str, attributes: dict[str, Attribute], types: dict[str, str],
         # Rows of gate and of up are halves, or alternate.
         parts = 2 if name == "gate_up" else 1
         steps += [
-            f"{name}_factors_e = Gather <axis = 0> ({name}_factors, e)",
             f"{name}_factor_shape = Constant <value_ints = [{parts}, 1]> ()",
             f"{name}_factor = Reshape ({name}_factors_e, {name}_factor_shape)",
             f"{name}_parts_shape = Constant <value_ints = "

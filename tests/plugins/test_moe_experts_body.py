@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-from collections import Counter
-from pathlib import Path
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from moe_cases import FORMATS, LAYOUTS, OPTIONAL, C, E, I, K, Layout, example, excess
+from moe_bodies import CHOICES, EVERY, TOKENS, WEIGHTS, as_stored, found, kept, layouts, model, poisoned, ran
+from moe_cases import FORMATS, LAYOUTS, C, E, I, K, Layout, example, excess
 from one_node import rtx_build, session
-from op_model import DYNAMIC, node_model, run
-from torch import Tensor
+from op_model import DYNAMIC
 
 from llmexport.export.tensorrt_form import tensorrt_form
-
-TOKENS = [(1, 1), (1, 7), (2, 65)]
-WEIGHTS = ("gate_up", "down", *OPTIONAL)
-EVERY = {**LAYOUTS, **FORMATS}
-layouts = pytest.mark.parametrize("layout", EVERY.values(), ids=EVERY)
-
-
-def model(layout: Layout, tensors: dict[str, Tensor]) -> onnx.ModelProto:
-    return node_model("MoeExperts", layout.attributes, tensors, [n for n in WEIGHTS if n in tensors])
-
-
-def found(runtime: onnxruntime.InferenceSession, tensors: dict[str, Tensor]) -> Tensor:
-    return torch.from_numpy(run(runtime, tensors)[0])
 
 
 @layouts
@@ -77,14 +59,6 @@ def test_equals_the_reference_at_any_number_of_experts(experts, top_k):
         assert excess(layout(tensors), found(runtime, tensors)) <= 1
 
 
-CHOICES = {
-    "one expert has all tokens": torch.full((1, 130, 1), 4),
-    "all experts have all tokens": torch.arange(E).expand(1, 130, E),
-    "a token has one expert twice": torch.tensor([2, 2, 5]).expand(1, 130, 3),
-    "most tokens have the last expert": torch.full((1, 130, 1), E - 1).index_fill(1, torch.tensor([7, 90]), 0),
-}
-
-
 @layouts
 @pytest.mark.parametrize("experts", CHOICES.values(), ids=CHOICES)
 def test_any_choice_equals_the_reference(experts, layout):
@@ -118,21 +92,7 @@ def test_two_nodes_in_a_graph_keep_apart():
 def test_no_expert_shows_that_no_token_chose(layout):
     tensors = example(layout, experts=torch.tensor([0, 4, 5]).expand(1, 7, 3))
     expected = found(session(model(layout, tensors)), tensors)
-    poison = {torch.uint8: 255, torch.float32: torch.nan}
-    for name in tensors.keys() & set(WEIGHTS):
-        tensors[name][1:4] = poison[tensors[name].dtype]
-    assert torch.equal(found(session(model(layout, tensors)), tensors), expected)
-
-
-def optioned(model: onnx.ModelProto, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def kernels(runtime: onnxruntime.InferenceSession, tensors: dict[str, Tensor]) -> Counter[str]:
-    """How often each operator ran."""
-    run(runtime, tensors)
-    events = json.loads(Path(runtime.end_profiling()).read_text())
-    return Counter(e["args"]["op_name"] for e in events if e["name"].endswith("_kernel_time"))
+    assert torch.equal(found(session(model(layout, poisoned(tensors, slice(1, 4)))), tensors), expected)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -141,26 +101,17 @@ def kernels(runtime: onnxruntime.InferenceSession, tensors: dict[str, Tensor]) -
 def test_multiplies_twice_for_each_block_of_an_experts_tokens(experts, tokens, stored, tmp_path):
     layout = LAYOUTS["qwen"]
     tensors = example(layout, (1, tokens), stored=stored, sizes=(experts, K, 8, 8))
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "run")
-    ran = kernels(optioned(model(layout, tensors), options), tensors)
     size = tokens * K * 3 // (2 * experts) + 1
     blocks = sum(math.ceil(n / size) for n in tensors["experts"].flatten().bincount().tolist())
-    assert sum(n for op, n in ran.items() if "MatMul" in op) == 2 * blocks
+    products = [e for e in ran(model(layout, tensors), tensors, tmp_path) if "MatMul" in e["op_name"]]
+    assert len(products) == 2 * blocks
 
 
 @pytest.mark.parametrize("layout", ["qwen", "llama4", "gpt_oss", "mxfp4", "uint4-zeros"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_onnx_runtime_keeps_weights_as_they_are_stored(dtype, layout, tmp_path):
     tensors = example(EVERY[layout], dtype=dtype, stored=torch.bfloat16)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
-    optioned(model(EVERY[layout], tensors), options)
-    graph = onnx.load(tmp_path / "optimised.onnx").graph
-    kept = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer if len(t.dims) == 3}
-    kinds = {torch.uint8: onnx.TensorProto.UINT8, torch.bfloat16: onnx.TensorProto.BFLOAT16}
-    kinds[torch.float32] = onnx.TensorProto.FLOAT
-    assert kept == {n: (kinds[t.dtype], tuple(t.shape)) for n, t in tensors.items() if n in WEIGHTS and t.ndim == 3}
+    assert kept(model(EVERY[layout], tensors), tmp_path) == as_stored(tensors)
 
 
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")

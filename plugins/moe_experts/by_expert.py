@@ -1,0 +1,153 @@
+"""MoeExperts' function body for ONNX Runtime alone: expert by expert, each on the rows of its own tokens alone."""
+
+from __future__ import annotations
+
+from llmexport.plugins.moe_experts.body import body
+from llmexport.plugins.moe_experts.expert import SHARED, check_body, constants, mlp
+from llmexport.plugins.spec import Attribute
+
+# How many times as many rows as there are choices the outputs of all experts may take, padded to those of the fullest.
+ROOM = 4
+
+
+def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """A Scan over experts, which ONNX Runtime gives each its weights in their place, where any other operator copies
+    them first. The turn of an expert that no token chose computes nothing.
+
+    Turns give outputs of one shape, as many rows as the fullest expert has tokens; where that is more than ROOM allows,
+    as for a token of many experts, each turn adds its outputs to a sum instead, which copies that sum.
+
+    An expert that a token chose twice counts once with the sum of its weights; where the weights multiply what goes in,
+    that is another number, and the body of blocks stands.
+    """
+    experts, top_k, hidden = (sizes[n] for n in "EKC")
+    if attributes["scale_input"] and top_k > 1:
+        return body(attributes, types, sizes)
+    check_body(attributes, types)
+    outputs = _padded(attributes, types, sizes, "total")
+    if experts > ROOM * top_k:
+        outputs = f"""
+    rows_in_all = Mul (most, number_experts)
+    chosen_rows = Size (experts)
+    room = Constant <value_int = {ROOM}> ()
+    most_rows = Mul (chosen_rows, room)
+    has_room = LessOrEqual (rows_in_all, most_rows)
+    total = If (has_room) <
+      then_branch = in_room () => (float[] total_padded) {{{_padded(attributes, types, sizes, "total_padded")}
+      }},
+      else_branch = no_room () => (float[] total_added) {{{_added(attributes, types, sizes, "total_added")}
+      }}
+    >"""
+    return f"""
+    {constants(attributes, types, sizes)}
+    one = Constant <value_ints = [1]> ()
+    flat = Constant <value_ints = [-1]> ()
+    number_experts = Constant <value_int = {experts}> ()
+    rows_shape = Constant <value_ints = [-1, {hidden}]> ()
+    choices_shape = Constant <value_ints = [-1, {top_k}]> ()
+    rows = Reshape (x, rows_shape)
+    scales = Reshape (weights, choices_shape)
+    scales_wide = Cast <to = 1> (scales)
+    chosen_narrow = Reshape (experts, choices_shape)
+    chosen = Cast <to = 7> (chosen_narrow)
+    tokens = Shape <start = 0, end = 1> (rows)
+    columns = Constant <value_ints = [{experts}]> ()
+    table = Concat <axis = 0> (tokens, columns)
+    no_hits = ConstantOfShape <value = int32[1] {{0}}> (table)
+    choices = Shape (chosen)
+    hit = ConstantOfShape <value = int32[1] {{1}}> (choices)
+    hits = ScatterElements <axis = 1> (no_hits, chosen, hit)
+    no_weights = ConstantOfShape <value = float[1] {{0.0}}> (table)
+    weights_by_token = ScatterElements <axis = 1, reduction = "add"> (no_weights, chosen, scales_wide)
+    weights_by_expert = Transpose <perm = [1, 0]> (weights_by_token)
+    is_hit = Cast <to = 9> (hits)
+    is_its = Transpose <perm = [1, 0]> (is_hit)
+    first_axis = Constant <value_ints = [0]> ()
+    counts_narrow = ReduceSum <keepdims = 0> (hits, first_axis)
+    counts = Cast <to = 7> (counts_narrow)
+    most = ReduceMax <keepdims = 0> (counts)
+    {outputs}
+    total_rounded = CastLike (total, x)
+    shape = Shape (x)
+    y = Reshape (total_rounded, shape)"""
+
+
+def _turn(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """Makes `result` of the rows of an expert's tokens: their numbers are in `token_e`, their weights in `weight_e`."""
+    scaled = """
+          weight_rounded = CastLike (weight_e, x)
+          inputs = Mul (tokens_e, weight_rounded)"""
+    return f"""
+          token_row = NonZero (is_its_e)
+          token_e = Reshape (token_row, flat)
+          tokens_e = Gather <axis = 0> (rows, token_e)
+          weight_flat = Gather <axis = 0> (weights_e, token_e)
+          weight_e = Unsqueeze (weight_flat, one)
+          {scaled if attributes["scale_input"] else "inputs = Identity (tokens_e)"}
+          {mlp(attributes, types, sizes)}
+          result_wide = Cast <to = 1> (result)"""
+
+
+def _scan(types: dict[str, str], some: str, none: str, result: str, state: tuple[str, str] | None = None) -> str:
+    """A Scan whose turn has the tokens and weights of one expert. some, none: what makes RESULT_some where tokens chose
+    it, and RESULT_none where none did. state: of what goes from turn to turn, the first value and its name in one."""
+    own = {n: t.replace("float32", "float") for n, t in types.items() if n not in SHARED}
+    values = {"is_its_e": "bool", "weights_e": "float", "count_e": "int64"} | {f"{n}_e": t for n, t in own.items()}
+    parameters = [f"{t}[] {n}" for n, t in values.items()]
+    given = ["is_its", "weights_by_expert", "counts", *own]
+    if state:
+        parameters, given = [f"float[] {state[1]}", *parameters], [state[0], *given]
+    return f"""Scan <num_scan_inputs = {len(values)}, body = turn ({", ".join(parameters)}) => (float[] {result}) {{
+        is_any = Greater (count_e, number_zero)
+        {result} = If (is_any) <
+          then_branch = some () => (float[] {result}_some) {{{some}
+          }},
+          else_branch = none () => (float[] {result}_none) {{{none}
+          }}
+        >
+      }}> ({", ".join(given)})"""
+
+
+def _padded(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int], total: str) -> str:
+    some = f"""{_turn(attributes, types, sizes)}
+          empty_rows = Sub (most, count_e)
+          empty_list = Reshape (empty_rows, flat)
+          empty_shape = Concat <axis = 0> (empty_list, hidden)
+          empty = ConstantOfShape <value = float[1] {{0.0}}> (empty_shape)
+          its_some = Concat <axis = 0> (result_wide, empty)"""
+    none = """
+          most_list = Reshape (most, flat)
+          none_shape = Concat <axis = 0> (most_list, hidden)
+          its_none = ConstantOfShape <value = float[1] {0.0}> (none_shape)"""
+    weighted = "outputs_weighted = Identity (outputs)"
+    if not attributes["scale_input"]:
+        weighted = """last_axis = Constant <value_ints = [-1]> ()
+    scales_column = Unsqueeze (scales_wide, last_axis)
+    outputs_weighted = Mul (outputs, scales_column)"""
+    return f"""
+    hidden = Constant <value_ints = [{sizes["C"]}]> ()
+    by_expert = {_scan(types, some, none, "its")}
+    outputs_flat = Reshape (by_expert, rows_shape)
+    hits_so_far = CumSum (hits, number_zero)
+    nth_narrow = GatherElements <axis = 1> (hits_so_far, chosen)
+    nth = Cast <to = 7> (nth_narrow)
+    before = Sub (nth, number_one)
+    first = Mul (chosen, most)
+    place = Add (first, before)
+    outputs = Gather <axis = 0> (outputs_flat, place)
+    {weighted}
+    {total} = ReduceSum <keepdims = 0> (outputs_weighted, one)"""
+
+
+def _added(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int], total: str) -> str:
+    weighted = "Identity (result_wide)" if attributes["scale_input"] else "Mul (result_wide, weight_e)"
+    some = f"""{_turn(attributes, types, sizes)}
+          result_weighted = {weighted}
+          token_column = Unsqueeze (token_e, one)
+          sum_some = ScatterND <reduction = "add"> (sum_before, token_column, result_weighted)"""
+    none = """
+          sum_none = Identity (sum_before)"""
+    return f"""
+    rows_dims = Shape (rows)
+    start = ConstantOfShape <value = float[1] {{0.0}}> (rows_dims)
+    {total} = {_scan(types, some, none, "sum", state=("start", "sum_before"))}"""

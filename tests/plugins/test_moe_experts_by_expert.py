@@ -1,0 +1,120 @@
+"""MoeExperts' body for ONNX Runtime alone: the reference's numbers, rows of no other tokens, no weight copied."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+import torch
+from moe_bodies import CHOICES, EVERY, TOKENS, WEIGHTS, as_stored, found, kept, layouts, poisoned, ran
+from moe_bodies import model as node
+from moe_cases import LAYOUTS, C, E, I, K, Layout, example, excess
+from one_node import session
+from torch import Tensor
+
+from llmexport.plugins.moe_experts.by_expert import ROOM
+
+# Experts enough for outputs that are padded, and for a sum, which a token of few of many experts takes.
+SIZES = {"padded": (E, K, C, I), "either": (16, 2, C, I), "one of many": (256, 1, C, I)}
+
+
+def model(layout: Layout, tensors: dict[str, Tensor]) -> onnx.ModelProto:
+    return node(layout, tensors, "onnxruntime")
+
+
+def is_added(tensors: dict[str, Tensor], experts: int) -> bool:
+    """Whether the outputs, padded, would take more than there is room for."""
+    chosen = tensors["experts"].flatten()
+    return int(chosen.bincount().max()) * experts > ROOM * len(chosen)
+
+
+@layouts
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equals_the_reference_at_any_number_of_tokens(dtype, sizes, layout):
+    stored = example(layout, dtype=dtype, sizes=sizes)
+    runtime = session(model(layout, stored))
+    for tokens in TOKENS:
+        tensors = example(layout, tokens, dtype, sizes=sizes) | {n: stored[n] for n in WEIGHTS if n in stored}
+        y = found(runtime, tensors)
+        assert (y.dtype, y.shape) == (dtype, tensors["x"].shape)
+        assert excess(layout(tensors), y) <= 1
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu_erf", "swiglu_clamped"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_layout_equals_the_reference(transposed, interleaved, activation):
+    layout = Layout(activation, transposed, interleaved)
+    tensors = example(layout)
+    assert excess(layout(tensors), found(session(model(layout, tensors)), tensors)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("float32", "bfloat16"), ("float32", "float16"), ("float16", "bfloat16")]
+)
+@pytest.mark.parametrize("layout", ["qwen", "gpt_oss"])
+def test_weights_of_another_type_count_as_those_numbers(layout, dtype, stored):
+    tensors = example(LAYOUTS[layout], (1, 7), getattr(torch, dtype), getattr(torch, stored))
+    y = found(session(model(LAYOUTS[layout], tensors)), tensors)
+    assert excess(LAYOUTS[layout](tensors), y) <= 1
+
+
+def test_both_ways_to_collect_outputs_are_taken():
+    layout, sizes = LAYOUTS["qwen"], SIZES["either"]
+    assert {is_added(example(layout, tokens, sizes=sizes), sizes[0]) for tokens in TOKENS} == {True, False}
+    assert not any(is_added(example(layout, tokens), E) for tokens in TOKENS)
+
+
+@layouts
+@pytest.mark.parametrize("experts", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("count", [E, 40])
+def test_any_choice_equals_the_reference(count, experts, layout):
+    tensors = example(layout, (1, 130), experts=experts, sizes=(count, experts.shape[-1], C, I))
+    assert excess(layout(tensors), found(session(model(layout, tensors)), tensors)) <= 1
+
+
+@layouts
+@pytest.mark.parametrize("count", [E, 40])
+def test_no_expert_shows_that_no_token_chose(count, layout):
+    tensors = example(layout, experts=torch.tensor([0, 4, 5]).expand(1, 7, 3), sizes=(count, 3, C, I))
+    expected = found(session(model(layout, tensors)), tensors)
+    assert torch.equal(found(session(model(layout, poisoned(tensors, slice(1, 4)))), tensors), expected)
+
+
+@pytest.mark.parametrize("layout", ["qwen", "gpt_oss", "uint4-zeros"])
+@pytest.mark.parametrize("tokens", [1, 7, 130])
+@pytest.mark.parametrize("count", [E, 64])
+def test_multiplies_the_rows_there_are_by_weights_that_no_operator_copies(count, tokens, layout, tmp_path):
+    tensors = example(EVERY[layout], (1, tokens), sizes=(count, 2, C, I))
+    events = ran(model(EVERY[layout], tensors), tensors, tmp_path)
+    shapes = {e["op_name"]: [] for e in events} | {"MatMul": []}
+    for e in events:
+        shapes[PRODUCTS.get(e["op_name"], e["op_name"])].append([next(iter(s.values())) for s in e["input_type_shape"]])
+    counts = tensors["experts"].flatten().bincount()
+    assert sorted(s[0][0] for s in shapes["MatMul"]) == sorted([*counts[counts > 0].tolist()] * 2)
+    stacks = [list(t.shape) for n, t in tensors.items() if n in WEIGHTS and t.ndim == 3]
+    assert {op for op, read in shapes.items() for s in read if any(stack in s for stack in stacks)} <= {"Scan", "If"}
+
+
+PRODUCTS = dict.fromkeys(("FusedMatMul", "Gemm"), "MatMul")
+
+
+def test_outputs_take_no_more_room_than_that_however_uneven_the_choice(tmp_path):
+    layout, count, tokens = LAYOUTS["qwen"], 64, 130
+    tensors = example(layout, (1, tokens), experts=torch.full((1, tokens, 1), 4), sizes=(count, 1, C, I))
+    sizes = [int(e["output_size"]) for e in ran(model(layout, tensors), tensors, tmp_path)]
+    assert 0 < max(sizes) <= ROOM * tokens * C * 4
+
+
+@pytest.mark.parametrize("layout", ["qwen", "llama4", "gpt_oss", "mxfp4", "uint4-zeros"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_onnx_runtime_keeps_weights_as_they_are_stored(dtype, layout, tmp_path):
+    tensors = example(EVERY[layout], dtype=dtype, stored=torch.bfloat16, sizes=(40, 1, C, I))
+    assert kept(model(EVERY[layout], tensors), tmp_path) == as_stored(tensors)
+
+
+def test_where_weights_scale_the_inputs_of_several_choices_the_body_of_blocks_stands():
+    layout = LAYOUTS["llama4"]
+    for top_k, same in ((2, True), (1, False)):
+        tensors = example(layout, sizes=(E, top_k, C, I))
+        assert (model(layout, tensors) == node(layout, tensors)) is same
