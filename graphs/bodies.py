@@ -45,6 +45,9 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
                 raise ValueError(f"{node.name}: two bodies are called {made.name}")
         node.op_type = known[repr(wanted)]
     model.functions.extend(bodies.values())
+    known_domains = {o.domain for o in model.opset_import}
+    for domain in sorted({o.domain for f in bodies.values() for o in f.opset_import} - known_domains):
+        model.opset_import.add(domain=domain, version=1)
     return count(model)
 
 

@@ -24,19 +24,24 @@ ELEMENTS |= {"int32": TensorProto.INT32}
 
 
 def body_model(
-    name: str, attributes: dict[str, Attribute], dtype: str, sizes: dict[str, int], without: int = 0
+    name: str,
+    attributes: dict[str, Attribute],
+    dtype: str,
+    sizes: dict[str, int],
+    without: int = 0,
+    target: str = "portable",
 ) -> onnx.ModelProto:
-    """The op and its body for these static sizes; the last `without` optional inputs are left out."""
+    """The op and its body for these static sizes and this target; the last `without` optional inputs are left out."""
     op = all_ops()[name]
     inputs = dict(list(op.inputs.items())[: len(op.inputs) - without])
     types = {n: dtype if kind == "T" else kind for n, kind in op.types.items()}
     shapes = {n: [sizes.get(d, d) for d in dims] for n, dims in inputs.items()}
-    body = trace_body(name, attributes, [types[n] for n in inputs], list(shapes.values()))
+    body = trace_body(name, attributes, [types[n] for n in inputs], list(shapes.values()), target)
     given = {n: int(v) if isinstance(v, bool) else v for n, v in attributes.items()}
     node = helper.make_node(body.name, list(inputs), list(op.outputs), domain=DOMAIN, **given)
     values = {n: helper.make_tensor_value_info(n, ELEMENTS[types[n]], shapes.get(n)) for n in (*inputs, *op.outputs)}
     graph = helper.make_graph([node], "one", [values[n] for n in inputs], [values[n] for n in op.outputs])
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1), *body.opset_import[1:]]
     return helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10)
 
 

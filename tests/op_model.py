@@ -44,7 +44,7 @@ def node_model(
         for n, t in zip(op.outputs, found, strict=True)
     ]
     graph = make_graph([node], "one", inputs, outputs, [_initializer(n, tensors[n]) for n in stored])
-    opsets = [make_opsetid("", 23), make_opsetid(DOMAIN, 1)]
+    opsets = [make_opsetid("", 23), make_opsetid(DOMAIN, 1), *body.opset_import[1:]]
     model = make_model(graph, functions=[body], opset_imports=opsets, ir_version=10)
     if torch.bfloat16 not in {t.dtype for t in tensors.values()}:
         # Of bf16 the checker knows less than the runtimes.

@@ -100,7 +100,8 @@ class Repacked:
             for piece in self.pieces:
                 interrupt.check()
                 file.seek(piece.tensor.offset)
-                file.write(np.ascontiguousarray(piece.make()).data)
+                # Of bfloat16 numpy gives no buffer.
+                file.write(np.ascontiguousarray(piece.make()).reshape(-1).view(np.uint8).data)
         return identify(path, read_header(path)[1], "repacked", whole=whole)
 
 

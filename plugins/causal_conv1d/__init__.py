@@ -4,7 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmexport.plugins.spec import op
+from llmexport.plugins.spec import Attribute, op
+
+
+def by_operator(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str | None:
+    """The body for ONNX Runtime alone: of float32 its own CausalConvWithState, which rounds other types otherwise."""
+    if types["x"] != "float32":
+        return None
+    bias = "bias" if "bias" in types else ""
+    given = f'channels_last = 1, activation = "{attributes["activation"]}"'
+    return f"y, next_state = com.microsoft.CausalConvWithState <{given}> (x, weight, {bias}, state)"
 
 
 @op(
@@ -14,6 +23,7 @@ from llmexport.plugins.spec import op
     outputs={"y": "B T C", "next_state": "B S C"},
     static=("C", "O", "K", "S"),
     choices={"activation": ("none", "silu")},
+    bodies={"onnxruntime": by_operator},
 )
 def causal_conv1d(
     x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, activation: str

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from llmexport.plugins.gated_delta_rule.body import L2_EPSILON, body
-from llmexport.plugins.spec import op
+from llmexport.plugins.linear_attention import linear_attention
+from llmexport.plugins.spec import Attribute, op
 
 CHUNK = 64  # tokens that are computed at once
 
@@ -13,6 +14,13 @@ def fake(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, l2_norm: bool
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(v), torch.empty_like(state)
+
+
+def by_operator(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """The body for ONNX Runtime alone, whose LinearAttention computes in float32 what is float32."""
+    if types["v"] != "float32":
+        return body(attributes, types, sizes)
+    return linear_attention(attributes, sizes, decay="g", key_heads=sizes["G"])
 
 
 @op(
@@ -30,6 +38,7 @@ def fake(
     static=("G", "H", "D", "V"),
     types={"g": "float32", "state": "float32", "next_state": "float32"},
     body=body,
+    bodies={"onnxruntime": by_operator},
     fake=fake,
 )
 def gated_delta_rule(

@@ -5,13 +5,24 @@ from torch import Tensor
 
 from llmexport.plugins.gated_delta_rule.body import L2_EPSILON
 from llmexport.plugins.kimi_delta_rule.body import body
-from llmexport.plugins.spec import op
+from llmexport.plugins.linear_attention import linear_attention
+from llmexport.plugins.spec import Attribute, op
 
 
 def fake(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, l2_norm: bool
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(v), torch.empty_like(state)
+
+
+def by_operator(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """The body for ONNX Runtime alone, whose LinearAttention computes in float32 what is float32."""
+    if types["v"] != "float32":
+        return body(attributes, types, sizes)
+    flat = """decay_flat = Constant <value_ints = [0, 0, -1]> ()
+    decay = Reshape (g, decay_flat)
+    """
+    return flat + linear_attention(attributes, sizes, decay="decay", key_heads=sizes["H"])
 
 
 @op(
@@ -29,6 +40,7 @@ def fake(
     static=("H", "D", "V"),
     types={"g": "float32", "state": "float32", "next_state": "float32"},
     body=body,
+    bodies={"onnxruntime": by_operator},
     fake=fake,
 )
 def kimi_delta_rule(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,12 @@ from decoders import Decoder, prompt, reference, theirs
 from packed_exports import exported, logits
 from quantised_checkpoints import write
 
-from llmexport.export import archs, engine, onnx_file
+from llmexport.export import archs, engine, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export
 from llmexport.export.packed.repack import FILE
+from llmexport.plugins.spec import op_name
 from llmexport.run import triton
 from llmexport.validate import bound, validate
 from llmexport.validate.compare import compare
@@ -55,7 +56,12 @@ def test_every_attention_is_lowered_and_gives_the_logits_of_transformers(arch, l
     assert (fused.count, fused.refused) == (LOWERED[arch], [])
     graph = onnx.load(export.folder / "model.onnx", load_external_data=False).graph
     assert not [n for n in graph.node if n.op_type == "Concat" and n.input[0].startswith("past")]
-    model, cache, found = reference(tiny_checkpoint(arch)), None, Decoder(export.folder, "onnx")
+    check_logits(export, tiny_checkpoint(arch))
+
+
+def check_logits(export: Export, checkpoint: Path) -> None:
+    """A prompt in parts, then token by token, both rows of a batch, one padded on the left."""
+    model, cache, found = reference(checkpoint), None, Decoder(export.folder, "onnx")
     ids, mask = prompt()
     positions = np.maximum(mask.cumsum(-1) - 1, 0)
     ends = (0, ids.shape[1] - 6, ids.shape[1] - 2, ids.shape[1] - 1, ids.shape[1])
@@ -90,6 +96,36 @@ def test_it_is_validated_and_tensorrt_is_not_asked(dtype, lowered):
     triton.write(export.folder, export.folder.parent / "repository")
 
 
+# Clamped SwiGLU and biases, groups of experts and a shared one, weights that scale what goes in, sparse mixer.
+@pytest.mark.parametrize("arch", ["gpt_oss", "deepseek_v3", "llama4", "phimoe", "qwen3_5_moe"])
+def test_experts_run_one_by_one_and_give_the_logits_of_transformers(arch, lowered, tiny_checkpoint):
+    export = lowered(arch)
+    model = onnx.load(export.folder / "model.onnx", load_external_data=False)
+    bodies = [f for f in model.functions if op_name(f.name) == "MoeExperts"]
+    assert bodies
+    assert all("NonZero" in {n.op_type for n in every_node(f)} for f in bodies)
+    check_logits(export, tiny_checkpoint(arch))
+
+
+@pytest.mark.parametrize("arch", ["qwen3_5", "qwen3_next", "kimi_linear"])
+def test_linear_attention_is_the_runtimes_own_and_gives_the_logits_of_transformers(arch, lowered, tiny_checkpoint):
+    export = lowered(arch)
+    model = onnx.load(export.folder / "model.onnx", load_external_data=False)
+    ran = {op_name(f.name): {n.op_type for n in f.node if n.domain == "com.microsoft"} for f in model.functions}
+    rules = {op: own for op, own in ran.items() if op.endswith("DeltaRule")}
+    assert set.union(*rules.values()) == {"LinearAttention"}
+    assert ran["CausalConv1d"] == {"CausalConvWithState"}
+    check_logits(export, tiny_checkpoint(arch))
+
+
+def every_node(within: onnx.FunctionProto | onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in within.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from every_node(attribute.g)
+
+
 def test_experts_published_one_by_one_are_stacked_in_a_file(lowered):
     export = lowered("mixtral")
     model = onnx.load(export.folder / "model.onnx", load_external_data=False)
@@ -103,6 +139,21 @@ def test_experts_published_one_by_one_are_stacked_in_a_file(lowered):
     first = "model.layers.0.block_sparse_moe.experts."
     gate, up = (checkpoint.read(f"{first}2.{n}.weight").view(np.int16) for n in ("w1", "w3"))
     assert np.array_equal(checkpoint.read(f"{first}gate_up_proj")[2].view(np.int16), np.concatenate((gate, up)))
+
+
+def test_experts_in_bfloat16_are_stacked_as_they_are(tmp_path):
+    arch = archs.load("mixtral")
+    random_checkpoint.write(arch, tmp_path / "in", dtype="bfloat16")
+    export, portable = (
+        onnx_file.write(onnx_file.Request(arch, open_checkpoint(tmp_path / "in"), target=target), tmp_path / target)
+        for target in ("onnxruntime", "portable")
+    )
+    checkpoint = export.checkpoint()
+    first = "model.layers.0.block_sparse_moe.experts."
+    assert checkpoint.tensors[f"{first}down_proj"].dtype == "BF16"
+    down, whole = checkpoint.read(f"{first}3.w2.weight"), checkpoint.read(f"{first}down_proj")
+    assert np.array_equal(whole[3].view(np.int16), down.view(np.int16))
+    assert compare(logits(portable), logits(export)).max_abs <= 1e-5
 
 
 def test_experts_in_few_bits_stay_as_they_are_published(tmp_path):

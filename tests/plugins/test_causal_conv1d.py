@@ -151,11 +151,14 @@ def test_an_unknown_activation_is_refused():
         causal_conv1d(*example(1), "relu")
 
 
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_body_in_onnx_runtime_equals_the_reference_at_any_length(dtype, with_bias, activation):
-    model = body_model("CausalConv1d", {"activation": activation}, dtype, SIZES, without=int(not with_bias))
+def test_body_in_onnx_runtime_equals_the_reference_at_any_length(target, dtype, with_bias, activation):
+    model = body_model(
+        "CausalConv1d", {"activation": activation}, dtype, SIZES, without=int(not with_bias), target=target
+    )
     runtime = session(model)
     for tokens in TOKENS:
         x, weight, state, bias = example(tokens, getattr(torch, dtype))

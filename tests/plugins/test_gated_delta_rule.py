@@ -231,12 +231,13 @@ def test_a_state_is_not_changed_in_place():
     assert torch.equal(inputs[5], before)
 
 
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 @pytest.mark.parametrize("l2_norm", [True, False])
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_body_in_onnx_runtime_equals_the_reference_at_any_length(dtype, heads, l2_norm):
+def test_body_in_onnx_runtime_equals_the_reference_at_any_length(target, dtype, heads, l2_norm):
     sizes = {**SIZES, "H": heads}
-    model = body_model("GatedDeltaRule", {"scale": SCALE, "l2_norm": l2_norm}, dtype, sizes)
+    model = body_model("GatedDeltaRule", {"scale": SCALE, "l2_norm": l2_norm}, dtype, sizes, target=target)
     runtime = session(model)
     for tokens in (*TOKENS, 32, 33):
         inputs = example(tokens, getattr(torch, dtype), sizes)
@@ -251,10 +252,11 @@ def test_body_in_onnx_runtime_equals_the_reference_at_any_length(dtype, heads, l
         assert compare(numbers(after), found_after).max_abs < CLOSE
 
 
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 @pytest.mark.parametrize("decays", DECAYS)
 @pytest.mark.parametrize("keys", KEYS)
-def test_body_in_onnx_runtime_is_the_recurrence_whatever_the_keys(keys, decays):
-    model = body_model("GatedDeltaRule", {"scale": SCALE, "l2_norm": True}, "float32", SIZES)
+def test_body_in_onnx_runtime_is_the_recurrence_whatever_the_keys(target, keys, decays):
+    model = body_model("GatedDeltaRule", {"scale": SCALE, "l2_norm": True}, "float32", SIZES, target=target)
     runtime = session(model)
     for tokens in (7, 65, 130):
         inputs = example(tokens, keys=keys, decays=decays, betas="one")

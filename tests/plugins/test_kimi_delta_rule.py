@@ -91,10 +91,11 @@ def test_equals_transformers(dtype):
         assert (np.abs(numbers(theirs) - numbers(ours)) <= CLOSE + ulp * np.abs(numbers(theirs))).all()
 
 
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 @pytest.mark.parametrize("l2_norm", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_body_in_onnx_runtime_equals_the_reference_at_any_length(dtype, l2_norm):
-    model = body_model("KimiDeltaRule", {"scale": SCALE, "l2_norm": l2_norm}, dtype, SIZES)
+def test_body_in_onnx_runtime_equals_the_reference_at_any_length(target, dtype, l2_norm):
+    model = body_model("KimiDeltaRule", {"scale": SCALE, "l2_norm": l2_norm}, dtype, SIZES, target=target)
     runtime = session(model)
     for tokens in (1, 7, 65):
         inputs = example(tokens, getattr(torch, dtype))
