@@ -65,6 +65,7 @@ def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
     first_axis = Constant <value_ints = [0]> ()
     counts_narrow = ReduceSum <keepdims = 0> (hits, first_axis)
     counts = Cast <to = 7> (counts_narrow)
+    is_any = Greater (counts, number_zero)
     most = ReduceMax <keepdims = 0> (counts)
     {outputs}
     total_rounded = CastLike (total, x)
@@ -92,14 +93,13 @@ def _scan(types: dict[str, str], some: str, none: str, result: str, state: tuple
     """A Scan whose turn has the tokens and weights of one expert. some, none: what makes RESULT_some where tokens chose
     it, and RESULT_none where none did. state: of what goes from turn to turn, the first value and its name in one."""
     own = {n: t.replace("float32", "float") for n, t in types.items() if n not in SHARED}
-    values = {"is_its_e": "bool", "weights_e": "float", "count_e": "int64"} | {f"{n}_e": t for n, t in own.items()}
+    values = {"is_its_e": "bool", "weights_e": "float", "is_any_e": "bool"} | {f"{n}_e": t for n, t in own.items()}
     parameters = [f"{t}[] {n}" for n, t in values.items()]
-    given = ["is_its", "weights_by_expert", "counts", *own]
+    given = ["is_its", "weights_by_expert", "is_any", *own]
     if state:
         parameters, given = [f"float[] {state[1]}", *parameters], [state[0], *given]
     return f"""Scan <num_scan_inputs = {len(values)}, body = turn ({", ".join(parameters)}) => (float[] {result}) {{
-        is_any = Greater (count_e, number_zero)
-        {result} = If (is_any) <
+        {result} = If (is_any_e) <
           then_branch = some () => (float[] {result}_some) {{{some}
           }},
           else_branch = none () => (float[] {result}_none) {{{none}
@@ -110,8 +110,8 @@ def _scan(types: dict[str, str], some: str, none: str, result: str, state: tuple
 
 def _padded(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int], total: str) -> str:
     some = f"""{_turn(attributes, types, sizes)}
-          empty_rows = Sub (most, count_e)
-          empty_list = Reshape (empty_rows, flat)
+          count_e = Shape (token_e)
+          empty_list = Sub (most, count_e)
           empty_shape = Concat <axis = 0> (empty_list, hidden)
           empty = ConstantOfShape <value = float[1] {{0.0}}> (empty_shape)
           its_some = Concat <axis = 0> (result_wide, empty)"""
