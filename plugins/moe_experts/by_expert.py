@@ -24,8 +24,9 @@ def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
     if attributes["scale_input"] and top_k > 1:
         return body(attributes, types, sizes)
     check_body(attributes, types)
-    outputs = _padded(attributes, types, sizes, "total")
-    if experts > ROOM * top_k:
+    if experts <= ROOM * top_k:
+        outputs = _padded(attributes, types, sizes, "total")
+    else:
         outputs = f"""
     rows_in_all = Mul (most, number_experts)
     chosen_rows = Size (experts)
@@ -74,19 +75,22 @@ def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
 
 
 def _turn(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """Makes `result` of the rows of an expert's tokens: their numbers are in `token_e`, their weights in `weight_e`."""
-    scaled = """
+    """Makes `result` of the rows of an expert's tokens, whose numbers are in `token_e`."""
+    scaled = f"""{_WEIGHT}
           weight_rounded = CastLike (weight_e, x)
           inputs = Mul (tokens_e, weight_rounded)"""
     return f"""
           token_row = NonZero (is_its_e)
           token_e = Reshape (token_row, flat)
           tokens_e = Gather <axis = 0> (rows, token_e)
-          weight_flat = Gather <axis = 0> (weights_e, token_e)
-          weight_e = Unsqueeze (weight_flat, one)
           {scaled if attributes["scale_input"] else "inputs = Identity (tokens_e)"}
           {mlp(attributes, types, sizes)}
           result_wide = Cast <to = 1> (result)"""
+
+
+_WEIGHT = """
+          weight_flat = Gather <axis = 0> (weights_e, token_e)
+          weight_e = Unsqueeze (weight_flat, one)"""
 
 
 def _scan(types: dict[str, str], some: str, none: str, result: str, state: tuple[str, str] | None = None) -> str:
@@ -140,9 +144,10 @@ def _padded(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict
 
 
 def _added(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int], total: str) -> str:
-    weighted = "Identity (result_wide)" if attributes["scale_input"] else "Mul (result_wide, weight_e)"
+    weighted = f"""{_WEIGHT}
+          result_weighted = Mul (result_wide, weight_e)"""
     some = f"""{_turn(attributes, types, sizes)}
-          result_weighted = {weighted}
+          {"result_weighted = Identity (result_wide)" if attributes["scale_input"] else weighted}
           token_column = Unsqueeze (token_e, one)
           sum_some = ScatterND <reduction = "add"> (sum_before, token_column, result_weighted)"""
     none = """

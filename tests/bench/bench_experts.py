@@ -2,9 +2,10 @@
 
     python tests/bench/bench_experts.py [--rounds N] [--dtype DTYPE] [--json FILE] [MODEL ...]
 
-Random weights of 0.3B to 0.9B, those of "8 of 64" in experts of the size of Qwen3.5-35B-A3B. Both exports of a model are open in one process and take turns: a prompt of 128 and of 512
-tokens, then greedy tokens behind each, and of four prompts at once. One thread on one core, CPU time; what opening
-takes is a process of its own. Exit code 1 if the scores of the two differ by more than CLOSE of their largest.
+Random weights of 0.3B to 0.9B, those of "8 of 64" in experts of the size of Qwen3.5-35B-A3B's. Both exports of a model
+are open in one process and take turns: a prompt of 128 and of 512 tokens, then tokens behind each, and of four prompts
+at once. One thread on one core, CPU time; what opening takes is a process of its own. Exit code 1 if the scores of the
+two differ by more than CLOSE of their largest.
 """
 
 from __future__ import annotations

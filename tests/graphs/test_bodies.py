@@ -1,5 +1,7 @@
 """attach_bodies: a body for every custom op, one for each set of attribute values, types and sizes."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -121,3 +123,19 @@ def test_refuses_an_input_whose_rank_is_not_known():
     made.graph.value_info.append(onnx.helper.make_tensor_value_info("a", 1, None))
     with pytest.raises(ValueError, match=r"gated: .* a is not known"):
         attach_bodies(made, Bodies())
+
+
+def test_a_model_says_the_operators_of_a_runtime_that_its_bodies_have():
+    class OfRuntime(Bodies):
+        def __call__(self, *asked: Any) -> onnx.FunctionProto:
+            made = super().__call__(*asked)
+            made.opset_import.add(domain="com.microsoft", version=1)
+            return made
+
+    for bodies, others in ((Bodies(), set()), (OfRuntime(), {("com.microsoft", 1)})):
+        made = model(f"({FP32} g, {FP32} u) => ({FP32} y, {FP32} z) {{ y = {GATED}(g, u) z = {GELU}(g, u) }}")
+        before = {(o.domain, o.version) for o in made.opset_import}
+        attach_bodies(made, bodies)
+        after = [(o.domain, o.version) for o in made.opset_import]
+        assert len(after) == len(set(after))
+        assert set(after) == before | others
