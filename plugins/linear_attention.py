@@ -7,7 +7,8 @@ from llmexport.plugins.spec import Attribute
 
 
 def linear_attention(attributes: dict[str, Attribute], sizes: dict[str, int], *, decay: str, key_heads: int) -> str:
-    """LinearAttention of com.microsoft, on q, k and v of float32 with heads side by side and `decay` of as many ranks.
+    """LinearAttention of com.microsoft on inputs of float32. decay: the value that holds g, [B, T, H] or [B, T, H * D];
+    key_heads: those of q and k, which consecutive heads of v may share.
 
     Of a vector x of D numbers RMSNormalization makes x / sqrt((sum of squares + D epsilon) / D).
     """

@@ -19,8 +19,9 @@ LONGEST = 32  # tokens of a chunk, a power of two
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
     """One body for TensorRT and ONNX Runtime, which before 1.24 wants the shapes of a Scan's outputs said.
 
-    tests/bench/bench_bodies.py, ONNX Runtime 1.31, two CPU cores, B = 1, G = 16, H = 32, D = V = 128: 64 ms at T = 512
-    and 0.9 ms at T = 1; a Scan over tokens takes 233 and 0.7 ms, LinearAttention of com.microsoft 77 and 0.3 ms.
+    tests/bench/bench_bodies.py, ONNX Runtime 1.31.1, one thread, B = 1, G = 16, H = 32, D = V = 128: 69 ms at T = 512
+    and 1.7 ms at T = 1; a Scan over tokens takes 298 and 1.0 ms, LinearAttention of com.microsoft, which
+    linear_attention.py has for ONNX Runtime alone, 35 and 0.3 ms.
     """
     g, h, d, v = (sizes[n] for n in "GHDV")
     return f"""

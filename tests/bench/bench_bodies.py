@@ -1,8 +1,8 @@
 """Times function bodies in ONNX Runtime on the CPU, beside its own operator: python tests/bench/bench_bodies.py
 
 GatedDeltaRule at Qwen3.5's sizes, a prompt and a token: its body, which is a Scan over chunks, a Scan over tokens, and
-LinearAttention of com.microsoft. The numbers first; medians of --runs, in turn. Exit code 1 if the numbers
-differ.
+LinearAttention of com.microsoft. The numbers first; then CPU time, one thread, medians of --runs, in turn. Exit code 1
+if the numbers differ.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from one_node import body_model, session
+from one_node import body_model
 
 from llmexport.validate.compare import compare
 
@@ -59,6 +59,12 @@ by_token (float[B,T,{H},{D}] q, float[B,T,{H},{D}] k, float[B,T,{H},{V}] v, floa
     }}
   > (state, q_rows, k_rows, v, decay, beta_wide)
 }}"""
+
+
+def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def operator() -> onnxruntime.InferenceSession:
@@ -111,9 +117,9 @@ def main() -> int:
         seconds: dict[str, list[float]] = {name: [] for name in timed}
         for _ in range(runs):
             for name, (runtime, given) in timed.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 runtime.run(None, given)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.process_time() - start)
         said = ", ".join(f"{n} {statistics.median(s) * 1e3:.2f} ms" for n, s in seconds.items())
         print(f"GatedDeltaRule T={tokens}: {said}; error {error:.1e}")
     return 0 if right else 1

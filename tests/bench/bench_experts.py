@@ -64,6 +64,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+SMALL = {"hidden_size": 768, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "num_experts": 256}
+MODELS["8 of 256, small"] = ("qwen3_5_moe", MODELS["8 of 64"][1] | SMALL)
+
 
 def opened(folder: Path) -> dict[str, float]:
     """In a process of its own: CPU seconds, and the most memory and what stays of it that no file backs, in MB."""
