@@ -84,15 +84,13 @@ def trace_body(
     else:
         nodes = _trace_reference(op, attributes, inputs, types, sizes)
     hold_tensors(nodes)
-    # A runtime's own operators.
-    others = {n.domain for n in nodes} - {""}
     return onnx.helper.make_function(
         DOMAIN,
         op.body_name(attributes, types, sizes),
         list(inputs),
         list(op.outputs),
         nodes,
-        [onnx.helper.make_opsetid("", OPSET), *(onnx.helper.make_opsetid(d, 1) for d in sorted(others))],
+        [onnx.helper.make_opsetid(d, 1 if d else OPSET) for d in sorted({"", *(n.domain for n in nodes)})],
         sorted(attributes),
     )
 

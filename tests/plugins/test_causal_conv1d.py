@@ -174,6 +174,20 @@ def test_body_in_onnx_runtime_equals_the_reference_at_any_length(target, dtype, 
         assert compare(numbers(after), found_after).max_abs == 0
 
 
+@pytest.mark.parametrize(
+    ("target", "dtype", "operators"),
+    [
+        ("onnxruntime", "float32", {("com.microsoft", "CausalConvWithState")}),
+        ("onnxruntime", "float16", set()),
+        ("portable", "float32", set()),
+    ],
+)
+def test_the_body_for_onnx_runtime_alone_says_whose_operator_it_has(target, dtype, operators):
+    body = body_model("CausalConv1d", {"activation": "silu"}, dtype, SIZES, target=target).functions[0]
+    assert {(n.domain, n.op_type) for n in body.node if n.domain} == operators
+    assert {(o.domain, o.version) for o in body.opset_import} == {("", 23), *((d, 1) for d, _ in operators)}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.engine

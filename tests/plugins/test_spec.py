@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx
@@ -374,18 +373,6 @@ def test_a_body_of_its_own_takes_the_place_of_the_traced_reference(pick, inputs)
     assert [n.op_type for n in body.node] == ["Cast", "Identity", "Identity"]
     assert (list(body.input), list(body.output)) == (list(pick.inputs)[:inputs], ["y", "at"])
     assert {(o.domain, o.version) for o in body.opset_import} == {("", 23)}
-
-
-def test_the_body_of_a_target_stands_there_alone_and_says_whose_operators_it_has(pick, monkeypatch):
-    def of_runtime(*_: Any) -> str:
-        return "y = com.microsoft.Pick (x) at = Cast <to = 6> (x)"
-
-    monkeypatch.setitem(spec.OPS, pick.name, dataclasses.replace(pick, bodies={"onnxruntime": of_runtime}))
-    given = ("SpecPick", {"flip": 1}, PICK_TYPES[:3], PICK_SHAPES[:3])
-    body = trace_body(*given, "onnxruntime")
-    assert [(n.domain, n.op_type) for n in body.node] == [("com.microsoft", "Pick"), ("", "Cast")]
-    assert {(o.domain, o.version) for o in body.opset_import} == {("", 23), ("com.microsoft", 1)}
-    assert trace_body(*given) == pick_trace(3)
 
 
 def test_a_body_that_is_no_onnx_is_not_taken(pick, monkeypatch):
