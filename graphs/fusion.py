@@ -25,11 +25,16 @@ class Fused:
     refused: list[tuple[str, str]] = field(default_factory=list)
 
 
-def fuse_each(graph: gs.Graph, ops: tuple[str, ...], fuse: Callable[[gs.Graph, gs.Node], None]) -> Fused:
-    """Calls `fuse` on every standard operator or op of ours of these types: `fuse` edits the graph, or raises Refusal
-    instead."""
+def fuse_each(
+    graph: gs.Graph,
+    ops: tuple[str, ...],
+    fuse: Callable[[gs.Graph, gs.Node], None],
+    where: Callable[[gs.Node], bool] = lambda node: True,
+) -> Fused:
+    """Calls `fuse` on every standard operator or op of ours of these types that `where` is true of: `fuse` edits the
+    graph, or raises Refusal instead."""
     fused = Fused()
-    for node in [n for n in graph.nodes if n.op in ops and n.domain in (None, "", DOMAIN)]:
+    for node in [n for n in graph.nodes if n.op in ops and n.domain in (None, "", DOMAIN) and where(n)]:
         try:
             fuse(graph, node)
             fused.count += 1

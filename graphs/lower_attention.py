@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmexport.graphs.fusion import Fused, Refusal, fuse_each, is_output, produced_by, producer, sole_consumer
-from llmexport.plugins.spec import DOMAIN
-
-HEADS_FIRST = [0, 2, 1, 3]
+from llmexport.graphs.fusion import Fused, Refusal, fuse_each, produced_by, producer
+from llmexport.graphs.rows import as_rows, flattened, rows_of
 
 
 def lower_attention(graph: gs.Graph) -> Fused:
@@ -42,23 +39,13 @@ def _lower(graph: gs.Graph, node: gs.Node) -> None:
     query, mask = node.inputs[0], node.inputs[3:] or [gs.Variable.empty()]
     joined = [_joined(graph, node, node.inputs[i], what) for i, what in ((1, "keys"), (2, "values"))]
     apart = zip((query, *(c.inputs[1] for c in joined)), ("q", "k", "v"), strict=True)
-    rows = [_rows(value, what) for value, what in apart]
+    rows = [rows_of(value, what) for value, what in apart]
     if rows[2][1]:
         raise Refusal("its values are turned by Rope")
-    turned = sole_consumer(node.outputs[0], "what is attended")
-    if turned.op != "Transpose" or list(turned.attrs.get("perm", ())) != HEADS_FIRST:
-        raise Refusal("what is attended is not turned back")
-    flat = sole_consumer(turned.outputs[0], "what is attended")
-    if flat.op != "Reshape" or len(flat.outputs[0].shape or ()) != 3:
-        raise Refusal("the heads of what is attended are not put side by side")
-    if any(is_output(graph, n.outputs[0]) for n in (node, turned)):
-        raise Refusal("what is attended is a graph output")
+    turned, flat = flattened(graph, node)
     at = graph.nodes.index(node)
-    inputs: list[gs.Tensor] = []
     before: list[gs.Node] = []
-    for source, rope in rows:
-        value = _side_by_side(source, before)
-        inputs.append(_turned(value, source, rope, before) if rope else value)
+    inputs = [as_rows(source, rope, before) for source, rope in rows]
     inputs += [*mask, *(c.inputs[0] for c in joined)]
     outputs = [flat.outputs[0], *(c.outputs[0] for c in joined)]
     for dead in (turned, flat, node, *joined):
@@ -81,48 +68,3 @@ def _joined(graph: gs.Graph, attention: gs.Node, value: gs.Tensor, what: str) ->
     if any(graph.nodes.index(reader) < place for reader in value.outputs if reader is not attention):
         raise Refusal(f"its {what} are read before")
     return node
-
-
-def _rows(value: gs.Tensor, what: str) -> tuple[gs.Tensor, gs.Node | None]:
-    """The [B, T, H, D] whose heads were turned to the front, and the Rope that turns these, if one does."""
-    rope = producer(value)
-    if rope is None or rope.domain != DOMAIN or rope.op != "Rope":
-        rope = None
-    turned = produced_by(rope.inputs[0] if rope else value, "Transpose")
-    if turned is None or list(turned.attrs.get("perm", ())) != HEADS_FIRST:
-        raise Refusal(f"{what} is not [B, T, H, D] with its heads turned to the front")
-    source = turned.inputs[0]
-    if not all(isinstance(n, int) for n in (source.shape or [None] * 4)[2:]):
-        raise Refusal(f"{what} has heads of a number or size that is not known")
-    return source, rope
-
-
-def _side_by_side(source: gs.Tensor, before: list[gs.Node]) -> gs.Tensor:
-    """[B, T, H, D] as [B, T, H * D]: what it was made of, or a Reshape."""
-    width = source.shape[2] * source.shape[3]
-    made = produced_by(source, "Reshape")
-    if made is not None and list(made.inputs[0].shape or ())[2:] == [width] and len(made.inputs[0].shape) == 3:
-        return made.inputs[0]
-    shape = gs.Constant(f"{source.name}/rows_shape", np.array([0, 0, width], np.int64))
-    return _node(before, "Reshape", f"{source.name}/rows", [source, shape], source, {})
-
-
-def _turned(value: gs.Tensor, source: gs.Tensor, rope: gs.Node, before: list[gs.Node]) -> gs.Tensor:
-    _, _, heads, size = source.shape
-    cos, sin = rope.inputs[1:3]
-    rotated = 2 * cos.shape[-1]
-    attributes = {
-        "interleaved": int(rope.attrs["interleaved"]),
-        "num_heads": heads,
-        "rotary_embedding_dim": rotated % size,
-    }
-    return _node(before, "RotaryEmbedding", f"{rope.name}/rows", [value, cos, sin], source, attributes)
-
-
-def _node(
-    before: list[gs.Node], op: str, name: str, inputs: list[gs.Tensor], like: gs.Tensor, attributes: dict[str, int]
-) -> gs.Tensor:
-    """What a new node gives: rows of the type and length of `like`."""
-    made = gs.Variable(name, like.dtype, [*like.shape[:2], like.shape[2] * like.shape[3]])
-    before.append(gs.Node(op, name, attributes, inputs, [made]))
-    return made

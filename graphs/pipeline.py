@@ -13,11 +13,15 @@ from llmexport.graphs.fuse_gated_act import fuse_gated_act
 from llmexport.graphs.fuse_qk_norm_rope import fuse_qk_norm_rope
 from llmexport.graphs.fusion import Fused
 from llmexport.graphs.lower_attention import lower_attention
+from llmexport.graphs.lower_static_attention import lower_static_attention
 
 Pass = Callable[[gs.Graph], Fused]
 PIPELINE: tuple[Pass, ...] = (fuse_add_rms_norm, fuse_gated_act)
 # By target, those that come after.
-LOWERING: Mapping[str, tuple[Pass, ...]] = {"onnxruntime": (lower_attention,), "tensorrt": (fuse_qk_norm_rope,)}
+LOWERING: Mapping[str, tuple[Pass, ...]] = {
+    "onnxruntime": (lower_static_attention, lower_attention),
+    "tensorrt": (fuse_qk_norm_rope,),
+}
 # Those of the portable target where a cache is written in place, as engines serve with.
 IN_PLACE: tuple[Pass, ...] = (fuse_qk_norm_rope,)
 
