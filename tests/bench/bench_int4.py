@@ -5,14 +5,17 @@
 Random weights, once with the head rounded too and once with it as it is. Both exports decode greedily behind 128
 tokens: `file` is the model.onnx of each in one and the same loop on the ONNX Runtime here, `own` what each is run by:
 `llmexport generate`'s session, and genai's Generator. One thread on one core; processes take turns, round by round, and
-are started anew some times, as one differs from the next by a tenth. Exit code 1: logits of ours that are not PyTorch's
-on the same weights, or a `file` whose CPU time is above LIMIT times genai's.
+are started anew some times. In pages of 4 KiB, as memory comes unless it is asked for otherwise, where a process's
+weights lie makes it up to a quarter slower than the next one of the same file. So all is timed once in these, as it
+runs, and once in the huge pages that glibc then asks for, where the files alone differ. Exit code 1: logits of ours
+that are not PyTorch's on the same weights, or a `file` whose CPU time in huge pages is above LIMIT times genai's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +53,8 @@ LLAMA_125M = {
     "eos_token_id": 2,
     "torch_dtype": "bfloat16",
 }
+# By the pages that the memory of a process comes in, where the system gives huge ones to who asks (madvise).
+PAGES = {"small": {}, "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
 MODELS = {"llama-125m": LLAMA_125M, "qwen2-0.5b": PUBLISHED["Qwen2.5-0.5B-Instruct"]}
 OURS = ("{bin}/llmexport", "onnx", "--checkpoint={checkpoint}", "-o", "{out}", "--quantize=int4")
 OURS += ("--target=onnxruntime",)
@@ -90,10 +95,11 @@ def validated(work: Path, folder: Path) -> dict[str, Any]:
 class Child:
     """A process of decode_child.py, and what it has measured."""
 
-    def __init__(self, python: Path, kind: str, folder: Path) -> None:
+    def __init__(self, pages: str, python: Path, kind: str, folder: Path) -> None:
         command = [str(python), str(Path(__file__).with_name("decode_child.py")), kind, str(folder), str(PAST)]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        pipes = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, text=True, env=os.environ | PAGES[pages], **pipes)
         self.opened: dict[str, float] = self._read()
         self.taken: list[tuple[float, float]] = []
 
@@ -111,11 +117,13 @@ class Child:
         self._process.communicate()
 
 
-def timed(commands: dict[str, tuple[Path, str, Path]], rounds: int, restarts: int) -> dict[str, dict[str, Any]]:
+def timed(
+    commands: dict[str, tuple[Path, str, Path]], pages: str, rounds: int, restarts: int
+) -> dict[str, dict[str, Any]]:
     """Milliseconds of a token, of CPU and by the clock: the least, and the median of the processes' medians."""
     processes: dict[str, list[Child]] = {name: [] for name in commands}
     for _ in range(restarts):
-        running = {name: Child(*command) for name, command in commands.items()}
+        running = {name: Child(pages, *command) for name, command in commands.items()}
         for i in range(rounds):
             # Nobody always follows the same one.
             for name in [*running][i % len(running) :] + [*running][: i % len(running)]:
@@ -161,9 +169,9 @@ def row(name: str, head: str, source: Path, work: Path, rounds: int, restarts: i
         found[f"{exporter.name} nodes"] = nodes(out)
         commands[f"{exporter.name} file"] = (python, "file", out)
         commands[f"{exporter.name} own"] = (scripts(work, exporter) / "python", exporter.name, out)
-    found["timed"] = timed(commands, rounds, restarts)
-    found["ours over genai's"] = ratios(found["timed"])
-    met = found["ours over genai's"]["file"]["cpu_ms min"] <= LIMIT
+    found["timed"] = {pages: timed(commands, pages, rounds, restarts) for pages in PAGES}
+    found["ours over genai's"] = {pages: ratios(taken) for pages, taken in found["timed"].items()}
+    met = found["ours over genai's"]["huge"]["file"]["cpu_ms min"] <= LIMIT
     return {**found, "passed": met and found["validated"]["status"] == "pass"}
 
 
@@ -184,6 +192,7 @@ def main() -> None:
         "commit": commit(),
         **machine(),
         "versions": {"here": versions(work, LLMEXPORT), "genai": versions(work, theirs)},
+        "huge_pages": Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().strip(),
         "past": PAST,
         "group_size": GROUP,
         "accuracy_level": LEVEL,

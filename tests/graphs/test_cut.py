@@ -70,3 +70,31 @@ def test_leaves_the_model_as_it_was(model) -> None:
     before = model.SerializeToString(deterministic=True)
     cut(model, [value("sum", 1, "t", 4)], ["out"])
     assert model.SerializeToString(deterministic=True) == before
+
+
+def test_keeps_what_branches_read_from_outside() -> None:
+    shape = (1, "t", 4)
+    branches = {
+        f"{side}_branch": helper.make_graph(
+            [helper.make_node(op, ["doubled", name], [side])], side, [], [value(side, *shape)]
+        )
+        for side, op, name in (("then", "Mul", "w"), ("else", "Add", "x"))
+    }
+    nodes = [
+        helper.make_node("Add", ["x", "x"], ["doubled"]),
+        helper.make_node("Neg", ["x"], ["other"]),
+        helper.make_node("If", ["which"], ["out"], **branches),
+    ]
+    inputs = [value("x", *shape), helper.make_tensor_value_info("which", TensorProto.BOOL, ())]
+    held = [onnx.numpy_helper.from_array(np.array([1, 2, 3, 4], np.float32), "w")]
+    graph = helper.make_graph(nodes, "g", inputs, [value("out", *shape), value("other", *shape)], held)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    part = cut(made, inputs, ["out"])
+    assert [n.op_type for n in part.graph.node] == ["Add", "If"]
+    assert [t.name for t in part.graph.initializer] == ["w"]
+    x = np.ones((1, 3, 4), np.float32)
+    for which in (True, False):
+        feed = {"x": x, "which": np.array(which)}
+        assert np.array_equal(run(part, feed)[0], run(made, feed)[0])
+    with pytest.raises(ValueError, match="the cut needs x"):
+        cut(made, inputs[1:], ["out"])
