@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -46,7 +47,7 @@ def open_session(
     """
     installed = onnxruntime.__version__
     oldest, lack = OLDEST_RUNTIME, "whose Attention is wrong where heads share a key"
-    if any(node.op_type == "TensorScatter" for node in model.graph.node):
+    if any(node.op_type == "TensorScatter" for node in _nodes(model.graph)):
         oldest, lack = OLDEST_STATIC, "which has no TensorScatter, and this model a static cache"
     if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < oldest:
         raise Mismatch(
@@ -63,6 +64,14 @@ def open_session(
     except REFUSALS as error:
         said = one_line(error)
         raise NotTaken(f"ONNX Runtime {installed} does not take the model: {said}") from error
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Those of its branches too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g)
 
 
 def _all_integers(model: onnx.ModelProto) -> bool:

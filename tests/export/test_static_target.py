@@ -133,3 +133,9 @@ def test_a_block_whose_mask_is_given_is_left_and_named(lowered):
     fused = lowered("llama", block="layers.0").graphs[0].fusions["lower_static_attention"]
     assert fused.count == 0
     assert [why for _, why in fused.refused] == ["its mask may show keys that are written behind the query's"]
+
+
+@pytest.mark.parametrize(("arch", "count"), [("bloom", 3), ("gpt_oss", 0)])
+def test_attention_with_biases_is_left_and_named_and_with_spans_is_no_candidate(arch, count, lowered):
+    fused = lowered(arch).graphs[0].fusions["lower_static_attention"]
+    assert (fused.count, len(fused.refused)) == (0, count)

@@ -27,10 +27,16 @@ def test_a_runtime_that_is_too_old_is_named_with_the_oldest_that_is_not(version,
     assert line.endswith("to 1.23.2 or later")
 
 
-def test_a_static_cache_takes_a_later_runtime(tmp_path, monkeypatch) -> None:
+SCATTER = "TensorScatter <axis = -2> (p, u, i)"
+BRANCH = f"""If (c) <then_branch = t () => (float[1, 1, 4, 2] a) {{ a = Identity(p) }},
+    else_branch = e () => (float[1, 1, 4, 2] b) {{ b = {SCATTER} }}>"""
+
+
+@pytest.mark.parametrize("made", [SCATTER, BRANCH], ids=["plain", "in a branch"])
+def test_a_static_cache_takes_a_later_runtime(made, tmp_path, monkeypatch) -> None:
     """1.24.4 does not run it, 1.25.0 does."""
-    scatter = """<ir_version: 10, opset_import: ["": 24]> g (float[1, 1, 4, 2] p, float[1, 1, 1, 2] u, int64[1] i)
-        => (float[1, 1, 4, 2] y) { y = TensorScatter <axis = -2> (p, u, i) }"""
+    scatter = f"""<ir_version: 10, opset_import: ["": 24]> g
+        (float[1, 1, 4, 2] p, float[1, 1, 1, 2] u, int64[1] i, bool c) => (float[1, 1, 4, 2] y) {{ y = {made} }}"""
     monkeypatch.setattr(onnxruntime, "__version__", "1.24.4")
     assert refusal(scatter, tmp_path).endswith("to 1.25 or later")
 
