@@ -81,15 +81,8 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     bias, last, total, can = shared[mask.name, length.name]
     ends = [flat.outputs[0], keys.outputs[0], values.outputs[0]]
     pasts = [keys.inputs[0], values.inputs[0]]
-    heads = {"num_heads": sizes[0][0], "kv_num_heads": sizes[1][0]}
-    said = {n: v for n, v in node.attrs.items() if n in ("scale", "softcap")}
-    absent = [gs.Variable.empty() for _ in range(3)]
-    made = _like(ends, f"{node.name}/in_place")
-    attend = gs.Node("GroupQueryAttention", f"{node.name}/in_place", heads | said, domain=MICROSOFT)
-    attend.inputs = [*given, *pasts, last, total, *absent, bias]
-    attend.outputs = made
     branches = {
-        "then_branch": gs.Graph([attend], [], made, name=f"{node.name}/in_place"),
+        "then_branch": _in_place(node, [*given, *pasts, last, total], bias, sizes, ends),
         "else_branch": _copied(node, given, pasts, mask, length, sizes, ends),
     }
     for dead in (turned, flat, node, keys, values):
@@ -144,6 +137,19 @@ def _written(mask: gs.Tensor, length: gs.Tensor, query: gs.Tensor, before: list[
         found.append(add("Equal", said, [value, right], np.bool_, [1]))
     some = add("Or", "some", found[:2], np.bool_, [1])
     return bias, last, total, add("Or", "in_place", [some, found[2]], np.bool_, [1])
+
+
+def _in_place(
+    node: gs.Node, given: list[gs.Tensor], bias: gs.Tensor, sizes: list[list[int]], ends: list[gs.Tensor]
+) -> gs.Graph:
+    """The branch of one operator."""
+    name, made = f"{node.name}/in_place", _like(ends, f"{node.name}/in_place")
+    heads = {"num_heads": sizes[0][0], "kv_num_heads": sizes[1][0]}
+    said = {n: v for n, v in node.attrs.items() if n in ("scale", "softcap")}
+    # Of RoPE's angles and positions, as q and k are turned before.
+    absent = [gs.Variable.empty() for _ in range(3)]
+    attend = gs.Node("GroupQueryAttention", name, heads | said, [*given, *absent, bias], made, MICROSOFT)
+    return gs.Graph([attend], [], made, name=name)
 
 
 def _copied(
