@@ -12,7 +12,6 @@ from llmexport.graphs.causal import is_causal
 from llmexport.graphs.fusion import Fused, Refusal, float_type, fuse_each, produced_by
 from llmexport.graphs.rows import HEADS_FIRST, as_rows, flattened, rows_of
 
-MICROSOFT = "com.microsoft"
 TYPES = ("float32", "float16")
 Shared = dict[tuple[str, str], tuple[gs.Variable, ...]]  # by mask and past length, what all layers read
 
@@ -43,10 +42,7 @@ def lower_static_attention(graph: gs.Graph) -> Fused:
     4. keys and values have heads of one size, in a type that the operator has on a CPU,
     5. what is attended is read once, and turned back to [B, T, H * D].
     """
-    fused = fuse_each(graph, ("Attention",), functools.partial(_lower, {}), where=_reads_slots)
-    if fused.count:
-        graph.import_domains = [*graph.import_domains, onnx.helper.make_opsetid(MICROSOFT, 1)]
-    return fused
+    return fuse_each(graph, ("Attention",), functools.partial(_lower, {}), where=_reads_slots)
 
 
 def _reads_slots(node: gs.Node) -> bool:
@@ -148,7 +144,7 @@ def _in_place(
     said = {n: v for n, v in node.attrs.items() if n in ("scale", "softcap")}
     # Of RoPE's angles and positions, as q and k are turned before.
     absent = [gs.Variable.empty() for _ in range(3)]
-    attend = gs.Node("GroupQueryAttention", name, heads | said, [*given, *absent, bias], made, MICROSOFT)
+    attend = gs.Node("GroupQueryAttention", name, heads | said, [*given, *absent, bias], made, "com.microsoft")
     return gs.Graph([attend], [], made, name=name)
 
 

@@ -131,6 +131,11 @@ def test_what_layers_share_is_made_once():
 # What stands in the place of what in a legal graph.
 BEHIND = "its mask may show keys that are written behind the query's"
 REFUSED = {
+    "it has not queries, keys, values and a mask alone": {"all_v, mask)": "all_v) m = Identity(mask)"},
+    "its values have heads of another size than its keys": {
+        "Reshape(v, two)": "Reshape(v, four_of_four)",
+        "int64 none": "int64[4] four_of_four = {0, 0, 4, 4}, int64 none",
+    },
     "its values are not slots that this step is written into": {
         "all_v = Tensor": "written = Tensor",
         "[attention]": "all_v = Identity(written) [attention]",
@@ -160,7 +165,8 @@ def test_another_form_is_left_as_it_is(why, monkeypatch):
         assert old in nodes + held
         nodes, held = nodes.replace(old, new), held.replace(old, new)
     monkeypatch.setitem(globals(), "HELD", held)
-    made = model(nodes, ", float[B,2,9,8] e" * ("e = Id" in nodes) + ", float[B,4,T,8] z" * ("z = Id" in nodes))
+    more = {"e = Id": ", float[B,2,9,8] e", "z = Id": ", float[B,4,T,8] z", "m = Id": ", bool[B,1,T,9] m"}
+    made = model(nodes, "".join(text for name, text in more.items() if name in nodes))
     graph = gs.import_onnx(made)
     before = [n.op for n in graph.nodes]
     fused = lower_static_attention(graph)
