@@ -21,12 +21,16 @@ CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 @dataclass(frozen=True)
 class Exporter:
-    """A command line to fill in, and the pip `packages` it needs (none: the environment of this script)."""
+    """A command line to fill in, and the pip `packages` it needs (none: the environment of this script).
+
+    constrained: whether these work with the versions that constraints.txt names.
+    """
 
     name: str
     command: tuple[str, ...]
     packages: tuple[str, ...] = ()
     dtype: str = "float32"
+    constrained: bool = True
 
 
 LLMEXPORT = Exporter(
@@ -77,8 +81,12 @@ def install(work: Path, exporter: Exporter) -> None:
         return
     print(f"installing {' '.join(exporter.packages)}", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", f"--constraint={CONSTRAINTS}"]
-    subprocess.run([*pip, "torch", *exporter.packages], check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    if exporter.constrained:
+        pip.append(f"--constraint={CONSTRAINTS}")
+    torch = re.search("^torch==.*", CONSTRAINTS.read_text(), re.MULTILINE)
+    assert torch
+    subprocess.run([*pip, torch[0], *exporter.packages], check=True)
     (folder / "ready").touch()
 
 

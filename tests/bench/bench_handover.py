@@ -1,6 +1,6 @@
 """Which other runtimes open an export's folder, and whether their greedy tokens are those of transformers.
 
-    python tests/bench/bench_runtimes.py --install | --genai PYTHON --optimum PYTHON [--work DIR] [ARCH ...]
+    python tests/bench/bench_handover.py --install | --genai PYTHON --optimum PYTHON [--work DIR] [ARCH ...]
 
 Of every decoder a tiny random checkpoint is exported with `--for genai --for optimum`. Each runtime lives in an
 environment of its own: --install makes them, else the interpreters are named. TOKENS tokens are made from each prompt
@@ -41,7 +41,7 @@ from layouts import randomise
 from other_runtimes import GENAI, OPTIMUM, asked
 from report import commit, machine
 
-RESULTS = Path(__file__).parent / "results" / "runtimes_cpu.json"
+RESULTS = Path(__file__).parent / "results" / "handover_cpu.json"
 PACKAGES = {
     "genai": ("onnxruntime-genai==0.18.0",),
     "optimum": ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.*"),

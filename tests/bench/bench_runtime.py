@@ -1,0 +1,239 @@
+"""CPU seconds of `onnx --target onnxruntime` on ONNX Runtime beside genai, mobius, optimum and eager transformers.
+
+    python tests/bench/bench_runtime.py [--work DIR] [--rounds N] [--restarts N] [--json FILE] [MODEL ...]
+
+The small models of runtime_models.py, random fp32 weights, one thread on one core. Each exporter's file runs in one and
+the same loop on the ONNX Runtime here, growing its keys and values or, where its attention takes that, with one buffer
+of each; genai in its own loop as well. Processes live side by side and take turns job by job, so that what else the
+machine does meets all of them. Ours are exported with `--logits last`, as `llmexport generate` cuts them; transformers
+computes the last token's logits alone, genai's, mobius' and optimum's files all of a prompt. What an exporter refuses
+is recorded with its last line. Exit code 1: logits of ours that are not PyTorch's, or a job that takes us more CPU time
+than the fastest peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from checkpoints import TOKENIZER, TOKENIZER_CONFIG
+from exporters import GENAI, LLMEXPORT, MOBIUS, Exporter, export, install, scripts, versions
+from report import commit, machine
+from runtime_models import MODELS
+
+RESULTS = Path(__file__).parent / "results" / "runtime_cpu.json"
+SLOTS = 4096 + 64
+LIMIT = 1.0
+OPTIMUM = ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.*")
+ONNX = ("{bin}/llmexport", "onnx", "--checkpoint={checkpoint}", "-o", "{out}", "--target=onnxruntime", "--part=text")
+ONNX += ("--logits=last", "--dtype=float32")
+EXPORTERS = {
+    "llmexport": Exporter("llmexport", ONNX),
+    "llmexport static": Exporter("llmexport static", (*ONNX, "--cache=static", f"--max-tokens={SLOTS}")),
+    "genai": Exporter(
+        "genai",
+        ("{bin}/python", "-m", "onnxruntime_genai.models.builder", "-i", "{checkpoint}", "-o", "{out}")
+        + ("-p", "fp32", "-e", "cpu", "-c", "{scratch}"),
+        GENAI,
+    ),
+    "mobius": Exporter(
+        "mobius", ("{bin}/mobius", "build", "--config", "{checkpoint}", "--dtype", "f32", "{out}"), MOBIUS
+    ),
+    "optimum": Exporter(
+        "optimum",
+        ("{bin}/optimum-cli", "export", "onnx", "--model", "{checkpoint}", "--task", "text-generation-with-past")
+        + ("{out}",),
+        OPTIMUM,
+        constrained=False,
+    ),
+}
+# How each is run: the kinds of runtime_child.py.
+RUNS = {
+    "llmexport": ("llmexport", "file"),
+    "llmexport static": ("llmexport static", "shared"),
+    "genai's file": ("genai", "file"),
+    "genai's file, shared": ("genai", "shared"),
+    "genai": ("genai", "genai"),
+    "mobius": ("mobius", "file"),
+    "optimum": ("optimum", "file"),
+    "transformers": ("", "transformers"),
+}
+JOBS: dict[str, dict[str, int]] = {
+    f"decode {past}, batch {batch}": {"batch": batch, "past": past, "tokens": 1, "steps": 8}
+    for batch in (1, 4)
+    for past in (128, 1024, 4096)
+}
+JOBS |= {f"prefill {n}": {"batch": 1, "past": 0, "tokens": n, "steps": 2 if n < 1000 else 1} for n in (128, 512, 2048)}
+
+
+def checkpoint(work: Path, config: dict[str, Any]) -> Path:
+    """Random weights, and the tokenizer that genai's builder asks for."""
+    shutil.rmtree(work / "in", ignore_errors=True)
+    (work / "config.json").write_text(json.dumps(config))
+    command = [str(scripts(work, LLMEXPORT) / "llmexport"), "checkpoint", "--config", str(work / "config.json")]
+    subprocess.run([*command, "-q", "--dtype=float32", "-o", str(work / "in")], check=True)
+    for name, content in {"tokenizer.json": TOKENIZER, "tokenizer_config.json": TOKENIZER_CONFIG}.items():
+        (work / "in" / name).write_text(json.dumps(content))
+    return work / "in"
+
+
+def validated(work: Path, folder: Path) -> dict[str, Any]:
+    """Logits of ONNX Runtime against PyTorch's."""
+    command = [str(scripts(work, LLMEXPORT) / "llmexport"), "validate", str(folder), "--rungs", "onnxruntime"]
+    subprocess.run([*command, "--tokens", "19", "-q"], check=False)
+    rungs = json.loads((folder / "report.json").read_text())["rungs"]
+    [rung] = [r for r in rungs if r["name"] == "ONNX Runtime / PyTorch"]
+    return {"status": rung["status"], **{k: rung["difference"][k] for k in ("max_abs", "rms_ratio")}}
+
+
+class Child:
+    """A process of runtime_child.py; `refused` is the last line of one that does not open or stops."""
+
+    def __init__(self, kind: str, folder: Path, python: str, log: Path) -> None:
+        command = [python, str(Path(__file__).with_name("runtime_child.py")), kind, str(folder)]
+        command += [str(SLOTS)] if kind == "shared" else []
+        pipe, self._log = subprocess.PIPE, log
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True)
+        self.refused = ""
+        self.opened: dict[str, float] | None = self._read()
+
+    def _read(self) -> Any:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line and not self.refused:
+            said = self._log.read_text().strip().splitlines()
+            self.refused = said[-1][:300] if said else f"exit code {self._process.wait()}"
+        return json.loads(line) if line else None
+
+    def run(self, job: dict[str, int]) -> list[tuple[float, float]]:
+        if self.refused:
+            return []
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return self._read() or []
+
+    def end(self) -> None:
+        if not self.refused:
+            self._process.communicate()
+
+
+def opened(work: Path, made: dict[str, Path | str], source: Path) -> dict[str, Child]:
+    children = {}
+    for name, (exporter, kind) in RUNS.items():
+        folder = made[exporter] if exporter else source
+        if isinstance(folder, Path):
+            python = scripts(work, EXPORTERS["genai"]) / "python" if kind == "genai" else sys.executable
+            children[name] = Child(kind, folder, str(python), work / f"{name}.log")
+    return children
+
+
+def timed(work: Path, made: dict[str, Path | str], source: Path, rounds: int, restarts: int) -> dict[str, Any]:
+    """By job and by how it is run, the milliseconds of CPU of a call: least, and median; and what opening takes."""
+    taken: dict[str, dict[str, list[float]]] = {job: {} for job in JOBS}
+    opening: dict[str, list[dict[str, float]]] = {}
+    refused: dict[str, str] = {}
+    for _ in range(restarts):
+        children = opened(work, made, source)
+        for turn in range(rounds):
+            # Nobody always follows the same one.
+            order = [*children][turn % len(children) :] + [*children][: turn % len(children)]
+            for job, what in JOBS.items():
+                for name in order:
+                    times = [1000 * cpu for cpu, _ in children[name].run(what)]
+                    taken[job].setdefault(name, []).extend(times)
+        for name, child in children.items():
+            child.end()
+            if child.opened:
+                opening.setdefault(name, []).append(child.opened)
+            if child.refused:
+                refused[name] = child.refused
+    cpu_ms = {
+        job: {n: {"min": round(min(t), 2), "median": round(median(t), 2)} for n, t in by.items() if t}
+        for job, by in taken.items()
+    }
+    least = {
+        name: {
+            "open_cpu_s": round(min(o["open_cpu_s"] for o in found), 2),
+            "open_peak_rss_mb": round(min(o["peak_rss_kb"] for o in found) * 1024 / 1e6),
+        }
+        for name, found in opening.items()
+    }
+    return {"cpu_ms": cpu_ms, "opening": least, "refused": refused}
+
+
+def ratio(times: dict[str, dict[str, float]], of: str = "min") -> float | None:
+    """Our least over the least of the peers."""
+    ours = [t[of] for name, t in times.items() if name.startswith("llmexport")]
+    peers = [t[of] for name, t in times.items() if not name.startswith("llmexport")]
+    return round(min(ours) / min(peers), 3) if ours and peers else None
+
+
+def row(name: str, work: Path, rounds: int, restarts: int) -> dict[str, Any]:
+    source = checkpoint(work, MODELS[name])
+    made: dict[str, Path | str] = {}
+    for exporter in EXPORTERS.values():
+        out = work / exporter.name.replace(" ", "-")
+        try:
+            export(work, exporter, source, out, work / "cache")
+            [found] = sorted(out.rglob("model.onnx"))[:1] or [None]
+            made[exporter.name] = found.parent if found else "it makes no model.onnx"
+        except SystemExit as error:
+            made[exporter.name] = str(error).splitlines()[-2][:300]
+    ours = made["llmexport"]
+    assert isinstance(ours, Path), ours
+    found = {"model": name, "validated": validated(work, ours)}
+    found |= timed(work, made, source, rounds, restarts)
+    found["refused"] |= {n: said for n, said in made.items() if isinstance(said, str)}
+    found["ours over the best peer's"] = {job: ratio(times) for job, times in found["cpu_ms"].items()}
+    slower = [j for j, r in found["ours over the best peer's"].items() if r is None or r > LIMIT]
+    for path in (source, *(p for p in made.values() if isinstance(p, Path))):
+        shutil.rmtree(path)
+    return {**found, "passed": not slower and found["validated"]["status"] == "pass"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--work", type=Path, help="where all of it lies meanwhile; an environment there is used again")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--restarts", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    chosen = parser.parse_args()
+    work = chosen.work or Path(tempfile.mkdtemp())
+    for exporter in EXPORTERS.values():
+        install(work, exporter)
+    rows: list[dict[str, Any]] = []
+    record: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        **machine(),
+        "versions": {name: versions(work, e) for name, e in EXPORTERS.items() if name != "llmexport static"},
+        "threads": 1,
+        "slots": SLOTS,
+        "rounds": chosen.rounds,
+        "restarts": chosen.restarts,
+        "rows": rows,
+    }
+    for name in chosen.models or MODELS:
+        rows.append(row(name, work, chosen.rounds, chosen.restarts))
+        print(json.dumps(rows[-1]), flush=True)
+        chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+    if not chosen.work:
+        shutil.rmtree(work)
+    raise SystemExit(0 if all(r["passed"] for r in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

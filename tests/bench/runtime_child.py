@@ -1,0 +1,192 @@
+"""A process that runs one model as one runtime does, and times what it is asked for: KIND FOLDER [SLOTS].
+
+KIND is "file", FOLDER's model.onnx in a plain loop on ONNX Runtime, whoever made it, keys and values growing; "shared",
+the same with keys and values of SLOTS tokens in one buffer each, which a step writes in place; "genai",
+onnxruntime-genai's own loop; or "transformers", its eager model. One thread, on one core. The first line printed is what
+opening took. Each line read is a job, {"batch", "past", "tokens", "steps"}: `steps` times `tokens` new tokens a row
+behind `past`, of which [CPU s, wall s] are printed, or null where this kind cannot do it. The keys of a past are random
+numbers where nobody else makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHARED_BEYOND = 128  # tokens of past that genai and transformers compute; a longer one of transformers repeats these
+Step = Callable[[], Any]
+Begin = Callable[[int, int, int, int], Step | None]  # batch, past, tokens, steps
+
+
+def ids(batch: int, tokens: int) -> np.ndarray:
+    return np.broadcast_to((np.arange(tokens, dtype=np.int64) * 7 + 3) % 30_000, (batch, tokens))
+
+
+def file(folder: Path, slots: int | None = None) -> Begin:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.enable_mem_pattern, options.log_severity_level = 1, False, 3
+    session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    value, made = ort.OrtValue.ortvalue_from_numpy, [o.name for o in session.get_outputs()]
+    inputs = {i.name: i for i in session.get_inputs()}
+    after = {n: n.replace("past_key_values", "present").replace("past_", "present_") for n in inputs}
+    after = {n: o if o in made else n.replace("past", "present") for n, o in after.items()}
+    states = [n for n in inputs if after[n] in made]
+    grows = {n for n in states if n.endswith(("key", "value"))}
+    # genai's files leave the size of a head open.
+    told = folder / "genai_config.json"
+    head_size = json.loads(told.read_text())["model"]["decoder"]["head_size"] if told.exists() else 0
+
+    def begin(batch: int, past: int, tokens: int, steps: int) -> Step:
+        rng = np.random.default_rng(0)
+        held, shared = {}, set()
+        for name in states:
+            shape = [d if isinstance(d, int) else None for d in inputs[name].shape]
+            shape[0] = batch
+            if name in grows:
+                if shape[2] in (None, slots):
+                    shape[2] = slots or past
+                    shared |= {name} if slots else set()
+                shape[3] = shape[3] or head_size
+            array = np.zeros(shape, np.float32)
+            if name in grows:
+                array[:, :, :past] = rng.standard_normal(array[:, :, :past].shape, np.float32)
+            held[name] = value(array)
+        now = [past]
+
+        def step() -> None:
+            positions = np.broadcast_to(np.arange(now[0], now[0] + tokens), (batch, tokens))
+            feed: dict[str, np.ndarray] = {
+                "input_ids": ids(batch, tokens),
+                "position_ids": positions,
+                "attention_mask": np.ones((batch, now[0] + tokens), np.int64),
+            }
+            if "position_ids" in inputs and len(inputs["position_ids"].shape) == 3:
+                feed["position_ids"] = np.broadcast_to(positions, (3, batch, tokens))
+            binding = session.io_binding()
+            for name, array in feed.items():
+                if name in inputs:
+                    binding.bind_ortvalue_input(name, value(np.ascontiguousarray(array)))
+            for name, kept in held.items():
+                binding.bind_ortvalue_input(name, kept)
+            before = {after[n]: n for n in states}
+            for name in made:
+                if before.get(name) in shared:
+                    binding.bind_ortvalue_output(name, held[before[name]])
+                else:
+                    binding.bind_output(name, "cpu")
+            session.run_with_iobinding(binding)
+            found = dict(zip(made, binding.get_outputs(), strict=True))
+            found["logits"].numpy()[:, -1].argmax(-1)
+            held.update({n: found[after[n]] for n in states if n not in shared})
+            now[0] += tokens
+
+        return step
+
+    return begin
+
+
+def genai(folder: Path, _: int | None = None) -> Begin:
+    import onnxruntime_genai as og
+
+    config = og.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}))
+    model = og.Model(config)
+
+    def begin(batch: int, past: int, tokens: int, steps: int) -> Step | None:
+        if past > SHARED_BEYOND or (past and tokens > 1):
+            return None
+
+        def opened() -> Any:
+            params, most = og.GeneratorParams(model), past + tokens * steps + 8
+            params.set_search_options(max_length=most, min_length=most, do_sample=False, batch_size=batch)
+            return og.Generator(model, params)
+
+        if past:
+            generator = opened()
+            generator.append_tokens(ids(batch, past).astype(np.int32))
+            generator.generate_next_token()
+            return generator.generate_next_token  # type: ignore[no-any-return]
+
+        def prompt() -> None:
+            generator = opened()
+            generator.append_tokens(ids(batch, tokens).astype(np.int32))
+            generator.generate_next_token()
+
+        return prompt
+
+    return begin
+
+
+def transformers(folder: Path, _: int | None = None) -> Begin:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    torch.set_num_threads(1)
+    seen = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    auto = AutoModelForImageTextToText if seen else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def begin(batch: int, past: int, tokens: int, steps: int) -> Step:
+        held: list[Any] = [None]
+        if past:
+            with torch.inference_mode():
+                made = model(torch.tensor(ids(batch, min(past, SHARED_BEYOND))), use_cache=True, logits_to_keep=1)
+            for layer in made.past_key_values.layers:
+                if hasattr(layer, "sliding_window"):
+                    layer.cumulative_length = past
+                elif getattr(layer, "keys", None) is not None:
+                    times = (1, 1, past // layer.keys.shape[-2], 1)
+                    layer.keys, layer.values = layer.keys.repeat(times), layer.values.repeat(times)
+            held[0] = made.past_key_values
+
+        def step() -> None:
+            with torch.inference_mode():
+                given = torch.tensor(ids(batch, tokens))
+                made = model(given, past_key_values=held[0], use_cache=True, logits_to_keep=1)
+            made.logits[:, -1].argmax(-1)
+            if past:
+                held[0] = made.past_key_values
+
+        return step
+
+    return begin
+
+
+KINDS = {"file": file, "shared": file, "genai": genai, "transformers": transformers}
+
+
+def status(what: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[what].split()[0])
+
+
+def main() -> None:
+    kind, folder, slots = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else None
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    start = time.process_time()
+    begin = KINDS[kind](folder, slots)
+    opened = time.process_time() - start
+    found = {"open_cpu_s": opened, "opened_rss_kb": status("VmRSS"), "peak_rss_kb": status("VmHWM")}
+    print(json.dumps(found), flush=True)
+    for line in sys.stdin:
+        job, taken = json.loads(line), []
+        step = begin(job["batch"], job["past"], job["tokens"], job["steps"])
+        for _ in range(job["steps"] if step else 0):
+            assert step
+            cpu, wall = time.process_time(), time.perf_counter()
+            step()
+            taken.append((time.process_time() - cpu, time.perf_counter() - wall))
+        print(json.dumps(taken or None), flush=True)
+
+
+if __name__ == "__main__":
+    main()
