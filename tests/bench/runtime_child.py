@@ -2,10 +2,10 @@
 
 KIND is "file", FOLDER's model.onnx in a plain loop on ONNX Runtime, whoever made it, keys and values growing; "shared",
 the same with keys and values of SLOTS tokens in one buffer each, which a step writes in place; "genai",
-onnxruntime-genai's own loop; or "transformers", its eager model. One thread, on one core. The first line printed is what
-opening took. Each line read is a job, {"batch", "past", "tokens", "steps"}: `steps` times `tokens` new tokens a row
-behind `past`, of which [CPU s, wall s] are printed, or null where this kind cannot do it. The keys of a past are random
-numbers where nobody else makes them.
+onnxruntime-genai's own loop; or "transformers", its eager model. One thread, on one core. The first line printed is
+what opening took. Each line read is a job, {"batch", "past", "tokens", "steps"}: `steps` times `tokens` new tokens a
+row behind `past`, of which [CPU s, wall s] are printed, or null where this kind cannot do it. The keys of a past are
+random numbers where nobody else makes them.
 """
 
 from __future__ import annotations

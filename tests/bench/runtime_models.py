@@ -1,4 +1,4 @@
-"""The small models of bench_runtime.py: published configs with fewer and narrower layers, 0.1 to 0.5 billion weights."""
+"""The small models of bench_runtime.py: published configs with fewer and narrower layers, 0.1 to 0.5 billion."""
 
 from __future__ import annotations
 
