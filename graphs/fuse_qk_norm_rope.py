@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs import rms_norm
-from llmexport.graphs.fusion import Fused, Refusal, float_type, fuse_each, produced_by, producer
+from llmexport.graphs.fusion import Fused, Refusal, float_type, fuse_each, heads_behind_tokens, produced_by, producer
 from llmexport.graphs.rms_norm import RmsNorm
 from llmexport.plugins.spec import DOMAIN
-
-HEADS_FIRST = [0, 2, 1, 3]
 
 
 def fuse_qk_norm_rope(graph: gs.Graph) -> Fused:
@@ -94,8 +92,8 @@ def _of_this_step(value: gs.Tensor) -> gs.Tensor:
 
 def _turned(graph: gs.Graph, value: gs.Tensor, what: str) -> Turned:
     after = _norm(graph, value, what)
-    rope = producer(after.source if after else value)
-    if rope is None or rope.domain != DOMAIN or rope.op != "Rope":
+    rope = produced_by(after.source if after else value, "Rope", DOMAIN)
+    if rope is None:
         raise Refusal(f"{what} is not turned by Rope")
     source = _heads_last(rope.inputs[0], what)
     return Turned(source, rope, _norm(graph, source, what), after)
@@ -116,10 +114,9 @@ def _norm(graph: gs.Graph, value: gs.Tensor, what: str) -> RmsNorm | None:
 
 def _heads_last(value: gs.Tensor, what: str) -> gs.Tensor:
     """[B, T, heads, D] of [B, heads, T, D]."""
-    turned = produced_by(value, "Transpose")
-    if turned is None or list(turned.attrs.get("perm", ())) != HEADS_FIRST:
+    source = heads_behind_tokens(value)
+    if source is None:
         raise Refusal(f"{what} is not [B, T, heads, D] with its heads turned to the front")
-    source: gs.Tensor = turned.inputs[0]
     return source
 
 

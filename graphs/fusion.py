@@ -12,6 +12,8 @@ import onnx_graphsurgeon as gs
 from llmexport.plugins.dtypes import BY_NAME, FLOATS
 from llmexport.plugins.spec import DOMAIN
 
+HEADS_FIRST = [0, 2, 1, 3]
+
 
 class Refusal(Exception):
     """The reason why one candidate is left as it is."""
@@ -49,10 +51,27 @@ def producer(value: gs.Tensor) -> gs.Node | None:
     return value.inputs[0] if value.inputs else None
 
 
-def produced_by(value: gs.Tensor, op: str) -> gs.Node | None:
-    """The node that makes `value`, if it is a standard operator of type `op`."""
+def produced_by(value: gs.Tensor, op: str, domain: str = "") -> gs.Node | None:
+    """The node that makes `value`, if it is of type `op`: a standard operator, or one of `domain`."""
     node = producer(value)
-    return node if node is not None and node.op == op and not node.domain else None
+    return node if node is not None and node.op == op and (node.domain or "") == domain else None
+
+
+def turns_heads(node: gs.Node) -> bool:
+    """Whether it is a Transpose between [B, T, heads, D] and [B, heads, T, D]."""
+    return node.op == "Transpose" and list(node.attrs.get("perm", ())) == HEADS_FIRST
+
+
+def heads_behind_tokens(value: gs.Tensor) -> gs.Tensor | None:
+    """The [B, T, heads, D] that was turned to this [B, heads, T, D]; None if none was."""
+    turned = produced_by(value, "Transpose")
+    return turned.inputs[0] if turned is not None and turns_heads(turned) else None
+
+
+def is_read_before(graph: gs.Graph, node: gs.Node, value: gs.Tensor) -> bool:
+    """Whether another node than `node`, which reads `value`, reads it before."""
+    place = graph.nodes.index(node)
+    return any(graph.nodes.index(reader) < place for reader in value.outputs if reader is not node)
 
 
 def sole_consumer(value: gs.Tensor, what: str) -> gs.Node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from llmexport.graphs.fusion import Fused, Refusal, fuse_each, produced_by, producer
+from llmexport.graphs.fusion import Fused, Refusal, fuse_each, is_read_before, produced_by, producer
 from llmexport.graphs.rows import as_rows, flattened, rows_of
 
 
@@ -64,7 +64,6 @@ def _joined(graph: gs.Graph, attention: gs.Node, value: gs.Tensor, what: str) ->
         raise Refusal(f"its {what} are not those of the past and of this step")
     if producer(node.inputs[0]) or isinstance(node.inputs[0], gs.Constant):
         raise Refusal(f"the {what} of the past are no input")
-    place = graph.nodes.index(attention)
-    if any(graph.nodes.index(reader) < place for reader in value.outputs if reader is not attention):
+    if is_read_before(graph, attention, value):
         raise Refusal(f"its {what} are read before")
     return node

@@ -9,8 +9,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.causal import is_causal
-from llmexport.graphs.fusion import Fused, Refusal, float_type, fuse_each, produced_by
-from llmexport.graphs.rows import HEADS_FIRST, as_rows, flattened, rows_of
+from llmexport.graphs.fusion import HEADS_FIRST, Fused, Refusal, float_type, fuse_each, is_read_before, produced_by
+from llmexport.graphs.rows import as_rows, flattened, rows_of
 
 TYPES = ("float32", "float16")
 Shared = dict[tuple[str, str], tuple[gs.Variable, ...]]  # by mask and past length, what all layers read
@@ -92,8 +92,7 @@ def _scattered(graph: gs.Graph, attention: gs.Node, value: gs.Tensor, what: str)
     node = produced_by(value, "TensorScatter")
     if node is None or node.attrs.get("mode", "linear") != "linear" or node.attrs.get("axis", -2) not in (-2, 2):
         raise Refusal(f"its {what} are not slots that this step is written into")
-    place = graph.nodes.index(attention)
-    if any(graph.nodes.index(reader) < place for reader in value.outputs if reader is not attention):
+    if is_read_before(graph, attention, value):
         raise Refusal(f"its {what} are read before")
     return node
 

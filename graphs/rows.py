@@ -5,16 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmexport.graphs.fusion import Refusal, is_output, produced_by, producer, sole_consumer
+from llmexport.graphs.fusion import Refusal, heads_behind_tokens, is_output, produced_by, sole_consumer, turns_heads
 from llmexport.plugins.spec import DOMAIN
-
-HEADS_FIRST = [0, 2, 1, 3]
 
 
 def flattened(graph: gs.Graph, attention: gs.Node) -> tuple[gs.Node, gs.Node]:
     """The Transpose and the Reshape that make [B, T, H * D] of what is attended, and are all that reads it."""
     turned = sole_consumer(attention.outputs[0], "what is attended")
-    if turned.op != "Transpose" or list(turned.attrs.get("perm", ())) != HEADS_FIRST:
+    if not turns_heads(turned):
         raise Refusal("what is attended is not turned back")
     flat = sole_consumer(turned.outputs[0], "what is attended")
     if flat.op != "Reshape" or len(flat.outputs[0].shape or ()) != 3:
@@ -32,13 +30,10 @@ def as_rows(source: gs.Tensor, rope: gs.Node | None, before: list[gs.Node]) -> g
 
 def rows_of(value: gs.Tensor, what: str) -> tuple[gs.Tensor, gs.Node | None]:
     """The [B, T, H, D] whose heads were turned to the front, and the Rope that turns these, if one does."""
-    rope = producer(value)
-    if rope is None or rope.domain != DOMAIN or rope.op != "Rope":
-        rope = None
-    turned = produced_by(rope.inputs[0] if rope else value, "Transpose")
-    if turned is None or list(turned.attrs.get("perm", ())) != HEADS_FIRST:
+    rope = produced_by(value, "Rope", DOMAIN)
+    source = heads_behind_tokens(rope.inputs[0] if rope else value)
+    if source is None:
         raise Refusal(f"{what} is not [B, T, H, D] with its heads turned to the front")
-    source = turned.inputs[0]
     if not all(isinstance(n, int) for n in (source.shape or [None] * 4)[2:]):
         raise Refusal(f"{what} has heads of a number or size that is not known")
     return source, rope
