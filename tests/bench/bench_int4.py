@@ -27,10 +27,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from checkpoints import TOKENIZER, TOKENIZER_CONFIG
 from decode_child import LEVEL, nodes
 from exporters import GENAI, LLMEXPORT, Exporter, export, install, scripts, versions
 from published_configs import PUBLISHED
+from random_exports import checkpoint, validated
 from report import commit, machine
 
 RESULTS = Path(__file__).parent / "results" / "int4_cpu.json"
@@ -71,25 +71,6 @@ HEADS: dict[str, tuple[Exporter, Exporter]] = {
         Exporter("genai", (*THEIRS, "nodes_to_exclude=/lm_head/MatMul"), GENAI),
     ),
 }
-
-
-def checkpoint(work: Path, config: dict[str, Any]) -> Path:
-    """Random weights, and the tokenizer that genai's builder asks for."""
-    (work / "config.json").write_text(json.dumps(config))
-    command = [str(scripts(work, LLMEXPORT) / "llmexport"), "checkpoint", "--config", str(work / "config.json")]
-    subprocess.run([*command, "-q", "-o", str(work / "in")], check=True)
-    for name, content in {"tokenizer.json": TOKENIZER, "tokenizer_config.json": TOKENIZER_CONFIG}.items():
-        (work / "in" / name).write_text(json.dumps(content))
-    return work / "in"
-
-
-def validated(work: Path, folder: Path) -> dict[str, Any]:
-    """Logits of ONNX Runtime against PyTorch's on the weights that were rounded."""
-    command = [str(scripts(work, LLMEXPORT) / "llmexport"), "validate", str(folder), "--rungs", "onnxruntime"]
-    subprocess.run([*command, "--tokens", "19", "-q"], check=False)
-    rungs = json.loads((folder / "report.json").read_text())["rungs"]
-    [rung] = [r for r in rungs if r["name"] == "ONNX Runtime / PyTorch"]
-    return {"status": rung["status"], **{k: rung["difference"][k] for k in ("max_abs", "rms_ratio")}}
 
 
 class Child:

@@ -26,8 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from checkpoints import TOKENIZER, TOKENIZER_CONFIG
-from exporters import GENAI, LLMEXPORT, MOBIUS, Exporter, export, install, scripts, versions
+from exporters import PEERS, Exporter, export, install, scripts, versions
+from random_exports import checkpoint, validated
 from report import commit, machine
 from runtime_models import MODELS
 
@@ -40,15 +40,7 @@ ONNX += ("--logits=last", "--dtype=float32")
 EXPORTERS = {
     "llmexport": Exporter("llmexport", ONNX),
     "llmexport static": Exporter("llmexport static", (*ONNX, "--cache=static", f"--max-tokens={SLOTS}")),
-    "genai": Exporter(
-        "genai",
-        ("{bin}/python", "-m", "onnxruntime_genai.models.builder", "-i", "{checkpoint}", "-o", "{out}")
-        + ("-p", "fp32", "-e", "cpu", "-c", "{scratch}"),
-        GENAI,
-    ),
-    "mobius": Exporter(
-        "mobius", ("{bin}/mobius", "build", "--config", "{checkpoint}", "--dtype", "f32", "{out}"), MOBIUS
-    ),
+    **{peer.name: peer for peer in PEERS if peer.dtype == "float32"},
     "optimum": Exporter(
         "optimum",
         ("{bin}/optimum-cli", "export", "onnx", "--model", "{checkpoint}", "--task", "text-generation-with-past")
@@ -74,26 +66,6 @@ JOBS: dict[str, dict[str, int]] = {
     for past in (128, 1024, 4096)
 }
 JOBS |= {f"prefill {n}": {"batch": 1, "past": 0, "tokens": n, "steps": 2 if n < 1000 else 1} for n in (128, 512, 2048)}
-
-
-def checkpoint(work: Path, config: dict[str, Any]) -> Path:
-    """Random weights, and the tokenizer that genai's builder asks for."""
-    shutil.rmtree(work / "in", ignore_errors=True)
-    (work / "config.json").write_text(json.dumps(config))
-    command = [str(scripts(work, LLMEXPORT) / "llmexport"), "checkpoint", "--config", str(work / "config.json")]
-    subprocess.run([*command, "-q", "--dtype=float32", "-o", str(work / "in")], check=True)
-    for name, content in {"tokenizer.json": TOKENIZER, "tokenizer_config.json": TOKENIZER_CONFIG}.items():
-        (work / "in" / name).write_text(json.dumps(content))
-    return work / "in"
-
-
-def validated(work: Path, folder: Path) -> dict[str, Any]:
-    """Logits of ONNX Runtime against PyTorch's."""
-    command = [str(scripts(work, LLMEXPORT) / "llmexport"), "validate", str(folder), "--rungs", "onnxruntime"]
-    subprocess.run([*command, "--tokens", "19", "-q"], check=False)
-    rungs = json.loads((folder / "report.json").read_text())["rungs"]
-    [rung] = [r for r in rungs if r["name"] == "ONNX Runtime / PyTorch"]
-    return {"status": rung["status"], **{k: rung["difference"][k] for k in ("max_abs", "rms_ratio")}}
 
 
 class Child:
@@ -181,7 +153,7 @@ def ratio(times: dict[str, dict[str, float]], of: str = "min") -> float | None:
 
 
 def row(name: str, work: Path, rounds: int, restarts: int) -> dict[str, Any]:
-    source = checkpoint(work, MODELS[name])
+    source = checkpoint(work, MODELS[name], "--dtype=float32")
     made: dict[str, Path | str] = {}
     for exporter in EXPORTERS.values():
         out = work / exporter.name.replace(" ", "-")
