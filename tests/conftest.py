@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 Exporter = Callable[..., Path]
 # What a machine that runs the kernels need not have: no test that is marked gpu imports one of these.
-NOT_FOR_KERNELS = ("click", "onnx_graphsurgeon", "onnx_ir", "onnxruntime", "onnxscript", "polygraphy", "psutil", "rich")
+NOT_FOR_KERNELS = ("click", "onnx_graphsurgeon", "onnx_ir", "onnxruntime", "onnxscript", "polygraphy", "psutil")
 NOT_FOR_KERNELS += ("safetensors", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "transformers")
 
 # The tier of a test by what its fixtures, or what its file takes from native.py, make; where neither says it, the

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -83,21 +83,15 @@ class Console:
         """A titled table; no columns, no header."""
         if self.quiet or self.as_json:
             return
-        from rich import box
-        from rich.console import Console as Terminal
-        from rich.table import Table
+        from llmexport.export.cli.table import table
 
-        table = Table(box=box.SIMPLE_HEAD, show_header=bool(columns), show_edge=False, pad_edge=False)
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*map(visible, row))
-        # Written by us, as rich ends the process where a pipe breaks.
-        text, live = io.StringIO(), sys.stdout.isatty()
-        terminal = Terminal(file=text, force_terminal=live, width=None if live else 100, highlight=False, markup=False)
-        terminal.print(visible(title), style="bold")
-        terminal.print(table)
-        _print(text.getvalue())
+        width, bold = 100, False
+        if sys.stdout.isatty():
+            import shutil
+
+            width, bold = shutil.get_terminal_size().columns, os.environ.get("TERM") != "dumb"
+        shown = [[*map(visible, row)] for row in rows]
+        _print(table(visible(title), columns, shown, width, bold), nl=False)
 
     def result(self, data: Any) -> None:
         """The command's result, for scripts; a function gives it where it takes time to make."""

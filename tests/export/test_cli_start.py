@@ -6,16 +6,16 @@ import sys
 
 import pytest
 
-HEAVY = {"numpy", "onnx", "torch", "onnxruntime", "onnxscript", "sympy", "ml_dtypes", "polygraphy", "jinja2"}
+HEAVY = {"numpy", "onnx", "torch", "onnxruntime", "onnxscript", "sympy", "ml_dtypes", "polygraphy", "jinja2", "rich"}
 COMMANDS = ("onnx", "engine", "validate", "generate", "bench", "triton", "checkpoint", "deploy", "golden", "plugins")
 # Arguments, and what else stays unimported.
 CASES = {
     "archs": set(),
     "ops": set(),
     "doctor": set(),
-    "--help": {"rich", "llmexport.export.spec"},
-    "nope": {"rich", "llmexport.export.spec"},
-    **{f"{c} --nope": {"rich", "llmexport.export.spec", "llmexport.export.onnx_file"} for c in COMMANDS},
+    "--help": {"llmexport.export.spec"},
+    "nope": {"llmexport.export.spec"},
+    **{f"{c} --nope": {"llmexport.export.spec", "llmexport.export.onnx_file"} for c in COMMANDS},
 }
 CODE = """
 import json, sys
