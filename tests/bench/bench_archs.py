@@ -3,8 +3,8 @@
     python tests/bench/bench_archs.py [--json FILE] [ARCH ...]
 
 CPU seconds, user and system, of a process of one thread that finds every module compiled; peak memory. A machine that
-others use too gives more than a quiet one, seldom twice as much: `load` is what it had to do meanwhile. Exit code 1: a
-target is missed.
+others use too gives more than a quiet one, seldom twice as much: `load` is what it had to do meanwhile. With ARCH the
+rows of others in FILE stay, each with the commit that it was measured at. Exit code 1: a target is missed.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -30,12 +30,13 @@ LIMITS = {"start": (0.15, 100.0), "first": (5.0, 350.0), "again": (0.4, 100.0)}
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process: its arguments, CPU seconds, peak megabytes, and the load of the machine at its end."""
+    """Of one process of this commit: its arguments, CPU seconds, peak megabytes, the load of the machine at its end."""
 
     what: str
     cpu_s: float
     peak_rss_mb: float
     load: float
+    commit: str
 
 
 def cost(arguments: str, environment: dict[str, str], fails: bool = False) -> Cost:
@@ -50,7 +51,21 @@ def cost(arguments: str, environment: dict[str, str], fails: bool = False) -> Co
         if process.returncode not in ((2,) if fails else (0, 2) if arguments == "doctor" else (0,)):
             raise SystemExit(f"{arguments}: {said.read().decode()}")
     seconds = used.ru_utime + used.ru_stime
-    return Cost(arguments, round(seconds, 2), round(used.ru_maxrss * 1024 / MB, 1), round(os.getloadavg()[0], 1))
+    megabytes, load = round(used.ru_maxrss * 1024 / MB, 1), round(os.getloadavg()[0], 1)
+    return Cost(arguments, round(seconds, 2), megabytes, load, commit())
+
+
+def earlier(path: Path) -> dict[str, list[Cost]]:
+    """The rows of a file, those that say no commit of the file's; none if it is not there."""
+    if not path.exists():
+        return {k: [] for k in LIMITS}
+    record = json.loads(path.read_text())
+    return {k: [Cost(**{"commit": record["commit"], **row}) for row in record[k]] for k in LIMITS}
+
+
+def merged(rows: list[Cost], found: Cost) -> list[Cost]:
+    """The rows with this one, in place of an earlier one of the same, in order of their names."""
+    return sorted([*(c for c in rows if c.what != found.what), found], key=lambda c: c.what)
 
 
 def write(path: Path, rows: dict[str, list[Cost]]) -> dict[str, list[str]]:
@@ -73,7 +88,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="ARCH")
     parser.add_argument("--json", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    rows: dict[str, list[Cost]] = {"start": [], "first": [], "again": []}
+    rows = earlier(chosen.json) if chosen.names else {k: [] for k in LIMITS}
+    rows["start"] = []
     with tempfile.TemporaryDirectory() as work:
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": f"{work}/compiled"}
@@ -87,8 +103,9 @@ def main() -> None:
             environment["LLMEXPORT_CACHE"] = f"{work}/cache-{name}"
             for which in ("first", "again"):
                 found = cost(f"onnx --arch {name} -o {work}/out --force", environment)
-                rows[which].append(Cost(name, *list(asdict(found).values())[1:]))
-                print(which, rows[which][-1], flush=True)
+                found = replace(found, what=name)
+                rows[which] = merged(rows[which], found)
+                print(which, found, flush=True)
             missed = write(chosen.json, rows)
     print(json.dumps(missed))
     raise SystemExit(1 if any(missed.values()) else 0)
