@@ -155,4 +155,36 @@ def _values_at_hand() -> list[Patch]:
     return [(looking, "run_node", run_node)]
 
 
-SHORTCUTS = (_shared_table, _as_captured, _no_fake_cache, _values_at_hand)
+def _no_stacks() -> list[Patch]:
+    """No node is told which lines of Python made it."""
+    from torch.fx import config
+
+    return [(config, "do_not_emit_stack_traces", True)]
+
+
+def _rules_of_the_operator() -> list[Patch]:
+    """A rewrite is tried on nodes of the operator that its pattern ends in, not on all, of which most have another."""
+    from onnxscript.rewriter._matcher import SimplePatternMatcher
+    from onnxscript.rewriter._rewrite_rule import RewriteRule
+
+    original = RewriteRule.try_rewrite
+
+    def try_rewrite(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        pattern = self._target_pattern
+        if type(self._matcher) is SimplePatternMatcher and pattern.has_single_output_node:
+            operator = pattern.output_node.op_identifier()
+            if operator and operator[1] != node.op_type:
+                return None
+        return original(self, model, graph, node, **options)
+
+    return [(RewriteRule, "try_rewrite", try_rewrite)]
+
+
+SHORTCUTS = (
+    _shared_table,
+    _as_captured,
+    _no_fake_cache,
+    _values_at_hand,
+    _no_stacks,
+    _rules_of_the_operator,
+)

@@ -173,8 +173,9 @@ def _export(
             program = torch.onnx.export(Traced().eval(), (list(examples),), **arguments)
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    # Folds constants only: the exporter's own optimiser also rewrites norms into operators of mixed types.
-    onnxscript.optimizer.optimize_ir(program.model)
+    with shortcuts():
+        # Folds constants only: the exporter's own optimiser also rewrites norms into operators of mixed types.
+        onnxscript.optimizer.optimize_ir(program.model)
     return tidy(program.model_proto)
 
 

@@ -1,7 +1,10 @@
 """Shortcuts through torch's exporter: they change no byte of a trace, and no block does without them."""
 
+import onnx
+import onnxscript.optimizer
 import pytest
 import torch
+from onnxscript.rewriter import RewriteRule
 
 from llmexport.export import archs, shortcuts
 from llmexport.export.multimodal import tiny_config
@@ -44,6 +47,34 @@ def test_what_spares_time_changes_no_byte(arch: str, kind: str, dtype: str, monk
     # Without decomposition, as that gives values other names.
     monkeypatch.setattr(shortcuts, "SHORTCUTS", (shortcuts._as_captured,))
     assert trace_block(block, dtype).SerializeToString(deterministic=True) == quick
+
+
+REWRITTEN = """
+<ir_version: 10, opset_import: ["" : 23]>
+pairs (float[2, 3] x) => (float[6] y) {
+    a = Transpose <perm = [1, 0]> (x)
+    b = Transpose <perm = [1, 0]> (a)
+    c = Cast <to = 1> (b)
+    shape = Constant <value_ints = [6]> ()
+    d = Reshape (c, shape)
+    e = Reshape (d, shape)
+    y = Relu (e)
+}
+"""
+
+
+def test_rewrites_are_the_same_though_few_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    match, tried, made = RewriteRule.match, [], []
+    monkeypatch.setattr(RewriteRule, "match", lambda *args, **kwargs: tried.append(1) or match(*args, **kwargs))
+    for ways in ((), (shortcuts._rules_of_the_operator,)):
+        with shortcuts._taken(ways):
+            made.append(onnxscript.optimizer.optimize(onnx.parser.parse_model(REWRITTEN)))
+        made.append(len(tried))
+        tried.clear()
+    usual, tries, quick, fewer = made
+    assert [n.op_type for n in usual.graph.node] == ["Reshape", "Relu"]
+    assert quick.SerializeToString(deterministic=True) == usual.SerializeToString(deterministic=True)
+    assert 0 < fewer < tries / 4
 
 
 def test_a_torch_without_the_private_places_traces_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
