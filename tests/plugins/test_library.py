@@ -19,7 +19,7 @@ from llmexport.plugins import library
 from llmexport.plugins.library import PluginError
 
 # With two cores to itself; CPU seconds, as others may be at work.
-MINUTES_TO_COMPILE, CORES = 6, 2
+MINUTES_TO_COMPILE, CORES = 4, 2
 MEGABYTES = 60
 EMULATOR = ROOT / "tests" / "plugins" / "emulator"
 
@@ -39,11 +39,12 @@ def test_is_small_enough_to_ship(cuda_library: Path) -> None:
 
 
 def test_holds_code_for_every_architecture_and_ptx_for_the_next(cuda_library: Path) -> None:
+    """Of SM 90, which runs on all that come after."""
     listed = subprocess.run(
         [cuda_tool("cuobjdump"), "-lelf", "-lptx", cuda_library], capture_output=True, text=True, check=True
     ).stdout
     assert set(re.findall(r"sm_(\d+)\.cubin", listed)) == set(library.ARCHS)
-    assert set(re.findall(r"sm_(\d+)\.ptx", listed)) == {library.ARCHS[-1]}
+    assert set(re.findall(r"sm_(\d+)\.ptx", listed)) == {"90"}
 
 
 def test_shows_four_kinds_of_symbols_and_needs_no_tensorrt(cuda_library: Path) -> None:
