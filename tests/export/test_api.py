@@ -18,6 +18,7 @@ README = Path(__file__).parents[2] / "README.md"
 [LINES] = re.findall(r"```python\n(from llmexport.*?)```", README.read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_readme_run(tmp_path: Path) -> None:
     """In a process of their own, beside a checkpoint of the name that they say."""
     [name] = re.findall(r'export\("(.+?)"', LINES)

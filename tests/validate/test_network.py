@@ -61,7 +61,9 @@ def test_what_tensorrt_reads_of_a_static_cache_is_right(arch: str, exported) -> 
     assert climb(exported(arch, slots=SLOTS)).status == "pass"
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [("qwen3_5_moe", "bfloat16"), ("llama4", "float16")])
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [("qwen3_5_moe", "bfloat16"), pytest.param("llama4", "float16", marks=pytest.mark.slow)]
+)
 def test_and_with_its_ops_as_plugin_layers(arch: str, dtype: str, exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find", emulated_library)
     rung = climb(exported(arch, dtype, slots=160))
