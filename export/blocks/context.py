@@ -228,4 +228,4 @@ class Presence(nn.Module):
             end > leading + tokens, torch.logical_and(torch.minimum(leading, earlier) > 0, tokens > 0)
         )
         refused = padding_must_be_on_the_left(between.to(torch.int64))
-        return (present + refused.unsqueeze(1) != 0).to(self.dtype), end
+        return (present + refused.unsqueeze(1) != 0).to(self.dtype), end.to(torch.int32)

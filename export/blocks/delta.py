@@ -15,8 +15,8 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(block.channels, 1, block.kernel))
 
-    def forward(self, mixed: Tensor, past_conv_state: Tensor) -> tuple[Tensor, Tensor]:
-        return causal_conv1d(mixed, self.weight, past_conv_state, None, "silu")
+    def forward(self, mixed: Tensor, tokens_end: Tensor, past_conv_state: Tensor) -> tuple[Tensor, Tensor]:
+        return causal_conv1d(mixed, self.weight, past_conv_state, tokens_end, None, "silu")
 
 
 class GatedNorm(nn.Module):
@@ -65,7 +65,7 @@ class GatedDeltaNet(nn.Module):
         present = present_tokens.unsqueeze(-1)
         normed = normed * present
         mixing, z, b, a = self._project(normed)
-        mixed, conv_state = self.conv1d(mixing, past_conv_state)
+        mixed, conv_state = self.conv1d(mixing, tokens_end, past_conv_state)
         keys, values = block.key_heads * block.key_size, block.value_heads * block.value_size
         q, k, v = mixed.split([keys, keys, values], -1)
         q, k = (x.reshape(batch, sequence, block.key_heads, block.key_size) for x in (q, k))
@@ -75,7 +75,7 @@ class GatedDeltaNet(nn.Module):
         g, beta = g * present.float(), torch.sigmoid(b) * present
         recalled, state = gated_delta_rule(q, k, v, g, beta, past_recurrent_state, block.key_size**-0.5, True)
         gated = self.norm(recalled, z).reshape(batch, sequence, values)
-        return self.out_proj(gated), carried(past_conv_state, mixing, tokens_end, conv_state), state
+        return self.out_proj(gated), conv_state, state
 
     def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k and v beside one another, the gate z, and what beta and the decay are made of."""
@@ -89,14 +89,3 @@ class GatedDeltaNet(nn.Module):
         q, k, v, z = (x.flatten(2) for x in rows.split([size, size, width, width], -1))
         b, a = (x.flatten(2) for x in gates.unflatten(-1, (keys, 2 * together)).chunk(2, -1))
         return torch.cat((q, k, v), -1), z, b, a
-
-
-def carried(past: Tensor, x: Tensor, end: Tensor, following: Tensor) -> Tensor:
-    """The inputs [B, K - 1, C] that the next token's convolution reads: the last ones of past [B, K - 1, C] and of x
-    [B, T, C] up to end [B], after which there is padding; `following` where there is none."""
-    kept = past.shape[1]
-    end = end.reshape(-1, 1, 1)
-    place = end + torch.arange(kept, device=x.device).unsqueeze(-1)
-    index = place.expand(-1, -1, x.shape[2])
-    older, newer = past.gather(1, index.clamp(max=kept - 1)), x.gather(1, (index - kept).clamp(min=0))
-    return torch.where(end == x.shape[1], following, torch.where(place < kept, older, newer))

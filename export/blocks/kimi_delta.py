@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmexport.export import spec
-from llmexport.export.blocks.delta import GatedNorm, carried
+from llmexport.export.blocks.delta import GatedNorm
 from llmexport.plugins.causal_conv1d import causal_conv1d
 from llmexport.plugins.kimi_delta_rule import kimi_delta_rule
 
@@ -47,7 +47,7 @@ class KimiDeltaAttention(nn.Module):
 
         mixing = torch.cat([getattr(self, f"{n}_proj")(normed) for n in "qkv"], -1)
         taps = torch.cat([getattr(self, f"{n}_conv1d").weight for n in "qkv"])
-        mixed, conv_state = causal_conv1d(mixing, taps, past_conv_state, None, "silu")
+        mixed, conv_state = causal_conv1d(mixing, taps, past_conv_state, tokens_end, None, "silu")
         q, k, v = map(by_head, mixed.chunk(3, -1))
         rate = F.softplus(self.f_b_proj(self.f_a_proj(normed)).float() + self.dt_bias)
         # Padding neither lets the state decay nor writes into it, though the convolution reaches into it.
@@ -55,7 +55,7 @@ class KimiDeltaAttention(nn.Module):
         beta = torch.sigmoid(self.b_proj(normed)) * present
         recalled, state = kimi_delta_rule(q, k, v, g, beta, past_recurrent_state, block.size**-0.5, True)
         gated = self.o_norm(recalled, by_head(self.g_b_proj(self.g_a_proj(normed)))).flatten(2)
-        return self.o_proj(gated), carried(past_conv_state, mixing, tokens_end, conv_state), state
+        return self.o_proj(gated), conv_state, state
 
 
 class Taps(nn.Module):

@@ -13,4 +13,4 @@ def shifted(x: Tensor, present: Tensor, end: Tensor, past: Tensor) -> tuple[Tens
     both = torch.cat((past, token), 1)
     # Not a slice, which keeps a step of one token apart.
     before = both.index_select(1, torch.arange(x.shape[1], device=x.device))
-    return token, before, both.gather(1, end.reshape(-1, 1, 1).expand(-1, 1, x.shape[2]))
+    return token, before, both.gather(1, end.long().reshape(-1, 1, 1).expand(-1, 1, x.shape[2]))

@@ -92,4 +92,4 @@ class StaticPresence(nn.Module):
 
     def forward(self, padding_length: Tensor, past_length: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         present = step_slots(past_length, input_ids) >= padding_length.unsqueeze(1)
-        return present.to(self.dtype), present.any(1).to(torch.int64) * input_ids.shape[1]
+        return present.to(self.dtype), present.any(1).to(torch.int32) * input_ids.shape[1]

@@ -158,8 +158,6 @@ SLOT_MASK = Port("attention_mask", (BATCH, WRITTEN), "int64", "padding")
 PADDING_LENGTH = Port("padding_length", (BATCH,), "int64", "padding_length")
 PAST_LENGTH = Port("past_length", (BATCH,), "int64", "past_length")
 PICTURES = Port("pictures", (BATCH, SEQUENCE), "int64", "pictures")
+TOKENS_END = Port("tokens_end", (BATCH,), "int32", "presence_end")
 # What a block that must not see padding reads.
-PRESENCE = (
-    Port("present_tokens", (BATCH, SEQUENCE), use="presence"),
-    Port("tokens_end", (BATCH,), "int64", "presence_end"),
-)
+PRESENCE = (Port("present_tokens", (BATCH, SEQUENCE), use="presence"), TOKENS_END)

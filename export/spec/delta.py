@@ -8,20 +8,21 @@ from typing import Literal
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec.axis import BATCH, SEQUENCE
-from llmexport.export.spec.block import PRESENCE, Block, Port, State, hidden, state
+from llmexport.export.spec.block import PRESENCE, TOKENS_END, Block, Port, State, hidden, state
 from llmexport.export.spec.mixer import Mixer
 
 
 @dataclass(frozen=True)
 class CausalConv(Block):
-    """Depthwise causal convolution over `kernel` tokens, then SiLU; its state is the last kernel - 1 inputs."""
+    """Depthwise causal convolution over `kernel` tokens, then SiLU; its state is the last kernel - 1 inputs before the
+    padding behind a row's tokens."""
 
     channels: int
     kernel: int
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (hidden("mixed", self.channels), *(s.past for s in self.states))
+        return (hidden("mixed", self.channels), TOKENS_END, *(s.past for s in self.states))
 
     @property
     def outputs(self) -> tuple[Port, ...]:

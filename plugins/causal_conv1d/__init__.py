@@ -13,27 +13,40 @@ def by_operator(attributes: dict[str, Attribute], types: dict[str, str], sizes: 
         return None
     bias = "bias" if "bias" in types else ""
     given = f'channels_last = 1, activation = "{attributes["activation"]}"'
-    return f"y, next_state = com.microsoft.CausalConvWithState <{given}> (x, weight, {bias}, state)"
+    kept, channels = sizes["S"], sizes["C"]
+    return f"""
+    y, state_after_all = com.microsoft.CausalConvWithState <{given}> (x, weight, {bias}, state)
+    seen = Concat <axis = 1> (state, x)
+    end_wide = Cast <to = 7> (end)
+    column = Constant <value_ints = [-1, 1, 1]> ()
+    first = Reshape (end_wide, column)
+    offsets = Constant <value = int64[{kept}, 1] {{{", ".join(map(str, range(kept)))}}}> ()
+    place = Add (first, offsets)
+    shape = Constant <value_ints = [1, {kept}, {channels}]> ()
+    places = Expand (place, shape)
+    next_state = GatherElements <axis = 1> (seen, places)"""
 
 
 @op(
     "CausalConv1d",
     version=1,
-    dims={"x": "B T C", "weight": "C O K", "state": "B S C", "bias": "C"},
+    dims={"x": "B T C", "weight": "C O K", "state": "B S C", "end": "B", "bias": "C"},
     outputs={"y": "B T C", "next_state": "B S C"},
     static=("C", "O", "K", "S"),
+    types={"end": "int32"},
     choices={"activation": ("none", "silu")},
     bodies={"onnxruntime": by_operator},
 )
 def causal_conv1d(
-    x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, activation: str
+    x: Tensor, weight: Tensor, state: Tensor, end: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
     """y[t] = activation(bias + sum over i of weight[i] * x[t - K + 1 + i]), each channel by itself.
 
     x [B, T, C]; weight [C, 1, K] as nn.Conv1d keeps it; state [B, K - 1, C] holds the inputs before x, oldest first,
-    zeros at the beginning of a sequence; next_state holds those before the next call, however short x is. The sum is in
-    fp32 and rounded to x's dtype, then activated. activation is "none" or "silu". The op is CausalConvWithState of
-    ai.onnx 27, in [B, T, C]. Raises ValueError on any other activation.
+    zeros at the beginning of a sequence. Behind token end [B] int32, from 0 to T, a row has only padding: next_state
+    holds the K - 1 inputs before it, however short x is. The sum is in fp32 and rounded to x's dtype, then activated.
+    activation is "none" or "silu". Where end is T the op is CausalConvWithState of ai.onnx 27, in [B, T, C]. Raises
+    ValueError on any other activation.
     """
     if activation not in ("none", "silu"):
         raise ValueError(f"CausalConv1d knows no activation {activation!r}")
@@ -44,4 +57,5 @@ def causal_conv1d(
     y = (total if bias is None else total + bias.float()).to(x.dtype)
     if activation == "silu":
         y = F.silu(y.float()).to(x.dtype)
-    return y, seen[:, x.shape[1] :].clone()
+    places = end.reshape(-1, 1, 1) + torch.arange(state.shape[1], dtype=torch.int32, device=x.device).unsqueeze(-1)
+    return y, seen.gather(1, places.long().expand(-1, -1, x.shape[2]))

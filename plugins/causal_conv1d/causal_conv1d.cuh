@@ -16,6 +16,7 @@ constexpr int kConvUnrolled = 4;
 template <class T>
 struct CausalConv1dArguments {
   T const *x, *weight, *state, *bias;
+  int32_t const* end;
   T *y, *nextState;
   int64_t B, tokens, channels, chunks, length;
   bool silu;
@@ -41,8 +42,8 @@ __device__ __forceinline__ Vector<T, kWidth> convInput(CausalConv1dArguments<T> 
 // says how good silu's exp and division are. States are copied bit by bit.
 //
 // The threads of the first chunk, which alone read the state, also write the next state, after they
-// have read: the two may be one tensor. A thread reads only inputs that it fetched itself, so that
-// no barrier is needed.
+// have read: the two may be one tensor. An end outside of 0 to T counts as the nearer of them. A
+// thread reads only inputs that it fetched itself, so that no barrier is needed.
 template <class T, int kWidth, int kTaps>
 __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
     causalConv1dKernel(CausalConv1dArguments<T> const a) {
@@ -81,11 +82,13 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
     for (int j = 0; j < kWidth; ++j) window[i][j] = toFloat(past.at[j]);
   }
   if (first == 0) {
+    int64_t const given = a.end[batch], last = given < a.tokens ? given : a.tokens;
+    int64_t const after = last > 0 ? last : 0;
     // All are read together: one after another would wait for memory kTaps - 1 times.
     Vec next[kTaps - 1];
 #pragma unroll
     for (int i = 0; i < kTaps - 1; ++i) {
-      next[i] = convInput<T, kWidth, kTaps>(a, x, stateStart, a.tokens + i);
+      next[i] = convInput<T, kWidth, kTaps>(a, x, stateStart, after + i);
     }
 #pragma unroll
     for (int i = 0; i < kTaps - 1; ++i) {

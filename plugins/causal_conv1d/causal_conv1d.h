@@ -19,6 +19,7 @@ struct CausalConv1dTensors {
   void const* x;       // [B, T, C]
   void const* weight;  // [C, 1, K]
   void const* state;   // [B, K - 1, C]
+  int32_t const* end;  // [B]
   void const* bias;    // [C] or null
   void* y;             // [B, T, C]
   void* nextState;     // [B, K - 1, C], may be `state` itself

@@ -4,7 +4,7 @@
 namespace llmexport {
 namespace {
 
-enum Inputs { kX, kWeight, kState, kBias };
+enum Inputs { kX, kWeight, kState, kEnd, kBias };
 enum Outputs { kY, kNextState };
 enum Attributes { kActivation };
 enum Activations { kNone, kSilu };
@@ -29,15 +29,20 @@ bool supports(Node const& node) { return causalConv1dServes(sizesOf(node.sizes))
 
 cudaError_t enqueue(Call const& call) {
   CausalConv1dTensors const tensors{call.input(kX),     call.input(kWeight),
-                                    call.input(kState), call.input(kBias),
-                                    call.output(kY),    call.output(kNextState)};
+                                    call.input(kState), call.input<int32_t>(kEnd),
+                                    call.input(kBias),  call.output(kY),
+                                    call.output(kNextState)};
   return causalConv1d(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
                       call.device, call.stream);
 }
 
 Registration const registration({
     "CausalConv1d",
-    {{"x", "BTC"}, {"weight", "COK"}, {"state", "BSC"}, {"bias", "C", Element::kT, kOptional}},
+    {{"x", "BTC"},
+     {"weight", "COK"},
+     {"state", "BSC"},
+     {"end", "B", Element::kInt32},
+     {"bias", "C", Element::kT, kOptional}},
     {{"y", "BTC"}, {"next_state", "BSC"}},
     {{"activation", Kind::kChoice, {"none", "silu"}}},
     enqueue,

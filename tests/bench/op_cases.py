@@ -117,7 +117,15 @@ class Case:
         return PREFILL_TARGETS.get(self.T, 0.0)
 
     def on(self, device: str) -> list[torch.Tensor]:
-        return [torch.randn(s, device=device, dtype=torch.bfloat16) for s in self.shapes]
+        op = all_ops()[self.op]
+        kinds = (op.types[name] for name in op.inputs)
+        # Integers say where a row's tokens end.
+        return [
+            torch.full(s, self.T, device=device, dtype=torch.int32)
+            if kind == "int32"
+            else torch.randn(s, device=device, dtype=torch.bfloat16)
+            for s, kind in zip(self.shapes, kinds, strict=False)
+        ]
 
     def inputs(self) -> list[torch.Tensor]:
         return self.on("cuda")
@@ -197,7 +205,7 @@ def of_family(f: Family, B: int, T: int) -> Iterator[Case]:
 
 
 def of_linear_attention(name: str, B: int, T: int) -> Iterator[Case]:
-    conv = ((B, T, CHANNELS), (CHANNELS, 1, TAPS), (B, TAPS - 1, CHANNELS))
+    conv = ((B, T, CHANNELS), (CHANNELS, 1, TAPS), (B, TAPS - 1, CHANNELS), (B,))
     yield Case("CausalConv1d", name, B, T, conv, {"activation": "silu"}, roundings=2)
     heads = (B, T, NORM_HEADS, NORM_SIZE)
     norm = {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True}
@@ -285,7 +293,7 @@ def linear_attention_peers(case: Case) -> dict[str, Peer]:
     if case.op == "CausalConv1d":
         longer = once(lambda state: torch.cat((state[:, :1], state), 1).transpose(1, 2).contiguous())
 
-        def conv(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> object:
+        def conv(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, end: torch.Tensor) -> object:
             from fla.modules.convolution import causal_conv1d, causal_conv1d_update
 
             if case.T > 1:

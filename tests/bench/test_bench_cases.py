@@ -45,8 +45,8 @@ def test_plugins_take_every_case_as_it_is(op_cases: Any) -> None:
 @pytest.mark.parametrize(
     ("op", "bytes_of_a_prompt"),
     [
-        # Two of [4096, 8192], two states of three, the taps.
-        ("CausalConv1d", 2 * (2 * 4096 * 8192 + 2 * 3 * 8192 + 4 * 8192)),
+        # Two of [4096, 8192], two states of three, the taps; where the row ends.
+        ("CausalConv1d", 2 * (2 * 4096 * 8192 + 2 * 3 * 8192 + 4 * 8192) + 4),
         ("GatedRmsNorm", 2 * (3 * 4096 * 32 * 128 + 128)),
         # q, k, v and y in bf16, decays of each channel in fp32, strengths, two states.
         ("KimiDeltaRule", 32 * (4096 * (2 * 4 * 128 + 4 * 128 + 2) + 2 * 4 * 128 * 128)),

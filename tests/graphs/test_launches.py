@@ -11,6 +11,7 @@ import onnx.parser
 import pytest
 from plugin_cases import served
 
+from llmexport.graphs.bodies import op_of
 from llmexport.graphs.launches import KERNELS, launches
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden_launches.json").read_text())
@@ -94,8 +95,42 @@ def test_every_op_with_a_plugin_has_its_kernels() -> None:
     assert KERNELS.keys() == served()
 
 
+def of_layers(made: onnx.ModelProto, arch: str) -> dict[str, dict[str, int]]:
+    """What golden_launches.json says of an export."""
+    found = {step: dict(launches(made, step)) for step in GOLDEN[arch]}
+    return {step: {**counts, "all": sum(counts.values())} for step, counts in found.items()}
+
+
 @pytest.mark.parametrize("arch", GOLDEN)
 def test_a_decode_layer_takes_no_launch_more(arch: str, exported) -> None:
     made = onnx.load(exported(arch, "bfloat16", slots=64) / "model.onnx", load_external_data=False)
-    found = {step: dict(launches(made, step)) for step in GOLDEN[arch]}
-    assert {step: {**counts, "all": sum(counts.values())} for step, counts in found.items()} == GOLDEN[arch]
+    assert of_layers(made, arch) == GOLDEN[arch]
+
+
+def put_back(made: onnx.ModelProto, step: str, op: str) -> None:
+    """Puts the operators that the op's body has in the place of a step's first node of it."""
+    place, node = next(
+        (i, n) for i, n in enumerate(made.graph.node) if n.name.startswith(f"{step}/") and op_of(n) == op
+    )
+    body = next(f for f in made.functions if f.name == node.op_type)
+    names = dict(zip((*body.input, *body.output), (*node.input, *node.output), strict=False)) | {"": ""}
+    made.graph.node.remove(node)
+    for i, part in enumerate(body.node):
+        own = onnx.NodeProto()
+        own.CopyFrom(part)
+        own.name = f"{step}/back/{i}"
+        own.input[:], own.output[:] = (
+            [names.setdefault(n, f"{step}/{n}") for n in kept] for kept in (part.input, part.output)
+        )
+        made.graph.node.insert(place + i, own)
+
+
+# A compiler makes one kernel of the point-wise operators of some.
+@pytest.mark.parametrize(("op", "takes_more"), [("QkNormRope", True), ("AddRmsNorm", False), ("GatedAct", False)])
+def test_an_op_put_back_into_operators_is_seen(op: str, takes_more: bool, exported) -> None:
+    made = onnx.load(exported("gemma", "bfloat16", slots=64) / "model.onnx", load_external_data=False)
+    put_back(made, "layers.1", op)
+    found = of_layers(made, "gemma")["layers.1"]
+    assert found.get(op, 0) == GOLDEN["gemma"]["layers.1"][op] - 1
+    assert (found["all"] > GOLDEN["gemma"]["layers.1"]["all"]) == takes_more
+    assert found != GOLDEN["gemma"]["layers.1"]

@@ -37,6 +37,11 @@ def numbers(value: torch.Tensor) -> np.ndarray:
     return value.double().numpy()
 
 
+def to_the_last(x: torch.Tensor) -> torch.Tensor:
+    """The ends of rows without padding behind them."""
+    return torch.full((len(x),), x.shape[1], dtype=torch.int32)
+
+
 def close(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, bias: torch.Tensor | None) -> float:
     """One fp32 rounding for each product and sum, and four for a SiLU, of terms of the largest sum there can be."""
     largest = max(numbers(t).max(initial=0, where=True) for t in (x.abs(), state.abs()))
@@ -67,7 +72,7 @@ def test_is_the_formula_in_float64(tokens, dtype, with_bias):
     sums, after = exact(x, weight, state, bias)
     half = torch.finfo(dtype).eps / 2
     for activation in ACTIVATIONS:
-        y, next_state = causal_conv1d(x, weight, state, bias, activation)
+        y, next_state = causal_conv1d(x, weight, state, to_the_last(x), bias, activation)
         # The sum is rounded to the dtype; a SiLU, of slope up to 1.1, is rounded once more.
         expected = silu(sums) if activation == "silu" else sums
         bound = close(x, weight, state, bias) + half * 1.1 * np.abs(sums)
@@ -82,7 +87,7 @@ def test_is_the_formula_in_float64(tokens, dtype, with_bias):
 def test_is_the_formula_at_any_size(sizes):
     x, weight, state, bias = example(sizes[0], torch.float32, *sizes[1:])
     expected, after = exact(x, weight, state, bias)
-    y, next_state = causal_conv1d(x, weight, state, bias, "none")
+    y, next_state = causal_conv1d(x, weight, state, to_the_last(x), bias, "none")
     assert compare(expected, numbers(y)).max_abs <= close(x, weight, state, bias)
     assert compare(after, numbers(next_state)).max_abs == 0
 
@@ -102,7 +107,7 @@ def test_equals_causal_conv_with_state_channels_last(domain, opset, sizes, with_
     bias = bias if with_bias else None
     given = [x.mT.numpy(), weight.numpy(), None if bias is None else bias.numpy(), state.mT.numpy()]
     y, after = run_operator("CausalConvWithState", domain, opset, given, 2, activation=activation)
-    found, found_after = causal_conv1d(x, weight, state, bias, activation)
+    found, found_after = causal_conv1d(x, weight, state, to_the_last(x), bias, activation)
     assert compare(y.swapaxes(1, 2), found.numpy()).max_abs <= close(x, weight, state, bias)
     assert compare(after.swapaxes(1, 2), found_after.numpy()).max_abs == 0
 
@@ -112,7 +117,7 @@ def test_of_a_zero_state_is_transformers_prefill(tokens):
     x, weight, state, bias = example(tokens)
     zeros = torch.zeros_like(state)
     expected = causal_conv1d_fn(x.mT, weight[:, 0], bias, "silu").mT
-    y, _ = causal_conv1d(x, weight, zeros, bias, "silu")
+    y, _ = causal_conv1d(x, weight, zeros, to_the_last(x), bias, "silu")
     assert compare(numbers(expected), numbers(y)).max_abs <= close(x, weight, zeros, bias)
 
 
@@ -121,18 +126,18 @@ def test_of_a_state_is_transformers_update(tokens):
     x, weight, state, bias = example(tokens)
     carried = state.mT.clone()
     expected = causal_conv1d_update(x.mT, carried, weight[:, 0], bias, "silu").mT
-    y, after = causal_conv1d(x, weight, state, bias, "silu")
+    y, after = causal_conv1d(x, weight, state, to_the_last(x), bias, "silu")
     assert compare(numbers(expected), numbers(y)).max_abs <= close(x, weight, state, bias)
     assert torch.equal(after, carried.mT)
 
 
 @pytest.mark.parametrize("cuts", [[1] * 65, [2] * 32 + [1], [1, 64], [63, 2]], ids=str)
-def test_a_state_carried_over_cuts_gives_the_whole(cuts):
+def test_a_state_carried_over_cuts_gives_the_to_the_last(cuts):
     x, weight, state, bias = example(65)
-    whole, last = causal_conv1d(x, weight, state, bias, "silu")
+    whole, last = causal_conv1d(x, weight, state, to_the_last(x), bias, "silu")
     ys, carried = [], state
     for part in x.split(cuts, 1):
-        y, carried = causal_conv1d(part, weight, carried, bias, "silu")
+        y, carried = causal_conv1d(part, weight, carried, to_the_last(part), bias, "silu")
         ys.append(y)
     assert compare(numbers(whole), numbers(torch.cat(ys, 1))).max_abs <= close(x, weight, state, bias)
     assert torch.equal(carried, last)
@@ -140,15 +145,27 @@ def test_a_state_carried_over_cuts_gives_the_whole(cuts):
 
 def test_a_channel_sees_itself_alone():
     x, weight, state, bias = example(7)
-    y, _ = causal_conv1d(x, weight, state, bias, "silu")
+    y, _ = causal_conv1d(x, weight, state, to_the_last(x), bias, "silu")
     x[..., 3], state[..., 3] = 100, 100
-    changed, _ = causal_conv1d(x, weight, state, bias, "silu")
+    changed, _ = causal_conv1d(x, weight, state, to_the_last(x), bias, "silu")
     assert (changed != y).any((0, 1)).tolist() == [c == 3 for c in range(CHANNELS)]
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 7, 63])
+def test_behind_padding_the_state_is_that_of_the_tokens_alone(tokens):
+    x, weight, state, bias = example(tokens, batch=tokens + 1)
+    end = torch.arange(tokens + 1, dtype=torch.int32)
+    y, found = causal_conv1d(x, weight, state, end, bias, "silu")
+    for row in range(tokens + 1):
+        alone, before, own = x[row : row + 1, :row], state[row : row + 1], found[row : row + 1]
+        assert torch.equal(causal_conv1d(alone, weight, before, to_the_last(alone), bias, "silu")[1], own)
+    assert torch.equal(y, causal_conv1d(x, weight, state, to_the_last(x), bias, "silu")[0])
+
+
 def test_an_unknown_activation_is_refused():
+    x, *others, bias = example(1)
     with pytest.raises(ValueError, match="'relu'"):
-        causal_conv1d(*example(1), "relu")
+        causal_conv1d(x, *others, to_the_last(x), bias, "relu")
 
 
 @pytest.mark.parametrize("target", ["portable", "onnxruntime"])
@@ -162,8 +179,10 @@ def test_body_in_onnx_runtime_equals_the_reference_at_any_length(target, dtype, 
     runtime = session(model)
     for tokens in TOKENS:
         x, weight, state, bias = example(tokens, getattr(torch, dtype))
-        tensors = (x, weight, state, bias) if with_bias else (x, weight, state)
-        y, after = causal_conv1d(x, weight, state, bias if with_bias else None, activation)
+        # The second row has padding behind its tokens.
+        end = torch.tensor([tokens, tokens // 2], dtype=torch.int32)
+        tensors = (x, weight, state, end, bias) if with_bias else (x, weight, state, end)
+        y, after = causal_conv1d(x, weight, state, end, bias if with_bias else None, activation)
         feeds = dict(zip((i.name for i in model.graph.input), (t.numpy() for t in tensors), strict=True))
         found, found_after = runtime.run(None, feeds)
         assert found.dtype == np.dtype(dtype)

@@ -18,16 +18,20 @@ from llmexport.plugins.host import Refused
 def tensors(size: tuple[int, int, int], taps: int, dtype: str, bias: bool = True) -> list[Values]:
     b, t, c = size
     shapes = [(b, t, c), (c, 1, taps), (b, taps - 1, c), (c,)]
-    return [random(shape, dtype, seed) for seed, shape in enumerate(shapes)][: 4 if bias else 3]
+    x, weight, state, its_bias = (random(shape, dtype, seed) for seed, shape in enumerate(shapes))
+    # The last row ends at the last token, others before padding.
+    end = (t - np.arange(b, dtype=np.int32)[::-1] % (t + 1)).astype(np.int32)
+    return [x, weight, state, end, *[its_bias] * bias]
 
 
 def exact(inputs: list[Values], dtype: str, activation: str) -> tuple[Values, Values]:
     """y in float64, its sum rounded, and the next state."""
-    x, weight, state, *bias = wide(*inputs)
+    x, weight, state, end, *bias = wide(*inputs)
     seen, taps = np.concatenate((state, x), 1), weight.shape[-1]
     total = sum(seen[:, k : k + x.shape[1]] * weight[:, 0, k] for k in range(taps)) + (bias[0] if bias else 0)
     y = rounded(np.asarray(total), dtype)
-    next_state = np.concatenate((inputs[2], inputs[0]), 1)[:, x.shape[1] :]
+    both = np.concatenate((inputs[2], inputs[0]), 1)
+    next_state = np.stack([row[int(n) : int(n) + taps - 1] for row, n in zip(both, end, strict=True)])
     return (y / (1 + np.exp(-y)) if activation == "silu" else y), next_state
 
 
@@ -88,14 +92,26 @@ def test_without_tokens_the_state_goes_through(machine: Machine) -> None:
 def test_calls_in_a_row_are_one_call(machine: Machine) -> None:
     """A token, then fewer than the taps, then many: the state carries what a single call sees at once."""
     whole = tensors((2, 40, 24), 4, "fp16")
+    whole[3][:] = 40
     plugin = machine.library.create("CausalConv1d", {"activation": "silu"})
     at_once = computed(plugin, machine.memory(), whole)
     state, parts = whole[2], []
     for part in np.split(whole[0], (1, 3, 4), axis=1):
-        y, state = computed(plugin, machine.memory(), [part, whole[1], state, whole[3]])
+        end = np.full(2, part.shape[1], np.int32)
+        y, state = computed(plugin, machine.memory(), [part, whole[1], state, end, whole[4]])
         parts.append(y)
     assert np.concatenate(parts, 1).tobytes() == at_once[0].tobytes()
     assert state.tobytes() == at_once[1].tobytes()
+
+
+@pytest.mark.parametrize(("given", "counts_as"), [(-7, 0), (2**31 - 1, 5), (-(2**31), 0), (6, 5)])
+def test_an_end_outside_of_the_tokens_is_the_nearer_one_inside(machine: Machine, given: int, counts_as: int) -> None:
+    inputs = tensors((1, 5, 40), 4, "bf16")
+    plugin = machine.library.create("CausalConv1d", {"activation": "silu"})
+    inputs[3][:] = given
+    found = computed(plugin, machine.memory(), inputs)
+    inputs[3][:] = counts_as
+    assert right(found, inputs, "bf16", "silu")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +123,7 @@ def test_calls_in_a_row_are_one_call(machine: Machine) -> None:
 )
 def test_refuses(machine: Machine, capfd: pytest.CaptureFixture[str], taps: int, state: int, says: str) -> None:
     inputs = [random(shape, "fp16", 1) for shape in ((1, 3, 8), (8, 1, taps), (1, state, 8))]
+    inputs.append(np.array([3], np.int32))
     with pytest.raises(Refused):
         computed(machine.library.create("CausalConv1d", {"activation": "none"}), machine.memory(), inputs)
     assert f"llmexport: CausalConv1d: {says}" in capfd.readouterr().err

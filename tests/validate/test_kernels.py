@@ -260,7 +260,7 @@ def test_an_op_that_the_kernels_do_not_serve_is_refused_with_the_reason() -> Non
     x, weight, state = (torch.zeros(s, dtype=torch.float16) for s in ((1, 3, 8), (8, 1, 5), (1, 4, 8)))
     says = r"CausalConv1d: weight has K = 5 taps, the kernels are for 2 to 4 \(x float16\[1, 3, 8\], weight float16"
     with on_emulator(), pytest.raises(host.Refused, match=says):
-        causal_conv1d(x, weight, state, None, "none")
+        causal_conv1d(x, weight, state, torch.tensor([3], dtype=torch.int32), None, "none")
 
 
 def test_a_library_without_an_op_is_no_reason_to_run_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,7 @@ def test_a_library_without_an_op_is_no_reason_to_run_its_reference(monkeypatch: 
         ran,
         pytest.raises(host.Refused, match="CausalConv1d has no plugin in this library, which serves "),
     ):
-        causal_conv1d(x, weight, state, None, "none")
+        causal_conv1d(x, weight, state, torch.tensor([3], dtype=torch.int32), None, "none")
 
 
 def test_no_op_is_a_kernels_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
