@@ -3,7 +3,7 @@
 Every tensor of the Scan is [chunks, B, G, H / G, C, features]. A chunk has as many tokens, C, as can be up to LONGEST
 with the least padding: one token is a chunk of one. The values that a chunk adds to the state are
 
-    v_new = (1 + A)^-1 beta (v - decay_in k S),  A[i, j] = beta[i] k[i] k[j] decay[i, j] below the diagonal,
+    v_new = (1 + L)^-1 beta (v - decay_in k S),  L[i, j] = beta[i] k[i] k[j] decay[i, j] below the diagonal,
 
 where decay[i, j] = exp(g[j + 1] + ... + g[i]) and decay_in[i] = exp(g[0] + ... + g[i]) (arXiv 2412.06464).
 """
@@ -42,7 +42,7 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     k_products, q_products = Split <axis = -2, num_outputs = 2> (kq_products)
     q_weights = Mul (q_products, decay)
     k_decayed = Mul (k_products, decay)
-    a = Mul (k_decayed, beta_chunks)
+    lower = Mul (k_decayed, beta_chunks)
     {_inverse()}
     state_heads = Constant <value_ints = [0, {g}, {h // g}, {d}, {v}]> ()
     state_grouped = Reshape (state, state_heads)
@@ -157,8 +157,8 @@ def _decays() -> str:
 
 
 def _inverse() -> str:
-    """(1 + A)^-1, block by block from size 1 up: the inverse of [[P, 0], [R, Q]] is [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]].
-    This is forward substitution in another order, and as stable; powers of A are not."""
+    """(1 + L)^-1, block by block from size 1 up: the inverse of [[P, 0], [R, Q]] is [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]].
+    This is forward substitution in another order, and as stable; powers of L are not."""
     top = LONGEST.bit_length() - 1
     steps = ["unit = Cast <to = 1> (is_same)", _corner(1), "inverse_1 = Sub (unit, r_1)"]
     for n in range(2, top + 1):
@@ -172,7 +172,7 @@ def _inverse() -> str:
 
 
 def _corner(n: int) -> str:
-    """The part of A below the diagonal blocks of 2^(n - 1) tokens and in those of 2^n."""
+    """The part of L below the diagonal blocks of 2^(n - 1) tokens and in those of 2^n."""
     return f"""level_{n} = Constant <value_int = {n}> ()
     is_{n} = Equal (level, level_{n})
-    r_{n} = Where (is_{n}, a, nothing)"""
+    r_{n} = Where (is_{n}, lower, nothing)"""

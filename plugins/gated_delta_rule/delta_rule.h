@@ -18,6 +18,8 @@ struct DeltaRuleTensors {
   float const* state;
   void* y;
   float* nextState;  // may be `state` itself
+  // Elements from one token to the next of q and k, and of v; y is dense.
+  int64_t keyStride, valueStride;
 };
 
 // There are two ways: token by token (`recurrence`); or `prepare` computes for all chunks at once

@@ -25,11 +25,13 @@ size_t workspace(Node const& node) {
 }
 
 cudaError_t enqueue(Call const& call) {
+  GatedDeltaRuleSizes const sizes = sizesOf(call.sizes);
   DeltaRuleTensors const tensors{call.input(kQ),    call.input(kK),
                                  call.input(kV),    call.input<float>(kG),
                                  call.input(kBeta), call.input<float>(kState),
-                                 call.output(kY),   call.output<float>(kNextState)};
-  return gatedDeltaRule(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
+                                 call.output(kY),   call.output<float>(kNextState),
+                                 sizes.G * sizes.D, sizes.H * sizes.V};
+  return gatedDeltaRule(call.dtype, sizes, attributesOf(call.attributes), tensors,
                         call.workspace, call.stream);
 }
 

@@ -225,7 +225,7 @@ __device__ __forceinline__ void writeFactors(ChunkTokens const& tokens, float sc
 template <class T, int D>
 __global__ void __launch_bounds__(kChunkThreads)
     prepareKernel(T const* q, T const* k, float const* g, T const* beta, ChunkRecord* records,
-                  int64_t tokens, int groups, float scale, bool l2Norm) {
+                  int64_t stride, int64_t tokens, int groups, float scale, bool l2Norm) {
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(ChunkTokens, ofTokens, 1);
   ChunkTokens& own = ofTokens[0];
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kChunkThreads)
   int const thread = threadIdx.x, head = blockIdx.y, heads = gridDim.y;
   int const group = head / (heads / groups);
   int64_t const first = blockIdx.x * int64_t(kChunk), rows = tokens - first;
-  int64_t const row0 = blockIdx.z * tokens + first, stride = int64_t(groups) * D;
+  int64_t const row0 = blockIdx.z * tokens + first;
   copyChunk<D>(keys, k + row0 * stride + group * D, stride, rows, D);
   copyChunk<D>(queries, q + row0 * stride + group * D, stride, rows, D);
   commitCopies();

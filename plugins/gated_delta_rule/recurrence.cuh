@@ -17,9 +17,10 @@ constexpr int kRowGroups = kRecurrenceThreads / kRowLanes;
 constexpr int kMostRows = kThreadRows * kRowGroups;
 // What decays by a number of its own: a head's whole state, or each row of it.
 enum class DecayOf { kHead, kRow };
-// Blocks on an SM, for 80 KiB of states under way; with fp32 tokens five would spill.
-template <class T>
-constexpr int kRecurrenceBlocks = sizeof(T) == 2 ? 5 : 4;
+// Blocks on an SM, for 80 KiB of states under way; with fp32 tokens five would spill, and on sm_80
+// with access element by element.
+template <class T, bool kVectors>
+constexpr int kRecurrenceBlocks = sizeof(T) == 2 && kVectors ? 5 : 4;
 
 template <bool kVectors, class T>
 __device__ __forceinline__ Vector<T, kThreadColumns> loadColumns(T const* from) {
@@ -116,10 +117,11 @@ __device__ __forceinline__ void sumOverRows(RecurrenceSums& sums, RecurrenceSums
 // rows in order, then lanes, then warps. expf and rsqrtf are good to 2 units in the last place. An
 // fp16 y beyond 65504 is infinite, as in transformers.
 template <class T, bool kVectors, DecayOf kDecay>
-__global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
+__global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T, kVectors>)
     recurrenceKernel(T const* q, T const* k, T const* v, float const* g, T const* beta,
-                     float const* state, T* y, float* nextState, int64_t tokens, int groups, int D,
-                     int V, float scale, bool l2Norm) {
+                     float const* state, T* y, float* nextState, int64_t keyStride,
+                     int64_t valueStride, int64_t tokens, int groups, int D, int V, float scale,
+                     bool l2Norm) {
   constexpr bool kOfRow = kDecay == DecayOf::kRow;
   // There are so many buffers that a thread which writes one again has passed a barrier after its
   // last reader: sums are read right after the barrier of their token, k up to the next barrier.
@@ -141,11 +143,11 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T>)
     RecurrenceToken<T> token{};
     int64_t const at = blockIdx.z * tokens + t, ofHead = at * heads + head;
     if (element < D) {
-      token.q = q[(at * groups + group) * D + element];
-      token.k = k[(at * groups + group) * D + element];
+      token.q = q[at * keyStride + group * D + element];
+      token.k = k[at * keyStride + group * D + element];
       if (kOfRow) token.g = g[ofHead * D + element];
     }
-    if (here) token.v = loadColumns<kVectors>(v + ofHead * V + column);
+    if (here) token.v = loadColumns<kVectors>(v + at * valueStride + head * V + column);
     if (!kOfRow) token.g = g[ofHead];
     token.beta = beta[ofHead];
     return token;

@@ -297,20 +297,21 @@ __device__ __forceinline__ void moveState(ChunkRecord const& record, T const* ke
 template <class T, int D>
 __global__ void __launch_bounds__(kChunkThreads)
     scanKernel(T const* q, T const* k, T const* v, float const* state, ChunkRecord const* records,
-               T* y, float* nextState, int64_t tokens, int groups, int V) {
+               T* y, float* nextState, int64_t keyStride, int64_t valueStride, int64_t tokens,
+               int groups, int V) {
   DYNAMIC_SHARED(bytes);
   auto& shared = *reinterpret_cast<ScanShared<T, D>*>(bytes);
   ScanPlace const at;
   bool const here = at.column < V;  // if V = 16 the other warps have zeros
   int const head = blockIdx.y, heads = gridDim.y, group = head / (heads / groups);
   int64_t const matrix = (int64_t(blockIdx.z) * heads + head) * D * V;
-  int64_t const keyStride = int64_t(groups) * D, valueStride = int64_t(heads) * V;
+  int64_t const yStride = int64_t(heads) * V;
   int64_t const chunks = (tokens + kChunk - 1) / kChunk, row0 = blockIdx.z * tokens;
   records += (int64_t(blockIdx.z) * heads + head) * chunks;
   q += row0 * keyStride + group * D;
   k += row0 * keyStride + group * D;
   v += row0 * valueStride + int64_t(head) * V + blockIdx.x * kScanColumns;
-  y += row0 * valueStride + int64_t(head) * V + at.column;
+  y += row0 * yStride + int64_t(head) * V + at.column;
 
   auto copyKeysAndQueries = [&](int64_t chunk) {
     int64_t const first = chunk * kChunk, rows = tokens - first;
@@ -349,7 +350,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     if (chunk + 1 < chunks) copyKeysAndQueries(chunk + 1);
     float update[kChunkAccumulators][4] = {};
     findUpdate<T, D>(shared, at, keyState, update);
-    writeY<T, D>(shared, at, queryState, update, y + first * valueStride, valueStride, rows, here);
+    writeY<T, D>(shared, at, queryState, update, y + first * yStride, yStride, rows, here);
     moveState<T, D>(shared.record, keys, at, s, update);
   }
 #pragma unroll

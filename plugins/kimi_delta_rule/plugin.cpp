@@ -21,12 +21,14 @@ size_t workspace(Node const& node) {
 }
 
 cudaError_t enqueue(Call const& call) {
+  KimiDeltaRuleSizes const sizes = sizesOf(call.sizes);
   DeltaRuleTensors const tensors{call.input(kQ),    call.input(kK),
                                  call.input(kV),    call.input<float>(kG),
                                  call.input(kBeta), call.input<float>(kState),
-                                 call.output(kY),   call.output<float>(kNextState)};
-  return kimiDeltaRule(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
-                       call.workspace, call.stream);
+                                 call.output(kY),   call.output<float>(kNextState),
+                                 sizes.H * sizes.D, sizes.H * sizes.V};
+  return kimiDeltaRule(call.dtype, sizes, attributesOf(call.attributes), tensors, call.workspace,
+                       call.stream);
 }
 
 Registration const registration({

@@ -3,6 +3,7 @@
 #include "add_rms_norm/add_rms_norm.h"
 #include "causal_conv1d/causal_conv1d.h"
 #include "gated_act/gated_act.h"
+#include "gated_delta_net/gated_delta_net.h"
 #include "gated_delta_rule/gated_delta_rule.h"
 #include "gated_rms_norm/gated_rms_norm.h"
 #include "kimi_delta_rule/kimi_delta_rule.h"
@@ -61,6 +62,11 @@ extern "C" int launch_MoeExperts(int64_t const* s) {
 
 extern "C" int launch_SinkAttention(int64_t const* s) {
   return sinkAttention(kDtype, {s[0], s[1], s[2], s[3], s[4], s[5]}, {}, {}, nullptr, kDevice,
+                       nullptr);
+}
+
+extern "C" int launch_GatedDeltaNet(int64_t const* s) {
+  return gatedDeltaNet(kDtype, {s[0], s[1], s[2], s[3], s[4], s[5]}, {}, {}, nullptr, kDevice,
                        nullptr);
 }
 

@@ -2,6 +2,7 @@
 #include "causal_conv1d/causal_conv1d.h"
 #include "common/row_plan.h"
 #include "gated_act/gated_act.h"
+#include "gated_delta_net/gated_delta_net.h"
 #include "moe_route/moe_route.h"
 #include "qk_norm_rope/qk_norm_rope.h"
 #include "rope/rope.h"
@@ -65,6 +66,16 @@ extern "C" void plan_causal_conv1d(int64_t const* sizes, int dtype, bool pointer
   out[7] = plan.width;
   out[8] = plan.length;
   out[9] = plan.chunks;
+}
+
+// sizes: B, T, C, H, D, V, SMs.
+extern "C" void plan_gated_delta_net(int64_t const* s, int, bool pointersAligned, int64_t* out) {
+  Device const device{int(s[6]), 0};
+  auto const plan =
+      gatedDeltaNetPlan({s[0], s[1], s[2], s[3], s[4], s[5]}, pointersAligned, device);
+  write(plan.fused ? plan.decode : plan.gates, out);
+  out[7] = plan.width;
+  out[8] = plan.fused;
 }
 
 // sizes: rows, experts, top_k, groups.

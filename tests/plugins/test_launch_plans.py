@@ -22,6 +22,7 @@ MAX_BLOCK, MAX_THREADS = (1024, 1024, 64), 1024
 SHARED_WITHOUT_ASKING = 48 * 1024
 # __launch_bounds__ of the kernels.
 ROPE_THREADS, HEAD_THREADS, NORM_THREADS, ACT_THREADS, CONV_THREADS, ROUTE_THREADS = 256, 256, 512, 256, 128, 128
+DECODE_THREADS, GATE_THREADS = 512, 256
 ROPE_HEADS, ACT_VECTORS = 4, 2
 CONV_TOKENS = (8, 64)  # of a chunk, at least and at most
 
@@ -135,6 +136,28 @@ def test_conv_keeps_every_sm_busy_with_chunks_as_long_as_may_be(plan, tokens, le
     """Qwen3.5: 8192 channels in bf16, on an H200."""
     p = plan("causal_conv1d", (1, tokens, 8192, 4, 132), 2, True)
     assert (p.width, p.vectors, p.chunks) == (8, length, -(-tokens // length))
+
+
+@several
+@given(few, st.just(1) | some, few, st.sampled_from((16, 32, 64, 128)), st.integers(1, 200), st.booleans())
+def test_gated_delta_net(plan, batch, tokens, heads, width, processors, aligned):
+    p = plan("gated_delta_net", (batch, tokens, 32 + heads * width, heads, 16, width, processors), 2, aligned)
+    assert p.width == (4 if aligned else 1)
+    assert p.vectors == (tokens == 1 and batch * heads <= 2 * processors)
+    if p.vectors:
+        p.check(DECODE_THREADS)
+        assert p.grid == (heads, batch, 1)
+        assert p.block[0] == 128
+        assert p.block[1] * 32 >= width > (p.block[1] - 1) * 32
+    else:
+        p.check(GATE_THREADS)
+        assert p.grid[0] * p.block[0] >= batch * tokens * heads > (p.grid[0] - 1) * p.block[0]
+
+
+@pytest.mark.parametrize(("batch", "together"), [(1, True), (8, True), (9, False), (64, False)])
+def test_a_token_of_a_delta_net_is_one_launch_where_its_heads_fill_an_h200_twice_at_most(plan, batch, together):
+    """Qwen3.5: 32 heads of 128 by 128."""
+    assert plan("gated_delta_net", (batch, 1, 8192, 32, 128, 128, 132), 2, True).vectors == together
 
 
 @several

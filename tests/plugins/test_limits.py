@@ -10,6 +10,7 @@ from plugin_cases import served
 
 INVALID_VALUE = 1
 # An op, the sizes of its launcher's struct (MoeRoute: and top_k), the reason.
+NET = "mixed has C = {} channels, not G heads of D = 64 of q and of k, where G divides H, and H = 4 heads of V = 64"
 CASES = [
     ("Rope", (2, 4, 2**30, 64, 32), "the product of BT is 2147483648, the kernels take 2147483647"),
     ("Rope", (1, 2**18, 1, 64, 32), "the product of H is 262144, the kernels take 262140"),
@@ -35,6 +36,11 @@ CASES = [
     ("Wkv", (1, 1, 2**36), "the product of C is 68719476736, the kernels take 68719476704"),
     ("Wkv7", (1, 1, 4, 40, 64), "D is 40, but there are kernels for 16, 32, 64 and 128 only"),
     ("Wkv7", (1, 1, 2**16, 64, 64), "the product of H is 65536, the kernels take 65535"),
+    ("GatedDeltaNet", (1, 1, 352, 4, 48, 64), "D is 48, but there are kernels for 16, 32, 64 and 128 only"),
+    ("GatedDeltaNet", (1, 2**29, 384, 4, 64, 64), "the product of BTH is 2147483648, the kernels take 2147483647"),
+    ("GatedDeltaNet", (1, 1, 640, 4, 64, 64), NET.format(640)),
+    ("GatedDeltaNet", (1, 1, 256, 4, 64, 64), NET.format(256)),
+    ("GatedDeltaNet", (1, 1, 416, 4, 64, 64), NET.format(416)),
     ("GatedDeltaRule", (1, 1, 1, 4, 48, 64), "D is 48, but there are kernels for 16, 32, 64 and 128 only"),
     ("GatedDeltaRule", (1, 1, 0, 4, 64, 64), "v has H = 4 heads, no multiple of the G = 0 of q and k"),
     ("KimiDeltaRule", (1, 1, 4, 64, 12), "V is 12, but there are kernels for 16, 32, 64 and 128 only"),

@@ -229,6 +229,8 @@ def test_configures_with_dynamic_dimensions(library: Library, case: Case) -> Non
         ("Wkv", "B", 2**16, "Wkv: the product of B is 65536, the kernels take 65535"),
         ("Wkv7", "B", 2**16, "Wkv7: the product of B is 65536, the kernels take 65535"),
         ("KimiDeltaRule", "T", 2**31, "KimiDeltaRule: the product of T is 2147483648, the kernels take 2147483647"),
+        ("GatedDeltaNet", "B", 2**16, "GatedDeltaNet: the product of B is 65536, the kernels take 65535"),
+        ("GatedDeltaNet", "T", 2**31, "GatedDeltaNet: the product of T is 2147483648, the kernels take 2147483647"),
         ("GatedDeltaRule", "B", 2**16, "GatedDeltaRule: the product of B is 65536, the kernels take 65535"),
         ("GatedDeltaRule", "T", 2**31, "GatedDeltaRule: the product of T is 2147483648, the kernels take 2147483647"),
     ],

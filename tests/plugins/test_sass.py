@@ -60,11 +60,11 @@ def test_vector_kernels_store_whole_vectors(code: Code) -> None:
 
 
 def test_vector_kernels_load_whole_vectors(code: Code) -> None:
-    """scale and combine also read weights and experts, one at a time."""
+    """scale and combine also read weights and experts, one at a time, a convolution where its row ends."""
     for name, instructions in wide(code):
         loads = [i for i in instructions if i.startswith("LDG.")]
         assert any("128" in i for i in loads), name
-        scalars = {"gatedActKernel": 2}.get(name.partition("<")[0].rpartition("::")[2], 0)
+        scalars = {"gatedActKernel": 2, "causalConv1dKernel": 1}.get(name.partition("<")[0].rpartition("::")[2], 0)
         if "scaleInput" not in name and "combine" not in name:
             assert len([i for i in loads if "128" not in i]) <= scalars, (name, loads)
 
@@ -92,6 +92,16 @@ def test_a_recurrence_moves_its_state_by_whole_vectors(code: Code) -> None:
     recurrences = [n for n in code if re.search(r"recurrenceKernel<\w+, (\(bool\)1|true), ", n)]
     assert len(recurrences) == 6
     for name in recurrences:
+        stores = [i for i in code[name] if i.startswith("STG")]
+        assert (len(stores), {*stores} <= {"STG.E.64", "STG.E.128"}) == (9, True), (name, stores)
+        assert code[name].count("LDG.E.128") >= 8, name
+
+
+def test_decode_of_a_delta_net_moves_its_state_by_whole_vectors(code: Code) -> None:
+    """As a recurrence; what it norms is stored last."""
+    kernels = [n for n in code if re.search(r"decodeKernel<\w+, (\(bool\)1|true)>", n)]
+    assert len(kernels) == 3
+    for name in kernels:
         stores = [i for i in code[name] if i.startswith("STG")]
         assert (len(stores), {*stores} <= {"STG.E.64", "STG.E.128"}) == (9, True), (name, stores)
         assert code[name].count("LDG.E.128") >= 8, name

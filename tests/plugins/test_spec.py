@@ -38,9 +38,9 @@ ATTRIBUTES = {
     "GatedAct": {"activation": "silu", "alpha": 0.0, "limit": 0.0},
     "SinkAttention": {"scale": 0.5, "softcap": 30.0, "window": 3},
     **{key: {"scale": 0.5, "l2_norm": True} for key in ("GatedDeltaRule", "KimiDeltaRule")},
+    "GatedDeltaNet": {"scale": 1.0, "l2_norm": True, "activation": "silu", "epsilon": 0.1, "round_before_weight": True},
     "CausalConv1d": {"activation": "silu"},
-    "Wkv": {},
-    "Wkv7": {},
+    **{key: {} for key in ("Wkv", "Wkv7")},
     "GatedRmsNorm": {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True},
     "MoeRoute": {"top_k": 2, "scoring": "sigmoid", "renormalise": True, "scale": 2.5}
     | {"groups": 2, "groups_kept": 1, "group_best": 2},
@@ -52,8 +52,8 @@ SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 9}
 OWN_SIZES = {
     "QkNormRope": {"G": 1},
     "SinkAttention": {"G": 1, "S": 8},
-    "GatedDeltaRule": {"G": 1, "V": 4},
-    **{key: {"V": 4} for key in ("KimiDeltaRule", "Wkv7")},
+    "GatedDeltaNet": {"C": 48, "V": 4},
+    **{key: {"G": 1, "V": 4} for key in ("GatedDeltaRule", "KimiDeltaRule", "Wkv7")},
     "CausalConv1d": {"O": 1, "K": 4, "S": 3},
     "MoeRoute": {"E": 8},
     "MoeExperts": {"C": 32, "K": 2, "E": 4, "P": 64, "Q": 32, "R": 32, "S": 32, "J": 64, "M": 1, "N": 1}

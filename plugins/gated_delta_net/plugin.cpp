@@ -1,0 +1,65 @@
+#include "gated_delta_net/gated_delta_net.h"
+#include "trt/op.h"
+
+namespace llmexport {
+namespace {
+
+enum Inputs { kMixed, kA, kB, kPresent, kALog, kDtBias, kZ, kNormWeight, kState };
+enum Outputs { kGated, kNextState };
+enum Attributes { kScale, kL2Norm, kEpsilon, kActivation, kRoundBeforeWeight };
+enum Activations { kSilu, kSigmoid };
+
+GatedDeltaNetSizes sizesOf(Sizes const& s) {
+  return {s['B'], s['T'], s['C'], s['H'], s['D'], s['V']};
+}
+
+GatedDeltaNetAttributes attributesOf(Values const& values) {
+  return {{values[kScale].real, values[kL2Norm].integer != 0},
+          {values[kEpsilon].real, values[kActivation].integer == kSilu,
+           values[kRoundBeforeWeight].integer != 0}};
+}
+
+bool check(Sizes const& sizes, Values const&) { return gatedDeltaNetFits(sizesOf(sizes)); }
+
+bool supports(Node const& node) { return gatedDeltaNetServes(sizesOf(node.sizes)); }
+
+size_t workspace(Node const& node) {
+  return gatedDeltaNetWorkspace(sizesOf(node.sizes), node.dtype);
+}
+
+cudaError_t enqueue(Call const& call) {
+  GatedDeltaNetTensors const tensors{call.input(kMixed),        call.input(kA),
+                                     call.input(kB),            call.input(kPresent),
+                                     call.input(kALog),         call.input(kDtBias),
+                                     call.input(kZ),            call.input(kNormWeight),
+                                     call.input<float>(kState), call.output(kGated),
+                                     call.output<float>(kNextState)};
+  return gatedDeltaNet(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
+                       call.workspace, call.device, call.stream);
+}
+
+Registration const registration({
+    "GatedDeltaNet",
+    {{"mixed", "BTC"},
+     {"a", "BTH"},
+     {"b", "BTH"},
+     {"present", "BT"},
+     {"a_log", "H"},
+     {"dt_bias", "H"},
+     {"z", "BTHV"},
+     {"norm_weight", "V"},
+     {"state", "BHDV", Element::kFloat32}},
+    {{"gated", "BTHV"}, {"next_state", "BHDV", Element::kFloat32}},
+    {{"scale", Kind::kFloat},
+     {"l2_norm", Kind::kBool},
+     {"epsilon", Kind::kFloat},
+     {"activation", Kind::kChoice, {"silu", "sigmoid"}},
+     {"round_before_weight", Kind::kBool}},
+    enqueue,
+    check,
+    supports,
+    workspace,
+});
+
+}  // namespace
+}  // namespace llmexport
