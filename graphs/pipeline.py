@@ -10,6 +10,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from llmexport.graphs.fuse_add_rms_norm import fuse_add_rms_norm
 from llmexport.graphs.fuse_gated_act import fuse_gated_act
+from llmexport.graphs.fuse_gated_delta_net import fuse_gated_delta_net
 from llmexport.graphs.fuse_qk_norm_rope import fuse_qk_norm_rope
 from llmexport.graphs.fusion import Fused
 from llmexport.graphs.lower_attention import lower_attention
@@ -20,10 +21,10 @@ PIPELINE: tuple[Pass, ...] = (fuse_add_rms_norm, fuse_gated_act)
 # By target, those that come after.
 LOWERING: Mapping[str, tuple[Pass, ...]] = {
     "onnxruntime": (lower_static_attention, lower_attention),
-    "tensorrt": (fuse_qk_norm_rope,),
+    "tensorrt": (fuse_qk_norm_rope, fuse_gated_delta_net),
 }
 # Those of the portable target where a cache is written in place, as engines serve with.
-IN_PLACE: tuple[Pass, ...] = (fuse_qk_norm_rope,)
+IN_PLACE: tuple[Pass, ...] = (fuse_qk_norm_rope, fuse_gated_delta_net)
 
 
 def passes(target: str, in_place: bool) -> tuple[Pass, ...]:

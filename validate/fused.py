@@ -13,13 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmexport.export import spec
 from llmexport.export.blocks.attention import Attention
+from llmexport.export.blocks.delta import GatedDeltaNet
 from llmexport.export.blocks.mlp import Mlp
 from llmexport.export.blocks.norm import Norm
 from llmexport.plugins.add_rms_norm import add_rms_norm
 from llmexport.plugins.gated_act import ACTIVATIONS, gated_act
+from llmexport.plugins.gated_delta_net import gated_delta_net
 from llmexport.plugins.qk_norm_rope import qk_norm_rope
 
-QK_NORM_ROPE = qk_norm_rope.name
+QK_NORM_ROPE, GATED_DELTA_NET = qk_norm_rope.name, gated_delta_net.name
 
 
 class Sums(TorchDispatchMode):
@@ -59,11 +61,13 @@ class _Gate:
 
 
 def fuse(module: nn.Module, sums: Sums, made: Collection[str]) -> None:
-    """From now on `module` computes AddRmsNorm and GatedAct as ops, within `sums`; and QkNormRope, if it is among the
-    ops that were `made` of the graph."""
+    """From now on `module` computes AddRmsNorm and GatedAct as ops, within `sums`; and QkNormRope and GatedDeltaNet, if
+    they are among the ops that were `made` of the graph."""
     for part in module.modules():
         if isinstance(part, Attention) and QK_NORM_ROPE in made and _turns(part.block):
             part.heads_first = partial(_heads_first, part)
+        if isinstance(part, GatedDeltaNet) and GATED_DELTA_NET in made:
+            part.recalled = partial(_recalled, part)
         if isinstance(part, Mlp) and part.block.gated and part.block.activation in ACTIVATIONS:
             part.activation = partial(_Gate, activation=part.block.activation)
         if isinstance(part, Norm) and part.block.statistics == "rms" and part.block.rows is None:
@@ -96,6 +100,15 @@ def _heads_first(
     if norm:
         q, k = attention.normed(q, "q_norm"), attention.normed(k, "k_norm")
     return qk_norm_rope(q, k, v, *angles, None, None, block.interleaved, 0.0, 0.0, False, True)
+
+
+def _recalled(
+    net: GatedDeltaNet, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, present_tokens: Tensor, past: Tensor
+) -> tuple[Tensor, Tensor]:
+    norm = net.norm.block
+    weights = [w.to(mixed.dtype) for w in (net.A_log, net.dt_bias, net.norm.weight)]
+    numbers = (net.block.key_size**-0.5, True, norm.epsilon, norm.activation, norm.rounding == "before_weight")
+    return gated_delta_net(mixed, a, b, present_tokens, *weights[:2], z, weights[2], past, *numbers)
 
 
 def _normed(norm: Norm, sums: Sums, alone: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

@@ -126,11 +126,19 @@ def put_back(made: onnx.ModelProto, step: str, op: str) -> None:
 
 
 # A compiler makes one kernel of the point-wise operators of some.
-@pytest.mark.parametrize(("op", "takes_more"), [("QkNormRope", True), ("AddRmsNorm", False), ("GatedAct", False)])
-def test_an_op_put_back_into_operators_is_seen(op: str, takes_more: bool, exported) -> None:
-    made = onnx.load(exported("gemma", "bfloat16", slots=64) / "model.onnx", load_external_data=False)
+@pytest.mark.parametrize(
+    ("arch", "op", "takes_more"),
+    [
+        ("gemma", "QkNormRope", True),
+        ("gemma", "AddRmsNorm", False),
+        ("gemma", "GatedAct", False),
+        ("qwen3_5_moe", "GatedDeltaNet", True),
+    ],
+)
+def test_an_op_put_back_into_operators_is_seen(arch: str, op: str, takes_more: bool, exported) -> None:
+    made = onnx.load(exported(arch, "bfloat16", slots=64) / "model.onnx", load_external_data=False)
     put_back(made, "layers.1", op)
-    found = of_layers(made, "gemma")["layers.1"]
-    assert found.get(op, 0) == GOLDEN["gemma"]["layers.1"][op] - 1
-    assert (found["all"] > GOLDEN["gemma"]["layers.1"]["all"]) == takes_more
-    assert found != GOLDEN["gemma"]["layers.1"]
+    found, golden = of_layers(made, arch)["layers.1"], GOLDEN[arch]["layers.1"]
+    assert found.get(op, 0) == golden[op] - 1
+    assert (found["all"] > golden["all"]) == takes_more
+    assert found != golden
