@@ -93,16 +93,25 @@ def test_an_op_that_does_not_become_a_plugin_layer_is_an_error(copy: Path, monke
     assert not (copy / "model.plan").exists()
 
 
-def test_the_form_for_trtexec_has_no_bodies_and_builds(tiny_checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "ops"),
+    [
+        ("gemma", {"QkNormRope", "AddRmsNorm", "GatedAct"}),
+        ("qwen3_5", {"QkNormRope", "AddRmsNorm", "GatedAct", "CausalConv1d", "GatedDeltaNet"}),
+    ],
+)
+def test_the_form_for_trtexec_has_no_bodies_and_builds(
+    arch: str, ops: set[str], tiny_checkpoint, tmp_path: Path
+) -> None:
     from llmexport.export import archs
     from llmexport.export.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(tiny_checkpoint("gemma"))
-    request = onnx_file.Request(archs.load("gemma"), checkpoint, "float16", target="tensorrt")
+    checkpoint = open_checkpoint(tiny_checkpoint(arch))
+    request = onnx_file.Request(archs.load(arch), checkpoint, "float16", target="tensorrt")
     onnx_file.write(request, tmp_path / "export", force=False)
     model = onnx.load(tmp_path / "export" / "model.onnx", load_external_data=False)
     assert not model.functions
-    assert {n.op_type for n in model.graph.node if n.domain == "llmexport"} == {"QkNormRope", "AddRmsNorm", "GatedAct"}
+    assert {n.op_type for n in model.graph.node if n.domain == "llmexport"} == ops
     record = engine.build(tmp_path / "export", plugins=emulated_library())
     assert record.graphs["model"].plugins == manifest.read(tmp_path / "export").graphs[0].ops
 
