@@ -42,7 +42,8 @@ def fuse_gated_delta_net(graph: gs.Graph) -> Fused:
     2. g is -exp(a_log) softplus(a + dt_bias) in fp32, times present, where softplus(x) may be x above 20,
     3. beta is sigmoid(b), times the same present, and present [B, T] has got its last axis by an Unsqueeze,
     4. GatedRmsNorm alone reads what the rule gives, as what it norms,
-    5. mixed, a, b, present, a_log, dt_bias, z and the weight are of one float type,
+    5. mixed, a, b, present, a_log, dt_bias, z and the weight are of one float type, and a, b, a_log and dt_bias have a
+       number for each head of v,
     6. nothing reads next_state before the norm.
     """
     return fuse_each(graph, ("GatedDeltaRule",), _fuse)
@@ -65,8 +66,9 @@ def _fuse(graph: gs.Graph, rule: gs.Node) -> None:
     kinds = {float_type(x) for x in inputs[:-1]}
     if len(kinds) > 1 or "" in kinds:
         raise Refusal("its inputs are not of one float type")
-    place = graph.nodes.index(norm)
-    if is_read_before(graph, norm, next_state) or any(graph.nodes.index(n) < place for n in next_state.outputs):
+    if any(list(x.shape or [None])[-1] != state.shape[1] for x in (a, b, a_log, dt_bias)):
+        raise Refusal("a, b, a_log and dt_bias have not a number for each head of v")
+    if is_read_before(graph, norm, next_state):
         raise Refusal("next_state is read before the norm")
     attributes = {**rule.attrs, **norm.attrs}
     replace(norm, [rule], "GatedDeltaNet", inputs, [norm.outputs[0], next_state], attributes)

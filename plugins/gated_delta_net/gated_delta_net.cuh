@@ -65,11 +65,11 @@ struct DecodeArguments {
   GatedRmsNormAttributes norm;
 };
 
-// Grid (H, B), block (kRecurrenceThreads, columns of V / kRecurrenceColumns), for one token a row: a
-// block has a whole head, whose columns the norm takes together. Threads (., y) hold their columns
-// of the state as a block of recurrenceKernel does, and compute and round the same; y is rounded to
-// T and normed as by gatedRmsNormKernel, its squares summed over four columns, then the eight lanes
-// that share rows, then slices.
+// Grid (H, B), block (kRecurrenceThreads, columns of V / kRecurrenceColumns), for one token a row:
+// a block has a whole head, whose columns the norm takes together. Threads (., y) hold their
+// columns of the state as a block of recurrenceKernel does, and compute and round the same; y is
+// rounded to T and normed as by gatedRmsNormKernel, its squares summed over four columns, then the
+// eight lanes that share rows, then slices.
 //
 // 32 floats of the state a thread leave room for one block an SM, which reads, computes and writes
 // in turn; with several blocks for each SM the kernels one after another move bytes faster.

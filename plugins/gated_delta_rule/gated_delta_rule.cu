@@ -22,9 +22,10 @@ struct Chunks {
   static cudaError_t start(Call const& c) {
     DeltaRuleTensors const& t = c.tensors;
     auto* const records = typed<ChunkRecord>(c.workspace);
-    cudaError_t const error = launch(prepareKernel<T, D>, c.plan.prepare, c.stream, typed<T>(t.q),
-                                     typed<T>(t.k), t.g, typed<T>(t.beta), records, t.keyStride, c.sizes.T,
-                                     c.keyHeads, c.attributes.scale, c.attributes.l2Norm);
+    cudaError_t const error =
+        launch(prepareKernel<T, D>, c.plan.prepare, c.stream, typed<T>(t.q), typed<T>(t.k), t.g,
+               typed<T>(t.beta), records, t.keyStride, c.sizes.T, c.keyHeads, c.attributes.scale,
+               c.attributes.l2Norm);
     if (error != cudaSuccess) return error;
     return launch(scanKernel<T, D>, c.plan.scan, c.stream, typed<T>(t.q), typed<T>(t.k),
                   typed<T>(t.v), t.state, records, typed<T>(t.y), t.nextState, t.keyStride,

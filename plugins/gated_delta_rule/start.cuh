@@ -45,8 +45,8 @@ cudaError_t startRecurrence(Call const& c) {
   DeltaRuleTensors const& t = c.tensors;
   return launch(recurrenceKernel<T, kVectors, kDecay>, c.plan.recurrence, c.stream, typed<T>(t.q),
                 typed<T>(t.k), typed<T>(t.v), t.g, typed<T>(t.beta), t.state, typed<T>(t.y),
-                t.nextState, t.keyStride, t.valueStride, c.sizes.T, c.keyHeads, int(c.sizes.D), int(c.sizes.V),
-                c.attributes.scale, c.attributes.l2Norm);
+                t.nextState, t.keyStride, t.valueStride, c.sizes.T, c.keyHeads, int(c.sizes.D),
+                int(c.sizes.V), c.attributes.scale, c.attributes.l2Norm);
 }
 
 // `Chunks::start<T, D>` starts the plan's chunks, of 16-bit tokens T.

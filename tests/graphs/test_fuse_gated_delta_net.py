@@ -179,6 +179,15 @@ def test_refuses_heads_that_the_state_has_not():
     assert fuse_gated_delta_net(made).refused == [("rule", "the heads of q, k and v are not those of the state")]
 
 
+@pytest.mark.parametrize("name", ["b", "a_log", "dt_bias"])
+def test_refuses_numbers_that_heads_share(name: str):
+    made = graph(NET)
+    value = next(v for v in made.inputs if v.name == name)
+    value.shape = [*value.shape[:-1], 1]
+    why = "a, b, a_log and dt_bias have not a number for each head of v"
+    assert fuse_gated_delta_net(made).refused == [("rule", why)]
+
+
 def test_refuses_a_gate_of_another_type():
     made = graph(NET)
     next(v for v in made.inputs if v.name == "z").dtype = np.dtype(np.float32)
