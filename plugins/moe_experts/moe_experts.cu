@@ -238,6 +238,7 @@ cudaError_t run(Arguments const& a) {
                       is.format,
                       is.group,
                       int(ceilDiv(hidden, std::max(is.group, 1))),
+                      ~0u / unsigned(std::max(is.group, 1)) + 1,
                       hidden,
                       intermediate,
                       true,

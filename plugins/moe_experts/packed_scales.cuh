@@ -31,7 +31,9 @@ struct EntryCopies {
       int const block = i * kApart + threadIdx.x / kInBlock;
       int const k = firstDepth + block * kPackedBlock + threadIdx.x % kPerBlock * kEntryDepth<W>;
       bool const valid = k < p.depth;
-      int64_t const at = first + (valid ? int(unsigned(k) / unsigned(p.group)) : 0);
+      // For many rows there is no register left for the product.
+      int const group = S::kBlockwise ? p.groupOf(k) : int(unsigned(k) / unsigned(p.group));
+      int64_t const at = first + (valid ? group : 0);
       scales[i] = inBytes ? uint32_t(static_cast<uint8_t const*>(p.scales)[at])
                           : static_cast<uint32_t const*>(p.scales)[at];
       if (!valid) scales[i] = 0;
@@ -47,7 +49,10 @@ struct EntryCopies {
                           : isMicroscaling(p.format)       ? mxfp4Scale(int(scales[i]))
                                                            : bitsAs<float>(scales[i]);
       Entry const entry{scale * factor, (kIn1024 | zeros[i]) * kTwice};
-      reinterpret_cast<Entry*>(stage)[i * S::kThreads + threadIdx.x] = entry;
+      int const block = i * kApart + threadIdx.x / kInBlock;
+      int const column = threadIdx.x / kPerBlock % S::kColumns;
+      int const to = blockAt<S>(block, column) * kPerBlock + threadIdx.x % kPerBlock;
+      reinterpret_cast<Entry*>(stage)[to] = entry;
     }
   }
 };
@@ -120,6 +125,39 @@ __device__ __forceinline__ void decodePacked(uint32_t (&pairs)[4], unsigned char
       uint32_t const bytes = two.at[i / 2] >> i % 2 * 8;
       pairs[i] = scaledPair<T>(pairOf8Bits(bytes, format, entry.zero), entry.scale);
     }
+  }
+}
+
+// Decodes a column's whole block, 32 values, as pairs of values that follow each other.
+template <class T, class W>
+__device__ __forceinline__ void decodePackedBlock(uint32_t (&pairs)[4][4],
+                                                  unsigned char const* block, Entry const* entries,
+                                                  WeightFormat format) {
+  constexpr bool kHalf = kBits<W> == 4;
+  constexpr int kEntries = kPackedBlock / kEntryDepth<W>;
+  auto const its = load<2 * kEntries>(reinterpret_cast<uint32_t const*>(entries));
+  auto const* const words = reinterpret_cast<uint32_t const*>(block);
+  Vector<uint32_t, 4> const read[] = {load<4>(words), load<4>(words + (kHalf ? 0 : 4))};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int const entry = i * kEntries / 4;
+    float const scale = bitsAs<float>(its.at[2 * entry]);
+    uint32_t const zero = its.at[2 * entry + 1];
+    __half2 wide[4];
+    float values[8];
+    if constexpr (kHalf) decode4Bits(wide, read[0].at[i], format, zero);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t const word = read[i / 2].at[(2 * i + j / 2) % 4];
+      if constexpr (!kHalf) wide[j] = pairOf8Bits(word >> j % 2 * 8, format, zero);
+      float2 const two = __half22float2(wide[j]);
+      // Of 4 bits values j and j + 4 are a pair, of 8 bits every other.
+      int const at = kHalf ? j : j / 2 * 4 + j % 2;
+      values[at] = two.x * scale;
+      values[at + (kHalf ? 4 : 2)] = two.y * scale;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) pairs[i][j] = packed<T>(values[2 * j], values[2 * j + 1]);
   }
 }
 

@@ -47,13 +47,19 @@ struct Projection {
   void const* bias;      // [experts, width] or null
   void* output;          // [pairs, columns]
   WeightFormat format;
-  int group, groups;  // columns that share a scale, and how many of those there are
+  int group, groups;      // columns that share a scale, and how many of those there are
+  unsigned groupInverse;  // 2**32 over `group`, if that is two or more, rounded up
   int depth, columns;
   bool gated, interleaved;  // gate and up in halves of the width, or in its even and odd places
   Activation activation;
   float alpha, limit;
 
   __host__ __device__ int width() const { return gated ? 2 * columns : columns; }
+  // The group of column k. The inverse makes it one too many at most.
+  __device__ __forceinline__ int groupOf(int k) const {
+    unsigned const found = unsigned(uint64_t(unsigned(k)) * groupInverse >> 32);
+    return int(found - (found * unsigned(group) > unsigned(k)));
+  }
   // The factor of a column of an expert's weights.
   __device__ __forceinline__ float factor(int expert, int column) const {
     if (!factors) return 1.0f;

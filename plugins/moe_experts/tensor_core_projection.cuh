@@ -7,7 +7,7 @@
 
 #include "common/early_launch.cuh"
 #include "common/tensor_core.cuh"
-#include "moe_experts/packed_scales.cuh"
+#include "moe_experts/packed_products.cuh"
 
 namespace llmexport {
 
@@ -24,9 +24,6 @@ __device__ __forceinline__ uint32_t convertedPair(uint32_t pair) {
     return bitsAs<uint32_t>(__floats2bfloat162_rn(wide.x, wide.y));
   }
 }
-
-template <class S>
-using Sums = float[S::kRowTiles][S::kColumnTiles][4];
 
 // Adds the product of a stage's two tiles, for the rows and columns of this warp.
 template <class T, class W, bool kTransposed, class S>
@@ -73,70 +70,28 @@ __device__ __forceinline__ void multiply(Sums<S>& sums, T const* input, W const*
   }
 }
 
-// The same for packed weights. A sum may take the k of a block in any order: a thread takes 8 that
-// follow each other, and pairs them as decode(pairs, block, column, part) gives them.
-template <class T, class W, class S, class F>
-__device__ __forceinline__ void multiplyPacked(Sums<S>& sums, T const* input, int warpRow,
-                                               int warpColumn, F decode) {
-  constexpr int kInputChunks = S::kDepth / kChunk;
-  constexpr int kParts = 4;
-  // Of 4 bits a word of inputs is paired with the next but one, of 8 bits with the next.
-  constexpr int kApart = kBits<W> == 4 ? 2 : 1, kStep = 3 - kApart;
-  int const lane = threadIdx.x % kWarp, group = lane / 4, part = lane % 4;
-  int inputAt = chunkAt<kInputChunks>(warpRow + group, part);
-  keepInLoop(inputAt);
-#pragma unroll 1
-  for (int block = 0; block < S::kDepth / kPackedBlock; ++block) {
-    uint32_t b[S::kColumnTiles][4];
-#pragma unroll
-    for (int j = 0; j < S::kColumnTiles; ++j) {
-      decode(b[j], block, warpColumn + j * kMmaColumns + group, part);
-    }
-#pragma unroll
-    for (int i = 0; i < S::kRowTiles; ++i) {
-      Vector<uint32_t, 4> in[2];
-      uint32_t a[2][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int const at = (inputAt ^ block * kParts) + (i * kMmaRows + half * 8) * kInputChunks;
-        in[half] = load<4>(reinterpret_cast<uint32_t const*>(input + at * kChunk));
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          uint32_t const low = in[half].at[e * kStep], high = in[half].at[e * kStep + kApart];
-          a[e][half] = (low & 0xFFFF) | high << 16;
-          a[e][half + 2] = low >> 16 | (high & 0xFFFF0000);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < S::kColumnTiles; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          uint32_t const both[2] = {b[j][2 * e], b[j][2 * e + 1]};
-          mma16x8x16<T>(sums[i][j], a[e], both);
-        }
-      }
-    }
-  }
-}
-
 // Rounds the sums into a tile in shared memory, and from there writes rows of the output: products
 // with their bias or, if gated, the activation of gates and ups.
 template <class T, class S>
 __device__ __forceinline__ void finish(Projection const& p, Share const& share,
                                        int const (&pairs)[S::kRows], Sums<S> const& sums, T* tile,
-                                       int warpRow, int warpColumn, bool adjacent) {
+                                       int warpRow, int warpColumn, int warpDepth, bool adjacent) {
   // Rows lie one chunk further apart, so that 8 of them begin in different banks.
   constexpr int kPitch = S::kColumns + kChunk;
-  int const lane = threadIdx.x % kWarp;
+  if constexpr (S::kBlockwise) {
+    storeColumns<T, S, kPitch>(sums, tile, warpDepth, warpColumn);
+  } else {
+    int const lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int i = 0; i < S::kRowTiles; ++i) {
+    for (int i = 0; i < S::kRowTiles; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const row = warpRow + i * kMmaRows + half * 8 + lane / 4;
+      for (int half = 0; half < 2; ++half) {
+        int const row = warpRow + i * kMmaRows + half * 8 + lane / 4;
 #pragma unroll
-      for (int j = 0; j < S::kColumnTiles; ++j) {
-        auto const two = fromFloats<T, 2>({sums[i][j][2 * half], sums[i][j][2 * half + 1]});
-        store<2>(tile + row * kPitch + warpColumn + j * kMmaColumns + lane % 4 * 2, two);
+        for (int j = 0; j < S::kColumnTiles; ++j) {
+          auto const two = fromFloats<T, 2>({sums[i][j][2 * half], sums[i][j][2 * half + 1]});
+          store<2>(tile + row * kPitch + warpColumn + j * kMmaColumns + lane % 4 * 2, two);
+        }
       }
     }
   }
@@ -238,11 +193,13 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
   }
 
   int const warp = threadIdx.x / kWarp;
-  int const warpRow = warp / S::kWarpsAcross * S::kWarpRows;
+  int const warpDepth = S::kBlockwise ? warp / S::kWarpsAcross : 0;
+  int const warpRow = S::kBlockwise ? 0 : warp / S::kWarpsAcross * S::kWarpRows;
   int const warpColumn = warp % S::kWarpsAcross * S::kWarpColumns;
   bool const adjacent = kTransposed && p.gated && p.interleaved;
   bool const works =
       warpRow < share.rows && weightColumn<S>(p, share.columnTile, warpColumn, adjacent) >= 0;
+  std::conditional_t<S::kBlockwise, LanePlaces<S>, NoPlaces> const places(warpDepth, warpColumn);
   Sums<S> sums = {};
   int stage = 0;  // the place in bytes of this step's tiles
 #pragma unroll 1
@@ -261,21 +218,30 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
     if (works) {
       T const* const input = reinterpret_cast<T const*>(shared + stage);
       unsigned char const* const weight = shared + stage + Layout::kInputBytes;
-      if constexpr (kIsMxfp4<W>) {
-        unsigned char const* const its = scales + depth / kMoeScaleBlock;
-        int const pitch = scalePitch(p.depth, S::kDepth);
-        auto decode = [&](uint32_t (&b)[4], int block, int column, int part) {
-          auto const* const words = reinterpret_cast<uint32_t const*>(weight);
-          decodeMxfp4<T>(b, words[(block * S::kColumns + column) * 4 + part],
-                         its[column * pitch + block]);
+      auto const* const its = reinterpret_cast<Entry const*>(shared + stage + kEntriesAt);
+      unsigned char const* const stored = scales + depth / kPackedBlock * kScalePitch<S>;
+      if constexpr (S::kBlockwise) {
+        auto decode = [&](uint32_t (&b)[4][4], int j) {
+          int const slot = places.block + j * kMmaColumns;
+          if constexpr (kIsMxfp4<W>) {
+            decodeMxfp4Block<T>(b, load<4>(reinterpret_cast<uint32_t const*>(weight) + slot * 4),
+                                stored[places.scales + j * kMmaColumns]);
+          } else {
+            decodePackedBlock<T, W>(b, weight + slot * kBlockBytes<W>,
+                                    its + slot * (kPackedBlock / kEntryDepth<W>), p.format);
+          }
         };
-        multiplyPacked<T, W, S>(sums, input, warpRow, warpColumn, decode);
-      } else if constexpr (kHasEntries<W>) {
-        auto const* const its = reinterpret_cast<Entry const*>(shared + stage + kEntriesAt);
+        multiplyBlockwise<T, S>(sums, input, places.input, decode);
+      } else if constexpr (kIsMxfp4<W> || kHasEntries<W>) {
         auto decode = [&](uint32_t (&b)[4], int block, int column, int part) {
-          int const place = block * S::kColumns + column;
-          decodePacked<T, W>(b, weight + place * kBlockBytes<W>, part,
-                             its + place * (kPackedBlock / kEntryDepth<W>), p.format);
+          int const slot = blockAt<S>(block, column);
+          if constexpr (kIsMxfp4<W>) {
+            decodeMxfp4<T>(b, reinterpret_cast<uint32_t const*>(weight)[slot * 4 + part],
+                           stored[block * kScalePitch<S> + column]);
+          } else {
+            decodePacked<T, W>(b, weight + slot * kBlockBytes<W>, part,
+                               its + slot * (kPackedBlock / kEntryDepth<W>), p.format);
+          }
         };
         multiplyPacked<T, W, S>(sums, input, warpRow, warpColumn, decode);
       } else {
@@ -287,8 +253,11 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
     stage = stage == Layout::kAllBytes - Layout::kBytes ? 0 : stage + Layout::kBytes;
   }
   __syncthreads();
+  if constexpr (S::kWarpsDeep > 1) {
+    addParts<S>(sums, reinterpret_cast<float*>(shared + Layout::kBytes), warpDepth);
+  }
   finish<T, S>(p, kept[0], pairs, sums, reinterpret_cast<T*>(shared), warpRow, warpColumn,
-               adjacent);
+               warpDepth, adjacent);
   return true;
 }
 

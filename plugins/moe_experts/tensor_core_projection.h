@@ -9,12 +9,21 @@ namespace llmexport {
 constexpr int kChunk = 8;  // 16-bit elements of one copy
 constexpr int kMmaRows = 16, kMmaColumns = 8, kMmaDepth = 16;
 
+// Weights of 4 and 8 bits lie in a stage as blocks of so many of a column, the depth of two
+// products.
+constexpr int kPackedBlock = 2 * kMmaDepth;
+// The four lanes that have a column take a block each.
+constexpr int kLaneBlocks = 4;
+
 template <int rows, int columns, int depth, int warpsDown, int warpsAcross, int stages, int blocks,
-          bool persistent = (rows > kMmaRows)>
+          int warpsDeep = 1, bool persistent = (rows > kMmaRows)>
 struct TileShape {
   static constexpr int kRows = rows, kColumns = columns, kDepth = depth;
   static constexpr int kWarpsAcross = warpsAcross, kStages = stages;
-  static constexpr int kThreads = warpsDown * warpsAcross * kWarp;
+  static constexpr int kWarpsDeep = warpsDeep;  // each has a part of a stage's depth
+  static constexpr int kThreads = warpsDown * warpsAcross * warpsDeep * kWarp;
+  // Whether a lane takes whole blocks: there are few rows, and a stage has blocks for all lanes.
+  static constexpr bool kBlockwise = rows == kMmaRows && depth >= kLaneBlocks * kPackedBlock;
   static constexpr int kBlocks = blocks;  // that an SM has registers for
   // Whether a block takes share after share. For few rows the loop would take a fourth more
   // registers, and a decode's shares are hardly more than the blocks that run at a time.
@@ -35,7 +44,7 @@ struct Tiles {
 };
 template <>
 struct Tiles<Mxfp4> {
-  using Few = TileShape<16, 64, 256, 1, 4, 4, 3>;
+  using Few = TileShape<16, 64, 256, 1, 2, 4, 3, 2>;
   using Many = TileShape<128, 128, 64, 2, 4, 3, 2>;
 };
 
@@ -43,13 +52,13 @@ struct Tiles<Mxfp4> {
 // leave no registers for a loop over shares.
 template <>
 struct Tiles<Packed4> {
-  using Few = TileShape<16, 64, 256, 1, 4, 3, 3>;
-  using Many = TileShape<128, 128, 64, 2, 4, 3, 2, false>;
+  using Few = TileShape<16, 64, 256, 1, 2, 3, 3, 2>;
+  using Many = TileShape<128, 128, 64, 2, 4, 3, 2, 1, false>;
 };
 template <>
 struct Tiles<Packed8> {
   using Few = TileShape<16, 64, 128, 1, 4, 4, 3>;
-  using Many = TileShape<128, 128, 64, 2, 4, 3, 2, false>;
+  using Many = TileShape<128, 128, 64, 2, 4, 3, 2, 1, false>;
 };
 
 // Whether the kernels for MXFP4 alone take these weights, which know no factors.
@@ -66,8 +75,6 @@ constexpr int kBits = std::is_same_v<W, Packed8>      ? 8
                       : kIsMxfp4<W> || kHasEntries<W> ? 4
                                                       : 16;
 
-// Packed weights lie in a stage as blocks of so many of a column, the depth of two products.
-constexpr int kPackedBlock = 2 * kMmaDepth;
 template <class W>
 constexpr int kBlockBytes = kPackedBlock * kBits<W> / 8;
 // Weights of a column that share an entry: as many as share a scale, or a part of those.
@@ -81,11 +88,22 @@ struct alignas(8) Entry {
   uint32_t zero;
 };
 
-// Bytes of a row of scales in shared memory: whole steps, and an odd number of words, so that rows
-// lie in different banks.
-__host__ __device__ constexpr int scalePitch(int depth, int tileDepth) {
-  int64_t const scales = ceilDiv(depth, tileDepth) * tileDepth / kMoeScaleBlock;
-  return int(ceilDiv(scales, 4) | 1) * 4;
+// Where the weights of a block of a column, and what belongs to them, lie among a stage's
+// [kDepth / kPackedBlock, kColumns]: 8 columns of a block, and two columns of 4 blocks, are in
+// different banks.
+template <class S>
+__host__ __device__ constexpr int blockAt(int block, int column) {
+  int const moved = S::kBlockwise ? (block & 3) << 1 | (block >> 2 & 1) : 0;
+  return block * S::kColumns + (column ^ moved);
+}
+
+// Scales of MXFP4 in shared memory are [blocks of whole stages, kScalePitch]: rows of an odd number
+// of words begin in different banks.
+template <class S>
+constexpr int kScalePitch = S::kColumns + 4;
+template <class S>
+__host__ __device__ constexpr int scaleBlocks(int depth) {
+  return int(ceilDiv(depth, S::kDepth)) * (S::kDepth / kPackedBlock);
 }
 
 template <class W, class S>
@@ -97,7 +115,7 @@ struct StageLayout {
   static constexpr int kAllBytes = S::kStages * kBytes;
 
   static constexpr size_t sharedBytes(int depth) {
-    return kAllBytes + (kIsMxfp4<W> ? size_t(S::kColumns) * scalePitch(depth, S::kDepth) : 0);
+    return kAllBytes + (kIsMxfp4<W> ? size_t(kScalePitch<S>) * scaleBlocks<S>(depth) : 0);
   }
 };
 

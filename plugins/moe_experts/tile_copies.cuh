@@ -48,6 +48,13 @@ __device__ __forceinline__ int64_t place(int row, int columns, int at) {
   return int64_t(uint64_t(unsigned(row)) * unsigned(columns) + unsigned(at));
 }
 
+// The place of chunk `chunk` of row `row` in a tile of inputs that lanes take blockwise: the chunks
+// of two rows and four blocks that follow each other are in different banks.
+template <int kChunksPerRow>
+__device__ __forceinline__ int blockwiseChunkAt(int row, int chunk) {
+  return row * kChunksPerRow + (chunk ^ (chunk >> 3 & 1) ^ (row & 1) << 1);
+}
+
 // Keeps computations from x in their loop: the compiler would move them out of it, where the
 // results take registers that are not left.
 __device__ __forceinline__ void keepInLoop(int& x) { asm volatile("" : "+r"(x)); }
@@ -67,7 +74,14 @@ struct InputCopies {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       int const row = rows[threadIdx.x / kPerRow + i * kApart];
-      copyAsync16(tile + chunkAt<kPerRow, kApart>(threadIdx.x / kPerRow, i, chunk) * kChunk,
+      int to;
+      if constexpr (S::kBlockwise) {
+        static_assert(kApart % 2 == 0);
+        to = blockwiseChunkAt<kPerRow>(threadIdx.x / kPerRow, chunk) + i * kApart * kPerRow;
+      } else {
+        to = chunkAt<kPerRow, kApart>(threadIdx.x / kPerRow, i, chunk);
+      }
+      copyAsync16(tile + to * kChunk,
                   from + place(row < 0 ? 0 : row, depth, at), row >= 0 && at < depth);
     }
   }
@@ -177,8 +191,10 @@ struct BlockCopies {
     int const block = copy / kPerBlock, within = copy % kPerBlock * kCopyBytes;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      int const c = threadIdx.x / kPerRow + i * kApart;
-      copyAsync16(stage + (block * S::kColumns + c) * kBlockBytes<W> + within,
+      // A multiple of 8 columns further on lies as far from the first.
+      static_assert(kApart % 8 == 0);
+      int const to = blockAt<S>(block, threadIdx.x / kPerRow) + i * kApart;
+      copyAsync16(stage + to * kBlockBytes<W> + within,
                   from + place(i * apart, bytes, at), i < count && at < bytes);
     }
   }
@@ -196,16 +212,16 @@ struct WeightCopies<Packed8, false, S> : BlockCopies<Packed8, S> {
   using BlockCopies<Packed8, S>::BlockCopies;
 };
 
-// Reads the scales of a tile of MXFP4, [kColumns, pitch]; a scale is 1 where there are no weights.
-// They are few, and their bytes no multiple of a copy's, so that all are read before the first
-// step.
+// Reads the scales of a tile of MXFP4, [blocks, kScalePitch]; a scale is 1 where there are no
+// weights. They are few, and their bytes no multiple of a copy's, so that all are read before the
+// first step.
 template <class S>
 __device__ __forceinline__ void loadScales(Projection const& p, Share const& share,
                                            unsigned char* scales) {
   constexpr unsigned char kOne = 127;
   int depth = p.depth;
   keepInLoop(depth);
-  int const pitch = scalePitch(depth, S::kDepth), blocks = depth / kMoeScaleBlock;
+  int const all = scaleBlocks<S>(depth), blocks = depth / kMoeScaleBlock;
   uint8_t const* const from =
       static_cast<uint8_t const*>(p.scales) + int64_t(share.expert) * p.width() * blocks;
   // A warp has every kWarps-th column, and waits once for a batch of them; a larger batch would
@@ -215,7 +231,7 @@ __device__ __forceinline__ void loadScales(Projection const& p, Share const& sha
 #pragma unroll 1
   for (int first = threadIdx.x / kWarp; first < S::kColumns; first += kBatch * kWarps) {
 #pragma unroll 1
-    for (int block = threadIdx.x % kWarp; block < pitch; block += kWarp) {
+    for (int block = threadIdx.x % kWarp; block < all; block += kWarp) {
       unsigned char read[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -224,7 +240,9 @@ __device__ __forceinline__ void loadScales(Projection const& p, Share const& sha
         read[i] = valid ? from[place(column, blocks, block)] : kOne;
       }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) scales[(first + i * kWarps) * pitch + block] = read[i];
+      for (int i = 0; i < kBatch; ++i) {
+        scales[block * kScalePitch<S> + first + i * kWarps] = read[i];
+      }
     }
   }
 }

@@ -9,7 +9,7 @@ from native import PLUGINS, compiled, need_gpu, need_nvcc
 
 HERE = Path(__file__).parent / "emulator"
 SEEDS = ("0", "1", "2")
-RIGHT = ("gemm", "sum", "halves", "match", "rotate", "take", "chain", "mxfp4", "too_many_threads")
+RIGHT = ("gemm", "sum", "halves", "match", "rotate", "take", "chain", "mxfp4", "mxfp4_blocks", "too_many_threads")
 
 
 @pytest.fixture(scope="module")

@@ -87,11 +87,13 @@ def test_mxfp4(machine: Machine, size: tuple[int, ...], dtype: str, interleaved:
     assert is_right(machine, node, dtype)
 
 
-# Of every format: groups of a tile, of a half of it and of a row, a last one that is smaller, and no whole vectors.
+# Of every format: groups of a tile, of a half of it and of a row, a last one that is smaller, experts without tokens,
+# and no whole vectors.
 PACKED = [
     Node(7, 2, 4, 96, 64, stored=MXFP4, biases=True, factors=True),
     Node(65, 2, 4, 64, 32, stored=MXFP4, biases=True, factors=True),
     Node(7, 2, 4, 48, 18, stored=MXFP4, biases=True),
+    Node(64, 2, 16, 544, 96, stored=MXFP4, biases=True, chosen=3),
     Node(7, 2, 4, 288, 64, stored="mxfp8", biases=True),
     Node(65, 2, 4, 64, 96, stored="mxfp8", biases=True, interleaved=True, factors=True),
     Node(1, 4, 32, 96, 32, stored="nvfp4", group=16, biases=True, factors=True),
@@ -102,6 +104,7 @@ PACKED = [
     Node(7, 2, 4, 37, 19, stored="fp8", group=5, biases=True, factors=True),
     Node(7, 2, 4, 288, 64, stored="uint4", group=32, biases=True),
     Node(65, 2, 4, 160, 96, stored="uint4", group=64, biases=True, zeros=True, interleaved=True),
+    Node(40, 2, 16, 288, 96, stored="uint4", group=96, biases=True, zeros=True, chosen=2),
     Node(20, 1, 4, 38, 18, stored="uint4", group=7, biases=True, zeros=True, factors=True),
     Node(7, 2, 4, 96, 64, stored="uint8", group=32, biases=True, zeros=True),
     Node(65, 2, 2, 48, 40, stored="uint8", group=24, biases=True, interleaved=True),
@@ -220,7 +223,7 @@ def test_a_nan_shows_in_its_token_alone(machine: Machine, dtype: str, tokens: in
 
 @pytest.mark.parametrize(
     "node",
-    [FEW_ROWS[1], FEW_ROWS[6], MANY_ROWS[0], Node(20, 2, 4, 96, 64, stored=MXFP4, biases=True), PACKED[12], ODD[1]],
+    [FEW_ROWS[1], FEW_ROWS[6], MANY_ROWS[0], Node(20, 2, 4, 96, 64, stored=MXFP4, biases=True), PACKED[13], ODD[1]],
     ids=name,
 )
 def test_result_does_not_depend_on_the_order_of_threads(

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,22 @@ WIDE = re.compile(
     r"(rope|qkNormRope|addRmsNorm|addRmsNormTwoPass|gatedAct|gatedRmsNorm|gatedRmsNormTwoPass|causalConv1d|scaleInput|combine)"
     r"Kernel<(__half|__nv_bfloat16|float), (?:\(int\))?(4|8)[,>]"
 )
+# The same with its address and, of a branch, where it goes.
+PLACED = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(?:(?<=BRA)[^;\n]*0x([0-9a-f]+))?", re.MULTILINE
+)
 Code = dict[str, list[str]]
 
 
-def code_of(listing: str) -> Code:
-    """The instructions of each kernel, by its name as C++ writes it."""
+def listed(listing: str) -> dict[str, str]:
+    """The listing of each kernel, by its name as C++ writes it."""
     parts = re.split(r"^\s+Function : (\S+)$", listing, flags=re.MULTILINE)
     names = subprocess.run(["c++filt"], input="\n".join(parts[1::2]), capture_output=True, text=True, check=True).stdout
-    return dict(zip(names.splitlines(), map(INSTRUCTION.findall, parts[2::2]), strict=True))
+    return dict(zip(names.splitlines(), parts[2::2], strict=True))
 
 
 @pytest.fixture(scope="module")
-def code(cuda_library: Path) -> Code:
+def listings(cuda_library: Path) -> dict[str, str]:
     cuobjdump = cuda_tool("cuobjdump")
     # cuobjdump calls nvdisasm.
     folders = [os.path.dirname(cuda_tool("nvdisasm")), os.environ.get("PATH", "")]
@@ -41,7 +46,36 @@ def code(cuda_library: Path) -> Code:
         ).stdout
         for arch in ("sm_90", "sm_90a")
     ]
-    return code_of("".join(listings))
+    return listed("".join(listings))
+
+
+@pytest.fixture(scope="module")
+def code(listings: dict[str, str]) -> Code:
+    """The instructions of each kernel."""
+    return {name: INSTRUCTION.findall(listing) for name, listing in listings.items()}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An instruction: its address and, of a branch, that of the next."""
+
+    at: int
+    op: str
+    to: int
+
+
+def placed(listing: str) -> list[Placed]:
+    return [Placed(int(at, 16), op, int(to or "0", 16)) for at, op, to in PLACED.findall(listing)]
+
+
+def loops(every: list[Placed]) -> list[list[Placed]]:
+    """The instructions of each loop, that of a branch back to them included."""
+    return [[i for i in every if b.to <= i.at <= b.at] for b in every if 0 < b.to < b.at]
+
+
+def products(listing: str) -> list[Placed]:
+    """The outermost loop over products of tensor cores."""
+    return max((loop for loop in loops(placed(listing)) if any("HMMA" in i.op for i in loop)), key=len)
 
 
 def wide(code: Code) -> Iterator[tuple[str, list[str]]]:
@@ -126,3 +160,36 @@ def test_scales_of_mxfp4_are_read_eight_at_a_time(code: Code) -> None:
         runs = [len(run) for run in re.findall("(?:L)+", "".join(i[0] for i in scales))]
         assert scales[0] == "LDG.E.U8", name
         assert min(runs) >= 8, (name, runs)
+
+
+# A warp's part of a stage of MXFP4 for few rows: 32 columns, 128 deep.
+STAGE_BYTES = 32 * 128 // 2
+# 3.35 TB/s are 12.8 bytes a cycle of an SM of an H100, and 3 instructions a cycle are often issued, 4 at most.
+BYTES_PER_INSTRUCTION = 3.7
+
+
+def for_few_rows(listings: dict[str, str], weights: str) -> list[str]:
+    found = [n for n in listings if "tensorCoreProjectionKernel<" in n and f"{weights}, " in n]
+    few = [n for n in found if re.search(r"TileShape<(\(int\))?16, ", n)]
+    assert len(few) == 2
+    return few
+
+
+def test_decode_of_mxfp4_reads_as_fast_as_an_h100(listings: dict[str, str]) -> None:
+    """Scales beyond those of one product are skipped: they alone pack floats in the loop."""
+    for name in for_few_rows(listings, "Mxfp4"):
+        loop = products(listings[name])
+        assert sum("HMMA" in i.op for i in loop) == STAGE_BYTES // 64, name
+        skipped = [[i for i in loop if b.at < i.at < b.to] for b in loop if b.at < b.to <= loop[-1].at]
+        rare = {i for part in skipped for i in part if any(i.op.startswith("F2FP") for i in part) and len(part) < 40}
+        run = [i for i in loop if i not in rare and i.op != "NOP"]
+        assert rare, name
+        assert STAGE_BYTES / len(run) >= BYTES_PER_INSTRUCTION, (name, len(run))
+
+
+@pytest.mark.parametrize("weights", ["Packed4", "Packed8"])
+def test_a_stage_of_packed_weights_divides_once(listings: dict[str, str], weights: str) -> None:
+    """For a column's factor. The groups of its entries come of products: a division takes 20 instructions."""
+    for name in for_few_rows(listings, weights):
+        reciprocals = [i.op for i in products(listings[name]) if i.op == "MUFU.RCP"]
+        assert len(reciprocals) == 1, (name, reciprocals)

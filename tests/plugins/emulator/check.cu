@@ -112,6 +112,40 @@ __global__ void decodeAll(uint32_t* pairs) {
   }
 }
 
+// The same by blocks, which have each code twice.
+template <class T>
+__global__ void decodeBlocks(uint32_t* pairs) {
+  Vector<uint32_t, 4> const words{0x76543210u, 0xFEDCBA98u, 0x89ABCDEFu, 0x01234567u};
+  uint32_t decoded[4][4];
+  decodeMxfp4Block<T>(decoded, words, int(threadIdx.x));
+  for (int i = 0; i < 16; ++i) pairs[threadIdx.x * 16 + i] = decoded[i / 4][i % 4];
+}
+
+// As the nearest T, but for zeros, which are all positive.
+template <class T>
+bool mxfp4BlocksAreRight() {
+  constexpr int kScales = 256;
+  constexpr float kMagnitudes[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  Array<uint32_t> y(std::vector<uint32_t>(kScales * 16, 0xFFFFFFFF));
+  run(decodeBlocks<T>, 1, kScales, y.data);
+  auto const found = y.host();
+  for (int scale = 0; scale < kScales; ++scale) {
+    for (int i = 0; i < 32; ++i) {
+      int const code = i < 16 ? i : 31 - i;
+      auto const bits = uint16_t(found[scale * 16 + i / 2] >> i % 2 * 16);
+      T value;
+      std::memcpy(static_cast<void*>(&value), &bits, sizeof value);
+      if (scale == 255) {
+        if (std::isfinite(float(value))) return false;
+        continue;
+      }
+      float const wide = std::ldexp(kMagnitudes[code % 8], scale - 127);
+      if (float(value) != float(T(code < 8 ? wide : -wide))) return false;
+    }
+  }
+  return true;
+}
+
 // Every code with every scale, as the nearest T; 255 is no scale, and gives no number.
 template <class T>
 bool mxfp4IsRight() {
@@ -153,6 +187,7 @@ bool check(std::string const& name) {
   if (name == "take") return takeAfterWorkIsRight();
   if (name == "chain") return chainIsRight();
   if (name == "mxfp4") return mxfp4IsRight<Bfloat16>() && mxfp4IsRight<Half>();
+  if (name == "mxfp4_blocks") return mxfp4BlocksAreRight<Bfloat16>() && mxfp4BlocksAreRight<Half>();
   if (name == "out_of_bounds") run(copyUnchecked, 1, 128, x.data, y.data);
   if (name == "past_shared_end") run(pastSharedEnd, 1, 32, y.data);
   if (name == "misaligned") run(copyShifted, 1, 8, x.data, y.data);
