@@ -81,6 +81,20 @@ unsigned __match_any_sync(unsigned mask, T value, LLMEXPORT_LINE) {
   });
 }
 
+// The largest value that the lanes of `mask` give.
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, LLMEXPORT_LINE) {
+  using llmexport::emulator::kLanes;
+  auto& block = llmexport::emulator::Block::current();
+  unsigned const there = mask & block.existing();
+  return block.collective("__reduce_max_sync", line, mask, value, [&](auto give) {
+    unsigned most = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (there >> lane & 1) most = std::max(most, give(lane));
+    }
+    return most;
+  });
+}
+
 inline int __any_sync(unsigned mask, int predicate, LLMEXPORT_LINE) {
   return __ballot_sync(mask, predicate, line) != 0;
 }

@@ -137,6 +137,20 @@ __device__ __forceinline__ void dropRouteGroups(float (&choice)[kPerLane], float
   }
 }
 
+// The largest of the row's keys. Where a row has a whole warp, one instruction finds that of 32
+// bits, and one more the lower half of one of 64.
+template <class Key>
+__device__ __forceinline__ Key bestRouteKey(Key key, int lanes) {
+  if (lanes < kWarp) return maxOverLanes(key, lanes);
+  if constexpr (sizeof(Key) == 4) {
+    return __reduce_max_sync(~0u, key);
+  } else {
+    uint32_t const high = uint32_t(key >> 32), most = __reduce_max_sync(~0u, high);
+    uint32_t const low = __reduce_max_sync(~0u, high == most ? uint32_t(key) : 0u);
+    return Key(most) << 32 | low;
+  }
+}
+
 // Turns the scores of a row's winners into their weights; each lane takes the winners that it
 // wrote.
 template <class Precision>
@@ -233,14 +247,14 @@ __global__ void __launch_bounds__(kRouteThreads, kRouteBlocks)
 
 #pragma unroll 1
   for (int place = 0; place < topK; ++place) {
-    Key const best = maxOverLanes(keys[0], lanes);
+    Key const best = bestRouteKey(keys[0], lanes);
     bool const mine = keys[0] == best;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       Key const next = i + 1 < kPerLane ? keys[i + 1] : 0;
       keys[i] = mine ? next : keys[i];
     }
-    if (lane == place % lanes) winners[place].expert = routeExpert(best);
+    if (lane == (place & (lanes - 1))) winners[place].expert = routeExpert(best);
   }
   for (int i = lane; i < topK; i += lanes) {
     winners[i].weight = score(toFloat(logits[winners[i].expert]));

@@ -193,3 +193,13 @@ def test_a_stage_of_packed_weights_divides_once(listings: dict[str, str], weight
     for name in for_few_rows(listings, weights):
         reciprocals = [i.op for i in products(listings[name]) if i.op == "MUFU.RCP"]
         assert len(reciprocals) == 1, (name, reciprocals)
+
+
+def test_a_router_of_whole_warps_finds_the_best_key_in_one_instruction(listings: dict[str, str]) -> None:
+    """Of 8 keys a lane, which move up where the best one was; no place is divided by lanes."""
+    found = [n for n in listings if re.search(r"moeRouteKernel<\w+, unsigned int, (\(int\))?8>", n)]
+    assert len(found) == 2
+    for name in found:
+        best = [loop for loop in loops(placed(listings[name])) if any(i.op.startswith("REDUX") for i in loop)]
+        assert min(map(len, best)) <= 24, name
+        assert not [i for loop in best for i in loop if i.op.startswith(("I2F", "MUFU"))], name
