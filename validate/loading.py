@@ -135,8 +135,10 @@ def _newer_names(model: Any, config: Any, older: Mapping[str, str]) -> dict[str,
 def _made(export: Export, attention: str | None) -> Any:
     """The model that a module of references makes of the weights in the export."""
     tensors, dtype = _tensors(export), torch_dtype(export.dtype)
+    # Those are numbers already.
+    config = {n: v for n, v in export.text_config.items() if n not in KEYS}
     try:
-        return references.make(export.reference.made_by, export.text_config, tensors, dtype, attention)
+        return references.make(export.reference.made_by, config, tensors, dtype, attention)
     except references.Unread as error:
         raise Refused(str(error)) from error
 
