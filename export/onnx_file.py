@@ -133,7 +133,8 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
         request, own, notes = open_model(dataclasses.replace(request, checkpoint=copied, quantize_head=False))
         quantize.check_untied(arch, model, own)
         return dataclasses.replace(request, quantize_head=True), own, notes
-    return dataclasses.replace(request, arch=arch), with_packed(model, arch, request.checkpoint), notes
+    packed = with_packed(model, arch, request.checkpoint, request.target, request.dtype)
+    return dataclasses.replace(request, arch=arch), packed, notes
 
 
 def write(request: Request, target: Path, *, force: bool = False, progress: Progress = silent) -> Export:
@@ -187,7 +188,8 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         kind = (request.quantize, request.group_size, request.quantize_head)
         made = quantize.quantise(*kind, arch, checkpoint, graphs, own, folder)
         checkpoint, notes = made.checkpoint, [*notes, *made.told.notes]
-        graphs, own, wanted = wanted_graphs(arch, checkpoint, with_packed(model, arch, checkpoint), request.block)
+        packed = with_packed(model, arch, checkpoint, request.target, request.dtype)
+        graphs, own, wanted = wanted_graphs(arch, checkpoint, packed, request.block)
     checkpoint, repacked = with_repacked(checkpoint, wanted, join=request.target == "onnxruntime")
     own = {graph: {step: whole(p, checkpoint) for step, p in steps.items()} for graph, steps in own.items()}
     config = text_config(arch, checkpoint.config)
@@ -195,8 +197,10 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
     used = {checkpoint.tensors[n].file for p in wanted for s in p.sources for n in checkpoint.holders(s)}
     progress("weights", 0, 1)
+    held = checkpoint
     if made:
         found = made.write(folder, request.digest, progress)
+        held = made.written(folder)
     else:
         found = place_shards(checkpoint, used, folder, request.weights, whole=request.digest)
     check_config(stored)
@@ -205,7 +209,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     for told in (made.told, handed) if made else (handed,):
         companions |= told.place(folder)
     if repacked:
-        found.append(repacked.write(folder, whole=request.digest))
+        found.append(repacked.write(folder, held.read, whole=request.digest))
     progress("weights", 1, 1)
     for graph, data in built:
         (folder / graph.file).write_bytes(data)

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmexport.export import rounded_files
 from llmexport.export.assembly import HEAD, head_name, parts, tied_names
-from llmexport.export.checkpoint import INDEX, Checkpoint
+from llmexport.export.checkpoint import INDEX, Checkpoint, read_header
 from llmexport.export.errors import ExportError
 from llmexport.export.handover import HandOver
 from llmexport.export.identity import Held, WeightFile
@@ -45,6 +45,12 @@ class Quantised:
     def write(self, folder: Path, whole: bool, progress: Progress) -> list[tuple[WeightFile, Held]]:
         """Writes the weights into a folder that has none; a chunk of a tensor is in memory."""
         return rounded_files.write(self.files, self.source, self.rounding, folder, whole, progress)
+
+    def written(self, folder: Path) -> Checkpoint:
+        """The checkpoint whose weights were written into this folder."""
+        return replace(
+            self.checkpoint, folder=folder, shards=tuple(read_header(folder / f.name)[1] for f in self.files)
+        )
 
 
 def check(

@@ -38,7 +38,7 @@ def wanted_parameters(
             matrix = (step.path + path).removesuffix(tensor.suffix if tensor.role else "")
             experts = min(shape[0], most) if shape else 0
             parts = () if name in stored or matrix in whole else part_names(arch, matrix, experts)
-            own[path] = Parameter(name, shape, parts, tensor.dtype, tensor.group, tensor.role)
+            own[path] = Parameter(name, shape, parts, tensor.dtype, tensor.group, tensor.role, tensor.join)
             names += len(own[path].sources)
             if names > most:
                 raise ExportError(
@@ -60,7 +60,8 @@ def wanted_graphs(
 
 def whole(parameters: Mapping[str, Parameter], checkpoint: Checkpoint) -> dict[str, Parameter]:
     """The same, each that a checkpoint now holds in one tensor as that."""
-    return {n: replace(p, parts=()) if p.name in checkpoint.tensors else p for n, p in parameters.items()}
+    held = checkpoint.tensors
+    return {n: replace(p, parts=(), role="", join=0) if p.name in held else p for n, p in parameters.items()}
 
 
 def check_layers(arch: Arch, model: Model, tensors: Collection[str], tower: tuple[str, ...]) -> None:

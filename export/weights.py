@@ -31,7 +31,7 @@ class Parameter:
     """A weight that the model wants: its name in the checkpoint and its shape.
 
     `parts` are the tensors it is made of, stacked in this order, where the checkpoint has no such tensor.
-    `dtype`, `group` and `role` are those of Stored; with a role, the parts are matrices in few bits.
+    `dtype`, `group`, `role` and `join` are those of Stored; with a role, the parts are matrices in few bits.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Parameter:
     dtype: str = "T"
     group: int | None = None
     role: Role = ""
+    join: int = 0
 
     def cast(self, dtype: int) -> int | None:
         """The ONNX type that it is cast to in a model of `dtype`; None if the graph takes it as it is stored."""

@@ -28,14 +28,15 @@ def parameters(graph: ExportedGraph, model: onnx.ModelProto, checkpoint: Checkpo
         for path, names in graph.step_weights[step.name].items():
             parts = () if isinstance(names, str) else tuple(names)
             held = stored[step.block][path]
-            if held.role:
-                first = stacks.part(checkpoint.matrices[parts[0]], held.role, held.dtype, checkpoint.tensors)
+            role = held.role if parts else ""
+            if role:
+                first = stacks.part(checkpoint.matrices[parts[0]], role, held.dtype, checkpoint.tensors)
                 name = rows.get(first.tensor.name, "").removesuffix(stacks.JOINED)
             else:
                 name = next((stacked[rows[p]] for p in parts if rows.get(p) in stacked), "")
             # No node has the name of a weight that the file does not put together.
             name = name or f"{step.path}{path}"
-            own[path] = Parameter(name if parts else str(names), held.shape, parts, held.dtype, held.group, held.role)
+            own[path] = Parameter(name if parts else str(names), held.shape, parts, held.dtype, held.group, role)
     return found
 
 

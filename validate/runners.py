@@ -84,8 +84,8 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         stored = step.block.stored
         for path, names in weights.items():
             held = stored.get(path)
-            if held and held.role:
-                parameter = Parameter(path, held.shape, tuple(names), held.dtype, role=held.role)
+            if held and held.role and not isinstance(names, str):
+                parameter = Parameter(path, held.shape, names, held.dtype, role=held.role)
                 tensor = to_torch(stacks.values(parameter, self._checkpoint))
             else:
                 tensor = self._read(names).reshape(shapes[path])

@@ -23,6 +23,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 __all__ = ["OLDEST_RUNTIME", "REFUSALS", "InferenceSession", "OrtValue", "SessionOptions", "open_session", "version"]
 OLDEST_RUNTIME: tuple[int, ...] = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
 OLDEST_STATIC: tuple[int, ...] = (1, 25)  # that runs a static cache
+OLDEST_EXPERTS: tuple[int, ...] = (1, 26)  # that runs experts in int4 of the target onnxruntime
 STOPS = tuple(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception))
 REFUSALS: tuple[type[Exception], ...] = (RuntimeError, *STOPS)
 
@@ -47,7 +48,10 @@ def open_session(
     """
     installed = onnxruntime.__version__
     oldest, lack = OLDEST_RUNTIME, "whose Attention is wrong where heads share a key"
-    if any(node.op_type == "TensorScatter" for node in _nodes(model.graph)):
+    ops = {node.op_type for node in _nodes(model.graph)}
+    if "QMoE" in ops:
+        oldest, lack = OLDEST_EXPERTS, "whose QMoE takes no weights of a router, and this model's experts are its"
+    elif "TensorScatter" in ops:
         oldest, lack = OLDEST_STATIC, "which has no TensorScatter, and this model a static cache"
     if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < oldest:
         raise Mismatch(

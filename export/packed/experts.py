@@ -10,6 +10,7 @@ from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.packed.matrix import EXPONENTS, Matrix
 from llmexport.export.packed.repack import has_zeros, places_of
 from llmexport.export.spec import Arch, Block, Experts, Layer, Model, Packed, Plain
+from llmexport.graphs import lower_experts
 from llmexport.plugins.packed_formats import PACKED
 
 FORMATS = {"uint4": "uint4", "int4": "uint4", "uint8": "uint8", "int8": "int8"}
@@ -26,14 +27,22 @@ class Kind(NamedTuple):
     scales: str
 
 
-def with_packed(model: Model, arch: Arch, checkpoint: Checkpoint) -> Model:
-    """The model whose experts are read in few bits, where the checkpoint has those of a layer in one way."""
+def with_packed(
+    model: Model, arch: Arch, checkpoint: Checkpoint, target: str = "portable", dtype: str = "float32"
+) -> Model:
+    """The model whose experts are read in few bits, where the checkpoint has those of a layer in one way.
+
+    Stacks that ONNX Runtime's operator for experts in int4 takes are to be written as that reads them.
+    """
     if not checkpoint.matrices:
         return model
+    join = (target, dtype) == ("onnxruntime", "float32")
 
     def within(block: Block, path: str) -> Block:
         if isinstance(block, Experts):
             storage = _storage(block, arch, path, checkpoint)
+            if storage and join and _is_lowered(block, storage):
+                return dataclasses.replace(block, storage=dataclasses.replace(storage, join=True), interleaved=True)
             return dataclasses.replace(block, storage=storage) if storage else block
         # Some blocks are made when they are asked for.
         changed = {n: new for n, (part, own) in block.parts.items() if (new := within(part, path + own)) is not part}
@@ -47,6 +56,12 @@ def with_packed(model: Model, arch: Arch, checkpoint: Checkpoint) -> Model:
         steps = tuple(dataclasses.replace(s, block=within(s.block, s.path)) for s in graph.assembly.steps)
         graphs.append(dataclasses.replace(graph, assembly=dataclasses.replace(graph.assembly, steps=steps)))
     return dataclasses.replace(model, graphs=tuple(graphs))
+
+
+def _is_lowered(block: Experts, storage: Packed) -> bool:
+    """Whether lower_experts takes them, as far as the model tells; biases are those of gate and up apart."""
+    apart = block.bias or block.scale_input or storage.factors
+    return storage.format == "uint4" and block.activation in lower_experts.ACTIVATIONS and not apart
 
 
 def _storage(block: Experts, arch: Arch, path: str, checkpoint: Checkpoint) -> Packed | None:

@@ -33,10 +33,10 @@ ROWS, GRID, POINTS = "/rows", "/grid", "/points"
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor to be written: its bytes are made when it is its turn."""
+    """A tensor to be written: its bytes are made when it is its turn, of what the checkpoint holds by then."""
 
     tensor: StoredTensor
-    make: Callable[[], np.ndarray]
+    make: Callable[[Read], np.ndarray]
 
 
 def pieces(matrices: Iterable[Matrix], checkpoint: Checkpoint) -> Iterator[Piece]:
@@ -50,38 +50,43 @@ def pieces(matrices: Iterable[Matrix], checkpoint: Checkpoint) -> Iterator[Piece
             raise ExportError(f"{matrix.name} has {rows} rows, which bytes of two numbers do not fill")
         width = rows * matrix.bits // 8
         if anew:
-            numbers = partial(_numbers, matrix, places, zeros, checkpoint.read)
+            numbers = partial(_numbers, matrix, places, zeros)
             yield Piece(unplaced(matrix.name + NUMBERS, byte, (columns, width)), numbers)
         if places is not None:
-            yield Piece(unplaced(matrix.name + PLACES, place, (columns,)), partial(np.asarray, places))
-            yield Piece(unplaced(matrix.name + RANKS, place, (columns,)), partial(np.argsort, places))
+            yield Piece(unplaced(matrix.name + PLACES, place, (columns,)), partial(_constant, places))
+            yield Piece(unplaced(matrix.name + RANKS, place, (columns,)), partial(_constant, np.argsort(places)))
         if zeros:
-            points = partial(_zeros, matrix, checkpoint.read)
-            yield Piece(unplaced(matrix.name + ZEROS, byte, (matrix.grid[1], width)), points)
+            yield Piece(unplaced(matrix.name + ZEROS, byte, (matrix.grid[1], width)), partial(_zeros, matrix))
 
 
 def stack_pieces(matrix: Matrix, checkpoint: Checkpoint, *, zeros: bool) -> Iterator[Piece]:
     """What has to be packed anew for a stack to have this matrix, with zero points or without."""
     byte, (rows, columns) = BY_NAME["uint8"], matrix.shape
     if matrix.layout != "rows" or matrix.number == "int4":
-        numbers = partial(_rows, matrix, checkpoint.read)
-        yield Piece(unplaced(matrix.name + ROWS, byte, (rows, columns * matrix.bits // 8)), numbers)
+        numbers = unplaced(matrix.name + ROWS, byte, (rows, columns * matrix.bits // 8))
+        yield Piece(numbers, partial(_rows, matrix))
     if matrix.scales.turned:
         scales = checkpoint.tensors[matrix.scales.name]
-        turned = partial(_turned, scales.name, matrix.grid, checkpoint.read)
-        yield Piece(unplaced(matrix.name + GRID, BY_SAFETENSORS[scales.dtype], matrix.grid), turned)
+        turned = unplaced(matrix.name + GRID, BY_SAFETENSORS[scales.dtype], matrix.grid)
+        yield Piece(turned, partial(_turned, scales.name, matrix.grid))
     if zeros:
-        yield Piece(unplaced(matrix.name + POINTS, byte, matrix.grid), partial(_points, matrix, checkpoint.read))
+        yield Piece(unplaced(matrix.name + POINTS, byte, matrix.grid), partial(_points, matrix))
 
 
 def joined(wanted: Iterable[Parameter], checkpoint: Checkpoint) -> Iterator[Piece]:
-    """What is published in several tensors of floats, as one of the parameter's own name."""
-    for parameter in {p.name: p for p in wanted if p.parts and checkpoint.matrices.keys().isdisjoint(p.parts)}.values():
+    """What is published in several tensors of floats, or is to be joined of matrices, as one of the parameter's own
+    name."""
+    parameters = {p.name: p for p in wanted if p.parts}.values()
+    for parameter in (p for p in parameters if p.join):
+        dtype = BY_NAME["float32" if parameter.dtype == "F" else parameter.dtype]
+        matrices = [checkpoint.matrices[n] for n in parameter.parts]
+        yield Piece(unplaced(parameter.name, dtype, parameter.shape), partial(_in_turn, parameter, matrices))
+    for parameter in (p for p in parameters if checkpoint.matrices.keys().isdisjoint(p.parts)):
         dtypes = {checkpoint.tensors[n].dtype for n in parameter.parts}
         # Others than of one type are refused when they are bound.
         if len(dtypes) == 1:
-            whole = partial(_joined, parameter, checkpoint.read)
-            yield Piece(unplaced(parameter.name, BY_SAFETENSORS[dtypes.pop()], parameter.shape), whole)
+            whole = unplaced(parameter.name, BY_SAFETENSORS[dtypes.pop()], parameter.shape)
+            yield Piece(whole, partial(_joined, parameter))
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,8 @@ class Repacked:
     header: bytes
     pieces: tuple[Piece, ...]
 
-    def write(self, folder: Path, *, whole: bool) -> tuple[WeightFile, Held]:
-        """Writes the file into a folder that has none; never more than one tensor is in memory."""
+    def write(self, folder: Path, read: Read, *, whole: bool) -> tuple[WeightFile, Held]:
+        """Writes the file into a folder that has none, of tensors that `read` gives; no more than one is in memory."""
         path = folder / FILE
         check_space(folder, sum(p.tensor.nbytes for p in self.pieces), "pack", "free space, or choose another disk")
         with write_errors(folder), open(path, "xb") as file:
@@ -101,7 +106,7 @@ class Repacked:
                 interrupt.check()
                 file.seek(piece.tensor.offset)
                 # Of bfloat16 numpy gives no buffer.
-                file.write(np.ascontiguousarray(piece.make()).reshape(-1).view(np.uint8).data)
+                file.write(np.ascontiguousarray(piece.make(read)).reshape(-1).view(np.uint8).data)
         return identify(path, read_header(path)[1], "repacked", whole=whole)
 
 
@@ -113,7 +118,7 @@ def with_repacked(
     join: of what lies in several tensors, as experts one by one, it holds one.
     """
     roles: dict[str, set[str]] = {}
-    for parameter in wanted:
+    for parameter in (p for p in wanted if not p.join):
         for name in checkpoint.matrices.keys() & {*parameter.sources}:
             roles.setdefault(name, set()).add(parameter.role)
     found: list[Piece] = []
@@ -146,8 +151,21 @@ def _numbers(matrix: Matrix, places: np.ndarray | None, unsigned: bool, read: Re
     return pack(numbers) if bits == 4 else numbers
 
 
+def _constant(array: np.ndarray, read: Read) -> np.ndarray:
+    return array
+
+
 def _joined(parameter: Parameter, read: Read) -> np.ndarray:
     return np.concatenate([read(n) for n in parameter.parts]).reshape(parameter.shape)
+
+
+def _in_turn(parameter: Parameter, matrices: list[Matrix], read: Read) -> np.ndarray:
+    """Of all experts what their matrices have of this role, the rows of those of one expert in turn."""
+    make = {"values": _rows, "scales": Matrix.grid_of_scales, "zeros": _points}[parameter.role]
+    made = np.stack([make(m, read) for m in matrices])
+    experts, rows, columns = parameter.shape
+    apart = made.reshape(experts, parameter.join, rows // parameter.join, columns)
+    return apart.swapaxes(1, 2).reshape(parameter.shape)
 
 
 def _rows(matrix: Matrix, read: Read) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmexport.export.errors import ExportError
@@ -22,7 +22,8 @@ class Stored:
     `dtype` is "T" for floats of any type, cast to the model's, and "F" for those that are cast to float32; "W" for
     floats that the graph takes in the type they are stored in; else the one type that it has. A checkpoint may set
     `group`s of the last dimension apart, as one dimension more. A random checkpoint draws evenly from `usual` on and
-    below its end; if it is None, as any weight. With a `role` it is made of what holds the matrices in few bits.
+    below its end; if it is None, as any weight. With a `role` it is made of what holds the matrices in few bits, by
+    nodes, or, if `join` is no 0, by the export: it is then written as one tensor, rows of so many matrices in turn.
     """
 
     suffix: str
@@ -31,6 +32,7 @@ class Stored:
     group: int | None = None
     usual: tuple[float, float] | None = None
     role: Role = ""
+    join: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,15 @@ class Mxfp4(Storage):
 class Packed(Storage):
     """Numbers of few bits in `group`s of a row's columns that share a scale, as a format of MoeExperts has them.
 
-    Each of the matrices has a factor more if there are `factors`.
+    Each of the matrices has a factor more if there are `factors`. `join`: the export writes those of all experts into
+    one tensor, in which the rows of several matrices alternate.
     """
 
     format: str
     group: int
     factors: bool = False
     zeros: bool = False
+    join: bool = False
 
     @property
     def read_as(self) -> tuple[str, int]:
@@ -102,4 +106,4 @@ class Packed(Storage):
         ]
         held += [Stored("_factors", (matrices,), "F", role="factors")] if self.factors else []
         held += [Stored("_zeros", (rows, groups), "uint8", role="zeros")] if self.zeros else []
-        return tuple(held)
+        return tuple(replace(s, join=matrices if self.join else 0) for s in held)

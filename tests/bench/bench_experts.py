@@ -2,10 +2,11 @@
 
     python tests/bench/bench_experts.py [--rounds N] [--dtype DTYPE] [--json FILE] [MODEL ...]
 
-Random weights of 0.3B to 0.9B, those of "8 of 64" in experts of the size of Qwen3.5-35B-A3B's. Both exports of a model
-are open in one process and take turns: a prompt of 128 and of 512 tokens, then tokens behind each, and of four prompts
-at once. One thread on one core, CPU time; what opening takes is a process of its own. Exit code 1 if the scores of the
-two differ by more than CLOSE of their largest.
+Random weights of 0.3B to 1.3B, those of "8 of 64" in experts of the size of Qwen3.5-35B-A3B's, and in int4 of
+Qwen3-30B-A3B's. Both exports of a model are open in one process and take turns: a prompt of 128 and of 512 tokens, then
+tokens behind each, and of four prompts at once. One thread on one core, CPU time; what opening takes is a process of
+its own. Exit code 1 if the scores of the two differ by more than CLOSE of their largest, or, of int4, if `validate`
+fails, which computes without rounding.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from random_exports import validated
 from report import commit, machine
 
 from llmexport.export import archs, manifest, onnx_file
@@ -66,6 +68,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 SMALL = {"hidden_size": 768, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "num_experts": 256}
 MODELS["8 of 256, small"] = ("qwen3_5_moe", MODELS["8 of 64"][1] | SMALL)
+MODELS["2 of 8, int4"] = MODELS["2 of 8"]
+MODELS["8 of 64, int4"] = (
+    "qwen3_moe",
+    {
+        "num_hidden_layers": 4,
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_local_experts": 64,
+        "mlp_only_layers": [],
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "head_dim": 128,
+        "num_attention_heads": 32,
+    },
+)
 
 
 def opened(folder: Path) -> dict[str, float]:
@@ -85,12 +102,14 @@ def open_here(folder: Path) -> None:
     del session
 
 
-def exported(work: Path, arch: str, changes: dict[str, Any], dtype: str) -> dict[str, Path]:
+def exported(
+    work: Path, arch: str, changes: dict[str, Any], dtype: str, quantize: str | None = None
+) -> dict[str, Path]:
     own = archs.load(arch)
     config = {**own.tiny, **SHARED, **changes, "model_type": own.model_types[0]}
     write(own, work / "in", config=config, dtype=dtype)
     for target in TARGETS:
-        request = onnx_file.Request(own, open_checkpoint(work / "in"), target=target)
+        request = onnx_file.Request(own, open_checkpoint(work / "in"), target=target, quantize=quantize)
         onnx_file.write(request, work / target)
     return {target: work / target for target in TARGETS}
 
@@ -128,6 +147,13 @@ def timed(folders: dict[str, Path], rounds: int) -> tuple[float, dict[str, dict[
     return apart, found
 
 
+def is_right(found: dict[str, Any]) -> bool:
+    """Of int4 the scores in both are those of inputs that MatMulNBits rounds to 8 bits."""
+    if "validated" in found:
+        return bool(found["validated"]["status"] == "pass")
+    return bool(found["apart"] <= CLOSE)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL", help=", ".join(MODELS))
@@ -143,10 +169,13 @@ def main() -> int:
     results: dict[str, Any] = {}
     for model in given.models:
         with tempfile.TemporaryDirectory() as work:
-            folders = exported(Path(work), *MODELS[model], given.dtype)
+            quantize = "int4" if model.endswith("int4") else None
+            folders = exported(Path(work), *MODELS[model], given.dtype, quantize)
             memory = {n: opened(f) for n, f in folders.items()}
             apart, cases = timed(folders, given.rounds)
-        results[model] = {"apart": apart, "opened": memory, "ms": cases}
+            results[model] = {"apart": apart, "opened": memory, "ms": cases}
+            if quantize:
+                results[model]["validated"] = validated(Path(work), folders["onnxruntime"])
         print(f"{model}: scores apart by {apart:.1e} of the largest; opened {json.dumps(memory)}")
         for case, by in cases.items():
             for what in ("prompt", "token"):
@@ -156,7 +185,7 @@ def main() -> int:
     if given.json:
         head = {"commit": commit(), "machine": machine(), "dtype": given.dtype}
         given.json.write_text(json.dumps(head | {"models": results}, indent=1) + "\n")
-    return 0 if all(r["apart"] <= CLOSE for r in results.values()) else 1
+    return 0 if all(is_right(r) for r in results.values()) else 1
 
 
 if __name__ == "__main__":
