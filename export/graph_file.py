@@ -59,7 +59,7 @@ def build(
     proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
     fusions = {p.key: Fused(**json.loads(p.value)) for p in proto.metadata_props}
     del proto.metadata_props[:]
-    weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx)
+    weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx, target)
     fp4.attach(proto)
     data = proto.SerializeToString(deterministic=True)
     names = {step: {path: p.parts or p.name for path, p in parameters.items()} for step, parameters in own.items()}

@@ -14,6 +14,7 @@ from onnx import TensorProto
 from llmexport.export import quantised
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.errors import ExportError
+from llmexport.export.packed import nbits
 from llmexport.export.packed.bind import bind_matrices, external, value_of
 from llmexport.export.packed.matrix import Matrix
 from llmexport.export.packed.read import cache_scales
@@ -171,19 +172,28 @@ def stored_type(parameter: Parameter, checkpoint: Checkpoint, dtype: int) -> int
     return dtype if one == FEW else BY_SAFETENSORS[one].onnx
 
 
-def bind(model: onnx.ModelProto, wanted: Mapping[str, Parameter], checkpoint: Checkpoint, dtype: int) -> None:
+def bind(
+    model: onnx.ModelProto,
+    wanted: Mapping[str, Parameter],
+    checkpoint: Checkpoint,
+    dtype: int,
+    target: str = "portable",
+) -> None:
     """Turns the graph inputs named in `wanted` into external initialisers that point into the shards, in place.
 
     A tensor stored in another type than the graph wants, `dtype` if it does not say, gets a Cast; one in parts
     is put together by a Concat. Runtimes fold both when they load. A Transpose or Gather of a narrower tensor comes
     before its Cast: ONNX Runtime keeps what it folds on the way, and so keeps it narrow, or casts the rows it gathers.
-    A matrix in few bits is made by nodes (packed/).
+    A matrix in few bits is made by nodes (packed/), or read by them in the form for ONNX Runtime.
     """
     graph = model.graph
     kept = [v for v in graph.input if v.name not in wanted]
     del graph.input[:]
     graph.input.extend(kept)
-    made = bind_matrices(graph, wanted, checkpoint, dtype)
+    direct = target == "onnxruntime" and dtype == TensorProto.FLOAT
+    made = bind_matrices(graph, wanted, checkpoint, dtype, direct)
+    if {n.domain for n in graph.node} - {o.domain for o in model.opset_import} == {nbits.DOMAIN}:
+        model.opset_import.add(domain=nbits.DOMAIN, version=1)
     types = {n: stored_type(p, checkpoint, dtype) for n, p in wanted.items()}
     recast = {n: to for n, p in wanted.items() if not p.role and (to := p.cast(dtype)) not in (types[n], None)}
     narrow = {n for n, to in recast.items() if BY_ONNX[types[n]].bits < BY_ONNX[to].bits}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -10,7 +10,7 @@ import onnx
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.packed import stacks
-from llmexport.export.packed.nodes import Maker
+from llmexport.export.packed.nbits import Multiplier
 from llmexport.export.spec import Step
 from llmexport.export.wanted import load_parameters
 from llmexport.export.weights import Parameter
@@ -65,7 +65,9 @@ def reader(graph: ExportedGraph, checkpoint: Checkpoint, tensor: str) -> str:
     return next(s.name for s in graph.assembly.steps if has(s))
 
 
-def _kinds(checkpoint: Checkpoint, name: str, parameter: Parameter, held: Collection[str]) -> dict[str, int]:
+def _kinds(
+    checkpoint: Checkpoint, name: str, parameter: Parameter, held: Mapping[str, onnx.TensorProto]
+) -> dict[str, int]:
     """The tensors that hold what the checkpoint calls so, each with the ONNX type that a graph reads it in."""
     if name not in checkpoint.matrices:
         return {name: BY_SAFETENSORS[checkpoint.tensors[name].dtype].onnx}
@@ -73,11 +75,14 @@ def _kinds(checkpoint: Checkpoint, name: str, parameter: Parameter, held: Collec
     if parameter.role:
         part = stacks.part(matrix, parameter.role, parameter.dtype, checkpoint.tensors)
         return {part.tensor.name: BY_NAME[part.dtype].onnx}
-    whole, product = (Maker(matrix, checkpoint.tensors, onnx.TensorProto.FLOAT) for _ in range(2))
+    whole, product, direct = (Multiplier(matrix, checkpoint.tensors, onnx.TensorProto.FLOAT) for _ in range(3))
     whole.whole(name)
     product.product(name, [])
-    # The order of columns is undone in one of two ways.
+    # The order of columns is undone in one of two ways, and MatMulNBits reads bytes.
     maker = product if product.reads <= {*held} else whole
+    if direct.fits and matrix.values in held and held[matrix.values].data_type == onnx.TensorProto.UINT8:
+        direct.multiply([])
+        maker = direct
     return {t.name: t.data_type for t in maker.initializers if t.name in maker.reads}
 
 

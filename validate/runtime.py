@@ -24,6 +24,7 @@ __all__ = ["OLDEST_RUNTIME", "REFUSALS", "InferenceSession", "OrtValue", "Sessio
 OLDEST_RUNTIME: tuple[int, ...] = (1, 23, 2)  # of ONNX Runtime; pyproject.toml names it too
 OLDEST_STATIC: tuple[int, ...] = (1, 25)  # that runs a static cache
 OLDEST_EXPERTS: tuple[int, ...] = (1, 26)  # that runs experts in int4 of the target onnxruntime
+FLOATS = 1  # the accuracy level of MatMulNBits that computes in float32
 STOPS = tuple(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception))
 REFUSALS: tuple[type[Exception], ...] = (RuntimeError, *STOPS)
 
@@ -41,8 +42,9 @@ def open_session(
 ) -> InferenceSession:
     """A session of `model`; `weights` is the folder that external data lies in.
 
-    Matrices in few bits are made wide when it is opened, and products are those of the numbers that they mean. If
-    products may be `fused`, ONNX Runtime keeps integers packed, and may round what they are multiplied with to 8 bits.
+    Products are those of the numbers that matrices in few bits mean, which are made wide when it is opened, unless
+    MatMulNBits reads them. If products may be `fused`, ONNX Runtime keeps integers packed, and may round what they are
+    multiplied with to 8 bits.
 
     Raises Mismatch, in one line, if the ONNX Runtime here is too old for it, and NotTaken if it refuses the model.
     """
@@ -60,6 +62,8 @@ def open_session(
         )
     options = options or SessionOptions()
     options.log_severity_level = 3
+    if not fused and "MatMulNBits" in ops:
+        model = _exact(model)
     if not (fused and _all_integers(model)):
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
@@ -68,6 +72,15 @@ def open_session(
     except REFUSALS as error:
         said = one_line(error)
         raise NotTaken(f"ONNX Runtime {installed} does not take the model: {said}") from error
+
+
+def _exact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model whose products by packed numbers round nothing that they are multiplied with."""
+    exact = onnx.ModelProto()
+    exact.CopyFrom(model)
+    for node in (n for n in exact.graph.node if n.op_type == "MatMulNBits"):
+        next(a for a in node.attribute if a.name == "accuracy_level").i = FLOATS
+    return exact
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import onnx
 
 from llmexport.export.checkpoint import Checkpoint
-from llmexport.export.packed.nodes import Maker, external
+from llmexport.export.packed.nbits import Multiplier
+from llmexport.export.packed.nodes import external
 
 if TYPE_CHECKING:
     from llmexport.export.weights import Parameter
@@ -23,12 +24,13 @@ def value_of(name: str) -> str:
 
 
 def bind_matrices(
-    graph: onnx.GraphProto, wanted: Mapping[str, Parameter], checkpoint: Checkpoint, dtype: int
+    graph: onnx.GraphProto, wanted: Mapping[str, Parameter], checkpoint: Checkpoint, dtype: int, direct: bool
 ) -> dict[str, list[onnx.NodeProto]]:
     """By the name of each matrix of `wanted` that is in few bits, the nodes that make it in the type `dtype`.
 
     Their initialisers are added to the graph, and what read the matrix reads the value that they make. Where products
-    alone read its transpose, the nodes make that, as runtimes keep such a matrix packed.
+    alone read its transpose, the nodes make that, as runtimes keep such a matrix packed; or, if `direct`, the products
+    read it as it is packed, where ONNX Runtime has such.
     """
     found = {n: p for p in wanted.values() if not p.role for n in p.sources if n in checkpoint.matrices}
     if not found:
@@ -41,14 +43,17 @@ def bind_matrices(
     dropped: set[int] = set()
     before: dict[str, list[onnx.NodeProto]] = {}
     for name, parameter in found.items():
-        maker = Maker(checkpoint.matrices[name], checkpoint.tensors, dtype)
+        maker = Multiplier(matrix=checkpoint.matrices[name], tensors=checkpoint.tensors, dtype=dtype)
         turns = [] if parameter.parts else readers[name]
         products = [p for t in turns for p in readers[t.output[0]]]
         value = value_of(name)
         if turns and all(map(_turns, turns)) and all(_multiplies(p, turns) for p in products):
-            maker.product(f"{value}/turned", products)
-            for product in products:
-                product.input[1] = f"{value}/turned"
+            if direct and maker.fits:
+                maker.multiply(products)
+            else:
+                maker.product(f"{value}/turned", products)
+                for product in products:
+                    product.input[1] = f"{value}/turned"
             dropped.update(id(t) for t in turns)
         else:
             maker.whole(value)

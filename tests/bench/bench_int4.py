@@ -54,7 +54,8 @@ LLAMA_125M = {
     "torch_dtype": "bfloat16",
 }
 # By the pages that the memory of a process comes in, where the system gives huge ones to who asks (madvise).
-PAGES = {"small": {}, "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
+# Each packed matrix would else be mapped apart, too small for one.
+PAGES = {"small": {}, "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0"}}
 MODELS = {"llama-125m": LLAMA_125M, "qwen2-0.5b": PUBLISHED["Qwen2.5-0.5B-Instruct"]}
 OURS = ("{bin}/llmexport", "onnx", "--checkpoint={checkpoint}", "-o", "{out}", "--quantize=int4")
 OURS += ("--target=onnxruntime",)
