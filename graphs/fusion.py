@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import ArrayLike, DTypeLike
 
 from llmexport.plugins.dtypes import BY_NAME, FLOATS
 from llmexport.plugins.spec import DOMAIN
@@ -137,6 +138,23 @@ def replace(
     at.name, at.op, at.domain, at.attrs = f"{at.name}/{op}", op, DOMAIN, attributes
     at.inputs.extend(inputs)
     at.outputs.extend(outputs)
+
+
+class Added:
+    """Nodes to stand before one; values and nodes are called `name` and what is said of each."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.nodes = name, list[gs.Node]()
+
+    def node(
+        self, op: str, said: str, inputs: list[gs.Tensor], dtype: DTypeLike, shape: list[int | str], **attrs: Any
+    ) -> gs.Variable:
+        value = gs.Variable(f"{self.name}/{said}", dtype, shape)
+        self.nodes.append(gs.Node(op, value.name, attrs, inputs, [value]))
+        return value
+
+    def constant(self, said: str, value: ArrayLike, dtype: DTypeLike = np.int64) -> gs.Constant:
+        return gs.Constant(f"{self.name}/{said}", np.array(value, dtype))
 
 
 def _sweep(graph: gs.Graph) -> None:

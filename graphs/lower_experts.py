@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmexport.graphs.fusion import Fused, Refusal, float_type, fuse_each, produced_by, producer
+from llmexport.graphs.fusion import Added, Fused, Refusal, float_type, fuse_each, produced_by, producer
 from llmexport.plugins.spec import DOMAIN
 
 FORMATS = ("uint4", "uint8", "int8")  # those of integers, of which it is said why they are left
@@ -51,7 +49,7 @@ def _lower(graph: gs.Graph, node: gs.Node) -> None:
     columns = {"gate_up": hidden, "down": width // 2}
     block = _block(int(node.attrs["group"]), [*columns.values()])
     alpha, beta = ACTIVATIONS[node.attrs["activation"]]
-    added = _Added(node.name)
+    added = Added(node.name)
     table = _table(added, shares, chosen, experts)
     scales, zeros, biases = {}, {}, {}
     for name, size in columns.items():
@@ -117,68 +115,46 @@ def _block(group: int, columns: list[int]) -> int:
     raise Refusal(f"no blocks of 16 to {BLOCKS[0]} columns divide groups of {group} in rows of {columns}")
 
 
-class _Added:
-    """Nodes to stand before one, called after it."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.nodes = name, list[gs.Node]()
-
-    def node(self, op: str, said: str, inputs: list[gs.Tensor], dtype: Any, shape: list[Any], **attrs: Any) -> Any:
-        value = gs.Variable(f"{self.name}/{said}", dtype, shape)
-        self.nodes.append(gs.Node(op, value.name, attrs, inputs, [value]))
-        return value
-
-    def list(self, said: str, numbers: list[int]) -> gs.Constant:
-        return gs.Constant(f"{self.name}/{said}", np.array(numbers, np.int64))
-
-
-def _table(added: _Added, weights: gs.Tensor, chosen: gs.Tensor, experts: int) -> gs.Tensor:
+def _table(added: Added, weights: gs.Tensor, chosen: gs.Tensor, experts: int) -> gs.Tensor:
     """[B * T, E]: of a token, the weights of the experts that it chose; 0 of the others."""
     each, tokens = weights.shape[-1], f"{added.name}/tokens"
-    shape = added.list("choices_shape", [-1, each])
+    shape = added.constant("choices_shape", [-1, each])
     own = added.node("Reshape", "own_weights", [weights, shape], np.float32, [tokens, each])
     places = added.node("Reshape", "own_experts", [chosen, shape], np.int32, [tokens, each])
     rows = added.node("Shape", "rows", [own], np.int64, [1], start=0, end=1)
-    sizes = added.node("Concat", "table_shape", [rows, added.list("experts", [experts])], np.int64, [2], axis=0)
+    sizes = added.node("Concat", "table_shape", [rows, added.constant("experts", [experts])], np.int64, [2], axis=0)
     nothing = added.node("ConstantOfShape", "no_weights", [sizes], np.float32, [tokens, experts])
     given = [nothing, places, own]
     return added.node("ScatterElements", "table", given, np.float32, [tokens, experts], axis=1, reduction="add")
 
 
-def _of_blocks(added: _Added, groups: gs.Tensor, shape: list[int], times: int) -> gs.Tensor:
+def _of_blocks(added: Added, groups: gs.Tensor, shape: list[int], times: int) -> gs.Tensor:
     """What groups share, once for each of their `times` blocks."""
     if times == 1:
         return groups
     experts, rows, blocks = shape
     name = groups.name
-    apart = added.list(f"{name}/apart", [experts, rows, blocks // times, 1])
-    each = added.list(f"{name}/each", [experts, rows, blocks // times, times])
+    apart = added.constant(f"{name}/apart", [experts, rows, blocks // times, 1])
+    each = added.constant(f"{name}/each", [experts, rows, blocks // times, times])
     value = added.node("Reshape", f"{name}/groups", [groups, apart], groups.dtype, apart.values.tolist())
     value = added.node("Expand", f"{name}/repeated", [value, each], groups.dtype, each.values.tolist())
-    return added.node("Reshape", f"{name}/blocks", [value, added.list(f"{name}/shape", shape)], groups.dtype, shape)
+    return added.node("Reshape", f"{name}/blocks", [value, added.constant(f"{name}/shape", shape)], groups.dtype, shape)
 
 
-def _packed(added: _Added, points: gs.Tensor, shape: list[int]) -> gs.Tensor:
+def _packed(added: Added, points: gs.Tensor, shape: list[int]) -> gs.Tensor:
     """Zero points of 4 bits, a byte each, two a byte along the last axis, the first in the low half."""
     (experts, rows, blocks), name, byte = shape, points.name, np.uint8
     if blocks % 2:
         blocks += 1
-        ends = added.list(f"{name}/ends", [0, 0, 0, 0, 0, 1])
+        ends = added.constant(f"{name}/ends", [0, 0, 0, 0, 0, 1])
         points = added.node("Pad", f"{name}/even", [points, ends], byte, [experts, rows, blocks])
     pairs, half = [experts, rows, blocks // 2, 2], [experts, rows, blocks // 2]
-    apart = added.node("Reshape", f"{name}/pairs", [points, added.list(f"{name}/pairs_shape", pairs)], byte, pairs)
+    apart = added.node("Reshape", f"{name}/pairs", [points, added.constant(f"{name}/pairs_shape", pairs)], byte, pairs)
     first, second = (
-        added.node(
-            "Gather",
-            f"{name}/{said}",
-            [apart, gs.Constant(f"{added.name}/{name}/{i}", np.array(i))],
-            byte,
-            half,
-            axis=3,
-        )
+        added.node("Gather", f"{name}/{said}", [apart, added.constant(f"{name}/{i}", i)], byte, half, axis=3)
         for i, said in enumerate(("first", "second"))
     )
-    four = gs.Constant(f"{added.name}/{name}/four", np.array(4, np.uint8))
+    four = added.constant(f"{name}/four", 4, np.uint8)
     high = added.node("BitShift", f"{name}/high", [second, four], byte, half, direction="LEFT")
     return added.node("BitwiseOr", f"{name}/packed", [first, high], byte, half)
 

@@ -9,7 +9,16 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.causal import is_causal
-from llmexport.graphs.fusion import HEADS_FIRST, Fused, Refusal, float_type, fuse_each, is_read_before, produced_by
+from llmexport.graphs.fusion import (
+    HEADS_FIRST,
+    Added,
+    Fused,
+    Refusal,
+    float_type,
+    fuse_each,
+    is_read_before,
+    produced_by,
+)
 from llmexport.graphs.rows import as_rows, flattened, rows_of
 
 TYPES = ("float32", "float16")
@@ -100,38 +109,26 @@ def _scattered(graph: gs.Graph, attention: gs.Node, value: gs.Tensor, what: str)
 def _written(mask: gs.Tensor, length: gs.Tensor, query: gs.Tensor, before: list[gs.Node]) -> tuple[gs.Variable, ...]:
     """For all layers: the mask as a bias over the slots that are written, each row's last slot, how many slots that is,
     and whether GroupQueryAttention takes the step."""
-    name, batch, one = f"{mask.name}/written", mask.shape[0], np.array([1], np.int64)
-
-    def add(
-        op: str, said: str, inputs: list[gs.Tensor], dtype: type, shape: list[int | str], **attrs: int
-    ) -> gs.Tensor:
-        value = gs.Variable(f"{name}/{said}", dtype, shape)
-        before.append(gs.Node(op, f"{name}/{said}", attrs, inputs, [value]))
-        return value
-
-    def number(said: str, value: np.ndarray) -> gs.Constant:
-        return gs.Constant(f"{name}/{said}", value)
-
+    added, batch, dtype = Added(f"{mask.name}/written"), mask.shape[0], np.dtype(query.dtype)
+    add, one = added.node, added.constant("one", [1])
     tokens = add("Shape", "tokens", [mask], np.int64, [1], start=2, end=3)
     rows = add("Shape", "rows", [length], np.int64, [1])
     ends = add("Add", "ends", [length, tokens], np.int64, [batch])
     longest = add("ReduceMax", "longest", [ends], np.int64, [1], keepdims=1)
     total = add("Cast", "total", [longest], np.int32, [1], to=onnx.TensorProto.INT32)
-    wide = add("Sub", "last/wide", [ends, number("one", one)], np.int64, [batch])
+    wide = add("Sub", "last/wide", [ends, one], np.int64, [batch])
     last = add("Cast", "last", [wide], np.int32, [batch], to=onnx.TensorProto.INT32)
-    places = [number("first", np.array([0], np.int64)), longest, number("axis", np.array([3], np.int64))]
-    shape = [batch, 1, mask.shape[2], f"{name}/slots"]
+    places = [added.constant("first", [0]), longest, added.constant("axis", [3])]
+    shape = [batch, 1, mask.shape[2], f"{added.name}/slots"]
     seen = add("Slice", "seen", [mask, *places], np.bool_, shape)
-    dtype = np.dtype(query.dtype)
-    sides = [number(said, np.array(value, dtype)) for said, value in (("shown", 0.0), ("hidden", -np.inf))]
+    sides = [added.constant(said, value, dtype) for said, value in (("shown", 0.0), ("hidden", -np.inf))]
     bias = add("Where", "bias", [seen, *sides], dtype.type, shape)
     kinds = {"one_token": (tokens, one), "begins": (longest, tokens), "one_row": (rows, one)}
-    found = []
-    for said, (value, other) in kinds.items():
-        right = other if isinstance(other, gs.Tensor) else number(f"{said}/one", other)
-        found.append(add("Equal", said, [value, right], np.bool_, [1]))
+    found = [add("Equal", said, [*pair], np.bool_, [1]) for said, pair in kinds.items()]
     some = add("Or", "some", found[:2], np.bool_, [1])
-    return bias, last, total, add("Or", "in_place", [some, found[2]], np.bool_, [1])
+    can = add("Or", "in_place", [some, found[2]], np.bool_, [1])
+    before.extend(added.nodes)
+    return bias, last, total, can
 
 
 def _in_place(

@@ -111,30 +111,19 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decodeKernel(DecodeArgument
 #pragma unroll
   for (int r = 0; r < kThreadRows; ++r) {
     if (r >= rows) continue;
-    float const qd = queries[r * kRowGroups + rowGroup], kd = keys[r * kRowGroups + rowGroup];
-    sums.kk += kd * kd, sums.qq += qd * qd, sums.qk += qd * kd;
-#pragma unroll
-    for (int c = 0; c < kThreadColumns; ++c) sums.kS[c] += kd * s[r][c], sums.qS[c] += qd * s[r][c];
+    addRow(sums, queries[r * kRowGroups + rowGroup], keys[r * kRowGroups + rowGroup], s[r]);
   }
   sumOverRows(sums, partial + slice * kPartials);
-  float const kNorm = p.l2Norm ? rsqrtf(sums.kk + kDeltaEpsilon) : 1.0f;
-  float const qNorm = (p.l2Norm ? rsqrtf(sums.qq + kDeltaEpsilon) : 1.0f) * p.scale;
-  float update[kThreadColumns], y[kThreadColumns], square = 0.0f;
+  RecurrenceStep step = stepOf(sums, v, decay, strength, p.scale, p.l2Norm);
+  float square = 0.0f;
 #pragma unroll
   for (int c = 0; c < kThreadColumns; ++c) {
-    update[c] = kNorm * (toFloat(v.at[c]) - decay * kNorm * sums.kS[c]) * strength;
-    y[c] = rounded<T>(qNorm * (decay * sums.qS[c] + sums.qk * update[c]));
-    square += here ? y[c] * y[c] : 0.0f;
+    step.y[c] = rounded<T>(step.y[c]);
+    square += here ? step.y[c] * step.y[c] : 0.0f;
   }
   square = sumOverLanes(square, kRowLanes);
   if (threadIdx.x == 0) squares[slice] = square;
-#pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    if (r >= rows) continue;
-    float const kd = keys[r * kRowGroups + rowGroup];
-#pragma unroll
-    for (int c = 0; c < kThreadColumns; ++c) s[r][c] = decay * s[r][c] + kd * update[c];
-  }
+  moveRows(s, keys, rows, rowGroup, decay, step.update);
   storeRows<kVectors>(s, p.nextState + firstRow, rows, stride);
   // All threads see the squares of all slices.
   __syncthreads();
@@ -145,7 +134,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decodeKernel(DecodeArgument
   float out[kThreadColumns];
 #pragma unroll
   for (int c = 0; c < kThreadColumns; ++c) {
-    out[c] = normedAndGated<T>(y[c] * inverse, weight.at[c], z.at[c], p.norm);
+    out[c] = normedAndGated<T>(step.y[c] * inverse, weight.at[c], z.at[c], p.norm);
   }
   storeColumns<kVectors>(p.gated + ofHead * p.V + column, fromFloats<T>(out));
 }

@@ -105,6 +105,47 @@ __device__ __forceinline__ void sumOverRows(RecurrenceSums& sums, RecurrenceSums
   }
 }
 
+// Adds a row of the state, with its elements of q and k.
+__device__ __forceinline__ void addRow(RecurrenceSums& sums, float qd, float kd,
+                                       float const (&row)[kThreadColumns]) {
+  sums.kk += kd * kd, sums.qq += qd * qd, sums.qk += qd * kd;
+#pragma unroll
+  for (int c = 0; c < kThreadColumns; ++c) sums.kS[c] += kd * row[c], sums.qS[c] += qd * row[c];
+}
+
+// Of a thread's columns what k times is added to the state, and y, of a token whose sums these are.
+struct RecurrenceStep {
+  float update[kThreadColumns], y[kThreadColumns];
+};
+
+template <class T>
+__device__ __forceinline__ RecurrenceStep stepOf(RecurrenceSums const& sums,
+                                                 Vector<T, kThreadColumns> const& v, float decay,
+                                                 float strength, float scale, bool l2Norm) {
+  float const kNorm = l2Norm ? rsqrtf(sums.kk + kDeltaEpsilon) : 1.0f;
+  float const qNorm = (l2Norm ? rsqrtf(sums.qq + kDeltaEpsilon) : 1.0f) * scale;
+  RecurrenceStep step;
+#pragma unroll
+  for (int c = 0; c < kThreadColumns; ++c) {
+    float const error = (toFloat(v.at[c]) - decay * kNorm * sums.kS[c]) * strength;
+    step.update[c] = kNorm * error;
+    step.y[c] = qNorm * (decay * sums.qS[c] + sums.qk * step.update[c]);
+  }
+  return step;
+}
+
+// The state behind a token; `key` is its k, in shared memory.
+__device__ __forceinline__ void moveRows(StateRows& s, float const* key, int rows, int rowGroup,
+                                         float decay, float const (&update)[kThreadColumns]) {
+#pragma unroll
+  for (int r = 0; r < kThreadRows; ++r) {
+    if (r >= rows) continue;
+    float const kd = key[r * kRowGroups + rowGroup];
+#pragma unroll
+    for (int c = 0; c < kThreadColumns; ++c) s[r][c] = decay * s[r][c] + kd * update[c];
+  }
+}
+
 // Grid (columns of V / kRecurrenceColumns, H, B). Thread t holds rows t / kRowLanes + 16 i of the 4
 // columns from t % kRowLanes * 4 on: the state is read once, stays in registers for all tokens, and
 // is written once. A token takes one pass over the state, as q^T S' = q^T exp(g) S + (q^T k) error;
@@ -174,39 +215,19 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T, kVect
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
       if (r >= rows) continue;
-      float const qd = query[r * kRowGroups + rowGroup], kd = key[r * kRowGroups + rowGroup];
-      sums.kk += kd * kd, sums.qq += qd * qd, sums.qk += qd * kd;
       float const ofRow = kOfRow ? kept[r * kRowGroups + rowGroup] : 1.0f;
 #pragma unroll
-      for (int c = 0; c < kThreadColumns; ++c) {
-        s[r][c] *= ofRow;
-        sums.kS[c] += kd * s[r][c];
-        sums.qS[c] += qd * s[r][c];
-      }
+      for (int c = 0; c < kThreadColumns; ++c) s[r][c] *= ofRow;
+      addRow(sums, query[r * kRowGroups + rowGroup], key[r * kRowGroups + rowGroup], s[r]);
     }
     sumOverRows(sums, partial + t % 2 * kPartials);
-    float const kNorm = l2Norm ? rsqrtf(sums.kk + kDeltaEpsilon) : 1.0f;
-    float const qNorm = (l2Norm ? rsqrtf(sums.qq + kDeltaEpsilon) : 1.0f) * scale;
     float const decay = kOfRow ? 1.0f : expf(token.g), strength = toFloat(token.beta);
-    float update[kThreadColumns];
-    float out[kThreadColumns];
-#pragma unroll
-    for (int c = 0; c < kThreadColumns; ++c) {
-      float const error = (toFloat(token.v.at[c]) - decay * kNorm * sums.kS[c]) * strength;
-      update[c] = kNorm * error;
-      out[c] = qNorm * (decay * sums.qS[c] + sums.qk * update[c]);
-    }
+    RecurrenceStep const step = stepOf(sums, token.v, decay, strength, scale, l2Norm);
     if (here && rowGroup == 0) {
       int64_t const ofHead = (blockIdx.z * tokens + t) * heads + head;
-      storeColumns<kVectors>(y + ofHead * V + column, fromFloats<T>(out));
+      storeColumns<kVectors>(y + ofHead * V + column, fromFloats<T>(step.y));
     }
-#pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      if (r >= rows) continue;
-      float const kd = key[r * kRowGroups + rowGroup];
-#pragma unroll
-      for (int c = 0; c < kThreadColumns; ++c) s[r][c] = decay * s[r][c] + kd * update[c];
-    }
+    moveRows(s, key, rows, rowGroup, decay, step.update);
     token = next;
     next = afterNext;
   }

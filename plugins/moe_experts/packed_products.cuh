@@ -153,8 +153,8 @@ __device__ __forceinline__ void addParts(Sums<S>& sums, float* parts, int warpDe
 // Rounds the first warps' sums into a tile; its rows are the columns of multiplyBlockwise's
 // products.
 template <class T, class S, int kPitch>
-__device__ __forceinline__ void storeColumns(Sums<S> const& sums, T* tile, int warpDepth,
-                                             int warpColumn) {
+__device__ __forceinline__ void storeTurned(Sums<S> const& sums, T* tile, int warpDepth,
+                                            int warpColumn) {
   int const lane = threadIdx.x % kWarp;
   if (warpDepth > 0) return;
 #pragma unroll

@@ -79,7 +79,7 @@ __device__ __forceinline__ void finish(Projection const& p, Share const& share,
   // Rows lie one chunk further apart, so that 8 of them begin in different banks.
   constexpr int kPitch = S::kColumns + kChunk;
   if constexpr (S::kBlockwise) {
-    storeColumns<T, S, kPitch>(sums, tile, warpDepth, warpColumn);
+    storeTurned<T, S, kPitch>(sums, tile, warpDepth, warpColumn);
   } else {
     int const lane = threadIdx.x % kWarp;
 #pragma unroll
