@@ -35,6 +35,10 @@ def handled() -> Iterator[None]:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+        if _came:
+            # CPython remembers a KeyboardInterrupt that passed through the exec of a text, and though it was caught
+            # would end `python -m` by SIGINT, until a text is executed again.
+            exec("")
         _came.clear()
 
 

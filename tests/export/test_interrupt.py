@@ -113,6 +113,27 @@ main.main()
     assert run.returncode == 2
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_code_that_was_made_from_text_ends_the_process_as_any(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """As dataclasses and torch make it: `python -m` would end by SIGINT then, after all was said and done."""
+    code = f"""
+import signal, sys
+import click
+from llmexport.export.cli import main
+
+main.cli = click.Command("llmexport", callback=lambda: exec("signal.raise_signal({int(number)})"))
+sys.argv = ["llmexport"]
+main.main()
+"""
+    (tmp_path / "interrupted.py").write_text(code)
+    command = [sys.executable, "-m", "interrupted"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=heed_signals)
+    assert run.stderr.startswith(f"error: interrupted by {number.name}: nothing half done")
+    assert run.returncode == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_process_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     """The signal itself, while a trace is under way: an empty trace cache makes that long."""
