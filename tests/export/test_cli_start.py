@@ -42,3 +42,16 @@ def test_choices_of_an_option_are_shown_and_checked_all_the_same() -> None:
 
     assert "[auto|link|copy]" in told("onnx", "--help")
     assert "'move' is not one of 'auto', 'link', 'copy'" in told("onnx", "-o", "x", "--weights", "move")
+
+
+def test_the_end_of_a_command_looks_for_no_cycles() -> None:
+    """What is registered first is called last."""
+    code = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.get_freeze_count() > 0))
+from llmexport.export.cli import main
+sys.argv = ["llmexport", "ops", "-q"]
+main.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
