@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
+    DynamicScaling,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
@@ -22,9 +23,7 @@ from llmexport.export.values import as_integer, as_positive, key_name, same, sho
 if TYPE_CHECKING:
     from llmexport.export.config import Config
 
-TYPES = MappingProxyType({t: t for t in ("default", "linear", "llama3", "yarn", "longrope")})
-# Types by which the angles of a text change once it is longer than those that the model was trained on.
-WITHIN = MappingProxyType({**TYPES, "dynamic": "dynamic"})
+TYPES = MappingProxyType({t: t for t in ("default", "linear", "dynamic", "llama3", "yarn", "longrope")})
 ORIGINAL = "original_max_position_embeddings"
 MSCALES = ("short_mscale", "long_mscale")
 # Keys that nothing reads, and keys of other types or architectures with the values that change nothing.
@@ -83,8 +82,7 @@ def read(
             f"config.json: RoPE has keys that are not understood: {names}. "
             "Exporting without them could give a wrong model: report the checkpoint, so that they are read here"
         )
-    places = within(config, "dynamic RoPE", "max_position_embeddings") if types[found[0]] == "dynamic" else None
-    return Rotary(size, theta, scaling, sections, places)
+    return Rotary(size, theta, scaling, sections)
 
 
 def within(config: Config, key: str, length_key: str) -> int:
@@ -152,9 +150,8 @@ def _scaling(config: Config, kind: str, keys: dict[str, Any], size: int) -> Scal
         case "alpha":
             return None
         case "dynamic":
-            # NTK-aware theta, which grows with what a text has beyond max_position_embeddings.
-            _factor(keys)
-            return None
+            keys.pop(ORIGINAL, None)
+            return DynamicScaling(_factor(keys), config.integer("max_position_embeddings"))
         case "linear":
             keys.pop(ORIGINAL, None)
             return LinearScaling(_factor(keys))

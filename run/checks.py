@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from llmexport.export.assembly import parts
 from llmexport.export.exported import Export
-from llmexport.export.spec import SEQUENCE, Attention, LongScaling, Rotary
+from llmexport.export.spec import SEQUENCE, Attention, DynamicScaling, LongScaling, Rotary
 from llmexport.run.errors import RunError
 from llmexport.validate.feeds import beside, limits, sees
 from llmexport.validate.pictures import Pictures, sight
@@ -47,7 +47,10 @@ def check_prompt(export: Export, ids: Sequence[int], pictures: Pictures | None =
 def positions(export: Export) -> int:
     """How many tokens the model takes, as its config, its static cache or its blocks say; 0 if none does."""
     most = [b.most[SEQUENCE] for b in export.blocks if SEQUENCE in b.most]
-    said = (export.text_config.get("max_position_embeddings"), export.max_tokens, *most)
+    trained = export.text_config.get("max_position_embeddings")
+    if any(isinstance(b, Rotary) and isinstance(b.scaling, DynamicScaling) for b in export.blocks):
+        trained = None  # whose angles are made for longer texts
+    said = (trained, export.max_tokens, *most)
     return min((n for n in said if isinstance(n, int)), default=0)
 
 

@@ -222,7 +222,8 @@ CASES = (
     Case("chatglm", "chatglm-no-bias", {"add_qkv_bias": False, "multi_query_group_num": 1}),
     Case("chatglm_6b", "chatglm_6b"),
     Case("internlm2", "internlm2-bias", {
-        "bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "num_key_value_heads": 4,
+        "bias": True, "num_key_value_heads": 4, "max_position_embeddings": 24,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.5},
     }),
     Case("grok", "grok"),
     Case("openelm", "openelm"),

@@ -90,6 +90,7 @@ class Transformers:
         if self._source:
             given |= self._of_source(stage)
         if stage.begins:
+            _forget_lengths(self._model)
             self._cache = self._filled(stage) if stage.past else None
         run = self._model
         if self._cached:
@@ -135,6 +136,13 @@ class Transformers:
                 if held:
                     cache.update(*map(to_torch, held), i)
         return transformers.EncoderDecoderCache(cache, transformers.DynamicCache()) if self._source else cache
+
+
+def _forget_lengths(model: Any) -> None:
+    """The angles of dynamic RoPE are those of the longest text that a model of transformers has read so far."""
+    for module in model.modules():
+        for name in [n for n in vars(module) if n.endswith("max_seq_len_cached")]:
+            setattr(module, name, 0)
 
 
 def _as_processed(seen: Sight, ids: np.ndarray, pictures: Pictures, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from llmexport.export.spec import (
     Assembly,
     Attention,
     Block,
+    DynamicScaling,
     Layer,
     LongScaling,
     Mask,
@@ -53,8 +54,8 @@ def suspected_thresholds(config: Any) -> set[int]:
 
 def threshold(block: Block) -> int:
     """The number of tokens after which a block computes what it did not before: its window, its chunk, its
-    temperature's interval, the distance of its last bucket, the positions of LongRoPE's short factors; 0 if it has
-    none."""
+    temperature's interval, the distance of its last bucket, the positions of LongRoPE's short factors and of dynamic
+    RoPE's own base; 0 if it has none."""
     match block:
         case Mask():
             return block.window or block.chunk or 0
@@ -62,7 +63,7 @@ def threshold(block: Block) -> int:
             return block.distance
         case Temperature():
             return block.interval
-        case Rotary(scaling=LongScaling()):
+        case Rotary(scaling=DynamicScaling() | LongScaling()):
             return block.scaling.original_positions
         case Attention():
             return block.window

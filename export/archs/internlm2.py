@@ -2,7 +2,6 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import TINY, decoder
-from llmexport.export.rope import WITHIN
 from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 
 CODE = {
@@ -20,7 +19,7 @@ def build(config: Config) -> Model:
     norm = d.norm()
     attention = d.attention(qkv_bias=bias, out_bias=bias, fused=True, grouped=True)
     layer = decoder_layer(norm, attention, norm, d.mlp())
-    return d.model([(layer, (config.rotary(d.head_size, types=WITHIN), Mask()))] * d.layers, norm, tied=False)
+    return d.model([(layer, (config.rotary(d.head_size), Mask()))] * d.layers, norm, tied=False)
 
 
 ARCH = Arch(

@@ -2,7 +2,6 @@
 
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
-from llmexport.export.rope import WITHIN
 from llmexport.export.spec import Arch, Mask, Model, causal_lm, decoder_layer
 
 CODE = {
@@ -20,7 +19,7 @@ def build(config: Config) -> Model:
     d = decoder(config, head_size=128)
     norm = d.norm(1e-5)
     layer = decoder_layer(norm, d.attention(qkv_bias=qkv_bias, out_bias=bias), norm, d.mlp(bias=bias))
-    return d.model([(layer, (config.rotary(d.head_size, types=WITHIN), Mask()))] * d.layers, norm, tied=False)
+    return d.model([(layer, (config.rotary(d.head_size), Mask()))] * d.layers, norm, tied=False)
 
 
 ARCH = Arch(

@@ -12,13 +12,14 @@ from llmexport.export.blocks.standard import padding_must_be_on_the_left
 def inverse_frequencies(block: spec.Rotary) -> Tensor:
     """RoPE's angular step per position [size / 2], fp32, as transformers' modeling_rope_utils.py computes it.
 
-    For LongRoPE there are two rows: the short steps and the long ones.
+    For LongRoPE there are two rows: the short steps and the long ones; those of dynamic RoPE are of texts that are not
+    longer than what the model was trained on.
     """
     size = block.size // 2 if block.halves else block.size
-    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    exponents = _exponents(size)
     steps = 1.0 / (block.theta**exponents)
     match block.scaling:
-        case None:
+        case None | spec.DynamicScaling():
             return steps
         case spec.LinearScaling(factor):
             return steps / factor
@@ -38,6 +39,11 @@ def inverse_frequencies(block: spec.Rotary) -> Tensor:
             # One division, as there: a step's last bit is a hundredth of a radian at 131,072.
             return 1.0 / (torch.tensor((short, long)) * block.theta**exponents)
     raise TypeError(f"no RoPE scaling {block.scaling}")
+
+
+def _exponents(size: int) -> Tensor:
+    """The negative powers of the base that the pairs of `size` dimensions turn by."""
+    return torch.arange(0, size, 2, dtype=torch.int64).float() / size
 
 
 def _yarn(block: spec.Rotary, scaling: spec.YarnScaling) -> Tensor:
@@ -60,12 +66,15 @@ def _yarn(block: spec.Rotary, scaling: spec.YarnScaling) -> Tensor:
 class Rotary(nn.Module):
     steps: Tensor
     axes: Tensor
+    exponents: Tensor
 
     def __init__(self, block: spec.Rotary, dtype: torch.dtype) -> None:
         super().__init__()
         self.block, self.dtype = block, dtype
         with torch.device("cpu"):
             self.register_buffer("steps", inverse_frequencies(block))
+            if isinstance(block.scaling, spec.DynamicScaling):
+                self.register_buffer("exponents", _exponents(block.size))
             if block.sections:
                 self.register_buffer("axes", _axes(block).float().reshape(len(block.sections), 1, 1, -1))
 
@@ -82,6 +91,8 @@ class Rotary(nn.Module):
             steps = torch.where(beyond, self.steps[1], self.steps[0])
             if scaling.long_magnitude is not None:
                 magnitude = torch.where(beyond, scaling.long_magnitude, scaling.magnitude)
+        if isinstance(scaling, spec.DynamicScaling):
+            steps = self._grown(position_ids.max() + 1, scaling)
         angles = positions * steps
         if self.block.halves:
             angles = torch.cat(angles.unbind(), -1)
@@ -89,6 +100,13 @@ class Rotary(nn.Module):
         if not isinstance(magnitude, float) or magnitude != 1.0:
             cos, sin = cos * magnitude, sin * magnitude
         return cos.to(self.dtype), sin.to(self.dtype)
+
+    def _grown(self, length: Tensor, scaling: spec.DynamicScaling) -> Tensor:
+        """The steps of texts of that length; each operation in fp32 and in the order of transformers."""
+        size, longest = self.block.size, scaling.original_positions
+        share = scaling.factor * length.clamp(min=longest) / longest - (scaling.factor - 1)
+        base = self.block.theta * share ** (size / (size - 2))
+        return torch.where(length > longest, 1.0 / base**self.exponents, self.steps)
 
 
 def _axes(block: spec.Rotary) -> Tensor:

@@ -30,6 +30,7 @@ from llmexport.export.spec.bias import Alibi, RelativeBias
 from llmexport.export.spec.block import DTYPES, OPSET, Block, Dim, Port, State, Use
 from llmexport.export.spec.context import (
     BidirectionalMask,
+    DynamicScaling,
     Keys,
     LinearScaling,
     Llama3Scaling,
@@ -117,6 +118,7 @@ __all__ = [
     "DeltaTimeMix",
     "Dim",
     "DisentangledAttention",
+    "DynamicScaling",
     "Embedding",
     "Experts",
     "FilteredAttention",

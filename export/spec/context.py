@@ -73,7 +73,17 @@ class LongScaling:
     long_magnitude: float | None = None
 
 
-Scaling: TypeAlias = Llama3Scaling | LinearScaling | YarnScaling | LongScaling | ProportionalScaling
+@dataclass(frozen=True)
+class DynamicScaling:
+    """NTK-aware RoPE (transformers modeling_rope_utils.py, _compute_dynamic_ntk_parameters): once the last position of
+    a step is `original_positions` or beyond, its tokens turn by a base that grows with that position. Keys that are
+    cached keep their angles, so that a prompt in two steps gives other logits than one in one, there as here."""
+
+    factor: float
+    original_positions: int
+
+
+Scaling: TypeAlias = Llama3Scaling | LinearScaling | YarnScaling | LongScaling | ProportionalScaling | DynamicScaling
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,8 @@ class Rotary(Block):
     def __post_init__(self) -> None:
         if self.size % (4 if self.halves else 2) or not self.size:
             raise ExportError(f"RoPE needs an even number of dimensions above 0, config.json makes it {self.size}")
+        if self.size == 2 and isinstance(self.scaling, DynamicScaling):
+            raise ExportError("RoPE of type dynamic needs 4 dimensions or more, config.json makes it 2")
         if self.sections and (len(self.sections) != 3 or sum(self.sections) != self.size // 2):
             raise ExportError(f"mrope_section is {list(self.sections)}: 3 numbers of sum {self.size // 2} are expected")
 

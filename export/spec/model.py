@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmexport.export.spec.axis import BATCH, PAST, SEQUENCE
 from llmexport.export.spec.block import INPUT_IDS, POSITION_IDS, STEP_MASK, TOKEN_TYPE_IDS, Block, Dim, Port, hidden
 from llmexport.export.spec.context import (
+    DynamicScaling,
     Keys,
     LinearScaling,
     Llama3Scaling,
@@ -282,6 +283,6 @@ def from_data(data: Any) -> Any:
 
 def _class(name: str) -> Any:
     # Asked of the base classes when it is called: a module with further ones may be imported later.
-    scalings = (Llama3Scaling, LinearScaling, LongScaling, ProportionalScaling, YarnScaling)
+    scalings = (DynamicScaling, Llama3Scaling, LinearScaling, LongScaling, ProportionalScaling, YarnScaling)
     others = (Keys, Port, Reference, Sublayer)
     return {c.__name__: c for c in (*Block.kinds.values(), *Storage.__subclasses__(), *scalings, *others)}[name]

@@ -202,8 +202,8 @@ BAD_EXPERTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["layer_types names mamba, known are"],
     ),
     "an unknown type of RoPE": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
-        ["RoPE of type 'dynamic' is not supported"],
+        lambda f: edit_config(f, rope_parameters={"rope_type": "ntk", "factor": 2.0}),
+        ["RoPE of type 'ntk' is not supported"],
     ),
     "nothing of RoPE": (lambda f: edit_config(f, rope_parameters=None), ["says nothing of RoPE", "rope_parameters"]),
     "a window beyond int32": (lambda f: edit_config(f, sliding_window=2**32 + 2), ["sliding_window is 4294967298"]),

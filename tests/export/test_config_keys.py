@@ -100,6 +100,7 @@ ROPE += ["attention_factor", "truncate", "beta_fast", "beta_slow", "low_freq_fac
 ROPE += ["mrope_interleaved"]
 FULL = {
     "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
     "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
     "longrope": {"original_max_position_embeddings": 64, "short_factor": [1.5] * 8, "long_factor": [2.5] * 8},

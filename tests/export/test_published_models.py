@@ -74,7 +74,6 @@ NOTED = {
         (n for n in READ if MODELS[n]["model_type"] in ("gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
         "the text model alone is exported",
     ),
-    "internlm/internlm2_5-7b": "the export is of texts up to 32768 tokens",
     "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": "attn_factor 0.8782488562869419 is left out, as transformers does",
 }
 WITH_TOWER = {m.model_type for n in archs.names() for m in archs.load(n).multimodal if m.tower}

@@ -13,7 +13,7 @@ from llmexport.export import archs, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model, read_noted
-from llmexport.export.spec import PAST, SEQUENCE, Alibi, Attention, Head, Mask, Mlp, Norm, Rotary
+from llmexport.export.spec import PAST, SEQUENCE, Alibi, Attention, DynamicScaling, Head, Mask, Mlp, Norm, Rotary
 
 CODED = {name: c for name, c in PUBLISHED.items() if archs.choose(None, c).reference.made_by}
 
@@ -50,11 +50,11 @@ READ = {
     ),
     "internlm2_5-7b": (
         Attention(4096, 32, 8, 128, fused=True, grouped=True), Mlp(4096, 14336, "silu"),
-        (Rotary(128, 1000000.0, places=32768), Mask()), Head(Norm(4096, 1e-5), 92544),
+        (Rotary(128, 1000000.0, DynamicScaling(2.0, 32768)), Mask()), Head(Norm(4096, 1e-5), 92544),
     ),
     "internlm3-8b-instruct": (
         Attention(4096, 32, 2, 128), Mlp(4096, 10240, "silu"),
-        (Rotary(128, 50000000.0, places=32768), Mask()), Head(Norm(4096, 1e-5), 128512),
+        (Rotary(128, 50000000.0, DynamicScaling(6.0, 32768)), Mask()), Head(Norm(4096, 1e-5), 128512),
     ),
     "Qwen-7B": (
         Attention(4096, 32, 32, 128, fused=True, qkv_bias=True), Mlp(4096, 11008, "silu"),
@@ -153,7 +153,7 @@ def test_a_checkpoint_holds_the_published_tensors(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("arch", "key"),
-    [("internlm", "rotary"), ("internlm2", "dynamic RoPE"), ("qwen", "use_dynamic_ntk and use_logn_attn")],
+    [("internlm", "rotary"), ("qwen", "use_dynamic_ntk and use_logn_attn")],
 )
 def test_angles_that_change_with_the_length_are_exported_as_far_as_they_do_not(arch, key):
     model, notes = read_noted(archs.load(arch), archs.load(arch).tiny)
@@ -163,7 +163,7 @@ def test_angles_that_change_with_the_length_are_exported_as_far_as_they_do_not(a
 
 def test_angles_that_do_not_change_have_no_end():
     assert rotary(read("qwen", use_dynamic_ntk=False, use_logn_attn=False)).most == {}
-    assert rotary(read("internlm2", rope_parameters={"rope_theta": 10000.0})).most == {}
+    assert rotary(read("internlm", rotary={"base": 10000, "type": "origin"})).most == {}
 
 
 @pytest.mark.parametrize(

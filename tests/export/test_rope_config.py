@@ -13,12 +13,12 @@ from published_configs import PUBLISHED
 from tiny_configs import everywhere, placed_layers, read, refusal, rotary
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llmexport.export import archs
+from llmexport.export import archs, blocks
 from llmexport.export.blocks.context import inverse_frequencies
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model, read_noted
 from llmexport.export.rope import ORIGINAL
-from llmexport.export.spec import LinearScaling, Llama3Scaling, LongScaling, Rotary, YarnScaling
+from llmexport.export.spec import DynamicScaling, LinearScaling, Llama3Scaling, LongScaling, Rotary, YarnScaling
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
 
@@ -64,6 +64,32 @@ def test_llama3_scaling_is_read():
 
 def test_linear_scaling_is_read():
     assert of_llama(rope_type="linear", rope_theta=20000.0, factor=4.0) == Rotary(16, 20000.0, LinearScaling(4.0))
+
+
+def test_dynamic_scaling_is_read():
+    expected = Rotary(16, 20000.0, DynamicScaling(4.0, 512))
+    assert of_llama(rope_type="dynamic", rope_theta=20000.0, factor=4.0, **{ORIGINAL: 64}) == expected
+    # transformers passes over the original length too.
+    theirs = transformers.LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 4.0, ORIGINAL: 64})
+    [steps, _] = ROPE_INIT_FUNCTIONS["dynamic"](theirs, torch.device("cpu"), seq_len=2048)
+    assert_alike(inverse_frequencies(Rotary(128, 10000.0)), steps)
+
+
+def test_dynamic_scaling_of_two_dimensions_has_no_base():
+    rope = {"rope_type": "dynamic", "factor": 2.0}
+    assert "RoPE of type dynamic needs 4 dimensions" in refusal("llama", head_dim=2, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("factor", [1.1, 2.0, 6.0])
+def test_dynamic_steps_are_those_of_transformers_at_every_length(factor):
+    rope = {"rope_type": "dynamic", "rope_theta": 50000.0, "factor": factor}
+    config = transformers.LlamaConfig(**{**archs.load("llama").tiny, "rope_parameters": rope})
+    ours = blocks.module(of_llama(**rope), torch.float32)
+    for length in (1, 511, 512, 513, 600, 5000, 200_000):
+        steps, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=torch.tensor(length))
+        # A step of 0 and more, at the last of so many positions.
+        cos, sin = ours(torch.tensor([[1, length - 1]]))
+        assert_alike(torch.atan2(sin, cos)[0, 0], steps if length > 512 else ours.steps)
 
 
 def test_yarn_is_read():
@@ -294,20 +320,13 @@ def test_gemma_3_of_a_rope_that_none_is_published_with_is_refused(rope):
     assert f"type '{rope['rope_type']}' is not supported here, default, linear are" in line
 
 
-# Types that some architecture knows, the first two as far as they change nothing.
-KNOWN = {("internlm2", "dynamic"), ("internlm3", "dynamic"), ("gemma4_text", "proportional")}
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "ntk", "proportional", "mrope", ""])
+@pytest.mark.parametrize("kind", ["ntk", "proportional", "mrope", ""])
 def test_an_unsupported_rope_scaling_is_refused_by_name_in_every_architecture(kind):
     keys, fields = ("rope_type", "type"), ("rope_parameters", "rope_scaling")
     for arch, key, field in itertools.product(SCALED, keys, fields):
         rope, said = {key: kind, "factor": 2.0}, f"type '{kind}' is not supported"
-        if (arch, kind) in KNOWN:
+        if (arch, kind) == ("gemma4_text", "proportional"):
             continue
-        if arch == "hunyuan_v1_dense" and kind == "dynamic":
-            # It knows that type with an alpha alone.
-            said = "RoPE's alpha is None, expected a positive number"
         if field == "rope_parameters":
             rope = everywhere(arch, rope)
         elif arch == "gemma4_text":
@@ -323,6 +342,7 @@ def test_an_unsupported_rope_scaling_is_refused_by_name_in_every_architecture(ki
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "not understood: partial_rotary_factor"),
         ({"rope_type": "default", "factor": 2.0}, "not understood: factor"),
         ({"rope_type": "linear"}, "factor is None, expected a positive number"),
+        ({"rope_type": "dynamic"}, "factor is None, expected a positive number"),
         ({"rope_type": "linear", "factor": 0}, "factor is 0, expected a positive number"),
         ({"rope_type": "linear", "factor": -2.0}, "factor is -2.0, expected a positive number"),
         ({"rope_type": "linear", "factor": "2"}, "factor is '2', expected a positive number"),

@@ -32,6 +32,7 @@ from llmexport.export.spec import (
     CrossMask,
     DeltaTimeMix,
     DisentangledAttention,
+    DynamicScaling,
     Embedding,
     Experts,
     FilteredAttention,
@@ -153,6 +154,7 @@ CASES = [
     # Half of the runs end before position 64.
     (Rotary(10, 10000.0, LongScaling((1.0, 1.1, 1.2, 1.3, 1.4), (1.0, 2.0, 4.0, 8.0, 16.0), 64, 1.2)), "float32"),
     (Rotary(10, 10000.0, LongScaling((1.0,) * 5, (2.0,) * 5, 64, 1.2, 1.4)), "float32"),
+    (Rotary(10, 10000.0, DynamicScaling(2.5, 64)), "float32"),
     (Rotary(10, 10000.0, sections=(2, 2, 1)), "float32"),
     (Rotary(10, 10000.0, ProportionalScaling(2)), "float32"),
     (Mask(), "float32"),

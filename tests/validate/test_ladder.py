@@ -24,7 +24,7 @@ from llmexport.export import archs, manifest, onnx_file, random_checkpoint
 from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError, ExportError
-from llmexport.export.spec import PAST, SEQUENCE, SOURCE
+from llmexport.export.spec import PAST, SEQUENCE, SOURCE, Rotary
 from llmexport.graphs.bodies import op_of
 from llmexport.validate import drive, forms, ladder, loading, stages, thresholds, whole
 from llmexport.validate import page as files
@@ -326,6 +326,8 @@ MISREAD = {
     "one RoPE for all kinds of layers": ("gemma3_text", "Rotary", "theta", 10000.0),
     "clip dropped": ("olmo", "Attention", "clip", None),
     "LongRoPE's lengths": ("phi3-longrope-long", "LongScaling", "original_positions", 512),
+    "dynamic RoPE's factor": ("internlm2-bias", "DynamicScaling", "factor", 3.0),
+    "dynamic RoPE's length": ("internlm2-bias", "DynamicScaling", "original_positions", 27),
     "LongRoPE's magnitude of long texts": ("phimoe-long-plain", "LongScaling", "long_magnitude", None),
     "experts within the jitter": ("phimoe", "Router", "jitter", 0.1),
     "a delta net's epsilon": ("qwen3_5_moe", "GatedDeltaNet", "epsilon", 1e-2),
@@ -451,7 +453,8 @@ def test_prompts_are_odd_padded_and_longer_than_every_window(case: Case, exporte
     found = manifest.read(exported(case))
     prompt = stages.prompt(found)
     assert prompt.ids.shape[1] % 2 == 1
-    assert prompt.ids.shape[1] > max(thresholds.thresholds(found) | {0})
+    # The length that angles change at is crossed by a stage of its own.
+    assert prompt.ids.shape[1] > max(thresholds.threshold(b) for b in found.blocks if not isinstance(b, Rotary))
     assert prompt.mask[1, 0] == 0
     assert prompt.mask.any(1).all()
 

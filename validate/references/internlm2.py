@@ -1,7 +1,7 @@
 """InternLM 2, as transformers' LlamaForCausalLM.
 
 wqkv is [G (H / G + 2) D, C]: for each of the G heads of keys, the queries that share it, the key, the value. w1 is the
-gate, w3 goes up, w2 down. Dynamic RoPE changes nothing up to max_position_embeddings.
+gate, w3 goes up, w2 down. Its dynamic RoPE (InternLM2DynamicNTKScalingRotaryEmbedding) is that of transformers.
 """
 
 from __future__ import annotations
@@ -46,6 +46,6 @@ def make(config: Mapping[str, Any], tensors: dict[str, Tensor], dtype: torch.dty
     told = {
         **{k: config[k] for k in (*relaid.SIZES, "num_key_value_heads", "max_position_embeddings")},
         "attention_bias": config.get("bias", True),
-        "rope_parameters": {"rope_type": "default", "rope_theta": relaid.theta(config)},
+        "rope_parameters": relaid.rope(config),
     }
     return relaid.loaded(transformers.LlamaForCausalLM, told, state, dtype, attention)

@@ -1,5 +1,5 @@
 """InternLM 3, as transformers' LlamaForCausalLM, which is what it loads this type as: the same names and the same
-mathematics. Dynamic RoPE changes nothing up to max_position_embeddings; `qkv_bias` and `bias` are one in Llama."""
+mathematics; `qkv_bias` and `bias` are one in Llama."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def make(config: Mapping[str, Any], tensors: dict[str, Tensor], dtype: torch.dty
         **{k: config[k] for k in (*relaid.SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")},
         "attention_bias": config.get("qkv_bias", False),
         "mlp_bias": config.get("bias", False),
-        "rope_parameters": {"rope_type": "default", "rope_theta": relaid.theta(config)},
+        "rope_parameters": relaid.rope(config),
     }
     return relaid.loaded(transformers.LlamaForCausalLM, told, relaid.taken(tensors, relaid.SAME), dtype, attention)

@@ -43,6 +43,13 @@ def theta(config: Mapping[str, Any]) -> float:
     return float((config.get("rope_parameters") or config)["rope_theta"])
 
 
+def rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE in the words of transformers 5."""
+    said = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = said.pop("type", "default")
+    return {"rope_type": kind, **said, "rope_theta": theta(config)}
+
+
 def split(tensors: dict[str, Tensor], name: str, sizes: list[int], new: list[str]) -> dict[str, Tensor]:
     """A matrix, and its bias if it has one, cut along its rows."""
     made: dict[str, Tensor] = {}
