@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from arch_cases import CASES, DECODERS, FIRST, IN_TRANSFORMERS, PAIRS, SLOTS, Case, others_slow
+from decoders import theirs
 from two_graphs import in_two, rebuilt
 
 from llmexport.export import archs, manifest, onnx_file
@@ -49,13 +50,19 @@ def expected(checkpoint: Path, ids: np.ndarray, steps: int = STEPS) -> np.ndarra
     return made[:, ids.shape[1] :].numpy()
 
 
-def chosen_anew(folder: Path, ids: np.ndarray) -> np.ndarray:
-    """What the reference of a family that transformers lacks chooses, each time after the whole text."""
-    model, text = loading.load(manifest.read(folder), "eager"), torch.from_numpy(ids)
-    with torch.no_grad():
-        for _ in range(STEPS):
-            text = torch.cat((text, model(input_ids=text).logits[:, -1:].argmax(-1)), 1)
-    return text[:, ids.shape[1] :].numpy()
+def chosen(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """What the reference of a family that transformers lacks chooses, step by step; after the whole text each time
+    where angles of earlier keys change."""
+    export = manifest.read(folder)
+    model, again = loading.load(export, "eager"), run_again_at(export)
+    text, begin, cache = ids, 0, None
+    for _ in range(STEPS):
+        positions = np.arange(begin, text.shape[1])[None].repeat(len(ids), 0)
+        step = theirs(model, text[:, begin:], np.ones_like(text), positions, cache)
+        if not again:
+            begin, cache = text.shape[1], step.past_key_values
+        text = np.concatenate((text, step.logits[:, -1:].argmax(-1).numpy()), 1)
+    return text[:, ids.shape[1] :]
 
 
 def found(folder: Path, ids: np.ndarray, steps: int = STEPS) -> np.ndarray:
@@ -68,7 +75,7 @@ def found(folder: Path, ids: np.ndarray, steps: int = STEPS) -> np.ndarray:
 def test_greedy_tokens_are_those_of_generate_for_64_steps(case: Case, tiny_checkpoint, exported) -> None:
     ids, folder = prompt(), exported(case)
     known = case.arch in IN_TRANSFORMERS
-    right = expected(tiny_checkpoint(case), ids) if known else chosen_anew(folder, ids)
+    right = expected(tiny_checkpoint(case), ids) if known else chosen(folder, ids)
     assert np.array_equal(found(folder, ids), right)
 
 
@@ -147,6 +154,12 @@ def test_what_gives_no_tokens_is_refused(folder: Callable[..., Path], says: str,
 def test_a_prompt_that_the_model_does_not_take_is_refused(ids: list[int], says: str, exported) -> None:
     with pytest.raises(RunError, match=says):
         check_prompt(manifest.read(exported("llama")), ids)
+
+
+def test_a_prompt_may_be_longer_than_the_texts_that_dynamic_rope_was_trained_on(exported) -> None:
+    case = next(c for c in CASES if c.name == "internlm2-bias")
+    assert case.changes["max_position_embeddings"] == 24
+    check_prompt(manifest.read(exported(case)), [1] * 600)
 
 
 @pytest.mark.slow
