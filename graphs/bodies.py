@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import onnx
 
@@ -23,11 +23,12 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
     """
     graph = model.graph
     version = next(o.version for o in model.opset_import if not o.domain)
-    typed = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
+    graphs = [*graphs_of(graph)]
+    typed = {v.name: v.type.tensor_type for g in graphs for v in (*g.input, *g.output, *g.value_info)}
     typed |= {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type for t in graph.initializer}
     bodies: dict[str, onnx.FunctionProto] = {}
     known: dict[str, str] = {}  # all that a body depends on -> the body's name
-    for node in graph.node:
+    for node in (n for g in graphs for n in g.node):
         if node.domain != DOMAIN:
             continue
         untyped = [n for n in node.input if n not in typed or not typed[n].HasField("shape")]
@@ -53,7 +54,14 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
 
 def count(model: onnx.ModelProto) -> dict[str, int]:
     """How often each of our ops occurs, in order of first use."""
-    return dict(Counter(op_of(n) for n in model.graph.node if n.domain == DOMAIN))
+    return dict(Counter(op_of(n) for g in graphs_of(model.graph) for n in g.node if n.domain == DOMAIN))
+
+
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph, and those within its nodes."""
+    yield graph
+    for attribute in (a for node in graph.node for a in node.attribute if a.HasField("g")):
+        yield from graphs_of(attribute.g)
 
 
 def op_of(node: onnx.NodeProto) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import ModelProto, NodeProto
 
-from llmexport.graphs.bodies import op_of
+from llmexport.graphs.bodies import graphs_of, op_of
 from llmexport.plugins.spec import DOMAIN
 
 
@@ -48,7 +48,7 @@ def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Seque
     part.graph.input.extend(inputs)
     typed = {v.name: v for v in (*graph.value_info, *graph.output)}
     part.graph.output.extend(typed[n] for n in outputs)
-    called = {(n.domain, n.op_type) for n in part.graph.node}
+    called = {(n.domain, n.op_type) for g in graphs_of(part.graph) for n in g.node}
     bodies = [f for f in model.functions if (f.domain, f.name) in called]
     del part.functions[:]
     part.functions.extend(bodies)

@@ -151,13 +151,18 @@ def changes(name: str, model: onnx.ModelProto, made: onnx.ModelProto) -> list[st
         if ours.get(key) != theirs.get(key)
     ]
     bodies = [
-        next((f.SerializeToString(deterministic=True) for f in m.functions if f.name == n.op_type), b"")
+        [f.SerializeToString(deterministic=True) for f in m.functions if f.name in _called(n)]
         for m, n in ((model, node), (made, other))
     ]
     if bodies[0] != bodies[1]:
         said.append("its function body is not the one that an export writes")
     constants = [{t.name: t for t in m.graph.initializer} for m in (model, made)]
     return said + list(_changed_constants(node, *constants))
+
+
+def _called(node: onnx.NodeProto) -> set[str]:
+    """The types of a node and of those within it."""
+    return {node.op_type}.union(*(_called(n) for a in node.attribute for n in a.g.node))
 
 
 def _changed_constants(

@@ -18,18 +18,21 @@ from llmexport.validate import validate
 
 pytestmark = pytest.mark.usefixtures("static_caches")
 SLOTS, DECODE, PIECE = 59, 8, 3
-# How many layers have slots, and how many a window that moves up, which are lowered as a growing cache is. Plain,
-# biases and windows, norms of heads before RoPE, windows, pairs side by side, part of a head, linear attention between,
-# experts.
+PASSES = ("lower_static_attention", "lower_attention", "lower_sink_attention")
+# How many layers have slots, how many a window that moves up, which are lowered as a growing cache is, and how many
+# spans of keys, of either kind. Plain, biases and windows, norms of heads before RoPE, windows, pairs side by side,
+# part of a head, linear attention between, experts; sinks and windows, soft caps and windows.
 LOWERED = {
-    "llama": (3, 0),
-    "qwen2": (1, 2),
-    "qwen3": (3, 0),
-    "gemma3_text": (1, 2),
-    "cohere": (3, 0),
-    "stablelm": (3, 0),
-    "qwen3_5": (1, 0),
-    "mixtral": (3, 0),
+    "llama": (3, 0, 0),
+    "qwen2": (1, 2, 0),
+    "qwen3": (3, 0, 0),
+    "gemma3_text": (1, 2, 0),
+    "cohere": (3, 0, 0),
+    "stablelm": (3, 0, 0),
+    "qwen3_5": (1, 0, 0),
+    "mixtral": (3, 0, 0),
+    "gpt_oss": (0, 0, 3),
+    "gemma2": (0, 0, 3),
 }
 
 
@@ -54,8 +57,8 @@ def test_it_gives_the_logits_of_transformers(arch, lowered, tiny_checkpoint):
     """Batch 2, left padding, a prompt beyond every window, decode steps, a later piece of several tokens, and one of a
     row alone."""
     export = lowered(arch)
-    done = [export.graphs[0].fusions[name] for name in ("lower_static_attention", "lower_attention")]
-    assert (tuple(f.count for f in done), [f.refused for f in done]) == (LOWERED[arch], [[], []])
+    done = [export.graphs[0].fusions[name] for name in PASSES]
+    assert (tuple(f.count for f in done), [f.refused for f in done]) == (LOWERED[arch], [[], [], []])
     graph = onnx.load(export.folder / "model.onnx", load_external_data=False).graph
     assert not [n for n in graph.node if n.op_type == "TensorScatter"]
     model, decoder = reference(tiny_checkpoint(arch)), Decoder(export.folder, "onnxruntime")
@@ -71,7 +74,7 @@ def test_it_gives_the_logits_of_transformers(arch, lowered, tiny_checkpoint):
         mask = np.concatenate((mask, np.ones_like(ids)), 1)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3_5"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3_5", "gpt_oss"])
 def test_a_row_in_a_batch_with_a_longer_one_is_as_alone_and_its_later_piece_is_as_transformers(
     arch, lowered, tiny_checkpoint
 ):
@@ -121,10 +124,14 @@ def test_generate_keeps_one_buffer_and_finds_the_same_tokens(lowered, exported, 
         assert np.array_equal(ours, expected)
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [("qwen3", "float32"), ("gemma3_text", "float32"), ("qwen3", "float16")])
+WHOLE = [("qwen3", "float32"), ("gemma3_text", "float32"), ("gpt_oss", "float32")]
+WHOLE += [(a, "float16") for a in ("qwen3", "gpt_oss", "gemma2")]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), WHOLE)
 def test_it_is_validated(arch, dtype, lowered):
     export = lowered(arch, slots=160, dtype=dtype)
-    assert export.graphs[0].fusions["lower_static_attention"].count == LOWERED[arch][0]
+    assert tuple(export.graphs[0].fusions[name].count for name in PASSES) == LOWERED[arch]
     rungs = {r.key: r for r in validate(export.folder).rungs}
     assert [rungs[k].status for k in ("transformers", "blocks", "onnxruntime")] == ["pass"] * 3
 

@@ -1,0 +1,114 @@
+"""Attention by GroupQueryAttention of com.microsoft, which reads the slots that are written and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from llmexport.graphs.fusion import HEADS_FIRST, Added, Refusal, float_type
+from llmexport.graphs.rows import as_rows, flattened, rows_of
+
+TYPES = ("float32", "float16")  # that it has on a CPU
+Rows = list[tuple[gs.Tensor, gs.Node | None]]  # of q, k and v: [B, T, H, D], and the Rope that turns it, if one does
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of a kind read: a bias over the keys, each row's last key, how many keys there are, and whether
+    GroupQueryAttention takes the step."""
+
+    bias: gs.Variable
+    last: gs.Variable
+    total: gs.Variable
+    can: gs.Variable
+
+
+def rows_to_attend(node: gs.Node, writes: Sequence[gs.Node]) -> Rows:
+    """q, k and v of an attention whose keys and values `writes` put behind the past. Raises Refusal on other forms."""
+    apart = zip((node.inputs[0], *(w.inputs[1] for w in writes)), ("q", "k", "v"), strict=True)
+    rows = [rows_of(value, what) for value, what in apart]
+    if rows[2][1]:
+        raise Refusal("its values are turned by Rope")
+    if len({source.shape[3] for source, _ in rows}) > 1:
+        raise Refusal("its values have heads of another size than its keys")
+    if (kind := float_type(node.inputs[0])) not in TYPES:
+        raise Refusal(f"it is of {kind or 'no float type'}, not of {' or '.join(TYPES)}")
+    return rows
+
+
+def takes(added: Added, tokens: gs.Tensor, longest: gs.Tensor, rows: gs.Tensor) -> gs.Variable:
+    """Whether it is one row, or one token of each, or rows that begin."""
+    one = added.constant("one", [1])
+    kinds = {"one_token": (tokens, one), "begins": (longest, tokens), "one_row": (rows, one)}
+    found = [added.node("Equal", said, [*pair], np.bool_, [1]) for said, pair in kinds.items()]
+    some = added.node("Or", "some", found[:2], np.bool_, [1])
+    return added.node("Or", "in_place", [some, found[2]], np.bool_, [1])
+
+
+def group(
+    graph: gs.Graph,
+    node: gs.Node,
+    writes: Sequence[gs.Node],
+    rows: Rows,
+    step: Callable[[list[gs.Node]], Step],
+    said: dict[str, Any],
+    beside: Sequence[gs.Tensor] = (),
+) -> None:
+    """Puts an If in the place of an attention and the nodes around it: one operator, or the graph as it was.
+
+    step: gives what layers share, and adds the nodes that make it, if it is new. said: the operator's attributes but
+    for the heads. beside: what it reads behind the bias.
+    """
+    turned, flat = flattened(graph, node)
+    at, before = graph.nodes.index(node), list[gs.Node]()
+    given, sizes = [as_rows(source, rope, before) for source, rope in rows], [source.shape[2:] for source, _ in rows]
+    of_all, ends = step(before), [flat.outputs[0], *(w.outputs[0] for w in writes)]
+    # Of RoPE's angles and positions, as q and k are turned before.
+    absent = [gs.Variable.empty() for _ in range(3)]
+    inputs = [*given, *(w.inputs[0] for w in writes), of_all.last, of_all.total, *absent, of_all.bias, *beside]
+    name = f"{node.name}/in_place"
+    made = [gs.Variable(f"{name}/{v.name}", v.dtype, v.shape) for v in ends]
+    heads = {"num_heads": sizes[0][0], "kv_num_heads": sizes[1][0]}
+    attend = gs.Node("GroupQueryAttention", name, heads | said, inputs, made, "com.microsoft")
+    branches = {
+        "then_branch": gs.Graph([attend], [], made, name=name),
+        "else_branch": _copied(node, writes, given, sizes, ends),
+    }
+    for dead in (turned, flat, node, *writes):
+        dead.inputs.clear()
+        dead.outputs.clear()
+    graph.nodes[at:at] = [*before, gs.Node("If", f"{node.name}/slots", branches, [of_all.can], ends)]
+
+
+def _copied(
+    node: gs.Node, writes: Sequence[gs.Node], given: list[gs.Tensor], sizes: list[list[int]], ends: list[gs.Tensor]
+) -> gs.Graph:
+    """The branch that computes as the graph did before."""
+    name, nodes = f"{node.name}/copied", list[gs.Node]()
+    made = [gs.Variable(f"{name}/{v.name}", v.dtype, v.shape) for v in ends]
+
+    def add(op: str, inputs: list[gs.Tensor], value: gs.Variable, domain: str = "", **attrs: object) -> gs.Variable:
+        nodes.append(gs.Node(op, value.name, attrs, inputs, [value], domain))
+        return value
+
+    def heads(i: int) -> gs.Variable:
+        batch, tokens = given[i].shape[:2]
+        shape = gs.Constant(f"{name}/{i}/shape", np.array([0, 0, *sizes[i]], np.int64))
+        apart = gs.Variable(f"{name}/{i}/apart", given[i].dtype, [batch, tokens, *sizes[i]])
+        first = gs.Variable(f"{name}/{i}/first", given[i].dtype, [batch, sizes[i][0], tokens, sizes[i][1]])
+        return add("Transpose", [add("Reshape", [given[i], shape], apart)], first, perm=HEADS_FIRST)
+
+    query = heads(0)
+    for i, write in enumerate(writes, 1):
+        add(write.op, [write.inputs[0], heads(i), *write.inputs[2:]], made[i], **write.attrs)
+    mixed = gs.Variable(f"{name}/mixed", query.dtype, query.shape)
+    add(node.op, [query, *made[1:], *node.inputs[3:]], mixed, node.domain or "", **node.attrs)
+    back = gs.Variable(f"{name}/back", query.dtype, [query.shape[i] for i in HEADS_FIRST])
+    add("Transpose", [mixed], back, perm=HEADS_FIRST)
+    flat = gs.Constant(f"{name}/flat", np.array([0, 0, sizes[0][0] * sizes[0][1]], np.int64))
+    add("Reshape", [back, flat], made[0])
+    return gs.Graph(nodes, [], made, name=name)

@@ -1,0 +1,142 @@
+"""Gives SinkAttention over the slots of a static cache to GroupQueryAttention, which reads those that are written."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, producer
+from llmexport.graphs.grouped import Step, group, rows_to_attend, takes
+from llmexport.graphs.rows import flattened
+
+WRITES = {"Concat": 2, "TensorScatter": 3}  # and how much each reads
+SAID = {"softcap": "softcap", "window": "local_window_size"}  # what is 0 where there is none
+NOTHING = -6e4  # a logit beside which any other is all
+Shared = dict[tuple[str, ...], Step]  # by the spans and the lengths that slots are written from
+
+
+def lower_sink_attention(graph: gs.Graph) -> Fused:
+    """Rewrites every legal SinkAttention over slots, and names those that it leaves.
+
+         q        k        v
+         |        |        |                      q   cos, sin   k       v
+     Transpose Transpose Transpose                 \\     |     /        |
+         |        |        |                  [RotaryEmbedding] twice    |
+      [Rope]   [Rope]      |                        |      |             |
+         |        |        |                        |      |  pasts, span, [sinks]
+         |   TensorScatter or Concat                |      |      |      |
+         |     twice, with pasts    =>              If one GroupQueryAttention can
+         |        |        |                        |      else as before
+        SinkAttention -----+- span, [sinks]         |      |
+         |                                          |      |
+     Transpose                                      |      |
+         |                                          |      |
+      Reshape - y                                   y   presents
+
+    A window's layers keep their last slots, to which a step's keys are joined. What is before a row's first key is
+    hidden by a bias. GroupQueryAttention takes one row, or one token of each, or rows that begin, and keys that end
+    where the step was written: all else is left to the other branch. A cache that grows is no candidate, as nothing is
+    gained there. Legal if
+    1. q, k and v are [B, T, H, D] with heads turned to the front, q and k by Rope after that or not at all,
+    2. keys and values are the past's slots with these written from one length on or joined, and nothing else reads them
+       before,
+    3. keys and values have heads of one size, in a type that the operator has on a CPU,
+    4. what is attended is read once, and turned back to [B, T, H * D].
+    """
+    return fuse_each(graph, ("SinkAttention",), functools.partial(_lower, {}), where=_reads_slots)
+
+
+def _reads_slots(node: gs.Node) -> bool:
+    made = producer(node.inputs[1])
+    return made is not None and isinstance((made.inputs[0].shape or [None] * 3)[2], int)
+
+
+def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
+    start, length = node.inputs[3:5]
+    keys, values = (_written(graph, node, node.inputs[i], what) for i, what in ((1, "keys"), (2, "values")))
+    if keys.op != values.op or keys.inputs[2:] != values.inputs[2:]:
+        raise Refusal("its keys and values are not written alike")
+    rows = rows_to_attend(node, (keys, values))
+
+    query, rope = rows[0]
+    # [B, T, ...]: what all layers read, if there is such, as a layer may be cut out.
+    tokens = rope.inputs[1] if rope else query
+
+    def step(before: list[gs.Node]) -> Step:
+        known = tokens.name, start.name, length.name, *(v.name for v in keys.inputs[2:]), str(keys.inputs[0].shape[2])
+        if known not in shared:
+            shared[known] = _seen(start, length, tokens, np.dtype(query.dtype), keys, before)
+        return shared[known]
+
+    said = {"scale": node.attrs["scale"]}
+    said |= {new: node.attrs[old] for old, new in SAID.items() if node.attrs[old]}
+    flattened(graph, node)
+    sinks = _sinks(graph, node, np.dtype(query.dtype), query.shape[2])
+    group(graph, node, (keys, values), rows, step, said, [sinks])
+
+
+def _sinks(graph: gs.Graph, node: gs.Node, dtype: np.dtype[Any], heads: int) -> gs.Tensor:
+    """The sinks in the type of queries, in whatever type they will be stored. Where there are none, sinks that take
+    nothing from a key, and all from a query without keys, which else has no softmax."""
+    if not node.inputs[5:]:
+        return gs.Constant(f"{node.name}/sinks", np.full(heads, NOTHING, dtype))
+    sinks = node.inputs[5]
+    cast = gs.Variable(f"{node.name}/sinks", dtype.type, sinks.shape)
+    to = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    graph.nodes.insert(graph.nodes.index(node), gs.Node("Cast", cast.name, {"to": to}, [sinks], [cast]))
+    node.inputs[5] = cast
+    return cast
+
+
+def _written(graph: gs.Graph, attention: gs.Node, value: gs.Tensor, what: str) -> gs.Node:
+    """The node that writes what is new into the slots of the past, or joins it to them."""
+    node = producer(value)
+    kind = "" if node is None or node.domain else node.op
+    if node is None or WRITES.get(kind) != len(node.inputs) or node.attrs.get("axis", -2) not in (2, -2):
+        raise Refusal(f"its {what} are not slots that this step is written into or joined to")
+    if node.attrs.get("mode", "linear") != "linear":
+        raise Refusal(f"its {what} are written in a circle")
+    if producer(node.inputs[0]) or isinstance(node.inputs[0], gs.Constant):
+        raise Refusal(f"the {what} of the past are no input")
+    if is_read_before(graph, attention, value):
+        raise Refusal(f"its {what} are read before")
+    return node
+
+
+def _seen(
+    start: gs.Tensor, length: gs.Tensor, row: gs.Tensor, dtype: np.dtype[Any], keys: gs.Node, before: list[gs.Node]
+) -> Step:
+    """For all layers, with what is before a row's first key as a bias; row: of as many tokens as the step."""
+    added = Added(f"{length.name}/{keys.op.lower()}")
+    add, (batch, sequence, *_) = added.node, row.shape
+    tokens = add("Shape", "tokens", [row], np.int64, [1], start=1, end=2)
+    rows = add("Shape", "rows", [start], np.int64, [1])
+    ends = add("Cast", "ends", [length], np.int64, [batch], to=onnx.TensorProto.INT64)
+    past = keys.inputs[2] if keys.inputs[2:] else added.constant("past", [keys.inputs[0].shape[2]])
+    written = add("Add", "written", [past, tokens], np.int64, past.shape)
+    longest = add("ReduceMax", "longest", [written], np.int64, [1], keepdims=1)
+    total = add("Cast", "total", [longest], np.int32, [1], to=onnx.TensorProto.INT32)
+    wide = add("Sub", "last/wide", [ends, added.constant("one", [1])], np.int64, [batch])
+    last = add("Cast", "last", [wide], np.int32, [batch], to=onnx.TensorProto.INT32)
+    slots, none, step = f"{added.name}/slots", added.constant("none", 0), added.constant("step", 1)
+    many = add("Squeeze", "many", [longest], np.int64, [])
+    numbers = add("Range", "slots", [none, many, step], np.int64, [slots])
+    first = add("Unsqueeze", "first", [start, added.constant("axes", [1, 2, 3])], start.dtype, [batch, 1, 1, 1])
+    firsts = add("Cast", "firsts", [first], np.int64, [batch, 1, 1, 1], to=onnx.TensorProto.INT64)
+    seen = add("GreaterOrEqual", "seen", [numbers, firsts], np.bool_, [batch, 1, 1, slots])
+    sides = [added.constant(said, value, dtype) for said, value in (("shown", 0.0), ("hidden", -np.inf))]
+    row_bias = add("Where", "row_bias", [seen, *sides], dtype.type, [batch, 1, 1, slots])
+    ones = added.constant("ones", [1])
+    shape = add("Concat", "shape", [ones, ones, tokens, ones], np.int64, [4], axis=0)
+    bias = add("Expand", "bias", [row_bias, shape], dtype.type, [batch, 1, sequence, slots])
+    apart = add("Sub", "apart", [ends, written], np.int64, [batch])
+    far = add("Abs", "far", [apart], np.int64, [batch])
+    farthest = add("ReduceMax", "farthest", [far], np.int64, [1], keepdims=1)
+    right = add("Equal", "right", [farthest, added.constant("nothing", [0])], np.bool_, [1])
+    can = add("And", "can", [takes(added, tokens, longest, rows), right], np.bool_, [1])
+    before.extend(added.nodes)
+    return Step(bias, last, total, can)

@@ -1,0 +1,210 @@
+"""lower_sink_attention: what it rewrites, what it leaves, and that the numbers stay."""
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_graphsurgeon as gs
+import onnxruntime
+import pytest
+
+from llmexport.export.graph_file import load_body
+from llmexport.graphs.bodies import attach_bodies, count
+from llmexport.graphs.lower_sink_attention import lower_sink_attention
+from llmexport.plugins.spec import DOMAIN
+from llmexport.validate.compare import compare
+
+# Four heads of 8, two of keys and values, in nine slots; of a window's layer the last nine.
+SLOTS = 9
+INPUTS = (
+    "float[B,T,32] q, float[B,T,16] k, float[B,T,16] v, int64[B] past, int32[B] start, int32[B] length, "
+    "float[4] sinks, float[B,T,4] cos, float[B,T,4] sin, float[B,2,9,8] pk, float[B,2,9,8] pv"
+)
+HELD = "int64[4] four = {0, 0, 4, 8}, int64[4] two = {0, 0, 2, 8}, int64[3] flat = {0, 0, 32}"
+SPLIT = "[q4] q_heads = Reshape(q, four) [k4] k_heads = Reshape(k, two) [v4] v_heads = Reshape(v, two)"
+TURN = """[qt] qt = Transpose<perm = [0, 2, 1, 3]>(q_heads) [kt] kt = Transpose<perm = [0, 2, 1, 3]>(k_heads)
+  [vt] vt = Transpose<perm = [0, 2, 1, 3]>(v_heads)"""
+WRITE = "[kj] all_k = TensorScatter<axis = -2>(pk, kt, past) [vj] all_v = TensorScatter<axis = -2>(pv, vt, past)"
+JOIN = "[kj] all_k = Concat<axis = 2>(pk, kt) [vj] all_v = Concat<axis = 2>(pv, vt)"
+SINKS = f"{DOMAIN}.SinkAttention<scale = 0.3, softcap = 0.0, window = 0>(qt, all_k, all_v, start, length, sinks)"
+ATTEND = f"[attention] a = {SINKS}"
+BACK = "[at] back = Transpose<perm = [0, 2, 1, 3]>(a) [flat] y = Reshape(back, flat)"
+PLAIN = f"{SPLIT} {TURN} {WRITE} {ATTEND} {BACK}"
+TURNS = f"{DOMAIN}.Rope<interleaved = 0>"
+ROPE = f"[qr] qr = {TURNS}(qt, cos, sin) [kr] kr = {TURNS}(kt, cos, sin)"
+FORMS = {
+    "plain": PLAIN,
+    "no sinks": PLAIN.replace(", sinks)", ")"),
+    "turned": PLAIN.replace(WRITE, f"{ROPE} {WRITE}").replace("(qt, all", "(qr, all").replace("kt, past", "kr, past"),
+    "window": PLAIN.replace("window = 0", "window = 3"),
+    "cap": PLAIN.replace("softcap = 0.0", "softcap = 2.0"),
+    "joined": PLAIN.replace(WRITE, JOIN).replace("window = 0", "window = 5"),
+}  # fmt: skip
+# Tokens of a step, and what of each row is before it and hidden: a prompt, padded; its next token; one where rows end
+# at different slots, and a later piece, which GroupQueryAttention takes of one row alone.
+STEPS = [
+    (4, [0, 0], [0, 2]),
+    (1, [4, 4], [0, 2]),
+    (1, [3, 8], [1, 0]),
+    (3, [5], [2]),
+    (3, [5, 5], [0, 4]),
+    (3, [2, 6], [0, 1]),
+]
+TAKEN = [True, True, True, True, False, False]
+
+
+def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
+    keys = "S" if "Concat" in nodes else SLOTS
+    ends = f"float[B,T,32] y, float[B,2,{keys},8] all_k, float[B,2,{keys},8] all_v" + outputs
+    header = f'<ir_version: 10, opset_import: ["": 24, "{DOMAIN}": 1]>'
+    made = onnx.parser.parse_model(f"{header} g ({INPUTS}) => ({ends}) <{HELD}> {{ {nodes} }}")
+    # onnx infers no shape of our ops' outputs, nor behind them.
+    typed = dict.fromkeys(("qt", "qr", "a"), (1, "B", 4, "T", 8)) | dict.fromkeys(
+        ("kt", "kr", "vt"), (1, "B", 2, "T", 8)
+    )
+    typed |= {"q_heads": (1, "B", "T", 4, 8), "k_heads": (1, "B", "T", 2, 8), "v_heads": (1, "B", "T", 2, 8)}
+    for name, (kind, *shape) in typed.items():
+        made.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    return made
+
+
+def feed(form: str, tokens: int, before: list[int], hidden: list[int]) -> dict[str, np.ndarray]:
+    rng, rows = np.random.default_rng(0), len(before)
+    shapes = {"q": (tokens, 32), "k": (tokens, 16), "v": (tokens, 16), "cos": (tokens, 4), "sin": (tokens, 4)}
+    shapes |= dict.fromkeys(("pk", "pv"), (2, SLOTS, 8))
+    given = {n: rng.standard_normal((rows, *shape)).astype(np.float32) for n, shape in shapes.items()}
+    ends = [SLOTS if form == "joined" else n for n in before]
+    given |= {"past": np.array(before), "sinks": rng.standard_normal(4).astype(np.float32)}
+    given["start"] = np.array(hidden, np.int32)
+    return given | {"length": np.array(ends, np.int32) + np.int32(tokens)}
+
+
+def run(made: onnx.ModelProto, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+    attach_bodies(made, load_body)
+    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = {i.name for i in session.get_inputs()}
+    return session.run(None, {n: a for n, a in given.items() if n in names})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_slots_are_written_by_one_operator_and_the_numbers_stay(form):
+    graph = gs.import_onnx(model(FORMS[form]))
+    fused = lower_sink_attention(graph)
+    assert (fused.count, fused.refused) == (1, [])
+    assert not {"Transpose", "TensorScatter", "SinkAttention", "Rope"} & {n.op for n in graph.nodes}
+    assert not [n for n in graph.nodes if n.op == "Concat" and n.inputs[0].name in ("pk", "pv")]
+    [chosen] = [n for n in graph.nodes if n.op == "If"]
+    assert [n.op for n in chosen.attrs["then_branch"].nodes] == ["GroupQueryAttention"]
+    assert [v.name for v in chosen.outputs] == ["y", "all_k", "all_v"]
+    graph.outputs.append(chosen.inputs[0])
+    made = gs.export_onnx(graph).SerializeToString()
+    assert count(onnx.ModelProto.FromString(made))["SinkAttention"] == 1
+    for (tokens, before, hidden), takes in zip(STEPS, TAKEN, strict=True):
+        given = feed(form, tokens, before, hidden)
+        expected, found = run(model(FORMS[form]), given), run(onnx.ModelProto.FromString(made), given)
+        # Behind slots that were all there before, rows begin at once in none.
+        assert found.pop().item() is (takes and not (form == "joined" and tokens > 1 and len(before) > 1))
+        for row, end in enumerate(given["length"]):
+            # What lies behind the last token of a row is nobody's.
+            for theirs, ours in zip(expected[1:], found[1:], strict=True):
+                assert np.array_equal(theirs[row, :, :end], ours[row, :, :end])
+        # Padding sees no key, and gives zeros.
+        assert compare(expected[0], found[0]).max_abs <= 2e-6
+
+
+def test_sinks_of_another_type_are_cast():
+    made = model(PLAIN)
+    [sinks] = [i for i in made.graph.input if i.name == "sinks"]
+    sinks.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    given = feed("plain", 1, [4, 4], [0, 2])
+    given["sinks"] = given["sinks"].astype(np.float16)
+    graph = gs.import_onnx(made)
+    lower_sink_attention(graph)
+    found = run(onnx.ModelProto.FromString(gs.export_onnx(graph).SerializeToString()), given)
+    assert compare(run(made, given)[0], found[0]).max_abs <= 2e-6
+
+
+def test_rows_that_end_elsewhere_than_the_step_are_computed_as_before():
+    graph = gs.import_onnx(model(PLAIN))
+    lower_sink_attention(graph)
+    made = gs.export_onnx(graph).SerializeToString()
+    given = feed("plain", 1, [4, 4], [0, 2])
+    given["length"] -= 2
+    expected, found = run(model(PLAIN), given), run(onnx.ModelProto.FromString(made), given)
+    assert compare(expected[0], found[0]).max_abs <= 2e-6
+
+
+def test_what_layers_share_is_made_once():
+    again = FORMS["turned"]
+    for name in ("q_heads", "k_heads", "v_heads", "qt", "kt", "vt", "qr", "kr", "all_k", "all_v", "back"):
+        again = again.replace(name, f"{name}2")
+    again = again.replace("a = llm", "a2 = llm").replace("(a)", "(a2)").replace("pk", "pk2").replace("pv", "pv2")
+    again = again.replace("y = R", "y2 = R").replace("[", "[again_").replace("perm = [again_", "perm = [")
+    made = model(FORMS["turned"] + again, ", float[B,T,32] y2, float[B,2,9,8] all_k2, float[B,2,9,8] all_v2")
+    for name in ("pk2", "pv2"):
+        made.graph.input.append(onnx.helper.make_tensor_value_info(name, 1, ["B", 2, SLOTS, 8]))
+    made.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(
+            f"{v.name}2", 1, [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        )
+        for v in [*made.graph.value_info]
+    )
+    graph = gs.import_onnx(made)
+    assert lower_sink_attention(graph).count == 2
+    ops = [n.op for n in graph.nodes]
+    assert (ops.count("If"), ops.count("Where"), ops.count("Range")) == (2, 1, 1)
+
+
+# What stands in the place of what in a legal graph.
+REFUSED = {
+    "its values have heads of another size than its keys": {
+        "Reshape(v, two)": "Reshape(v, four_of_four)",
+        "int64[4] two": "int64[4] four_of_four = {0, 0, 4, 4}, int64[4] two",
+    },
+    "its values are not slots that this step is written into or joined to": {
+        "all_v = Tensor": "written = Tensor",
+        "[attention]": "all_v = Identity(written) [attention]",
+    },
+    "its values are written in a circle": {'all_v = TensorScatter<': 'all_v = TensorScatter<mode = "circular", '},
+    "its keys and values are not written alike": {"(pv, vt, past)": "(pv, vt, far)", "[q4]": "far = Neg(past) [q4]"},
+    "the keys of the past are no input": {"(pk, kt": "(pk0, kt", "[kj]": "pk0 = Neg(pk) [kj]"},
+    "its keys are read before": {"[attention]": "[early] e = Identity(all_k) [attention]"},
+    "its values are turned by Rope": {"[vj]": f"[vr] vr = {TURNS}(vt, cos, sin) [vj]", "(pv, vt,": "(pv, vr,"},
+    "what is attended has 2 consumers": {"[at]": "[more] z = Identity(a) [at]"},
+    "v is not [B, T, H, D] with its heads turned to the front": {"vt = Transpose<perm = [0, 2, 1, 3]>": "vt = Neg"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_another_form_is_left_as_it_is(why, monkeypatch):
+    nodes, held = PLAIN, HELD
+    for old, new in REFUSED[why].items():
+        assert old in nodes + held
+        nodes, held = nodes.replace(old, new), held.replace(old, new)
+    monkeypatch.setitem(globals(), "HELD", held)
+    more = {"e = Id": ", float[B,2,9,8] e", "z = Id": ", float[B,4,T,8] z"}
+    made = model(nodes, "".join(text for name, text in more.items() if name in nodes))
+    for value in made.graph.value_info:
+        if value.name == "v_heads" and "four_of_four" in nodes:
+            value.CopyFrom(onnx.helper.make_tensor_value_info("v_heads", 1, ["B", "T", 4, 4]))
+    made.graph.value_info.append(onnx.helper.make_tensor_value_info("pk0", 1, ["B", 2, SLOTS, 8]))
+    graph = gs.import_onnx(made)
+    before = [n.op for n in graph.nodes]
+    fused = lower_sink_attention(graph)
+    assert (fused.count, fused.refused) == (0, [("attention", why)])
+    assert [n.op for n in graph.nodes] == before
+
+
+def test_bfloat16_is_left_as_no_cpu_has_it():
+    graph = gs.import_onnx(model(PLAIN))
+    for value in graph.tensors().values():
+        if isinstance(value, gs.Variable) and value.dtype == np.float32:
+            value.dtype = onnx.TensorProto.BFLOAT16
+    assert lower_sink_attention(graph).refused == [("attention", "it is of bfloat16, not of float32 or float16")]
+
+
+def test_a_growing_cache_is_no_candidate():
+    made = model(PLAIN.replace(WRITE, JOIN))
+    for value in made.graph.input:
+        if value.name in ("pk", "pv"):
+            value.type.tensor_type.shape.dim[2].dim_param = "past"
+    assert lower_sink_attention(gs.import_onnx(made)).refused == []
