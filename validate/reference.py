@@ -140,7 +140,7 @@ class Transformers:
 
 def _forget_lengths(model: Any) -> None:
     """The angles of dynamic RoPE are those of the longest text that a model of transformers has read so far."""
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
         for name in [n for n in vars(module) if n.endswith("max_seq_len_cached")]:
             setattr(module, name, 0)
 
