@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fcntl
 import functools
+import gc
+import hashlib
 import importlib.util
 import json
 import os
@@ -34,6 +37,19 @@ NOT_QUICK = {*TIERS.values(), "slow", "gpu"}
 def pytest_addoption(parser: pytest.Parser) -> None:
     if not importlib.util.find_spec("xdist"):
         parser.addoption("--dist", help="of pyproject.toml, for xdist, which is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Tests by the thousand, and what they import, are no garbage: looking for cycles among them takes a twentieth of a
+    session."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(10_000, 20, 20)
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -71,12 +87,27 @@ def pytest_make_collect_report(
     return report
 
 
+def of_session(factory: pytest.TempPathFactory) -> Path:
+    """The folder that all processes of this session have theirs in."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that the first process to want it makes, and that nobody changes."""
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            make(folder.with_suffix(".making"))
+            folder.with_suffix(".making").rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An own trace cache, empty at first: no test may pass on what an earlier session traced."""
-    base = tmp_path_factory.getbasetemp()
-    # Processes that test side by side have their folders in one of this session.
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder = of_session(tmp_path_factory) / "traces"
     folder.mkdir(exist_ok=True)
     os.environ["LLMEXPORT_CACHE"] = str(folder)
     return folder
@@ -111,8 +142,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     `tiny_checkpoint(case, "all")` has the text model within the multimodal one.
     """
 
-    @functools.cache
-    def make(case: Case, part: str) -> Path:
+    def make(case: Case, part: str, folder: Path) -> None:
         import torch
         import transformers
         from layouts import randomise
@@ -120,12 +150,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         from llmexport.export import archs, random_checkpoint
 
         arch = archs.load(case.arch)
-        folder = tmp_path_factory.mktemp(case.name) / "checkpoint"
         text = {**arch.tiny, **case.changes}
         vision = text.pop("vision_config", {})
         if arch.reference.made_by:
             random_checkpoint.write(arch, folder, config=text, dtype="float32", shard_bytes=100_000)
-            return folder
+            return
         config = copy.deepcopy(dict(archs.tiny_config(dataclasses.replace(arch, tiny=text), part)))
         config.get("vision_config", {}).update(vision)
         [name] = config.pop("architectures", [arch.reference.model_class])
@@ -135,9 +164,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         randomise(model)
         model.save_pretrained(folder, max_shard_size="100KB")
         assert len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) > 1
-        return folder
 
-    return lambda which, part="text": make(as_case(which), part)
+    @functools.cache
+    def once(case: Case, part: str) -> Path:
+        name = hashlib.sha256(repr((case, part)).encode()).hexdigest()[:16]
+        folder = of_session(tmp_path_factory) / "checkpoints" / f"{case.name}-{name}"
+        return made_once(folder, functools.partial(make, case, part))
+
+    return lambda which, part="text": once(as_case(which), part)
 
 
 def need_static_caches() -> None:
