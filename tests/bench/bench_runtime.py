@@ -7,7 +7,8 @@ the same loop on the ONNX Runtime here, growing its keys and values or, where it
 of each; genai in its own loop as well. Processes live side by side and take turns job by job, so that what else the
 machine does meets all of them. Ours are exported with `--logits last`, as `llmexport generate` cuts them; transformers
 computes the last token's logits alone, genai's, mobius' and optimum's files all of a prompt. What an exporter refuses
-is recorded with its last line. Exit code 1: logits of ours that are not PyTorch's, or a job that takes us more CPU time
+is recorded with its last line. With MODEL the rows of others in FILE stay; each has the commit and the versions that
+it was measured at. Exit code 1: logits of ours that are not PyTorch's, or a job that takes us more CPU time
 than the fastest peer.
 """
 
@@ -175,6 +176,11 @@ def row(name: str, work: Path, rounds: int, restarts: int) -> dict[str, Any]:
     return {**found, "passed": not slower and found["validated"]["status"] == "pass"}
 
 
+def earlier(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a file by model, none if it is not there."""
+    return {row["model"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}")
@@ -186,25 +192,23 @@ def main() -> None:
     work = chosen.work or Path(tempfile.mkdtemp())
     for exporter in EXPORTERS.values():
         install(work, exporter)
-    rows: list[dict[str, Any]] = []
-    record: dict[str, Any] = {
+    measured = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         **machine(),
         "versions": {name: versions(work, e) for name, e in EXPORTERS.items() if name != "llmexport static"},
-        "threads": 1,
-        "slots": SLOTS,
         "rounds": chosen.rounds,
         "restarts": chosen.restarts,
-        "rows": rows,
     }
+    rows = earlier(chosen.json) if chosen.models else {}
     for name in chosen.models or MODELS:
-        rows.append(row(name, work, chosen.rounds, chosen.restarts))
-        print(json.dumps(rows[-1]), flush=True)
+        rows[name] = {**row(name, work, chosen.rounds, chosen.restarts), **measured}
+        print(json.dumps(rows[name]), flush=True)
+        record = {"threads": 1, "slots": SLOTS, "rows": [rows[n] for n in MODELS if n in rows]}
         chosen.json.write_text(json.dumps(record, indent=1) + "\n")
     if not chosen.work:
         shutil.rmtree(work)
-    raise SystemExit(0 if all(r["passed"] for r in rows) else 1)
+    raise SystemExit(0 if all(rows[n]["passed"] for n in chosen.models or MODELS) else 1)
 
 
 if __name__ == "__main__":
