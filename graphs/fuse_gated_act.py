@@ -11,6 +11,7 @@ from llmexport.graphs.fusion import (
     fuse_each,
     is_output,
     other_input,
+    produced_by,
     replace,
     same_shape,
     sole_consumer,
@@ -34,6 +35,13 @@ def fuse_gated_act(graph: gs.Graph) -> Fused:
                 |
                 y
 
+        both                             both
+          |                               |
+        Split (last axis)       =>     GatedAct
+         |   |                            |
+      gate   up - as above - y            y
+
+    where nothing else reads gate and up, which are equal halves in this order: the op reads them where they lie.
     Products are taken in either order. Legal if
     1. a Sigmoid is multiplied with its own input, which makes it SiLU, and is read by nothing else,
     2. the activation has one consumer, a Mul, and is no graph output,
@@ -58,8 +66,25 @@ def _fuse(graph: gs.Graph, node: gs.Node) -> None:
     if not same_shape(gate, up):
         raise Refusal("gate and up differ in shape")
     check_operands(gate, up)
+    inputs, split = [gate, up], produced_by(gate, "Split")
+    if split is not None and _is_of_halves(graph, split, gate, up, [*dead, product]):
+        inputs = split.inputs[:1]
+        dead.append(split)
     attributes = {"activation": activation, "alpha": 0.0, "limit": 0.0}
-    replace(product, dead, "GatedAct", [gate, up], list(product.outputs), attributes)
+    replace(product, dead, "GatedAct", inputs, list(product.outputs), attributes)
+
+
+def _is_of_halves(graph: gs.Graph, split: gs.Node, gate: gs.Tensor, up: gs.Tensor, readers: list[gs.Node]) -> bool:
+    """Whether a Split makes gate and up of the last axis of [B, T, 2 I], in this order, for `readers` alone."""
+    read = [n for v in (gate, up) for n in v.outputs]
+    return (
+        [id(v) for v in split.outputs] == [id(gate), id(up)]
+        and split.attrs.get("axis", 0) in (-1, 2)
+        and len(split.inputs[0].shape or ()) == 3
+        and all(any(n is r for r in readers) for n in read)
+        and not is_output(graph, gate)
+        and not is_output(graph, up)
+    )
 
 
 def _silu(graph: gs.Graph, sigmoid: gs.Node) -> gs.Node:

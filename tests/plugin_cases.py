@@ -208,7 +208,13 @@ ALL_CASES = {
         exact=("sum",),
     ),
     "GatedAct": Case(
-        "GatedAct", {"activation": "swiglu_clamped", "alpha": 1.702, "limit": 7.0}, {"B": 2, "T": 63, "I": 37}
+        "GatedAct", {"activation": "swiglu_clamped", "alpha": 1.702, "limit": 7.0}, {"B": 2, "T": 63, "J": 37, "I": 37}
+    ),
+    "GatedAct-halves": Case(
+        "GatedAct",
+        {"activation": "silu", "alpha": 0.0, "limit": 0.0},
+        {"B": 2, "T": 63, "J": 144, "I": 72},
+        without=1,
     ),
     "CausalConv1d": Case(
         "CausalConv1d",

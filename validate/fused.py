@@ -69,9 +69,16 @@ def fuse(module: nn.Module, sums: Sums, made: Collection[str]) -> None:
         if isinstance(part, GatedDeltaNet) and GATED_DELTA_NET in made:
             part.recalled = partial(_recalled, part)
         if isinstance(part, Mlp) and part.block.gated and part.block.activation in ACTIVATIONS:
-            part.activation = partial(_Gate, activation=part.block.activation)
+            if part.block.fused:
+                part.mixed = partial(_mixed, part)
+            else:
+                part.activation = partial(_Gate, activation=part.block.activation)
         if isinstance(part, Norm) and part.block.statistics == "rms" and part.block.rows is None:
             part.forward = partial(_normed, part, sums, part.forward)
+
+
+def _mixed(mlp: Mlp, normed: Tensor) -> Tensor:
+    return gated_act(mlp.gate_up_proj(normed), None, mlp.block.activation, 0.0, 0.0)
 
 
 def _turns(block: spec.Attention) -> bool:

@@ -35,11 +35,14 @@ class Mlp(nn.Module):
         self.down_proj = linear(intermediate, hidden, bias, turn)
 
     def forward(self, normed: Tensor) -> Tensor:
-        if not self.block.gated:
-            mixed = self.activation(self.up_proj(normed))
-        else:
-            fused = self.block.fused
-            both = self.gate_up_proj(normed).chunk(2, -1) if fused else (self.gate_proj(normed), self.up_proj(normed))
-            mixed = self.activation(both[0]) * both[1]
-        down: Tensor = self.down_proj(mixed)
+        down: Tensor = self.down_proj(self.mixed(normed))
         return down
+
+    def mixed(self, normed: Tensor) -> Tensor:
+        """What is projected down."""
+        if not self.block.gated:
+            return self.activation(self.up_proj(normed))
+        fused = self.block.fused
+        both = self.gate_up_proj(normed).chunk(2, -1) if fused else (self.gate_proj(normed), self.up_proj(normed))
+        product: Tensor = self.activation(both[0]) * both[1]
+        return product

@@ -12,19 +12,21 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "swiglu_clamped")
 @op(
     "GatedAct",
     version=1,
-    dims={"gate": "B T I", "up": "B T I"},
+    dims={"gate": "B T J", "up": "B T I"},
     outputs={"y": "B T I"},
     choices={"activation": ACTIVATIONS},
 )
-def gated_act(gate: Tensor, up: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
+def gated_act(gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float) -> Tensor:
     """activation(gate) * up (arXiv 2002.05202), for gate and up [B, T, I], in fp32 and rounded once.
+
+    Without up, gate is [B, T, 2 I] and has up behind itself (modeling_phi3.py).
 
     transformers rounds activation(gate), too (LlamaMLP), or every step (GptOssExperts).
     activation is "silu", "gelu_tanh" or "gelu_erf"; or "swiglu_clamped", which is
     gate * sigmoid(alpha * gate) * (up + 1) with gate <= limit and |up| <= limit (modeling_gpt_oss.py). Only
     swiglu_clamped reads alpha and limit. Raises ValueError on any other activation.
     """
-    g, u = gate.float(), up.float()
+    g, u = (x.float() for x in (gate.chunk(2, -1) if up is None else (gate, up)))
     if activation == "silu":
         y = F.silu(g) * u
     elif activation == "gelu_tanh":

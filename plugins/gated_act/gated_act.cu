@@ -4,13 +4,23 @@
 namespace llmexport {
 
 bool gatedActServes(GatedActSizes const& s) {
-  // Where an access has one element.
-  constexpr int64_t kMost = kMaxGridX * kGatedActThreads * kGatedActVectors;
-  return isAtMost("GatedAct", "BTI", {s.B, s.T, s.I}, kMost);
+  // Of a block, where an access has one element.
+  constexpr int64_t kMost = kGatedActThreads * kGatedActVectors;
+  if (!s.halves) return isAtMost("GatedAct", "BTI", {s.B, s.T, s.I}, kMaxGridX * kMost);
+  return isAtMost("GatedAct", "BT", {s.B, s.T}, kMaxGridX) &&
+         isAtMost("GatedAct", "I", {s.I}, kMaxGridY * kMost);
 }
 
 GatedActPlan gatedActPlan(GatedActSizes const& s, Dtype dtype, bool pointersAligned) {
-  int const width = pointersAligned ? kVectorBytes / int(sizeOf(dtype)) : 1;
+  int const full = kVectorBytes / int(sizeOf(dtype));
+  if (s.halves) {
+    int const width = pointersAligned && s.I % full == 0 ? full : 1;
+    int64_t const vectors = s.I / width;
+    int64_t const parts = ceilDiv(vectors, kGatedActThreads * kGatedActVectors);
+    int64_t const threads = ceilDiv(ceilDiv(vectors, parts * kGatedActVectors), kWarp) * kWarp;
+    return {{dim3(unsigned(s.B * s.T), unsigned(parts)), dim3(unsigned(threads))}, width};
+  }
+  int const width = pointersAligned ? full : 1;
   int64_t const blocks = ceilDiv(s.B * s.T * s.I, kGatedActThreads * kGatedActVectors * width);
   return {{dim3(unsigned(blocks)), dim3(kGatedActThreads)}, width};
 }
@@ -19,18 +29,24 @@ namespace {
 
 struct Arguments {
   GatedActPlan const& plan;
-  int64_t count;
+  GatedActSizes const& sizes;
   GatedActTensors const& tensors;
   cudaStream_t stream;
 };
 
 template <class T, class Act>
 cudaError_t start(Arguments const& a, Act act) {
-  auto const kernel =
-      a.plan.width > 1 ? gatedActKernel<T, kFullWidth<T>, Act> : gatedActKernel<T, 1, Act>;
+  bool const wide = a.plan.width > 1;
+  GatedActSizes const& s = a.sizes;
   GatedActTensors const& t = a.tensors;
+  if (s.halves) {
+    auto const kernel =
+        wide ? gatedActHalvesKernel<T, kFullWidth<T>, Act> : gatedActHalvesKernel<T, 1, Act>;
+    return launch(kernel, a.plan.launch, a.stream, typed<T>(t.gate), typed<T>(t.y), s.I, act);
+  }
+  auto const kernel = wide ? gatedActKernel<T, kFullWidth<T>, Act> : gatedActKernel<T, 1, Act>;
   return launch(kernel, a.plan.launch, a.stream, typed<T>(t.gate), typed<T>(t.up), typed<T>(t.y),
-                a.count, act);
+                s.B * s.T * s.I, act);
 }
 
 }  // namespace
@@ -38,10 +54,9 @@ cudaError_t start(Arguments const& a, Act act) {
 cudaError_t gatedAct(Dtype dtype, GatedActSizes const& s, GatedActAttributes const& attributes,
                      GatedActTensors const& t, cudaStream_t stream) {
   if (!gatedActServes(s)) return cudaErrorInvalidValue;
-  int64_t const count = s.B * s.T * s.I;
-  if (count == 0) return cudaSuccess;
+  if (s.B * s.T * s.I == 0) return cudaSuccess;
   GatedActPlan const plan = gatedActPlan(s, dtype, aligned({t.gate, t.up, t.y}));
-  Arguments const a{plan, count, t, stream};
+  Arguments const a{plan, s, t, stream};
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     switch (attributes.activation) {

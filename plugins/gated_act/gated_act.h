@@ -10,6 +10,7 @@ enum class Activation { kSilu, kGeluTanh, kGeluErf, kSwigluClamped };
 
 struct GatedActSizes {
   int64_t B, T, I;
+  bool halves;  // gate and up are those of one tensor
 };
 
 struct GatedActAttributes {
@@ -17,7 +18,8 @@ struct GatedActAttributes {
   float alpha, limit;  // of kSwigluClamped alone
 };
 
-// All [B, T, I]; y may be gate or up itself.
+// All [B, T, I]; y may be gate or up itself. Of halves gate is [B, T, 2 I] with up behind it, and y
+// another tensor; `up` is not read.
 struct GatedActTensors {
   void const *gate, *up;
   void* y;

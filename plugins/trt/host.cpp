@@ -22,7 +22,7 @@ struct Expr final : IDimensionExpr, VDimensionExpr {
   bool isSizeTensor() const override { return false; }
 };
 
-// The ops pass dimensions on or make them constants, and build no expression of them.
+// The ops pass dimensions on, make them constants, or halve them.
 struct Builder final : IExprBuilder, VExprBuilder {
   std::vector<std::unique_ptr<Expr>> made;
   Builder() { impl_ = this; }
@@ -30,9 +30,12 @@ struct Builder final : IExprBuilder, VExprBuilder {
     made.push_back(std::make_unique<Expr>(true, value));
     return made.back().get();
   }
-  IDimensionExpr const* operation(DimensionOperation, IDimensionExpr const&,
-                                  IDimensionExpr const&) override {
-    return nullptr;
+  IDimensionExpr const* operation(DimensionOperation operation, IDimensionExpr const& one,
+                                  IDimensionExpr const& other) override {
+    if (operation != DimensionOperation::kFLOOR_DIV) return nullptr;
+    auto const &a = static_cast<Expr const&>(one), &b = static_cast<Expr const&>(other);
+    made.push_back(std::make_unique<Expr>(a.known && b.known, a.size / b.size));
+    return made.back().get();
   }
   IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&,
                                           IDimensionExpr const&) override {
@@ -132,7 +135,7 @@ HOST int32_t llmexportHostTypes(IPluginV3* plugin, int32_t const* in, int32_t nb
 }
 
 // Output shapes where every dimension of the inputs is `known`, or none is. An output's dimension
-// may only be one of the inputs' own expressions, or a constant.
+// may only be one of the inputs' own expressions, half of one, or a constant.
 HOST int32_t llmexportHostShapes(IPluginV3* plugin, PluginTensorDesc const* in, int32_t nbInputs,
                                  bool known, Dims* out, int32_t nbOutputs) {
   std::vector<std::unique_ptr<Expr>> expressions;

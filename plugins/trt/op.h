@@ -65,7 +65,7 @@ enum class Element { kT, kW, kS, kFloat32, kInt32, kUint8 };
 constexpr bool kOptional = true;
 
 // `dims` names the dimensions, one letter each, as in <op>/__init__.py. A letter has one size; a
-// letter of an output is one of the inputs' or an attribute's. An op's first input is of kT; only
+// letter of an output is one of the inputs' or an attribute's, see also `half`. An op's first input is of kT; only
 // its last inputs may be optional, and a node leaves them out from the end.
 struct Tensor {
   char const* name;
@@ -147,6 +147,8 @@ struct Op {
   // Bytes that suffice for these sizes and all smaller ones; it is given the largest of a profile.
   // It knows no device, as an engine may be built where there is none. Optional.
   size_t (*workspace)(Node const& node) = nullptr;
+  // Two letters: the first is half the second in outputs, where the node has no input with it.
+  char const* half = nullptr;
 };
 
 // Adds an op to the library: a constant of this type in <op>/plugin.cpp.

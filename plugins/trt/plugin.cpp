@@ -104,6 +104,13 @@ int32_t Plugin::getOutputShapes(trt::DimsExprs const* inputs, int32_t nbInputs,
     char const letter = op_.attributes[i].dim;
     if (letter) sizeOf[size_t(letter - 'A')] = builder.constant(attributes_[i].integer);
   }
+  if (op_.half) {
+    trt::IDimensionExpr const*& half = sizeOf[size_t(op_.half[0] - 'A')];
+    trt::IDimensionExpr const* const whole = sizeOf[size_t(op_.half[1] - 'A')];
+    if (!half) {
+      half = builder.operation(trt::DimensionOperation::kFLOOR_DIV, *whole, *builder.constant(2));
+    }
+  }
   for (size_t i = 0; i < op_.outputs.size(); ++i) {
     char const* const letters = op_.outputs[i].dims;
     outputs[i].nbDims = int32_t(std::strlen(letters));

@@ -29,7 +29,8 @@ Peer = Callable[..., object]
 
 @dataclass(frozen=True)
 class Family:
-    """A published model: hidden size, heads, kv heads, head size, rotated pairs, intermediate size."""
+    """A published model: hidden size, heads, kv heads, head size, rotated pairs, intermediate size; halves: whether one
+    projection makes gate and up."""
 
     name: str
     C: int
@@ -41,6 +42,7 @@ class Family:
     activation: str = "silu"
     weight_offset: float = 0.0
     interleaved: bool = False
+    halves: bool = False
 
 
 FAMILIES = (
@@ -48,7 +50,7 @@ FAMILIES = (
     Family("Llama-3.1-8B", 4096, 32, 8, 128, 64, 14336),
     Family("Mistral-7B-v0.1", 4096, 32, 8, 128, 64, 14336),
     Family("Qwen2-7B", 3584, 28, 4, 128, 64, 18944),
-    Family("GLM-4-9B", 4096, 32, 2, 128, 32, 13696, interleaved=True),
+    Family("GLM-4-9B", 4096, 32, 2, 128, 32, 13696, interleaved=True, halves=True),
 )
 
 
@@ -201,7 +203,7 @@ def of_family(f: Family, B: int, T: int) -> Iterator[Case]:
     yield Case("QkNormRope", f.name, B, T, heads, {**rope, **norm, "norm_first": True}, roundings=3)
     yield Case("AddRmsNorm", f.name, B, T, ((B, T, f.C), (B, T, f.C), (f.C,)), norm)
     act = {"activation": f.activation, "alpha": 0.0, "limit": 0.0}
-    yield Case("GatedAct", f.name, B, T, ((B, T, f.I), (B, T, f.I)), act)
+    yield Case("GatedAct", f.name, B, T, ((B, T, 2 * f.I),) if f.halves else ((B, T, f.I), (B, T, f.I)), act)
 
 
 def of_linear_attention(name: str, B: int, T: int) -> Iterator[Case]:
@@ -221,6 +223,8 @@ def of_router(r: Router, B: int, T: int) -> Case:
 def eager(case: Case) -> Peer:
     """The fewest calls that torch has for it."""
     if case.op == "GatedAct":
+        if case.left_out:
+            return lambda both: F.silu(both[..., : both.shape[-1] // 2]) * both[..., both.shape[-1] // 2 :]
         approximate = "tanh" if case.attributes["activation"] == "gelu_tanh" else "none"
         if case.attributes["activation"] == "silu":
             return lambda gate, up: F.silu(gate) * up
@@ -258,6 +262,8 @@ def flashinfer_peers(case: Case) -> dict[str, Peer]:
     if case.op == "GatedAct":
         acts = {"silu": flashinfer.silu_and_mul, "gelu_tanh": flashinfer.gelu_tanh_and_mul}
         act = acts[str(case.attributes["activation"])]
+        if case.left_out:
+            return {"flashinfer": lambda both: act(both.flatten(0, 1))}
         joined = once(lambda gate, up: torch.cat((gate, up), -1).flatten(0, 1))
         return {"flashinfer": lambda gate, up: act(joined(gate, up))}
     if case.op == "AddRmsNorm":
@@ -270,7 +276,7 @@ def fla_peers(case: Case) -> dict[str, Peer]:
     from fla.modules.activations import swiglu
     from fla.modules.layernorm import rms_norm
 
-    if case.op == "GatedAct" and case.attributes["activation"] == "silu":
+    if case.op == "GatedAct" and case.attributes["activation"] == "silu" and not case.left_out:
         return {"fla": swiglu}
     if case.op == "AddRmsNorm" and not case.attributes["weight_offset"]:
         return {"fla": lambda x, residual, weight: rms_norm(x, weight, None, residual=residual, eps=1e-6, prenorm=True)}

@@ -102,6 +102,54 @@ def test_each_of_two_mlps_fuses():
     assert [n.attrs["activation"] for n in made.nodes] == ["gelu_erf", "silu"]
 
 
+BOTH = "float[batch, tokens, 18]"
+HALVES = "[split] gate, up = Split<axis = -1, num_outputs = 2>(both)"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("split", [HALVES, HALVES.replace("-1", "2")])
+def test_the_halves_of_one_tensor_are_read_where_they_lie(form, split):
+    made = graph(f"{split} {FORMS[form][1]}", inputs=f"{BOTH} both")
+    fused = fuse_gated_act(made)
+    assert (fused.count, fused.refused, ops(made)) == (1, [], ["GatedAct"])
+    (node,) = made.nodes
+    assert [v.name for v in (*node.inputs, *node.outputs)] == ["both", "y"]
+
+
+GELU_OF_HALVES = "[act] a = Gelu(gate) [gated] y = Mul(a, up)"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "inputs", "outputs"),
+    [
+        pytest.param(f"{HALVES} [act] a = Gelu(up) [gated] y = Mul(a, gate)", BOTH, "", id="up first"),
+        pytest.param(f"{HALVES} {GELU_OF_HALVES} [neg] z = Neg(gate)", BOTH, f", {FP32} z", id="gate read again"),
+        pytest.param(f"{HALVES} {GELU_OF_HALVES} [neg] z = Neg(up)", BOTH, f", {FP32} z", id="up read again"),
+        pytest.param(f"{HALVES} {GELU_OF_HALVES}", BOTH, f", {FP32} gate", id="gate is an output"),
+        pytest.param(f"{HALVES} {GELU_OF_HALVES}", BOTH, f", {FP32} up", id="up is an output"),
+        pytest.param(f"{HALVES} [act] a = Gelu(gate) [gated] y = Mul(a, gate)", BOTH, "", id="one half alone"),
+        pytest.param(
+            f"[split] gate, up = Split<axis = 1, num_outputs = 2>(both) {GELU_OF_HALVES}",
+            "float[batch, 6, 9]",
+            "",
+            id="another axis",
+        ),
+        pytest.param(
+            f"[split] gate, up, rest = Split<axis = -1, num_outputs = 3>(both) {GELU_OF_HALVES}",
+            "float[batch, tokens, 27]",
+            f", {FP32} rest",
+            id="three parts",
+        ),
+    ],
+)
+def test_other_parts_of_a_tensor_stay_split(nodes, inputs, outputs):
+    y = "float[batch, 3, 9]" if "6" in inputs else FP32
+    made = graph(nodes, inputs=f"{inputs} both", outputs=f"{y} y{outputs}")
+    assert fuse_gated_act(made).count == 1
+    assert sorted(ops(made)) == sorted(["Split", "GatedAct", *["Neg"] * nodes.count("Neg")])
+    assert len(next(n for n in made.nodes if n.op == "GatedAct").inputs) == 2
+
+
 # Case 1.
 def test_refuses_a_sigmoid_times_another_value():
     made = graph("[act] s = Sigmoid(gate) [own] a = Mul(s, up) [gated] y = Mul(a, gate)")
@@ -228,13 +276,22 @@ def test_leaves_a_graph_in_which_nothing_fuses_as_it_is(nodes):
 
 @pytest.fixture(
     scope="module",
-    params=[("gelu", FP32), ("gelu tanh", FP32), ("up * silu", FP32), ("gelu tanh", FP16), ("silu", FP16)],
+    params=[
+        ("", "gelu", FP32),
+        ("", "gelu tanh", FP32),
+        ("", "up * silu", FP32),
+        ("", "gelu tanh", FP16),
+        ("", "silu", FP16),
+        (HALVES, "silu", FP32),
+        (HALVES, "gelu tanh", FP16),
+    ],
     ids=lambda case: " ".join(case),
 )
 def both(request: pytest.FixtureRequest) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """A form as it is, and fused with bodies attached."""
-    form, kind = request.param
-    before = model(FORMS[form][1], f"{kind} gate, {kind} up", f"{kind} y")
+    split, form, kind = request.param
+    inputs = f"{kind.replace('9', '18')} both" if split else f"{kind} gate, {kind} up"
+    before = model(f"{split} {FORMS[form][1]}", inputs, f"{kind} y")
     made = gs.import_onnx(before)
     assert fuse_gated_act(made).count == 1
     after = gs.export_onnx(made, ir_version=10)
@@ -250,7 +307,9 @@ def test_the_fused_model_is_valid(both):
 def test_numbers_stay(both, batch, tokens):
     element = onnx.helper.tensor_dtype_to_np_dtype(both[0].graph.input[0].type.tensor_type.elem_type)
     seed = np.random.default_rng(tokens)
-    feeds = {n: (3 * seed.standard_normal((batch, tokens, 9))).astype(element) for n in ("gate", "up")}
+    gate, up = (3 * seed.standard_normal((2, batch, tokens, 9))).astype(element)
+    joined = len(both[0].graph.input) == 1
+    feeds = {"both": np.concatenate((gate, up), -1)} if joined else {"gate": gate, "up": up}
     expected, found = (
         onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"])
         .run(None, feeds)[0]
@@ -260,5 +319,5 @@ def test_numbers_stay(both, batch, tokens):
     # Before, every node rounds to the graph's type, after, the result alone does. Far below zero 1 + erf and
     # 1 + tanh cancel, and what is left is the rounding of the 1.
     eps = 4 * float(np.finfo(element).eps)
-    terms = np.abs(feeds["gate"].astype(np.float64) * feeds["up"])
+    terms = np.abs(gate.astype(np.float64) * up)
     assert (np.abs(found - expected) <= eps * terms).all()

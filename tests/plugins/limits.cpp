@@ -42,7 +42,7 @@ extern "C" int launch_GatedRmsNorm(int64_t const* s) {
 }
 
 extern "C" int launch_GatedAct(int64_t const* s) {
-  return gatedAct(kDtype, {s[0], s[1], s[2]}, {}, {}, nullptr);
+  return gatedAct(kDtype, {s[0], s[1], s[2], s[3] != 0}, {}, {}, nullptr);
 }
 
 extern "C" int launch_CausalConv1d(int64_t const* s) {

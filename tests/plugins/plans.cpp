@@ -51,7 +51,8 @@ extern "C" void plan_rows(int64_t const* sizes, int dtype, bool pointersAligned,
 
 extern "C" void plan_gated_act(int64_t const* sizes, int dtype, bool pointersAligned,
                                int64_t* out) {
-  auto const plan = gatedActPlan({1, 1, sizes[0]}, Dtype(dtype), pointersAligned);
+  auto const plan =
+      gatedActPlan({1, sizes[0], sizes[1], sizes[2] != 0}, Dtype(dtype), pointersAligned);
   write(plan.launch, out);
   out[7] = plan.width;
 }

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from transformers.activations import ACT2FN
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3MLP
 
 from llmexport.export.trace import trace_body
 from llmexport.plugins.gated_act import gated_act
@@ -61,6 +62,17 @@ def test_swiglu_clamped_is_gpt_oss_in_fp32_rounded_once(size, dtype):
     interleaved = torch.stack((gate, up), -1).flatten(-2).float()
     expected = GptOssExperts._apply_gate(SimpleNamespace(alpha=ALPHA, limit=LIMIT), interleaved).to(dtype)
     assert torch.equal(gated_act(gate, up, "swiglu_clamped", ALPHA, LIMIT), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_halves_are_those_of_phi3(size, dtype):
+    """Phi3MLP, its projections the identity, in fp32 and rounded once."""
+    gate, up = example(size, dtype)
+    both = torch.cat((gate, up), -1)
+    mlp = Phi3MLP(Phi3Config(hidden_size=1, intermediate_size=1))
+    mlp.gate_up_proj, mlp.down_proj = torch.nn.Identity(), torch.nn.Identity()
+    assert torch.equal(gated_act(both, None, "silu", 0.0, 0.0), mlp(both.float()).to(dtype))
 
 
 def test_swiglu_clamped_clamps_the_gate_from_above_only():
@@ -131,6 +143,7 @@ def test_an_unknown_activation_is_refused():
         gated_act(gate, up, "relu", 0.0, 0.0)
 
 
+@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize(
     ("activation", "dtype"),
     [
@@ -139,14 +152,17 @@ def test_an_unknown_activation_is_refused():
         ("gelu_tanh", "float16"),
     ],
 )
-def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(activation, dtype):
+def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(activation, dtype, halves):
     attributes = {"activation": activation, "alpha": ALPHA, "limit": LIMIT}
-    body = trace_body("GatedAct", attributes, [dtype] * 2, [["B", "T", "I"], ["B", "T", "I"]])
+    inputs = {"gate": "J"} if halves else {"gate": "I", "up": "I"}
+    shapes = [["B", "T", last] for last in inputs.values()]
+    body = trace_body("GatedAct", attributes, [dtype] * len(inputs), shapes)
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    values = [onnx.helper.make_tensor_value_info(n, element, ["B", "T", "I"]) for n in ("gate", "up", "y")]
-    node = onnx.helper.make_node(body.name, ["gate", "up"], ["y"], domain=DOMAIN, **attributes)
+    values = [onnx.helper.make_tensor_value_info(n, element, s) for n, s in zip(inputs, shapes, strict=True)]
+    result = onnx.helper.make_tensor_value_info("y", element, ["B", "T", "I"])
+    node = onnx.helper.make_node(body.name, [*inputs], ["y"], domain=DOMAIN, **attributes)
     model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "g", values[:2], values[2:]),
+        onnx.helper.make_graph([node], "g", values, [result]),
         functions=[body],
         opset_imports=[onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
@@ -158,6 +174,7 @@ def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(activation, dt
     for size in SIZES:
         gate, up = example(size, getattr(torch, dtype))
         expected = numbers(gated_act(gate, up, activation, ALPHA, LIMIT))
-        found = session.run(None, {"gate": gate.numpy(), "up": up.numpy()})[0]
+        given = [torch.cat((gate, up), -1)] if halves else [gate, up]
+        found = session.run(None, {n: x.numpy() for n, x in zip(inputs, given, strict=True)})[0]
         terms = np.abs(numbers(gate)) * (np.abs(numbers(up)) + 1)
         assert (np.abs(found - expected) <= 4 * FP32 * terms + ulp * np.abs(expected)).all()

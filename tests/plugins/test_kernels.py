@@ -100,6 +100,24 @@ def test_gated_act(machine: Machine, size: tuple[int, ...], dtype: str, activati
     assert near(y, gated_act(*inputs, activation, alpha, limit), dtype)
 
 
+# Rows that fill no vector, a warp, a block, and two blocks of unequal length.
+HALVES_SIZES = [(1, 1, 1), (2, 63, 37), (1, 130, 72), (2, 3, 1032), (1, 2, 4104)]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "activation", "shift"), pairwise(HALVES_SIZES, [*DTYPES], [*ACTIVATIONS], (0, 1))
+)
+def test_gated_act_of_halves(machine: Machine, size: tuple[int, ...], dtype: str, activation: str, shift: int) -> None:
+    alpha, limit = ACTIVATIONS[activation]
+    gate, up = random(size, dtype, 1) * 4, random(size, dtype, 2)
+    attributes = {"activation": activation, "alpha": alpha, "limit": limit}
+    plugin = machine.library.create("GatedAct", attributes)
+    (y,) = computed(plugin, machine.memory(), [np.concatenate((gate, up), -1)], shift)
+    assert y.shape == size
+    assert near(y, gated_act(gate, up, activation, alpha, limit), dtype)
+    assert (y == computed(plugin, machine.memory(), [gate, up], shift)[0]).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_act_at_the_ends_of_its_range(machine: Machine, activation: str, dtype: str) -> None:

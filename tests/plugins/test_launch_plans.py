@@ -110,11 +110,26 @@ def test_rows_of_a_norm(plan, rows, columns, dtype, aligned):
 @several
 @given(st.integers(1, 2**40), kinds, st.booleans())
 def test_gated_act(plan, count, dtype, aligned):
-    p = plan("gated_act", (count,), dtype, aligned)
+    p = plan("gated_act", (1, count, 0), dtype, aligned)
     per_block = p.block[0] * ACT_VECTORS * p.width
     if p.grid[0] < MAX_GRID[0]:
         p.check(ACT_THREADS)
         assert p.grid[0] * per_block >= count > (p.grid[0] - 1) * per_block
+
+
+@several
+@given(many, some, kinds, st.booleans())
+def test_gated_act_of_halves(plan, rows, columns, dtype, aligned):
+    p = plan("gated_act", (rows, columns, 1), dtype, aligned)
+    p.check(ACT_THREADS)
+    full = 16 // ITEM_SIZES[dtype]
+    assert p.width == (full if aligned and columns % full == 0 else 1)
+    assert p.grid[0] == rows
+    per_block = p.block[0] * ACT_VECTORS * p.width
+    assert p.grid[1] * per_block >= columns > (p.grid[1] - 1) * per_block
+    # A warp for each vector of a thread, at most, has nothing to do.
+    assert p.block[0] % WARP == 0
+    assert (p.block[0] - WARP) * p.grid[1] * ACT_VECTORS * p.width < columns
 
 
 @several

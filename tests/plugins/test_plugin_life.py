@@ -181,6 +181,26 @@ def test_refuses_shapes_by_their_size(
     plugin.output_shapes(inputs, known=False)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        ([(2, 3, 9), (2, 3, 8), (2, 3, 8)], "GatedAct: gate has J = 9 columns, not 8"),
+        ([(2, 3, 16), (2, 3, 8), (2, 3, 8)], "GatedAct: gate has J = 16 columns, not 8"),
+        ([(2, 3, 9), (2, 3, 4)], "GatedAct: gate has J = 9 columns, not 8"),
+        ([(2, 3, 8), (2, 3, 8)], "GatedAct: gate has J = 8 columns, not 16"),
+    ],
+)
+def test_gates_that_do_not_fit_their_other_half_are_refused(
+    library: Library, capfd: pytest.CaptureFixture[str], shapes: list[tuple[int, ...]], says: str
+) -> None:
+    plugin = created(library, CASES["GatedAct"])
+    io = [desc(s, DTYPES["fp16"]) for s in shapes]
+    for ask in (plugin.configure, plugin.shape_change):
+        with pytest.raises(Refused):
+            ask(io)
+        assert f"llmexport: {says}" in capfd.readouterr().err
+
+
 def test_refuses_another_rank(library: Library, case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     plugin = created(library, case)
     io = all_descs(plugin, case)

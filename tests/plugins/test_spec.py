@@ -47,7 +47,7 @@ ATTRIBUTES = {
     "MoeExperts": {"activation": "swiglu_clamped", "alpha": 1.702, "limit": 7.0, "format": "uint8", "group": 32}
     | {"transposed": False, "interleaved": True, "scale_input": False},
 }
-SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 9}
+SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 8, "J": 8}
 # Those of an op that means something else by a letter, or needs sizes that fit each other.
 OWN_SIZES = {
     "QkNormRope": {"G": 1},
@@ -61,7 +61,7 @@ OWN_SIZES = {
 }
 # Every op with all its inputs, and without as many of the last as may be left out.
 CALLS = [(n, 0) for n in ATTRIBUTES]
-CALLS += [(n, 1) for n in ("SinkAttention", "CausalConv1d", "MoeRoute")]
+CALLS += [(n, 1) for n in ("SinkAttention", "CausalConv1d", "MoeRoute", "GatedAct")]
 CALLS += [("QkNormRope", 2), *(("MoeExperts", n) for n in (2, 4, 6, 8))]
 calls = pytest.mark.parametrize(("name", "without"), CALLS)
 
