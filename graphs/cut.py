@@ -15,7 +15,7 @@ def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Seque
     """The part of `model` that makes `outputs` from `inputs`, with the weights and bodies it needs.
 
     A fused node may straddle the cut: where `inputs` holds the sum that an AddRmsNorm makes, and the part needs its
-    norm, the node stays and is fed the sum and a residual of zeros, which is the same norm exactly. Raises
+    norm, the node stays and is fed zeros and the sum as residual, which is the same norm exactly. Raises
     ValueError if an output depends on an input of the model that `inputs` does not hold.
     """
     graph = model.graph
@@ -73,5 +73,6 @@ def _straddling(node: NodeProto, given: set[str]) -> list[NodeProto]:
     zeros = onnx.helper.make_node("Sub", [total, total], [f"{total}/zeros"], name=f"{total}/zeros")
     norm = NodeProto()
     norm.CopyFrom(node)
-    norm.input[0], norm.input[1], norm.output[1] = total, zeros.output[0], f"{total}/again"
+    # A norm of x itself leaves zeros as they are.
+    norm.input[0], norm.input[1], norm.output[1] = zeros.output[0], total, f"{total}/again"
     return [zeros, norm]

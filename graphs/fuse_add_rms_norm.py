@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs import rms_norm
@@ -10,6 +12,8 @@ from llmexport.graphs.fusion import (
     Refusal,
     check_operands,
     fuse_each,
+    is_output,
+    other_input,
     produced_by,
     producer,
     replace,
@@ -30,7 +34,9 @@ def fuse_add_rms_norm(graph: gs.Graph) -> Fused:
            |
         [Cast] - y
 
-    Parts in brackets are optional; the two Casts come together (a norm that rounds after the weight). Legal if
+    Parts in brackets are optional; the two Casts come together (a norm that rounds after the weight). A norm that makes
+    a summand is taken in: x is then what it reads, and its weight comes last. It stays if anything else reads it, or if
+    its epsilon, rounding or offset is another. Legal if
     1. the norm's input is a sum,
     2. it normalises the last axis, with statistics in fp32,
     3. both summands have the shape of the sum, nothing is broadcast; all are of one float type and of rank 3,
@@ -49,8 +55,26 @@ def _fuse(graph: gs.Graph, norm: gs.Node) -> None:
         raise Refusal("the sum broadcasts")
     check_operands(total, *add.inputs)
     found = rms_norm.read(graph, norm, "the sum")
-    x, residual = add.inputs
-    replace(add, found.dead, "AddRmsNorm", [x, residual, found.weight], [found.y, total], found.attributes)
+    inputs, dead = [*add.inputs, found.weight], found.dead
+    if inner := _inner(graph, add, found.attributes):
+        inputs = [inner.source, other_input(add, inner.y), found.weight, inner.weight]
+        dead += inner.dead
+    replace(add, dead, "AddRmsNorm", inputs, [found.y, total], found.attributes)
+
+
+def _inner(graph: gs.Graph, add: gs.Node, attributes: dict[str, Any]) -> rms_norm.RmsNorm | None:
+    """The norm with these attributes that makes a summand, for this sum alone."""
+    for summand in add.inputs:
+        norm = rms_norm.norm_that_makes(summand)
+        if norm is None or is_output(graph, summand) or len(summand.outputs) > 1:
+            continue
+        try:
+            found = rms_norm.read(graph, norm, "its source")
+        except Refusal:
+            continue
+        if found.y is summand and found.attributes == attributes and same_shape(found.source, summand):
+            return found
+    return None
 
 
 def _sum(total: gs.Tensor) -> gs.Node:

@@ -35,15 +35,17 @@ def fuse_each(
     where: Callable[[gs.Node], bool] = lambda node: True,
 ) -> Fused:
     """Calls `fuse` on every standard operator or op of ours of these types that `where` is true of: `fuse` edits the
-    graph, or raises Refusal instead."""
-    fused = Fused()
+    graph, or raises Refusal instead. One that a later op has taken in is not among those left."""
+    fused, left = Fused(), []
     for node in [n for n in graph.nodes if n.op in ops and n.domain in (None, "", DOMAIN) and where(n)]:
         try:
             fuse(graph, node)
             fused.count += 1
         except Refusal as refusal:
-            fused.refused.append((node.name, str(refusal)))
+            left.append((node, str(refusal)))
     _sweep(graph)
+    there = {id(n) for n in graph.nodes}
+    fused.refused = [(n.name, why) for n, why in left if id(n) in there]
     return fused
 
 

@@ -164,7 +164,8 @@ UINT4_FILLS |= {
     f"{n}_{what}": fill for n in ("gate_up", "down") for what, fill in (("scales", tiny), ("zeros", nibbles))
 }
 HEAD_NORM = {"epsilon": 1e-6, "weight_offset": 1.0}
-# The norm and the rotation are each rounded, and a rotation adds what the norm rounded to the other side of a tie.
+# The norm and the rotation are each rounded, and a rotation adds what the norm rounded to the other side of a tie; as
+# does the sum of a normed summand.
 HEAD_UNITS = (8.0, 3.0)
 KEYS: dict[str, Fill] = {"start": first_key, "length": all_keys}
 DELTA_FILLS: dict[str, Fill] = {"g": decay, "beta": probability}
@@ -205,7 +206,14 @@ ALL_CASES = {
         "AddRmsNorm",
         {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": False},
         {"B": 2, "T": 63, "C": 72},
+        without=1,
         exact=("sum",),
+    ),
+    "AddRmsNorm-inner": Case(
+        "AddRmsNorm",
+        {"epsilon": 1e-6, "weight_offset": 0.0, "round_before_weight": True},
+        {"B": 2, "T": 63, "C": 72},
+        units=HEAD_UNITS,
     ),
     "GatedAct": Case(
         "GatedAct", {"activation": "swiglu_clamped", "alpha": 1.702, "limit": 7.0}, {"B": 2, "T": 63, "J": 37, "I": 37}

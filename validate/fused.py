@@ -30,6 +30,8 @@ class Sums(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        # The last norm of its own: what it made, and of what.
+        self.normed: tuple[Tensor, Tensor, Norm] | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -121,10 +123,21 @@ def _recalled(
 def _normed(norm: Norm, sums: Sums, alone: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     summands = sums.summands(hidden)
     if summands is None:
-        return alone(hidden)
-    block = norm.block
-    early = block.rounding == "before_weight" and block.weighted
-    y, total = add_rms_norm(*summands, norm.weight, block.epsilon, block.offset, early)
+        made = alone(hidden)
+        sums.normed = (made, hidden, norm)
+        return made
+    x, residual, inner = *summands, None
+    if sums.normed and _numbers(sums.normed[2]) == _numbers(norm):
+        made, source, before = sums.normed
+        if made is x or made is residual:
+            x, residual, inner = source, residual if made is x else x, before.weight
+    y, total = add_rms_norm(x, residual, norm.weight, inner, *_numbers(norm))
     # Whoever reads the sum later reads the op's.
     hidden.copy_(total)
     return y
+
+
+def _numbers(norm: Norm) -> tuple[float, float, bool]:
+    """Epsilon, offset, and whether it rounds before the weight."""
+    block = norm.block
+    return block.epsilon, block.offset, block.rounding == "before_weight" and block.weighted

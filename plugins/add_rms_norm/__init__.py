@@ -9,24 +9,31 @@ from llmexport.plugins.spec import Attribute, op
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
     """RMSNormalization rounds before the weight; what is rounded after it is normalised in fp32."""
     wide = types["x"] != "float32" and not attributes["round_before_weight"]
-    total = "total" if wide else "sum"
     epsilon, offset = (float(attributes[name]) for name in ("epsilon", "weight_offset"))
-    shifted = f"""weight_wide = Cast <to = 1> (weight)
-    offset = Constant <value_float = {offset}> ()
-    weight_shifted = Add (weight_wide, offset)"""
+
+    def norm(value: str, weight: str, made: str) -> str:
+        total = f"{value}_wide" if wide else value
+        shifted = f"""{weight}_wide = Cast <to = 1> ({weight})
+        {weight}_offset = Constant <value_float = {offset}> ()
+        {weight}_shifted = Add ({weight}_wide, {weight}_offset)"""
+        return f"""
+        {f"{total} = Cast <to = 1> ({value})" if wide else ""}
+        {shifted if offset else ""}
+        {weight}_scale = CastLike ({weight}{"_shifted" if offset else ""}, {total})
+        {made}_normed = RMSNormalization <axis = -1, epsilon = {epsilon}, stash_type = 1> ({total}, {weight}_scale)
+        {made} = CastLike ({made}_normed, x)"""
+
+    inner = "inner" in types
     return f"""
-    sum = Add (x, residual)
-    {"total = Cast <to = 1> (sum)" if wide else ""}
-    {shifted if offset else ""}
-    scale = CastLike ({"weight_shifted" if offset else "weight"}, {total})
-    normed = RMSNormalization <axis = -1, epsilon = {epsilon}, stash_type = 1> ({total}, scale)
-    y = CastLike (normed, x)"""
+    {norm("x", "inner", "summand") if inner else ""}
+    sum = Add ({"summand" if inner else "x"}, residual)
+    {norm("sum", "weight", "y")}"""
 
 
 @op(
     "AddRmsNorm",
     version=1,
-    dims={"x": "B T C", "residual": "B T C", "weight": "C"},
+    dims={"x": "B T C", "residual": "B T C", "weight": "C", "inner": "C"},
     outputs={"y": "B T C", "sum": "B T C"},
     body=body,
 )
@@ -34,6 +41,7 @@ def add_rms_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
+    inner: Tensor | None,
     epsilon: float,
     weight_offset: float,
     round_before_weight: bool,
@@ -43,12 +51,17 @@ def add_rms_norm(
     x, residual [B, T, C]; weight [C]. The sum is rounded to x's dtype and normalised as rounded, in fp32.
     round_before_weight rounds the normalised value to x's dtype before it is multiplied by the weight
     (modeling_llama.py); otherwise the product is formed in fp32 and rounded once (modeling_gemma.py,
-    modeling_gpt_oss.py).
+    modeling_gpt_oss.py). With inner [C] x is normalised first, as the sum is but by inner, and rounded before it is
+    added: x / rms(x) * (weight_offset + inner) (modeling_gemma2.py, modeling_glm4.py).
     """
-    total = x + residual
-    wide = total.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    scale = weight.float() + weight_offset
-    if round_before_weight:
-        return normed.to(x.dtype) * scale.to(x.dtype), total
-    return (normed * scale).to(x.dtype), total
+
+    def norm(value: Tensor, weight: Tensor) -> Tensor:
+        wide = value.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        scale = weight.float() + weight_offset
+        if round_before_weight:
+            return normed.to(x.dtype) * scale.to(x.dtype)
+        return (normed * scale).to(x.dtype)
+
+    total = (x if inner is None else norm(x, inner)) + residual
+    return norm(total, weight), total

@@ -15,16 +15,20 @@ struct Arguments {
 template <class T, int kVectors>
 cudaError_t startInRegisters(Arguments const& a) {
   AddRmsNormTensors const& t = a.tensors;
-  return launch(addRmsNormKernel<T, kFullWidth<T>, kVectors>, a.plan.launch, a.stream,
-                typed<T>(t.x), typed<T>(t.residual), typed<T>(t.weight), typed<T>(t.y),
-                typed<T>(t.sum), a.rows, int(a.columns), a.attributes);
+  auto const kernel = t.inner ? addRmsNormKernel<T, kFullWidth<T>, kVectors, true>
+                              : addRmsNormKernel<T, kFullWidth<T>, kVectors, false>;
+  return launch(kernel, a.plan.launch, a.stream, typed<T>(t.x), typed<T>(t.residual),
+                typed<T>(t.weight), typed<T>(t.inner), typed<T>(t.y), typed<T>(t.sum), a.rows,
+                int(a.columns), a.attributes);
 }
 
 template <class T, int kWidth>
 cudaError_t startTwoPass(Arguments const& a) {
   AddRmsNormTensors const& t = a.tensors;
-  return launch(addRmsNormTwoPassKernel<T, kWidth>, a.plan.launch, a.stream, typed<T>(t.x),
-                typed<T>(t.residual), typed<T>(t.weight), typed<T>(t.y), typed<T>(t.sum), a.columns,
+  auto const kernel = t.inner ? addRmsNormTwoPassKernel<T, kWidth, true>
+                              : addRmsNormTwoPassKernel<T, kWidth, false>;
+  return launch(kernel, a.plan.launch, a.stream, typed<T>(t.x), typed<T>(t.residual),
+                typed<T>(t.weight), typed<T>(t.inner), typed<T>(t.y), typed<T>(t.sum), a.columns,
                 a.attributes);
 }
 
@@ -40,7 +44,8 @@ cudaError_t addRmsNorm(Dtype dtype, AddRmsNormSizes const& s,
   if (!addRmsNormServes(s)) return cudaErrorInvalidValue;
   int64_t const rows = s.B * s.T;
   if (rows * s.C == 0) return cudaSuccess;
-  auto const plan = rowPlan(rows, s.C, dtype, aligned({t.x, t.residual, t.weight, t.y, t.sum}));
+  bool const wide = aligned({t.x, t.residual, t.weight, t.inner, t.y, t.sum});
+  auto const plan = rowPlan(rows, s.C, dtype, wide);
   Arguments const a{plan, rows, s.C, attributes, t, stream};
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -17,7 +17,7 @@ struct AddRmsNormAttributes {
 
 struct AddRmsNormTensors {
   void const *x, *residual;  // [B, T, C]
-  void const* weight;        // [C]
+  void const *weight, *inner;  // [C]; without an inner norm it is null
   void *y, *sum;             // [B, T, C]
 };
 

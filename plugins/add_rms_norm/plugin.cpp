@@ -4,7 +4,7 @@
 namespace llmexport {
 namespace {
 
-enum Inputs { kX, kResidual, kWeight };
+enum Inputs { kX, kResidual, kWeight, kInner };
 enum Outputs { kY, kSum };
 enum Attributes { kEpsilon, kWeightOffset, kRoundBeforeWeight };
 
@@ -18,15 +18,15 @@ AddRmsNormAttributes attributesOf(Values const& values) {
 bool supports(Node const& node) { return addRmsNormServes(sizesOf(node.sizes)); }
 
 cudaError_t enqueue(Call const& call) {
-  AddRmsNormTensors const tensors{call.input(kX), call.input(kResidual), call.input(kWeight),
-                                  call.output(kY), call.output(kSum)};
+  AddRmsNormTensors const tensors{call.input(kX),     call.input(kResidual), call.input(kWeight),
+                                  call.input(kInner), call.output(kY),       call.output(kSum)};
   return addRmsNorm(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
                     call.stream);
 }
 
 Registration const registration({
     "AddRmsNorm",
-    {{"x", "BTC"}, {"residual", "BTC"}, {"weight", "C"}},
+    {{"x", "BTC"}, {"residual", "BTC"}, {"weight", "C"}, {"inner", "C", Element::kT, kOptional}},
     {{"y", "BTC"}, {"sum", "BTC"}},
     {{"epsilon", Kind::kFloat},
      {"weight_offset", Kind::kFloat},

@@ -8,12 +8,15 @@ namespace llmexport {
 
 // The sum over the blockDim.x threads of a row: a power of two up to a warp, or whole warps. It is
 // added in fp32 by a tree of lanes and then one of warps: the order, and so the bits, are the same
-// in every run.
-__device__ __forceinline__ float sumOfRow(float value) {
+// in every run. A kernel that sums twice calls it with `turn` 0 and then 1, as some warps may still
+// read the first partial sums when others write the second.
+__device__ __forceinline__ float sumOfRow(float value, int turn = 0) {
   int const lanes = blockDim.x < kWarp ? int(blockDim.x) : kWarp;
   value = sumOverLanes(value, lanes);
   if (blockDim.x <= kWarp) return value;
-  SHARED_ARRAY(float, partial, kRowMaxThreads / kWarp);
+  constexpr int kMost = kRowMaxThreads / kWarp;
+  SHARED_ARRAY(float, sums, 2 * kMost);
+  float* const partial = sums + turn * kMost;
   if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
   __syncthreads();
   // Every warp adds the partial sums in the same order.

@@ -16,6 +16,7 @@ GatedActPlan gatedActPlan(GatedActSizes const& s, Dtype dtype, bool pointersAlig
   if (s.halves) {
     int const width = pointersAligned && s.I % full == 0 ? full : 1;
     int64_t const vectors = s.I / width;
+    // Parts of one length, up to whole warps.
     int64_t const parts = ceilDiv(vectors, kGatedActThreads * kGatedActVectors);
     int64_t const threads = ceilDiv(ceilDiv(vectors, parts * kGatedActVectors), kWarp) * kWarp;
     return {{dim3(unsigned(s.B * s.T), unsigned(parts)), dim3(unsigned(threads))}, width};

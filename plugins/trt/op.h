@@ -65,8 +65,8 @@ enum class Element { kT, kW, kS, kFloat32, kInt32, kUint8 };
 constexpr bool kOptional = true;
 
 // `dims` names the dimensions, one letter each, as in <op>/__init__.py. A letter has one size; a
-// letter of an output is one of the inputs' or an attribute's, see also `half`. An op's first input is of kT; only
-// its last inputs may be optional, and a node leaves them out from the end.
+// letter of an output is one of the inputs' or an attribute's, or Op's `half`. An op's first input
+// is of kT; only its last inputs may be optional, and a node leaves them out from the end.
 struct Tensor {
   char const* name;
   char const* dims;

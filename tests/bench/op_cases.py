@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ Peer = Callable[..., object]
 @dataclass(frozen=True)
 class Family:
     """A published model: hidden size, heads, kv heads, head size, rotated pairs, intermediate size; halves: whether one
-    projection makes gate and up."""
+    projection makes gate and up; sandwiched: whether what is added to the residual is normed before."""
 
     name: str
     C: int
@@ -43,6 +44,7 @@ class Family:
     weight_offset: float = 0.0
     interleaved: bool = False
     halves: bool = False
+    sandwiched: bool = False
 
 
 FAMILIES = (
@@ -50,7 +52,7 @@ FAMILIES = (
     Family("Llama-3.1-8B", 4096, 32, 8, 128, 64, 14336),
     Family("Mistral-7B-v0.1", 4096, 32, 8, 128, 64, 14336),
     Family("Qwen2-7B", 3584, 28, 4, 128, 64, 18944),
-    Family("GLM-4-9B", 4096, 32, 2, 128, 32, 13696, interleaved=True, halves=True),
+    Family("GLM-4-9B", 4096, 32, 2, 128, 32, 13696, interleaved=True, halves=True, sandwiched=True),
 )
 
 
@@ -202,6 +204,8 @@ def of_family(f: Family, B: int, T: int) -> Iterator[Case]:
     heads = ((B, T, f.H, f.D), *[(B, T, f.kv, f.D)] * 2, angles, angles, (f.D,), (f.D,))
     yield Case("QkNormRope", f.name, B, T, heads, {**rope, **norm, "norm_first": True}, roundings=3)
     yield Case("AddRmsNorm", f.name, B, T, ((B, T, f.C), (B, T, f.C), (f.C,)), norm)
+    if f.sandwiched:
+        yield Case("AddRmsNorm", f.name, B, T, ((B, T, f.C), (B, T, f.C), (f.C,), (f.C,)), norm, roundings=3)
     act = {"activation": f.activation, "alpha": 0.0, "limit": 0.0}
     yield Case("GatedAct", f.name, B, T, ((B, T, 2 * f.I),) if f.halves else ((B, T, f.I), (B, T, f.I)), act)
 
@@ -223,13 +227,15 @@ def of_router(r: Router, B: int, T: int) -> Case:
 def eager(case: Case) -> Peer:
     """The fewest calls that torch has for it."""
     if case.op == "GatedAct":
-        if case.left_out:
-            return lambda both: F.silu(both[..., : both.shape[-1] // 2]) * both[..., both.shape[-1] // 2 :]
         approximate = "tanh" if case.attributes["activation"] == "gelu_tanh" else "none"
-        if case.attributes["activation"] == "silu":
-            return lambda gate, up: F.silu(gate) * up
-        return lambda gate, up: F.gelu(gate, approximate=approximate) * up
-    if case.op == "AddRmsNorm" and not case.attributes["weight_offset"]:
+        silu = case.attributes["activation"] == "silu"
+        act: Callable[..., torch.Tensor] = F.silu if silu else functools.partial(F.gelu, approximate=approximate)
+
+        def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            return act(gate) * up
+
+        return (lambda both: gated(*both.chunk(2, -1))) if case.left_out else gated
+    if case.op == "AddRmsNorm" and case.left_out and not case.attributes["weight_offset"]:
         return lambda x, residual, weight: F.rms_norm(x + residual, weight.shape, weight, 1e-6)
     if case.op == "GatedRmsNorm":
         return lambda x, gate, weight: F.rms_norm(x, weight.shape, weight, 1e-6) * F.silu(gate)
@@ -266,7 +272,7 @@ def flashinfer_peers(case: Case) -> dict[str, Peer]:
             return {"flashinfer": lambda both: act(both.flatten(0, 1))}
         joined = once(lambda gate, up: torch.cat((gate, up), -1).flatten(0, 1))
         return {"flashinfer": lambda gate, up: act(joined(gate, up))}
-    if case.op == "AddRmsNorm":
+    if case.op == "AddRmsNorm" and case.left_out:
         norm = flashinfer.gemma_fused_add_rmsnorm if case.attributes["weight_offset"] else flashinfer.fused_add_rmsnorm
         return {"flashinfer": lambda x, residual, weight: norm(x.flatten(0, 1), residual.flatten(0, 1), weight, 1e-6)}
     return {}
@@ -278,7 +284,7 @@ def fla_peers(case: Case) -> dict[str, Peer]:
 
     if case.op == "GatedAct" and case.attributes["activation"] == "silu" and not case.left_out:
         return {"fla": swiglu}
-    if case.op == "AddRmsNorm" and not case.attributes["weight_offset"]:
+    if case.op == "AddRmsNorm" and case.left_out and not case.attributes["weight_offset"]:
         return {"fla": lambda x, residual, weight: rms_norm(x, weight, None, residual=residual, eps=1e-6, prenorm=True)}
     return {}
 

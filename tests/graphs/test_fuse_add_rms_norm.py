@@ -75,7 +75,7 @@ def graph(nodes: str, inputs: str = FP32_IN, outputs: str = f"{FP32} y", **const
 
 
 def form_model(form: str) -> onnx.ModelProto:
-    inputs, outputs, nodes, one = FORMS[form]
+    inputs, outputs, nodes, one = {**FORMS, **SANDWICHES}[form]
     return model(nodes, inputs, outputs, {} if one is None else {"one": one})
 
 
@@ -198,6 +198,75 @@ def test_a_sum_that_is_the_next_residual_fuses_again():
         [norm_1] y = RMSNormalization(sum_1, w)""")
     fused = fuse_add_rms_norm(made)
     assert (fused.count, fused.refused, ops(made)) == (2, [], ["AddRmsNorm", "AddRmsNorm"])
+
+
+# Forms of a norm before the sum, each in the form of the one behind it: inputs, nodes, and the constant added.
+SANDWICHES = {
+    "sandwich, fp32": (
+        f"{FP32_IN}, float[7] u",
+        f"{FP32} y, {FP32} sum",
+        """[post] a = RMSNormalization<epsilon = 1e-6>(x, u) [add] sum = Add(residual, a)
+        [norm] y = RMSNormalization<epsilon = 1e-6>(sum, w)""",
+        None,
+    ),
+    "sandwich, fp16, normed first": (
+        f"{FP16_IN}, float16[7] u",
+        f"{FP16} y, {FP16} sum",
+        """[post] a = RMSNormalization<epsilon = 1e-6>(x, u) [add] sum = Add(a, residual)
+        [norm] y = RMSNormalization<epsilon = 1e-6>(sum, w)""",
+        None,
+    ),
+    "sandwich, fp16 in fp32, 1 + w": (
+        f"{FP16_IN}, float16[7] u",
+        f"{FP16} y, {FP16} sum",
+        f"""[wide_u] wide_u = Cast<to = {FLOAT}>(u) [scale_u] scale_u = Add(wide_u, one)
+        {WIDE_W} [scale] scale = Add(v, one) [widen_x] wide_x = Cast<to = {FLOAT}>(x)
+        [post] p = RMSNormalization<epsilon = 1e-6>(wide_x, scale_u) [narrow_x] a = Cast<to = {HALF}>(p)
+        [add] sum = Add(residual, a) {WIDEN} [norm] normed = RMSNormalization<epsilon = 1e-6>(wide, scale) {NARROW}""",
+        np.float32(1),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", SANDWICHES)
+def test_a_norm_before_the_sum_is_taken_in(form):
+    made = form_graph(form)
+    fused = fuse_add_rms_norm(made)
+    assert (fused.count, fused.refused, ops(made)) == (1, [], ["AddRmsNorm"])
+    assert [v.name for v in made.nodes[0].inputs] == ["x", "residual", "w", "u"]
+    assert [v.name for v in made.nodes[0].outputs] == ["y", "sum"]
+
+
+POST = "[post] a = RMSNormalization(x, u)"
+SUM = "[add] sum = Add(residual, a) [norm] y = RMSNormalization(sum, w)"
+
+
+# Nodes around a norm that stays, and what is an output beside y.
+STAYS = {
+    "read by another": (f"{POST} {SUM} [neg] z = Neg(a)", f", {FP32} z"),
+    "a graph output": (f"{POST} {SUM}", f", {FP32} a"),
+    "another epsilon": (f"[post] a = RMSNormalization<epsilon = 0.5>(x, u) {SUM}", ""),
+    "another offset": (f"[one] v = Add(u, one) [post] a = RMSNormalization(x, v) {SUM}", ""),
+    "a computed weight": (f"[late] v = Neg(u) [post] a = RMSNormalization(x, v) {SUM}", ""),
+    "added to itself": (f"{POST} {SUM.replace('residual, a', 'a, a')}", ""),
+    "changed before it is added": (f"[post] p = RMSNormalization(x, u) [neg] a = Neg(p) {SUM}", ""),
+}
+
+
+@pytest.mark.parametrize("why", STAYS)
+def test_another_norm_before_the_sum_stays_and_is_named(why):
+    nodes, outputs = STAYS[why]
+    made = graph(nodes, f"{FP32_IN}, float[7] u", f"{FP32} y{outputs}", one=np.float32(1))
+    fused = fuse_add_rms_norm(made)
+    assert (fused.count, fused.refused) == (1, [("post", "its input is not a sum")])
+    assert len(next(n for n in made.nodes if n.op == "AddRmsNorm").inputs) == 3
+
+
+def test_a_norm_of_another_rounding_before_the_sum_stays():
+    nodes = f"{POST} [add] sum = Add(residual, a) {WIDE_W} {WIDEN}"
+    made = graph(f"{nodes} [norm] normed = RMSNormalization(wide, v) {NARROW}", f"{FP16_IN}, float16[7] u", f"{FP16} y")
+    assert fuse_add_rms_norm(made).count == 1
+    assert ops(made) == ["RMSNormalization", "AddRmsNorm"]
 
 
 # Case 1.
@@ -395,7 +464,7 @@ def test_leaves_a_graph_in_which_nothing_fuses_as_it_is():
     assert gs.export_onnx(made).SerializeToString(deterministic=True) == before
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=[*FORMS, *SANDWICHES])
 def both(request: pytest.FixtureRequest) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """A form as it is, and fused with bodies attached."""
     before = form_model(request.param)
@@ -414,7 +483,8 @@ def test_the_fused_model_is_valid(both):
 def test_numbers_stay(both, batch, tokens):
     element = onnx.helper.tensor_dtype_to_np_dtype(both[0].graph.input[0].type.tensor_type.elem_type)
     seed = np.random.default_rng(tokens)
-    shapes = {"x": (batch, tokens, 7), "residual": (batch, tokens, 7), "w": (7,)}
+    shapes = {"x": (batch, tokens, 7), "residual": (batch, tokens, 7), "w": (7,), "u": (7,)}
+    shapes = {v.name: shapes[v.name] for v in both[0].graph.input}
     feeds = {n: seed.standard_normal(shape).astype(element) for n, shape in shapes.items()}
     names = [o.name for o in both[0].graph.output]
     expected, found = (dict(zip(names, session(m).run(names, feeds), strict=True)) for m in both)

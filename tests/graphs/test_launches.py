@@ -135,6 +135,8 @@ def put_back(made: onnx.ModelProto, step: str, op: str) -> None:
         ("gemma", "QkNormRope", True),
         ("gemma", "AddRmsNorm", False),
         ("gemma", "GatedAct", False),
+        # Of two norms.
+        pytest.param("glm4", "AddRmsNorm", True, marks=pytest.mark.slow),
         ("qwen3_5_moe", "GatedDeltaNet", True),
     ],
 )

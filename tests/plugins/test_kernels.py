@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 import pytest
-from kernel_numbers import Values, near, random
+from kernel_numbers import Values, near, random, rounded, same
 from pairwise import pairwise
 from plugin_host import DTYPES, Machine, computed
 
@@ -85,6 +85,22 @@ def test_add_rms_norm(machine: Machine, size: tuple[int, ...], dtype: str, early
     assert (total == exact_total).all()
 
 
+@pytest.mark.parametrize(("size", "dtype", "early", "shift"), pairwise(NORM_SIZES, [*DTYPES], (False, True), (0, 1)))
+def test_add_rms_norm_of_a_normed_summand(
+    machine: Machine, size: tuple[int, ...], dtype: str, early: bool, shift: int
+) -> None:
+    """The summand is rounded where its own norm ends. y is that of the sum that there is."""
+    x, residual, weight, inner = (random(s, dtype, i) for i, s in enumerate((size, size, size[-1:], size[-1:])))
+    attributes = {"epsilon": 1e-5, "weight_offset": 1.0, "round_before_weight": early}
+    plugin = machine.library.create("AddRmsNorm", attributes)
+    y, total = computed(plugin, machine.memory(), [8 * x, residual, weight, inner], shift)
+    zeros = np.zeros_like(x)
+    summand = rounded(add_rms_norm(8 * x, zeros, inner, 1.0, early)[0], dtype)
+    assert near(total, summand + residual, dtype, roundings=2)
+    assert dtype == "fp32" or same(total, summand + residual) > 0.99
+    assert near(y, add_rms_norm(total, zeros, weight, 1.0, early)[0], dtype)
+
+
 ACT_SIZES = [(1, 1, 1), (2, 63, 37), (1, 130, 72), (1, 1, 4097)]
 ACTIVATIONS = {"silu": (0.0, 0.0), "gelu_tanh": (0.0, 0.0), "gelu_erf": (0.0, 0.0), "swiglu_clamped": (1.702, 0.7)}
 
@@ -133,10 +149,11 @@ def test_gated_act_at_the_ends_of_its_range(machine: Machine, activation: str, d
 
 
 @pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("weights", [1, 2])
 def test_result_does_not_depend_on_the_order_of_threads(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, shift: int
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, weights: int, shift: int
 ) -> None:
-    inputs = [random((1, 3, 1160), "bf16", 1), random((1, 3, 1160), "bf16", 2), random((1160,), "bf16", 3)]
+    inputs = [random((1, 3, 1160), "bf16", i) for i in (1, 2)] + [random((1160,), "bf16", 3)] * weights
     attributes = {"epsilon": 1e-5, "weight_offset": 0.0, "round_before_weight": True}
     plugin = machine.library.create("AddRmsNorm", attributes)
     results = []

@@ -61,7 +61,7 @@ OWN_SIZES = {
 }
 # Every op with all its inputs, and without as many of the last as may be left out.
 CALLS = [(n, 0) for n in ATTRIBUTES]
-CALLS += [(n, 1) for n in ("SinkAttention", "CausalConv1d", "MoeRoute", "GatedAct")]
+CALLS += [(n, 1) for n in ("SinkAttention", "CausalConv1d", "MoeRoute", "GatedAct", "AddRmsNorm")]
 CALLS += [("QkNormRope", 2), *(("MoeExperts", n) for n in (2, 4, 6, 8))]
 calls = pytest.mark.parametrize(("name", "without"), CALLS)
 
