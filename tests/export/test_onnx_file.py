@@ -93,8 +93,9 @@ def test_a_model_has_the_ops_that_its_blocks_make_and_says_which_norms_it_left(c
 def test_outputs_agree_before_and_after_fusion_to_fp32_rounding(
     case: Case, tiny_checkpoint, exported, monkeypatch, tmp_path
 ) -> None:
-    monkeypatch.setattr(graph_file.pipeline, "PIPELINE", ())
-    onnx_file.write(request(tiny_checkpoint(case)), tmp_path / "plain", force=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(graph_file.pipeline, "PIPELINE", ())
+        onnx_file.write(request(tiny_checkpoint(case)), tmp_path / "plain", force=False)
     found = manifest.read(exported(case))
     feed = first_feed(found.graphs[0], stages.prompt(found, tokens=21))
     logits = []
