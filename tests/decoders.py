@@ -30,6 +30,10 @@ REFUSED = "padding must be on the left|padding_must_be_on_the_left"
 
 def theirs(model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, cache: Any) -> Any:
     """What a model of transformers makes of a step, and the cache after it; of one without, the tokens so far."""
+    if cache is None:
+        # Dynamic RoPE turns by what the longest text so far made of it.
+        for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+            vars(module).update(dict.fromkeys([n for n in vars(module) if n.endswith("max_seq_len_cached")], 0))
     parameters = inspect.signature(model.forward).parameters
     if "state" in parameters:
         return each_row_alone(model, ids, mask, cache)

@@ -76,7 +76,8 @@ def change_epsilon(model: onnx.ModelProto, export: Export, step: Step) -> onnx.N
     node = of_step(model, step, "AddRmsNorm")[0]
     body = model.functions.add()
     body.CopyFrom(next(f for f in model.functions if f.name == node.op_type))
-    [epsilon] = [a for n in body.node for a in n.attribute if a.name == "epsilon"]
+    # That of the sum, behind a norm of what is added if there is one.
+    epsilon = [a for n in body.node for a in n.attribute if a.name == "epsilon"][-1]
     epsilon.f = 0.1
     body.name = node.op_type = f"{node.op_type}__wrong"
     return node
