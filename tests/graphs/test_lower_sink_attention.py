@@ -4,32 +4,24 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
-import onnxruntime
 import pytest
+from slot_graphs import BACK, SLOTS, SPLIT, TURN, TURNS, operands, run
 
-from llmexport.export.graph_file import load_body
-from llmexport.graphs.bodies import attach_bodies, count
+from llmexport.graphs.bodies import count
 from llmexport.graphs.lower_sink_attention import lower_sink_attention
 from llmexport.plugins.spec import DOMAIN
 from llmexport.validate.compare import compare
 
-# Four heads of 8, two of keys and values, in nine slots; of a window's layer the last nine.
-SLOTS = 9
 INPUTS = (
     "float[B,T,32] q, float[B,T,16] k, float[B,T,16] v, int64[B] past, int32[B] start, int32[B] length, "
     "float[4] sinks, float[B,T,4] cos, float[B,T,4] sin, float[B,2,9,8] pk, float[B,2,9,8] pv"
 )
 HELD = "int64[4] four = {0, 0, 4, 8}, int64[4] two = {0, 0, 2, 8}, int64[3] flat = {0, 0, 32}"
-SPLIT = "[q4] q_heads = Reshape(q, four) [k4] k_heads = Reshape(k, two) [v4] v_heads = Reshape(v, two)"
-TURN = """[qt] qt = Transpose<perm = [0, 2, 1, 3]>(q_heads) [kt] kt = Transpose<perm = [0, 2, 1, 3]>(k_heads)
-  [vt] vt = Transpose<perm = [0, 2, 1, 3]>(v_heads)"""
 WRITE = "[kj] all_k = TensorScatter<axis = -2>(pk, kt, past) [vj] all_v = TensorScatter<axis = -2>(pv, vt, past)"
 JOIN = "[kj] all_k = Concat<axis = 2>(pk, kt) [vj] all_v = Concat<axis = 2>(pv, vt)"
 SINKS = f"{DOMAIN}.SinkAttention<scale = 0.3, softcap = 0.0, window = 0>(qt, all_k, all_v, start, length, sinks)"
 ATTEND = f"[attention] a = {SINKS}"
-BACK = "[at] back = Transpose<perm = [0, 2, 1, 3]>(a) [flat] y = Reshape(back, flat)"
 PLAIN = f"{SPLIT} {TURN} {WRITE} {ATTEND} {BACK}"
-TURNS = f"{DOMAIN}.Rope<interleaved = 0>"
 ROPE = f"[qr] qr = {TURNS}(qt, cos, sin) [kr] kr = {TURNS}(kt, cos, sin)"
 FORMS = {
     "plain": PLAIN,
@@ -68,21 +60,10 @@ def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
 
 
 def feed(form: str, tokens: int, before: list[int], hidden: list[int]) -> dict[str, np.ndarray]:
-    rng, rows = np.random.default_rng(0), len(before)
-    shapes = {"q": (tokens, 32), "k": (tokens, 16), "v": (tokens, 16), "cos": (tokens, 4), "sin": (tokens, 4)}
-    shapes |= dict.fromkeys(("pk", "pv"), (2, SLOTS, 8))
-    given = {n: rng.standard_normal((rows, *shape)).astype(np.float32) for n, shape in shapes.items()}
     ends = [SLOTS if form == "joined" else n for n in before]
-    given |= {"past": np.array(before), "sinks": rng.standard_normal(4).astype(np.float32)}
-    given["start"] = np.array(hidden, np.int32)
+    given = operands(len(before), tokens) | {"past": np.array(before), "start": np.array(hidden, np.int32)}
+    given["sinks"] = np.random.default_rng(1).standard_normal(4).astype(np.float32)
     return given | {"length": np.array(ends, np.int32) + np.int32(tokens)}
-
-
-def run(made: onnx.ModelProto, given: dict[str, np.ndarray]) -> list[np.ndarray]:
-    attach_bodies(made, load_body)
-    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = {i.name for i in session.get_inputs()}
-    return session.run(None, {n: a for n, a in given.items() if n in names})
 
 
 @pytest.mark.parametrize("form", FORMS)

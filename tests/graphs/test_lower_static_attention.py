@@ -4,17 +4,13 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
-import onnxruntime
 import pytest
+from slot_graphs import BACK, SLOTS, SPLIT, TURN, TURNS, operands, run
 
-from llmexport.export.graph_file import load_body
-from llmexport.graphs.bodies import attach_bodies
 from llmexport.graphs.lower_static_attention import lower_static_attention
 from llmexport.plugins.spec import DOMAIN
 from llmexport.validate.compare import compare
 
-# Four heads of 8, two of keys and values, in nine slots.
-SLOTS = 9
 INPUTS = (
     "float[B,T,32] q, float[B,T,16] k, float[B,T,16] v, int64[B] length, int64[B] padding, float[B,T,4] cos, "
     "float[B,T,4] sin, float[B,2,9,8] pk, float[B,2,9,8] pv"
@@ -28,14 +24,9 @@ MASK = """
   [le] le = LessOrEqual(slots, own) [shown] both = And(ge, le) [self] eq = Equal(slots, own) any = Or(both, eq)
   mask = Unsqueeze(any, one)
 """
-SPLIT = "[q4] q_heads = Reshape(q, four) [k4] k_heads = Reshape(k, two) [v4] v_heads = Reshape(v, two)"
-TURN = """[qt] qt = Transpose<perm = [0, 2, 1, 3]>(q_heads) [kt] kt = Transpose<perm = [0, 2, 1, 3]>(k_heads)
-  [vt] vt = Transpose<perm = [0, 2, 1, 3]>(v_heads)"""
 WRITE = "[kj] all_k = TensorScatter<axis = -2>(pk, {k}, length) [vj] all_v = TensorScatter<axis = -2>(pv, vt, length)"
 ATTEND = "[attention] a = Attention<scale = 0.3>({q}, all_k, all_v, mask)"
-BACK = "[at] back = Transpose<perm = [0, 2, 1, 3]>(a) [flat] y = Reshape(back, flat)"
 PLAIN = f"{MASK} {SPLIT} {TURN} {WRITE.format(k='kt')} {ATTEND.format(q='qt')} {BACK}"
-TURNS = "llmexport.Rope<interleaved = 0>"
 ROPE = f"[qr] qr = {TURNS}(qt, cos, sin) [kr] kr = {TURNS}(kt, cos, sin)"
 TURNED = f"{MASK} {SPLIT} {TURN} {ROPE} {WRITE.format(k='kr')} {ATTEND.format(q='qr')} {BACK}"
 WINDOW = "near = Sub(own, window) gt = Greater(slots, near) le = And(le0, gt)"
@@ -64,19 +55,8 @@ def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
     return made
 
 
-def feed(rows: int, tokens: int, before: list[int]) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    shapes = {"q": (tokens, 32), "k": (tokens, 16), "v": (tokens, 16), "cos": (tokens, 4), "sin": (tokens, 4)}
-    shapes |= dict.fromkeys(("pk", "pv"), (2, SLOTS, 8))
-    given = {n: rng.standard_normal((rows, *shape)).astype(np.float32) for n, shape in shapes.items()}
-    return given | {"length": np.array(before), "padding": np.array([0, 2])[:rows]}
-
-
-def run(made: onnx.ModelProto, given: dict[str, np.ndarray]) -> list[np.ndarray]:
-    attach_bodies(made, load_body)
-    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = {i.name for i in session.get_inputs()}
-    return session.run(None, {n: a for n, a in given.items() if n in names})
+def feed(count: int, tokens: int, before: list[int]) -> dict[str, np.ndarray]:
+    return operands(count, tokens) | {"length": np.array(before), "padding": np.array([0, 2])[:count]}
 
 
 @pytest.mark.parametrize("form", FORMS)

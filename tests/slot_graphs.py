@@ -1,0 +1,33 @@
+"""Graphs of attention over slots, as passes find it: four heads of 8, two of keys and values, in nine slots."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from llmexport.export.graph_file import load_body
+from llmexport.graphs.bodies import attach_bodies
+from llmexport.plugins.spec import DOMAIN
+
+SLOTS = 9
+SPLIT = "[q4] q_heads = Reshape(q, four) [k4] k_heads = Reshape(k, two) [v4] v_heads = Reshape(v, two)"
+TURN = """[qt] qt = Transpose<perm = [0, 2, 1, 3]>(q_heads) [kt] kt = Transpose<perm = [0, 2, 1, 3]>(k_heads)
+  [vt] vt = Transpose<perm = [0, 2, 1, 3]>(v_heads)"""
+BACK = "[at] back = Transpose<perm = [0, 2, 1, 3]>(a) [flat] y = Reshape(back, flat)"
+TURNS = f"{DOMAIN}.Rope<interleaved = 0>"
+
+
+def operands(count: int, tokens: int) -> dict[str, np.ndarray]:
+    """What a step reads and what lies in the slots."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": (tokens, 32), "k": (tokens, 16), "v": (tokens, 16), "cos": (tokens, 4), "sin": (tokens, 4)}
+    shapes |= dict.fromkeys(("pk", "pv"), (2, SLOTS, 8))
+    return {n: rng.standard_normal((count, *shape)).astype(np.float32) for n, shape in shapes.items()}
+
+
+def run(made: onnx.ModelProto, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+    attach_bodies(made, load_body)
+    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = {i.name for i in session.get_inputs()}
+    return session.run(None, {n: a for n, a in given.items() if n in names})
