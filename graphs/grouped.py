@@ -13,7 +13,17 @@ from llmexport.graphs.fusion import HEADS_FIRST, Added, Refusal, float_type
 from llmexport.graphs.rows import as_rows, flattened, rows_of
 
 TYPES = ("float32", "float16")  # that it has on a CPU
-Rows = list[tuple[gs.Tensor, gs.Node | None]]  # of q, k and v: [B, T, H, D], and the Rope that turns it, if one does
+
+
+@dataclass(frozen=True)
+class Form:
+    """An attention over slots: q, k and v, each as [B, T, H, D] and the Rope that turns it, if one does; the nodes that
+    write keys and values; and those that turn back and flatten what is attended."""
+
+    rows: list[tuple[gs.Tensor, gs.Node | None]]
+    writes: Sequence[gs.Node]
+    turned: gs.Node
+    flat: gs.Node
 
 
 @dataclass(frozen=True)
@@ -27,8 +37,8 @@ class Step:
     can: gs.Variable
 
 
-def rows_to_attend(node: gs.Node, writes: Sequence[gs.Node]) -> Rows:
-    """q, k and v of an attention whose keys and values `writes` put behind the past. Raises Refusal on other forms."""
+def form_of(graph: gs.Graph, node: gs.Node, writes: Sequence[gs.Node]) -> Form:
+    """That of an attention whose keys and values `writes` put behind the past. Raises Refusal on other forms."""
     apart = zip((node.inputs[0], *(w.inputs[1] for w in writes)), ("q", "k", "v"), strict=True)
     rows = [rows_of(value, what) for value, what in apart]
     if rows[2][1]:
@@ -37,7 +47,13 @@ def rows_to_attend(node: gs.Node, writes: Sequence[gs.Node]) -> Rows:
         raise Refusal("its values have heads of another size than its keys")
     if (kind := float_type(node.inputs[0])) not in TYPES:
         raise Refusal(f"it is of {kind or 'no float type'}, not of {' or '.join(TYPES)}")
-    return rows
+    return Form(rows, writes, *flattened(graph, node))
+
+
+def hidden(added: Added, seen: gs.Tensor, dtype: np.dtype[Any]) -> gs.Variable:
+    """The bias that hides what is not seen."""
+    sides = [added.constant(said, value, dtype) for said, value in (("shown", 0.0), ("hidden", -np.inf))]
+    return added.node("Where", "bias", [seen, *sides], dtype.type, seen.shape)
 
 
 def takes(added: Added, tokens: gs.Tensor, longest: gs.Tensor, rows: gs.Tensor) -> gs.Variable:
@@ -52,8 +68,7 @@ def takes(added: Added, tokens: gs.Tensor, longest: gs.Tensor, rows: gs.Tensor) 
 def group(
     graph: gs.Graph,
     node: gs.Node,
-    writes: Sequence[gs.Node],
-    rows: Rows,
+    form: Form,
     step: Callable[[list[gs.Node]], Step],
     said: dict[str, Any],
     beside: Sequence[gs.Tensor] = (),
@@ -63,10 +78,10 @@ def group(
     step: gives what layers share, and adds the nodes that make it, if it is new. said: the operator's attributes but
     for the heads. beside: what it reads behind the bias.
     """
-    turned, flat = flattened(graph, node)
-    at, before = graph.nodes.index(node), list[gs.Node]()
-    given, sizes = [as_rows(source, rope, before) for source, rope in rows], [source.shape[2:] for source, _ in rows]
-    of_all, ends = step(before), [flat.outputs[0], *(w.outputs[0] for w in writes)]
+    at, before, writes = graph.nodes.index(node), list[gs.Node](), form.writes
+    given = [as_rows(source, rope, before) for source, rope in form.rows]
+    sizes = [source.shape[2:] for source, _ in form.rows]
+    of_all, ends = step(before), [form.flat.outputs[0], *(w.outputs[0] for w in writes)]
     # Of RoPE's angles and positions, as q and k are turned before.
     absent = [gs.Variable.empty() for _ in range(3)]
     inputs = [*given, *(w.inputs[0] for w in writes), of_all.last, of_all.total, *absent, of_all.bias, *beside]
@@ -78,7 +93,7 @@ def group(
         "then_branch": gs.Graph([attend], [], made, name=name),
         "else_branch": _copied(node, writes, given, sizes, ends),
     }
-    for dead in (turned, flat, node, *writes):
+    for dead in (form.turned, form.flat, node, *writes):
         dead.inputs.clear()
         dead.outputs.clear()
     graph.nodes[at:at] = [*before, gs.Node("If", f"{node.name}/slots", branches, [of_all.can], ends)]

@@ -10,8 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, producer
-from llmexport.graphs.grouped import Step, group, rows_to_attend, takes
-from llmexport.graphs.rows import flattened
+from llmexport.graphs.grouped import Step, form_of, group, hidden, takes
 
 WRITES = {"Concat": 2, "TensorScatter": 3}  # and how much each reads
 SAID = {"softcap": "softcap", "window": "local_window_size"}  # what is 0 where there is none
@@ -60,9 +59,8 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     keys, values = (_written(graph, node, node.inputs[i], what) for i, what in ((1, "keys"), (2, "values")))
     if keys.op != values.op or keys.inputs[2:] != values.inputs[2:]:
         raise Refusal("its keys and values are not written alike")
-    rows = rows_to_attend(node, (keys, values))
-
-    query, rope = rows[0]
+    form = form_of(graph, node, (keys, values))
+    query, rope = form.rows[0]
     # [B, T, ...]: what all layers read, if there is such, as a layer may be cut out.
     tokens = rope.inputs[1] if rope else query
 
@@ -74,9 +72,8 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
 
     said = {"scale": node.attrs["scale"]}
     said |= {new: node.attrs[old] for old, new in SAID.items() if node.attrs[old]}
-    flattened(graph, node)
     sinks = _sinks(graph, node, np.dtype(query.dtype), query.shape[2])
-    group(graph, node, (keys, values), rows, step, said, [sinks])
+    group(graph, node, form, step, said, [sinks])
 
 
 def _sinks(graph: gs.Graph, node: gs.Node, dtype: np.dtype[Any], heads: int) -> gs.Tensor:
@@ -127,12 +124,11 @@ def _seen(
     numbers = add("Range", "slots", [none, many, step], np.int64, [slots])
     first = add("Unsqueeze", "first", [start, added.constant("axes", [1, 2, 3])], start.dtype, [batch, 1, 1, 1])
     firsts = add("Cast", "firsts", [first], np.int64, [batch, 1, 1, 1], to=onnx.TensorProto.INT64)
-    seen = add("GreaterOrEqual", "seen", [numbers, firsts], np.bool_, [batch, 1, 1, slots])
-    sides = [added.constant(said, value, dtype) for said, value in (("shown", 0.0), ("hidden", -np.inf))]
-    row_bias = add("Where", "row_bias", [seen, *sides], dtype.type, [batch, 1, 1, slots])
+    behind = add("GreaterOrEqual", "behind", [numbers, firsts], np.bool_, [batch, 1, 1, slots])
     ones = added.constant("ones", [1])
     shape = add("Concat", "shape", [ones, ones, tokens, ones], np.int64, [4], axis=0)
-    bias = add("Expand", "bias", [row_bias, shape], dtype.type, [batch, 1, sequence, slots])
+    seen = add("Expand", "seen", [behind, shape], np.bool_, [batch, 1, sequence, slots])
+    bias = hidden(added, seen, dtype)
     apart = add("Sub", "apart", [ends, written], np.int64, [batch])
     far = add("Abs", "far", [apart], np.int64, [batch])
     farthest = add("ReduceMax", "farthest", [far], np.int64, [1], keepdims=1)

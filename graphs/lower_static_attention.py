@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from llmexport.graphs.causal import is_causal
 from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, produced_by
-from llmexport.graphs.grouped import Step, group, rows_to_attend, takes
+from llmexport.graphs.grouped import Step, form_of, group, hidden, takes
 
 Shared = dict[tuple[str, str], Step]  # by mask and past length
 
@@ -56,7 +56,7 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     length = keys.inputs[2]
     if values.inputs[2] is not length:
         raise Refusal("its keys and values are written from different lengths on")
-    rows = rows_to_attend(node, (keys, values))
+    form = form_of(graph, node, (keys, values))
     if not is_causal(mask, length, keys.inputs[0].shape[2]):
         raise Refusal("its mask may show keys that are written behind the query's")
 
@@ -66,7 +66,7 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
             shared[known] = _written(mask, length, query, before)
         return shared[known]
 
-    group(graph, node, (keys, values), rows, step, {n: v for n, v in node.attrs.items() if n in ("scale", "softcap")})
+    group(graph, node, form, step, {n: v for n, v in node.attrs.items() if n in ("scale", "softcap")})
 
 
 def _scattered(graph: gs.Graph, attention: gs.Node, value: gs.Tensor, what: str) -> gs.Node:
@@ -91,10 +91,8 @@ def _written(mask: gs.Tensor, length: gs.Tensor, query: gs.Tensor, before: list[
     wide = add("Sub", "last/wide", [ends, added.constant("one", [1])], np.int64, [batch])
     last = add("Cast", "last", [wide], np.int32, [batch], to=onnx.TensorProto.INT32)
     places = [added.constant("first", [0]), longest, added.constant("axis", [3])]
-    shape = [batch, 1, mask.shape[2], f"{added.name}/slots"]
-    seen = add("Slice", "seen", [mask, *places], np.bool_, shape)
-    sides = [added.constant(said, value, dtype) for said, value in (("shown", 0.0), ("hidden", -np.inf))]
-    bias = add("Where", "bias", [seen, *sides], dtype.type, shape)
+    seen = add("Slice", "seen", [mask, *places], np.bool_, [batch, 1, mask.shape[2], f"{added.name}/slots"])
+    bias = hidden(added, seen, dtype)
     can = takes(added, tokens, longest, rows)
     before.extend(added.nodes)
     return Step(bias, last, total, can)

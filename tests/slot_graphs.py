@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime
 
 from llmexport.export.graph_file import load_body
@@ -31,3 +32,11 @@ def run(made: onnx.ModelProto, given: dict[str, np.ndarray]) -> list[np.ndarray]
     session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
     names = {i.name for i in session.get_inputs()}
     return session.run(None, {n: a for n, a in given.items() if n in names})
+
+
+def in_bfloat16(made: onnx.ModelProto) -> gs.Graph:
+    graph = gs.import_onnx(made)
+    for value in graph.tensors().values():
+        if isinstance(value, gs.Variable) and value.dtype == np.float32:
+            value.dtype = onnx.TensorProto.BFLOAT16
+    return graph

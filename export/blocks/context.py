@@ -59,7 +59,7 @@ def _yarn(block: spec.Rotary, scaling: spec.YarnScaling) -> Tensor:
     low, high = max(low, 0), min(high, size - 1)
     ramp = (torch.arange(size // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
     kept = 1 - ramp.clamp(0, 1)
-    wavelengths = block.theta ** (torch.arange(0, size, 2).float() / size)
+    wavelengths = block.theta ** _exponents(size)
     return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 

@@ -3,31 +3,16 @@
 import torch
 from torch import Tensor
 
+from llmexport.plugins.norm_body import rms_norm
 from llmexport.plugins.spec import Attribute, op
 
 
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """RMSNormalization rounds before the weight; what is rounded after it is normalised in fp32."""
-    wide = types["x"] != "float32" and not attributes["round_before_weight"]
-    epsilon, offset = (float(attributes[name]) for name in ("epsilon", "weight_offset"))
-
-    def norm(value: str, weight: str, made: str) -> str:
-        total = f"{value}_wide" if wide else value
-        shifted = f"""{weight}_wide = Cast <to = 1> ({weight})
-        {weight}_offset = Constant <value_float = {offset}> ()
-        {weight}_shifted = Add ({weight}_wide, {weight}_offset)"""
-        return f"""
-        {f"{total} = Cast <to = 1> ({value})" if wide else ""}
-        {shifted if offset else ""}
-        {weight}_scale = CastLike ({weight}{"_shifted" if offset else ""}, {total})
-        {made}_normed = RMSNormalization <axis = -1, epsilon = {epsilon}, stash_type = 1> ({total}, {weight}_scale)
-        {made} = CastLike ({made}_normed, x)"""
-
     inner = "inner" in types
     return f"""
-    {norm("x", "inner", "summand") if inner else ""}
+    {rms_norm("x", "inner", "summand", "x", attributes, types) if inner else ""}
     sum = Add ({"summand" if inner else "x"}, residual)
-    {norm("sum", "weight", "y")}"""
+    {rms_norm("sum", "weight", "y", "x", attributes, types)}"""
 
 
 @op(

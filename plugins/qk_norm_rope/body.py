@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from llmexport.plugins.norm_body import rms_norm
 from llmexport.plugins.spec import Attribute
 
 LAST = 2**63 - 1
@@ -16,8 +17,7 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     # As Rope's body: ONNX Runtime 1.23 wants the heads' number elsewhere, TensorRT-RTX 1.7 builds no interleaved one.
     standard = whole and not wide and not attributes["interleaved"]
     shared = "" if standard else _angles(wide)
-    normed = "q_weight" in types
-    heads = [_head(x, y, attributes, sizes, wide, standard, normed) for x, y in (("q", "query"), ("k", "key"))]
+    heads = [_head(x, y, attributes, sizes, types, wide, standard) for x, y in (("q", "query"), ("k", "key"))]
     text = "\n".join([shared, *heads, "value = Transpose <perm = [0, 2, 1, 3]> (v)"])
     return f"{_constants(text, 2 * sizes['R'])}\n{text}"
 
@@ -27,37 +27,23 @@ def _head(
     y: str,
     attributes: dict[str, Attribute],
     sizes: dict[str, int],
+    types: dict[str, str],
     wide: bool,
     standard: bool,
-    normed: bool,
 ) -> str:
     """What makes y of x."""
+    weight = f"{x}_weight"
+    normed = weight in types
     before, after = normed and attributes["norm_first"], normed and not attributes["norm_first"]
     source, turned = f"{x}_normed" if before else x, f"{y}_turned" if after else y
     turn = f"{turned} = RotaryEmbedding ({x}_heads, cos, sin)"
     steps = [
-        _norm(x, x, source, attributes, wide) if before else "",
+        rms_norm(x, weight, source, x, attributes, types) if before else "",
         f"{x}_heads = Transpose <perm = [0, 2, 1, 3]> ({source})",
         turn if standard else _turn(x, turned, sizes, wide, bool(attributes["interleaved"])),
-        _norm(x, turned, y, attributes, wide) if after else "",
+        rms_norm(turned, weight, y, x, attributes, types) if after else "",
     ]
     return "\n".join(steps)
-
-
-def _norm(x: str, source: str, target: str, attributes: dict[str, Attribute], wide: bool) -> str:
-    """As AddRmsNorm's body: what is rounded after the weight is normalised in fp32."""
-    wide = wide and not attributes["round_before_weight"]
-    epsilon, offset = (float(attributes[name]) for name in ("epsilon", "weight_offset"))
-    total, weight = (f"{source}_total" if wide else source), f"{x}_weight"
-    shifted = f"""{x}_weight_wide = Cast <to = 1> ({weight})
-    {x}_offset = Constant <value_float = {offset}> ()
-    {x}_shifted = Add ({x}_weight_wide, {x}_offset)"""
-    return f"""
-    {f"{total} = Cast <to = 1> ({source})" if wide else ""}
-    {shifted if offset else ""}
-    {x}_scale = CastLike ({f"{x}_shifted" if offset else weight}, {total})
-    {x}_unit = RMSNormalization <axis = -1, epsilon = {epsilon}, stash_type = 1> ({total}, {x}_scale)
-    {target} = CastLike ({x}_unit, {x})"""
 
 
 def _angles(wide: bool) -> str:

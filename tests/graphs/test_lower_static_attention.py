@@ -5,7 +5,7 @@ import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
-from slot_graphs import BACK, SLOTS, SPLIT, TURN, TURNS, operands, run
+from slot_graphs import BACK, SLOTS, SPLIT, TURN, TURNS, in_bfloat16, operands, run
 
 from llmexport.graphs.lower_static_attention import lower_static_attention
 from llmexport.plugins.spec import DOMAIN
@@ -155,10 +155,7 @@ def test_another_form_is_left_as_it_is(why, monkeypatch):
 
 
 def test_bfloat16_is_left_as_no_cpu_has_it():
-    graph = gs.import_onnx(model(PLAIN))
-    for value in graph.tensors().values():
-        if isinstance(value, gs.Variable) and value.dtype == np.float32:
-            value.dtype = onnx.TensorProto.BFLOAT16
+    graph = in_bfloat16(model(PLAIN))
     assert lower_static_attention(graph).refused == [("attention", "it is of bfloat16, not of float32 or float16")]
 
 

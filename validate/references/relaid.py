@@ -38,16 +38,11 @@ def taken(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Ten
     return made
 
 
-def theta(config: Mapping[str, Any]) -> float:
-    """RoPE's base, in the words of transformers 5 or of those before it."""
-    return float((config.get("rope_parameters") or config)["rope_theta"])
-
-
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE in the words of transformers 5."""
+    """RoPE in the words of transformers 5, from these or from those of versions before it."""
     said = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = said.pop("type", "default")
-    return {"rope_type": kind, **said, "rope_theta": theta(config)}
+    return {"rope_type": kind, **said, "rope_theta": float((config.get("rope_parameters") or config)["rope_theta"])}
 
 
 def split(tensors: dict[str, Tensor], name: str, sizes: list[int], new: list[str]) -> dict[str, Tensor]:
