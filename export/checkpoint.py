@@ -77,7 +77,7 @@ class Checkpoint:
 
     def values(self, name: str) -> np.ndarray:
         """The numbers of a tensor as it is stored, or those that a matrix in few bits means, in float32."""
-        return self.matrices[name].decode(self.read) if name in self.matrices else self.read(name)
+        return self.matrices[name].floats(self.read) if name in self.matrices else self.read(name)
 
     def read(self, name: str) -> np.ndarray:
         """Map one tensor read-only, without a copy; bf16 and fp8 come as ml_dtypes."""

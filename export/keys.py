@@ -11,6 +11,7 @@ ANY = frozenset(
         "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
         "_flash_attn_2_enabled", "_name_or_path", "_num_labels", "activation_dropout", "architectures",
         "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "attn_pdrop", "bad_words_ids",
+        "base_model_ep_plan", "base_model_pp_plan", "base_model_tp_plan",
         "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
         "classifier_dropout", "decoder_start_token_id", "diversity_penalty", "do_sample", "dropout", "dropout_rate",
         "dtype", "early_stopping", "embd_pdrop", "embed_dropout", "embedding_dropout", "encoder_no_repeat_ngram_size",

@@ -38,6 +38,8 @@ def wanted_parameters(
             matrix = (step.path + path).removesuffix(tensor.suffix if tensor.role else "")
             experts = min(shape[0], most) if shape else 0
             parts = () if name in stored or matrix in whole else part_names(arch, matrix, experts)
+            if tensor.role and (stack := checkpoint_name(arch, model, matrix)) in checkpoint.matrices:
+                name, parts = f"{stack}/{tensor.role}", (stack,)
             own[path] = Parameter(name, shape, parts, tensor.dtype, tensor.group, tensor.role, tensor.join)
             names += len(own[path].sources)
             if names > most:

@@ -199,12 +199,14 @@ def bind(
     narrow = {n for n, to in recast.items() if BY_ONNX[types[n]].bits < BY_ONNX[to].bits}
     read = {name for node in graph.node for name in node.input[1 if _moves(node, narrow) else 0 :]}
     nodes: list[onnx.NodeProto] = []
+    stands: dict[str, str] = {}
     for name, parameter in wanted.items():
         if parameter.role:
             made_here = stack(parameter, checkpoint)
             graph.initializer.extend(made_here.initializers)
             nodes += made_here.nodes
-            graph.value_info.append(onnx.helper.make_tensor_value_info(name, types[name], list(parameter.shape)))
+            stands[name] = made_here.nodes[-1].output[0] if made_here.nodes else made_here.initializers[0].name
+            graph.value_info.append(onnx.helper.make_tensor_value_info(stands[name], types[name], parameter.shape))
             continue
         plain = (checkpoint.tensors[n] for n in parameter.sources if n not in made)
         graph.initializer.extend(external(t, parameter.part_shape, BY_SAFETENSORS[t.dtype].onnx) for t in plain)
@@ -227,7 +229,7 @@ def bind(
             node.output[0] = f"{moved}/stored"
             nodes.append(_cast(node.output[0], moved, recast[node.input[0]]))
         else:
-            node.input[:] = [f"{n}/cast" if n in recast else n for n in node.input]
+            node.input[:] = [f"{n}/cast" if n in recast else stands.get(n, n) for n in node.input]
     del graph.node[:]
     graph.node.extend(nodes)
 

@@ -7,11 +7,13 @@ import numpy as np
 from first_feed import first_feed
 
 from llmexport.export import archs, evaluation, graph_file
+from llmexport.export.assembly import parts
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.exported import Export
 from llmexport.export.onnx_file import Request
 from llmexport.export.onnx_file import write as export_to
 from llmexport.export.packed.repack import FILE
+from llmexport.export.spec import Experts
 from llmexport.validate import stages
 from llmexport.validate.compare import compare
 from llmexport.validate.runtime import open_session
@@ -40,6 +42,12 @@ def by_tensorrt(export: Export, work: Path) -> np.ndarray:
     with evaluation.evaluator(export, graph, work) as network:
         made: np.ndarray = network.run(first_feed(graph, stages.prompt(export), export.dtype))["logits"]
     return made
+
+
+def storages(export: Export) -> set[Any]:
+    """How experts are stored."""
+    every = [p.block for s in export.steps for p in parts(s)]
+    return {b.storage for b in every if isinstance(b, Experts)}
 
 
 def check_meaning(form: str, ours: Export, plain: Export) -> None:

@@ -3,6 +3,7 @@ and none of our code. Each form gives the tensors of a matrix, and the numbers t
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from llmexport.export.weight_layout import unplaced, write_holes
 from llmexport.plugins.dtypes import BY_SAFETENSORS
 
 Held = dict[str, np.ndarray]
+# What lies in the place of a tensor, by how its names go on, and what that means.
 Form = Callable[[np.ndarray, np.random.Generator], tuple[Held, np.ndarray]]
 GROUP = 32
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -269,12 +271,78 @@ FORMS: dict[str, Published] = {
     ),
     "w4a16-modelopt": Published(pairs, modelopt("W4A16_AWQ")),
 }
-KEPT = ("embed", "lm_head", "router", ".gate.weight", "norm", "conv", "lm_head")
 
 
-def write(folder: Path, form: str, arch: str = "llama", config: Mapping[str, Any] | None = None) -> Path:
+def of_blocks(
+    name: str, weight: np.ndarray, *, block: tuple[int, int] | None, dtype: Any = np.float32
+) -> tuple[Held, np.ndarray]:
+    """transformers' fp8 of a stack [experts, outputs, inputs]; without blocks gate, up and down have a scale each."""
+    experts, rows, columns = weight.shape
+    tall, wide = block or (rows // 2 if "gate_up" in name else rows, columns)
+    held, value = np.empty(weight.shape, ml_dtypes.float8_e4m3fn), np.empty(weight.shape)
+    grid = np.empty((experts, -(-rows // tall), -(-columns // wide)), dtype)
+    for e, i, j in np.ndindex(grid.shape):
+        here = np.s_[e, i * tall : (i + 1) * tall, j * wide : (j + 1) * wide]
+        scale = np.abs(weight[here]).max() / 448
+        grid[e, i, j] = scale if dtype == np.float32 else np.exp2(np.ceil(np.log2(scale)))
+        held[here] = (weight[here] / grid[e, i, j].astype(np.float32)).astype(held.dtype)
+        value[here] = held[here].astype(np.float64) * grid[e, i, j].astype(np.float64)
+    return {"": held, "_scale_inv": grid}, value
+
+
+def of_columns(name: str, weight: np.ndarray, *, each: str) -> tuple[Held, np.ndarray]:
+    """E4M3 of a stack [experts, inputs, outputs]: of fbgemm_fp8 a scale for `each` output, of ModelOpt one for each
+    expert or for all."""
+    experts, _, rows = weight.shape
+    axes = {"output": (1,), "expert": (1, 2), "all": (0, 1, 2)}[each]
+    scale = (np.abs(weight).max(axes, keepdims=True) / 448).astype(np.float32)
+    held = (weight / scale).astype(ml_dtypes.float8_e4m3fn)
+    value = held.astype(np.float64) * scale.astype(np.float64)
+    if each == "output":
+        return {"": held, "_scale": scale if "gate_up" in name else scale.reshape(experts, rows, 1)}, value
+    shape = (experts,) if each == "expert" else ()
+    return {"": held, "_weight_scale": scale.reshape(shape), "_input_scale": np.float32(0.1)}, value
+
+
+def of_nibbles(name: str, weight: np.ndarray) -> tuple[Held, np.ndarray]:
+    """ModelOpt's NVFP4 of a stack [experts, inputs, outputs]: two inputs a byte, groups of 16 inputs."""
+    experts, columns, rows = weight.shape
+    second = np.float32(np.abs(weight).max() / (6 * 448))
+    held = np.empty((experts, columns // 2, rows), np.uint8)
+    grid = np.empty((experts, columns // 16, rows), ml_dtypes.float8_e4m3fn)
+    value = np.empty(weight.shape)
+    for e, group in np.ndindex(experts, columns // 16):
+        own = weight[e, 16 * group : 16 * (group + 1)]
+        grid[e, group] = (np.abs(own).max(0) / 6 / second).astype(grid.dtype)
+        scale = grid[e, group].astype(np.float64) * np.float64(second)
+        codes = np.abs(own[..., None] / scale[:, None] - E2M1).argmin(-1)
+        held[e, 8 * group : 8 * (group + 1)] = codes[::2] | codes[1::2] << 4
+        value[e, 16 * group : 16 * (group + 1)] = E2M1[codes] * scale
+    beside = {"_weight_scale": grid, "_weight_scale_2": second, "_input_scale": np.float32(0.1)}
+    return {"": held, **beside}, value
+
+
+# How experts of several in one tensor are stored: beside which of FORMS, and what of a tensor's name and numbers.
+STACKS: dict[str, tuple[str, Callable[[str, np.ndarray], tuple[Held, np.ndarray]]]] = {
+    "blocks": ("fp8-block", functools.partial(of_blocks, block=(32, 48))),
+    "blocks-of-powers": (
+        "fp8-block-of-powers",
+        functools.partial(of_blocks, block=(32, 32), dtype=ml_dtypes.float8_e8m0fnu),
+    ),
+    "matrices": ("fp8-tensor", functools.partial(of_blocks, block=None)),
+    "fbgemm": ("fbgemm", functools.partial(of_columns, each="output")),
+    "modelopt": ("fp8-modelopt", functools.partial(of_columns, each="all")),
+    "modelopt-experts": ("fp8-modelopt", functools.partial(of_columns, each="expert")),
+    "modelopt-nvfp4": ("nvfp4-modelopt", of_nibbles),
+}
+KEPT = ("embed", "lm_head", "router", ".gate.weight", "norm", "conv", "_bias")
+
+
+def write(
+    folder: Path, form: str, arch: str = "llama", config: Mapping[str, Any] | None = None, stacks: str | None = None
+) -> Path:
     """A tiny checkpoint of random weights whose linear layers are stored so, in `folder`/ck; what its weights mean is
-    in `folder`/meant, an unquantised checkpoint of float32."""
+    in `folder`/meant, an unquantised checkpoint of float32. stacks: of STACKS, how experts of one tensor are stored."""
     published, rng = FORMS[form], np.random.default_rng(0)
     named = archs.load(arch)
     random_checkpoint.write(named, folder / "plain", config=config)
@@ -286,6 +354,11 @@ def write(folder: Path, form: str, arch: str = "llama", config: Mapping[str, Any
     values: Held = {}
     for name, stored in tensors.items():
         wide = np.asarray(stored).astype(np.float32)
+        if stacks and wide.ndim == 3 and "experts" in name:
+            own, value = STACKS[stacks][1](name, wide)
+            held |= {f"{name}{end}": array for end, array in own.items()}
+            values[name] = value.astype(np.float32)
+            continue
         odd = wide.ndim != 2 or wide.shape[0] % 8 or wide.shape[1] % GROUP
         if odd or any(k in name for k in KEPT):
             held[name], values[name] = np.asarray(stored), wide
@@ -337,12 +410,24 @@ HOLES: dict[str, Callable[[int, int], dict[str, tuple[str, list[int]]]]] = {
         "weight_scale_2": ("F32", []), "input_scale": ("F32", []),
     },
 }  # fmt: skip
+# And in that of experts of several in one tensor, [experts, outputs, inputs] of the first, [experts, inputs, outputs]
+# of the others.
+HOLES_OF_STACKS: dict[str, Callable[[int, int, int], dict[str, tuple[str, list[int]]]]] = {
+    "fp8": lambda e, n, k: {"": ("F8_E4M3", [e, n, k]), "_scale_inv": ("F32", [e, _cut(n, 128), _cut(k, 128)])},
+    "fbgemm_fp8": lambda e, k, n: {"": ("F8_E4M3", [e, k, n]), "_scale": ("F32", [e, 1, n])},
+    "FP8": lambda e, k, n: {"": ("F8_E4M3", [e, k, n]), "_weight_scale": ("F32", []), "_input_scale": ("F32", [])},
+    "NVFP4": lambda e, k, n: {
+        "": ("U8", [e, k // 2, n]), "_weight_scale": ("F8_E4M3", [e, k // 16, n]), "_weight_scale_2": ("F32", []),
+    },
+}  # fmt: skip
 
 
 def hollow(folder: Path, config: Mapping[str, Any], kept: tuple[str, ...] = KEPT) -> Path:
-    """A checkpoint of holes of a published size, whose linear layers are stored as its quantization_config says."""
+    """A checkpoint of holes of a published size, whose linear layers and experts are stored as its quantization_config
+    says."""
     said = config["quantization_config"]
-    form = HOLES[next(w for w in (said.get("quant_algo"), said.get("format"), said.get("quant_method")) if w)]
+    kind = next(w for w in (said.get("quant_algo"), said.get("format"), said.get("quant_method")) if w)
+    form = HOLES[kind]
     unquantised = {k: v for k, v in config.items() if k != "quantization_config"}
     random_checkpoint.write(archs.choose(None, config), folder / "plain", config=unquantised, hollow=True)
     plain = open_checkpoint(folder / "plain")
@@ -353,6 +438,9 @@ def hollow(folder: Path, config: Mapping[str, Any], kept: tuple[str, ...] = KEPT
     for shard in plain.shards:
         header: dict[str, Any] = {}
         for tensor in (t for t in plain.tensors.values() if t.file == shard.file):
+            if len(tensor.shape) == 3 and "experts" in tensor.name:
+                header |= {tensor.name + end: held for end, held in HOLES_OF_STACKS[kind](*tensor.shape).items()}
+                continue
             if len(tensor.shape) != 2 or any(k in tensor.name for k in kept):
                 header[tensor.name] = (tensor.dtype, tensor.shape)
                 continue

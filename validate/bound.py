@@ -31,7 +31,8 @@ def parameters(graph: ExportedGraph, model: onnx.ModelProto, checkpoint: Checkpo
             role = held.role if parts else ""
             if role:
                 first = stacks.part(checkpoint.matrices[parts[0]], role, held.dtype, checkpoint.tensors)
-                name = rows.get(first.tensor.name, "").removesuffix(stacks.JOINED)
+                name = rows.get(first.tensor.name, first.tensor.name if len(parts) == 1 else "")
+                name = name.removesuffix(stacks.JOINED)
             else:
                 name = next((stacked[rows[p]] for p in parts if rows.get(p) in stacked), "")
             # No node has the name of a weight that the file does not put together.

@@ -10,11 +10,14 @@ from llmexport.export import archs
 from llmexport.export.assembly import tied_names
 from llmexport.export.checkpoint import Checkpoint, open_checkpoint
 from llmexport.export.errors import ExportError
-from llmexport.export.exported import Export
+from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.identity import identify
 from llmexport.export.keys import QUANTISATION
 from llmexport.export.onnx_file import read_model
+from llmexport.export.packed.experts import with_experts
+from llmexport.export.spec import Experts, Packed, Plain
 from llmexport.export.values import show_name
+from llmexport.export.wanted import load_parameters
 from llmexport.validate.drive import Run, follow, in_torch
 from llmexport.validate.judge import compare_runs
 from llmexport.validate.metrics import Metrics
@@ -25,7 +28,7 @@ TITLE = "moved by quantisation"
 
 
 def unquantised(export: Export, folder: Path) -> Export:
-    """The export with the weights of the checkpoint in `folder`, where they lie.
+    """The export with the weights of the checkpoint in `folder`, where they lie, and experts that read those.
 
     Raises ExportError if that is of another model, or lacks a weight.
     """
@@ -46,7 +49,8 @@ def unquantised(export: Export, folder: Path) -> Export:
                 "give the checkpoint that was quantised"
             )
     files = tuple(identify(folder / s.file, s, "link", whole=False)[0] for s in checkpoint.shards)
-    return dataclasses.replace(export, folder=folder, config=checkpoint.config, weights=files, held={})
+    graphs = tuple(_plain(g, own) for g in export.graphs)
+    return dataclasses.replace(export, folder=folder, config=checkpoint.config, graphs=graphs, weights=files, held={})
 
 
 def moved(export: Export, reference: Export, script: Script, ours: Run) -> Metrics | None:
@@ -68,6 +72,26 @@ def _tied(export: Export, originals: Mapping[str, str]) -> Export:
     return dataclasses.replace(export, graphs=tuple(graphs))
 
 
+def _plain(graph: ExportedGraph, own: Checkpoint) -> ExportedGraph:
+    """The graph whose experts are read in floats, as they lie in the place of the matrices of `own`."""
+    names = {s.path + path: names for s in graph.assembly.steps for path, names in graph.step_weights[s.name].items()}
+
+    def floats(block: Experts, path: str) -> Experts:
+        if not isinstance(block.storage, Packed):
+            return block
+        first = own.matrices[names[path + next(iter(block.stored))][0]]
+        return dataclasses.replace(block, storage=Plain(), transposed=first.layout == "stacked")
+
+    assembly = with_experts(graph.assembly, floats)
+    weights = {
+        s.name: {p: n for p, n in graph.step_weights[s.name].items() if p in {*load_parameters(s.block)}}
+        for s in assembly.steps
+    }
+    return dataclasses.replace(graph, assembly=assembly, step_weights=weights)
+
+
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
-    held = checkpoint.matrices.get(name) or checkpoint.tensors.get(name)
+    if matrix := checkpoint.matrices.get(name):
+        return matrix.unquantised
+    held = checkpoint.tensors.get(name)
     return None if held is None else tuple(held.shape)

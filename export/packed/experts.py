@@ -1,15 +1,19 @@
-"""Experts that a checkpoint has one by one in few bits: how MoeExperts reads them all."""
+"""Experts that a checkpoint has in few bits, one by one or in one tensor: how MoeExperts reads them all."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from llmexport.export.assembly import part_names
+from llmexport.export.assembly import checkpoint_name, part_names
 from llmexport.export.checkpoint import Checkpoint
+from llmexport.export.errors import ExportError
 from llmexport.export.packed.matrix import EXPONENTS, Matrix
 from llmexport.export.packed.repack import has_zeros, places_of
-from llmexport.export.spec import Arch, Block, Experts, Layer, Model, Packed, Plain
+from llmexport.export.quantised import CURE
+from llmexport.export.spec import Arch, Assembly, Block, Experts, Layer, Model, Packed, Plain
+from llmexport.export.values import show_name
 from llmexport.graphs import lower_experts
 from llmexport.plugins.packed_formats import PACKED
 
@@ -32,18 +36,34 @@ def with_packed(
 ) -> Model:
     """The model whose experts are read in few bits, where the checkpoint has those of a layer in one way.
 
-    Stacks that ONNX Runtime's operator for experts in int4 takes are to be written as that reads them.
+    Stacks that ONNX Runtime's operator for experts in int4 takes are to be written as that reads them. Raises
+    ExportError on experts that are quantised in one tensor and are not read so.
     """
     if not checkpoint.matrices:
         return model
     join = (target, dtype) == ("onnxruntime", "float32")
 
+    def read(block: Experts, path: str) -> Experts:
+        stacks = {n: s for n in block.sizes if (s := checkpoint_name(arch, model, path + n)) in checkpoint.names}
+        if stacked := [n for n in stacks.values() if n in checkpoint.matrices]:
+            _check_stacks(block, stacks, checkpoint)
+        storage = _storage(block, arch, path, checkpoint, stacks if stacked else {})
+        if stacked and not storage:
+            raise _wrong(stacked[0], "the matrices of this layer's experts are quantised in more than one way")
+        if storage and join and _is_lowered(block, storage):
+            return dataclasses.replace(block, storage=dataclasses.replace(storage, join=True), interleaved=True)
+        return dataclasses.replace(block, storage=storage, transposed=False) if storage else block
+
+    graphs = (dataclasses.replace(g, assembly=with_experts(g.assembly, read)) for g in model.graphs)
+    return dataclasses.replace(model, graphs=tuple(graphs))
+
+
+def with_experts(assembly: Assembly, change: Callable[[Experts, str], Experts]) -> Assembly:
+    """The assembly with what `change` makes of each block of experts, which it is given with its path."""
+
     def within(block: Block, path: str) -> Block:
         if isinstance(block, Experts):
-            storage = _storage(block, arch, path, checkpoint)
-            if storage and join and _is_lowered(block, storage):
-                return dataclasses.replace(block, storage=dataclasses.replace(storage, join=True), interleaved=True)
-            return dataclasses.replace(block, storage=storage) if storage else block
+            return change(block, path)
         # Some blocks are made when they are asked for.
         changed = {n: new for n, (part, own) in block.parts.items() if (new := within(part, path + own)) is not part}
         if changed and isinstance(block, Layer):
@@ -51,11 +71,8 @@ def with_packed(
             return dataclasses.replace(block, sublayers=tuple(own))
         return dataclasses.replace(block, **changed) if changed else block
 
-    graphs = []
-    for graph in model.graphs:
-        steps = tuple(dataclasses.replace(s, block=within(s.block, s.path)) for s in graph.assembly.steps)
-        graphs.append(dataclasses.replace(graph, assembly=dataclasses.replace(graph.assembly, steps=steps)))
-    return dataclasses.replace(model, graphs=tuple(graphs))
+    steps = tuple(dataclasses.replace(s, block=within(s.block, s.path)) for s in assembly.steps)
+    return dataclasses.replace(assembly, steps=steps)
 
 
 def _is_lowered(block: Experts, storage: Packed) -> bool:
@@ -64,13 +81,36 @@ def _is_lowered(block: Experts, storage: Packed) -> bool:
     return storage.format == "uint4" and block.activation in lower_experts.ACTIVATIONS and not apart
 
 
-def _storage(block: Experts, arch: Arch, path: str, checkpoint: Checkpoint) -> Packed | None:
-    if block.transposed or block.storage != Plain():
+def _check_stacks(block: Experts, stacks: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Raises ExportError unless all matrices lie quantised in one tensor each, as the unquantised ones would lie."""
+    for name, (rows, columns) in block.sizes.items():
+        stack = stacks.get(name, "")
+        if not (matrix := checkpoint.matrices.get(stack)):
+            quantised = next(s for s in stacks.values() if s in checkpoint.matrices)
+            held = checkpoint.tensors.get(stack)
+            lies = f"{show_name(stack)} is {held.dtype} without scales" if held else f"its {name} is not there"
+            raise _wrong(quantised, f"{lies}, and all matrices of an expert are quantised or none is")
+        shape = (block.experts, *((columns, rows) if block.transposed else (rows, columns)))
+        if (matrix.layout == "stacked") is not block.transposed:
+            ways = ("[experts, outputs, inputs]", "[experts, inputs, outputs]")
+            has, wants = ways[:: -1 if matrix.layout == "stacked" else 1]
+            raise _wrong(stack, f"such scales are of {has}, and this model's experts are {wants}")
+        if matrix.unquantised != shape:
+            raise _wrong(stack, f"it is {list(matrix.unquantised)} once unpacked, config.json makes it {list(shape)}")
+
+
+def _wrong(stack: str, what: str) -> ExportError:
+    return ExportError(f"{show_name(stack)} is quantised in a way that is not read here: {what}: {CURE}")
+
+
+def _storage(block: Experts, arch: Arch, path: str, checkpoint: Checkpoint, stacks: Mapping[str, str]) -> Packed | None:
+    """None of what the op does not read. `stacks` are the names of matrices that lie in one tensor each."""
+    if (block.transposed and not stacks) or block.storage != Plain():
         return None
     kinds: dict[str, set[Kind | None]] = {}
     matrices: list[Matrix] = []
     for name, (rows, columns) in block.sizes.items():
-        names = part_names(arch, path + name, block.experts)
+        names = (stacks[name],) if stacks else part_names(arch, path + name, block.experts)
         found = [m for n in names if (m := checkpoint.matrices.get(n))]
         if not names or len(found) < len(names):
             return None

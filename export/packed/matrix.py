@@ -19,6 +19,7 @@ Layout = Literal[
     "words",  # the transpose, [columns, rows]: words of 32 bits hold neighbours of one of the matrix's rows (GPTQ)
     "interleaved",  # the transpose: words hold eight neighbours of one of the matrix's columns, in ORDER (AWQ)
     "pairs",  # bytes hold two neighbours of one of the matrix's columns, the first in the low half (ModelOpt)
+    "stacked",  # of each expert the transpose, [experts, columns, rows]: bytes hold neighbours of a matrix's row
 ]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 EXPONENTS = ("uint8", "float8_e8m0fnu")  # the types of scales that are powers of two
@@ -28,8 +29,8 @@ EXPONENTS = ("uint8", "float8_e8m0fnu")  # the types of scales that are powers o
 class Scales:
     """A scale for each `block` of rows and columns, in the tensor `name`: a grid [row blocks, column blocks].
 
-    The tensor may be the grid's transpose (`turned`). `second` is one factor more of all, or divisor if it `divides`.
-    Bytes are exponents (E8M0).
+    The tensor may be the grid's transpose (`turned`), in a stack that of each expert's. `second` is one factor more of
+    all, or divisor if it `divides`. Bytes are exponents (E8M0).
     """
 
     name: str
@@ -58,7 +59,8 @@ class Matrix:
 
     values: the tensor of the numbers, `number` their type once they are unpacked. offset: what means zero where no
     `zeros` do. order: the tensor that says of which group of columns each column is; in their order without it.
-    factor: the tensor of a factor for each column. beside: tensors that belong to it and change no weight.
+    factor: the tensor of a factor for each column. beside: tensors that belong to it and change no weight. experts: of
+    how many it has the matrices, one below the other; the tensor is called as the matrix then.
     """
 
     name: str
@@ -72,6 +74,15 @@ class Matrix:
     order: str | None = None
     factor: str | None = None
     beside: tuple[str, ...] = ()
+    experts: int = 0
+
+    @property
+    def unquantised(self) -> tuple[int, ...]:
+        """The shape of the tensor that a checkpoint in 16 bits has in its place."""
+        if not self.experts:
+            return self.shape
+        rows, columns = self.shape[0] // self.experts, self.shape[1]
+        return (self.experts, columns, rows) if self.layout == "stacked" else (self.experts, rows, columns)
 
     @property
     def bits(self) -> int:
@@ -91,6 +102,13 @@ class Matrix:
         made = (self.values, self.scales.name, self.scales.second, zeros, self.order, self.factor)
         return (*(n for n in made if n), *self.beside)
 
+    def floats(self, read: Read) -> np.ndarray:
+        """What it means as the tensor that a checkpoint in 16 bits has in its place, in float32."""
+        made = self.decode(read)
+        if self.layout == "stacked":
+            made = made.reshape(self.experts, -1, self.shape[1]).swapaxes(1, 2)
+        return made.reshape(self.unquantised)
+
     def decode(self, read: Read) -> np.ndarray:
         """The numbers [rows, columns] that it means, in float32; `read` gives a tensor as it is stored."""
         import numpy as np
@@ -104,13 +122,15 @@ class Matrix:
         """The numbers [rows, columns] as they are stored, before any zero or scale."""
         import numpy as np
 
-        stored = read(self.values)
+        stored, layout = read(self.values), self.layout
+        if layout == "stacked":
+            stored, layout = stored.swapaxes(1, 2).reshape(self.shape[0], -1), "rows"
         if self.number == "float4_e2m1fn":
             table = np.array(VALUES, np.float32)
-            return table[unpack(stored, self.shape, 4, self.layout)]
-        if self.layout == "rows" and stored.dtype.name == self.number:
+            return table[unpack(stored, self.shape, 4, layout)]
+        if layout == "rows" and stored.dtype.name == self.number:
             return stored.reshape(self.shape).astype(np.float32)
-        unsigned = unpack(stored, self.shape, self.bits, self.layout).astype(np.int16)
+        unsigned = unpack(stored, self.shape, self.bits, layout).astype(np.int16)
         if self.number.startswith("u"):
             return unsigned
         half = 1 << (self.bits - 1)
@@ -138,12 +158,16 @@ class Matrix:
         import numpy as np
 
         said = self.scales
-        wide = in_float32(read(said.name))
-        grid = wide.reshape(self.grid[::-1]).T if said.turned else wide.reshape(self.grid)
+        grid = in_float32(self.turned(read(said.name)) if said.turned else read(said.name)).reshape(self.grid)
         if said.second:
             second = read(said.second).astype(np.float32).reshape(())
             return grid / second if said.divides else grid * second
         return grid
+
+    def turned(self, scales: np.ndarray) -> np.ndarray:
+        """Scales that are the grid's transpose, as they lie in the grid."""
+        rows, columns = self.grid
+        return scales.reshape(-1, columns, rows // (self.experts or 1)).swapaxes(1, 2)
 
     def _spread(self, grid: np.ndarray, read: Read) -> np.ndarray:
         """What a grid says of each number [rows, columns], or [1, 1] of all."""

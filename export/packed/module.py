@@ -49,19 +49,26 @@ class Module:
 
     def matrix(self) -> Matrix:
         """Raises ExportError if they are not as the scheme says."""
-        if self.module in self.scheme.kept:
-            raise self.wrong(f"{self.scheme.where} says that it is not quantised")
-        if self.scheme.groups and not self.group:
-            raise self.wrong("no group of config_groups is of it")
+        self.check_said()
         ending, *dtypes = HOLDS[self.kind]
         stored = self.take(ending, *dtypes, rank=2)
         readers = {".qweight": self._transposed, ".weight_packed": self._packed, ".weight": self._typed}
         made = readers[ending](stored)
-        aside = [e for e in ASIDE if e in self.held]
+        return Matrix(f"{self.module}.weight", beside=self.beside(ASIDE), **made)
+
+    def check_said(self) -> None:
+        """Raises ExportError if the scheme leaves it in 16 bits."""
+        if self.module in self.scheme.kept:
+            raise self.wrong(f"{self.scheme.where} says that it is not quantised")
+        if self.scheme.groups and not self.group:
+            raise self.wrong("no group of config_groups is of it")
+
+    def beside(self, endings: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of what has one of these endings. Raises ExportError on more that no matrix is made of."""
+        aside = [e for e in endings if e in self.held]
         if left := self.held.keys() - self.used - {*aside}:
             raise self.wrong(f"{', '.join(sorted(left))} should not be there")
-        names = tuple(self.held[e].name for e in aside)
-        return Matrix(f"{self.module}.weight", beside=names, **made)
+        return tuple(self.held[e].name for e in aside)
 
     def wrong(self, what: str) -> ExportError:
         return ExportError(
@@ -76,9 +83,9 @@ class Module:
         self.used.add(ending)
         found = self.held[ending]
         if dtype_of(found) not in dtypes:
-            raise self.wrong(f"{ending} is {found.dtype}, which {self.kind} has not")
+            raise self.wrong(f"{ending or 'it'} is {found.dtype}, which {self.kind} has not")
         if 0 in found.shape or (rank is not None and len(found.shape) != rank):
-            raise self.wrong(f"{ending} is {list(found.shape)}")
+            raise self.wrong(f"{ending or 'it'} is {list(found.shape)}")
         return found
 
     def number(self, ending: str) -> str | None:
@@ -211,19 +218,19 @@ class Module:
             said = (1, self.group.size)
         usual = (1, MX) if dtype_of(found) == "uint8" else (128, 128)
         for block in (said,) if said else (shape, (1, shape[1]), usual):
-            if _above_one(found.shape) == _above_one(_grid(shape, block)):
+            if above_one(found.shape) == above_one(grid_of(shape, block)):
                 return Scales(found.name, dtype_of(found), block)
         block = said or usual
-        made = f"blocks of {block[0]} x {block[1]} make it {list(_grid(shape, block))}"
+        made = f"blocks of {block[0]} x {block[1]} make it {list(grid_of(shape, block))}"
         raise self.wrong(f"{ending} is {list(found.shape)}, {made}")
 
 
-def _grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+def grid_of(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     """How many blocks of rows and of columns there are."""
     return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
 
 
-def _above_one(shape: tuple[int, ...]) -> tuple[int, ...]:
+def above_one(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 
 

@@ -7,12 +7,14 @@ from collections.abc import Collection, Iterator
 
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.packed.matrix import Matrix
+from llmexport.export.packed.module import ASIDE
 from llmexport.export.packed.read import cache_scales
+from llmexport.export.packed.stacked import ASIDE as BESIDE_STACKS
 from llmexport.export.values import visible
 from llmexport.export.weights import Parameter
 
 NAMED = 3
-ACTIVATIONS = (".input_", ".activation_")
+ACTIVATIONS = (*(e for e in ASIDE if e != ".weight_shape"), *BESIDE_STACKS)
 
 
 def notes(wanted: Collection[Parameter], checkpoint: Checkpoint) -> Iterator[str]:
@@ -21,8 +23,8 @@ def notes(wanted: Collection[Parameter], checkpoint: Checkpoint) -> Iterator[str
     if not matrices:
         return
     kinds = Counter(map(_kind, matrices.values()))
-    yield f"quantised as published: {', '.join(f'{n} matrices of {kind}' for kind, n in kinds.most_common())}"
-    if any(any(word in n for word in ACTIVATIONS) for m in matrices.values() for n in m.beside):
+    yield f"quantised as published: {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}"
+    if any(n.endswith(ACTIVATIONS) for m in matrices.values() for n in m.beside):
         yield "activations are not quantised: what the checkpoint says of their scales is left out"
     if scales := list(cache_scales(checkpoint.tensors)):
         yield f"the cache is not quantised, its scales are left out: {_some(scales)}"
@@ -44,13 +46,16 @@ def widened(wanted: Collection[Parameter], checkpoint: Checkpoint) -> Iterator[s
 
 
 def _kind(matrix: Matrix) -> str:
-    """A type, and what shares a scale."""
+    """What it is of, and what shares a scale."""
     rows, columns = matrix.scales.block
+    what = f"{'stacks of experts' if matrix.experts else 'matrices'} of {matrix.number}"
     if matrix.scales.block == matrix.shape:
-        return f"{matrix.number}, one scale each"
+        return f"{what}, one scale each"
+    if matrix.experts and matrix.grid == (matrix.experts, 1):
+        return f"{what}, one scale an expert"
     if rows > 1:
-        return f"{matrix.number}, blocks of {rows} x {columns}"
-    return f"{matrix.number}, {'one scale a row' if columns == matrix.shape[1] else f'groups of {columns}'}"
+        return f"{what}, blocks of {rows} x {columns}"
+    return f"{what}, {'one scale a row' if columns == matrix.shape[1] else f'groups of {columns}'}"
 
 
 def _some(names: list[str]) -> str:

@@ -11,6 +11,8 @@ from llmexport.export.errors import ExportError
 from llmexport.export.packed.matrix import Matrix
 from llmexport.export.packed.module import Module
 from llmexport.export.packed.scheme import Scheme, read_scheme
+from llmexport.export.packed.stacked import ENDINGS as STACKED
+from llmexport.export.packed.stacked import Stack
 
 if TYPE_CHECKING:
     from llmexport.export.checkpoint import StoredTensor
@@ -39,10 +41,16 @@ def read_matrices(scheme: Scheme, tensors: Mapping[str, StoredTensor]) -> dict[s
     Raises ExportError on one that is not as the scheme says, or if there is none.
     """
     modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    stacks: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if ending := next((e for e in ENDINGS if name.endswith(e)), None):
             modules[name.removesuffix(ending)][ending] = tensor
-    found = {}
+            continue
+        ending = next((e for e in STACKED if name.endswith(e)), "")
+        whole = tensors.get(stack := name.removesuffix(ending)) if ending else None
+        if whole and len(whole.shape) == 3:
+            stacks[stack] |= {"": whole, ending: tensor}
+    found = {name: Stack(scheme, name, held).matrix() for name, held in stacks.items()}
     for module, held in modules.items():
         if any(mark in held for mark in MARKS):
             found[f"{module}.weight"] = Module(scheme, module, held).matrix()

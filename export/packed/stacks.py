@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from onnx import TensorProto
 from onnx.helper import make_node
 
 from llmexport.export.checkpoint import Checkpoint, StoredTensor
@@ -58,8 +59,14 @@ def part(matrix: Matrix, role: Role, dtype: str, tensors: Mapping[str, StoredTen
 
 
 def stack(parameter: Parameter, checkpoint: Checkpoint) -> Made:
-    """What makes a parameter of its parts: runtimes fold it when they load, and the numbers stay packed."""
+    """What makes a parameter of its parts: runtimes fold it when they load, and the numbers stay packed.
+
+    No node does where the bytes of one tensor are the parameter's, which is read by that one's name then.
+    """
     made, name = Made(), parameter.name
+    if one := _in_place(parameter, checkpoint):
+        made.initializers.append(one)
+        return made
     matrices = [checkpoint.matrices[n] for n in parameter.parts]
     parts = [part(m, parameter.role, parameter.dtype, checkpoint.tensors) for m in matrices]
     made.initializers += [external(p.tensor, p.shape, BY_NAME[p.dtype].onnx) for p in parts]
@@ -73,7 +80,9 @@ def stack(parameter: Parameter, checkpoint: Checkpoint) -> Made:
         value = made.node("Reshape", [value, apart], f"{name}/blocks")
         value = made.node("Expand", [value, each], f"{name}/repeated")
     shape = made.constant(f"{name}/shape", np.array(parameter.shape, np.int64))
-    made.nodes.append(make_node("Reshape", [value, shape], [name], f"{name}/stack"))
+    # All experts of a stack share its factor.
+    kind = "Expand" if parameter.role == "factors" and matrices[0].experts else "Reshape"
+    made.nodes.append(make_node(kind, [value, shape], [name], f"{name}/stack"))
     return made
 
 
@@ -85,8 +94,22 @@ def values(parameter: Parameter, checkpoint: Checkpoint) -> np.ndarray:
     if parameter.dtype == "F":
         whole = in_float32(whole)
         whole = 1 / whole if _inverse(parameter, matrices) else whole
+    if parameter.role == "factors" and matrices[0].experts:
+        return np.broadcast_to(whole, parameter.shape)
     times = _repeats(matrices[0], parameter.role)
     return (np.repeat(whole, times, 0) if times else whole).reshape(parameter.shape)
+
+
+def _in_place(parameter: Parameter, checkpoint: Checkpoint) -> TensorProto | None:
+    """The one tensor whose bytes are the parameter's, as an initialiser, if there is one."""
+    if len(parameter.parts) > 1:
+        return None
+    matrix = checkpoint.matrices[parameter.parts[0]]
+    own = part(matrix, parameter.role, parameter.dtype, checkpoint.tensors)
+    made = parameter.dtype == "F" and (own.dtype != "float32" or _inverse(parameter, [matrix]))
+    if made or math.prod(own.shape) != math.prod(parameter.shape):
+        return None
+    return external(own.tensor, parameter.shape, BY_NAME[own.dtype].onnx)
 
 
 def _in_float32(made: Made, value: str, name: str, dtype: str, *, inverse: bool) -> str:

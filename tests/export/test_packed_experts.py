@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from native import emulated_library
-from packed_exports import by_tensorrt, check_meaning, exported, logits
+from packed_exports import by_tensorrt, check_meaning, exported, logits, storages
 from quantised_checkpoints import FORMS, write
 
 from llmexport.export import archs, engine, graph_file
-from llmexport.export.assembly import parts
-from llmexport.export.exported import Export
-from llmexport.export.spec import Experts, Packed, Plain
+from llmexport.export.spec import Packed, Plain
 from llmexport.validate import bound, validate
 from llmexport.validate.compare import compare
 
@@ -28,11 +24,6 @@ WIDE = {
     "num_hidden_layers": 1,
     "num_local_experts": 8,
 }
-
-
-def storages(export: Export) -> set[Any]:
-    every = [p.block for s in export.steps for p in parts(s)]
-    return {b.storage for b in every if isinstance(b, Experts)}
 
 
 @pytest.mark.parametrize("form", READ)
@@ -110,3 +101,11 @@ def test_llama_4_has_experts_one_by_one_where_it_is_quantised(form, tmp_path):
     rungs = validate(export.folder).rungs
     assert [(r.key, r.status) for r in rungs[:1]] == [("transformers", "pass")]
     assert [r.status for r in rungs[:4]] == ["pass"] * 4
+
+
+@pytest.mark.parametrize("form", ["awq", "fp8-block"])
+def test_how_far_quantisation_moved_the_logits_is_told(form, tmp_path):
+    write(tmp_path, form, "mixtral")
+    same = validate(exported(tmp_path, "ck").folder, rungs=["onnxruntime"], reference=tmp_path / "meant").moved
+    assert same
+    assert same.kl_max < 1e-8

@@ -13,11 +13,14 @@ import transformers
 from tiny_configs import one_line
 
 from llmexport.export import archs, graph_file, random_checkpoint
-from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.checkpoint import open_checkpoint, read_header
 from llmexport.export.errors import ExportError
+from llmexport.export.identity import Held, WeightFile, identify
 from llmexport.export.keys import QUANTISATION
 from llmexport.export.onnx_file import Request, fill, open_model, read_model, read_noted
+from llmexport.export.packed.repack import FILE, Repacked
 from llmexport.export.spec import Layer
+from llmexport.export.weight_layout import write_holes
 
 MODELS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "published_models.json").read_bytes())
 TYPES = {
@@ -159,6 +162,35 @@ def test_a_quantised_checkpoint_of_the_published_shapes_is_taken(name, tmp_path)
     assert export.notes[0].endswith(f": {2 * int(number) // layers} {kind}")
     repacked = [w.file for w in export.weights if w.placed == "repacked"]
     assert bool(repacked) is ("AWQ" in name)
+
+
+MAVERICK, QWEN = "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8", "Qwen/Qwen3.5-397B-A17B"
+# Experts of several in one tensor as tools write them, of which model, and how many GB are packed anew of it.
+STACKED = {
+    "blocks": (QWEN, {"quant_method": "fp8", "weight_block_size": [128, 128]}, 0),
+    "fbgemm": (MAVERICK, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, 386),
+    "modelopt-nvfp4": (MAVERICK, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, 217),
+}
+
+
+@pytest.mark.parametrize("form", STACKED)
+def test_experts_in_one_tensor_of_a_published_size_are_taken(form, tmp_path, monkeypatch):
+    name, said, anew = STACKED[form]
+    text = {k: v for k, v in MODELS[name]["text_config"].items() if k != "for_llm_compressor"}
+    config = {**MODELS[name], "text_config": text, "quantization_config": said}
+    checkpoint = open_checkpoint(quantised_checkpoints.hollow(tmp_path, config))
+    (out := tmp_path / "out").mkdir()
+
+    def as_holes(self: Repacked, folder: Path, *_: object, **__: object) -> tuple[WeightFile, Held]:
+        write_holes(folder / FILE, (p.tensor for p in self.pieces))
+        return identify(folder / FILE, read_header(folder / FILE)[1], "repacked", whole=False)
+
+    monkeypatch.setattr(Repacked, "write", as_holes)
+    export = fill(Request(archs.choose(None, config), checkpoint, dtype="bfloat16"), out)
+    experts = {m.name for m in checkpoint.matrices.values() if m.experts}
+    assert len(experts) == {QWEN: 2 * 60, MAVERICK: 2 * 24}[name]
+    assert f"{len(experts)} stacks of experts of float" in export.notes[0]
+    assert sum(w.bytes for w in export.weights if w.placed == "repacked") // 10**9 == anew
 
 
 @pytest.mark.parametrize("name", REFUSED)
