@@ -31,7 +31,15 @@ from modelopt.torch.quantization.qtensor import FP8QTensor, INT8QTensor, MXFP4QT
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3_5MoeTextConfig,
+)
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
@@ -40,6 +48,34 @@ WEIGHTS = "model.safetensors"
 # Groups and blocks of 128 fill its columns; the rows of keys and values are half a block.
 SIZES = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 64}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 128}
+# Experts of several in one tensor: [experts, inputs, outputs], but [experts, outputs, inputs] of the last.
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SPARSE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25, "mrope_section": [4, 2, 2]},
+}
+
+
+def sparse(intermediate_size: int, **sizes: Any) -> Qwen3_5MoeTextConfig:
+    """No layer of it has an MLP."""
+    return Qwen3_5MoeTextConfig(**sizes, **SPARSE)
+
+
+SOURCES: dict[str, Callable[..., Any]] = {
+    "plain": LlamaConfig,
+    "tied": functools.partial(LlamaConfig, tie_word_embeddings=True),
+    "llama4": functools.partial(Llama4TextConfig, **EXPERTS, intermediate_size_mlp=512, interleave_moe_layer_step=2),
+    "gpt_oss": functools.partial(GptOssConfig, **EXPERTS),
+    "qwen3_5_moe": sparse,
+}
 MIXED = {"FP8_DYNAMIC": r"re:.*self_attn\.\w_proj$", "W4A16": r"re:.*mlp\.\w+_proj$"}
 ROWS = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="channel")
 CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
@@ -50,19 +86,19 @@ def ids() -> torch.Tensor:
     return torch.randint(SIZES["vocab_size"], (4, 16), generator=torch.Generator().manual_seed(1))
 
 
-def plain(folder: Path, tied: bool) -> None:
+def plain(folder: Path, kind: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     # What a standard deviation of 0.02 makes of these sizes are logits near zero.
-    config = LlamaConfig(**SIZES, tie_word_embeddings=tied, initializer_range=0.08)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(kind(**SIZES, initializer_range=0.08)).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
-    model.save_pretrained(folder)
+    # Else experts that its class has in one tensor are taken apart.
+    model.save_pretrained(folder, save_original_format=False)
 
 
 def loaded(folder: Path, **how: Any) -> Any:
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how).eval()
 
 
 def modules(held: Tensors, mark: str) -> dict[str, Tensors]:
@@ -126,6 +162,10 @@ def by_modelopt(
     held = load_file(folder / WEIGHTS)
     for name, own in modules(held, "weight_scale").items():
         held[f"{name}.weight"] = dequantised(own, faked.get(name))
+    for name in [n.removesuffix("_weight_scale") for n in held if n.endswith("_weight_scale")]:
+        ends = ("", "_input_scale", "_weight_scale", "_weight_scale_2")
+        own = {end: held.pop(name + end) for end in ends if name + end in held}
+        held[name] = of_stack(own[""].mT, own["_weight_scale"], own.get("_weight_scale_2")).mT
     return {n: t for n, t in held.items() if not n.endswith(("k_scale", "v_scale"))}
 
 
@@ -161,16 +201,29 @@ def dequantised(own: Tensors, faked: torch.Tensor | None) -> torch.Tensor:
     return value if factor is None else value * factor.float()
 
 
+def of_stack(weight: torch.Tensor, scale: torch.Tensor, double: torch.Tensor | None) -> torch.Tensor:
+    """That of all experts, whose inputs lie along the last axis."""
+    if double is None:
+        return FP8QTensor(weight.shape, torch.float32, weight).dequantize(torch.float32, scale=scale)
+    shape = torch.Size((*weight.shape[:-1], 2 * weight.shape[-1]))
+    made = NVFP4QTensor(shape, torch.float32, weight.contiguous())
+    return made.dequantize(torch.float32, scale=scale.mT, double_scale=double, block_sizes={-1: 16})
+
+
 def by_transformers(source: Path, folder: Path, **how: Any) -> Tensors:
     """By transformers, which wants a GPU to run what it quantises, and needs none to quantise."""
     FineGrainedFP8HfQuantizer.validate_environment = lambda *_, **__: None
     # It leaves scales unset of a matrix that blocks do not fill.
-    config = FineGrainedFP8Config(weight_block_size=(64, 128), **how)
+    kept = ["lm_head", "shared_expert_gate", "in_proj_a", "in_proj_b"]
+    config = FineGrainedFP8Config(weight_block_size=(64, 128), modules_to_not_convert=kept, **how)
     model = loaded(source, quantization_config=config, device_map="cpu")
     model.save_pretrained(folder)
     held, tool = load_file(folder / WEIGHTS), Fp8Dequantize(model.hf_quantizer)
     for name, own in modules(held, "weight_scale_inv").items():
         held[f"{name}.weight"] = tool._dequantize_one(own["weight"], own["weight_scale_inv"], torch.float32)
+    for scales in [n for n in held if n.endswith("_scale_inv")]:
+        name = scales.removesuffix("_scale_inv")
+        held[name] = tool._dequantize_one(held[name], held.pop(scales), torch.float32)
     return held
 
 
@@ -215,17 +268,23 @@ FORMS: dict[str, Callable[[Path, Path], Tensors]] = {
     "modelopt-mixed": make(by_modelopt, preset="NVFP4_MLP_ONLY_CFG", attention="FP8_DEFAULT_CFG"),
     "transformers": make(by_transformers),
     "transformers-powers": make(by_transformers, scale_fmt="ue8m0"),
+    "modelopt-fp8-llama4": make(by_modelopt, preset="FP8_DEFAULT_CFG"),
+    "modelopt-fp8-gpt_oss": make(by_modelopt, preset="FP8_DEFAULT_CFG"),
+    "modelopt-nvfp4-llama4": make(by_modelopt, preset="NVFP4_DEFAULT_CFG"),
+    "modelopt-nvfp4-gpt_oss": make(by_modelopt, preset="NVFP4_DEFAULT_CFG"),
+    "transformers-qwen3_5_moe": make(by_transformers),
+    "transformers-powers-qwen3_5_moe": make(by_transformers, scale_fmt="ue8m0"),
 }
 
 
 def main(folder: Path) -> None:
     # It would round what it unpacks to bfloat16.
     fp4.unpack_fp4_from_uint8 = functools.partial(fp4.unpack_fp4_from_uint8, dtype=torch.float32)
-    plain(folder / "plain", tied=False)
-    plain(folder / "tied", tied=True)
+    for name, kind in SOURCES.items():
+        plain(folder / name, kind)
     for name, form in FORMS.items():
         made = folder / name
-        values = form(folder / ("tied" if name == "w4a16-tied" else "plain"), made / "ck")
+        values = form(folder / next((s for s in SOURCES if name.endswith(f"-{s}")), "plain"), made / "ck")
         config = json.loads((made / "ck" / "config.json").read_text())
         config.pop("quantization_config")
         (made / "meant").mkdir()

@@ -29,7 +29,11 @@ COMPRESSED = (
 MODELOPT = (
     *("fp8", "fp8-rows", "fp8-block", "awq", "nvfp4", "nvfp4-fp8", "mxfp4", "mxfp8", "int8", "int8-weights", "mixed"),
 )
-FORMS = (*COMPRESSED, *(f"modelopt-{m}" for m in MODELOPT), "transformers", "transformers-powers")
+STACKED = (
+    *(f"modelopt-{form}-{arch}" for form in ("fp8", "nvfp4") for arch in ("llama4", "gpt_oss")),
+    *("transformers-qwen3_5_moe", "transformers-powers-qwen3_5_moe"),
+)
+FORMS = (*COMPRESSED, *(f"modelopt-{m}" for m in MODELOPT), "transformers", "transformers-powers", *STACKED)
 pytestmark = [
     pytest.mark.model,
     pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python with llmcompressor and modelopt"),
