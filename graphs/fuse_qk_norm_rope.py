@@ -7,7 +7,17 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs import rms_norm
-from llmexport.graphs.fusion import Fused, Refusal, float_type, fuse_each, heads_behind_tokens, produced_by, producer
+from llmexport.graphs.fusion import (
+    Added,
+    Fused,
+    Refusal,
+    float_type,
+    fuse_each,
+    heads_behind_tokens,
+    is_output,
+    produced_by,
+    producer,
+)
 from llmexport.graphs.rms_norm import RmsNorm
 from llmexport.plugins.spec import DOMAIN
 
@@ -27,15 +37,25 @@ def fuse_qk_norm_rope(graph: gs.Graph) -> Fused:
          |         |         |
        query      key      value
 
+        both                     both
+         |                      /    \\
+       Split       =>   QkNormRope   Slice
+       /   \\                            |
+      q   gate                        gate
+
     The norms in brackets are taken where q and k both have one, before Rope or both after it, of one epsilon, offset
     and rounding, as `rms_norm.read` takes it; others before Rope stay where they are. Between query and attention there
-    may be products and casts; between key and value and attention what joins them to the past. Legal if
+    may be products and casts; between key and value and attention what joins them to the past. Of both, q is read where
+    it lies if nothing else reads q, and the Split makes two parts of a last axis of known size. Legal if
     1. queries and keys are turned by one Rope each, by the same angles and in the same way,
     2. q, k and v are [B, T, heads, D] with heads turned to the front right before,
     3. they are of one float type, their heads known and of one size, as many of k as of v,
     4. nothing reads query, key or value before all of q, k, v, angles and weights are made.
     """
-    return fuse_each(graph, ("Attention", "SinkAttention"), _fuse)
+    fused = fuse_each(graph, ("Attention", "SinkAttention"), _fuse)
+    for op in [n for n in graph.nodes if n.op == "QkNormRope" and n.domain == DOMAIN]:
+        _read_beside(graph, op)
+    return fused
 
 
 @dataclass(frozen=True)
@@ -147,3 +167,19 @@ def _insert(
     for y in outputs:
         y.inputs.clear()
     graph.nodes.insert(made + 1, gs.Node("QkNormRope", name, attributes, inputs, outputs, domain=DOMAIN))
+
+
+def _read_beside(graph: gs.Graph, op: gs.Node) -> None:
+    """Lets the op read q beside what a Split parts it from; the other part becomes a Slice."""
+    q = op.inputs[0]
+    split = produced_by(q, "Split")
+    if split is None or split.attrs.get("axis", 0) not in (-1, 3) or len(q.outputs) > 1 or is_output(graph, q):
+        return
+    both, part = split.inputs[0], Added(split.name)
+    is_first = len(split.outputs) == 2 and split.outputs[0] is q
+    if not is_first or not isinstance(list(both.shape or [None])[-1], int):
+        return
+    op.inputs[0] = both
+    bounds = [part.constant(n, [v]) for n, v in (("from", q.shape[-1]), ("to", both.shape[-1]), ("axis", -1))]
+    split.op, split.attrs = "Slice", {}
+    split.inputs, split.outputs = [both, *bounds], split.outputs[1:]

@@ -184,23 +184,30 @@ ALL_CASES = {
     "QkNormRope": Case(
         "QkNormRope",
         {**HEAD_NORM, "interleaved": False, "round_before_weight": True, "norm_first": True},
-        {"B": 2, "T": 63, "H": 4, "G": 2, "D": 64, "R": 16},
+        {"B": 2, "T": 63, "H": 4, "G": 2, "D": 64, "R": 16, "Q": 64},
         exact=("value",),
         units=HEAD_UNITS,
     ),
     "QkNormRope-after": Case(
         "QkNormRope",
         {**HEAD_NORM, "interleaved": True, "round_before_weight": False, "norm_first": False},
-        {"B": 2, "T": 3, "H": 3, "G": 1, "D": 40, "R": 20},
+        {"B": 2, "T": 3, "H": 3, "G": 1, "D": 40, "R": 20, "Q": 40},
         exact=("value",),
         units=HEAD_UNITS,
     ),
     "QkNormRope-no-norm": Case(
         "QkNormRope",
         {**HEAD_NORM, "interleaved": False, "round_before_weight": False, "norm_first": True},
-        {"B": 1, "T": 9, "H": 5, "G": 2, "D": 128, "R": 64},
+        {"B": 1, "T": 9, "H": 5, "G": 2, "D": 128, "R": 64, "Q": 128},
         without=2,
         exact=("query", "key", "value"),
+    ),
+    "QkNormRope-gated": Case(
+        "QkNormRope",
+        {**HEAD_NORM, "interleaved": False, "round_before_weight": False, "norm_first": True},
+        {"B": 2, "T": 9, "H": 4, "G": 2, "D": 64, "R": 16, "Q": 128},
+        exact=("value",),
+        units=HEAD_UNITS,
     ),
     "AddRmsNorm": Case(
         "AddRmsNorm",

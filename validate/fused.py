@@ -104,11 +104,16 @@ def _heads_first(
         weights = [attention.get_submodule(n).weight.to(q.dtype) for n in ("q_norm", "k_norm")]
         early = norm.rounding == "before_weight" and norm.weighted
         numbers = (norm.epsilon, norm.offset, early, first)
-        return qk_norm_rope(q, k, v, *angles, *weights, block.interleaved, *numbers)
+        return qk_norm_rope(_where_it_lies(q), k, v, *angles, *weights, block.interleaved, *numbers)
     # A norm of another kind is computed where it is.
     if norm:
         q, k = attention.normed(q, "q_norm"), attention.normed(k, "k_norm")
-    return qk_norm_rope(q, k, v, *angles, None, None, block.interleaved, 0.0, 0.0, False, True)
+    return qk_norm_rope(_where_it_lies(q), k, v, *angles, None, None, block.interleaved, 0.0, 0.0, False, True)
+
+
+def _where_it_lies(q: Tensor) -> Tensor:
+    """[B, T, heads, D] with what lies behind each head, as the op reads it."""
+    return q.as_strided((*q.shape[:-1], q.stride(-2)), q.stride())
 
 
 def _recalled(

@@ -12,7 +12,7 @@ from llmexport.plugins.spec import op
     "QkNormRope",
     version=1,
     dims={
-        "q": "B T H D",
+        "q": "B T H Q",
         "k": "B T G D",
         "v": "B T G D",
         "cos": "B T R",
@@ -21,7 +21,7 @@ from llmexport.plugins.spec import op
         "k_weight": "D",
     },
     outputs={"query": "B H T D", "key": "B G T D", "value": "B G T D"},
-    static=("D", "R"),
+    static=("Q", "D", "R"),
     body=body,
 )
 def qk_norm_rope(
@@ -40,10 +40,11 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of a step as attention and a KV cache take them (modeling_qwen3.py, modeling_llama4.py).
 
-    q [B, T, H, D]; k, v [B, T, G, D]; cos, sin [B, T, R], 2 * R <= D, as Rope reads them; q_weight, k_weight [D]. query
-    and key are x / rms(x) * (weight_offset + weight) of each head, then turned; in the other order unless norm_first;
-    without weights they are only turned. value is v. Norm and rotation are each computed in fp32 and rounded to q's
-    dtype; round_before_weight is that of AddRmsNorm. Raises ValueError if one of the weights is missing.
+    q [B, T, H, Q], of whose heads the first D <= Q numbers are read, as there may be a gate behind
+    (modeling_qwen3_next.py); k, v [B, T, G, D]; cos, sin [B, T, R], 2 * R <= D, as Rope reads them; q_weight, k_weight
+    [D]. query and key are x / rms(x) * (weight_offset + weight) of each head, then turned; in the other order unless
+    norm_first; without weights they are only turned. value is v. Norm and rotation are each computed in fp32 and
+    rounded to q's dtype; round_before_weight is that of AddRmsNorm. Raises ValueError if one of the weights is missing.
     """
     if (q_weight is None) != (k_weight is None):
         raise ValueError("QkNormRope norms both q and k, or neither: give both weights, or none")
@@ -56,7 +57,7 @@ def qk_norm_rope(
         x = rope.reference(x.transpose(1, 2), cos, sin, interleaved)
         return x if norm_first else _norm(x, weight, epsilon, weight_offset, round_before_weight)
 
-    return made(q, q_weight), made(k, k_weight), v.transpose(1, 2).clone()
+    return made(q[..., : k.shape[-1]], q_weight), made(k, k_weight), v.transpose(1, 2).clone()
 
 
 def _norm(x: Tensor, weight: Tensor, epsilon: float, offset: float, round_before_weight: bool) -> Tensor:

@@ -17,9 +17,10 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     # As Rope's body: ONNX Runtime 1.23 wants the heads' number elsewhere, TensorRT-RTX 1.7 builds no interleaved one.
     standard = whole and not wide and not attributes["interleaved"]
     shared = "" if standard else _angles(wide)
+    apart = "" if sizes["Q"] == sizes["D"] else "q_only = Slice (q, zero, head_size, last_axis, one)"
     heads = [_head(x, y, attributes, sizes, types, wide, standard) for x, y in (("q", "query"), ("k", "key"))]
-    text = "\n".join([shared, *heads, "value = Transpose <perm = [0, 2, 1, 3]> (v)"])
-    return f"{_constants(text, 2 * sizes['R'])}\n{text}"
+    text = "\n".join([apart, shared, *heads, "value = Transpose <perm = [0, 2, 1, 3]> (v)"])
+    return f"{_constants(text, sizes)}\n{text}"
 
 
 def _head(
@@ -35,10 +36,11 @@ def _head(
     weight = f"{x}_weight"
     normed = weight in types
     before, after = normed and attributes["norm_first"], normed and not attributes["norm_first"]
-    source, turned = f"{x}_normed" if before else x, f"{y}_turned" if after else y
+    given = "q_only" if x == "q" and sizes["Q"] != sizes["D"] else x
+    source, turned = f"{x}_normed" if before else given, f"{y}_turned" if after else y
     turn = f"{turned} = RotaryEmbedding ({x}_heads, cos, sin)"
     steps = [
-        rms_norm(x, weight, source, x, attributes, types) if before else "",
+        rms_norm(given, weight, source, x, attributes, types) if before else "",
         f"{x}_heads = Transpose <perm = [0, 2, 1, 3]> ({source})",
         turn if standard else _turn(x, turned, sizes, wide, bool(attributes["interleaved"])),
         rms_norm(turned, weight, y, x, attributes, types) if after else "",
@@ -56,9 +58,11 @@ def _angles(wide: bool) -> str:
     s = Unsqueeze ({sin}, one)"""
 
 
-def _constants(text: str, rotated: int) -> str:
+def _constants(text: str, sizes: dict[str, int]) -> str:
     """Those that the text reads."""
+    rotated = 2 * sizes["R"]
     values = {"minus_one": -1, "zero": 0, "one": 1, "two": 2, "last_axis": 3, "end": LAST, "rotated": rotated}
+    values["head_size"] = sizes["D"]
     constants = {n: [v] for n, v in values.items()} | {"shape": [0, 0, 0, rotated]}
     read = {n: v for n, v in constants.items() if re.search(rf"[(,] ?{n}\b", text)}
     return "\n".join(f"{n} = Constant <value_ints = {v}> ()" for n, v in read.items())

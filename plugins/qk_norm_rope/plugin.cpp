@@ -8,7 +8,9 @@ enum Inputs { kQ, kK, kV, kCos, kSin, kQWeight, kKWeight };
 enum Outputs { kQuery, kKey, kValue };
 enum Attributes { kInterleaved, kEpsilon, kWeightOffset, kRoundBeforeWeight, kNormFirst };
 
-QkNormRopeSizes sizesOf(Sizes const& s) { return {s['B'], s['T'], s['H'], s['G'], s['D'], s['R']}; }
+QkNormRopeSizes sizesOf(Sizes const& s) {
+  return {s['B'], s['T'], s['H'], s['G'], s['D'], s['R'], s['Q']};
+}
 
 QkNormRopeAttributes attributesOf(Values const& values) {
   return {values[kInterleaved].integer != 0, values[kEpsilon].real, values[kWeightOffset].real,
@@ -35,7 +37,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "QkNormRope",
-    {{"q", "BTHD"},
+    {{"q", "BTHQ"},
      {"k", "BTGD"},
      {"v", "BTGD"},
      {"cos", "BTR"},

@@ -25,20 +25,25 @@ cudaError_t start(QkNormRopePlan const& plan, QkNormRopeSizes const& s,
   return launch(qkNormRopeKernel<T, kWidth, kInterleaved, kOnce>, plan.launch, stream,
                 heads(t.q, t.qWeight, t.query, s.H), heads(t.k, t.kWeight, t.key, s.G),
                 heads(t.v, nullptr, t.value, s.G), typed<T>(t.cos), typed<T>(t.sin), int(s.T),
-                int(s.D), int(s.R), attributes);
+                int(s.D), int(s.Q), int(s.R), attributes);
 }
 
 }  // namespace
 
 bool qkNormRopeFits(QkNormRopeSizes const& s) {
+  if (s.Q != kUnknown && s.D != kUnknown && s.Q < s.D) {
+    return refuse("QkNormRope: q has Q = %lld numbers a head, fewer than the D = %lld of k",
+                  (long long)s.Q, (long long)s.D);
+  }
   if (s.D == kUnknown || s.R == kUnknown || 2 * s.R <= s.D) return true;
   return refuse(
-      "QkNormRope: cos has R = %lld angles, but q has D = %lld dimensions, fewer than 2 * R",
+      "QkNormRope: cos has R = %lld angles, but k has D = %lld dimensions, fewer than 2 * R",
       (long long)s.R, (long long)s.D);
 }
 
 bool qkNormRopeServes(QkNormRopeSizes const& s) {
   return qkNormRopeFits(s) && isAtMost("QkNormRope", "BT", {s.B, s.T}, kMaxGridX) &&
+         isAtMost("QkNormRope", "Q", {s.Q}, INT32_MAX) &&
          isAtMost("QkNormRope", "D", {s.D}, INT32_MAX) &&
          (headsOf(s) <= kMaxGridY ||
           refuse("QkNormRope: q, k and v have %lld heads, the kernels take %lld",
@@ -47,7 +52,8 @@ bool qkNormRopeServes(QkNormRopeSizes const& s) {
 
 QkNormRopePlan qkNormRopePlan(QkNormRopeSizes const& sizes, Dtype dtype, bool pointersAligned) {
   int const full = kVectorBytes / int(sizeOf(dtype));
-  bool const vectors = pointersAligned && sizes.D % full == 0 && sizes.R % full == 0;
+  bool const vectors = pointersAligned && sizes.D % full == 0 && sizes.R % full == 0 &&
+                       sizes.Q % full == 0;
   int const width = vectors ? full : 1;
   int64_t const heads = headsOf(sizes), units = (sizes.D - sizes.R) / width;
   unsigned lanes = 1;

@@ -11,7 +11,7 @@ constexpr int kQkNormRopeThreads = 256;
 // Heads of one kind, as they come and as they go.
 template <class T>
 struct Heads {
-  T const *x, *weight;  // [B, T, count, D]; [D] or null
+  T const *x, *weight;  // [B, T, count, D], or more than D apart; [D] or null
   T* y;                 // [B, count, T, D]
   int count;
 };
@@ -110,22 +110,26 @@ class Head {
 // Norm and rotation are each rounded to T, as where they are nodes of their own: the norm as in
 // addRmsNormKernel, the rotation as in ropeKernel. All else is fp32: a lane adds the squares of its
 // units in order, sumOverLanes adds the lanes'; rsqrtf is good to 2 units in the last place.
+//
+// Heads of q begin `apart` elements after each other. Strides are unsigned: signs would be extended
+// in each thread, and so there are no more instructions than where all heads are dense.
 template <class T, int kWidth, bool kInterleaved, bool kOnce>
 __global__ void __launch_bounds__(kQkNormRopeThreads)
     qkNormRopeKernel(Heads<T> q, Heads<T> k, Heads<T> v, T const* cos, T const* sin, int tokens,
-                     int size, int pairs, QkNormRopeAttributes attributes) {
+                     int size, int apart, int pairs, QkNormRopeAttributes attributes) {
   int const place = blockIdx.y * blockDim.y + threadIdx.y;
   bool const here = place < q.count + k.count + v.count;  // others still take part in shuffles
   bool const isQ = place < q.count, isK = !isQ && place < q.count + k.count;
   int const count = isQ ? q.count : k.count;
+  unsigned const dense = unsigned(size), stride = isQ ? unsigned(apart) : dense;
   int const h = isQ ? place : isK ? place - q.count : place - q.count - k.count;
   T const* const x = isQ ? q.x : isK ? k.x : v.x;
   T const* const weight = isQ ? q.weight : isK ? k.weight : nullptr;
   T* const y = isQ ? q.y : isK ? k.y : v.y;
   int64_t const token = blockIdx.x, batch = blockIdx.x / unsigned(tokens);
   int64_t const t = blockIdx.x % unsigned(tokens);
-  Head<T, kWidth, kInterleaved> const head(x + (token * count + h) * size, weight,
-                                           y + ((batch * count + h) * tokens + t) * size,
+  Head<T, kWidth, kInterleaved> const head(x + uint64_t(token * count + h) * stride, weight,
+                                           y + uint64_t((batch * count + h) * tokens + t) * dense,
                                            cos + token * pairs, sin + token * pairs, isQ || isK,
                                            size, pairs);
   int const lane = int(threadIdx.x), lanes = int(blockDim.x);

@@ -9,6 +9,7 @@ namespace llmexport {
 
 struct QkNormRopeSizes {
   int64_t B, T, H, G, D, R;
+  int64_t Q;  // from a head of q to the next
 };
 
 struct QkNormRopeAttributes {
@@ -18,7 +19,7 @@ struct QkNormRopeAttributes {
 };
 
 struct QkNormRopeTensors {
-  void const *q, *k, *v;            // [B, T, H, D], twice [B, T, G, D]
+  void const *q, *k, *v;            // [B, T, H, Q], twice [B, T, G, D]
   void const *cos, *sin;            // [B, T, R]
   void const *qWeight, *kWeight;    // [D], both null where there is no norm
   void *query, *key, *value;        // [B, H, T, D], twice [B, G, T, D]

@@ -79,6 +79,8 @@ ROUTERS = (
 )
 # The linear attention of Qwen3.5-35B-A3B: channels and taps of its convolution, heads and head size of its norm.
 CHANNELS, TAPS, NORM_HEADS, NORM_SIZE = 8192, 4, 32, 128
+# Its other attention: heads of q, each with a gate behind it, and of k, their size and the pairs of it that turn.
+GATED_HEADS, GATED_KV, GATED_SIZE, GATED_PAIRS = 16, 2, 256, 32
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,13 @@ class Case:
 
     # To bf16, one after another, of the reference and so of the kernel.
     roundings: int = 1
+    # Bytes of the inputs that it passes over.
+    unread: int = 0
 
     @property
     def bytes(self) -> int:
         """Read and written once each."""
-        return sum(t.nbytes for t in (*self.on("meta"), *self.results()))
+        return sum(t.nbytes for t in (*self.on("meta"), *self.results())) - self.unread
 
     def results(self) -> list[torch.Tensor]:
         """The outputs' shapes and types, without values."""
@@ -193,6 +197,7 @@ def cases() -> Iterator[
                     yield case
     for B, T in sizes:
         yield from of_linear_attention("Qwen3.5-35B-A3B", B, T)
+        yield of_gated_attention("Qwen3.5-35B-A3B", B, T)
         yield from (of_router(router, B, T) for router in ROUTERS)
 
 
@@ -216,6 +221,15 @@ def of_linear_attention(name: str, B: int, T: int) -> Iterator[Case]:
     heads = (B, T, NORM_HEADS, NORM_SIZE)
     norm = {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True}
     yield Case("GatedRmsNorm", name, B, T, (heads, heads, (NORM_SIZE,)), norm, roundings=3)
+
+
+def of_gated_attention(name: str, B: int, T: int) -> Case:
+    q, k = (B, T, GATED_HEADS, 2 * GATED_SIZE), (B, T, GATED_KV, GATED_SIZE)
+    angles, weight = (B, T, GATED_PAIRS), (GATED_SIZE,)
+    said = {"interleaved": False, "epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": False}
+    shapes = (q, k, k, angles, angles, weight, weight)
+    gates = 2 * B * T * GATED_HEADS * GATED_SIZE
+    return Case("QkNormRope", name, B, T, shapes, {**said, "norm_first": True}, roundings=3, unread=gates)
 
 
 def of_router(r: Router, B: int, T: int) -> Case:

@@ -58,6 +58,12 @@ def test_bytes_are_those_of_inputs_and_outputs(op_cases: Any, op: str, bytes_of_
     assert next(c for c in op_cases.cases() if c.op == op and c.T == 4096).bytes == bytes_of_a_prompt
 
 
+def test_gates_between_heads_of_q_are_no_bytes(op_cases: Any) -> None:
+    # Heads of q, k and v, read and written; angles; weights.
+    moved = 2 * (4096 * (2 * (16 + 2 + 2) * 256 + 2 * 32) + 2 * 256)
+    assert next(c for c in op_cases.cases() if getattr(c, "unread", 0) and c.T == 4096).bytes == moved
+
+
 def test_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2 where there is no GPU; help anywhere."""
     import torch

@@ -18,7 +18,7 @@ from llmexport.validate.tolerance import Tolerance
 # Four heads of 8 of q, two of k and v; six dimensions of a head turn. T is float or float16.
 INPUTS = (
     "T[B,N,4,8] q, T[B,N,2,8] k, T[B,N,2,8] v, T[B,N,3] cos, T[B,N,3] sin, T[8] qw, T[8] kw, "
-    "T[B,2,16,8] pk, T[B,2,16,8] pv, int64[B] at, bool[B,1,N,16] mask, float[B] heat"
+    "T[B,N,4,16] both, T[B,2,16,8] pk, T[B,2,16,8] pv, int64[B] at, bool[B,1,N,16] mask, float[B] heat"
 )
 FRONT = "Transpose<perm = [0, 2, 1, 3]>"
 ROPE = "llmexport.Rope<interleaved = 0>"
@@ -54,6 +54,10 @@ SCALED = layer(after="[up] qf = Cast<to = 1>(qr) [heat] qm = Mul(qf, heat4) [dow
 GROWN = PLAIN.replace("TensorScatter<axis = -2>(pk, kr, at)", "Concat<axis = 2>(pk, kr)")
 GROWN = GROWN.replace("TensorScatter<axis = -2>(pv, vt, at)", "Concat<axis = 2>(pv, vt)").replace("mask)", "longer)")
 UNCACHED = f"{HEADS.format(q='q', k='k')} {TURN} [attention] y = Attention<scale = 0.3>(qr, kr, vt)"
+CUT = "[cut] qh, gate = Split<axis = -1, num_outputs = 2>(both)"
+GATE = "[gate] g = Sigmoid(gate)"
+GATED = f"{layer('qn', 'kn', CUT + normed('qh', 'qn', 'qw') + normed('k', 'kn', 'kw'))} {GATE}"
+GATE_OUT = ", float[B,N,4,8] g"
 NO_NORM = {"epsilon": 0.0, "weight_offset": 0.0, "round_before_weight": 0, "interleaved": 0, "norm_first": 1}
 EPSILON = float(np.float32(1e-6))
 NORM = {**NO_NORM, "epsilon": EPSILON, "round_before_weight": 1}
@@ -72,14 +76,16 @@ FORMS = {
 }
 
 
-def model(nodes: str, kind: str = "float", more: str = "") -> onnx.ModelProto:
-    """more: outputs beside the attention's."""
+def model(nodes: str, kind: str = "float", more: str = "", both: str = "4,16") -> onnx.ModelProto:
+    """more: outputs beside the attention's; both: heads of q and their size where a gate lies behind them."""
     held = "<float one = {1}>"
     heat = "<int64[3] axes = {1, 2, 3}>"
     if "heat4" in nodes:
         held, nodes = heat, f"[lift] heat4 = Unsqueeze(heat, axes) {nodes}"
-    inputs = INPUTS.replace("T[", f"{kind}[").replace(
-        "bool[B,1,N,16] mask", "bool[B,1,N,16] mask, bool[B,1,N,S] longer"
+    inputs = (
+        INPUTS.replace("4,16] both", f"{both}] both")
+        .replace("T[", f"{kind}[")
+        .replace("bool[B,1,N,16] mask", "bool[B,1,N,16] mask, bool[B,1,N,S] longer")
     )
     header = f'<ir_version: 10, opset_import: ["": 24, "{DOMAIN}": 1]>'
     made = onnx.parser.parse_model(f"{header} g ({inputs}) => ({kind}[B,4,N,8] y{more}) {held} {{ {nodes} }}")
@@ -90,8 +96,8 @@ def model(nodes: str, kind: str = "float", more: str = "") -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(made)
 
 
-def graph(nodes: str, kind: str = "float", more: str = "") -> gs.Graph:
-    return gs.import_onnx(model(nodes, kind, more))
+def graph(nodes: str, kind: str = "float", more: str = "", both: str = "4,16") -> gs.Graph:
+    return gs.import_onnx(model(nodes, kind, more, both))
 
 
 def ops(made: gs.Graph) -> list[str]:
@@ -120,13 +126,20 @@ def test_numbers_stay(form):
     for one in (before, after):
         attach_bodies(one, load_body)
     onnx.checker.check_model(after)
-    expected, found = run(before), run(after)
+    expected, found = run(before)[0], run(after)[0]
     # fp32 alike; ONNX Runtime keeps fp16 in fp32 between other nodes: a rounding of each norm and rotation.
     unit = 2.0**-20 if kind == "float" else 2.0**-8
     assert compare(expected.astype(float), found.astype(float)).excess(Tolerance(unit, unit, scaled=True)) <= 1
 
 
-def run(made: onnx.ModelProto) -> np.ndarray:
+def test_q_is_read_as_it_was_parted_where_the_size_of_both_is_unknown():
+    made = graph(GATED, more=GATE_OUT)
+    next(v for v in made.inputs if v.name == "both").shape = None
+    assert fuse_qk_norm_rope(made).count == 1
+    assert "Split" in ops(made)
+
+
+def run(made: onnx.ModelProto) -> list[np.ndarray]:
     rng, (batch, tokens) = np.random.default_rng(0), (2, 3)
     sizes = {"B": batch, "N": tokens, "S": 16 + tokens}
     element = {1: np.float32, 10: np.float16, 7: np.int64, 9: bool}
@@ -139,7 +152,48 @@ def run(made: onnx.ModelProto) -> np.ndarray:
         if kind.elem_type in (1, 10):
             feeds[value.name] = drawn.astype(element[kind.elem_type])
     session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(["y"], feeds)[0]
+    return session.run(None, feeds)
+
+
+@pytest.mark.parametrize("turned_alone", [False, True])
+def test_q_is_read_beside_its_gate(turned_alone):
+    nodes = f"{layer('qh', before=CUT)} {GATE}" if turned_alone else GATED
+    made, before = graph(nodes, more=GATE_OUT), model(nodes, more=GATE_OUT)
+    assert fuse_qk_norm_rope(made) == Fused(1, [])
+    assert "Split" not in ops(made)
+    [node] = [n for n in made.nodes if n.op == "QkNormRope"]
+    [cut] = [n for n in made.nodes if n.op == "Slice"]
+    assert (node.inputs[0].name, cut.name, [v.name for v in cut.outputs]) == ("both", "cut", ["gate"])
+    after = gs.export_onnx(made, ir_version=10)
+    for one in (before, after):
+        attach_bodies(one, load_body)
+    onnx.checker.check_model(after)
+    unit = 2.0**-20
+    for expected, found in zip(run(before), run(after), strict=True):
+        assert compare(expected.astype(float), found.astype(float)).excess(Tolerance(unit, unit, scaled=True)) <= 1
+
+
+# By why q is no part that is read beside another: what stands in the place of what, heads and size of both, outputs.
+APART = {
+    "others read q": ({"[gate]": "[neg] z = Neg(qh) [gate]"}, "4,16", ", float[B,N,4,8] z"),
+    "q is an output": ({}, "4,16", ", float[B,N,4,8] qh"),
+    "q is the second part": ({"qh, gate": "gate, qh"}, "4,16", ""),
+    "the heads are split": ({"axis = -1": "axis = 2"}, "8,8", ""),
+    "there are three parts": ({"qh, gate =": "qh, gate, third =", "num_outputs = 2": "num_outputs = 3"}, "4,24", ""),
+}
+
+
+@pytest.mark.parametrize("why", APART)
+def test_q_is_read_as_it_was_parted_where(why):
+    changed, both, more = APART[why]
+    nodes = GATED
+    for old, new in changed.items():
+        assert old in nodes
+        nodes = nodes.replace(old, new)
+    made = graph(nodes, more=GATE_OUT + more, both=both)
+    assert fuse_qk_norm_rope(made) == Fused(1, [])
+    [node] = [n for n in made.nodes if n.op == "QkNormRope"]
+    assert (node.inputs[0].name, "Split" in ops(made), "Slice" in ops(made)) == ("qh", True, False)
 
 
 def test_sinks_attention_is_one_too():

@@ -30,7 +30,7 @@ extern "C" int launch_Rope(int64_t const* s) {
 }
 
 extern "C" int launch_QkNormRope(int64_t const* s) {
-  return qkNormRope(kDtype, {s[0], s[1], s[2], s[3], s[4], s[5]}, {}, {}, nullptr);
+  return qkNormRope(kDtype, {s[0], s[1], s[2], s[3], s[4], s[5], s[6]}, {}, {}, nullptr);
 }
 
 extern "C" int launch_AddRmsNorm(int64_t const* s) {

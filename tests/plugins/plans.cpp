@@ -35,8 +35,9 @@ extern "C" void plan_rope(int64_t const* sizes, int dtype, bool pointersAligned,
 
 extern "C" void plan_qk_norm_rope(int64_t const* sizes, int dtype, bool pointersAligned,
                                   int64_t* out) {
-  auto const plan = qkNormRopePlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]},
-                                   Dtype(dtype), pointersAligned);
+  auto const plan =
+      qkNormRopePlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]},
+                     Dtype(dtype), pointersAligned);
   write(plan.launch, out);
   out[7] = plan.width;
   out[8] = plan.once;

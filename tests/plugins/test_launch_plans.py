@@ -75,11 +75,11 @@ def test_rope(plan, sizes, dtype, aligned):
 
 
 @several
-@given(st.tuples(few, few, few, few, st.integers(1, 600), st.integers(0, 300)), kinds, st.booleans())
+@given(st.tuples(few, few, few, few, st.integers(1, 600), st.integers(0, 300), st.integers(0, 9)), kinds, st.booleans())
 def test_qk_norm_rope(plan, sizes, dtype, aligned):
-    b, t, h, g, d, r = sizes
+    b, t, h, g, d, r, behind = sizes
     r = min(r, d // 2)
-    p = plan("qk_norm_rope", (b, t, h, g, d, r), dtype, aligned)
+    p = plan("qk_norm_rope", (b, t, h, g, d, r, d + behind), dtype, aligned)
     p.check(HEAD_THREADS)
     assert p.grid[0] == b * t
     assert p.grid[1] * p.block[1] >= h + 2 * g > (p.grid[1] - 1) * p.block[1]
@@ -87,7 +87,7 @@ def test_qk_norm_rope(plan, sizes, dtype, aligned):
     assert WARP % p.block[0] == 0
     assert math.prod(p.block) % WARP == 0
     full = 16 // ITEM_SIZES[dtype]
-    assert p.width == (full if aligned and d % full == 0 and r % full == 0 else 1)
+    assert p.width == (full if aligned and not (d % full or r % full or behind % full) else 1)
     units = (d - r) // p.width
     assert p.block[0] < 2 * units or p.block[0] == 1
     assert p.vectors == (units <= p.block[0])

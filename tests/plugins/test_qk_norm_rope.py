@@ -34,6 +34,11 @@ def example(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[T
     return [x.to(dtype) for x in (3 * q, k, v, angles.cos(), angles.sin(), *weights)]
 
 
+def with_more(q: Tensor, behind: int) -> Tensor:
+    """q with so many numbers behind each head."""
+    return torch.cat((q, torch.full((*q.shape[:-1], behind), 7.0, dtype=q.dtype)), -1)
+
+
 def numbers(value: Tensor) -> np.ndarray:
     return value.double().numpy()
 
@@ -62,6 +67,16 @@ def test_norm_before_rotary_is_qwen3s_and_qwen3_5s(norm, attributes, size, dtype
         module.weight.data = weight
         assert same(halves_turned(module(x).detach().transpose(1, 2), cos, sin, dtype), y)
     assert torch.equal(found[2], v.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_lies_behind_a_head_of_q_is_not_read(dtype):
+    """As the gate of Qwen3NextAttention's and Qwen3_5Attention's q_proj."""
+    q, *others = example((2, 7, 3, 1, 10, 5), dtype)
+    given = (*others, False)
+    expected = qk_norm_rope(q, *given, **SHIFTED, norm_first=True)
+    found = qk_norm_rope(with_more(q, 10), *given, **SHIFTED, norm_first=True)
+    assert all(same(e, f) for e, f in zip(expected, found, strict=True))
 
 
 def test_norm_after_rotary_is_llama4s():
@@ -99,18 +114,22 @@ def test_one_weight_alone_is_refused():
         qk_norm_rope(q, k, v, cos, sin, weight, None, False, **PLAIN, norm_first=True)
 
 
+@pytest.mark.parametrize("behind", [0, 5])
 @pytest.mark.parametrize("without", [0, 2])
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("attributes", [PLAIN, SHIFTED])
-def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(attributes, dtype, interleaved, norm_first, without):
+def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(
+    attributes, dtype, interleaved, norm_first, without, behind
+):
     said = {"interleaved": interleaved, **attributes, "norm_first": norm_first}
     for d, r in ((12, 3), (8, 4)):
-        model = body_model("QkNormRope", said, dtype, {"D": d, "R": r}, without)
+        model = body_model("QkNormRope", said, dtype, {"Q": d + behind, "D": d, "R": r}, without)
         runtime = session(model)
         for b, t, h, g in ((1, 1, 1, 1), (2, 63, 3, 1), (1, 5, 4, 2)):
             given = example((b, t, h, g, d, r), getattr(torch, dtype))[: 7 - without]
+            given[0] = with_more(given[0], behind)
             feeds = {i.name: x.numpy() for i, x in zip(model.graph.input, given, strict=True)}
             found = runtime.run(None, feeds)
             expected = qk_norm_rope(*given, *[None] * without, **said)
@@ -123,6 +142,6 @@ def test_body_in_onnx_runtime_equals_the_reference_at_other_sizes(attributes, dt
 def test_body_has_no_node_that_its_parts_have_not():
     """In ONNX Runtime an op of ours costs what the nodes in it cost."""
     said = {"interleaved": False, **PLAIN, "norm_first": True}
-    body = body_model("QkNormRope", said, "float32", {"D": 8, "R": 4}).functions[0]
+    body = body_model("QkNormRope", said, "float32", {"Q": 8, "D": 8, "R": 4}).functions[0]
     counted = Counter(n.op_type for n in body.node)
     assert counted == {"Transpose": 3, "RotaryEmbedding": 2, "RMSNormalization": 2, "CastLike": 4}

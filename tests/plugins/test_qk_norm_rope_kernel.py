@@ -55,6 +55,11 @@ def made(
     return computed(machine.library.create("QkNormRope", attributes), machine.memory(), given, shift)
 
 
+def with_more(q: Values, behind: int) -> Values:
+    """q with so many NaN behind each head."""
+    return np.pad(q, ((0, 0),) * 3 + ((0, behind),), constant_values=np.nan)
+
+
 def drawn(size: tuple[int, ...], dtype: str) -> list[Values]:
     b, t, h, g, d, r = size
     shapes = [(b, t, h, d), (b, t, g, d), (b, t, g, d), (b, t, r), (b, t, r), (d,), (d,)]
@@ -62,14 +67,22 @@ def drawn(size: tuple[int, ...], dtype: str) -> list[Values]:
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "interleaved", "norm", "early", "shift"),
-    pairwise(SIZES, [*DTYPES], (False, True), NORMS, (False, True), (0, 1)),
+    ("size", "dtype", "interleaved", "norm", "early", "shift", "behind"),
+    pairwise(SIZES, [*DTYPES], (False, True), NORMS, (False, True), (0, 1), (0, 5, 64)),
 )
 def test_sizes(
-    machine: Machine, size: tuple[int, ...], dtype: str, interleaved: bool, norm: str, early: bool, shift: int
+    machine: Machine,
+    size: tuple[int, ...],
+    dtype: str,
+    interleaved: bool,
+    norm: str,
+    early: bool,
+    shift: int,
+    behind: int,
 ) -> None:
     inputs = drawn(size, dtype)
     q, k, v, cos, sin, q_weight, k_weight = inputs
+    inputs[0] = with_more(q, behind)
     query, key, value = made(machine, inputs, interleaved, norm, early, shift)
     for x, weight, found in ((q, q_weight, query), (k, k_weight, key)):
         wanted = exact(x, cos, sin, weight, interleaved, norm, early)

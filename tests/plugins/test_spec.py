@@ -50,7 +50,7 @@ ATTRIBUTES = {
 SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 8, "J": 8}
 # Those of an op that means something else by a letter, or needs sizes that fit each other.
 OWN_SIZES = {
-    "QkNormRope": {"G": 1},
+    "QkNormRope": {"G": 1, "Q": 9},
     "SinkAttention": {"G": 1, "S": 8},
     "GatedDeltaNet": {"C": 48, "V": 4},
     **{key: {"G": 1, "V": 4} for key in ("GatedDeltaRule", "KimiDeltaRule", "Wkv7")},
