@@ -1,4 +1,4 @@
-"""Fuses a gated delta rule with what makes its inputs and the gated norm behind it."""
+"""Fuses a gated delta rule with the convolution and the gates before it, and the gated norm behind it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ def fuse_gated_delta_net(graph: gs.Graph) -> Fused:
     """Rewrites every legal GatedDeltaRule, and names those that it leaves.
 
              mixed            a, dt_bias         b
-               |                  |              |          mixed a b present a_log dt_bias z weight state
-             Split             Softplus       Sigmoid           \\  |  |   |      |     |    |   /    /
-            /  |  \\               |              |                          GatedDeltaNet
-         Reshape ...   -exp(a_log) * present  * present    =>                /           \\
-            \\  |  /               |              |                         gated       next_state
+               |                  |              |          mixed conv_weight conv_state end
+          CausalConv1d         Softplus       Sigmoid          |  a b present a_log dt_bias z weight state
+               |                  |              |              \\  |  |   |      |     |   |   /    /
+             Split     -exp(a_log) * present  * present    =>                GatedDeltaNet
+            /  |  \\               |              |                    /           |           \\
+         Reshape ...              |              |                 gated  next_conv_state  next_state
+            \\  |  /               |              |
              q k v                g             beta   state
                  \\                |             /      /
                           GatedDeltaRule
@@ -38,13 +40,14 @@ def fuse_gated_delta_net(graph: gs.Graph) -> Fused:
         z, weight -- GatedRmsNorm    next_state
 
     Legal if
-    1. q, k and v are the parts of one Split of the last axis, reshaped to heads of the sizes that the state has,
+    1. q, k and v are the parts of one Split of the last axis, reshaped to heads of the sizes that the state has, of
+       what a CausalConv1d with SiLU and no bias gives to nothing else,
     2. g is -exp(a_log) softplus(a + dt_bias) in fp32, times present, where softplus(x) may be x above 20,
     3. beta is sigmoid(b), times the same present, and present [B, T] has got its last axis by an Unsqueeze,
     4. GatedRmsNorm alone reads what the rule gives, as what it norms,
-    5. mixed, a, b, present, a_log, dt_bias, z and the weight are of one float type, and a, b, a_log and dt_bias have a
-       number for each head of v,
-    6. nothing reads next_state before the norm.
+    5. mixed, conv_weight, conv_state, a, b, present, a_log, dt_bias, z and the weight are of one float type, and a, b,
+       a_log and dt_bias have a number for each head of v,
+    6. nothing reads next_conv_state or next_state before the norm.
     """
     return fuse_each(graph, ("GatedDeltaRule",), _fuse)
 
@@ -52,7 +55,7 @@ def fuse_gated_delta_net(graph: gs.Graph) -> Fused:
 def _fuse(graph: gs.Graph, rule: gs.Node) -> None:
     q, k, v, g, beta, state = rule.inputs
     y, next_state = rule.outputs
-    mixed = _split(q, k, v, state)
+    convolution = _convolution(graph, _split(q, k, v, state))
     a, a_log, dt_bias, shown = _decay(g)
     b = _strength(beta, shown)
     present = _unsqueezed(shown)
@@ -62,16 +65,20 @@ def _fuse(graph: gs.Graph, rule: gs.Node) -> None:
     if norm.op != "GatedRmsNorm" or norm.domain != DOMAIN or norm.inputs[0] is not y:
         raise Refusal(f"what the rule gives goes to {norm.op}, not to a gated norm")
     z, weight = norm.inputs[1:]
-    inputs = [mixed, a, b, present, a_log, dt_bias, z, weight, state]
-    kinds = {float_type(x) for x in inputs[:-1]}
+    mixed, conv_weight, conv_state, end = convolution.inputs[:4]
+    next_conv_state = convolution.outputs[1]
+    inputs = [mixed, conv_weight, conv_state, end, a, b, present, a_log, dt_bias, z, weight, state]
+    kinds = {float_type(x) for x in inputs[:-1] if x is not end}
     if len(kinds) > 1 or "" in kinds:
         raise Refusal("its inputs are not of one float type")
     if any(list(x.shape or [None])[-1] != state.shape[1] for x in (a, b, a_log, dt_bias)):
         raise Refusal("a, b, a_log and dt_bias have not a number for each head of v")
-    if is_read_before(graph, norm, next_state):
-        raise Refusal("next_state is read before the norm")
+    for after in (next_conv_state, next_state):
+        if is_read_before(graph, norm, after):
+            raise Refusal(f"{after.name} is read before the norm")
     attributes = {**rule.attrs, **norm.attrs}
-    replace(norm, [rule], "GatedDeltaNet", inputs, [norm.outputs[0], next_state], attributes)
+    outputs = [norm.outputs[0], next_conv_state, next_state]
+    replace(norm, [convolution, rule], "GatedDeltaNet", inputs, outputs, attributes)
 
 
 def _split(q: gs.Tensor, k: gs.Tensor, v: gs.Tensor, state: gs.Tensor) -> gs.Tensor:
@@ -91,6 +98,16 @@ def _split(q: gs.Tensor, k: gs.Tensor, v: gs.Tensor, state: gs.Tensor) -> gs.Ten
     if not known or heads[0] != heads[1] or heads[0][1] != size or heads[2] != [value_heads, width]:
         raise Refusal("the heads of q, k and v are not those of the state")
     return mixed
+
+
+def _convolution(graph: gs.Graph, convolved: gs.Tensor) -> gs.Node:
+    """The CausalConv1d that makes it."""
+    made = produced_by(convolved, "CausalConv1d", DOMAIN)
+    if made is None or made.attrs["activation"] != "silu" or len(made.inputs) > 4:
+        raise Refusal("q, k and v come of no CausalConv1d with SiLU and no bias")
+    if len(convolved.outputs) > 1 or is_output(graph, convolved):
+        raise Refusal("others read what the convolution gives")
+    return made
 
 
 def _decay(g: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor, gs.Tensor]:

@@ -15,7 +15,7 @@ KERNELS = {
     "AddRmsNorm": 1,
     "CausalConv1d": 1,
     "GatedAct": 1,
-    "GatedDeltaNet": 1,  # gates, rule and norm one after another where heads fill the GPU more than twice
+    "GatedDeltaNet": 1,  # convolution, gates, rule and norm one after another where heads fill the GPU more than twice
     "GatedDeltaRule": 1,
     "GatedRmsNorm": 1,
     "KimiDeltaRule": 1,

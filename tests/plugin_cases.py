@@ -170,6 +170,8 @@ HEAD_UNITS = (8.0, 3.0)
 KEYS: dict[str, Fill] = {"start": first_key, "length": all_keys}
 DELTA_FILLS: dict[str, Fill] = {"g": decay, "beta": probability}
 NET_NORM = {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True}
+NET_TAPS = {"O": 1, "K": 4, "S": 3}
+NET_FILLS: dict[str, Fill] = {"present": mostly, "end": last_token}
 # What is normed is rounded before, and up to twice within.
 NET_UNITS = (8.0, 3.0)
 # Of 16-bit types the states are sums of products that hold 16 bits.
@@ -363,22 +365,22 @@ ALL_CASES = {
     "GatedDeltaNet": Case(
         "GatedDeltaNet",
         {"scale": 0.25, "l2_norm": True, **NET_NORM},
-        {"B": 2, "T": 1, "C": 192, "H": 4, "D": 16, "V": 32},
-        fills={"present": mostly},
+        {"B": 2, "T": 1, "C": 192, "H": 4, "D": 16, "V": 32, **NET_TAPS},
+        fills=NET_FILLS,
         units=NET_UNITS,
     ),
     "GatedDeltaNet-few": Case(
         "GatedDeltaNet",
         {"scale": 0.25, "l2_norm": True, **NET_NORM, "activation": "sigmoid", "round_before_weight": False},
-        {"B": 2, "T": 9, "C": 192, "H": 4, "D": 16, "V": 32},
-        fills={"present": mostly},
+        {"B": 2, "T": 9, "C": 192, "H": 4, "D": 16, "V": 32, **NET_TAPS},
+        fills=NET_FILLS,
         units=NET_UNITS,
     ),
     "GatedDeltaNet-chunks": Case(
         "GatedDeltaNet",
         {"scale": 0.125, "l2_norm": True, **NET_NORM},
-        {"B": 2, "T": 65, "C": 256, "H": 2, "D": 64, "V": 64},
-        fills={"present": mostly},
+        {"B": 2, "T": 65, "C": 256, "H": 2, "D": 64, "V": 64, **NET_TAPS},
+        fills=NET_FILLS,
         units=(CHUNK_UNITS[0], NET_UNITS[1]),
     ),
     "GatedDeltaRule": Case(

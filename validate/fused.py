@@ -117,12 +117,21 @@ def _where_it_lies(q: Tensor) -> Tensor:
 
 
 def _recalled(
-    net: GatedDeltaNet, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, present_tokens: Tensor, past: Tensor
-) -> tuple[Tensor, Tensor]:
+    net: GatedDeltaNet,
+    mixing: Tensor,
+    z: Tensor,
+    b: Tensor,
+    a: Tensor,
+    present_tokens: Tensor,
+    tokens_end: Tensor,
+    past_conv: Tensor,
+    past: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     norm = net.norm.block
-    weights = [w.to(mixed.dtype) for w in (net.A_log, net.dt_bias, net.norm.weight)]
+    weights = [w.to(mixing.dtype) for w in (net.A_log, net.dt_bias, net.norm.weight)]
+    convolution = (net.conv1d.weight.to(mixing.dtype), past_conv, tokens_end)
     numbers = (net.block.key_size**-0.5, True, norm.epsilon, norm.activation, norm.rounding == "before_weight")
-    return gated_delta_net(mixed, a, b, present_tokens, *weights[:2], z, weights[2], past, *numbers)
+    return gated_delta_net(mixing, *convolution, a, b, present_tokens, *weights[:2], z, weights[2], past, *numbers)
 
 
 def _normed(norm: Norm, sums: Sums, alone: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

@@ -65,16 +65,25 @@ class GatedDeltaNet(nn.Module):
         present = present_tokens.unsqueeze(-1)
         normed = normed * present
         mixing, z, b, a = self._project(normed)
-        mixed, conv_state = self.conv1d(mixing, tokens_end, past_conv_state)
         z = z.reshape(batch, sequence, block.value_heads, block.value_size)
-        gated, state = self.recalled(mixed, z, b, a, present_tokens, past_recurrent_state)
+        past = (past_conv_state, past_recurrent_state)
+        gated, conv_state, state = self.recalled(mixing, z, b, a, present_tokens, tokens_end, *past)
         return self.out_proj(gated.reshape(batch, sequence, -1)), conv_state, state
 
     def recalled(
-        self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, present_tokens: Tensor, past: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What the state recalls [B, T, value heads, their size], normed and gated by z, and the next state."""
-        block, (batch, sequence, _) = self.block, mixed.shape
+        self,
+        mixing: Tensor,
+        z: Tensor,
+        b: Tensor,
+        a: Tensor,
+        present_tokens: Tensor,
+        tokens_end: Tensor,
+        past_conv: Tensor,
+        past: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the state recalls [B, T, value heads, their size], normed and gated by z, and the next states."""
+        block, (batch, sequence, _) = self.block, mixing.shape
+        mixed, conv_state = self.conv1d(mixing, tokens_end, past_conv)
         present = present_tokens.unsqueeze(-1)
         keys, values = block.key_heads * block.key_size, block.value_heads * block.value_size
         q, k, v = mixed.split([keys, keys, values], -1)
@@ -84,7 +93,7 @@ class GatedDeltaNet(nn.Module):
         # Padding neither lets the state decay nor writes into it, though the convolution reaches into it.
         g, beta = g * present.float(), torch.sigmoid(b) * present
         y, state = gated_delta_rule(q, k, v, g, beta, past, block.key_size**-0.5, True)
-        return self.norm(y, z), state
+        return self.norm(y, z), conv_state, state
 
     def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k and v beside one another, the gate z, and what beta and the decay are made of."""

@@ -4,27 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmexport.plugins.spec import Attribute, op
-
-
-def by_operator(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str | None:
-    """The body for ONNX Runtime alone: of float32 its own CausalConvWithState, which rounds other types otherwise."""
-    if types["x"] != "float32":
-        return None
-    bias = "bias" if "bias" in types else ""
-    given = f'channels_last = 1, activation = "{attributes["activation"]}"'
-    kept, channels = sizes["S"], sizes["C"]
-    return f"""
-    y, state_after_all = com.microsoft.CausalConvWithState <{given}> (x, weight, {bias}, state)
-    seen = Concat <axis = 1> (state, x)
-    end_wide = Cast <to = 7> (end)
-    column = Constant <value_ints = [-1, 1, 1]> ()
-    first = Reshape (end_wide, column)
-    offsets = Constant <value = int64[{kept}, 1] {{{", ".join(map(str, range(kept)))}}}> ()
-    place = Add (first, offsets)
-    shape = Constant <value_ints = [1, {kept}, {channels}]> ()
-    places = Expand (place, shape)
-    next_state = GatherElements <axis = 1> (seen, places)"""
+from llmexport.plugins.causal_conv1d.body import by_operator
+from llmexport.plugins.spec import op
 
 
 @op(

@@ -6,8 +6,6 @@
 namespace llmexport {
 namespace {
 
-// Taps of a channel that there are kernels for.
-constexpr int64_t kFewestTaps = 2, kMostTaps = 4;
 // Threads of an SM whose loads under way cover the latency of memory.
 constexpr int64_t kThreadsPerProcessor = 1024;
 // Tokens of a chunk. A shorter one reads the kTaps - 1 inputs before it for too little; a longer
@@ -23,15 +21,23 @@ auto kernelFor(int64_t taps) {
 
 }  // namespace
 
-bool causalConv1dServes(CausalConv1dSizes const& s) {
+bool causalConv1dFits(char const* op, int64_t O, int64_t K, int64_t S) {
+  if (O != kUnknown && O != 1) {
+    return refuse("%s: weight has %lld inputs for each channel, not 1", op, (long long)O);
+  }
+  if (K == kUnknown || S == kUnknown || S == K - 1) return true;
+  return refuse("%s: state has S = %lld inputs, but weight K = %lld taps, not S + 1", op,
+                (long long)S, (long long)K);
+}
+
+bool causalConv1dServes(char const* op, CausalConv1dSizes const& s) {
   if (s.K != kUnknown && (s.K < kFewestTaps || s.K > kMostTaps)) {
-    return refuse("CausalConv1d: weight has K = %lld taps, the kernels are for %lld to %lld",
-                  (long long)s.K, (long long)kFewestTaps, (long long)kMostTaps);
+    return refuse("%s: weight has K = %lld taps, the kernels are for %d to %d", op, (long long)s.K,
+                  kFewestTaps, kMostTaps);
   }
   // A block takes a warp of channels or more.
-  return isAtMost("CausalConv1d", "C", {s.C}, kMaxGridY * kWarp) &&
-         isAtMost("CausalConv1d", "BT", {s.B, s.T}, kMaxGridX) &&
-         isAtMost("CausalConv1d", "B", {s.B}, kMaxGridX);
+  return isAtMost(op, "C", {s.C}, kMaxGridY * kWarp) &&
+         isAtMost(op, "BT", {s.B, s.T}, kMaxGridX) && isAtMost(op, "B", {s.B}, kMaxGridX);
 }
 
 CausalConv1dPlan causalConv1dPlan(CausalConv1dSizes const& s, Dtype dtype, bool pointersAligned,
@@ -58,7 +64,7 @@ CausalConv1dPlan causalConv1dPlan(CausalConv1dSizes const& s, Dtype dtype, bool 
 cudaError_t causalConv1d(Dtype dtype, CausalConv1dSizes const& s,
                          CausalConv1dAttributes const& attributes, CausalConv1dTensors const& t,
                          Device const& device, cudaStream_t stream) {
-  if (!causalConv1dServes(s)) return cudaErrorInvalidValue;
+  if (!causalConv1dServes("CausalConv1d", s)) return cudaErrorInvalidValue;
   if (s.B * s.C == 0) return cudaSuccess;
   auto const plan = causalConv1dPlan(
       s, dtype, aligned({t.x, t.weight, t.state, t.bias, t.y, t.nextState}), device);

@@ -7,6 +7,9 @@
 
 namespace llmexport {
 
+// Taps of a channel that there are kernels for.
+constexpr int kFewestTaps = 2, kMostTaps = 4;
+
 struct CausalConv1dSizes {
   int64_t B, T, C, K;
 };
@@ -32,7 +35,12 @@ struct CausalConv1dPlan {
   int64_t chunks;  // of so many tokens, in a row of the batch
 };
 
-bool causalConv1dServes(CausalConv1dSizes const& sizes);
+// Whether weights [C, O, K] and a state of S inputs are those of such a convolution, as far as they
+// are known; refuses in the name of `op`.
+bool causalConv1dFits(char const* op, int64_t O, int64_t K, int64_t S);
+
+// Refuses in the name of `op`.
+bool causalConv1dServes(char const* op, CausalConv1dSizes const& sizes);
 
 CausalConv1dPlan causalConv1dPlan(CausalConv1dSizes const& sizes, Dtype dtype, bool pointersAligned,
                                   Device const& device);

@@ -15,17 +15,11 @@ CausalConv1dAttributes attributesOf(Values const& values) {
   return {values[kActivation].integer == kSilu};
 }
 
-bool check(Sizes const& sizes, Values const&) {
-  int64_t const O = sizes['O'], K = sizes['K'], S = sizes['S'];
-  if (O != kUnknown && O != 1) {
-    return refuse("CausalConv1d: weight has %lld inputs for each channel, not 1", (long long)O);
-  }
-  if (K == kUnknown || S == kUnknown || S == K - 1) return true;
-  return refuse("CausalConv1d: state has S = %lld inputs, but weight K = %lld taps, not S + 1",
-                (long long)S, (long long)K);
+bool check(Sizes const& s, Values const&) {
+  return causalConv1dFits("CausalConv1d", s['O'], s['K'], s['S']);
 }
 
-bool supports(Node const& node) { return causalConv1dServes(sizesOf(node.sizes)); }
+bool supports(Node const& node) { return causalConv1dServes("CausalConv1d", sizesOf(node.sizes)); }
 
 cudaError_t enqueue(Call const& call) {
   CausalConv1dTensors const tensors{call.input(kX),     call.input(kWeight),

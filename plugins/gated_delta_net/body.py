@@ -1,7 +1,8 @@
-"""The ONNX function body of GatedDeltaNet: that of GatedDeltaRule between what makes its inputs and a gated norm."""
+"""The ONNX function body of GatedDeltaNet: that of GatedDeltaRule between a convolution, gates and a gated norm."""
 
 from __future__ import annotations
 
+from llmexport.plugins.causal_conv1d.body import convolved, last_seen
 from llmexport.plugins.gated_delta_rule.body import body as rule
 from llmexport.plugins.spec import Attribute
 
@@ -12,8 +13,11 @@ def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     h, d, v = (sizes[n] for n in "HDV")
     keys = (sizes["C"] - h * v) // 2
     return f"""
+    seen = Concat <axis = 1> (conv_state, mixed)
+    {convolved("mixed", "conv_weight", "convolved", sizes)}
+    {last_seen("next_conv_state", sizes)}
     parts = Constant <value_ints = [{keys}, {keys}, {h * v}]> ()
-    q_flat, k_flat, v_flat = Split <axis = -1> (mixed, parts)
+    q_flat, k_flat, v_flat = Split <axis = -1> (convolved, parts)
     key_heads = Constant <value_ints = [0, 0, {keys // d}, {d}]> ()
     value_heads = Constant <value_ints = [0, 0, {h}, {v}]> ()
     q = Reshape (q_flat, key_heads)

@@ -26,7 +26,14 @@ template <class T, bool kVectors>
 cudaError_t startDecode(GatedDeltaNetPlan const& plan, GatedDeltaNetSizes const& s,
                         GatedDeltaNetAttributes const& attributes, GatedDeltaNetTensors const& t,
                         cudaStream_t stream) {
-  DecodeArguments<T> const arguments{typed<T>(t.mixed),
+  TokenConvolution<T> const convolution{typed<T>(t.mixed),
+                                        typed<T>(t.convWeight),
+                                        typed<T>(t.convState),
+                                        t.end,
+                                        typed<T>(t.nextConvState),
+                                        s.C,
+                                        int(s.K)};
+  DecodeArguments<T> const arguments{convolution,
                                      gatesOf<T>(t),
                                      typed<T>(t.z),
                                      typed<T>(t.normWeight),
@@ -60,8 +67,8 @@ bool gatedDeltaNetFits(GatedDeltaNetSizes const& s) {
 
 bool gatedDeltaNetServes(GatedDeltaNetSizes const& s) {
   return gatedDeltaNetFits(s) && deltaRuleServes("GatedDeltaNet", s.B, s.T, s.H, s.D, s.V) &&
-         isAtMost("GatedDeltaNet", "BTH", {s.B, s.T, s.H}, kMaxGridX) &&
-         isAtMost("GatedDeltaNet", "C", {s.C}, INT32_MAX);
+         causalConv1dServes("GatedDeltaNet", {s.B, s.T, s.C, s.K}) &&
+         isAtMost("GatedDeltaNet", "BTH", {s.B, s.T, s.H}, kMaxGridX);
 }
 
 GatedDeltaNetPlan gatedDeltaNetPlan(GatedDeltaNetSizes const& s, bool pointersAligned,
@@ -80,7 +87,8 @@ GatedDeltaNetPlan gatedDeltaNetPlan(GatedDeltaNetSizes const& s, bool pointersAl
 
 size_t gatedDeltaNetWorkspace(GatedDeltaNetSizes const& s, Dtype dtype) {
   size_t const gates = size_t(s.B * s.T * s.H);
-  return wholeVectors(gates * sizeof(float)) + wholeVectors(gates * sizeOf(dtype)) +
+  return wholeVectors(size_t(s.B * s.T * s.C) * sizeOf(dtype)) +
+         wholeVectors(gates * sizeof(float)) + wholeVectors(gates * sizeOf(dtype)) +
          gatedDeltaRuleWorkspace(ruleOf(s), dtype);
 }
 
@@ -89,7 +97,7 @@ cudaError_t gatedDeltaNet(Dtype dtype, GatedDeltaNetSizes const& s,
                           void* workspace, Device const& device, cudaStream_t stream) {
   if (!gatedDeltaNetServes(s)) return cudaErrorInvalidValue;
   if (s.B * s.H == 0) return cudaSuccess;
-  bool const alignedAll = aligned({t.mixed, t.z, t.normWeight, t.state, t.gated, t.nextState});
+  bool const alignedAll = aligned({t.z, t.normWeight, t.state, t.gated, t.nextState});
   auto const plan = gatedDeltaNetPlan(s, alignedAll, device);
   if (plan.fused) {
     return withType(dtype, [&](auto type) {
@@ -100,9 +108,14 @@ cudaError_t gatedDeltaNet(Dtype dtype, GatedDeltaNetSizes const& s,
   }
   auto const sizes = ruleOf(s);
   int64_t const count = s.B * s.T * s.H, keys = sizes.G * s.D;
-  auto* const g = static_cast<float*>(workspace);
-  auto* const beta = static_cast<unsigned char*>(workspace) + wholeVectors(count * sizeof(float));
-  cudaError_t error = cudaSuccess;
+  auto* const mixed = static_cast<unsigned char*>(workspace);
+  auto* const decays = mixed + wholeVectors(size_t(s.B * s.T * s.C) * sizeOf(dtype));
+  auto* const beta = decays + wholeVectors(size_t(count) * sizeof(float));
+  auto* const g = reinterpret_cast<float*>(decays);
+  cudaError_t error = causalConv1d(
+      dtype, {s.B, s.T, s.C, s.K}, {true},
+      {t.mixed, t.convWeight, t.convState, t.end, nullptr, mixed, t.nextConvState}, device, stream);
+  if (error != cudaSuccess) return error;
   if (count > 0) {
     error = withType(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
@@ -112,7 +125,7 @@ cudaError_t gatedDeltaNet(Dtype dtype, GatedDeltaNetSizes const& s,
   }
   if (error != cudaSuccess) return error;
   auto const part = [&](int64_t channel) {
-    return static_cast<unsigned char const*>(t.mixed) + channel * int64_t(sizeOf(dtype));
+    return mixed + channel * int64_t(sizeOf(dtype));
   };
   DeltaRuleTensors const rule{part(0), part(keys), part(2 * keys), g,   beta, t.state,
                               t.gated, t.nextState, s.C,           s.C};

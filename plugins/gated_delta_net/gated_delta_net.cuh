@@ -1,5 +1,7 @@
 #pragma once
 
+#include "causal_conv1d/causal_conv1d.h"
+#include "common/activation.cuh"
 #include "gated_delta_net/gated_delta_net.h"
 #include "gated_delta_rule/recurrence.cuh"
 #include "gated_rms_norm/gated_rms_norm.cuh"
@@ -51,9 +53,45 @@ __global__ void __launch_bounds__(kGateThreads)
   beta[i] = fromFloat<T>(its.strength());
 }
 
+// The convolution of one token a row, of C channels.
+template <class T>
+struct TokenConvolution {
+  T const *mixed, *weight, *state;
+  int32_t const* end;
+  T* nextState;
+  int64_t channels;
+  int taps;
+
+  // Computes and rounds as causalConv1dKernel does. `writes`: whether it also gives the next state.
+  __device__ __forceinline__ T at(int64_t row, int64_t channel, bool writes) const {
+    int64_t const first = row * (taps - 1) * channels + channel;
+    T seen[kMostTaps], weights[kMostTaps];
+#pragma unroll
+    for (int i = 0; i < kMostTaps; ++i) {
+      if (i >= taps) continue;
+      seen[i] = i < taps - 1 ? state[first + i * channels] : mixed[row * channels + channel];
+      weights[i] = weight[channel * taps + i];
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMostTaps; ++i) {
+      if (i < taps) sum += toFloat(weights[i]) * toFloat(seen[i]);
+    }
+    if (writes) {
+      bool const moves = end[row] > 0;
+#pragma unroll
+      for (int i = 0; i < kMostTaps - 1; ++i) {
+        if (i < taps - 1) nextState[first + i * channels] = moves ? seen[i + 1] : seen[i];
+      }
+    }
+    float const r = rounded<T>(sum);
+    return fromFloat<T>(sigmoidTimes<T>(r, r));
+  }
+};
+
 template <class T>
 struct DecodeArguments {
-  T const* mixed;
+  TokenConvolution<T> convolution;
   GateTensors<T> gates;
   T const *z, *normWeight;
   float const* state;
@@ -71,17 +109,25 @@ struct DecodeArguments {
 // rounded to T and normed as by gatedRmsNormKernel, its squares summed over four columns, then the
 // eight lanes that share rows, then slices.
 //
+// A thread convolves a channel of its head's q, k and v at a time: where D = V = 128 each of 384
+// threads has one. Heads of v that share q and k convolve those again, which is less than a launch:
+// of Qwen3.5 12288 channels for 8192, 64 KB a row read once more beside 4 MB of states, and some 125
+// instructions a thread beside 1214. So q and k are also written to by one block while others read:
+// the next inputs of the convolution must lie in other memory.
+//
 // 32 floats of the state a thread leave room for one block an SM, which reads, computes and writes
 // in turn; with several blocks for each SM the kernels one after another move bytes faster.
 template <class T, bool kVectors>
 __global__ void __launch_bounds__(kDecodeThreads, 1) decodeKernel(DecodeArguments<T> const p) {
+  using Columns = Vector<T, kThreadColumns>;
   constexpr int kPartials = kRecurrenceThreads / kWarp * kRowLanes;
   SHARED_ARRAY(RecurrenceSums, partial, kMostSlices * kPartials);
   SHARED_ARRAY(float, queries, kMostRows);
   SHARED_ARRAY(float, keys, kMostRows);
+  SHARED_ARRAY(Columns, values, kMostSlices * kRowLanes);
   SHARED_ARRAY(float, squares, kMostSlices);
   int const head = blockIdx.x, heads = gridDim.x, slice = threadIdx.y;
-  int const rowGroup = threadIdx.x / kRowLanes, element = threadIdx.x;
+  int const rowGroup = threadIdx.x / kRowLanes;
   int const column = slice * kRecurrenceColumns + threadIdx.x % kRowLanes * kThreadColumns;
   bool const here = column < p.V;  // other threads still take part in shuffles and barriers
   int const rows = here ? p.D / kRowGroups : 0, stride = kRowGroups * p.V;
@@ -90,22 +136,33 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decodeKernel(DecodeArgument
   StateRows s;
   loadRows<kVectors>(s, p.state + firstRow, rows, stride);
 
-  int const keyWidth = p.groups * p.D, group = head / (heads / p.groups);
-  T const* const mixed = p.mixed + row * (2 * int64_t(keyWidth) + int64_t(heads) * p.V);
-  if (slice == 0 && element < p.D) {
-    queries[element] = toFloat(mixed[group * p.D + element]);
-    keys[element] = toFloat(mixed[keyWidth + group * p.D + element]);
+  int const keyWidth = p.groups * p.D, together = heads / p.groups, group = head / together;
+  int const threads = kRecurrenceThreads * blockDim.y;
+  for (int i = slice * kRecurrenceThreads + threadIdx.x; i < 2 * p.D + p.V; i += threads) {
+    bool const isQ = i < p.D, isK = !isQ && i < 2 * p.D;
+    int const ofPart = isQ ? i : isK ? i - p.D : i - 2 * p.D;
+    int const channel = isQ   ? group * p.D + ofPart
+                        : isK ? keyWidth + group * p.D + ofPart
+                              : 2 * keyWidth + head * p.V + ofPart;
+    // One head of a group gives the next state of its q and k.
+    bool const writes = !(isQ || isK) || head % together == 0;
+    T const y = p.convolution.at(row, channel, writes);
+    if (isQ || isK) {
+      (isQ ? queries : keys)[ofPart] = toFloat(y);
+    } else {
+      values[ofPart / kThreadColumns].at[ofPart % kThreadColumns] = y;
+    }
   }
-  Vector<T, kThreadColumns> v{}, z{}, weight{};
+  Columns z{}, weight{};
   if (here) {
-    v = loadColumns<kVectors>(mixed + 2 * keyWidth + head * p.V + column);
     z = loadColumns<kVectors>(p.z + ofHead * p.V + column);
     weight = loadColumns<kVectors>(p.normWeight + column);
   }
   Gates<T> const gates = p.gates.at(row, head, heads);
   float const decay = expf(gates.logDecay()), strength = gates.strength();
-  // All threads see q and k.
+  // All threads see q, k and v.
   __syncthreads();
+  Columns const v = here ? values[column / kThreadColumns] : Columns{};
 
   RecurrenceSums sums{};
 #pragma unroll

@@ -1,4 +1,4 @@
-// A gated delta rule with its gates and its norm; its meaning is in __init__.py.
+// A gated delta rule with its convolution, its gates and its norm; its meaning is in __init__.py.
 #pragma once
 
 #include "common/device.h"
@@ -9,6 +9,7 @@ namespace llmexport {
 
 struct GatedDeltaNetSizes {
   int64_t B, T, C, H, D, V;
+  int64_t K;  // taps of the convolution
 };
 
 struct GatedDeltaNetAttributes {
@@ -17,17 +18,21 @@ struct GatedDeltaNetAttributes {
 };
 
 struct GatedDeltaNetTensors {
-  void const* mixed;            // [B, T, C]
+  void const* mixed;                  // [B, T, C]
+  void const *convWeight, *convState;  // [C, 1, K], [B, K - 1, C]
+  int32_t const* end;                 // [B]
   void const *a, *b, *present;  // [B, T, H], [B, T, H], [B, T]
   void const *aLog, *dtBias;    // [H]
   void const *z, *normWeight;   // [B, T, H, V], [V]
   float const* state;           // [B, H, D, V]
   void* gated;                  // [B, T, H, V]
+  void* nextConvState;          // [B, K - 1, C], in other memory than `convState`
   float* nextState;             // [B, H, D, V], may be `state` itself
 };
 
-// Either one kernel does all for one token a row (`decode`); or `gates` makes decays and strengths
-// for the kernels of GatedDeltaRule, and that of GatedRmsNorm comes behind.
+// Either one kernel does all for one token a row (`decode`); or that of CausalConv1d comes first,
+// `gates` makes decays and strengths for the kernels of GatedDeltaRule, and that of GatedRmsNorm
+// comes behind.
 struct GatedDeltaNetPlan {
   bool fused;
   int width;  // elements of one access of `decode`

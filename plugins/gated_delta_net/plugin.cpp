@@ -1,16 +1,31 @@
 #include "gated_delta_net/gated_delta_net.h"
+
+#include "causal_conv1d/causal_conv1d.h"
 #include "trt/op.h"
 
 namespace llmexport {
 namespace {
 
-enum Inputs { kMixed, kA, kB, kPresent, kALog, kDtBias, kZ, kNormWeight, kState };
-enum Outputs { kGated, kNextState };
+enum Inputs {
+  kMixed,
+  kConvWeight,
+  kConvState,
+  kEnd,
+  kA,
+  kB,
+  kPresent,
+  kALog,
+  kDtBias,
+  kZ,
+  kNormWeight,
+  kState
+};
+enum Outputs { kGated, kNextConvState, kNextState };
 enum Attributes { kScale, kL2Norm, kEpsilon, kActivation, kRoundBeforeWeight };
 enum Activations { kSilu, kSigmoid };
 
 GatedDeltaNetSizes sizesOf(Sizes const& s) {
-  return {s['B'], s['T'], s['C'], s['H'], s['D'], s['V']};
+  return {s['B'], s['T'], s['C'], s['H'], s['D'], s['V'], s['K']};
 }
 
 GatedDeltaNetAttributes attributesOf(Values const& values) {
@@ -19,7 +34,10 @@ GatedDeltaNetAttributes attributesOf(Values const& values) {
            values[kRoundBeforeWeight].integer != 0}};
 }
 
-bool check(Sizes const& sizes, Values const&) { return gatedDeltaNetFits(sizesOf(sizes)); }
+bool check(Sizes const& sizes, Values const&) {
+  return causalConv1dFits("GatedDeltaNet", sizes['O'], sizes['K'], sizes['S']) &&
+         gatedDeltaNetFits(sizesOf(sizes));
+}
 
 bool supports(Node const& node) { return gatedDeltaNetServes(sizesOf(node.sizes)); }
 
@@ -28,11 +46,20 @@ size_t workspace(Node const& node) {
 }
 
 cudaError_t enqueue(Call const& call) {
-  GatedDeltaNetTensors const tensors{call.input(kMixed),        call.input(kA),
-                                     call.input(kB),            call.input(kPresent),
-                                     call.input(kALog),         call.input(kDtBias),
-                                     call.input(kZ),            call.input(kNormWeight),
-                                     call.input<float>(kState), call.output(kGated),
+  GatedDeltaNetTensors const tensors{call.input(kMixed),
+                                     call.input(kConvWeight),
+                                     call.input(kConvState),
+                                     call.input<int32_t>(kEnd),
+                                     call.input(kA),
+                                     call.input(kB),
+                                     call.input(kPresent),
+                                     call.input(kALog),
+                                     call.input(kDtBias),
+                                     call.input(kZ),
+                                     call.input(kNormWeight),
+                                     call.input<float>(kState),
+                                     call.output(kGated),
+                                     call.output(kNextConvState),
                                      call.output<float>(kNextState)};
   return gatedDeltaNet(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
                        call.workspace, call.device, call.stream);
@@ -41,6 +68,9 @@ cudaError_t enqueue(Call const& call) {
 Registration const registration({
     "GatedDeltaNet",
     {{"mixed", "BTC"},
+     {"conv_weight", "COK"},
+     {"conv_state", "BSC"},
+     {"end", "B", Element::kInt32},
      {"a", "BTH"},
      {"b", "BTH"},
      {"present", "BT"},
@@ -49,7 +79,7 @@ Registration const registration({
      {"z", "BTHV"},
      {"norm_weight", "V"},
      {"state", "BHDV", Element::kFloat32}},
-    {{"gated", "BTHV"}, {"next_state", "BHDV", Element::kFloat32}},
+    {{"gated", "BTHV"}, {"next_conv_state", "BSC"}, {"next_state", "BHDV", Element::kFloat32}},
     {{"scale", Kind::kFloat},
      {"l2_norm", Kind::kBool},
      {"epsilon", Kind::kFloat},

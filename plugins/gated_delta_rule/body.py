@@ -134,8 +134,8 @@ def _decays() -> str:
     return f"""
     levels = Constant <value = int64[{LONGEST}, {LONGEST}] {{{", ".join(map(str, levels))}}}> ()
     corner = Concat <axis = 0> (zero, zero)
-    end = Concat <axis = 0> (size, size)
-    level = Slice (levels, corner, end)
+    level_end = Concat <axis = 0> (size, size)
+    level = Slice (levels, corner, level_end)
     level_0 = Constant <value_int = 0> ()
     is_after = Greater (level, level_0)
     is_upto = GreaterOrEqual (level, level_0)

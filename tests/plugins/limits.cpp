@@ -66,7 +66,7 @@ extern "C" int launch_SinkAttention(int64_t const* s) {
 }
 
 extern "C" int launch_GatedDeltaNet(int64_t const* s) {
-  return gatedDeltaNet(kDtype, {s[0], s[1], s[2], s[3], s[4], s[5]}, {}, {}, nullptr, kDevice,
+  return gatedDeltaNet(kDtype, {s[0], s[1], s[2], s[3], s[4], s[5], s[6]}, {}, {}, nullptr, kDevice,
                        nullptr);
 }
 

@@ -70,11 +70,11 @@ extern "C" void plan_causal_conv1d(int64_t const* sizes, int dtype, bool pointer
   out[9] = plan.chunks;
 }
 
-// sizes: B, T, C, H, D, V, SMs.
+// sizes: B, T, C, H, D, V, SMs; of four taps.
 extern "C" void plan_gated_delta_net(int64_t const* s, int, bool pointersAligned, int64_t* out) {
   Device const device{int(s[6]), 0};
   auto const plan =
-      gatedDeltaNetPlan({s[0], s[1], s[2], s[3], s[4], s[5]}, pointersAligned, device);
+      gatedDeltaNetPlan({s[0], s[1], s[2], s[3], s[4], s[5], 4}, pointersAligned, device);
   write(plan.fused ? plan.decode : plan.gates, out);
   out[7] = plan.width;
   out[8] = plan.fused;

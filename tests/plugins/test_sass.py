@@ -134,12 +134,14 @@ def test_a_recurrence_moves_its_state_by_whole_vectors(code: Code) -> None:
 
 
 def test_decode_of_a_delta_net_moves_its_state_by_whole_vectors(code: Code) -> None:
-    """As a recurrence; what it norms is stored last."""
+    """As a recurrence; what it norms is stored last. A thread's channel of the convolution stores its last three inputs
+    one by one, either those that moved up or those that did not."""
     kernels = [n for n in code if re.search(r"decodeKernel<\w+, (\(bool\)1|true)>", n)]
     assert len(kernels) == 3
     for name in kernels:
         stores = [i for i in code[name] if i.startswith("STG")]
-        assert (len(stores), {*stores} <= {"STG.E.64", "STG.E.128"}) == (9, True), (name, stores)
+        whole = [i for i in stores if i in ("STG.E.64", "STG.E.128")]
+        assert (len(whole), len(stores) - len(whole) <= 6) == (9, True), (name, stores)
         assert code[name].count("LDG.E.128") >= 8, name
 
 

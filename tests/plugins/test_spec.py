@@ -52,7 +52,7 @@ SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 8, "J": 8}
 OWN_SIZES = {
     "QkNormRope": {"G": 1, "Q": 9},
     "SinkAttention": {"G": 1, "S": 8},
-    "GatedDeltaNet": {"C": 48, "V": 4},
+    "GatedDeltaNet": {"C": 48, "V": 4, "O": 1, "K": 4, "S": 3},
     **{key: {"G": 1, "V": 4} for key in ("GatedDeltaRule", "KimiDeltaRule", "Wkv7")},
     "CausalConv1d": {"O": 1, "K": 4, "S": 3},
     "MoeRoute": {"E": 8},
