@@ -110,10 +110,10 @@ struct DecodeArguments {
 // eight lanes that share rows, then slices.
 //
 // A thread convolves a channel of its head's q, k and v at a time: where D = V = 128 each of 384
-// threads has one. Heads of v that share q and k convolve those again, which is less than a launch:
-// of Qwen3.5 12288 channels for 8192, 64 KB a row read once more beside 4 MB of states, and some 125
-// instructions a thread beside 1214. So q and k are also written to by one block while others read:
-// the next inputs of the convolution must lie in other memory.
+// threads has one. Heads of v that share q and k convolve those again, which costs less than a
+// launch (reckoned, not measured): of Qwen3.5 12288 channels for 8192, 64 KB a row read once more
+// beside 4 MB of states, and some 125 instructions a thread beside 1214. One of those heads writes
+// the next inputs of q and k while others may still read the last ones: they lie in other memory.
 //
 // 32 floats of the state a thread leave room for one block an SM, which reads, computes and writes
 // in turn; with several blocks for each SM the kernels one after another move bytes faster.

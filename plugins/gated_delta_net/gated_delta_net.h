@@ -18,16 +18,16 @@ struct GatedDeltaNetAttributes {
 };
 
 struct GatedDeltaNetTensors {
-  void const* mixed;                  // [B, T, C]
+  void const* mixed;                   // [B, T, C]
   void const *convWeight, *convState;  // [C, 1, K], [B, K - 1, C]
-  int32_t const* end;                 // [B]
-  void const *a, *b, *present;  // [B, T, H], [B, T, H], [B, T]
-  void const *aLog, *dtBias;    // [H]
-  void const *z, *normWeight;   // [B, T, H, V], [V]
-  float const* state;           // [B, H, D, V]
-  void* gated;                  // [B, T, H, V]
-  void* nextConvState;          // [B, K - 1, C], in other memory than `convState`
-  float* nextState;             // [B, H, D, V], may be `state` itself
+  int32_t const* end;                  // [B]
+  void const *a, *b, *present;         // [B, T, H], [B, T, H], [B, T]
+  void const *aLog, *dtBias;           // [H]
+  void const *z, *normWeight;          // [B, T, H, V], [V]
+  float const* state;                  // [B, H, D, V]
+  void* gated;                         // [B, T, H, V]
+  void* nextConvState;                 // [B, K - 1, C], in other memory than `convState`
+  float* nextState;                    // [B, H, D, V], may be `state` itself
 };
 
 // Either one kernel does all for one token a row (`decode`); or that of CausalConv1d comes first,

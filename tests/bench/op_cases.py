@@ -19,6 +19,7 @@ import wkv_cases
 from gpu_clock import Ceilings, copy_of, once
 
 from llmexport.plugins.spec import Attribute, all_ops
+from llmexport.validate.tolerance import Tolerance
 
 PREFILL = (4096, 4 * 4096)
 DECODE = (1, 8, 64)
@@ -79,6 +80,9 @@ ROUTERS = (
 )
 # The linear attention of Qwen3.5-35B-A3B: channels and taps of its convolution, heads and head size of its norm.
 CHANNELS, TAPS, NORM_HEADS, NORM_SIZE = 8192, 4, 32, 128
+# Its states are [heads, size, size] too; a number of its convolution may fall on the other side of a tie, and be off by
+# a unit of bf16 in what a state is summed from.
+NET_STATE = Tolerance(2.0**-7, 2.0**-10, scaled=True)
 # Its other attention: heads of q, each with a gate behind it, and of k, their size and the pairs of it that turn.
 GATED_HEADS, GATED_KV, GATED_SIZE, GATED_PAIRS = 16, 2, 256, 32
 
@@ -96,6 +100,7 @@ class Case:
     roundings: int = 1
     # Bytes of the inputs that it passes over.
     unread: int = 0
+    fp32_tolerance: Tolerance = NET_STATE
 
     @property
     def bytes(self) -> int:
@@ -126,14 +131,17 @@ class Case:
 
     def on(self, device: str) -> list[torch.Tensor]:
         op = all_ops()[self.op]
-        kinds = (op.types[name] for name in op.inputs)
-        # Integers say where a row's tokens end.
-        return [
-            torch.full(s, self.T, device=device, dtype=torch.int32)
-            if kind == "int32"
-            else torch.randn(s, device=device, dtype=torch.bfloat16)
-            for s, kind in zip(self.shapes, kinds, strict=False)
-        ]
+        dtypes = {"int32": torch.int32, "float32": torch.float32}
+        # All are tokens, up to where a row ends.
+        filled = {"end": self.T, "present": 1}
+
+        def made(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+            dtype = dtypes.get(op.types[name], torch.bfloat16)
+            if name in filled:
+                return torch.full(shape, filled[name], device=device, dtype=dtype)
+            return torch.randn(shape, device=device, dtype=dtype)
+
+        return [made(name, shape) for name, shape in zip(op.inputs, self.shapes, strict=False)]
 
     def inputs(self) -> list[torch.Tensor]:
         return self.on("cuda")
@@ -221,6 +229,11 @@ def of_linear_attention(name: str, B: int, T: int) -> Iterator[Case]:
     heads = (B, T, NORM_HEADS, NORM_SIZE)
     norm = {"epsilon": 1e-6, "activation": "silu", "round_before_weight": True}
     yield Case("GatedRmsNorm", name, B, T, (heads, heads, (NORM_SIZE,)), norm, roundings=3)
+    if T == 1:
+        gates, own = [(B, T, NORM_HEADS)] * 2, [(NORM_HEADS,)] * 2
+        state = (B, NORM_HEADS, NORM_SIZE, NORM_SIZE)
+        said = {"scale": NORM_SIZE**-0.5, "l2_norm": True, **norm}
+        yield Case("GatedDeltaNet", name, B, T, (*conv, *gates, (B, T), *own, heads, (NORM_SIZE,), state), said, 5)
 
 
 def of_gated_attention(name: str, B: int, T: int) -> Case:

@@ -39,7 +39,7 @@ def test_plugins_take_every_case_as_it_is(op_cases: Any) -> None:
         plugin.configure([*inputs, *(desc(t.shape, array_of(t.new_empty(0, device="cpu")).dtype) for t in results)])
         seen.add(case.op)
     assert seen >= {"Rope", "QkNormRope", "AddRmsNorm", "GatedAct", "CausalConv1d", "GatedRmsNorm", "MoeRoute"}
-    assert seen >= {"Wkv", "Wkv7", "KimiDeltaRule"}
+    assert seen >= {"Wkv", "Wkv7", "KimiDeltaRule", "GatedDeltaNet"}
 
 
 @pytest.mark.parametrize(
