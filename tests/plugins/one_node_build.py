@@ -1,10 +1,12 @@
-"""Builds an engine of one op in TensorRT-RTX: python one_node_build.py LIBRARY CASE DTYPE ATTRIBUTES-AS-JSON.
+"""Builds an engine of one op in TensorRT-RTX: python one_node_build.py FOLDER LIBRARY CASE ATTRIBUTES-AS-JSON DTYPE...
 
-A process of its own, as the parser ends the process on some errors. Weights are constants, as in an export. Prints
-the layer types of the network and the bytes of the plan as JSON.
+Each dtype in a process of its own, as the parser ends the process on some errors: it leaves what it says in FOLDER, in
+DTYPE.out and DTYPE.err, and its exit code is in the JSON that is printed. Weights are constants, as in an export.
 """
 
 import json
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -51,7 +53,8 @@ def model(case: Case, dtype: str, attributes: dict[str, object]) -> onnx.ModelPr
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def main(path: str, name: str, dtype: str, attributes: str) -> None:
+def build(path: str, name: str, attributes: str, dtype: str) -> None:
+    """Prints the layer types of the network and the bytes of the plan as JSON; ends the process if there is none."""
     case = ALL_CASES[name]
     logger = trt.Logger(trt.Logger.WARNING)
     library.load(trt, Path(path))
@@ -77,6 +80,25 @@ def main(path: str, name: str, dtype: str, attributes: str) -> None:
     if plan is None:
         sys.exit("no engine was built")
     print(json.dumps({"layers": layers, "bytes": plan.nbytes}))
+
+
+def leaving(folder: str, *job: str) -> None:
+    """Builds, with standard output and error in files."""
+    for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")):
+        with open(Path(folder) / f"{job[-1]}.{end}", "xb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    build(*job)
+    sys.stdout.flush()
+
+
+def main(folder: str, *job: str) -> None:
+    # What is imported here once takes longer than a build.
+    forked = multiprocessing.get_context("fork")
+    children = {d: forked.Process(target=leaving, args=(folder, *job[:3], d)) for d in job[3:]}
+    for child in children.values():
+        child.start()
+        child.join()
+    print(json.dumps({dtype: child.exitcode for dtype, child in children.items()}))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ import one_node_build
 from llmexport.plugins import library
 ctypes.CDLL(sys.argv.pop(1))
 one_node_build.library = type("Opened", (), {"load": staticmethod(lambda *_: None), "served": library.served})
-one_node_build.main(*sys.argv[1:])
+one_node_build.build(*sys.argv[1:])
 """
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 
@@ -92,7 +92,7 @@ def test_tensorrt_10_and_11_have_all_plugins_once_it_is_opened(folder: str, regi
 @rtx
 def test_the_parser_then_makes_plugin_layers(register: Path) -> None:
     attributes = {n: int(v) if isinstance(v, bool) else v for n, v in CASES["Rope"].attributes.items()}
-    arguments = (register.with_name(library.FILE), "Rope", "fp16", json.dumps(attributes))
+    arguments = (register.with_name(library.FILE), "Rope", json.dumps(attributes), "fp16")
     done = run(BUILD, HERE, register, *arguments, **library.builder_environment("tensorrt_rtx"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["layers"] == ["PLUGIN_V3"]

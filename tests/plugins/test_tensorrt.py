@@ -65,32 +65,38 @@ def test_lean_creates_every_plugin(folder: str, cuda_library: Path) -> None:
     assert said == sorted((name, str(len(OPS[name].outputs))) for name in served())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("name", CASES)
-def test_rtx_builds_a_plugin_layer(name: str, dtype: str, cuda_library: Path) -> None:
-    """From an ONNX node of domain llmexport, with no TensorRT variable set by the user."""
-    program = [sys.executable, str(HERE / "one_node_build.py")]
-    command = [*program, str(cuda_library), name, dtype, json.dumps(numbers(CASES[name]))]
-    done = run(command, **library.builder_environment("tensorrt_rtx"))
-    if dtype not in CASES[name].dtypes:
-        assert done.returncode != 0
-        assert f"llmexport: {CASES[name].op}: " in done.stderr
-        return
+def built(folder: Path, library_path: Path, name: str, attributes: dict[str, object], *dtypes: str) -> dict[str, int]:
+    """The exit code of the build of each dtype; what it says lies in the folder."""
+    program = [sys.executable, str(HERE / "one_node_build.py"), str(folder), str(library_path)]
+    done = run([*program, name, json.dumps(attributes), *dtypes], **library.builder_environment("tensorrt_rtx"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "Unused Input" not in done.stderr
-    built = json.loads(done.stdout.splitlines()[-1])
-    assert built["layers"] == ["PLUGIN_V3"]
-    assert built["bytes"] > 0
+    codes: dict[str, int] = json.loads(done.stdout)
+    return codes
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
-def test_rtx_reports_what_a_plugin_refuses(cuda_library: Path) -> None:
-    program = [sys.executable, str(HERE / "one_node_build.py")]
-    command = [*program, str(cuda_library), "Rope", "fp16", json.dumps({"interleaved": 2})]
-    done = run(command, **library.builder_environment("tensorrt_rtx"))
-    assert done.returncode != 0
-    assert "llmexport: Rope: interleaved is 2, not 0 or 1" in done.stderr
+@pytest.mark.parametrize("name", CASES)
+def test_rtx_builds_a_plugin_layer(name: str, cuda_library: Path, tmp_path: Path) -> None:
+    """From an ONNX node of domain llmexport, with no TensorRT variable set by the user."""
+    case = CASES[name]
+    codes = built(tmp_path, cuda_library, name, numbers(case), "fp32", "fp16", "bf16")
+    for dtype, code in codes.items():
+        said = (tmp_path / f"{dtype}.err").read_text()
+        if dtype not in case.dtypes:
+            assert code != 0
+            assert f"llmexport: {case.op}: " in said
+            continue
+        assert code == 0, said[-2000:]
+        assert "Unused Input" not in said
+        plan = json.loads((tmp_path / f"{dtype}.out").read_text().splitlines()[-1])
+        assert plan["layers"] == ["PLUGIN_V3"]
+        assert plan["bytes"] > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
+def test_rtx_reports_what_a_plugin_refuses(cuda_library: Path, tmp_path: Path) -> None:
+    assert built(tmp_path, cuda_library, "Rope", {"interleaved": 2}, "fp16")["fp16"] != 0
+    assert "llmexport: Rope: interleaved is 2, not 0 or 1" in (tmp_path / "fp16.err").read_text()
 
 
 def test_builder_environment_is_ours_where_rtx_needs_no_help() -> None:
