@@ -24,6 +24,8 @@ CUDA_INCLUDE = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 GATE = ("-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error")
 SM90A = ("-gencode=arch=compute_90a,code=sm_90a", *GATE)
 SANITIZE = bool(os.environ.get("LLMEXPORT_TEST_SANITIZED"))  # whether this process runs under them
+# In which the emulator runs threads in another order; under sanitizers fewer, as the addresses are the same in each.
+ORDERS = range(2 if SANITIZE else 4)
 
 
 def need_cuda_headers() -> None:

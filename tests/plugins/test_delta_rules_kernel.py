@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from delta_rules import GATED, KIMI, STATE, DeltaRule, K, Q, V, exact, in_chunks, right, right_state
 from kernel_numbers import wide
+from native import ORDERS
 from plugin_host import DTYPES, Machine, lay_out
 from plugin_memory import Output
 
@@ -77,7 +78,7 @@ def test_state_is_updated_in_place(
 ) -> None:
     """Also of 128 columns, which several blocks take."""
     inputs = rule.tensors((2, tokens or rule.many, 1, 64, 128 if tokens == 1 else 32), "bf16")
-    for seed in range(3):
+    for seed in ORDERS:
         monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
         memory = machine.memory()
         prepared = lay_out(rule.created(machine, inputs), memory, inputs)
@@ -92,7 +93,7 @@ def test_result_does_not_depend_on_the_order_of_threads(
     rule: DeltaRule, machine: Machine, monkeypatch: pytest.MonkeyPatch, many: bool
 ) -> None:
     inputs, results = rule.tensors((1, rule.many if many else 7, 1, 64, 32), "fp16"), set()
-    for seed in range(4):
+    for seed in ORDERS:
         monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
         results.add(b"".join(y.tobytes() for y in rule.run(machine, inputs)))
     assert len(results) == 1

@@ -10,6 +10,7 @@ import pytest
 from delta_rules import exact as rule
 from delta_rules import right_state
 from kernel_numbers import Values, near, random, rounded, wide
+from native import ORDERS
 from pairwise import pairwise
 from plugin_host import DTYPES, Machine, computed, lay_out
 from plugin_memory import Output
@@ -139,7 +140,7 @@ def test_padding_leaves_the_state_as_it_is(machine: Machine, size: tuple[int, ..
 @pytest.mark.parametrize("size", [ALONE[3], IN_TURN[0], IN_TURN[1]], ids=str)
 def test_state_is_updated_in_place(machine: Machine, monkeypatch: pytest.MonkeyPatch, size: tuple[int, ...]) -> None:
     inputs = tensors(size, "bf16")
-    for seed in range(3):
+    for seed in ORDERS:
         monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
         memory = machine.memory()
         run = lay_out(created(machine, size[4]), memory, inputs)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_numbers import Values, near, random, wide
+from native import ORDERS
 from pairwise import pairwise
 from plugin_host import DTYPES, Machine, computed
 
@@ -153,7 +154,7 @@ def test_large_logits_do_not_overflow(machine: Machine) -> None:
 def test_result_does_not_depend_on_the_order_of_threads(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [random((1, 6, 256), "bf16", 1), random((256,), "bf16", 2)]
     results = []
-    for seed in range(4):
+    for seed in ORDERS:
         monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
         found = run(machine, inputs, asked(8, "softmax", 8, 4, renormalise=True))
         results.append(b"".join(y.tobytes() for y in found))
