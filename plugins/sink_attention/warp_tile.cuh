@@ -106,9 +106,9 @@ struct WarpTile {
   template <class Rescale, class Use>
   __device__ __forceinline__ void weigh(AttentionCall<T> const& call, Logits& logits, KeyRange keys,
                                         Rescale rescale, Use use) {
-    scaleAndCap(logits, call.scale, call.softcap);
+    float const unit = scaleAndCap(logits, call.scale, call.softcap);
     if (!seesAll(keys, call.window)) hide(logits, keys, call.window);
-    raiseLevels(logits, rescale);
+    raiseLevels(logits, unit, rescale);
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -117,8 +117,8 @@ struct WarpTile {
         float const base = level[m][half] == -INFINITY ? 0.0f : level[m][half];
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) {
-          float const left = exp2Fast(logits[m][n][2 * half] - base);
-          float const right = exp2Fast(logits[m][n][2 * half + 1] - base);
+          float const left = exp2Fast(fmaf(logits[m][n][2 * half], unit, -base));
+          float const right = exp2Fast(fmaf(logits[m][n][2 * half + 1], unit, -base));
           sum[m][half] += left + right;
           use(m, n, half, left, right);
         }
@@ -201,19 +201,13 @@ struct WarpTile {
     }
   }
 
-  __device__ __forceinline__ static void scaleAndCap(Logits& logits, float scale, float softcap) {
+  // Returns what a logit is still to be multiplied with, above 0: the scale itself, which then costs
+  // nothing in the fma of an exponent, unless the order of logits would be another one by it.
+  __device__ __forceinline__ static float scaleAndCap(Logits& logits, float scale, float softcap) {
     // tanh(x) = 1 - 2 / (1 + e**(2 x)), whose absolute error is that of fp32 near 1.
     bool const capped = softcap > 0.0f;
+    if (!capped && scale > 0.0f) return scale;
     float const factor = capped ? scale / softcap * 2.0f * kLog2e : scale;
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) logits[m][n][e] *= factor;
-      }
-    }
-    if (!capped) return;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -221,10 +215,12 @@ struct WarpTile {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float& x = logits[m][n][e];
-          x = softcap - __fdividef(2.0f * softcap, 1.0f + exp2Fast(x));
+          x *= factor;
+          if (capped) x = softcap - __fdividef(2.0f * softcap, 1.0f + exp2Fast(x));
         }
       }
     }
+    return 1.0f;
   }
 
   __device__ __forceinline__ void hide(Logits& logits, KeyRange keys, int window) const {
@@ -243,7 +239,7 @@ struct WarpTile {
   }
 
   template <class Rescale>
-  __device__ __forceinline__ void raiseLevels(Logits const& logits, Rescale rescale) {
+  __device__ __forceinline__ void raiseLevels(Logits const& logits, float unit, Rescale rescale) {
     float most[kTiles][2];
     bool rises = false;
 #pragma unroll
@@ -257,6 +253,7 @@ struct WarpTile {
         }
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        top *= unit;
         most[m][half] = top;
         rises = rises || top - kMostLog2 > level[m][half];
       }
