@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmexport.plugins.moe_experts.expert import SHARED, check_body, constants, mlp
+from llmexport.plugins.moe_experts.products import plain
 from llmexport.plugins.spec import Attribute
 
 
@@ -122,7 +123,7 @@ def _mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
           tokens_b = Gather <axis = 0> (rows, token_b)
           {scaled if attributes["scale_input"] else "inputs = Identity (tokens_b)"}
           {own}
-          {mlp(attributes, types, sizes)}
+          {mlp(attributes, types, sizes, plain)}
           y_some = Identity (result)"""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmexport.plugins.moe_experts.body import body
 from llmexport.plugins.moe_experts.expert import SHARED, check_body, constants, mlp
+from llmexport.plugins.moe_experts.products import FEW, by_rows, wide
 from llmexport.plugins.spec import Attribute
 
 # How many times as many rows as there are choices the outputs of all experts may take, padded to those of the fullest.
@@ -15,7 +16,8 @@ def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
     them first. The turn of an expert that no token chose computes nothing.
 
     Turns give outputs of one shape, as many rows as the fullest expert has tokens; where that is more than ROOM allows,
-    as for a token of many experts, each turn adds its outputs to a sum instead, which copies that sum.
+    as for a token of many experts, each turn adds its outputs to a sum instead, which copies that sum. One token alone
+    needs none of this: a turn adds to its sum, and nothing is looked for.
 
     An expert that a token chose twice counts once with the sum of its weights; where the weights multiply what goes in,
     that is another number, and the body of blocks stands.
@@ -24,8 +26,64 @@ def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
     if attributes["scale_input"] and top_k > 1:
         return body(attributes, types, sizes)
     check_body(attributes, types)
+    return f"""
+    {constants(attributes, types, sizes)}
+    one = Constant <value_ints = [1]> ()
+    flat = Constant <value_ints = [-1]> ()
+    number_experts = Constant <value_int = {experts}> ()
+    columns = Constant <value_ints = [{experts}]> ()
+    rows_shape = Constant <value_ints = [-1, {hidden}]> ()
+    rows = Reshape (x, rows_shape)
+    scales_any = Cast <to = 1> (weights)
+    chosen_any = Cast <to = 7> (experts)
+    numbers = Size (x)
+    numbers_of_one = Constant <value_int = {hidden}> ()
+    is_one = Equal (numbers, numbers_of_one)
+    total = If (is_one) <
+      then_branch = alone () => (float[] total_one) {{{_one(attributes, types, sizes, "total_one")}
+      }},
+      else_branch = several () => (float[] total_several) {{{_several(attributes, types, sizes, "total_several")}
+      }}
+    >
+    total_rounded = CastLike (total, x)
+    shape = Shape (x)
+    y = Reshape (total_rounded, shape)"""
+
+
+def _one(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int], total: str) -> str:
+    """Of one token, whose rows are those of each expert that it chose."""
+    inputs, weighted = "Identity (rows)", "Mul (output_wide, weights_e)"
+    if attributes["scale_input"]:
+        inputs, weighted = "Mul (rows, weight_rounded)", "Identity (output_wide)"
+    some = f"""
+          weight_rounded = CastLike (weights_e, x)
+          inputs = {inputs}
+          {mlp(attributes, types, sizes, wide)}
+          output_wide = Cast <to = 1> (result)
+          weighted = {weighted}
+          sum_some = Add (sum_before, weighted)"""
+    none = """
+          sum_none = Identity (sum_before)"""
+    read = {"weights_e": ("weights_by_expert", "float")}
+    return f"""
+    chosen = Reshape (chosen_any, flat)
+    scales_wide = Reshape (scales_any, flat)
+    no_hits = ConstantOfShape <value = bool[1] {{0}}> (columns)
+    choices = Constant <value_ints = [{sizes["K"]}]> ()
+    hit = ConstantOfShape <value = bool[1] {{1}}> (choices)
+    is_any = ScatterElements <axis = 0> (no_hits, chosen, hit)
+    no_weights = ConstantOfShape <value = float[1] {{0.0}}> (columns)
+    weights_by_expert = ScatterElements <axis = 0, reduction = "add"> (no_weights, chosen, scales_wide)
+    rows_dims = Shape (rows)
+    start = ConstantOfShape <value = float[1] {{0.0}}> (rows_dims)
+    {total} = {_scan(types, read, some, none, "sum", state=("start", "sum_before"))}"""
+
+
+def _several(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int], total: str) -> str:
+    experts, top_k = sizes["E"], sizes["K"]
+    least, most = FEW[bool(attributes["transposed"])]
     if experts <= ROOM * top_k:
-        outputs = _padded(attributes, types, sizes, "total")
+        outputs = _padded(attributes, types, sizes, total)
     else:
         outputs = f"""
     rows_in_all = Mul (most, number_experts)
@@ -33,26 +91,17 @@ def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
     room = Constant <value_int = {ROOM}> ()
     most_rows = Mul (chosen_rows, room)
     has_room = LessOrEqual (rows_in_all, most_rows)
-    total = If (has_room) <
+    {total} = If (has_room) <
       then_branch = in_room () => (float[] total_padded) {{{_padded(attributes, types, sizes, "total_padded")}
       }},
       else_branch = no_room () => (float[] total_added) {{{_added(attributes, types, sizes, "total_added")}
       }}
     >"""
     return f"""
-    {constants(attributes, types, sizes)}
-    one = Constant <value_ints = [1]> ()
-    flat = Constant <value_ints = [-1]> ()
-    number_experts = Constant <value_int = {experts}> ()
-    rows_shape = Constant <value_ints = [-1, {hidden}]> ()
     choices_shape = Constant <value_ints = [-1, {top_k}]> ()
-    rows = Reshape (x, rows_shape)
-    scales = Reshape (weights, choices_shape)
-    scales_wide = Cast <to = 1> (scales)
-    chosen_narrow = Reshape (experts, choices_shape)
-    chosen = Cast <to = 7> (chosen_narrow)
+    scales_wide = Reshape (scales_any, choices_shape)
+    chosen = Reshape (chosen_any, choices_shape)
     tokens = Shape <start = 0, end = 1> (rows)
-    columns = Constant <value_ints = [{experts}]> ()
     table = Concat <axis = 0> (tokens, columns)
     no_hits = ConstantOfShape <value = int32[1] {{0}}> (table)
     choices = Shape (chosen)
@@ -67,11 +116,13 @@ def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
     counts_narrow = ReduceSum <keepdims = 0> (hits, first_axis)
     counts = Cast <to = 7> (counts_narrow)
     is_any = Greater (counts, number_zero)
+    least_few = Constant <value_int = {least}> ()
+    most_few = Constant <value_int = {most}> ()
+    is_enough = GreaterOrEqual (counts, least_few)
+    is_not_many = LessOrEqual (counts, most_few)
+    is_few = And (is_enough, is_not_many)
     most = ReduceMax <keepdims = 0> (counts)
-    {outputs}
-    total_rounded = CastLike (total, x)
-    shape = Shape (x)
-    y = Reshape (total_rounded, shape)"""
+    {outputs}"""
 
 
 def _turn(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
@@ -84,8 +135,8 @@ def _turn(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[s
           token_e = Reshape (token_row, flat)
           tokens_e = Gather <axis = 0> (rows, token_e)
           {scaled if attributes["scale_input"] else "inputs = Identity (tokens_e)"}
-          {mlp(attributes, types, sizes)}
-          result_wide = Cast <to = 1> (result)"""
+          {mlp(attributes, types, sizes, by_rows)}
+          output_wide = Cast <to = 1> (result)"""
 
 
 _WEIGHT = """
@@ -93,13 +144,20 @@ _WEIGHT = """
           weight_e = Unsqueeze (weight_flat, one)"""
 
 
-def _scan(types: dict[str, str], some: str, none: str, result: str, state: tuple[str, str] | None = None) -> str:
-    """A Scan whose turn has the tokens and weights of one expert. some, none: what makes RESULT_some where tokens chose
-    it, and RESULT_none where none did. state: of what goes from turn to turn, the first value and its name in one."""
-    own = {n: t.replace("float32", "float") for n, t in types.items() if n not in SHARED}
-    values = {"is_its_e": "bool", "weights_e": "float", "is_any_e": "bool"} | {f"{n}_e": t for n, t in own.items()}
-    parameters = [f"{t}[] {n}" for n, t in values.items()]
-    given = ["is_its", "weights_by_expert", "is_any", *own]
+def _scan(
+    types: dict[str, str],
+    read: dict[str, tuple[str, str]],
+    some: str,
+    none: str,
+    result: str,
+    state: tuple[str, str] | None = None,
+) -> str:
+    """A Scan whose turn has the weights of one expert. some, none: what makes RESULT_some where tokens chose it, and
+    RESULT_none where none did. read: what else a turn reads, and of which value, of what type. state: of what goes from
+    turn to turn, the first value and its name in one."""
+    own = {f"{n}_e": (n, t.replace("float32", "float")) for n, t in types.items() if n not in SHARED}
+    values = read | {"is_any_e": ("is_any", "bool")} | own
+    parameters, given = [f"{t}[] {n}" for n, (_, t) in values.items()], [n for n, _ in values.values()]
     if state:
         parameters, given = [f"float[] {state[1]}", *parameters], [state[0], *given]
     return f"""Scan <num_scan_inputs = {len(values)}, body = turn ({", ".join(parameters)}) => (float[] {result}) {{
@@ -112,13 +170,21 @@ def _scan(types: dict[str, str], some: str, none: str, result: str, state: tuple
       }}> ({", ".join(given)})"""
 
 
+# What a turn reads where there are several tokens.
+_TOKENS = {
+    "is_its_e": ("is_its", "bool"),
+    "weights_e": ("weights_by_expert", "float"),
+    "is_few_e": ("is_few", "bool"),
+}
+
+
 def _padded(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int], total: str) -> str:
     some = f"""{_turn(attributes, types, sizes)}
           count_e = Shape (token_e)
           empty_list = Sub (most, count_e)
           empty_shape = Concat <axis = 0> (empty_list, hidden)
           empty = ConstantOfShape <value = float[1] {{0.0}}> (empty_shape)
-          its_some = Concat <axis = 0> (result_wide, empty)"""
+          its_some = Concat <axis = 0> (output_wide, empty)"""
     none = """
           most_list = Reshape (most, flat)
           none_shape = Concat <axis = 0> (most_list, hidden)
@@ -130,7 +196,7 @@ def _padded(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict
     outputs_weighted = Mul (outputs, scales_column)"""
     return f"""
     hidden = Constant <value_ints = [{sizes["C"]}]> ()
-    by_expert = {_scan(types, some, none, "its")}
+    by_expert = {_scan(types, _TOKENS, some, none, "its")}
     outputs_flat = Reshape (by_expert, rows_shape)
     hits_so_far = CumSum (hits, number_zero)
     nth_narrow = GatherElements <axis = 1> (hits_so_far, chosen)
@@ -145,9 +211,9 @@ def _padded(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict
 
 def _added(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int], total: str) -> str:
     weighted = f"""{_WEIGHT}
-          result_weighted = Mul (result_wide, weight_e)"""
+          result_weighted = Mul (output_wide, weight_e)"""
     some = f"""{_turn(attributes, types, sizes)}
-          {"result_weighted = Identity (result_wide)" if attributes["scale_input"] else weighted}
+          {"result_weighted = Identity (output_wide)" if attributes["scale_input"] else weighted}
           token_column = Unsqueeze (token_e, one)
           sum_some = ScatterND <reduction = "add"> (sum_before, token_column, result_weighted)"""
     none = """
@@ -155,4 +221,4 @@ def _added(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[
     return f"""
     rows_dims = Shape (rows)
     start = ConstantOfShape <value = float[1] {{0.0}}> (rows_dims)
-    {total} = {_scan(types, some, none, "sum", state=("start", "sum_before"))}"""
+    {total} = {_scan(types, _TOKENS, some, none, "sum", state=("start", "sum_before"))}"""

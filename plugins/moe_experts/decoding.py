@@ -28,16 +28,12 @@ def tables(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[
 
 
 def matrix(name: str, attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """The weight of expert e in x's type, [columns in, columns out], of NAME_e and what else there is of it."""
-    stored, steps = f"{name}_e", ""
-    if attributes["format"] in PACKED:
-        stored, steps = f"{name}_stored", _decoded(name, attributes, types, sizes)
-    if attributes["transposed"]:
-        return f"""{steps}
-          {name}_matrix = CastLike ({stored}, x)"""
-    return f"""{steps}
-          {name}_cast = CastLike ({stored}, x)
-          {name}_matrix = Transpose <perm = [1, 0]> ({name}_cast)"""
+    """NAME_cast, the weight of expert e in x's type, rows and columns as they are stored, of NAME_e and what else there
+    is of it."""
+    if attributes["format"] not in PACKED:
+        return f"{name}_cast = CastLike ({name}_e, x)"
+    return f"""{_decoded(name, attributes, types, sizes)}
+          {name}_cast = CastLike ({name}_stored, x)"""
 
 
 def _decoded(name: str, attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmexport.plugins.moe_experts.decoding import matrix, tables
 from llmexport.plugins.moe_experts.formats import check
+from llmexport.plugins.moe_experts.products import Product
 from llmexport.plugins.packed_formats import PACKED
 from llmexport.plugins.spec import Attribute
 
@@ -55,7 +56,7 @@ def constants(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
     return steps
 
 
-def mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+def mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int], product: Product) -> str:
     """Makes `result` [rows, C] of `inputs` [rows, C] by the weights NAME_e of an expert, NAME an input of the op."""
     two_halves = sizes["Q"] if attributes["transposed"] else sizes["P"]
     if attributes["interleaved"]:
@@ -67,18 +68,10 @@ def mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str
     else:
         split = """
           gate, up = Split <axis = -1, num_outputs = 2> (both)"""
+    given = (attributes, types, sizes)
     return f"""
-          {matrix("gate_up", attributes, types, sizes)}
-          product = MatMul (inputs, gate_up_matrix)
-          {_biased("both", "product", "gate_up_bias", types)}{split}
+          {matrix("gate_up", *given)}{product("both", "inputs", "gate_up", *given)}{split}
           gate_wide = Cast <to = 1> (gate)
           up_wide = Cast <to = 1> (up){GATED[str(attributes["activation"])]}
           gated_rounded = CastLike (gated, x)
-          {matrix("down", attributes, types, sizes)}
-          down_product = MatMul (gated_rounded, down_matrix)
-          {_biased("result", "down_product", "down_bias", types)}"""
-
-
-def _biased(result: str, product: str, bias: str, types: dict[str, str]) -> str:
-    step = f"Add ({product}, {bias}_e)" if bias in types else f"Identity ({product})"
-    return f"{result} = {step}"
+          {matrix("down", *given)}{product("result", "gated_rounded", "down", *given)}"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 import pytest
 import torch
@@ -12,6 +14,7 @@ from one_node import session
 from torch import Tensor
 
 from llmexport.plugins.moe_experts.by_expert import ROOM
+from llmexport.plugins.moe_experts.products import BLOCK_BYTES, FEW, block_height
 
 # Experts enough for outputs that are padded, and for a sum, which a token of few of many experts takes.
 SIZES = {"padded": (E, K, C, I), "either": (16, 2, C, I), "one of many": (256, 1, C, I)}
@@ -86,17 +89,64 @@ def test_no_expert_shows_that_no_token_chose(count, layout):
 @pytest.mark.parametrize("count", [E, 64])
 def test_multiplies_the_rows_there_are_by_weights_that_no_operator_copies(count, tokens, layout, tmp_path):
     tensors = example(EVERY[layout], (1, tokens), sizes=(count, 2, C, I))
-    events = ran(model(EVERY[layout], tensors), tensors, tmp_path)
-    shapes = {e["op_name"]: [] for e in events} | {"MatMul": []}
-    for e in events:
-        shapes[PRODUCTS.get(e["op_name"], e["op_name"])].append([next(iter(s.values())) for s in e["input_type_shape"]])
+    read = inputs_read(ran(model(EVERY[layout], tensors), tensors, tmp_path))
     counts = tensors["experts"].flatten().bincount()
-    assert sorted(s[0][0] for s in shapes["MatMul"]) == sorted([*counts[counts > 0].tolist()] * 2)
+    expected = [p for rows in counts[counts > 0].tolist() for p in products(EVERY[layout].transposed, rows)]
+    assert sorted(inputs[:2] for op, inputs in read if op in PRODUCTS) == sorted(expected)
     stacks = [list(t.shape) for n, t in tensors.items() if n in WEIGHTS and t.ndim == 3]
-    assert {op for op, read in shapes.items() for s in read if any(stack in s for stack in stacks)} <= {"Scan", "If"}
+    assert {op for op, inputs in read if any(stack in inputs for stack in stacks)} <= {"Scan", "If"}
 
 
-PRODUCTS = dict.fromkeys(("FusedMatMul", "Gemm"), "MatMul")
+PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
+
+
+def inputs_read(events: list[dict[str, Any]]) -> list[tuple[str, list[list[int]]]]:
+    """Of each operator that ran, its name and the shapes that it read."""
+    return [(e["op_name"], [next(iter(s.values())) for s in e["input_type_shape"]]) for e in events]
+
+
+def products(transposed: bool, rows: int) -> list[list[list[int]]]:
+    """What the two products of an expert of so many rows multiply, of weights that one block holds."""
+    least, most = FEW[transposed]
+    sizes = ((2 * I, C), (C, I))
+    if not least <= rows <= most:
+        return [[[rows, i], [i, o] if transposed else [o, i]] for o, i in sizes]
+    if transposed:
+        return [[[1, 1, i, o], [1, rows, i, 1]] for o, i in sizes]
+    return [[[o, i], [rows, i]] for o, i in sizes]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_weight_is_turned_in_memory(dtype, transposed, tmp_path):
+    layout, sizes = Layout(transposed=transposed), (E, 2, C, 3 * I)
+    read = []
+    for tokens in (1, 7, 130):
+        tensors = example(layout, (1, tokens), dtype, sizes=sizes)
+        read += inputs_read(ran(model(layout, tensors), tensors, tmp_path))
+    matrices = [sorted(t.shape[1:]) for n, t in tensors.items() if n in ("gate_up", "down")]
+    turned = [sorted(n for n in inputs[0] if n > 1) for op, inputs in read if op == "Transpose"]
+    assert turned
+    assert not [shape for shape in turned if shape in matrices]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bytes", [BLOCK_BYTES, 8 * C * 4])
+def test_equals_the_reference_on_either_side_of_few_rows(bytes, dtype, transposed, monkeypatch):
+    monkeypatch.setattr(f"{block_height.__module__}.BLOCK_BYTES", bytes)
+    layout, (least, most) = LAYOUTS["gpt_oss" if transposed else "qwen"], FEW[transposed]
+    counts = torch.tensor([1, least - 1, least, most, most + 1, 0])
+    experts = torch.arange(E).repeat_interleave(counts)[None, :, None]
+    tensors = example(layout, (1, int(counts.sum())), dtype, experts=experts, sizes=(E, 1, C, I))
+    assert excess(layout(tensors), found(session(model(layout, tensors)), tensors)) <= 1
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(768, 768), (2880, 5760), (64, 64), (97, 10**6), (2, 1)])
+def test_blocks_divide_the_rows_and_are_the_largest_that_a_cache_holds(rows, columns):
+    height = block_height(rows, columns)
+    fits = [n for n in range(1, rows + 1) if rows % n == 0 and n * columns * 4 <= BLOCK_BYTES]
+    assert height == max(fits, default=1)
 
 
 def test_outputs_take_no_more_room_than_that_however_uneven_the_choice(tmp_path):
