@@ -92,10 +92,11 @@ def _loaded(export: Export, attention: str | None) -> Any:
         folder = Path(name)
         if not weights.matrices:
             (folder / "config.json").write_text(json.dumps(export.config))
-            index = {t.name: t.file for t in weights.tensors.values()}
+            # What an export wrote anew is in the shards as well, by names that transformers would take for others.
+            index = {t.name: t.file for t in weights.tensors.values() if t.file != repack.FILE}
             (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-            for shard in weights.shards:
-                (folder / shard.file).symlink_to((export.folder / shard.file).resolve())
+            for file in {*index.values()}:
+                (folder / file).symlink_to((export.folder / file).resolve())
         # transformers writes into the dictionaries that it is given.
         config = copy.deepcopy(dict(export.config if whole else export.text_config))
         if whole and not any(p.use == "logits" for g in export.graphs for p in g.assembly.outputs):

@@ -83,9 +83,11 @@ def test_attention_of_another_form_is_left_and_named(arch, lowered):
     assert fused.refused
 
 
+# With experts that are published one by one, and in one tensor.
+@pytest.mark.parametrize("arch", ["qwen3", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_it_is_validated_and_tensorrt_is_not_asked(dtype, lowered):
-    export = lowered("qwen3", dtype=dtype)
+def test_it_is_validated_and_tensorrt_is_not_asked(dtype, arch, lowered):
+    export = lowered(arch, dtype=dtype)
     rungs = {r.key: r for r in validate(export.folder).rungs}
     assert [rungs[k].status for k in ("transformers", "blocks", "onnxruntime")] == ["pass"] * 3
     says = "exported for ONNX Runtime alone: export it without --target"
