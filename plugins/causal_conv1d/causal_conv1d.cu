@@ -36,8 +36,8 @@ bool causalConv1dServes(char const* op, CausalConv1dSizes const& s) {
                   kFewestTaps, kMostTaps);
   }
   // A block takes a warp of channels or more.
-  return isAtMost(op, "C", {s.C}, kMaxGridY * kWarp) &&
-         isAtMost(op, "BT", {s.B, s.T}, kMaxGridX) && isAtMost(op, "B", {s.B}, kMaxGridX);
+  return isAtMost(op, "C", {s.C}, kMaxGridY * kWarp) && isAtMost(op, "BT", {s.B, s.T}, kMaxGridX) &&
+         isAtMost(op, "B", {s.B}, kMaxGridX);
 }
 
 CausalConv1dPlan causalConv1dPlan(CausalConv1dSizes const& s, Dtype dtype, bool pointersAligned,

@@ -201,8 +201,8 @@ struct WarpTile {
     }
   }
 
-  // Returns what a logit is still to be multiplied with, above 0: the scale itself, which then costs
-  // nothing in the fma of an exponent, unless the order of logits would be another one by it.
+  // Returns what a logit is still to be multiplied with, above 0: the scale itself, which then
+  // costs nothing in the fma of an exponent, unless the order of logits would be another one by it.
   __device__ __forceinline__ static float scaleAndCap(Logits& logits, float scale, float softcap) {
     // tanh(x) = 1 - 2 / (1 + e**(2 x)), whose absolute error is that of fp32 near 1.
     bool const capped = softcap > 0.0f;
