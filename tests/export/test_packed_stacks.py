@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from arch_cases import others_slow
 from commands import runner
 from native import emulated_library
 from packed_exports import exported, logits, storages
@@ -34,6 +35,8 @@ CASES = [
     *(("llama4", s) for s in ("fbgemm", "modelopt", "modelopt-experts", "modelopt-nvfp4")),
     *(("gpt_oss", s) for s in ("modelopt", "modelopt-nvfp4")),
 ]
+# One that is bound as it lies, and one that is turned.
+ONCE = [("qwen3_5_moe", "blocks"), ("llama4", "modelopt-nvfp4")]
 # Wide enough that experts are most of an engine.
 WIDE = {
     "llama4": {"hidden_size": 256, "intermediate_size": 512, "num_local_experts": 8},
@@ -48,7 +51,7 @@ def written(folder: Path, arch: str, stacks: str, **sizes: int) -> None:
     write(folder, STACKS[stacks][0], arch, config, stacks)
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+@pytest.fixture(params=[c if c in ONCE else pytest.param(c, marks=pytest.mark.slow) for c in CASES], ids="-".join)
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     written(tmp_path, *request.param)
     return request.param[1], tmp_path
@@ -96,7 +99,11 @@ def test_the_form_for_onnx_runtime_computes_the_same(case):
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("arch", "stacks"), [("qwen3_5_moe", "blocks"), ("llama4", "fbgemm"), ("gpt_oss", "modelopt-nvfp4")]
+    ("arch", "stacks"),
+    others_slow(
+        [("qwen3_5_moe", "blocks"), ("llama4", "fbgemm"), ("gpt_oss", "modelopt-nvfp4")],
+        [("gpt_oss", "modelopt-nvfp4")],
+    ),
 )
 def test_the_plugin_of_an_engine_keeps_them_packed(arch, stacks, tmp_path):
     written(tmp_path, arch, stacks, **WIDE[arch])

@@ -173,6 +173,7 @@ STACKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", STACKED)
 def test_experts_in_one_tensor_of_a_published_size_are_taken(form, tmp_path, monkeypatch):
     name, said, anew = STACKED[form]
