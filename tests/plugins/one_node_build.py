@@ -82,23 +82,25 @@ def build(path: str, name: str, attributes: str, dtype: str) -> None:
     print(json.dumps({"layers": layers, "bytes": plan.nbytes}))
 
 
-def leaving(folder: str, *job: str) -> None:
+def leaving(folder: str, path: str, name: str, attributes: str, dtype: str) -> None:
     """Builds, with standard output and error in files."""
     for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")):
-        with open(Path(folder) / f"{job[-1]}.{end}", "xb") as file:
+        with open(Path(folder) / f"{dtype}.{end}", "xb") as file:
             os.dup2(file.fileno(), stream.fileno())
-    build(*job)
+    build(path, name, attributes, dtype)
     sys.stdout.flush()
 
 
-def main(folder: str, *job: str) -> None:
+def main(folder: str, path: str, name: str, attributes: str, *dtypes: str) -> None:
     # What is imported here once takes longer than a build.
     forked = multiprocessing.get_context("fork")
-    children = {d: forked.Process(target=leaving, args=(folder, *job[:3], d)) for d in job[3:]}
-    for child in children.values():
+    codes = {}
+    for dtype in dtypes:
+        child = forked.Process(target=leaving, args=(folder, path, name, attributes, dtype))
         child.start()
         child.join()
-    print(json.dumps({dtype: child.exitcode for dtype, child in children.items()}))
+        codes[dtype] = child.exitcode
+    print(json.dumps(codes))
 
 
 if __name__ == "__main__":

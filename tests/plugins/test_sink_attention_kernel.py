@@ -62,7 +62,9 @@ CAPPED = [
     Shape(1, 2, 1, 34, 64, 128, softcap=30.0, window=20, scale=0.5),
     Shape(1, 1, 1, 40, 40, 256, softcap=5.0, sinks=False),
 ]
-ALL = [*FEW_ROWS, *MANY_ROWS, *RAGGED, *WINDOWED, *CAPPED]
+# By which the greatest logit is another one.
+SCALED = [Shape(1, 4, 2, 1, 130, 64, scale=-0.5), Shape(1, 2, 1, 40, 90, 128, scale=-0.5, window=20)]
+ALL = [*FEW_ROWS, *MANY_ROWS, *RAGGED, *WINDOWED, *CAPPED, *SCALED]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
