@@ -273,7 +273,8 @@ def carries(case: Case) -> tuple[bool, ...]:
 
 
 # An encoder and a decoder of one model are two graphs; of all others the text model is one.
-DECODERS, ENCODERS, PAIRS = ([c for c in CASES if carries(c) == kind] for kind in ((True,), (False,), (False, True)))
+CARRIES = {c: carries(c) for c in CASES}
+DECODERS, ENCODERS, PAIRS = ([c for c in CASES if CARRIES[c] == kind] for kind in ((True,), (False,), (False, True)))
 OF_ONE_GRAPH = tuple(c for c in FIRST if c not in PAIRS)
 
 

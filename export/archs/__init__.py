@@ -108,10 +108,16 @@ def _types(arch: Arch) -> tuple[str, ...]:
     return arch.model_types + tuple(m.model_type for m in arch.multimodal)
 
 
+@functools.cache
+def _every_type() -> Mapping[str, tuple[str, ...]]:
+    """By architecture."""
+    return {n: _types(load(n)) for n in names()}
+
+
 def _by_type(name: str | None, config: Mapping[str, Any]) -> Arch:
     kind = config.get("model_type")
     if name is None:
-        matches = [n for n in map(load, names()) if kind in _types(n)]
+        matches = [load(n) for n, types in _every_type().items() if kind in types]
         told = [n for n in matches if n.told_by and n.told_by in config]
         matches = told or [n for n in matches if not n.told_by]
         if not matches:

@@ -14,8 +14,10 @@ from arch_cases import (
     COMPUTED,
     FEW_MATRICES,
     FIRST,
+    FIRST_EVERY_TIME,
     IN_FP16,
     MATRIX,
+    PRIMARY,
     UNBOUND,
     Case,
     in_each_dtype,
@@ -37,8 +39,8 @@ from llmexport.validate import runners, stages
 
 Exporter = Callable[..., Path]
 
-EACH = in_each_dtype(CASES, ("float32", "float16"))
-AT_ONCE = [(c, "float16" if c in IN_FP16 else "float32") for c in FIRST]
+EACH = in_each_dtype([c for c in CASES if c in FIRST or c.arch in PRIMARY], ("float32", "float16"))
+AT_ONCE = [(c, "float16" if c in IN_FP16 else "float32") for c in FIRST_EVERY_TIME]
 
 
 def filled(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> onnx.ModelProto:

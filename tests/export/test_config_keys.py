@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from arch_cases import DECODERS, FIRST, IN_TRANSFORMERS
+from arch_cases import DECODERS, EVERY_TIME, FIRST, IN_TRANSFORMERS, others_slow
 from published_configs import PUBLISHED
 from tiny_configs import config_class, everywhere, one_line, placed_layers
 
@@ -130,7 +130,7 @@ def steps(block: Rotary) -> torch.Tensor:
     return blocks.module(block, torch.float32).steps
 
 
-@pytest.mark.parametrize("arch", archs.names())
+@pytest.mark.parametrize("arch", others_slow(archs.names(), EVERY_TIME))
 def test_junk_in_place_of_any_value_is_refused_or_gives_a_model_that_turns(arch):
     """`ours` passes on any error but the one-line refusal."""
     read = [model for config in junk(arch) if isinstance(model := ours(config), Model)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from arch_cases import EVERY_TIME, FIRST, PRIMARY, Case, in_each_dtype, others_slow
+from arch_cases import EVERY_TIME, FIRST, PRIMARY, SLOTS, Case, in_each_dtype, others_slow
 from native import emulated_library, gpu_library
 from published_configs import PUBLISHED
 
@@ -78,7 +78,7 @@ TURNED = ("qwen3_5_moe", "llama4", "gpt_oss")
     "name", [*TURNED, *(pytest.param(a, marks=pytest.mark.slow) for a in PRIMARY if a not in TURNED)]
 )
 def test_with_a_static_cache_too(name: str, exported: Callable[..., Path], calls: Counter[str]) -> None:
-    folder = exported(name, AT_ONCE[name], slots=160)
+    folder = exported(name, AT_ONCE[name], slots=SLOTS)
     assert climb(folder).status == "pass"
     ops = manifest.read(folder).graphs[0].ops
     assert calls.keys() == ops.keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import planted
 import pytest
-from arch_cases import CASES, ONCE, PRIMARY, SLOTS, TOWERS, Case, in_each_dtype, others_slow
+from arch_cases import CASES, EVERY_TIME, ONCE, PRIMARY, SLOTS, TOWERS, Case, in_each_dtype, others_slow
 from native import emulated_library
 
 from llmexport.export import builder, manifest
@@ -20,7 +20,10 @@ from llmexport.validate.report import Rung
 pytestmark = pytest.mark.engine
 
 PLUGINS = "ops as plugin layers, by their references"
-EVERY = in_each_dtype(CASES)
+# Each architecture once with plugin layers, and once from bodies; its other cases and dtypes in turn so and so.
+EVERY = [(c, d, p) for c, d in ONCE for p in (True, False)]
+EVERY += [(c, d, i % 2 == 0) for i, (c, d) in enumerate(e for e in in_each_dtype(CASES) if e not in ONCE)]
+AT_ONCE = [(c, d, p) for c, d, p in EVERY if (c, d) in ONCE and (p or c.arch in EVERY_TIME)]
 
 
 def climb(folder: Path) -> Rung:
@@ -28,32 +31,15 @@ def climb(folder: Path) -> Rung:
     return rung
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    others_slow(EVERY, ONCE),
-    ids=str,
-)
-def test_what_tensorrt_reads_of_the_bodies_is_right(
-    case: Case, dtype: str, exported, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("case", "dtype", "plugins"), others_slow(EVERY, AT_ONCE), ids=str)
+def test_what_tensorrt_reads_is_right(
+    case: Case, dtype: str, plugins: bool, exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "find", lambda: None)
-    rung = climb(exported(case, dtype))
-    assert (rung.status, "plugin" in rung.note) == ("pass", False)
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    others_slow(EVERY, ONCE),
-    ids=str,
-)
-def test_what_tensorrt_reads_with_plugins_is_right(
-    case: Case, dtype: str, exported, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(library, "find", emulated_library)
+    monkeypatch.setattr(library, "find", emulated_library if plugins else lambda: None)
     folder = exported(case, dtype)
     rung = climb(folder)
     ops = any(g.ops for g in manifest.read(folder).graphs)
-    assert (rung.status, rung.note) == ("pass", PLUGINS if ops else "")
+    assert (rung.status, rung.note) == ("pass", (PLUGINS if plugins else "ops from their bodies") if ops else "")
 
 
 @pytest.mark.parametrize("arch", ["gemma", *(pytest.param(a, marks=pytest.mark.slow) for a in PRIMARY if a != "gemma")])
@@ -66,7 +52,7 @@ def test_what_tensorrt_reads_of_a_static_cache_is_right(arch: str, exported) -> 
 )
 def test_and_with_its_ops_as_plugin_layers(arch: str, dtype: str, exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find", emulated_library)
-    rung = climb(exported(arch, dtype, slots=160))
+    rung = climb(exported(arch, dtype, slots=SLOTS))
     assert (rung.status, rung.note) == ("pass", PLUGINS)
 
 
