@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from arch_cases import CASES, FIRST, OF_ONE_GRAPH, ONCE, PRIMARY, Case, in_each_dtype, others_slow
+from arch_cases import CASES, FIRST, FIRST_EVERY_TIME, OF_ONE_GRAPH, ONCE, PRIMARY, Case, in_each_dtype, others_slow
 from first_feed import first_feed
 from published_configs import PUBLISHED
 from reseal import reseal
@@ -136,7 +136,7 @@ def test_a_bf16_checkpoint_is_cast_in_the_graph_and_runs(tmp_path) -> None:
     subprocess.run([sys.executable, "-c", PLAIN, tmp_path / "out" / "model.onnx", "256"], check=True)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", others_slow(FIRST, FIRST_EVERY_TIME), ids=str)
 def test_every_block_exports_alone_and_equals_its_pytorch(case: Case, tiny_checkpoint, tmp_path) -> None:
     """Those of PRIMARY are also read by TensorRT, a process for each; of the others it reads whole models elsewhere."""
     # Copies, as onnx refuses to load hard links.
