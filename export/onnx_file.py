@@ -27,7 +27,7 @@ from llmexport.export.output import new_folder
 from llmexport.export.packed import notes as packed_notes
 from llmexport.export.packed.experts import with_packed
 from llmexport.export.packed.repack import with_repacked
-from llmexport.export.placing import check_config, place_companions, place_shards
+from llmexport.export.placing import check_config, check_room, place_companions, place_shards
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
@@ -194,8 +194,9 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     own = {graph: {step: whole(p, checkpoint) for step, p in steps.items()} for graph, steps in own.items()}
     config = text_config(arch, checkpoint.config)
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
-    built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
     used = {checkpoint.tensors[n].file for p in wanted for s in p.sources for n in checkpoint.holders(s)}
+    check_room(checkpoint, () if made else used, folder, request.weights, repacked.nbytes if repacked else 0)
+    built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
     progress("weights", 0, 1)
     held = checkpoint
     if made:

@@ -82,6 +82,13 @@ def place_shards(
     return [identify(folder / s.file, s, placed[s.file], whole=whole) for s in shards]
 
 
+def check_room(checkpoint: Checkpoint, used: Collection[str], folder: Path, mode: str, more: int) -> None:
+    """Raise ExportError if the shards `used`, where they are copied for sure, and `more` bytes do not fit."""
+    copied = [checkpoint.folder / s.file for s in checkpoint.shards if mode == "copy" and s.file in used]
+    with write_errors(folder):
+        _check_space(folder, copied, more)
+
+
 def place_companions(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
     """Put the checkpoint's config, tokenizer and the like into `folder`; returns their names there and SHA-256.
 
@@ -181,16 +188,14 @@ def _link(source: Path, to: Path, seen: Stamp) -> bool:
     return True
 
 
-def _check_space(folder: Path, sources: list[Path]) -> None:
+def _check_space(folder: Path, sources: list[Path], needed: int = 0) -> None:
     # A hole takes no space, and _copy leaves it a hole.
-    needed = 0
     for source in sources:
         with read_errors(source):
             info = os.stat(source)
         needed += min(info.st_size, info.st_blocks * 512)
-    check_space(
-        folder, needed, "copy", "free space, or choose a folder on the file system of the checkpoint and --weights link"
-    )
+    elsewhere = ", or choose a folder on the file system of the checkpoint and --weights link"
+    check_space(folder, needed, "copy", f"free space{elsewhere if sources else ''}")
 
 
 def check_space(folder: Path, needed: int, do: str, cure: str) -> None:

@@ -100,11 +100,15 @@ class Repacked:
     header: bytes
     pieces: tuple[Piece, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(p.tensor.nbytes for p in self.pieces)
+
     def write(self, folder: Path, read: Read, *, whole: bool) -> tuple[WeightFile, Held]:
         """Writes the file into a folder that has none, of tensors that `read` gives; no more than one is in memory, or
         than one expert's part."""
         path = folder / FILE
-        check_space(folder, sum(p.tensor.nbytes for p in self.pieces), "pack", "free space, or choose another disk")
+        check_space(folder, self.nbytes, "pack", "free space, or choose another disk")
         with write_errors(folder), open(path, "xb") as file:
             file.write(self.header)
             for piece in self.pieces:

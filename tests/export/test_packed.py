@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import onnx
@@ -11,7 +12,7 @@ from packed_exports import by_tensorrt, check_meaning, exported, logits
 from quantised_checkpoints import FORMS, write
 from safetensors.torch import load_file, save_file
 
-from llmexport.export import archs, engine, graph_file, random_checkpoint
+from llmexport.export import archs, engine, graph_file, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError, ExportError
 from llmexport.validate import bound, validate
@@ -198,3 +199,17 @@ def test_what_is_left_out_is_noted(tmp_path):
         '"session.disable_quant_qdq" to "1", so that it does when it loads the model',
     )
     assert compare(logits(plain), logits(export)).max_abs <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("form", "weights"), [("gptq", "link"), ("fp8-block", "copy")], ids=["what is packed anew", "what is copied"]
+)
+def test_a_disk_that_is_too_small_is_told_before_anything_is_traced(form, weights, tmp_path, monkeypatch):
+    write(tmp_path, form)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(onnx_file, "build", lambda *_: pytest.fail("something was traced"))
+    request = onnx_file.Request(archs.load("llama"), open_checkpoint(tmp_path / "ck"), weights=weights)
+    with pytest.raises(ExportError, match=r"cannot copy .* GB of weights to .*: free space"):
+        onnx_file.write(request, tmp_path / "out", force=False)
+    assert not (tmp_path / "out").exists()
