@@ -19,6 +19,7 @@ from llmexport.export.identity import changed
 from llmexport.export.packed import fp4
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import Assembly, Block, Graph, Port, Step, to_data
+from llmexport.export.wanted import tensor_names
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
 from llmexport.graphs.fusion import Fused
@@ -62,10 +63,9 @@ def build(
     weights.bind(proto, wanted, checkpoint, BY_NAME[dtype].onnx, target)
     fp4.attach(proto)
     data = proto.SerializeToString(deterministic=True)
-    names = {step: {path: p.parts or p.name for path, p in parameters.items()} for step, parameters in own.items()}
     digest = hashlib.sha256(data).hexdigest()
     counts = bodies.count(proto)
-    return ExportedGraph(graph.name, assembly, graph.carried, names, counts, fusions, digest), data
+    return ExportedGraph(graph.name, assembly, graph.carried, tensor_names(own), counts, fusions, digest), data
 
 
 def join(

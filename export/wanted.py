@@ -60,6 +60,13 @@ def wanted_graphs(
     return graphs, own, [p for steps in own.values() for parameters in steps.values() for p in parameters.values()]
 
 
+def tensor_names(
+    own: Mapping[str, Mapping[str, Parameter]],
+) -> dict[str, dict[str, str | tuple[str, ...]]]:
+    """By step and by the path in its block, the tensor that a weight lies in, or those that it is made of."""
+    return {step: {path: p.parts or p.name for path, p in parameters.items()} for step, parameters in own.items()}
+
+
 def whole(parameters: Mapping[str, Parameter], checkpoint: Checkpoint) -> dict[str, Parameter]:
     """The same, each that a checkpoint now holds in one tensor as that."""
     held = checkpoint.tensors

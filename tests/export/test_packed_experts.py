@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
+import torch
+from arch_cases import SLOTS
 from native import emulated_library
 from packed_exports import by_tensorrt, check_meaning, exported, logits, storages
 from quantised_checkpoints import FORMS, write
+from safetensors.torch import save_file
 
 from llmexport.export import archs, engine, graph_file
+from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.spec import Packed, Plain
 from llmexport.validate import bound, validate
 from llmexport.validate.compare import compare
@@ -103,9 +110,36 @@ def test_llama_4_has_experts_one_by_one_where_it_is_quantised(form, tmp_path):
     assert [r.status for r in rungs[:4]] == ["pass"] * 4
 
 
-@pytest.mark.parametrize("form", ["awq", "fp8-block"])
-def test_how_far_quantisation_moved_the_logits_is_told(form, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [("awq", {}), ("fp8-block", {"logits": "last"}), ("awq", {"target": "onnxruntime"}), ("awq", {"cache": "static"})],
+)
+def test_how_far_quantisation_moved_the_logits_is_told(form, kind, tmp_path):
+    """In whichever form the export has its experts."""
     write(tmp_path, form, "mixtral")
-    same = validate(exported(tmp_path, "ck").folder, rungs=["onnxruntime"], reference=tmp_path / "meant").moved
+    slots = {"max_tokens": SLOTS} if "cache" in kind else {}
+    folder = exported(tmp_path, "ck", **kind, **slots).folder
+    same = validate(folder, rungs=["onnxruntime"], reference=tmp_path / "meant").moved
+    assert same
+    assert same.kl_max < 1e-8
+
+
+def test_experts_one_by_one_are_held_against_those_in_one_tensor(tmp_path):
+    """A tool that quantises Llama 4 takes its stacks apart, and turns them."""
+    config = {**archs.load("llama4").tiny, "for_llm_compressor": True, "intermediate_size": 64}
+    write(tmp_path, "fp8-dynamic", "llama4", config)
+    meant, whole = open_checkpoint(tmp_path / "meant"), tmp_path / "whole"
+    held = {n: torch.tensor(np.array(meant.read(n), np.float32)) for n in meant.names}
+    for gate in [n for n in held if n.endswith("experts.0.gate_proj.weight")]:
+        start = gate.removesuffix("0.gate_proj.weight")
+        each = [[held.pop(f"{start}{e}.{n}_proj.weight") for n in ("gate", "up", "down")] for e in range(4)]
+        held[f"{start}gate_up_proj"] = torch.stack([torch.cat((g, u)).T for g, u, _ in each]).contiguous()
+        held[f"{start}down_proj"] = torch.stack([d.T for _, _, d in each]).contiguous()
+    whole.mkdir()
+    save_file(held, whole / "model.safetensors")
+    published = {k: v for k, v in meant.config.items() if k != "for_llm_compressor"}
+    (whole / "config.json").write_text(json.dumps(published))
+    folder = exported(tmp_path, "ck").folder
+    same = validate(folder, rungs=["onnxruntime"], reference=whole).moved
     assert same
     assert same.kl_max < 1e-8
