@@ -94,6 +94,9 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     config = builder.create_builder_config()
     # TensorRT would round the factors of a product to 11 bits on its own, and fp32 would be no reference any more.
     config.clear_flag(trt.BuilderFlag.TF32)
+    if job.get("aliased"):
+        # An output of a plugin that may have an input's memory is an error without it.
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     profile = builder.create_optimization_profile()
     for name, shapes in job["profile"].items():
         profile.set_shape(name, *shapes)

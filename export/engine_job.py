@@ -20,6 +20,7 @@ from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
 from llmexport.export.packed.engine_form import engine_form
 from llmexport.export.tensorrt_form import tensorrt_form
+from llmexport.plugins.declared import declared
 
 
 @dataclass(frozen=True)
@@ -61,4 +62,6 @@ def prepare(
         "large": beside.LARGE,
         "given": [dataclasses.asdict(g) for g in given],
     }
-    return Job(model, nodes, bindings, said | ({"library": str(plugins)} if nodes else {}))
+    aliasing = {op.name for op in declared() if op.aliases}
+    ours = {"library": str(plugins), "aliased": not aliasing.isdisjoint(nodes.values())} if nodes else {}
+    return Job(model, nodes, bindings, said | ours)

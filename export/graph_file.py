@@ -19,6 +19,7 @@ from llmexport.export.identity import changed
 from llmexport.export.packed import fp4
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import Assembly, Block, Graph, Port, Step, to_data
+from llmexport.export.static import FUSED
 from llmexport.export.wanted import tensor_names
 from llmexport.graphs import bodies, pipeline
 from llmexport.graphs.cut import cut
@@ -37,13 +38,14 @@ def build(
     checkpoint: Checkpoint,
     dtype: str,
     target: str,
+    caching: str,
     progress: Progress = silent,
 ) -> tuple[ExportedGraph, bytes]:
     """A graph with its weights bound to the checkpoint's tensors where they lie, and its file.
 
-    own: the weights that each step wants, by the path in its block. target: as a Request says it.
+    own: the weights that each step wants, by the path in its block. target, caching: a Request's target and cache.
     """
-    assembly = graph.assembly
+    assembly, writes = graph.assembly, caching == FUSED
     graphs = trace_all(assembly.blocks, dtype, progress)
     values = {
         s.name: {**s.reads, **{path: parameter.name for path, parameter in own[s.name].items()}, **s.makes}
@@ -54,9 +56,10 @@ def build(
 
     def make() -> bytes:
         pieces = [Piece(s.name, graphs[s.block], values[s.name]) for s in assembly.steps]
-        return join(pieces, assembly, dtype, target, stored).SerializeToString()
+        return join(pieces, assembly, dtype, target, stored, writes).SerializeToString()
 
-    key = [to_data(assembly), values, dtype, target, stored, [p.__name__ for p in pipeline.passes(target, True)]]
+    passed = [p.__name__ for p in pipeline.passes(target, True, writes)]
+    key = [to_data(assembly), values, dtype, target, stored, passed]
     proto = onnx.ModelProto.FromString(cache.cached("graph", key, make))
     fusions = {p.key: Fused(**json.loads(p.value)) for p in proto.metadata_props}
     del proto.metadata_props[:]
@@ -69,12 +72,17 @@ def build(
 
 
 def join(
-    pieces: list[Piece], assembly: Assembly, dtype: str, target: str, stored: Mapping[str, int] = MappingProxyType({})
+    pieces: list[Piece],
+    assembly: Assembly,
+    dtype: str,
+    target: str,
+    stored: Mapping[str, int] = MappingProxyType({}),
+    writes: bool = False,
 ) -> onnx.ModelProto:
     """The pieces stitched and fused, weights still graph inputs, those in `stored` of that ONNX type; what each pass
     did is in `metadata_props`."""
     proto, fusions = pipeline.run(
-        _stitched(pieces, assembly.inputs, assembly.outputs, dtype, stored, assembly.opset), target
+        _stitched(pieces, assembly.inputs, assembly.outputs, dtype, stored, assembly.opset), target, writes
     )
     if target != "tensorrt":
         bodies.attach_bodies(proto, functools.partial(load_body, target=target))

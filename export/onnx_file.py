@@ -31,13 +31,13 @@ from llmexport.export.placing import check_config, check_room, place_companions,
 from llmexport.export.progress import Progress, silent
 from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
-from llmexport.export.static import check_slots
+from llmexport.export.static import FUSED, check_fused, check_slots
 from llmexport.export.tied import check_tied
 from llmexport.export.wanted import check_layers, wanted_graphs, whole
 
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt", "onnxruntime")
-CACHES = ("dynamic", "static")
+CACHES = ("dynamic", "static", FUSED)
 LOGITS = ("all", "last")
 
 
@@ -49,8 +49,8 @@ class Request:
     over a plugin of that name; or "onnxruntime": as that is faster, unread by TensorRT. `max_tokens` are the slots of a
     static `cache`. `runtimes` are others that shall open the folder. `logits` are those of all tokens, or of the last
     of each row. `part` of a multimodal checkpoint is all that is exported of it, its text model or what sees.
-    `quantize` rounds the matrices of products to int4, in groups of `group_size` columns (128), int8 or fp8; with
-    `quantize_head` that of the head too.
+    `quantize` rounds the matrices of products, with `quantize_head` the head's too, to int4 in groups of `group_size`
+    columns (128), int8 or fp8.
     """
 
     arch: Arch
@@ -74,7 +74,7 @@ class Request:
         for name, choices in (*said, ("cache", CACHES), ("logits", LOGITS), ("part", PARTS)):
             if (value := getattr(self, name)) not in choices:
                 raise ExportError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-        check_slots(self.cache, self.max_tokens)
+        check_slots(self.cache, self.max_tokens, self.target)
         if unknown := [r for r in self.runtimes if r not in RUNTIMES]:
             raise ExportError(f"runtime is {unknown[0]!r}: choose of {', '.join(RUNTIMES)}")
         odd = f"block {self.block!r}" if self.block else f"target {self.target}" if self.target != "portable" else ""
@@ -141,6 +141,7 @@ def write(request: Request, target: Path, *, force: bool = False, progress: Prog
     """Exports the whole model or one block to the folder `target`, which appears whole or not at all."""
     with new_export(request, target, force=force) as folder:
         export = fill(request, folder, progress)
+        check_fused(request.cache, {op for graph in export.graphs for op in graph.ops})
     return dataclasses.replace(export, folder=target)
 
 
@@ -196,7 +197,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     handed = hand_over(request.runtimes, graphs, config, checkpoint.folder, arch.rope_keys)
     used = {checkpoint.tensors[n].file for p in wanted for s in p.sources for n in checkpoint.holders(s)}
     check_room(checkpoint, () if made else used, folder, request.weights, repacked.nbytes if repacked else 0)
-    built = [build(g, own[g.name], checkpoint, request.dtype, request.target, progress) for g in graphs]
+    built = [build(g, own[g.name], checkpoint, request.dtype, request.target, request.cache, progress) for g in graphs]
     progress("weights", 0, 1)
     held = checkpoint
     if made:

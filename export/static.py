@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
@@ -24,6 +24,8 @@ from llmexport.export.spec import (
 )
 
 Reads = tuple[Block, ...]
+WRITER = "QkNormRopeWrite"
+FUSED = "static-fused"  # the static cache that an op of ours writes, with what makes its keys and values
 FEWEST = 16  # slots; fewer leave no room for a prompt and the steps that an export is compared over
 
 
@@ -55,11 +57,25 @@ def _static(block: Block, keys: Keys) -> Block:
     return block
 
 
-def check_slots(cache: str, slots: int | None) -> None:
-    """Raise ExportError unless the number of slots that is asked for fits the kind of cache."""
-    if cache == "static" and slots is None:
+def check_slots(cache: str, slots: int | None, target: str) -> None:
+    """Raise ExportError unless the number of slots that is asked for, and the target, fit the kind of cache."""
+    if cache == FUSED and target == "onnxruntime":
+        raise ExportError(f"--cache {FUSED} is for TensorRT with our plugins: for ONNX Runtime take --cache static")
+    if cache != "dynamic" and slots is None:
         raise ExportError("a static cache has as many slots as is said: add --max-tokens, as 4096")
-    if cache != "static" and slots is not None:
+    if cache == "dynamic" and slots is not None:
         raise ExportError(f"--max-tokens {slots} is of a static cache, and a dynamic one grows: add --cache static")
     if slots is not None and not FEWEST <= slots <= MOST:
         raise ExportError(f"--max-tokens is {slots}: make it {FEWEST} to {MOST}")
+
+
+def kind_of(ops: Container[str]) -> str:
+    """The kind of a static cache, by the ops of its graph."""
+    return FUSED if WRITER in ops else "static"
+
+
+def check_fused(cache: str, ops: Container[str]) -> None:
+    """Raise ExportError if a cache was to be written by ops of ours and none of these is one."""
+    if cache == FUSED and kind_of(ops) != FUSED:
+        said = "no layer here turns q and k by RoPE and writes them into slots"
+        raise ExportError(f"--cache {FUSED}: {said}: take --cache static")

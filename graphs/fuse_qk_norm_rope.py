@@ -14,9 +14,9 @@ from llmexport.graphs.fusion import (
     float_type,
     fuse_each,
     heads_behind_tokens,
+    insert,
     is_output,
     produced_by,
-    producer,
 )
 from llmexport.graphs.rms_norm import RmsNorm
 from llmexport.plugins.spec import DOMAIN
@@ -88,7 +88,8 @@ def _fuse(graph: gs.Graph, attention: gs.Node) -> None:
     attributes |= taken[0].attributes if taken else {}
     attributes |= {"interleaved": int(q.rope.attrs["interleaved"]), "norm_first": int(first or not taken)}
     inputs = [*sources, v, *angles, *(n.weight for n in taken)]
-    _insert(graph, f"{q.rope.name}/QkNormRope", attributes, inputs, [*made, value])
+    early = "query, key or value is read before all of q, k and v are made"
+    insert(graph, "QkNormRope", f"{q.rope.name}/QkNormRope", attributes, inputs, [*made, value], early)
 
 
 def _unscaled(queries: gs.Tensor) -> gs.Tensor:
@@ -154,19 +155,6 @@ def _check_heads(q: gs.Tensor, k: gs.Tensor, v: gs.Tensor, *angles: gs.Tensor) -
         raise Refusal("its heads are of a number or size that is not known")
     if heads[1] != heads[2] or heads[0][1] != heads[1][1]:
         raise Refusal(f"its heads of q, k and v are {', '.join(f'{n} of {d}' for n, d in heads)}")
-
-
-def _insert(
-    graph: gs.Graph, name: str, attributes: dict[str, float], inputs: list[gs.Tensor], outputs: list[gs.Tensor]
-) -> None:
-    """Adds the node behind all that makes its inputs; those that made its outputs lose them and are swept up."""
-    places = {id(node): i for i, node in enumerate(graph.nodes)}
-    made = max((places[id(n)] for x in inputs if (n := producer(x))), default=-1)
-    if any(places[id(reader)] <= made for y in outputs for reader in y.outputs):
-        raise Refusal("query, key or value is read before all of q, k and v are made")
-    for y in outputs:
-        y.inputs.clear()
-    graph.nodes.insert(made + 1, gs.Node("QkNormRope", name, attributes, inputs, outputs, domain=DOMAIN))
 
 
 def _read_beside(graph: gs.Graph, op: gs.Node) -> None:

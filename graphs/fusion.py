@@ -142,6 +142,28 @@ def replace(
     at.outputs.extend(outputs)
 
 
+def insert(
+    graph: gs.Graph,
+    op: str,
+    name: str,
+    attributes: dict[str, Any],
+    inputs: list[gs.Tensor],
+    outputs: list[gs.Tensor],
+    early: str,
+) -> None:
+    """Adds one of our ops behind all that makes its inputs; those that made its outputs lose them and are swept up.
+
+    Raises Refusal with the reason `early` if an output is read before.
+    """
+    places = {id(node): i for i, node in enumerate(graph.nodes)}
+    made = max((places[id(n)] for x in inputs if (n := producer(x))), default=-1)
+    if any(places[id(reader)] <= made for y in outputs for reader in y.outputs):
+        raise Refusal(early)
+    for y in outputs:
+        y.inputs.clear()
+    graph.nodes.insert(made + 1, gs.Node(op, name, attributes, inputs, outputs, domain=DOMAIN))
+
+
 class Added:
     """Nodes to stand before one; values and nodes are called `name` and what is said of each."""
 

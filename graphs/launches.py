@@ -22,6 +22,7 @@ KERNELS = {
     "MoeExperts": 3,  # gate and up, down, combine; a sort before them for more than 32 pairs
     "MoeRoute": 1,
     "QkNormRope": 1,
+    "QkNormRopeWrite": 1,  # and a copy of each cache where it is not written in place
     "Rope": 1,
     "SinkAttention": 2,  # the splits of the keys, and their merge
     "Wkv": 1,

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from llmexport.graphs.fuse_add_rms_norm import fuse_add_rms_norm
+from llmexport.graphs.fuse_cache_write import fuse_cache_write
 from llmexport.graphs.fuse_gated_act import fuse_gated_act
 from llmexport.graphs.fuse_gated_delta_net import fuse_gated_delta_net
 from llmexport.graphs.fuse_qk_norm_rope import fuse_qk_norm_rope
@@ -27,15 +28,19 @@ LOWERING: Mapping[str, tuple[Pass, ...]] = {
 }
 # Those of the portable target where a cache is written in place, as engines serve with.
 IN_PLACE: tuple[Pass, ...] = (fuse_qk_norm_rope, fuse_gated_delta_net)
+# After those, where an op of ours writes the cache and not a layer of TensorRT's own.
+WRITES: tuple[Pass, ...] = (fuse_cache_write,)
 
 
-def passes(target: str, in_place: bool) -> tuple[Pass, ...]:
-    """in_place: whether the graph writes into a cache."""
-    return (*PIPELINE, *LOWERING.get(target, IN_PLACE if in_place else ()))
+def passes(target: str, in_place: bool, writes: bool = False) -> tuple[Pass, ...]:
+    """in_place: whether the graph writes into a cache. writes: whether ops of ours do so, where they can."""
+    return (*PIPELINE, *LOWERING.get(target, IN_PLACE if in_place else ()), *(WRITES if writes and in_place else ()))
 
 
-def run(model: onnx.ModelProto, target: str = "portable") -> tuple[onnx.ModelProto, dict[str, Fused]]:
-    """The model after all passes for a target, and what each did, by the pass's name.
+def run(
+    model: onnx.ModelProto, target: str = "portable", writes: bool = False
+) -> tuple[onnx.ModelProto, dict[str, Fused]]:
+    """The model after all passes for a target, and what each did, by the pass's name. writes: as of `passes`.
 
     Function bodies do not survive the round trip: attach them afterwards.
     """
@@ -43,5 +48,5 @@ def run(model: onnx.ModelProto, target: str = "portable") -> tuple[onnx.ModelPro
     G_LOGGER.severity = G_LOGGER.ERROR
     graph = gs.import_onnx(model)
     in_place = any(n.op == "TensorScatter" for n in graph.nodes)
-    results = {step.__name__: step(graph) for step in passes(target, in_place)}
+    results = {step.__name__: step(graph) for step in passes(target, in_place, writes)}
     return gs.export_onnx(graph, ir_version=model.ir_version, producer_name=model.producer_name), results

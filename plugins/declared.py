@@ -10,13 +10,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Declared:
-    """An op's name and version, the dimensions of its inputs and outputs, and the type's name of each attribute."""
+    """An op's name and version, the dimensions of its inputs and outputs, the type's name of each attribute, and the
+    inputs whose memory outputs may have, by output."""
 
     name: str
     version: int
     inputs: dict[str, tuple[str, ...]]
     outputs: dict[str, tuple[str, ...]]
     attributes: dict[str, str]
+    aliases: dict[str, str]
 
 
 def declared() -> list[Declared]:
@@ -44,4 +46,5 @@ def _of(call: ast.Call, reference: ast.FunctionDef) -> Declared:
         {n: tuple(dims[n].split()) for n in tensors},
         {n: tuple(d.split()) for n, d in outputs.items()},
         {n: kind for n, kind in kinds.items() if n not in tensors},
+        ast.literal_eval(said["aliases"]) if "aliases" in said else {},
     )

@@ -142,6 +142,10 @@ class Plugin:
     def outputs(self) -> int:
         return int(self.call("Outputs"))
 
+    def aliased(self, output: int) -> int:
+        """The place of the input whose memory an output may have; -1 for none."""
+        return int(self.call("Aliased", output))
+
     def clone(self) -> Plugin:
         return Plugin(self.library, self.op, self.call("Clone", returns=c.c_void_p))
 

@@ -40,10 +40,12 @@ class Op:
 
     `inputs` and `outputs` map each tensor to its dimensions by name; a function body is made for given sizes of the
     `static` ones and works on any size of the others. The last inputs may be `optional`: a node leaves out any number
-    of them from the end. `types` names the type of each input and output in TYPES. `attributes` maps each scalar to
-    its Python type, `choices` each string among them to the values it may have, `sizes` each one that is the size of a
-    dimension to that dimension. `body` writes the function body where the reference is not what is exported, `bodies`
-    that for one target alone, by its name. An op is called like the function it came from.
+    of them from the end. `types` names the type of each input and output in TYPES. `attributes` maps each scalar to its
+    Python type, `choices` each string among them to the values it may have, `sizes` each one that is the size of a
+    dimension to that dimension. `aliases` maps each output that may have an input's memory to that input: the op is
+    functional, and a plugin that is given one memory for both writes what changes alone. `body` writes the function
+    body where the reference is not what is exported, `bodies` that for one target alone, by its name. An op is called
+    like the function it came from.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Op:
     attributes: dict[str, type]
     choices: dict[str, tuple[str, ...]]
     sizes: dict[str, str]
+    aliases: dict[str, str]
     body: Body | None
     bodies: Mapping[str, Body]
     call: Callable[..., Any] = field(repr=False)
@@ -129,6 +132,7 @@ def op(
     static: tuple[str, ...] = (),
     types: dict[str, str] | None = None,
     choices: dict[str, tuple[str, ...]] | None = None,
+    aliases: dict[str, str] | None = None,
     body: Body | None = None,
     bodies: Mapping[str, Body] | None = None,
     fake: Callable[..., Any] | None = None,
@@ -139,9 +143,10 @@ def op(
     the size of one; `outputs` those of every output, of which each is an input's or such a parameter's; `types` the
     types in TYPES of those inputs and outputs that are not T. Parameters of type bool, int, float and str become
     attributes, and `choices` lists the values of those of type str; those of type Tensor | None must be the last
-    tensors. `fake` gives outputs of the right shapes and types where the reference itself cannot on tensors without
-    values. `body` writes the ONNX function body in place of the traced reference, and `bodies` by target those that
-    stand there in its place. Raises TypeError on a signature that cannot become an ONNX operator.
+    tensors. `aliases` are the outputs that may have an input's memory, each with that input. `fake` gives outputs of
+    the right shapes and types where the reference itself cannot on tensors without values. `body` writes the ONNX
+    function body in place of the traced reference, and `bodies` by target those that stand there in its place. Raises
+    TypeError on a signature that cannot become an ONNX operator.
     """
 
     def decorate(reference: Callable[..., Any]) -> Op:
@@ -170,6 +175,7 @@ def op(
             attributes,
             choices or {},
             sizes,
+            aliases or {},
             body,
             bodies or {},
             reference,
@@ -225,6 +231,13 @@ def _check_names(made: Op, dims: dict[str, str]) -> None:
     check(set(made.static) - known, "no input has this static dimension")
     texts = {n for n, t in made.attributes.items() if t is str}
     check(made.choices.keys() ^ texts, "choices are those of each str, and of nothing else")
+    alike = {
+        output
+        for output, past in made.aliases.items()
+        if made.outputs.get(output) == made.inputs.get(past, ()) and made.types[output] == made.types[past]
+    }
+    check(made.aliases.keys() - alike, "aliases names no output, or no input of its type and dimensions")
+    check({*made.aliases.values()} & {*made.optional}, "an input that may be left out is no output's memory")
 
 
 def all_ops() -> dict[str, Op]:

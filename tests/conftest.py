@@ -190,17 +190,18 @@ def static_caches() -> None:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Exporter:
     """Exports a case; `exported(case, dtype="float16", block="attention")`; `slots` are those of a static cache, with
-    which a test is skipped where ONNX Runtime has none; `part` is that of a multimodal checkpoint, if not "text"."""
+    which a test is skipped where ONNX Runtime has none, and `cache` is its kind; `part` is that of a multimodal
+    checkpoint, if not "text"."""
 
     @functools.cache
-    def make(case: Case, dtype: str, block: str | None, weights: str, slots: int | None, part: str) -> Path:
+    def make(case: Case, dtype: str, block: str | None, weights: str, slots: int | None, part: str, cache: str) -> Path:
         from llmexport.export import archs, onnx_file
         from llmexport.export.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(tiny_checkpoint(case, "text" if part == "text" else "all"))
         folder = tmp_path_factory.mktemp(f"{case.name}-{dtype}") / "export"
-        arch, cache = archs.choose(None, checkpoint.config), "static" if slots else "dynamic"
-        request = onnx_file.Request(arch, checkpoint, dtype, block, weights, cache=cache, max_tokens=slots, part=part)
+        arch, kind = archs.choose(None, checkpoint.config), cache if slots else "dynamic"
+        request = onnx_file.Request(arch, checkpoint, dtype, block, weights, cache=kind, max_tokens=slots, part=part)
         onnx_file.write(request, folder, force=False)
         return folder
 
@@ -211,9 +212,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable
         weights: str = "auto",
         slots: int | None = None,
         part: str = "text",
+        cache: str = "static",
     ) -> Path:
         if slots:
             need_static_caches()
-        return make(as_case(which), dtype, block, weights, slots, part)
+        return make(as_case(which), dtype, block, weights, slots, part, cache)
 
     return export

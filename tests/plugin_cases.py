@@ -147,6 +147,11 @@ def last_token(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     return sizes["T"] - torch.arange(len(normal)) % 2
 
 
+def odd_slots(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """Another first slot in each row, from 1 on."""
+    return 1 + 2 * torch.arange(len(normal))
+
+
 def all_keys(normal: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     return sizes["S"] - torch.arange(len(normal)) % 2
 
@@ -210,6 +215,22 @@ ALL_CASES = {
         {"B": 2, "T": 9, "H": 4, "G": 2, "D": 64, "R": 16, "Q": 128},
         exact=("value",),
         units=HEAD_UNITS,
+    ),
+    "QkNormRopeWrite": Case(
+        "QkNormRopeWrite",
+        {**HEAD_NORM, "interleaved": False, "round_before_weight": True, "norm_first": True},
+        {"B": 2, "T": 9, "H": 4, "G": 2, "D": 64, "R": 16, "Q": 128, "S": 30},
+        fills={"write_indices": odd_slots},
+        exact=("value",),
+        units=HEAD_UNITS,
+    ),
+    "QkNormRopeWrite-no-norm": Case(
+        "QkNormRopeWrite",
+        {**HEAD_NORM, "interleaved": True, "round_before_weight": False, "norm_first": True},
+        {"B": 3, "T": 1, "H": 3, "G": 1, "D": 40, "R": 20, "Q": 40, "S": 17},
+        without=2,
+        fills={"write_indices": odd_slots},
+        exact=("query", "key", "value"),
     ),
     "AddRmsNorm": Case(
         "AddRmsNorm",

@@ -16,6 +16,7 @@ from llmexport.export import graph_file
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import Step
+from llmexport.export.static import kind_of
 from llmexport.export.values import one_line
 from llmexport.validate import bound, nodes
 from llmexport.validate.drive import Recorded
@@ -95,7 +96,7 @@ def first_node(
     found = over[0] if over else max(outputs, key=lambda o: o.excess)
     if not found.excess:
         return None
-    _, data = graph_file.build(graph, own, checkpoint, export.dtype, export.target)
+    _, data = graph_file.build(graph, own, checkpoint, export.dtype, export.target, kind_of(graph.ops))
     made = onnx.ModelProto.FromString(data)
     told = [found.said] if found.said else []
     told += nodes.changes(found.node.name, model, made)

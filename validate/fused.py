@@ -20,8 +20,9 @@ from llmexport.plugins.add_rms_norm import add_rms_norm
 from llmexport.plugins.gated_act import ACTIVATIONS, gated_act
 from llmexport.plugins.gated_delta_net import gated_delta_net
 from llmexport.plugins.qk_norm_rope import qk_norm_rope
+from llmexport.plugins.qk_norm_rope_write import qk_norm_rope_write
 
-QK_NORM_ROPE, GATED_DELTA_NET = qk_norm_rope.name, gated_delta_net.name
+QK_NORM_ROPE, WRITE, GATED_DELTA_NET = qk_norm_rope.name, qk_norm_rope_write.name, gated_delta_net.name
 
 
 class Sums(TorchDispatchMode):
@@ -63,11 +64,16 @@ class _Gate:
 
 
 def fuse(module: nn.Module, sums: Sums, made: Collection[str]) -> None:
-    """From now on `module` computes AddRmsNorm and GatedAct as ops, within `sums`; and QkNormRope and GatedDeltaNet, if
-    they are among the ops that were `made` of the graph."""
+    """From now on `module` computes AddRmsNorm and GatedAct as ops, within `sums`; and QkNormRope, QkNormRopeWrite and
+    GatedDeltaNet, if they are among the ops that were `made` of the graph."""
     for part in module.modules():
-        if isinstance(part, Attention) and QK_NORM_ROPE in made and _turns(part.block):
-            part.heads_first = partial(_heads_first, part)
+        if isinstance(part, Attention) and _turns(part.block):
+            if part.block.scatters and WRITE in made:
+                part.heads_first = partial(_written, part)
+                # The op's keys and values are those of the cache.
+                part.seen = lambda key, value, given: (key, value)
+            elif QK_NORM_ROPE in made:
+                part.heads_first = partial(_heads_first, part, qk_norm_rope)
         if isinstance(part, GatedDeltaNet) and GATED_DELTA_NET in made:
             part.recalled = partial(_recalled, part)
         if isinstance(part, Mlp) and part.block.gated and part.block.activation in ACTIVATIONS:
@@ -94,9 +100,28 @@ def _is_the_ops(block: spec.Attention) -> bool:
     return block.qk_norm is not None and block.qk_norm.statistics == "rms" and block.qk_norm_over == "head"
 
 
-def _heads_first(
+def _written(
     attention: Attention, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    past_key, past_value, first = attention.slots(given)
+
+    def op(*read: Any) -> tuple[Tensor, Tensor, Tensor]:
+        cache = (past_key, past_value, first.to(torch.int32))
+        made: tuple[Tensor, Tensor, Tensor] = qk_norm_rope_write(*read[:5], *cache, *read[5:])
+        return made
+
+    return _heads_first(attention, op, q, k, v, given)
+
+
+def _heads_first(
+    attention: Attention,
+    op: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    given: dict[str, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op, QkNormRope or one that reads a cache besides, makes of q, k and v."""
     block = attention.block
     norm, first = block.qk_norm, block.qk_norm_place == "before_rotary"
     angles = attention.angles(given)
@@ -104,11 +129,11 @@ def _heads_first(
         weights = [attention.get_submodule(n).weight.to(q.dtype) for n in ("q_norm", "k_norm")]
         early = norm.rounding == "before_weight" and norm.weighted
         numbers = (norm.epsilon, norm.offset, early, first)
-        return qk_norm_rope(_where_it_lies(q), k, v, *angles, *weights, block.interleaved, *numbers)
+        return op(_where_it_lies(q), k, v, *angles, *weights, block.interleaved, *numbers)
     # A norm of another kind is computed where it is.
     if norm:
         q, k = attention.normed(q, "q_norm"), attention.normed(k, "k_norm")
-    return qk_norm_rope(_where_it_lies(q), k, v, *angles, None, None, block.interleaved, 0.0, 0.0, False, True)
+    return op(_where_it_lies(q), k, v, *angles, None, None, block.interleaved, 0.0, 0.0, False, True)
 
 
 def _where_it_lies(q: Tensor) -> Tensor:

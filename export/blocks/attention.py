@@ -43,7 +43,7 @@ class Attention(nn.Module):
         q, k, v = self.heads_first(q, k, v, given)
         if block.temperature:
             q = (q.float() * given["temperature"].unsqueeze(1).unsqueeze(-1)).to(q.dtype)
-        seen = key, value = self._seen(k, v, given)
+        seen = key, value = self.seen(k, v, given)
         scale = block.head_size**-0.5 if block.scale is None else block.scale
         if block.spans:
             sinks = self.sinks if block.sinks else None
@@ -66,17 +66,21 @@ class Attention(nn.Module):
             return q, None, None
         return q, self._turn(k, given, "k_norm"), v.transpose(1, 2)
 
-    def _seen(self, k: Tensor | None, v: Tensor | None, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def seen(self, k: Tensor | None, v: Tensor | None, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """All keys and values [B, heads, S, D] that the step sees, given those of its own tokens."""
         if k is None or v is None:
             return given["seen_key"], given["seen_value"]
         key, value = k, v
         if self.block.scatters:
-            key = tensor_scatter(given["past_key"], key, given["past_length"])
-            value = tensor_scatter(given["past_value"], value, given["past_length"])
+            past_key, past_value, first = self.slots(given)
+            key, value = tensor_scatter(past_key, key, first), tensor_scatter(past_value, value, first)
         elif self.block.cached:
             key, value = torch.cat((given["past_key"], key), 2), torch.cat((given["past_value"], value), 2)
         return key, value
+
+    def slots(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The static cache before the step, [B, heads, S, D] each, and the first slot of each row's step [B]."""
+        return given["past_key"], given["past_value"], given["past_length"]
 
     def _project(self, normed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """q, k, v as [B, T, heads, D], and the output gate [B, T, H * D] if there is one; None for what is borrowed."""

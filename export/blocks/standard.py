@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from onnx import TensorProto
 from torch import Tensor
 
+from llmexport.plugins.slots import written
+
 BOOL = TensorProto.DataType.BOOL
 
 
@@ -36,11 +38,7 @@ def tensor_scatter(past: Tensor, update: Tensor, write_indices: Tensor) -> Tenso
 
     Fails where a row would be written beyond S, as ONNX Runtime does; TensorRT does not tell.
     """
-    tokens = torch.arange(update.shape[2], device=update.device)
-    places = write_indices.reshape(-1, 1, 1, 1) + tokens.reshape(-1, 1)
-    if (places < 0).any() or (places >= past.shape[2]).any():
-        raise ValueError(f"a static cache of {past.shape[2]} slots has no slot {int(places.max())}")
-    return past.scatter(2, places.expand_as(update), update)
+    return written(past, update, write_indices)
 
 
 @torch.library.custom_op("llmexport::padding_must_be_on_the_left", mutates_args=())

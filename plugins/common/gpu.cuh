@@ -8,6 +8,8 @@
 #include "common/launch_plan.h"
 
 #ifdef LLMEXPORT_EMULATED
+#include <cstring>
+
 #include "cpu/emulator.h"
 #else
 #include <cuda_runtime.h>
@@ -80,6 +82,17 @@ namespace llmexport {
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t stream, A... args) {
   return launchPrepared(false, kernel, plan, stream, args...);
+}
+
+// From memory of the GPU to other memory of it, as a kernel of the stream.
+inline cudaError_t copyBytes(void* to, void const* from, int64_t bytes, cudaStream_t stream) {
+#ifdef LLMEXPORT_EMULATED
+  (void)stream;
+  std::memcpy(to, from, size_t(bytes));
+  return cudaSuccess;
+#else
+  return cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToDevice, stream);
+#endif
 }
 
 }  // namespace llmexport

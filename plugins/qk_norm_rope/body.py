@@ -12,14 +12,19 @@ LAST = 2**63 - 1
 
 def body(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
     """The operators that it stands for, so that ONNX Runtime computes the same nodes with it as without."""
+    return step(attributes, types, sizes, "key", "value")
+
+
+def step(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int], key: str, value: str) -> str:
+    """What makes query, and `key` and `value` of the step's own tokens [B, G, T, D]."""
     wide = types["q"] != "float32"
     whole = 2 * sizes["R"] == sizes["D"]
     # As Rope's body: ONNX Runtime 1.23 wants the heads' number elsewhere, TensorRT-RTX 1.7 builds no interleaved one.
     standard = whole and not wide and not attributes["interleaved"]
     shared = "" if standard else _angles(wide)
     apart = "" if sizes["Q"] == sizes["D"] else "q_only = Slice (q, zero, head_size, last_axis, one)"
-    heads = [_head(x, y, attributes, sizes, types, wide, standard) for x, y in (("q", "query"), ("k", "key"))]
-    text = "\n".join([apart, shared, *heads, "value = Transpose <perm = [0, 2, 1, 3]> (v)"])
+    heads = [_head(x, y, attributes, sizes, types, wide, standard) for x, y in (("q", "query"), ("k", key))]
+    text = "\n".join([apart, shared, *heads, f"{value} = Transpose <perm = [0, 2, 1, 3]> (v)"])
     return f"{_constants(text, sizes)}\n{text}"
 
 

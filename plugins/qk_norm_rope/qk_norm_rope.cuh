@@ -16,6 +16,31 @@ struct Heads {
   int count;
 };
 
+// Where a token of a head goes: row `at` of `ofRows`.
+struct Row {
+  int64_t at;
+  int ofRows;
+  bool exists;
+};
+
+// Every head has a row for each token of the step.
+struct StepRows {
+  __device__ Row of(bool, int64_t, int64_t t, int tokens) const { return {t, tokens, true}; }
+};
+
+// Those of k and v have the slots of a cache, which a step writes from first[batch] on.
+struct CacheRows {
+  int32_t const* first;  // [B]
+  int slots;
+
+  __device__ Row of(bool isQ, int64_t batch, int64_t t, int tokens) const {
+    if (isQ) return {t, tokens, true};
+    int64_t const slot = first[batch] + t;
+    bool const exists = slot >= 0 && slot < slots;
+    return {exists ? slot : 0, slots, exists};
+  }
+};
+
 // One head of one token. A unit of it is kWidth pairs, which lie in two vectors, or, past the
 // rotated part, one vector.
 template <class T, int kWidth, bool kInterleaved>
@@ -113,12 +138,14 @@ class Head {
 //
 // Heads of q begin `apart` elements after each other. Strides are unsigned: signs would be extended
 // in each thread, and so there are no more instructions than where all heads are dense.
-template <class T, int kWidth, bool kInterleaved, bool kOnce>
+//
+// Rows is where tokens go: StepRows or CacheRows. A token that has no row is computed and lost.
+template <class T, int kWidth, bool kInterleaved, bool kOnce, class Rows>
 __global__ void __launch_bounds__(kQkNormRopeThreads)
     qkNormRopeKernel(Heads<T> q, Heads<T> k, Heads<T> v, T const* cos, T const* sin, int tokens,
-                     int size, int apart, int pairs, QkNormRopeAttributes attributes) {
+                     int size, int apart, int pairs, QkNormRopeAttributes attributes, Rows rows) {
   int const place = blockIdx.y * blockDim.y + threadIdx.y;
-  bool const here = place < q.count + k.count + v.count;  // others still take part in shuffles
+  bool const there = place < q.count + k.count + v.count;  // others still take part in shuffles
   bool const isQ = place < q.count, isK = !isQ && place < q.count + k.count;
   int const count = isQ ? q.count : k.count;
   unsigned const dense = unsigned(size), stride = isQ ? unsigned(apart) : dense;
@@ -128,8 +155,10 @@ __global__ void __launch_bounds__(kQkNormRopeThreads)
   T* const y = isQ ? q.y : isK ? k.y : v.y;
   int64_t const token = blockIdx.x, batch = blockIdx.x / unsigned(tokens);
   int64_t const t = blockIdx.x % unsigned(tokens);
+  Row const row = rows.of(isQ, batch, t, tokens);
+  bool const here = there && row.exists;
   Head<T, kWidth, kInterleaved> const head(x + uint64_t(token * count + h) * stride, weight,
-                                           y + uint64_t((batch * count + h) * tokens + t) * dense,
+                                           y + uint64_t((batch * count + h) * row.ofRows + row.at) * dense,
                                            cos + token * pairs, sin + token * pairs, isQ || isK,
                                            size, pairs);
   int const lane = int(threadIdx.x), lanes = int(blockDim.x);

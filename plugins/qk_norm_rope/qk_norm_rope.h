@@ -31,8 +31,9 @@ struct QkNormRopePlan {
   bool once;  // whether a thread holds all that it takes of a head in registers
 };
 
-bool qkNormRopeFits(QkNormRopeSizes const& sizes);
-bool qkNormRopeServes(QkNormRopeSizes const& sizes);
+// `op` is what a refusal calls it.
+bool qkNormRopeFits(QkNormRopeSizes const& sizes, char const* op = "QkNormRope");
+bool qkNormRopeServes(QkNormRopeSizes const& sizes, char const* op = "QkNormRope");
 
 // Sizes are at least 1.
 QkNormRopePlan qkNormRopePlan(QkNormRopeSizes const& sizes, Dtype dtype, bool pointersAligned);

@@ -128,6 +128,13 @@ HOST IPluginV3* llmexportHostRecreate(IPluginCreatorV3One* creator, IPluginV3* p
 }
 
 HOST int32_t llmexportHostOutputs(IPluginV3* plugin) { return build(plugin)->getNbOutputs(); }
+// The input whose memory an output may have; -1 for none, and where the plugin's interface has no
+// such question.
+HOST int32_t llmexportHostAliased(IPluginV3* plugin, int32_t output) {
+  IPluginV3OneBuild* const asked = build(plugin);
+  if (asked->getInterfaceInfo().major < 2) return -1;
+  return static_cast<IPluginV3OneBuildV2*>(asked)->getAliasedInput(output);
+}
 HOST int32_t llmexportHostTypes(IPluginV3* plugin, int32_t const* in, int32_t nbInputs,
                                 int32_t* out, int32_t nbOutputs) {
   return build(plugin)->getOutputDataTypes(reinterpret_cast<DataType*>(out), nbOutputs,

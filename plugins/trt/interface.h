@@ -1,5 +1,5 @@
 // The part of TensorRT's plugin ABI that a V3 plugin meets: TensorRT 10.0 and later, and TensorRT
-// for RTX.
+// for RTX; of 10.3 and later IPluginV3OneBuildV2.
 //
 // It is declared here so that the library builds where TensorRT has no headers, and so that one
 // build serves every version. Only the order of virtual functions and members and the values of
@@ -176,6 +176,13 @@ class IPluginV3OneBuild : public IPluginCapability {
   virtual char const* getTimingCacheID() noexcept { return nullptr; }
   virtual int32_t getFormatCombinationLimit() noexcept { return 100; }
   virtual char const* getMetadataString() noexcept { return nullptr; }
+};
+
+class IPluginV3OneBuildV2 : public IPluginV3OneBuild {
+ public:
+  InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN_V3ONE_BUILD", 2, 0}; }
+  // The input whose memory an output may have, or -1.
+  virtual int32_t getAliasedInput(int32_t) noexcept { return -1; }
 };
 
 class IPluginV3OneRuntime : public IPluginCapability {

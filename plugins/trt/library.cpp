@@ -53,9 +53,10 @@ std::string kindOf(Attribute const& attribute) {
 }
 
 std::string tableOf(Op const& op) {
-  auto const tensor = [](Tensor const& t) {
+  auto const tensor = [&](Tensor const& t) {
     return std::string(t.name) + ": " + nameOf(t.element) + "[" + t.dims +
-           (t.optional ? "]?" : "]");
+           (t.optional ? "]?" : "]") +
+           (t.in == kNowhere ? "" : std::string(" in ") + op.inputs[size_t(t.in)].name);
   };
   auto const attribute = [](Attribute const& a) { return std::string(a.name) + ": " + kindOf(a); };
   return std::string(op.name) + "(" + joined(op.inputs, ", ", tensor) + "; " +
@@ -86,6 +87,7 @@ LLMEXPORT_EXPORT void setLoggerFinder(llmexport::trt::ILoggerFinder*) {}
 
 // The table of each op as a line:
 //   Pick(scores: T[BTE], bias: T[E]?; top_k: int K, scoring: softmax|sigmoid) -> best: int32[BTK]
+// An output that may have an input's memory says so: `cache: T[BSD] in past`.
 LLMEXPORT_EXPORT char const* llmexportOps() {
   static std::string const tables =
       llmexport::joined(llmexport::creators(), "\n",

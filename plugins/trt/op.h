@@ -63,15 +63,20 @@ namespace llmexport {
 enum class Element { kT, kW, kS, kFloat32, kInt32, kUint8 };
 
 constexpr bool kOptional = true;
+constexpr int32_t kNowhere = -1;  // as TensorRT says it
 
 // `dims` names the dimensions, one letter each, as in <op>/__init__.py. A letter has one size; a
 // letter of an output is one of the inputs' or an attribute's, or Op's `half`. An op's first input
 // is of kT; only its last inputs may be optional, and a node leaves them out from the end.
+//
+// An output may be `in` the memory of an input of the same type and shape, by its place: then the
+// op writes what changes alone, and it is right too where TensorRT gives each its own memory.
 struct Tensor {
   char const* name;
   char const* dims;
   Element element = Element::kT;
   bool optional = false;
+  int32_t in = kNowhere;
 };
 
 enum class Kind { kBool, kInt, kFloat, kChoice };

@@ -14,6 +14,18 @@ constexpr int32_t kAccepted = 0, kRefused = 1;
 
 }  // namespace
 
+trt::InterfaceInfo Build::getInterfaceInfo() const noexcept {
+  for (Tensor const& output : op_.outputs) {
+    if (output.in != kNowhere) return IPluginV3OneBuildV2::getInterfaceInfo();
+  }
+  return IPluginV3OneBuild::getInterfaceInfo();
+}
+
+int32_t Build::getAliasedInput(int32_t output) noexcept {
+  bool const isOutput = output >= 0 && size_t(output) < op_.outputs.size();
+  return isOutput ? op_.outputs[size_t(output)].in : kNowhere;
+}
+
 trt::IPluginCapability* Plugin::getCapabilityInterface(trt::PluginCapabilityType type) noexcept {
   switch (type) {
     case trt::PluginCapabilityType::kCORE:

@@ -10,12 +10,25 @@ namespace llmexport {
 constexpr char const* kNamespace = "llmexport";
 constexpr char const* kVersion = "1";
 
+// The interface of a builder, of the version that an op needs: TensorRT before 10.3 does not know
+// the second, and builders treat its plugins in another way.
+class Build : public trt::IPluginV3OneBuildV2 {
+ public:
+  explicit Build(Op const& op) : op_(op) {}
+
+  trt::InterfaceInfo getInterfaceInfo() const noexcept override;
+  int32_t getAliasedInput(int32_t output) noexcept override;
+
+ protected:
+  Op const& op_;
+};
+
 class Plugin final : public trt::IPluginV3,
                      public trt::IPluginV3OneCore,
-                     public trt::IPluginV3OneBuild,
+                     public Build,
                      public trt::IPluginV3OneRuntime {
  public:
-  Plugin(Op const& op, Values const& attributes) : op_(op), attributes_(attributes) {}
+  Plugin(Op const& op, Values const& attributes) : Build(op), attributes_(attributes) {}
 
   trt::IPluginCapability* getCapabilityInterface(trt::PluginCapabilityType type) noexcept override;
   Plugin* clone() noexcept override;
@@ -70,7 +83,6 @@ class Plugin final : public trt::IPluginV3,
     return {form.dtype, form.stored, form.scales, form.inputs, form.sizes, attributes_};
   }
 
-  Op const& op_;
   Values attributes_;
   // onShapeChange sets these.
   std::optional<Form> form_;

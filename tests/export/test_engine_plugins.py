@@ -93,6 +93,36 @@ def test_an_op_that_does_not_become_a_plugin_layer_is_an_error(copy: Path, monke
     assert not (copy / "model.plan").exists()
 
 
+# One with windows between, one that reads q beside its gate, and one of full layers alone.
+FUSED = [("gpt_oss", "bfloat16", 1), ("qwen3_5_moe", "float32", 1), ("gemma", "float16", 3)]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "layers"),
+    [case if case[0] == "gemma" else pytest.param(*case, marks=pytest.mark.slow) for case in FUSED],
+)
+def test_an_op_that_writes_a_cache_in_place_is_one_layer_of_an_engine(
+    arch: str, dtype: str, layers: int, exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of TensorRT's own for that is left; without its preview it refuses the plugin."""
+    folder = Path(shutil.copytree(exported(arch, dtype, slots=64, cache="static-fused"), tmp_path / "export"))
+    record = engine.build(folder, plugins=emulated_library()).graphs["model"]
+    assert record.plugins == manifest.read(folder).graphs[0].ops
+    assert record.plugins["QkNormRopeWrite"] == layers
+    assert record.layers["PLUGIN_V3"] == sum(record.plugins.values())
+    assert "KV_CACHE_UPDATE" not in record.layers
+    if arch == "gemma":
+        monkeypatch.setattr(engine_job, "declared", list)
+        with pytest.raises(EngineError, match="ALIASED_PLUGIN_IO"):
+            engine.build(folder, plugins=emulated_library())
+
+
+def test_without_plugins_its_body_is_tensorrts_own(exported, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported("gemma", "float16", slots=64, cache="static-fused"), tmp_path / "export"))
+    record = engine.build(folder, plugins=None).graphs["model"]
+    assert (record.layers["KV_CACHE_UPDATE"], "PLUGIN_V3" in record.layers) == (6, False)
+
+
 @pytest.mark.parametrize(
     ("arch", "ops"),
     [

@@ -50,10 +50,13 @@ def test_every_architecture_gives_the_logits_of_transformers(case: Case, tiny_ch
     assert mask.shape[1] - ids.shape[1] == PROMPT + DECODE + PIECE
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt_oss", "qwen3_5_moe"])
-def test_past_and_present_of_use_slots_may_be_one_buffer(arch: str, exported) -> None:
+@pytest.mark.parametrize(
+    ("arch", "cache"),
+    [("llama", "static"), ("gpt_oss", "static"), ("qwen3_5_moe", "static"), ("llama", "static-fused")],
+)
+def test_past_and_present_of_use_slots_may_be_one_buffer(arch: str, cache: str, exported) -> None:
     """All other states have two, which change places at every step; no shape changes but that of the tokens."""
-    folder = exported(arch, slots=SLOTS)
+    folder = exported(arch, slots=SLOTS, cache=cache)
     plain, bound = Decoder(folder, "onnxruntime"), session(folder)
     ids, mask = prompt()
     positions = np.maximum(mask.cumsum(-1) - 1, 0)
@@ -176,12 +179,45 @@ def test_an_encoder_has_no_cache(tiny_checkpoint, tmp_path) -> None:
         ("static", 0, "--max-tokens is 0: make it 16 to"),
         ("static", -1, "--max-tokens is -1: make it 16 to"),
         ("static", 2**40, "make it 16 to"),
-        ("paged", None, "cache is 'paged': choose one of dynamic, static"),
+        ("static-fused", None, "add --max-tokens"),
+        ("static-fused", 8, "--max-tokens is 8: make it 16 to"),
+        ("paged", None, "cache is 'paged': choose one of dynamic, static, static-fused"),
     ],
 )
 def test_a_cache_that_cannot_be_is_refused(cache: str, slots: int | None, said: str, tmp_path) -> None:
     with pytest.raises(ExportError, match=said):
         export(None, tmp_path / "out", arch="llama", cache=cache, max_tokens=slots)
+
+
+def test_a_cache_that_no_op_can_write_is_refused(tiny_checkpoint, tmp_path) -> None:
+    said = "--cache static-fused: no layer here turns q and k by RoPE and writes them into slots: take --cache static"
+    with pytest.raises(ExportError, match=said):
+        export(tiny_checkpoint("gpt2"), tmp_path / "out", cache="static-fused", max_tokens=64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_that_an_op_writes_is_not_for_onnx_runtime(tiny_checkpoint, tmp_path) -> None:
+    said = "--cache static-fused is for TensorRT with our plugins: for ONNX Runtime take --cache static"
+    with pytest.raises(ExportError, match=said):
+        export(tiny_checkpoint("llama"), tmp_path / "out", cache="static-fused", max_tokens=64, target="onnxruntime")
+
+
+@pytest.mark.parametrize("arch", ["gemma", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_an_op_writes_a_cache_as_the_operators_do(arch: str, exported) -> None:
+    """Bit by bit in ONNX Runtime and in PyTorch, each row from its own slot on; and they carry the same states."""
+    folders = [exported(arch, slots=SLOTS, cache=cache) for cache in ("static", "static-fused")]
+    ops = [manifest.read(folder).graphs[0].ops for folder in folders]
+    assert ("QkNormRopeWrite" in ops[0], "QkNormRopeWrite" in ops[1]) == (False, True)
+    for runner in RUNNERS:
+        decoders = [Decoder(folder, runner) for folder in folders]
+        ids, mask = prompt()
+        positions = np.maximum(mask.cumsum(-1) - 1, 0)
+        for _ in range(3):
+            one, other = (d.step(ids, positions, mask) for d in decoders)
+            assert np.array_equal(one, other)
+            assert all(np.array_equal(a, decoders[1].past[n]) for n, a in decoders[0].past.items())
+            ids, positions = one[:, -1:].argmax(-1), positions[:, -1:] + 1
+            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
 
 
 def test_a_manifest_from_before_static_caches_reads_as_a_dynamic_one(exported) -> None:

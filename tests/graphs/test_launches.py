@@ -95,19 +95,25 @@ def test_every_op_with_a_plugin_has_its_kernels() -> None:
     assert KERNELS.keys() == served()
 
 
-def of_layers(made: onnx.ModelProto, arch: str) -> dict[str, dict[str, int]]:
+def static(exported, name: str) -> onnx.ModelProto:
+    """The export of a row of golden_launches.json, which names an architecture, and a cache if it is not `static`."""
+    arch, _, cache = name.partition(" ")
+    folder = exported(arch, "bfloat16", slots=64, cache=cache or "static")
+    return onnx.load(folder / "model.onnx", load_external_data=False)
+
+
+def of_layers(made: onnx.ModelProto, name: str) -> dict[str, dict[str, int]]:
     """What golden_launches.json says of an export."""
-    found = {step: dict(launches(made, step)) for step in GOLDEN[arch]}
+    found = {step: dict(launches(made, step)) for step in GOLDEN[name]}
     return {step: {**counts, "all": sum(counts.values())} for step, counts in found.items()}
 
 
-ONCE = ("gemma", "qwen3_5_moe")
+ONCE = ("gemma", "qwen3_5_moe", "gemma static-fused")
 
 
-@pytest.mark.parametrize("arch", [a if a in ONCE else pytest.param(a, marks=pytest.mark.slow) for a in GOLDEN])
-def test_a_decode_layer_takes_no_launch_more(arch: str, exported) -> None:
-    made = onnx.load(exported(arch, "bfloat16", slots=64) / "model.onnx", load_external_data=False)
-    assert of_layers(made, arch) == GOLDEN[arch]
+@pytest.mark.parametrize("name", [a if a in ONCE else pytest.param(a, marks=pytest.mark.slow) for a in GOLDEN])
+def test_a_decode_layer_takes_no_launch_more(name: str, exported) -> None:
+    assert of_layers(static(exported, name), name) == GOLDEN[name]
 
 
 def put_back(made: onnx.ModelProto, step: str, op: str) -> None:
@@ -130,9 +136,10 @@ def put_back(made: onnx.ModelProto, step: str, op: str) -> None:
 
 # A compiler makes one kernel of the point-wise operators of some.
 @pytest.mark.parametrize(
-    ("arch", "op", "takes_more"),
+    ("name", "op", "takes_more"),
     [
         ("gemma", "QkNormRope", True),
+        ("gemma static-fused", "QkNormRopeWrite", True),
         ("gemma", "AddRmsNorm", False),
         ("gemma", "GatedAct", False),
         # Of two norms.
@@ -140,10 +147,10 @@ def put_back(made: onnx.ModelProto, step: str, op: str) -> None:
         ("qwen3_5_moe", "GatedDeltaNet", True),
     ],
 )
-def test_an_op_put_back_into_operators_is_seen(arch: str, op: str, takes_more: bool, exported) -> None:
-    made = onnx.load(exported(arch, "bfloat16", slots=64) / "model.onnx", load_external_data=False)
+def test_an_op_put_back_into_operators_is_seen(name: str, op: str, takes_more: bool, exported) -> None:
+    made = static(exported, name)
     put_back(made, "layers.1", op)
-    found, golden = of_layers(made, arch)["layers.1"], GOLDEN[arch]["layers.1"]
+    found, golden = of_layers(made, name)["layers.1"], GOLDEN[name]["layers.1"]
     assert found.get(op, 0) == golden[op] - 1
     assert (found["all"] > golden["all"]) == takes_more
     assert found != golden

@@ -168,9 +168,9 @@ int main() {
                &theirs::apiv::VExprBuilder::declareSizeTensor);
 
   KIND(IPluginV3), KIND(IPluginV3OneCore), KIND(IPluginV3OneBuild), KIND(IPluginV3OneRuntime);
-  KIND(IPluginCreatorV3One);
+  KIND(IPluginCreatorV3One), KIND(IPluginV3OneBuildV2);
   SIZE(IPluginV3), SIZE(IPluginV3OneCore), SIZE(IPluginV3OneBuild), SIZE(IPluginV3OneRuntime);
-  SIZE(IPluginCreatorV3One);
+  SIZE(IPluginCreatorV3One), SIZE(IPluginV3OneBuildV2);
   SLOT(IVersionedInterface, getAPILanguage), SLOT(IVersionedInterface, getInterfaceInfo);
   SLOT(IPluginV3, getCapabilityInterface), SLOT(IPluginV3, clone);
   SLOT(IPluginV3OneCore, getPluginName), SLOT(IPluginV3OneCore, getPluginVersion);
@@ -180,7 +180,7 @@ int main() {
   SLOT(IPluginV3OneBuild, getNbOutputs), SLOT(IPluginV3OneBuild, getWorkspaceSize);
   SLOT(IPluginV3OneBuild, getValidTactics), SLOT(IPluginV3OneBuild, getNbTactics);
   SLOT(IPluginV3OneBuild, getTimingCacheID), SLOT(IPluginV3OneBuild, getFormatCombinationLimit);
-  SLOT(IPluginV3OneBuild, getMetadataString);
+  SLOT(IPluginV3OneBuild, getMetadataString), SLOT(IPluginV3OneBuildV2, getAliasedInput);
   SLOT(IPluginV3OneRuntime, setTactic), SLOT(IPluginV3OneRuntime, onShapeChange);
   SLOT(IPluginV3OneRuntime, enqueue), SLOT(IPluginV3OneRuntime, attachToContext);
   SLOT(IPluginV3OneRuntime, getFieldsToSerialize);

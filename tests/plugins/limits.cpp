@@ -10,6 +10,7 @@
 #include "moe_experts/moe_experts.h"
 #include "moe_route/moe_route.h"
 #include "qk_norm_rope/qk_norm_rope.h"
+#include "qk_norm_rope_write/qk_norm_rope_write.h"
 #include "rope/rope.h"
 #include "sink_attention/sink_attention.h"
 #include "wkv/wkv.h"
@@ -31,6 +32,11 @@ extern "C" int launch_Rope(int64_t const* s) {
 
 extern "C" int launch_QkNormRope(int64_t const* s) {
   return qkNormRope(kDtype, {s[0], s[1], s[2], s[3], s[4], s[5], s[6]}, {}, {}, nullptr);
+}
+
+extern "C" int launch_QkNormRopeWrite(int64_t const* s) {
+  return qkNormRopeWrite(kDtype, {{s[0], s[1], s[2], s[3], s[4], s[5], s[6]}, s[7]}, {}, {},
+                         nullptr);
 }
 
 extern "C" int launch_AddRmsNorm(int64_t const* s) {

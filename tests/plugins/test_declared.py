@@ -6,7 +6,9 @@ from llmexport.plugins.spec import all_ops
 
 def test_it_says_what_the_ops_themselves_say() -> None:
     ops = {
-        name: Declared(name, op.version, op.inputs, op.outputs, {n: t.__name__ for n, t in op.attributes.items()})
+        name: Declared(
+            *(name, op.version, op.inputs, op.outputs, {n: t.__name__ for n, t in op.attributes.items()}, op.aliases)
+        )
         for name, op in all_ops().items()
     }
     assert {op.name: op for op in declared()} == ops

@@ -26,7 +26,8 @@ def table(op: Op) -> str:
     """What llmexportOps() of trt/library.cpp should say of it."""
 
     def tensors(dims: dict[str, tuple[str, ...]]) -> str:
-        return ", ".join(f"{n}: {op.types[n]}[{''.join(d)}]{'?' * (n in op.optional)}" for n, d in dims.items())
+        said = dict.fromkeys(op.optional, "?") | {n: f" in {past}" for n, past in op.aliases.items()}
+        return ", ".join(f"{n}: {op.types[n]}[{''.join(d)}]{said.get(n, '')}" for n, d in dims.items())
 
     def kind(attribute: str) -> str:
         if attribute in op.choices:
@@ -38,7 +39,8 @@ def table(op: Op) -> str:
 
 
 def test_tables_say_what_the_references_say() -> None:
-    """Names, dimensions and types of inputs and outputs, which are optional, attributes, their kinds and choices."""
+    """Names, dimensions and types of inputs and outputs, which are optional, which may have the memory of which,
+    attributes, their kinds and choices."""
     ops = ctypes.CDLL(str(emulated_library())).llmexportOps
     ops.restype = ctypes.c_char_p
     assert sorted(ops().decode().splitlines()) == sorted(table(OPS[name]) for name in served())
@@ -79,3 +81,23 @@ def test_an_op_that_would_have_no_table_is_refused(
 
     with pytest.raises(TypeError, match=f"TableBad: .*{says}"):
         op("TableBad", 1, dims, {"y": output}, choices=choices)(table_bad)
+
+
+@pytest.mark.parametrize(
+    ("aliases", "says"),
+    [
+        ({"x": "past"}, "aliases names no output, .*: x"),
+        ({"y": "bias"}, "aliases names no output, .*: y"),
+        ({"y": "none"}, "aliases names no output, .*: y"),
+        ({"at": "past"}, "aliases names no output, .*: at"),
+        ({"y": "rest"}, "an input that may be left out is no output's memory: rest"),
+    ],
+)
+def test_an_output_has_the_memory_of_no_input_of_another_form(
+    scratch_ops: None, aliases: dict[str, str], says: str
+) -> None:
+    def table_alias(x: Tensor, past: Tensor, bias: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    dims = {"x": "B", "past": "B D", "bias": "D", "rest": "B D"}
+    with pytest.raises(TypeError, match=f"TableAlias: {says}"):
+        op("TableAlias", 1, dims, {"y": "B D", "at": "B D"}, types={"at": "int32"}, aliases=aliases)(table_alias)

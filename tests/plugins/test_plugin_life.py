@@ -124,6 +124,15 @@ def test_shapes_are_the_references(library: Library, case: Case, known: bool) ->
     assert created(library, case).output_shapes(input_descs(case, "bf16"), known) == want
 
 
+def test_outputs_may_have_the_memory_that_the_op_says(library: Library, case: Case) -> None:
+    plugin, inputs = created(library, case), [*case.spec.inputs]
+    said = {i: inputs.index(case.spec.aliases[n]) for i, n in enumerate(case.spec.outputs) if n in case.spec.aliases}
+    # There is no output before the first and after the last.
+    assert [plugin.aliased(i) for i in range(-1, plugin.outputs + 1)] == [
+        said.get(i, -1) for i in range(-1, plugin.outputs + 1)
+    ]
+
+
 def test_types_are_those_of_the_reference(library: Library, case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     plugin = created(library, case)
     for dtype in DTYPES:
@@ -231,6 +240,7 @@ def test_configures_with_dynamic_dimensions(library: Library, case: Case) -> Non
         ("Rope", "H", 2**20, "Rope: the product of H is 1048576, the kernels take 262140"),
         ("QkNormRope", "T", 2**31, "QkNormRope: the product of BT is 4294967296, the kernels take 2147483647"),
         ("QkNormRope", "H", 2**16, "QkNormRope: q, k and v have 65540 heads, the kernels take 65535"),
+        ("QkNormRopeWrite", "T", 2**31, "QkNormRopeWrite: the product of BT is 4294967296, the kernels take 21474836"),
         ("GatedAct", "T", 2**40, "GatedAct: the product of BTI is 81363860455424, the kernels take 1099511627264"),
         ("AddRmsNorm", "T", 2**31, "AddRmsNorm: the product of BT is 4294967296, the kernels take 2147483647"),
         ("CausalConv1d", "B", 2**31, "CausalConv1d: the product of BT is 135291469824, the kernels take 2147483647"),

@@ -16,8 +16,7 @@ from llmexport.export.trace import trace_body
 from llmexport.plugins import spec
 from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops, op, op_name
 
-# What TensorRT's ONNX parser imports itself, whatever the domain,
-# besides the ONNX operators.
+# What TensorRT's ONNX parser imports itself, whatever the domain, besides the ONNX operators.
 TENSORRT_IMPORTERS = {
     "CausalConvWithState",
     "GroupQueryAttention",
@@ -30,10 +29,11 @@ TENSORRT_IMPORTERS = {
     "SkipSimplifiedLayerNormalization",
     "SwiGLU",
 }
+TURNED = ("QkNormRope", "QkNormRopeWrite")
 NORM = {"epsilon": 1e-6, "weight_offset": 1.0, "round_before_weight": True}
 ATTRIBUTES = {
     "Rope": {"interleaved": True},
-    "QkNormRope": {"interleaved": False, **NORM, "norm_first": True},
+    **{key: {"interleaved": False, **NORM, "norm_first": True} for key in TURNED},
     "AddRmsNorm": NORM,
     "GatedAct": {"activation": "silu", "alpha": 0.0, "limit": 0.0},
     "SinkAttention": {"scale": 0.5, "softcap": 30.0, "window": 3},
@@ -50,7 +50,7 @@ ATTRIBUTES = {
 SIZES = {"B": 2, "H": 3, "T": 5, "D": 6, "R": 2, "C": 7, "I": 8, "J": 8}
 # Those of an op that means something else by a letter, or needs sizes that fit each other.
 OWN_SIZES = {
-    "QkNormRope": {"G": 1, "Q": 9},
+    **{key: {"G": 1, "Q": 9, "S": 8} for key in TURNED},
     "SinkAttention": {"G": 1, "S": 8},
     "GatedDeltaNet": {"C": 48, "V": 4, "O": 1, "K": 4, "S": 3},
     **{key: {"G": 1, "V": 4} for key in ("GatedDeltaRule", "KimiDeltaRule", "Wkv7")},
@@ -62,7 +62,7 @@ OWN_SIZES = {
 # Every op with all its inputs, and without as many of the last as may be left out.
 CALLS = [(n, 0) for n in ATTRIBUTES]
 CALLS += [(n, 1) for n in ("SinkAttention", "CausalConv1d", "MoeRoute", "GatedAct", "AddRmsNorm")]
-CALLS += [("QkNormRope", 2), *(("MoeExperts", n) for n in (2, 4, 6, 8))]
+CALLS += [*((n, 2) for n in TURNED), *(("MoeExperts", n) for n in (2, 4, 6, 8))]
 calls = pytest.mark.parametrize(("name", "without"), CALLS)
 
 
@@ -166,7 +166,7 @@ def test_every_op_is_checked_here():
 def test_every_op_is_called_without_each_input_that_may_be_left_out():
     may = {(n, i) for n, made in all_ops().items() for i in range(len(made.optional) + 1)}
     # What experts may have comes in pairs, as the weights of two norms do.
-    assert set(CALLS) == may - {("MoeExperts", n) for n in (1, 3, 5, 7)} - {("QkNormRope", 1)}
+    assert set(CALLS) == may - {*((n, 1) for n in TURNED), *(("MoeExperts", n) for n in (1, 3, 5, 7))}
 
 
 @calls

@@ -56,6 +56,28 @@ def test_and_with_its_ops_as_plugin_layers(arch: str, dtype: str, exported, monk
     assert (rung.status, rung.note) == ("pass", PLUGINS)
 
 
+SWAPPED = """
+op = [n for n in model.graph.node if n.op_type == "QkNormRopeWrite"][1]
+op.input[5], op.input[6] = op.input[6], op.input[5]
+"""
+
+
+@pytest.mark.parametrize("plugins", [True, False])
+def test_and_with_a_cache_that_an_op_of_ours_writes(plugins: bool, exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the op's reference, and by its body."""
+    monkeypatch.setattr(library, "find", emulated_library if plugins else lambda: None)
+    assert climb(exported("gemma", "float16", slots=160, cache="static-fused")).status == "pass"
+
+
+@pytest.mark.slow
+def test_pasts_in_each_others_place_are_traced_to_the_op(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "find", emulated_library)
+    monkeypatch.setattr(builder, "COMMAND", planted.builder("", SWAPPED))
+    rung = climb(exported("gemma", "float16", slots=160, cache="static-fused"))
+    assert rung.status == "fail"
+    assert re.search(r"first in \w+: layer layers\.1/\S+QkNormRopeWrite \(PLUGIN_V3\)", rung.note), rung.note
+
+
 SEEING = [(c, d, p) for c in TOWERS for d in DTYPES for p in (True, False)]
 SEEING_ONCE = [(TOWERS[0], "float16", False), (TOWERS[-1], "bfloat16", True)]
 

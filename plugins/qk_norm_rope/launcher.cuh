@@ -1,0 +1,44 @@
+// The launch of qkNormRopeKernel, which QkNormRope and QkNormRopeWrite share.
+#pragma once
+
+#include "qk_norm_rope/qk_norm_rope.cuh"
+
+namespace llmexport {
+
+template <class T, int kWidth, bool kInterleaved, bool kOnce, class Rows>
+cudaError_t startQkNormRope(QkNormRopePlan const& plan, QkNormRopeSizes const& s,
+                            QkNormRopeAttributes const& attributes, QkNormRopeTensors const& t,
+                            Rows const& rows, cudaStream_t stream) {
+  auto const heads = [](void const* x, void const* weight, void* y, int64_t count) {
+    return Heads<T>{typed<T>(x), typed<T>(weight), typed<T>(y), int(count)};
+  };
+  return launch(qkNormRopeKernel<T, kWidth, kInterleaved, kOnce, Rows>, plan.launch, stream,
+                heads(t.q, t.qWeight, t.query, s.H), heads(t.k, t.kWeight, t.key, s.G),
+                heads(t.v, nullptr, t.value, s.G), typed<T>(t.cos), typed<T>(t.sin), int(s.T),
+                int(s.D), int(s.Q), int(s.R), attributes, rows);
+}
+
+// `rows` is as the kernel's. There is nothing to do where a size is 0.
+template <class Rows>
+cudaError_t launchQkNormRope(Dtype dtype, QkNormRopeSizes const& s,
+                             QkNormRopeAttributes const& attributes, QkNormRopeTensors const& t,
+                             Rows const& rows, cudaStream_t stream) {
+  if (product({s.B, s.T, s.D, s.H + 2 * s.G}) == 0) return cudaSuccess;
+  bool const alignedAll =
+      aligned({t.q, t.k, t.v, t.cos, t.sin, t.qWeight, t.kWeight, t.query, t.key, t.value});
+  QkNormRopePlan const plan = qkNormRopePlan(s, dtype, alignedAll);
+  return withType(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    auto const choose = [&](auto turned) {
+      constexpr bool kInterleaved = decltype(turned)::value;
+      if (plan.width == 1) return startQkNormRope<T, 1, kInterleaved, false, Rows>;
+      return plan.once ? startQkNormRope<T, kFullWidth<T>, kInterleaved, true, Rows>
+                       : startQkNormRope<T, kFullWidth<T>, kInterleaved, false, Rows>;
+    };
+    auto const function =
+        attributes.interleaved ? choose(std::true_type{}) : choose(std::false_type{});
+    return function(plan, s, attributes, t, rows, stream);
+  });
+}
+
+}  // namespace llmexport

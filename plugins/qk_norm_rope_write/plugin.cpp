@@ -1,0 +1,68 @@
+#include "qk_norm_rope_write/qk_norm_rope_write.h"
+#include "trt/op.h"
+
+namespace llmexport {
+namespace {
+
+enum Inputs { kQ, kK, kV, kCos, kSin, kPastKey, kPastValue, kWriteIndices, kQWeight, kKWeight };
+enum Outputs { kQuery, kKey, kValue };
+enum Attributes { kInterleaved, kEpsilon, kWeightOffset, kRoundBeforeWeight, kNormFirst };
+
+QkNormRopeWriteSizes sizesOf(Sizes const& s) {
+  return {{s['B'], s['T'], s['H'], s['G'], s['D'], s['R'], s['Q']}, s['S']};
+}
+
+QkNormRopeAttributes attributesOf(Values const& values) {
+  return {values[kInterleaved].integer != 0, values[kEpsilon].real, values[kWeightOffset].real,
+          values[kRoundBeforeWeight].integer != 0, values[kNormFirst].integer != 0};
+}
+
+bool check(Sizes const& sizes, Values const&) {
+  return qkNormRopeFits(sizesOf(sizes).step, "QkNormRopeWrite");
+}
+
+bool supports(Node const& node) {
+  if (node.inputCount == kKWeight) {
+    return refuse("QkNormRopeWrite: q_weight is given without k_weight");
+  }
+  return qkNormRopeWriteServes(sizesOf(node.sizes));
+}
+
+cudaError_t enqueue(Call const& call) {
+  QkNormRopeTensors const step{call.input(kQ),       call.input(kK),       call.input(kV),
+                               call.input(kCos),     call.input(kSin),     call.input(kQWeight),
+                               call.input(kKWeight), call.output(kQuery),  call.output(kKey),
+                               call.output(kValue)};
+  QkNormRopeWriteTensors const tensors{step, call.input(kPastKey), call.input(kPastValue),
+                                       call.input<int32_t>(kWriteIndices)};
+  return qkNormRopeWrite(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
+                         call.stream);
+}
+
+Registration const registration({
+    "QkNormRopeWrite",
+    {{"q", "BTHQ"},
+     {"k", "BTGD"},
+     {"v", "BTGD"},
+     {"cos", "BTR"},
+     {"sin", "BTR"},
+     {"past_key", "BGSD"},
+     {"past_value", "BGSD"},
+     {"write_indices", "B", Element::kInt32},
+     {"q_weight", "D", Element::kT, kOptional},
+     {"k_weight", "D", Element::kT, kOptional}},
+    {{"query", "BHTD"},
+     {"key", "BGSD", Element::kT, false, kPastKey},
+     {"value", "BGSD", Element::kT, false, kPastValue}},
+    {{"interleaved", Kind::kBool},
+     {"epsilon", Kind::kFloat},
+     {"weight_offset", Kind::kFloat},
+     {"round_before_weight", Kind::kBool},
+     {"norm_first", Kind::kBool}},
+    enqueue,
+    check,
+    supports,
+});
+
+}  // namespace
+}  // namespace llmexport
