@@ -84,7 +84,7 @@ cudaError_t launch(void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t st
   return launchPrepared(false, kernel, plan, stream, args...);
 }
 
-// From memory of the GPU to other memory of it, as a kernel of the stream.
+// From memory of the GPU to other memory of it, in the order of the stream.
 inline cudaError_t copyBytes(void* to, void const* from, int64_t bytes, cudaStream_t stream) {
 #ifdef LLMEXPORT_EMULATED
   (void)stream;

@@ -157,10 +157,10 @@ __global__ void __launch_bounds__(kQkNormRopeThreads)
   int64_t const t = blockIdx.x % unsigned(tokens);
   Row const row = rows.of(isQ, batch, t, tokens);
   bool const here = there && row.exists;
-  Head<T, kWidth, kInterleaved> const head(x + uint64_t(token * count + h) * stride, weight,
-                                           y + uint64_t((batch * count + h) * row.ofRows + row.at) * dense,
-                                           cos + token * pairs, sin + token * pairs, isQ || isK,
-                                           size, pairs);
+  Head<T, kWidth, kInterleaved> const head(
+      x + uint64_t(token * count + h) * stride, weight,
+      y + uint64_t((batch * count + h) * row.ofRows + row.at) * dense, cos + token * pairs,
+      sin + token * pairs, isQ || isK, size, pairs);
   int const lane = int(threadIdx.x), lanes = int(blockDim.x);
   int const units = here ? head.units() : 0;
   bool const normed = q.weight != nullptr;

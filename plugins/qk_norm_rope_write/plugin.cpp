@@ -29,9 +29,9 @@ bool supports(Node const& node) {
 }
 
 cudaError_t enqueue(Call const& call) {
-  QkNormRopeTensors const step{call.input(kQ),       call.input(kK),       call.input(kV),
-                               call.input(kCos),     call.input(kSin),     call.input(kQWeight),
-                               call.input(kKWeight), call.output(kQuery),  call.output(kKey),
+  QkNormRopeTensors const step{call.input(kQ),       call.input(kK),      call.input(kV),
+                               call.input(kCos),     call.input(kSin),    call.input(kQWeight),
+                               call.input(kKWeight), call.output(kQuery), call.output(kKey),
                                call.output(kValue)};
   QkNormRopeWriteTensors const tensors{step, call.input(kPastKey), call.input(kPastValue),
                                        call.input<int32_t>(kWriteIndices)};

@@ -1,7 +1,6 @@
-#include "qk_norm_rope_write/qk_norm_rope_write.h"
-
 #include "common/refuse.h"
 #include "qk_norm_rope/launcher.cuh"
+#include "qk_norm_rope_write/qk_norm_rope_write.h"
 
 namespace llmexport {
 
@@ -11,8 +10,8 @@ bool qkNormRopeWriteServes(QkNormRopeWriteSizes const& s) {
 }
 
 cudaError_t qkNormRopeWrite(Dtype dtype, QkNormRopeWriteSizes const& s,
-                            QkNormRopeAttributes const& attributes,
-                            QkNormRopeWriteTensors const& t, cudaStream_t stream) {
+                            QkNormRopeAttributes const& attributes, QkNormRopeWriteTensors const& t,
+                            cudaStream_t stream) {
   if (!qkNormRopeWriteServes(s)) return cudaErrorInvalidValue;
   int64_t const bytes = s.step.B * s.step.G * s.S * s.step.D * int64_t(sizeOf(dtype));
   auto const begin = [&](void* cache, void const* past) {
@@ -21,8 +20,8 @@ cudaError_t qkNormRopeWrite(Dtype dtype, QkNormRopeWriteSizes const& s,
   cudaError_t error = begin(t.step.key, t.pastKey);
   if (error == cudaSuccess) error = begin(t.step.value, t.pastValue);
   if (error != cudaSuccess) return error;
-  return launchQkNormRope(dtype, s.step, attributes, t.step,
-                          CacheRows{t.writeIndices, int(s.S)}, stream);
+  return launchQkNormRope(dtype, s.step, attributes, t.step, CacheRows{t.writeIndices, int(s.S)},
+                          stream);
 }
 
 }  // namespace llmexport

@@ -63,7 +63,7 @@ namespace llmexport {
 enum class Element { kT, kW, kS, kFloat32, kInt32, kUint8 };
 
 constexpr bool kOptional = true;
-constexpr int32_t kNowhere = -1;  // as TensorRT says it
+constexpr int32_t kNowhere = -1;  // as IPluginV3OneBuildV2 says it
 
 // `dims` names the dimensions, one letter each, as in <op>/__init__.py. A letter has one size; a
 // letter of an output is one of the inputs' or an attribute's, or Op's `half`. An op's first input

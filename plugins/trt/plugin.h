@@ -10,8 +10,8 @@ namespace llmexport {
 constexpr char const* kNamespace = "llmexport";
 constexpr char const* kVersion = "1";
 
-// The interface of a builder, of the version that an op needs: TensorRT before 10.3 does not know
-// the second, and builders treat its plugins in another way.
+// The interface of a builder: the second version of it, which TensorRT has from 10.3 on, for ops
+// whose outputs may have the memory of inputs, and the first for all others.
 class Build : public trt::IPluginV3OneBuildV2 {
  public:
   explicit Build(Op const& op) : op_(op) {}

@@ -66,6 +66,7 @@ def build(path: str, name: str, attributes: str, dtype: str) -> None:
     if not parser.parse(form.SerializeToString()):
         sys.exit("\n".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, bool(case.spec.aliases))
     for n in case.inputs:
         if not is_weight(case, n):
             dims = case.spec.inputs[n]
