@@ -93,13 +93,9 @@ def test_an_op_that_does_not_become_a_plugin_layer_is_an_error(copy: Path, monke
     assert not (copy / "model.plan").exists()
 
 
-# One with windows between, one that reads q beside its gate, and one of full layers alone.
-FUSED = [("gpt_oss", "bfloat16", 1), ("qwen3_5_moe", "float32", 1), ("gemma", "float16", 3)]
-
-
 @pytest.mark.parametrize(
     ("arch", "dtype", "layers"),
-    [case if case[0] == "gemma" else pytest.param(*case, marks=pytest.mark.slow) for case in FUSED],
+    [("gemma", "float16", 3), pytest.param("qwen3_5_moe", "float32", 1, marks=pytest.mark.slow)],
 )
 def test_an_op_that_writes_a_cache_in_place_is_one_layer_of_an_engine(
     arch: str, dtype: str, layers: int, exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,6 +113,7 @@ def test_an_op_that_writes_a_cache_in_place_is_one_layer_of_an_engine(
             engine.build(folder, plugins=emulated_library())
 
 
+@pytest.mark.slow
 def test_without_plugins_its_body_is_tensorrts_own(exported, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported("gemma", "float16", slots=64, cache="static-fused"), tmp_path / "export"))
     record = engine.build(folder, plugins=None).graphs["model"]

@@ -85,9 +85,7 @@ def test_with_a_static_cache_too(name: str, exported: Callable[..., Path], calls
     assert ops["QkNormRope"] > 0
 
 
-@pytest.mark.parametrize(
-    "name", ["gemma", *(pytest.param(a, marks=pytest.mark.slow) for a in ("glm4", "gpt_oss", "qwen3_5_moe"))]
-)
+@pytest.mark.parametrize("name", ["gemma", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_with_a_cache_that_the_op_writes_too(name: str, exported: Callable[..., Path], calls: Counter[str]) -> None:
     folder = exported(name, AT_ONCE[name], slots=160, cache="static-fused")
     assert climb(folder).status == "pass"

@@ -62,7 +62,7 @@ op.input[5], op.input[6] = op.input[6], op.input[5]
 """
 
 
-@pytest.mark.parametrize("plugins", [True, False])
+@pytest.mark.parametrize("plugins", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_and_with_a_cache_that_an_op_of_ours_writes(plugins: bool, exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the op's reference, and by its body."""
     monkeypatch.setattr(library, "find", emulated_library if plugins else lambda: None)
