@@ -47,10 +47,9 @@ class Request:
 
     `target` is "portable", with a function body for every op of ours; "tensorrt": without, as its parser takes a body
     over a plugin of that name; or "onnxruntime": as that is faster, unread by TensorRT. `max_tokens` are the slots of a
-    static `cache`. `runtimes` are others that shall open the folder. `logits` are those of all tokens, or of the last
-    of each row. `part` of a multimodal checkpoint is all that is exported of it, its text model or what sees.
-    `quantize` rounds the matrices of products, with `quantize_head` the head's too, to int4 in groups of `group_size`
-    columns (128), int8 or fp8.
+    static `cache`. `runtimes` are others that shall open the folder. `logits` are of all tokens, or of the last of each
+    row. `part` of a multimodal checkpoint is all of it, its text model or what sees. `quantize` rounds the matrices of
+    products, with `quantize_head` the head's too, to int4 in groups of `group_size` columns (128), int8 or fp8.
     """
 
     arch: Arch
