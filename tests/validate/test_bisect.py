@@ -152,6 +152,21 @@ def test_what_is_said_of_a_node_is_how_it_differs(exported, tmp_path: Path) -> N
     assert said["flip_attribute"] == "scale is 0.353553, an export makes it 0.176777"
 
 
+@pytest.mark.slow
+def test_an_op_that_writes_a_cache_is_told_from_what_an_export_writes(exported, tmp_path: Path) -> None:
+    def swap_pasts(model: onnx.ModelProto, export: Export, step: Step) -> onnx.NodeProto:
+        [node] = of_step(model, step, "QkNormRopeWrite")
+        node.input[5], node.input[6] = node.input[6], node.input[5]
+        return node
+
+    folder, _, node = damaged(exported("gemma", slots=64, cache="static-fused"), tmp_path, swap_pasts)
+    _, found = bisected(folder)
+    assert found.node
+    assert found.node.name == node
+    past = "past_key_values.2"
+    assert f"input 5 is {past}.value, an export makes it {past}.key" in found.node.said
+
+
 @pytest.mark.parametrize(("arch", "dtype"), [("qwen3_5_moe", "float32"), ("gemma", "float16")])
 def test_of_a_right_export_nothing_leaves_tolerance(arch: str, dtype: str, exported) -> None:
     report, found = bisected(exported(arch, dtype))
