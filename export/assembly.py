@@ -119,8 +119,8 @@ def has_own_head(arch: Arch) -> bool:
 
 def transposed(step: Step) -> set[str]:
     """The paths of stacks that no matrices of single experts make up, as those are [outputs, inputs]."""
-    experts = [p for p in parts(step) if isinstance(p.block, Experts) and p.block.transposed]
-    return {p.path + name for p in experts for name in p.block.sizes}
+    experts = [(p.path, p.block) for p in parts(step) if isinstance(p.block, Experts)]
+    return {path + name for path, block in experts if block.transposed for name in block.sizes}
 
 
 def part_names(arch: Arch, path: str, experts: int) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ class Shard:
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     folder: Path
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     tensors: dict[str, StoredTensor]  # shard by shard, in the order of their data
     shards: tuple[Shard, ...]
     matrices: Mapping[str, Matrix] = field(default_factory=dict)  # those in few bits, by their names in 16

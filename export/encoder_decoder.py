@@ -111,7 +111,7 @@ def _decoder(sizes: Sizes, head: Head, mlp: str) -> Graph:
     )
     for i in range(sizes.decoder_layers):
         gives, path = [f"hidden.{i + 1}"], f"decoder.layers.{i}."
-        seen = {f"cross_{n}": f"cross_{n}.{i}" for n in ("key", "value")}
+        seen: dict[str, Any] = {f"cross_{n}": f"cross_{n}.{i}" for n in ("key", "value")}
         (hidden,) = wiring.place(f"layers.{i}", Layer(sublayers), gives, state=f"{i}", path=path, hidden=hidden, **seen)
     wiring.place("head", head, hidden=hidden)
     wiring.give(*head.outputs)

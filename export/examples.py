@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from llmexport.export.assembly import alone
 from llmexport.export.errors import ExportError
@@ -37,7 +38,7 @@ def _plain(wide: int, activation: Activation) -> Mlp:
 
 def _attention(kv_heads: int, *, masked: bool = True) -> Attention:
     """Over one text, with a bias on every matrix and without positions."""
-    fields = {"qkv_bias": True, "out_bias": True, "rotated": 0, "cached": False}
+    fields: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "rotated": 0, "cached": False}
     return Attention(HIDDEN, HEADS, kv_heads, SIZE, masked=masked, **fields)
 
 

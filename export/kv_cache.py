@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Graph, State, Step
@@ -32,7 +33,7 @@ def kv_cache(graph: Graph) -> KvCache:
     kept = [(s, tuple(t for t in s.block.states if _by_token(t))) for s in layers]
     if any(t.past.use == "window" for _, states in kept for t in states):
         raise ExportError("whose static cache keeps the last tokens alone in some layers")
-    kinds = {(_names(s, states), *(t.past.shape for t in states)) for s, states in kept if states}
+    kinds: set[tuple[Any, ...]] = {(_names(s, states), *(t.past.shape for t in states)) for s, states in kept if states}
     if len(kinds) != 1:
         raise ExportError("whose layers keep keys and values of different shapes" if kinds else "which keeps no keys")
     [((past, present), shape, *more)] = kinds

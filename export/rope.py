@@ -233,7 +233,8 @@ def _long(config: Config, keys: dict[str, Any], size: int, *, says_mscale: bool 
         if not isinstance(found, list) or len(found) != size // 2:
             raise ExportError(f"config.json: RoPE's {name} must list {size // 2} numbers, found {show(found)}")
         factors.append(tuple(as_positive(f"RoPE's {name}", v) for v in found))
-    return LongScaling(*factors, positions, magnitude, None if long_magnitude == magnitude else long_magnitude)
+    short, long = factors
+    return LongScaling(short, long, positions, magnitude, None if long_magnitude == magnitude else long_magnitude)
 
 
 def _long_magnitude(config: Config, keys: dict[str, Any], positions: int) -> float:

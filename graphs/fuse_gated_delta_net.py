@@ -165,5 +165,6 @@ def _made(value: gs.Tensor, op: str, otherwise: str) -> gs.Node:
 def _narrow(value: gs.Tensor) -> gs.Tensor:
     """The value before a cast to fp32."""
     cast = produced_by(value, "Cast")
-    narrow = cast is not None and float_type(cast.inputs[0]) and float_type(value) == "float32"
-    return cast.inputs[0] if narrow else value
+    if cast is None or not float_type(cast.inputs[0]) or float_type(value) != "float32":
+        return value
+    return cast.inputs[0]

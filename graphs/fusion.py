@@ -171,7 +171,7 @@ class Added:
         self.name, self.nodes = name, list[gs.Node]()
 
     def node(
-        self, op: str, said: str, inputs: list[gs.Tensor], dtype: DTypeLike, shape: list[int | str], **attrs: Any
+        self, op: str, said: str, inputs: list[gs.Tensor], dtype: DTypeLike, shape: Sequence[int | str], **attrs: Any
     ) -> gs.Variable:
         value = gs.Variable(f"{self.name}/{said}", dtype, shape)
         self.nodes.append(gs.Node(op, value.name, attrs, inputs, [value]))

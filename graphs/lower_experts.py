@@ -162,7 +162,9 @@ def _packed(added: Added, points: gs.Tensor, shape: list[int]) -> gs.Tensor:
 def _is_positive(value: gs.Tensor) -> bool:
     """Whether no number of it is less than 0, as the graph tells."""
     node = producer(value)
-    match (node.op, node.domain or "") if node is not None else ("", ""):
+    if node is None:
+        return False
+    match node.op, node.domain or "":
         case ("MoeRoute", domain) if domain == DOMAIN:
             return float(node.attrs["scale"]) >= 0
         case ("Softmax" | "Sigmoid", ""):

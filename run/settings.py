@@ -41,7 +41,7 @@ def read_settings(
     """What the files of an export ask for, where the arguments do not say otherwise: each of them asks for chance."""
     data = read_json(export.folder / FILE)
     said = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    asked = {n: v for n, v in said.items() if v is not None}
+    asked: dict[str, Any] = {n: v for n, v in said.items() if v is not None}
     chance = _number(data, "do_sample", 0) > 0 or any(asked.values())
     sampling = Sampling(
         repetition_penalty=_number(data, "repetition_penalty", 1.0),

@@ -24,7 +24,7 @@ from llmexport.validate.feeds import Feed
 from llmexport.validate.judge import feeds_alone
 from llmexport.validate.report import Bisection, Node, Rung
 from llmexport.validate.runners import not_runnable
-from llmexport.validate.runtime import STOPS, NotTaken, open_session
+from llmexport.validate.runtime import STOPPED, open_session
 
 NODES = ("blocks", "onnxruntime")  # the rungs that run the nodes of the file
 SAME = "an export makes the same node: a pass, the body of an op or ONNX Runtime computes otherwise than the trace"
@@ -45,7 +45,7 @@ def or_stopped(run: Callable[[str], list[Rung]], name: str, bisect: bool) -> lis
     """What the rung of that name gives. If ONNX Runtime stops in it, it fails for who asks where."""
     try:
         return run(name)
-    except (NotTaken, *STOPS) as error:
+    except STOPPED as error:
         if not bisect:
             raise
         return [Rung(name, "fail", one_line(error))]
@@ -130,7 +130,7 @@ def _first_stopped(
         for run, feed in _feeds(export, graph, step, recorded, seed):
             try:
                 open_session(part, export.folder).run(None, feed)
-            except (NotTaken, *STOPS):
+            except STOPPED:
                 where = {"step": export.place(graph.name, step.name), "kind": step.block.kind, "run": run}
                 return {**where, "output": step.outputs[0], "difference": None, "allowed": None}
     return None

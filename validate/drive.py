@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from polygraphy.backend.base import BaseRunner
@@ -148,7 +148,7 @@ class Run:
         return {n: s for n, s in (("prefill", self.prompts), ("decode", self.decodes)) if s}
 
 
-def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
+def record(model: Driver[Any], prompt: Stage) -> tuple[Script, Run, Recorded]:
     """A script, its run, and all values of its stages but decode steps, whose tokens our PyTorch chooses.
 
     A model that carries something is run on the prompt, DECODE_STEPS greedy tokens, a piece of PIECE tokens at once
@@ -178,6 +178,7 @@ def record(model: TorchDriver, prompt: Stage) -> tuple[Script, Run, Recorded]:
     if any(g.carried for g in export.graphs):
         # No picture follows a token that the model chooses.
         scores, text = logits(export), words(export.blocks)
+        assert scores
         for i in range(DECODE_STEPS):
             stage = stage.then(f"decode {i + 1}", "decode", text[outputs[scores][:, -1:, text].argmax(-1)])
             outputs = take(stage)

@@ -99,8 +99,8 @@ def compare_runs(
             # What does not lie along the tokens is compared as a whole.
             real = stage.real if not state and other[output].shape[:2] == stage.real.shape else None
             difference = compare(expected[output], other[output], real, tolerance.strays)
-            detail = {"step": i, "stage": stage.name, "output": output}
-            details.append({**detail, "difference": difference, "allowed": allowed})
+            place = {"step": i, "stage": stage.name, "output": output}
+            details.append({**place, "difference": difference, "allowed": allowed})
             measured = {k: y.outputs[i][output] for k, y in enumerate(yardsticks) if output in y.outputs[i]}
             yards.append({k: compare(expected[output], y, real, tolerance.strays) for k, y in measured.items()})
             if output == found.logits:

@@ -100,8 +100,8 @@ class Kernels(TorchDispatchMode):
             outputs = [_unwritten(d.shape, dtype_name(d.type), self.device) for d in expected]
             workspace = torch.empty(scratch, dtype=torch.uint8, device=self.device)
             stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None
-            places = [[t.data_ptr() for t in tensors] for tensors in (inputs, outputs)]
-            plugin.enqueue([*descs, *expected], *places, workspace.data_ptr(), stream)
+            read, made = ([t.data_ptr() for t in tensors] for tensors in (inputs, outputs))
+            plugin.enqueue([*descs, *expected], read, made, workspace.data_ptr(), stream)
         except Refused as error:
             sizes = ", ".join(f"{n} {str(t.dtype)[6:]}{list(t.shape)}" for n, t in zip(op.inputs, inputs, strict=False))
             raise Refused(f"{error} ({sizes})") from error

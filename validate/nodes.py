@@ -18,7 +18,7 @@ from llmexport.plugins.dtypes import BY_NAME
 from llmexport.plugins.spec import DOMAIN, op_name
 from llmexport.validate.compare import Difference, compare
 from llmexport.validate.feeds import Feed
-from llmexport.validate.runtime import STOPS, NotTaken, open_session
+from llmexport.validate.runtime import STOPPED, open_session
 from llmexport.validate.tolerance import TOLERANCE, Tolerance
 
 OWN = "alone: "  # before the names of what nodes make when each is run alone
@@ -98,7 +98,7 @@ def _run_first(part: onnx.ModelProto, count: int, given: Feed, weights: Path) ->
     """What the first nodes compute, each alone, under names of their own; or what ONNX Runtime says against it."""
     try:
         return values(_apart(part, count, given), given, weights), ""
-    except (NotTaken, *STOPS) as error:
+    except STOPPED as error:
         return {}, one_line(error)
 
 

@@ -135,7 +135,7 @@ def drawn(seen: Sight, rows: int, random: np.random.Generator) -> tuple[Pictures
     an image of its own.
     """
     image, video = (seen.tokens[0], seen.tokens[-1]) if seen.tokens else (0, 0)
-    shape = seen.pixels.shape[1:]
+    shape = [int(n) for n in seen.pixels.shape[1:]]
     if not seen.merge:
         runs = [[(image, seen.tile), (image, 2 * seen.tile)], *([[(image, seen.tile)]] * (rows - 1))]
         return Pictures(random.standard_normal((rows + 2, *shape), np.float32)), runs

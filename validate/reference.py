@@ -126,7 +126,7 @@ class Transformers:
         import transformers
 
         # The config of a model with an encoder speaks of the encoder's layers.
-        cache = transformers.DynamicCache(**({} if self._source else {"config": self._model.config}))
+        cache: Any = transformers.DynamicCache(**({} if self._source else {"config": self._model.config}))
         for graph in self._export.graphs:
             values = earlier(graph, self._export.dtype, stage.sizes)
             layers = [s for s in graph.assembly.steps if s.block.states]

@@ -25,12 +25,17 @@ OLDEST_RUNTIME: tuple[int, ...] = (1, 23, 2)  # of ONNX Runtime; pyproject.toml 
 OLDEST_STATIC: tuple[int, ...] = (1, 25)  # that runs a static cache
 OLDEST_EXPERTS: tuple[int, ...] = (1, 26)  # that runs experts in int4 of the target onnxruntime
 FLOATS = 1  # the accuracy level of MatMulNBits that computes in float32
-STOPS = tuple(e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception))
+STOPS: tuple[type[Exception], ...] = tuple(
+    e for e in vars(onnxruntime_pybind11_state).values() if isinstance(e, type) and issubclass(e, Exception)
+)
 REFUSALS: tuple[type[Exception], ...] = (RuntimeError, *STOPS)
 
 
 class NotTaken(Mismatch):
     """A model that ONNX Runtime does not take."""
+
+
+STOPPED: tuple[type[Exception], ...] = (NotTaken, *STOPS)
 
 
 def version() -> str:

@@ -63,8 +63,8 @@ def threshold(block: Block) -> int:
             return block.distance
         case Temperature():
             return block.interval
-        case Rotary(scaling=DynamicScaling() | LongScaling()):
-            return block.scaling.original_positions
+        case Rotary(scaling=DynamicScaling() | LongScaling() as scaling):
+            return scaling.original_positions
         case Attention():
             return block.window
         case Layer():

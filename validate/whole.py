@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -163,7 +163,7 @@ class Whole:
         if reason := not_runnable(export.dtype):
             return Rung(BLOCKS, "not run", reason)
         models = {g.name: graph_file.load(export, g) for g in export.graphs}
-        details: list[Mapping[str, Any]] = []
+        details: list[dict[str, Any]] = []
         for graph, step in ((g, s) for g in export.graphs for s in g.assembly.steps):
             judge = Judge(export, graph, self.torch, self.exact_torch)
             part = graph_file.cut_step(models[graph.name], step, export.dtype)

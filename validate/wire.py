@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -12,7 +12,7 @@ Message = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 
 
-def send(stream: BinaryIO, message: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> None:
+def send(stream: IO[bytes], message: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> None:
     """Writes a message and arrays of numpy's own types. Raises OSError, as where nobody reads any more."""
     held = {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in (arrays or {}).items()}
     said = [[n, a.dtype.str, list(a.shape)] for n, a in held.items()]
@@ -22,7 +22,7 @@ def send(stream: BinaryIO, message: Mapping[str, Any], arrays: Mapping[str, np.n
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[Message, Arrays] | None:
+def receive(stream: IO[bytes]) -> tuple[Message, Arrays] | None:
     """The next message; None where the other side has ended, in the middle of one too."""
     line = stream.readline()
     if not line.endswith(b"\n"):

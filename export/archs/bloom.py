@@ -1,5 +1,7 @@
 """BLOOM (transformers modeling_bloom.py): ALiBi, a norm on the embedding, LayerNorm, a plain MLP, fused q, k, v."""
 
+from typing import Any
+
 from llmexport.export.config import Config
 from llmexport.export.decoder import head_size
 from llmexport.export.spec import (
@@ -54,7 +56,7 @@ def build(config: Config) -> Model:
     config.expect("n_inner", None, 4 * hidden)
     norm = Norm(hidden, config.number("layer_norm_epsilon", 1e-5), statistics="layer", bias=True)
     normed = config.flag("apply_residual_connection_post_layernorm")
-    biases = {"qkv_bias": True, "out_bias": True, "biased": True}
+    biases: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "biased": True}
     attention = Attention(hidden, heads, heads, head_size(hidden, heads), fused=True, grouped=True, rotated=0, **biases)
     mlp = Mlp(hidden, 4 * hidden, "gelu_tanh", bias=True, gated=False)
     layer = Layer(tuple(Sublayer(n, b, norm, from_normed=normed) for n, b in (("self_attn", attention), ("mlp", mlp))))

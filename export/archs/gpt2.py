@@ -1,5 +1,7 @@
 """GPT-2 (transformers modeling_gpt2.py): learned positions, LayerNorms before attention and MLP, matrices [in, out]."""
 
+from typing import Any
+
 from llmexport.export.config import Config
 from llmexport.export.decoder import PLAIN, head_size
 from llmexport.export.spec import Arch, Attention, Embedding, Head, Mask, Mlp, Model, Norm, causal_lm, decoder_layer
@@ -34,7 +36,7 @@ def build(config: Config) -> Model:
 
     def attention(layer: int) -> Attention:
         own = scale / (layer + 1) if by_layer else scale
-        fields = {"qkv_bias": True, "out_bias": True, "fused": True, "transposed": True, "rotated": 0}
+        fields: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "fused": True, "transposed": True, "rotated": 0}
         return Attention(hidden, heads, heads, size, scale=own, **fields)
 
     layers = [(decoder_layer(norm, attention(i), norm, mlp), (Mask(),)) for i in range(config.count("n_layer"))]

@@ -3,6 +3,8 @@
 transformers keeps no cache of it; the decoder here does.
 """
 
+from typing import Any
+
 from llmexport.export.config import Config
 from llmexport.export.decoder import head_size
 from llmexport.export.spec import Arch, Attention, Embedding, Head, Layer, Mask, Mlp, Model, Norm, Reference, Sublayer
@@ -18,7 +20,7 @@ def build(config: Config) -> Model:
     # The side of a mask that old checkpoints store.
     config.get("n_ctx", None)
     norm = Norm(hidden, config.number("layer_norm_epsilon", 1e-5), statistics="layer", bias=True)
-    fields = {"qkv_bias": True, "out_bias": True, "fused": True, "transposed": True, "rotated": 0}
+    fields: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "fused": True, "transposed": True, "rotated": 0}
     attention = Attention(hidden, heads, heads, head_size(hidden, heads, "n_embd"), **fields)
     activation = config.choice("afn", ACTIVATIONS, "gelu")
     mlp = Mlp(hidden, 4 * hidden, activation, bias=True, gated=False, transposed=True)

@@ -46,11 +46,12 @@ def build(config: Config) -> Model:
         raise ExportError(f"config.json: value_dim is {show(widths)}, only hidden_size, {hidden}, is supported")
     epsilon, bias = config.number("norm_eps", 1e-5), config.flag("norm_bias", True)
     norm = Norm(hidden, epsilon, statistics="layer", bias=bias)
-    ranks = [config.length(f"{n}_low_rank_dim", d) for n, d in (("decay", 64), ("a", 64), ("v", 16), ("gate", 128))]
+    widths = (("decay", 64), ("a", 64), ("v", 16), ("gate", 128))
+    decay, rate, value, gate = (config.length(f"{name}_low_rank_dim", width) for name, width in widths)
     channel = ShiftedMlp(hidden, _width(config, hidden))
 
     def layer(i: int) -> Layer:
-        time = DeltaTimeMix(hidden, size, *ranks, epsilon=size * epsilon, first=i == 0)
+        time = DeltaTimeMix(hidden, size, decay, rate, value, gate, size * epsilon, first=i == 0)
         return Layer((Sublayer("attn", time, norm), Sublayer("ffn", channel, norm)))
 
     embedding = Embedding(vocabulary, hidden, norm=norm if config.flag("norm_first", True) else None)

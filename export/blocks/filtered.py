@@ -50,6 +50,8 @@ class FilteredAttention(Attention):
     def forward(self, normed: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
         """`read` is the context and the states, in the order of the block's ports."""
         block, given = self.block, dict(zip(self.names, read, strict=True))
+        assert self.k_proj
+        assert self.v_proj
         filtered, *states = self.lf_gate(normed, *(given[n] for n in self.filtering))
         # Head by head a query and a key.
         both = torch.cat((self.q_proj(filtered), self.k_proj(filtered)), -1)

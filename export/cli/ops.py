@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from llmexport.export.cli.console import Console, talkative
@@ -18,7 +20,7 @@ def command(quiet: bool, as_json: bool) -> None:
     console = Console(quiet, as_json)
     built = library.find()
     served = library.served(built) if built else frozenset()
-    records = [
+    records: list[dict[str, Any]] = [
         {
             "op": op.name,
             "version": op.version,

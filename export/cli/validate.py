@@ -60,7 +60,8 @@ def command(
 
     Writes report.json and report.html into FOLDER, but with --golden. Exit code 1 if a rung fails.
     """
-    if (folder is None) == (engine is None):
+    given = engine or folder
+    if given is None or (engine and folder):
         raise click.UsageError("give one of FOLDER and --engine", click.get_current_context())
     if engine and not golden:
         raise click.UsageError("--engine needs --golden, a pack of `llmexport golden`", click.get_current_context())
@@ -73,7 +74,7 @@ def command(
         from llmexport.validate import deployed
 
         replay = deployed.on_engine if engine else deployed.on_onnx_runtime
-        report = replay(engine or folder, golden, save=save_results, progress=console.progress)
+        report = replay(given, golden, save=save_results, progress=console.progress)
     else:
         names = None if rungs is None else [n.strip() for n in rungs.split(",")]
         report = validate(
@@ -87,7 +88,7 @@ def command(
             reference=reference,
             progress=console.progress,
         )
-    console.table(f"validation of {engine or folder}", (), summary(report))
+    console.table(f"validation of {given}", (), summary(report))
     console.result(report.as_data())
     return 0 if report.passed else 1
 

@@ -121,6 +121,7 @@ class Program:
             values |= state
             for name, (source, axis, back, _) in loop.iterated.items():
                 x = values[source]
+                assert axis is not None
                 if turns >= x.shape[axis]:
                     raise Unable(f"{loop} makes more turns than the {x.shape[axis]} entries of {source}")
                 values[name] = np.take(x, x.shape[axis] - 1 - turns if back else turns, axis)

@@ -60,8 +60,8 @@ def bind_matrices(
             for reader in turns:
                 reader.input[:] = [value if n == name else n for n in reader.input]
         made[name] = maker.nodes
-        for product, own in maker.before.items():
-            before.setdefault(product, []).extend(own)
+        for product_name, own in maker.before.items():
+            before.setdefault(product_name, []).extend(own)
         graph.initializer.extend(maker.initializers)
     kept = []
     for node in graph.node:

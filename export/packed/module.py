@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmexport.export.errors import ExportError
 from llmexport.export.packed.matrix import Layout, Matrix, Scales, Zeros
@@ -53,7 +53,7 @@ class Module:
         ending, *dtypes = HOLDS[self.kind]
         stored = self.take(ending, *dtypes, rank=2)
         readers = {".qweight": self._transposed, ".weight_packed": self._packed, ".weight": self._typed}
-        made = readers[ending](stored)
+        made: dict[str, Any] = readers[ending](stored)
         return Matrix(f"{self.module}.weight", beside=self.beside(ASIDE), **made)
 
     def check_said(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from onnx.helper import make_node
@@ -33,7 +34,13 @@ class Multiplier(Maker):
         matrix, (rows, columns), block = self.matrix, self.matrix.shape, self.matrix.scales.block[1]
         numbers = self._stored(matrix.values, (rows, columns // block, block * matrix.bits // 8), "uint8")
         scales = self._scales(matrix.scales, matrix.grid, self.dtype)
-        sizes = {"K": columns, "N": rows, "bits": matrix.bits, "block_size": block, "accuracy_level": LEVEL}
+        sizes: dict[str, Any] = {
+            "K": columns,
+            "N": rows,
+            "bits": matrix.bits,
+            "block_size": block,
+            "accuracy_level": LEVEL,
+        }
         for reader in readers:
             names = [reader.input[0], numbers, scales], list(reader.output), reader.name
             reader.CopyFrom(make_node(OP, *names, domain=DOMAIN, **sizes))

@@ -148,7 +148,8 @@ class Experts(Block):
     def matrices(self) -> Mapping[str, tuple[Stored, ...]]:
         """What holds a matrix of all experts, by its name."""
         turn, each = -1 if self.transposed else 1, {"gate_up_proj": 2, "down_proj": 1}
-        held = {n: self.storage.tensors(*size[::turn], each[n]) for n, size in self.sizes.items()}
+        sizes = {n: (size[::turn], each[n]) for n, size in self.sizes.items()}
+        held = {n: self.storage.tensors(rows, columns, count) for n, ((rows, columns), count) in sizes.items()}
         return {n: tuple(map(self._of_all, tensors)) for n, tensors in held.items()}
 
     @property

@@ -4,6 +4,7 @@ learned positions and LayerNorm; the mean of neighbours, a norm and a matrix mak
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from llmexport.export.archs.towers.gemma3_files import BESIDE, WORDS
 from llmexport.export.config import Config
@@ -47,7 +48,7 @@ def build(config: Config, beside: Config, width: int) -> tuple[Graph, Splice]:
         )
     epsilon, axes = config.number("layer_norm_eps", 1e-6), (TILES, side**2)
     norm = Norm(hidden, epsilon, statistics="layer", bias=True, axes=axes)
-    fields = {"qkv_bias": True, "out_bias": True, "rotated": 0, "cached": False, "masked": False}
+    fields: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "rotated": 0, "cached": False, "masked": False}
     attention = Attention(hidden, heads, heads, hidden // heads, axes=axes, **fields)
     activation = config.choice("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh")
     mlp = Mlp(hidden, config.length("intermediate_size", 3072), activation, bias=True, gated=False, axes=axes)
