@@ -9,7 +9,8 @@ from onnx.helper import get_attribute_value, make_node
 
 from llmexport.export.errors import EngineError
 from llmexport.graphs.bodies import op_of
-from llmexport.plugins.spec import DOMAIN, op_name
+from llmexport.plugins.declared import declared
+from llmexport.plugins.spec import DOMAIN, VERSION, op_name
 
 # All that TensorRT reads of Attention as ONNX means it.
 ATTENTION = ("scale", "q_num_heads", "kv_num_heads")
@@ -42,7 +43,7 @@ def tensorrt_form(
     model: onnx.ModelProto, served: frozenset[str] = frozenset()
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
     """The model with the ops in `served` left to plugins and all other functions inlined; and the nodes that are
-    left to plugins, name -> op. Raises EngineError on what TensorRT would misread.
+    left to plugins, name -> op. Raises EngineError on what TensorRT would misread, and on ops of an earlier version.
 
     It finds an op by type alone: nodes that are left to plugins take their op's name again. It gives plugins no uint8
     (NvInferRuntimePlugin.h) and makes int32 of uint8 constants: weights that only plugins read become int8, byte for
@@ -53,6 +54,7 @@ def tensorrt_form(
     rest.CopyFrom(model)
     del rest.functions[:]
     rest.functions.extend(f for f in model.functions if op_name(f.name) not in served)
+    _check_versions(model, served)
     for node in rest.graph.node:
         if node.domain == DOMAIN and op_of(node) in served:
             node.op_type = op_of(node)
@@ -70,6 +72,18 @@ def tensorrt_form(
         if weight.name in bytes_of_plugins and weight.data_type == onnx.TensorProto.UINT8:
             weight.data_type = onnx.TensorProto.INT8
     return inlined, {n.name: n.op_type for n in plugin_nodes}
+
+
+def _check_versions(model: onnx.ModelProto, served: frozenset[str]) -> None:
+    """Raises EngineError if a plugin would compute another version of an op than a graph of ours has."""
+    imported = next((o.version for o in model.opset_import if o.domain == DOMAIN), VERSION)
+    changed = {o.name: o.version for o in declared() if o.name in served and o.version > imported}
+    for node in model.graph.node:
+        if node.domain == DOMAIN and (version := changed.get(op_of(node))):
+            raise EngineError(
+                f"{node.name} is {op_of(node)} of version {imported} or earlier, its plugin of version {version}: "
+                "export the model again"
+            )
 
 
 def _misread(node: onnx.NodeProto) -> list[str]:

@@ -25,7 +25,7 @@ from llmexport.export.blocks import standard
 from llmexport.export.shortcuts import shortcuts
 from llmexport.export.spec import AXES, OPSET, Block, Port, axis_of, size_of, with_sums
 from llmexport.export.tidy import constant, hold_tensors, name_sizes, tidy
-from llmexport.plugins.spec import DOMAIN, Attribute, Op, all_ops
+from llmexport.plugins.spec import DOMAIN, VERSION, Attribute, Op, all_ops
 
 # Sizes to trace at: distinct, so that no two dimensions are taken for one, and above 1, which would be special.
 PRIMES = (2, 5, 3, 7, 11, 13, 17, 19, 23, 29, 31)
@@ -182,7 +182,7 @@ def _export(
 @functools.cache
 def _translations() -> dict[Any, Callable[..., Any]]:
     """What the exporter emits for our ops: one node each."""
-    opset = onnxscript.values.Opset(DOMAIN, 1)
+    opset = onnxscript.values.Opset(DOMAIN, VERSION)
     table = dict(standard.translations())
     for op in all_ops().values():
         onnx.defs.register_schema(op.schema)

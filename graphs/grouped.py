@@ -18,12 +18,11 @@ TYPES = ("float32", "float16")  # that it has on a CPU
 @dataclass(frozen=True)
 class Form:
     """An attention over slots: q, k and v, each as [B, T, H, D] and the Rope that turns it, if one does; the nodes that
-    write keys and values; and those that turn back and flatten what is attended."""
+    write keys and values; and those behind it that make [B, T, H * D] of what is attended."""
 
     rows: list[tuple[gs.Tensor, gs.Node | None]]
     writes: Sequence[gs.Node]
-    turned: gs.Node
-    flat: gs.Node
+    behind: Sequence[gs.Node]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def form_of(graph: gs.Graph, node: gs.Node, writes: Sequence[gs.Node]) -> Form:
         raise Refusal("its values have heads of another size than its keys")
     if (kind := float_type(node.inputs[0])) not in TYPES:
         raise Refusal(f"it is of {kind or 'no float type'}, not of {' or '.join(TYPES)}")
-    return Form(rows, writes, *flattened(graph, node))
+    return Form(rows, writes, flattened(graph, node))
 
 
 def hidden(added: Added, seen: gs.Tensor, dtype: np.dtype[Any]) -> gs.Variable:
@@ -81,7 +80,7 @@ def group(
     at, before, writes = graph.nodes.index(node), list[gs.Node](), form.writes
     given = [as_rows(source, rope, before) for source, rope in form.rows]
     sizes = [source.shape[2:] for source, _ in form.rows]
-    of_all, ends = step(before), [form.flat.outputs[0], *(w.outputs[0] for w in writes)]
+    of_all, ends = step(before), [form.behind[-1].outputs[0], *(w.outputs[0] for w in writes)]
     # Of RoPE's angles and positions, as q and k are turned before.
     absent = [gs.Variable.empty() for _ in range(3)]
     inputs = [*given, *(w.inputs[0] for w in writes), of_all.last, of_all.total, *absent, of_all.bias, *beside]
@@ -91,16 +90,16 @@ def group(
     attend = gs.Node("GroupQueryAttention", name, heads | said, inputs, made, "com.microsoft")
     branches = {
         "then_branch": gs.Graph([attend], [], made, name=name),
-        "else_branch": _copied(node, writes, given, sizes, ends),
+        "else_branch": _copied(node, form, given, sizes, ends),
     }
-    for dead in (form.turned, form.flat, node, *writes):
+    for dead in (*form.behind, node, *writes):
         dead.inputs.clear()
         dead.outputs.clear()
     graph.nodes[at:at] = [*before, gs.Node("If", f"{node.name}/slots", branches, [of_all.can], ends)]
 
 
 def _copied(
-    node: gs.Node, writes: Sequence[gs.Node], given: list[gs.Tensor], sizes: list[list[int]], ends: list[gs.Tensor]
+    node: gs.Node, form: Form, given: list[gs.Tensor], sizes: list[list[int]], ends: list[gs.Tensor]
 ) -> gs.Graph:
     """The branch that computes as the graph did before."""
     name, nodes = f"{node.name}/copied", list[gs.Node]()
@@ -118,12 +117,13 @@ def _copied(
         return add("Transpose", [add("Reshape", [given[i], shape], apart)], first, perm=HEADS_FIRST)
 
     query = heads(0)
-    for i, write in enumerate(writes, 1):
+    for i, write in enumerate(form.writes, 1):
         add(write.op, [write.inputs[0], heads(i), *write.inputs[2:]], made[i], **write.attrs)
-    mixed = gs.Variable(f"{name}/mixed", query.dtype, query.shape)
+    mixed = gs.Variable(f"{name}/mixed", query.dtype, node.outputs[0].shape)
     add(node.op, [query, *made[1:], *node.inputs[3:]], mixed, node.domain or "", **node.attrs)
-    back = gs.Variable(f"{name}/back", query.dtype, [query.shape[i] for i in HEADS_FIRST])
-    add("Transpose", [mixed], back, perm=HEADS_FIRST)
+    if form.behind[:-1]:
+        back = gs.Variable(f"{name}/back", query.dtype, [query.shape[i] for i in HEADS_FIRST])
+        mixed = add("Transpose", [mixed], back, perm=HEADS_FIRST)
     flat = gs.Constant(f"{name}/flat", np.array([0, 0, sizes[0][0] * sizes[0][1]], np.int64))
-    add("Reshape", [back, flat], made[0])
+    add("Reshape", [mixed, flat], made[0])
     return gs.Graph(nodes, [], made, name=name)

@@ -42,13 +42,13 @@ def _lower(graph: gs.Graph, node: gs.Node) -> None:
     rows = [rows_of(value, what) for value, what in apart]
     if rows[2][1]:
         raise Refusal("its values are turned by Rope")
-    turned, flat = flattened(graph, node)
+    behind = flattened(graph, node)
     at = graph.nodes.index(node)
     before: list[gs.Node] = []
     inputs = [as_rows(source, rope, before) for source, rope in rows]
     inputs += [*mask, *(c.inputs[0] for c in joined)]
-    outputs = [flat.outputs[0], *(c.outputs[0] for c in joined)]
-    for dead in (turned, flat, node, *joined):
+    outputs = [behind[-1].outputs[0], *(c.outputs[0] for c in joined)]
+    for dead in (*behind, node, *joined):
         dead.inputs.clear()
         dead.outputs.clear()
     node.attrs |= {"q_num_heads": rows[0][0].shape[2], "kv_num_heads": rows[1][0].shape[2]}

@@ -32,8 +32,6 @@ def lower_sink_attention(graph: gs.Graph) -> Fused:
          |        |        |                        |      else as before
         SinkAttention -----+- span, [sinks]         |      |
          |                                          |      |
-     Transpose                                      |      |
-         |                                          |      |
       Reshape - y                                   y   presents
 
     A window's layers keep their last slots, to which a step's keys are joined. What is before a row's first key is
@@ -44,7 +42,7 @@ def lower_sink_attention(graph: gs.Graph) -> Fused:
     2. keys and values are the past's slots with these written from one length on or joined, and nothing else reads them
        before,
     3. keys and values have heads of one size, in a type that the operator has on a CPU,
-    4. what is attended is read once, and turned back to [B, T, H * D].
+    4. what is attended is read once, to make [B, T, H * D] of it.
     """
     return fuse_each(graph, ("SinkAttention",), functools.partial(_lower, {}), where=_reads_slots)
 

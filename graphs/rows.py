@@ -9,17 +9,19 @@ from llmexport.graphs.fusion import Refusal, heads_behind_tokens, is_output, pro
 from llmexport.plugins.spec import DOMAIN
 
 
-def flattened(graph: gs.Graph, attention: gs.Node) -> tuple[gs.Node, gs.Node]:
-    """The Transpose and the Reshape that make [B, T, H * D] of what is attended, and are all that reads it."""
-    turned = sole_consumer(attention.outputs[0], "what is attended")
-    if not turns_heads(turned):
-        raise Refusal("what is attended is not turned back")
-    flat = sole_consumer(turned.outputs[0], "what is attended")
-    if flat.op != "Reshape" or len(flat.outputs[0].shape or ()) != 3:
+def flattened(graph: gs.Graph, attention: gs.Node) -> list[gs.Node]:
+    """The nodes that make [B, T, H * D] of what is attended, and are all that reads it: a Reshape, and before it the
+    Transpose of an Attention, which has heads before tokens."""
+    behind = [sole_consumer(attention.outputs[0], "what is attended")]
+    if not attention.domain:
+        if not turns_heads(behind[0]):
+            raise Refusal("what is attended is not turned back")
+        behind.append(sole_consumer(behind[0].outputs[0], "what is attended"))
+    if behind[-1].op != "Reshape" or len(behind[-1].outputs[0].shape or ()) != 3:
         raise Refusal("the heads of what is attended are not put side by side")
-    if any(is_output(graph, n.outputs[0]) for n in (attention, turned)):
+    if any(is_output(graph, n.outputs[0]) for n in (attention, *behind[:-1])):
         raise Refusal("what is attended is a graph output")
-    return turned, flat
+    return behind
 
 
 def as_rows(source: gs.Tensor, rope: gs.Node | None, before: list[gs.Node]) -> gs.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import GraphProto, ModelProto
 
-from llmexport.plugins.spec import DOMAIN
+from llmexport.plugins.spec import DOMAIN, VERSION
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def stitch(
     graph.output.extend(outputs)
     named = {v.name for v in outputs}
     graph.value_info.extend(v for v in typed.values() if v.name not in named)
-    opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, 1)]
+    opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="llmexport")
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "llmexport"
+VERSION = 2  # of the domain, as graphs import it: that of its latest op
 # The types that a tensor of an op may have, by the name that @op gives them. W: a weight as it is stored; S: its
 # scales.
 TYPES = {"T": FLOATS, "W": (*FLOATS, "uint8"), "S": ("float32", "uint8")}
@@ -36,7 +37,8 @@ Body = Callable[[dict[str, Attribute], dict[str, str], dict[str, int]], str | No
 
 @dataclass(frozen=True)
 class Op:
-    """An op in domain and plugin namespace `llmexport`; `name` is its ONNX op type and plugin name.
+    """An op in domain and plugin namespace `llmexport`; `name` is its ONNX op type and plugin name, and `version` that
+    of the domain from which on it means what it does.
 
     `inputs` and `outputs` map each tensor to its dimensions by name; a function body is made for given sizes of the
     `static` ones and works on any size of the others. The last inputs may be `optional`: a node leaves out any number

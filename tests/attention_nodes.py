@@ -72,8 +72,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Exact:
-    """The result in float64; `mean` the largest weighted mean of the values' magnitudes, in which errors of weights
-    count; `logit` the largest sum of magnitudes of a logit's products, or a sink's: its error is its weight's.
+    """The result [B, T, H, D] in float64; `mean` the largest weighted mean of the values' magnitudes, in which errors
+    of weights count; `logit` the largest sum of magnitudes of a logit's products, or a sink's: its error is its
+    weight's.
     """
 
     y: Values
@@ -107,7 +108,7 @@ def attention(shape: Shape, inputs: list[Values]) -> Exact:
     weights = np.exp(logits - most)
     total = weights.sum(-1, keepdims=True) + np.exp(sink - most)
     weights /= np.where(total == 0, 1.0, total)
-    return Exact(weights @ v, float((weights @ np.abs(v)).max(initial=0)), largest)
+    return Exact((weights @ v).swapaxes(1, 2), float((weights @ np.abs(v)).max(initial=0)), largest)
 
 
 def run(machine: Machine, shape: Shape, inputs: list[Values], shift: int = 0) -> Values:

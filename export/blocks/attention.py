@@ -50,8 +50,8 @@ class Attention(nn.Module):
             span = (given["start"], given["length"])
             mixed = sink_attention(q, key, value, *span, sinks, scale, block.softcap, block.window)
         else:
-            mixed = attention(q, key, value, given.get("bias" if block.biased else "mask"), scale)
-        mixed = mixed.transpose(1, 2).reshape(batch, sequence, block.heads * block.head_size)
+            mixed = attention(q, key, value, given.get("bias" if block.biased else "mask"), scale).transpose(1, 2)
+        mixed = mixed.reshape(batch, sequence, block.heads * block.head_size)
         attended: Tensor = self.o_proj(mixed if gate is None else mixed * torch.sigmoid(gate))
         if block.keys and block.keys.slides:
             key, value = (x[:, :, -block.keys.slots :] for x in (key, value))

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kAttentionThreads, DecodeShape<kD>::kBlocks)
       float const factor = normaliser(level, sum, call.sink(place.group, row));
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) wide[i] *= factor;
-      int64_t const to = call.place(place.batch, place.group, row) * call.size;
+      int64_t const to = call.result(place.batch, place.group, row) * call.size;
       storeWhole(call.y + to + column, fromFloats<T>(wide));
     } else {
       int64_t const part = call.part(place.batch, place.group, row, place.split);

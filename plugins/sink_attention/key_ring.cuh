@@ -45,7 +45,7 @@ __device__ __forceinline__ void copyQueries(T* tile, AttentionCall<T> const& cal
   copyRows<kD, kRows, kThreads>(
       tile, call.q, call.size, threadIdx.x, placeOf, [&](int i) -> int64_t {
         int const row = place.firstRow + i;
-        return row < call.rows() ? call.place(place.batch, place.group, row) * call.size : -1;
+        return row < call.rows() ? call.query(place.batch, place.group, row) * call.size : -1;
       });
 }
 

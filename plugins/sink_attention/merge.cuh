@@ -8,8 +8,8 @@ namespace llmexport {
 
 constexpr int kAttentionMaxSplits = 512;
 
-// Merges the splits of a row, and the sink with them. A block takes a row: each warp takes every
-// fourth split, a lane two columns at a time.
+// Merges the splits of a row, and the sink with them. Grid: the B * T * H rows of y. Each warp takes
+// every fourth split, a lane two columns at a time.
 //
 // All is fp32 and y is rounded to T once; a warp adds its splits in order, then the four warps'
 // sums are added. A split weighs exp2Fast (2**-22) of a log2f (1 unit in the last place), whose own
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   SHARED_ARRAY(float, sums, kAttentionWarps* kAttentionMaxSize);
   int64_t const row = blockIdx.x;
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  int const head = int(row / call.tokens % call.heads);
+  int const head = int(row % call.heads);
   float const* const logs = call.logWeight + row * call.splits;
   float const sink = call.sinks ? toFloat(call.sinks[head]) * kLog2e : -INFINITY;
   float top = sink;

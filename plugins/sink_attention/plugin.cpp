@@ -44,7 +44,7 @@ Registration const registration({
      {"start", "B", Element::kInt32},
      {"length", "B", Element::kInt32},
      {"sinks", "H", Element::kT, kOptional}},
-    {{"y", "BHTD"}},
+    {{"y", "BTHD"}},
     {{"scale", Kind::kFloat}, {"softcap", Kind::kFloat}, {"window", Kind::kInt}},
     enqueue,
     check,

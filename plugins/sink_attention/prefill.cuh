@@ -59,7 +59,7 @@ __device__ __forceinline__ void storeRows(AttentionCall<T> const& call, Tile con
   int const chunks = call.size / 8, rows = min(call.rows() - firstRow, kTiles * 16);
   for (int at = tile.lane; at < rows * chunks; at += kWarp) {
     int const row = at / chunks, chunk = at % chunks;
-    int64_t const to = call.place(batch, group, firstRow + row) * call.size;
+    int64_t const to = call.result(batch, group, firstRow + row) * call.size;
     storeWhole<8>(call.y + to + chunk * 8, load<8>(own + placeOf(row, chunk)));
   }
 }

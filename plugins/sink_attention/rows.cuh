@@ -24,8 +24,8 @@ struct AttentionCall {
   int const *start, *length;
   T const* sinks;  // or null
   T* y;
-  float* partial;    // [B * H * T, splits, size]: the results of the splits
-  float* logWeight;  // [B * H * T, splits]: log2 of the weight of each result
+  float* partial;    // [B * T * H, splits, size]: the results of the splits
+  float* logWeight;  // [B * T * H, splits]: log2 of the weight of each result
   int batches, heads, groups, ratio, tokens, keys, size, splits;
   int window;  // INT32_MAX if there is none
   float scale, softcap;
@@ -33,14 +33,19 @@ struct AttentionCall {
   // Row r of a group is query r / ratio of its head r % ratio: rows that are near each other see
   // nearly the same keys.
   __device__ __forceinline__ int rows() const { return ratio * tokens; }
-  // The place of a group's row among the B * H * T rows of q and y.
-  __device__ __forceinline__ int64_t place(int batch, int group, int row) const {
+  // The place of a group's row among the B * H * T rows of q.
+  __device__ __forceinline__ int64_t query(int batch, int group, int row) const {
     int const head = group * ratio + row % ratio;
     return (int64_t(batch) * heads + head) * tokens + row / ratio;
   }
+  // Its place among the B * T * H rows of y.
+  __device__ __forceinline__ int64_t result(int batch, int group, int row) const {
+    int const head = group * ratio + row % ratio;
+    return (int64_t(batch) * tokens + row / ratio) * heads + head;
+  }
   // The place of a split's result for such a row.
   __device__ __forceinline__ int64_t part(int batch, int group, int row, int split) const {
-    return place(batch, group, row) * splits + split;
+    return result(batch, group, row) * splits + split;
   }
   // The sink of a row; without sinks -inf, which weighs nothing.
   __device__ __forceinline__ float sink(int group, int row) const {

@@ -5,7 +5,7 @@
 
 namespace llmexport {
 
-// Serves any size up to kAttentionMaxSize and any alignment. Grid: the B * H * T rows. Each warp
+// Serves any size up to kAttentionMaxSize and any alignment. Grid: the B * T * H rows of y. Each warp
 // takes every fourth run of 32 keys; a lane takes a key for its logit, and every 32nd column of the
 // values. Logits here are natural.
 //
@@ -24,14 +24,14 @@ __global__ void __launch_bounds__(kAttentionThreads)
   SHARED_ARRAY(float, sums, kAttentionWarps);
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, size = call.size;
   int64_t const row = blockIdx.x;
-  int const head = int(row / call.tokens % call.heads);
-  int const batch = int(row / call.tokens / call.heads);
-  int const position = call.position(batch, int(row % call.tokens));
+  int const head = int(row % call.heads);
+  int const token = int(row / call.heads % call.tokens);
+  int const batch = int(row / call.heads / call.tokens);
+  int const position = call.position(batch, token);
   KeyRange const keys = keysOf(call, batch, position, position);
   int64_t const start = call.firstKey(batch, head / call.ratio);
-  for (int i = threadIdx.x; i < size; i += kAttentionThreads) {
-    query[i] = toFloat(call.q[row * size + i]);
-  }
+  int64_t const at = ((int64_t(batch) * call.heads + head) * call.tokens + token) * size;
+  for (int i = threadIdx.x; i < size; i += kAttentionThreads) query[i] = toFloat(call.q[at + i]);
   __syncthreads();
 
   float out[kColumns] = {}, top = -INFINITY, sum = 0.0f;

@@ -106,7 +106,7 @@ class AttentionCase:
         return self.on("cuda")
 
     def outputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.full_like(inputs[0], float("nan"))]
+        return [inputs[0].new_full((self.B, self.T, self.layer.H, self.layer.D), float("nan"))]
 
     def reference(self, *inputs: torch.Tensor) -> torch.Tensor:
         return sink_attention.reference(*inputs, *[None] * (6 - len(inputs)), **self.attributes)
@@ -119,7 +119,7 @@ class AttentionCase:
         # To its first queries the prompt ends there.
         seen = self.S - self.T + count
         first = self.reference(q[:, :, :count], k[:, :, :seen], v[:, :, :seen], start, length * 0 + seen, *sinks)
-        return [(last, outputs[0][:, :, -count:]), (first, outputs[0][:, :, :count])]
+        return [(last, outputs[0][:, -count:]), (first, outputs[0][:, :count])]
 
     def peers(self) -> dict[str, Callable[..., object]]:
         """Others that compute the same, by name; each takes the case's inputs."""

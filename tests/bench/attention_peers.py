@@ -180,7 +180,7 @@ def flashinfer_sinks(case: AttentionCase) -> Peer:
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: object, length: object, sinks: torch.Tensor
     ) -> torch.Tensor:
         found = wrapper(q.device).run(turned(q), (k, v), wide(sinks), layer.D**-0.5)
-        return found.unflatten(0, (case.B, case.T)).transpose(1, 2)
+        return found.unflatten(0, (case.B, case.T))
 
     return attend
 

@@ -103,6 +103,22 @@ def test_two_bodies_of_one_op_are_inlined_apart_or_left_to_one_plugin(served, op
     assert ([n.op_type for n in form.graph.node], left, len(form.functions)) == (operators, plugins, 0)
 
 
+@pytest.mark.parametrize(("imported", "taken"), [(1, False), (2, True)])
+def test_a_plugin_takes_no_op_of_an_earlier_version(imported: int, taken: bool) -> None:
+    """SinkAttention of version 1 has heads before tokens in its result; its body in the graph has it too."""
+    opsets = [make_opsetid("", 23), make_opsetid("llmexport", imported)]
+    body = make_function("llmexport", "SinkAttention__x", ["x"], ["y"], [make_node("Neg", ["x"], ["y"])], opsets[:1])
+    model = model_of([make_node(body.name, ["a"], ["b"], "n", domain="llmexport")], ["a"], ["b"], opsets, [body])
+    assert [n.op_type for n in tensorrt_form(model)[0].graph.node] == ["Neg"]
+    served = frozenset({"SinkAttention"})
+    if taken:
+        assert tensorrt_form(model, served)[1] == {"n": "SinkAttention"}
+        return
+    says = "n is SinkAttention of version 1 or earlier, its plugin of version 2: export the model again"
+    with pytest.raises(EngineError, match=f"^{says}$"):
+        tensorrt_form(model, served)
+
+
 def test_bytes_that_only_plugins_read_become_int8() -> None:
     """TensorRT gives plugins no uint8."""
     nodes = [

@@ -5,7 +5,7 @@ import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
-from slot_graphs import BACK, SLOTS, SPLIT, TURN, TURNS, in_bfloat16, operands, run
+from slot_graphs import SLOTS, SPLIT, TURN, TURNS, in_bfloat16, operands, run
 
 from llmexport.graphs.bodies import count
 from llmexport.graphs.lower_sink_attention import lower_sink_attention
@@ -21,7 +21,7 @@ WRITE = "[kj] all_k = TensorScatter<axis = -2>(pk, kt, past) [vj] all_v = Tensor
 JOIN = "[kj] all_k = Concat<axis = 2>(pk, kt) [vj] all_v = Concat<axis = 2>(pv, vt)"
 SINKS = f"{DOMAIN}.SinkAttention<scale = 0.3, softcap = 0.0, window = 0>(qt, all_k, all_v, start, length, sinks)"
 ATTEND = f"[attention] a = {SINKS}"
-PLAIN = f"{SPLIT} {TURN} {WRITE} {ATTEND} {BACK}"
+PLAIN = f"{SPLIT} {TURN} {WRITE} {ATTEND} [flat] y = Reshape(a, flat)"
 ROPE = f"[qr] qr = {TURNS}(qt, cos, sin) [kr] kr = {TURNS}(kt, cos, sin)"
 FORMS = {
     "plain": PLAIN,
@@ -50,10 +50,9 @@ def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
     header = f'<ir_version: 10, opset_import: ["": 24, "{DOMAIN}": 1]>'
     made = onnx.parser.parse_model(f"{header} g ({INPUTS}) => ({ends}) <{HELD}> {{ {nodes} }}")
     # onnx infers no shape of our ops' outputs, nor behind them.
-    typed = dict.fromkeys(("qt", "qr", "a"), (1, "B", 4, "T", 8)) | dict.fromkeys(
-        ("kt", "kr", "vt"), (1, "B", 2, "T", 8)
-    )
-    typed |= {"q_heads": (1, "B", "T", 4, 8), "k_heads": (1, "B", "T", 2, 8), "v_heads": (1, "B", "T", 2, 8)}
+    typed = dict.fromkeys(("qt", "qr"), (1, "B", 4, "T", 8)) | dict.fromkeys(("kt", "kr", "vt"), (1, "B", 2, "T", 8))
+    typed |= dict.fromkeys(("a", "q_heads"), (1, "B", "T", 4, 8))
+    typed |= {"k_heads": (1, "B", "T", 2, 8), "v_heads": (1, "B", "T", 2, 8)}
     for name, (kind, *shape) in typed.items():
         made.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     return made
@@ -116,9 +115,11 @@ def test_rows_that_end_elsewhere_than_the_step_are_computed_as_before():
 
 def test_what_layers_share_is_made_once():
     again = FORMS["turned"]
-    for name in ("q_heads", "k_heads", "v_heads", "qt", "kt", "vt", "qr", "kr", "all_k", "all_v", "back"):
+    for name in ("q_heads", "k_heads", "v_heads", "qt", "kt", "vt", "qr", "kr", "all_k", "all_v"):
         again = again.replace(name, f"{name}2")
-    again = again.replace("a = llm", "a2 = llm").replace("(a)", "(a2)").replace("pk", "pk2").replace("pv", "pv2")
+    again = (
+        again.replace("a = llm", "a2 = llm").replace("(a, flat", "(a2, flat").replace("pk", "pk2").replace("pv", "pv2")
+    )
     again = again.replace("y = R", "y2 = R").replace("[", "[again_").replace("perm = [again_", "perm = [")
     made = model(FORMS["turned"] + again, ", float[B,T,32] y2, float[B,2,9,8] all_k2, float[B,2,9,8] all_v2")
     for name in ("pk2", "pv2"):
@@ -150,7 +151,8 @@ REFUSED = {
     "the keys of the past are no input": {"(pk, kt": "(pk0, kt", "[kj]": "pk0 = Neg(pk) [kj]"},
     "its keys are read before": {"[attention]": "[early] e = Identity(all_k) [attention]"},
     "its values are turned by Rope": {"[vj]": f"[vr] vr = {TURNS}(vt, cos, sin) [vj]", "(pv, vt,": "(pv, vr,"},
-    "what is attended has 2 consumers": {"[at]": "[more] z = Identity(a) [at]"},
+    "what is attended has 2 consumers": {"[flat]": "[more] z = Identity(a) [flat]"},
+    "the heads of what is attended are not put side by side": {"Reshape(a,": "Reshape(b,", "[flat]": "b = Abs(a) [f]"},
     "v is not [B, T, H, D] with its heads turned to the front": {"vt = Transpose<perm = [0, 2, 1, 3]>": "vt = Neg"},
 }  # fmt: skip
 
@@ -162,7 +164,7 @@ def test_another_form_is_left_as_it_is(why, monkeypatch):
         assert old in nodes + held
         nodes, held = nodes.replace(old, new), held.replace(old, new)
     monkeypatch.setitem(globals(), "HELD", held)
-    more = {"e = Id": ", float[B,2,9,8] e", "z = Id": ", float[B,4,T,8] z"}
+    more = {"e = Id": ", float[B,2,9,8] e", "z = Id": ", float[B,T,4,8] z"}
     made = model(nodes, "".join(text for name, text in more.items() if name in nodes))
     for value in made.graph.value_info:
         if value.name == "v_heads" and "four_of_four" in nodes:

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 
 from llmexport.graphs.stitch import Piece, stitch
-from llmexport.plugins.spec import DOMAIN
+from llmexport.plugins.spec import DOMAIN, VERSION
 from llmexport.validate.compare import compare
 
 FLOAT = onnx.TensorProto.FLOAT
@@ -116,7 +116,7 @@ def test_an_inner_value_may_be_an_output_too():
 
 
 def test_the_model_imports_the_opset_and_our_domain():
-    assert {(o.domain, o.version) for o in two().opset_import} == {("", OPSET), (DOMAIN, 1)}
+    assert {(o.domain, o.version) for o in two().opset_import} == {("", OPSET), (DOMAIN, VERSION)}
 
 
 def test_refuses_two_pieces_that_make_one_value():

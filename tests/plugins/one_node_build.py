@@ -20,6 +20,7 @@ from plugin_cases import ALL_CASES, Case, array_of
 
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.plugins import library
+from llmexport.plugins.spec import VERSION
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 TYPES |= {"int32": TensorProto.INT32, "uint8": TensorProto.UINT8}
@@ -49,7 +50,7 @@ def model(case: Case, dtype: str, attributes: dict[str, object]) -> onnx.ModelPr
     outputs = [helper.make_tensor_value_info(n, TYPES[kind], None) for n, kind in kinds.items()]
     node = helper.make_node(case.op, case.inputs, list(case.spec.outputs), "node", domain="llmexport", **attributes)
     graph = helper.make_graph([node], "one", inputs, outputs, constants)
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("llmexport", 1)]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("llmexport", VERSION)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 

@@ -1,7 +1,7 @@
 """The list of ops that is read from their source is the list of the ops."""
 
 from llmexport.plugins.declared import Declared, declared
-from llmexport.plugins.spec import all_ops
+from llmexport.plugins.spec import VERSION, all_ops
 
 
 def test_it_says_what_the_ops_themselves_say() -> None:
@@ -12,3 +12,7 @@ def test_it_says_what_the_ops_themselves_say() -> None:
         for name, op in all_ops().items()
     }
     assert {op.name: op for op in declared()} == ops
+
+
+def test_graphs_import_the_version_of_the_latest_op() -> None:
+    assert max(op.version for op in declared()) == VERSION

@@ -175,9 +175,9 @@ def test_a_nan_shows_in_the_rows_that_see_it(machine: Machine, dtype: str, token
     inputs = shape.inputs(dtype)
     inputs[0][0, 1, -1, 3] = np.nan
     found = np.isnan(run(machine, shape, inputs).astype(np.float32))
-    assert found[0, 1, -1].all()
-    assert not found[0, 0].any()
-    assert not found[0, 1, :-1].any()
+    assert found[0, -1, 1].all()
+    assert not found[0, :, 0].any()
+    assert not found[0, :-1, 1].any()
 
 
 @pytest.mark.parametrize("shape", [FEW_ROWS[5], MANY_ROWS[0], MANY_ROWS[3], RAGGED[1]], ids=name)
@@ -193,7 +193,7 @@ def test_result_does_not_depend_on_the_order_of_threads(
 
 def test_no_queries_are_no_error(machine: Machine) -> None:
     shape = Shape(2, 2, 1, 0, 9, 64)
-    assert run(machine, shape, shape.inputs("fp16")).shape == (2, 2, 0, 64)
+    assert run(machine, shape, shape.inputs("fp16")).shape == (2, 0, 2, 64)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_workspace_of_exactly_the_plans_bytes(launcher: ctypes.CDLL, shape: Shap
     sizes, plan = (ctypes.c_int64 * 6)(*shape.sizes), (ctypes.c_int64 * 8)()
     launcher.attention_plan(sizes, 0, code, ctypes.c_bool(True), processors, plan)
     workspace = Output.make(memory, (plan[2],), np.dtype(np.uint8), 0)
-    y = Output.make(memory, inputs[0].shape, DTYPES[dtype], 0)
+    y = Output.make(memory, attention(shape, inputs).y.shape, DTYPES[dtype], 0)
     addresses = [memory.place(x.reshape(-1).view(np.uint8)) for x in inputs]
     pointers = (ctypes.c_void_p * 8)(*addresses, y.address, workspace.address)
     scale = ctypes.c_float(shape.attributes["scale"])

@@ -21,7 +21,7 @@ from llmexport.plugins import emulated, host
 from llmexport.plugins.causal_conv1d import causal_conv1d
 from llmexport.plugins.errors import CacheError
 from llmexport.plugins.rope import rope
-from llmexport.plugins.spec import Attribute
+from llmexport.plugins.spec import Attribute, all_ops
 from llmexport.validate import kernels, ladder
 from llmexport.validate.report import Rung
 
@@ -161,14 +161,14 @@ def test_a_model_without_ops_of_ours_is_not_run(exported: Callable[..., Path]) -
 
 def zeros(monkeypatch: pytest.MonkeyPatch, op: str, tokens: Callable[[int], bool] = lambda count: True) -> None:
     """The plugin of an op fills its first output with zeros, where the node has such a number of tokens."""
-    right = host.Plugin.enqueue
+    right, dims = host.Plugin.enqueue, next(iter(all_ops()[op].outputs.values()))
 
     def wrong(
         self: host.Plugin, io: Sequence[host.Desc], inputs: Sequence[int], outputs: Sequence[int], *others: int
     ) -> None:
         right(self, io, inputs, outputs, *others)
         made = io[len(inputs)]
-        if self.op == op and tokens(made.shape[-2]):
+        if self.op == op and tokens(made.shape[dims.index("T")]):
             size = 4 if host.dtype_name(made.type) == "float32" else 2
             ctypes.memset(outputs[0], 0, size * math.prod(made.shape))
 
