@@ -24,10 +24,11 @@ KERNELS = {
     "QkNormRope": 1,
     "QkNormRopeWrite": 1,  # and a copy of each cache where it is not written in place
     "Rope": 1,
-    "SinkAttention": 2,  # the splits of the keys, and their merge
+    "SinkAttention": 2,  # the splits of the keys, and their merge; 1 where a window holds one split
     "Wkv": 1,
     "Wkv7": 1,
 }
+SPLIT = 128  # the least keys of a split in decode, see sink_attention.cu
 GEMMS = {"MatMul", "Gemm"}
 NORMS = {"RMSNormalization", "LayerNormalization"}
 VIEWS = {"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Constant"}
@@ -65,7 +66,7 @@ def launches(model: ModelProto, step: str) -> Counter[str]:
     for node in nodes:
         kind = op_of(node)
         if node.domain == DOMAIN:
-            counted[kind] += KERNELS[kind]
+            counted[kind] += _kernels(node, kind)
         elif kind in FUSES:
             if not _is_bias(node, makers, readers, free):
                 fused.append(node)
@@ -78,6 +79,12 @@ def launches(model: ModelProto, step: str) -> Counter[str]:
         norms = Counter(n.op_type for n in group if n.op_type in NORMS)
         counted += norms or Counter(["point-wise"])
     return +counted
+
+
+def _kernels(node: NodeProto, op: str) -> int:
+    """Those of a node of ours."""
+    window = next((a.i for a in node.attribute if a.name == "window"), 0)
+    return 1 if op == "SinkAttention" and 0 < window <= SPLIT else KERNELS[op]
 
 
 def _known(graph: onnx.GraphProto) -> set[str]:

@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(kAttentionThreads, DecodeShape<kD>::kBlocks)
   T* const query = reinterpret_cast<T*>(shared);
   T* const ring = query + Shape::kRows * kD + warp * Shape::kUnits * kTile;
 
+  call.letMergeStart();
   AttentionPlace<Shape::kRows> const place(call);
   KeyRange const keys = place.template keys<Shape::kStep>(call);
   int const first = keys.first + warp * Shape::kKeys;

@@ -1,6 +1,7 @@
 // Merges the results of the splits of the keys.
 #pragma once
 
+#include "common/early_launch.cuh"
 #include "common/element.cuh"
 #include "sink_attention/rows.cuh"
 
@@ -9,7 +10,8 @@ namespace llmexport {
 constexpr int kAttentionMaxSplits = 512;
 
 // Merges the splits of a row, and the sink with them. Grid: the B * T * H rows of y. Each warp takes
-// every fourth split, a lane two columns at a time.
+// every fourth split, a lane two columns at a time. It is launched early, while the last splits are
+// still made.
 //
 // All is fp32 and y is rounded to T once; a warp adds its splits in order, then the four warps'
 // sums are added. A split weighs exp2Fast (2**-22) of a log2f (1 unit in the last place), whose own
@@ -24,6 +26,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int const head = int(row % call.heads);
   float const* const logs = call.logWeight + row * call.splits;
+  waitForPrevious();
   float const sink = call.sinks ? toFloat(call.sinks[head]) * kLog2e : -INFINITY;
   float top = sink;
   for (int s = lane; s < call.splits; s += kWarp) top = fmaxf(top, logs[s]);

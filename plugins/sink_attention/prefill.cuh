@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   T* const own = query + warp * kOwnRows * kD;
   T* const ring = query + Shape::kRows * kD;
 
+  call.letMergeStart();
   AttentionPlace<Shape::kRows> const place(call);
   KeyRange const keys = place.template keys<Shape::kKeys>(call);
   int const steps = tilesOf(keys.end - keys.first, Shape::kKeys);

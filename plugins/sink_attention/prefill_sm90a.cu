@@ -238,6 +238,7 @@ __global__ void __launch_bounds__(kSm90aThreads, 1)
     initBarrier(attending[0], kAttendingWarps);
   }
   __syncthreads();
+  call.letMergeStart();
   AttentionPlace<kSm90aRows> const place(call);
   KeyRange const keys = place.template keys<Shape::kKeys>(call);
   int const steps = tilesOf(keys.end - keys.first, Shape::kKeys);

@@ -7,6 +7,7 @@
 // says what else it rounds.
 #pragma once
 
+#include "common/early_launch.cuh"
 #include "common/element.cuh"
 #include "common/exp2.cuh"
 #include "sink_attention/sink_attention.h"
@@ -58,6 +59,10 @@ struct AttentionCall {
   }
   __device__ __forceinline__ int64_t firstKey(int batch, int group) const {
     return (int64_t(batch) * groups + group) * keys * size;
+  }
+  // Lets the merge start, if splits are merged: its few threads wait until all results are there.
+  __device__ __forceinline__ void letMergeStart() const {
+    if (splits > 1) letNextStart();
   }
 };
 

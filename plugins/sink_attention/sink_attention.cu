@@ -161,7 +161,7 @@ cudaError_t attend(SinkAttentionPlan const& plan, SinkAttentionSizes const& size
   } else {
     cudaError_t const error = attendOnTensorCores(plan, sizes, call, device, stream);
     if (error != cudaSuccess || plan.splits == 1) return error;
-    return launch(sinkAttentionMergeKernel<T>, plan.merge, stream, call);
+    return launchEarly(sinkAttentionMergeKernel<T>, plan.merge, stream, call);
   }
 }
 

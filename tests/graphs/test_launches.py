@@ -62,6 +62,14 @@ RULES = {
         {"RMSNormalization": 1},
     ),
     "an op of ours is its kernels": ('["a/0"] y = llmexport.MoeExperts(x, z)', {"MoeExperts": 3}),
+    "keys of a window that no two blocks share": (
+        '["a/0"] y = llmexport.SinkAttention<window = 128>(x)',
+        {"SinkAttention": 1},
+    ),
+    "keys of one that they may share": (
+        '["a/0"] y = llmexport.SinkAttention<window = 129>(x)',
+        {"SinkAttention": 2},
+    ),
     "an op with a body is too": ('["a/0"] y = llmexport.SinkAttention__float32__D_8(x)', {"SinkAttention": 2}),
     "a Transpose copies": (
         '["a/0"] t = Transpose<perm = [1, 0, 2]>(x) ["a/1"] y = MatMul(t, m)',

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import beside_emulated
 
+from llmexport.graphs.launches import SPLIT
+
 SCALAR, DECODE, PREFILL = range(3)
 FP32, FP16, BF16 = range(3)
 THREADS, MAX_GRID_Y = 128, 65535
@@ -124,7 +126,9 @@ SPLITS = [
     ((1, 64, 8, 1, 8192, 64), 0, 33),
     ((8, 64, 8, 1, 8192, 64), 0, 5),
     ((64, 64, 8, 1, 8192, 64), 0, 1),
-    ((1, 64, 8, 1, 8192, 64), 128, 1),
+    # As graphs/launches.py counts.
+    ((1, 64, 8, 1, 8192, 64), SPLIT, 1),
+    ((1, 64, 8, 1, 8192, 64), SPLIT + 1, 2),
     ((1, 8, 1, 1, 8192, 256), 0, 64),
     ((1, 8, 1, 1, 200, 256), 0, 2),
     ((1, 8, 1, 4096, 4096, 256), 0, 1),
