@@ -66,7 +66,7 @@ def place_weights(sources: Mapping[Path, Stamp], folder: Path, mode: str) -> dic
                 f"cannot link {real[copies[0]]} into {folder}: pass --weights copy, "
                 "or choose a folder on the file system of the checkpoint"
             )
-        _check_space(folder, [real[source] for source in copies])
+        _check_space(folder, [real[source] for source in copies], "copy")
         for source in copies:
             _copy(real[source], folder / source.name, sources[source])
             placed[source.name] = "copy"
@@ -86,7 +86,7 @@ def check_room(checkpoint: Checkpoint, used: Collection[str], folder: Path, mode
     """Raise ExportError if the shards `used`, where they are copied for sure, and `more` bytes do not fit."""
     copied = [checkpoint.folder / s.file for s in checkpoint.shards if mode == "copy" and s.file in used]
     with write_errors(folder):
-        _check_space(folder, copied, more)
+        _check_space(folder, copied, "write", more)
 
 
 def place_companions(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
@@ -188,14 +188,14 @@ def _link(source: Path, to: Path, seen: Stamp) -> bool:
     return True
 
 
-def _check_space(folder: Path, sources: list[Path], needed: int = 0) -> None:
+def _check_space(folder: Path, sources: list[Path], do: str, needed: int = 0) -> None:
     # A hole takes no space, and _copy leaves it a hole.
     for source in sources:
         with read_errors(source):
             info = os.stat(source)
         needed += min(info.st_size, info.st_blocks * 512)
     elsewhere = ", or choose a folder on the file system of the checkpoint and --weights link"
-    check_space(folder, needed, "copy", f"free space{elsewhere if sources else ''}")
+    check_space(folder, needed, do, f"free space{elsewhere if sources else ''}")
 
 
 def check_space(folder: Path, needed: int, do: str, cure: str) -> None:

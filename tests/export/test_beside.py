@@ -12,9 +12,9 @@ import pytest
 from arch_cases import (
     CASES,
     COMPUTED,
+    EVERY_TIME,
     FEW_MATRICES,
     FIRST,
-    FIRST_EVERY_TIME,
     IN_FP16,
     MATRIX,
     PRIMARY,
@@ -39,8 +39,11 @@ from llmexport.validate import runners, stages
 
 Exporter = Callable[..., Path]
 
-EACH = in_each_dtype([c for c in CASES if c in FIRST or c.arch in PRIMARY], ("float32", "float16"))
-AT_ONCE = [(c, "float16" if c in IN_FP16 else "float32") for c in FIRST_EVERY_TIME]
+# Each architecture in one dtype, and all cases of the first families in both.
+ALTERNATING = [(c, "float16" if c in IN_FP16 else "float32") for c in FIRST]
+EACH = ALTERNATING + [e for e in in_each_dtype(CASES, ("float32", "float16")) if e[0].arch in PRIMARY]
+EACH = [*dict.fromkeys(EACH)]
+AT_ONCE = [(c, d) for c, d in ALTERNATING if c.arch in EVERY_TIME]
 
 
 def filled(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> onnx.ModelProto:

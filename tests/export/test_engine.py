@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import onnx
 import psutil
 import pytest
-from arch_cases import OF_ONE_GRAPH, ONCE, PRIMARY, SLOTS, TOWERS, Case, others_slow
+from arch_cases import EVERY_TIME, FIRST, ONCE, PRIMARY, SLOTS, TOWERS, Case, others_slow
 from one_node import model_of, rtx_build
 from onnx.helper import make_node
 from reseal import reseal
@@ -73,8 +73,10 @@ def child(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-# The five families in every dtype, the others in one; with plugins more are, in test_engine_plugins.py.
-BUILDS = [(c, d) for c in OF_ONE_GRAPH for d in DTYPES if c.arch in PRIMARY or d == "float16"]
+# The five families in every dtype, the next ones and other kinds of attention in one; all are with plugins, in
+# test_engine_plugins.py.
+BUILT = (*EVERY_TIME, "deberta", "deepseek_v2")
+BUILDS = [(c, d) for c in FIRST for d in DTYPES if c.arch in PRIMARY or (c.arch in BUILT and d == "float16")]
 FAMILIES = [(c, d) for c, d in ONCE if c.arch in PRIMARY]
 
 
@@ -97,8 +99,9 @@ def test_builds_every_architecture_from_bodies(case: Case, dtype: str, exported:
 # Of each attention that a fused kernel of TensorRT-RTX runs, this stands in the plan.
 FUSED = b"_mha_v2_callback"
 PER_ATTENTION = 4
-SEEING = [(c, d) for c in TOWERS for d in DTYPES]
 SEEING_ONCE = [(TOWERS[0], "float16"), (TOWERS[-1], "bfloat16")]
+# All in the dtype that has fused kernels everywhere.
+SEEING = [*((c, "float16") for c in TOWERS), SEEING_ONCE[1], (TOWERS[-1], "float32")]
 
 
 @pytest.mark.parametrize(("case", "dtype"), others_slow(SEEING, SEEING_ONCE), ids=str)

@@ -10,6 +10,7 @@ import planted
 import pytest
 from arch_cases import CASES, EVERY_TIME, ONCE, PRIMARY, SLOTS, TOWERS, Case, in_each_dtype, others_slow
 from native import emulated_library
+from pairwise import pairwise
 
 from llmexport.export import builder, manifest
 from llmexport.export.spec import DTYPES
@@ -78,8 +79,8 @@ def test_pasts_in_each_others_place_are_traced_to_the_op(exported, monkeypatch: 
     assert re.search(r"first in \w+: layer layers\.1/\S+QkNormRopeWrite \(PLUGIN_V3\)", rung.note), rung.note
 
 
-SEEING = [(c, d, p) for c in TOWERS for d in DTYPES for p in (True, False)]
-SEEING_ONCE = [(TOWERS[0], "float16", False), (TOWERS[-1], "bfloat16", True)]
+SEEING = pairwise(TOWERS, DTYPES, (True, False))
+SEEING_ONCE = SEEING[:2]
 
 
 @pytest.mark.parametrize(("case", "dtype", "plugins"), others_slow(SEEING, SEEING_ONCE), ids=str)
