@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ class Declared:
     aliases: dict[str, str]
 
 
-def declared() -> list[Declared]:
+@functools.cache
+def declared() -> tuple[Declared, ...]:
     """Every op there is, in the order of their folders."""
     folders = sorted(Path(__file__).parent.glob("*/__init__.py"))
-    return [op for path in folders for op in _in(ast.parse(path.read_text("utf-8")))]
+    return tuple(op for path in folders for op in _in(ast.parse(path.read_text("utf-8"))))
 
 
 def _in(module: ast.Module) -> Iterator[Declared]:
