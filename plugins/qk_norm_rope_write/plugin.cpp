@@ -1,21 +1,13 @@
+#include "qk_norm_rope/node.h"
 #include "qk_norm_rope_write/qk_norm_rope_write.h"
-#include "trt/op.h"
 
 namespace llmexport {
 namespace {
 
 enum Inputs { kQ, kK, kV, kCos, kSin, kPastKey, kPastValue, kWriteIndices, kQWeight, kKWeight };
 enum Outputs { kQuery, kKey, kValue };
-enum Attributes { kInterleaved, kEpsilon, kWeightOffset, kRoundBeforeWeight, kNormFirst };
 
-QkNormRopeWriteSizes sizesOf(Sizes const& s) {
-  return {{s['B'], s['T'], s['H'], s['G'], s['D'], s['R'], s['Q']}, s['S']};
-}
-
-QkNormRopeAttributes attributesOf(Values const& values) {
-  return {values[kInterleaved].integer != 0, values[kEpsilon].real, values[kWeightOffset].real,
-          values[kRoundBeforeWeight].integer != 0, values[kNormFirst].integer != 0};
-}
+QkNormRopeWriteSizes sizesOf(Sizes const& s) { return {qkNormRopeSizesOf(s), s['S']}; }
 
 bool check(Sizes const& sizes, Values const&) {
   return qkNormRopeFits(sizesOf(sizes).step, "QkNormRopeWrite");
@@ -35,8 +27,8 @@ cudaError_t enqueue(Call const& call) {
                                call.output(kValue)};
   QkNormRopeWriteTensors const tensors{step, call.input(kPastKey), call.input(kPastValue),
                                        call.input<int32_t>(kWriteIndices)};
-  return qkNormRopeWrite(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
-                         call.stream);
+  return qkNormRopeWrite(call.dtype, sizesOf(call.sizes), qkNormRopeAttributesOf(call.attributes),
+                         tensors, call.stream);
 }
 
 Registration const registration({
@@ -54,11 +46,7 @@ Registration const registration({
     {{"query", "BHTD"},
      {"key", "BGSD", Element::kT, false, kPastKey},
      {"value", "BGSD", Element::kT, false, kPastValue}},
-    {{"interleaved", Kind::kBool},
-     {"epsilon", Kind::kFloat},
-     {"weight_offset", Kind::kFloat},
-     {"round_before_weight", Kind::kBool},
-     {"norm_first", Kind::kBool}},
+    qkNormRopeAttributes(),
     enqueue,
     check,
     supports,
