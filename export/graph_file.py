@@ -86,6 +86,8 @@ def join(
     )
     if target != "tensorrt":
         bodies.attach_bodies(proto, functools.partial(load_body, target=target))
+    else:
+        bodies.leave_to_plugins(proto)
     for name, fused in fusions.items():
         proto.metadata_props.add(key=name, value=json.dumps(dataclasses.asdict(fused)))
     return proto

@@ -8,7 +8,7 @@ import onnx.parser
 from onnx.helper import get_attribute_value, make_node
 
 from llmexport.export.errors import EngineError
-from llmexport.graphs.bodies import op_of
+from llmexport.graphs.bodies import leave_to_plugins, op_of
 from llmexport.plugins.declared import declared
 from llmexport.plugins.spec import DOMAIN, VERSION, op_name
 
@@ -55,9 +55,7 @@ def tensorrt_form(
     del rest.functions[:]
     rest.functions.extend(f for f in model.functions if op_name(f.name) not in served)
     _check_versions(model, served)
-    for node in rest.graph.node:
-        if node.domain == DOMAIN and op_of(node) in served:
-            node.op_type = op_of(node)
+    leave_to_plugins(rest, served)
     _decompose_attention(rest)
     inlined = onnx.inliner.inline_local_functions(rest)
     for node in inlined.graph.node:

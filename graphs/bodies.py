@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 
 import onnx
 
+from llmexport.plugins.declared import declared
 from llmexport.plugins.dtypes import BY_ONNX
 from llmexport.plugins.spec import DOMAIN, Attribute, op_name
 
 # (op, attributes, types and shapes of the node's inputs) -> body
+PLUGIN_VERSION = "plugin_version"  # what TensorRT's parser takes for "1" where a node does not say it
 Body = Callable[[str, dict[str, Attribute], list[str], list[list[int | str]]], onnx.FunctionProto]
 
 
@@ -34,6 +36,8 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
         untyped = [n for n in node.input if n not in typed or not typed[n].HasField("shape")]
         if untyped:
             raise ValueError(f"{node.name}: type or rank of {', '.join(untyped)} is not known")
+        for said in [a for a in node.attribute if a.name == PLUGIN_VERSION]:
+            node.attribute.remove(said)
         shapes = [[d.dim_param or d.dim_value for d in typed[n].shape.dim] for n in node.input]
         types = [BY_ONNX[typed[n].elem_type].name for n in node.input]
         wanted = (node.op_type, _attributes(node), types, shapes)
@@ -50,6 +54,18 @@ def attach_bodies(model: onnx.ModelProto, body: Body) -> dict[str, int]:
     for domain in sorted({o.domain for f in bodies.values() for o in f.opset_import} - known_domains):
         model.opset_import.add(domain=domain, version=1)
     return count(model)
+
+
+def leave_to_plugins(model: onnx.ModelProto, served: frozenset[str] | None = None) -> None:
+    """Has TensorRT's parser find the plugins of the ops in `served`, or of all of ours, by their names and versions."""
+    later = {op.name: str(op.version) for op in declared() if op.version > 1}
+    for node in (n for g in graphs_of(model.graph) for n in g.node if n.domain == DOMAIN):
+        op = op_of(node)
+        if served is not None and op not in served:
+            continue
+        node.op_type = op
+        if op in later and PLUGIN_VERSION not in {a.name for a in node.attribute}:
+            node.attribute.append(onnx.helper.make_attribute(PLUGIN_VERSION, later[op]))
 
 
 def count(model: onnx.ModelProto) -> dict[str, int]:

@@ -25,7 +25,7 @@ def build(jobs: int | None = None) -> Path:
     # -O3 takes twice as long, and the emulator is no faster for it.
     options = ["-DLLMEXPORT_EMULATED=ON", f"-Dcuda_include={_headers()}", "-DCMAKE_CXX_FLAGS=-O1"]
     options += ["-DCMAKE_CXX_COMPILER=g++", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={linked}"]
-    with library._locked(folder):
+    with library_file.locked(folder):
         library_file.drop_unless_placed(linked / library.FILE, folder / library.FILE)
         library._run([cmake, "-S", str(library.SOURCES), "-B", str(folder), *options])
         library._run([cmake, "--build", str(folder), "--parallel", str(jobs or os.cpu_count() or 1)])

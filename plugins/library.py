@@ -5,10 +5,7 @@ Imports neither torch nor TensorRT.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -16,12 +13,13 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmexport.plugins import library_file
 from llmexport.plugins.cache_folder import cache_folder, trusted_folder
+from llmexport.plugins.declared import declared
 from llmexport.plugins.errors import CacheError
 from llmexport.plugins.errors import PluginError as PluginError
 
@@ -30,7 +28,8 @@ REGISTER = "libllmexport_register.so"  # registers FILE, which lies beside it, w
 SOURCES = Path(__file__).parent
 ARCHS = ("80", "86", "89", "90", "100", "110", "120")
 NAMESPACE = "llmexport"
-TABLE = re.compile(r"(\w+)\(.*; .*\) -> .+")  # a line of llmexportOps() in trt/library.cpp, by the name of its op
+# A line of llmexportOps() in trt/library.cpp, by the name of its op and the version.
+TABLE = re.compile(r"(\w+) (\d+)\(.*; .*\) -> .+")
 
 
 def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int | None = None) -> Path:
@@ -53,7 +52,7 @@ def build(archs: Sequence[str] = ARCHS, build_dir: Path | None = None, jobs: int
     # The linker writes elsewhere, so that find() sees whole libraries only.
     linked = folder / "linked"
     options += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={linked}"]
-    with _locked(folder):
+    with library_file.locked(folder):
         for name in (FILE, REGISTER):
             library_file.drop_unless_placed(linked / name, folder / name)
         _run([cmake, "-S", str(SOURCES), "-B", str(folder), *options])
@@ -85,8 +84,8 @@ def find() -> Path | None:
 def served(path: Path) -> frozenset[str]:
     """The ops that the library at `path` has plugins for.
 
-    Raises PluginError if it is no plugin library of this version, is not whole, or if another user can have written
-    it.
+    Raises PluginError if it is no plugin library of this version, computes another version of an op, is not whole, or
+    if another user can have written it.
     """
     # Absolute, as the loader looks for a bare name elsewhere.
     path = Path(os.path.abspath(path))
@@ -107,7 +106,13 @@ def served(path: Path) -> frozenset[str]:
     if not tables or None in tables:
         odd = next((line for line, table in zip(lines, tables, strict=True) if not table), "")
         raise PluginError(f"{path} lists as an op {odd[:80]!r}: build it anew: llmexport plugins build")
-    return frozenset(table[1] for table in tables if table)
+    versions = {table[1]: int(table[2]) for table in tables if table}
+    for op in declared():
+        if (found := versions.get(op.name, op.version)) != op.version:
+            raise PluginError(
+                f"{path} has {op.name} of version {found}, not {op.version}: build it anew: llmexport plugins build"
+            )
+    return frozenset(versions)
 
 
 def registering(path: Path) -> Path:
@@ -149,7 +154,9 @@ def builder_environment(module: str, spare: Path | None = None) -> dict[str, str
 
 
 def _registered(registry: Any) -> frozenset[str]:
-    return frozenset(c.name for c in registry.all_creators if c.plugin_namespace == NAMESPACE)
+    found = {(c.name, c.plugin_version) for c in registry.all_creators if c.plugin_namespace == NAMESPACE}
+    versions = {op.name: str(op.version) for op in declared()}
+    return frozenset(name for name, version in found if versions.get(name, version) == version)
 
 
 def _link_folder(real: Path, spare: Path | None) -> Path:
@@ -181,26 +188,6 @@ def _leads(link: Path, real: Path) -> bool:
         return os.readlink(link) == str(real) and os.lstat(link).st_uid == os.geteuid()
     except OSError:
         return False
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lets in one build at a time. Raises PluginError if another is in the folder, or the folder cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PluginError(f"another build is under way in {folder}: wait for it") from error
-            except OSError as error:
-                # Some network file systems have no locks.
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-            yield
-    except OSError as error:
-        cure = "make room, or name another --build-dir"
-        raise PluginError(f"cannot build in {folder} ({error.filename or ''}: {error.strerror}): {cure}") from error
 
 
 def _builds() -> Path:

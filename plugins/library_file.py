@@ -5,12 +5,15 @@ The loader maps a library whose end is missing, and dies of SIGBUS when it touch
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shlex
 import shutil
 import struct
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -150,3 +153,23 @@ def _check_whole(path: Path, file: BinaryIO, size: int) -> None:
         ends += [s[4] + s[5] for s in SECTION.iter_unpack(table) if s[1] != NO_BITS]
     if max(ends) > size:
         raise PluginError(f"{path} is truncated, it has {size} of {max(ends)} bytes: {BUILD}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lets in one build at a time. Raises PluginError if another is in the folder, or the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PluginError(f"another build is under way in {folder}: wait for it") from error
+            except OSError as error:
+                # Some network file systems have no locks.
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+            yield
+    except OSError as error:
+        cure = "make room, or name another --build-dir"
+        raise PluginError(f"cannot build in {folder} ({error.filename or ''}: {error.strerror}): {cure}") from error

@@ -26,6 +26,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "AddRmsNorm",
+    "1",
     {{"x", "BTC"}, {"residual", "BTC"}, {"weight", "C"}, {"inner", "C", Element::kT, kOptional}},
     {{"y", "BTC"}, {"sum", "BTC"}},
     {{"epsilon", Kind::kFloat},

@@ -32,6 +32,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "CausalConv1d",
+    "1",
     {{"x", "BTC"},
      {"weight", "COK"},
      {"state", "BSC"},

@@ -37,6 +37,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "GatedAct",
+    "1",
     {{"gate", "BTJ"}, {"up", "BTI", Element::kT, kOptional}},
     {{"y", "BTI"}},
     // The choices in the order of enum class Activation.

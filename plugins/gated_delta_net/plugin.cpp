@@ -67,6 +67,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "GatedDeltaNet",
+    "1",
     {{"mixed", "BTC"},
      {"conv_weight", "COK"},
      {"conv_state", "BSC"},

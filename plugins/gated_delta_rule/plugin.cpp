@@ -37,6 +37,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "GatedDeltaRule",
+    "1",
     {{"q", "BTGD"},
      {"k", "BTGD"},
      {"v", "BTHV"},

@@ -27,6 +27,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "GatedRmsNorm",
+    "1",
     {{"x", "BTHD"}, {"gate", "BTHD"}, {"weight", "D"}},
     {{"y", "BTHD"}},
     {{"epsilon", Kind::kFloat},

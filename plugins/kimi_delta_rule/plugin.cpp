@@ -33,6 +33,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "KimiDeltaRule",
+    "1",
     {{"q", "BTHD"},
      {"k", "BTHD"},
      {"v", "BTHV"},

@@ -190,6 +190,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "MoeExperts",
+    "1",
     {{"x", "BTC"},
      {"weights", "BTK"},
      {"experts", "BTK", Element::kInt32},

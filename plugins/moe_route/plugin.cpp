@@ -37,6 +37,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "MoeRoute",
+    "1",
     {{"logits", "BTE"}, {"bias", "E", Element::kT, kOptional}},
     {{"weights", "BTK"}, {"experts", "BTK", Element::kInt32}},
     // The choices in the order of enum class Scoring.

@@ -26,6 +26,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "QkNormRope",
+    "1",
     {{"q", "BTHQ"},
      {"k", "BTGD"},
      {"v", "BTGD"},

@@ -33,6 +33,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "QkNormRopeWrite",
+    "1",
     {{"q", "BTHQ"},
      {"k", "BTGD"},
      {"v", "BTGD"},

@@ -23,6 +23,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "Rope",
+    "1",
     {{"x", "BHTD"}, {"cos", "BTR"}, {"sin", "BTR"}},
     {{"y", "BHTD"}},
     {{"interleaved", Kind::kBool}},

@@ -38,6 +38,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "SinkAttention",
+    "2",
     {{"q", "BHTD"},
      {"k", "BGSD"},
      {"v", "BGSD"},

@@ -59,7 +59,7 @@ std::string tableOf(Op const& op) {
            (t.in == kNowhere ? "" : std::string(" in ") + op.inputs[size_t(t.in)].name);
   };
   auto const attribute = [](Attribute const& a) { return std::string(a.name) + ": " + kindOf(a); };
-  return std::string(op.name) + "(" + joined(op.inputs, ", ", tensor) + "; " +
+  return std::string(op.name) + " " + op.version + "(" + joined(op.inputs, ", ", tensor) + "; " +
          joined(op.attributes, ", ", attribute) + ") -> " + joined(op.outputs, ", ", tensor);
 }
 
@@ -85,8 +85,8 @@ LLMEXPORT_EXPORT llmexport::trt::IPluginCreatorInterface* const* getCreators(int
 
 LLMEXPORT_EXPORT void setLoggerFinder(llmexport::trt::ILoggerFinder*) {}
 
-// The table of each op as a line:
-//   Pick(scores: T[BTE], bias: T[E]?; top_k: int K, scoring: softmax|sigmoid) -> best: int32[BTK]
+// The table of each op as a line, with its version:
+//   Pick 1(scores: T[BTE], bias: T[E]?; top_k: int K, scoring: softmax|sigmoid) -> best: int32[BTK]
 // An output that may have an input's memory says so: `cache: T[BSD] in past`.
 LLMEXPORT_EXPORT char const* llmexportOps() {
   static std::string const tables =

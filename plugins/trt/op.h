@@ -32,6 +32,7 @@
 //
 //   Registration const registration({
 //       "Pick",
+//       "1",
 //       {{"scores", "BTE"}, {"bias", "E", Element::kFloat32, kOptional}},
 //       {{"best", "BTK", Element::kInt32}},
 //       {{"top_k", Kind::kInt, {}, 'K'}, {"scoring", Kind::kChoice, {"softmax", "sigmoid"}}},
@@ -138,9 +139,10 @@ struct Call : Node {
   }
 };
 
-// `check` and `supports` return true to accept, or refuse(...) with the reason.
+// `version` is that of the domain from which on the op means what it does, as <op>/__init__.py has
+// it. `check` and `supports` return true to accept, or refuse(...) with the reason.
 struct Op {
-  char const* name;
+  char const *name, *version;
   std::vector<Tensor> inputs, outputs;
   std::vector<Attribute> attributes;
   cudaError_t (*enqueue)(Call const& call);

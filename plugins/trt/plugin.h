@@ -8,7 +8,6 @@
 namespace llmexport {
 
 constexpr char const* kNamespace = "llmexport";
-constexpr char const* kVersion = "1";
 
 // The interface of a builder: the second version of it, which TensorRT has from 10.3 on, for ops
 // whose outputs may have the memory of inputs, and the first for all others.
@@ -34,7 +33,7 @@ class Plugin final : public trt::IPluginV3,
   Plugin* clone() noexcept override;
 
   char const* getPluginName() const noexcept override { return op_.name; }
-  char const* getPluginVersion() const noexcept override { return kVersion; }
+  char const* getPluginVersion() const noexcept override { return op_.version; }
   char const* getPluginNamespace() const noexcept override { return kNamespace; }
 
   int32_t getNbOutputs() const noexcept override { return int32_t(op_.outputs.size()); }
@@ -105,7 +104,7 @@ class Creator final : public trt::IPluginCreatorV3One {
                                trt::TensorRTPhase phase) noexcept override;
   trt::PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
   char const* getPluginName() const noexcept override { return op_.name; }
-  char const* getPluginVersion() const noexcept override { return kVersion; }
+  char const* getPluginVersion() const noexcept override { return op_.version; }
   char const* getPluginNamespace() const noexcept override { return kNamespace; }
 
  private:

@@ -27,6 +27,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "Wkv",
+    "1",
     {{"key", "BTC"},
      {"value", "BTC"},
      {"present", "BT"},

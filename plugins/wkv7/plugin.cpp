@@ -22,6 +22,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "Wkv7",
+    "1",
     {{"r", "BTHD"},
      {"w", "BTHD"},
      {"k", "BTHD"},

@@ -148,7 +148,10 @@ def test_the_form_for_trtexec_can_be_validated_too(tiny_checkpoint, tmp_path: Pa
     from llmexport.export.checkpoint import open_checkpoint
     from llmexport.validate import ladder
 
-    checkpoint = open_checkpoint(tiny_checkpoint("gemma"))
-    request = onnx_file.Request(archs.load("gemma"), checkpoint, target="tensorrt")
+    checkpoint = open_checkpoint(tiny_checkpoint("gpt_oss"))
+    request = onnx_file.Request(archs.load("gpt_oss"), checkpoint, target="tensorrt")
     onnx_file.write(request, tmp_path / "export", force=False)
+    model = onnx.load(tmp_path / "export" / "model.onnx", load_external_data=False)
+    versions = {n.op_type: a.s for n in model.graph.node for a in n.attribute if a.name == "plugin_version"}
+    assert versions == {"SinkAttention": b"2"}
     assert ladder.climb(manifest.read(tmp_path / "export")).passed

@@ -53,6 +53,7 @@ cudaError_t enqueue(Call const& call) {
 
 Registration const registration({
     "Probe",
+    "3",
     {{"x", "BTC"},
      {"weight", "EC", Element::kW},
      {"count", "B", Element::kInt32},

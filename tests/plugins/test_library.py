@@ -15,7 +15,7 @@ import pytest
 from native import GATE, ROOT, cuda_tool, need_nvcc, seconds_to_build
 from plugin_cases import served
 
-from llmexport.plugins import library
+from llmexport.plugins import library, library_file
 from llmexport.plugins.library import PluginError
 
 # With two cores to itself; CPU seconds, as others may be at work.
@@ -155,7 +155,7 @@ def test_a_build_that_fails_leaves_the_earlier_library(commands, monkeypatch, tm
 
 
 def test_two_builds_in_one_folder_do_not_meet(commands, tmp_path: Path) -> None:
-    with library._locked(tmp_path), pytest.raises(PluginError, match="another build is under way"):
+    with library_file.locked(tmp_path), pytest.raises(PluginError, match="another build is under way"):
         library.build(["90"], tmp_path)
 
 
@@ -273,7 +273,14 @@ def test_what_is_no_plugin_library_is_refused(tmp_path: Path) -> None:
         ("void llmexportOps() {}", "is no plugin library of this version: .*: undefined symbol: getCreators. Build it"),
         ("void getCreators() {} char const* llmexportOps() { return nullptr; }", "lists as an op '': build it anew"),
         ('void getCreators() {} char const* llmexportOps() { return ""; }', "lists as an op '': build it anew"),
-        ('void getCreators() {} char const* llmexportOps() { return "A(; ) -> y\\nB"; }', "lists as an op 'B': build"),
+        (
+            'void getCreators() {} char const* llmexportOps() { return "A 1(; ) -> y\\nB"; }',
+            "lists as an op 'B': build",
+        ),
+        (
+            'void getCreators() {} char const* llmexportOps() { return "SinkAttention 1(; ) -> y"; }',
+            "has SinkAttention of version 1, not 2: build it anew: llmexport plugins build",
+        ),
     ],
 )
 def test_a_library_of_another_version_is_one_line(symbols: str, says: str, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def table(op: Op) -> str:
         return " ".join([KINDS[op.attributes[attribute]], *op.sizes.get(attribute, "")])
 
     attributes = ", ".join(f"{n}: {kind(n)}" for n in op.attributes)
-    return f"{op.name}({tensors(op.inputs)}; {attributes}) -> {tensors(op.outputs)}"
+    return f"{op.name} {op.version}({tensors(op.inputs)}; {attributes}) -> {tensors(op.outputs)}"
 
 
 def test_tables_say_what_the_references_say() -> None:
@@ -61,7 +61,7 @@ def test_an_int_may_be_the_size_of_a_dimension(scratch_ops: None) -> None:
 
     choices = {"mode": ("one", "other")}
     made = op("TableSized", 1, {"x": "B", "count": "K"}, {"y": "B K"}, choices=choices)(table_sized)
-    assert table(made) == "TableSized(x: T[B]; count: int K, mode: one|other) -> y: T[BK]"
+    assert table(made) == "TableSized 1(x: T[B]; count: int K, mode: one|other) -> y: T[BK]"
 
 
 @pytest.mark.parametrize(

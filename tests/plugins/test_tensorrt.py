@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from native import emulated_library
 from plugin_cases import CASES, OPS, Case, served
 
 from llmexport.plugins import library
@@ -27,6 +28,7 @@ from llmexport.plugins import library
 logger = trt.Logger(trt.Logger.WARNING)
 ops = library.load(trt, Path(sys.argv[1])) & library.load(trt, Path(sys.argv[1]))
 kinds = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
+versions = json.loads(sys.argv[3])
 for op, attributes in json.loads(sys.argv[2]).items():
     fields = []
     for name, value in attributes.items():
@@ -35,11 +37,12 @@ for op, attributes in json.loads(sys.argv[2]).items():
         else:
             dtype, kind = kinds[type(value)]
             fields.append(trt.PluginField(name, np.array([value], dtype), kind))
-    creator = trt.get_plugin_registry().get_creator(op, "1", "llmexport")
+    version = versions[op]
+    creator = trt.get_plugin_registry().get_creator(op, version, "llmexport")
     for phase in (trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME):
         plugin = creator.create_plugin(op, trt.PluginFieldCollection(fields), phase)
         core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
-        assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (op, "1", "llmexport")
+        assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (op, version, "llmexport")
         build = plugin.get_capability_interface(trt.PluginCapabilityType.BUILD)
         print(op, build.num_outputs)
 """
@@ -58,7 +61,8 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize("folder", LEAN)
 def test_lean_creates_every_plugin(folder: str, cuda_library: Path) -> None:
     attributes = {case.op: numbers(case) for case in CASES.values()}
-    command = [sys.executable, "-c", CREATE, str(cuda_library), json.dumps(attributes)]
+    versions = {name: str(OPS[name].version) for name in attributes}
+    command = [sys.executable, "-c", CREATE, str(cuda_library), json.dumps(attributes), json.dumps(versions)]
     done = run(command, PYTHONPATH=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     said = sorted({tuple(line.split()) for line in done.stdout.splitlines()})
@@ -97,6 +101,14 @@ def test_rtx_builds_a_plugin_layer(name: str, cuda_library: Path, tmp_path: Path
 def test_rtx_reports_what_a_plugin_refuses(cuda_library: Path, tmp_path: Path) -> None:
     assert built(tmp_path, cuda_library, "Rope", {"interleaved": 2}, "fp16")["fp16"] != 0
     assert "llmexport: Rope: interleaved is 2, not 0 or 1" in (tmp_path / "fp16.err").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
+def test_rtx_finds_no_plugin_of_an_earlier_version(tmp_path: Path) -> None:
+    """As `trtexec` would not, given a file of target tensorrt from before an op came to mean something else."""
+    earlier = {**numbers(CASES["SinkAttention"]), "plugin_version": "1"}
+    assert built(tmp_path, emulated_library(), "SinkAttention", earlier, "fp16")["fp16"] != 0
+    assert "Plugin not found" in (tmp_path / "fp16.err").read_text()
 
 
 def test_builder_environment_is_ours_where_rtx_needs_no_help() -> None:
