@@ -31,8 +31,8 @@ class TimeMix(nn.Module):
         key = self.key(_mixed(token, before, self.time_mix_key))
         value = self.value(_mixed(token, before, self.time_mix_value))
         receptance = torch.sigmoid(self.receptance(_mixed(token, before, self.time_mix_receptance)))
-        decay, first = self.time_decay.float(), self.time_first.float()
-        mean, *sums = wkv(key, value, present_tokens, decay, first, past_numerator, past_denominator, past_maximum)
+        states = (past_numerator, past_denominator, past_maximum)
+        mean, *sums = wkv(key, value, present_tokens, self.time_decay, self.time_first, *states)
         return self.output(times(receptance * mean, self.scale)), shift, *sums
 
 

@@ -35,7 +35,7 @@ class TimeMix(Mixer):
 
     @property
     def stored(self) -> Mapping[str, Stored]:
-        return {n: Stored("", (self.hidden,), "W") for n in ("time_decay", "time_first")}
+        return {n: Stored("", (self.hidden,), "F") for n in ("time_decay", "time_first")}
 
 
 @dataclass(frozen=True)

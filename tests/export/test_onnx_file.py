@@ -127,8 +127,9 @@ def test_no_weight_is_stored_twice_or_written_anew(tiny_checkpoint, exported) ->
     assert sum(t.ByteSize() for t in model.graph.initializer if not t.external_data) < 1000
 
 
-def test_a_bf16_checkpoint_is_cast_in_the_graph_and_runs(tmp_path) -> None:
-    random_checkpoint.write(archs.load("gemma"), tmp_path / "ck", dtype="bfloat16", shard_bytes=50_000)
+@pytest.mark.parametrize("arch", ["gemma", pytest.param("rwkv", marks=pytest.mark.slow)])
+def test_a_bf16_checkpoint_is_cast_in_the_graph_and_runs(arch, tmp_path) -> None:
+    random_checkpoint.write(archs.load(arch), tmp_path / "ck", dtype="bfloat16", shard_bytes=50_000)
     onnx_file.write(request(tmp_path / "ck"), tmp_path / "out", force=False)
     model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
     kinds = {t.data_type for t in model.graph.initializer if t.external_data}

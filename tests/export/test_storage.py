@@ -10,6 +10,7 @@ import torch
 
 from llmexport.export import archs, blocks, random_checkpoint, weights
 from llmexport.export.archs import gpt_oss
+from llmexport.export.assembly import parts
 from llmexport.export.checkpoint import Checkpoint, open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
@@ -168,3 +169,10 @@ def test_parameters_of_no_storage_are_floats_of_any_type():
     found = load_parameters(LAYER)
     assert found.keys() > LAYER.stored.keys()
     assert {s.dtype for n, s in found.items() if n not in LAYER.stored} == {"T"}
+
+
+def test_experts_alone_are_taken_in_the_type_that_they_are_stored_in():
+    """Other ops than theirs have one type, which a checkpoint in 16 bits may not have."""
+    models = (read_model(archs.load(name), archs.load(name).tiny) for name in archs.names())
+    leaves = {part.block for model in models for step in model.steps for part in parts(step) if not part.block.parts}
+    assert {type(b) for b in leaves if "W" in {s.dtype for s in b.stored.values()}} == {Experts}
