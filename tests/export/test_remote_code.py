@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from published_configs import PUBLISHED
 from tiny_configs import placed_layers, read, refusal, rotary
 
@@ -14,6 +15,8 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model, read_noted
 from llmexport.export.spec import PAST, SEQUENCE, Alibi, Attention, DynamicScaling, Head, Mask, Mlp, Norm, Rotary
+from llmexport.validate.compare import compare
+from llmexport.validate.runners import to_torch
 
 CODED = {name: c for name, c in PUBLISHED.items() if archs.choose(None, c).reference.made_by}
 
@@ -197,3 +200,16 @@ def test_a_slope_is_that_of_the_paper():
     assert _slopes(8) == [2.0**-i for i in range(1, 9)]
     assert _slopes(12)[8:] == [2.0 ** (-i / 2) for i in (1, 3, 5, 7)]
     assert math.prod(_slopes(1)) == 2.0**-8
+
+
+def test_a_reference_has_the_norms_of_a_checkpoint_in_16_bits(tmp_path):
+    """Gemma's are Grok's less one, which bfloat16 holds of few."""
+    from llmexport.validate import references
+
+    random_checkpoint.write(archs.load("grok"), tmp_path / "ck", dtype="bfloat16")
+    checkpoint = open_checkpoint(tmp_path / "ck")
+    config, tensors = checkpoint.config, {n: to_torch(checkpoint.read(n).copy()) for n in checkpoint.tensors}
+    scale = tensors["model.layers.0.pre_attn_norm.scale"].mul_(0.1).float()
+    made = references.make("grok", config, tensors, torch.float32, None)
+    weight = made.model.layers[0].input_layernorm.weight
+    assert compare(scale.numpy(), (1 + weight).detach().numpy()).max_abs <= 1e-6

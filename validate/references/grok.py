@@ -1,9 +1,10 @@
 """Grok-1, as transformers' Gemma 2 with OLMoE's experts in place of its MLP.
 
 Gemma 2 has Grok's four norms a layer, and its bound on logits of attention: cap tanh(scale q k / cap). Gemma's norms
-multiply by 1 + weight, so that theirs is Grok's less one, which is exact. OLMoE takes the softmax over all experts and
-does not divide the weights of those chosen by their sum. Embeddings are multiplied by embedding_multiplier_scale in
-place of Gemma's root of the width, and logits by output_multiplier_scale. GELU is the tanh form, as in xAI's model.py.
+multiply by 1 + weight, so that theirs is Grok's less one, which float32 holds and 16 bits do not. OLMoE takes the
+softmax over all experts and does not divide the weights of those chosen by their sum. Embeddings are multiplied by
+embedding_multiplier_scale in place of Gemma's root of the width, and logits by output_multiplier_scale. GELU is the
+tanh form, as in xAI's model.py.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def make(config: Mapping[str, Any], tensors: dict[str, Tensor], dtype: torch.dty
         both = [torch.cat(pair) for pair in zip(read["linear"], read["linear_v"], strict=True)]
         state[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.stack(both)
         state[f"model.layers.{i}.mlp.experts.down_proj"] = torch.stack(read["linear_1"])
-    state |= relaid.taken(tensors, NAMES) | {n: t - 1 for n, t in relaid.taken(tensors, NORMS).items()}
+    state |= relaid.taken(tensors, NAMES) | {n: t.float() - 1 for n, t in relaid.taken(tensors, NORMS).items()}
     same: tuple[str, ...] = (
         "vocab_size",
         "hidden_size",
