@@ -17,7 +17,7 @@ from llmexport.export.errors import ExportError
 from llmexport.export.packed import nbits
 from llmexport.export.packed.bind import bind_matrices, external, value_of
 from llmexport.export.packed.matrix import Matrix
-from llmexport.export.packed.read import cache_scales
+from llmexport.export.packed.read import spare
 from llmexport.export.packed.stacks import stack
 from llmexport.export.spec import ANY_FLOAT, Role
 from llmexport.export.values import show_name, visible
@@ -86,8 +86,7 @@ def check(
     sources = {n: p for p in wanted.values() for n in p.sources if not p.role}
     every = {n for p in wanted.values() for n in p.sources}
     used = {held for n in every for held in checkpoint.holders(n)}
-    if checkpoint.matrices:
-        used.update(cache_scales(stored))
+    used |= spare(checkpoint, used)
     unused = [n for n in stored if n not in used and not any(fnmatch(n, p) for p in ignore)]
     names = checkpoint.names
     missing = [n for n in sources if n not in names]

@@ -20,6 +20,7 @@ from llmexport.export import archs
 from llmexport.export.checkpoint import INDEX
 from llmexport.export.exported import Export
 from llmexport.export.packed import repack
+from llmexport.export.packed.read import spare
 from llmexport.export.packed.scheme import KEYS
 from llmexport.export.trace import torch_dtype
 from llmexport.export.values import one_line
@@ -147,7 +148,9 @@ def _made(export: Export, attention: str | None) -> Any:
 def _tensors(export: Export) -> dict[str, Tensor]:
     """The weights of an export by their names in 16 bits, those in few bits as the numbers that they mean."""
     checkpoint = export.checkpoint()
-    held = {n for matrix in checkpoint.matrices.values() for n in matrix.tensors}
+    read = (w for g in export.graphs for step in g.step_weights.values() for w in step.values())
+    used = {n for names in read for n in ([names] if isinstance(names, str) else names)}
+    held = spare(checkpoint, used).union(*(m.tensors for m in checkpoint.matrices.values()))
     made = {n: to_torch(checkpoint.values(n)) for n in checkpoint.matrices}
     stored: dict[str, list[str]] = {}
     for tensor in checkpoint.tensors.values():

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 FLOATS = ("float32", "float16", "bfloat16")
 NV, MX = PACKED["nvfp4"].group, BLOCK  # columns that share a scale in NVFP4, and in the formats of OCP Microscaling
 # Scales of activations, which are not quantised here, and sizes that shapes say too.
-ASIDE = (".input_scale", ".input_global_scale", ".input_scale_ub", ".activation_scale", ".weight_shape")
+ASIDE = (
+    *(".input_scale", ".input_global_scale", ".input_scale_ub", ".input_zero_point", ".activation_scale"),
+    ".weight_shape",
+)
 # By method, or by a group's format: the tensor of the numbers, and its types.
 HOLDS = {
     "gptq": (".qweight", "int32"),

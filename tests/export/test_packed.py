@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from llmexport.export import archs, engine, graph_file, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError, ExportError
-from llmexport.validate import bound, validate
+from llmexport.validate import bound, loading, validate
 from llmexport.validate.compare import compare
 from llmexport.validate.runtime import SessionOptions
 
@@ -186,18 +186,25 @@ def test_a_reference_of_another_model_is_refused(wrong, tmp_path):
 
 
 def test_what_is_left_out_is_noted(tmp_path):
+    """Of a bias of zeros, as AutoGPTQ writes one of every matrix, nothing is left out."""
     write(tmp_path, "fp8-modelopt")
-    held = load_file(tmp_path / "ck" / "model.safetensors")
-    scale = "model.layers.0.self_attn.k_proj.k_scale"
-    save_file(held | {scale: torch.tensor(0.5)}, tmp_path / "ck" / "model.safetensors")
+    attention, file = "model.layers.0.self_attn", tmp_path / "ck" / "model.safetensors"
+    scales = {f"{attention}.k_proj.k_scale": torch.tensor(0.5), f"{attention}.kv_scale": torch.tensor(0.5)}
+    aside = {f"{attention}.q_proj.input_zero_point": torch.tensor(0.0)}
+    held, bias = load_file(file) | scales | aside, f"{attention}.q_proj.bias"
+    save_file(held | {bias: torch.full((64,), 1e-3)}, file)
+    with pytest.raises(ExportError, match=rf"1 tensors that this architecture does not use: {bias}"):
+        exported(tmp_path, "ck")
+    save_file(held | {bias: torch.zeros(64)}, file)
     export, plain = exported(tmp_path, "ck"), exported(tmp_path, "meant")
     assert export.notes == (
         "quantised as published: 21 matrices of float8_e4m3fn, one scale each",
         "activations are not quantised: what the checkpoint says of their scales is left out",
-        f"the cache is not quantised, its scales are left out: {scale}",
+        f"the cache is not quantised, its scales are left out: {', '.join(scales)}",
         "ONNX Runtime has no product of these types on a CPU and widens them at each call: set the session option "
         '"session.disable_quant_qdq" to "1", so that it does when it loads the model',
     )
+    assert not {bias, *scales} & loading._tensors(export).keys()
     assert compare(logits(plain), logits(export)).max_abs <= 1e-5
 
 

@@ -333,6 +333,8 @@ CONTRADICTIONS: list[tuple[str, Changes, dict[str, Any], str]] = [
         compressed("pack-quantized", ignore=(NAME,), **INTS),
         "config.json says that it is not quantised",
     ),
+    ("FP8 in blocks", {".weight_scale_inv": None}, FP8, "it lacks .weight_scale"),
+    ("int8 of compressed-tensors", {".weight_scale": None}, FITTING["int8 of compressed-tensors"], "it lacks .weight"),
     ("GPTQ", {}, {**GPTQ, "group_size": 32}, ".scales is [1, 64], groups of 32 make it [2, 64]"),
     ("GPTQ", {".qzeros": ("I32", [2, M // 8])}, GPTQ, ".qzeros is [2, 8], expected [1, 8]"),
     ("GPTQ", {".g_idx": ("I32", [M + 8])}, GPTQ, ".g_idx is [72], expected [64]"),
