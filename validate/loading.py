@@ -21,7 +21,7 @@ from llmexport.export.checkpoint import INDEX
 from llmexport.export.exported import Export
 from llmexport.export.packed import repack
 from llmexport.export.packed.read import spare
-from llmexport.export.packed.scheme import KEYS
+from llmexport.export.packed.scheme import without
 from llmexport.export.trace import torch_dtype
 from llmexport.export.values import one_line
 from llmexport.validate import references
@@ -109,8 +109,7 @@ def _loaded(export: Export, attention: str | None) -> Any:
         source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
         if weights.matrices:
             # Of the weights that they mean, which is no transformers' own reading of them.
-            for key in KEYS:
-                config.pop(key, None)
+            config = without(config)
             source = {"pretrained_model_name_or_path": None, "state_dict": _tensors(export)}
         elif "quantization_config" in config:
             # Weights in 4 bits are computed with in the runner's dtype, as in our export.
@@ -137,10 +136,9 @@ def _newer_names(model: Any, config: Any, older: Mapping[str, str]) -> dict[str,
 def _made(export: Export, attention: str | None) -> Any:
     """The model that a module of references makes of the weights in the export."""
     tensors, dtype = _tensors(export), torch_dtype(export.dtype)
-    # Those are numbers already.
-    config = {n: v for n, v in export.text_config.items() if n not in KEYS}
     try:
-        return references.make(export.reference.made_by, config, tensors, dtype, attention)
+        # Those are numbers already.
+        return references.make(export.reference.made_by, without(export.text_config), tensors, dtype, attention)
     except references.Unread as error:
         raise Refused(str(error)) from error
 

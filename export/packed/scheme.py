@@ -14,6 +14,7 @@ from llmexport.export.quantised import FILES, describe, read_file
 from llmexport.export.values import show
 
 KEYS = ("quantization_config", "compression_config")
+TEXTS = ("text_config", "llm_config", "language_config")  # where a multimodal config has that of its text model
 # quant_method -> what reads it here; those that wrap another's layout say so in a key of their own.
 METHODS = {
     "fp8": "fp8",
@@ -73,9 +74,15 @@ class Scheme:
 
 def said_in(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The part of config.json that speaks of quantisation, of the whole or of its text model; None if there is none."""
-    inner = [v for k in ("text_config", "llm_config", "language_config") if isinstance(v := config.get(k), Mapping)]
+    inner = [v for k in TEXTS if isinstance(v := config.get(k), Mapping)]
     found = (c[k] for c in (config, *inner) for k in KEYS if isinstance(c.get(k), Mapping) and c[k])
     return next(found, None)
+
+
+def without(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that says nothing of that."""
+    left = {k: v for k, v in config.items() if k not in KEYS}
+    return left | {k: without(v) for k in TEXTS if isinstance(v := left.get(k), Mapping)}
 
 
 def method_of(said: Mapping[str, Any]) -> str | None:

@@ -32,6 +32,7 @@ from llmexport.export.packed.experts import with_packed
 from llmexport.export.quantize import Quantised, quantise
 from llmexport.export.spec import Model
 from llmexport.export.wanted import wanted_parameters
+from llmexport.validate import loading
 from llmexport.validate.compare import compare
 
 
@@ -252,7 +253,13 @@ def test_a_vision_tower_stays_in_either_part(tmp_path):
         assert any("a vision tower is not quantised" in n for n in made.notes)
         assert {w.file for w in made.weights} == {p.name for p in (tmp_path / part).glob("*.safetensors")}
     assert len(made.graphs) == 1
-    assert [g.name for g in export(tmp_path / "all", tmp_path / "again", None).graphs] == ["vision", "decoder"]
+    # Some published configs tell of it where they tell of the text model.
+    config = json.loads((tmp_path / "all" / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (tmp_path / "all" / "config.json").write_text(json.dumps(config))
+    again = export(tmp_path / "all", tmp_path / "again", None)
+    assert [g.name for g in again.graphs] == ["vision", "decoder"]
+    assert "visual" in dict(loading.load(again, None).model.named_children())
 
 
 @pytest.fixture
