@@ -27,11 +27,17 @@ TITLE = "moved by quantisation"
 def unquantised(export: Export, folder: Path) -> Export:
     """The model of the checkpoint in `folder`, of the same graphs as the export, its weights where they lie.
 
-    It has no files of graphs: PyTorch computes it. Raises ExportError if that is of another model, or lacks a weight.
+    It has no files of graphs: PyTorch computes it. Raises ExportError if that is of another model, lacks a weight, or
+    is what was exported.
     """
     checkpoint, own = open_checkpoint(folder), export.checkpoint()
     if export.block is not None or not own.matrices:
         raise ExportError(f"--reference: {export.folder} is no whole model of quantised weights: leave it out")
+    held = {s.header_sha256 for s in own.shards}
+    if checkpoint.matrices and all(s.header_sha256 in held for s in checkpoint.shards):
+        raise ExportError(
+            f"--reference: {folder} is quantised as the export is: give the checkpoint that it was made of"
+        )
     said, config = ({k: v for k, v in c.items() if k not in QUANTISATION} for c in (export.config, checkpoint.config))
     models = [read_model(archs.choose(None, c), c, part="all") for c in (said, config)]
     if _meant(models[0]) != _meant(models[1]):

@@ -171,7 +171,7 @@ def test_how_far_quantisation_moved_the_logits_is_told(tmp_path):
     assert same.kl_max < 1e-8
 
 
-@pytest.mark.parametrize("wrong", ["another model", "another depth", "not quantised"])
+@pytest.mark.parametrize("wrong", ["another model", "another depth", "not quantised", "quantised itself"])
 def test_a_reference_of_another_model_is_refused(wrong, tmp_path):
     write(tmp_path, "w4a16")
     config = {**archs.load("llama").tiny} | ({"num_hidden_layers": 2} if wrong == "another depth" else {})
@@ -182,7 +182,7 @@ def test_a_reference_of_another_model_is_refused(wrong, tmp_path):
     )
     folder = exported(tmp_path, "meant" if wrong == "not quantised" else "ck").folder
     with pytest.raises(ExportError, match="--reference: "):
-        validate(folder, rungs=["onnxruntime"], reference=tmp_path / "other")
+        validate(folder, rungs=["onnxruntime"], reference=tmp_path / ("ck" if wrong == "quantised itself" else "other"))
 
 
 def test_what_is_left_out_is_noted(tmp_path):
