@@ -7,7 +7,7 @@ import json
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,7 @@ class Checkpoint:
     matrices: Mapping[str, Matrix] = field(default_factory=dict)  # those in few bits, by their names in 16
 
     @property
-    def names(self) -> Collection[str]:
+    def names(self) -> Set[str]:
         """Of all tensors, and of the matrices that several tensors hold."""
         return self.tensors.keys() | self.matrices.keys()
 

@@ -413,6 +413,14 @@ def test_quantised_experts_one_by_one_in_place_of_a_stack_are_told(tmp_path):
         weights.check({stack: weights.Parameter(stack, (4, 64, 96))}, checkpoint, (), whole=False)
 
 
+def test_a_quantised_head_of_a_model_that_says_it_is_tied_is_told(tmp_path):
+    head = {".qweight": ("I32", [N, 32]), ".qzeros": ("I32", [1, 32]), ".scales": ("F16", [1, 256])}
+    folder = write(tmp_path, head, name="lm_head", said=AWQ)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert "the checkpoint's lm_head.weight is not its model.embed_tokens.weight" in refusal(folder)
+
+
 def test_a_missing_tensor_of_a_plain_checkpoint_is_called_missing(tmp_path):
     line = refusal(write(tmp_path, {}))
     assert line.startswith(f"checkpoint lacks 1 tensors that its config.json asks for: {NAME}.weight. ")
