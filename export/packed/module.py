@@ -45,7 +45,7 @@ class Module:
     """The tensors of one module that is quantised."""
 
     def __init__(self, scheme: Scheme, module: str, held: Held) -> None:
-        self.scheme, self.module, self.held = scheme, module, held
+        self.scheme, self.module, self.held = scheme.of(module), module, held
         self.group = scheme.group(module)
         self.kind = self.group.format if self.group else scheme.method
         self.used: set[str] = set()

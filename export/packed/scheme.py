@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llmexport.export.errors import ExportError
+from llmexport.export.packed.exceptions import exceptions
 from llmexport.export.packed.modules import Modules
+from llmexport.export.packed.said import Said
 from llmexport.export.quantised import FILES, describe, read_file
 from llmexport.export.values import show
 
@@ -53,7 +55,8 @@ class Scheme:
     """How a checkpoint is quantised: `method` is that of METHODS, `where` it was said.
 
     bits, size and symmetric: of GPTQ and AWQ; the size of a group is None where a row is one. older: zeros are stored
-    less one. block: of FP8. groups: of compressed-tensors. kept: the modules that it leaves in 16 bits.
+    less one. block: of FP8. groups: of compressed-tensors. kept: the modules that it leaves in 16 bits. others: modules
+    of GPTQ and AWQ of which it says something else.
     """
 
     method: str
@@ -65,6 +68,11 @@ class Scheme:
     older: bool = False
     block: tuple[int, int] | None = None
     groups: tuple[Group, ...] = ()
+    others: tuple[tuple[Modules, Scheme], ...] = ()
+
+    def of(self, module: str) -> Scheme:
+        """What it says of one module."""
+        return next((scheme for names, scheme in self.others if module in names), self)
 
     def group(self, module: str) -> Group | None:
         """The group that a module is in: the one that names it, or else the one of its class."""
@@ -110,10 +118,14 @@ def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | None:
                 break
     if said is None or (method := method_of(said)) is None:
         return None
-    keys = _Said(said, where, describe(said))
+    keys = Said(said, where, describe(said))
     kept = map(keys.names, ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"))
     scheme = Scheme(method, where, Modules(chain.from_iterable(kept)))
-    return READERS[method](keys, scheme)
+    made = READERS[method](keys, scheme)
+    if method not in ("gptq", "awq"):
+        return made
+    apart = ((names, replace(keys, data={**said, **own})) for names, own in exceptions(said, keys.wrong))
+    return replace(made, others=tuple((names, READERS[method](own, scheme)) for names, own in apart))
 
 
 def _older(file: str, said: dict[str, Any]) -> dict[str, Any]:
@@ -125,70 +137,18 @@ def _older(file: str, said: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-@dataclass(frozen=True)
-class _Said:
-    """The keys of a quantization_config, or of a part of one, each read as what it must be; `what` describes the whole.
-
-    Raises ExportError on another.
-    """
-
-    data: Mapping[str, Any]
-    where: str
-    what: str
-
-    def wrong(self, key: str, expected: str) -> ExportError:
-        return ExportError(
-            f"{self.where}: {key} of its quantisation ({self.what}) is {show(self.data.get(key))}, expected {expected}"
-        )
-
-    def choice(self, key: str, choices: tuple[Any, ...]) -> Any:
-        """One of these; the first where nothing is said."""
-        found = self.data.get(key, choices[0])
-        if not any(found is c or (found == c and type(found) is type(c)) for c in choices):
-            raise self.wrong(key, " or ".join(map(str, choices)))
-        return found
-
-    def size(self, key: str) -> int | None:
-        """A group's size; None where a row is one group."""
-        found = self.data.get(key)
-        if found in (None, -1):
-            return None
-        if type(found) is not int or found < 1:
-            raise self.wrong(key, "a number of columns, or -1")
-        return found
-
-    def flag(self, key: str, absent: bool) -> bool:
-        return bool(self.choice(key, (absent, not absent)))
-
-    def names(self, key: str) -> tuple[str, ...]:
-        found = self.data.get(key)
-        if found is None:
-            return ()
-        if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
-            raise self.wrong(key, "names of modules")
-        return tuple(found)
-
-    def block(self, key: str) -> tuple[int, int] | None:
-        found = self.data.get(key)
-        if found is None:
-            return None
-        if not isinstance(found, list) or len(found) != 2 or any(type(n) is not int or n < 1 for n in found):
-            raise self.wrong(key, "two numbers, of rows and columns")
-        return found[0], found[1]
-
-
-def _fp8(said: _Said, scheme: Scheme) -> Scheme:
+def _fp8(said: Said, scheme: Scheme) -> Scheme:
     said.choice("fmt", (None, "e4m3", "float8_e4m3fn"))
     return replace(scheme, block=said.block("weight_block_size"))
 
 
-def _gptq(said: _Said, scheme: Scheme) -> Scheme:
+def _gptq(said: Said, scheme: Scheme) -> Scheme:
     bits = said.choice("bits", (4, 8))
     older = said.choice("checkpoint_format", ("gptq", "gptq_v2", None)) != "gptq_v2"
     return replace(scheme, bits=bits, size=said.size("group_size"), symmetric=said.flag("sym", True), older=older)
 
 
-def _awq(said: _Said, scheme: Scheme) -> Scheme:
+def _awq(said: Said, scheme: Scheme) -> Scheme:
     version = said.data.get("version", "gemm")
     if not isinstance(version, str) or version.lower() != "gemm":
         raise said.wrong("version", "gemm")
@@ -196,14 +156,14 @@ def _awq(said: _Said, scheme: Scheme) -> Scheme:
     return replace(scheme, bits=said.choice("bits", (4,)), size=said.size("group_size"), symmetric=not zeros)
 
 
-def _modelopt(said: _Said, scheme: Scheme) -> Scheme:
+def _modelopt(said: Said, scheme: Scheme) -> Scheme:
     algorithm = said.data.get("quant_algo")
     if not isinstance(algorithm, str) or algorithm.lower() not in ALGORITHMS:
         raise said.wrong("quant_algo", ", ".join(ALGORITHMS).upper())
     return scheme
 
 
-def _compressed(said: _Said, scheme: Scheme) -> Scheme:
+def _compressed(said: Said, scheme: Scheme) -> Scheme:
     groups = said.data.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
         raise said.wrong("config_groups", "groups of targets")
@@ -217,7 +177,7 @@ FORMATS = (
 )
 
 
-def _group(said: _Said, overall: Any) -> Group:
+def _group(said: Said, overall: Any) -> Group:
     kind = said.data.get("format") or overall
     if kind not in FORMATS:
         raise ExportError(f"{said.where}: format of a group is {show(kind)}, expected {' or '.join(FORMATS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,31 @@ def form(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
 def test_numbers_are_what_the_format_says(form):
     _, folder = form
     packed, meant = open_checkpoint(folder / "ck"), open_checkpoint(folder / "meant")
+    assert len(packed.matrices) == 21
+    for name in packed.matrices:
+        assert compare(meant.read(name), packed.values(name)).max_abs <= 1e-7
+
+
+LAYERS = [f"model.layers.{i}.{m}_proj" for i in range(3) for m in [*(f"self_attn.{n}" for n in "qkvo"), "mlp.down"]]
+ROUNDED = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"dynamic": {"-:.*head": {}, r"+:.*\.(self_attn|mlp)\.": {"bits": 8}, ".*": {"bits": 4}}},
+        {**ROUNDED, "extra_config": {".*(gate|up)_proj": {"bits": 8}, "lm_head": {"bits": 32}}
+         | {name: {"bits": 8, "group_size": 32} for name in LAYERS}},
+    ],
+    ids=["GPTQModel", "AutoRound"],
+)  # fmt: skip
+def test_modules_may_have_bits_of_their_own(said, tmp_path):
+    write(tmp_path, "gptq-8-bits")
+    file = tmp_path / "ck" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= {"bits": 4, "group_size": 32, **said}
+    file.write_text(json.dumps(config))
+    packed, meant = open_checkpoint(tmp_path / "ck"), open_checkpoint(tmp_path / "meant")
     assert len(packed.matrices) == 21
     for name in packed.matrices:
         assert compare(meant.read(name), packed.values(name)).max_abs <= 1e-7

@@ -363,6 +363,12 @@ def test_tensors_that_contradict_the_config_are_refused(layout, change, said, wr
             {**GPTQ, "group_size": 0},
             "group_size of its quantisation (gptq, 4 bits) is 0, expected a number of columns, or -1",
         ),
+        (
+            {**GPTQ, "dynamic": {".*": {"bits": 2}}},
+            "bits of its quantisation (gptq, 4 bits, one group) is 2, expected 4",
+        ),
+        ({**GPTQ, "dynamic": {"-:(": {}}}, "'re:(' is no regular expression"),
+        ({**GPTQ, "dynamic": [".*"]}, "['.*'], expected modules, and what is said of each"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "is 'marlin', expected gptq or gptq_v2"),
         (
             {**AWQ, "version": "gemv"},
