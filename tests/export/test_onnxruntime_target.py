@@ -85,7 +85,7 @@ def test_attention_of_another_form_is_left_and_named(arch, lowered):
 
 # With experts that are published one by one, and in one tensor.
 @pytest.mark.parametrize("arch", ["qwen3", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_it_is_validated_and_tensorrt_is_not_asked(dtype, arch, lowered):
     export = lowered(arch, dtype=dtype)
     rungs = {r.key: r for r in validate(export.folder).rungs}

@@ -39,7 +39,7 @@ def test_a_block_is_traced_once_not_again_decomposed(arch: str, kind: str, monke
     assert calls == [kind]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("arch", "kind"), [("llama", "layer"), ("gemma2", "span"), ("rwkv7", "layer")])
 def test_what_spares_time_changes_no_byte(arch: str, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block = found(arch, kind, "text")

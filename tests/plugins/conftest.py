@@ -11,7 +11,7 @@ from plugin_memory import CpuMemory, GpuMemory
 
 from llmexport.plugins.host import Library
 
-SANITIZED_CASES = 9  # of each test, spread over all that it has: the sanitizers take ten times as long
+SANITIZED_CASES = 5  # of each test, spread over all that it has: the sanitizers take ten times as long
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

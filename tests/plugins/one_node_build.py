@@ -1,7 +1,8 @@
-"""Builds an engine of one op in TensorRT-RTX: python one_node_build.py FOLDER LIBRARY CASE ATTRIBUTES-AS-JSON DTYPE...
+"""Builds engines of one op each in TensorRT-RTX: python one_node_build.py FOLDER LIBRARY ATTRIBUTES-AS-JSON DTYPE...
 
-Each dtype in a process of its own, as the parser ends the process on some errors: it leaves what it says in FOLDER, in
-DTYPE.out and DTYPE.err, and its exit code is in the JSON that is printed. Weights are constants, as in an export.
+ATTRIBUTES maps the name of each case to the attributes of its op. Each case and dtype is built in a process of its own,
+as the parser ends the process on some errors: it leaves what it says in FOLDER, in CASE.DTYPE.out and CASE.DTYPE.err,
+and its exit code is in the JSON that is printed. Weights are constants, as in an export.
 """
 
 import json
@@ -54,7 +55,7 @@ def model(case: Case, dtype: str, attributes: dict[str, object]) -> onnx.ModelPr
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def build(path: str, name: str, attributes: str, dtype: str) -> None:
+def build(path: str, name: str, attributes: dict[str, object], dtype: str) -> None:
     """Prints the layer types of the network and the bytes of the plan as JSON; ends the process if there is none."""
     case = ALL_CASES[name]
     logger = trt.Logger(trt.Logger.WARNING)
@@ -63,7 +64,7 @@ def build(path: str, name: str, attributes: str, dtype: str) -> None:
     builder = trt.Builder(logger)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
-    form, _ = tensorrt_form(model(case, dtype, json.loads(attributes)), library.served(Path(path)))
+    form, _ = tensorrt_form(model(case, dtype, attributes), library.served(Path(path)))
     if not parser.parse(form.SerializeToString()):
         sys.exit("\n".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
@@ -84,24 +85,26 @@ def build(path: str, name: str, attributes: str, dtype: str) -> None:
     print(json.dumps({"layers": layers, "bytes": plan.nbytes}))
 
 
-def leaving(folder: str, path: str, name: str, attributes: str, dtype: str) -> None:
+def leaving(folder: str, path: str, name: str, attributes: dict[str, object], dtype: str) -> None:
     """Builds, with standard output and error in files."""
     for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")):
-        with open(Path(folder) / f"{dtype}.{end}", "xb") as file:
+        with open(Path(folder) / f"{name}.{dtype}.{end}", "xb") as file:
             os.dup2(file.fileno(), stream.fileno())
     build(path, name, attributes, dtype)
     sys.stdout.flush()
 
 
-def main(folder: str, path: str, name: str, attributes: str, *dtypes: str) -> None:
+def main(folder: str, path: str, attributes: str, *dtypes: str) -> None:
     # What is imported here once takes longer than a build.
     forked = multiprocessing.get_context("fork")
-    codes = {}
-    for dtype in dtypes:
-        child = forked.Process(target=leaving, args=(folder, path, name, attributes, dtype))
-        child.start()
-        child.join()
-        codes[dtype] = child.exitcode
+    codes: dict[str, dict[str, int | None]] = {}
+    for name, of_it in json.loads(attributes).items():
+        codes[name] = {}
+        for dtype in dtypes:
+            child = forked.Process(target=leaving, args=(folder, path, name, of_it, dtype))
+            child.start()
+            child.join()
+            codes[name][dtype] = child.exitcode
     print(json.dumps(codes))
 
 

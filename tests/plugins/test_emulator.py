@@ -8,7 +8,7 @@ import pytest
 from native import PLUGINS, compiled, need_gpu, need_nvcc
 
 HERE = Path(__file__).parent / "emulator"
-SEEDS = ("0", "1", "2")
+SEEDS = ("0", *(pytest.param(seed, marks=pytest.mark.slow) for seed in "12"))
 RIGHT = ("gemm", "sum", "halves", "match", "rotate", "take", "chain", "mxfp4", "mxfp4_blocks", "too_many_threads")
 
 

@@ -32,7 +32,7 @@ def is_added(tensors: dict[str, Tensor], experts: int) -> bool:
 
 @layouts
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_equals_the_reference_at_any_number_of_tokens(dtype, sizes, layout):
     stored = example(layout, dtype=dtype, sizes=sizes)
     runtime = session(model(layout, stored))
@@ -70,7 +70,7 @@ def test_both_ways_to_collect_outputs_are_taken():
 
 @layouts
 @pytest.mark.parametrize("experts", CHOICES.values(), ids=CHOICES)
-@pytest.mark.parametrize("count", [E, 40])
+@pytest.mark.parametrize("count", [E, pytest.param(40, marks=pytest.mark.slow)])
 def test_any_choice_equals_the_reference(count, experts, layout):
     tensors = example(layout, (1, 130), experts=experts, sizes=(count, experts.shape[-1], C, I))
     assert excess(layout(tensors), found(session(model(layout, tensors)), tensors)) <= 1

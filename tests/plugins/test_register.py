@@ -39,13 +39,14 @@ print(json.dumps(found))
 """
 # Builds an engine of one op without a call of ours that loads plugins.
 BUILD = """
-import ctypes, sys
+import ctypes, json, sys
 sys.path.insert(0, sys.argv.pop(1))
 import one_node_build
 from llmexport.plugins import library
 ctypes.CDLL(sys.argv.pop(1))
 one_node_build.library = type("Opened", (), {"load": staticmethod(lambda *_: None), "served": library.served})
-one_node_build.build(*sys.argv[1:])
+path, name, attributes, dtype = sys.argv[1:]
+one_node_build.build(path, name, json.loads(attributes), dtype)
 """
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 

@@ -14,7 +14,7 @@ from native import PLUGINS, SM90A, compiled, need_gpu, need_nvcc
 HERE = Path(__file__).parent
 SOURCE = HERE / "emulator" / "sm90a.cu"
 COLUMNS = ("64", "128", "256")
-SEEDS = ("0", "1", "2")
+SEEDS = ("0", *(pytest.param(seed, marks=pytest.mark.slow) for seed in "12"))
 ROW, ATOM = 128, 1024
 
 

@@ -21,10 +21,11 @@ from llmexport.validate.report import Rung
 pytestmark = pytest.mark.engine
 
 PLUGINS = "ops as plugin layers, by their references"
-# Each architecture once with plugin layers, and once from bodies; its other cases and dtypes in turn so and so.
-EVERY = [(c, d, p) for c, d in ONCE for p in (True, False)]
-EVERY += [(c, d, i % 2 == 0) for i, (c, d) in enumerate(e for e in in_each_dtype(CASES) if e not in ONCE)]
-AT_ONCE = [(c, d, p) for c, d, p in EVERY if (c, d) in ONCE and (p or c.arch in EVERY_TIME)]
+# The first families once with plugin layers, and once from bodies; other families, cases and dtypes in turn so and so.
+BOTH = [e for e in ONCE if e[0].arch in EVERY_TIME]
+EVERY = [(*e, p) for e in BOTH for p in (True, False)]
+EVERY += [(*e, i % 2 == 0) for i, e in enumerate(e for e in in_each_dtype(CASES) if e not in BOTH)]
+AT_ONCE = [(c, d, p) for c, d, p in EVERY if (c, d) in BOTH and (p or c.arch in PRIMARY)]
 
 
 def climb(folder: Path) -> Rung:

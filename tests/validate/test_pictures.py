@@ -137,12 +137,10 @@ IN_ALL = [
 ]
 AT_ONCE = [
     (PACKED_ROW, "float32", None, "all"),
-    (PACKED_ROW, "float16", None, "vision"),
     (TILED, "float32", None, "vision"),
     (TILED, "float16", 128, "all"),
     (MUTUAL, "float32", None, "all"),
     (MUTUAL, "float32", 128, "all"),
-    (MUTUAL, "float16", None, "all"),
 ]
 
 
