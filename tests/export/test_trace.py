@@ -5,11 +5,13 @@ import onnxruntime
 import pytest
 import torch
 from trace_cases import (
+    ALL,
     CASES,
     DELTA_MIX,
     DELTA_NET,
     GEMMA_NORM,
     KIMI_DELTA,
+    LAST,
     LATENT,
     LAYER,
     MOE,
@@ -21,11 +23,9 @@ from trace_cases import (
 from llmexport.export import blocks
 from llmexport.export.graph_file import load_block, load_body
 from llmexport.export.spec import (
-    ALL,
     BATCH,
     FEATURES,
     IMAGES,
-    LAST,
     PAST,
     SEQUENCE,
     SOURCE,
