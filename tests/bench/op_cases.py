@@ -25,6 +25,7 @@ PREFILL = (4096, 4 * 4096)
 DECODE = (1, 8, 64)
 # Fractions of the floor at T = 4096 and 16384 (issue 3).
 PREFILL_TARGETS = dict(zip(PREFILL, (0.85, 0.92), strict=True))
+FREE = 63  # slots of a static cache that the step's tokens are written behind
 ROUTE_TARGET = 1 / 1.3  # as much above its floor as a token may be above a launch
 Peer = Callable[..., object]
 
@@ -133,7 +134,7 @@ class Case:
         op = all_ops()[self.op]
         dtypes = {"int32": torch.int32, "float32": torch.float32}
         # All are tokens, up to where a row ends.
-        filled = {"end": self.T, "present": 1}
+        filled = {"end": self.T, "present": 1, "write_indices": FREE}
 
         def made(name: str, shape: tuple[int, ...]) -> torch.Tensor:
             dtype = dtypes.get(op.types[name], torch.bfloat16)
@@ -151,6 +152,13 @@ class Case:
         made = [torch.empty_like(t, device="cuda") for t in self.results()]
         return [t.fill_(float("nan") if t.is_floating_point() else -1) for t in made]
 
+    def timed_outputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """As an engine binds them: a result that may have an input's memory has it."""
+        op = all_ops()[self.op]
+        own = dict(zip(op.outputs, self.outputs(inputs), strict=True))
+        given = dict(zip(op.inputs, inputs, strict=False))
+        return [given[op.aliases[name]] if name in op.aliases else tensor for name, tensor in own.items()]
+
     def checked(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
         """What the reference says, beside what was found."""
         wanted = self.reference(*inputs)
@@ -166,7 +174,9 @@ class Case:
         """Others that compute the same, by name; each takes the case's inputs."""
         # It compiles one function for a few shapes only, then quietly no more.
         torch._dynamo.reset()
-        compiled = torch.compile(self.reference, mode="max-autotune-no-cudagraphs", dynamic=False)
+        # The reference copies the cache of which it writes a part.
+        function = eager(self) if all_ops()[self.op].aliases else self.reference
+        compiled = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
         found: dict[str, Peer] = {"torch eager": eager(self), "torch.compile": compiled}
         if importlib.util.find_spec("flashinfer"):
             found |= flashinfer_peers(self)
@@ -216,6 +226,12 @@ def of_family(f: Family, B: int, T: int) -> Iterator[Case]:
     norm = {"epsilon": 1e-6, "weight_offset": f.weight_offset, "round_before_weight": f.weight_offset == 0}
     heads = ((B, T, f.H, f.D), *[(B, T, f.kv, f.D)] * 2, angles, angles, (f.D,), (f.D,))
     yield Case("QkNormRope", f.name, B, T, heads, {**rope, **norm, "norm_first": True}, roundings=3)
+    cache = (B, f.kv, FREE + T, f.D)
+    shapes = (*heads[:5], cache, cache, (B,), *heads[5:])
+    # Of both caches, which are read and written, the rows of the step are written.
+    rest = 2 * 2 * 2 * B * f.kv * f.D * (FREE + T) - 2 * 2 * B * f.kv * f.D * T
+    said = {**rope, **norm, "norm_first": True}
+    yield Case("QkNormRopeWrite", f.name, B, T, shapes, said, roundings=3, unread=rest)
     yield Case("AddRmsNorm", f.name, B, T, ((B, T, f.C), (B, T, f.C), (f.C,)), norm)
     if f.sandwiched:
         yield Case("AddRmsNorm", f.name, B, T, ((B, T, f.C), (B, T, f.C), (f.C,), (f.C,)), norm, roundings=3)
@@ -268,7 +284,20 @@ def eager(case: Case) -> Peer:
         return lambda x, gate, weight: F.rms_norm(x, weight.shape, weight, 1e-6) * F.silu(gate)
     if case.op == "MoeRoute" and case.attributes["groups"] == 1:
         return eager_route(case)
+    if case.op == "QkNormRopeWrite":
+        return functools.partial(eager_write, case.attributes)
     return case.reference
+
+
+def eager_write(attributes: dict[str, Attribute], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """In place, as a model's static cache is."""
+    *step, past_key, past_value, starts, q_weight, k_weight = tensors
+    query, *made = all_ops()["QkNormRope"].reference(*step, q_weight, k_weight, **attributes)
+    slots = starts[:, None] + torch.arange(query.shape[2], device=starts.device)
+    rows = torch.arange(len(starts), device=starts.device)[:, None]
+    for past, new in zip((past_key, past_value), made, strict=True):
+        past[rows, :, slots] = new.transpose(1, 2)
+    return query, past_key, past_value
 
 
 def eager_route(case: Case) -> Peer:

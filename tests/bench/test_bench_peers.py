@@ -73,6 +73,25 @@ def test_flashinfer_is_given_the_sinks(
     assert near(case.reference(*inputs), peers.flashinfer_sinks(case)(*inputs))
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_torch_writes_a_cache_in_place_where_ours_does(
+    bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    cases = bench("op_cases")
+    family = cases.Family("small", 64, 4, 2, 16, 4, 32)
+    [case] = [c for c in cases.of_family(family, 3, tokens) if c.op == "QkNormRopeWrite"]
+    inputs = case.on("cpu")
+    wanted = case.reference(*inputs)
+    assert not torch.equal(wanted[1], inputs[5])
+    found = cases.eager(case)(*inputs)
+    assert all(map(torch.equal, found, wanted))
+    assert [found[1].data_ptr(), found[2].data_ptr()] == [inputs[5].data_ptr(), inputs[6].data_ptr()]
+    monkeypatch.setattr(cases.Case, "outputs", lambda case, inputs: case.results())
+    query, *caches = case.timed_outputs(inputs)
+    assert query.is_meta
+    assert [id(c) for c in caches] == [id(p) for p in inputs[5:7]]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("cudnn") is None, reason="pip install nvidia-cudnn-frontend")
 def test_cudnn_accepts_the_graphs(bench: Callable[[str], Any]) -> None:
     """It checks shapes and options without a GPU."""
