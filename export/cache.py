@@ -47,21 +47,24 @@ def cached(kind: str, key: Any, make: Callable[[], bytes]) -> bytes:
         path = trusted_folder() / f"{kind}-{key_digest.hexdigest()[:32]}"
     except CacheError as error:
         _note(f"traces are not kept: {error}")
-        with _unswept():
+        with unswept():
             return make()
     stored = _read(path)
     digest, data = stored[:32], stored[32:]
     if data and _digest(key_digest.digest(), data) == digest:
         return data
-    with _unswept():
+    with unswept():
         data = make()
     _store(path, _digest(key_digest.digest(), data) + data)
     return data
 
 
 @contextlib.contextmanager
-def _unswept() -> Iterator[None]:
-    """No search for unreachable cycles meanwhile: a fifth of the time of a first trace, as imports leave few behind."""
+def unswept() -> Iterator[None]:
+    """No search for unreachable cycles meanwhile: a fifth of the time of a first trace, as imports leave few behind.
+
+    The next one after it looks at all that was made, so that who traces several times is within it himself.
+    """
     swept = gc.isenabled()
     gc.disable()
     try:

@@ -136,6 +136,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     return dataclasses.replace(request, arch=arch), packed, notes
 
 
+@cache.unswept()
 def write(request: Request, target: Path, *, force: bool = False, progress: Progress = silent) -> Export:
     """Exports the whole model or one block to the folder `target`, which appears whole or not at all."""
     with new_export(request, target, force=force) as folder:
@@ -144,6 +145,7 @@ def write(request: Request, target: Path, *, force: bool = False, progress: Prog
     return dataclasses.replace(export, folder=target)
 
 
+@cache.unswept()
 def write_blocks(
     request: Request, target: Path, *, force: bool = False, progress: Progress = silent
 ) -> dict[str, Export]:

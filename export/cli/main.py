@@ -59,8 +59,10 @@ def cli() -> None:
 
 def main() -> None:
     """Exit codes: 0 done, 1 a comparison failed, 2 something that the user can mend, or an interrupt, 3 a bug."""
-    # The end of the process looks for no cycles, which takes a second behind a trace.
+    # No cycles are looked for at the end of the process, which takes a second behind a trace, nor within an export.
     atexit.register(gc.freeze)
+    if sys.argv[1:2] == ["onnx"]:
+        gc.disable()
     _open_closed()
     with interrupt.handled():
         code, error = _call()

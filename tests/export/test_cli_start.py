@@ -44,6 +44,19 @@ def test_choices_of_an_option_are_shown_and_checked_all_the_same() -> None:
     assert "'move' is not one of 'auto', 'link', 'copy'" in told("onnx", "-o", "x", "--weights", "move")
 
 
+@pytest.mark.parametrize(("command", "enabled"), [("onnx", "False"), ("archs", "True")])
+def test_an_export_looks_for_no_cycles(command: str, enabled: str) -> None:
+    code = f"""
+import gc, sys
+from llmexport.export.cli import main
+main._call = lambda: (print(gc.isenabled()), "")
+sys.argv = ["llmexport", "{command}", "-o", "x"]
+main.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{enabled}\n"
+
+
 def test_the_end_of_a_command_looks_for_no_cycles() -> None:
     """What is registered first is called last."""
     code = """
