@@ -136,7 +136,6 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     return dataclasses.replace(request, arch=arch), packed, notes
 
 
-@cache.unswept()
 def write(request: Request, target: Path, *, force: bool = False, progress: Progress = silent) -> Export:
     """Exports the whole model or one block to the folder `target`, which appears whole or not at all."""
     with new_export(request, target, force=force) as folder:
@@ -145,7 +144,6 @@ def write(request: Request, target: Path, *, force: bool = False, progress: Prog
     return dataclasses.replace(export, folder=target)
 
 
-@cache.unswept()
 def write_blocks(
     request: Request, target: Path, *, force: bool = False, progress: Progress = silent
 ) -> dict[str, Export]:
@@ -168,7 +166,7 @@ def new_export(request: Request, target: Path, *, force: bool, marker: str = man
     """As `output.new_folder`; but --force must not delete the checkpoint with the output that holds it."""
     if Path(os.path.realpath(request.checkpoint.folder)).is_relative_to(os.path.realpath(target)):
         raise ExportError(f"the checkpoint lies in {target}, which the export would replace: choose another output")
-    with new_folder(target, force=force, marker=marker) as folder:
+    with cache.unswept(), new_folder(target, force=force, marker=marker) as folder:
         yield folder
 
 

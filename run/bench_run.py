@@ -34,7 +34,8 @@ RUNNERS = (*BACKENDS, EAGER)
 
 @dataclass(frozen=True)
 class Job:
-    """The export, one of RUNNERS, the prompt's ids [B, T], how many tokens follow, how often, on how many threads."""
+    """The export, one of RUNNERS, the prompt's ids [B, T], how many tokens follow, how often, on how many threads; and
+    whether ONNX Runtime may round what it multiplies packed numbers with."""
 
     folder: str
     runner: str
@@ -42,6 +43,7 @@ class Job:
     new_tokens: int
     runs: int
     threads: int
+    fused: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _session(export: Export, job: Job) -> Iterator[tuple[Any, str]]:
         model = eager(export)
         yield model, f"PyTorch {torch.__version__}, {model.name}"
         return
-    with opened(export, job.runner, job.threads) as session:
+    with opened(export, job.runner, job.threads, fused=job.fused) as session:
         yield session, session.what
 
 

@@ -112,15 +112,15 @@ class Session(Generic[V]):
 class RuntimeSession(Session[OrtValue]):
     """ONNX Runtime on the CPU, whose own memory the states stay in. Raises Mismatch if it does not take the model.
 
-    threads: of one operator; 0: as many as ONNX Runtime thinks right.
+    threads: of one operator; 0: as many as ONNX Runtime thinks right. fused: as of open_session.
     """
 
-    def __init__(self, export: Export, threads: int = 0) -> None:
+    def __init__(self, export: Export, threads: int = 0, *, fused: bool = True) -> None:
         super().__init__(export)
         if export.dtype == "bfloat16":
             raise RunError("ONNX Runtime has no bfloat16 MatMul on a CPU: export with --dtype float32 or float16 too")
         models = {g.name: last_logits(load(export, g), g, export.dtype) for g in export.graphs}
-        self._sessions = {n: open_session(m, export.folder, _options(threads), fused=True) for n, m in models.items()}
+        self._sessions = {n: open_session(m, export.folder, _options(threads), fused=fused) for n, m in models.items()}
 
     @property
     def what(self) -> str:
@@ -177,10 +177,10 @@ class ArraySession(Session[np.ndarray]):
 
 
 @contextlib.contextmanager
-def opened(export: Export, backend: str = "onnxruntime", threads: int = 0) -> Iterator[Session[Any]]:
-    """A session of an export on one of BACKENDS; threads: of ONNX Runtime."""
+def opened(export: Export, backend: str = "onnxruntime", threads: int = 0, **runtime: bool) -> Iterator[Session[Any]]:
+    """A session of an export on one of BACKENDS; threads and `runtime`: of RuntimeSession."""
     if backend == "onnxruntime":
-        yield RuntimeSession(export, threads)
+        yield RuntimeSession(export, threads, **runtime)
         return
     # Who runs no engine does not wait for Polygraphy.
     from llmexport.run.engine import EngineSession

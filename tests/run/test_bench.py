@@ -11,7 +11,10 @@ from pathlib import Path
 
 import browser
 import pytest
+from arch_cases import CASES
 
+from llmexport.export import archs, onnx_file
+from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.cli.main import main
 from llmexport.run import bench as module
 from llmexport.run.bench import Bench, Row, bench
@@ -128,6 +131,34 @@ def test_runners_are_timed_and_the_result_lies_beside_the_export(
         assert row["step"] > 0
         assert row["first"] > 0
         assert row["peak"] > 10_000_000
+
+
+@pytest.mark.parametrize("exact", [TIMING, dataclasses.replace(TIMING, tokens=[[1, 2, 3], [4, 8, 6]]), "it died"])
+def test_tokens_that_rounding_to_8_bits_changes_are_timed(exact, exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded = dataclasses.replace(TIMING, tokens=[[1, 2, 3], [4, 9, 6]])
+    jobs: list[Job] = []
+
+    def child(job: Job) -> Timing | str:
+        jobs.append(job)
+        return {"eager": TIMING, "engine": "no GPU"}.get(job.runner, rounded if job.fused else exact)
+
+    monkeypatch.setattr(module, "_child", child)
+    row = bench(exported("llama")).rows[0]
+    assert [(j.runner, j.runs) for j in jobs if not j.fused] == [("onnxruntime", 0)]
+    if exact != TIMING:
+        assert (row.note, row.right, row.step) == ("not timed: token 2 is not PyTorch's", False, None)
+        return
+    assert row.note.startswith("it 1.0: token 2 is not PyTorch's, as what packed numbers are multiplied with")
+    assert (row.right, row.step, row.first) == (True, 0.02, 0.2)
+
+
+@pytest.mark.slow
+def test_an_export_in_8_bits_is_timed(tiny_checkpoint, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(CASES[2]))
+    onnx_file.write(onnx_file.Request(archs.load("llama"), checkpoint, quantize="int8"), tmp_path / "export")
+    ours = bench(tmp_path / "export", runs=1).rows[0]
+    assert (ours.runner, ours.right) == ("ONNX Runtime", True), ours.note
+    assert ours.step
 
 
 def test_other_tokens_end_with_exit_code_1(exported, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
