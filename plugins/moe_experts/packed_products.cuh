@@ -2,11 +2,12 @@
 //
 // For few rows, as in decode: an H100 reads 3.35 TB/s, 12.8 bytes a cycle of each of its 132 SMs at
 // 1.98 GHz, which issue 4 instructions of warps a cycle at most, 2 of those of integers and bits. A
-// warp takes 467 instructions on SM 90, 248 of those, for its 2048 bytes of a stage of MXFP4 in
-// bf16: 4.4 bytes an instruction, so that 12.8 bytes need 2.9 a cycle, 1.6 of those. The 4.8 TB/s
-// of an H200, 18.4 bytes, would need 4.2 and 2.2: it reads 16.5 bytes, 4.3 TB/s, at most. Shared
-// memory takes 40 KB for 8192 bytes of weights: those twice, and 8 KB of inputs once from the copy
-// and once for each half of the columns. At 128 bytes a cycle that is 25.6 bytes of weights.
+// warp takes 425 instructions on SM 90, 224 of those, for its 2048 bytes of a stage of MXFP4 in
+// bf16: 4.8 bytes an instruction, so that 12.8 bytes need 2.7 a cycle, 1.4 of those. The 4.8 TB/s
+// of an H200, 18.4 bytes, need 3.8 and 2.0; it reads 16.5 bytes, 4.3 TB/s, at most, which need 3.4
+// and 1.8. Shared memory takes 40 KB for 8192 bytes of weights: those twice, and 8 KB of inputs
+// once from the copy and once for each half of the columns. At 128 bytes a cycle that is 25.6 bytes
+// of weights.
 #pragma once
 
 #include "common/tensor_core.cuh"

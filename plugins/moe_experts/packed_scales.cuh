@@ -6,6 +6,41 @@
 
 namespace llmexport {
 
+// Reads the scales of a tile of MXFP4, [blocks, kScalePitch]; a scale is 1 where there are no
+// weights. They are few, and their bytes no multiple of a copy's, so that all are read before the
+// first step.
+template <class S>
+__device__ __forceinline__ void loadScales(Projection const& p, Share const& share,
+                                           unsigned char* scales) {
+  constexpr unsigned char kOne = 127;
+  int depth = p.depth;
+  keepInLoop(depth);
+  int const all = scaleBlocks<S>(depth), blocks = depth / kMoeScaleBlock;
+  uint8_t const* const from =
+      static_cast<uint8_t const*>(p.scales) + int64_t(share.expert) * p.width() * blocks;
+  // A warp has every kWarps-th column, and waits once for a batch of them; a larger batch would
+  // spill.
+  constexpr int kWarps = S::kThreads / kWarp, kBatch = 8;
+  static_assert(S::kColumns % (kBatch * kWarps) == 0);
+#pragma unroll 1
+  for (int first = threadIdx.x / kWarp; first < S::kColumns; first += kBatch * kWarps) {
+#pragma unroll 1
+    for (int block = threadIdx.x % kWarp; block < all; block += kWarp) {
+      unsigned char read[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        int const column = weightColumn<S>(p, share.columnTile, first + i * kWarps, false);
+        bool const valid = column >= 0 && block < blocks;
+        read[i] = valid ? from[place(column, blocks, block)] : kOne;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        scales[block * kScalePitch<S> + first + i * kWarps] = read[i];
+      }
+    }
+  }
+}
+
 // A thread's entries of a stage, [kDepth / kPackedBlock, kColumns, kPerBlock], all of one column. A
 // scale may be a byte, and a row of them begins anywhere, so that they come by way of registers:
 // load() before a step's products, store() after them.

@@ -55,13 +55,19 @@ __device__ __forceinline__ int blockwiseChunkAt(int row, int chunk) {
   return row * kChunksPerRow + (chunk ^ (chunk >> 3 & 1) ^ (row & 1) << 1);
 }
 
-// Keeps computations from x in their loop: the compiler would move them out of it, where the
-// results take registers that are not left.
+// Hides from the compiler what x was computed from. Computations from x stay in their loop: moved
+// out of it, the results would take registers that are not left. And x is not computed anew there.
 __device__ __forceinline__ void keepInLoop(int& x) { asm volatile("" : "+r"(x)); }
+template <class X>
+__device__ __forceinline__ void keepInLoop([[maybe_unused]] X*& x) {
+#ifndef LLMEXPORT_EMULATED
+  asm volatile("" : "+l"(x));
+#endif
+}
 
 // The copies of a thread into a stage's tile of inputs, [kRows, kDepth] in chunks. `rows`, in
 // shared memory, holds the input's row for each of the tile, -1 past the last.
-template <class T, class S>
+template <class T, class S, bool kHeld = S::kBlockwise>
 struct InputCopies {
   static constexpr int kPerRow = S::kDepth / kChunk, kApart = S::kThreads / kPerRow;
   static constexpr int kCount = S::kRows / kApart;
@@ -74,15 +80,41 @@ struct InputCopies {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       int const row = rows[threadIdx.x / kPerRow + i * kApart];
-      int to;
-      if constexpr (S::kBlockwise) {
-        static_assert(kApart % 2 == 0);
-        to = blockwiseChunkAt<kPerRow>(threadIdx.x / kPerRow, chunk) + i * kApart * kPerRow;
-      } else {
-        to = chunkAt<kPerRow, kApart>(threadIdx.x / kPerRow, i, chunk);
-      }
-      copyAsync16(tile + to * kChunk,
-                  from + place(row < 0 ? 0 : row, depth, at), row >= 0 && at < depth);
+      int const to = chunkAt<kPerRow, kApart>(threadIdx.x / kPerRow, i, chunk);
+      copyAsync16(tile + to * kChunk, from + place(row < 0 ? 0 : row, depth, at),
+                  row >= 0 && at < depth);
+    }
+  }
+};
+
+// The same where lanes take whole blocks: registers hold what does not change from stage to stage.
+template <class T, class S>
+struct InputCopies<T, S, true> {
+  static constexpr int kPerRow = S::kDepth / kChunk, kApart = S::kThreads / kPerRow;
+  static constexpr int kCount = S::kRows / kApart;
+  static_assert(kApart % 2 == 0);
+  T const* from[kCount];
+  int to, count, depth;  // the first place, the rows there are, and a row's rest from its chunk on
+
+  __device__ __forceinline__ InputCopies(T const* input, int const* rows, int rowDepth)
+      : count(0), depth(rowDepth - threadIdx.x % kPerRow * kChunk) {
+    int const first = threadIdx.x / kPerRow, chunk = threadIdx.x % kPerRow;
+    to = blockwiseChunkAt<kPerRow>(first, chunk) * kChunk;
+    keepInLoop(to);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const row = rows[first + i * kApart];
+      from[i] = input + place(row < 0 ? 0 : row, rowDepth, chunk * kChunk);
+      keepInLoop(from[i]);
+      count += row >= 0;
+    }
+  }
+
+  __device__ __forceinline__ void start(T* tile, int firstDepth) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      copyAsync16(tile + to + i * kApart * S::kDepth, from[i] + unsigned(firstDepth),
+                  i < count && firstDepth < depth);
     }
   }
 };
@@ -176,7 +208,7 @@ struct BlockCopies {
   static constexpr int kPerRow = S::kDepth / kPackedBlock * kPerBlock;
   static constexpr int kApart = S::kThreads / kPerRow, kCount = S::kColumns / kApart;
   unsigned char const* from;
-  int count, apart, bytes;  // bytes of a column
+  int to, count, apart, bytes;  // bytes of a column
 
   __device__ __forceinline__ BlockCopies(Projection const& p, Share const& share)
       : from(weightsFrom<unsigned char>(
@@ -184,18 +216,21 @@ struct BlockCopies {
             p.depth * kBits<W> / 8)),
         count(columnsThere<S, kApart, kCount>(p, share, threadIdx.x / kPerRow)),
         apart(apartInWeights<kApart>(p)),
-        bytes(p.depth * kBits<W> / 8) {}
+        bytes(p.depth * kBits<W> / 8) {
+    int const copy = threadIdx.x % kPerRow;
+    to = blockAt<S>(copy / kPerBlock, threadIdx.x / kPerRow) * kBlockBytes<W> +
+         copy % kPerBlock * kCopyBytes;
+    keepInLoop(to);
+  }
 
   __device__ __forceinline__ void start(unsigned char* stage, int firstDepth) const {
-    int const copy = threadIdx.x % kPerRow, at = firstDepth * kBits<W> / 8 + copy * kCopyBytes;
-    int const block = copy / kPerBlock, within = copy % kPerBlock * kCopyBytes;
+    int const at = firstDepth * kBits<W> / 8 + threadIdx.x % kPerRow * kCopyBytes;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       // A multiple of 8 columns further on lies as far from the first.
       static_assert(kApart % 8 == 0);
-      int const to = blockAt<S>(block, threadIdx.x / kPerRow) + i * kApart;
-      copyAsync16(stage + to * kBlockBytes<W> + within,
-                  from + place(i * apart, bytes, at), i < count && at < bytes);
+      copyAsync16(stage + to + i * kApart * kBlockBytes<W>, from + place(i * apart, bytes, at),
+                  i < count && at < bytes);
     }
   }
 };
@@ -211,40 +246,5 @@ template <class S>
 struct WeightCopies<Packed8, false, S> : BlockCopies<Packed8, S> {
   using BlockCopies<Packed8, S>::BlockCopies;
 };
-
-// Reads the scales of a tile of MXFP4, [blocks, kScalePitch]; a scale is 1 where there are no
-// weights. They are few, and their bytes no multiple of a copy's, so that all are read before the
-// first step.
-template <class S>
-__device__ __forceinline__ void loadScales(Projection const& p, Share const& share,
-                                           unsigned char* scales) {
-  constexpr unsigned char kOne = 127;
-  int depth = p.depth;
-  keepInLoop(depth);
-  int const all = scaleBlocks<S>(depth), blocks = depth / kMoeScaleBlock;
-  uint8_t const* const from =
-      static_cast<uint8_t const*>(p.scales) + int64_t(share.expert) * p.width() * blocks;
-  // A warp has every kWarps-th column, and waits once for a batch of them; a larger batch would
-  // spill.
-  constexpr int kWarps = S::kThreads / kWarp, kBatch = 8;
-  static_assert(S::kColumns % (kBatch * kWarps) == 0);
-#pragma unroll 1
-  for (int first = threadIdx.x / kWarp; first < S::kColumns; first += kBatch * kWarps) {
-#pragma unroll 1
-    for (int block = threadIdx.x % kWarp; block < all; block += kWarp) {
-      unsigned char read[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        int const column = weightColumn<S>(p, share.columnTile, first + i * kWarps, false);
-        bool const valid = column >= 0 && block < blocks;
-        read[i] = valid ? from[place(column, blocks, block)] : kOne;
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        scales[block * kScalePitch<S> + first + i * kWarps] = read[i];
-      }
-    }
-  }
-}
 
 }  // namespace llmexport
