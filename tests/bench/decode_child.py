@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 LEVEL = 4  # MatMulNBits' accuracy_level, which genai's builder writes and ONNX Runtime gives what it fuses
+FREE = 64  # slots of a static cache for tokens behind PAST
 Step = Callable[[], Any]  # decodes the next token
 
 
@@ -87,7 +88,7 @@ def genai(folder: Path, past: int) -> Callable[[], Step]:
 
     def begin() -> Step:
         params = og.GeneratorParams(model)
-        params.set_search_options(max_length=past + 64, min_length=past + 64, do_sample=False)
+        params.set_search_options(max_length=past + FREE, min_length=past + FREE, do_sample=False)
         generator = og.Generator(model, params)
         generator.append_tokens(prompt(past)[0].astype(np.int32))
         generator.generate_next_token()
