@@ -66,6 +66,11 @@ class Module:
         if self.scheme.groups and not self.group:
             raise self.wrong("no group of config_groups is of it")
 
+    def check_groups(self, ending: str, scales: StoredTensor, size: int) -> None:
+        """Raises ExportError if ModelOpt says that groups are of another size than these."""
+        if self.scheme.method == "modelopt" and self.scheme.size not in (None, size):
+            raise self.wrong(f"{ending} is {list(scales.shape)}, of groups of {size} for {self.scheme.size}")
+
     def beside(self, endings: tuple[str, ...]) -> tuple[str, ...]:
         """The names of what has one of these endings. Raises ExportError on more that no matrix is made of."""
         aside = [e for e in endings if e in self.held]
@@ -188,6 +193,7 @@ class Module:
             if scales.shape[0] != shape[0] or columns % scales.shape[1]:
                 raise self.wrong(f"{ending} is {list(scales.shape)} of a matrix {list(shape)}")
             size = columns // scales.shape[1]
+            self.check_groups(ending, scales, size)
             second = self.number(".weight_scale_2")
             made |= {"number": "int4", "layout": "pairs"}
             made["scales"] = Scales(scales.name, dtype_of(scales), (1, size), second=second)
@@ -205,6 +211,7 @@ class Module:
         size = group.size if group and group.size else MX if exponents or twice else NV
         if scales.shape != (rows, columns // size) or columns % size:
             raise self.wrong(f".weight_scale is {list(scales.shape)}, expected {[rows, columns // size]}")
+        self.check_groups(".weight_scale", scales, size)
         number = self.number(second)
         if (number is None) != exponents:
             raise self.wrong(f"{second} is {'there' if number else 'missing'}")

@@ -54,9 +54,9 @@ class Group:
 class Scheme:
     """How a checkpoint is quantised: `method` is that of METHODS, `where` it was said.
 
-    bits, size and symmetric: of GPTQ and AWQ; the size of a group is None where a row is one. older: zeros are stored
-    less one. block: of FP8. groups: of compressed-tensors. kept: the modules that it leaves in 16 bits. others: modules
-    of GPTQ and AWQ of which it says something else.
+    bits, size and symmetric: of GPTQ and AWQ; the size of a group is None where a row is one. It may be ModelOpt's too,
+    None where that says none. older: zeros are stored less one. block: of FP8. groups: of compressed-tensors. kept: the
+    modules that it leaves in 16 bits. others: modules of GPTQ and AWQ of which it says something else.
     """
 
     method: str
@@ -160,7 +160,7 @@ def _modelopt(said: Said, scheme: Scheme) -> Scheme:
     algorithm = said.data.get("quant_algo")
     if not isinstance(algorithm, str) or algorithm.lower() not in ALGORITHMS:
         raise said.wrong("quant_algo", ", ".join(ALGORITHMS).upper())
-    return scheme
+    return replace(scheme, size=said.size("group_size"))
 
 
 def _compressed(said: Said, scheme: Scheme) -> Scheme:

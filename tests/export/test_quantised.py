@@ -255,6 +255,18 @@ CONTRADICTIONS: list[tuple[str, Changes, dict[str, Any], str]] = [
     ),
     ("FP8 of ModelOpt", {".weight_scale_2": ("F32", [])}, modelopt("FP8"), ".weight_scale_2 should not be there"),
     (
+        "NVFP4 of ModelOpt",
+        {".weight": ("U8", [32, 64]), ".weight_scale": ("F32", [64, 2]), ".weight_scale_2": None},
+        modelopt("W4A16_AWQ") | {"group_size": 64},
+        ".weight_scale is [64, 2], of groups of 32 for 64",
+    ),
+    (
+        "NVFP4 of ModelOpt",
+        {},
+        modelopt("NVFP4") | {"group_size": 32},
+        ".weight_scale is [64, 4], of groups of 16 for 32",
+    ),
+    (
         "FP8 of compressed-tensors",
         {},
         compressed("float-quantized", num_bits=8, strategy="block", block_structure=[32, 32]),
