@@ -13,6 +13,7 @@ from llmexport.export.packed.module import HOLDS, Module, dtype_of
 from llmexport.export.packed.scheme import Scheme, read_scheme
 from llmexport.export.packed.stacked import ENDINGS as STACKED
 from llmexport.export.packed.stacked import Stack
+from llmexport.export.values import show_name
 
 if TYPE_CHECKING:
     from llmexport.export.checkpoint import Checkpoint, StoredTensor
@@ -66,6 +67,13 @@ def read_matrices(scheme: Scheme, tensors: Mapping[str, StoredTensor]) -> dict[s
             f"{scheme.where} says that the weights are quantised ({scheme.method}), and no tensor is: "
             "download the weights and config.json again"
         )
+    for name, matrix in found.items():
+        if scheme.number not in (None, matrix.number):
+            raise ExportError(
+                f"{show_name(name.removesuffix('.weight'))} is quantised ({scheme.method}) otherwise than is said: its "
+                f"numbers are {matrix.number}, and {scheme.where} says {scheme.number} of all: are config.json and the "
+                "weights from the same download?"
+            )
     return found
 
 

@@ -29,12 +29,17 @@ METHODS = {
     "awq": "awq",
 }
 ROUNDED = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
-# ModelOpt's algorithms that leave weights as a type and scales alone; it writes some of them in capitals.
-ALGORITHMS = (
-    *("fp8", "fp8_pb_wo", "fp8_per_channel_per_token", "nvfp4", "nvfp4_awq", "w4a16_nvfp4", "w4a8_nvfp4_fp8"),
-    *("w4a16_awq", "w4a8_awq", "int4_awq", "w8a8_sq_per_channel", "w8a16", "mxfp4", "w4a8_mxfp4_fp8", "mxfp8"),
-    "mixed_precision",
-)
+# ModelOpt's algorithms that leave weights as a type and scales alone, and that type, where it is one for all; it writes
+# some of them in capitals.
+ALGORITHMS = {
+    **dict.fromkeys(("fp8", "fp8_pb_wo", "fp8_per_channel_per_token", "mxfp8"), "float8_e4m3fn"),
+    **dict.fromkeys(
+        ("nvfp4", "nvfp4_awq", "w4a16_nvfp4", "w4a8_nvfp4_fp8", "mxfp4", "w4a8_mxfp4_fp8"), "float4_e2m1fn"
+    ),
+    **dict.fromkeys(("w4a16_awq", "w4a8_awq", "int4_awq"), "int4"),
+    **dict.fromkeys(("w8a8_sq_per_channel", "w8a16"), "int8"),
+    "mixed_precision": None,
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Scheme:
 
     bits, size and symmetric: of GPTQ and AWQ; the size of a group is None where a row is one. It may be ModelOpt's too,
     None where that says none. older: zeros are stored less one. block: of FP8. groups: of compressed-tensors. kept: the
-    modules that it leaves in 16 bits. others: modules of GPTQ and AWQ of which it says something else.
+    modules that it leaves in 16 bits. others: modules of GPTQ and AWQ of which it says something else. number: the type
+    of all numbers, if ModelOpt says it.
     """
 
     method: str
@@ -69,6 +75,7 @@ class Scheme:
     block: tuple[int, int] | None = None
     groups: tuple[Group, ...] = ()
     others: tuple[tuple[Modules, Scheme], ...] = ()
+    number: str | None = None
 
     def of(self, module: str) -> Scheme:
         """What it says of one module."""
@@ -160,7 +167,7 @@ def _modelopt(said: Said, scheme: Scheme) -> Scheme:
     algorithm = said.data.get("quant_algo")
     if not isinstance(algorithm, str) or algorithm.lower() not in ALGORITHMS:
         raise said.wrong("quant_algo", ", ".join(ALGORITHMS).upper())
-    return replace(scheme, size=said.size("group_size"))
+    return replace(scheme, size=said.size("group_size"), number=ALGORITHMS[algorithm.lower()])
 
 
 def _compressed(said: Said, scheme: Scheme) -> Scheme:

@@ -266,6 +266,14 @@ CONTRADICTIONS: list[tuple[str, Changes, dict[str, Any], str]] = [
         modelopt("NVFP4") | {"group_size": 32},
         ".weight_scale is [64, 4], of groups of 16 for 32",
     ),
+    *(
+        (form, {}, modelopt(algorithm), f"its numbers are {held}, and config.json says {said} of all: are config")
+        for form, algorithm, held, said in (
+            ("NVFP4 of ModelOpt", "FP8", "float4_e2m1fn", "float8_e4m3fn"),
+            ("FP8 of ModelOpt", "NVFP4", "float8_e4m3fn", "float4_e2m1fn"),
+            ("FP8 of ModelOpt", "W8A16", "float8_e4m3fn", "int8"),
+        )
+    ),
     (
         "FP8 of compressed-tensors",
         {},
