@@ -63,7 +63,7 @@ def cached(kind: str, key: Any, make: Callable[[], bytes]) -> bytes:
 def unswept() -> Iterator[None]:
     """No search for unreachable cycles meanwhile: a fifth of the time of a first trace, as imports leave few behind.
 
-    The next one after it looks at all that was made, so that who traces several times is within it himself.
+    The next search looks at all that was made meanwhile, so that an export is within one of these as a whole.
     """
     swept = gc.isenabled()
     gc.disable()

@@ -11,8 +11,8 @@ from llmexport.plugins.declared import declared
 from llmexport.plugins.dtypes import BY_ONNX
 from llmexport.plugins.spec import DOMAIN, Attribute, op_name
 
-# (op, attributes, types and shapes of the node's inputs) -> body
 PLUGIN_VERSION = "plugin_version"  # what TensorRT's parser takes for "1" where a node does not say it
+# (op, attributes, types and shapes of the node's inputs) -> body
 Body = Callable[[str, dict[str, Attribute], list[str], list[list[int | str]]], onnx.FunctionProto]
 
 

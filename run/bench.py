@@ -106,9 +106,10 @@ def bench(
         progress(TITLES[runner], place, len(RUNNERS))
         timings[runner] = _child(job)
     progress("done", len(RUNNERS), len(RUNNERS))
-    rows = [_row(runner, timing, timings[EAGER]) for runner, timing in timings.items()]
-    rows = [_unrounded(row, timings, jobs) if row.runner == TITLES["onnxruntime"] else row for row in rows]
-    return Bench(export.arch, export.dtype, batch, prompt_tokens, new_tokens, runs, threads, tuple(rows), environment())
+    rows = {runner: _row(runner, timing, timings[EAGER]) for runner, timing in timings.items()}
+    rows["onnxruntime"] = _unrounded(rows["onnxruntime"], timings, jobs["onnxruntime"])
+    measured = (batch, prompt_tokens, new_tokens, runs, threads, tuple(rows.values()))
+    return Bench(export.arch, export.dtype, *measured, environment())
 
 
 def write(found: Bench, folder: Path) -> None:
@@ -151,13 +152,13 @@ def _row(runner: str, timing: Timing | str, eager: Timing | str) -> Row:
     return _timed(runner, timing)
 
 
-def _unrounded(row: Row, timings: Mapping[str, Timing | str], jobs: Mapping[str, Job]) -> Row:
+def _unrounded(row: Row, timings: Mapping[str, Timing | str], job: Job) -> Row:
     """A row of ONNX Runtime whose tokens are others: timed all the same if they are PyTorch's where it computes with
     the same packed numbers and rounds nothing that it multiplies them with."""
     ours, eager = timings["onnxruntime"], timings[EAGER]
     if row.right or isinstance(ours, str) or isinstance(eager, str):
         return row
-    exact = _child(dataclasses.replace(jobs["onnxruntime"], runs=0, fused=False))
+    exact = _child(dataclasses.replace(job, runs=0, fused=False))
     if isinstance(exact, str) or exact.tokens != eager.tokens:
         return row
     said = row.note.removeprefix("not timed: ")

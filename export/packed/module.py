@@ -67,8 +67,8 @@ class Module:
             raise self.wrong("no group of config_groups is of it")
 
     def check_groups(self, ending: str, scales: StoredTensor, size: int) -> None:
-        """Raises ExportError if ModelOpt says that groups are of another size than these."""
-        if self.scheme.method == "modelopt" and self.scheme.size not in (None, size):
+        """Raises ExportError if the scheme says that groups are of another size than these."""
+        if self.scheme.size not in (None, size):
             raise self.wrong(f"{ending} is {list(scales.shape)}, of groups of {size} for {self.scheme.size}")
 
     def beside(self, endings: tuple[str, ...]) -> tuple[str, ...]:
