@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llmexport.export import builder, device, engine_job, manifest
+from llmexport.export.engine_backend import check_backend
 from llmexport.export.engine_build import PLAN
-from llmexport.export.engine_record import RECORD, WEIGHTS, Engine, Library, Plan, check_backend
+from llmexport.export.engine_record import RECORD, WEIGHTS, Engine, Library, Plan
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.output import write_errors

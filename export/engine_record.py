@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from llmexport.export.binding import Binding
@@ -31,37 +29,6 @@ FORMAT = 4
 WEIGHTS = ("inside", "beside")  # the plans
 MOST = 100_000_000  # bytes, as of a manifest
 DIGEST = re.compile("[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A flavour of TensorRT: its module, the command that installs it, and the GPUs that its plans run on.
-
-    least: the compute capability that its plans need; None where they run on that of the GPU they were built on.
-    """
-
-    module: str
-    install: str
-    target: str
-    least: tuple[int, int] | None
-
-
-BACKENDS = MappingProxyType(
-    {
-        "tensorrt-rtx": Backend(
-            "tensorrt_rtx",
-            "pip install tensorrt-rtx",
-            "NVIDIA GPUs of compute capability {} and later",
-            (8, 0),
-        ),
-        "tensorrt": Backend(
-            "tensorrt",
-            "pip install tensorrt --extra-index-url https://pypi.nvidia.com (it builds only where a GPU is)",
-            "the kind of GPU it was built on",
-            None,
-        ),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -122,16 +89,6 @@ class Engine:
 
     def as_data(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
-
-
-def check_backend(name: str) -> Backend:
-    """The backend of that name. Raises EngineError with the command that installs it, if it is not here."""
-    if name not in BACKENDS:
-        raise EngineError(f"backend is {name!r}: choose one of {', '.join(BACKENDS)}")
-    chosen = BACKENDS[name]
-    if importlib.util.find_spec(chosen.module) is None:
-        raise EngineError(f"{name} is not installed: {chosen.install}")
-    return chosen
 
 
 def read(folder: Path) -> Engine:

@@ -18,7 +18,7 @@ import numpy as np
 from llmexport.export import builder, engine_job
 from llmexport.export.binding import Binding
 from llmexport.export.engine import check_plugins, check_ports
-from llmexport.export.engine_record import check_backend
+from llmexport.export.engine_backend import check_backend
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import Port

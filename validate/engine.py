@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmexport.export import builder, device, engine_record
-from llmexport.export.engine_record import BACKENDS, Engine
+from llmexport.export import builder, device, engine_backend, engine_record
+from llmexport.export.engine_backend import BACKENDS
+from llmexport.export.engine_record import Engine
 from llmexport.export.errors import EngineError
 from llmexport.plugins import library
 from llmexport.validate.engine_api import environment
@@ -32,7 +33,7 @@ def check(folder: Path) -> tuple[Engine, str]:
     TensorRT is asked for nothing: what is left to check is its version.
     """
     engine = engine_record.read(folder)
-    engine_record.check_backend(engine.backend)
+    engine_backend.check_backend(engine.backend)
     if importlib.util.find_spec("polygraphy") is None:
         raise EngineError("polygraphy is not installed, which runs the engine: pip install polygraphy")
     engine_record.check_files(folder, engine)

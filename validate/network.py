@@ -15,7 +15,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from llmexport.export import graph_file
-from llmexport.export.engine_record import check_backend
+from llmexport.export.engine_backend import check_backend
 from llmexport.export.evaluation import Evaluator, evaluator
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.tensorrt_form import tensorrt_form

@@ -45,7 +45,7 @@ def command(
 
     Exit code 1 if a rung of the comparison fails.
     """
-    from llmexport.export import engine, engine_record, manifest, onnx_file
+    from llmexport.export import engine, engine_backend, manifest, onnx_file
     from llmexport.export.placing import openings
     from llmexport.export.profile import parse_profile
     from llmexport.export.source import chosen, open_source
@@ -53,7 +53,7 @@ def command(
     from llmexport.validate import validate
 
     console = Console(quiet, as_json)
-    engine_record.check_backend(backend)
+    engine_backend.check_backend(backend)
     sizes = None if profile is None else parse_profile(profile)
     kernels = library.find() if plugins else None
     part = chosen(part, checkpoint)

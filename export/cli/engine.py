@@ -16,7 +16,7 @@ from llmexport.export.cli.folder import FOLDER, verifying
 if TYPE_CHECKING:
     from llmexport.export.engine_record import Engine
 
-BACKENDS = ChoiceOf("llmexport.export.engine_record", "BACKENDS")
+BACKENDS = ChoiceOf("llmexport.export.engine_backend", "BACKENDS")
 WEIGHTS = ChoiceOf("llmexport.export.engine_record", "WEIGHTS")
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from engine_folder import PLAN, make_engine
 
-from llmexport.export import engine_record
+from llmexport.export import engine_backend, engine_record
 from llmexport.export.cli.engine import summary
 from llmexport.export.device import Device
 from llmexport.export.errors import EngineError
@@ -173,10 +173,10 @@ def test_the_gpu_must_be_one_that_the_plan_runs_on(folder: Path, backend, built_
 
 
 def test_a_flavour_that_is_not_installed_says_how_to_install_it() -> None:
-    if engine_record.importlib.util.find_spec("tensorrt"):
+    if engine_backend.importlib.util.find_spec("tensorrt"):
         pytest.skip("tensorrt is installed")
     with pytest.raises(EngineError, match="tensorrt is not installed: pip install tensorrt"):
-        engine_record.check_backend("tensorrt")
+        engine_backend.check_backend("tensorrt")
 
 
 def test_digests_are_of_the_whole_plan(folder: Path) -> None:

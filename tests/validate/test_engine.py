@@ -14,7 +14,7 @@ import pytest
 import toy_model
 from engine_folder import PLAN, make_engine
 
-from llmexport.export import device, engine_record
+from llmexport.export import device, engine_backend, engine_record
 from llmexport.export.device import Device
 from llmexport.export.errors import EngineError
 from llmexport.validate import engine
@@ -96,7 +96,7 @@ def test_the_process_ends_with_whoever_started_it(folder: Path, monkeypatch) -> 
 
 def test_the_real_process_says_in_one_line_that_a_module_is_missing(folder: Path) -> None:
     """It is started as on a GPU; here its TensorRT is one that is not installed."""
-    if engine_record.importlib.util.find_spec("tensorrt"):
+    if engine_backend.importlib.util.find_spec("tensorrt"):
         pytest.skip("tensorrt is installed")
     other = dataclasses.replace(engine_record.read(folder), backend="tensorrt")
     with pytest.raises(EngineError, match="ended with exit code 1\n") as error, engine.started(folder, other):
