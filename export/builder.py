@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmexport.export.engine_kernels import Kernel
 from llmexport.export.errors import EngineError
 from llmexport.plugins import library
 
@@ -45,9 +46,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Run:
-    """What a builder read, its warnings, and how long it took."""
+    """What a builder read, the kernels that it listed (None where it did not), its warnings, and how long it took."""
 
     network: Network
+    kernels: tuple[Kernel, ...] | None
     messages: tuple[str, ...]
     seconds: float
 
@@ -60,17 +62,21 @@ def run(work: Path, module: str, timeout: float | None, check: Callable[[Network
     """
     start = time.monotonic()
     messages: Messages = collections.deque(maxlen=20)
-    network, built = None, False
+    network, kernels, built = None, None, False
     with builder(work, module) as child, limited(child, timeout) as late:
         for event in events(child, messages):
-            if isinstance(event, Network):
-                network = event
-                check(network)
-            built = built or event == ["built"]
+            match event:
+                case Network():
+                    network = event
+                    check(network)
+                case ["kernels", listed]:
+                    kernels = tuple(Kernel(name, kind, tuple(nodes)) for name, kind, nodes in listed)
+                case ["built"]:
+                    built = True
         code = child.wait()
         if code or network is None or not built:
             raise died(work, f"was stopped after {timeout:g} s, see --timeout" if late() else reason(code), messages)
-    return Run(network, tuple(dict.fromkeys(messages)), round(time.monotonic() - start, 2))
+    return Run(network, kernels, tuple(dict.fromkeys(messages)), round(time.monotonic() - start, 2))
 
 
 def events(child: subprocess.Popen[str], messages: Messages) -> Iterator[Network | list[Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmexport.export import builder, device, engine_job, manifest
+from llmexport.export import builder, device, engine_job, engine_kernels, manifest
 from llmexport.export.engine_backend import check_backend
 from llmexport.export.engine_build import PLAN
 from llmexport.export.engine_record import RECORD, WEIGHTS, Engine, Library, Plan
@@ -158,6 +158,7 @@ class _Job:
             plugins=dict(collections.Counter(nodes.values())),
             messages=ran.messages,
             seconds=ran.seconds,
+            kernels=engine_kernels.with_launches(ran.kernels, job.launches),
         )
         return plan, ran.network.version
 

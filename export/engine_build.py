@@ -3,13 +3,15 @@
 `python -m llmexport.export.engine_build FOLDER` does the job that `engine.py` left in the folder, or `evaluation.py`,
 whose job names a `channel`: what was parsed is then computed on this CPU, and not built. Each line of stdout is an
 event, a JSON list: ["log", text], ["parsed", inputs, outputs, plugin layers, facts], ["unreadable", reasons],
-["unbuildable"], ["unwritable", errno], ["built"]; ["unknown", reason] or ["ready"].
+["unbuildable"], ["kernels", [name, kind, nodes] each], ["unwritable", errno], ["built"]; ["unknown", reason] or
+["ready"].
 """
 
 from __future__ import annotations
 
 import collections
 import ctypes
+import dataclasses
 import importlib
 import json
 import os
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmexport.export import engine_weights
+from llmexport.export import engine_kernels, engine_weights
 from llmexport.export.packed.given import Given
 from llmexport.export.typed import typed
 from llmexport.plugins import library
@@ -101,9 +103,13 @@ def _build(trt: Any, job: dict[str, Any], model: bytes, tell: Tell) -> Any:
     for name, shapes in job["profile"].items():
         profile.set_shape(name, *shapes)
     config.add_optimization_profile(profile)
+    # For the list of kernels; with less it has each part of the network that TensorRT compiles as one layer.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         tell("unbuildable")
+    elif (kernels := engine_kernels.listed(logger.lists)) is not None:
+        tell("kernels", [dataclasses.astuple(k)[:3] for k in kernels])
     return plan
 
 
@@ -132,10 +138,13 @@ def _logger(trt: Any, tell: Tell) -> Any:
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.lists: list[str] = []
 
         def log(self, severity: Any, text: str) -> None:
             if severity <= trt.ILogger.WARNING and not CHATTER.search(text):
                 tell("log", f"{severity.name}: {text[:LONGEST]}")
+            elif text.startswith(engine_kernels.HEADING):
+                self.lists.append(text)
 
     return Logger()
 

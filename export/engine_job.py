@@ -20,6 +20,7 @@ from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
 from llmexport.export.packed.engine_form import engine_form
 from llmexport.export.tensorrt_form import tensorrt_form
+from llmexport.graphs.launches import kernels_of
 from llmexport.plugins.declared import declared
 
 
@@ -34,6 +35,11 @@ class Job:
     nodes: dict[str, str]
     bindings: Mapping[str, Binding]
     said: Mapping[str, Any]
+
+    @property
+    def launches(self) -> dict[str, int]:
+        """Of each node that is left to a plugin, how many kernels it is at one token a row."""
+        return {n.name: kernels_of(n, self.nodes[n.name]) for n in self.model.graph.node if n.name in self.nodes}
 
     def write(self, folder: Path, **more: Any) -> None:
         """Leaves it in an empty folder."""

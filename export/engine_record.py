@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from llmexport.export.binding import Binding
 from llmexport.export.device import Device
+from llmexport.export.engine_kernels import Kernel
 from llmexport.export.errors import EngineError
 from llmexport.export.identity import WeightFile
 from llmexport.export.spec import Port, Sizes
@@ -37,7 +38,8 @@ class Plan:
 
     model_sha256: of the graph's `.onnx`. inputs, outputs: with the dtypes of the engine. carried: as in the manifest.
     bindings: of each weight that is an input beside these. layers: how many TensorRT read, by kind. plugins: how often
-    each op is a plugin layer. messages: TensorRT's warnings. seconds: how long the builder ran.
+    each op is a plugin layer. messages: TensorRT's warnings. seconds: how long the builder ran. kernels: what a step
+    launches, in TensorRT's order; None where its list could not be read.
     """
 
     file: str
@@ -52,6 +54,7 @@ class Plan:
     plugins: Mapping[str, int]
     messages: tuple[str, ...]
     seconds: float
+    kernels: tuple[Kernel, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def read(folder: Path) -> Engine:
         if data["format"] != FORMAT:
             said = f"{path} is of format {data['format']!r}, this version reads {FORMAT}"
             raise EngineError(f"{said}: {rebuild(folder)}")
+        for plan in data["graphs"].values():
+            plan.setdefault("kernels", None)
         engine: Engine = typed(Engine, {k: v for k, v in data.items() if k != "format"})
         _check(engine)
     except FileNotFoundError as error:

@@ -66,7 +66,7 @@ def launches(model: ModelProto, step: str) -> Counter[str]:
     for node in nodes:
         kind = op_of(node)
         if node.domain == DOMAIN:
-            counted[kind] += _kernels(node, kind)
+            counted[kind] += kernels_of(node, kind)
         elif kind in FUSES:
             if not _is_bias(node, makers, readers, free):
                 fused.append(node)
@@ -81,8 +81,8 @@ def launches(model: ModelProto, step: str) -> Counter[str]:
     return +counted
 
 
-def _kernels(node: NodeProto, op: str) -> int:
-    """Those of a node of ours."""
+def kernels_of(node: NodeProto, op: str) -> int:
+    """Those of a node of ours, which is of this op, at one token a row."""
     window = next((a.i for a in node.attribute if a.name == "window"), 0)
     return 1 if op == "SinkAttention" and 0 < window <= SPLIT else KERNELS[op]
 

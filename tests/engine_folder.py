@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from llmexport.export.binding import Binding, Operation, Source
 from llmexport.export.checkpoint import read_header
+from llmexport.export.engine_kernels import Kernel
 from llmexport.export.engine_record import Engine, Library, Plan
 from llmexport.export.exported import Export
 from llmexport.export.identity import identify
@@ -62,6 +63,11 @@ def make_engine(
         plugins={"Rope": 3},
         messages=("WARNING: x",),
         seconds=1.5,
+        kernels=(
+            Kernel("a_myl0_1", "gemm", ("a", "w/cast")),
+            Kernel("rope", "plugin", ("rope",), 2),
+            Kernel("b", "copy", ()),
+        ),
     )
     engine = Engine(
         backend="tensorrt-rtx",

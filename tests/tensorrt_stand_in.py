@@ -40,6 +40,17 @@ class Placed:
     array: np.ndarray
 
 
+class Context:
+    """An execution context: what is done with it, of which there is one thing."""
+
+    def __init__(self, done: list[Any]) -> None:
+        super().__setattr__("done", done)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert name == "nvtx_verbosity", f"{name} is set to {value}"
+        self.done.append(("nvtx", value))
+
+
 class Stand:
     """A TensorRT module as one of the APIs has it, and what was done with it.
 
@@ -95,7 +106,7 @@ class Stand:
         def create(engine: Any, config: Any = None) -> Any:
             strategy = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
             self.done.append(("context", strategy))
-            return "a context" if self.contexts else None
+            return Context(self.done) if self.contexts else None
 
         return named(
             self.api,
@@ -113,9 +124,9 @@ class Stand:
         self.done.append(("place", array.shape))
         return Placed(array)
 
-    def runner(self, context: str) -> Any:
+    def runner(self, context: Context) -> Any:
         """In place of Polygraphy's TrtRunner."""
-        assert context == "a context"
+        assert isinstance(context, Context)
 
         def infer(feed: Any, check_inputs: bool, return_raw_buffers: bool) -> Any:
             assert (check_inputs, return_raw_buffers) == (False, True)

@@ -45,11 +45,16 @@ def context(trt: Any, engine: Any) -> Any:
     TensorRT-RTX compiles kernels for the shapes that it sees, in the background, and takes them when they are ready:
     the numbers of a step would depend on how long the ones before it took.
     """
-    if not hasattr(trt.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy"):
-        return engine.create_execution_context()
-    config = engine.create_runtime_config()
-    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
-    return engine.create_execution_context(config)
+    if hasattr(trt.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy"):
+        config = engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
+        made = engine.create_execution_context(config)
+    else:
+        made = engine.create_execution_context()
+    if made is not None:
+        # Our plans hold details of each kernel, and to say them to NVTX at every step takes time.
+        made.nvtx_verbosity = trt.ProfilingVerbosity.LAYER_NAMES_ONLY
+    return made
 
 
 def check_io(trt: Any, engine: Any, plan: Plan) -> None:

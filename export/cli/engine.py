@@ -103,11 +103,25 @@ def summary(engine: Engine) -> list[tuple[str, str]]:
         ("engine", f"{engine.backend} {engine.version}, {', '.join(sizes)}"),
         ("takes", profile),
         ("plugin layers", plugins or "none: our ops are built from their bodies, see `llmexport plugins build`"),
+        *_kernels(engine),
         *_weights(engine),
         ("runs on", engine.target),
         ("weights read", engine.checked),
         ("built in", f"{sum(p.seconds for p in plans):.1f} s"),
     ]
+
+
+def _kernels(engine: Engine) -> list[tuple[str, str]]:
+    """What each graph launches, where TensorRT listed it."""
+    from llmexport.export.engine_kernels import by_kind
+
+    said = []
+    for name, plan in engine.graphs.items():
+        if plan.kernels is not None:
+            kinds = by_kind(plan.kernels)
+            each = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+            said.append(f"{name}: " * (len(engine.graphs) > 1) + f"{kinds.total()} a step: {each}")
+    return [("kernels", "; ".join(said))] if said else []
 
 
 def _weights(engine: Engine) -> list[tuple[str, str]]:

@@ -61,6 +61,7 @@ def check_layers(export: Path, library: Path, tmp_path: Path) -> None:
         assert plan.plugins == graph.ops
         assert plan.layers.get("PLUGIN_V3", 0) == sum(graph.ops.values())
         assert not [m for m in plan.messages if "Unused Input" in m]
+        assert len([k for k in plan.kernels or () if k.kind == "plugin"]) == sum(graph.ops.values())
     used = engine_record.Library(str(library), hashlib.sha256(library.read_bytes()).hexdigest())
     assert record.plugins == ((used,) if any(g.ops for g in graphs) else ())
     assert json.loads((folder / "engine.json").read_text()) == json.loads(json.dumps(record.as_data()))

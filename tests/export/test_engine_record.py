@@ -74,12 +74,24 @@ def test_a_value_of_another_type_is_refused_wherever_it_is(folder: Path) -> None
 def test_a_key_too_few_or_too_many_is_refused(folder: Path) -> None:
     data = json.loads((folder / "engine.json").read_text())
     named = [p for p in leaves(data) if p and isinstance(p[-1], str)]
-    # A mapping may hold any names.
+    # A mapping may hold any names, and a plan may lack its kernels.
     fixed = [p for p in named if p[-2:-1] not in [(m,) for m in ("profile", "graphs", "carried", "layers", "plugins")]]
+    fixed.remove(("graphs", "model", "kernels"))
     for place in fixed:
         refused(folder, edited(data, place, lambda inner, key: inner.pop(key)))
         refused(folder, edited(data, place, lambda inner, key: inner.__setitem__(f"{key}x", inner[key])))
     assert len(fixed) > 40
+
+
+def test_a_record_without_kernels_is_read_and_tells_of_none(folder: Path) -> None:
+    assert dict(summary(engine_record.read(folder)))["kernels"] == "4 a step: 2 plugin, 1 gemm, 1 copy"
+    data = json.loads((folder / "engine.json").read_text())
+    del data["graphs"]["model"]["kernels"]
+    (folder / "engine.json").write_text(json.dumps(data))
+    engine = engine_record.read(folder)
+    assert engine.graphs["model"].kernels is None
+    assert "kernels" not in dict(summary(engine))
+    refused(folder, edited(data, ("graphs", "model", "kernel"), lambda inner, key: inner.__setitem__(key, [])))
 
 
 def test_a_record_that_ends_anywhere_is_refused(folder: Path) -> None:
