@@ -18,6 +18,7 @@ from llmexport.export.engine_build import JOB, MODEL
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
+from llmexport.export.join_products import join_products
 from llmexport.export.packed.engine_form import engine_form
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.graphs.launches import kernels_of
@@ -60,6 +61,8 @@ def prepare(
     loaded = load(export, graph)
     given = engine_form(loaded)
     model, nodes = tensorrt_form(loaded, served)
+    if weights == "inside":
+        join_products(model, served)
     bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}
     said = {
         "module": module,

@@ -37,7 +37,7 @@ def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Seque
             nodes = _straddling(makers[name], given)
             kept[makers[name].output[0]] = nodes
             made = {n for node in nodes for n in node.output}
-            todo.extend(n for node in nodes for n in _reads(node) if n not in made)
+            todo.extend(n for node in nodes for n in reads(node) if n not in made)
     part = ModelProto()
     part.CopyFrom(model)
     part.graph.Clear()
@@ -55,13 +55,13 @@ def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Seque
     return part
 
 
-def _reads(node: NodeProto) -> list[str]:
+def reads(node: NodeProto) -> list[str]:
     """The values that a node reads, those that its branches read from outside included."""
     found = [*node.input]
     for branch in (a.g for a in node.attribute if a.HasField("g")):
         own = {n for inner in branch.node for n in inner.output} | {t.name for t in branch.initializer}
         own |= {v.name for v in branch.input}
-        found += [n for inner in branch.node for n in _reads(inner) if n not in own]
+        found += [n for inner in branch.node for n in reads(inner) if n not in own]
     return found
 
 

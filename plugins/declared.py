@@ -11,8 +11,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Declared:
-    """An op's name and version, the dimensions of its inputs and outputs, the type's name of each attribute, and the
-    inputs whose memory outputs may have, by output."""
+    """An op's name and version, the dimensions of its inputs and outputs, the type's name of each attribute, the inputs
+    whose memory outputs may have, by output, and those that may be columns of one tensor."""
 
     name: str
     version: int
@@ -20,6 +20,7 @@ class Declared:
     outputs: dict[str, tuple[str, ...]]
     attributes: dict[str, str]
     aliases: dict[str, str]
+    joins: tuple[str, ...]
 
 
 @functools.cache
@@ -49,4 +50,5 @@ def _of(call: ast.Call, reference: ast.FunctionDef) -> Declared:
         {n: tuple(d.split()) for n, d in outputs.items()},
         {n: kind for n, kind in kinds.items() if n not in tensors},
         ast.literal_eval(said["aliases"]) if "aliases" in said else {},
+        ast.literal_eval(said["joins"]) if "joins" in said else (),
     )

@@ -63,11 +63,16 @@ def _desc(shape: Sequence[int], type_number: int, layout: int = 0) -> Desc:
     return Desc(Dims(len(shape), (c.c_int64 * 8)(*shape)), type_number, layout, 1.0)
 
 
-def field(name: str, value: Attribute) -> Field:
+def field(name: str, value: Attribute | list[int]) -> Field:
     """A plugin field as TensorRT's ONNX parser makes it of an attribute."""
     if isinstance(value, str):
         text = value.encode()
         return Field(name.encode(), c.cast(c.c_char_p(text), c.c_void_p), FIELD_CHAR, len(text) + 1)
+    if isinstance(value, list):
+        numbers = (c.c_int32 * len(value))(*value)
+        made = Field(name.encode(), c.addressof(numbers), FIELD_INT32, len(value))
+        made.keep = numbers
+        return made
     real = isinstance(value, float)
     held = c.c_float(value) if real else c.c_int32(int(value))
     made = Field(name.encode(), c.addressof(held), FIELD_FLOAT32 if real else FIELD_INT32, 1)
@@ -106,7 +111,7 @@ class Library:
         fields = self.call("FieldNames", self.creators[op], returns=c.POINTER(Fields)).contents
         return {fields.fields[i].name.decode(): fields.fields[i].type for i in range(fields.count)}
 
-    def create(self, op: str, attributes: Mapping[str, Attribute], phase: int = BUILD) -> Plugin:
+    def create(self, op: str, attributes: Mapping[str, Attribute | list[int]], phase: int = BUILD) -> Plugin:
         return self.create_from(op, [field(name, value) for name, value in attributes.items()], phase)
 
     def create_from(self, op: str, fields: Sequence[Field], phase: int = BUILD) -> Plugin:

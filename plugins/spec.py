@@ -45,7 +45,8 @@ class Op:
     of them from the end. `types` names the type of each input and output in TYPES. `attributes` maps each scalar to its
     Python type, `choices` each string among them to the values it may have, `sizes` each one that is the size of a
     dimension to that dimension. `aliases` maps each output that may have an input's memory to that input: the op is
-    functional, and a plugin that is given one memory for both writes what changes alone. `body` writes the function
+    functional, and a plugin that is given one memory for both writes what changes alone. `joins` are the inputs that
+    plugins read as columns of one tensor too. `body` writes the function
     body where the reference is not what is exported, `bodies` that for one target alone, by its name. An op is called
     like the function it came from.
     """
@@ -62,6 +63,7 @@ class Op:
     choices: dict[str, tuple[str, ...]]
     sizes: dict[str, str]
     aliases: dict[str, str]
+    joins: tuple[str, ...]
     body: Body | None
     bodies: Mapping[str, Body]
     call: Callable[..., Any] = field(repr=False)
@@ -135,6 +137,7 @@ def op(
     types: dict[str, str] | None = None,
     choices: dict[str, tuple[str, ...]] | None = None,
     aliases: dict[str, str] | None = None,
+    joins: tuple[str, ...] = (),
     body: Body | None = None,
     bodies: Mapping[str, Body] | None = None,
     fake: Callable[..., Any] | None = None,
@@ -145,10 +148,11 @@ def op(
     the size of one; `outputs` those of every output, of which each is an input's or such a parameter's; `types` the
     types in TYPES of those inputs and outputs that are not T. Parameters of type bool, int, float and str become
     attributes, and `choices` lists the values of those of type str; those of type Tensor | None must be the last
-    tensors. `aliases` are the outputs that may have an input's memory, each with that input. `fake` gives outputs of
-    the right shapes and types where the reference itself cannot on tensors without values. `body` writes the ONNX
-    function body in place of the traced reference, and `bodies` by target those that stand there in its place. Raises
-    TypeError on a signature that cannot become an ONNX operator.
+    tensors. `aliases` are the outputs that may have an input's memory, each with that input; `joins` the inputs of
+    rows [B, T, ...] that plugins read as columns of one tensor too. `fake` gives outputs of the right shapes and types
+    where the reference cannot on tensors without values. `body` writes the ONNX function body in place of the traced
+    reference, and `bodies` by target those that stand there in its place. Raises TypeError on a signature that cannot
+    become an ONNX operator.
     """
 
     def decorate(reference: Callable[..., Any]) -> Op:
@@ -178,6 +182,7 @@ def op(
             choices or {},
             sizes,
             aliases or {},
+            joins,
             body,
             bodies or {},
             reference,
@@ -239,6 +244,8 @@ def _check_names(made: Op, dims: dict[str, str]) -> None:
         if made.outputs.get(output) == made.inputs.get(past, ()) and made.types[output] == made.types[past]
     }
     check(made.aliases.keys() - alike, "aliases names no output, or no input of its type and dimensions")
+    rows = {n for n, shape in made.inputs.items() if shape[:2] == ("B", "T") and made.types[n] == "T"}
+    check({*made.joins} - rows, "joins names no input of type T with B and T before all else")
     check({*made.aliases.values()} & {*made.optional}, "an input that may be left out is no output's memory")
 
 

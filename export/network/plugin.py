@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from llmexport.export.network.kinds import Array, Compute, Unable
+from llmexport.plugins.joined import COLUMNS, JOINED, Part, parts_of
 from llmexport.plugins.spec import all_ops
 
 if TYPE_CHECKING:
@@ -20,10 +21,12 @@ def reference(trt: Any, layer: Any) -> Compute:
     """What the plugin says of itself is read, and never a node of ONNX: a field may have been lost on the way."""
     kinds = trt.PluginCapabilityType
     core, build = (layer.plugin.get_capability_interface(kind) for kind in (kinds.CORE, kinds.BUILD))
-    if core.plugin_name not in all_ops():
+    name = core.plugin_name.removeprefix(JOINED)
+    if name not in all_ops():
         raise Unable(f"plugin {core.plugin_name} is no op of ours")
-    op = all_ops()[core.plugin_name]
+    op = all_ops()[name]
     said = json.loads(build.metadata_string or "{}")
+    columns = said.pop(COLUMNS, []) if name != core.plugin_name else None
     if said.keys() != op.attributes.keys():
         raise Unable(f"the plugin holds {said}, its op has the attributes {', '.join(op.attributes)}")
     attributes = {name: kind(said[name]) for name, kind in op.attributes.items()}
@@ -32,12 +35,22 @@ def reference(trt: Any, layer: Any) -> Compute:
         import torch
 
         # A node leaves out optional inputs from the end.
-        tensors = dict.fromkeys(op.inputs) | {n: _tensor(x) for n, x in zip(op.inputs, given, strict=False)}
+        names, tensors = [*op.inputs], dict.fromkeys(op.inputs)
+        if columns is not None:
+            names = [n for n in names if n not in op.joins]
+            tensors |= _columns(_tensor(given[0]), parts_of(op.inputs, op.joins, columns))
+            given = given[1:]
+        tensors |= {n: _tensor(x) for n, x in zip(names, given, strict=False)}
         with torch.inference_mode():
             made = op.reference(**tensors, **attributes)
         return tuple(map(_array, made if isinstance(made, tuple) else (made,)))
 
     return compute
+
+
+def _columns(x: Tensor, parts: list[Part]) -> dict[str, Tensor]:
+    """What an op reads of a tensor [B, T, columns]."""
+    return {p.name: x[..., p.first : p.end].unflatten(-1, p.sizes) for p in parts}
 
 
 def _tensor(x: Array) -> Tensor:

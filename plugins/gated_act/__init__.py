@@ -15,6 +15,7 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "swiglu_clamped")
     dims={"gate": "B T J", "up": "B T I"},
     outputs={"y": "B T I"},
     choices={"activation": ACTIVATIONS},
+    joins=("gate", "up"),
 )
 def gated_act(gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float) -> Tensor:
     """activation(gate) * up (arXiv 2002.05202), for gate and up [B, T, I], in fp32 and rounded once.

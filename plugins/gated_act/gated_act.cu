@@ -6,15 +6,18 @@ namespace llmexport {
 bool gatedActServes(GatedActSizes const& s) {
   // Of a block, where an access has one element.
   constexpr int64_t kMost = kGatedActThreads * kGatedActVectors;
-  if (!s.halves) return isAtMost("GatedAct", "BTI", {s.B, s.T, s.I}, kMaxGridX * kMost);
+  if (!s.halves && !s.pitch) {
+    return isAtMost("GatedAct", "BTI", {s.B, s.T, s.I}, kMaxGridX * kMost);
+  }
   return isAtMost("GatedAct", "BT", {s.B, s.T}, kMaxGridX) &&
          isAtMost("GatedAct", "I", {s.I}, kMaxGridY * kMost);
 }
 
 GatedActPlan gatedActPlan(GatedActSizes const& s, Dtype dtype, bool pointersAligned) {
   int const full = kVectorBytes / int(sizeOf(dtype));
-  if (s.halves) {
-    int const width = pointersAligned && s.I % full == 0 ? full : 1;
+  if (s.halves || s.pitch) {
+    bool const whole = pointersAligned && s.I % full == 0 && s.pitch % full == 0;
+    int const width = whole ? full : 1;
     int64_t const vectors = s.I / width;
     // Parts of one length, up to whole warps.
     int64_t const parts = ceilDiv(vectors, kGatedActThreads * kGatedActVectors);
@@ -40,10 +43,13 @@ cudaError_t start(Arguments const& a, Act act) {
   bool const wide = a.plan.width > 1;
   GatedActSizes const& s = a.sizes;
   GatedActTensors const& t = a.tensors;
-  if (s.halves) {
+  if (s.halves || s.pitch) {
     auto const kernel =
-        wide ? gatedActHalvesKernel<T, kFullWidth<T>, Act> : gatedActHalvesKernel<T, 1, Act>;
-    return launch(kernel, a.plan.launch, a.stream, typed<T>(t.gate), typed<T>(t.y), s.I, act);
+        wide ? gatedActRowsKernel<T, kFullWidth<T>, Act> : gatedActRowsKernel<T, 1, Act>;
+    auto const* const gate = typed<T>(t.gate);
+    auto const* const up = s.halves ? gate + s.I : typed<T>(t.up);
+    int64_t const pitch = s.pitch ? s.pitch : 2 * s.I;
+    return launch(kernel, a.plan.launch, a.stream, gate, up, typed<T>(t.y), s.I, pitch, act);
   }
   auto const kernel = wide ? gatedActKernel<T, kFullWidth<T>, Act> : gatedActKernel<T, 1, Act>;
   return launch(kernel, a.plan.launch, a.stream, typed<T>(t.gate), typed<T>(t.up), typed<T>(t.y),

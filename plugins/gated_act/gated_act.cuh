@@ -97,9 +97,9 @@ __global__ void __launch_bounds__(kGatedActThreads)
 // instructions more than one of gatedActKernel, of 16 bytes an access on SM 90.
 template <class T, int kWidth, class Act>
 __global__ void __launch_bounds__(kGatedActThreads)
-    gatedActHalvesKernel(T const* both, T* y, int64_t columns, Act act) {
-  T const* const gate = both + blockIdx.x * columns * 2;
-  gateVectors<kWidth>(gate, gate + columns, y + blockIdx.x * columns, columns, blockIdx.y,
+    gatedActRowsKernel(T const* gate, T const* up, T* y, int64_t columns, int64_t pitch, Act act) {
+  int64_t const row = blockIdx.x;
+  gateVectors<kWidth>(gate + row * pitch, up + row * pitch, y + row * columns, columns, blockIdx.y,
                       gridDim.y, int64_t(blockDim.x) * kWidth, act);
 }
 

@@ -11,6 +11,7 @@ enum class Activation { kSilu, kGeluTanh, kGeluErf, kSwigluClamped };
 struct GatedActSizes {
   int64_t B, T, I;
   bool halves;  // gate and up are those of one tensor
+  int64_t pitch = 0;  // from a row of gate and up to the next; 0 where each is dense
 };
 
 struct GatedActAttributes {
@@ -18,8 +19,8 @@ struct GatedActAttributes {
   float alpha, limit;  // of kSwigluClamped alone
 };
 
-// All [B, T, I]; y may be gate or up itself. Of halves gate is [B, T, 2 I] with up behind it, and y
-// another tensor; `up` is not read.
+// All [B, T, I]; y may be gate or up itself. Of halves gate is [B, T, 2 I] with up behind it; gate
+// and up may be columns of one tensor. Then y is another tensor. `up` of halves is not read.
 struct GatedActTensors {
   void const *gate, *up;
   void* y;

@@ -13,7 +13,7 @@ GatedActSizes sizesOf(Node const& node) {
   Sizes const& s = node.sizes;
   bool const halves = node.inputCount <= kUp;
   int64_t const J = s['J'];
-  return {s['B'], s['T'], halves && J != kUnknown ? J / 2 : J, halves};
+  return {s['B'], s['T'], halves && J != kUnknown ? J / 2 : J, halves, node.pitch};
 }
 
 GatedActAttributes attributesOf(Values const& values) {
@@ -38,7 +38,7 @@ cudaError_t enqueue(Call const& call) {
 Registration const registration({
     "GatedAct",
     "1",
-    {{"gate", "BTJ"}, {"up", "BTI", Element::kT, kOptional}},
+    {joins({"gate", "BTJ"}), joins({"up", "BTI", Element::kT, kOptional})},
     {{"y", "BTI"}},
     // The choices in the order of enum class Activation.
     {{"activation", Kind::kChoice, {"silu", "gelu_tanh", "gelu_erf", "swiglu_clamped"}},

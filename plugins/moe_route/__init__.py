@@ -30,6 +30,7 @@ def fake(
     static=("E",),
     types={"experts": "int32"},
     choices={"scoring": ("softmax", "softmax_top_k", "sigmoid")},
+    joins=("logits",),
     body=body,
     fake=fake,
 )

@@ -68,13 +68,16 @@ cudaError_t moeRoute(Dtype dtype, MoeRouteSizes const& s, MoeRouteAttributes con
   auto const plan = moeRoutePlan(s, attributes);
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    int64_t const pitch = s.pitch ? s.pitch : s.E;
+    bool const vectors = s.E % kFullWidth<T> == 0 && pitch % kFullWidth<T> == 0;
     MoeRouteArguments<T> const a{typed<T>(t.logits),
                                  typed<T>(t.bias),
                                  typed<T>(t.weights),
                                  t.experts,
                                  s.B * s.T,
+                                 pitch,
                                  int(s.E),
-                                 aligned({t.logits}) && s.E % kFullWidth<T> == 0,
+                                 aligned({t.logits}) && vectors,
                                  attributes};
     if constexpr (sizeof(T) == 2) {
       if (!t.bias && attributes.groups == 1) return start<T, uint32_t>(plan, a, stream);

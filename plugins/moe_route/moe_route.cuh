@@ -18,7 +18,7 @@ struct MoeRouteArguments {
   T const *logits, *bias;
   T* weights;
   int32_t* chosen;
-  int64_t rows;
+  int64_t rows, pitch;
   int experts;
   bool wholeVectors;
   MoeRouteAttributes attributes;
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kRouteThreads, kRouteBlocks)
   int const lane = threadIdx.x, lanes = blockDim.x, topK = a.attributes.topK;
   int64_t const row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   bool const here = row < a.rows;  // threads without a row still take part in shuffles
-  T const* const logits = a.logits + (here ? row : 0) * a.experts;
+  T const* const logits = a.logits + (here ? row : 0) * a.pitch;
   int const begin = lane * kPerLane, count = a.experts - begin;
   DYNAMIC_SHARED(shared);
   auto* const winners = reinterpret_cast<RouteWinner*>(shared) + threadIdx.y * topK;

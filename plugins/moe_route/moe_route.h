@@ -10,6 +10,7 @@ enum class Scoring { kSoftmax, kSoftmaxTopK, kSigmoid };
 
 struct MoeRouteSizes {
   int64_t B, T, E;
+  int64_t pitch = 0;  // from a token's logits to the next; 0 where they are dense
 };
 
 struct MoeRouteAttributes {
@@ -21,7 +22,7 @@ struct MoeRouteAttributes {
 };
 
 struct MoeRouteTensors {
-  void const* logits;  // [B, T, E]
+  void const* logits;  // [B, T, E], or columns of another tensor
   void const* bias;    // [E] or null
   void* weights;       // [B, T, topK]
   int32_t* experts;    // [B, T, topK]

@@ -22,6 +22,7 @@ from llmexport.plugins.spec import op
     },
     outputs={"query": "B H T D", "key": "B G T D", "value": "B G T D"},
     static=("Q", "D", "R"),
+    joins=("q", "k", "v"),
     body=body,
 )
 def qk_norm_rope(

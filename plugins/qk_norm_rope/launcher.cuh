@@ -9,13 +9,14 @@ template <class T, int kWidth, bool kInterleaved, bool kOnce, class Rows>
 cudaError_t startQkNormRope(QkNormRopePlan const& plan, QkNormRopeSizes const& s,
                             QkNormRopeAttributes const& attributes, QkNormRopeTensors const& t,
                             Rows const& rows, cudaStream_t stream) {
-  auto const heads = [](void const* x, void const* weight, void* y, int64_t count) {
-    return Heads<T>{typed<T>(x), typed<T>(weight), typed<T>(y), int(count)};
+  auto const heads = [&](void const* x, void const* weight, void* y, int64_t count, int64_t apart) {
+    int64_t const pitch = s.pitch ? s.pitch : count * apart;
+    return Heads<T>{typed<T>(x), typed<T>(weight), typed<T>(y), int(count), unsigned(apart), pitch};
   };
   return launch(qkNormRopeKernel<T, kWidth, kInterleaved, kOnce, Rows>, plan.launch, stream,
-                heads(t.q, t.qWeight, t.query, s.H), heads(t.k, t.kWeight, t.key, s.G),
-                heads(t.v, nullptr, t.value, s.G), typed<T>(t.cos), typed<T>(t.sin), int(s.T),
-                int(s.D), int(s.Q), int(s.R), attributes, rows);
+                heads(t.q, t.qWeight, t.query, s.H, s.Q), heads(t.k, t.kWeight, t.key, s.G, s.D),
+                heads(t.v, nullptr, t.value, s.G, s.D), typed<T>(t.cos), typed<T>(t.sin), int(s.T),
+                int(s.D), int(s.R), attributes, rows);
 }
 
 // `rows` is as the kernel's. There is nothing to do where a size is 0.

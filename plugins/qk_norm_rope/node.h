@@ -22,8 +22,8 @@ inline QkNormRopeAttributes qkNormRopeAttributesOf(Values const& values) {
           values[kRoundBeforeWeight].integer != 0, values[kNormFirst].integer != 0};
 }
 
-inline QkNormRopeSizes qkNormRopeSizesOf(Sizes const& s) {
-  return {s['B'], s['T'], s['H'], s['G'], s['D'], s['R'], s['Q']};
+inline QkNormRopeSizes qkNormRopeSizesOf(Sizes const& s, int64_t pitch) {
+  return {s['B'], s['T'], s['H'], s['G'], s['D'], s['R'], s['Q'], pitch};
 }
 
 }  // namespace llmexport

@@ -37,7 +37,7 @@ bool qkNormRopeServes(QkNormRopeSizes const& s, char const* op) {
 QkNormRopePlan qkNormRopePlan(QkNormRopeSizes const& sizes, Dtype dtype, bool pointersAligned) {
   int const full = kVectorBytes / int(sizeOf(dtype));
   bool const vectors = pointersAligned && sizes.D % full == 0 && sizes.R % full == 0 &&
-                       sizes.Q % full == 0;
+                       sizes.Q % full == 0 && sizes.pitch % full == 0;
   int const width = vectors ? full : 1;
   int64_t const heads = headsOf(sizes), units = (sizes.D - sizes.R) / width;
   unsigned lanes = 1;

@@ -11,9 +11,11 @@ constexpr int kQkNormRopeThreads = 256;
 // Heads of one kind, as they come and as they go.
 template <class T>
 struct Heads {
-  T const *x, *weight;  // [B, T, count, D], or more than D apart; [D] or null
+  T const *x, *weight;  // [B, T, count, D]; [D] or null
   T* y;                 // [B, count, T, D]
   int count;
+  unsigned apart;  // from a head of x to the next, and from a token to the next
+  int64_t pitch;
 };
 
 // Where a token of a head goes: row `at` of `ofRows`.
@@ -136,21 +138,21 @@ class Head {
 // addRmsNormKernel, the rotation as in ropeKernel. All else is fp32: a lane adds the squares of its
 // units in order, sumOverLanes adds the lanes'; rsqrtf is good to 2 units in the last place.
 //
-// Heads of q begin `apart` elements after each other. Strides are unsigned: signs would be extended
-// in each thread, and so there are no more instructions than where all heads are dense.
+// Strides are unsigned: signs would be extended in each thread.
 //
 // Rows is where tokens go: StepRows or CacheRows. A token that has no row is computed and lost.
 template <class T, int kWidth, bool kInterleaved, bool kOnce, class Rows>
 __global__ void __launch_bounds__(kQkNormRopeThreads)
     qkNormRopeKernel(Heads<T> q, Heads<T> k, Heads<T> v, T const* cos, T const* sin, int tokens,
-                     int size, int apart, int pairs, QkNormRopeAttributes attributes, Rows rows) {
+                     int size, int pairs, QkNormRopeAttributes attributes, Rows rows) {
   int const place = blockIdx.y * blockDim.y + threadIdx.y;
   bool const there = place < q.count + k.count + v.count;  // others still take part in shuffles
   bool const isQ = place < q.count, isK = !isQ && place < q.count + k.count;
   int const count = isQ ? q.count : k.count;
-  unsigned const dense = unsigned(size), stride = isQ ? unsigned(apart) : dense;
+  unsigned const apart = isQ ? q.apart : k.apart;
   int const h = isQ ? place : isK ? place - q.count : place - q.count - k.count;
   T const* const x = isQ ? q.x : isK ? k.x : v.x;
+  int64_t const pitch = isQ ? q.pitch : k.pitch;
   T const* const weight = isQ ? q.weight : isK ? k.weight : nullptr;
   T* const y = isQ ? q.y : isK ? k.y : v.y;
   int64_t const token = blockIdx.x, batch = blockIdx.x / unsigned(tokens);
@@ -158,8 +160,8 @@ __global__ void __launch_bounds__(kQkNormRopeThreads)
   Row const row = rows.of(isQ, batch, t, tokens);
   bool const here = there && row.exists;
   Head<T, kWidth, kInterleaved> const head(
-      x + uint64_t(token * count + h) * stride, weight,
-      y + uint64_t((batch * count + h) * row.ofRows + row.at) * dense, cos + token * pairs,
+      x + token * pitch + uint64_t(unsigned(h)) * apart, weight,
+      y + uint64_t((batch * count + h) * row.ofRows + row.at) * unsigned(size), cos + token * pairs,
       sin + token * pairs, isQ || isK, size, pairs);
   int const lane = int(threadIdx.x), lanes = int(blockDim.x);
   int const units = here ? head.units() : 0;

@@ -51,6 +51,7 @@ def fake(
     static=("Q", "D", "R"),
     types={"write_indices": "int32"},
     aliases={"key": "past_key", "value": "past_value"},
+    joins=("q", "k", "v"),
     body=body,
     fake=fake,
 )

@@ -7,17 +7,19 @@ namespace {
 enum Inputs { kQ, kK, kV, kCos, kSin, kPastKey, kPastValue, kWriteIndices, kQWeight, kKWeight };
 enum Outputs { kQuery, kKey, kValue };
 
-QkNormRopeWriteSizes sizesOf(Sizes const& s) { return {qkNormRopeSizesOf(s), s['S']}; }
+QkNormRopeWriteSizes sizesOf(Sizes const& s, int64_t pitch) {
+  return {qkNormRopeSizesOf(s, pitch), s['S']};
+}
 
 bool check(Sizes const& sizes, Values const&) {
-  return qkNormRopeFits(sizesOf(sizes).step, "QkNormRopeWrite");
+  return qkNormRopeFits(sizesOf(sizes, kUnknown).step, "QkNormRopeWrite");
 }
 
 bool supports(Node const& node) {
   if (node.inputCount == kKWeight) {
     return refuse("QkNormRopeWrite: q_weight is given without k_weight");
   }
-  return qkNormRopeWriteServes(sizesOf(node.sizes));
+  return qkNormRopeWriteServes(sizesOf(node.sizes, node.pitch));
 }
 
 cudaError_t enqueue(Call const& call) {
@@ -27,16 +29,16 @@ cudaError_t enqueue(Call const& call) {
                                call.output(kValue)};
   QkNormRopeWriteTensors const tensors{step, call.input(kPastKey), call.input(kPastValue),
                                        call.input<int32_t>(kWriteIndices)};
-  return qkNormRopeWrite(call.dtype, sizesOf(call.sizes), qkNormRopeAttributesOf(call.attributes),
-                         tensors, call.stream);
+  return qkNormRopeWrite(call.dtype, sizesOf(call.sizes, call.pitch),
+                         qkNormRopeAttributesOf(call.attributes), tensors, call.stream);
 }
 
 Registration const registration({
     "QkNormRopeWrite",
     "1",
-    {{"q", "BTHQ"},
-     {"k", "BTGD"},
-     {"v", "BTGD"},
+    {joins({"q", "BTHQ"}),
+     joins({"k", "BTGD"}),
+     joins({"v", "BTGD"}),
      {"cos", "BTR"},
      {"sin", "BTR"},
      {"past_key", "BGSD"},

@@ -77,6 +77,22 @@ bool parseChoice(Op const& op, Attribute const& attribute, PluginField const& fi
   return refuse("%s: %s is '%s', not one of %s", op.name, field.name, given.c_str(), known.c_str());
 }
 
+std::optional<std::vector<int32_t>> parseIntegers(Op const& op, PluginField const& field) {
+  std::vector<int32_t> numbers;
+  bool const isWide = field.type == PluginFieldType::kINT64;
+  if (!isWide && field.type != PluginFieldType::kINT32) {
+    refuse("%s: %s has field type %d, not int32", op.name, field.name, int(field.type));
+    return std::nullopt;
+  }
+  for (int32_t i = 0; field.data && i < field.length; ++i) {
+    int64_t const number = isWide ? static_cast<int64_t const*>(field.data)[i]
+                                  : static_cast<int32_t const*>(field.data)[i];
+    // What is no size is refused by its sign.
+    numbers.push_back(number > INT32_MAX ? -1 : int32_t(number));
+  }
+  return numbers;
+}
+
 bool parseOne(Op const& op, Attribute const& attribute, PluginField const& field, Value& value) {
   bool const isText = attribute.kind == Kind::kChoice;
   if (!field.data || (isText ? field.length < 1 : field.length != 1)) {
@@ -131,11 +147,19 @@ trt::PluginField fieldOf(Attribute const& attribute, Value const* value) {
   return {attribute.name, text, PluginFieldType::kCHAR, text ? int32_t(std::strlen(text)) + 1 : 0};
 }
 
-std::optional<Values> parse(Op const& op, trt::PluginFieldCollection const& fields) {
+std::optional<Parsed> parse(Op const& op, bool isJoined, trt::PluginFieldCollection const& fields) {
   Values values{};
+  std::optional<Joined> joined;
+  if (!isJoined) joined.emplace();
   std::array<bool, kMaxAttributes> found{};
   for (int32_t f = 0; f < fields.nbFields; ++f) {
     PluginField const& field = fields.fields[f];
+    if (isJoined && !joined && !std::strcmp(field.name, kColumns)) {
+      auto columns = parseIntegers(op, field);
+      if (columns) joined = Joined::of(op, std::move(*columns));
+      if (!joined) return std::nullopt;
+      continue;
+    }
     size_t i = 0;
     while (i < op.attributes.size() && std::strcmp(op.attributes[i].name, field.name) != 0) ++i;
     if (i == op.attributes.size()) {
@@ -150,14 +174,24 @@ std::optional<Values> parse(Op const& op, trt::PluginFieldCollection const& fiel
       return refuse("%s: attribute %s is missing", op.name, op.attributes[i].name), std::nullopt;
     }
   }
-  return values;
+  if (!joined) {
+    return refuse("%s%s: attribute %s is missing", kJoined, op.name, kColumns), std::nullopt;
+  }
+  return Parsed{values, std::move(*joined)};
 }
 
-std::string textOf(Op const& op, Values const& values) {
+std::string textOf(Op const& op, Values const& values, Joined const& joined) {
   std::string text;
   for (size_t i = 0; i < op.attributes.size(); ++i) {
     text += (i ? ", \"" : "\"") + std::string(op.attributes[i].name) + "\": ";
     text += textOf(op.attributes[i], values[i]);
+  }
+  if (joined) {
+    std::string columns;
+    for (int32_t const number : joined.columns()) {
+      columns += (columns.empty() ? "" : ", ") + std::to_string(number);
+    }
+    text += ", \"" + std::string(kColumns) + "\": [" + columns + "]";
   }
   return "{" + text + "}";
 }

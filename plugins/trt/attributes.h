@@ -4,18 +4,26 @@
 #include <optional>
 #include <string>
 
-#include "trt/op.h"
+#include "trt/interface.h"
+#include "trt/joined.h"
 
 namespace llmexport {
 
 // The field that declares or carries an attribute; `value` may be null.
 trt::PluginField fieldOf(Attribute const& attribute, Value const* value);
 
-// Each attribute once, of the right type and range; otherwise refuses and returns nothing.
-// Keeps no pointer into `fields`.
-std::optional<Values> parse(Op const& op, trt::PluginFieldCollection const& fields);
+// What a plugin's fields say.
+struct Parsed {
+  Values values;
+  Joined joined;
+};
 
-// The attributes as a JSON object, in the order of the table; what is infinite is Infinity.
-std::string textOf(Op const& op, Values const& values);
+// Each attribute once, of the right type and range, and kColumns if the plugin `isJoined`;
+// otherwise refuses and returns nothing. Keeps no pointer into `fields`.
+std::optional<Parsed> parse(Op const& op, bool isJoined, trt::PluginFieldCollection const& fields);
+
+// The attributes as a JSON object, in the order of the table, and kColumns behind them; what is
+// infinite is Infinity.
+std::string textOf(Op const& op, Values const& values, Joined const& joined);
 
 }  // namespace llmexport

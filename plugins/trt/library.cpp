@@ -52,21 +52,24 @@ std::string kindOf(Attribute const& attribute) {
   return joined(attribute.choices, "|", [](char const* choice) { return std::string(choice); });
 }
 
-std::string tableOf(Op const& op) {
+// `name` is that of the op or of its joined plugin.
+std::string tableOf(Op const& op, std::string const& name) {
   auto const tensor = [&](Tensor const& t) {
     return std::string(t.name) + ": " + nameOf(t.element) + "[" + t.dims +
            (t.optional ? "]?" : "]") +
-           (t.in == kNowhere ? "" : std::string(" in ") + op.inputs[size_t(t.in)].name);
+           (t.in == kNowhere ? "" : std::string(" in ") + op.inputs[size_t(t.in)].name) +
+           (t.join ? " joins" : "");
   };
   auto const attribute = [](Attribute const& a) { return std::string(a.name) + ": " + kindOf(a); };
-  return std::string(op.name) + " " + op.version + "(" + joined(op.inputs, ", ", tensor) + "; " +
+  return name + " " + op.version + "(" + joined(op.inputs, ", ", tensor) + "; " +
          joined(op.attributes, ", ", attribute) + ") -> " + joined(op.outputs, ", ", tensor);
 }
 
 }  // namespace
 
 Registration::Registration(Op op) {
-  creators().push_back(std::make_unique<Creator>(std::move(op)));
+  if (joinsInputs(op)) creators().push_back(std::make_unique<Creator>(op, true));
+  creators().push_back(std::make_unique<Creator>(std::move(op), false));
 }
 
 }  // namespace llmexport
@@ -87,10 +90,13 @@ LLMEXPORT_EXPORT void setLoggerFinder(llmexport::trt::ILoggerFinder*) {}
 
 // The table of each op as a line, with its version:
 //   Pick 1(scores: T[BTE], bias: T[E]?; top_k: int K, scoring: softmax|sigmoid) -> best: int32[BTK]
-// An output that may have an input's memory says so: `cache: T[BSD] in past`.
+// An output that may have an input's memory says so, `cache: T[BSD] in past`, and so does an input
+// that joins; an op with such inputs stands twice, as its joined plugin and as itself.
 LLMEXPORT_EXPORT char const* llmexportOps() {
   static std::string const tables =
       llmexport::joined(llmexport::creators(), "\n",
-                        [](auto const& creator) { return llmexport::tableOf(creator->op()); });
+                        [](auto const& creator) {
+                          return llmexport::tableOf(creator->op(), creator->getPluginName());
+                        });
   return tables.c_str();
 }

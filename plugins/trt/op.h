@@ -72,13 +72,22 @@ constexpr int32_t kNowhere = -1;  // as IPluginV3OneBuildV2 says it
 //
 // An output may be `in` the memory of an input of the same type and shape, by its place: then the
 // op writes what changes alone, and it is right too where TensorRT gives each its own memory.
+//
+// Inputs that `join`, of kT and with B and T before all else, may be columns of one tensor: what a
+// product by their joined weights makes. See Node::pitch.
 struct Tensor {
   char const* name;
   char const* dims;
   Element element = Element::kT;
   bool optional = false;
   int32_t in = kNowhere;
+  bool join = false;
 };
+
+inline Tensor joins(Tensor tensor) {
+  tensor.join = true;
+  return tensor;
+}
 
 enum class Kind { kBool, kInt, kFloat, kChoice };
 
@@ -117,6 +126,9 @@ struct Node {
   Stored stored;  // the form of those of kW
   Stored scales;  // that of those of kS
   size_t inputCount;
+  // From a token to the next of all inputs that join, in elements: they are columns of one tensor,
+  // and each begins at its own first column. 0 where each is a tensor of its own, without gaps.
+  int64_t pitch;
   Sizes const& sizes;
   Values const& attributes;
 };
@@ -140,7 +152,7 @@ struct Call : Node {
 };
 
 // `version` is that of the domain from which on the op means what it does, as <op>/__init__.py has
-// it. `check` and `supports` return true to accept, or refuse(...) with the reason.
+// it. An op with inputs that join has a second plugin, see joined.h. `check` and `supports` return true to accept, or refuse(...) with the reason.
 struct Op {
   char const *name, *version;
   std::vector<Tensor> inputs, outputs;

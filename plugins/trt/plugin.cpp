@@ -23,7 +23,8 @@ trt::InterfaceInfo Build::getInterfaceInfo() const noexcept {
 
 int32_t Build::getAliasedInput(int32_t output) noexcept {
   bool const isOutput = output >= 0 && size_t(output) < op_.outputs.size();
-  return isOutput ? op_.outputs[size_t(output)].in : kNowhere;
+  int32_t const place = isOutput ? op_.outputs[size_t(output)].in : kNowhere;
+  return place == kNowhere ? kNowhere : int32_t(joined_.inputOf(size_t(place)));
 }
 
 trt::IPluginCapability* Plugin::getCapabilityInterface(trt::PluginCapabilityType type) noexcept {
@@ -44,7 +45,9 @@ bool Plugin::countsAre(int32_t nbInputs, int32_t nbOutputs) const {
   size_t const most = op_.inputs.size(), outputs = op_.outputs.size();
   size_t least = most;
   while (least > 0 && op_.inputs[least - 1].optional) --least;
-  size_t const inputs = size_t(nbInputs);
+  if (joined_ && nbInputs < 1) return refuse("%s has no inputs", name_);
+  size_t const inputs = joined_.inputsOf(size_t(nbInputs));
+  for (Joined::Part const& part : joined_.parts()) least = std::max(least, part.place + 1);
   if (inputs >= least && inputs <= most && size_t(nbOutputs) == outputs) return true;
   if (least < most) {
     return refuse("%s has %zu to %zu inputs and %zu outputs, not %d and %d", op_.name, least, most,
@@ -54,9 +57,11 @@ bool Plugin::countsAre(int32_t nbInputs, int32_t nbOutputs) const {
                 nbInputs, nbOutputs);
 }
 
-// The table's tensor at this place among inputs and then outputs.
+// The table's tensor at this place among inputs and then outputs; the first that joins, for the
+// tensor that has them.
 Tensor const& Plugin::tensor(int32_t i, int32_t nbInputs) const {
-  return i < nbInputs ? op_.inputs[size_t(i)] : op_.outputs[size_t(i - nbInputs)];
+  if (i >= nbInputs) return op_.outputs[size_t(i - nbInputs)];
+  return op_.inputs[joined_ && i == 0 ? joined_.parts()[0].place : joined_.placeOf(size_t(i))];
 }
 
 // `descOf` gives the PluginTensorDesc of an element of `in` and `out`.
@@ -71,11 +76,18 @@ std::optional<Plugin::Form> Plugin::read(Desc const* in, int32_t nbInputs, Desc 
     Tensor const& itsTensor = tensor(i, nbInputs);
     auto sizeOf = [&](int32_t d) { return desc.dims.d[d]; };
     if (!types.read(itsTensor, desc.type)) return std::nullopt;
-    if (!shapes.read(itsTensor, desc.dims.nbDims, sizeOf)) return std::nullopt;
+    bool const isRead = joined_ && i == 0 ? shapes.readJoined(joined_, desc.dims.nbDims, sizeOf)
+                                          : shapes.read(itsTensor, desc.dims.nbDims, sizeOf);
+    if (!isRead) return std::nullopt;
   }
   auto const sizes = shapes.checked();
   if (!sizes) return std::nullopt;
-  Form const form{types.dtype(), types.stored(), types.scales(), size_t(nbInputs), *sizes};
+  Form const form{types.dtype(),
+                  types.stored(),
+                  types.scales(),
+                  joined_.inputsOf(size_t(nbInputs)),
+                  joined_ ? descOf(in[0]).dims.d[2] : 0,
+                  *sizes};
   if (op_.supports && !op_.supports(node(form))) return std::nullopt;
   return form;
 }
@@ -86,7 +98,7 @@ int32_t Plugin::getOutputDataTypes(trt::DataType* outputTypes, int32_t nbOutputs
   if (!countsAre(nbInputs, nbOutputs)) return kRefused;
   TypeReader types(op_);
   for (int32_t i = 0; i < nbInputs; ++i) {
-    if (!types.read(op_.inputs[size_t(i)], inputTypes[i])) return kRefused;
+    if (!types.read(tensor(i, nbInputs), inputTypes[i])) return kRefused;
   }
   for (int32_t i = 0; i < nbOutputs; ++i) {
     outputTypes[i] = types.typeOf(op_.outputs[size_t(i)].element);
@@ -100,18 +112,30 @@ int32_t Plugin::getOutputShapes(trt::DimsExprs const* inputs, int32_t nbInputs,
   if (!countsAre(nbInputs, nbOutputs)) return kRefused;
   ShapeReader reader(op_, attributes_);
   std::array<trt::IDimensionExpr const*, 26> sizeOf{};
-  for (size_t i = 0; i < size_t(nbInputs); ++i) {
-    char const* const letters = op_.inputs[i].dims;
+  for (int32_t i = 0; i < nbInputs; ++i) {
+    bool const isJoined = joined_ && i == 0;
+    char const* const letters = tensor(i, nbInputs).dims;
     auto sizeIfKnown = [&](int32_t d) {
       trt::IDimensionExpr const* const size = inputs[i].d[d];
+      // The columns are no size of the op's.
+      if (isJoined && d == 2) return size->isConstant() ? size->getConstantValue() : kUnknown;
       auto*& known = sizeOf[size_t(letters[d] - 'A')];
       // A constant tells TensorRT more than an expression does.
       if (!known || size->isConstant()) known = size;
       return size->isConstant() ? size->getConstantValue() : kUnknown;
     };
-    if (!reader.read(op_.inputs[i], inputs[i].nbDims, sizeIfKnown)) return kRefused;
+    bool const isRead = isJoined
+                            ? reader.readJoined(joined_, inputs[i].nbDims, sizeIfKnown)
+                            : reader.read(tensor(i, nbInputs), inputs[i].nbDims, sizeIfKnown);
+    if (!isRead) return kRefused;
   }
   if (!reader.checked()) return kRefused;
+  for (Joined::Part const& part : joined_.parts()) {
+    for (size_t d = 0; d < part.sizes.size(); ++d) {
+      auto*& known = sizeOf[size_t(op_.inputs[part.place].dims[d + 2] - 'A')];
+      if (!known) known = builder.constant(part.sizes[d]);
+    }
+  }
   for (size_t i = 0; i < op_.attributes.size(); ++i) {
     char const letter = op_.attributes[i].dim;
     if (letter) sizeOf[size_t(letter - 'A')] = builder.constant(attributes_[i].integer);
@@ -157,8 +181,10 @@ Sizes Plugin::largestSizes(trt::DynamicPluginTensorDesc const* in, int32_t nbInp
                            Sizes const& known) const {
   Sizes sizes = known;
   for (int32_t i = 0; i < nbInputs; ++i) {
-    for (int32_t d = 0; d < in[i].max.nbDims; ++d) {
-      char const letter = op_.inputs[size_t(i)].dims[d];
+    // Behind B and T the sizes of a joined tensor are known.
+    int32_t const rank = joined_ && i == 0 ? 2 : in[i].max.nbDims;
+    for (int32_t d = 0; d < rank; ++d) {
+      char const letter = tensor(i, nbInputs).dims[d];
       if (known[letter] == kUnknown) {
         sizes[letter] = std::max(sizes[letter], in[i].max.d[d]);
       }
@@ -171,10 +197,13 @@ size_t Plugin::getWorkspaceSize(trt::DynamicPluginTensorDesc const* in, int32_t 
                                 trt::DynamicPluginTensorDesc const*, int32_t) const noexcept {
   if (!op_.workspace) return 0;
   TypeReader types(op_);
-  for (int32_t i = 0; i < nbInputs; ++i) types.accept(op_.inputs[size_t(i)], in[i].desc.type);
-  Sizes const sizes = largestSizes(in, nbInputs, ShapeReader(op_, attributes_).sizes());
-  return op_.workspace(
-      node({types.dtype(), types.stored(), types.scales(), size_t(nbInputs), sizes}));
+  for (int32_t i = 0; i < nbInputs; ++i) types.accept(tensor(i, nbInputs), in[i].desc.type);
+  ShapeReader shapes(op_, attributes_);
+  auto unknown = [](int32_t) { return kUnknown; };
+  if (joined_ && !shapes.readJoined(joined_, 3, unknown)) return 0;
+  Sizes const sizes = largestSizes(in, nbInputs, shapes.sizes());
+  return op_.workspace(node({types.dtype(), types.stored(), types.scales(),
+                             joined_.inputsOf(size_t(nbInputs)), joined_ ? kUnknown : 0, sizes}));
 }
 
 int32_t Plugin::onShapeChange(trt::PluginTensorDesc const* in, int32_t nbInputs,
@@ -202,7 +231,11 @@ int32_t Plugin::enqueue(trt::PluginTensorDesc const*, trt::PluginTensorDesc cons
     return kRefused;
   }
   std::array<void const*, kMaxInputs> all{};
-  std::copy_n(inputs, form_->inputs, all.begin());
+  size_t const given = form_->inputs + (joined_ ? 1 - joined_.count() : 0);
+  for (size_t i = joined_ ? 1 : 0; i < given; ++i) all[joined_.placeOf(i)] = inputs[i];
+  for (Joined::Part const& part : joined_.parts()) {
+    all[part.place] = static_cast<char const*>(inputs[0]) + part.first * int64_t(sizeOf(form_->dtype));
+  }
   cudaError_t const error =
       op_.enqueue({node(*form_), *device_, all.data(), outputs, workspace, stream});
   if (error != cudaSuccess) refuse("%s: CUDA error %d at launch", op_.name, int(error));
@@ -213,25 +246,35 @@ trt::PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
   for (size_t i = 0; i < op_.attributes.size(); ++i) {
     fields_[i] = fieldOf(op_.attributes[i], &attributes_[i]);
   }
-  collection_ = {int32_t(op_.attributes.size()), fields_.data()};
+  size_t count = op_.attributes.size();
+  if (joined_) {
+    auto const& columns = joined_.columns();
+    fields_[count++] = {kColumns, columns.data(), trt::PluginFieldType::kINT32,
+                        int32_t(columns.size())};
+  }
+  collection_ = {int32_t(count), fields_.data()};
   return &collection_;
 }
 
 // TensorRT's inspector shows it, and its Python gives it where it gives no fields.
 char const* Plugin::getMetadataString() noexcept {
-  metadata_ = textOf(op_, attributes_);
+  metadata_ = textOf(op_, attributes_, joined_);
   return metadata_.c_str();
 }
 
-Creator::Creator(Op op) : op_(std::move(op)) {
+Creator::Creator(Op op, bool isJoined)
+    : op_(std::move(op)),
+      isJoined_(isJoined),
+      name_(std::string(isJoined ? kJoined : "") + op_.name) {
   for (Attribute const& attribute : op_.attributes) fields_.push_back(fieldOf(attribute, nullptr));
+  if (isJoined) fields_.push_back({kColumns, nullptr, trt::PluginFieldType::kINT32, 0});
   collection_ = {int32_t(fields_.size()), fields_.data()};
 }
 
 trt::IPluginV3* Creator::createPlugin(char const*, trt::PluginFieldCollection const* fields,
                                       trt::TensorRTPhase) noexcept {
-  auto const values = parse(op_, *fields);
-  return values ? new (std::nothrow) Plugin(op_, *values) : nullptr;
+  auto parsed = parse(op_, isJoined_, *fields);
+  return parsed ? new (std::nothrow) Plugin(op_, name_.c_str(), std::move(*parsed)) : nullptr;
 }
 
 }  // namespace llmexport

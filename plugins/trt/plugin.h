@@ -13,13 +13,14 @@ constexpr char const* kNamespace = "llmexport";
 // whose outputs may have the memory of inputs, and the first for all others.
 class Build : public trt::IPluginV3OneBuildV2 {
  public:
-  explicit Build(Op const& op) : op_(op) {}
+  Build(Op const& op, Joined joined) : op_(op), joined_(std::move(joined)) {}
 
   trt::InterfaceInfo getInterfaceInfo() const noexcept override;
   int32_t getAliasedInput(int32_t output) noexcept override;
 
  protected:
   Op const& op_;
+  Joined joined_;
 };
 
 class Plugin final : public trt::IPluginV3,
@@ -27,12 +28,14 @@ class Plugin final : public trt::IPluginV3,
                      public Build,
                      public trt::IPluginV3OneRuntime {
  public:
-  Plugin(Op const& op, Values const& attributes) : Build(op), attributes_(attributes) {}
+  // `name` outlives it, as `op` does.
+  Plugin(Op const& op, char const* name, Parsed parsed)
+      : Build(op, std::move(parsed.joined)), name_(name), attributes_(parsed.values) {}
 
   trt::IPluginCapability* getCapabilityInterface(trt::PluginCapabilityType type) noexcept override;
   Plugin* clone() noexcept override;
 
-  char const* getPluginName() const noexcept override { return op_.name; }
+  char const* getPluginName() const noexcept override { return name_; }
   char const* getPluginVersion() const noexcept override { return op_.version; }
   char const* getPluginNamespace() const noexcept override { return kNamespace; }
 
@@ -67,7 +70,8 @@ class Plugin final : public trt::IPluginV3,
   struct Form {
     Dtype dtype;
     Stored stored, scales;
-    size_t inputs;
+    size_t inputs;  // of the op
+    int64_t pitch;
     Sizes sizes;
   };
 
@@ -79,15 +83,17 @@ class Plugin final : public trt::IPluginV3,
   Sizes largestSizes(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
                      Sizes const& known) const;
   Node node(Form const& form) const {
-    return {form.dtype, form.stored, form.scales, form.inputs, form.sizes, attributes_};
+    return {form.dtype,  form.stored, form.scales, form.inputs,
+            form.pitch, form.sizes,  attributes_};
   }
 
+  char const* name_;
   Values attributes_;
   // onShapeChange sets these.
   std::optional<Form> form_;
   std::optional<Device> device_;
   // getFieldsToSerialize makes them anew each time: a copy's would point into the original.
-  std::array<trt::PluginField, kMaxAttributes> fields_{};
+  std::array<trt::PluginField, kMaxAttributes + 1> fields_{};
   trt::PluginFieldCollection collection_{};
   // getMetadataString makes it.
   std::string metadata_;
@@ -95,7 +101,8 @@ class Plugin final : public trt::IPluginV3,
 
 class Creator final : public trt::IPluginCreatorV3One {
  public:
-  explicit Creator(Op op);
+  // Of the op's own plugin, or of the joined one.
+  Creator(Op op, bool isJoined);
   Creator(Creator const&) = delete;
 
   Op const& op() const { return op_; }
@@ -103,12 +110,14 @@ class Creator final : public trt::IPluginCreatorV3One {
   trt::IPluginV3* createPlugin(char const* name, trt::PluginFieldCollection const* fields,
                                trt::TensorRTPhase phase) noexcept override;
   trt::PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
-  char const* getPluginName() const noexcept override { return op_.name; }
+  char const* getPluginName() const noexcept override { return name_.c_str(); }
   char const* getPluginVersion() const noexcept override { return op_.version; }
   char const* getPluginNamespace() const noexcept override { return kNamespace; }
 
  private:
   Op const op_;
+  bool const isJoined_;
+  std::string const name_;
   std::vector<trt::PluginField> fields_;
   trt::PluginFieldCollection collection_{};
 };

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "trt/op.h"
+#include "trt/joined.h"
 
 namespace llmexport {
 
@@ -22,6 +22,21 @@ class ShapeReader {
       if (!take(tensor, i, sizeOf(i))) return false;
     }
     return true;
+  }
+
+  // The tensor of a joined plugin, with what its columns are. `sizeOf` as above.
+  template <class F>
+  bool readJoined(Joined const& joined, int32_t rank, F sizeOf) {
+    if (rank != 3) {
+      return refuse("%s%s: its first input has %d dimensions, not 3", kJoined, op_.name, rank);
+    }
+    for (Joined::Part const& part : joined.parts()) {
+      Tensor const& tensor = op_.inputs[part.place];
+      for (int32_t i = 0; tensor.dims[i]; ++i) {
+        if (!take(tensor, i, i < 2 ? sizeOf(i) : part.sizes[size_t(i) - 2])) return false;
+      }
+    }
+    return joined.fits(op_, sizeOf(2));
   }
 
   Sizes const& sizes() const { return sizes_; }

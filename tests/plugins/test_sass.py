@@ -99,7 +99,7 @@ def test_vector_kernels_load_whole_vectors(code: Code) -> None:
     for name, instructions in wide(code):
         loads = [i for i in instructions if i.startswith("LDG.")]
         assert any("128" in i for i in loads), name
-        scalars = {"gatedActKernel": 2, "gatedActHalvesKernel": 2, "causalConv1dKernel": 1}.get(
+        scalars = {"gatedActKernel": 2, "gatedActRowsKernel": 2, "causalConv1dKernel": 1}.get(
             name.partition("<")[0].rpartition("::")[2], "CacheRows" in name
         )
         if "scaleInput" not in name and "combine" not in name:
