@@ -16,6 +16,7 @@ from llmexport.plugins.spec import op
     static=("C", "O", "K", "S"),
     types={"end": "int32"},
     choices={"activation": ("none", "silu")},
+    joins=("x",),
     bodies={"onnxruntime": by_operator},
 )
 def causal_conv1d(

@@ -43,7 +43,8 @@ bool causalConv1dServes(char const* op, CausalConv1dSizes const& s) {
 CausalConv1dPlan causalConv1dPlan(CausalConv1dSizes const& s, Dtype dtype, bool pointersAligned,
                                   Device const& device) {
   int const full = kVectorBytes / int(sizeOf(dtype));
-  int const width = pointersAligned && s.C % full == 0 ? full : 1;
+  bool const whole = pointersAligned && s.C % full == 0 && s.pitch % full == 0;
+  int const width = whole ? full : 1;
   int64_t const vectors = s.C / width;
   unsigned lanes = 1;
   while (lanes < kWarp && lanes < vectors) lanes *= 2;
@@ -80,6 +81,7 @@ cudaError_t causalConv1d(Dtype dtype, CausalConv1dSizes const& s,
                                      s.B,
                                      s.T,
                                      s.C,
+                                     s.pitch ? s.pitch : s.C,
                                      plan.chunks,
                                      plan.length,
                                      attributes.silu};

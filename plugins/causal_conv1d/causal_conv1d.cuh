@@ -18,7 +18,7 @@ struct CausalConv1dArguments {
   T const *x, *weight, *state, *bias;
   int32_t const* end;
   T *y, *nextState;
-  int64_t B, tokens, channels, chunks, length;
+  int64_t B, tokens, channels, pitch, chunks, length;
   bool silu;
 };
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ Vector<T, kWidth> convInput(CausalConv1dArguments<T> 
                                                        T const* xOfBatch, int64_t stateStart,
                                                        int64_t at) {
   if (at < kTaps - 1) return load<kWidth>(a.state + stateStart + at * a.channels);
-  return load<kWidth>(xOfBatch + (at - (kTaps - 1)) * a.channels);
+  return load<kWidth>(xOfBatch + (at - (kTaps - 1)) * a.pitch);
 }
 
 // Grid (chunks of the batch / blockDim.y, channels / (blockDim.x * kWidth)), block (channels /
@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
   if (chunk >= a.B * a.chunks || channel >= a.channels) return;
   int64_t const batch = chunk / a.chunks, first = chunk % a.chunks * a.length;
   int64_t const end = first + a.length < a.tokens ? first + a.length : a.tokens;
-  int64_t const rowStart = batch * a.tokens * a.channels + channel;
+  T* const y = a.y + batch * a.tokens * a.channels + channel;
   int64_t const stateStart = batch * (kTaps - 1) * a.channels + channel;
-  T const* const x = a.x + rowStart;
+  T const* const x = a.x + batch * a.tokens * a.pitch + channel;
 
   SHARED_ARRAY(Vec, ring, kConvAhead * kConvThreads);
   Vec* const slots = ring + threadIdx.y * blockDim.x + threadIdx.x;
@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
   auto fetch = [&](int64_t t) {
     if (t < end) {
       if constexpr (sizeof(Vec) == kVectorBytes) {
-        copyAsync16(slot(t), x + t * a.channels);
+        copyAsync16(slot(t), x + t * a.pitch);
       } else {
-        *slot(t) = load<kWidth>(x + t * a.channels);
+        *slot(t) = load<kWidth>(x + t * a.pitch);
       }
     }
     commitCopies();
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks)
         float const r = rounded<T>(sum);
         out[j] = a.silu ? sigmoidTimes<T>(r, r) : r;
       }
-      storeWhole(a.y + rowStart + t * a.channels, fromFloats<T>(out));
+      storeWhole(y + t * a.channels, fromFloats<T>(out));
       // The input goes into the slot that the token before has left.
       fetch(t + kConvAhead - 1);
     }

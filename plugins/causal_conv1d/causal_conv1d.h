@@ -12,6 +12,7 @@ constexpr int kFewestTaps = 2, kMostTaps = 4;
 
 struct CausalConv1dSizes {
   int64_t B, T, C, K;
+  int64_t pitch = 0;  // from a token of x to the next; 0 where x is dense
 };
 
 struct CausalConv1dAttributes {
@@ -19,7 +20,7 @@ struct CausalConv1dAttributes {
 };
 
 struct CausalConv1dTensors {
-  void const* x;       // [B, T, C]
+  void const* x;       // [B, T, C], or columns of another tensor
   void const* weight;  // [C, 1, K]
   void const* state;   // [B, K - 1, C]
   int32_t const* end;  // [B]

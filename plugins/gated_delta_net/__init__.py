@@ -54,6 +54,7 @@ def fake(
     static=("C", "O", "K", "S", "H", "D", "V"),
     types={"end": "int32", "state": "float32", "next_state": "float32"},
     choices={"activation": ("silu", "sigmoid")},
+    joins=("mixed", "a", "b", "z"),
     body=body,
     fake=fake,
 )

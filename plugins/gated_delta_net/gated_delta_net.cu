@@ -18,8 +18,9 @@ GatedDeltaRuleSizes ruleOf(GatedDeltaNetSizes const& s) {
 }
 
 template <class T>
-GateTensors<T> gatesOf(GatedDeltaNetTensors const& t) {
-  return {typed<T>(t.a), typed<T>(t.b), typed<T>(t.present), typed<T>(t.aLog), typed<T>(t.dtBias)};
+GateTensors<T> gatesOf(GatedDeltaNetSizes const& s, GatedDeltaNetTensors const& t) {
+  return {typed<T>(t.a),    typed<T>(t.b),      typed<T>(t.present),
+          typed<T>(t.aLog), typed<T>(t.dtBias), s.pitch ? s.pitch : s.H};
 }
 
 template <class T, bool kVectors>
@@ -32,14 +33,16 @@ cudaError_t startDecode(GatedDeltaNetPlan const& plan, GatedDeltaNetSizes const&
                                         t.end,
                                         typed<T>(t.nextConvState),
                                         s.C,
+                                        s.pitch ? s.pitch : s.C,
                                         int(s.K)};
   DecodeArguments<T> const arguments{convolution,
-                                     gatesOf<T>(t),
+                                     gatesOf<T>(s, t),
                                      typed<T>(t.z),
                                      typed<T>(t.normWeight),
                                      t.state,
                                      typed<T>(t.gated),
                                      t.nextState,
+                                     s.pitch ? s.pitch : s.H * s.V,
                                      int(ruleOf(s).G),
                                      int(s.D),
                                      int(s.V),
@@ -97,7 +100,8 @@ cudaError_t gatedDeltaNet(Dtype dtype, GatedDeltaNetSizes const& s,
                           void* workspace, Device const& device, cudaStream_t stream) {
   if (!gatedDeltaNetServes(s)) return cudaErrorInvalidValue;
   if (s.B * s.H == 0) return cudaSuccess;
-  bool const alignedAll = aligned({t.z, t.normWeight, t.state, t.gated, t.nextState});
+  bool const alignedAll = aligned({t.z, t.normWeight, t.state, t.gated, t.nextState}) &&
+                          s.pitch % kThreadColumns == 0;
   auto const plan = gatedDeltaNetPlan(s, alignedAll, device);
   if (plan.fused) {
     return withType(dtype, [&](auto type) {
@@ -113,13 +117,13 @@ cudaError_t gatedDeltaNet(Dtype dtype, GatedDeltaNetSizes const& s,
   auto* const beta = decays + wholeVectors(size_t(count) * sizeof(float));
   auto* const g = reinterpret_cast<float*>(decays);
   cudaError_t error = causalConv1d(
-      dtype, {s.B, s.T, s.C, s.K}, {true},
+      dtype, {s.B, s.T, s.C, s.K, s.pitch}, {true},
       {t.mixed, t.convWeight, t.convState, t.end, nullptr, mixed, t.nextConvState}, device, stream);
   if (error != cudaSuccess) return error;
   if (count > 0) {
     error = withType(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      return launch(gatesKernel<T>, plan.gates, stream, gatesOf<T>(t), g,
+      return launch(gatesKernel<T>, plan.gates, stream, gatesOf<T>(s, t), g,
                     reinterpret_cast<T*>(beta), count, int(s.H));
     });
   }
@@ -133,7 +137,7 @@ cudaError_t gatedDeltaNet(Dtype dtype, GatedDeltaNetSizes const& s,
                          beta + wholeVectors(count * sizeOf(dtype)), stream);
   if (error != cudaSuccess) return error;
   // In place: a thread writes what it alone has read.
-  return gatedRmsNorm(dtype, {s.B, s.T, s.H, s.V}, attributes.norm,
+  return gatedRmsNorm(dtype, {s.B, s.T, s.H, s.V, s.pitch}, attributes.norm,
                       {t.gated, t.z, t.normWeight, t.gated}, stream);
 }
 

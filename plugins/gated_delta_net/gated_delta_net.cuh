@@ -35,9 +35,10 @@ struct Gates {
 template <class T>
 struct GateTensors {
   T const *a, *b, *present, *aLog, *dtBias;
+  int64_t pitch;
 
-  __device__ __forceinline__ Gates<T> at(int64_t token, int head, int heads) const {
-    int64_t const ofHead = token * heads + head;
+  __device__ __forceinline__ Gates<T> at(int64_t token, int head) const {
+    int64_t const ofHead = token * pitch + head;
     return {a[ofHead], b[ofHead], present[token], aLog[head], dtBias[head]};
   }
 };
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kGateThreads)
     gatesKernel(GateTensors<T> gates, float* g, T* beta, int64_t count, int heads) {
   int64_t const i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= count) return;
-  Gates<T> const its = gates.at(i / heads, int(i % heads), heads);
+  Gates<T> const its = gates.at(i / heads, int(i % heads));
   g[i] = its.logDecay();
   beta[i] = fromFloat<T>(its.strength());
 }
@@ -59,7 +60,7 @@ struct TokenConvolution {
   T const *mixed, *weight, *state;
   int32_t const* end;
   T* nextState;
-  int64_t channels;
+  int64_t channels, pitch;  // of the state, and from a token of `mixed` to the next
   int taps;
 
   // Computes and rounds as causalConv1dKernel does. `writes`: whether it also gives the next state.
@@ -69,7 +70,7 @@ struct TokenConvolution {
 #pragma unroll
     for (int i = 0; i < kMostTaps; ++i) {
       if (i >= taps) continue;
-      seen[i] = i < taps - 1 ? state[first + i * channels] : mixed[row * channels + channel];
+      seen[i] = i < taps - 1 ? state[first + i * channels] : mixed[row * pitch + channel];
       weights[i] = weight[channel * taps + i];
     }
     float sum = 0.0f;
@@ -97,6 +98,7 @@ struct DecodeArguments {
   float const* state;
   T* gated;
   float* nextState;
+  int64_t zPitch;
   int groups, D, V;
   float scale;
   bool l2Norm;
@@ -155,10 +157,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decodeKernel(DecodeArgument
   }
   Columns z{}, weight{};
   if (here) {
-    z = loadColumns<kVectors>(p.z + ofHead * p.V + column);
+    z = loadColumns<kVectors>(p.z + row * p.zPitch + head * p.V + column);
     weight = loadColumns<kVectors>(p.normWeight + column);
   }
-  Gates<T> const gates = p.gates.at(row, head, heads);
+  Gates<T> const gates = p.gates.at(row, head);
   float const decay = expf(gates.logDecay()), strength = gates.strength();
   // All threads see q, k and v.
   __syncthreads();

@@ -10,6 +10,7 @@ namespace llmexport {
 struct GatedDeltaNetSizes {
   int64_t B, T, C, H, D, V;
   int64_t K;  // taps of the convolution
+  int64_t pitch = 0;  // from a token of mixed, a, b and z to the next; 0 where each is dense
 };
 
 struct GatedDeltaNetAttributes {
@@ -17,6 +18,7 @@ struct GatedDeltaNetAttributes {
   GatedRmsNormAttributes norm;
 };
 
+// mixed, a, b and z may be columns of one tensor.
 struct GatedDeltaNetTensors {
   void const* mixed;                   // [B, T, C]
   void const *convWeight, *convState;  // [C, 1, K], [B, K - 1, C]

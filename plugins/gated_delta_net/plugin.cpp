@@ -24,8 +24,8 @@ enum Outputs { kGated, kNextConvState, kNextState };
 enum Attributes { kScale, kL2Norm, kEpsilon, kActivation, kRoundBeforeWeight };
 enum Activations { kSilu, kSigmoid };
 
-GatedDeltaNetSizes sizesOf(Sizes const& s) {
-  return {s['B'], s['T'], s['C'], s['H'], s['D'], s['V'], s['K']};
+GatedDeltaNetSizes sizesOf(Sizes const& s, int64_t pitch) {
+  return {s['B'], s['T'], s['C'], s['H'], s['D'], s['V'], s['K'], pitch};
 }
 
 GatedDeltaNetAttributes attributesOf(Values const& values) {
@@ -36,13 +36,13 @@ GatedDeltaNetAttributes attributesOf(Values const& values) {
 
 bool check(Sizes const& sizes, Values const&) {
   return causalConv1dFits("GatedDeltaNet", sizes['O'], sizes['K'], sizes['S']) &&
-         gatedDeltaNetFits(sizesOf(sizes));
+         gatedDeltaNetFits(sizesOf(sizes, kUnknown));
 }
 
-bool supports(Node const& node) { return gatedDeltaNetServes(sizesOf(node.sizes)); }
+bool supports(Node const& node) { return gatedDeltaNetServes(sizesOf(node.sizes, node.pitch)); }
 
 size_t workspace(Node const& node) {
-  return gatedDeltaNetWorkspace(sizesOf(node.sizes), node.dtype);
+  return gatedDeltaNetWorkspace(sizesOf(node.sizes, node.pitch), node.dtype);
 }
 
 cudaError_t enqueue(Call const& call) {
@@ -61,23 +61,23 @@ cudaError_t enqueue(Call const& call) {
                                      call.output(kGated),
                                      call.output(kNextConvState),
                                      call.output<float>(kNextState)};
-  return gatedDeltaNet(call.dtype, sizesOf(call.sizes), attributesOf(call.attributes), tensors,
-                       call.workspace, call.device, call.stream);
+  return gatedDeltaNet(call.dtype, sizesOf(call.sizes, call.pitch), attributesOf(call.attributes),
+                       tensors, call.workspace, call.device, call.stream);
 }
 
 Registration const registration({
     "GatedDeltaNet",
     "1",
-    {{"mixed", "BTC"},
+    {joins({"mixed", "BTC"}),
      {"conv_weight", "COK"},
      {"conv_state", "BSC"},
      {"end", "B", Element::kInt32},
-     {"a", "BTH"},
-     {"b", "BTH"},
+     joins({"a", "BTH"}),
+     joins({"b", "BTH"}),
      {"present", "BT"},
      {"a_log", "H"},
      {"dt_bias", "H"},
-     {"z", "BTHV"},
+     joins({"z", "BTHV"}),
      {"norm_weight", "V"},
      {"state", "BHDV", Element::kFloat32}},
     {{"gated", "BTHV"}, {"next_conv_state", "BSC"}, {"next_state", "BHDV", Element::kFloat32}},

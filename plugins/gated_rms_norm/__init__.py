@@ -13,6 +13,7 @@ from llmexport.plugins.spec import op
     dims={"x": "B T H D", "gate": "B T H D", "weight": "D"},
     outputs={"y": "B T H D"},
     choices={"activation": ("silu", "sigmoid")},
+    joins=("gate",),
 )
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, epsilon: float, activation: str, round_before_weight: bool

@@ -7,6 +7,7 @@ namespace {
 struct Arguments {
   RowPlan const& plan;
   int64_t rows, columns;
+  GateRows gateRows;
   GatedRmsNormAttributes const& attributes;
   GatedRmsNormTensors const& tensors;
   cudaStream_t stream;
@@ -17,14 +18,15 @@ cudaError_t startInRegisters(Arguments const& a) {
   GatedRmsNormTensors const& t = a.tensors;
   return launch(gatedRmsNormKernel<T, kFullWidth<T>, kVectors>, a.plan.launch, a.stream,
                 typed<T>(t.x), typed<T>(t.gate), typed<T>(t.weight), typed<T>(t.y), a.rows,
-                int(a.columns), a.attributes);
+                int(a.columns), a.gateRows, a.attributes);
 }
 
 template <class T, int kWidth>
 cudaError_t startTwoPass(Arguments const& a) {
   GatedRmsNormTensors const& t = a.tensors;
   return launch(gatedRmsNormTwoPassKernel<T, kWidth>, a.plan.launch, a.stream, typed<T>(t.x),
-                typed<T>(t.gate), typed<T>(t.weight), typed<T>(t.y), a.columns, a.attributes);
+                typed<T>(t.gate), typed<T>(t.weight), typed<T>(t.y), a.columns, a.gateRows,
+                a.attributes);
 }
 
 }  // namespace
@@ -39,8 +41,10 @@ cudaError_t gatedRmsNorm(Dtype dtype, GatedRmsNormSizes const& s,
   if (!gatedRmsNormServes(s)) return cudaErrorInvalidValue;
   int64_t const rows = s.B * s.T * s.H;
   if (rows * s.D == 0) return cudaSuccess;
-  auto const plan = rowPlan(rows, s.D, dtype, aligned({t.x, t.gate, t.weight, t.y}));
-  Arguments const a{plan, rows, s.D, attributes, t, stream};
+  bool const whole = s.pitch % (kVectorBytes / int64_t(sizeOf(dtype))) == 0;
+  auto const plan = rowPlan(rows, s.D, dtype, whole && aligned({t.x, t.gate, t.weight, t.y}));
+  GateRows const gateRows{s.pitch, s.pitch ? unsigned(s.H) : 0};
+  Arguments const a{plan, rows, s.D, gateRows, attributes, t, stream};
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     switch (plan.vectors) {

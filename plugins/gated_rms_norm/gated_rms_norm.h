@@ -8,6 +8,7 @@ namespace llmexport {
 
 struct GatedRmsNormSizes {
   int64_t B, T, H, D;
+  int64_t pitch = 0;  // from a token of the gate to the next; 0 where it is dense
 };
 
 struct GatedRmsNormAttributes {
@@ -17,7 +18,7 @@ struct GatedRmsNormAttributes {
 };
 
 struct GatedRmsNormTensors {
-  void const *x, *gate;  // [B, T, H, D]
+  void const *x, *gate;  // [B, T, H, D]; the gate may be columns of another tensor
   void const* weight;    // [D]
   void* y;               // [B, T, H, D]
 };

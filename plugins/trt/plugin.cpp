@@ -42,19 +42,21 @@ trt::IPluginCapability* Plugin::getCapabilityInterface(trt::PluginCapabilityType
 Plugin* Plugin::clone() noexcept { return new (std::nothrow) Plugin(*this); }
 
 bool Plugin::countsAre(int32_t nbInputs, int32_t nbOutputs) const {
-  size_t const most = op_.inputs.size(), outputs = op_.outputs.size();
+  size_t const outputs = op_.outputs.size();
+  size_t most = op_.inputs.size();
   size_t least = most;
   while (least > 0 && op_.inputs[least - 1].optional) --least;
-  if (joined_ && nbInputs < 1) return refuse("%s has no inputs", name_);
-  size_t const inputs = joined_.inputsOf(size_t(nbInputs));
   for (Joined::Part const& part : joined_.parts()) least = std::max(least, part.place + 1);
+  size_t const joinedAway = joined_ ? joined_.count() - 1 : 0, inputs = size_t(nbInputs);
+  least -= joinedAway;
+  most -= joinedAway;
   if (inputs >= least && inputs <= most && size_t(nbOutputs) == outputs) return true;
   if (least < most) {
-    return refuse("%s has %zu to %zu inputs and %zu outputs, not %d and %d", op_.name, least, most,
+    return refuse("%s has %zu to %zu inputs and %zu outputs, not %d and %d", name_, least, most,
                   outputs, nbInputs, nbOutputs);
   }
-  return refuse("%s has %zu inputs and %zu outputs, not %d and %d", op_.name, most, outputs,
-                nbInputs, nbOutputs);
+  return refuse("%s has %zu inputs and %zu outputs, not %d and %d", name_, most, outputs, nbInputs,
+                nbOutputs);
 }
 
 // The table's tensor at this place among inputs and then outputs; the first that joins, for the

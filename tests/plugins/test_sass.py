@@ -16,7 +16,7 @@ from native import cuda_tool
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 # The element type and the elements of an access are the first two template arguments of all.
 WIDE = re.compile(
-    r"(rope|qkNormRope|addRmsNorm|addRmsNormTwoPass|gatedAct|gatedActHalves|gatedRmsNorm|gatedRmsNormTwoPass|causalConv1d|scaleInput|combine)"
+    r"(rope|qkNormRope|addRmsNorm|addRmsNormTwoPass|gatedAct|gatedActRows|gatedRmsNorm|gatedRmsNormTwoPass|causalConv1d|scaleInput|combine)"
     r"Kernel<(__half|__nv_bfloat16|float), (?:\(int\))?(4|8)[,>]"
 )
 # The same with its address and, of a branch, where it goes.
