@@ -75,12 +75,12 @@ class _Graph:
         self.proto = proto
         self.weights = {w.name: w for w in proto.initializer}
         self.outputs = {o.name for o in proto.output}
-        self.nodes = {n.output[0]: n for n in proto.node}
+        self.nodes = {_key(n): n for n in proto.node}
         self.makers = {name: n for n in proto.node for name in n.output}
-        self.readers: dict[str, dict[str, NodeProto]] = defaultdict(dict)  # by the name of their first output
+        self.readers: dict[str, dict[str, NodeProto]] = defaultdict(dict)  # by their keys
         for node in proto.node:
             for name in reads(node):
-                self.readers[name][node.output[0]] = node
+                self.readers[name][_key(node)] = node
 
     def products(self) -> list[list[_Product]]:
         """Products by weights, those of one tensor together."""
@@ -146,10 +146,7 @@ class _Graph:
         firsts = _firsts(products)
         width = firsts[-1] + products[-1].width
         spare = -width % (ALIGNED // FLOATS[weight.dtype])
-        weights = [p.node.input[1] for p in products]
-        weights += [self._zeros(name, weight.shape[0], spare, dtype=weight.dtype)] if spare else []
-        self._add("Concat", weights, f"{name}/weights", axis=1)
-        self._add("MatMul", [products[0].node.input[0], f"{name}/weights"], name)
+        self._add("MatMul", [products[0].node.input[0], self._side_by_side(products, spare, name)], name)
         joined = name
         if any(p.add for p in products):
             biases = [p.bias or self._zeros(p.node.name, p.width, dtype=weight.dtype) for p in products]
@@ -167,13 +164,35 @@ class _Graph:
                 given = [self._weights(f"{product.result}/{n}", np.array([v])) for n, v in bounds.items()]
                 self._add("Slice", [joined, *given], product.result)
 
+    def _side_by_side(self, products: list[_Product], spare: int, name: str) -> str:
+        """The weights [K, columns], with `spare` columns of zeros behind them."""
+        weights, (depth, _), dtype = (
+            [p.node.input[1] for p in products],
+            products[0].weight.shape,
+            products[0].weight.dtype,
+        )
+        turned = [self._turned(w) for w in weights]
+        rows = [w for w in turned if w]
+        if len(rows) < len(weights):
+            zeros = [self._zeros(name, depth, spare, dtype=dtype)] if spare else []
+            return self._add("Concat", [*weights, *zeros], f"{name}/weights", axis=1)
+        # The builder copies rows whole, and multiplies by them as they lie.
+        zeros = [self._zeros(name, spare, depth, dtype=dtype)] if spare else []
+        self._add("Concat", [*rows, *zeros], f"{name}/rows", axis=0)
+        return self._add("Transpose", [f"{name}/rows"], f"{name}/weights")
+
+    def _turned(self, name: str) -> str:
+        """What a weight is the Transpose of, if it is one."""
+        node = self.makers.get(name)
+        return node.input[0] if node is not None and node.op_type == "Transpose" else ""
+
     def _read(self, node: NodeProto, parts: list[Part], joined: str) -> None:
         """Makes the node that of the plugin that reads `joined`."""
         op = next(op for op in declared() if op.name == node.op_type)
         given_by_name = [*zip(op.inputs, node.input, strict=False)]
         rest = [given for name, given in given_by_name if name not in op.joins]
         for given in [given for name, given in given_by_name if name in op.joins]:
-            self.readers[given].pop(node.output[0], None)
+            self.readers[given].pop(_key(node), None)
             if given in self.nodes and not self.readers[given] and given not in self.outputs:
                 self._drop(self.nodes[given])
         node.op_type = f"{JOINED}{op.name}"
@@ -186,9 +205,9 @@ class _Graph:
 
     def _drop(self, node: NodeProto | None) -> None:
         if node is not None:
-            del self.nodes[node.output[0]]
+            del self.nodes[_key(node)]
             for name in reads(node):
-                self.readers[name].pop(node.output[0], None)
+                self.readers[name].pop(_key(node), None)
 
     def _zeros(self, of: str, *shape: int, dtype: int) -> str:
         name = f"{of}/zeros"
@@ -206,11 +225,11 @@ class _Graph:
         waiting, done = [*reversed(self.nodes.values())], dict[str, NodeProto]()
         while waiting:
             node = waiting[-1]
-            missing = [m for m in map(makers.get, reads(node)) if m is not None and m.output[0] not in done]
-            if missing and node.output[0] not in done:
+            missing = [m for m in map(makers.get, reads(node)) if m is not None and _key(m) not in done]
+            if missing and _key(node) not in done:
                 waiting += missing
             else:
-                done[waiting.pop().output[0]] = node
+                done[_key(waiting.pop())] = node
         del self.proto.node[:]
         self.proto.node.extend(done.values())
 
@@ -218,3 +237,8 @@ class _Graph:
 def _firsts(products: list[_Product]) -> list[int]:
     """The first column of each in the joined product."""
     return [0, *itertools.accumulate(p.width for p in products[:-1])]
+
+
+def _key(node: NodeProto) -> str:
+    """The first output of a node that has a name, by which it is known."""
+    return next(name for name in node.output if name)

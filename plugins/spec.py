@@ -46,9 +46,8 @@ class Op:
     Python type, `choices` each string among them to the values it may have, `sizes` each one that is the size of a
     dimension to that dimension. `aliases` maps each output that may have an input's memory to that input: the op is
     functional, and a plugin that is given one memory for both writes what changes alone. `joins` are the inputs that
-    plugins read as columns of one tensor too. `body` writes the function
-    body where the reference is not what is exported, `bodies` that for one target alone, by its name. An op is called
-    like the function it came from.
+    plugins read as columns of one tensor too. `body` writes the function body where the reference is not what is
+    exported, `bodies` that for one target alone, by its name. An op is called like the function it came from.
     """
 
     name: str
@@ -170,22 +169,8 @@ def op(
         sizes = {n: dims[n] for n, t in attributes.items() if t is int and n in dims}
         kinds = dict.fromkeys((*inputs, *results), "T") | (types or {})
         made = Op(
-            name,
-            version,
-            reference,
-            inputs,
-            results,
-            static,
-            kinds,
-            optional,
-            attributes,
-            choices or {},
-            sizes,
-            aliases or {},
-            joins,
-            body,
-            bodies or {},
-            reference,
+            *(name, version, reference, inputs, results, static, kinds, optional, attributes, choices or {}, sizes),
+            *(aliases or {}, joins, body, bodies or {}, reference),
         )
         _check_names(made, dims)
         call = torch.library.custom_op(f"{DOMAIN}::{reference.__name__}", reference, mutates_args=())

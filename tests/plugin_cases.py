@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from native import PLUGINS
 
+from llmexport.plugins.joined import JOINED
 from llmexport.plugins.spec import Op, all_ops
 
 OPS = all_ops()
@@ -423,6 +424,11 @@ ALL_CASES = {
 def served() -> set[str]:
     """The ops that have a plugin; another is built from its function body."""
     return {op.name for op in OPS.values() if (PLUGINS / op.torch_name / "plugin.cpp").is_file()}
+
+
+def plugins() -> set[str]:
+    """The plugins of the library."""
+    return served() | {f"{JOINED}{op}" for op in served() if OPS[op].joins}
 
 
 CASES = {name: case for name, case in ALL_CASES.items() if case.op in served()}

@@ -7,7 +7,8 @@ from llmexport.plugins.spec import VERSION, all_ops
 def test_it_says_what_the_ops_themselves_say() -> None:
     ops = {
         name: Declared(
-            *(name, op.version, op.inputs, op.outputs, {n: t.__name__ for n, t in op.attributes.items()}, op.aliases)
+            *(name, op.version, op.inputs, op.outputs, {n: t.__name__ for n, t in op.attributes.items()}),
+            *(op.aliases, op.joins),
         )
         for name, op in all_ops().items()
     }

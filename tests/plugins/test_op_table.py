@@ -7,10 +7,11 @@ import re
 
 import pytest
 from native import PLUGINS, emulated_library
-from plugin_cases import OPS, served
+from plugin_cases import OPS, plugins, served
 from torch import Tensor
 
 from llmexport.plugins import library, spec
+from llmexport.plugins.joined import JOINED
 from llmexport.plugins.spec import Op, op
 
 KINDS = {bool: "bool", int: "int", float: "float"}
@@ -22,11 +23,12 @@ def scratch_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spec, "OPS", dict(spec.OPS))
 
 
-def table(op: Op) -> str:
-    """What llmexportOps() of trt/library.cpp should say of it."""
+def table(op: Op, prefix: str = "") -> str:
+    """What llmexportOps() of trt/library.cpp should say of it, and of its joined plugin with that prefix."""
 
     def tensors(dims: dict[str, tuple[str, ...]]) -> str:
         said = dict.fromkeys(op.optional, "?") | {n: f" in {past}" for n, past in op.aliases.items()}
+        said |= {n: f"{said.get(n, '')} joins" for n in op.joins}
         return ", ".join(f"{n}: {op.types[n]}[{''.join(d)}]{said.get(n, '')}" for n, d in dims.items())
 
     def kind(attribute: str) -> str:
@@ -35,15 +37,16 @@ def table(op: Op) -> str:
         return " ".join([KINDS[op.attributes[attribute]], *op.sizes.get(attribute, "")])
 
     attributes = ", ".join(f"{n}: {kind(n)}" for n in op.attributes)
-    return f"{op.name} {op.version}({tensors(op.inputs)}; {attributes}) -> {tensors(op.outputs)}"
+    return f"{prefix}{op.name} {op.version}({tensors(op.inputs)}; {attributes}) -> {tensors(op.outputs)}"
 
 
 def test_tables_say_what_the_references_say() -> None:
-    """Names, dimensions and types of inputs and outputs, which are optional, which may have the memory of which,
-    attributes, their kinds and choices."""
+    """Names, dimensions and types of inputs and outputs, which are optional, which join, which may have the memory of
+    which, attributes, their kinds and choices."""
     ops = ctypes.CDLL(str(emulated_library())).llmexportOps
     ops.restype = ctypes.c_char_p
-    assert sorted(ops().decode().splitlines()) == sorted(table(OPS[name]) for name in served())
+    joined = [table(OPS[name], JOINED) for name in served() if OPS[name].joins]
+    assert sorted(ops().decode().splitlines()) == sorted([*joined, *(table(OPS[name]) for name in served())])
 
 
 def test_no_plugin_counts_its_tensors_and_attributes_by_bare_numbers() -> None:
@@ -53,7 +56,7 @@ def test_no_plugin_counts_its_tensors_and_attributes_by_bare_numbers() -> None:
 
 
 def test_the_library_serves_the_ops_of_its_tables() -> None:
-    assert library.served(emulated_library()) == served()
+    assert library.served(emulated_library()) == plugins()
 
 
 def test_an_int_may_be_the_size_of_a_dimension(scratch_ops: None) -> None:
@@ -101,3 +104,13 @@ def test_an_output_has_the_memory_of_no_input_of_another_form(
     dims = {"x": "B", "past": "B D", "bias": "D", "rest": "B D"}
     with pytest.raises(TypeError, match=f"TableAlias: {says}"):
         op("TableAlias", 1, dims, {"y": "B D", "at": "B D"}, types={"at": "int32"}, aliases=aliases)(table_alias)
+
+
+@pytest.mark.parametrize("joins", [("past",), ("counts",), ("rows", "none")])
+def test_only_rows_of_floats_join(scratch_ops: None, joins: tuple[str, ...]) -> None:
+    def table_rows(rows: Tensor, past: Tensor, counts: Tensor) -> Tensor: ...
+
+    dims = {"rows": "B T C", "past": "B S C", "counts": "B T C"}
+    says = f"TableRows: joins names no input of type T with B and T before all else: {joins[-1]}"
+    with pytest.raises(TypeError, match=says):
+        op("TableRows", 1, dims, {"y": "B T C"}, types={"counts": "int32"}, joins=joins)(table_rows)

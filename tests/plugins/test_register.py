@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from native import compiled, emulated_library
-from plugin_cases import CASES, served
+from plugin_cases import CASES, plugins
 
 from llmexport.plugins import library
 
@@ -74,7 +74,7 @@ def check_registers(module: str, register: Path, tmp_path: Path, **environment: 
     none, *others = json.loads(done.stdout.splitlines()[-1])
     assert none == []
     # At once, again, by another library, and by load() as we call it.
-    assert others == [sorted(served())] * 4
+    assert others == [sorted(plugins())] * 4
     [line] = [text for text in done.stderr.splitlines() if text.startswith("llmexport:")]
     assert line.endswith(f"does not take the plugins of {other.with_name(library.FILE)}: are they registered?")
 
