@@ -152,6 +152,11 @@ norm = [n for n in model.graph.node if n.op_type == "AddRmsNorm"][1]
 next(a for a in norm.attribute if a.name == "epsilon").f = 0.1
 """
 LOST = FIELD.replace('next(a for a in norm.attribute if a.name == "epsilon").f = 0.1', "del norm.attribute[:]")
+COLUMNS = """
+act = [n for n in model.graph.node if n.op_type == "JoinedGatedAct"][1]
+said = next(a for a in act.attribute if a.name == "columns").ints
+said[0], said[2] = said[2], said[0]
+"""
 ALTERED = {
     "epsilon": (
         "cohere",
@@ -179,6 +184,11 @@ ALTERED = {
     ),
     "hidden body": ("llama", "float32", "", HIDDEN, r"layer node_Sigmoid\S+ \(ACTIVATION\), whose"),
     "plugin field": ("llama", "float32", "", FIELD, r"layer layers\.\d/\S+ \(PLUGIN_V3\)"),
+    "plugin columns": ("llama", "float32", "", COLUMNS, r"layer layers\.1/\S+ \(PLUGIN_V3\)"),
+    "lost plugin columns": (
+        *("llama", "float32", "", COLUMNS.replace("said[0], said[2] = said[2], said[0]", "del said[:]")),
+        *(r"JoinedGatedAct layers\.1/mul/GatedAct: .*Could not create the plugin",),
+    ),
     "lost plugin field": ("llama", "float32", "", LOST, r"Attribute epsilon not found in plugin node"),
 }
 
