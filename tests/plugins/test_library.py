@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx.onnx_cpp2py_export
 import pytest
 from native import GATE, ROOT, cuda_tool, need_nvcc, seconds_to_build
-from plugin_cases import served
+from plugin_cases import plugins
 
 from llmexport.plugins import library, library_file
 from llmexport.plugins.library import PluginError
@@ -26,7 +26,7 @@ EMULATOR = ROOT / "tests" / "plugins" / "emulator"
 
 def test_compiles_for_every_architecture(cuda_library: Path) -> None:
     """No warning, no spill, no local memory: CMakeLists.txt makes each an error."""
-    assert library.served(cuda_library) == served()
+    assert library.served(cuda_library) == plugins()
 
 
 @pytest.mark.slow
