@@ -5,6 +5,7 @@ trt/joined.h is the plugins' side. Imports neither torch nor TensorRT.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def parts_of(inputs: Mapping[str, Sequence[str]], joins: Sequence[str], columns:
     """What the attribute says. Raises ValueError if it is not that of an op with these inputs, by their dimensions."""
     given, parts = iter(columns), []
     for name in joins:
-        numbers = [n for _, n in zip(inputs[name][1:], given, strict=False)]
+        numbers = [*itertools.islice(given, len(inputs[name]) - 1)]
         parts.append(Part(name, numbers[0] if numbers else -1, tuple(numbers[1:])))
     wanted = sum(len(inputs[name]) - 1 for name in joins)
     if wanted != len(columns) or min(columns) < 0:

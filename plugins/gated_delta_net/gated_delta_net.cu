@@ -27,14 +27,10 @@ template <class T, bool kVectors>
 cudaError_t startDecode(GatedDeltaNetPlan const& plan, GatedDeltaNetSizes const& s,
                         GatedDeltaNetAttributes const& attributes, GatedDeltaNetTensors const& t,
                         cudaStream_t stream) {
-  TokenConvolution<T> const convolution{typed<T>(t.mixed),
-                                        typed<T>(t.convWeight),
-                                        typed<T>(t.convState),
-                                        t.end,
-                                        typed<T>(t.nextConvState),
-                                        s.C,
-                                        s.pitch ? s.pitch : s.C,
-                                        int(s.K)};
+  TokenConvolution<T> const convolution{typed<T>(t.mixed),         typed<T>(t.convWeight),
+                                        typed<T>(t.convState),     t.end,
+                                        typed<T>(t.nextConvState), s.C,
+                                        s.pitch ? s.pitch : s.C,   int(s.K)};
   DecodeArguments<T> const arguments{convolution,
                                      gatesOf<T>(s, t),
                                      typed<T>(t.z),
@@ -100,8 +96,8 @@ cudaError_t gatedDeltaNet(Dtype dtype, GatedDeltaNetSizes const& s,
                           void* workspace, Device const& device, cudaStream_t stream) {
   if (!gatedDeltaNetServes(s)) return cudaErrorInvalidValue;
   if (s.B * s.H == 0) return cudaSuccess;
-  bool const alignedAll = aligned({t.z, t.normWeight, t.state, t.gated, t.nextState}) &&
-                          s.pitch % kThreadColumns == 0;
+  bool const alignedAll =
+      aligned({t.z, t.normWeight, t.state, t.gated, t.nextState}) && s.pitch % kThreadColumns == 0;
   auto const plan = gatedDeltaNetPlan(s, alignedAll, device);
   if (plan.fused) {
     return withType(dtype, [&](auto type) {

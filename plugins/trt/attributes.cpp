@@ -88,7 +88,7 @@ std::optional<std::vector<int32_t>> parseIntegers(Op const& op, PluginField cons
     int64_t const number = isWide ? static_cast<int64_t const*>(field.data)[i]
                                   : static_cast<int32_t const*>(field.data)[i];
     // What is no size is refused by its sign.
-    numbers.push_back(number > INT32_MAX ? -1 : int32_t(number));
+    numbers.push_back(number < 0 || number > INT32_MAX ? -1 : int32_t(number));
   }
   return numbers;
 }

@@ -94,9 +94,8 @@ LLMEXPORT_EXPORT void setLoggerFinder(llmexport::trt::ILoggerFinder*) {}
 // that joins; an op with such inputs stands twice, as its joined plugin and as itself.
 LLMEXPORT_EXPORT char const* llmexportOps() {
   static std::string const tables =
-      llmexport::joined(llmexport::creators(), "\n",
-                        [](auto const& creator) {
-                          return llmexport::tableOf(creator->op(), creator->getPluginName());
-                        });
+      llmexport::joined(llmexport::creators(), "\n", [](auto const& creator) {
+        return llmexport::tableOf(creator->op(), creator->getPluginName());
+      });
   return tables.c_str();
 }

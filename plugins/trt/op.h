@@ -152,7 +152,8 @@ struct Call : Node {
 };
 
 // `version` is that of the domain from which on the op means what it does, as <op>/__init__.py has
-// it. An op with inputs that join has a second plugin, see joined.h. `check` and `supports` return true to accept, or refuse(...) with the reason.
+// it. `check` and `supports` return true to accept, or refuse(...) with the reason. An op with
+// inputs that join has a second plugin, see joined.h.
 struct Op {
   char const *name, *version;
   std::vector<Tensor> inputs, outputs;

@@ -126,9 +126,8 @@ int32_t Plugin::getOutputShapes(trt::DimsExprs const* inputs, int32_t nbInputs,
       if (!known || size->isConstant()) known = size;
       return size->isConstant() ? size->getConstantValue() : kUnknown;
     };
-    bool const isRead = isJoined
-                            ? reader.readJoined(joined_, inputs[i].nbDims, sizeIfKnown)
-                            : reader.read(tensor(i, nbInputs), inputs[i].nbDims, sizeIfKnown);
+    bool const isRead = isJoined ? reader.readJoined(joined_, inputs[i].nbDims, sizeIfKnown)
+                                 : reader.read(tensor(i, nbInputs), inputs[i].nbDims, sizeIfKnown);
     if (!isRead) return kRefused;
   }
   if (!reader.checked()) return kRefused;
@@ -236,7 +235,8 @@ int32_t Plugin::enqueue(trt::PluginTensorDesc const*, trt::PluginTensorDesc cons
   size_t const given = form_->inputs + (joined_ ? 1 - joined_.count() : 0);
   for (size_t i = joined_ ? 1 : 0; i < given; ++i) all[joined_.placeOf(i)] = inputs[i];
   for (Joined::Part const& part : joined_.parts()) {
-    all[part.place] = static_cast<char const*>(inputs[0]) + part.first * int64_t(sizeOf(form_->dtype));
+    all[part.place] =
+        static_cast<char const*>(inputs[0]) + part.first * int64_t(sizeOf(form_->dtype));
   }
   cudaError_t const error =
       op_.enqueue({node(*form_), *device_, all.data(), outputs, workspace, stream});

@@ -83,8 +83,7 @@ class Plugin final : public trt::IPluginV3,
   Sizes largestSizes(trt::DynamicPluginTensorDesc const* in, int32_t nbInputs,
                      Sizes const& known) const;
   Node node(Form const& form) const {
-    return {form.dtype,  form.stored, form.scales, form.inputs,
-            form.pitch, form.sizes,  attributes_};
+    return {form.dtype, form.stored, form.scales, form.inputs, form.pitch, form.sizes, attributes_};
   }
 
   char const* name_;

@@ -141,6 +141,7 @@ def test_outputs_have_the_memory_of_the_same_inputs(library: Library, case: Case
         ([], "JoinedGatedAct: columns has 0 numbers, not 4"),
         ([0, 37, -37, 37], "JoinedGatedAct: columns says no columns of up"),
         ([0, -1, 37, 37], "JoinedGatedAct: columns says no columns of gate"),
+        ([-1, 37, 37, 37], "JoinedGatedAct: columns says no columns of gate"),
         (0.5, "GatedAct: columns has field type 1, not int32"),
     ],
 )
