@@ -62,7 +62,7 @@ def prepare(
     given = engine_form(loaded)
     model, nodes = tensorrt_form(loaded, served)
     if weights == "inside":
-        join_products(model, served)
+        given = join_products(model, served, given)
     bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}
     said = {
         "module": module,

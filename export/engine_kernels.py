@@ -31,8 +31,9 @@ KINDS = MappingProxyType(
         "ShapeHostToDevice": "copy",
     }
 )
-# They launch nothing: sizes, loops and their counters are the host's, and constants lie in the plan.
-HOST = frozenset({"shape_call", "Constant", "jmp", "cjmp", "add", "cast", "reshape"})
+# They launch nothing: sizes, loops and their counters are the host's, constants lie in the plan, and streams wait for
+# each other.
+HOST = frozenset({"shape_call", "Constant", "jmp", "cjmp", "add", "cast", "reshape", "signal", "wait"})
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from llmexport.validate.tolerance import TOLERANCE, Tolerance
 
 OWN = "alone: "  # before the names of what nodes make when each is run alone
 WIDE = " in fp32"  # after the names of what is read in another type
+# Types of which it gives no array.
+PACKED = frozenset(f"tensor({n})" for n in ("int2", "uint2", "int4", "uint4", "float4e2m1", "float8e5m2"))
 FED = "biuf"  # the kinds of arrays that it takes
 SHOWN = 4  # numbers of a constant that are told
 
@@ -47,7 +49,7 @@ def op_of(node: onnx.NodeProto) -> str:
 
 
 def values(model: onnx.ModelProto, feed: Feed, weights: Path) -> Feed:
-    """What every node of a model computes from `feed`, by value name."""
+    """What every node of a model computes from `feed`, by value name, but for PACKED types."""
     every = onnx.ModelProto()
     every.CopyFrom(model)
     del every.graph.output[:]
@@ -61,7 +63,7 @@ def values(model: onnx.ModelProto, feed: Feed, weights: Path) -> Feed:
             every.graph.node.append(wide)
             output.name += WIDE
         runtime = open_session(every, weights)
-    names = [o.name for o in runtime.get_outputs()]
+    names = [o.name for o in runtime.get_outputs() if o.type not in PACKED]
     made = dict(zip(names, runtime.run(names, {i.name: feed[i.name] for i in runtime.get_inputs()}), strict=True))
     return {n.removesuffix(WIDE): a.astype("bfloat16") if n.endswith(WIDE) else a for n, a in made.items()}
 

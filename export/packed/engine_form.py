@@ -67,7 +67,7 @@ def _joined(graph: onnx.GraphProto) -> list[Given]:
         value, shape = node.output[0], [sum(t.dims[0] for t in parts), *parts[0].dims[1:]]
         if (reader := readers[value]).op_type == "Reshape":
             value, shape = reader.output[0], onnx.numpy_helper.to_array(held[reader.input[1]]).tolist()
-        given.append(Given(value, tuple(map(_run, parts))))
+        given.append(Given(value, tuple(map(run_of, parts))))
         apart.update(node.input)
         made |= {node.output[0], value}
         whole = TensorProto(name=value, data_type=TensorProto.UINT8, dims=shape, data_location=TensorProto.EXTERNAL)
@@ -84,7 +84,7 @@ def _joined(graph: onnx.GraphProto) -> list[Given]:
     return given
 
 
-def _run(tensor: TensorProto) -> Run:
+def run_of(tensor: TensorProto) -> Run:
     said = {e.key: e.value for e in tensor.external_data}
     return Run(said["location"], int(said["offset"]), math.prod(tensor.dims) * BY_ONNX[tensor.data_type].bits // 8)
 
@@ -183,4 +183,4 @@ class _Form:
         if tensor.data_type not in SIGNED:
             return
         tensor.data_type, mask = SIGNED[tensor.data_type]
-        self.flipped.append(Given(tensor.name, (_run(tensor),), mask))
+        self.flipped.append(Given(tensor.name, (run_of(tensor),), mask))

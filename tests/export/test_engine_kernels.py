@@ -11,6 +11,8 @@ PLUGIN = 'PluginType: Q, PluginMetadata: "{"epsilon": 0, "norm_first": true}", T
 LINES = (
     "Name: __mye2093_0_myl0_0, LayerType: shape_call, Inputs: [], Outputs: [], TacticName: , StreamId: 0, Metadata: ",
     f"Name: a/q+a/k_myl0_1, LayerType: gemm, {IO}, Metadata: {JOINED}",
+    "Name: __mye24593_myl0_22, LayerType: signal, Inputs: [], Outputs: [], TacticName: , StreamId: 0, Metadata: ",
+    "Name: __mye24595_myl0_23, LayerType: wait, Inputs: [], Outputs: [], TacticName: , StreamId: 1, Metadata: ",
     f"Name: __myl_Resh_myl0_2, LayerType: kgen, {IO}, Metadata: ",
     f"Name: a/rope, LayerType: PluginV3, Inputs: [], Outputs: [], {PLUGIN}, Metadata: [ONNX Layer: a/rope]",
     f"Name: a/experts_U1_myl0_3, LayerType: custom_layer, {IO}, Metadata: [ONNX Layer: a/experts][ONNX Layer: e/cast]",

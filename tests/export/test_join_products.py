@@ -90,7 +90,7 @@ def joined(model: onnx.ModelProto, served: frozenset[str] = SERVED) -> Counter[s
     """Joins it, checks that it computes the same, and returns its operators."""
     feed = {"x": np.random.default_rng(1).standard_normal((1, 2, K)).astype(np.float32)}
     want = ReferenceEvaluator(model, new_ops=EVALUATED).run(None, feed)
-    join_products(model, served)
+    join_products(model, served, [])
     found = ReferenceEvaluator(model, new_ops=EVALUATED).run(None, feed)
     for a, b in zip(want, found, strict=True):
         assert a.shape == b.shape
@@ -195,7 +195,7 @@ def test_what_plugins_cannot_read_stays(name: str) -> None:
     before = Counter(n.op_type for n in model.graph.node)
     if name == "heads behind another shape":
         # x is one row of two tokens, which that view takes for two rows.
-        join_products(model, served)
+        join_products(model, served, [])
         assert Counter(n.op_type for n in model.graph.node) == before
     else:
         assert joined(model, served) == before

@@ -1,0 +1,67 @@
+"""Weights of few bits are joined byte by byte, their scales row by row; what TensorRT reads of them is the model."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rounded
+from native import emulated_library
+
+from llmexport.export import engine_job, manifest
+from llmexport.export.exported import Export
+from llmexport.export.join_products import join_products
+from llmexport.export.packed.given import Given, Run
+from llmexport.plugins import library
+from llmexport.validate import ladder
+
+pytestmark = pytest.mark.engine
+
+LAYERS = 3
+BYTES = {"int4": "weight_packed", "int8": "weight", "fp8": "weight"}
+
+
+@pytest.fixture(params=rounded.KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def export(kind: str, tiny_checkpoint, tmp_path: Path) -> Export:
+    return rounded.export(tiny_checkpoint("llama", "text"), tmp_path / "export", kind)
+
+
+def test_the_bytes_of_gate_and_up_lie_one_behind_another(kind: str, export: Export) -> None:
+    served = library.served(emulated_library())
+    job = engine_job.prepare(export, export.graphs[0], "tensorrt_rtx", emulated_library(), served, "inside")
+    stored, held = rounded.tensors(export.folder), {t.name: t for t in job.model.graph.initializer}
+    joined = [g for g in job.said["given"] if "joined" in g["name"]]
+    assert len(joined) == LAYERS
+    for layer, said in enumerate(joined):
+        given = Given(said["name"], tuple(Run(**run) for run in said["runs"]), said["mask"])
+        parts = [stored[f"model.layers.{layer}.mlp.{n}_proj.{BYTES[kind]}"] for n in ("gate", "up")]
+        want = b"".join(p.tobytes() for p in parts)
+        # The sign of an int4 is stored the other way round.
+        assert given.read(export.folder).tobytes() == (np.frombuffer(want, np.uint8) ^ np.uint8(given.mask)).tobytes()
+        assert held[given.name].dims[0] == sum(len(p) for p in parts)
+    kinds = Counter(n.op_type for n in job.model.graph.node if n.domain)
+    assert (kinds["JoinedGatedAct"], kinds["GatedAct"]) == (LAYERS, 0)
+
+
+def test_what_tensorrt_reads_of_them_is_the_model(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not where the rows of one weight are taken for another's."""
+    monkeypatch.setattr(library, "find", emulated_library)
+    [rung] = ladder.climb(manifest.read(export.folder), rungs=["network"]).rungs
+    assert rung.status == "pass"
+
+    def swapped(*asked) -> list[Given]:
+        return [replace(g, runs=g.runs[::-1]) for g in join_products(*asked)]
+
+    monkeypatch.setattr(engine_job, "join_products", swapped)
+    [rung] = ladder.climb(manifest.read(export.folder), rungs=["network"]).rungs
+    assert rung.status == "fail"
+    assert re.search(r"first in \w+: layer layers\.0/\S+ \(PLUGIN_V3\), whose layers\.0/mul is", rung.note), rung.note
