@@ -91,7 +91,7 @@ class Weights:
         """What makes `made` of tensors one behind another: what makes each of them, or their bytes, or a Concat."""
         makers = [m for n in names if (m := self._makers.get(n))]
         first = makers[0] if len(makers) == len(names) else None
-        if first is not None and all(m.op_type == first.op_type and m.attribute == first.attribute for m in makers):
+        if first is not None and first.op_type != "Transpose" and all(self._alike(m, first) for m in makers):
             parts = [f"{made}/{i}" for i in range(len(first.input))]
             nodes = [n for i, part in enumerate(parts) for n in self.together([m.input[i] for m in makers], part)]
             node = make_node(first.op_type, parts, [made], made)
@@ -108,6 +108,11 @@ class Weights:
         runs = tuple(run for part in parts_given for run in part.runs)
         self._given[self.add(whole)] = Given(made, runs, parts_given[0].mask)
         return []
+
+    def _alike(self, node: NodeProto, other: NodeProto) -> bool:
+        """Whether both do the same with inputs of the same types."""
+        types, others = ([w and w.dtype for w in map(self.of, n.input)] for n in (node, other))
+        return (node.op_type, types) == (other.op_type, others) and node.attribute == other.attribute
 
     def zeros(self, name: str, shape: tuple[int, ...], dtype: int) -> str:
         made = TensorProto(name=name, dims=shape, data_type=dtype)

@@ -136,6 +136,37 @@ def test_a_weight_may_be_turned_and_cast() -> None:
     assert joined(model_of(body, "float[1, 2, 8] y", w=(8, K), w2=(K, 8)))["JoinedGatedAct"] == 1
 
 
+CAST = {
+    "biases": (
+        "bc = Cast <to = 1> (b) b2c = Cast <to = 1> (b2) m = MatMul (x, w) g = Add (m, bc) n = MatMul (x, w2) "
+        "u = Add (n, b2c)",
+        {"w": (K, 8), "w2": (K, 8), "b": (8,), "b2": (8,)},
+    ),
+    "rows": (
+        "bc = Cast <to = 1> (b) b2c = Cast <to = 1> (b2) t = Transpose (bc) t2 = Transpose (b2c) g = MatMul (x, t) "
+        "u = MatMul (x, t2)",
+        {"b": (8, K), "b2": (8, K)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CAST)
+def test_weights_may_be_cast_from_one_type_each(name: str) -> None:
+    body, weights = CAST[name]
+    model = model_of(f"{body} y = llmexport.GatedAct (g, u)", "float[1, 2, 8] y", **weights)
+    for tensor in model.graph.initializer:
+        if kind := {"b": np.float16, "b2": np.float64}.get(tensor.name):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(kind), tensor.name))
+    assert joined(model)["JoinedGatedAct"] == 1
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+
+
+def test_a_weight_may_be_turned_twice() -> None:
+    body = "a = Transpose (w) b = Transpose (a) c = Transpose (w2) d = Transpose (c) g = MatMul (x, b) "
+    body += "u = MatMul (x, d) y = llmexport.GatedAct (g, u)"
+    assert joined(model_of(body, "float[1, 2, 8] y", w=(K, 8), w2=(K, 8)))["JoinedGatedAct"] == 1
+
+
 def test_all_products_of_a_tensor_are_joined_and_others_read_a_slice() -> None:
     """A narrow one comes last, and zeros fill the last vector."""
     body = "s = MatMul (x, ws) r = MatMul (x, wr) e, i = llmexport.MoeRoute (r) " + MLP + " z = Sigmoid (s)"
