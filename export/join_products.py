@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,7 +71,7 @@ class _Graph:
         self.proto = proto
         self.outputs = {o.name for o in proto.output}
         self.nodes = {_key(n): n for n in proto.node}
-        self.makers = {name: n for n in proto.node for name in n.output}
+        self.makers = _makers(proto.node)
         self.weights = Weights(proto, self.makers, given)
         self.readers: dict[str, dict[str, NodeProto]] = defaultdict(dict)  # by their keys
         for node in proto.node:
@@ -172,7 +172,7 @@ class _Graph:
 
     def write(self) -> list[Given]:
         """Leaves the nodes in the graph that are read, each behind those that it reads, and returns what is given."""
-        makers = {name: n for n in self.nodes.values() for name in n.output}
+        makers = _makers(self.nodes.values())
         waiting = [makers[n] for n in reversed([o.name for o in self.proto.output]) if n in makers]
         done: dict[str, NodeProto] = {}
         while waiting:
@@ -195,6 +195,11 @@ def _firsts(products: list[_Product]) -> list[int]:
 def _spare(products: list[_Product]) -> int:
     """Columns behind them that fill a vector."""
     return -sum(p.width for p in products) % (ALIGNED // FLOATS[products[0].weight.dtype])
+
+
+def _makers(nodes: Iterable[NodeProto]) -> dict[str, NodeProto]:
+    # An output that is left out has the name of an input that is.
+    return {name: n for n in nodes for name in n.output if name}
 
 
 def _key(node: NodeProto) -> str:

@@ -199,6 +199,15 @@ def test_a_value_that_a_branch_reads_is_still_there() -> None:
     assert joined(model_of(body, "float[1, 2, 8] y, float[1, 2, 8] z", w=(K, 8), w2=(K, 8)))["Slice"] == 1
 
 
+def test_an_output_that_is_left_out_is_no_input_that_is() -> None:
+    """Both have the name "": the order of nodes would go round."""
+    body = "c = Clip (x, , most) r = MatMul (c, wr) e, i = llmexport.MoeRoute (r) g = MatMul (c, w) u = MatMul (c, w2) "
+    body += "y = llmexport.GatedAct (g, u)"
+    model = model_of(body, "float[1, 2, 8] y, int32[1, 2, 4] i", wr=(K, 4), w=(K, 8), w2=(K, 8), most=())
+    next(n for n in model.graph.node if n.op_type == "MoeRoute").output[0] = ""
+    assert joined(model)["JoinedMoeRoute"] == 1
+
+
 LEFT = {
     "halves of one product": ("g = MatMul (x, w) y = llmexport.GatedAct (g, g)", {"w": (K, 8)}, SERVED),
     "products of two tensors": (
