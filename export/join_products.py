@@ -45,10 +45,10 @@ def join_products(model: ModelProto, served: frozenset[str], given: list[Given])
     """
     ops = {op.name: op for op in declared() if op.joins and f"{JOINED}{op.name}" in served}
     graph = _Graph(model.graph, given)
-    for products in graph.products():
-        if len(products) > 1 and (nodes := list(graph.plugins(products, ops))):
-            graph.join(products, nodes)
-    return graph.write()
+    joins = [(its, nodes) for its in graph.products() if len(its) > 1 and (nodes := list(graph.plugins(its, ops)))]
+    for products, nodes in joins:
+        graph.join(products, nodes)
+    return graph.write() if joins else given
 
 
 @dataclass(frozen=True)
@@ -173,18 +173,24 @@ class _Graph:
     def write(self) -> list[Given]:
         """Leaves the nodes in the graph that are read, each behind those that it reads, and returns what is given."""
         makers = _makers(self.nodes.values())
-        waiting = [makers[n] for n in reversed([o.name for o in self.proto.output]) if n in makers]
-        done: dict[str, NodeProto] = {}
+        read, waiting = set[str](), list(self.outputs)
         while waiting:
-            node = waiting[-1]
+            name = waiting.pop()
+            if name not in read:
+                read.add(name)
+                waiting += reads(makers[name]) if name in makers else ()
+        done: dict[str, NodeProto] = {}
+        ahead = [n for n in reversed(self.nodes.values()) if not read.isdisjoint(n.output)]
+        while ahead:
+            node = ahead[-1]
             missing = [m for m in map(makers.get, reads(node)) if m is not None and _key(m) not in done]
             if missing and _key(node) not in done:
-                waiting += missing
+                ahead += missing
             else:
-                done[_key(waiting.pop())] = node
+                done[_key(ahead.pop())] = node
         del self.proto.node[:]
         self.proto.node.extend(done.values())
-        return self.weights.kept({n for node in done.values() for n in reads(node)} | self.outputs)
+        return self.weights.kept(read)
 
 
 def _firsts(products: list[_Product]) -> list[int]:

@@ -8,6 +8,7 @@ import onnx.parser
 from onnx.helper import get_attribute_value, make_node
 
 from llmexport.export.errors import EngineError
+from llmexport.graphs import pipeline
 from llmexport.graphs.bodies import leave_to_plugins, op_of
 from llmexport.plugins.declared import declared
 from llmexport.plugins.spec import DOMAIN, VERSION, op_name
@@ -56,6 +57,7 @@ def tensorrt_form(
     rest.functions.extend(f for f in model.functions if op_name(f.name) not in served)
     _check_versions(model, served)
     leave_to_plugins(rest, served)
+    rest = _fused(rest, served)
     _decompose_attention(rest)
     inlined = onnx.inliner.inline_local_functions(rest)
     for node in inlined.graph.node:
@@ -70,6 +72,19 @@ def tensorrt_form(
         if weight.name in bytes_of_plugins and weight.data_type == onnx.TensorProto.UINT8:
             weight.data_type = onnx.TensorProto.INT8
     return inlined, {n.name: n.op_type for n in plugin_nodes}
+
+
+def _fused(model: onnx.ModelProto, served: frozenset[str]) -> onnx.ModelProto:
+    """The model with ops of ours in place of what an export for no target leaves apart, where they have plugins."""
+    if served.isdisjoint(pipeline.OF_ENGINES):
+        return model
+    functions = list(model.functions)
+    del model.functions[:]
+    made = pipeline.run_for_engine(model, served)
+    made.functions.extend(functions)
+    del made.opset_import[:]
+    made.opset_import.extend(model.opset_import)
+    return made
 
 
 def _check_versions(model: onnx.ModelProto, served: frozenset[str]) -> None:

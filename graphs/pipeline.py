@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -28,6 +28,8 @@ LOWERING: Mapping[str, tuple[Pass, ...]] = {
 }
 # Those of the portable target where a cache is written in place, as engines serve with.
 IN_PLACE: tuple[Pass, ...] = (fuse_qk_norm_rope, fuse_gated_delta_net)
+# By the op that they make, those that an engine wants of any graph.
+OF_ENGINES: Mapping[str, Pass] = {"QkNormRope": fuse_qk_norm_rope, "GatedDeltaNet": fuse_gated_delta_net}
 # After those, where an op of ours writes the cache and not a layer of TensorRT's own.
 WRITES: tuple[Pass, ...] = (fuse_cache_write,)
 
@@ -44,9 +46,30 @@ def run(
 
     Function bodies do not survive the round trip: attach them afterwards.
     """
-    # GraphSurgeon warns of every bfloat16, which it carries through all the same, and of a missing package for colours.
-    G_LOGGER.severity = G_LOGGER.ERROR
-    graph = gs.import_onnx(model)
+    graph = _imported(model)
     in_place = any(n.op == "TensorScatter" for n in graph.nodes)
     results = {step.__name__: step(graph) for step in passes(target, in_place, writes)}
-    return gs.export_onnx(graph, ir_version=model.ir_version, producer_name=model.producer_name), results
+    return _exported(graph, model), results
+
+
+def run_for_engine(model: onnx.ModelProto, served: Collection[str]) -> onnx.ModelProto:
+    """The model, whose ops in `served` are nodes by their names, after those passes of engines that make more of these.
+
+    Function bodies do not survive, as above.
+    """
+    graph = _imported(model)
+    for op, step in OF_ENGINES.items():
+        if op in served:
+            step(graph)
+    return _exported(graph, model)
+
+
+def _imported(model: onnx.ModelProto) -> gs.Graph:
+    # GraphSurgeon warns of every bfloat16, which it carries through all the same, and of a missing package for colours.
+    G_LOGGER.severity = G_LOGGER.ERROR
+    return gs.import_onnx(model)
+
+
+def _exported(graph: gs.Graph, model: onnx.ModelProto) -> onnx.ModelProto:
+    made: onnx.ModelProto = gs.export_onnx(graph, ir_version=model.ir_version, producer_name=model.producer_name)
+    return made

@@ -42,7 +42,7 @@ def read(graph: gs.Graph, norm: gs.Node, what: str) -> RmsNorm:
 
     - it normalises the last axis, with statistics in fp32,
     - it gives the type it takes; or it is in fp32 of a narrower source, cast back to its type, and read only so,
-    - the weight has one value per channel and the type of the source, and is stored, not computed.
+    - the weight has one value per channel and the type of the source, and is stored, or a cast of what is.
     """
     source, total = norm.inputs[0], source_of(norm)
     if norm.attrs.get("axis", -1) not in (-1, len(total.shape or ()) - 1):
@@ -62,7 +62,8 @@ def read(graph: gs.Graph, norm: gs.Node, what: str) -> RmsNorm:
     weight = _as_type(weight, float_type(total))
     if float_type(weight) != float_type(total):
         raise Refusal(f"the weight is {float_type(weight)}, {what} {float_type(total)}")
-    if producer(weight):
+    maker = producer(weight)
+    if maker and not (maker.op == "Cast" and isinstance(maker.inputs[0], gs.Constant)):
         raise Refusal("the weight is computed")
     attributes = {
         "epsilon": float(norm.attrs.get("epsilon", 1e-5)),

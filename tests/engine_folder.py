@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,22 @@ from llmexport.export.spec import Port, Sizes
 
 PLAN, WEIGHTS = "model.plan", "w.safetensors"
 PROFILE = {"batch": (1, 1, 4), "sequence": (1, 8, 64), "past": (0, 8, 64), "total": (1, 16, 128)}
+
+
+# What an engine makes one op of, in a graph where they are apart.
+FUSED = {"QkNormRope": ("Rope", "Rope"), "GatedDeltaNet": ("CausalConv1d", "GatedDeltaRule", "GatedRmsNorm")}
+
+
+def of_engine(ops: Mapping[str, int], plugins: Mapping[str, int]) -> dict[str, int]:
+    """The ops of a graph as plugin layers: those of FUSED that `plugins` has more of stand for their parts."""
+    expected = Counter(ops)
+    for op, parts in FUSED.items():
+        more = plugins.get(op, 0) - ops.get(op, 0)
+        assert more >= 0
+        expected += Counter({op: more})
+        expected.subtract(Counter({part: more * parts.count(part) for part in parts}))
+    assert min(expected.values(), default=0) >= 0
+    return dict(+expected)
 
 
 def ports(dtype: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:

@@ -25,16 +25,18 @@ pytestmark = pytest.mark.engine
 
 FILE = "tests/golden_kernels.json"
 GOLDEN = json.loads((Path(__file__).parents[2] / FILE).read_text())
-DECODE = parse_profile("batch=1:4:8,sequence=1:1:1")
+DECODE = "batch=1:4:8,sequence=1:1:1"
 Layers = dict[str, list[Kernel]]
 
 
 def built(exported, row: str, tmp_path: Path) -> Layers:
     """The kernels of the layers of a row, which names an architecture, and a cache if it is not `static`."""
     arch, _, cache = row.partition(" ")
-    export = exported(arch, "bfloat16", slots=64, cache=cache or "static")
+    grows = cache == "dynamic"
+    export = exported(arch, "bfloat16", slots=None if grows else 64, cache=cache or "static")
     folder = Path(shutil.copytree(export, tmp_path / "export"))
-    kernels = engine.build(folder, profile=DECODE, plugins=emulated_library()).graphs["model"].kernels
+    profile = parse_profile(DECODE + (",past=1:128:256" if grows else ""))
+    kernels = engine.build(folder, profile=profile, plugins=emulated_library()).graphs["model"].kernels
     assert kernels, "TensorRT listed no kernels, or they could not be read: see engine_kernels.py"
     [graph] = manifest.read(folder).graphs
     return by_layer(kernels, {s.name for s in graph.assembly.steps})
