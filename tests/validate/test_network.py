@@ -59,8 +59,8 @@ def test_and_with_its_ops_as_plugin_layers(arch: str, dtype: str, exported, monk
 
 
 SWAPPED = """
-op = [n for n in model.graph.node if n.op_type == "QkNormRopeWrite"][1]
-op.input[5], op.input[6] = op.input[6], op.input[5]
+op = [n for n in model.graph.node if n.op_type == "JoinedQkNormRopeWrite"][1]
+op.input[3], op.input[4] = op.input[4], op.input[3]
 """
 
 
