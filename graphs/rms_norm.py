@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 from onnx.helper import tensor_dtype_to_np_dtype
 
 from llmexport.graphs.fusion import Refusal, float_type, is_output, produced_by, producer, scalar, sole_consumer
@@ -100,8 +101,11 @@ def _weight(scale: gs.Tensor) -> tuple[gs.Tensor, float]:
 
 
 def _as_type(weight: gs.Tensor, kind: str) -> gs.Tensor:
-    """A constant weight in another type, if that holds the same numbers, as the ones of a norm without a weight."""
+    """A constant weight in another type, if that holds the same numbers, as the ones of a norm without a weight; what
+    lies in a file stays as it is, unread."""
     if not isinstance(weight, gs.Constant) or float_type(weight) == kind or not kind:
+        return weight
+    if weight.data_location == TensorProto.EXTERNAL:
         return weight
     values = np.asarray(weight.values)
     narrow = values.astype(tensor_dtype_to_np_dtype(BY_NAME[kind].onnx))

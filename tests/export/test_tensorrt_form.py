@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import pytest
@@ -37,6 +39,24 @@ def test_the_form_computes_what_the_model_computes(arch: str, exported) -> None:
     assert list(wanted) == list(found)
     # Attention is written out, in float32: other sums, the same values.
     assert max(compare(wanted[n], found[n]).excess(TOLERANCE["float32"]) for n in wanted) <= 1
+
+
+def test_an_engine_gets_plugins_that_an_export_for_no_target_has_not(exported) -> None:
+    model = onnx.load(exported("gemma") / "model.onnx", load_external_data=False)
+    served = frozenset(["Rope", "QkNormRope", "GatedDeltaNet"])
+    before, after = (Counter(tensorrt_form(model, s)[1].values()) for s in (frozenset(["Rope"]), served))
+    assert (before, after) == ({"Rope": 6}, {"QkNormRope": 3})
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "openelm"])
+def test_no_weight_in_a_file_is_read_for_that(arch: str, exported) -> None:
+    """Norms of q and k in another type than these, where a constant of the model itself would be narrowed."""
+    folder = exported(arch, "bfloat16")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in (e for e in tensor.external_data if e.key == "location"):
+            entry.value = f"nowhere/{entry.value}"
+    assert {*tensorrt_form(model, frozenset(["Rope", "QkNormRope"]))[1].values()} == {"QkNormRope"}
 
 
 def attention_model(element: int, q_heads: int, kv_heads: int, depth: int, value_depth: int) -> onnx.ModelProto:
