@@ -108,4 +108,4 @@ def test_the_command_line_compiles_the_ops_that_there_are(monkeypatch: pytest.Mo
     monkeypatch.setattr(library, "SOURCES", tmp_path / "plugins")
     result = CliRunner().invoke(command, ["build", "--emulated"])
     assert result.exit_code == 0, result.output
-    assert library.served(emulated.find()) == {"GatedAct"}
+    assert library.served(emulated.find()) == {"GatedAct", "JoinedGatedAct"}
