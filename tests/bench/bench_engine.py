@@ -61,7 +61,7 @@ def build(work: Path, name: str, library: Path) -> dict[str, Any]:
     described = config(CHECKPOINTS[name]) if name in CHECKPOINTS else published(name)
     source = checkpoint(work, described, "--hollow")
     held = sum(p.stat().st_size for p in source.iterdir())
-    done("onnx", "--checkpoint", source, "--dtype", "bfloat16", "-o", work / "out", log=work / "log")
+    done("onnx", "--checkpoint", source, "--part=text", "--dtype", "bfloat16", "-o", work / "out", log=work / "log")
     load = os.getloadavg()[0]
     command = [sys.executable, "-c", BUILD, str(work / "out"), str(library)]
     told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
