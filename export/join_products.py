@@ -15,7 +15,7 @@ from onnx.helper import make_attribute, make_node
 from llmexport.export.joined_weights import FLOATS, Weight, Weights
 from llmexport.export.packed.given import Given
 from llmexport.graphs.cut import reads
-from llmexport.plugins.declared import Declared, declared
+from llmexport.plugins.declared import declared
 from llmexport.plugins.joined import COLUMNS, JOINED, Part, columns_of
 from llmexport.plugins.spec import DOMAIN
 
@@ -43,9 +43,8 @@ def join_products(model: ModelProto, served: frozenset[str], given: list[Given])
     Then all such products of x are joined, as TensorRT would join those that are left with the joined one. The
     builder puts floats side by side; the graph holds each of them.
     """
-    ops = {op.name: op for op in declared() if op.joins and f"{JOINED}{op.name}" in served}
-    graph = _Graph(model.graph, given)
-    joins = [(its, nodes) for its in graph.products() if len(its) > 1 and (nodes := list(graph.plugins(its, ops)))]
+    graph = _Graph(model.graph, served, given)
+    joins = [(its, nodes) for its in graph.products() if len(its) > 1 and (nodes := list(graph.plugins(its)))]
     for products, nodes in joins:
         graph.join(products, nodes)
     return graph.write() if joins else given
@@ -67,8 +66,9 @@ class _Product:
 
 
 class _Graph:
-    def __init__(self, proto: GraphProto, given: list[Given]) -> None:
+    def __init__(self, proto: GraphProto, served: frozenset[str], given: list[Given]) -> None:
         self.proto = proto
+        self.ops = {op.name: op for op in declared() if op.joins and f"{JOINED}{op.name}" in served}
         self.outputs = {o.name for o in proto.output}
         self.nodes = {_key(n): n for n in proto.node}
         self.makers = _makers(proto.node)
@@ -99,16 +99,18 @@ class _Graph:
             return product
         return replace(product, add=readers[0], bias=bias, result=readers[0].output[0])
 
-    def plugins(self, products: list[_Product], ops: dict[str, Declared]) -> Iterator[tuple[NodeProto, list[Part]]]:
-        """The nodes of `ops` whose inputs that join are all made of the products, with the columns of these."""
+    def plugins(self, products: list[_Product]) -> Iterator[tuple[NodeProto, list[Part]]]:
+        """The nodes whose inputs that join are all made of the products, with the columns of these."""
         if products[0].weight.packed and _spare(products):
             return
         made = {p.result: (p, first) for p, first in zip(products, _firsts(products), strict=True)}
         for node in self.nodes.values():
-            op = ops.get(node.op_type) if node.domain == DOMAIN else None
-            given = dict(zip(op.inputs, node.input, strict=False)) if op else {}
-            parts = [self._part(n, given.get(n, ""), len(op.inputs[n]) - 2, made) for n in op.joins] if op else []
-            if parts and None not in parts:
+            if node.domain != DOMAIN or node.op_type not in self.ops:
+                continue
+            op = self.ops[node.op_type]
+            given = dict(zip(op.inputs, node.input, strict=False))
+            parts = [self._part(n, given.get(n, ""), len(op.inputs[n]) - 2, made) for n in op.joins]
+            if None not in parts:
                 yield node, [p for p in parts if p]
 
     def _part(self, name: str, value: str, rank: int, made: dict[str, tuple[_Product, int]]) -> Part | None:
@@ -151,10 +153,11 @@ class _Graph:
 
     def _read(self, node: NodeProto, parts: list[Part], joined: str) -> None:
         """Makes the node that of the plugin that reads `joined`."""
-        op = next(op for op in declared() if op.name == node.op_type)
-        given_by_name = [*zip(op.inputs, node.input, strict=False)]
-        rest = [given for name, given in given_by_name if name not in op.joins]
-        for given in [given for name, given in given_by_name if name in op.joins]:
+        op, rest = self.ops[node.op_type], list[str]()
+        for name, given in zip(op.inputs, node.input, strict=False):
+            if name not in op.joins:
+                rest.append(given)
+                continue
             self.readers[given].pop(_key(node), None)
             if given in self.nodes and not self.readers[given] and given not in self.outputs:
                 self._drop(self.nodes[given])
