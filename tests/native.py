@@ -145,4 +145,5 @@ def gpu_library() -> Path:
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    return library.build([str(10 * major + minor)], ROOT / "build" / "tests" / "gpu")
+    with alone("gpu"):
+        return library.build([str(10 * major + minor)], ROOT / "build" / "tests" / "gpu")
