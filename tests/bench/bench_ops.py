@@ -124,7 +124,7 @@ def told(item: tuple[str, float | str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="one op")
+    parser.add_argument("--only", nargs="+", metavar="OP", help="ops")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, help="the file of the results")
     parser.add_argument("--commit", help="of these sources, where they are no checkout; also $LLMEXPORT_COMMIT")
@@ -161,7 +161,7 @@ def main() -> int:
     results = Results(arguments.out or RESULTS / f"{gpu.lower().replace(' ', '-')}.json", run)
     met = True
     for case in cases():
-        if arguments.only not in (None, case.op):
+        if case.op not in (arguments.only or [case.op]):
             continue
         row: dict[str, Any] = {"op": case.op, "family": case.family, "B": case.B, "T": case.T, "bytes": case.bytes}
         row["right"] = right(case, built)

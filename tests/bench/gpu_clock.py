@@ -30,6 +30,8 @@ def sets_for(bytes_of_one: int) -> int:
 def seconds_each(calls: Sequence[Callable[[], object]]) -> float:
     """Median time of one of these calls, made one after another in a CUDA graph."""
     side = torch.cuda.Stream()
+    # What the calls are given is made on this one.
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         # All of them: what a call does once, it does here.
         for call in calls:
