@@ -14,11 +14,13 @@
 
 namespace llmexport {
 
-// Whether the environment asks for wgmma and TMA. They have never run on a GPU, and are not the
-// default before they are measured.
-inline bool asksForSm90a() {
-  char const* const asked = std::getenv("LLMEXPORT_SM90A");
-  return asked && std::strcmp(asked, "1") == 0;
+// When wgmma and TMA are taken, of what they serve: where they are faster, unless $LLMEXPORT_SM90A
+// is 0, which keeps them out, or 1.
+enum class WgmmaUse { kWhereFaster, kNever, kAlways };
+inline WgmmaUse wgmmaUse() {
+  char const* const said = std::getenv("LLMEXPORT_SM90A");
+  if (said && std::strcmp(said, "0") == 0) return WgmmaUse::kNever;
+  return said && std::strcmp(said, "1") == 0 ? WgmmaUse::kAlways : WgmmaUse::kWhereFaster;
 }
 
 constexpr int kSm90a = 90;  // Device::capability of the one architecture that has both

@@ -2,6 +2,7 @@
 
 #include "causal_conv1d/causal_conv1d.h"
 #include "common/activation.cuh"
+#include "common/decay.cuh"
 #include "gated_delta_net/gated_delta_net.h"
 #include "gated_delta_rule/recurrence.cuh"
 #include "gated_rms_norm/gated_rms_norm.cuh"
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) decodeKernel(DecodeArgument
     weight = loadColumns<kVectors>(p.normWeight + column);
   }
   Gates<T> const gates = p.gates.at(row, head);
-  float const decay = expf(gates.logDecay()), strength = gates.strength();
+  float const decay = decayOf(gates.logDecay()), strength = gates.strength();
   // All threads see q, k and v.
   __syncthreads();
   Columns const v = here ? values[column / kThreadColumns] : Columns{};

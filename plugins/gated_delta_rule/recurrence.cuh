@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/decay.cuh"
 #include "common/element.cuh"
 
 namespace llmexport {
@@ -155,8 +156,8 @@ __device__ __forceinline__ void moveRows(StateRows& s, float const* key, int row
 // All is computed in fp32 and y is rounded to T once, as in torch_recurrent_gated_delta_rule of
 // modeling_qwen3_5_moe.py and recurrent_kimi_delta_attention of modeling_kimi_linear.py, which
 // apply norms and scale to q and k first and read y from the new state. Sums over D add a thread's
-// rows in order, then lanes, then warps. expf and rsqrtf are good to 2 units in the last place. An
-// fp16 y beyond 65504 is infinite, as in transformers.
+// rows in order, then lanes, then warps. rsqrtf is good to 2 units in the last place. An fp16 y
+// beyond 65504 is infinite, as in transformers.
 template <class T, bool kVectors, DecayOf kDecay>
 __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T, kVectors>)
     recurrenceKernel(T const* q, T const* k, T const* v, float const* g, T const* beta,
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T, kVect
   auto share = [&](RecurrenceToken<T> const& token, int64_t t) {
     queries[t % 3 * kMostRows + element] = toFloat(token.q);
     keys[t % 3 * kMostRows + element] = toFloat(token.k);
-    if (kOfRow) decays[t % 3 * kMostRows + element] = expf(token.g);
+    if (kOfRow) decays[t % 3 * kMostRows + element] = decayOf(token.g);
   };
 
   // A token is read two steps before its own step, and shared one step before.
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks<T, kVect
       addRow(sums, query[r * kRowGroups + rowGroup], key[r * kRowGroups + rowGroup], s[r]);
     }
     sumOverRows(sums, partial + t % 2 * kPartials);
-    float const decay = kOfRow ? 1.0f : expf(token.g), strength = toFloat(token.beta);
+    float const decay = kOfRow ? 1.0f : decayOf(token.g), strength = toFloat(token.beta);
     RecurrenceStep const step = stepOf(sums, token.v, decay, strength, scale, l2Norm);
     if (here && rowGroup == 0) {
       int64_t const ofHead = (blockIdx.z * tokens + t) * heads + head;

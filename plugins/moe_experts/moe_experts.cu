@@ -194,7 +194,9 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
   if (a.plan.onTensorCores) {
     if constexpr (sizeof(T) == 2) {
 #ifdef LLMEXPORT_SM90A
-      if (groupedGemmServes(a.plan, a.dtype, a.tensors.stored, a.device) && asksForSm90a()) {
+      // Where it serves, it was never the slower one (H200: from 16 pairs an expert on).
+      bool const isServed = groupedGemmServes(a.plan, a.dtype, a.tensors.stored, a.device);
+      if (isServed && wgmmaUse() != WgmmaUse::kNever) {
         return launchGroupedGemm<T>(p, a.attributes.transposed, routing, a.plan.rowTiles, a.device,
                                     a.stream);
       }

@@ -133,7 +133,10 @@ cudaError_t attendOnTensorCores(SinkAttentionPlan const& plan,
                                 AttentionCall<T> const& call, [[maybe_unused]] Device const& device,
                                 cudaStream_t stream) {
 #ifdef LLMEXPORT_SM90A
-  if (sm90aServes(plan, sizes, device) && asksForSm90a()) {
+  WgmmaUse const use = wgmmaUse();
+  bool const isWanted = use == WgmmaUse::kAlways ||
+                        (use == WgmmaUse::kWhereFaster && sm90aIsFaster(sizes, call.window));
+  if (isWanted && sm90aServes(plan, sizes, device)) {
     return launchSm90aPrefill(sizes, call, stream);
   }
 #endif

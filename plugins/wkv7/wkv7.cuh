@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/decay.cuh"
 #include "common/element.cuh"
 #include "common/lanes.cuh"
 #include "wkv7/wkv7.h"
@@ -79,7 +80,7 @@ __device__ __forceinline__ void wkv7Put(Wkv7Group<D>& group, Wkv7Share<T, D> con
     float const kappa = seen ? toFloat(mine.kappa[i]) : 0.0f;
     float const open = 1.0f / (1.0f + expf(-toFloat(mine.w[i])));
     group.r[element] = toFloat(mine.r[i]);
-    group.decay[element] = seen ? expf(kWkv7Rate * open) : 1.0f;
+    group.decay[element] = seen ? decayOf(kWkv7Rate * open) : 1.0f;
     group.k[element] = seen ? toFloat(mine.k[i]) : 0.0f;
     group.kappa[element] = kappa;
     group.back[element] = seen ? kappa * toFloat(mine.a[i]) : 0.0f;

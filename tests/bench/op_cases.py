@@ -149,7 +149,8 @@ class Case:
 
     def outputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Memory for the results: NaN, or -1."""
-        made = [torch.empty_like(t, device="cuda") for t in self.results()]
+        # Contiguous, whatever the reference makes.
+        made = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in self.results()]
         return [t.fill_(float("nan") if t.is_floating_point() else -1) for t in made]
 
     def timed_outputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

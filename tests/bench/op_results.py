@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-# What tells rows apart: sm_90a runs other kernels.
-KEY = ("op", "family", "B", "T", "sm90a")
+# What tells rows apart: wgmma is of other kernels.
+KEY = ("op", "family", "B", "T", "wgmma")
 # Rows of a file stay beside new ones if these are the same.
 SAME = ("gpu", "commit", "kernels")
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 class Results:
     """Rows of this run and, of the same kernels on the same GPU, those that `path` holds of earlier ones.
 
-    `run` says what all rows of this one share: each carries its date and whether sm_90a was on.
+    `run` says what all rows of this one share: each carries its date and when wgmma is taken.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ class Results:
         self._write()
 
     def add(self, row: Row) -> None:
-        row = {**row, "sm90a": self.run["sm90a"], "date": self.run["date"]}
+        row = {**row, "wgmma": self.run["wgmma"], "date": self.run["date"]}
         self.rows = [r for r in self.rows if any(r[k] != row[k] for k in KEY)] + [row]
         self._write()
 

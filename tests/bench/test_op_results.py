@@ -18,6 +18,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+FASTER = "where faster"
 Bench = Callable[..., dict[str, Any]]
 
 
@@ -65,13 +66,13 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     return run
 
 
-def rows(result: dict[str, Any]) -> list[tuple[str, int, bool, float]]:
-    return [(r["op"], r["B"], r["sm90a"], r["seconds"]["llmexport"]) for r in result["rows"]]
+def rows(result: dict[str, Any]) -> list[tuple[str, int, str, float]]:
+    return [(r["op"], r["B"], r["wgmma"], r["seconds"]["llmexport"]) for r in result["rows"]]
 
 
 def test_a_run_that_is_cut_off_keeps_its_rows(bench: Bench) -> None:
-    assert rows(bench(until=2)) == [("Rope", 0, False, 1.0), ("Rope", 1, False, 1.0)]
-    assert rows(bench(until=0)) == [("Rope", 0, False, 1.0), ("Rope", 1, False, 1.0)]
+    assert rows(bench(until=2)) == [("Rope", 0, FASTER, 1.0), ("Rope", 1, FASTER, 1.0)]
+    assert rows(bench(until=0)) == [("Rope", 0, FASTER, 1.0), ("Rope", 1, FASTER, 1.0)]
 
 
 def test_runs_of_one_op_each_add_up(bench: Bench, tmp_path: Path) -> None:
@@ -79,18 +80,20 @@ def test_runs_of_one_op_each_add_up(bench: Bench, tmp_path: Path) -> None:
     bench("--only", "MoeRoute", "--out", out)
     bench("--only", "Rope", "--out", out)
     last = bench("--only", "MoeRoute", "--out", out, seconds=2.0)
-    assert rows(last) == [("Rope", b, False, 1.0) for b in (0, 1)] + [("MoeRoute", b, False, 2.0) for b in (2, 3)]
+    assert rows(last) == [("Rope", b, FASTER, 1.0) for b in (0, 1)] + [("MoeRoute", b, FASTER, 2.0) for b in (2, 3)]
     assert not (tmp_path / "results").exists()
 
 
-def test_a_run_with_sm90a_stands_beside_the_one_without(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_wgmma_stands_beside_the_one_with_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench("--only", "Rope")
-    monkeypatch.setenv("LLMEXPORT_SM90A", "1")
-    with_it = bench("--only", "Rope", seconds=0.5)
-    assert rows(with_it) == [("Rope", b, on, 0.5 if on else 1.0) for on in (False, True) for b in (0, 1)]
-    assert with_it["sm90a"] is True
-    monkeypatch.setenv("LLMEXPORT_SM90A", "0")
-    assert rows(bench("--only", "Rope", seconds=2.0))[2:] == [("Rope", b, False, 2.0) for b in (0, 1)]
+    wanted = [("Rope", b, FASTER, 1.0) for b in (0, 1)]
+    for said, use, seconds in (("1", "always", 0.5), ("0", "never", 0.25)):
+        monkeypatch.setenv("LLMEXPORT_SM90A", said)
+        found = bench("--only", "Rope", seconds=seconds)
+        wanted += [("Rope", b, use, seconds) for b in (0, 1)]
+        assert (rows(found), found["wgmma"]) == (wanted, use)
+    monkeypatch.delenv("LLMEXPORT_SM90A")
+    assert rows(bench("--only", "Rope", seconds=0.75))[4:] == [("Rope", b, FASTER, 0.75) for b in (0, 1)]
 
 
 def test_rows_of_other_kernels_or_commits_go(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,12 @@ def machine(request: pytest.FixtureRequest) -> Machine:
     return Machine(Library(emulated_library()), CpuMemory)
 
 
+@pytest.fixture(autouse=True)
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test is of the kernels for every GPU, unless it asks for others."""
+    monkeypatch.setenv("LLMEXPORT_SM90A", "0")
+
+
 @pytest.fixture
 def wgmma_count() -> Callable[[], int]:
     """How many the kernels of this process have finished, on the emulator."""
@@ -43,7 +49,7 @@ def wgmma_count() -> Callable[[], int]:
 
 @pytest.fixture
 def wgmmas(machine: Machine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Kernels are asked to use wgmma, and the test's do; on the emulator, which counts."""
+    """Kernels use wgmma wherever they can, and the test's do; on the emulator, which counts."""
     monkeypatch.setenv("LLMEXPORT_SM90A", "1")
     if machine.memory is not CpuMemory:
         yield
@@ -52,16 +58,3 @@ def wgmmas(machine: Machine, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
     before = count()
     yield
     assert count() > before
-
-
-@pytest.fixture(params=["", "0"])
-def unasked(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, wgmma_count: Callable[[], int]
-) -> Iterator[None]:
-    """Kernels are not asked to use wgmma, and the test's do not."""
-    if machine.memory is not CpuMemory:
-        pytest.skip("the emulator counts")
-    monkeypatch.setenv("LLMEXPORT_SM90A", request.param)
-    before = wgmma_count()
-    yield
-    assert wgmma_count() == before

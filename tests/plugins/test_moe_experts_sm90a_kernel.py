@@ -5,6 +5,8 @@ On a GPU that is no sm_90 these are the portable path's numbers once more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from kernel_numbers import HALVES
@@ -134,6 +136,15 @@ def test_the_rest_is_right_with_the_switch_on(machine: Machine, node: Node, dtyp
     assert is_right(machine, node, dtype)
 
 
-@pytest.mark.usefixtures("unasked")
-def test_nothing_uses_it_unasked(machine: Machine) -> None:
+@pytest.mark.parametrize("said", [None, "0"])
+def test_is_used_unless_kept_out(
+    machine: Machine, wgmma_count: Callable[[], int], monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    if machine.memory is not CpuMemory:
+        pytest.skip("the emulator counts")
+    monkeypatch.delenv(SWITCH)
+    if said:
+        monkeypatch.setenv(SWITCH, said)
+    before = wgmma_count()
     assert is_right(machine, NODES[0], "bf16")
+    assert (wgmma_count() > before) == (said is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from attention_nodes import Shape, near
 from native import beside_emulated
 from plugin_host import Machine
+from plugin_memory import CpuMemory
 
 HERE = Path(__file__).parent
 FP32, FP16, BF16 = range(3)
@@ -52,9 +54,37 @@ def test_takes_prefill_of_16_bits_on_sm90_alone(
     assert library.attention_on_sm90a(given, dtype, ctypes.c_bool(aligned), capability) == taken
 
 
-@pytest.mark.usefixtures("unasked")
-def test_nothing_uses_it_unasked(machine: Machine) -> None:
-    assert near(machine, Shape(1, 1, 1, 65, 65, 64), "bf16")
+# By tokens, keys, head size and window.
+FASTER = [(65, 65, 64, 0), (65, 65, 64, 65), (40, 2000, 64, 1024), (65, 600, 128, 512), (128, 200, 256, 20)]
+SLOWER = [(65, 66, 64, 65), (40, 2000, 64, 1023), (65, 600, 128, 511), (127, 200, 256, 0)]
+
+
+@pytest.mark.parametrize(
+    ("size", "said", "taken"),
+    [
+        *((size, None, True) for size in FASTER),
+        *((size, None, False) for size in SLOWER),
+        *((SLOWER[0], said, said == "1") for said in ("1", "0", "2", "")),
+        (FASTER[0], "0", False),
+    ],
+)
+def test_is_used_where_it_is_faster_or_asked_for(
+    machine: Machine,
+    wgmma_count: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int, int, int],
+    said: str | None,
+    taken: bool,
+) -> None:
+    if machine.memory is not CpuMemory:
+        pytest.skip("the emulator counts")
+    monkeypatch.delenv("LLMEXPORT_SM90A")
+    if said is not None:
+        monkeypatch.setenv("LLMEXPORT_SM90A", said)
+    tokens, keys, head, window = size
+    before = wgmma_count()
+    assert near(machine, Shape(1, 2, 1, tokens, keys, head, window=window), "bf16")
+    assert (wgmma_count() > before) == taken
 
 
 def test_tiles_fit_into_shared_memory(library: ctypes.CDLL) -> None:
