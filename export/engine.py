@@ -83,7 +83,7 @@ def build(
         engine = Engine(
             backend=backend,
             version=version,
-            target=chosen.target.format(_text(least)) + (f", as weights are {why}" if why else ""),
+            target=chosen.runs_on(_text(least)) + (f", as weights are {why}" if why else ""),
             least=least if chosen.least or why else None,
             built_on=built_on,
             arch=export.arch,

@@ -89,7 +89,7 @@ def make_engine(
     engine = Engine(
         backend="tensorrt-rtx",
         version="1.7.1.116",
-        target="NVIDIA GPUs of compute capability 8.0 and later",
+        target="NVIDIA GPUs of compute capability 8.0 and later, but not 9.x (H100, H200), 10.x (B200), 11.x (Thor)",
         least=(8, 0),
         built_on=None,
         arch="llama",

@@ -14,7 +14,7 @@ USE_RTX = "POLYGRAPHY_USE_TENSORRT_RTX"
 # Of TensorRT-RTX's diagnostics, by name, what there is to do.
 CURES = {
     "VERSION_MISMATCH": "install the version that built it",
-    "UNSUPPORTED_CC": "it is not for this GPU, build it for it",
+    "UNSUPPORTED_CC": "it does not run on this GPU, build it here with --backend tensorrt",
     "OLD_CUDA_DRIVER": "update the driver",
     "OLD_CUDA_RUNTIME": "update the CUDA runtime",
     "INSUFFICIENT_GPU_MEMORY": "free memory of the GPU",

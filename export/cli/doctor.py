@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 
 import click
 
+from llmexport.export import device
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.device import DRIVER
+from llmexport.export.engine_backend import BACKENDS
 from llmexport.plugins.cache_folder import cache_folder, trusted_folder
 from llmexport.plugins.errors import CacheError
 
@@ -77,8 +79,18 @@ def examine() -> list[Finding]:
         findings.append(Finding(tool, path, False, "plugins build", "" if path else fix))
     driver = _loadable(DRIVER)
     findings.append(Finding("NVIDIA driver", driver, False, "running engines", "" if driver else "a GPU machine"))
+    if driver:
+        findings.append(_gpu())
     findings.append(_cache())
     return findings
+
+
+def _gpu() -> Finding:
+    here = device.first()
+    if isinstance(here, str):
+        return Finding("GPU", "", False, "running engines", here)
+    remarks = (f"engines of {name} run {said}" for name, b in BACKENDS.items() if (said := b.remark(here)))
+    return Finding("GPU", here.text, False, "running engines", "; ".join(remarks))
 
 
 def _loadable(library: str) -> str:

@@ -105,10 +105,19 @@ def summary(engine: Engine) -> list[tuple[str, str]]:
         ("plugin layers", plugins or "none: our ops are built from their bodies, see `llmexport plugins build`"),
         *_kernels(engine),
         *_weights(engine),
-        ("runs on", engine.target),
+        ("runs on", "; ".join(filter(None, (engine.target, _remark(engine))))),
         ("weights read", engine.checked),
         ("built in", f"{sum(p.seconds for p in plans):.1f} s"),
     ]
+
+
+def _remark(engine: Engine) -> str:
+    """Whether it is not for the GPU that is here."""
+    from llmexport.export import device
+    from llmexport.export.engine_backend import BACKENDS
+
+    here = device.first()
+    return BACKENDS[engine.backend].remark(here) if isinstance(here, device.Device) else ""
 
 
 def _kernels(engine: Engine) -> list[tuple[str, str]]:

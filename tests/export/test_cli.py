@@ -18,9 +18,10 @@ from commands import Run, runner
 from layouts import mxfp4
 from safetensors.numpy import load_file, save_file
 
-from llmexport.export import archs, engine, output, random_checkpoint, trace
+from llmexport.export import archs, device, engine, output, random_checkpoint, trace
 from llmexport.export.cli.console import Console
 from llmexport.export.cli.main import COMMANDS
+from llmexport.export.device import Device
 from llmexport.export.errors import EngineError
 from llmexport.plugins import library
 from llmexport.plugins.spec import all_ops
@@ -397,6 +398,22 @@ def test_doctor_names_the_command_that_fixes_what_is_missing(run: Run, monkeypat
     monkeypatch.setattr(doctor, "_version", lambda name: "" if name == "tensorrt-rtx" else found(name))
     code, out, _ = run("doctor")
     assert (code, "pip install tensorrt-rtx" in out) == (2, True)
+
+
+@pytest.mark.parametrize("here", [Device("NVIDIA H200", (9, 0)), Device("NVIDIA L4", (8, 9)), "no GPU is found here"])
+def test_doctor_says_what_does_not_run_on_the_gpu(
+    run: Run, monkeypatch: pytest.MonkeyPatch, here: Device | str
+) -> None:
+    from llmexport.export.cli import doctor
+
+    monkeypatch.setattr(doctor, "_loadable", lambda library: library)
+    monkeypatch.setattr(device, "first", lambda: here)
+    _, out, _ = run("doctor", "--json")
+    [gpu] = [f for f in json.loads(out) if f["what"] == "GPU"]
+    fix = "engines of tensorrt-rtx run not on the NVIDIA H200 (compute capability 9.0) that is here: install tensorrt, "
+    fixes = {"NVIDIA H200": fix + "and take --backend tensorrt", "NVIDIA L4": ""}
+    wanted = (here.text, fixes[here.name]) if isinstance(here, Device) else ("", here)
+    assert (gpu["found"], gpu["fix"]) == wanted
 
 
 def test_deploy_asks_for_a_missing_backend_before_it_does_anything(

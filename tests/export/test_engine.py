@@ -196,7 +196,7 @@ def test_engine_json_says_what_was_built_of_what(exported: Export, tmp_path: Pat
         "format": 4,
         "backend": "tensorrt-rtx",
         "version": importlib.metadata.version("tensorrt_rtx"),
-        "target": "NVIDIA GPUs of compute capability 8.0 and later",
+        "target": "NVIDIA GPUs of compute capability 8.0 and later, but not 9.x (H100, H200), 10.x (B200), 11.x (Thor)",
         "least": [8, 0],
         "built_on": None,
         "arch": "llama",

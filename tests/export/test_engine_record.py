@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from engine_folder import PLAN, make_engine
 
-from llmexport.export import engine_backend, engine_record
+from llmexport.export import device, engine_backend, engine_record
 from llmexport.export.cli.engine import summary
 from llmexport.export.device import Device
 from llmexport.export.errors import EngineError
 
+B200 = Device("B200", (10, 0))
+CURE = "install tensorrt, and take --backend tensorrt"
 H200, H100, A100 = Device("H200", (9, 0)), Device("H100", (9, 0)), Device("A100", (8, 0))
 
 
@@ -209,3 +211,34 @@ def test_a_model_whose_weights_are_all_small_says_that_none_lies_beside_the_plan
     assert "weights" not in dict(summary(engine))
     beside = dataclasses.replace(engine, weights_at="beside")
     assert dict(summary(beside))["weights"] == "in the plan, as none is large enough to lie beside it"
+
+
+@pytest.mark.parametrize(
+    ("backend", "here", "says"),
+    [
+        ("tensorrt-rtx", A100, ""),
+        ("tensorrt-rtx", Device("RTX 5090", (12, 0)), ""),
+        ("tensorrt-rtx", "no GPU is found here", ""),
+        ("tensorrt", H200, ""),
+        *(("tensorrt-rtx", gpu, f"; not on the {gpu.text} that is here: {CURE}") for gpu in (H200, B200)),
+    ],
+)
+def test_a_gpu_that_the_plan_does_not_run_on_is_said_where_it_is_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, backend: str, here: Device | str, says: str
+) -> None:
+    monkeypatch.setattr(device, "first", lambda: here)
+    engine = dataclasses.replace(engine_record.read(folder), backend=backend)
+    assert dict(summary(engine))["runs on"] == engine.target + says
+
+
+@pytest.mark.parametrize(
+    ("least", "says"),
+    [
+        ("8.0", "8.0 and later, but not 9.x (H100, H200), 10.x (B200), 11.x (Thor)"),
+        ("8.9", "8.9 and later, but not 9.x (H100, H200), 10.x (B200), 11.x (Thor)"),
+        ("10.0", "10.0 and later, but not 10.x (B200), 11.x (Thor)"),
+        ("12.0", "12.0 and later"),
+    ],
+)
+def test_what_tensorrt_rtx_leaves_out_is_in_its_target(least: str, says: str) -> None:
+    assert engine_backend.BACKENDS["tensorrt-rtx"].runs_on(least) == f"NVIDIA GPUs of compute capability {says}"

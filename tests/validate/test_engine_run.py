@@ -156,7 +156,7 @@ def test_what_tensorrt_rtx_says_against_a_plan_is_said_with_the_cure(tmp_path: P
     folder, stand = make_engine(tmp_path / "out"), stand_for(api)
     flags = stand.trt.EngineInvalidityDiagnostics
     for found, says in (
-        (flags.UNSUPPORTED_CC, "UNSUPPORTED_CC: it is not for this GPU, build it for it"),
+        (flags.UNSUPPORTED_CC, "UNSUPPORTED_CC: it does not run on this GPU, build it here with --backend tensorrt"),
         (flags.OLD_CUDA_DRIVER | flags.CUDA_ERROR, "CUDA_ERROR; OLD_CUDA_DRIVER: update the driver"),
         (0, "it gives no reason"),
     ):
