@@ -68,7 +68,7 @@ def caching(command: F) -> F:
             show_default=True,
             help="A dynamic cache grows and is copied at every step; a static one has its size from the start and is "
             "written in place, which serving wants. Of static-fused an op of ours writes keys and values, with what "
-            "makes them, for TensorRT with our plugins: two launches a layer less, and not run on a GPU yet.",
+            "makes them, for TensorRT with our plugins: two launches a layer less, in no engine on a GPU yet.",
         ),
     ):
         command = option(command)
