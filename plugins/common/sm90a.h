@@ -14,8 +14,8 @@
 
 namespace llmexport {
 
-// When wgmma and TMA are taken, of what they serve: where they are faster, unless $LLMEXPORT_SM90A
-// is 0, which keeps them out, or 1.
+// When wgmma and TMA are taken, of what they serve: where they are the faster ones, but always if
+// $LLMEXPORT_SM90A is 1, and never if it is 0.
 enum class WgmmaUse { kWhereFaster, kNever, kAlways };
 inline WgmmaUse wgmmaUse() {
   char const* const said = std::getenv("LLMEXPORT_SM90A");
