@@ -272,7 +272,10 @@ cudaError_t moeExperts(Dtype dtype, MoeExpertsSizes const& s,
                        void* workspace, Device const& device, cudaStream_t stream) {
   if (!moeExpertsServes(s, attributes)) return cudaErrorInvalidValue;
   if (s.tokens * s.hidden == 0) return cudaSuccess;
-  bool const isAligned = aligned({t.x, t.gateUp, t.down, t.y, workspace});
+  // Scales of MXFP4 alone are copied by whole vectors.
+  bool const isAligned = aligned({t.x, t.gateUp, t.down, t.y, workspace}) &&
+                         (!isMxfp4Alone(attributes.format, t.gateUpFactors != nullptr) ||
+                          aligned({t.gateUpScales, t.downScales}));
   MoeExpertsPlan const plan = moeExpertsPlan(
       s, dtype, {t.stored, attributes.format, attributes.group, t.gateUpFactors != nullptr},
       isAligned, device);

@@ -113,13 +113,15 @@ __device__ __forceinline__ uint32_t mxfp4Bytes(uint32_t nibbles, uint32_t flippe
 }
 
 // Decodes a block's 32 values as pairs of values that follow each other, scaled and rounded to T as
-// decodeMxfp4 does; a negative zero becomes a positive one.
+// decodeMxfp4 does; a negative zero becomes a positive one. A block that is not `there` has zeros,
+// and any byte for a scale, which is not infinity then.
 //
 // A word takes 17 instructions: 2 shifts, a complement, 4 looks into tables, 2 sums, 4 pairs of
 // bytes, 4 fused products.
 template <class T>
 __device__ __forceinline__ void decodeMxfp4Block(uint32_t (&pairs)[4][4],
-                                                 Vector<uint32_t, 4> const& words, int scale) {
+                                                 Vector<uint32_t, 4> const& words, int scale,
+                                                 bool there) {
   using Bytes = Mxfp4Bytes<T>;
   int near = scale < Bytes::kMost ? scale : Bytes::kMost;
   if (Bytes::kLeast > 0 && near < Bytes::kLeast) near = Bytes::kLeast;
@@ -140,7 +142,7 @@ __device__ __forceinline__ void decodeMxfp4Block(uint32_t (&pairs)[4][4],
   // What is left of the scale makes an infinity of all but zeros from 15 on, the most of fp16.
   constexpr int kInfinite = 255, kMostLeft = 15;
   int const left = scale - near < kMostLeft ? scale - near : kMostLeft;
-  float const wide = mxfp4Scale(scale == kInfinite ? kInfinite : kMxfp4One + left);
+  float const wide = mxfp4Scale(scale == kInfinite && there ? kInfinite : kMxfp4One + left);
   uint32_t const rest = packed<T>(wide, wide);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -2,7 +2,7 @@
 //
 // For few rows, as in decode: an H100 reads 3.35 TB/s, 12.8 bytes a cycle of each of its 132 SMs at
 // 1.98 GHz, which issue 4 instructions of warps a cycle at most, 2 of those of integers and bits. A
-// warp takes 425 instructions on SM 90, 224 of those, for its 2048 bytes of a stage of MXFP4 in
+// warp takes 423 instructions on SM 90, 222 of those, for its 2048 bytes of a stage of MXFP4 in
 // bf16: 4.8 bytes an instruction, so that 12.8 bytes need 2.7 a cycle, 1.4 of those. The 4.8 TB/s
 // of an H200, 18.4 bytes, need 3.8 and 2.0; it reads 16.5 bytes, 4.3 TB/s, at most, which need 3.4
 // and 1.8. Shared memory takes 40 KB for 8192 bytes of weights: those twice, and 8 KB of inputs
@@ -67,28 +67,43 @@ __device__ __forceinline__ void multiplyPacked(Sums<S>& sums, T const* input, in
 
 // Where a lane that takes whole blocks finds what it multiplies in every stage: block `part` of the
 // four of its warp's depth, of every eighth column.
-template <class S>
+template <class W, class S>
 struct LanePlaces {
-  int input;          // of a chunk of its first row
-  int block, scales;  // of its first column
+  int its;    // the block of a stage's
+  int input;  // of a chunk of its first row
+  int block;  // of its first column
+  // Of MXFP4, of its first column; how far from there that of the next is, and the next but one.
+  int scale, toOdd, toNext;
 
-  __device__ __forceinline__ LanePlaces(int warpDepth, int warpColumn) {
+  __device__ __forceinline__ LanePlaces(Projection const& p, int warpDepth, int warpColumn) {
     static_assert(S::kDepth == S::kWarpsDeep * kLaneBlocks * kPackedBlock);
     int const lane = threadIdx.x % kWarp, group = lane / 4;
-    int const its = warpDepth * kLaneBlocks + lane % 4;
+    its = warpDepth * kLaneBlocks + lane % 4;
     input = blockwiseChunkAt<S::kDepth / kChunk>(group, its * (kPackedBlock / kChunk));
     block = blockAt<S>(its, warpColumn + group);
-    scales = its * kScalePitch<S> + warpColumn + group;
     // They are not computed anew in every stage.
     keepInLoop(input);
     keepInLoop(block);
-    keepInLoop(scales);
+    if constexpr (kIsMxfp4<W>) {
+      int const blocks = p.depth / kMoeScaleBlock;
+      scale = scaleRow<S>(p, warpColumn + group) * blocks + its;
+      toOdd = scaleRow<S>(p, kMmaColumns) * blocks;
+      toNext = scaleRow<S>(p, 2 * kMmaColumns) * blocks;
+      keepInLoop(scale);
+      keepInLoop(toOdd);
+      keepInLoop(toNext);
+    }
+  }
+
+  // The place of the scale of its j-th column.
+  __device__ __forceinline__ int scaleOf(int j) const {
+    return scale + j % 2 * toOdd + j / 2 * toNext;
   }
 };
 
 // In its place where they take parts of blocks.
 struct NoPlaces {
-  __device__ __forceinline__ NoPlaces(int, int) {}
+  __device__ __forceinline__ NoPlaces(Projection const&, int, int) {}
 };
 
 // The same where lanes take whole blocks, in each product the pairs of half a word's values. Scales

@@ -6,9 +6,9 @@
 
 namespace llmexport {
 
-// Reads the scales of a tile of MXFP4, [blocks, kScalePitch]; a scale is 1 where there are no
-// weights. They are few, and their bytes no multiple of a copy's, so that all are read before the
-// first step.
+// Reads the scales of a tile of MXFP4 for many rows, [blocks, kScalePitch]; a scale is 1 where
+// there are no weights. They are few, and a row's bytes no multiple of a copy's, so that all are
+// read before the first step.
 template <class S>
 __device__ __forceinline__ void loadScales(Projection const& p, Share const& share,
                                            unsigned char* scales) {
@@ -38,6 +38,39 @@ __device__ __forceinline__ void loadScales(Projection const& p, Share const& sha
         scales[block * kScalePitch<S> + first + i * kWarps] = read[i];
       }
     }
+  }
+}
+
+// The row of a tile's scales, as they are stored, that belongs to column `c` of the tile.
+template <class S>
+__device__ __forceinline__ int scaleRow(Projection const& p, int c) {
+  if (!p.gated) return c;
+  int const column = c / (2 * kChunk) * kChunk + c % kChunk, isUp = c / kChunk % 2;
+  return p.interleaved ? 2 * column + isUp : isUp * (S::kColumns / 2) + column;
+}
+
+// Starts to copy the scales of a tile of MXFP4 as they are stored, [kColumns, blocks]: one run of
+// rows or, where gates and ups are in halves, two. Both of a node's depths are whole blocks, so
+// that columns come by 32: all runs begin at multiples of 32 bytes, and a warp of 32 columns has
+// all of its scales or works on none.
+template <class S>
+__device__ __forceinline__ void copyScales(Projection const& p, Share const& share,
+                                           unsigned char* scales) {
+  constexpr int kCopyBytes = 16, kHalf = S::kColumns / 2;
+  static_assert(kHalf == kPackedBlock && S::kWarpColumns == kPackedBlock);
+  int const blocks = p.depth / kMoeScaleBlock, copies = S::kColumns / kCopyBytes * blocks;
+  bool const inHalves = p.gated && !p.interleaved;
+  int const first = share.columnTile * (inHalves ? kHalf : S::kColumns);
+  int const rest = p.width() - first, there = rest < S::kColumns ? rest : S::kColumns;
+  auto const* const from =
+      static_cast<unsigned char const*>(p.scales) + place(share.expert, p.width(), first) * blocks;
+  // Ups are a whole width of columns after their gates, less the gates that lie before them here.
+  int64_t const apart = int64_t(p.columns - kHalf) * blocks;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < copies; i += S::kThreads) {
+    bool const isUp = inHalves && i >= copies / 2;
+    copyAsync16(scales + i * kCopyBytes, from + i * kCopyBytes + (isUp ? apart : 0),
+                i * kCopyBytes < there * blocks);
   }
 }
 

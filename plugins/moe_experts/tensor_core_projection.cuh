@@ -174,7 +174,11 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
     weights.start(shared + i * Layout::kBytes + Layout::kInputBytes, i * S::kDepth);
   }
   unsigned char* const scales = shared + Layout::kAllBytes;
-  if constexpr (kIsMxfp4<W>) loadScales<S>(p, share, scales);
+  if constexpr (kIsMxfp4<W> && S::kBlockwise) {
+    copyScales<S>(p, share, scales);
+  } else if constexpr (kIsMxfp4<W>) {
+    loadScales<S>(p, share, scales);
+  }
   std::conditional_t<kHasEntries<W>, EntryCopies<W, S>, NoEntries> entries;
 #pragma unroll 1
   for (int i = 0; i < S::kStages - 1 && i * S::kDepth < p.depth; ++i) {
@@ -199,7 +203,8 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
   bool const adjacent = kTransposed && p.gated && p.interleaved;
   bool const works =
       warpRow < share.rows && weightColumn<S>(p, share.columnTile, warpColumn, adjacent) >= 0;
-  std::conditional_t<S::kBlockwise, LanePlaces<S>, NoPlaces> const places(warpDepth, warpColumn);
+  std::conditional_t<S::kBlockwise, LanePlaces<W, S>, NoPlaces> const places(p, warpDepth,
+                                                                             warpColumn);
   Sums<S> sums = {};
   int stage = 0;  // the place in bytes of this step's tiles
 #pragma unroll 1
@@ -219,13 +224,15 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
       T const* const input = reinterpret_cast<T const*>(shared + stage);
       unsigned char const* const weight = shared + stage + Layout::kInputBytes;
       auto const* const its = reinterpret_cast<Entry const*>(shared + stage + kEntriesAt);
-      unsigned char const* const stored = scales + depth / kPackedBlock * kScalePitch<S>;
+      unsigned char const* const stored =
+          scales + depth / kPackedBlock * (S::kBlockwise ? 1 : kScalePitch<S>);
       if constexpr (S::kBlockwise) {
         auto decode = [&](uint32_t (&b)[4][4], int j) {
           int const slot = places.block + j * kMmaColumns;
           if constexpr (kIsMxfp4<W>) {
             decodeMxfp4Block<T>(b, load<4>(reinterpret_cast<uint32_t const*>(weight) + slot * 4),
-                                stored[places.scales + j * kMmaColumns]);
+                                stored[places.scaleOf(j)],
+                                depth + places.its * kPackedBlock < p.depth);
           } else {
             decodePackedBlock<T, W>(b, weight + slot * kBlockBytes<W>,
                                     its + slot * (kPackedBlock / kEntryDepth<W>), p.format);

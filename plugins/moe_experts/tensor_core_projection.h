@@ -97,8 +97,10 @@ __host__ __device__ constexpr int blockAt(int block, int column) {
   return block * S::kColumns + (column ^ moved);
 }
 
-// Scales of MXFP4 in shared memory are [blocks of whole stages, kScalePitch]: rows of an odd number
-// of words begin in different banks.
+// Scales of MXFP4 in shared memory, where lanes take whole blocks, are [kColumns, blocks], as they
+// are stored; a lane that is past the depth reads those of the next column, or what follows the
+// last. Otherwise they are [blocks of whole stages, kScalePitch]: rows of an odd number of words
+// begin in different banks.
 template <class S>
 constexpr int kScalePitch = S::kColumns + 4;
 template <class S>
@@ -113,9 +115,12 @@ struct StageLayout {
   static constexpr int kEntries = kHasEntries<W> ? S::kColumns * S::kDepth / kEntryDepth<W> : 0;
   static constexpr int kBytes = kInputBytes + kWeightBytes + kEntries * int(sizeof(Entry));
   static constexpr int kAllBytes = S::kStages * kBytes;
+  static constexpr int kBlocksDeep = S::kDepth / kPackedBlock;
 
   static constexpr size_t sharedBytes(int depth) {
-    return kAllBytes + (kIsMxfp4<W> ? size_t(kScalePitch<S>) * scaleBlocks<S>(depth) : 0);
+    if (!kIsMxfp4<W>) return kAllBytes;
+    return kAllBytes + (S::kBlockwise ? S::kColumns * size_t(depth / kPackedBlock) + kBlocksDeep
+                                      : size_t(kScalePitch<S>) * scaleBlocks<S>(depth));
   }
 };
 

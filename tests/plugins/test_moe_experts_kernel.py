@@ -25,7 +25,7 @@ from moe_nodes import (
 )
 from native import ORDERS, SANITIZE
 from pairwise import pairwise
-from plugin_host import DTYPES, Machine, computed
+from plugin_host import DTYPES, Machine, computed, lay_out
 
 from llmexport.plugins.host import Refused
 
@@ -152,6 +152,29 @@ def test_every_mxfp4_value(machine: Machine, dtype: str, tokens: int) -> None:
     y = computed(machine.library.create("MoeExperts", attributes), machine.memory(), inputs)[0][0]
     values = dequantised(node, 1, [t[0] for t in inputs[3:]]).astype(DTYPES[dtype])
     assert (y == values.T[np.arange(node.T) % BLOCK]).all()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinite_scale_shows_in_its_column_alone(machine: Machine, dtype: str, interleaved: bool) -> None:
+    """A row's scales are followed by the next row's, which steps deeper than the row meet."""
+    node = Node(3, 1, 1, 64, 96, activation="swiglu_clamped", interleaved=interleaved, biases=True, stored=MXFP4)
+    inputs = node.inputs(dtype)
+    inputs[8][0, 5, 0], inputs[8][0, 40, 2] = 255, 255
+    found = np.isfinite(run(machine, node, inputs).astype(np.float32))[0]
+    assert (found == ~np.isin(np.arange(64), (5, 40))).all()
+
+
+@pytest.mark.parametrize("tokens", [5, 65])
+@pytest.mark.parametrize("which", [7, 8])
+def test_misaligned_scales_of_mxfp4(machine: Machine, which: int, tokens: int) -> None:
+    node = Node(tokens, 2, 4, 96, 64, biases=True, stored=MXFP4)
+    inputs, memory = node.inputs("bf16"), machine.memory()
+    laid = lay_out(machine.library.create("MoeExperts", node.attributes), memory, inputs)
+    content = np.concatenate([np.zeros(1, np.uint8), inputs[which].reshape(-1)])
+    laid.inputs[which] = memory.place(content) + 1
+    laid.enqueue(memory.stream)
+    assert is_near(node, laid.results()[0], exact(node, inputs, "bf16"), "bf16")
 
 
 SCALED_SIZES = [(1, 1, 16, 72, 40), (33, 1, 4, 72, 40), (65, 2, 2, 40, 72), (9, 2, 4, 37, 19)]

@@ -218,6 +218,14 @@ def test_real_models_run_on_tensor_cores_two_blocks_or_more_to_an_sm(plan: Plann
         assert 2 * (max(p.up.shared, p.down.shared) + beside) <= A100[1] + SHARED_KEPT
 
 
+@pytest.mark.parametrize("hidden", [32, 96, 2880])
+def test_decode_of_mxfp4_has_each_scale_once_in_shared_memory(plan: Planned, hidden):
+    """A tile's 64 columns of them, and those that the last column's lanes read beyond the depth."""
+    of_256 = (256 // 32) * 65
+    all_but_scales = plan((1, 4, 32, 256, 2880), BF16, MXFP4).up.shared - of_256
+    assert plan((1, 4, 32, hidden, 2880), BF16, MXFP4).up.shared - all_but_scales == hidden // 32 * 64 + 8
+
+
 @pytest.mark.parametrize(("device", "resident"), [(H100, (2, 2)), (A100, (1, 2)), (RTX5090, (1, 1))])
 def test_a_long_prompt_has_as_many_blocks_as_run_at_a_time(plan: Planned, device, resident):
     for stored, blocks in zip((BF16, MXFP4), resident, strict=True):
