@@ -104,51 +104,61 @@ struct Mxfp4Bytes<Half> {
   static constexpr int kPower = -103, kLeast = 104, kMost = 133;
 };
 
-// The bytes 64 + c of four nibbles. A nibble's fourth bit, the sign, makes a byte of one table 0,
-// and its complement, in `flipped`, a byte of the other.
-__device__ __forceinline__ uint32_t mxfp4Bytes(uint32_t nibbles, uint32_t flipped) {
-  constexpr uint32_t kPositive[] = {0x43424140, 0x4C484644}, kNegative[] = {0x3D3E3F40, 0x34383A3C};
-  return pickBytes(kPositive[0], kPositive[1], nibbles) +
-         pickBytes(kNegative[0], kNegative[1], flipped);
-}
+// Tables of the bytes 64 + c of nibbles. A nibble's fourth bit, the sign, makes a byte of one table
+// 0, and its complement, in `flipped`, a byte of the other.
+struct Mxfp4Tables {
+  int positive = 0x43424140, negative = 0x3D3E3F40;  // their first halves
 
-// Decodes a block's 32 values as pairs of values that follow each other, scaled and rounded to T as
-// decodeMxfp4 does; a negative zero becomes a positive one. A block that is not `there` has zeros,
-// and any byte for a scale, which is not infinity then.
+  __device__ __forceinline__ uint32_t bytes(uint32_t nibbles, uint32_t flipped) const {
+    return pickBytes(positive, 0x4C484644, nibbles) + pickBytes(negative, 0x34383A3C, flipped);
+  }
+};
+
+// A block of 32 values, which are decoded a word of eight at a time, as pairs of values that follow
+// each other, scaled and rounded to T as decodeMxfp4 does; a negative zero becomes a positive one.
+// A block that is not `there` has zeros, and any byte for a scale, which is not infinity then.
 //
 // A word takes 17 instructions: 2 shifts, a complement, 4 looks into tables, 2 sums, 4 pairs of
 // bytes, 4 fused products.
 template <class T>
-__device__ __forceinline__ void decodeMxfp4Block(uint32_t (&pairs)[4][4],
-                                                 Vector<uint32_t, 4> const& words, int scale,
-                                                 bool there) {
+struct Mxfp4Block {
   using Bytes = Mxfp4Bytes<T>;
-  int near = scale < Bytes::kMost ? scale : Bytes::kMost;
-  if (Bytes::kLeast > 0 && near < Bytes::kLeast) near = Bytes::kLeast;
-  uint32_t const power = uint32_t(near + Bytes::kPower) * Bytes::kOne, less = power + Bytes::kLess;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  Vector<uint32_t, 4> words;
+  int scale, near;  // of the scales of one product, `near` is the nearest
+  bool there;
+
+  __device__ __forceinline__ static Mxfp4Block of(Vector<uint32_t, 4> const& words, int scale,
+                                                  bool there) {
+    int const near = scale < Bytes::kMost ? scale : Bytes::kMost;
+    bool const isLess = Bytes::kLeast > 0 && near < Bytes::kLeast;
+    return {words, scale, isLess ? Bytes::kLeast : near, there};
+  }
+
+  // Word i; only if kRare may the scale be rare.
+  template <bool kRare>
+  __device__ __forceinline__ void decode(uint32_t (&pairs)[4], int i,
+                                         Mxfp4Tables const& tables) const {
+    uint32_t const power = uint32_t(near + Bytes::kPower) * Bytes::kOne;
+    uint32_t const less = power + Bytes::kLess;
     uint32_t const word = words.at[i], flipped = word ^ 0x88888888u;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t const bytes = mxfp4Bytes(word >> 16 * half, flipped >> 16 * half);
+      uint32_t const bytes = tables.bytes(word >> 16 * half, flipped >> 16 * half);
       uint32_t const first = pickBytes(bytes, Bytes::kAbove, 0x4140);
       uint32_t const second = pickBytes(bytes, Bytes::kAbove, 0x4342);
-      pairs[i][2 * half] = multiplyAdd<T>(first, power, less);
-      pairs[i][2 * half + 1] = multiplyAdd<T>(second, power, less);
+      pairs[2 * half] = multiplyAdd<T>(first, power, less);
+      pairs[2 * half + 1] = multiplyAdd<T>(second, power, less);
+    }
+    if constexpr (kRare) {
+      // What is left of the scale makes an infinity of all but zeros from 15 on, the most of fp16.
+      constexpr int kInfinite = 255, kMostLeft = 15;
+      int const left = scale - near < kMostLeft ? scale - near : kMostLeft;
+      float const wide = mxfp4Scale(scale == kInfinite && there ? kInfinite : kMxfp4One + left);
+      uint32_t const rest = packed<T>(wide, wide);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) pairs[j] = multiplyAdd<T>(pairs[j], rest, 0);
     }
   }
-  if (near == scale) return;
-  // What is left of the scale makes an infinity of all but zeros from 15 on, the most of fp16.
-  constexpr int kInfinite = 255, kMostLeft = 15;
-  int const left = scale - near < kMostLeft ? scale - near : kMostLeft;
-  float const wide = mxfp4Scale(scale == kInfinite && there ? kInfinite : kMxfp4One + left);
-  uint32_t const rest = packed<T>(wide, wide);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) pairs[i][j] = multiplyAdd<T>(pairs[i][j], rest, 0);
-  }
-}
+};
 
 }  // namespace llmexport

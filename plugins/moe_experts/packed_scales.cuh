@@ -196,28 +196,40 @@ __device__ __forceinline__ void decodePacked(uint32_t (&pairs)[4], unsigned char
   }
 }
 
-// Decodes a column's whole block, 32 values, as pairs of values that follow each other.
-template <class T, class W>
-__device__ __forceinline__ void decodePackedBlock(uint32_t (&pairs)[4][4],
-                                                  unsigned char const* block, Entry const* entries,
-                                                  WeightFormat format) {
-  constexpr bool kHalf = kBits<W> == 4;
-  constexpr int kEntries = kPackedBlock / kEntryDepth<W>;
-  auto const its = load<2 * kEntries>(reinterpret_cast<uint32_t const*>(entries));
-  auto const* const words = reinterpret_cast<uint32_t const*>(block);
-  Vector<uint32_t, 4> const read[] = {load<4>(words), load<4>(words + (kHalf ? 0 : 4))};
+// A column's whole block of 32 values and its entries. They are decoded eight at a time, as pairs
+// of values that follow each other.
+template <class W>
+struct PackedBlock {
+  static constexpr bool kHalf = kBits<W> == 4;
+  static constexpr int kEntries = kPackedBlock / kEntryDepth<W>;
+  Vector<uint32_t, 4> words[kHalf ? 1 : 2];
+  Vector<uint32_t, 2 * kEntries> entries;
+
+  __device__ __forceinline__ static PackedBlock of(unsigned char const* block, Entry const* its) {
+    PackedBlock read;
+    read.entries = load<2 * kEntries>(reinterpret_cast<uint32_t const*>(its));
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < (kHalf ? 1 : 2); ++i) {
+      read.words[i] = load<4>(reinterpret_cast<uint32_t const*>(block) + 4 * i);
+    }
+    return read;
+  }
+
+  // Eight values from 8 * i on.
+  template <class T>
+  __device__ __forceinline__ void decode(uint32_t (&pairs)[4], int i, WeightFormat format) const {
     int const entry = i * kEntries / 4;
-    float const scale = bitsAs<float>(its.at[2 * entry]);
-    uint32_t const zero = its.at[2 * entry + 1];
+    float const scale = bitsAs<float>(entries.at[2 * entry]);
+    uint32_t const zero = entries.at[2 * entry + 1];
     __half2 wide[4];
     float values[8];
-    if constexpr (kHalf) decode4Bits(wide, read[0].at[i], format, zero);
+    if constexpr (kHalf) decode4Bits(wide, words[0].at[i], format, zero);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      uint32_t const word = read[i / 2].at[(2 * i + j / 2) % 4];
-      if constexpr (!kHalf) wide[j] = pairOf8Bits(word >> j % 2 * 8, format, zero);
+      if constexpr (!kHalf) {
+        uint32_t const word = words[i / 2].at[(2 * i + j / 2) % 4];
+        wide[j] = pairOf8Bits(word >> j % 2 * 8, format, zero);
+      }
       float2 const two = __half22float2(wide[j]);
       // Of 4 bits values j and j + 4 are a pair, of 8 bits every other.
       int const at = kHalf ? j : j / 2 * 4 + j % 2;
@@ -225,8 +237,8 @@ __device__ __forceinline__ void decodePackedBlock(uint32_t (&pairs)[4][4],
       values[at + (kHalf ? 4 : 2)] = two.y * scale;
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) pairs[i][j] = packed<T>(values[2 * j], values[2 * j + 1]);
+    for (int j = 0; j < 4; ++j) pairs[j] = packed<T>(values[2 * j], values[2 * j + 1]);
   }
-}
+};
 
 }  // namespace llmexport

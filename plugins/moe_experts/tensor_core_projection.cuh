@@ -7,7 +7,7 @@
 
 #include "common/early_launch.cuh"
 #include "common/tensor_core.cuh"
-#include "moe_experts/packed_products.cuh"
+#include "moe_experts/blockwise_products.cuh"
 
 namespace llmexport {
 
@@ -212,6 +212,14 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
     waitCopies<S::kStages - 2>();
     // All threads see this step's tiles, and all are done with the step before.
     __syncthreads();
+    T const* const input = reinterpret_cast<T const*>(shared + stage);
+    unsigned char const* const weight = shared + stage + Layout::kInputBytes;
+    auto const* const its = reinterpret_cast<Entry const*>(shared + stage + kEntriesAt);
+    unsigned char const* const stored =
+        scales + depth / kPackedBlock * (S::kBlockwise ? 1 : kScalePitch<S>);
+    // Blocks are read before copies start, behind whose code their wait is hidden.
+    using Blocks = std::conditional_t<S::kBlockwise && kIsMxfp4<W>, Mxfp4Blocks<T, W, S>, NoBlocks>;
+    [[maybe_unused]] Blocks const blocks(weight, stored, places, p.depth - depth);
     int const next = depth + (S::kStages - 1) * S::kDepth;
     int const freed = (stage == 0 ? Layout::kAllBytes : stage) - Layout::kBytes;
     if (next < p.depth) {
@@ -221,24 +229,10 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
     }
     commitCopies();
     if (works) {
-      T const* const input = reinterpret_cast<T const*>(shared + stage);
-      unsigned char const* const weight = shared + stage + Layout::kInputBytes;
-      auto const* const its = reinterpret_cast<Entry const*>(shared + stage + kEntriesAt);
-      unsigned char const* const stored =
-          scales + depth / kPackedBlock * (S::kBlockwise ? 1 : kScalePitch<S>);
-      if constexpr (S::kBlockwise) {
-        auto decode = [&](uint32_t (&b)[4][4], int j) {
-          int const slot = places.block + j * kMmaColumns;
-          if constexpr (kIsMxfp4<W>) {
-            decodeMxfp4Block<T>(b, load<4>(reinterpret_cast<uint32_t const*>(weight) + slot * 4),
-                                stored[places.scaleOf(j)],
-                                depth + places.its * kPackedBlock < p.depth);
-          } else {
-            decodePackedBlock<T, W>(b, weight + slot * kBlockBytes<W>,
-                                    its + slot * (kPackedBlock / kEntryDepth<W>), p.format);
-          }
-        };
-        multiplyBlockwise<T, S>(sums, input, places.input, decode);
+      if constexpr (S::kBlockwise && kIsMxfp4<W>) {
+        blocks.multiply(sums, input, places);
+      } else if constexpr (S::kBlockwise) {
+        multiplyEntries<T>(sums, input, weight, its, places, p.format);
       } else if constexpr (kIsMxfp4<W> || kHasEntries<W>) {
         auto decode = [&](uint32_t (&b)[4], int block, int column, int part) {
           int const slot = blockAt<S>(block, column);

@@ -99,8 +99,8 @@ __host__ __device__ constexpr int blockAt(int block, int column) {
 
 // Scales of MXFP4 in shared memory, where lanes take whole blocks, are [kColumns, blocks], as they
 // are stored; a lane that is past the depth reads those of the next column, or what follows the
-// last. Otherwise they are [blocks of whole stages, kScalePitch]: rows of an odd number of words
-// begin in different banks.
+// last. Rows of 128 bytes, and of multiples of that, begin in the same bank. Otherwise they are
+// [blocks of whole stages, kScalePitch]: rows of an odd number of words begin in different banks.
 template <class S>
 constexpr int kScalePitch = S::kColumns + 4;
 template <class S>

@@ -119,8 +119,10 @@ __global__ void decodeAll(uint16_t* values) {
 template <class T>
 __global__ void decodeBlocks(uint16_t* values) {
   Vector<uint32_t, 4> const words{0x76543210u, 0xFEDCBA98u, 0x89ABCDEFu, 0x01234567u};
+  auto const block = Mxfp4Block<T>::of(words, int(threadIdx.x), true);
   uint32_t decoded[4][4];
-  decodeMxfp4Block<T>(decoded, words, int(threadIdx.x));
+  for (int i = 0; i < 4; ++i)
+    block.template decode<true>(decoded[i], i, {});
   for (int i = 0; i < 32; ++i) {
     values[threadIdx.x * 32 + i] = uint16_t(decoded[i / 8][i / 2 % 4] >> i % 2 * 16);
   }
