@@ -218,6 +218,13 @@ def test_real_models_run_on_tensor_cores_two_blocks_or_more_to_an_sm(plan: Plann
         assert 2 * (max(p.up.shared, p.down.shared) + beside) <= A100[1] + SHARED_KEPT
 
 
+def test_four_blocks_of_decode_of_mxfp4_share_an_sm(plan: Planned):
+    """As many as have registers: another warp works where one waits."""
+    p = plan((64, *MODELS["gpt-oss"]), BF16, MXFP4)
+    a_block = max(p.up.shared, p.down.shared) + PROJECTION_STATIC + SHARED_KEPT
+    assert 4 * a_block <= H100[1] + SHARED_KEPT
+
+
 @pytest.mark.parametrize("hidden", [32, 96, 2880])
 def test_decode_of_mxfp4_has_each_scale_once_in_shared_memory(plan: Planned, hidden):
     """A tile's 64 columns of them, and those that the last column's lanes read beyond the depth."""
