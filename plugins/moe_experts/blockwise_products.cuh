@@ -20,11 +20,14 @@ struct LanePlaces {
   int its;    // the block of a stage's
   int input;  // of a chunk of its first row
   int block;  // of its first column
-  // Of MXFP4, of its first column; how far from there that of the next is, and the next but one.
+  // Of its first column's scales, of MXFP4 of this block's; how far from there those of the next
+  // are, and of the next but one.
   int scale, toOdd, toNext;
   Mxfp4Tables tables;
+  float factors[2];  // of its columns in turn
 
-  __device__ __forceinline__ LanePlaces(Projection const& p, int warpDepth, int warpColumn) {
+  __device__ __forceinline__ LanePlaces(Projection const& p, int expert, int warpDepth,
+                                        int warpColumn) {
     static_assert(S::kDepth == S::kWarpsDeep * kLaneBlocks * kPackedBlock);
     int const lane = threadIdx.x % kWarp, group = lane / 4;
     its = warpDepth * kLaneBlocks + lane % 4;
@@ -33,24 +36,32 @@ struct LanePlaces {
     // They are not computed anew in every stage.
     keepInLoop(input);
     keepInLoop(block);
-    if constexpr (kIsMxfp4<W>) {
-      int const blocks = p.depth / kMoeScaleBlock;
-      scale = scaleRow<S>(p, warpColumn + group) * blocks + its;
-      toOdd = scaleRow<S>(p, kMmaColumns) * blocks;
-      toNext = scaleRow<S>(p, 2 * kMmaColumns) * blocks;
+    if constexpr (kHasRawScales<W, S>) {
+      scale = scaleRow<S>(p, warpColumn + group) * p.groups + (kIsMxfp4<W> ? its : 0);
+      toOdd = scaleRow<S>(p, kMmaColumns) * p.groups;
+      toNext = scaleRow<S>(p, 2 * kMmaColumns) * p.groups;
       keepInLoop(scale);
       keepInLoop(toOdd);
       keepInLoop(toNext);
+    }
+    if constexpr (kIsMxfp4<W>) {
       // The compiler does not see that this is 0: it would copy a constant for every use.
       int const none = int(unsigned(p.depth) % kPackedBlock * threadIdx.x);
       tables.positive += none;
       tables.negative += none;
       keepInLoop(tables.positive);
       keepInLoop(tables.negative);
+    } else if constexpr (kHasRawScales<W, S>) {
+      // A tile has eight gates and the eight ups that belong to them in turn.
+      static_assert(kMmaColumns == kChunk);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        factors[i] = p.factors ? p.factors[p.gated ? 2 * expert + i : expert] : 1.0f;
+      }
     }
   }
 
-  // The place of the scale of its j-th column.
+  // The place of the scales of its j-th column.
   __device__ __forceinline__ int scaleOf(int j) const {
     return scale + j % 2 * toOdd + j / 2 * toNext;
   }
@@ -58,7 +69,7 @@ struct LanePlaces {
 
 // In its place where they take parts of blocks.
 struct NoPlaces {
-  __device__ __forceinline__ NoPlaces(Projection const&, int, int) {}
+  __device__ __forceinline__ NoPlaces(Projection const&, int, int, int) {}
 };
 
 // The same as multiplyPacked where lanes take whole blocks, in each product the pairs of half a
@@ -139,7 +150,7 @@ struct NoBlocks {
   __device__ __forceinline__ NoBlocks(unsigned char const*, unsigned char const*, P const&, int) {}
 };
 
-// A stage's products of weights that have entries.
+// A stage's products of weights of 8 bits, which have entries.
 template <class T, class W, class S>
 __device__ __forceinline__ void multiplyEntries(Sums<S>& sums, T const* input,
                                                 unsigned char const* weights, Entry const* entries,
@@ -149,49 +160,62 @@ __device__ __forceinline__ void multiplyEntries(Sums<S>& sums, T const* input,
 #pragma unroll
   for (int j = 0; j < S::kColumnTiles; ++j) {
     int const at = places.block + j * kMmaColumns;
-    blocks[j] =
-        PackedBlock<W>::of(weights + at * kBlockBytes<W>, entries + at * PackedBlock<W>::kEntries);
+    blocks[j].readWords(weights + at * kBlockBytes<W>);
+    static_assert(PackedBlock<W>::kEntries == 1);
+    blocks[j].entries[0] = entries[at];
   }
   multiplyBlockwise<T, S>(sums, input, places.input, [&](uint32_t(&pairs)[4], int j, int i) {
     blocks[j].template decode<T>(pairs, i, format);
   });
 }
 
-// Adds the sums of warps that have the same columns to those of the first, in the order of their
-// depths; `parts` is shared memory that nothing else uses.
-template <class S>
-__device__ __forceinline__ void addParts(Sums<S>& sums, float* parts, int warpDepth) {
-  constexpr int kSums = S::kColumnTiles * 4, kApart = S::kWarpsAcross * kWarp;
-  float* const its = parts + threadIdx.x % kApart;
-  if (warpDepth > 0) {
+// The same of 4 bits, whose scales are as they are stored. A block past the depth has the last
+// scale of its column, for the inputs there are 0.
+template <class T, WeightFormat kFormat, class W, class S>
+__device__ __forceinline__ void multiplyRawOf(Sums<S>& sums, T const* input,
+                                              unsigned char const* weights,
+                                              unsigned char const* scales,
+                                              LanePlaces<W, S> const& places, Projection const& p,
+                                              int depth) {
+  constexpr int kEntries = PackedBlock<W>::kEntries;
+  constexpr bool kHasZeros = kFormat == WeightFormat::kUint4;
+  unsigned char const* const zeros = scales + S::kColumns * sizeof(float) * p.groups;
+  PackedBlock<W> blocks[S::kColumnTiles];
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      its[((warpDepth - 1) * kSums + i) * kApart] = sums[0][i / 4][i % 4];
+  for (int e = 0; e < kEntries; ++e) {
+    int const k = depth + places.its * kPackedBlock + e * kEntryDepth<W>;
+    int const group = p.groupOf(k < p.depth ? k : p.depth - 1);
+#pragma unroll
+    for (int j = 0; j < S::kColumnTiles; ++j) {
+      int const at = places.scaleOf(j) + group;
+      uint32_t const bits = kHasZeros ? reinterpret_cast<uint32_t const*>(scales)[at] : scales[at];
+      uint32_t const zero = kHasZeros && p.zeros ? zeros[at] : 8;
+      blocks[j].entries[e] = entryOf(scaleOf(bits, kFormat) * places.factors[j % 2], zero);
     }
   }
-  __syncthreads();
-  if (warpDepth > 0) return;
-#pragma unroll
-  for (int i = 0; i < (S::kWarpsDeep - 1) * kSums; ++i) {
-    sums[0][i % kSums / 4][i % 4] += its[i * kApart];
-  }
-}
-
-// Rounds the first warps' sums into a tile; its rows are the columns of multiplyBlockwise's
-// products.
-template <class T, class S, int kPitch>
-__device__ __forceinline__ void storeTurned(Sums<S> const& sums, T* tile, int warpDepth,
-                                            int warpColumn) {
-  int const lane = threadIdx.x % kWarp;
-  if (warpDepth > 0) return;
 #pragma unroll
   for (int j = 0; j < S::kColumnTiles; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      int const row = j % 2 * 8 + lane % 4 * 2 + e % 2;
-      int const column = warpColumn + (j / 2 * 2 + e / 2) * kMmaColumns + lane / 4;
-      tile[row * kPitch + column] = fromFloat<T>(sums[0][j][e]);
-    }
+    blocks[j].readWords(weights + (places.block + j * kMmaColumns) * kBlockBytes<W>);
+  }
+  multiplyBlockwise<T, S>(sums, input, places.input, [&](uint32_t(&pairs)[4], int j, int i) {
+    blocks[j].template decode<T>(pairs, i, kFormat);
+  });
+}
+
+// A stage's products of weights of 4 bits but those of MXFP4 alone. Each form has code of its own,
+// without branches.
+template <class T, class W, class S>
+__device__ __forceinline__ void multiplyRaw(Sums<S>& sums, T const* input,
+                                            unsigned char const* weights,
+                                            unsigned char const* scales,
+                                            LanePlaces<W, S> const& places, Projection const& p,
+                                            int depth) {
+  if (p.format == WeightFormat::kUint4) {
+    multiplyRawOf<T, WeightFormat::kUint4>(sums, input, weights, scales, places, p, depth);
+  } else if (p.format == WeightFormat::kNvfp4) {
+    multiplyRawOf<T, WeightFormat::kNvfp4>(sums, input, weights, scales, places, p, depth);
+  } else {
+    multiplyRawOf<T, WeightFormat::kMxfp4>(sums, input, weights, scales, places, p, depth);
   }
 }
 

@@ -26,28 +26,35 @@ struct Tile {
 };
 
 template <class W, class S>
-Tile tileOf(MoeExpertsSizes const& sizes) {
+Tile tileOf(MoeExpertsSizes const& sizes, WeightForm const& weights) {
   using Layout = StageLayout<W, S>;
   return {S::kRows,
           S::kColumns,
           S::kThreads,
           S::kPersistent ? S::kBlocks : 0,
-          Layout::sharedBytes(int(sizes.hidden)),
-          Layout::sharedBytes(int(sizes.intermediate))};
+          Layout::sharedBytes(int(sizes.hidden), weights),
+          Layout::sharedBytes(int(sizes.intermediate), weights)};
 }
 
-// The tile of few rows if an expert would get no more than that, with the pairs spread evenly.
+bool fitsEverywhere(Tile const& tile) {
+  return std::max(tile.sharedUp, tile.sharedDown) + kSharedBeside <= kLeastSharedBytes;
+}
+
+// The tile of few rows if an expert would get no more than that, with the pairs spread evenly; and
+// if its scales do not take too much.
 template <class W>
-Tile tileFor(MoeExpertsSizes const& sizes) {
-  using Few = typename Tiles<W>::Few;
-  return sizes.pairs() <= Few::kRows * sizes.experts ? tileOf<W, Few>(sizes)
-                                                     : tileOf<W, typename Tiles<W>::Many>(sizes);
+Tile tileFor(MoeExpertsSizes const& sizes, WeightForm const& weights) {
+  Tile const few = tileOf<W, typename Tiles<W>::Few>(sizes, weights);
+  return sizes.pairs() <= few.rows * sizes.experts && fitsEverywhere(few)
+             ? few
+             : tileOf<W, typename Tiles<W>::Many>(sizes, weights);
 }
 
 Tile fastTile(MoeExpertsSizes const& sizes, WeightForm const& weights) {
-  if (weights.format == WeightFormat::kPlain) return tileFor<Half>(sizes);
-  if (isMxfp4Alone(weights.format, weights.hasFactors)) return tileFor<Mxfp4>(sizes);
-  return is4Bit(weights.format) ? tileFor<Packed4>(sizes) : tileFor<Packed8>(sizes);
+  if (weights.format == WeightFormat::kPlain) return tileFor<Half>(sizes, weights);
+  if (isMxfp4Alone(weights.format, weights.hasFactors)) return tileFor<Mxfp4>(sizes, weights);
+  return is4Bit(weights.format) ? tileFor<Packed4>(sizes, weights)
+                                : tileFor<Packed8>(sizes, weights);
 }
 
 // Whether rows of so many weights are whole copies, and each entry has one scale.
@@ -130,10 +137,9 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype, WeightF
   bool const vectors =
       pointersAligned && sizes.hidden % kChunk == 0 && sizes.intermediate % kChunk == 0;
   Tile const fast = fastTile(sizes, weights);
-  plan.onTensorCores =
-      vectors && dtype != Dtype::kFloat32 && weights.stored != Stored::kFloat32 &&
-      fitsBlocks(sizes.hidden, weights) && fitsBlocks(sizes.intermediate, weights) &&
-      std::max(fast.sharedUp, fast.sharedDown) + kSharedBeside <= kLeastSharedBytes;
+  plan.onTensorCores = vectors && dtype != Dtype::kFloat32 && weights.stored != Stored::kFloat32 &&
+                       fitsBlocks(sizes.hidden, weights) &&
+                       fitsBlocks(sizes.intermediate, weights) && fitsEverywhere(fast);
   Tile const tile = plan.onTensorCores ? fast : kScalarTile;
   plan.sorted = sizes.pairs() > kUnsortedPairs;
   plan.tileRows = tile.rows;
@@ -272,10 +278,10 @@ cudaError_t moeExperts(Dtype dtype, MoeExpertsSizes const& s,
                        void* workspace, Device const& device, cudaStream_t stream) {
   if (!moeExpertsServes(s, attributes)) return cudaErrorInvalidValue;
   if (s.tokens * s.hidden == 0) return cudaSuccess;
-  // Scales of MXFP4 alone are copied by whole vectors.
+  // Scales and zero points of 4 bits are copied by whole vectors.
   bool const isAligned = aligned({t.x, t.gateUp, t.down, t.y, workspace}) &&
-                         (!isMxfp4Alone(attributes.format, t.gateUpFactors != nullptr) ||
-                          aligned({t.gateUpScales, t.downScales}));
+                         (!is4Bit(attributes.format) ||
+                          aligned({t.gateUpScales, t.downScales, t.gateUpZeros, t.downZeros}));
   MoeExpertsPlan const plan = moeExpertsPlan(
       s, dtype, {t.stored, attributes.format, attributes.group, t.gateUpFactors != nullptr},
       isAligned, device);

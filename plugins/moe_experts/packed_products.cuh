@@ -56,4 +56,42 @@ __device__ __forceinline__ void multiplyPacked(Sums<S>& sums, T const* input, in
   }
 }
 
+// Adds the sums of warps that have the same columns to those of the first, in the order of their
+// depths; `parts` is shared memory that nothing else uses.
+template <class S>
+__device__ __forceinline__ void addParts(Sums<S>& sums, float* parts, int warpDepth) {
+  constexpr int kSums = S::kColumnTiles * 4, kApart = S::kWarpsAcross * kWarp;
+  float* const its = parts + threadIdx.x % kApart;
+  if (warpDepth > 0) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      its[((warpDepth - 1) * kSums + i) * kApart] = sums[0][i / 4][i % 4];
+    }
+  }
+  __syncthreads();
+  if (warpDepth > 0) return;
+#pragma unroll
+  for (int i = 0; i < (S::kWarpsDeep - 1) * kSums; ++i) {
+    sums[0][i % kSums / 4][i % 4] += its[i * kApart];
+  }
+}
+
+// Rounds the first warps' sums into a tile; its rows are the columns of multiplyBlockwise's
+// products.
+template <class T, class S, int kPitch>
+__device__ __forceinline__ void storeTurned(Sums<S> const& sums, T* tile, int warpDepth,
+                                            int warpColumn) {
+  int const lane = threadIdx.x % kWarp;
+  if (warpDepth > 0) return;
+#pragma unroll
+  for (int j = 0; j < S::kColumnTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      int const row = j % 2 * 8 + lane % 4 * 2 + e % 2;
+      int const column = warpColumn + (j / 2 * 2 + e / 2) * kMmaColumns + lane / 4;
+      tile[row * kPitch + column] = fromFloat<T>(sums[0][j][e]);
+    }
+  }
+}
+
 }  // namespace llmexport

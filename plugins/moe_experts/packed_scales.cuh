@@ -2,7 +2,7 @@
 #pragma once
 
 #include "moe_experts/packed_weights.cuh"
-#include "moe_experts/tile_copies.cuh"
+#include "moe_experts/raw_scales.cuh"
 
 namespace llmexport {
 
@@ -41,37 +41,15 @@ __device__ __forceinline__ void loadScales(Projection const& p, Share const& sha
   }
 }
 
-// The row of a tile's scales, as they are stored, that belongs to column `c` of the tile.
-template <class S>
-__device__ __forceinline__ int scaleRow(Projection const& p, int c) {
-  if (!p.gated) return c;
-  int const column = c / (2 * kChunk) * kChunk + c % kChunk, isUp = c / kChunk % 2;
-  return p.interleaved ? 2 * column + isUp : isUp * (S::kColumns / 2) + column;
+__device__ __forceinline__ float scaleOf(uint32_t bits, WeightFormat format) {
+  return format == WeightFormat::kNvfp4 ? e4m3Value(bits)
+         : isMicroscaling(format)       ? mxfp4Scale(int(bits))
+                                        : bitsAs<float>(bits);
 }
 
-// Starts to copy the scales of a tile of MXFP4 as they are stored, [kColumns, blocks]: one run of
-// rows or, where gates and ups are in halves, two. Both of a node's depths are whole blocks, so
-// that columns come by 32: all runs begin at multiples of 32 bytes, and a warp of 32 columns has
-// all of its scales or works on none.
-template <class S>
-__device__ __forceinline__ void copyScales(Projection const& p, Share const& share,
-                                           unsigned char* scales) {
-  constexpr int kCopyBytes = 16, kHalf = S::kColumns / 2;
-  static_assert(kHalf == kPackedBlock && S::kWarpColumns == kPackedBlock);
-  int const blocks = p.depth / kMoeScaleBlock, copies = S::kColumns / kCopyBytes * blocks;
-  bool const inHalves = p.gated && !p.interleaved;
-  int const first = share.columnTile * (inHalves ? kHalf : S::kColumns);
-  int const rest = p.width() - first, there = rest < S::kColumns ? rest : S::kColumns;
-  auto const* const from =
-      static_cast<unsigned char const*>(p.scales) + place(share.expert, p.width(), first) * blocks;
-  // Ups are a whole width of columns after their gates, less the gates that lie before them here.
-  int64_t const apart = int64_t(p.columns - kHalf) * blocks;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < copies; i += S::kThreads) {
-    bool const isUp = inHalves && i >= copies / 2;
-    copyAsync16(scales + i * kCopyBytes, from + i * kCopyBytes + (isUp ? apart : 0),
-                i * kCopyBytes < there * blocks);
-  }
+__device__ __forceinline__ Entry entryOf(float scale, uint32_t zero) {
+  constexpr uint32_t kTwice = 0x00010001, kIn1024 = 0x6400;
+  return {scale, (kIn1024 | zero) * kTwice};
 }
 
 // A thread's entries of a stage, [kDepth / kPackedBlock, kColumns, kPerBlock], all of one column. A
@@ -110,13 +88,9 @@ struct EntryCopies {
   }
 
   __device__ __forceinline__ void store(Projection const& p, unsigned char* stage) const {
-    constexpr uint32_t kTwice = 0x00010001, kIn1024 = 0x6400;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      float const scale = p.format == WeightFormat::kNvfp4 ? e4m3Value(scales[i])
-                          : isMicroscaling(p.format)       ? mxfp4Scale(int(scales[i]))
-                                                           : bitsAs<float>(scales[i]);
-      Entry const entry{scale * factor, (kIn1024 | zeros[i]) * kTwice};
+      Entry const entry = entryOf(scaleOf(scales[i], p.format) * factor, zeros[i]);
       int const block = i * kApart + threadIdx.x / kInBlock;
       int const column = threadIdx.x / kPerBlock % S::kColumns;
       int const to = blockAt<S>(block, column) * kPerBlock + threadIdx.x % kPerBlock;
@@ -203,24 +177,19 @@ struct PackedBlock {
   static constexpr bool kHalf = kBits<W> == 4;
   static constexpr int kEntries = kPackedBlock / kEntryDepth<W>;
   Vector<uint32_t, 4> words[kHalf ? 1 : 2];
-  Vector<uint32_t, 2 * kEntries> entries;
+  Entry entries[kEntries];
 
-  __device__ __forceinline__ static PackedBlock of(unsigned char const* block, Entry const* its) {
-    PackedBlock read;
-    read.entries = load<2 * kEntries>(reinterpret_cast<uint32_t const*>(its));
+  __device__ __forceinline__ void readWords(unsigned char const* block) {
 #pragma unroll
     for (int i = 0; i < (kHalf ? 1 : 2); ++i) {
-      read.words[i] = load<4>(reinterpret_cast<uint32_t const*>(block) + 4 * i);
+      words[i] = load<4>(reinterpret_cast<uint32_t const*>(block) + 4 * i);
     }
-    return read;
   }
 
   // Eight values from 8 * i on.
   template <class T>
   __device__ __forceinline__ void decode(uint32_t (&pairs)[4], int i, WeightFormat format) const {
-    int const entry = i * kEntries / 4;
-    float const scale = bitsAs<float>(entries.at[2 * entry]);
-    uint32_t const zero = entries.at[2 * entry + 1];
+    auto const [scale, zero] = entries[i * kEntries / 4];
     __half2 wide[4];
     float values[8];
     if constexpr (kHalf) decode4Bits(wide, words[0].at[i], format, zero);

@@ -174,12 +174,12 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
     weights.start(shared + i * Layout::kBytes + Layout::kInputBytes, i * S::kDepth);
   }
   unsigned char* const scales = shared + Layout::kAllBytes;
-  if constexpr (kIsMxfp4<W> && S::kBlockwise) {
-    copyScales<S>(p, share, scales);
+  if constexpr (kHasRawScales<W, S>) {
+    copyScales<W, S>(p, share, scales);
   } else if constexpr (kIsMxfp4<W>) {
     loadScales<S>(p, share, scales);
   }
-  std::conditional_t<kHasEntries<W>, EntryCopies<W, S>, NoEntries> entries;
+  std::conditional_t<Layout::kStaged, EntryCopies<W, S>, NoEntries> entries;
 #pragma unroll 1
   for (int i = 0; i < S::kStages - 1 && i * S::kDepth < p.depth; ++i) {
     entries.load(p, share, i * S::kDepth);
@@ -203,8 +203,8 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
   bool const adjacent = kTransposed && p.gated && p.interleaved;
   bool const works =
       warpRow < share.rows && weightColumn<S>(p, share.columnTile, warpColumn, adjacent) >= 0;
-  std::conditional_t<S::kBlockwise, LanePlaces<W, S>, NoPlaces> const places(p, warpDepth,
-                                                                             warpColumn);
+  std::conditional_t<S::kBlockwise, LanePlaces<W, S>, NoPlaces> const places(p, share.expert,
+                                                                             warpDepth, warpColumn);
   Sums<S> sums = {};
   int stage = 0;  // the place in bytes of this step's tiles
 #pragma unroll 1
@@ -231,6 +231,8 @@ __device__ __forceinline__ bool projectShare(Projection const& p, Routing const&
     if (works) {
       if constexpr (S::kBlockwise && kIsMxfp4<W>) {
         blocks.multiply(sums, input, places);
+      } else if constexpr (kHasRawScales<W, S>) {
+        multiplyRaw(sums, input, weight, scales, places, p, depth);
       } else if constexpr (S::kBlockwise) {
         multiplyEntries<T>(sums, input, weight, its, places, p.format);
       } else if constexpr (kIsMxfp4<W> || kHasEntries<W>) {

@@ -49,11 +49,12 @@ struct Tiles<Mxfp4> {
   using Many = TileShape<128, 128, 64, 2, 4, 3, 2>;
 };
 
-// The others have as many bytes of entries in a stage as of weights, or a fourth. Their many rows
-// leave no registers for a loop over shares.
+// The others have as many bytes of entries in a stage as of weights, or a fourth, but for few rows
+// of 4 bits, whose scales lie beside the stages. Their many rows leave no registers for a loop over
+// shares.
 template <>
 struct Tiles<Packed4> {
-  using Few = TileShape<16, 64, 256, 1, 2, 3, 3, 2>;
+  using Few = TileShape<16, 64, 256, 1, 2, 3, 4, 2>;
   using Many = TileShape<128, 128, 64, 2, 4, 3, 2, 1, false>;
 };
 template <>
@@ -98,10 +99,15 @@ __host__ __device__ constexpr int blockAt(int block, int column) {
   return block * S::kColumns + (column ^ moved);
 }
 
-// Scales of MXFP4 in shared memory, where lanes take whole blocks, are [kColumns, blocks], as they
-// are stored; a lane that is past the depth reads those of the next column, or what follows the
-// last. Rows of 128 bytes, and of multiples of that, begin in the same bank. Otherwise they are
-// [blocks of whole stages, kScalePitch]: rows of an odd number of words begin in different banks.
+// Whether the scales of a tile, and its zero points after them, lie in shared memory as they are
+// stored, [kColumns, groups]; a lane of MXFP4 that is past the depth reads those of the next
+// column, or what follows the last. Rows of 128 bytes, and of multiples of that, begin in the same
+// bank.
+template <class W, class S>
+constexpr bool kHasRawScales = S::kBlockwise && kBits<W> == 4;
+
+// Other scales of MXFP4 in shared memory are [blocks of whole stages, kScalePitch]: rows of an odd
+// number of words begin in different banks.
 template <class S>
 constexpr int kScalePitch = S::kColumns + 4;
 template <class S>
@@ -111,17 +117,21 @@ __host__ __device__ constexpr int scaleBlocks(int depth) {
 
 template <class W, class S>
 struct StageLayout {
+  static constexpr bool kStaged = kHasEntries<W> && !kHasRawScales<W, S>;
   static constexpr int kInputBytes = S::kRows * S::kDepth * 2;
   static constexpr int kWeightBytes = S::kColumns * S::kDepth * kBits<W> / 8;
-  static constexpr int kEntries = kHasEntries<W> ? S::kColumns * S::kDepth / kEntryDepth<W> : 0;
+  static constexpr int kEntries = kStaged ? S::kColumns * S::kDepth / kEntryDepth<W> : 0;
   static constexpr int kBytes = kInputBytes + kWeightBytes + kEntries * int(sizeof(Entry));
   static constexpr int kAllBytes = S::kStages * kBytes;
   static constexpr int kBlocksDeep = S::kDepth / kPackedBlock;
 
-  static constexpr size_t sharedBytes(int depth) {
-    if (!kIsMxfp4<W>) return kAllBytes;
-    return kAllBytes + (S::kBlockwise ? S::kColumns * size_t(depth / kPackedBlock) + kBlocksDeep
-                                      : size_t(kScalePitch<S>) * scaleBlocks<S>(depth));
+  static size_t sharedBytes(int depth, WeightForm const& form) {
+    if constexpr (kHasRawScales<W, S>) {
+      int const group = kIsMxfp4<W> ? kMoeScaleBlock : form.group > 0 ? form.group : 1;
+      int const each = form.format == WeightFormat::kUint4 ? sizeof(float) + sizeof(uint8_t) : 1;
+      return kAllBytes + S::kColumns * each * size_t(ceilDiv(depth, group)) + kBlocksDeep;
+    }
+    return kAllBytes + (kIsMxfp4<W> ? size_t(kScalePitch<S>) * scaleBlocks<S>(depth) : 0);
   }
 };
 

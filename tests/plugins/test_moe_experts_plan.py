@@ -233,6 +233,16 @@ def test_decode_of_mxfp4_has_each_scale_once_in_shared_memory(plan: Planned, hid
     assert plan((1, 4, 32, hidden, 2880), BF16, MXFP4).up.shared - all_but_scales == hidden // 32 * 64 + 8
 
 
+@pytest.mark.parametrize(("group", "few"), [(16, False), (32, True), (128, True)])
+def test_scales_that_leave_no_room_for_few_rows_take_the_tile_of_many(plan: Planned, group, few):
+    """A tile's 64 columns have 5 bytes of a scale and a zero point for each group, beside 48 KB of stages."""
+    p = plan((1, 4, 32, 4096, 2048), BF16, UINT4, group=group)
+    assert p.on_tensor_cores
+    assert (p.tile_rows == FEW_ROWS) == few
+    if few:
+        assert (p.up.shared, p.down.shared) == tuple(3 * 2**14 + 64 * 5 * n // group + 8 for n in (4096, 2048))
+
+
 @pytest.mark.parametrize(("device", "resident"), [(H100, (2, 2)), (A100, (1, 2)), (RTX5090, (1, 1))])
 def test_a_long_prompt_has_as_many_blocks_as_run_at_a_time(plan: Planned, device, resident):
     for stored, blocks in zip((BF16, MXFP4), resident, strict=True):
