@@ -105,6 +105,7 @@ PACKED = [
     Node(7, 2, 4, 288, 64, stored="uint4", group=32, biases=True),
     Node(65, 2, 4, 160, 96, stored="uint4", group=64, biases=True, zeros=True, interleaved=True),
     Node(40, 2, 16, 288, 96, stored="uint4", group=96, biases=True, zeros=True, chosen=2),
+    Node(7, 2, 4, 160, 96, stored="uint4", group=48, biases=True, zeros=True, factors=True, interleaved=True),
     Node(20, 1, 4, 38, 18, stored="uint4", group=7, biases=True, zeros=True, factors=True),
     Node(7, 2, 4, 96, 64, stored="uint8", group=32, biases=True, zeros=True),
     Node(65, 2, 2, 48, 40, stored="uint8", group=24, biases=True, interleaved=True),
@@ -154,25 +155,35 @@ def test_every_mxfp4_value(machine: Machine, dtype: str, tokens: int) -> None:
     assert (y == values.T[np.arange(node.T) % BLOCK]).all()
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_infinite_scale_shows_in_its_column_alone(machine: Machine, dtype: str, interleaved: bool) -> None:
+@pytest.mark.parametrize(
+    ("stored", "group", "scale", "interleaved", "dtype"),
+    [
+        (*form, *case)
+        for form in [(MXFP4, 32, 255), ("nvfp4", 16, 127), ("uint4", 48, np.inf)]
+        for case in pairwise((False, True), [*DTYPES])
+    ],
+)
+def test_an_infinite_scale_shows_in_its_column_alone(
+    machine: Machine, dtype: str, stored: str, group: int, scale: float, interleaved: bool
+) -> None:
     """A row's scales are followed by the next row's, which steps deeper than the row meet."""
-    node = Node(3, 1, 1, 64, 96, activation="swiglu_clamped", interleaved=interleaved, biases=True, stored=MXFP4)
+    node = Node(3, 1, 1, 64, 96, interleaved=interleaved, biases=True, stored=stored, group=group)
     inputs = node.inputs(dtype)
-    inputs[8][0, 5, 0], inputs[8][0, 40, 2] = 255, 255
+    inputs[8][0, 5, 0], inputs[8][0, 40, -1] = scale, scale
     found = np.isfinite(run(machine, node, inputs).astype(np.float32))[0]
     assert (found == ~np.isin(np.arange(64), (5, 40))).all()
 
 
 @pytest.mark.parametrize("tokens", [5, 65])
-@pytest.mark.parametrize("which", [7, 8])
-def test_misaligned_scales_of_mxfp4(machine: Machine, which: int, tokens: int) -> None:
-    node = Node(tokens, 2, 4, 96, 64, biases=True, stored=MXFP4)
+@pytest.mark.parametrize(
+    ("stored", "which"), [(MXFP4, 7), (MXFP4, 8), ("uint4", 7), ("uint4", 8), ("uint4", 11), ("uint4", 12)]
+)
+def test_misaligned_scales_and_zero_points_of_4_bits(machine: Machine, stored: str, which: int, tokens: int) -> None:
+    node = Node(tokens, 2, 4, 96, 64, biases=True, stored=stored, zeros=stored == "uint4")
     inputs, memory = node.inputs("bf16"), machine.memory()
     laid = lay_out(machine.library.create("MoeExperts", node.attributes), memory, inputs)
-    content = np.concatenate([np.zeros(1, np.uint8), inputs[which].reshape(-1)])
-    laid.inputs[which] = memory.place(content) + 1
+    shifted = np.concatenate([inputs[which].reshape(-1)[:1], inputs[which].reshape(-1)])
+    laid.inputs[which] = memory.place(shifted.view(np.uint8)) + shifted.itemsize
     laid.enqueue(memory.stream)
     assert is_near(node, laid.results()[0], exact(node, inputs, "bf16"), "bf16")
 
