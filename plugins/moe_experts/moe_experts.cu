@@ -36,25 +36,27 @@ Tile tileOf(MoeExpertsSizes const& sizes, WeightForm const& weights) {
           Layout::sharedBytes(int(sizes.intermediate), weights)};
 }
 
-bool fitsEverywhere(Tile const& tile) {
-  return std::max(tile.sharedUp, tile.sharedDown) + kSharedBeside <= kLeastSharedBytes;
+bool fits(Tile const& tile, Device const& device) {
+  return std::max(tile.sharedUp, tile.sharedDown) + kSharedBeside <= device.sharedBytes;
 }
 
 // The tile of few rows if an expert would get no more than that, with the pairs spread evenly; and
-// if its scales do not take too much.
+// if its scales leave it room.
 template <class W>
-Tile tileFor(MoeExpertsSizes const& sizes, WeightForm const& weights) {
+Tile tileFor(MoeExpertsSizes const& sizes, WeightForm const& weights, Device const& device) {
   Tile const few = tileOf<W, typename Tiles<W>::Few>(sizes, weights);
-  return sizes.pairs() <= few.rows * sizes.experts && fitsEverywhere(few)
+  return sizes.pairs() <= few.rows * sizes.experts && fits(few, device)
              ? few
              : tileOf<W, typename Tiles<W>::Many>(sizes, weights);
 }
 
-Tile fastTile(MoeExpertsSizes const& sizes, WeightForm const& weights) {
-  if (weights.format == WeightFormat::kPlain) return tileFor<Half>(sizes, weights);
-  if (isMxfp4Alone(weights.format, weights.hasFactors)) return tileFor<Mxfp4>(sizes, weights);
-  return is4Bit(weights.format) ? tileFor<Packed4>(sizes, weights)
-                                : tileFor<Packed8>(sizes, weights);
+Tile fastTile(MoeExpertsSizes const& sizes, WeightForm const& weights, Device const& device) {
+  if (weights.format == WeightFormat::kPlain) return tileFor<Half>(sizes, weights, device);
+  if (isMxfp4Alone(weights.format, weights.hasFactors)) {
+    return tileFor<Mxfp4>(sizes, weights, device);
+  }
+  return is4Bit(weights.format) ? tileFor<Packed4>(sizes, weights, device)
+                                : tileFor<Packed8>(sizes, weights, device);
 }
 
 // Whether rows of so many weights are whole copies, and each entry has one scale.
@@ -136,10 +138,10 @@ MoeExpertsPlan moeExpertsPlan(MoeExpertsSizes const& sizes, Dtype dtype, WeightF
   MoeExpertsPlan plan{};
   bool const vectors =
       pointersAligned && sizes.hidden % kChunk == 0 && sizes.intermediate % kChunk == 0;
-  Tile const fast = fastTile(sizes, weights);
+  Tile const fast = fastTile(sizes, weights, device);
   plan.onTensorCores = vectors && dtype != Dtype::kFloat32 && weights.stored != Stored::kFloat32 &&
                        fitsBlocks(sizes.hidden, weights) &&
-                       fitsBlocks(sizes.intermediate, weights) && fitsEverywhere(fast);
+                       fitsBlocks(sizes.intermediate, weights) && fits(fast, device);
   Tile const tile = plan.onTensorCores ? fast : kScalarTile;
   plan.sorted = sizes.pairs() > kUnsortedPairs;
   plan.tileRows = tile.rows;

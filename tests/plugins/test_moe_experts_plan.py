@@ -233,14 +233,24 @@ def test_decode_of_mxfp4_has_each_scale_once_in_shared_memory(plan: Planned, hid
     assert plan((1, 4, 32, hidden, 2880), BF16, MXFP4).up.shared - all_but_scales == hidden // 32 * 64 + 8
 
 
-@pytest.mark.parametrize(("group", "few"), [(16, False), (32, True), (128, True)])
-def test_scales_that_leave_no_room_for_few_rows_take_the_tile_of_many(plan: Planned, group, few):
+@pytest.mark.parametrize(
+    ("hidden", "group", "device", "few"),
+    [
+        (4096, 16, RTX5090, False),
+        (4096, 32, RTX5090, True),
+        (4096, 128, RTX5090, True),
+        (4096, 16, A100, True),
+        (8192, 16, A100, False),
+        (8192, 16, H100, True),
+    ],
+)
+def test_scales_that_leave_no_room_for_few_rows_take_the_tile_of_many(plan: Planned, hidden, group, device, few):
     """A tile's 64 columns have 5 bytes of a scale and a zero point for each group, beside 48 KB of stages."""
-    p = plan((1, 4, 32, 4096, 2048), BF16, UINT4, group=group)
+    p = plan((1, 4, 32, hidden, 2048), BF16, UINT4, group=group, device=device)
     assert p.on_tensor_cores
     assert (p.tile_rows == FEW_ROWS) == few
     if few:
-        assert (p.up.shared, p.down.shared) == tuple(3 * 2**14 + 64 * 5 * n // group + 8 for n in (4096, 2048))
+        assert (p.up.shared, p.down.shared) == tuple(3 * 2**14 + 64 * 5 * n // group + 8 for n in (hidden, 2048))
 
 
 @pytest.mark.parametrize(("device", "resident"), [(H100, (2, 2)), (A100, (1, 2)), (RTX5090, (1, 1))])
