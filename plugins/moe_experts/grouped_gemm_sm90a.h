@@ -1,10 +1,10 @@
-// Projections by wgmma and TMA: those that they take, their tiles, and their launcher, which exists
-// if LLMEXPORT_SM90A is defined.
+// Projections by wgmma: those that they take, their tiles, and their launchers, which exist if
+// LLMEXPORT_SM90A is defined.
 #pragma once
 
 #include "common/device.h"
 #include "common/sm90a.h"
-#include "moe_experts/projection.cuh"
+#include "moe_experts/tensor_core_projection.h"
 
 namespace llmexport {
 
@@ -18,11 +18,13 @@ constexpr int kGroupedStageBytes = kGroupedInputBytes + kGroupedWeightBytes;
 constexpr int kGroupedSharedBytes = kGroupedStages * kGroupedStageBytes;
 
 // Whether the kernels take these projections: the portable path would be on tensor cores (16 bits,
-// whole vectors, aligned) with the same row tiles, sorted, and weights need no conversion.
-inline bool groupedGemmServes(MoeExpertsPlan const& plan, Dtype dtype, Stored stored,
+// whole vectors, aligned) with the same row tiles, sorted, and weights need no conversion or are
+// packed.
+inline bool groupedGemmServes(MoeExpertsPlan const& plan, Dtype dtype, WeightForm const& weights,
                               Device const& device) {
   return device.capability == kSm90a && plan.onTensorCores && plan.sorted &&
-         plan.tileRows == kGroupedRows && stored == storedAs(dtype);
+         plan.tileRows == kGroupedRows &&
+         (weights.stored == storedAs(dtype) || weights.stored == Stored::kBytes);
 }
 
 // The order of the columns of a tile. kHalves has gates first, then their ups: TMA also reads
@@ -79,6 +81,19 @@ __host__ __device__ constexpr WeightBox weightBox(TileColumns kind, bool interle
   return halves && interleaved ? WeightBox{k, half, column} : WeightBox{k, column, half};
 }
 
+// The column of an expert's weights that column `at` of a tile is, or -1 past the last. They are
+// not transposed.
+template <TileColumns kKind>
+__host__ __device__ inline int weightRow(Projection const& p, int columnTile, int at) {
+  constexpr int kHalf = kGroupedColumns / 2;
+  static_assert(kKind != TileColumns::kPairs);
+  bool const halves = kKind == TileColumns::kHalves;
+  int const column = columnTile * kOutputColumns<kKind> + (halves ? at % kHalf : at);
+  if (column >= p.columns) return -1;
+  if (!halves) return column;
+  return p.interleaved ? 2 * column + at / kHalf : at / kHalf * p.columns + column;
+}
+
 // Piece `work` of all tiles: rows [first, first + rows) of the order, and a tile of columns. Pieces
 // count rows first, so that blocks which share weights work side by side.
 struct GroupedShare {
@@ -103,5 +118,16 @@ extern template cudaError_t launchGroupedGemm<Half>(Projection const& p, bool tr
 extern template cudaError_t launchGroupedGemm<Bfloat16>(Projection const& p, bool transposed,
                                                         Routing const& routing, int64_t rowTiles,
                                                         Device const& device, cudaStream_t stream);
+
+// The same with weights that are decoded on their way.
+template <class T>
+cudaError_t launchPackedGemm(Projection const& p, Routing const& routing, int64_t rowTiles,
+                             Device const& device, cudaStream_t stream);
+extern template cudaError_t launchPackedGemm<Half>(Projection const& p, Routing const& routing,
+                                                   int64_t rowTiles, Device const& device,
+                                                   cudaStream_t stream);
+extern template cudaError_t launchPackedGemm<Bfloat16>(Projection const& p, Routing const& routing,
+                                                       int64_t rowTiles, Device const& device,
+                                                       cudaStream_t stream);
 
 }  // namespace llmexport

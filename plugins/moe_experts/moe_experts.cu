@@ -165,6 +165,7 @@ struct Arguments {
   MoeExpertsAttributes const& attributes;
   MoeExpertsTensors const& tensors;
   MoeExpertsPlan const& plan;
+  WeightForm weights;
   Dtype dtype;
   unsigned char* workspace;
   Device const& device;
@@ -202,9 +203,13 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
   if (a.plan.onTensorCores) {
     if constexpr (sizeof(T) == 2) {
 #ifdef LLMEXPORT_SM90A
-      // Where it serves, it was never the slower one (H200: from 16 pairs an expert on).
-      bool const isServed = groupedGemmServes(a.plan, a.dtype, a.tensors.stored, a.device);
+      // Where it serves, it was never the slower one for weights of 16 bits (H200: from 16 pairs an
+      // expert on).
+      bool const isServed = groupedGemmServes(a.plan, a.dtype, a.weights, a.device);
       if (isServed && wgmmaUse() != WgmmaUse::kNever) {
+        if (a.weights.stored == Stored::kBytes) {
+          return launchPackedGemm<T>(p, routing, a.plan.rowTiles, a.device, a.stream);
+        }
         return launchGroupedGemm<T>(p, a.attributes.transposed, routing, a.plan.rowTiles, a.device,
                                     a.stream);
       }
@@ -284,10 +289,11 @@ cudaError_t moeExperts(Dtype dtype, MoeExpertsSizes const& s,
   bool const isAligned = aligned({t.x, t.gateUp, t.down, t.y, workspace}) &&
                          (!is4Bit(attributes.format) ||
                           aligned({t.gateUpScales, t.downScales, t.gateUpZeros, t.downZeros}));
-  MoeExpertsPlan const plan = moeExpertsPlan(
-      s, dtype, {t.stored, attributes.format, attributes.group, t.gateUpFactors != nullptr},
-      isAligned, device);
-  Arguments const a{s, attributes, t, plan, dtype, typed<unsigned char>(workspace), device, stream};
+  WeightForm const weights{t.stored, attributes.format, attributes.group,
+                           t.gateUpFactors != nullptr};
+  MoeExpertsPlan const plan = moeExpertsPlan(s, dtype, weights, isAligned, device);
+  Arguments const a{s,      attributes, t, plan, weights, dtype, typed<unsigned char>(workspace),
+                    device, stream};
   return withType(dtype, [&](auto type) { return run<typename decltype(type)::type>(a); });
 }
 

@@ -4,13 +4,15 @@
 
 using namespace llmexport;
 
-// sizes: tokens, slots, experts, hidden, intermediate.
-extern "C" bool moe_on_sm90a(int64_t const* sizes, int dtype, int stored, bool pointersAligned,
-                             int capability) {
+// sizes: tokens, slots, experts, hidden, intermediate. A group of packed
+// weights is a block.
+extern "C" bool moe_on_sm90a(int64_t const* sizes, int dtype, int stored, int format,
+                             bool hasFactors, bool pointersAligned, int capability) {
   Device const device{132, 227 * 1024, capability};
+  WeightForm const weights{Stored(stored), WeightFormat(format), kMoeScaleBlock, hasFactors};
   auto const plan = moeExpertsPlan({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, Dtype(dtype),
-                                   {Stored(stored), {}, 1, false}, pointersAligned, device);
-  return groupedGemmServes(plan, Dtype(dtype), Stored(stored), device);
+                                   weights, pointersAligned, device);
+  return groupedGemmServes(plan, Dtype(dtype), weights, device);
 }
 
 // The tensor of weights that TMA reads: sizes, strides and box, 11 numbers.
@@ -35,6 +37,16 @@ extern "C" void moe_weight_box(int kind, bool transposed, bool interleaved, int 
   out[0] = box.at0;
   out[1] = box.at1;
   out[2] = box.at2;
+}
+
+// The column of the weights that column `at` of a tile is, or -1.
+extern "C" int moe_weight_row(int kind, bool interleaved, int columns, int columnTile, int at) {
+  Projection p{};
+  p.columns = columns;
+  p.interleaved = interleaved;
+  return TileColumns(kind) == TileColumns::kHalves
+             ? weightRow<TileColumns::kHalves>(p, columnTile, at)
+             : weightRow<TileColumns::kPlain>(p, columnTile, at);
 }
 
 // tile: expert, first tile, first row, end row. Out: expert, first row, rows,

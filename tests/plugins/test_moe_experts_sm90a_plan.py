@@ -12,7 +12,8 @@ from native import beside_emulated
 
 HERE = Path(__file__).parent
 FP32, FP16, BF16 = range(3)
-MXFP4 = 3
+BYTES = 3
+FORMATS = ("plain", "mxfp4", "mxfp8", "nvfp4", "fp8", "uint4", "uint8", "int8")
 PLAIN, HALVES, PAIRS = range(3)
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 
@@ -34,7 +35,6 @@ QWEN, GPT_OSS, SCOUT = (4096, 8, 256, 2048, 512), (4096, 4, 32, 2880, 2880), (40
         (QWEN, BF16, BF16, True, 89, False),
         (QWEN, BF16, BF16, True, 100, False),
         (QWEN, BF16, BF16, True, 120, False),
-        (GPT_OSS, BF16, MXFP4, True, 90, False),
         (QWEN, BF16, FP16, True, 90, False),
         (QWEN, FP32, FP32, True, 90, False),
         (QWEN, BF16, BF16, False, 90, False),
@@ -58,7 +58,43 @@ def test_takes_prefill_of_16_bits_on_sm90_alone(
     library.moe_on_sm90a.restype = ctypes.c_bool
     given = (ctypes.c_int64 * 5)(*sizes)
     # Before these forms of weights the library has that of an op without any.
-    assert library.moe_on_sm90a(given, dtype, 1 + stored, ctypes.c_bool(aligned), capability) == taken
+    assert library.moe_on_sm90a(given, dtype, 1 + stored, 0, False, ctypes.c_bool(aligned), capability) == taken
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "format", "factors", "capability", "taken"),
+    [
+        (GPT_OSS, BF16, "mxfp4", False, 90, True),
+        (GPT_OSS, FP16, "mxfp4", False, 90, True),
+        (GPT_OSS, FP32, "mxfp4", False, 90, False),
+        (GPT_OSS, BF16, "mxfp4", False, 89, False),
+        (GPT_OSS, BF16, "mxfp4", False, 100, False),
+        (GPT_OSS, BF16, "mxfp4", True, 90, True),
+        (QWEN, BF16, "nvfp4", False, 90, True),
+        (QWEN, FP16, "fp8", True, 90, True),
+        (QWEN, BF16, "uint4", True, 90, True),
+        (QWEN, BF16, "int8", False, 89, False),
+        ((128, 4, 32, 2880, 2880), BF16, "mxfp4", False, 90, False),
+        ((129, 4, 32, 2880, 2880), BF16, "mxfp4", False, 90, True),
+        ((33, 1, 1, 32, 96), BF16, "mxfp4", False, 90, True),
+        ((33, 1, 1, 48, 96), BF16, "mxfp4", False, 90, False),
+        ((33, 1, 1, 96, 48), BF16, "mxfp4", False, 90, False),
+        ((33, 1, 1, 48, 96), BF16, "int8", False, 90, True),
+        ((33, 1, 1, 40, 96), BF16, "int8", False, 90, False),
+    ],
+)
+def test_takes_prefill_of_packed_weights(
+    library: ctypes.CDLL,
+    sizes: tuple[int, ...],
+    dtype: int,
+    format: str,
+    factors: bool,
+    capability: int,
+    taken: bool,
+) -> None:
+    library.moe_on_sm90a.restype = ctypes.c_bool
+    given, number = (ctypes.c_int64 * 5)(*sizes), FORMATS.index(format)
+    assert library.moe_on_sm90a(given, dtype, 1 + BYTES, number, ctypes.c_bool(factors), True, capability) == taken
 
 
 def weight_of(kind: int, interleaved: bool, columns: int, tile: int, c: int) -> int | None:
@@ -115,6 +151,18 @@ def test_tma_reads_the_columns_of_a_tile(
                 there = weights[experts - 1, at, k : k + DEPTH] if at is not None else np.zeros(0)
                 assert (found[c, : len(there)] == there).all()
                 assert (found[c, len(there) :] == -1).all()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kind", [PLAIN, HALVES])
+@pytest.mark.parametrize("columns", [40, 128, 296])
+def test_packed_weights_have_the_same_columns_in_a_tile(
+    library: ctypes.CDLL, kind: int, interleaved: bool, columns: int
+) -> None:
+    for tile, c in itertools.product(range(2), range(COLUMNS)):
+        found = library.moe_weight_row(kind, interleaved, columns, tile, c)
+        at = weight_of(kind, interleaved, columns, tile, c)
+        assert found == (-1 if at is None else at)
 
 
 @pytest.mark.parametrize("column_tiles", [1, 3])
