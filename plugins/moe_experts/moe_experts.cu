@@ -203,13 +203,13 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
   if (a.plan.onTensorCores) {
     if constexpr (sizeof(T) == 2) {
 #ifdef LLMEXPORT_SM90A
-      // Where it serves, it was never the slower one for weights of 16 bits (H200: from 16 pairs an
-      // expert on).
-      bool const isServed = groupedGemmServes(a.plan, a.dtype, a.weights, a.device);
-      if (isServed && wgmmaUse() != WgmmaUse::kNever) {
-        if (a.weights.stored == Stored::kBytes) {
-          return launchPackedGemm<T>(p, routing, a.plan.rowTiles, a.device, a.stream);
-        }
+      // With weights of 16 bits it was never the slower one (H200: from 16 pairs an expert on).
+      // Packed ones have not run on a GPU so, and are to be asked for.
+      bool const isPacked = a.weights.stored == Stored::kBytes;
+      WgmmaUse const use = wgmmaUse();
+      if ((isPacked ? use == WgmmaUse::kAlways : use != WgmmaUse::kNever) &&
+          groupedGemmServes(a.plan, a.dtype, a.weights, a.device)) {
+        if (isPacked) return launchPackedGemm<T>(p, routing, a.plan.rowTiles, a.device, a.stream);
         return launchGroupedGemm<T>(p, a.attributes.transposed, routing, a.plan.rowTiles, a.device,
                                     a.stream);
       }

@@ -238,9 +238,17 @@ def test_the_rest_is_right_with_the_switch_on(machine: Machine, node: Node, dtyp
     assert is_right(machine, node, dtype)
 
 
-@pytest.mark.parametrize("said", [None, "0"])
-def test_is_used_unless_kept_out(
-    machine: Machine, wgmma_count: Callable[[], int], monkeypatch: pytest.MonkeyPatch, said: str | None
+@pytest.mark.parametrize(
+    ("stored", "said", "used"),
+    [("bf16", None, True), ("bf16", "0", False), (MXFP4, None, False), (MXFP4, "0", False), (MXFP4, "1", True)],
+)
+def test_is_used_unless_kept_out_but_of_packed_weights_if_asked_for(
+    machine: Machine,
+    wgmma_count: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    stored: str,
+    said: str | None,
+    used: bool,
 ) -> None:
     if machine.memory is not CpuMemory:
         pytest.skip("the emulator counts")
@@ -248,5 +256,5 @@ def test_is_used_unless_kept_out(
     if said:
         monkeypatch.setenv(SWITCH, said)
     before = wgmma_count()
-    assert is_right(machine, NODES[0], "bf16")
-    assert (wgmma_count() > before) == (said is None)
+    assert is_right(machine, Node(33, 1, 1, 64, 64, stored=stored, biases=stored == MXFP4), "bf16")
+    assert (wgmma_count() > before) == used
