@@ -45,10 +45,11 @@ inline bool sm90aServes(SinkAttentionPlan const& plan, SinkAttentionSizes const&
          s.H / s.G * s.T > kWgmmaRows && sm90aKeys(nullptr, s, 1).isServed();
 }
 
-// Whether the kernel is the faster one for such a node. A block of its walks tiles of 64 or 128 keys
-// for 128 rows, most of which a narrow window hides, and is alone on its SM. On an H200 of mma.sync's
-// time it takes, by window: D = 64, 1.5 (128), 1.15 (512), 0.98 (1024), 0.82 (none); D = 128, 1.3
-// (128), 1.1 (256), 0.85 (512), 0.57 (none); D = 256, 0.85 (128), 0.42 (none), but 1.2 of 64 tokens.
+// Whether the kernel is the faster one for such a node. A block of its walks tiles of 64 or 128
+// keys for 128 rows, most of which a narrow window hides, and is alone on its SM. On an H200 of
+// mma.sync's time it takes, by window: D = 64, 1.5 (128), 1.15 (512), 0.98 (1024), 0.82 (none); D =
+// 128, 1.3 (128), 1.1 (256), 0.85 (512), 0.57 (none); D = 256, 0.85 (128), 0.42 (none), but 1.2 of
+// 64 tokens.
 inline bool sm90aIsFaster(SinkAttentionSizes const& s, int window) {
   int const least = s.D <= 64 ? 1024 : s.D <= 128 ? 512 : 0;
   bool const isNarrow = window < least && window < s.S;
