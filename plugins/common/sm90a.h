@@ -14,13 +14,12 @@
 
 namespace llmexport {
 
-// When wgmma and TMA are taken, of what they serve: where they are the faster ones, but always if
-// $LLMEXPORT_SM90A is 1, and never if it is 0.
-enum class WgmmaUse { kWhereFaster, kNever, kAlways };
-inline WgmmaUse wgmmaUse() {
+// Whether wgmma and TMA are taken for what they serve: where they are the faster ones, but always
+// if $LLMEXPORT_SM90A is 1, and never if it is 0.
+inline bool takesWgmma(bool isFaster) {
   char const* const said = std::getenv("LLMEXPORT_SM90A");
-  if (said && std::strcmp(said, "0") == 0) return WgmmaUse::kNever;
-  return said && std::strcmp(said, "1") == 0 ? WgmmaUse::kAlways : WgmmaUse::kWhereFaster;
+  if (said && std::strcmp(said, "0") == 0) return false;
+  return isFaster || (said && std::strcmp(said, "1") == 0);
 }
 
 constexpr int kSm90a = 90;  // Device::capability of the one architecture that has both

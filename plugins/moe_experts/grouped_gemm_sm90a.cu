@@ -6,8 +6,6 @@
 // cp.async; two others multiply 64 rows each. So loads of a tile begin while the one before is
 // written. The roles and the ring are those of DeepGEMM's sm90 kernels, the gather in the load is
 // SonicMoE's (arXiv 2512.14080).
-#include <algorithm>
-
 #include "moe_experts/grouped_tiles.cuh"
 
 namespace llmexport {
@@ -84,12 +82,9 @@ cudaError_t launchTiles(Projection const& p, Routing const& routing, int64_t row
   TensorMap map;
   cudaError_t const error = makeTensorMap(map, tensor);
   if (error != cudaSuccess) return error;
-  int const columnTiles = int(ceilDiv(p.columns, kOutputColumns<kKind>));
-  int64_t const works = rowTiles * columnTiles;
-  LaunchPlan const plan{dim3(unsigned(std::min<int64_t>(works, device.processors))),
-                        dim3(kGroupedThreads), kGroupedSharedBytes};
-  return launchEarly(groupedGemmKernel<T, kTransposed, kKind>, plan, stream, p, routing, works,
-                     columnTiles, map);
+  GroupedLaunch const how(rowTiles, p.columns, kOutputColumns<kKind>, device);
+  return launchEarly(groupedGemmKernel<T, kTransposed, kKind>, how.plan, stream, p, routing,
+                     how.works, how.columnTiles, map);
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 // input on their way into it.
 #pragma once
 
+#include <algorithm>
+
 #include "common/early_launch.cuh"
 #include "common/sm90a.cuh"
 #include "moe_experts/grouped_gemm_sm90a.h"
@@ -60,6 +62,19 @@ __device__ __forceinline__ void forEachShare(Routing const& routing, int64_t wor
     use(groupedShare(tile, work, columnTiles));
   }
 }
+
+// Blocks that take all `works`, pieces of so many tiles of rows and of columns: one on each SM.
+struct GroupedLaunch {
+  int columnTiles;
+  int64_t works;
+  LaunchPlan plan;
+
+  GroupedLaunch(int64_t rowTiles, int columns, int outputColumns, Device const& device)
+      : columnTiles(int(ceilDiv(columns, outputColumns))),
+        works(rowTiles * columnTiles),
+        plan{dim3(unsigned(std::min<int64_t>(works, device.processors))), dim3(kGroupedThreads),
+             kGroupedSharedBytes} {}
+};
 
 // A thread's part of the rows of a share, gathered: a chunk of every kApart-th one.
 template <class T>

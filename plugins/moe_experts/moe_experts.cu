@@ -206,9 +206,7 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
       // With weights of 16 bits it was never the slower one (H200: from 16 pairs an expert on).
       // Packed ones have not run on a GPU so, and are to be asked for.
       bool const isPacked = a.weights.stored == Stored::kBytes;
-      WgmmaUse const use = wgmmaUse();
-      if ((isPacked ? use == WgmmaUse::kAlways : use != WgmmaUse::kNever) &&
-          groupedGemmServes(a.plan, a.dtype, a.weights, a.device)) {
+      if (groupedGemmServes(a.plan, a.dtype, a.weights, a.device) && takesWgmma(!isPacked)) {
         if (isPacked) return launchPackedGemm<T>(p, routing, a.plan.rowTiles, a.device, a.stream);
         return launchGroupedGemm<T>(p, a.attributes.transposed, routing, a.plan.rowTiles, a.device,
                                     a.stream);

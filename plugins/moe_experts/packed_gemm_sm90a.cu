@@ -4,8 +4,6 @@
 // The warpgroup that loads reads codes and scales into registers a step ahead, decodes them, and
 // stores them as the tile that TMA would have read. Tensor cores multiply a step in 1024 cycles;
 // meanwhile each of its warps, one on each scheduler, decodes 128 blocks of 32.
-#include <algorithm>
-
 #include "moe_experts/grouped_tiles.cuh"
 #include "moe_experts/packed_pieces.cuh"
 
@@ -76,11 +74,9 @@ __global__ void __launch_bounds__(kGroupedThreads, 1)
 template <class T, class W, TileColumns kKind>
 cudaError_t launchTiles(Projection const& p, Routing const& routing, int64_t rowTiles,
                         Device const& device, cudaStream_t stream) {
-  int const columnTiles = int(ceilDiv(p.columns, kOutputColumns<kKind>));
-  int64_t const works = rowTiles * columnTiles;
-  LaunchPlan const plan{dim3(unsigned(std::min<int64_t>(works, device.processors))),
-                        dim3(kGroupedThreads), kGroupedSharedBytes};
-  return launchEarly(packedGemmKernel<T, W, kKind>, plan, stream, p, routing, works, columnTiles);
+  GroupedLaunch const how(rowTiles, p.columns, kOutputColumns<kKind>, device);
+  return launchEarly(packedGemmKernel<T, W, kKind>, how.plan, stream, p, routing, how.works,
+                     how.columnTiles);
 }
 
 }  // namespace

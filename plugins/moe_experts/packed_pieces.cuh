@@ -83,13 +83,11 @@ struct Piece {
         read.words[i] = llmexport::load<4>(reinterpret_cast<uint32_t const*>(at) + 4 * i);
       }
     }
-    bool const inBytes = p.format == WeightFormat::kNvfp4 || isMicroscaling(p.format);
 #pragma unroll
     for (int e = 0; e < kEntries; ++e) {
       int64_t const scale = from.firstScale + place(row, rowGroups, from.groups[e]);
-      scales[e] = inBytes ? uint32_t(static_cast<uint8_t const*>(p.scales)[scale])
-                          : static_cast<uint32_t const*>(p.scales)[scale];
-      zeros[e] = p.zeros ? p.zeros[scale] : is4Bit(p.format) ? 8 : 128;
+      scales[e] = storedScale(p, scale);
+      zeros[e] = storedZero(p, scale);
     }
   }
 

@@ -47,6 +47,18 @@ __device__ __forceinline__ float scaleOf(uint32_t bits, WeightFormat format) {
                                         : bitsAs<float>(bits);
 }
 
+// Scale `at` as it is stored.
+__device__ __forceinline__ uint32_t storedScale(Projection const& p, int64_t at) {
+  bool const inBytes = p.format == WeightFormat::kNvfp4 || isMicroscaling(p.format);
+  return inBytes ? uint32_t(static_cast<uint8_t const*>(p.scales)[at])
+                 : static_cast<uint32_t const*>(p.scales)[at];
+}
+
+// Zero point `at`; without zero points, the one that the format means.
+__device__ __forceinline__ uint32_t storedZero(Projection const& p, int64_t at) {
+  return p.zeros ? p.zeros[at] : is4Bit(p.format) ? 8 : 128;
+}
+
 __device__ __forceinline__ Entry entryOf(float scale, uint32_t zero) {
   constexpr uint32_t kTwice = 0x00010001, kIn1024 = 0x6400;
   return {scale, (kIn1024 | zero) * kTwice};
@@ -71,7 +83,6 @@ struct EntryCopies {
     factor = column < 0 ? 0.0f : p.factor(share.expert, column);
     int64_t const row = int64_t(share.expert) * p.width() + (column < 0 ? 0 : column);
     int64_t const first = row * p.groups;
-    bool const inBytes = p.format == WeightFormat::kNvfp4 || isMicroscaling(p.format);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       int const block = i * kApart + threadIdx.x / kInBlock;
@@ -80,10 +91,9 @@ struct EntryCopies {
       // For many rows there is no register left for the product.
       int const group = S::kBlockwise ? p.groupOf(k) : int(unsigned(k) / unsigned(p.group));
       int64_t const at = first + (valid ? group : 0);
-      scales[i] = inBytes ? uint32_t(static_cast<uint8_t const*>(p.scales)[at])
-                          : static_cast<uint32_t const*>(p.scales)[at];
+      scales[i] = storedScale(p, at);
       if (!valid) scales[i] = 0;
-      zeros[i] = p.zeros ? p.zeros[at] : is4Bit(p.format) ? 8 : 128;
+      zeros[i] = storedZero(p, at);
     }
   }
 

@@ -134,8 +134,9 @@ __device__ __forceinline__ int columnsThere(Projection const& p, Share const& sh
   static_assert(kApart % (2 * kChunk) == 0 || kCount == 1);
   int count = 0;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
+  for (int i = 0; i < kCount; ++i) {
     count += weightColumn<S>(p, share.columnTile, c + i * kApart, false) >= 0;
+  }
   return count;
 }
 

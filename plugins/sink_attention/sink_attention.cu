@@ -133,10 +133,7 @@ cudaError_t attendOnTensorCores(SinkAttentionPlan const& plan,
                                 AttentionCall<T> const& call, [[maybe_unused]] Device const& device,
                                 cudaStream_t stream) {
 #ifdef LLMEXPORT_SM90A
-  WgmmaUse const use = wgmmaUse();
-  bool const isWanted = use == WgmmaUse::kAlways ||
-                        (use == WgmmaUse::kWhereFaster && sm90aIsFaster(sizes, call.window));
-  if (isWanted && sm90aServes(plan, sizes, device)) {
+  if (sm90aServes(plan, sizes, device) && takesWgmma(sm90aIsFaster(sizes, call.window))) {
     return launchSm90aPrefill(sizes, call, stream);
   }
 #endif

@@ -153,7 +153,7 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(arguments.commit),
         "kernels": library._builds().name,
-        # As wgmmaUse() of plugins/common/sm90a.h reads it.
+        # As takesWgmma() of plugins/common/sm90a.h reads it.
         "wgmma": {"0": "never", "1": "always"}.get(os.environ.get("LLMEXPORT_SM90A", ""), "where faster"),
         "versions": versions(),
         "ceilings": asdict(limits),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import sys
@@ -62,11 +63,7 @@ def main() -> int:
 
     gpu = torch.cuda.get_device_name()
     built = Library(library.build(["90"], RESULTS.parents[2] / "build" / "bench"))
-    rows = []
-    for heads in HEADS:
-        for shape in SHAPES:
-            rows.append(row(built, heads, shape))
-            print(" ".join(f"{k} {v:.1f} us" if k in ASKED else f"{k} {v:<5}" for k, v in rows[-1].items()), flush=True)
+    rows: list[dict[str, Any]] = []
     run = {
         "gpu": gpu,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -76,7 +73,11 @@ def main() -> int:
     }
     out = arguments.out or RESULTS / f"{gpu.lower().replace(' ', '-')}_prefill.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(run, indent=1) + "\n")
+    for heads, shape in itertools.product(HEADS, SHAPES):
+        rows.append(row(built, heads, shape))
+        print(" ".join(f"{k} {v:.1f} us" if k in ASKED else f"{k} {v:<5}" for k, v in rows[-1].items()), flush=True)
+        # After each, as bench_ops.py does: a run that is cut off keeps its rows.
+        out.write_text(json.dumps(run, indent=1) + "\n")
     slow = [r for r in rows if r["default"] > SLACK * min(r["mma.sync"], r["wgmma"])]
     for r in slow:
         print(f"the default is the slower one: {r}")
