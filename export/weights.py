@@ -20,6 +20,7 @@ from llmexport.export.packed.matrix import Matrix
 from llmexport.export.packed.read import spare
 from llmexport.export.packed.stacks import stack
 from llmexport.export.spec import ANY_FLOAT, Role
+from llmexport.export.stored_products import read_as_stored
 from llmexport.export.values import show_name, visible
 from llmexport.plugins.dtypes import BY_NAME, BY_ONNX, BY_SAFETENSORS, FLOATS
 
@@ -183,7 +184,7 @@ def bind(
     A tensor stored in another type than the graph wants, `dtype` if it does not say, gets a Cast; one in parts
     is put together by a Concat. Runtimes fold both when they load. A Transpose or Gather of a narrower tensor comes
     before its Cast: ONNX Runtime keeps what it folds on the way, and so keeps it narrow, or casts the rows it gathers.
-    A matrix in few bits is made by nodes (packed/), or read by them in the form for ONNX Runtime.
+    A matrix in few bits is made by nodes (packed/). In the form for ONNX Runtime products read both as they are stored.
     """
     graph = model.graph
     kept = [v for v in graph.input if v.name not in wanted]
@@ -191,6 +192,8 @@ def bind(
     graph.input.extend(kept)
     direct = target == "onnxruntime" and dtype == TensorProto.FLOAT
     made = bind_matrices(graph, wanted, checkpoint, dtype, direct)
+    if direct:
+        read_as_stored(graph, {n for n, p in wanted.items() if made.keys().isdisjoint(p.sources)})
     if {n.domain for n in graph.node} - {o.domain for o in model.opset_import} == {nbits.DOMAIN}:
         model.opset_import.add(domain=nbits.DOMAIN, version=1)
     types = {n: stored_type(p, checkpoint, dtype) for n, p in wanted.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import onnx
@@ -47,7 +47,8 @@ def bind_matrices(
         turns = [] if parameter.parts else readers[name]
         products = [p for t in turns for p in readers[t.output[0]]]
         value = value_of(name)
-        if turns and all(map(_turns, turns)) and all(_multiplies(p, turns) for p in products):
+        turned = {t.output[0] for t in turns}
+        if turns and all(map(turns_matrix, turns)) and all(multiplies_by(p, turned) for p in products):
             if direct and maker.fits:
                 maker.multiply(products)
             else:
@@ -72,11 +73,11 @@ def bind_matrices(
     return made
 
 
-def _turns(node: onnx.NodeProto) -> bool:
+def turns_matrix(node: onnx.NodeProto) -> bool:
+    """Whether it makes the transpose of a matrix."""
     return node.op_type == "Transpose" and [list(a.ints) for a in node.attribute if a.name == "perm"] == [[1, 0]]
 
 
-def _multiplies(node: onnx.NodeProto, turns: list[onnx.NodeProto]) -> bool:
-    """Whether it is a product whose second factor, and not its first, one of these makes."""
-    made = {t.output[0] for t in turns}
-    return node.op_type == "MatMul" and node.input[1] in made and node.input[0] not in made
+def multiplies_by(node: onnx.NodeProto, matrices: Collection[str]) -> bool:
+    """Whether it is a product whose second factor, and not its first, is one of these."""
+    return node.op_type == "MatMul" and node.input[1] in matrices and node.input[0] not in matrices
