@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llmexport.export import shipped
 from llmexport.export.values import visible
 from llmexport.plugins.cache_folder import OTHERS_WRITE, trusted_folder
 from llmexport.plugins.errors import CacheError
@@ -36,27 +37,33 @@ SOURCES = (
 
 
 def cached(kind: str, key: Any, make: Callable[[], bytes]) -> bytes:
-    """The bytes that `make` gives for this key (JSON data), from disk if they were made before.
+    """The bytes that `make` gives for this key (JSON data), from disk if they were made before, or came with the wheel.
 
     Entries live in $LLMEXPORT_CACHE, else in the user's cache folder. One that does not carry the digest of its key
     and data, or that another can have written, is made anew; a folder that cannot be used costs only time.
     """
-    text = json.dumps([kind, key, versions(), _source_digest()], sort_keys=True)
+    text = json.dumps([kind, key, versions(), source_digest()], sort_keys=True)
     key_digest = hashlib.sha256(text.encode())
     try:
         path = trusted_folder() / f"{kind}-{key_digest.hexdigest()[:32]}"
     except CacheError as error:
         _note(f"traces are not kept: {error}")
-        with unswept():
-            return make()
+        return _made(kind, key, make)
     stored = _read(path)
     digest, data = stored[:32], stored[32:]
     if data and _digest(key_digest.digest(), data) == digest:
         return data
-    with unswept():
-        data = make()
+    data = _made(kind, key, make)
     _store(path, _digest(key_digest.digest(), data) + data)
     return data
+
+
+def _made(kind: str, key: Any, make: Callable[[], bytes]) -> bytes:
+    brought = shipped.find(kind, key, source_digest())
+    if brought is not None:
+        return brought
+    with unswept():
+        return make()
 
 
 @contextlib.contextmanager
@@ -97,7 +104,8 @@ def versions() -> dict[str, str]:
 
 
 @functools.cache
-def _source_digest() -> str:
+def source_digest() -> str:
+    """The digest of our own source that traces, stitches and fuses."""
     digest = hashlib.sha256()
     for path in sorted(p for pattern in SOURCES for p in ROOT.glob(pattern)):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())

@@ -61,7 +61,7 @@ def test_the_order_of_a_mappings_keys_says_nothing(folder):
 def test_a_change_of_our_source_makes_anew(folder, monkeypatch):
     make = Make()
     cache.cached("block", ["key"], make)
-    monkeypatch.setattr(cache, "_source_digest", lambda: "another")
+    monkeypatch.setattr(cache, "source_digest", lambda: "another")
     assert cache.cached("block", ["key"], make) == b"graph 2"
 
 
@@ -227,7 +227,7 @@ def test_entries_lie_in_the_users_cache_folder_unless_told_otherwise(tmp_path, m
 
 def digest(root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(cache, "ROOT", root)
-    return cache._source_digest.__wrapped__()
+    return cache.source_digest.__wrapped__()
 
 
 @pytest.mark.parametrize(
