@@ -21,8 +21,7 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.spec import Arch
 from llmexport.plugins.errors import UserError
 
-KINDS: list[dict[str, Any]] = [{"dtype": d} for d in ("float32", "float16", "bfloat16")]
-KINDS += [{"target": "onnxruntime"}]
+KINDS = [{"dtype": dtype} for dtype in ("float32", "float16", "bfloat16")]
 # A graph is stitched in less time than it would be read in.
 WHOLE = ("graph",)
 

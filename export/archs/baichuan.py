@@ -21,7 +21,7 @@ def build(config: Config) -> Model:
     # Only configs of models with RoPE say for how many positions it is, only those of Baichuan 2 weigh a loss on the
     # sizes of its logits, which its NormHead bounds.
     turns, normed = config.has("max_position_embeddings"), config.has("z_loss_weight")
-    config.leave(("z_loss_weight", "_from_model_config"))
+    config.leave(("z_loss_weight",))
     norm = d.norm()
     attention = d.attention(fused=True, rotated=None if turns else 0, biased=not turns)
     layer = decoder_layer(norm, attention, norm, d.mlp())

@@ -79,6 +79,17 @@ def theirs(config: dict[str, Any]) -> Model | str:
     return ours(full)
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_is_read(name: str) -> None:
+    assert isinstance(ours(PUBLISHED[name]), Model)
+
+
+def test_what_a_generation_config_says_may_stand_in_a_models_config() -> None:
+    said = {"_from_model_config": True, "max_new_tokens": 512, "min_p": 0.05, "penalty_alpha": 0.6, "stop_strings": ["a"]}
+    config = PUBLISHED["Llama-3.1-8B"]
+    assert ours(config | said) == ours(config)
+
+
 @pytest.mark.parametrize("name", THEIRS)
 @pytest.mark.parametrize("value", [ABSENT, None], ids=["absent", "null"])
 def test_a_key_that_is_missing_is_refused_or_means_what_it_means_to_transformers(name, value):
