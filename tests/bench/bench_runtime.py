@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -122,10 +123,9 @@ def timed(work: Path, made: dict[str, Path | str], source: Path, rounds: int, re
     for process in range(restarts):
         children = opened(work, made, source)
         for turn in range(rounds):
-            # Nobody always follows the same one.
-            order = [*children][turn % len(children) :] + [*children][: turn % len(children)]
             for job, what in JOBS.items():
-                for name in order:
+                # Nobody always follows the same one.
+                for name in random.Random(f"{process} {turn} {job}").sample([*children], len(children)):
                     times = [1000 * cpu for cpu, _ in children[name].run(what)]
                     if times:
                         taken[job].setdefault(name, [[] for _ in range(restarts)])[process].extend(times)
