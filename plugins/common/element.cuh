@@ -24,6 +24,10 @@ __device__ __forceinline__ Vector<T, kCount> load(T const* from) {
 template <int kCount, class T>
 __device__ __forceinline__ void store(T* to, Vector<T, kCount> const& value) {
   *reinterpret_cast<Vector<T, kCount>*>(to) = value;
+#ifdef LLMEXPORT_EMULATED
+  // Which threads wrote what wgmma reads.
+  emulator::Block::current().wrote(to, sizeof value);
+#endif
 }
 
 // Stores to global memory by one instruction: the compiler would split the store of a vector that

@@ -81,7 +81,8 @@ void Block::run(uint3 index, uint64_t seed) {
   lanes_.assign((threads_.size() + kLanes - 1) / kLanes * kLanes, {});
   arrays_.clear();
   dynamic_ = poisoned(takenBytes_ = sharedBytes_);
-  unfenced_.assign(sharedBytes_ / kCopyBytes, false);
+  unfenced_.assign(sharedBytes_ / kCopyBytes, 0);
+  known_.clear();
   barriers_.clear();
   products_.assign(lanes_.size() / kLanes, 0);
   random_.seed(unsigned(seed + 0x9E3779B9u * index.x + 0x85EBCA6Bu * index.y + index.z));
@@ -211,7 +212,8 @@ void Block::startCopy(Copy copy) {
     fail("cp.async of 16 bytes between misaligned addresses");
   }
   std::memset(copy.to, kPoison, kCopyBytes);
-  if (size_t const chunk = chunkOf(copy.to); chunk < unfenced_.size()) unfenced_[chunk] = true;
+  know(copy.to, kCopyBytes);
+  if (size_t const chunk = chunkOf(copy.to); chunk < unfenced_.size()) ++unfenced_[chunk];
   threads_[running_].copies.back().push_back(copy);
 }
 
@@ -225,6 +227,7 @@ void Block::waitCopies(int pending) {
       } else {
         std::memset(copy.to, 0, kCopyBytes);
       }
+      know(copy.to, kCopyBytes);
     }
     groups.pop_front();
   }

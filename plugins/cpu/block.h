@@ -67,7 +67,7 @@ struct Thread {
   char const* waitsFor = nullptr;
   int line = 0;
   std::deque<std::vector<Copy>> copies;  // groups; the last is open
-  std::vector<size_t> unfenced;          // chunks that its copies wrote, unseen by the async proxy
+  std::vector<size_t> unfenced;          // chunks that it wrote, unseen by the async proxy
   std::deque<std::vector<Product>> products;  // groups
   bool fencedWgmma = false;
 };
@@ -100,6 +100,12 @@ class Block {
   uint32_t sharedAddress(void const* at, char const* what);
   uint16_t readByAsyncProxy(uint32_t address);
   void fenceProxyAsync();
+  // The thread wrote these bytes, which may be shared memory, by the generic proxy.
+  void wrote(void const* at, size_t bytes) {
+    if (!barriers_.empty()) noteWrite(at, bytes);
+  }
+  // TMA writes these bytes of shared memory.
+  void wroteByAsyncProxy(void const* at, size_t bytes);
   void initBarrier(void const* barrier, int arrivals);
   void arriveAt(void const* barrier, int arrivals, int64_t bytes);
   void waitBarrier(void const* barrier, int parity, int line);
@@ -153,6 +159,8 @@ class Block {
   std::vector<bool> drawSlow();
   [[noreturn]] void reportDeadlock() const;
   size_t chunkOf(void const* at) const;
+  void noteWrite(void const* at, size_t bytes);
+  void know(void const* at, size_t bytes);
   bool finishTransfer();
   void multiply(std::vector<Product const*> const& ofLanes);
   void checkAtEnd() const;
@@ -165,7 +173,8 @@ class Block {
   std::vector<Lane> lanes_;
   std::map<int, Memory> arrays_;
   Memory dynamic_;
-  std::vector<bool> unfenced_;  // its chunks that cp.async wrote, unseen by the async proxy
+  std::vector<int> unfenced_;  // of its chunks: writes that the async proxy has not seen
+  std::vector<unsigned char> known_;  // it, once there is an mbarrier, after all writes noted
   std::map<void const*, Arrivals> barriers_;
   std::vector<std::function<void()>> transfers_;
   std::vector<uint64_t> products_;  // a hash of the wgmma that each warp issued

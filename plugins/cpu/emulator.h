@@ -2,10 +2,10 @@
 //
 // The emulator has blocks, warps, shuffles, votes, barriers, shared memory, atomics, cp.async,
 // ldmatrix, mma.sync m16n8k16, and the instructions in common/sm90a.cuh. It has no memory model
-// (except for cp.async that wgmma reads), timing, rounding of approximate functions, or
-// clusters. Shared memory starts as NaN; the threads of a block take turns in an order drawn from
-// LLMEXPORT_EMULATOR_SEED, some only when the others can go no further; misuse ends the process
-// with a message.
+// (except for what threads write to shared memory before the async proxy reads or writes there),
+// timing, rounding of approximate functions, or clusters. Shared memory starts as NaN; the threads
+// of a block take turns in an order drawn from LLMEXPORT_EMULATOR_SEED, some only when the others
+// can go no further; misuse ends the process with a message.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -21,24 +21,56 @@ size_t Block::chunkOf(void const* at) const {
 
 void Block::fenceProxyAsync() {
   for (size_t chunk : threads_[running_].unfenced) {
-    if (chunk < unfenced_.size()) unfenced_[chunk] = false;
+    if (chunk < unfenced_.size()) --unfenced_[chunk];
   }
   threads_[running_].unfenced.clear();
+}
+
+// What is in these bytes of dynamic shared memory, if they are there, is by a write that is noted.
+void Block::know(void const* at, size_t bytes) {
+  auto const first = reinterpret_cast<uintptr_t>(at) - reinterpret_cast<uintptr_t>(dynamic_.get());
+  if (first < known_.size()) std::memcpy(&known_[first], at, bytes);
+}
+
+void Block::noteWrite(void const* at, size_t bytes) {
+  know(at, bytes);
+  // Vectors are aligned, and none is longer than a chunk.
+  if (size_t const chunk = chunkOf(at); chunk < unfenced_.size()) {
+    ++unfenced_[chunk];
+    threads_[running_].unfenced.push_back(chunk);
+  }
+}
+
+void Block::wroteByAsyncProxy(void const* at, size_t bytes) {
+  for (size_t chunk = chunkOf(at); chunk < chunkOf(at) + bytes / kCopyBytes; ++chunk) {
+    if (chunk < unfenced_.size() && unfenced_[chunk]) {
+      fail("TMA writes where a thread wrote, and no fenceProxyAsync of its is between");
+    }
+  }
+  know(at, bytes);
 }
 
 uint16_t Block::readByAsyncProxy(uint32_t address) {
   if (address + sizeof(uint16_t) > sharedBytes_) fail("wgmma reads past shared memory");
   if (unfenced_[address / kCopyBytes]) {
-    fail("wgmma reads what cp.async writes, and no fenceProxyAsync is between");
+    fail("wgmma reads what a thread wrote, and no fenceProxyAsync of its is between");
   }
   uint16_t value;
-  std::memcpy(&value, static_cast<char const*>(dynamic_.get()) + address, sizeof value);
+  auto const* const from = static_cast<unsigned char const*>(dynamic_.get()) + address;
+  if (std::memcmp(from, &known_[address], sizeof value) != 0) {
+    fail("wgmma reads what a thread wrote by an assignment: the emulator asks for store()");
+  }
+  std::memcpy(&value, from, sizeof value);
   return value;
 }
 
 void Block::initBarrier(void const* barrier, int arrivals) {
   if (!barriers_.emplace(barrier, Arrivals{arrivals, arrivals}).second) {
     fail("mbarrier initialised twice");
+  }
+  if (known_.empty()) {
+    auto const* const first = static_cast<unsigned char const*>(dynamic_.get());
+    known_.assign(first, first + sharedBytes_);
   }
 }
 
@@ -77,6 +109,7 @@ void loadBox(void* to, TiledTensor const& tensor, void const* barrier,
   Block& block = Block::current();
   if (block.sharedAddress(to, "TMA") % kAtomBytes) fail("TMA to the middle of an atom");
   std::memset(to, kPoison, size_t(tensor.boxBytes()));
+  block.wroteByAsyncProxy(to, size_t(tensor.boxBytes()));
   block.startTransfer([=, &block] {
     auto* row = static_cast<char*>(to);
     for (int k = 0; k < tensor.box[3]; ++k) {
@@ -101,6 +134,7 @@ void loadBox(void* to, TiledTensor const& tensor, void const* barrier,
         }
       }
     }
+    block.wroteByAsyncProxy(to, size_t(tensor.boxBytes()));
     block.arriveAt(barrier, 0, -tensor.boxBytes());
   });
 }

@@ -105,7 +105,11 @@ def test_products_are_right_under_sanitizers(emulated: Path, columns: str, seed:
 @pytest.mark.parametrize(
     ("bug", "says"),
     [
-        ("no_proxy_fence", "wgmma reads what cp.async writes, and no fenceProxyAsync is between"),
+        ("no_proxy_fence", "wgmma reads what a thread wrote, and no fenceProxyAsync of its is between"),
+        ("stored_unfenced", "wgmma reads what a thread wrote, and no fenceProxyAsync of its is between"),
+        ("anothers_fence", "wgmma reads what a thread wrote, and no fenceProxyAsync of its is between"),
+        ("assigned", "wgmma reads what a thread wrote by an assignment"),
+        ("stored_under_tma", "TMA writes where a thread wrote, and no fenceProxyAsync of its is between"),
         ("no_expectation", "for an mbarrier at line|ends before . loads of TMA|WRONG NUMBERS"),
         ("early_release", "WRONG NUMBERS"),
         ("late_wait", "WRONG NUMBERS"),

@@ -21,8 +21,14 @@ constexpr int kABytes = kWgmmaRows * kDepth * 2;
 template <int kColumns>
 constexpr int kStageBytes = kABytes + kColumns * kDepth * 2;
 
+// kStored is none: A comes by store() in place of cp.async.
 enum class Bug {
   kNone,
+  kStored,
+  kStoredUnfenced,
+  kAnothersFence,
+  kAssigned,
+  kStoredUnderTma,
   kNoProxyFence,
   kNoExpectation,
   kEarlyRelease,
@@ -40,6 +46,7 @@ __global__ void __launch_bounds__(kThreads)
   SWIZZLED_SHARED(shared);
   SHARED_ARRAY(Barrier, full, kStages);
   SHARED_ARRAY(Barrier, empty, kStages);
+  constexpr bool kStores = kBug >= Bug::kStored && kBug <= Bug::kStoredUnderTma;
   int const firstRow = blockIdx.y * kWgmmaRows, firstColumn = blockIdx.x * kColumns;
   int const lane = threadIdx.x % kWarp, steps = int(ceilDiv(K, kDepth));
   if (threadIdx.x == 0) {
@@ -55,6 +62,7 @@ __global__ void __launch_bounds__(kThreads)
       unsigned char* const tile = shared + stage * kStageBytes<kColumns>;
       waitBarrier(empty[stage], step / kStages % 2 ^ 1);
       if (lane == 0) {
+        if (kBug == Bug::kStoredUnderTma) store<8>(reinterpret_cast<T*>(tile + kABytes), {});
         if (kBug == Bug::kNoExpectation) {
           arrive(full[stage]);
         } else {
@@ -71,12 +79,22 @@ __global__ void __launch_bounds__(kThreads)
       for (int at = lane; at < kWgmmaRows * 8; at += kWarp) {
         int const row = at / 8, k = k0 + at % 8 * 8;
         bool const inside = firstRow + row < M && k < K;
-        copyAsync16(tile + swizzledChunk(row, at % 8) * 16,
-                    a + (inside ? int64_t(firstRow + row) * K + k : 0), inside);
+        unsigned char* const to = tile + swizzledChunk(row, at % 8) * 16;
+        T const* const from = a + (inside ? int64_t(firstRow + row) * K + k : 0);
+        if constexpr (kBug == Bug::kAssigned) {
+          *reinterpret_cast<Vector<T, 8>*>(to) = inside ? load<8>(from) : Vector<T, 8>{};
+        } else if constexpr (kStores) {
+          store<8>(reinterpret_cast<T*>(to), inside ? load<8>(from) : Vector<T, 8>{});
+        } else {
+          copyAsync16(to, from, inside);
+        }
       }
       commitCopies();
       waitCopies<0>();
-      if (kBug != Bug::kNoProxyFence) fenceProxyAsync();
+      bool const fences = kBug == Bug::kAnothersFence
+                              ? lane == 0
+                              : kBug != Bug::kNoProxyFence && kBug != Bug::kStoredUnfenced;
+      if (fences) fenceProxyAsync();
       arrive(full[stage]);
     }
     return;
@@ -147,13 +165,20 @@ bool isRight() {
 
 template <class T>
 bool check(std::string const& columns) {
-  if (columns == "64") return isRight<T, 64, false, false>() && isRight<T, 64, true, true>();
+  if (columns == "64") {
+    return isRight<T, 64, false, false>() && isRight<T, 64, true, true>() &&
+           isRight<T, 64, false, false, Bug::kStored>();
+  }
   if (columns == "128") return isRight<T, 128, true, false>() && isRight<T, 128, false, true>();
   return isRight<T, 256, false, false>() && isRight<T, 256, true, true>();
 }
 
 #ifdef LLMEXPORT_EMULATED
 bool withBug(std::string const& bug) {
+  if (bug == "stored_unfenced") return isRight<Half, 64, false, false, Bug::kStoredUnfenced>();
+  if (bug == "anothers_fence") return isRight<Half, 64, false, false, Bug::kAnothersFence>();
+  if (bug == "assigned") return isRight<Half, 64, false, false, Bug::kAssigned>();
+  if (bug == "stored_under_tma") return isRight<Half, 64, false, false, Bug::kStoredUnderTma>();
   if (bug == "no_proxy_fence") return isRight<Half, 64, false, false, Bug::kNoProxyFence>();
   if (bug == "no_expectation") return isRight<Half, 64, false, false, Bug::kNoExpectation>();
   if (bug == "early_release") return isRight<Half, 64, false, false, Bug::kEarlyRelease>();
