@@ -15,7 +15,7 @@ namespace llmexport {
 
 __device__ __forceinline__ void waitForPrevious() {
 #ifdef LLMEXPORT_EMULATED
-  emulator::Block::current().waitForPrevious();
+  emulator::Block::current().waitForPrevious(__LINE__);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif

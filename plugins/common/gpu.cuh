@@ -88,6 +88,7 @@ cudaError_t launch(void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t st
 inline cudaError_t copyBytes(void* to, void const* from, int64_t bytes, cudaStream_t stream) {
 #ifdef LLMEXPORT_EMULATED
   (void)stream;
+  emulator::finishLaunches();
   std::memcpy(to, from, size_t(bytes));
   return cudaSuccess;
 #else

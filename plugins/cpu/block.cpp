@@ -1,13 +1,11 @@
 #include "cpu/block.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
-#include <thread>
 
 #include "common/device.h"
 
@@ -17,14 +15,14 @@ namespace {
 constexpr size_t kAlignment = 1024;              // an atom of the 128-byte swizzle
 constexpr size_t kMostSharedBytes = 227 * 1024;  // sm_90 and sm_100; no architecture has more
 
+thread_local Block* currentBlock = nullptr;
+
+}  // namespace
+
 // A kernel that asks for more than every architecture has is taken for one of sm_90a.
 size_t mostShared(size_t dynamicBytes) {
   return dynamicBytes > kLeastSharedBytes ? kMostSharedBytes : kLeastSharedBytes;
 }
-
-thread_local Block* currentBlock = nullptr;
-
-}  // namespace
 
 void fail(char const* format, ...) {
   std::va_list args;
@@ -71,11 +69,8 @@ void Block::enter() {
   thread.fiber.finish();
 }
 
-void Block::run(uint3 index, uint64_t seed) {
-  currentBlock = this;
-  blockIdx = index;
-  blockDim = size_;
-  gridDim = grid_;
+void Block::arm(uint3 index, uint64_t seed) {
+  index_ = index;
   live_ = int(threads_.size());
   atBarrier_ = 0;
   lanes_.assign((threads_.size() + kLanes - 1) / kLanes * kLanes, {});
@@ -97,26 +92,57 @@ void Block::run(uint3 index, uint64_t seed) {
     thread.fencedWgmma = false;
     thread.fiber.arm(enter);
   }
-  std::vector<int> order(threads_.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::vector<bool> const slow = drawSlow();
-  bool const late = unsigned(random_()) >> 8 & 1;
-  bool everyone = false;
+  order_.resize(threads_.size());
+  std::iota(order_.begin(), order_.end(), 0);
+  slow_ = drawSlow();
+  late_ = unsigned(random_()) >> 8 & 1;
+  everyone_ = false;
+}
+
+// Takes turns until the threads have ended or, while the kernel before runs, can go no further.
+void Block::takeTurns() {
+  currentBlock = this;
+  blockIdx = index_;
+  blockDim = size_;
+  gridDim = grid_;
   while (live_ > 0) {
-    std::shuffle(order.begin(), order.end(), random_);
+    std::shuffle(order_.begin(), order_.end(), random_);
     progress_ = false;
-    if (!late) finishTransfer();
-    for (int i : order) {
-      if (threads_[i].done || (slow[i] && !everyone)) continue;
+    if (!late_) finishTransfer();
+    for (int i : order_) {
+      if (threads_[i].done || (slow_[i] && !everyone_)) continue;
       running_ = i;
       threadIdx = threads_[i].index;
       threads_[i].fiber.resume();
     }
-    if (!progress_ && everyone && !finishTransfer()) reportDeadlock();
-    everyone = !progress_;
+    bool const isStuck = !progress_ && everyone_ && !finishTransfer();
+    everyone_ = !progress_;
+    if (isStuck && !hasPreviousEnded_) break;
+    if (isStuck) reportDeadlock();
   }
-  checkAtEnd();
   currentBlock = nullptr;
+}
+
+void Block::start(uint3 index, uint64_t seed) {
+  arm(index, seed);
+  hasPreviousEnded_ = false;
+  takeTurns();
+}
+
+void Block::finish() {
+  hasPreviousEnded_ = true;
+  takeTurns();
+  checkAtEnd();
+}
+
+void Block::run(uint3 index, uint64_t seed) {
+  arm(index, seed);
+  finish();
+}
+
+void Block::waitForPrevious(int line) {
+  threads_[running_].hasWaited = true;
+  waitUntil("griddepcontrol.wait", line, [&] { return hasPreviousEnded_; });
 }
 
 // Threads that get a turn only when the others can go no further: none, some warps, or some lanes.
@@ -231,36 +257,6 @@ void Block::waitCopies(int pending) {
     }
     groups.pop_front();
   }
-}
-
-cudaError_t runGrid(dim3 grid, dim3 block, size_t sharedBytes, bool early,
-                    std::function<void()> const& body) {
-  uint64_t const threads = uint64_t(block.x) * block.y * block.z;
-  uint64_t const blocks = uint64_t(grid.x) * grid.y * grid.z;
-  if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > INT32_MAX ||
-      grid.y > 65535 || grid.z > 65535) {
-    return cudaErrorInvalidConfiguration;
-  }
-  if (sharedBytes > mostShared(sharedBytes)) return cudaErrorInvalidValue;
-  char const* const asked = std::getenv("LLMEXPORT_EMULATOR_SEED");
-  uint64_t const seed = asked ? std::strtoull(asked, nullptr, 10) : 0;
-  uint64_t const start = seed % blocks;
-  std::atomic<uint64_t> next{0};
-  auto work = [&] {
-    Block one(grid, block, sharedBytes, early, body);
-    for (uint64_t i; (i = next++) < blocks;) {
-      uint64_t const at = (i + start) % blocks;
-      one.run(
-          {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)},
-          seed);
-    }
-  };
-  std::vector<std::thread> others;
-  uint64_t const cores = std::max(1u, std::thread::hardware_concurrency());
-  for (uint64_t i = 1; i < std::min(cores, blocks); ++i) others.emplace_back(work);
-  work();
-  for (auto& other : others) other.join();
-  return cudaSuccess;
 }
 
 }  // namespace llmexport::emulator

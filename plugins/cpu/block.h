@@ -25,6 +25,9 @@ constexpr unsigned char kPoison = 0xFF;  // a NaN in every float type
 // Ends the process with one line that says what a kernel does wrong, and where.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(char const* format, ...);
 
+// Shared memory that a block may have which asks for so many bytes of dynamic shared memory.
+size_t mostShared(size_t dynamicBytes);
+
 struct Copy {
   void* to;
   void const* from;
@@ -66,8 +69,8 @@ struct Thread {
   bool done = false, hasWaited = false;
   char const* waitsFor = nullptr;
   int line = 0;
-  std::deque<std::vector<Copy>> copies;  // groups; the last is open
-  std::vector<size_t> unfenced;          // chunks that it wrote, unseen by the async proxy
+  std::deque<std::vector<Copy>> copies;       // groups; the last is open
+  std::vector<size_t> unfenced;               // chunks that it wrote, unseen by the async proxy
   std::deque<std::vector<Product>> products;  // groups
   bool fencedWgmma = false;
 };
@@ -79,6 +82,10 @@ class Block {
 
   // Runs the block to its end. The threads take turns in an order drawn from `seed`.
   void run(uint3 index, uint64_t seed);
+  // The same in two parts: until threads wait for the kernel before, and once that has ended. The
+  // host's thread is one.
+  void start(uint3 index, uint64_t seed);
+  void finish();
 
   static Block& current();
   int lane() const { return running_ % kLanes; }
@@ -89,7 +96,7 @@ class Block {
   }
 
   void barrier(int line);
-  void waitForPrevious() { threads_[running_].hasWaited = true; }
+  void waitForPrevious(int line);
   void* sharedArray(int key, size_t bytes);
   void* dynamicShared() { return dynamic_.get(); }
   void startCopy(Copy copy);
@@ -156,6 +163,8 @@ class Block {
     }
     progress_ = true;
   }
+  void arm(uint3 index, uint64_t seed);
+  void takeTurns();
   std::vector<bool> drawSlow();
   [[noreturn]] void reportDeadlock() const;
   size_t chunkOf(void const* at) const;
@@ -167,13 +176,14 @@ class Block {
 
   dim3 grid_, size_;
   size_t sharedBytes_, takenBytes_ = 0;  // dynamic shared memory; and all that is taken
-  bool early_;
+  bool early_, hasPreviousEnded_ = true;
   std::function<void()> const& body_;
+  uint3 index_{};
   std::vector<Thread> threads_;
   std::vector<Lane> lanes_;
   std::map<int, Memory> arrays_;
   Memory dynamic_;
-  std::vector<int> unfenced_;  // of its chunks: writes that the async proxy has not seen
+  std::vector<int> unfenced_;         // of its chunks: writes that the async proxy has not seen
   std::vector<unsigned char> known_;  // it, once there is an mbarrier, after all writes noted
   std::map<void const*, Arrivals> barriers_;
   std::vector<std::function<void()>> transfers_;
@@ -182,11 +192,10 @@ class Block {
   int running_ = 0, live_ = 0, atBarrier_ = 0, barrierLine_ = 0;
   unsigned barriersPassed_ = 0;
   bool progress_ = false;
+  std::vector<int> order_;  // of the threads' turns
+  std::vector<bool> slow_;  // threads that get turns only with `everyone_`
+  bool late_, everyone_;    // `late_`: TMA ends only when nothing else goes on
 };
-
-// Runs every block of a grid, several at once, in an order drawn from LLMEXPORT_EMULATOR_SEED.
-cudaError_t runGrid(dim3 grid, dim3 block, size_t sharedBytes, bool early,
-                    std::function<void()> const& body);
 
 }  // namespace llmexport::emulator
 

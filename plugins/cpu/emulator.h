@@ -44,17 +44,18 @@
   auto* name = static_cast<unsigned char*>(::llmexport::emulator::Block::current().dynamicShared())
 
 #include "cpu/intrinsics.h"
+#include "cpu/launches.h"
 #include "cpu/tensor_core.h"
 
 namespace llmexport {
 
-// The kernel before has always ended; an `early` kernel must wait for it all the same.
+// An `early` kernel must wait for the one before, even if that has always ended (cpu/launches.h).
 template <class... P, class... A>
 cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t,
                            A... args) {
   std::tuple<P...> const arguments{static_cast<P>(args)...};
-  return emulator::runGrid(plan.grid, plan.block, plan.sharedBytes, early,
-                           [&] { std::apply(kernel, arguments); });
+  return emulator::launchGrid(plan.grid, plan.block, plan.sharedBytes, early,
+                              [=] { std::apply(kernel, arguments); });
 }
 
 }  // namespace llmexport

@@ -6,6 +6,9 @@
 
 #include "trt/shapes.h"
 #include "trt/types.h"
+#ifdef LLMEXPORT_EMULATED
+#include "cpu/launches.h"
+#endif
 
 namespace llmexport {
 namespace {
@@ -238,6 +241,9 @@ int32_t Plugin::enqueue(trt::PluginTensorDesc const*, trt::PluginTensorDesc cons
     all[part.place] =
         static_cast<char const*>(inputs[0]) + part.first * int64_t(sizeOf(form_->dtype));
   }
+#ifdef LLMEXPORT_EMULATED
+  emulator::Launches const untilTheEnd;
+#endif
   cudaError_t const error =
       op_.enqueue({node(*form_), *device_, all.data(), outputs, workspace, stream});
   if (error != cudaSuccess) refuse("%s: CUDA error %d at launch", op_.name, int(error));

@@ -177,8 +177,29 @@ __global__ void writeNumbers(int* y) {
   y[threadIdx.x] = threadIdx.x;
 }
 __global__ void addOne(int* y) {
+#ifdef BUG_EARLY
+  int const number = y[threadIdx.x];
+  waitForPrevious();
+  y[threadIdx.x] = number + 1;
+#else
   waitForPrevious();
   y[threadIdx.x] += 1;
+#endif
+}
+
+// Two of a chain of which the second writes what the first reads.
+__global__ void copyNumbers(int const* x, int* y) {
+  letNextStart();
+  y[threadIdx.x] = x[threadIdx.x];
+}
+__global__ void clear(int* x) {
+#ifdef BUG_EARLY
+  x[threadIdx.x] = 0;
+  waitForPrevious();
+#else
+  waitForPrevious();
+  x[threadIdx.x] = 0;
+#endif
 }
 
 __global__ void leaveBeforeTheWait(int* y) {
