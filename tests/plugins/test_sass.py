@@ -33,20 +33,25 @@ def listed(listing: str) -> dict[str, str]:
     return dict(zip(names.splitlines(), parts[2::2], strict=True))
 
 
-@pytest.fixture(scope="module")
-def listings(cuda_library: Path) -> dict[str, str]:
-    cuobjdump = cuda_tool("cuobjdump")
+def dumped(library: Path, what: str, arch: str) -> str:
     # cuobjdump calls nvdisasm.
     folders = [os.path.dirname(cuda_tool("nvdisasm")), os.environ.get("PATH", "")]
     environment = {**os.environ, "PATH": os.pathsep.join(folders)}
-    command = [cuobjdump, "-sass", "-arch"]
-    listings = [
-        subprocess.run(
-            [*command, arch, cuda_library], env=environment, capture_output=True, text=True, check=True
-        ).stdout
-        for arch in ("sm_90", "sm_90a")
-    ]
-    return listed("".join(listings))
+    command = [cuda_tool("cuobjdump"), what, "-arch", arch, library]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def listings(cuda_library: Path) -> dict[str, str]:
+    return listed("".join(dumped(cuda_library, "-sass", arch) for arch in ("sm_90", "sm_90a")))
+
+
+@pytest.fixture(scope="module")
+def registers(cuda_library: Path) -> dict[str, int]:
+    """Those that a thread of each kernel has at launch."""
+    found = re.findall(r"^ Function (\S+):\n  REG:(\d+)", dumped(cuda_library, "-res-usage", "sm_90a"), re.MULTILINE)
+    names = listed("".join(f"\tFunction : {name}\n" for name, _ in found))
+    return dict(zip(names, (int(count) for _, count in found), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +240,13 @@ def test_a_router_of_whole_warps_finds_the_best_key_in_one_instruction(listings:
         best = [loop for loop in loops(placed(listings[name])) if any(i.op.startswith("REDUX") for i in loop)]
         assert min(map(len, best)) <= 24, name
         assert not [i for loop in best for i in loop if i.op.startswith(("I2F", "MUFU"))], name
+
+
+def test_warpgroups_take_no_more_registers_than_a_block_has(
+    listings: dict[str, str], registers: dict[str, int]
+) -> None:
+    """One warpgroup of three gives, two take; those would wait for ever for a register that is not there."""
+    found = {name: its for name in registers if (its := re.findall(r"USETMAXREG\.\w+.*?0x([0-9a-f]+)", listings[name]))}
+    assert len(found) == 10 + 12 + 6
+    for name, (taken, given) in found.items():
+        assert 2 * int(taken, 16) + int(given, 16) <= 3 * registers[name], name
