@@ -22,7 +22,9 @@ __device__ __forceinline__ void waitForPrevious() {
 }
 
 __device__ __forceinline__ void letNextStart() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef LLMEXPORT_EMULATED
+  emulator::Block::current().letNextStart();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }

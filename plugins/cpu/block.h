@@ -97,6 +97,9 @@ class Block {
 
   void barrier(int line);
   void waitForPrevious(int line);
+  void letNextStart() { letsNextStart_ = true; }
+  // Whether a thread has let the next kernel start.
+  bool letsNextStart() const { return letsNextStart_; }
   void* sharedArray(int key, size_t bytes);
   void* dynamicShared() { return dynamic_.get(); }
   void startCopy(Copy copy);
@@ -176,7 +179,7 @@ class Block {
 
   dim3 grid_, size_;
   size_t sharedBytes_, takenBytes_ = 0;  // dynamic shared memory; and all that is taken
-  bool early_, hasPreviousEnded_ = true;
+  bool early_, hasPreviousEnded_ = true, letsNextStart_ = false;
   std::function<void()> const& body_;
   uint3 index_{};
   std::vector<Thread> threads_;

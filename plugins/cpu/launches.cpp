@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -61,21 +62,33 @@ struct Grid {
 };
 
 thread_local bool areLaunchesLate = false;
-thread_local std::unique_ptr<Grid> launched;
+thread_local std::deque<std::unique_ptr<Grid>> launched;
+
+// Ends the oldest launches but for `left` of them.
+void finishAllBut(size_t left) {
+  while (launched.size() > left) {
+    launched.front()->run();
+    launched.pop_front();
+  }
+}
 
 }  // namespace
 
-void finishLaunches() {
-  if (auto const grid = std::move(launched)) grid->run();
-}
+void finishLaunches() { finishAllBut(0); }
 
 cudaError_t launchGrid(dim3 size, dim3 block, size_t sharedBytes, bool early,
                        std::function<void()> body) {
   auto grid = std::make_unique<Grid>(Grid{size, block, sharedBytes, early, std::move(body)});
   if (cudaError_t const error = grid->check(); error != cudaSuccess) return error;
-  if (early && launched) grid->startFirst();
-  finishLaunches();
-  launched = std::move(grid);
+  if (early && !launched.empty()) {
+    auto const& before = launched.back()->first;
+    // All kernels before one have ended when it lets the next start after its own wait.
+    if (!before || !before->letsNextStart()) finishAllBut(1);
+    grid->startFirst();
+  } else {
+    finishLaunches();
+  }
+  launched.push_back(std::move(grid));
   if (!areLaunchesLate) finishLaunches();
   return cudaSuccess;
 }

@@ -16,9 +16,10 @@ cudaError_t launchGrid(dim3 grid, dim3 block, size_t sharedBytes, bool early,
 // Ends what this thread launched.
 void finishLaunches();
 
-// While there is one, a launch of its thread ends at the next launch or with it. A block of a
-// kernel that is launched early then runs to waitForPrevious() before the kernel before begins:
-// what it reads until then is not there yet, and what it writes is still to be read.
+// While there is one, launches of its thread end with it, or when one does that is no early launch.
+// A block of each early launch runs to waitForPrevious() before the kernel before goes on: what it
+// reads until then is not there yet, and what it writes is still to be read. So it is with earlier
+// kernels too, if the kernel before calls letNextStart() before its own wait.
 class Launches {
  public:
   Launches();

@@ -9,7 +9,7 @@ from native import PLUGINS, compiled, need_gpu, need_nvcc
 
 HERE = Path(__file__).parent / "emulator"
 SEEDS = ("0", *(pytest.param(seed, marks=pytest.mark.slow) for seed in "12"))
-RIGHT = ("gemm", "sum", "halves", "match", "rotate", "take", "chain", "clear", "mxfp4", "mxfp4_blocks", "too_many_threads")
+RIGHT = ("gemm", "sum", "halves", "match", "rotate", "take", "chain", "skip", "clear", "mxfp4", "mxfp4_blocks", "too_many_threads")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_gpu_agrees_with_the_emulator(tmp_path: Path, kernel: str) -> None:
         pytest.param("take", id="missing-barrier-after-work"),
         pytest.param("chain", id="read-before-the-wait-for-the-kernel-before"),
         pytest.param("clear", id="write-before-that-wait"),
+        pytest.param("skip", id="next-kernel-let-start-before-that-wait"),
     ],
 )
 def test_missing_synchronisation_gives_wrong_numbers(wrong_kernels: Path, kernel: str, seed: str) -> None:

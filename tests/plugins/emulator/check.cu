@@ -114,6 +114,21 @@ bool chainIsRight() {
   return true;
 }
 
+bool skippingIsRight() {
+  Array<int> x(std::vector<int>(64, -1)), y(std::vector<int>(64, -1)), z(std::vector<int>(64, -1));
+  LaunchPlan const plan{dim3(1), dim3(64)};
+  enqueue([&] {
+    launch(writeNumbers, plan, nullptr, x.data);
+    launchEarly(letStartOnceAllHaveEnded, plan, nullptr, y.data);
+    launchEarly(addTenEarly, plan, nullptr, x.data, z.data);
+  });
+  auto const found = z.host();
+  for (int i = 0; i < 64; ++i) {
+    if (found[i] != i + 10) return false;
+  }
+  return y.host() == std::vector<int>(64, 3);
+}
+
 bool clearingIsRight() {
   Array<int> x(std::vector<int>(64, 5)), y(std::vector<int>(64, -1));
   LaunchPlan const plan{dim3(1), dim3(64)};
@@ -190,6 +205,7 @@ bool check(std::string const& name) {
   if (name == "rotate") return rotateTwiceIsRight();
   if (name == "take") return takeAfterWorkIsRight();
   if (name == "chain") return chainIsRight();
+  if (name == "skip") return skippingIsRight();
   if (name == "clear") return clearingIsRight();
   bool const blocks = name == "mxfp4_blocks";
   if (name == "mxfp4" || blocks) {

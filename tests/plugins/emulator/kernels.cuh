@@ -187,6 +187,23 @@ __global__ void addOne(int* y) {
 #endif
 }
 
+// Reads, before its wait, what a kernel wrote that ended before the one before it let this start.
+__global__ void addTenEarly(int const* x, int* y) {
+  int const number = x[threadIdx.x];
+  waitForPrevious();
+  y[threadIdx.x] = number + 10;
+}
+__global__ void letStartOnceAllHaveEnded(int* y) {
+#ifdef BUG_EARLY
+  letNextStart();
+  waitForPrevious();
+#else
+  waitForPrevious();
+  letNextStart();
+#endif
+  y[threadIdx.x] = 3;
+}
+
 // Two of a chain of which the second writes what the first reads.
 __global__ void copyNumbers(int const* x, int* y) {
   letNextStart();
