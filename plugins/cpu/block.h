@@ -82,8 +82,8 @@ class Block {
 
   // Runs the block to its end. The threads take turns in an order drawn from `seed`.
   void run(uint3 index, uint64_t seed);
-  // The same in two parts: until threads wait for the kernel before, and once that has ended. The
-  // host's thread is one.
+  // The same in two parts, both by one thread of the host: until the block's threads wait for the
+  // kernel before, and once that has ended.
   void start(uint3 index, uint64_t seed);
   void finish();
 

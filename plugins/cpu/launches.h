@@ -16,7 +16,7 @@ cudaError_t launchGrid(dim3 grid, dim3 block, size_t sharedBytes, bool early,
 // Ends what this thread launched.
 void finishLaunches();
 
-// While there is one, launches of its thread end with it, or when one does that is no early launch.
+// While there is one, launches of its thread end with it, or when a launch comes that is not early.
 // A block of each early launch runs to waitForPrevious() before the kernel before goes on: what it
 // reads until then is not there yet, and what it writes is still to be read. So it is with earlier
 // kernels too, if the kernel before calls letNextStart() before its own wait.

@@ -40,7 +40,8 @@ struct Ring {
   __device__ __forceinline__ void waitEmpty(unsigned step) const {
     waitBarrier(empty[place(step)], int((step / kGroupedStages + 1) & 1));
   }
-  // Called by a warp whose lanes are all done.
+  // Called by a warp whose lanes are all done. The end of a wgmma is a fence of the proxies itself:
+  // the next writes of a stage, by either, need no other.
   __device__ __forceinline__ void release(unsigned step) const {
     if (threadIdx.x % kWarp == 0) arrive(empty[place(step)]);
   }
