@@ -79,6 +79,7 @@ void Block::arm(uint3 index, uint64_t seed) {
   unfenced_.assign(sharedBytes_ / kCopyBytes, 0);
   known_.clear();
   barriers_.clear();
+  gatherings_.fill({});
   products_.assign(lanes_.size() / kLanes, 0);
   random_.seed(unsigned(seed + 0x9E3779B9u * index.x + 0x85EBCA6Bu * index.y + index.z));
   for (size_t i = 0; i < threads_.size(); ++i) {
@@ -183,6 +184,22 @@ void Block::barrier(int line) {
   bool const last = atBarrier_ == 0;
   unsigned const passed = barriersPassed_;
   waitUntil("__syncthreads", line, [&] { return last || barriersPassed_ != passed; });
+}
+
+void Block::warpBarrier(int id, int threads, int line) {
+  if (id < 1 || id >= int(gatherings_.size()) || threads % kLanes) {
+    fail("bar.sync %d, %d at line %d: barriers are 1 to 15, of whole warps", id, threads, line);
+  }
+  Gathering& gathering = gatherings_[id];
+  if (gathering.arrived > 0 && gathering.threads != threads) {
+    fail("bar.sync %d at line %d is of %d threads, and elsewhere of %d", id, line, threads,
+         gathering.threads);
+  }
+  gathering.threads = threads;
+  unsigned const passed = gathering.passed;
+  bool const last = ++gathering.arrived == threads;
+  if (last) gathering.arrived = 0, ++gathering.passed;
+  waitUntil("bar.sync", line, [&] { return last || gathering.passed != passed; });
 }
 
 Lane* Block::join(char const* what, int line, unsigned mask, void const* value, size_t bytes) {

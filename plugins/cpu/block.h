@@ -44,6 +44,12 @@ struct Lane {
   alignas(16) unsigned char value[64];
 };
 
+// A barrier of some warps: how many threads have arrived, of how many, and how often all have.
+struct Gathering {
+  int arrived = 0, threads = 0;
+  unsigned passed = 0;
+};
+
 // An mbarrier: the arrivals and bytes that its phase expects and still waits for.
 struct Arrivals {
   int expected, pending;
@@ -96,6 +102,8 @@ class Block {
   }
 
   void barrier(int line);
+  // Of the `threads` that call this, of whole warps; `id` is not that of barrier().
+  void warpBarrier(int id, int threads, int line);
   void waitForPrevious(int line);
   void letNextStart() { letsNextStart_ = true; }
   // Whether a thread has let the next kernel start.
@@ -189,6 +197,7 @@ class Block {
   std::vector<int> unfenced_;         // of its chunks: writes that the async proxy has not seen
   std::vector<unsigned char> known_;  // it, once there is an mbarrier, after all writes noted
   std::map<void const*, Arrivals> barriers_;
+  std::array<Gathering, 16> gatherings_;
   std::vector<std::function<void()>> transfers_;
   std::vector<uint64_t> products_;  // a hash of the wgmma that each warp issued
   std::minstd_rand random_;

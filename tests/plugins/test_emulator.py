@@ -10,7 +10,7 @@ from native import PLUGINS, compiled, need_gpu, need_nvcc
 HERE = Path(__file__).parent / "emulator"
 SEEDS = ("0", *(pytest.param(seed, marks=pytest.mark.slow) for seed in "12"))
 RIGHT = (
-    *("gemm", "sum", "halves", "match", "rotate", "take", "chain", "skip", "clear"),
+    *("gemm", "sum", "halves", "match", "rotate", "take", "pairs", "chain", "skip", "clear"),
     *("mxfp4", "mxfp4_blocks", "too_many_threads"),
 )
 
@@ -55,6 +55,7 @@ def test_gpu_agrees_with_the_emulator(tmp_path: Path, kernel: str) -> None:
     [
         pytest.param("gemm", id="missing-cp.async-wait"),
         pytest.param("sum", id="missing-barrier"),
+        pytest.param("pairs", id="missing-barrier-of-warps"),
         pytest.param("rotate", id="shared-memory-race"),
         pytest.param("take", id="missing-barrier-after-work"),
         pytest.param("chain", id="read-before-the-wait-for-the-kernel-before"),
@@ -74,6 +75,8 @@ def test_missing_synchronisation_gives_wrong_numbers(wrong_kernels: Path, kernel
         ("misaligned", "requires 16 byte alignment"),
         ("divergent_shuffle", "deadlock: 16 of 32 threads wait, the first, (0,0,0), for __shfl_xor_sync"),
         ("divergent_barrier", "divergent __syncthreads: threads wait at line"),
+        ("two_sizes", "threads, and elsewhere of"),
+        ("too_few", "deadlock: 64 of 96 threads wait, the first, (0,0,0), for bar.sync"),
         ("ends_unwaited", "thread (31,0,0) of an early launch ends without waitForPrevious()"),
         ("too_much_shared", "101380 bytes of shared memory, 101376 of them dynamic, where a block may have 101376"),
     ],

@@ -90,6 +90,22 @@ bool takeAfterWorkIsRight() {
   return true;
 }
 
+bool swapInPairsIsRight() {
+  constexpr int kThreads = 128;
+  auto sumOfWarp = [](int warp) {
+    return 32 * 32 * warp + 31 * 16;
+  };
+  Array<int> y(std::vector<int>(kThreads, -1));
+  run(swapInPairs, 1, kThreads, y.data);
+  auto const found = y.host();
+  for (int i = 0; i < kThreads; ++i) {
+    int const pair = i / 64;
+    int const wanted = sumOfWarp(i / 32 ^ 1) * 10000 + sumOfWarp(2 * (1 - pair) + 1);
+    if (found[i] != wanted) return false;
+  }
+  return true;
+}
+
 // Launches as a plugin does, which returns when they are under way.
 template <class F>
 void enqueue(F launchAll) {
@@ -194,7 +210,7 @@ bool mxfp4IsRight(bool blocks) {
 
 bool check(std::string const& name) {
   Array<float> x(std::vector<float>(100)), y(std::vector<float>(100));
-  Array<int> z(std::vector<int>(32));
+  Array<int> z(std::vector<int>(96));
   if (name == "gemm") {
     return gemmIsRight<Bfloat16, false>() && gemmIsRight<Half, false>() &&
            gemmIsRight<Bfloat16, true>() && gemmIsRight<Half, true>();
@@ -204,6 +220,7 @@ bool check(std::string const& name) {
   if (name == "match") return matchDigitsIsRight();
   if (name == "rotate") return rotateTwiceIsRight();
   if (name == "take") return takeAfterWorkIsRight();
+  if (name == "pairs") return swapInPairsIsRight();
   if (name == "chain") return chainIsRight();
   if (name == "skip") return skippingIsRight();
   if (name == "clear") return clearingIsRight();
@@ -216,6 +233,8 @@ bool check(std::string const& name) {
   if (name == "misaligned") run(copyShifted, 1, 8, x.data, y.data);
   if (name == "divergent_shuffle") run(shuffleWithoutOthers, 1, 32, z.data);
   if (name == "divergent_barrier") run(barrierInBranches, 1, 32, z.data);
+  if (name == "two_sizes") run(syncOthers, 1, 96, z.data);
+  if (name == "too_few") run(syncTooFew, 1, 96, z.data);
   if (name == "ends_unwaited") {
     launchEarly(leaveBeforeTheWait, {dim3(1), dim3(32)}, nullptr, z.data);
   }

@@ -6,6 +6,7 @@
 #include "common/early_launch.cuh"
 #include "common/element.cuh"
 #include "common/tensor_core.cuh"
+#include "common/warp_barrier.cuh"
 
 namespace llmexport {
 
@@ -169,6 +170,43 @@ __global__ void takeAfterWork(int* y) {
   __syncthreads();
 #endif
   y[blockIdx.x * blockDim.x + threadIdx.x] = sum + given[0];
+}
+
+// Two pairs of warps, each with a barrier of its own: a thread takes the number of its like in the
+// pair's other warp, then that which the first thread of the other pair made of such numbers. The
+// pairs wait for each other at two places.
+__global__ void swapInPairs(int* y) {
+  SHARED_ARRAY(int, given, 128);
+  SHARED_ARRAY(int, firsts, 2);
+  int const thread = threadIdx.x, pair = thread / 64;
+  int sum = thread;
+  for (int bits = 1; bits < kWarp; bits *= 2) sum += __shfl_xor_sync(~0u, sum, bits);
+  given[thread] = sum;
+#ifndef BUG_NO_PAIR
+  syncWarps<64>(1 + pair);
+#endif
+  int const theirs = given[thread ^ kWarp];
+  if (thread % 64 == 0) firsts[pair] = theirs;
+  if (pair == 0) {
+    syncWarps<128>(3);
+  } else {
+    syncWarps<128>(3);
+  }
+  y[thread] = theirs * 10000 + firsts[1 - pair];
+}
+
+__global__ void syncOthers(int* y) {
+  if (threadIdx.x < kWarp) {
+    syncWarps<64>(1);
+  } else {
+    syncWarps<96>(1);
+  }
+  y[threadIdx.x] = 1;
+}
+
+__global__ void syncTooFew(int* y) {
+  if (threadIdx.x < 2 * kWarp) syncWarps<96>(1);
+  y[threadIdx.x] = 1;
 }
 
 // The thread's number, or one more than is there: two of a chain of launches.
