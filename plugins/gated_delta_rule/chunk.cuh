@@ -62,16 +62,25 @@ struct Parts {
   Fragment high, low;
 };
 
-// The results of prepare for one chunk of one head, which scan reads: tiles on and below the
-// diagonal, first their high parts, then the low ones.
-struct alignas(16) ChunkRecord {
-  Fragment inverse[2][kTriangleTiles][kWarp];
-  Fragment scores[2][kTriangleTiles][kWarp];
-  float keyFactor[kChunk];     // n exp(G)
+// Tiles on and below the diagonal: first their high parts, then the low ones.
+using TriangleParts = Fragment[2][kTriangleTiles][kWarp];
+
+// The results of prepare for one chunk of one head, which scan reads: what u is made with, and what
+// y and the next state are.
+struct alignas(16) UpdateRecord {
+  TriangleParts inverse;
+  float keyFactor[kChunk];  // n exp(G)
+};
+struct alignas(16) ReadRecord {
+  TriangleParts scores;
   float queryFactor[kChunk];   // m exp(G)
   float updateFactor[kChunk];  // n exp(G_C - G)
   float decay;                 // exp(G_C)
   float unused[3];
+};
+struct ChunkRecord {
+  UpdateRecord update;
+  ReadRecord read;
 };
 
 template <class T>
@@ -142,15 +151,16 @@ __device__ __forceinline__ int place(int row, int column) {
   return row * pitch<kWidth>() + piece * 8;
 }
 
-// Starts to copy a chunk's rows to shared memory; writes zeros past `rows` and `columns`.
+// Starts to copy a chunk's rows to shared memory, by kChunkThreads threads of which this one is
+// `thread`; writes zeros past `rows` and `columns`.
 template <int kWidth, class T>
-__device__ __forceinline__ void copyChunk(T* to, T const* from, int64_t stride, int64_t rows,
-                                          int columns) {
+__device__ __forceinline__ void copyChunk(int thread, T* to, T const* from, int64_t stride,
+                                          int64_t rows, int columns) {
   constexpr int kPieces = kWidth / 8, kRows = kChunkThreads / kPieces;
-  int const column = threadIdx.x % kPieces * 8;
+  int const column = thread % kPieces * 8;
 #pragma unroll
   for (int first = 0; first < kChunk; first += kRows) {
-    int const row = first + threadIdx.x / kPieces;
+    int const row = first + thread / kPieces;
     bool const there = row < rows && column < columns;
     copyAsync16(to + place<kWidth>(row, column), there ? from + row * stride + column : from,
                 there);
@@ -182,9 +192,9 @@ constexpr int kQuad = 4;          // lanes that hold a row of an accumulator
 // Four floats a lane, in which the warps of the two halves of D give each other their sums.
 using Exchanged = Vector<float, 4>;
 
-// The places of a warp, 16 columns of V and a half of D, and of a lane.
+// The places of a warp of four, 16 columns of V and a half of D, and of a lane.
 struct ScanPlace {
-  int lane = threadIdx.x % kWarp, warp = warpOfThread();
+  int lane = threadIdx.x % kWarp, warp = warpOfThread() % (kChunkThreads / kWarp);
   int half = warp % kHalves, columnInBlock = warp / kHalves * kTile;
   int column = blockIdx.x * kScanColumns + columnInBlock;
   int row = lane / kQuad, pair = lane % kQuad * 2;  // in an accumulator: rows row and row + 8

@@ -52,7 +52,7 @@ DeltaRulePlan gatedDeltaRulePlan(GatedDeltaRuleSizes const& sizes, Dtype dtype,
   unsigned const H = unsigned(sizes.H), B = unsigned(sizes.B);
   plan.prepare = {dim3(unsigned(ceilDiv(sizes.T, kChunk)), H, B), dim3(kChunkThreads),
                   prepareSharedBytes(sizes, dtype)};
-  plan.scan = {dim3(unsigned(ceilDiv(sizes.V, kScanColumns)), H, B), dim3(kChunkThreads),
+  plan.scan = {dim3(unsigned(ceilDiv(sizes.V, kScanColumns)), H, B), dim3(kScanThreads),
                scanSharedBytes(sizes)};
   return plan;
 }

@@ -91,8 +91,8 @@ __device__ __forceinline__ void invertDiagonal(ChunkSystem& system) {
   }
 }
 
-__device__ __forceinline__ void storeParts(Fragment (&to)[2][kTriangleTiles][kWarp], int tile,
-                                           float const (&left)[4], float const (&right)[4]) {
+__device__ __forceinline__ void storeParts(TriangleParts& to, int tile, float const (&left)[4],
+                                           float const (&right)[4]) {
   Parts const parts = split<Bfloat16>(left, right);
   to[0][tile][threadIdx.x % kWarp] = parts.high;
   to[1][tile][threadIdx.x % kWarp] = parts.low;
@@ -144,7 +144,7 @@ __device__ __forceinline__ void invertRow(ChunkSystem const& system, ChunkTokens
     for (int e = 0; e < 8; ++e) {
       x[e / 4][e % 4] *= tokens.beta[j * kTile + e / 4 * 8 + lane % 4 * 2 + e % 2];
     }
-    storeParts(record.inverse, triangleTile(row, j), x[0], x[1]);
+    storeParts(record.update.inverse, triangleTile(row, j), x[0], x[1]);
   }
 }
 
@@ -199,7 +199,7 @@ __device__ __forceinline__ void finishTiles(ChunkTokens const& tokens, float sca
       if (isKey) system.lower[column][row] = x;
     }
     if (!isKey) {
-      storeParts(record.scores, triangleTile(tiles.row(i), tiles.column(i)), sums[i][0],
+      storeParts(record.read.scores, triangleTile(tiles.row(i), tiles.column(i)), sums[i][0],
                  sums[i][1]);
     }
   }
@@ -211,10 +211,10 @@ __device__ __forceinline__ void writeFactors(ChunkTokens const& tokens, float sc
   int const token = threadIdx.x, last = kChunk - 1;
   if (token > last) return;
   float const since = tokens.decaySince(token);
-  record.keyFactor[token] = since * tokens.kNorm[token];
-  record.queryFactor[token] = scale * since * tokens.qNorm[token];
-  record.updateFactor[token] = tokens.decayBetween(token, last) * tokens.kNorm[token];
-  if (token == last) record.decay = since;
+  record.update.keyFactor[token] = since * tokens.kNorm[token];
+  record.read.queryFactor[token] = scale * since * tokens.qNorm[token];
+  record.read.updateFactor[token] = tokens.decayBetween(token, last) * tokens.kNorm[token];
+  if (token == last) record.read.decay = since;
 }
 
 // Grid (chunks, H, B). Multiplies k and q as they are, applies norms, decay and beta to the sums in
@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kChunkThreads)
   int const group = head / (heads / groups);
   int64_t const first = blockIdx.x * int64_t(kChunk), rows = tokens - first;
   int64_t const row0 = blockIdx.z * tokens + first;
-  copyChunk<D>(keys, k + row0 * stride + group * D, stride, rows, D);
-  copyChunk<D>(queries, q + row0 * stride + group * D, stride, rows, D);
+  copyChunk<D>(thread, keys, k + row0 * stride + group * D, stride, rows, D);
+  copyChunk<D>(thread, queries, q + row0 * stride + group * D, stride, rows, D);
   commitCopies();
   if (thread < kWarp) {
     sumDecay(own, g + row0 * heads + head, heads, rows);
