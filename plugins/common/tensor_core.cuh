@@ -1,4 +1,5 @@
-// mma.sync m16n8k16 with fp32 accumulation, and ldmatrix, which loads its fragments (sm_80 on).
+// mma.sync m16n8k16 with fp32 accumulation, and ldmatrix and movmatrix, which load and turn its
+// fragments (sm_80 on).
 // Products of 16-bit factors are exact; PTX leaves open in which order one mma adds its 16
 // products, and how it rounds the sums. The CPU emulator adds the products one after another and
 // rounds to nearest.
@@ -42,6 +43,14 @@ __device__ __forceinline__ void loadMatrixTransposed(uint32_t (&r)[4], void cons
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared)
                : "memory");
+}
+
+// The transpose of an 8x8 matrix of 16-bit elements, of which lane i has elements i % 4 * 2 and the
+// next of row i / 4.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
 }
 
 }  // namespace llmexport

@@ -60,6 +60,17 @@ inline void loadMatrixTransposed(uint32_t (&r)[4], void const* row, int line = _
   });
 }
 
+inline uint32_t transposed(uint32_t pair, int line = __builtin_LINE()) {
+  auto& block = emulator::Block::current();
+  return block.collective("movmatrix", line, ~0u, pair, [&](auto give) {
+    int const row = block.lane() / 4, first = block.lane() % 4 * 2;
+    auto at = [&](int column) {
+      return give(column * 4 + row / 2) >> row % 2 * 16 & 0xFFFF;
+    };
+    return at(first) | at(first + 1) << 16;
+  });
+}
+
 template <class T>
 void mma16x8x16(float (&d)[4], uint32_t const (&a)[4], uint32_t const (&b)[2],
                 int line = __builtin_LINE()) {

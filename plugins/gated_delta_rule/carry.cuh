@@ -21,15 +21,14 @@ __device__ __forceinline__ void multiplyKeys(ScanShared<T, D>& shared, T const* 
   scaleRows<T>(state, scale.down);
 #pragma unroll
   for (int d = 0; d < D / 2; d += kTile) {
-    int const column = at.half * (D / 2) + d;
     Parts const parts = split<T>(state[d / 8], state[d / 8 + 1]);
-    auto& given = shared.state[at.warp / kHalves][column / kTile];
+    auto& given = shared.state[at.warp / kHalves][at.half * (D / 2 / kTile) + d / kTile];
     given[0][at.lane] = parts.high;
     given[1][at.lane] = parts.low;
-    Fragment k[kChunkTiles];
+    RightFragment k[kChunkTiles];
 #pragma unroll
     for (int tile = 0; tile < kChunkTiles; ++tile) {
-      k[tile] = loadTile<D>(keys, tile * kTile, column);
+      k[tile] = loadRightTransposed<D>(keys, tile * kTile, at.half * (D / 2), d);
     }
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
@@ -106,12 +105,10 @@ __device__ __forceinline__ void findUpdate(ScanShared<T, D>& shared, ScanPlace c
       for (int tile = 0; tile < kOwnTiles; ++tile) {
         int const i = ownTile<kHalf>(tile);
         if (i < j) continue;
-        Parts const factor{inverse[0][triangleTile(i, j)][at.lane],
-                           inverse[1][triangleTile(i, j)][at.lane]};
+        auto const& factor = inverse[product == 1][triangleTile(i, j)][at.lane];
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-          multiply<Bfloat16>(update[2 * i + side], leftOf(product, error[j]),
-                             rightOf(product, factor), side);
+          multiply<Bfloat16>(update[2 * i + side], leftOf(product, error[j]), factor, side);
         }
       }
     }
@@ -153,10 +150,10 @@ __device__ __forceinline__ void moveState(ReadRecord const& record, T const* key
 #pragma unroll
   for (int j = 0; j < kChunkTiles; ++j) {
     Parts const parts = split<T>(update[2 * j], update[2 * j + 1]);
-    Fragment k[D / 2 / kTile];
+    RightFragment k[D / 2 / kTile];
 #pragma unroll
     for (int d = 0; d < D / 2; d += kTile) {
-      k[d / kTile] = loadTileTransposed<D>(keys, j * kTile, at.half * (D / 2) + d);
+      k[d / kTile] = loadRight<D>(keys, j * kTile, at.half * (D / 2), d);
     }
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
@@ -173,7 +170,7 @@ __device__ __forceinline__ void moveState(ReadRecord const& record, T const* key
 // at `state` and at `nextState`.
 template <class T, int D>
 __device__ __forceinline__ void carryState(ScanShared<T, D>& shared, float const* state,
-                                           float* nextState, int64_t chunks, int V) {
+                                           float* nextState, int chunks, int V) {
   ScanPlace const at;
   bool const here = at.column < V;  // if V = 16 the other warps have zeros
   // The place of element e of accumulator i of S^T.
@@ -189,7 +186,7 @@ __device__ __forceinline__ void carryState(ScanShared<T, D>& shared, float const
   }
   // All threads see the first chunk's k.
   syncWarps<kScanThreads>(kOfAll);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  for (int chunk = 0; chunk < chunks; ++chunk) {
     T const* const keys = shared.keys[chunk % 2];
     float keyState[kChunkAccumulators][4] = {}, update[kChunkAccumulators][4] = {};
     multiplyKeys<T, D>(shared, keys, at, s, keyState);

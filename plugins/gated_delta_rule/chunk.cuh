@@ -30,7 +30,7 @@
 #include <cstring>
 
 #include "common/async_copy.cuh"
-#include "common/element.cuh"
+#include "common/pairs.cuh"
 #include "common/tensor_core.cuh"
 
 namespace llmexport {
@@ -57,13 +57,25 @@ struct alignas(16) Fragment {
   uint32_t a[4];
 };
 
+// A tile's transpose as the right operand of mma, whose two registers lie side by side here: they
+// are those of {a[0], a[2]}, then those of {a[1], a[3]}.
+struct alignas(16) RightFragment {
+  uint32_t columns[2][2];
+
+  RightFragment() = default;
+  __device__ __forceinline__ explicit RightFragment(uint32_t const (&matrices)[4])
+      : columns{{matrices[0], matrices[1]}, {matrices[2], matrices[3]}} {}
+  __device__ __forceinline__ explicit RightFragment(Fragment const& tile)
+      : columns{{tile.a[0], tile.a[2]}, {tile.a[1], tile.a[3]}} {}
+};
+
 // A tile as the sum of two: itself rounded to T, and the rest rounded to T.
 struct Parts {
   Fragment high, low;
 };
 
 // Tiles on and below the diagonal: first their high parts, then the low ones.
-using TriangleParts = Fragment[2][kTriangleTiles][kWarp];
+using TriangleParts = RightFragment[2][kTriangleTiles][kWarp];
 
 // The results of prepare for one chunk of one head, which scan reads: what u is made with, and what
 // y and the next state are.
@@ -85,9 +97,14 @@ struct ChunkRecord {
 
 template <class T>
 __device__ __forceinline__ Vector<float, 2> unpack(uint32_t bits) {
-  Vector<T, 2> pair;
-  memcpy(&pair, &bits, sizeof bits);
-  return {toFloat(pair.at[0]), toFloat(pair.at[1])};
+  if constexpr (std::is_same_v<T, Bfloat16>) {
+    // A bf16 is the upper half of a float.
+    return {bitsAs<float>(bits << 16), bitsAs<float>(bits & 0xFFFF0000)};
+  } else {
+    Vector<T, 2> pair;
+    memcpy(&pair, &bits, sizeof bits);
+    return {toFloat(pair.at[0]), toFloat(pair.at[1])};
+  }
 }
 
 template <class T>
@@ -129,6 +146,13 @@ __device__ __forceinline__ void multiply(float (&sum)[4], Fragment const& a, Fra
   mma16x8x16<T>(sum, a.a, columns);
 }
 
+// The same of a right operand.
+template <class T>
+__device__ __forceinline__ void multiply(float (&sum)[4], Fragment const& a, RightFragment const& b,
+                                         int side) {
+  mma16x8x16<T>(sum, a.a, b.columns[side]);
+}
+
 // The products of parts that count, the largest last. A caller loops over them outside its loop
 // over sums: mma needs the time to finish one product of a sum before the next is added.
 constexpr int kProducts = 3;
@@ -147,35 +171,41 @@ constexpr __device__ int pitch() {
 }
 template <int kWidth>
 __device__ __forceinline__ int place(int row, int column) {
-  int const piece = kWidth >= kChunk ? column / 8 ^ row % 8 : column / 8;
+  int const piece = kWidth >= kChunk ? column / 8 ^ (row & 7) : column / 8;
   return row * pitch<kWidth>() + piece * 8;
+}
+// The same of column + more, if no bit is set in both: then one address serves many columns.
+template <int kWidth>
+__device__ __forceinline__ int place(int row, int column, int more) {
+  return kWidth >= kChunk ? place<kWidth>(row, column) ^ more : place<kWidth>(row, column + more);
 }
 
 // Starts to copy a chunk's rows to shared memory, by kChunkThreads threads of which this one is
-// `thread`; writes zeros past `rows` and `columns`.
+// `thread`; writes zeros past `rows` and `columns`, from where it reads nothing.
 template <int kWidth, class T>
 __device__ __forceinline__ void copyChunk(int thread, T* to, T const* from, int64_t stride,
                                           int64_t rows, int columns) {
   constexpr int kPieces = kWidth / 8, kRows = kChunkThreads / kPieces;
-  int const column = thread % kPieces * 8;
+  int const row = thread / kPieces, column = thread % kPieces * 8;
+  int const rowsHere = column < columns ? int(rows < kChunk ? rows : kChunk) : 0;
+  from += row * stride + column;
 #pragma unroll
   for (int first = 0; first < kChunk; first += kRows) {
-    int const row = first + thread / kPieces;
-    bool const there = row < rows && column < columns;
-    copyAsync16(to + place<kWidth>(row, column), there ? from + row * stride + column : from,
-                there);
+    copyAsync16(to + place<kWidth>(first + row, column), from, first + row < rowsHere);
+    from += kRows * stride;
   }
 }
 
+// The tile at (row, column + more), where no bit is set in both `column` and `more`.
 template <int kWidth, class T>
-__device__ __forceinline__ Fragment loadTile(T const* rows, int row, int column) {
+__device__ __forceinline__ Fragment loadTile(T const* rows, int row, int column, int more = 0) {
   int const lane = threadIdx.x % kWarp;
   Fragment tile;
-  loadMatrix(tile.a, rows + place<kWidth>(row + lane % 16, column + lane / 16 * 8));
+  loadMatrix(tile.a, rows + place<kWidth>(row + lane % 16, column + lane / 16 * 8, more));
   return tile;
 }
 
-// The transpose of the tile at (row, column).
+// Its transpose.
 template <int kWidth, class T>
 __device__ __forceinline__ Fragment loadTileTransposed(T const* rows, int row, int column) {
   int const lane = threadIdx.x % kWarp;
@@ -183,6 +213,24 @@ __device__ __forceinline__ Fragment loadTileTransposed(T const* rows, int row, i
   loadMatrixTransposed(
       tile.a, rows + place<kWidth>(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
   return tile;
+}
+
+// The tile as a right operand, and its transpose as one.
+template <int kWidth, class T>
+__device__ __forceinline__ RightFragment loadRight(T const* rows, int row, int column, int more) {
+  int const lane = threadIdx.x % kWarp;
+  uint32_t tile[4];
+  loadMatrixTransposed(tile, rows + place<kWidth>(row + lane % 16, column + lane / 16 * 8, more));
+  return RightFragment(tile);
+}
+template <int kWidth, class T>
+__device__ __forceinline__ RightFragment loadRightTransposed(T const* rows, int row, int column,
+                                                             int more) {
+  int const lane = threadIdx.x % kWarp;
+  uint32_t tile[4];
+  loadMatrix(tile, rows + place<kWidth>(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8,
+                                        more));
+  return RightFragment(tile);
 }
 
 constexpr int kScanColumns = 32;  // columns of V that a block takes

@@ -94,8 +94,8 @@ __device__ __forceinline__ void invertDiagonal(ChunkSystem& system) {
 __device__ __forceinline__ void storeParts(TriangleParts& to, int tile, float const (&left)[4],
                                            float const (&right)[4]) {
   Parts const parts = split<Bfloat16>(left, right);
-  to[0][tile][threadIdx.x % kWarp] = parts.high;
-  to[1][tile][threadIdx.x % kWarp] = parts.low;
+  to[0][tile][threadIdx.x % kWarp] = RightFragment(parts.high);
+  to[1][tile][threadIdx.x % kWarp] = RightFragment(parts.low);
 }
 
 __device__ __forceinline__ void multiplyParts(float (&sum)[2][4], Parts const& a, Parts const& b) {
@@ -166,11 +166,11 @@ __device__ __forceinline__ void multiplyTiles(T const* keys, T const* queries,
   constexpr int kFirst = 0, kLast = kWarpTiles - 1;  // always a tile of k k^T, one of q k^T
 #pragma unroll
   for (int d = 0; d < D; d += kTile) {
-    Fragment const key = loadTile<D>(keys, tiles.row(kFirst) * kTile, d);
-    Fragment const query = loadTile<D>(queries, tiles.row(kLast) * kTile, d);
+    Fragment const key = loadTile<D>(keys, tiles.row(kFirst) * kTile, 0, d);
+    Fragment const query = loadTile<D>(queries, tiles.row(kLast) * kTile, 0, d);
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
-      Fragment const columns = loadTile<D>(keys, tiles.column(i) * kTile, d);
+      RightFragment const columns = loadRightTransposed<D>(keys, tiles.column(i) * kTile, 0, d);
       Fragment rows;
 #pragma unroll
       for (int e = 0; e < 4; ++e) rows.a[e] = tiles.isKey(i) ? key.a[e] : query.a[e];

@@ -22,10 +22,10 @@ __device__ __forceinline__ void copyRecord(int thread, Record& to, Record const&
   }
 }
 
-// A warp's sums for y: two tiles of tokens, two halves of 16 columns.
+// A warp's sums for y, transposed: two tiles of tokens, two halves of each.
 using ReaderSums = float[kOwnTiles][2][4];
 
-// Computes q S for the warp's tokens, by [token][V], over each half of D and then of both.
+// Computes (q S)^T for the warp's tokens, by [V][token], over each half of D and then of both.
 template <class T, int D>
 __device__ __forceinline__ void multiplyQueries(ScanShared<T, D> const& shared, ScanPlace const& at,
                                                 ReaderSums& sums) {
@@ -34,9 +34,9 @@ __device__ __forceinline__ void multiplyQueries(ScanShared<T, D> const& shared, 
   int const rows[kOwnTiles] = {at.half * kTile, (kChunkTiles - 1 - at.half) * kTile};
 #pragma unroll
   for (int d = 0; d < D; d += kTile) {
-    Fragment q[kOwnTiles];
+    RightFragment q[kOwnTiles];
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) q[i] = loadTile<D>(shared.queries, rows[i], d);
+    for (int i = 0; i < kOwnTiles; ++i) q[i] = loadRightTransposed<D>(shared.queries, rows[i], 0, d);
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
       Fragment const part = state[d / kTile][1 - high][at.lane];
@@ -44,34 +44,33 @@ __device__ __forceinline__ void multiplyQueries(ScanShared<T, D> const& shared, 
       for (int i = 0; i < kOwnTiles; ++i) {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-          multiply<T>(ofHalf[d / (D / 2)][i][side], q[i], part, side);
+          multiply<T>(ofHalf[d / (D / 2)][i][side], part, q[i], side);
         }
       }
     }
   }
 #pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    Vector<float, 2> scale[kHalves];
+  for (int half = 0; half < kHalves; ++half) {
     if constexpr (kScaled<T>) {
+      auto const& scale = shared.stateScale[at.warp / kHalves * kHalves + half];
+      float const by[2] = {scale[at.row], scale[at.row + 8]};
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        scale[half] =
-            load<2>(shared.stateScale[at.warp / kHalves * kHalves + half] + side * 8 + at.pair);
-      }
+      for (int i = 0; i < kOwnTiles; ++i) scaleRows<T>(ofHalf[half][i], by);
     }
+  }
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
+  for (int i = 0; i < kOwnTiles; ++i) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float first = ofHalf[0][i][side][e], second = ofHalf[1][i][side][e];
-        if constexpr (kScaled<T>) first *= scale[0].at[e % 2], second *= scale[1].at[e % 2];
-        sums[i][side][e] = first + second;
+        sums[i][side][e] = ofHalf[0][i][side][e] + ofHalf[1][i][side][e];
       }
     }
   }
 }
 
-// y = m exp(G) q S + scores u for the warp's tokens, by [token][V].
+// y^T = (m exp(G) q S)^T + u^T scores^T for the warp's tokens, by [V][token].
 template <class T, int D, int kHalf>
 __device__ __forceinline__ void addScores(ScanShared<T, D> const& shared, ScanPlace const& at,
                                           ReaderSums& sums) {
@@ -81,44 +80,36 @@ __device__ __forceinline__ void addScores(ScanShared<T, D> const& shared, ScanPl
 #pragma unroll
   for (int i = 0; i < kOwnTiles; ++i) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float const factor =
-          record.queryFactor[ownTile<kHalf>(i) * kTile + at.row + e / 2 * 8];
+    for (int side = 0; side < 2; ++side) {
+      auto const factor =
+          load<2>(record.queryFactor + ownTile<kHalf>(i) * kTile + side * 8 + at.pair);
 #pragma unroll
-      for (int side = 0; side < 2; ++side) sums[i][side][e] *= factor;
+      for (int e = 0; e < 4; ++e) sums[i][side][e] *= factor.at[e % 2];
     }
   }
 #pragma unroll
-  for (int j = 0; j < kChunkTiles; ++j) {
-    if (j > ownTile<kHalf>(kOwnTiles - 1)) continue;
-    // Half h of a pair of carriers gave its tiles to the other.
-    int const giver = j % (kChunkTiles - 1) == 0 ? 0 : 1, place = giver == 0 ? j / 3 : j - 1;
+  for (int j = 0; j <= ownTile<kHalf>(kOwnTiles - 1); ++j) {
+    auto const& given = shared.given[at.warp / kHalves * kHalves + (isOfFirst(j) ? 1 : 0)];
     float u[2][4];
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      Exchanged const given =
-          shared.given[at.warp / kHalves * kHalves + 1 - giver][2 * place + side][at.lane];
+      Exchanged const its = given[2 * placeOfTile(j) + side][at.lane];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) u[side][e] = given.at[e];
+      for (int e = 0; e < 4; ++e) u[side][e] = its.at[e];
     }
     Parts const both = split<Bfloat16>(u[0], u[1]);
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
-      if (ownTile<kHalf>(i) < j) continue;
-      Fragment const scores = record.scores[0][triangleTile(ownTile<kHalf>(i), j)][at.lane];
+    for (int product = 0; product < kProducts; ++product) {
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        multiply<Bfloat16>(sums[i][side], scores, both.high, side);
-        multiply<Bfloat16>(small[i][side], scores, both.low, side);
-      }
-    }
+      for (int i = 0; i < kOwnTiles; ++i) {
+        if (ownTile<kHalf>(i) < j) continue;
+        auto const& scores =
+            record.scores[product == 2][triangleTile(ownTile<kHalf>(i), j)][at.lane];
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
-      if (ownTile<kHalf>(i) < j) continue;
-      Fragment const scores = record.scores[1][triangleTile(ownTile<kHalf>(i), j)][at.lane];
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        multiply<Bfloat16>(small[i][side], scores, both.high, side);
+        for (int side = 0; side < 2; ++side) {
+          multiply<Bfloat16>(product == 0 ? sums[i][side] : small[i][side],
+                             product == 1 ? both.low : both.high, scores, side);
+        }
       }
     }
   }
@@ -144,17 +135,17 @@ template <class T, int D>
 __device__ __forceinline__ void readState(ScanShared<T, D>& shared, TokenRows<T const> q,
                                           TokenRows<T const> k, TokenRows<T const> v,
                                           ChunkRecord const* records, TokenRows<T> y,
-                                          int64_t tokens, int64_t chunks, int V) {
+                                          int64_t tokens, int chunks, int V) {
   ScanPlace const at;
-  int const thread = threadIdx.x - kChunkThreads, columns = V - blockIdx.x * kScanColumns;
-  auto copyKeys = [&](int64_t chunk) {
-    int64_t const first = chunk * kChunk;
+  int const thread = threadIdx.x % kChunkThreads, columns = V - blockIdx.x * kScanColumns;
+  auto copyKeys = [&](int chunk) {
+    int64_t const first = int64_t(chunk) * kChunk;
     copyChunk<D>(thread, shared.keys[chunk % 2], k.first + first * k.stride, k.stride,
                  tokens - first, D);
   };
   // What u and q S take.
-  auto copyOthers = [&](int64_t chunk) {
-    int64_t const first = chunk * kChunk, rows = tokens - first;
+  auto copyOthers = [&](int chunk) {
+    int64_t const first = int64_t(chunk) * kChunk, rows = tokens - first;
     copyChunk<D>(thread, shared.queries, q.first + first * q.stride, q.stride, rows, D);
     copyChunk<kScanColumns>(thread, shared.values, v.first + first * v.stride, v.stride, rows,
                             columns);
@@ -169,7 +160,7 @@ __device__ __forceinline__ void readState(ScanShared<T, D>& shared, TokenRows<T 
   // chunk, too, so that the same number may be under way.
   waitCopies<1>();
   syncWarps<kScanThreads>(kOfAll);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  for (int chunk = 0; chunk < chunks; ++chunk) {
     bool const more = chunk + 1 < chunks;
     copyRecord(thread, shared.record.read, records[chunk].read);
     commitCopies();
@@ -190,18 +181,18 @@ __device__ __forceinline__ void readState(ScanShared<T, D>& shared, TokenRows<T 
     }
     waitCopies<1>();
     syncWarps<kScanThreads>(kOfAll);
-    if (at.columnInBlock >= columns) continue;
+    bool const here = at.columnInBlock < columns;
 #pragma unroll
     for (int i = 0; i < kOwnTiles; ++i) {
       int const tile = i == 0 ? at.half : kChunkTiles - 1 - at.half;
 #pragma unroll
-      for (int e = 0; e < 4; e += 2) {
-        int64_t const token = chunk * kChunk + tile * kTile + at.row + e / 2 * 8;
-        if (token >= tokens) continue;
+      for (int side = 0; side < 2; ++side) {
+        int64_t const token = int64_t(chunk) * kChunk + tile * kTile + side * 8 + at.row;
+        T* const to = y.first + token * y.stride + at.columnInBlock + at.pair;
 #pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          storeWhole(y.first + token * y.stride + at.columnInBlock + side * 8 + at.pair,
-                     fromFloats<T, 2>({sums[i][side][e], sums[i][side][e + 1]}));
+        for (int e = 0; e < 4; e += 2) {
+          uint32_t const pair = transposed(packed<T>(sums[i][side][e], sums[i][side][e + 1]));
+          if (here && token < tokens) storeWhole(to + e * 4, bitsAs<Vector<T, 2>>(pair));
         }
       }
     }

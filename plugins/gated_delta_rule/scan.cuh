@@ -7,14 +7,15 @@ namespace llmexport {
 
 // Grid (columns of V / kScanColumns, H, B).
 template <class T, int D>
-__global__ void __launch_bounds__(kScanThreads)
+__global__ void __launch_bounds__(kScanThreads, 2)
     scanKernel(T const* q, T const* k, T const* v, float const* state, ChunkRecord const* records,
                T* y, float* nextState, int64_t keyStride, int64_t valueStride, int64_t tokens,
                int groups, int V) {
   DYNAMIC_SHARED(bytes);
   auto& shared = *reinterpret_cast<ScanShared<T, D>*>(bytes);
   int const head = blockIdx.y, heads = gridDim.y, group = head / (heads / groups);
-  int64_t const chunks = ceilDiv(tokens, kChunk), row0 = blockIdx.z * tokens;
+  int const chunks = int(ceilDiv(tokens, kChunk));
+  int64_t const row0 = blockIdx.z * tokens;
   int64_t const ofHead = int64_t(blockIdx.z) * heads + head;
   if (warpOfThread() < kRoleWarps) {
     int64_t const matrix = ofHead * D * V;

@@ -35,6 +35,10 @@ constexpr __device__ int ownTile(int i) {
   return kHalf == 0 ? (kChunkTiles - 1) * i : 1 + i;
 }
 
+// Whether a tile is the first half's, and which of its half's.
+constexpr __device__ bool isOfFirst(int tile) { return tile % (kChunkTiles - 1) == 0; }
+constexpr __device__ int placeOfTile(int tile) { return tile / 2; }
+
 __device__ __forceinline__ Exchanged exchanged(Fragment const& parts) {
   Exchanged given;
   memcpy(&given, &parts, sizeof given);
