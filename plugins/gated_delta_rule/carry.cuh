@@ -97,6 +97,8 @@ __device__ __forceinline__ void findUpdate(ScanShared<T, D>& shared, ScanPlace c
   TriangleParts const& inverse = shared.record.update.inverse;
   Parts error[kChunkTiles];
   findError<T, D, kHalf>(shared, at, keyState, error);
+  // The small products have sums of their own, for shorter chains of mma that wait for each other.
+  float small[2 * kOwnTiles][4] = {};
 #pragma unroll
   for (int j = 0; j < kChunkTiles; ++j) {
 #pragma unroll
@@ -108,14 +110,17 @@ __device__ __forceinline__ void findUpdate(ScanShared<T, D>& shared, ScanPlace c
         auto const& factor = inverse[product == 1][triangleTile(i, j)][at.lane];
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-          multiply<Bfloat16>(update[2 * i + side], leftOf(product, error[j]), factor, side);
+          multiply<Bfloat16>(product == 2 ? update[2 * i + side] : small[2 * tile + side],
+                             leftOf(product, error[j]), factor, side);
         }
       }
     }
   }
 #pragma unroll
   for (int i = 0; i < 2 * kOwnTiles; ++i) {
-    float const(&u)[4] = update[2 * ownTile<kHalf>(i / 2) + i % 2];
+    float(&u)[4] = update[2 * ownTile<kHalf>(i / 2) + i % 2];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) u[e] += small[i][e];
     shared.given[at.warp ^ 1][i][at.lane] = {u[0], u[1], u[2], u[3]};
   }
   // All threads see u, and the factors that the chunk's end takes; none reads q and v any more.
@@ -166,26 +171,31 @@ __device__ __forceinline__ void moveState(ReadRecord const& record, T const* key
   scaleRows<T>(state, scale.up);
 }
 
+// Calls visit(element, its place in a state [D, V]) for all that a warp has of S^T.
+template <int D, class F>
+__device__ __forceinline__ void visitState(float (&state)[D / 16][4], int V, F visit) {
+  ScanPlace const at;
+  if (at.column >= V) return;  // if V = 16 the other warps have zeros
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      int const d = at.half * (D / 2) + i * 8 + at.pair + e % 2;
+      visit(state[i][e], d * V + at.column + at.row + e / 2 * 8);
+    }
+  }
+}
+
 // Carries the state of a head through all its chunks; its place in the states [B, H, D, V] begins
 // at `state` and at `nextState`.
 template <class T, int D>
 __device__ __forceinline__ void carryState(ScanShared<T, D>& shared, float const* state,
                                            float* nextState, int chunks, int V) {
-  ScanPlace const at;
-  bool const here = at.column < V;  // if V = 16 the other warps have zeros
-  // The place of element e of accumulator i of S^T.
-  auto placeOf = [&](int i, int e) {
-    int const d = at.half * (D / 2) + i * 8 + at.pair + e % 2;
-    return d * V + at.column + at.row + e / 2 * 8;
-  };
-  float s[D / 16][4];
-#pragma unroll
-  for (int i = 0; i < D / 16; ++i) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s[i][e] = here ? state[placeOf(i, e)] : 0.0f;
-  }
+  float s[D / 16][4] = {};
+  visitState<D>(s, V, [&](float& x, int place) { x = state[place]; });
   // All threads see the first chunk's k.
   syncWarps<kScanThreads>(kOfAll);
+  ScanPlace const at;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     T const* const keys = shared.keys[chunk % 2];
     float keyState[kChunkAccumulators][4] = {}, update[kChunkAccumulators][4] = {};
@@ -201,13 +211,7 @@ __device__ __forceinline__ void carryState(ScanShared<T, D>& shared, float const
     // All threads see the next k; none reads this chunk's k and scores any more.
     syncWarps<kScanThreads>(kOfAll);
   }
-#pragma unroll
-  for (int i = 0; i < D / 16; ++i) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (here) nextState[placeOf(i, e)] = s[i][e];
-    }
-  }
+  visitState<D>(s, V, [&](float x, int place) { nextState[place] = x; });
 }
 
 }  // namespace llmexport

@@ -242,8 +242,8 @@ using Exchanged = Vector<float, 4>;
 
 // The places of a warp of four, 16 columns of V and a half of D, and of a lane.
 struct ScanPlace {
-  int lane = threadIdx.x % kWarp, warp = warpOfThread() % (kChunkThreads / kWarp);
-  int half = warp % kHalves, columnInBlock = warp / kHalves * kTile;
+  int lane = threadIdx.x % kWarp, warp = warpOfThread() & (kChunkThreads / kWarp - 1);
+  int half = warp & 1, columnInBlock = (warp >> 1) * kTile;
   int column = blockIdx.x * kScanColumns + columnInBlock;
   int row = lane / kQuad, pair = lane % kQuad * 2;  // in an accumulator: rows row and row + 8
 };

@@ -16,16 +16,17 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   int const head = blockIdx.y, heads = gridDim.y, group = head / (heads / groups);
   int const chunks = int(ceilDiv(tokens, kChunk));
   int64_t const row0 = blockIdx.z * tokens;
-  int64_t const ofHead = int64_t(blockIdx.z) * heads + head;
+  // Of B H heads, both at most kMaxGridY.
+  unsigned const ofHead = blockIdx.z * heads + head;
   if (warpOfThread() < kRoleWarps) {
-    int64_t const matrix = ofHead * D * V;
+    int64_t const matrix = int64_t(ofHead) * D * V;
     carryState<T, D>(shared, state + matrix, nextState + matrix, chunks, V);
     return;
   }
   int64_t const keys = row0 * keyStride + group * D, yStride = int64_t(heads) * V;
   int const values = head * V + blockIdx.x * kScanColumns;
   readState<T, D>(shared, {q + keys, keyStride}, {k + keys, keyStride},
-                  {v + row0 * valueStride + values, valueStride}, records + ofHead * chunks,
+                  {v + row0 * valueStride + values, valueStride}, records + int64_t(ofHead) * chunks,
                   {y + row0 * yStride + values, yStride}, tokens, chunks, V);
 }
 

@@ -13,7 +13,7 @@ FP32, FP16, BF16 = range(3)
 MAX_GRID_X = 2**31 - 1
 SHARED_BYTES = 99 * 1024  # that sm_86, sm_89 and sm_120 have; the others have more
 # As in the kernels.
-THREADS, COLUMNS, CHUNK, FEW_TOKENS = 128, 32, 64, 16
+PREPARE_THREADS, SCAN_THREADS, COLUMNS, CHUNK, FEW_TOKENS = 128, 256, 32, 64, 16
 PREPARE_STATIC = 5 * CHUNK * 4  # bytes of its tokens, beside the dynamic
 # Two parts of ten tiles of 32 lanes of 16 bytes, twice; three factors a token; one of the chunk.
 RECORD = 2 * 2 * 10 * 32 * 16 + 3 * CHUNK * 4 + 16
@@ -57,12 +57,12 @@ def test_every_column_and_chunk_is_taken_once(plan, sizes, dtype, aligned):
     assert p.chunked == (aligned and dtype != FP32 and d >= CHUNK and t > FEW_TOKENS)
     assert p.width == (4 if aligned else 1)
     if not p.chunked:
-        assert p.recurrence == Launch((slices, h, b), THREADS, 0)
+        assert p.recurrence == Launch((slices, h, b), PREPARE_THREADS, 0)
         return
     chunks = -(-t // CHUNK)
     assert chunks <= MAX_GRID_X
-    assert (p.prepare.grid, p.prepare.threads) == ((chunks, h, b), THREADS)
-    assert (p.scan.grid, p.scan.threads) == ((slices, h, b), THREADS)
+    assert (p.prepare.grid, p.prepare.threads) == ((chunks, h, b), PREPARE_THREADS)
+    assert (p.scan.grid, p.scan.threads) == ((slices, h, b), SCAN_THREADS)
     assert 0 < p.prepare.shared <= SHARED_BYTES - PREPARE_STATIC
     assert 0 < p.scan.shared <= SHARED_BYTES
 
