@@ -65,7 +65,7 @@ __device__ __forceinline__ void findError(ScanShared<T, D>& shared, ScanPlace co
     Fragment const v = loadTileTransposed<kScanColumns>(shared.values, j * kTile, at.columnInBlock);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      float(&x)[4] = keyState[2 * j + side];
+      float (&x)[4] = keyState[2 * j + side];
       auto const factor = load<2>(shared.record.update.keyFactor + (2 * j + side) * 8 + at.pair);
       Exchanged const theirs = own[2 * tile + side][at.lane];
 #pragma unroll
@@ -118,7 +118,7 @@ __device__ __forceinline__ void findUpdate(ScanShared<T, D>& shared, ScanPlace c
   }
 #pragma unroll
   for (int i = 0; i < 2 * kOwnTiles; ++i) {
-    float(&u)[4] = update[2 * ownTile<kHalf>(i / 2) + i % 2];
+    float (&u)[4] = update[2 * ownTile<kHalf>(i / 2) + i % 2];
 #pragma unroll
     for (int e = 0; e < 4; ++e) u[e] += small[i][e];
     shared.given[at.warp ^ 1][i][at.lane] = {u[0], u[1], u[2], u[3]};

@@ -228,8 +228,8 @@ __device__ __forceinline__ RightFragment loadRightTransposed(T const* rows, int 
                                                              int more) {
   int const lane = threadIdx.x % kWarp;
   uint32_t tile[4];
-  loadMatrix(tile, rows + place<kWidth>(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8,
-                                        more));
+  loadMatrix(tile,
+             rows + place<kWidth>(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8, more));
   return RightFragment(tile);
 }
 

@@ -12,8 +12,7 @@ __device__ __forceinline__ void copyRecord(int thread, Record& to, Record const&
   constexpr int kPieces = sizeof(Record) / kVectorBytes;
   static_assert(sizeof(Record) % kVectorBytes == 0);
   auto* const target = reinterpret_cast<unsigned char*>(&to) + thread * kVectorBytes;
-  auto const* const source =
-      reinterpret_cast<unsigned char const*>(&from) + thread * kVectorBytes;
+  auto const* const source = reinterpret_cast<unsigned char const*>(&from) + thread * kVectorBytes;
 #pragma unroll
   for (int first = 0; first < kPieces; first += kChunkThreads) {
     if (first + kChunkThreads <= kPieces || first + thread < kPieces) {
@@ -36,7 +35,8 @@ __device__ __forceinline__ void multiplyQueries(ScanShared<T, D> const& shared, 
   for (int d = 0; d < D; d += kTile) {
     RightFragment q[kOwnTiles];
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) q[i] = loadRightTransposed<D>(shared.queries, rows[i], 0, d);
+    for (int i = 0; i < kOwnTiles; ++i)
+      q[i] = loadRightTransposed<D>(shared.queries, rows[i], 0, d);
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
       Fragment const part = state[d / kTile][1 - high][at.lane];

@@ -9,6 +9,7 @@ namespace llmexport {
 constexpr int kChunkAccumulators = kChunk / 8;
 constexpr int kRoleWarps = kChunkThreads / kWarp;  // that carry the state, and as many that read it
 constexpr int kScanThreads = 2 * kChunkThreads;
+constexpr int kScanBlocks = 2;  // that an SM's registers can hold, where shared memory can
 constexpr int kOwnTiles = kChunkTiles / 2;  // of a chunk's tokens, of a warp
 
 // Barriers: of all warps, and the first of those of pairs of carriers, the halves of 16 columns.

@@ -22,6 +22,8 @@ run, tensors = GATED.run, GATED.tensors
 FEW = [(1, 1, 1, 2, 128, 128), (2, 1, 2, 2, 16, 16), (1, 7, 2, 4, 64, 32), (2, 16, 1, 3, 32, 64), (1, 65, 1, 1, 16, 16)]
 CHUNKS = [(2, 17, 1, 2, 64, 16), (1, 63, 1, 2, 64, 32), (1, 64, 1, 1, 64, 64), (1, 65, 2, 4, 64, 32)]
 CHUNKS += [(2, 130, 1, 1, 64, 16), (1, 130, 1, 1, 128, 128), (1, 64, 1, 2, 128, 16)]
+# Odd heads; a last chunk that ends within each of its tiles of 16; more columns than a block's, all or half used.
+CHUNKS += [(1, 83, 3, 9, 64, 16), (1, 97, 1, 3, 64, 64), (1, 113, 1, 1, 128, 32), (3, 33, 5, 5, 128, 16)]
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -106,6 +108,24 @@ def test_a_nan_reaches_back_no_further_than_its_tile(machine: Machine, dtype: st
     assert np.isfinite(np.delete(y, 3, axis=1)).all()
     assert np.isfinite(y[:96, 3]).all()
     assert np.isnan(y[104:, 3]).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_no_row_is_no_error(machine: Machine, dtype: str) -> None:
+    y, state = run(machine, tensors((0, 70, 1, 2, 64, 32), dtype))
+    assert (y.shape, state.shape) == ((0, 70, 2, 32), (0, 2, 64, 32))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_padding_leaves_the_state_as_it_is(machine: Machine, dtype: str) -> None:
+    """Bit by bit: it has decays of 1 and no strength. Tokens that follow it are as without it."""
+    inputs = tensors((2, 150, 1, 2, 64, 32), dtype)
+    inputs[G][:, :70], inputs[BETA][:, :70] = 0, 0
+    padding = [x[:, :70] for x in inputs[:STATE]]
+    assert run(machine, [*padding, inputs[STATE]])[1].tobytes() == inputs[STATE].tobytes()
+    y, state = run(machine, inputs)
+    rest = [*(x[:, 70:] for x in inputs[:STATE]), inputs[STATE]]
+    assert right([y[:, 70:], state], rest)
 
 
 @pytest.mark.parametrize(("dtype", "cuts"), [("fp16", (64,)), ("bf16", (1, 40)), ("fp32", (9,))])

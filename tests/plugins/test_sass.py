@@ -139,6 +139,39 @@ def test_a_recurrence_moves_its_state_by_whole_vectors(code: Code) -> None:
         assert code[name].count("LDG.E.128") >= 8, name
 
 
+# Of a chunk of the scan of GatedDeltaRule, by D: mma and instructions of the warps that carry the state, then of those
+# that read it. Each has two branches of 30 mma of which a warp takes one.
+SCAN_CHUNK = {"128": ((188, 853), (124, 800)), "64": ((124, 700), (92, 685))}
+SCALING = 420  # instructions more of fp16, whose state is scaled by rows
+
+
+def is_move(op: str) -> bool:
+    return op in ("MOV", "IMAD.MOV", "IMAD.MOV.U32", "PRMT")
+
+
+def outermost(found: list[list[Placed]]) -> list[list[Placed]]:
+    def inside(loop: list[Placed], other: list[Placed]) -> bool:
+        return loop is not other and other[0].at <= loop[0].at and loop[-1].at <= other[-1].at
+
+    return [loop for loop in found if not any(inside(loop, other) for other in found)]
+
+
+def test_a_scan_multiplies_what_lies_ready(listings: dict[str, str]) -> None:
+    """No more instructions a chunk, and hardly a move: what a product takes lies in neighbouring registers."""
+    scans = {m: listings[n] for n in listings if (m := re.search(r":scanKernel<(\w+), (?:\(int\))?(64|128)>", n))}
+    assert len(scans) == 4
+    for (dtype, depth), listing in ((m.groups(), listing) for m, listing in scans.items()):
+        found = outermost([loop for loop in loops(placed(listing)) if any("HMMA" in i.op for i in loop)])
+        assert len(found) == 2
+        found.sort(key=lambda loop: any(i.op.startswith("LDGSTS") for i in loop))
+        for loop, (products, most) in zip(found, SCAN_CHUNK[depth], strict=True):
+            ops = [i.op for i in loop if i.op != "NOP"]
+            assert sum("HMMA" in op for op in ops) == products, (dtype, depth)
+            assert len(ops) <= most + (SCALING if dtype == "__half" else 0), (dtype, depth, len(ops))
+            assert sum(map(is_move, ops)) <= (31 if dtype == "__half" else 8), (dtype, depth)
+            assert not [op for op in ops if op.startswith(("LDL", "STL", "STS.U16", "LDS.U16"))], (dtype, depth)
+
+
 def test_decode_of_a_delta_net_moves_its_state_by_whole_vectors(code: Code) -> None:
     """As a recurrence; what it norms is stored last. A thread's channel of the convolution stores its last three inputs
     one by one, either those that moved up or those that did not."""
