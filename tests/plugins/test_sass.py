@@ -172,6 +172,19 @@ def test_a_scan_multiplies_what_lies_ready(listings: dict[str, str]) -> None:
             assert not [op for op in ops if op.startswith(("LDL", "STL", "STS.U16", "LDS.U16"))], (dtype, depth)
 
 
+def test_a_chunk_is_prepared_by_vectors(code: Code) -> None:
+    """Of the inverse of a tile four entries at a time are read; what is read alone are numbers of rows. No branch for an
+    entry above the diagonal."""
+    found = [n for n in code if re.search(r":prepareKernel<(__half|__nv_bfloat16), ", n)]
+    assert len(found) == 4
+    for name in found:
+        ops = [op for op in code[name] if op != "NOP"]
+        assert len(ops) <= 3080, (name, len(ops))
+        assert ops.count("LDS") <= 60, (name, ops.count("LDS"))
+        assert ops.count("BSSY") <= 8, (name, ops.count("BSSY"))
+        assert {op for op in ops if op.startswith("STG")} <= {"STG.E", "STG.E.128"}, name
+
+
 def test_decode_of_a_delta_net_moves_its_state_by_whole_vectors(code: Code) -> None:
     """As a recurrence; what it norms is stored last. A thread's channel of the convolution stores its last three inputs
     one by one, either those that moved up or those that did not."""
