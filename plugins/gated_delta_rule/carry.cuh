@@ -171,21 +171,6 @@ __device__ __forceinline__ void moveState(ReadRecord const& record, T const* key
   scaleRows<T>(state, scale.up);
 }
 
-// Calls visit(element, its place in a state [D, V]) for all that a warp has of S^T.
-template <int D, class F>
-__device__ __forceinline__ void visitState(float (&state)[D / 16][4], int V, F visit) {
-  ScanPlace const at;
-  if (at.column >= V) return;  // if V = 16 the other warps have zeros
-#pragma unroll
-  for (int i = 0; i < D / 16; ++i) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      int const d = at.half * (D / 2) + i * 8 + at.pair + e % 2;
-      visit(state[i][e], d * V + at.column + at.row + e / 2 * 8);
-    }
-  }
-}
-
 // Carries the state of a head through all its chunks; its place in the states [B, H, D, V] begins
 // at `state` and at `nextState`.
 template <class T, int D>

@@ -248,4 +248,19 @@ struct ScanPlace {
   int row = lane / kQuad, pair = lane % kQuad * 2;  // in an accumulator: rows row and row + 8
 };
 
+// Calls visit(element, its place in a state [D, V]) for all that a warp has of S^T.
+template <int D, class F>
+__device__ __forceinline__ void visitState(float (&state)[D / 16][4], int V, F visit) {
+  ScanPlace const at;
+  if (at.column >= V) return;  // if V = 16 the other warps have zeros
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      int const d = at.half * (D / 2) + i * 8 + at.pair + e % 2;
+      visit(state[i][e], d * V + at.column + at.row + e / 2 * 8);
+    }
+  }
+}
+
 }  // namespace llmexport

@@ -37,8 +37,8 @@ constexpr int kKimiChunk = kTile;
 
 // The results of prepare for one chunk of one head, which scan reads: first high parts, then low.
 struct alignas(16) KimiChunkRecord {
-  Fragment inverse[2][kWarp];
-  Fragment scores[2][kWarp];
+  RightFragment inverse[2][kWarp];
+  RightFragment scores[2][kWarp];
   float kNorm[kKimiChunk], qNorm[kKimiChunk];  // n and m
 };
 

@@ -34,7 +34,7 @@ DeltaRulePlan kimiDeltaRulePlan(KimiDeltaRuleSizes const& s, Dtype dtype, bool p
   unsigned const H = unsigned(s.H), B = unsigned(s.B);
   plan.prepare = {dim3(unsigned(ceilDiv(s.T, kKimiChunk * kKimiPrepareChunks)), H, B),
                   dim3(kChunkThreads)};
-  plan.scan = {dim3(unsigned(ceilDiv(s.V, kScanColumns)), H, B), dim3(kChunkThreads),
+  plan.scan = {dim3(unsigned(ceilDiv(s.V, kScanColumns)), H, B), dim3(kKimiScanThreads),
                s.D == 64 ? sizeof(KimiScanShared<Half, 64>) : sizeof(KimiScanShared<Half, 128>)};
   return plan;
 }

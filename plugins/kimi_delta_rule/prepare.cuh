@@ -115,8 +115,10 @@ __global__ void __launch_bounds__(kChunkThreads)
   __syncwarp();
   Parts const ofInverse = loadParts(own.inverse[0], kKimiPitch);
   Parts const ofScores = loadParts(own.scores[0], kKimiPitch);
-  record.inverse[0][lane] = ofInverse.high, record.inverse[1][lane] = ofInverse.low;
-  record.scores[0][lane] = ofScores.high, record.scores[1][lane] = ofScores.low;
+  record.inverse[0][lane] = RightFragment(ofInverse.high);
+  record.inverse[1][lane] = RightFragment(ofInverse.low);
+  record.scores[0][lane] = RightFragment(ofScores.high);
+  record.scores[1][lane] = RightFragment(ofScores.low);
 }
 
 }  // namespace llmexport

@@ -145,6 +145,10 @@ SCAN_CHUNK = {"128": ((188, 853), (124, 800)), "64": ((124, 700), (92, 685))}
 SCALING = 420  # instructions more of fp16, whose state is scaled by rows
 
 
+# The same of KimiDeltaRule: of the warps that carry the state, and of those that make operands, which have no mma.
+KIMI_SCAN_CHUNK = {"128": ((81, 380), (0, 701)), "64": ((45, 255), (0, 476))}
+
+
 def is_move(op: str) -> bool:
     return op in ("MOV", "IMAD.MOV", "IMAD.MOV.U32", "PRMT")
 
@@ -156,20 +160,38 @@ def outermost(found: list[list[Placed]]) -> list[list[Placed]]:
     return [loop for loop in found if not any(inside(loop, other) for other in found)]
 
 
+def roles(listings: dict[str, str], kernel: str) -> Iterator[tuple[str, str, list[list[str]]]]:
+    """Of each scan its type, D, and the instructions of a chunk of either half of its warps, copies last."""
+    scans = {m: listings[n] for n in listings if (m := re.search(rf":{kernel}<(\w+), (?:\(int\))?(64|128)>", n))}
+    assert len(scans) == 4
+    for match, listing in scans.items():
+        found = outermost(loops(placed(listing)))
+        both = [ops for loop in found if len(ops := [i.op for i in loop if i.op != "NOP"]) > 100]
+        assert len(both) == 2
+        yield match[1], match[2], sorted(both, key=lambda ops: any(op.startswith("LDGSTS") for op in ops))
+
+
+def spills_or_narrow(ops: list[str]) -> list[str]:
+    return [op for op in ops if op.startswith(("LDL", "STL", "STS.U16", "LDS.U16", "STG.E.U16"))]
+
+
 def test_a_scan_multiplies_what_lies_ready(listings: dict[str, str]) -> None:
     """No more instructions a chunk, and hardly a move: what a product takes lies in neighbouring registers."""
-    scans = {m: listings[n] for n in listings if (m := re.search(r":scanKernel<(\w+), (?:\(int\))?(64|128)>", n))}
-    assert len(scans) == 4
-    for (dtype, depth), listing in ((m.groups(), listing) for m, listing in scans.items()):
-        found = outermost([loop for loop in loops(placed(listing)) if any("HMMA" in i.op for i in loop)])
-        assert len(found) == 2
-        found.sort(key=lambda loop: any(i.op.startswith("LDGSTS") for i in loop))
-        for loop, (products, most) in zip(found, SCAN_CHUNK[depth], strict=True):
-            ops = [i.op for i in loop if i.op != "NOP"]
+    for dtype, depth, both in roles(listings, "scanKernel"):
+        for ops, (products, most) in zip(both, SCAN_CHUNK[depth], strict=True):
             assert sum("HMMA" in op for op in ops) == products, (dtype, depth)
             assert len(ops) <= most + (SCALING if dtype == "__half" else 0), (dtype, depth, len(ops))
             assert sum(map(is_move, ops)) <= (31 if dtype == "__half" else 8), (dtype, depth)
-            assert not [op for op in ops if op.startswith(("LDL", "STL", "STS.U16", "LDS.U16"))], (dtype, depth)
+            assert spills_or_narrow(ops) == [], (dtype, depth)
+
+
+def test_a_scan_of_kimi_multiplies_what_others_made(listings: dict[str, str]) -> None:
+    for dtype, depth, both in roles(listings, "kimiScanKernel"):
+        for ops, (products, most) in zip(both, KIMI_SCAN_CHUNK[depth], strict=True):
+            assert sum("HMMA" in op for op in ops) == products, (dtype, depth)
+            assert len(ops) <= most, (dtype, depth, len(ops))
+            assert sum(map(is_move, ops)) <= 8, (dtype, depth)
+            assert spills_or_narrow(ops) == [], (dtype, depth)
 
 
 def test_a_chunk_is_prepared_by_vectors(code: Code) -> None:
