@@ -49,7 +49,7 @@ __device__ __forceinline__ void loadMatrixTransposed(uint32_t (&r)[4], void cons
 // next of row i / 4.
 __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
   uint32_t result;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/lanes.cuh"
-#include "gated_delta_rule/chunk.cuh"
+#include "gated_delta_rule/tiles.cuh"
 
 namespace llmexport {
 

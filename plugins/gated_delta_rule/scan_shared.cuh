@@ -3,6 +3,7 @@
 
 #include "common/warp_barrier.cuh"
 #include "gated_delta_rule/chunk.cuh"
+#include "gated_delta_rule/scan_place.cuh"
 
 namespace llmexport {
 

@@ -21,8 +21,8 @@ namespace llmexport {
 // each token. Tensor cores take 81 * 6.4 = 520 clocks of an SM 90, shared memory 4 * (142 + 140)
 // for accesses and 21 KB / 128 = 160 for copies, 1300 in all; a carrier's chain takes about 1050:
 // 12 products of 33 clocks for k S, 3 for u and 3 for the state and y, and two exchanges; a maker's
-// about 1000. Expected are 1500 clocks of an SM 90, or 210 us for 4096 tokens at 1.85 GHz. On SM 86,
-// 89 and 120 tensor cores take 1300 or 2600. All are reckoned, not measured.
+// about 1000. Expected are 1500 clocks of an SM 90, or 210 us for 4096 tokens at 1.85 GHz. On SM
+// 86, 89 and 120 tensor cores take 1300 or 2600. All are reckoned, not measured.
 template <class T, int D>
 __global__ void __launch_bounds__(kKimiScanThreads, kKimiScanBlocks)
     kimiScanKernel(T const* q, T const* k, T const* v, float const* g, float const* state,

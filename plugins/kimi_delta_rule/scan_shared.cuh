@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/warp_barrier.cuh"
+#include "gated_delta_rule/scan_place.cuh"
 #include "kimi_delta_rule/chunk.cuh"
 
 namespace llmexport {

@@ -104,3 +104,9 @@ def test_no_token_keeps_the_state(rule: DeltaRule, machine: Machine) -> None:
     y, state = rule.run(machine, inputs)
     assert y.shape == (2, 0, 2, 32)
     assert state.tobytes() == inputs[STATE].tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_row_is_no_error(rule: DeltaRule, machine: Machine, dtype: str) -> None:
+    y, state = rule.run(machine, rule.tensors((0, rule.many, 2, 64, 32), dtype))
+    assert (y.shape, state.shape) == ((0, rule.many, 2, 32), (0, 2, 64, 32))

@@ -111,12 +111,6 @@ def test_a_nan_reaches_back_no_further_than_its_tile(machine: Machine, dtype: st
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_no_row_is_no_error(machine: Machine, dtype: str) -> None:
-    y, state = run(machine, tensors((0, 70, 1, 2, 64, 32), dtype))
-    assert (y.shape, state.shape) == ((0, 70, 2, 32), (0, 2, 64, 32))
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_padding_leaves_the_state_as_it_is(machine: Machine, dtype: str) -> None:
     """Bit by bit: it has decays of 1 and no strength. Tokens that follow it are as without it."""
     inputs = tensors((2, 150, 1, 2, 64, 32), dtype)
