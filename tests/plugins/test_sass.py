@@ -195,8 +195,8 @@ def test_a_scan_of_kimi_multiplies_what_others_made(listings: dict[str, str]) ->
 
 
 def test_a_chunk_is_prepared_by_vectors(code: Code) -> None:
-    """Of the inverse of a tile four entries at a time are read; what is read alone are numbers of rows. No branch for an
-    entry above the diagonal."""
+    """Of the inverse of a tile four entries at a time are read; what is read alone are numbers of rows. No entry above
+    the diagonal has a branch."""
     found = [n for n in code if re.search(r":prepareKernel<(__half|__nv_bfloat16), ", n)]
     assert len(found) == 4
     for name in found:
