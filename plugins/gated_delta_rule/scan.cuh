@@ -22,10 +22,10 @@ namespace llmexport {
 // mma, and 645 of its reader, 94 of them mma (counted in the code for SM 90). Tensor cores take
 // about 252 * 6.4 = 1600 clocks of an SM 90, 252 * 8 = 2000 of an SM 80, and 4000 or 8000 of an SM
 // 86, 89 or 120; shared memory takes 4 * (309 + 204) for accesses and 57 KB / 128 = 450 for copies,
-// 2500 in all; the chain of a carrier takes about 1700: 128 mma of 6.4 and two chains of 8 that
-// wait 33 clocks each, beside six barriers. Shared memory comes first but for the last three:
-// expected are 3000 clocks of an SM 90, or 105 us for 4096 tokens at 1.85 GHz. All are reckoned,
-// not measured.
+// 2500 in all; what a carrier does one after another takes about 1700: 128 mma of 6.4 clocks, a
+// chain of 8 that wait 33 clocks each, three splits and five barriers. Shared memory comes first
+// but for the last three: expected are 3000 clocks of an SM 90, or 105 us for 4096 tokens at 1.85
+// GHz. All are reckoned, not measured.
 template <class T, int D>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
     scanKernel(T const* q, T const* k, T const* v, float const* state, ChunkRecord const* records,
