@@ -18,16 +18,19 @@ from llmexport.export.engine_build import JOB, MODEL
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
+from llmexport.export.join_norm import join_norms
 from llmexport.export.join_products import join_products
 from llmexport.export.packed.engine_form import engine_form
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.graphs.launches import kernels_of
 from llmexport.plugins.declared import declared
+from llmexport.plugins.normed import ADDENDS, EXPERTS
 
 
 @dataclass(frozen=True)
 class Job:
-    """A graph in TensorRT's form: `nodes` are left to plugins, name -> op; `bindings` make the weights that are inputs.
+    """A graph in TensorRT's form: `nodes` are left to plugins, name -> op, or plugin of several in plugins/normed.py;
+    `bindings` make the weights that are inputs.
 
     said: what the job's file says, to which the builder's task is added.
     """
@@ -40,7 +43,8 @@ class Job:
     @property
     def launches(self) -> dict[str, int]:
         """Of each node that is left to a plugin, how many kernels it is at one token a row."""
-        return {n.name: kernels_of(n, self.nodes[n.name]) for n in self.model.graph.node if n.name in self.nodes}
+        plugins = {n: EXPERTS if op in ADDENDS else op for n, op in self.nodes.items()}
+        return {n.name: kernels_of(n, plugins[n.name]) for n in self.model.graph.node if n.name in plugins}
 
     def write(self, folder: Path, **more: Any) -> None:
         """Leaves it in an empty folder."""
@@ -63,6 +67,7 @@ def prepare(
     model, nodes = tensorrt_form(loaded, served)
     if weights == "inside":
         given = join_products(model, served, given)
+    nodes = join_norms(model, nodes, served)
     bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}
     said = {
         "module": module,

@@ -12,6 +12,7 @@ import torch
 from native import PLUGINS
 
 from llmexport.plugins.joined import JOINED
+from llmexport.plugins.normed import ADDENDS
 from llmexport.plugins.spec import Op, all_ops
 
 OPS = all_ops()
@@ -428,7 +429,7 @@ def served() -> set[str]:
 
 def plugins() -> set[str]:
     """The plugins of the library."""
-    return served() | {f"{JOINED}{op}" for op in served() if OPS[op].joins}
+    return served() | {f"{JOINED}{op}" for op in served() if OPS[op].joins} | {*ADDENDS}
 
 
 CASES = {name: case for name, case in ALL_CASES.items() if case.op in served()}

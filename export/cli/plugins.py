@@ -9,7 +9,7 @@ import click
 from llmexport.export.cli.console import Console, size, talkative
 from llmexport.export.cli.folder import FOLDER
 from llmexport.plugins import emulated, library
-from llmexport.plugins.joined import JOINED
+from llmexport.plugins.declared import declared
 
 
 @click.group("plugins")
@@ -31,6 +31,6 @@ def build(archs: str, build_dir: Path | None, on_cpu: bool, jobs: int | None, qu
     console.progress("compile", 0, 1)
     path = emulated.build(jobs) if on_cpu else library.build(archs.split(","), build_dir, jobs)
     console.progress("compile", 1, 1)
-    ops = sorted(name for name in library.served(path) if not name.startswith(JOINED))
+    ops = sorted(library.served(path) & {op.name for op in declared()})
     console.say(f"{path}: {size(path.stat().st_size)}, serves {', '.join(ops)}")
     console.result({"library": str(path), "bytes": path.stat().st_size, "ops": ops})

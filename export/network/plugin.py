@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import numpy as np
 
 from llmexport.export.network.kinds import Array, Compute, Unable
 from llmexport.plugins.joined import COLUMNS, JOINED, Part, parts_of
+from llmexport.plugins.normed import ADDENDS, EXPERTS, GATE_COLUMN, NORM, inputs_of
 from llmexport.plugins.spec import all_ops
 
 if TYPE_CHECKING:
@@ -22,14 +24,14 @@ def reference(trt: Any, layer: Any) -> Compute:
     kinds = trt.PluginCapabilityType
     core, build = (layer.plugin.get_capability_interface(kind) for kind in (kinds.CORE, kinds.BUILD))
     name = core.plugin_name.removeprefix(JOINED)
+    said = json.loads(build.metadata_string or "{}")
+    if core.plugin_name in ADDENDS:
+        return _normed(core.plugin_name, said)
     if name not in all_ops():
         raise Unable(f"plugin {core.plugin_name} is no op of ours")
     op = all_ops()[name]
-    said = json.loads(build.metadata_string or "{}")
     columns = said.pop(COLUMNS, []) if name != core.plugin_name else None
-    if said.keys() != op.attributes.keys():
-        raise Unable(f"the plugin holds {said}, its op has the attributes {', '.join(op.attributes)}")
-    attributes = {name: kind(said[name]) for name, kind in op.attributes.items()}
+    attributes = _attributes(said, op.attributes)
 
     def compute(*given: Array) -> tuple[Array, ...]:
         import torch
@@ -46,6 +48,37 @@ def reference(trt: Any, layer: Any) -> Compute:
         return tuple(map(_array, made if isinstance(made, tuple) else (made,)))
 
     return compute
+
+
+def _normed(name: str, said: dict[str, Any]) -> Compute:
+    """A plugin of plugins/normed.py: the references of its ops, and what torch makes between them."""
+    experts, norm = all_ops()[EXPERTS], all_ops()[NORM]
+    inputs, gated = inputs_of(name, [*experts.inputs]), len(ADDENDS[name]) > 1
+    attributes = _attributes(said, experts.attributes | norm.attributes | ({GATE_COLUMN: int} if gated else {}))
+
+    def compute(*given: Array) -> tuple[Array, ...]:
+        import torch
+
+        tensors = {n: _tensor(x) for n, x in zip(inputs, given, strict=False)}
+        with torch.inference_mode():
+            of_experts, of_norm = ({n: attributes[n] for n in op.attributes} for op in (experts, norm))
+            y = experts.reference(**{n: tensors.get(n) for n in experts.inputs}, **of_experts)
+            if "shared" in tensors:
+                shared = tensors["shared"]
+                if gated:
+                    shared = tensors["shared_gate"][..., attributes[GATE_COLUMN], None].sigmoid() * shared
+                y = y + shared
+            made = norm.reference(y, tensors["residual"], tensors["norm_weight"], None, **of_norm)
+        return tuple(map(_array, made))
+
+    return compute
+
+
+def _attributes(said: dict[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Those that a plugin holds. Raises Unable if they are not the ones that it should."""
+    if said.keys() != kinds.keys():
+        raise Unable(f"the plugin holds {said}, its op has the attributes {', '.join(kinds)}")
+    return {name: kind(said[name]) for name, kind in kinds.items()}
 
 
 def _columns(x: Tensor, parts: list[Part]) -> dict[str, Tensor]:

@@ -30,6 +30,32 @@ __device__ __forceinline__ void store(T* to, Vector<T, kCount> const& value) {
 #endif
 }
 
+// A vector's bits in whole registers, for a vector that is read ahead of a branch: of its elements
+// the compiler would keep each in a register of its own.
+template <class T, int kCount>
+using Bits =
+    std::conditional_t<sizeof(T) * kCount % sizeof(uint32_t) == 0,
+                       Vector<uint32_t, sizeof(T) * kCount / sizeof(uint32_t)>, Vector<T, kCount>>;
+
+template <int kCount, class T>
+__device__ __forceinline__ Bits<T, kCount> loadBits(T const* from) {
+  return *reinterpret_cast<Bits<T, kCount> const*>(from);
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ Bits<T, kCount> bitsOf(Vector<T, kCount> const& value) {
+  Bits<T, kCount> bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ Vector<T, kCount> fromBits(Bits<T, kCount> const& bits) {
+  Vector<T, kCount> value;
+  memcpy(static_cast<void*>(&value), &bits, sizeof value);
+  return value;
+}
+
 // Stores to global memory by one instruction: the compiler would split the store of a vector that
 // was put together element by element.
 template <int kCount, class T>

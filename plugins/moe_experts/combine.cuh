@@ -29,6 +29,59 @@ __global__ void __launch_bounds__(kCombineThreads)
   storeWhole(scaled + pair * columns + column, fromFloats<T>(out));
 }
 
+// Slots of a token that a thread reads at a time: whether they have an expert, and their weights.
+template <int kReads>
+struct Chosen {
+  bool there[kReads];
+  float weights[kReads];
+};
+
+// The slots from `first` on. `weights` is null where the input was scaled.
+template <int kReads, class T>
+__device__ __forceinline__ Chosen<kReads> chosenFrom(int first, int64_t token,
+                                                     Routing const& routing, T const* weights,
+                                                     int slots) {
+  Chosen<kReads> chosen;
+#pragma unroll
+  for (int i = 0; i < kReads; ++i) {
+    int64_t const pair = token * slots + first + i;
+    chosen.there[i] = first + i < slots && expertOf(routing, int(pair)) >= 0;
+    chosen.weights[i] = chosen.there[i] && weights ? toFloat(weights[pair]) : 1.0f;
+  }
+  return chosen;
+}
+
+// Adds weight * output of those slots, in their order, to the vectors at column, column + stride
+// and so on that are below `columns`. `outputs` are those of the first one.
+template <class T, int kWidth, int kVectors, int kReads>
+__device__ __forceinline__ void addChosen(float (&sums)[kVectors][kWidth],
+                                          Chosen<kReads> const& chosen, T const* outputs,
+                                          int column, int stride, int columns) {
+  Bits<T, kWidth> values[kReads][kVectors];
+#pragma unroll
+  for (int i = 0; i < kReads; ++i) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      int const at = column + v * stride;
+      if (chosen.there[i] && at < columns) {
+        values[i][v] = loadBits<kWidth>(outputs + int64_t(i) * columns + at);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kReads; ++i) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (!chosen.there[i] || column + v * stride >= columns) continue;
+      auto const value = fromBits<T, kWidth>(values[i][v]);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        sums[v][j] += toFloat(value.at[j]) * chosen.weights[i];
+      }
+    }
+  }
+}
+
 // y[token] = sum over its slots, in their order, of weight * output, by fma in fp32, rounded to T
 // once; `weights` is null where the input was scaled. Pairs without an expert have no output.
 // rowBlocks blocks take a token.
@@ -44,25 +97,12 @@ __global__ void __launch_bounds__(kCombineThreads)
   int64_t const token = blockIdx.x / rowBlocks;
   int const column = int(blockIdx.x % rowBlocks * kCombineThreads + threadIdx.x) * kWidth;
   if (column >= columns) return;
-  float sums[kWidth] = {};
+  float sums[1][kWidth] = {};
   for (int first = 0; first < slots; first += kCombineReads) {
-    Vector<T, kWidth> values[kCombineReads];
-    bool there[kCombineReads];
-#pragma unroll
-    for (int i = 0; i < kCombineReads; ++i) {
-      int64_t const pair = token * slots + first + i;
-      there[i] = first + i < slots && expertOf(routing, int(pair)) >= 0;
-      if (there[i]) values[i] = load<kWidth>(outputs + pair * columns + column);
-    }
-#pragma unroll
-    for (int i = 0; i < kCombineReads; ++i) {
-      if (!there[i]) continue;
-      float const weight = weights ? toFloat(weights[token * slots + first + i]) : 1.0f;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) sums[j] += toFloat(values[i].at[j]) * weight;
-    }
+    auto const chosen = chosenFrom<kCombineReads>(first, token, routing, weights, slots);
+    addChosen(sums, chosen, outputs + (token * slots + first) * columns, column, 0, columns);
   }
-  storeWhole(y + token * columns + column, fromFloats<T>(sums));
+  storeWhole(y + token * columns + column, fromFloats<T>(sums[0]));
 }
 
 }  // namespace llmexport

@@ -218,7 +218,7 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
   return launchScalar<T>(how, p, routing);
 }
 
-// All launches; each reads the results of the one before.
+// All launches but `combine`; each reads the results of the one before.
 template <class T>
 cudaError_t run(Arguments const& a) {
   MoeExpertsWorkspace const parts = moeExpertsWorkspace(a.sizes, a.dtype);
@@ -273,7 +273,7 @@ cudaError_t run(Arguments const& a) {
   down.gated = false;
   if (error == cudaSuccess) error = project<T>(a, up, routing);
   if (error == cudaSuccess) error = project<T>(a, down, routing);
-  return error == cudaSuccess ? combine<T>(a, routing, outputs) : error;
+  return error == cudaSuccess && a.tensors.y ? combine<T>(a, routing, outputs) : error;
 }
 
 }  // namespace

@@ -47,7 +47,8 @@ struct MoeExpertsAttributes {
 
 // x and y are [tokens, hidden], weights and experts [tokens, slots]; a pair whose expert is not in
 // [0, sizes.experts) adds nothing. `stored` is the form of gateUp and down. What comes after them
-// is null where there is none.
+// is null where there is none; without y the last launch, which sums, is left to the caller, who
+// launches it early.
 struct MoeExpertsTensors {
   void const *x, *weights;
   int32_t const* experts;

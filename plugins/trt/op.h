@@ -106,7 +106,7 @@ union Value {
   float real;
 };
 
-constexpr int kMaxAttributes = 12, kMaxInputs = 16;
+constexpr int kMaxAttributes = 12, kMaxInputs = 20;
 using Values = std::array<Value, kMaxAttributes>;
 
 // The size of each dimension by its letter; it may be kUnknown.

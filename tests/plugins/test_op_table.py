@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import replace
 
 import pytest
 from native import PLUGINS, emulated_library
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from llmexport.plugins import library, spec
 from llmexport.plugins.joined import JOINED
+from llmexport.plugins.normed import ADDENDS, EXPERTS, GATE_COLUMN, NORM, OWN, inputs_of
 from llmexport.plugins.spec import Op, op
 
 KINDS = {bool: "bool", int: "int", float: "float"}
@@ -40,13 +42,29 @@ def table(op: Op, prefix: str = "") -> str:
     return f"{prefix}{op.name} {op.version}({tensors(op.inputs)}; {attributes}) -> {tensors(op.outputs)}"
 
 
+def normed_op(name: str) -> Op:
+    """What an op would say that computed what a plugin of plugins/normed.py does."""
+    experts, norm = OPS[EXPERTS], OPS[NORM]
+    between = {"residual": norm.inputs["residual"], "norm_weight": norm.inputs["weight"]}
+    between |= {"shared": norm.inputs["residual"], "shared_gate": ("B", "T", "L")}
+    inputs = {n: (experts.inputs | between)[n] for n in inputs_of(name, [*experts.inputs])}
+    attributes = experts.attributes | norm.attributes | ({GATE_COLUMN: int} if "shared_gate" in inputs else {})
+    types = dict.fromkeys((*inputs, *norm.outputs), "T") | {n: t for n, t in experts.types.items() if n in inputs}
+    return replace(experts, name=name, inputs=inputs, outputs=norm.outputs, types=types, attributes=attributes)
+
+
+def test_all_inputs_ahead_of_others_are_those_that_no_node_leaves_out() -> None:
+    assert {*[*OPS[EXPERTS].inputs][OWN:]} == {*OPS[EXPERTS].optional}
+
+
 def test_tables_say_what_the_references_say() -> None:
     """Names, dimensions and types of inputs and outputs, which are optional, which join, which may have the memory of
     which, attributes, their kinds and choices."""
     ops = ctypes.CDLL(str(emulated_library())).llmexportOps
     ops.restype = ctypes.c_char_p
     joined = [table(OPS[name], JOINED) for name in served() if OPS[name].joins]
-    assert sorted(ops().decode().splitlines()) == sorted([*joined, *(table(OPS[name]) for name in served())])
+    normed = [table(normed_op(name)) for name in ADDENDS]
+    assert sorted(ops().decode().splitlines()) == sorted([*joined, *normed, *(table(OPS[name]) for name in served())])
 
 
 def test_no_plugin_counts_its_tensors_and_attributes_by_bare_numbers() -> None:

@@ -16,8 +16,8 @@ from native import cuda_tool
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 # The element type and the elements of an access are the first two template arguments of all.
 WIDE = re.compile(
-    r"(rope|qkNormRope|addRmsNorm|addRmsNormTwoPass|gatedAct|gatedActRows|gatedRmsNorm|gatedRmsNormTwoPass|causalConv1d|scaleInput|combine)"
-    r"Kernel<(__half|__nv_bfloat16|float), (?:\(int\))?(4|8)[,>]"
+    r"(rope|qkNormRope|addRmsNorm|addRmsNormTwoPass|gatedAct|gatedActRows|gatedRmsNorm|gatedRmsNormTwoPass|causalConv1d|scaleInput|combine"
+    r"|normedCombine|normedCombineTwoPass)Kernel<(__half|__nv_bfloat16|float), (?:\(int\))?(4|8)[,>]"
 )
 # The same with its address and, of a branch, where it goes.
 PLACED = re.compile(
@@ -99,15 +99,15 @@ def test_vector_kernels_store_whole_vectors(code: Code) -> None:
 
 
 def test_vector_kernels_load_whole_vectors(code: Code) -> None:
-    """scale and combine also read weights and experts, one at a time, a convolution where its row ends, and who writes
-    a cache where its row begins."""
+    """scale and what combines also read weights and experts, one at a time, a convolution where its row ends, and who
+    writes a cache where its row begins."""
     for name, instructions in wide(code):
         loads = [i for i in instructions if i.startswith("LDG.")]
         assert any("128" in i for i in loads), name
         scalars = {"gatedActKernel": 2, "gatedActRowsKernel": 2, "causalConv1dKernel": 1}.get(
             name.partition("<")[0].rpartition("::")[2], "CacheRows" in name
         )
-        if "scaleInput" not in name and "combine" not in name:
+        if not re.search("scaleInput|[cC]ombine", name):
             assert len([i for i in loads if "128" not in i]) <= scalars, (name, loads)
 
 

@@ -71,6 +71,33 @@ def test_and_with_a_cache_that_an_op_of_ours_writes(plugins: bool, exported, mon
     assert climb(exported("gemma", "float16", slots=160, cache="static-fused")).status == "pass"
 
 
+# Of an architecture whose experts are summed and normed by one plugin: what is altered of a node of it.
+EXPERT_FAULTS = {
+    "residual": ("gpt_oss", "NormedMoeExperts", "op.input[5] = op.input[0]"),
+    "norm": ("gpt_oss", "NormedMoeExperts", 'next(a for a in op.attribute if a.name == "weight_offset").f = 1.0'),
+    "shared": ("llama4", "NormedSharedMoeExperts", "op.input[7] = op.input[0]"),
+    "gate": (
+        *("qwen3_5_moe", "NormedGatedSharedMoeExperts"),
+        'next(a for a in op.attribute if a.name == "gate_column").i = 0',
+    ),
+}
+EXPERT_ALTERED = 'op = [n for n in model.graph.node if n.op_type == "{}"][1]; {}'
+
+
+@pytest.mark.parametrize(
+    "what", ["gate", *(pytest.param(w, marks=pytest.mark.slow) for w in EXPERT_FAULTS if w != "gate")]
+)
+def test_experts_that_are_normed_wrong_are_traced(what: str, exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch, plugin, altered = EXPERT_FAULTS[what]
+    monkeypatch.setattr(library, "find", emulated_library)
+    folder = exported(arch, "float16", slots=SLOTS)
+    assert climb(folder).status == "pass"
+    monkeypatch.setattr(builder, "COMMAND", planted.builder("", EXPERT_ALTERED.format(plugin, altered)))
+    rung = climb(folder)
+    assert rung.status == "fail"
+    assert re.search(r"first in \w+: layer layers\.\d/moe_experts \(PLUGIN_V3\)", rung.note), rung.note
+
+
 @pytest.mark.slow
 def test_pasts_in_each_others_place_are_traced_to_the_op(exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find", emulated_library)
