@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -116,6 +117,16 @@ def test_an_op_that_writes_a_cache_in_place_is_one_layer_of_an_engine(
         monkeypatch.setattr(engine_job, "declared", list)
         with pytest.raises(EngineError, match="ALIASED_PLUGIN_IO"):
             engine.build(folder, plugins=emulated_library())
+
+
+@pytest.mark.parametrize("weights", ["inside", "beside"])
+def test_experts_are_normed_wherever_their_weights_lie(weights: str, exported) -> None:
+    export, library = manifest.read(exported("gpt_oss", "float16")), emulated_library()
+    served = engine.library.served(library)
+    job = engine_job.prepare(export, export.graphs[0], "tensorrt_rtx", library, served, weights)
+    kinds = Counter(job.nodes.values())
+    assert (kinds["NormedMoeExperts"], kinds["MoeExperts"], kinds["AddRmsNorm"]) == (3, 0, 3)
+    assert job.launches["layers.0/moe_experts"] == 3
 
 
 @pytest.mark.slow

@@ -83,6 +83,7 @@ def test_the_plugin_of_an_engine_keeps_them_packed(form, tmp_path):
     for export in (ours, plain):
         plan = engine.build(export.folder, plugins=emulated_library()).graphs["model"]
         assert plan.plugins == of_engine(export.graphs[0].ops, plan.plugins)
+        assert "NormedMoeExperts" in plan.plugins
     packed, wide = ((e.folder / "model.plan").stat().st_size for e in (ours, plain))
     matrices = ours.checkpoint().matrices.values()
     numbers, bits = sum(m.shape[0] * m.shape[1] for m in matrices), next(m.bits for m in matrices)
