@@ -66,7 +66,7 @@ def prepare(
     given = engine_form(loaded)
     model, nodes = tensorrt_form(loaded, served)
     if weights == "inside":
-        given = join_products(model, served, given)
+        given = join_products(model, served, given, (export.folder / graph.file).parent)
     nodes = join_norms(model, nodes, served)
     bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}
     said = {

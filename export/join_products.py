@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
@@ -16,15 +17,15 @@ from llmexport.export.joined_weights import FLOATS, Weight, Weights
 from llmexport.export.packed.given import Given
 from llmexport.graphs.cut import reads
 from llmexport.plugins.declared import declared
-from llmexport.plugins.joined import COLUMNS, JOINED, Part, columns_of
+from llmexport.plugins.joined import BIASABLE, BIASED, COLUMNS, JOINED, Part, columns_of
 from llmexport.plugins.spec import DOMAIN
 
 ALIGNED = 16  # bytes that a plugin reads at a time
 
 
-def join_products(model: ModelProto, served: frozenset[str], given: list[Given]) -> list[Given]:
+def join_products(model: ModelProto, served: frozenset[str], given: list[Given], folder: Path) -> list[Given]:
     """Joins in place what the plugins in `served` can read; returns the constants that are given otherwise than they
-    lie, of which `given` are before.
+    lie, of which `given` are before. Weights' files lie in `folder`.
 
           x           x                          x
           |           |                          |
@@ -40,10 +41,11 @@ def join_products(model: ModelProto, served: frozenset[str], given: list[Given])
     tensors alone. Legal if
     1. the inputs of an op that join are results of products by weights of one x, seen as heads or as they are,
     2. x has two such products or more, by weights that are stored and dequantised alike, rows with scales of their own.
+    Biases that are stored are added by a plugin that does so, if nothing else reads what they are added to.
     Then all such products of x are joined, as TensorRT would join those that are left with the joined one. The
     builder puts floats side by side; the graph holds each of them.
     """
-    graph = _Graph(model.graph, served, given)
+    graph = _Graph(model.graph, served, given, folder)
     joins = [(its, nodes) for its in graph.products() if len(its) > 1 and (nodes := list(graph.plugins(its)))]
     for products, nodes in joins:
         graph.join(products, nodes)
@@ -66,13 +68,14 @@ class _Product:
 
 
 class _Graph:
-    def __init__(self, proto: GraphProto, served: frozenset[str], given: list[Given]) -> None:
+    def __init__(self, proto: GraphProto, served: frozenset[str], given: list[Given], folder: Path) -> None:
         self.proto = proto
+        self.biasable = {op for op in BIASABLE if f"{BIASED}{JOINED}{op}" in served}
         self.ops = {op.name: op for op in declared() if op.joins and f"{JOINED}{op.name}" in served}
         self.outputs = {o.name for o in proto.output}
         self.nodes = {_key(n): n for n in proto.node}
         self.makers = _makers(proto.node)
-        self.weights = Weights(proto, self.makers, given)
+        self.weights = Weights(proto, self.makers, given, folder)
         self.readers: dict[str, dict[str, NodeProto]] = defaultdict(dict)  # by their keys
         for node in proto.node:
             for name in reads(node):
@@ -131,28 +134,39 @@ class _Graph:
         name, spare, dtype = f"{products[0].node.name}/joined", _spare(products), products[0].weight.dtype
         self._add(*self.weights.side_by_side([p.node.input[1] for p in products], spare, f"{name}/weights"))
         self._add(make_node("MatMul", [products[0].node.input[0], f"{name}/weights"], [name], name))
-        joined = name
-        if any(p.add for p in products):
-            biases = [p.bias or self.weights.zeros(f"{p.node.name}/zeros", (p.width,), dtype) for p in products]
-            biases += [self.weights.zeros(f"{name}/biases/zeros", (spare,), dtype)] if spare else []
-            joined = f"{name}/biased"
-            self._add(*self.weights.together(biases, f"{name}/biases"))
-            self._add(make_node("Add", [name, f"{name}/biases"], [joined], joined))
+        given, prefix = [name], JOINED
         for product in products:
             self._drop(product.node)
             if product.add:
                 self._drop(product.add)
-        for node, parts in nodes:
-            self._read(node, parts, joined)
-        for product, first in zip(products, _firsts(products), strict=True):
-            if self.readers[product.result] or product.result in self.outputs:
-                bounds = {"from": first, "to": first + product.width, "axis": -1}
-                given = [numpy_helper.from_array(np.array([v]), f"{product.result}/{n}") for n, v in bounds.items()]
-                inputs = [joined, *map(self.weights.add, given)]
-                self._add(make_node("Slice", inputs, [product.result], product.result))
+        rests = [self._rest(node) for node, _ in nodes]
+        cut = [
+            (product, first)
+            for product, first in zip(products, _firsts(products), strict=True)
+            if self.readers[product.result] or product.result in self.outputs
+        ]
+        if any(p.add for p in products):
+            biases = [p.bias or self.weights.zeros(f"{p.node.name}/zeros", (p.width,), dtype) for p in products]
+            biases += [self.weights.zeros(f"{name}/biases/zeros", (spare,), dtype)] if spare else []
+            reads_biases = not cut and all(node.op_type in self.biasable for node, _ in nodes)
+            if reads_biases and self.weights.stored_together(biases, f"{name}/biases", dtype):
+                given, prefix = [name, f"{name}/biases"], f"{BIASED}{JOINED}"
+            else:
+                given = [f"{name}/biased"]
+                self._add(*self.weights.together(biases, f"{name}/biases"))
+                self._add(make_node("Add", [name, f"{name}/biases"], given, given[0]))
+        for (node, parts), rest in zip(nodes, rests, strict=True):
+            node.op_type = f"{prefix}{node.op_type}"
+            node.input[:] = [*given, *rest]
+            node.attribute.append(make_attribute(COLUMNS, columns_of(parts)))
+        for product, first in cut:
+            bounds = {"from": first, "to": first + product.width, "axis": -1}
+            stored = [numpy_helper.from_array(np.array([v]), f"{product.result}/{n}") for n, v in bounds.items()]
+            inputs = [given[0], *map(self.weights.add, stored)]
+            self._add(make_node("Slice", inputs, [product.result], product.result))
 
-    def _read(self, node: NodeProto, parts: list[Part], joined: str) -> None:
-        """Makes the node that of the plugin that reads `joined`."""
+    def _rest(self, node: NodeProto) -> list[str]:
+        """The inputs of a node that do not join; it reads the others no more."""
         op, rest = self.ops[node.op_type], list[str]()
         for name, given in zip(op.inputs, node.input, strict=False):
             if name not in op.joins:
@@ -161,9 +175,7 @@ class _Graph:
             self.readers[given].pop(_key(node), None)
             if given in self.nodes and not self.readers[given] and given not in self.outputs:
                 self._drop(self.nodes[given])
-        node.op_type = f"{JOINED}{op.name}"
-        node.input[:] = [joined, *rest]
-        node.attribute.append(make_attribute(COLUMNS, columns_of(parts)))
+        return rest
 
     def _add(self, *nodes: NodeProto) -> None:
         self.nodes.update({_key(n): n for n in nodes})

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from onnx import GraphProto, NodeProto, TensorProto
+import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import get_attribute_value, make_node
 
 from llmexport.export.packed.engine_form import run_of
 from llmexport.export.packed.given import Given
+from llmexport.plugins.dtypes import BY_ONNX
 
 FLOATS: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}  # bytes of each
 MAKERS = ("Transpose", "Cast", "DequantizeLinear")  # what makes a weight of a stored one
@@ -26,10 +30,11 @@ class Weight:
 
 
 class Weights:
-    """Those of a graph, whose nodes are found by their outputs; `given` are constants of other bytes than they say."""
+    """Those of a graph, whose nodes are found by their outputs; `given` are constants of other bytes than they say, and
+    files of others lie in `folder`."""
 
-    def __init__(self, graph: GraphProto, makers: Mapping[str, NodeProto], given: list[Given]) -> None:
-        self._graph, self._makers = graph, makers
+    def __init__(self, graph: GraphProto, makers: Mapping[str, NodeProto], given: list[Given], folder: Path) -> None:
+        self._graph, self._makers, self._folder = graph, makers, folder
         self._stored = {t.name: t for t in graph.initializer}
         self._given = {g.name: g for g in given}
 
@@ -113,6 +118,29 @@ class Weights:
         """Whether both do the same with inputs of the same types."""
         types, others = ([w and w.dtype for w in map(self.of, n.input)] for n in (node, other))
         return (node.op_type, types) == (other.op_type, others) and node.attribute == other.attribute
+
+    def stored_together(self, names: list[str], made: str, dtype: int) -> bool:
+        """Makes `made` a constant of vectors one behind another, cast as they are; False if one is not stored.
+
+        What the builder computes of constants it would copy at each step to a plugin that it runs by itself.
+        """
+        makers = [self._makers.get(n) for n in names]
+        sources = [
+            self._stored.get(m.input[0] if m and m.op_type == "Cast" else n) for n, m in zip(names, makers, strict=True)
+        ]
+        known = [s for s in sources if s is not None and s.data_type in FLOATS]
+        if len(known) < len(names):
+            return False
+        target = np.dtype(BY_ONNX[dtype].name)
+        values = np.concatenate([self._array(s).astype(target) for s in known])
+        self.add(TensorProto(name=made, dims=values.shape, data_type=dtype, raw_data=values.tobytes()))
+        return True
+
+    def _array(self, tensor: TensorProto) -> np.ndarray:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return numpy_helper.to_array(tensor)
+        held = Given(tensor.name, (run_of(tensor),)).read(self._folder)
+        return held.view(BY_ONNX[tensor.data_type].name)
 
     def zeros(self, name: str, shape: tuple[int, ...], dtype: int) -> str:
         made = TensorProto(name=name, dims=shape, data_type=dtype)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 JOINED = "Joined"  # before the name of an op, that of such a plugin
+BIASED = "Biased"  # before that, the plugin whose second input is a bias [columns] of the tensor
+BIASABLE = ("QkNormRopeWrite",)  # ops that have one
 COLUMNS = "columns"  # its attribute that says which columns are which input
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from native import PLUGINS
 
-from llmexport.plugins.joined import JOINED
+from llmexport.plugins.joined import BIASABLE, BIASED, JOINED
 from llmexport.plugins.normed import ADDENDS
 from llmexport.plugins.spec import Op, all_ops
 
@@ -429,7 +429,12 @@ def served() -> set[str]:
 
 def plugins() -> set[str]:
     """The plugins of the library."""
-    return served() | {f"{JOINED}{op}" for op in served() if OPS[op].joins} | {*ADDENDS}
+    return (
+        served()
+        | {f"{JOINED}{op}" for op in served() if OPS[op].joins}
+        | {*ADDENDS}
+        | {f"{BIASED}{JOINED}{op}" for op in BIASABLE}
+    )
 
 
 CASES = {name: case for name, case in ALL_CASES.items() if case.op in served()}

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from llmexport.export.network.kinds import Array, Compute, Unable
-from llmexport.plugins.joined import COLUMNS, JOINED, Part, parts_of
+from llmexport.plugins.joined import BIASED, COLUMNS, JOINED, Part, parts_of
 from llmexport.plugins.normed import ADDENDS, EXPERTS, GATE_COLUMN, NORM, inputs_of
 from llmexport.plugins.spec import all_ops
 
@@ -23,7 +23,7 @@ def reference(trt: Any, layer: Any) -> Compute:
     """What the plugin says of itself is read, and never a node of ONNX: a field may have been lost on the way."""
     kinds = trt.PluginCapabilityType
     core, build = (layer.plugin.get_capability_interface(kind) for kind in (kinds.CORE, kinds.BUILD))
-    name = core.plugin_name.removeprefix(JOINED)
+    name = core.plugin_name.removeprefix(BIASED).removeprefix(JOINED)
     said = json.loads(build.metadata_string or "{}")
     if core.plugin_name in ADDENDS:
         return _normed(core.plugin_name, said)
@@ -40,8 +40,9 @@ def reference(trt: Any, layer: Any) -> Compute:
         names, tensors = [*op.inputs], dict.fromkeys(op.inputs)
         if columns is not None:
             names = [n for n in names if n not in op.joins]
-            tensors |= _columns(_tensor(given[0]), parts_of(op.inputs, op.joins, columns))
-            given = given[1:]
+            x, *others = map(_tensor, given[: 1 + core.plugin_name.startswith(BIASED)])
+            tensors |= _columns(x + others[0] if others else x, parts_of(op.inputs, op.joins, columns))
+            given = given[1 + len(others) :]
         tensors |= {n: _tensor(x) for n, x in zip(names, given, strict=False)}
         with torch.inference_mode():
             made = op.reference(**tensors, **attributes)

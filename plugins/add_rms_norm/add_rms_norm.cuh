@@ -6,15 +6,6 @@
 
 namespace llmexport {
 
-template <class T, int kWidth>
-__device__ __forceinline__ Vector<T, kWidth> addRounded(Vector<T, kWidth> const& a,
-                                                        Vector<T, kWidth> const& b) {
-  float sums[kWidth];
-#pragma unroll
-  for (int j = 0; j < kWidth; ++j) sums[j] = toFloat(a.at[j]) + toFloat(b.at[j]);
-  return fromFloats<T>(sums);
-}
-
 // A vector of y, in either of the rounding orders that models use (see __init__.py).
 template <class T, int kWidth>
 __device__ __forceinline__ Vector<T, kWidth> scaled(Vector<T, kWidth> const& total, float scale,
@@ -25,8 +16,8 @@ __device__ __forceinline__ Vector<T, kWidth> scaled(Vector<T, kWidth> const& tot
   for (int j = 0; j < kWidth; ++j) {
     float const normed = toFloat(total.at[j]) * scale;
     float const weight = toFloat(weights.at[j]) + attributes.weightOffset;
-    out[j] = attributes.roundBeforeWeight ? rounded<T>(normed) * rounded<T>(weight)
-                                          : normed * weight;
+    out[j] =
+        attributes.roundBeforeWeight ? rounded<T>(normed) * rounded<T>(weight) : normed * weight;
   }
   return fromFloats<T>(out);
 }

@@ -116,6 +116,15 @@ __device__ __forceinline__ Vector<T, kCount> fromFloats(float const (&values)[kC
   return result;
 }
 
+template <class T, int kCount>
+__device__ __forceinline__ Vector<T, kCount> addRounded(Vector<T, kCount> const& a,
+                                                        Vector<T, kCount> const& b) {
+  float sums[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) sums[j] = toFloat(a.at[j]) + toFloat(b.at[j]);
+  return fromFloats<T>(sums);
+}
+
 template <class T>
 __device__ __forceinline__ T fromFloat(float x) {
   return fromFloats<T, 1>({x}).at[0];

@@ -12,6 +12,7 @@ constexpr int kQkNormRopeThreads = 256;
 template <class T>
 struct Heads {
   T const *x, *weight;  // [B, T, count, D]; [D] or null
+  T const* bias;        // [count, D] as x has them, or null
   T* y;                 // [B, count, T, D]
   int count;
   unsigned apart;  // from a head of x to the next, and from a token to the next
@@ -27,11 +28,16 @@ struct Row {
 
 // Every head has a row for each token of the step.
 struct StepRows {
+  static constexpr bool kAddsBiases = false;
+  static constexpr int kLeastBlocks = 0;  // of an SM: the compiler chooses
+
   __device__ Row of(bool, int64_t, int64_t t, int tokens) const { return {t, tokens, true}; }
 };
 
 // Those of k and v have the slots of a cache, which a step writes from first[batch] on.
 struct CacheRows {
+  static constexpr bool kAddsBiases = false;
+  static constexpr int kLeastBlocks = 0;
   int32_t const* first;  // [B]
   int slots;
 
@@ -43,6 +49,12 @@ struct CacheRows {
   }
 };
 
+struct BiasedCacheRows : CacheRows {
+  static constexpr bool kAddsBiases = true;
+  // Without it ptxas spills on sm_120.
+  static constexpr int kLeastBlocks = 1;
+};
+
 // One head of one token. A unit of it is kWidth pairs, which lie in two vectors, or, past the
 // rotated part, one vector.
 template <class T, int kWidth, bool kInterleaved>
@@ -50,9 +62,10 @@ class Head {
  public:
   using Unit = Vector<T, kWidth>[2];
 
-  __device__ Head(T const* x, T const* weight, T* y, T const* cos, T const* sin, bool rotates,
-                  int size, int pairs)
+  __device__ Head(T const* x, T const* bias, T const* weight, T* y, T const* cos, T const* sin,
+                  bool rotates, int size, int pairs)
       : x_(x),
+        bias_(bias),
         weight_(weight),
         y_(y),
         cos_(cos),
@@ -64,7 +77,14 @@ class Head {
 
   __device__ int units() const { return rotating_ + (size_ - 2 * pairs_) / kWidth; }
 
-  __device__ void read(int unit, Unit& values) const { readOf(x_, unit, values); }
+  __device__ void read(int unit, Unit& values) const {
+    readOf(x_, unit, values);
+    if (!bias_) return;
+    Unit biases;
+    readOf(bias_, unit, biases);
+    values[0] = addRounded(values[0], biases[0]);
+    if (unit < rotating_) values[1] = addRounded(values[1], biases[1]);
+  }
 
   __device__ void write(int unit, Unit const& values) const {
     storeWhole(y_ + first(unit), values[0]);
@@ -123,7 +143,7 @@ class Head {
     if (unit < rotating_) values[1] = load<kWidth>(from + second(unit));
   }
 
-  T const *x_, *weight_;
+  T const *x_, *bias_, *weight_;
   T* y_;
   T const *cos_, *sin_;
   bool rotates_;
@@ -134,15 +154,16 @@ class Head {
 // takes units x, x + blockDim.x, ... of its head; with kOnce it has at most one, which stays in
 // registers, otherwise a head that is normalised is read twice.
 //
-// Norm and rotation are each rounded to T, as where they are nodes of their own: the norm as in
-// addRmsNormKernel, the rotation as in ropeKernel. All else is fp32: a lane adds the squares of its
-// units in order, sumOverLanes adds the lanes'; rsqrtf is good to 2 units in the last place.
+// Bias, norm and rotation are each rounded to T, as where they are nodes of their own: the norm as
+// in addRmsNormKernel, the rotation as in ropeKernel. All else is fp32: a lane adds the squares of
+// its units in order, sumOverLanes adds the lanes'; rsqrtf is good to 2 units in the last place.
 //
 // Strides are unsigned: signs would be extended in each thread.
 //
-// Rows is where tokens go: StepRows or CacheRows. A token that has no row is computed and lost.
+// Rows is where tokens go: StepRows or CacheRows, or BiasedCacheRows. A token that has no row is
+// computed and lost.
 template <class T, int kWidth, bool kInterleaved, bool kOnce, class Rows>
-__global__ void __launch_bounds__(kQkNormRopeThreads)
+__global__ void __launch_bounds__(kQkNormRopeThreads, Rows::kLeastBlocks)
     qkNormRopeKernel(Heads<T> q, Heads<T> k, Heads<T> v, T const* cos, T const* sin, int tokens,
                      int size, int pairs, QkNormRopeAttributes attributes, Rows rows) {
   int const place = blockIdx.y * blockDim.y + threadIdx.y;
@@ -153,6 +174,8 @@ __global__ void __launch_bounds__(kQkNormRopeThreads)
   int const h = isQ ? place : isK ? place - q.count : place - q.count - k.count;
   T const* const x = isQ ? q.x : isK ? k.x : v.x;
   int64_t const pitch = isQ ? q.pitch : k.pitch;
+  T const* const biases = isQ ? q.bias : isK ? k.bias : v.bias;
+  T const* const bias = Rows::kAddsBiases && biases ? biases + unsigned(h) * apart : nullptr;
   T const* const weight = isQ ? q.weight : isK ? k.weight : nullptr;
   T* const y = isQ ? q.y : isK ? k.y : v.y;
   int64_t const token = blockIdx.x, batch = blockIdx.x / unsigned(tokens);
@@ -160,7 +183,7 @@ __global__ void __launch_bounds__(kQkNormRopeThreads)
   Row const row = rows.of(isQ, batch, t, tokens);
   bool const here = there && row.exists;
   Head<T, kWidth, kInterleaved> const head(
-      x + token * pitch + uint64_t(unsigned(h)) * apart, weight,
+      x + token * pitch + uint64_t(unsigned(h)) * apart, bias, weight,
       y + uint64_t((batch * count + h) * row.ofRows + row.at) * unsigned(size), cos + token * pairs,
       sin + token * pairs, isQ || isK, size, pairs);
   int const lane = int(threadIdx.x), lanes = int(blockDim.x);

@@ -9,7 +9,7 @@ namespace llmexport {
 
 struct QkNormRopeSizes {
   int64_t B, T, H, G, D, R;
-  int64_t Q;  // from a head of q to the next
+  int64_t Q;          // from a head of q to the next
   int64_t pitch = 0;  // from a token of q, k and v to the next; 0 where each is dense
 };
 
@@ -20,10 +20,12 @@ struct QkNormRopeAttributes {
 };
 
 struct QkNormRopeTensors {
-  void const *q, *k, *v;            // [B, T, H, Q], twice [B, T, G, D]; or columns of one tensor
-  void const *cos, *sin;            // [B, T, R]
-  void const *qWeight, *kWeight;    // [D], both null where there is no norm
-  void *query, *key, *value;        // [B, H, T, D], twice [B, G, T, D]
+  void const *q, *k, *v;          // [B, T, H, Q], twice [B, T, G, D]; or columns of one tensor
+  void const *cos, *sin;          // [B, T, R]
+  void const *qWeight, *kWeight;  // [D], both null where there is no norm
+  void *query, *key, *value;      // [B, H, T, D], twice [B, G, T, D]
+  // [H, Q], twice [G, D], added to q, k and v; all null where there are none. QkNormRope has none.
+  void const *qBias = nullptr, *kBias = nullptr, *vBias = nullptr;
 };
 
 struct QkNormRopePlan {

@@ -26,7 +26,8 @@ cudaError_t enqueue(Call const& call) {
   QkNormRopeTensors const step{call.input(kQ),       call.input(kK),      call.input(kV),
                                call.input(kCos),     call.input(kSin),    call.input(kQWeight),
                                call.input(kKWeight), call.output(kQuery), call.output(kKey),
-                               call.output(kValue)};
+                               call.output(kValue),  call.bias(kQ),       call.bias(kK),
+                               call.bias(kV)};
   QkNormRopeWriteTensors const tensors{step, call.input(kPastKey), call.input(kPastValue),
                                        call.input<int32_t>(kWriteIndices)};
   return qkNormRopeWrite(call.dtype, sizesOf(call.sizes, call.pitch),
@@ -53,6 +54,9 @@ Registration const registration({
     enqueue,
     check,
     supports,
+    nullptr,
+    nullptr,
+    true,
 });
 
 }  // namespace

@@ -20,8 +20,10 @@ cudaError_t qkNormRopeWrite(Dtype dtype, QkNormRopeWriteSizes const& s,
   cudaError_t error = begin(t.step.key, t.pastKey);
   if (error == cudaSuccess) error = begin(t.step.value, t.pastValue);
   if (error != cudaSuccess) return error;
-  return launchQkNormRope(dtype, s.step, attributes, t.step, CacheRows{t.writeIndices, int(s.S)},
-                          stream);
+  CacheRows const rows{t.writeIndices, int(s.S)};
+  return t.step.qBias
+             ? launchQkNormRope(dtype, s.step, attributes, t.step, BiasedCacheRows{rows}, stream)
+             : launchQkNormRope(dtype, s.step, attributes, t.step, rows, stream);
 }
 
 }  // namespace llmexport

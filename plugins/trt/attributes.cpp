@@ -147,7 +147,9 @@ trt::PluginField fieldOf(Attribute const& attribute, Value const* value) {
   return {attribute.name, text, PluginFieldType::kCHAR, text ? int32_t(std::strlen(text)) + 1 : 0};
 }
 
-std::optional<Parsed> parse(Op const& op, bool isJoined, trt::PluginFieldCollection const& fields) {
+std::optional<Parsed> parse(Op const& op, PluginKind kind,
+                            trt::PluginFieldCollection const& fields) {
+  bool const isJoined = kind != PluginKind::kOfOp;
   Values values{};
   std::optional<Joined> joined;
   if (!isJoined) joined.emplace();
@@ -156,7 +158,8 @@ std::optional<Parsed> parse(Op const& op, bool isJoined, trt::PluginFieldCollect
     PluginField const& field = fields.fields[f];
     if (isJoined && !joined && !std::strcmp(field.name, kColumns)) {
       auto columns = parseIntegers(op, field);
-      if (columns) joined = Joined::of(op, std::move(*columns));
+      if (columns)
+        joined = Joined::of(op, std::move(*columns), kind == PluginKind::kOfBiasedColumns);
       if (!joined) return std::nullopt;
       continue;
     }

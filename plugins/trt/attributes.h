@@ -18,9 +18,10 @@ struct Parsed {
   Joined joined;
 };
 
-// Each attribute once, of the right type and range, and kColumns if the plugin `isJoined`;
+// Each attribute once, of the right type and range, and kColumns if the plugin is joined;
 // otherwise refuses and returns nothing. Keeps no pointer into `fields`.
-std::optional<Parsed> parse(Op const& op, bool isJoined, trt::PluginFieldCollection const& fields);
+std::optional<Parsed> parse(Op const& op, PluginKind kind,
+                            trt::PluginFieldCollection const& fields);
 
 // The attributes as a JSON object, in the order of the table, and kColumns behind them; what is
 // infinite is Infinity.

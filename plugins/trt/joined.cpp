@@ -12,7 +12,7 @@ bool joinsInputs(Op const& op) {
   return false;
 }
 
-std::optional<Joined> Joined::of(Op const& op, std::vector<int32_t> columns) {
+std::optional<Joined> Joined::of(Op const& op, std::vector<int32_t> columns, bool isBiased) {
   size_t wanted = 0;
   for (Tensor const& input : op.inputs) {
     if (input.join) wanted += std::strlen(input.dims) - 1;  // B and T are not said, the column is
@@ -41,12 +41,13 @@ std::optional<Joined> Joined::of(Op const& op, std::vector<int32_t> columns) {
     joined.parts_.push_back(std::move(part));
   }
   joined.columns_ = std::move(columns);
+  joined.isBiased_ = isBiased;
   return joined;
 }
 
 size_t Joined::inputOf(size_t place) const {
   if (!*this) return place;
-  return size_t(std::find(rest_.begin(), rest_.end(), place) - rest_.begin()) + 1;
+  return size_t(std::find(rest_.begin(), rest_.end(), place) - rest_.begin()) + ahead();
 }
 
 bool Joined::fits(Op const& op, int64_t columns) const {

@@ -52,7 +52,7 @@ std::string kindOf(Attribute const& attribute) {
   return joined(attribute.choices, "|", [](char const* choice) { return std::string(choice); });
 }
 
-// `name` is that of the op or of its joined plugin.
+// `name` is that of the op or of a joined plugin of it.
 std::string tableOf(Op const& op, std::string const& name) {
   auto const tensor = [&](Tensor const& t) {
     return std::string(t.name) + ": " + nameOf(t.element) + "[" + t.dims +
@@ -68,8 +68,9 @@ std::string tableOf(Op const& op, std::string const& name) {
 }  // namespace
 
 Registration::Registration(Op op) {
-  if (joinsInputs(op)) creators().push_back(std::make_unique<Creator>(op, true));
-  creators().push_back(std::make_unique<Creator>(std::move(op), false));
+  if (op.biased) creators().push_back(std::make_unique<Creator>(op, PluginKind::kOfBiasedColumns));
+  if (joinsInputs(op)) creators().push_back(std::make_unique<Creator>(op, PluginKind::kOfColumns));
+  creators().push_back(std::make_unique<Creator>(std::move(op), PluginKind::kOfOp));
 }
 
 }  // namespace llmexport
@@ -91,7 +92,8 @@ LLMEXPORT_EXPORT void setLoggerFinder(llmexport::trt::ILoggerFinder*) {}
 // The table of each op as a line, with its version:
 //   Pick 1(scores: T[BTE], bias: T[E]?; top_k: int K, scoring: softmax|sigmoid) -> best: int32[BTK]
 // An output that may have an input's memory says so, `cache: T[BSD] in past`, and so does an input
-// that joins; an op with such inputs stands twice, as its joined plugin and as itself.
+// that joins; an op with such inputs stands twice, as its joined plugin and as itself, and once
+// more if it is biased.
 LLMEXPORT_EXPORT char const* llmexportOps() {
   static std::string const tables =
       llmexport::joined(llmexport::creators(), "\n", [](auto const& creator) {

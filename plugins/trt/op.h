@@ -140,11 +140,13 @@ struct Call : Node {
   void* const* outputs;
   void* workspace;  // aligned to kVectorBytes
   cudaStream_t stream;
+  void const* const* biases;  // of inputs that join, by their places; null where there is none
 
   template <class T = void>
   T const* input(int place) const {
     return static_cast<T const*>(inputs[place]);
   }
+  void const* bias(int place) const { return biases[place]; }
   template <class T = void>
   T* output(int place) const {
     return static_cast<T*>(outputs[place]);
@@ -169,6 +171,9 @@ struct Op {
   size_t (*workspace)(Node const& node) = nullptr;
   // Two letters: the first is half the second in outputs, where the node has no input with it.
   char const* half = nullptr;
+  // Whether its kernels add biases to the inputs that join, see Call::bias. It has a third plugin
+  // then.
+  bool biased = false;
 };
 
 // Adds an op to the library: a constant of this type in <op>/plugin.cpp.

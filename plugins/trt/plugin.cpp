@@ -50,9 +50,9 @@ bool Plugin::countsAre(int32_t nbInputs, int32_t nbOutputs) const {
   size_t least = most;
   while (least > 0 && op_.inputs[least - 1].optional) --least;
   for (Joined::Part const& part : joined_.parts()) least = std::max(least, part.place + 1);
-  size_t const joinedAway = joined_ ? joined_.count() - 1 : 0, inputs = size_t(nbInputs);
-  least -= joinedAway;
-  most -= joinedAway;
+  least = least + joined_.ahead() - joined_.count();
+  most = most + joined_.ahead() - joined_.count();
+  size_t const inputs = size_t(nbInputs);
   if (inputs >= least && inputs <= most && size_t(nbOutputs) == outputs) return true;
   if (least < most) {
     return refuse("%s has %zu to %zu inputs and %zu outputs, not %d and %d", name_, least, most,
@@ -63,10 +63,11 @@ bool Plugin::countsAre(int32_t nbInputs, int32_t nbOutputs) const {
 }
 
 // The table's tensor at this place among inputs and then outputs; the first that joins, for the
-// tensor that has them.
+// tensor that has them, and kBias for what is added to it.
 Tensor const& Plugin::tensor(int32_t i, int32_t nbInputs) const {
   if (i >= nbInputs) return op_.outputs[size_t(i - nbInputs)];
-  return op_.inputs[joined_ && i == 0 ? joined_.parts()[0].place : joined_.placeOf(size_t(i))];
+  if (size_t(i) >= joined_.ahead()) return op_.inputs[joined_.placeOf(size_t(i))];
+  return i == 0 ? op_.inputs[joined_.parts()[0].place] : kBias;
 }
 
 // `descOf` gives the PluginTensorDesc of an element of `in` and `out`.
@@ -234,18 +235,21 @@ int32_t Plugin::enqueue(trt::PluginTensorDesc const*, trt::PluginTensorDesc cons
     refuse("%s: enqueued without shapes", op_.name);
     return kRefused;
   }
-  std::array<void const*, kMaxInputs> all{};
-  size_t const given = form_->inputs + (joined_ ? 1 - joined_.count() : 0);
-  for (size_t i = joined_ ? 1 : 0; i < given; ++i) all[joined_.placeOf(i)] = inputs[i];
+  std::array<void const*, kMaxInputs> all{}, biases{};
+  size_t const given = form_->inputs + joined_.ahead() - joined_.count();
+  for (size_t i = joined_.ahead(); i < given; ++i) all[joined_.placeOf(i)] = inputs[i];
   for (Joined::Part const& part : joined_.parts()) {
-    all[part.place] =
-        static_cast<char const*>(inputs[0]) + part.first * int64_t(sizeOf(form_->dtype));
+    int64_t const before = part.first * int64_t(sizeOf(form_->dtype));
+    all[part.place] = static_cast<char const*>(inputs[0]) + before;
+    if (joined_.isBiased()) {
+      biases[part.place] = static_cast<char const*>(inputs[1]) + before;
+    }
   }
 #ifdef LLMEXPORT_EMULATED
   emulator::Launches const untilTheEnd;
 #endif
   cudaError_t const error =
-      op_.enqueue({node(*form_), *device_, all.data(), outputs, workspace, stream});
+      op_.enqueue({node(*form_), *device_, all.data(), outputs, workspace, stream, biases.data()});
   if (error != cudaSuccess) refuse("%s: CUDA error %d at launch", op_.name, int(error));
   return int32_t(error);
 }
@@ -270,18 +274,20 @@ char const* Plugin::getMetadataString() noexcept {
   return metadata_.c_str();
 }
 
-Creator::Creator(Op op, bool isJoined)
+Creator::Creator(Op op, PluginKind kind)
     : op_(std::move(op)),
-      isJoined_(isJoined),
-      name_(std::string(isJoined ? kJoined : "") + op_.name) {
+      kind_(kind),
+      name_(std::string(kind == PluginKind::kOfBiasedColumns ? kBiased : "") +
+            (kind == PluginKind::kOfOp ? "" : kJoined) + op_.name) {
   for (Attribute const& attribute : op_.attributes) fields_.push_back(fieldOf(attribute, nullptr));
-  if (isJoined) fields_.push_back({kColumns, nullptr, trt::PluginFieldType::kINT32, 0});
+  if (kind != PluginKind::kOfOp)
+    fields_.push_back({kColumns, nullptr, trt::PluginFieldType::kINT32, 0});
   collection_ = {int32_t(fields_.size()), fields_.data()};
 }
 
 trt::IPluginV3* Creator::createPlugin(char const*, trt::PluginFieldCollection const* fields,
                                       trt::TensorRTPhase) noexcept {
-  auto parsed = parse(op_, isJoined_, *fields);
+  auto parsed = parse(op_, kind_, *fields);
   return parsed ? new (std::nothrow) Plugin(op_, name_.c_str(), std::move(*parsed)) : nullptr;
 }
 

@@ -100,8 +100,7 @@ class Plugin final : public trt::IPluginV3,
 
 class Creator final : public trt::IPluginCreatorV3One {
  public:
-  // Of the op's own plugin, or of the joined one.
-  Creator(Op op, bool isJoined);
+  Creator(Op op, PluginKind kind);
   Creator(Creator const&) = delete;
 
   Op const& op() const { return op_; }
@@ -115,7 +114,7 @@ class Creator final : public trt::IPluginCreatorV3One {
 
  private:
   Op const op_;
-  bool const isJoined_;
+  PluginKind const kind_;
   std::string const name_;
   std::vector<trt::PluginField> fields_;
   trt::PluginFieldCollection collection_{};

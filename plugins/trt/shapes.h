@@ -36,6 +36,7 @@ class ShapeReader {
         if (!take(tensor, i, i < 2 ? sizeOf(i) : part.sizes[size_t(i) - 2])) return false;
       }
     }
+    if (joined.isBiased() && !take(kBias, 0, sizeOf(2))) return false;
     return joined.fits(op_, sizeOf(2));
   }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from llmexport.export.join_products import join_products
-from llmexport.plugins.joined import COLUMNS, JOINED, parts_of
+from llmexport.plugins.joined import BIASABLE, BIASED, COLUMNS, JOINED, parts_of
 from llmexport.plugins.spec import all_ops
 
 OPS = {name: op for name, op in all_ops().items() if op.joins}
-SERVED = frozenset({*OPS, *(f"{JOINED}{name}" for name in OPS)})
+SERVED = frozenset({*OPS, *(f"{JOINED}{name}" for name in OPS), *(f"{BIASED}{JOINED}{name}" for name in BIASABLE)})
 HEADER = '<ir_version: 10, opset_import: ["" : 23, "llmexport" : 2]>'
 K = 6
 
@@ -67,8 +68,23 @@ def _joined(kind: type[OpRun]) -> type[OpRun]:
     return Joined
 
 
-KINDS = [GatedAct, MoeRoute, QkNormRope]
-EVALUATED = [*KINDS, *map(_joined, KINDS)]
+class QkNormRopeWrite(QkNormRope):
+    """Of which k and v are the caches."""
+
+
+def _biased(kind: type[OpRun]) -> type[OpRun]:
+    """The same with a bias, which it adds first."""
+
+    class Biased(_joined(kind)):
+        def _run(self, x: np.ndarray, bias: np.ndarray, *rest: np.ndarray, **said: Any) -> tuple[np.ndarray, ...]:
+            return super()._run(x + bias, *rest, **said)
+
+    Biased.__name__ = f"{BIASED}{JOINED}{kind.__name__}"
+    return Biased
+
+
+KINDS = [GatedAct, MoeRoute, QkNormRope, QkNormRopeWrite]
+EVALUATED = [*KINDS, *map(_joined, KINDS), _biased(QkNormRopeWrite)]
 
 
 def model_of(body: str, outputs: str, **weights: tuple[int, ...]) -> onnx.ModelProto:
@@ -90,7 +106,7 @@ def joined(model: onnx.ModelProto, served: frozenset[str] = SERVED) -> Counter[s
     """Joins it, checks that it computes the same, and returns its operators."""
     feed = {"x": np.random.default_rng(1).standard_normal((1, 2, K)).astype(np.float32)}
     want = ReferenceEvaluator(model, new_ops=EVALUATED).run(None, feed)
-    join_products(model, served, [])
+    join_products(model, served, [], Path())
     found = ReferenceEvaluator(model, new_ops=EVALUATED).run(None, feed)
     for a, b in zip(want, found, strict=True):
         assert a.shape == b.shape
@@ -128,6 +144,35 @@ def test_biases_are_joined_with_zeros_for_those_that_are_not_there(biased: tuple
     biases = {f"b{n}": (8 if n == "q" else 4,) for n in biased}
     model = model_of(body, "float[1, 2, 2, 4] y, float[1, 1, 2, 4] yk", **QKV_WEIGHTS, **biases)
     assert joined(model) == {"Concat": 2, "MatMul": 1, "Add": 1, "JoinedQkNormRope": 1}
+
+
+WRITTEN = QKV.replace("QkNormRope (qh, kh, vh, c, c)", "QkNormRopeWrite (qh, kh, vh, c, c, p, p, i)")
+WRITTEN = WRITTEN.format("qb = Add (q, bq)", "qb", "k", "v")
+WRITTEN_WEIGHTS = {**QKV_WEIGHTS, "bq": (8,), "p": (1, 1, 2, 4), "i": (1,)}
+
+
+def test_a_plugin_adds_the_bias_that_nothing_else_reads() -> None:
+    """With zeros for those that are not there."""
+    model = model_of(WRITTEN, "float[1, 2, 2, 4] y, float[1, 1, 2, 4] yk", **WRITTEN_WEIGHTS)
+    assert joined(model) == {"Concat": 1, "MatMul": 1, "BiasedJoinedQkNormRopeWrite": 1}
+    node = next(n for n in model.graph.node if n.domain)
+    assert [*node.input[2:]] == ["c", "c", "p", "p", "i"]
+    assert node.input[1] in {t.name for t in model.graph.initializer}
+
+
+@pytest.mark.parametrize(
+    ("more", "served", "left"),
+    [
+        ("z = Neg (qb)", SERVED, {"Add": 1, "Slice": 1, "Neg": 1}),
+        ("z = Neg (v)", SERVED, {"Add": 1, "Slice": 1, "Neg": 1}),
+        ("r = MatMul (x, wr) z, ri = llmexport.MoeRoute (r)", SERVED, {"Add": 1, "JoinedMoeRoute": 1}),
+        ("z = Neg (x)", SERVED - {"BiasedJoinedQkNormRopeWrite"}, {"Add": 1, "Neg": 1}),
+    ],
+)
+def test_a_bias_that_others_read_too_is_added_before(more: str, served: frozenset[str], left: dict[str, int]) -> None:
+    weights = {**WRITTEN_WEIGHTS, "wr": (K, 8)}
+    model = model_of(f"{WRITTEN} {more}", "float[1, 2, 2, 4] y, float[1, 2, N] z", **weights)
+    assert joined(model, served) == {"Concat": 2, "MatMul": 1, "JoinedQkNormRopeWrite": 1, **left}
 
 
 def test_a_weight_may_be_turned_and_cast() -> None:
@@ -235,7 +280,7 @@ def test_what_plugins_cannot_read_stays(name: str) -> None:
     before = Counter(n.op_type for n in model.graph.node)
     if name == "heads behind another shape":
         # x is one row of two tokens, which that view takes for two rows.
-        join_products(model, served, [])
+        join_products(model, served, [], Path())
         assert Counter(n.op_type for n in model.graph.node) == before
     else:
         assert joined(model, served) == before

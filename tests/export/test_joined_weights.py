@@ -9,7 +9,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import rounded
 from native import emulated_library
@@ -17,6 +19,7 @@ from native import emulated_library
 from llmexport.export import engine_job, manifest
 from llmexport.export.exported import Export
 from llmexport.export.join_products import join_products
+from llmexport.export.joined_weights import Weights
 from llmexport.export.packed.given import Given, Run
 from llmexport.plugins import library
 from llmexport.validate import ladder
@@ -75,3 +78,24 @@ def test_what_tensorrt_reads_of_them_is_the_model(export: Export, monkeypatch: p
     [rung] = ladder.climb(manifest.read(export.folder), rungs=["network"]).rungs
     assert rung.status == "fail"
     assert re.search(r"first in \w+: layer layers\.0/\S+ \(PLUGIN_V3\), whose layers\.0/\S+ is", rung.note), rung.note
+
+
+def test_stored_vectors_are_one_constant_as_they_are_cast(tmp_path: Path) -> None:
+    """Of a file, of the graph, and cast from another type; what is computed otherwise is none."""
+    one, two = np.linspace(-3, 3, 7, dtype=np.float32), np.arange(5).astype(np.float32)
+    (tmp_path / "w").write_bytes(b"ahead" + one.tobytes())
+    held = onnx.TensorProto(name="one", dims=[7], data_type=onnx.TensorProto.FLOAT)
+    held.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": "w", "offset": "5", "length": "28"}.items():
+        held.external_data.add(key=key, value=value)
+    inside = onnx.numpy_helper.from_array(two.astype(ml_dtypes.bfloat16), "two")
+    graph = onnx.GraphProto(initializer=[held, inside])
+    bfloat16 = onnx.TensorProto.BFLOAT16
+    makers = {"cast": onnx.helper.make_node("Cast", ["one"], ["cast"], to=bfloat16)}
+    makers["minus"] = onnx.helper.make_node("Neg", ["two"], ["minus"])
+    weights = Weights(graph, makers, [], tmp_path)
+    assert not weights.stored_together(["cast", "minus"], "no", bfloat16)
+    assert weights.stored_together(["cast", "two"], "both", bfloat16)
+    want = np.concatenate([one, two]).astype(ml_dtypes.bfloat16)
+    assert onnx.numpy_helper.to_array(weights["both"]).tobytes() == want.tobytes()
+    assert "no" not in weights

@@ -12,7 +12,7 @@ from plugin_cases import CASES, Case, array_of, served
 from plugin_host import DTYPES, Machine, computed, lay_out
 
 from llmexport.plugins.host import Desc, Library, Plugin, Refused, desc, number
-from llmexport.plugins.joined import COLUMNS, JOINED, Part, columns_of, parts_of
+from llmexport.plugins.joined import BIASABLE, BIASED, COLUMNS, JOINED, Part, columns_of, parts_of
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import Tolerance
 
@@ -79,6 +79,37 @@ def test_numbers_are_the_references(machine: Machine, case: Case, dtype: str, ga
     inputs = case.tensors(dtype)
     found = computed(plugin, machine.memory(), [array_of(x) for x in joined(case, GAPS[gap], inputs)])
     check(case, dtype, inputs, found)
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [n for n, c in JOINABLE.items() if c.op in BIASABLE])
+def test_a_bias_is_added_as_it_reads(machine: Machine, name: str, dtype: str, gap: str) -> None:
+    """Bit for bit the plugin of a tensor to which it was added, and rounded, before."""
+    case = JOINABLE[name]
+    x, *rest = joined(case, GAPS[gap], case.tensors(dtype))
+    bias = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(5)).to(x.dtype)
+    said = {**case.attributes, COLUMNS: columns_of(parts(case, GAPS[gap]))}
+    plugin = machine.library.create(f"{BIASED}{JOINED}{case.op}", said).recreate().attach()
+    found = computed(plugin, machine.memory(), [array_of(t) for t in (x, bias, *rest)])
+    want = computed(
+        created(machine.library, case, GAPS[gap]), machine.memory(), [array_of(t) for t in (x + bias, *rest)]
+    )
+    assert [a.tobytes() for a in found] == [a.tobytes() for a in want]
+    rest_names = [n for n in case.inputs if n not in case.spec.joins]
+    aliased = [2 + rest_names.index(case.spec.aliases[n]) if n in case.spec.aliases else -1 for n in case.spec.outputs]
+    assert [plugin.aliased(i) for i in range(plugin.outputs)] == aliased
+
+
+def test_a_bias_of_another_size_is_refused(library: Library, capfd: pytest.CaptureFixture[str]) -> None:
+    case = next(c for c in JOINABLE.values() if c.op in BIASABLE)
+    x, *rest = descs(case, 3, "fp16")
+    said = {**case.attributes, COLUMNS: columns_of(parts(case, 3))}
+    plugin = library.create(f"{BIASED}{JOINED}{case.op}", said)
+    for shape, says in (((x.shape[-1] - 1,), "dimension 0 of bias is"), ((1, x.shape[-1]), "bias has 2 dimensions")):
+        with pytest.raises(Refused):
+            plugin.output_shapes([x, desc(shape, DTYPES["fp16"]), *rest], True)
+        assert f"llmexport: {case.op}: {says}" in capfd.readouterr().err
 
 
 def test_numbers_are_right_in_a_profile_of_larger_shapes(machine: Machine, case: Case) -> None:

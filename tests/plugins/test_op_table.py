@@ -12,7 +12,7 @@ from plugin_cases import OPS, plugins, served
 from torch import Tensor
 
 from llmexport.plugins import library, spec
-from llmexport.plugins.joined import JOINED
+from llmexport.plugins.joined import BIASABLE, BIASED, JOINED
 from llmexport.plugins.normed import ADDENDS, EXPERTS, GATE_COLUMN, NORM, OWN, inputs_of
 from llmexport.plugins.spec import Op, op
 
@@ -63,6 +63,7 @@ def test_tables_say_what_the_references_say() -> None:
     ops = ctypes.CDLL(str(emulated_library())).llmexportOps
     ops.restype = ctypes.c_char_p
     joined = [table(OPS[name], JOINED) for name in served() if OPS[name].joins]
+    joined += [table(OPS[name], f"{BIASED}{JOINED}") for name in BIASABLE]
     normed = [table(normed_op(name)) for name in ADDENDS]
     assert sorted(ops().decode().splitlines()) == sorted([*joined, *normed, *(table(OPS[name]) for name in served())])
 

@@ -107,6 +107,24 @@ def test_pasts_in_each_others_place_are_traced_to_the_op(exported, monkeypatch: 
     assert re.search(r"first in \w+: layer layers\.1/\S+QkNormRopeWrite \(PLUGIN_V3\)", rung.note), rung.note
 
 
+NO_BIAS = """
+op = [n for n in model.graph.node if n.op_type == "BiasedJoinedQkNormRopeWrite"][1]
+bias = next(t for t in model.graph.initializer if t.name == op.input[1])
+bias.raw_data = bytes(len(bias.raw_data))
+"""
+
+
+def test_and_with_biases_that_an_op_of_ours_adds(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is lost is traced to the op."""
+    monkeypatch.setattr(library, "find", emulated_library)
+    folder = exported("glm4", "bfloat16", slots=160, cache="static-fused")
+    assert climb(folder).status == "pass"
+    monkeypatch.setattr(builder, "COMMAND", planted.builder("", NO_BIAS))
+    rung = climb(folder)
+    assert rung.status == "fail"
+    assert re.search(r"first in \w+: layer layers\.1/\S+QkNormRopeWrite \(PLUGIN_V3\)", rung.note), rung.note
+
+
 SEEING = pairwise(TOWERS, DTYPES, (True, False))
 SEEING_ONCE = SEEING[:2]
 
