@@ -47,9 +47,7 @@ def choose(name: str | None, config: Mapping[str, Any]) -> Arch:
     classes = config.get("architectures")
     if classes is None:
         classes = [wanted]
-    # A text model that was taken out of a multimodal checkpoint may keep the class of that.
-    whole = () if outer else (m.architecture for m in arch.multimodal)
-    known = {wanted, *arch.reference.aliases, *arch.reference.copies, *whole}
+    known = {wanted, *arch.reference.aliases, *arch.reference.copies}
     if not isinstance(classes, list) or not known & {*map(str, classes)}:
         why = "other heads and variants are not supported"
         if classes == [BASE.sub("Model", wanted)]:

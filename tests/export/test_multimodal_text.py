@@ -144,19 +144,6 @@ def test_a_text_model_that_none_of_several_fits_is_refused_by_all_of_them(inner)
     assert one_line(error.value).endswith(f"text_config is of model_type {found!r}, expected ministral3 or mistral")
 
 
-WHOLES = [(n, m.architecture) for n in archs.names() for m in archs.load(n).multimodal]
-
-
-@pytest.mark.parametrize(("arch", "whole"), WHOLES)
-def test_a_text_model_may_keep_the_class_of_what_it_was_taken_out_of(arch: str, whole: str) -> None:
-    """As a published Qwen3.5-MoE that was pruned; AutoModelForCausalLM goes by the model_type alone too."""
-    known = archs.load(arch)
-    config = {"model_type": known.model_types[0], **known.tiny}
-    chosen = archs.choose(None, config | {"architectures": [whole]})
-    assert chosen == known
-    assert read_model(chosen, config | {"architectures": [whole]}) == read_model(known, config)
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     monkeypatch.chdir(tmp_path)
