@@ -1,10 +1,30 @@
-// A sum over the threads that row_plan.h gives a row.
+// A sum over the threads that row_plan.h gives a row, and which kernel a plan is of.
 #pragma once
 
+#include <type_traits>
+
+#include "common/element.cuh"
 #include "common/lanes.cuh"
 #include "common/row_plan.h"
 
 namespace llmexport {
+
+// Calls inRegisters(how many vectors a thread keeps) or, of rows that are read twice,
+// twoPass(elements of one access), each as a std::integral_constant.
+template <class T, class InRegisters, class TwoPass>
+cudaError_t withRowKernel(RowPlan const& plan, InRegisters inRegisters, TwoPass twoPass) {
+  switch (plan.vectors) {
+    case 1:
+      return inRegisters(std::integral_constant<int, 1>{});
+    case 2:
+      return inRegisters(std::integral_constant<int, 2>{});
+    case kRowMaxVectors:
+      return inRegisters(std::integral_constant<int, kRowMaxVectors>{});
+    default:
+      return plan.width > 1 ? twoPass(std::integral_constant<int, kFullWidth<T>>{})
+                            : twoPass(std::integral_constant<int, 1>{});
+  }
+}
 
 // The sum over the blockDim.x threads of a row: a power of two up to a warp, or whole warps. It is
 // added in fp32 by a tree of lanes and then one of warps: the order, and so the bits, are the same

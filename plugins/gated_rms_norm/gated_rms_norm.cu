@@ -47,16 +47,9 @@ cudaError_t gatedRmsNorm(Dtype dtype, GatedRmsNormSizes const& s,
   Arguments const a{plan, rows, s.D, gateRows, attributes, t, stream};
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    switch (plan.vectors) {
-      case 1:
-        return startInRegisters<T, 1>(a);
-      case 2:
-        return startInRegisters<T, 2>(a);
-      case kRowMaxVectors:
-        return startInRegisters<T, kRowMaxVectors>(a);
-      default:
-        return plan.width > 1 ? startTwoPass<T, kFullWidth<T>>(a) : startTwoPass<T, 1>(a);
-    }
+    return withRowKernel<T>(
+        plan, [&](auto vectors) { return startInRegisters<T, decltype(vectors)::value>(a); },
+        [&](auto width) { return startTwoPass<T, decltype(width)::value>(a); });
   });
 }
 
