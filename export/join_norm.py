@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, numpy_helper
 from onnx.helper import make_attribute, make_node
 
-from llmexport.graphs.cut import reads
+from llmexport.graphs.cut import makers_of, readers_of, reads
 from llmexport.plugins.normed import ADDENDS, EXPERTS, GATE_COLUMN, NORM, OWN
 from llmexport.plugins.spec import DOMAIN
 
@@ -71,11 +70,7 @@ class _Graph:
         self.outputs = {o.name for o in proto.output}
         self.constants = {t.name: t for t in proto.initializer}
         self.shapes = {v.name: _shape(v) for v in (*proto.value_info, *proto.input)}
-        self.makers = {name: n for n in proto.node for name in n.output if name}
-        self.readers: dict[str, list[NodeProto]] = defaultdict(list)
-        for node in proto.node:
-            for name in reads(node):
-                self.readers[name].append(node)
+        self.makers, self.readers = makers_of(proto.node), readers_of(proto.node)
 
     def sums(self, value: str) -> Iterator[_Sum]:
         """How a value is a sum with what experts make, most addends first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from onnx.helper import make_attribute, make_node
 
 from llmexport.export.joined_weights import FLOATS, Weight, Weights
 from llmexport.export.packed.given import Given
-from llmexport.graphs.cut import reads
+from llmexport.graphs.cut import makers_of, reads
 from llmexport.plugins.declared import declared
 from llmexport.plugins.joined import BIASABLE, BIASED, COLUMNS, JOINED, Part, columns_of
 from llmexport.plugins.spec import DOMAIN
@@ -74,7 +74,7 @@ class _Graph:
         self.ops = {op.name: op for op in declared() if op.joins and f"{JOINED}{op.name}" in served}
         self.outputs = {o.name for o in proto.output}
         self.nodes = {_key(n): n for n in proto.node}
-        self.makers = _makers(proto.node)
+        self.makers = makers_of(proto.node)
         self.weights = Weights(proto, self.makers, given, folder)
         self.readers: dict[str, dict[str, NodeProto]] = defaultdict(dict)  # by their keys
         for node in proto.node:
@@ -187,7 +187,7 @@ class _Graph:
 
     def write(self) -> list[Given]:
         """Leaves the nodes in the graph that are read, each behind those that it reads, and returns what is given."""
-        makers = _makers(self.nodes.values())
+        makers = makers_of(self.nodes.values())
         read, waiting = set[str](), list(self.outputs)
         while waiting:
             name = waiting.pop()
@@ -216,11 +216,6 @@ def _firsts(products: list[_Product]) -> list[int]:
 def _spare(products: list[_Product]) -> int:
     """Columns behind them that fill a vector."""
     return -sum(p.width for p in products) % (ALIGNED // FLOATS[products[0].weight.dtype])
-
-
-def _makers(nodes: Iterable[NodeProto]) -> dict[str, NodeProto]:
-    # An output that is left out has the name of an input that is.
-    return {name: n for n in nodes for name in n.output if name}
 
 
 def _key(node: NodeProto) -> str:

@@ -62,9 +62,9 @@ def _read(path: Path, member: str) -> bytes:
     import struct
     import zipfile
 
-    damaged = (OSError, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError, struct.error)
+    damaged = (zipfile.BadZipFile, lzma.LZMAError, struct.error, OSError, EOFError, KeyError, ValueError, RuntimeError)
     try:
         with zipfile.ZipFile(path) as file:
             return file.read(member)
-    except (zipfile.BadZipFile, lzma.LZMAError, *damaged):
+    except damaged:
         return b""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection
 
 import onnx
@@ -10,7 +9,7 @@ from onnx.helper import make_node
 
 from llmexport.export.packed.bind import multiplies_by, turns_matrix
 from llmexport.export.packed.nbits import DOMAIN
-from llmexport.graphs.cut import reads
+from llmexport.graphs.cut import readers_of
 
 OP = "FusedMatMul"
 RANK = 3  # of what is multiplied: of a matrix and its bias ONNX Runtime makes a Gemm
@@ -23,10 +22,7 @@ def read_as_stored(graph: onnx.GraphProto, weights: Collection[str]) -> None:
     copy, made before. A weight whose transpose anything else reads is left.
     """
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.value_info)}
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in {*reads(node)}:
-            readers[name].append(node)
+    readers = readers_of(graph.node)
     given = {o.name for o in graph.output}
     kept = []
     for node in graph.node:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import onnx
 from onnx import ModelProto, NodeProto
@@ -19,7 +20,7 @@ def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Seque
     ValueError if an output depends on an input of the model that `inputs` does not hold.
     """
     graph = model.graph
-    makers = {name: node for node in graph.node for name in node.output}
+    makers = makers_of(graph.node)
     initializers = {t.name: t for t in graph.initializer}
     given = {v.name for v in inputs}
     kept: dict[str, list[NodeProto]] = {}
@@ -63,6 +64,21 @@ def reads(node: NodeProto) -> list[str]:
         own |= {v.name for v in branch.input}
         found += [n for inner in branch.node for n in reads(inner) if n not in own]
     return found
+
+
+def readers_of(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
+    """By value, the nodes that read it, each once for each time."""
+    found: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in nodes:
+        for name in reads(node):
+            found[name].append(node)
+    return found
+
+
+def makers_of(nodes: Iterable[NodeProto]) -> dict[str, NodeProto]:
+    """By value, the node that makes it."""
+    # An output that is left out has the name of an input that is.
+    return {name: node for node in nodes for name in node.output if name}
 
 
 def _straddling(node: NodeProto, given: set[str]) -> list[NodeProto]:
