@@ -53,6 +53,17 @@ def ours(library: Any, case: Any, inputs: list[torch.Tensor], outputs: list[torc
     return call
 
 
+def apart(library: Any, case: Any, inputs: list[torch.Tensor]) -> Callable[[], None]:
+    """What a plugin joins, one after another: plugins of ours, and torch between them."""
+    steps = [step if callable(step) else ours(library, *step) for step in case.apart(inputs)]
+
+    def call() -> None:
+        for step in steps:
+            step()
+
+    return call
+
+
 def right(case: Any, library: Any) -> bool:
     inputs = case.inputs()
     outputs = case.outputs(inputs)
@@ -100,6 +111,8 @@ def timed(case: Any, library: Any, with_peers: bool) -> dict[str, dict[str, floa
     calls = [ours(library, case, inputs, outputs(inputs)) for inputs in sets]
     times: dict[str, float | str] = {"llmexport": seconds_each(calls)}
     bounds: dict[str, float | str] = {}
+    if hasattr(case, "apart"):
+        times["one after another"] = seconds_each([apart(library, case, inputs) for inputs in sets])
     if with_peers:
         for name, peer in case.peers().items():
             times[name] = attempt(lambda peer=peer: [functools.partial(peer, *inputs) for inputs in sets])

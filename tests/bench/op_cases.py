@@ -12,6 +12,7 @@ import attention_cases
 import delta_rule_cases
 import expert_cases
 import kimi_delta_cases
+import normed_cases
 import torch
 import torch.nn.functional as F
 import wkv7_cases
@@ -197,6 +198,8 @@ def cases() -> Iterator[
     | delta_rule_cases.DeltaRuleCase
     | wkv_cases.WkvCase
     | wkv7_cases.Wkv7Case
+    | normed_cases.NormedCase
+    | normed_cases.BiasedCase
 ]:
     """Every op of every family, each shape once."""
     yield from attention_cases.cases()
@@ -205,6 +208,7 @@ def cases() -> Iterator[
     yield from kimi_delta_cases.cases()
     yield from wkv_cases.cases()
     yield from wkv7_cases.cases()
+    yield from normed_cases.cases()
     seen: set[tuple[Any, ...]] = set()
     sizes = [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]
     for family in FAMILIES:
