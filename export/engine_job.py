@@ -20,16 +20,22 @@ from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
 from llmexport.export.join_norm import join_norms
 from llmexport.export.join_products import join_products
+from llmexport.export.join_shared import join_shared
 from llmexport.export.packed.engine_form import engine_form
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.graphs.launches import kernels_of
 from llmexport.plugins.declared import declared
 from llmexport.plugins.normed import ADDENDS, EXPERTS
+from llmexport.plugins.shared_route import ROUTE, SHARED_ROUTES
+
+# The op that has a plugin's kernels.
+OF_PLUGINS = {**dict.fromkeys(ADDENDS, EXPERTS), **dict.fromkeys(SHARED_ROUTES, ROUTE)}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A graph in TensorRT's form: `nodes` are left to plugins, name -> op, or plugin of several in plugins/normed.py;
+    """A graph in TensorRT's form: `nodes` are left to plugins, name -> op, or a plugin of plugins/normed.py or
+    shared_route.py;
     `bindings` make the weights that are inputs.
 
     said: what the job's file says, to which the builder's task is added.
@@ -43,7 +49,7 @@ class Job:
     @property
     def launches(self) -> dict[str, int]:
         """Of each node that is left to a plugin, how many kernels it is at one token a row."""
-        plugins = {n: EXPERTS if op in ADDENDS else op for n, op in self.nodes.items()}
+        plugins = {n: OF_PLUGINS.get(op, op) for n, op in self.nodes.items()}
         return {n.name: kernels_of(n, plugins[n.name]) for n in self.model.graph.node if n.name in plugins}
 
     def write(self, folder: Path, **more: Any) -> None:
@@ -66,6 +72,7 @@ def prepare(
     given = engine_form(loaded)
     model, nodes = tensorrt_form(loaded, served)
     if weights == "inside":
+        nodes = join_shared(model, nodes, served)
         given = join_products(model, served, given, (export.folder / graph.file).parent)
     nodes = join_norms(model, nodes, served)
     bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}

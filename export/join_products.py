@@ -15,9 +15,10 @@ from onnx.helper import make_attribute, make_node
 
 from llmexport.export.joined_weights import FLOATS, Weight, Weights
 from llmexport.export.packed.given import Given
-from llmexport.graphs.cut import makers_of, reads
+from llmexport.graphs.cut import makers_of, needed, reads
 from llmexport.plugins.declared import declared
 from llmexport.plugins.joined import BIASABLE, BIASED, COLUMNS, JOINED, Part, columns_of
+from llmexport.plugins.shared_route import declared_routes
 from llmexport.plugins.spec import DOMAIN
 
 ALIGNED = 16  # bytes that a plugin reads at a time
@@ -71,7 +72,8 @@ class _Graph:
     def __init__(self, proto: GraphProto, served: frozenset[str], given: list[Given], folder: Path) -> None:
         self.proto = proto
         self.biasable = {op for op in BIASABLE if f"{BIASED}{JOINED}{op}" in served}
-        self.ops = {op.name: op for op in declared() if op.joins and f"{JOINED}{op.name}" in served}
+        ops = (*declared(), *declared_routes())
+        self.ops = {op.name: op for op in ops if op.joins and f"{JOINED}{op.name}" in served}
         self.outputs = {o.name for o in proto.output}
         self.nodes = {_key(n): n for n in proto.node}
         self.makers = makers_of(proto.node)
@@ -186,25 +188,11 @@ class _Graph:
             self.readers[name].pop(_key(node), None)
 
     def write(self) -> list[Given]:
-        """Leaves the nodes in the graph that are read, each behind those that it reads, and returns what is given."""
-        makers = makers_of(self.nodes.values())
-        read, waiting = set[str](), list(self.outputs)
-        while waiting:
-            name = waiting.pop()
-            if name not in read:
-                read.add(name)
-                waiting += reads(makers[name]) if name in makers else ()
-        done: dict[str, NodeProto] = {}
-        ahead = [n for n in reversed(self.nodes.values()) if not read.isdisjoint(n.output)]
-        while ahead:
-            node = ahead[-1]
-            missing = [m for m in map(makers.get, reads(node)) if m is not None and _key(m) not in done]
-            if missing and _key(node) not in done:
-                ahead += missing
-            else:
-                done[_key(ahead.pop())] = node
+        """Leaves the nodes in the graph that are read, and returns what is given."""
+        nodes = needed(self.nodes.values(), self.outputs)
+        read = self.outputs.union(*map(reads, nodes))
         del self.proto.node[:]
-        self.proto.node.extend(done.values())
+        self.proto.node.extend(nodes)
         return self.weights.kept(read)
 
 

@@ -81,6 +81,28 @@ def makers_of(nodes: Iterable[NodeProto]) -> dict[str, NodeProto]:
     return {name: node for node in nodes for name in node.output if name}
 
 
+def needed(nodes: Iterable[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
+    """The nodes that `outputs` need, in their order, but each behind those that it reads."""
+    every = [*nodes]
+    makers = makers_of(every)
+    read, waiting = set[str](), [*outputs]
+    while waiting:
+        name = waiting.pop()
+        if name not in read:
+            read.add(name)
+            waiting += reads(makers[name]) if name in makers else ()
+    done: dict[int, NodeProto] = {}
+    ahead = [n for n in reversed(every) if not read.isdisjoint(n.output)]
+    while ahead:
+        node = ahead[-1]
+        missing = [m for m in map(makers.get, reads(node)) if m is not None and id(m) not in done]
+        if missing and id(node) not in done:
+            ahead += missing
+        else:
+            done[id(ahead.pop())] = node
+    return [*done.values()]
+
+
 def _straddling(node: NodeProto, given: set[str]) -> list[NodeProto]:
     """The node itself; or, for an AddRmsNorm whose sum is given, the same norm of that sum and zeros."""
     if node.domain != DOMAIN or op_of(node) != "AddRmsNorm" or node.output[1] not in given:

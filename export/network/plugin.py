@@ -13,6 +13,7 @@ import numpy as np
 from llmexport.export.network.kinds import Array, Compute, Unable
 from llmexport.plugins.joined import BIASED, COLUMNS, JOINED, Part, parts_of
 from llmexport.plugins.normed import ADDENDS, EXPERTS, GATE_COLUMN, NORM, inputs_of
+from llmexport.plugins.shared_route import shared_ops
 from llmexport.plugins.spec import all_ops
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ def reference(trt: Any, layer: Any) -> Compute:
     said = json.loads(build.metadata_string or "{}")
     if core.plugin_name in ADDENDS:
         return _normed(core.plugin_name, said)
-    if name not in all_ops():
+    ops = all_ops() | shared_ops()
+    if name not in ops:
         raise Unable(f"plugin {core.plugin_name} is no op of ours")
-    op = all_ops()[name]
+    op = ops[name]
     columns = said.pop(COLUMNS, []) if name != core.plugin_name else None
     attributes = _attributes(said, op.attributes)
 

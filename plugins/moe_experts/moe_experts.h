@@ -8,7 +8,8 @@
 
 namespace llmexport {
 
-constexpr int kMoeMaxExperts = 512;  // that are sorted in shared memory
+// That are sorted in shared memory: as many as MoeRoute chooses of, and 8 that are always chosen.
+constexpr int kMoeMaxExperts = 520;
 constexpr int kMoeScaleBlock = 32;   // MXFP4 values that share a scale
 
 // What formats.py says of each. All but kPlain are bytes.

@@ -64,7 +64,7 @@ cudaError_t start(MoeRoutePlan const& plan, MoeRouteArguments<T> const& a, cudaS
 cudaError_t moeRoute(Dtype dtype, MoeRouteSizes const& s, MoeRouteAttributes const& attributes,
                      MoeRouteTensors const& t, cudaStream_t stream) {
   if (!moeRouteServes(s, attributes)) return cudaErrorInvalidValue;
-  if (s.B * s.T * attributes.topK == 0) return cudaSuccess;
+  if (s.B * s.T * attributes.slots() == 0) return cudaSuccess;
   auto const plan = moeRoutePlan(s, attributes);
   return withType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -72,10 +72,12 @@ cudaError_t moeRoute(Dtype dtype, MoeRouteSizes const& s, MoeRouteAttributes con
     bool const vectors = s.E % kFullWidth<T> == 0 && pitch % kFullWidth<T> == 0;
     MoeRouteArguments<T> const a{typed<T>(t.logits),
                                  typed<T>(t.bias),
+                                 typed<T>(t.gate),
                                  typed<T>(t.weights),
                                  t.experts,
                                  s.B * s.T,
                                  pitch,
+                                 s.pitch ? s.pitch : 1,
                                  int(s.E),
                                  aligned({t.logits}) && vectors,
                                  attributes};

@@ -15,10 +15,10 @@ constexpr int kRouteBlocks = 4;
 
 template <class T>
 struct MoeRouteArguments {
-  T const *logits, *bias;
+  T const *logits, *bias, *gate;
   T* weights;
   int32_t* chosen;
-  int64_t rows, pitch;
+  int64_t rows, pitch, gatePitch;
   int experts;
   bool wholeVectors;
   MoeRouteAttributes attributes;
@@ -261,9 +261,17 @@ __global__ void __launch_bounds__(kRouteThreads, kRouteBlocks)
   }
   weighRoutes<Precision>(winners, a.attributes);
   if (!here) return;
+  int const slots = a.attributes.slots();
+  T* const weights = a.weights + row * slots;
+  int32_t* const chosen = a.chosen + row * slots;
   for (int i = lane; i < topK; i += lanes) {
-    a.weights[row * topK + i] = fromFloat<T>(winners[i].weight * a.attributes.scale);
-    a.chosen[row * topK + i] = winners[i].expert;
+    weights[i] = fromFloat<T>(winners[i].weight * a.attributes.scale);
+    chosen[i] = winners[i].expert;
+  }
+  for (int i = topK + lane; i < slots; i += lanes) {
+    float const gate = a.gate ? toFloat(a.gate[row * a.gatePitch]) : 0.0f;
+    weights[i] = fromFloat<T>(a.gate ? sigmoidTimes<Precision>(1.0f, gate) : 1.0f);
+    chosen[i] = a.experts + i - topK;
   }
 }
 

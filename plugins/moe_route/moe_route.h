@@ -10,7 +10,7 @@ enum class Scoring { kSoftmax, kSoftmaxTopK, kSigmoid };
 
 struct MoeRouteSizes {
   int64_t B, T, E;
-  int64_t pitch = 0;  // from a token's logits to the next; 0 where they are dense
+  int64_t pitch = 0;  // from a token's logits, and its gate, to the next; 0 where they are dense
 };
 
 struct MoeRouteAttributes {
@@ -19,13 +19,18 @@ struct MoeRouteAttributes {
   bool renormalise;
   float scale;
   int32_t groups, groupsKept, groupBest;
+  // Experts E, E + 1, ... that every token has behind its topK.
+  int32_t always = 0;
+  __host__ __device__ int32_t slots() const { return topK + always; }
 };
 
 struct MoeRouteTensors {
   void const* logits;  // [B, T, E], or columns of another tensor
   void const* bias;    // [E] or null
-  void* weights;       // [B, T, topK]
-  int32_t* experts;    // [B, T, topK]
+  void* weights;       // [B, T, slots]
+  int32_t* experts;    // [B, T, slots]
+  // [B, T]: its sigmoid is the weight of the experts that are always there; 1 if it is null.
+  void const* gate = nullptr;
 };
 
 struct MoeRoutePlan {

@@ -279,7 +279,7 @@ def test_no_tokens_are_no_error(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("node", "left_out", "says"),
     [
-        (Node(1, 1, 513, 8, 8), 0, "E = 513 experts, the kernels sort 512"),
+        (Node(1, 1, 521, 8, 8), 0, "E = 521 experts, the kernels sort 520"),
         (Node(1, 1, 2, 32, 32, stored=MXFP4, biases=True), 1, "mxfp4 weights are bytes with biases and scales"),
         (Node(1, 1, 2, 32, 32, stored="fp8", biases=True), 2, "fp8 weights are bytes with biases and scales of fp32"),
         (

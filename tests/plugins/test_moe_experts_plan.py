@@ -26,7 +26,7 @@ SHARED_BYTES, SHARED_KEPT = 99 * 1024, 1024
 # SMs, and what a block may have: sm_90, sm_80 and sm_120.
 H100, A100, RTX5090 = (132, 227 * 1024), (108, 163 * 1024), (170, SHARED_BYTES)
 # Pairs, their rows and a share of the largest tile; the experts' first rows and tiles, and the sums of warps.
-PROJECTION_STATIC, SORT_STATIC = 2 * 128 * 4 + 12, 2 * 513 * 4 + 32 * 8
+PROJECTION_STATIC, SORT_STATIC = 2 * 128 * 4 + 12, 2 * 521 * 4 + 32 * 8
 UNSORTED_PAIRS, FEW_ROWS, TILE_BYTES = 32, 16, 16
 ALIGNMENT = 16
 
