@@ -13,6 +13,7 @@ from native import PLUGINS
 
 from llmexport.plugins.joined import BIASABLE, BIASED, JOINED
 from llmexport.plugins.normed import ADDENDS
+from llmexport.plugins.shared_route import ROUTE, SHARED_ROUTES
 from llmexport.plugins.spec import Op, all_ops
 
 OPS = all_ops()
@@ -429,10 +430,13 @@ def served() -> set[str]:
 
 def plugins() -> set[str]:
     """The plugins of the library."""
+    routes = {*SHARED_ROUTES} if ROUTE in served() else set()
     return (
         served()
         | {f"{JOINED}{op}" for op in served() if OPS[op].joins}
         | {*ADDENDS}
+        | routes
+        | {f"{JOINED}{route}" for route in routes}
         | {f"{BIASED}{JOINED}{op}" for op in BIASABLE}
     )
 

@@ -15,6 +15,8 @@ from pairwise import pairwise
 from plugin_host import DTYPES, Machine, computed
 
 from llmexport.plugins.host import Refused
+from llmexport.plugins.joined import COLUMNS, JOINED
+from llmexport.plugins.shared_route import SLOTS
 
 SCORINGS = ("softmax", "softmax_top_k", "sigmoid")
 
@@ -138,6 +140,99 @@ def test_infinities_and_nan(machine: Machine, dtype: str, with_bias: bool) -> No
     assert experts.tolist() == [[[2, 0, 1, 3], [1, 2, 3, 0], [0, 1, 2, 3], [0, 1, 2, 3]]]
     assert np.isnan(weights[0, 1:3].astype(np.float64)).sum(-1).tolist() == [1, 3]
     assert weights[0, 0, 2:].astype(np.float64).tolist() == [0, 0]
+
+
+SHARED = {False: "SharedMoeRoute", True: "GatedSharedMoeRoute"}
+
+
+def with_shared(
+    machine: Machine, inputs: list[Values], gate: Values | None, attributes: dict[str, Any], slots: int, shift: int = 0
+) -> list[Values]:
+    """What the plugin makes of logits, the gate if there is one, and the bias."""
+    plugin = machine.library.create(SHARED[gate is not None], {**attributes, SLOTS: slots})
+    given = [inputs[0], *([] if gate is None else [gate]), *inputs[1:]]
+    return computed(plugin, machine.memory(), given, shift)
+
+
+def check_shared(
+    found: list[Values], inputs: list[Values], gate: Values | None, attributes: dict[str, Any], dtype: str
+) -> None:
+    top_k, experts = attributes["top_k"], inputs[0].shape[-1]
+    weights, chosen = exact(inputs, attributes)
+    assert near(found[0][..., :top_k], weights, dtype)
+    assert (found[1][..., :top_k] == chosen).all()
+    behind = found[1].shape[-1] - top_k
+    assert behind > 0
+    assert (found[1][..., top_k:] == np.arange(experts, experts + behind)).all()
+    own = np.ones((1, 1, 1)) if gate is None else 1 / (1 + np.exp(-gate.astype(np.float64)))
+    assert near(found[0][..., top_k:], np.broadcast_to(own, found[1][..., top_k:].shape), dtype)
+
+
+@pytest.mark.parametrize(
+    ("experts", "dtype", "gated", "more", "with_bias", "shift"),
+    pairwise(EXPERTS, [*DTYPES], (False, True), (1, 2, 8, 40), (False, True), (0, 1)),
+)
+def test_shared_experts_are_behind_the_chosen_ones(
+    machine: Machine, experts: tuple[int, int], dtype: str, gated: bool, more: int, with_bias: bool, shift: int
+) -> None:
+    e, k = experts
+    inputs = [random((2, 7, e), dtype, e), random((e,), dtype, k)][: 2 if with_bias else 1]
+    gate = random((2, 7, 1), dtype, 5) * 3 if gated else None
+    attributes = asked(k, "sigmoid", renormalise=True, scale=2.5)
+    check_shared(with_shared(machine, inputs, gate, attributes, k + more, shift), inputs, gate, attributes, dtype)
+
+
+@pytest.mark.parametrize(
+    ("grouped", "dtype", "gated", "scoring"), pairwise(GROUPS, [*DTYPES], (False, True), ("softmax", "sigmoid"))
+)
+def test_shared_experts_of_groups(
+    machine: Machine, grouped: tuple[int, int, int, int], dtype: str, gated: bool, scoring: str
+) -> None:
+    e, groups, kept, k = grouped
+    inputs, gate = [random((1, 9, e), dtype, 1)], random((1, 9, 1), dtype, 5) if gated else None
+    attributes = asked(k, scoring, groups, kept, group_best=1)
+    check_shared(with_shared(machine, inputs, gate, attributes, k + 2), inputs, gate, attributes, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+def test_a_gate_may_be_a_column_of_what_has_the_logits(machine: Machine, dtype: str, with_bias: bool) -> None:
+    both, first, at, e = random((2, 7, 90), dtype, 1), 16, 81, 60
+    attributes = asked(4, "softmax")
+    said = {**attributes, SLOTS: 5, COLUMNS: [first, e, at, 1]}
+    plugin = machine.library.create(f"{JOINED}{SHARED[True]}", said)
+    bias = [random((e,), dtype, 2)] if with_bias else []
+    found = computed(plugin, machine.memory(), [both, *bias])
+    inputs, gate = [both[..., first : first + e], *bias], both[..., at : at + 1]
+    check_shared(found, inputs, gate, attributes, dtype)
+    alone = with_shared(machine, inputs, gate, attributes, 5)
+    assert [x.tobytes() for x in found] == [x.tobytes() for x in alone]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_at_their_ends(machine: Machine, dtype: str) -> None:
+    gate = np.array([[[-200.0], [0.0], [200.0], [-np.inf], [np.inf]]], DTYPES[dtype])
+    weights, _ = with_shared(machine, [random((1, 5, 8), dtype, 1)], gate, asked(2), 4)
+    assert weights[..., 2:].astype(np.float64).tolist() == [[[v, v] for v in (0.0, 0.5, 1.0, 0.0, 1.0)]]
+
+
+@pytest.mark.parametrize(
+    ("gate", "slots", "says"),
+    [
+        (None, 2, "SharedMoeRoute: slots is 2, which leaves none behind top_k = 2"),
+        ((1, 2, 1), 1, "SharedMoeRoute: slots is 1, which leaves none behind top_k = 2"),
+        ((1, 2, 2), 3, "GatedSharedMoeRoute: shared_gate has L = 2 columns, not one"),
+        ((1, 3, 1), 3, "GatedSharedMoeRoute: dimension 1 of shared_gate is 3, but T is 2"),
+        (None, 3, "MoeRoute: top_k is 2, but there are E = 1 experts"),
+    ],
+)
+def test_refuses_shared_experts(
+    machine: Machine, capfd: pytest.CaptureFixture[str], gate: tuple[int, ...] | None, slots: int, says: str
+) -> None:
+    logits = random((1, 2, 1 if "E = 1" in says else 8), "fp16", 1)
+    with pytest.raises(Refused):
+        with_shared(machine, [logits], None if gate is None else random(gate, "fp16", 2), asked(2), slots)
+    assert f"llmexport: {says}" in capfd.readouterr().err
 
 
 def test_no_tokens_are_no_error(machine: Machine) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmexport.plugins import library, spec
 from llmexport.plugins.joined import BIASABLE, BIASED, JOINED
 from llmexport.plugins.normed import ADDENDS, EXPERTS, GATE_COLUMN, NORM, OWN, inputs_of
+from llmexport.plugins.shared_route import MOST_EXPERTS, declared_routes, shared_ops
 from llmexport.plugins.spec import Op, op
 
 KINDS = {bool: "bool", int: "int", float: "float"}
@@ -64,8 +65,24 @@ def test_tables_say_what_the_references_say() -> None:
     ops.restype = ctypes.c_char_p
     joined = [table(OPS[name], JOINED) for name in served() if OPS[name].joins]
     joined += [table(OPS[name], f"{BIASED}{JOINED}") for name in BIASABLE]
+    routes = [table(op, prefix) for op in shared_ops().values() for prefix in ("", JOINED)]
     normed = [table(normed_op(name)) for name in ADDENDS]
-    assert sorted(ops().decode().splitlines()) == sorted([*joined, *normed, *(table(OPS[name]) for name in served())])
+    own = [table(OPS[name]) for name in served()]
+    assert sorted(ops().decode().splitlines()) == sorted([*joined, *routes, *normed, *own])
+
+
+def test_what_routes_to_shared_experts_is_declared_as_it_is() -> None:
+    ops = shared_ops()
+    assert [r.name for r in declared_routes()] == [*ops]
+    for route in declared_routes():
+        op = ops[route.name]
+        assert (route.version, route.inputs, route.outputs, route.joins) == (1, op.inputs, op.outputs, op.joins)
+        assert route.attributes == {n: kind.__name__ for n, kind in op.attributes.items()}
+
+
+def test_no_more_experts_are_stacked_than_kernels_sort() -> None:
+    header = (PLUGINS / "moe_experts" / "moe_experts.h").read_text()
+    assert f"constexpr int kMoeMaxExperts = {MOST_EXPERTS};" in header
 
 
 def test_no_plugin_counts_its_tensors_and_attributes_by_bare_numbers() -> None:
