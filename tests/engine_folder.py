@@ -19,6 +19,7 @@ from llmexport.export.exported import Export
 from llmexport.export.identity import identify
 from llmexport.export.spec import Port, Sizes
 from llmexport.plugins.normed import ADDENDS, EXPERTS, NORM
+from llmexport.plugins.shared_route import ROUTE, SHARED_ROUTES
 
 PLAN, WEIGHTS = "model.plan", "w.safetensors"
 PROFILE = {"batch": (1, 1, 4), "sequence": (1, 8, 64), "past": (0, 8, 64), "total": (1, 16, 128)}
@@ -26,7 +27,7 @@ PROFILE = {"batch": (1, 1, 4), "sequence": (1, 8, 64), "past": (0, 8, 64), "tota
 
 # What an engine makes one op of, in a graph where they are apart.
 FUSED = {"QkNormRope": ("Rope", "Rope"), "GatedDeltaNet": ("CausalConv1d", "GatedDeltaRule", "GatedRmsNorm")}
-FUSED |= dict.fromkeys(ADDENDS, (EXPERTS, NORM))
+FUSED |= dict.fromkeys(ADDENDS, (EXPERTS, NORM)) | dict.fromkeys(SHARED_ROUTES, (ROUTE, "GatedAct"))
 
 
 def of_engine(ops: Mapping[str, int], plugins: Mapping[str, int]) -> dict[str, int]:

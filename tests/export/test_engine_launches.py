@@ -83,12 +83,13 @@ def test_a_decode_layer_of_an_engine_takes_no_launch_more(row: str, exported, tm
 
 
 def test_launches_that_come_back_are_seen_and_named(exported, tmp_path: Path, monkeypatch) -> None:
-    """Those of experts that are built from their body; the norm of their sum is then a plugin of its own."""
+    """Those of experts that are built from their body; the norm of their sum is then a plugin of its own, and so is the
+    activation of the shared one."""
     served = engine.library.served(emulated_library()) - {"MoeExperts"}
     monkeypatch.setattr(engine.library, "served", lambda path: served)
     layers = built(exported, "qwen3_5_moe", tmp_path)
     found, golden = counted(layers, ["layers.1"]), GOLDEN["rows"]["qwen3_5_moe"]["layers.1"]
-    assert found["layers.1"]["plugin"] == golden["plugin"] - 3 + 1
+    assert found["layers.1"]["plugin"] == golden["plugin"] - 3 + 2
     assert found["layers.1"]["all"] > golden["all"]
     said = changed("qwen3_5_moe", layers, found).splitlines()
     assert said[1].startswith(f"layers.1: all {golden['all']} -> {found['layers.1']['all']}, ")

@@ -15,6 +15,7 @@ from pairwise import pairwise
 from llmexport.export import builder, manifest
 from llmexport.export.spec import DTYPES
 from llmexport.plugins import library
+from llmexport.plugins.shared_route import SHARED_ROUTES
 from llmexport.validate import ladder, network
 from llmexport.validate.report import Rung
 
@@ -81,18 +82,49 @@ EXPERT_FAULTS = {
         'next(a for a in op.attribute if a.name == "gate_column").i = 0',
     ),
 }
-EXPERT_ALTERED = 'op = [n for n in model.graph.node if n.op_type == "{}"][1]; {}'
+# The same where the shared one is among those that are routed to; weights by their names behind "shared/".
+ROUTED_FAULTS = {
+    "gate": (
+        "qwen3_5_moe",
+        "JoinedGatedSharedMoeRoute",
+        'next(a for a in op.attribute if a.name == "columns").ints[2] = 0',
+    ),
+    "slots": ("deepseek_v2", "SharedMoeRoute", 'next(a for a in op.attribute if a.name == "slots").i = 3'),
+    "halves": ("glm4_moe", "gate_up/every", "op.input[-2:] = op.input[:-3:-1]"),
+    "experts": ("qwen3_5_moe", "down/every", "op.input[:] = [op.input[-1], *op.input[:-1]]"),
+    "slices": ("deepseek_v2", "gate_up/both", "op.input[:] = [op.input[0], op.input[0]]"),
+    "turned": ("llama4", "down/turned", "op.attribute[0].ints[:] = [1, 0, 2]"),
+}
+EXPERT_ALTERED = """
+named = lambda n: (n.op_type, n.output[0].partition("/shared/")[2])
+op = [n for n in model.graph.node if "{}" in named(n)][1]
+{}
+"""
 
 
 @pytest.mark.parametrize(
     "what", ["gate", *(pytest.param(w, marks=pytest.mark.slow) for w in EXPERT_FAULTS if w != "gate")]
 )
 def test_experts_that_are_normed_wrong_are_traced(what: str, exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    arch, plugin, altered = EXPERT_FAULTS[what]
+    served = library.served(emulated_library())
+    monkeypatch.setattr(library, "served", lambda path: served - {*SHARED_ROUTES})
+    check_traced(*EXPERT_FAULTS[what], exported, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "what", ["gate", *(pytest.param(w, marks=pytest.mark.slow) for w in ROUTED_FAULTS if w != "gate")]
+)
+def test_shared_experts_that_are_routed_to_wrong_are_traced(
+    what: str, exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_traced(*ROUTED_FAULTS[what], exported, monkeypatch)
+
+
+def check_traced(arch: str, which: str, altered: str, exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find", emulated_library)
     folder = exported(arch, "float16", slots=SLOTS)
     assert climb(folder).status == "pass"
-    monkeypatch.setattr(builder, "COMMAND", planted.builder("", EXPERT_ALTERED.format(plugin, altered)))
+    monkeypatch.setattr(builder, "COMMAND", planted.builder("", EXPERT_ALTERED.format(which, altered)))
     rung = climb(folder)
     assert rung.status == "fail"
     assert re.search(r"first in \w+: layer layers\.\d/moe_experts \(PLUGIN_V3\)", rung.note), rung.note
