@@ -20,10 +20,9 @@ from llmexport.plugins.spec import DOMAIN
 
 ACT = "GatedAct"
 SAME = ("activation", "alpha", "limit")  # attributes of an MLP's GatedAct and of MoeExperts
-# Bytes of a shared expert's weights up to which it is joined. A launch of decode takes about 2 us, and three are saved;
-# an H200 read the weights of one expert more at 3.2 TB/s in MoeExperts (Qwen3.5), a product alone may read 3.9 of its
-# 4.3: 6 us are lost at 100 MB, and more where experts are transposed (Llama 4: 2.7 TB/s, 250 MB).
-LARGEST = 96 * 2**20
+# Bytes of a shared expert's weights up to which it is joined: as many cost half of the 6 us of decode that are won, and
+# 0.2 us a token of a prompt, see README.md, What an engine launches.
+LARGEST = 48 * 2**20
 
 
 def join_shared(model: ModelProto, nodes: dict[str, str], served: frozenset[str]) -> dict[str, str]:
