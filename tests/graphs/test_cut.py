@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from llmexport.export.graph_file import load_body
 from llmexport.graphs.bodies import attach_bodies
-from llmexport.graphs.cut import cut
+from llmexport.graphs.cut import cut, needed
 
 
 def value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
@@ -99,3 +99,17 @@ def test_keeps_what_branches_read_from_outside() -> None:
         assert np.array_equal(run(part, feed)[0], run(made, feed)[0])
     with pytest.raises(ValueError, match="the cut needs x"):
         cut(made, inputs[1:], ["out"])
+
+
+def test_nodes_that_are_needed_stand_behind_what_they_read() -> None:
+    made = {"sum": ("Add", ["a", "b"]), "b": ("Neg", ["a"]), "unread": ("Neg", ["sum"]), "a": ("Abs", ["x"])}
+    nodes = [helper.make_node(kind, inputs, [name], name) for name, (kind, inputs) in made.items()]
+    assert [n.name for n in needed(nodes, ["sum"])] == ["a", "b", "sum"]
+    assert [n.name for n in needed(nodes, ["x"])] == []
+
+
+def test_what_a_branch_reads_is_needed_too() -> None:
+    branch = helper.make_graph([helper.make_node("Neg", ["a"], ["c"])], "branch", [], [value("c")])
+    choice = helper.make_node("If", ["x"], ["y"], "choice", then_branch=branch, else_branch=branch)
+    nodes = [choice, helper.make_node("Abs", ["x"], ["a"], "abs")]
+    assert [n.name for n in needed(nodes, ["y"])] == ["abs", "choice"]

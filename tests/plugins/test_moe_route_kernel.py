@@ -216,6 +216,22 @@ def test_gates_at_their_ends(machine: Machine, dtype: str) -> None:
     assert weights[..., 2:].astype(np.float64).tolist() == [[[v, v] for v in (0.0, 0.5, 1.0, 0.0, 1.0)]]
 
 
+@pytest.mark.parametrize("plugin", SHARED.values())
+def test_attributes_of_shared_experts_survive_serialisation(machine: Machine, plugin: str) -> None:
+    given = {**asked(4, "sigmoid", 8, 3), SLOTS: 6}
+    made = machine.library.create(plugin, given)
+    again = made.clone().recreate()
+    assert again.attributes() == made.attributes()
+    assert again.attributes().keys() == given.keys()
+    assert int.from_bytes(again.attributes()[SLOTS], "little") == 6
+
+
+def test_no_tokens_with_shared_experts_are_no_error(machine: Machine) -> None:
+    gate = np.zeros((1, 0, 1), np.float16)
+    made = with_shared(machine, [random((1, 0, 16), "fp16", 1)], gate, asked(2), 3)
+    assert [y.shape for y in made] == [(1, 0, 3), (1, 0, 3)]
+
+
 @pytest.mark.parametrize(
     ("gate", "slots", "says"),
     [
