@@ -20,8 +20,8 @@ from llmexport.plugins.spec import DOMAIN
 
 ACT = "GatedAct"
 SAME = ("activation", "alpha", "limit")  # attributes of an MLP's GatedAct and of MoeExperts
-# Bytes of a shared expert's weights up to which it is joined: as many cost half of the 6 us of decode that are won, and
-# 0.2 us a token of a prompt, see README.md, What an engine launches.
+# Bytes of a shared expert's weights up to which it is joined: as many cost half of the 6 us that three launches of decode
+# take, and 0.2 us a token of a prompt, see README.md, What an engine launches.
 LARGEST = 48 * 2**20
 
 
