@@ -20,8 +20,8 @@ from llmexport.plugins.spec import DOMAIN
 
 ACT = "GatedAct"
 SAME = ("activation", "alpha", "limit")  # attributes of an MLP's GatedAct and of MoeExperts
-# Bytes of a shared expert's weights up to which it is joined: as many cost half of the 6 us that three launches of decode
-# take, and 0.2 us a token of a prompt, see README.md, What an engine launches.
+# Bytes of a shared expert's weights up to which it is joined: as many cost half of the 6 us that three launches take,
+# and 0.2 us a token of a prompt, see README.md, What an engine launches.
 LARGEST = 48 * 2**20
 
 
@@ -148,7 +148,8 @@ class _Graph:
         if not gate:
             return True
         [kind, *its], [wanted, *logits] = (self.types.get(n, [0]) for n in (gate, route.input[0]))
-        return kind == wanted and its == [*logits[:2], 1] and not attributes_of(experts)["scale_input"]
+        known = kind == wanted and all(its) and its == [*logits[:2], 1]
+        return known and not attributes_of(experts)["scale_input"]
 
     def join(self, shared: _Shared) -> None:
         route, experts, said = shared.route, shared.experts, attributes_of(shared.experts)
