@@ -13,6 +13,7 @@ import delta_rule_cases
 import expert_cases
 import kimi_delta_cases
 import normed_cases
+import shared_cases
 import torch
 import torch.nn.functional as F
 import wkv7_cases
@@ -200,6 +201,7 @@ def cases() -> Iterator[
     | wkv7_cases.Wkv7Case
     | normed_cases.NormedCase
     | normed_cases.BiasedCase
+    | shared_cases.SharedCase
 ]:
     """Every op of every family, each shape once."""
     yield from attention_cases.cases()
@@ -209,6 +211,7 @@ def cases() -> Iterator[
     yield from wkv_cases.cases()
     yield from wkv7_cases.cases()
     yield from normed_cases.cases()
+    yield from shared_cases.cases()
     seen: set[tuple[Any, ...]] = set()
     sizes = [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]
     for family in FAMILIES:
