@@ -57,20 +57,25 @@ cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& p
   int ptx = 0;
   cudaError_t const error = prepareKernel(reinterpret_cast<void const*>(kernel), ptx);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned const others = plan.cluster > 1;
+  if (others) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {plan.cluster, 1, 1};
+  }
+  attributes[others].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[others].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = plan.grid;
   config.blockDim = plan.block;
   config.dynamicSmemBytes = plan.sharedBytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early && ptx >= kFirstWithWait ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = others + (early && ptx >= kFirstWithWait);
   cudaError_t const launched = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
-  if (launched == cudaSuccess || config.numAttrs == 0) return launched;
+  if (launched == cudaSuccess || config.numAttrs == others) return launched;
   cudaGetLastError();  // clears the error, which the caller would find
-  config.numAttrs = 0;
+  config.numAttrs = others;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }
 

@@ -17,6 +17,7 @@ constexpr int64_t kMaxGridY = 65535;
 struct LaunchPlan {
   dim3 grid, block;
   size_t sharedBytes = 0;
+  unsigned cluster = 1;  // blocks, side by side in x, that run at a time (common/cluster.cuh)
 };
 
 template <class A, class B>

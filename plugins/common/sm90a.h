@@ -14,13 +14,21 @@
 
 namespace llmexport {
 
+// Whether $LLMEXPORT_SM90A is `value`.
+inline bool saysOfSm90a(char const* value) {
+  char const* const said = std::getenv("LLMEXPORT_SM90A");
+  return said && std::strcmp(said, value) == 0;
+}
+
 // Whether wgmma and TMA are taken for what they serve: where they are the faster ones, but always
 // if $LLMEXPORT_SM90A is 1, and never if it is 0.
 inline bool takesWgmma(bool isFaster) {
-  char const* const said = std::getenv("LLMEXPORT_SM90A");
-  if (said && std::strcmp(said, "0") == 0) return false;
-  return isFaster || (said && std::strcmp(said, "1") == 0);
+  return (isFaster && !saysOfSm90a("0")) || saysOfSm90a("1");
 }
+
+// Whether clusters of blocks are taken for what they serve, where wgmma is taken: if it is
+// `cluster`. No GPU has timed them.
+inline bool takesClusters() { return saysOfSm90a("cluster"); }
 
 constexpr int kSm90a = 90;  // Device::capability of the one architecture that has both
 constexpr int kSwizzleBytes = 128, kAtomBytes = 1024;

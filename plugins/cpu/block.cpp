@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "common/device.h"
+#include "cpu/cluster.h"
 
 namespace llmexport::emulator {
 namespace {
@@ -35,12 +36,13 @@ void fail(char const* format, ...) {
 }
 
 Block::Block(dim3 grid, dim3 size, size_t sharedBytes, bool early,
-             std::function<void()> const& body)
+             std::function<void()> const& body, Cluster& cluster)
     : grid_(grid),
       size_(size),
       sharedBytes_(sharedBytes),
       early_(early),
       body_(body),
+      cluster_(cluster),
       threads_(size_t(size.x) * size.y * size.z),
       dynamic_(nullptr, std::free) {}
 
@@ -100,50 +102,30 @@ void Block::arm(uint3 index, uint64_t seed) {
   everyone_ = false;
 }
 
-// Takes turns until the threads have ended or, while the kernel before runs, can go no further.
-void Block::takeTurns() {
+bool Block::takeTurn() {
   currentBlock = this;
   blockIdx = index_;
   blockDim = size_;
   gridDim = grid_;
-  while (live_ > 0) {
-    std::shuffle(order_.begin(), order_.end(), random_);
-    progress_ = false;
-    if (!late_) finishTransfer();
-    for (int i : order_) {
-      if (threads_[i].done || (slow_[i] && !everyone_)) continue;
-      running_ = i;
-      threadIdx = threads_[i].index;
-      threads_[i].fiber.resume();
-    }
-    bool const isStuck = !progress_ && everyone_ && !finishTransfer();
-    everyone_ = !progress_;
-    if (isStuck && !hasPreviousEnded_) break;
-    if (isStuck) reportDeadlock();
+  std::shuffle(order_.begin(), order_.end(), random_);
+  progress_ = false;
+  if (!late_) finishTransfer();
+  for (int i : order_) {
+    if (threads_[i].done || (slow_[i] && !everyone_)) continue;
+    running_ = i;
+    threadIdx = threads_[i].index;
+    threads_[i].fiber.resume();
   }
+  bool const isStuck = !progress_ && everyone_ && !finishTransfer();
+  everyone_ = !progress_;
+  if (live_ == 0) checkAtEnd();
   currentBlock = nullptr;
-}
-
-void Block::start(uint3 index, uint64_t seed) {
-  arm(index, seed);
-  hasPreviousEnded_ = false;
-  takeTurns();
-}
-
-void Block::finish() {
-  hasPreviousEnded_ = true;
-  takeTurns();
-  checkAtEnd();
-}
-
-void Block::run(uint3 index, uint64_t seed) {
-  arm(index, seed);
-  finish();
+  return !isStuck;
 }
 
 void Block::waitForPrevious(int line) {
   threads_[running_].hasWaited = true;
-  waitUntil("griddepcontrol.wait", line, [&] { return hasPreviousEnded_; });
+  waitUntil("griddepcontrol.wait", line, [&] { return cluster_.hasPreviousEnded(); });
 }
 
 // Threads that get a turn only when the others can go no further: none, some warps, or some lanes.
@@ -160,6 +142,7 @@ std::vector<bool> Block::drawSlow() {
 }
 
 void Block::reportDeadlock() const {
+  blockIdx = index_;
   int live = 0;
   Thread const* first = nullptr;
   for (Thread const& thread : threads_) {
@@ -202,6 +185,11 @@ void Block::warpBarrier(int id, int threads, int line) {
   waitUntil("bar.sync", line, [&] { return last || gathering.passed != passed; });
 }
 
+void Block::clusterBarrier(int line) {
+  unsigned const passed = cluster_.arrive();
+  waitUntil("barrier.cluster", line, [&] { return cluster_.passed() != passed; });
+}
+
 Lane* Block::join(char const* what, int line, unsigned mask, void const* value, size_t bytes) {
   Lane* lanes = lanesOfWarp();
   Lane& own = lanes[lane()];
@@ -239,13 +227,34 @@ void Block::leave(unsigned mask) {
 
 void* Block::sharedArray(int key, size_t bytes) {
   auto const found = arrays_.find(key);
-  if (found != arrays_.end()) return found->second.get();
+  if (found != arrays_.end()) return found->second.memory.get();
   takenBytes_ += bytes;
   if (takenBytes_ > mostShared(sharedBytes_)) {
     fail("%zu bytes of shared memory, %zu of them dynamic, where a block may have %zu", takenBytes_,
          sharedBytes_, mostShared(sharedBytes_));
   }
-  return arrays_.emplace(key, poisoned(bytes)).first->second.get();
+  return arrays_.emplace(key, Array{poisoned(bytes), bytes}).first->second.memory.get();
+}
+
+void* Block::sameIn(Block& other, void const* at, char const* what) {
+  if (!other.isLive()) fail("%s in a block of the cluster that has ended", what);
+  auto const* const first = static_cast<char const*>(at);
+  auto within = [&](Memory const& memory, size_t bytes, Memory const& theirs) -> void* {
+    auto const offset = first - static_cast<char const*>(memory.get());
+    bool const isIn = memory && offset >= 0 && size_t(offset) < bytes;
+    return isIn ? static_cast<char*>(theirs.get()) + offset : nullptr;
+  };
+  if (void* const found = within(dynamic_, sharedBytes_, other.dynamic_)) return found;
+  for (auto const& [key, array] : arrays_) {
+    auto const theirs = other.arrays_.find(key);
+    bool const isThere = theirs != other.arrays_.end();
+    if (void* const found =
+            within(array.memory, array.bytes, isThere ? theirs->second.memory : array.memory)) {
+      if (!isThere) fail("%s in a block of the cluster that has not come to it", what);
+      return found;
+    }
+  }
+  fail("%s beside shared memory", what);
 }
 
 // The bytes arrive at the wait; until then a reader finds poison.

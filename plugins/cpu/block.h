@@ -81,19 +81,24 @@ struct Thread {
   bool fencedWgmma = false;
 };
 
+class Cluster;
+
+// Cluster runs it: all by one thread of the host.
 class Block {
  public:
   // Threads of an `early` block fail if they end without waitForPrevious().
-  Block(dim3 grid, dim3 size, size_t sharedBytes, bool early, std::function<void()> const& body);
+  Block(dim3 grid, dim3 size, size_t sharedBytes, bool early, std::function<void()> const& body,
+        Cluster& cluster);
 
-  // Runs the block to its end. The threads take turns in an order drawn from `seed`.
-  void run(uint3 index, uint64_t seed);
-  // The same in two parts, both by one thread of the host: until the block's threads wait for the
-  // kernel before, and once that has ended.
-  void start(uint3 index, uint64_t seed);
-  void finish();
+  // Begins anew. The threads take turns in an order drawn from `seed`.
+  void arm(uint3 index, uint64_t seed);
+  // Gives every thread that may have one a turn. False if none can go on by itself.
+  bool takeTurn();
+  bool isLive() const { return live_ > 0; }
+  [[noreturn]] void reportDeadlock() const;
 
   static Block& current();
+  Cluster& cluster() { return cluster_; }
   int lane() const { return running_ % kLanes; }
   // The lanes of this warp that the block has threads for.
   unsigned existing() const {
@@ -104,12 +109,16 @@ class Block {
   void barrier(int line);
   // Of the `threads` that call this, of whole warps; `id` is not that of barrier().
   void warpBarrier(int id, int threads, int line);
+  // Of all threads of the cluster.
+  void clusterBarrier(int line);
   void waitForPrevious(int line);
   void letNextStart() { letsNextStart_ = true; }
   // Whether a thread has let the next kernel start.
   bool letsNextStart() const { return letsNextStart_; }
   void* sharedArray(int key, size_t bytes);
   void* dynamicShared() { return dynamic_.get(); }
+  // Where `other` has what this block's shared memory has at `at`.
+  void* sameIn(Block& other, void const* at, char const* what);
   void startCopy(Copy copy);
   void commitCopies() { threads_[running_].copies.emplace_back(); }
   void waitCopies(int pending);
@@ -155,6 +164,10 @@ class Block {
 
  private:
   using Memory = std::unique_ptr<void, void (*)(void*)>;
+  struct Array {
+    Memory memory;
+    size_t bytes;
+  };
   static Memory poisoned(size_t bytes);
   static void enter();
 
@@ -174,10 +187,7 @@ class Block {
     }
     progress_ = true;
   }
-  void arm(uint3 index, uint64_t seed);
-  void takeTurns();
   std::vector<bool> drawSlow();
-  [[noreturn]] void reportDeadlock() const;
   size_t chunkOf(void const* at) const;
   void noteWrite(void const* at, size_t bytes);
   void know(void const* at, size_t bytes);
@@ -187,12 +197,13 @@ class Block {
 
   dim3 grid_, size_;
   size_t sharedBytes_, takenBytes_ = 0;  // dynamic shared memory; and all that is taken
-  bool early_, hasPreviousEnded_ = true, letsNextStart_ = false;
+  bool early_, letsNextStart_ = false;
   std::function<void()> const& body_;
+  Cluster& cluster_;
   uint3 index_{};
   std::vector<Thread> threads_;
   std::vector<Lane> lanes_;
-  std::map<int, Memory> arrays_;
+  std::map<int, Array> arrays_;
   Memory dynamic_;
   std::vector<int> unfenced_;         // of its chunks: writes that the async proxy has not seen
   std::vector<unsigned char> known_;  // it, once there is an mbarrier, after all writes noted

@@ -1,11 +1,12 @@
 // CUDA C++ for g++: kernels run on the CPU, so that tests need no GPU and can use sanitizers.
 //
 // The emulator has blocks, warps, shuffles, votes, barriers, shared memory, atomics, cp.async,
-// ldmatrix, mma.sync m16n8k16, and the instructions in common/sm90a.cuh. It has no memory model
-// (except for what threads write to shared memory before the async proxy reads or writes there),
-// timing, rounding of approximate functions, or clusters. Shared memory starts as NaN; the threads
-// of a block take turns in an order drawn from LLMEXPORT_EMULATOR_SEED, some only when the others
-// can go no further; misuse ends the process with a message.
+// ldmatrix, mma.sync m16n8k16, and the instructions in common/sm90a.cuh and common/cluster.cuh. It
+// has no memory model (except for what threads write to shared memory before the async proxy reads
+// or writes there), timing, or rounding of approximate functions. Shared memory starts as NaN; the
+// threads of a block take turns in an order drawn from LLMEXPORT_EMULATOR_SEED, some only when the
+// others can go no further, and so do the blocks of a cluster; misuse ends the process with a
+// message.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -54,8 +55,7 @@ template <class... P, class... A>
 cudaError_t launchPrepared(bool early, void (*kernel)(P...), LaunchPlan const& plan, cudaStream_t,
                            A... args) {
   std::tuple<P...> const arguments{static_cast<P>(args)...};
-  return emulator::launchGrid(plan.grid, plan.block, plan.sharedBytes, early,
-                              [=] { std::apply(kernel, arguments); });
+  return emulator::launchGrid(plan, early, [=] { std::apply(kernel, arguments); });
 }
 
 }  // namespace llmexport

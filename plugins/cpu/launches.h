@@ -2,16 +2,16 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
-#include <vector_types.h>
 
 #include <cstdint>
 #include <functional>
 
+#include "common/launch_plan.h"
+
 namespace llmexport::emulator {
 
 // Runs every block of a grid, several at once, in an order drawn from LLMEXPORT_EMULATOR_SEED.
-cudaError_t launchGrid(dim3 grid, dim3 block, size_t sharedBytes, bool early,
-                       std::function<void()> body);
+cudaError_t launchGrid(LaunchPlan const& plan, bool early, std::function<void()> body);
 
 // Ends what this thread launched.
 void finishLaunches();

@@ -1,4 +1,4 @@
-// mbarriers, TMA and wgmma of one block, written from the PTX ISA and not from the kernels' own
+// mbarriers and wgmma of one block, written from the PTX ISA and not from the kernels' own
 // index arithmetic.
 #include "common/sm90a.cuh"
 
@@ -78,7 +78,8 @@ void Block::arriveAt(void const* barrier, int arrivals, int64_t bytes) {
   auto const found = barriers_.find(barrier);
   if (found == barriers_.end()) fail("arrival at an mbarrier that is not initialised");
   Arrivals& one = found->second;
-  progress_ = true;
+  // Who arrives goes on, and who waits may.
+  progress_ = current().progress_ = true;
   one.pending -= arrivals;
   one.bytes += bytes;
   if (one.pending < 0) fail("more arrive at an mbarrier than its %d", one.expected);
@@ -92,51 +93,6 @@ void Block::waitBarrier(void const* barrier, int parity, int line) {
   auto const found = barriers_.find(barrier);
   if (found == barriers_.end()) fail("wait at line %d for no mbarrier", line);
   waitUntil("an mbarrier", line, [&] { return found->second.parity != parity; });
-}
-
-// Finishes any transfer that is under way: TMA keeps no order.
-bool Block::finishTransfer() {
-  if (transfers_.empty()) return false;
-  std::swap(transfers_[unsigned(random_()) % transfers_.size()], transfers_.back());
-  auto const transfer = std::move(transfers_.back());
-  transfers_.pop_back();
-  transfer();
-  return true;
-}
-
-void loadBox(void* to, TiledTensor const& tensor, void const* barrier,
-             std::array<int64_t, 4> const& at) {
-  Block& block = Block::current();
-  if (block.sharedAddress(to, "TMA") % kAtomBytes) fail("TMA to the middle of an atom");
-  std::memset(to, kPoison, size_t(tensor.boxBytes()));
-  block.wroteByAsyncProxy(to, size_t(tensor.boxBytes()));
-  block.startTransfer([=, &block] {
-    auto* row = static_cast<char*>(to);
-    for (int k = 0; k < tensor.box[3]; ++k) {
-      for (int j = 0; j < tensor.box[2]; ++j) {
-        for (int i = 0; i < tensor.box[1]; ++i, row += kSwizzleBytes) {
-          int64_t const place[] = {at[1] + i, at[2] + j, at[3] + k};
-          int64_t first = 0;
-          bool inside = true;
-          for (int d = 0; d < 3; ++d) {
-            inside = inside && place[d] >= 0 && place[d] < tensor.sizes[d + 1];
-            first += place[d] * tensor.strides[d];
-          }
-          for (int64_t e = 0; e < tensor.box[0]; ++e) {
-            uint16_t value = 0;
-            if (inside && at[0] + e >= 0 && at[0] + e < tensor.sizes[0]) {
-              value = static_cast<uint16_t const*>(tensor.data)[first + at[0] + e];
-            }
-            // Bits 4 to 6 of an address are XORed with its bits 7 to 9.
-            uint32_t const address = block.sharedAddress(row, "TMA") + uint32_t(e) * 2;
-            std::memcpy(row + (e * 2 ^ (address >> 7 & 7) << 4), &value, sizeof value);
-          }
-        }
-      }
-    }
-    block.wroteByAsyncProxy(to, size_t(tensor.boxBytes()));
-    block.arriveAt(barrier, 0, -tensor.boxBytes());
-  });
 }
 
 void Block::startProduct(Product const& product) {

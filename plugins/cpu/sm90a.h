@@ -18,6 +18,10 @@ float toFloat(uint16_t bits) {
 
 void loadBox(void* to, TiledTensor const& tensor, void const* barrier,
              std::array<int64_t, 4> const& at);
+void loadBoxIntoCluster(void* to, TiledTensor const& tensor, void const* barrier,
+                        std::array<int64_t, 4> const& at, unsigned blocks);
+void arriveInCluster(void const* barrier, int rank);
+int clusterRank();
 
 }  // namespace emulator
 
@@ -51,6 +55,18 @@ inline void waitBarrier(Barrier& barrier, int parity, int line = __builtin_LINE(
 inline void loadBox(void* to, TensorMap const& map, Barrier& barrier, int at0, int at1, int at2,
                     int at3) {
   emulator::loadBox(to, map, &barrier, {at0, at1, at2, at3});
+}
+
+inline int clusterRank() { return emulator::clusterRank(); }
+inline void syncCluster(int line = __builtin_LINE()) {
+  emulator::Block::current().clusterBarrier(line);
+}
+inline void arriveInCluster(Barrier& barrier, int rank) {
+  emulator::arriveInCluster(&barrier, rank);
+}
+inline void loadBoxIntoCluster(void* to, TensorMap const& map, Barrier& barrier, int at0, int at1,
+                               int at2, int at3, uint16_t blocks) {
+  emulator::loadBoxIntoCluster(to, map, &barrier, {at0, at1, at2, at3}, blocks);
 }
 
 template <int>

@@ -94,17 +94,18 @@ __host__ __device__ inline int weightRow(Projection const& p, int columnTile, in
   return p.interleaved ? 2 * column + at / kHalf : at / kHalf * p.columns + column;
 }
 
-// Piece `work` of all tiles: rows [first, first + rows) of the order, and a tile of columns. Pieces
-// count rows first, so that blocks which share weights work side by side.
+// Piece `work` of all tiles of kRows rows: rows [first, first + rows) of the order, and a tile of
+// columns. Pieces count rows first, so that blocks which share weights work side by side.
 struct GroupedShare {
   int expert, first, rows, columnTile;
 };
+template <int kRows = kGroupedRows>
 __host__ __device__ inline GroupedShare groupedShare(RowTile const& tile, int64_t work,
                                                      int columnTiles) {
-  int const rowTiles = int(ceilDiv(tile.endRow - tile.firstRow, kGroupedRows));
+  int const rowTiles = int(ceilDiv(tile.endRow - tile.firstRow, kRows));
   int const local = int(work - int64_t(tile.firstTile) * columnTiles);
-  int const first = tile.firstRow + local % rowTiles * kGroupedRows;
-  int const rows = tile.endRow - first < kGroupedRows ? tile.endRow - first : kGroupedRows;
+  int const first = tile.firstRow + local % rowTiles * kRows;
+  int const rows = tile.endRow - first < kRows ? tile.endRow - first : kRows;
   return {tile.expert, first, rows, local / rowTiles};
 }
 

@@ -16,6 +16,7 @@ constexpr int kLoadingWarps = kWarpgroup / kWarp;
 
 // Steps are counted through all tiles of a block.
 struct Ring {
+  static constexpr int kBlocks = 1;  // that have the same stages of weights
   unsigned char* stages;
   Barrier *full, *empty;
 
@@ -26,6 +27,12 @@ struct Ring {
       initBarrier(empty[i], kMultiplyingWarps);
     }
   }
+
+  // Shows the barriers to all that use them.
+  __device__ __forceinline__ void start() const { __syncthreads(); }
+  __device__ __forceinline__ void end() const {}
+  // The block's number among those.
+  __device__ __forceinline__ constexpr int rank() const { return 0; }
 
   __device__ __forceinline__ int place(unsigned step) const { return int(step % kGroupedStages); }
   __device__ __forceinline__ unsigned char* inputs(unsigned step) const {
@@ -45,6 +52,11 @@ struct Ring {
   __device__ __forceinline__ void release(unsigned step) const {
     if (threadIdx.x % kWarp == 0) arrive(empty[place(step)]);
   }
+  // Called by the thread that asks TMA.
+  __device__ __forceinline__ void load(void* to, TensorMap const& map, Barrier& barrier,
+                                       WeightBox const& box, int expert) const {
+    loadBox(to, map, barrier, box.at0, box.at1, box.at2, expert);
+  }
   // Called by a warp of loaders whose copies of this step have arrived: wgmma may see them.
   __device__ __forceinline__ void publish(unsigned step) const {
     fenceProxyAsync();
@@ -53,10 +65,10 @@ struct Ring {
   }
 };
 
-// Calls use(share) for every share of this block.
+// Calls use(share) for every share of this block: pieces b, b + gridDim.x ... of block b.
 template <class F>
-__device__ __forceinline__ void forEachShare(Routing const& routing, int64_t works, int columnTiles,
-                                             F use) {
+__device__ __forceinline__ void forEachShare(Ring const&, Routing const& routing, int64_t works,
+                                             int columnTiles, F use) {
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
     RowTile const tile = routing.tiles[work / columnTiles];
     if (tile.expert < 0) return;
@@ -64,17 +76,19 @@ __device__ __forceinline__ void forEachShare(Routing const& routing, int64_t wor
   }
 }
 
-// Blocks that take all `works`, pieces of so many tiles of rows and of columns: one on each SM.
+// Blocks, `cluster` for a piece, that take all `works`, pieces of so many tiles of rows and of
+// columns: one on each SM.
 struct GroupedLaunch {
   int columnTiles;
   int64_t works;
   LaunchPlan plan;
 
-  GroupedLaunch(int64_t rowTiles, int columns, int outputColumns, Device const& device)
+  GroupedLaunch(int64_t rowTiles, int columns, int outputColumns, Device const& device,
+                int cluster = 1)
       : columnTiles(int(ceilDiv(columns, outputColumns))),
         works(rowTiles * columnTiles),
-        plan{dim3(unsigned(std::min<int64_t>(works, device.processors))), dim3(kGroupedThreads),
-             kGroupedSharedBytes} {}
+        plan{dim3(unsigned(std::min<int64_t>(works, device.processors / cluster) * cluster)),
+             dim3(kGroupedThreads), kGroupedSharedBytes, unsigned(cluster)} {}
 };
 
 // A thread's part of the rows of a share, gathered: a chunk of every kApart-th one.

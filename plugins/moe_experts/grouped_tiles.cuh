@@ -33,10 +33,13 @@ __device__ __forceinline__ void turnWords(uint32_t (&words)[4]) {
   }
 }
 
-// A product and its sum with the bias, as torch rounds them. `at` is a column of the tile.
-template <class T, TileColumns kKind>
+// A product and its sum with the bias, as torch rounds them. `at` is a column of the tile. Without
+// kAsks `biases` is null.
+template <class T, TileColumns kKind, bool kAsks>
 __device__ __forceinline__ float sumWithBias(Projection const& p, GroupedShare const& share,
                                              T const* biases, float sum, int at) {
+  // Without an activation it is rounded where it is packed.
+  if constexpr (!kAsks) return kKind == TileColumns::kPlain ? sum : rounded<T>(sum);
   int column = share.columnTile * kGroupedColumns + at;
   bool valid = column < p.width();
   if constexpr (kKind == TileColumns::kHalves) {
@@ -52,7 +55,7 @@ __device__ __forceinline__ float sumWithBias(Projection const& p, GroupedShare c
 
 // Writes 32 columns of the output at a time, 8 by each of four lanes: few values are live beside
 // the sums.
-template <class T, TileColumns kKind>
+template <class T, TileColumns kKind, bool kAsks = true>
 __device__ __forceinline__ void writeTile(Projection const& p, Routing const& routing,
                                           GroupedShare share, GroupedSums const& sums) {
   constexpr bool kPairs = kKind == TileColumns::kPairs;
@@ -77,10 +80,10 @@ __device__ __forceinline__ void writeTile(Projection const& p, Routing const& ro
         int const group = kPairs ? first / 4 + i : first / 8 + i / 2;
         int const sum = group * 4 + half * 2 + (kPairs ? 0 : i % 2);
         int const at = group * 8 + lane * 2 + (kPairs ? 0 : i % 2);
-        values[i] = sumWithBias<T, kKind>(p, share, biases, sums[sum], at);
+        values[i] = sumWithBias<T, kKind, kAsks>(p, share, biases, sums[sum], at);
         if constexpr (kKind != TileColumns::kPlain) {
-          ups[i] = sumWithBias<T, kKind>(p, share, biases, sums[sum + kUps],
-                                         at + (kPairs ? 1 : kGroupedColumns / 2));
+          ups[i] = sumWithBias<T, kKind, kAsks>(p, share, biases, sums[sum + kUps],
+                                                at + (kPairs ? 1 : kGroupedColumns / 2));
         }
       }
       if constexpr (kKind != TileColumns::kPlain) {
@@ -106,13 +109,13 @@ __device__ __forceinline__ void writeTile(Projection const& p, Routing const& ro
   }
 }
 
-template <class T, bool kTransposed, TileColumns kKind>
+template <class T, bool kTransposed, TileColumns kKind, class R>
 __device__ __forceinline__ void multiplyTiles(Projection const& p, Routing const& routing,
-                                              int64_t works, int columnTiles, Ring const& ring) {
+                                              int64_t works, int columnTiles, R const& ring) {
   constexpr uint64_t kWeightStep = kTransposed ? kMnMajorStep : kMajorStep;
   int const firstRow = threadIdx.x / kWarpgroup * kWgmmaRows;
   unsigned step = 0;
-  forEachShare(routing, works, columnTiles, [&](GroupedShare const& share) {
+  forEachShare(ring, routing, works, columnTiles, [&](GroupedShare const& share) {
     if (firstRow >= share.rows) {
 #pragma unroll 1
       for (int k = 0; k < p.depth; k += kGroupedDepth, ++step) {
@@ -147,7 +150,11 @@ __device__ __forceinline__ void multiplyTiles(Projection const& p, Routing const
     } while (k < p.depth);
     finishWgmma(sums);
     ring.release(step - 1);
-    writeTile<T, kKind>(p, routing, share, sums);
+    if (R::kBlocks > 1 && !p.bias) {
+      writeTile<T, kKind, false>(p, routing, share, sums);
+    } else {
+      writeTile<T, kKind>(p, routing, share, sums);
+    }
   });
 }
 

@@ -2,8 +2,8 @@
 #include <utility>
 
 #include "common/refuse.h"
+#include "moe_experts/cluster_gemm_sm90a.h"
 #include "moe_experts/combine.cuh"
-#include "moe_experts/grouped_gemm_sm90a.h"
 #include "moe_experts/moe_experts.h"
 #include "moe_experts/scalar_projection.cuh"
 #include "moe_experts/sort.cuh"
@@ -165,6 +165,7 @@ struct Arguments {
   MoeExpertsAttributes const& attributes;
   MoeExpertsTensors const& tensors;
   MoeExpertsPlan const& plan;
+  bool inClusters;
   WeightForm weights;
   Dtype dtype;
   unsigned char* workspace;
@@ -203,6 +204,10 @@ cudaError_t project(Arguments const& a, Projection const& p, Routing const& rout
   if (a.plan.onTensorCores) {
     if constexpr (sizeof(T) == 2) {
 #ifdef LLMEXPORT_SM90A
+      if (a.inClusters) {
+        return launchClusterGemm<T>(p, a.attributes.transposed, routing, a.plan.rowTiles, a.device,
+                                    a.stream);
+      }
       // With weights of 16 bits it was never the slower one (H200: from 16 pairs an expert on).
       // Packed ones have not run on a GPU so, and are to be asked for.
       bool const isPacked = a.weights.stored == Stored::kBytes;
@@ -289,9 +294,18 @@ cudaError_t moeExperts(Dtype dtype, MoeExpertsSizes const& s,
                           aligned({t.gateUpScales, t.downScales, t.gateUpZeros, t.downZeros}));
   WeightForm const weights{t.stored, attributes.format, attributes.group,
                            t.gateUpFactors != nullptr};
-  MoeExpertsPlan const plan = moeExpertsPlan(s, dtype, weights, isAligned, device);
-  Arguments const a{s,      attributes, t, plan, weights, dtype, typed<unsigned char>(workspace),
-                    device, stream};
+  MoeExpertsPlan plan = moeExpertsPlan(s, dtype, weights, isAligned, device);
+  bool inClusters = false;
+#ifdef LLMEXPORT_SM90A
+  inClusters = takesClusters() && clusterGemmServes(plan, dtype, weights, device);
+  if (inClusters) {
+    plan.tileRows = kClusterRows;
+    plan.rowTiles = mostRowTiles(s, kClusterRows);
+  }
+#endif
+  Arguments const a{s,          attributes, t,     plan,
+                    inClusters, weights,    dtype, typed<unsigned char>(workspace),
+                    device,     stream};
   return withType(dtype, [&](auto type) { return run<typename decltype(type)::type>(a); });
 }
 

@@ -18,7 +18,7 @@ __device__ __forceinline__ void loadTiles(Projection const& p, Routing const& ro
                                           int64_t works, int columnTiles, Ring const& ring) {
   using Its = Pieces<T, W, kKind>;
   unsigned step = 0;
-  forEachShare(routing, works, columnTiles, [&](GroupedShare const& share) {
+  forEachShare(ring, routing, works, columnTiles, [&](GroupedShare const& share) {
     Its pieces(p, share);
     auto const first = pieces.at(p, 0);
 #pragma unroll

@@ -29,6 +29,8 @@ RESULTS = Path(__file__).parent / "results"
 # bf16 rounds off 2**-8 of a value; one unit more where a tie falls on the other side.
 MOST_ERROR, RMS_ERROR = 2.0**-7, 0.4 * 2.0**-7
 PART = 1 << 23  # elements
+# As plugins/common/sm90a.h reads $LLMEXPORT_SM90A.
+WGMMA = {"0": "never", "1": "always", "cluster": "in clusters"}
 # Times an empty kernel, of what is hardly more than that (issue 3).
 LAUNCH_TARGET = 1.3
 
@@ -166,8 +168,7 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(arguments.commit),
         "kernels": library._builds().name,
-        # As takesWgmma() of plugins/common/sm90a.h reads it.
-        "wgmma": {"0": "never", "1": "always"}.get(os.environ.get("LLMEXPORT_SM90A", ""), "where faster"),
+        "wgmma": WGMMA.get(os.environ.get("LLMEXPORT_SM90A", ""), "where faster"),
         "versions": versions(),
         "ceilings": asdict(limits),
     }

@@ -66,6 +66,8 @@ LAYERS = (
     Layer("Qwen3.5-35B-A3B INT4", 2048, 512, 256, 8, biases=True, format="uint4", group=128),
     Layer("Qwen3.5-35B-A3B NVFP4", 2048, 512, 256, 8, biases=True, format="nvfp4", group=16),
     Layer("Qwen3.5-35B-A3B FP8", 2048, 512, 256, 8, biases=True, format="fp8", group=128),
+    Layer("Mixtral-8x7B", 4096, 14336, 8, 2),
+    Layer("GLM-4.5-Air", 4096, 1408, 128, 8),
 )
 
 

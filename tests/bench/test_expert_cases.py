@@ -49,7 +49,7 @@ def test_bytes_of_a_step_are_nearly_those_of_the_experts_it_has(expert_cases: An
 
 
 @pytest.mark.parametrize("name", ["transformers grouped_mm", "transformers batched_mm"])
-@pytest.mark.parametrize("layer", range(7))
+@pytest.mark.parametrize("layer", range(9))
 def test_peers_compute_the_same(expert_cases: Any, layer: int, name: str) -> None:
     torch.manual_seed(1)
     small = replace(expert_cases.LAYERS[layer], C=64, I=32, E=8)

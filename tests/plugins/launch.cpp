@@ -10,7 +10,8 @@ struct Facts {
   int device, ptx, staticBytes;       // what the runtime says
   int asked, times;                   // bytes of dynamic shared memory, and how often
   int dynamicBytes, early, launched;  // of the last launch, and how many were asked for
-  int refuses;                        // what a launch is refused for: 1, that it is early; 2, anything
+  int cluster;                        // of the last launch, 0 if nothing was said
+  int refuses;  // what a launch is refused for: 1, that it is early; 2, anything
   int lastError;
 } facts;
 
@@ -43,9 +44,15 @@ cudaError_t cudaFuncSetAttribute(void const*, cudaFuncAttribute attribute, int v
 
 cudaError_t cudaLaunchKernelExC(cudaLaunchConfig_t const* config, void const*, void**) {
   facts.dynamicBytes = int(config->dynamicSmemBytes);
-  facts.early = 0;
+  facts.early = facts.cluster = 0;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
-    facts.early += config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
+    auto const& attribute = config->attrs[i];
+    facts.early += attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                   attribute.val.programmaticStreamSerializationAllowed == 1;
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      auto const& size = attribute.val.clusterDim;
+      facts.cluster = int(size.x * size.y * size.z);
+    }
   }
   ++facts.launched;
   bool const refused = facts.refuses == 2 || (facts.refuses == 1 && facts.early);
@@ -61,9 +68,9 @@ cudaError_t cudaGetLastError() {
 
 Facts* launch_facts() { return &facts; }
 
-int launch_kernel(bool isSecond, bool early, int dynamicBytes) {
+int launch_kernel(bool isSecond, bool early, int dynamicBytes, int cluster) {
   auto const kernel = isSecond ? second : first;
-  LaunchPlan const plan{dim3(1), dim3(32), size_t(dynamicBytes)};
+  LaunchPlan const plan{dim3(unsigned(cluster)), dim3(32), size_t(dynamicBytes), unsigned(cluster)};
   return early ? launchEarly(kernel, plan, nullptr, 1) : launch(kernel, plan, nullptr, 1);
 }
 }

@@ -20,7 +20,7 @@ class Facts(ctypes.Structure):
     _fields_ = [
         (n, ctypes.c_int)
         for n in ("device", "ptx", "static_bytes", "asked", "times", "dynamic_bytes", "early", "launched")
-        + ("refuses", "last_error")
+        + ("cluster", "refuses", "last_error")
     ]
 
 
@@ -44,9 +44,10 @@ def launched(tmp_path: Path) -> Launched:
         ptx: int = 90,
         refuses: int = 0,
         code: int = 0,
+        cluster: int = 1,
     ) -> Facts:
         facts.device, facts.ptx, facts.static_bytes, facts.refuses = device, ptx, STATIC, refuses
-        assert library.launch_kernel(ctypes.c_bool(second), ctypes.c_bool(early), dynamic) == code
+        assert library.launch_kernel(ctypes.c_bool(second), ctypes.c_bool(early), dynamic, cluster) == code
         assert facts.dynamic_bytes == dynamic
         return facts
 
@@ -86,6 +87,19 @@ def test_an_early_launch_that_is_refused_is_repeated_as_any_other(launched: Laun
     """With the same arguments, and no error is left for the caller to find."""
     facts = launched(early=True, dynamic=1024, refuses=EARLY)
     assert (facts.launched, facts.early, facts.last_error) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_cluster_is_asked_for_where_there_is_one(launched: Launched, early: bool) -> None:
+    assert launched(early=early).cluster == 0
+    facts = launched(early=early, cluster=2)
+    assert (facts.cluster, facts.early) == (2, early)
+
+
+def test_a_cluster_stays_one_where_its_early_launch_is_refused(launched: Launched) -> None:
+    facts = launched(early=True, cluster=2, refuses=EARLY)
+    assert (facts.launched, facts.early, facts.cluster, facts.last_error) == (2, 0, 2, 0)
+    assert launched(cluster=2, refuses=ANYTHING, code=INVALID_HANDLE).launched == 3
 
 
 def test_what_is_refused_for_another_reason_is_an_error(launched: Launched) -> None:

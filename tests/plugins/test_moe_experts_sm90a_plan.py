@@ -16,6 +16,9 @@ BYTES = 3
 FORMATS = ("plain", "mxfp4", "mxfp8", "nvfp4", "fp8", "uint4", "uint8", "int8")
 PLAIN, HALVES, PAIRS = range(3)
 ROWS, COLUMNS, DEPTH = 128, 256, 64
+PROCESSORS = 132
+WGMMA_ROWS = 64
+ALONE = -1  # for the rank of a block in a cluster
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +58,12 @@ def test_takes_prefill_of_16_bits_on_sm90_alone(
     capability: int,
     taken: bool,
 ) -> None:
-    library.moe_on_sm90a.restype = ctypes.c_bool
     given = (ctypes.c_int64 * 5)(*sizes)
     # Before these forms of weights the library has that of an op without any.
-    assert library.moe_on_sm90a(given, dtype, 1 + stored, 0, False, ctypes.c_bool(aligned), capability) == taken
+    arguments = (given, dtype, 1 + stored, 0, False, ctypes.c_bool(aligned), capability)
+    assert library.moe_on_sm90a(*arguments, PROCESSORS) == (2 if taken else 0)
+    # A cluster is of two blocks.
+    assert library.moe_on_sm90a(*arguments, 1) == (1 if taken else 0)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +97,9 @@ def test_takes_prefill_of_packed_weights(
     capability: int,
     taken: bool,
 ) -> None:
-    library.moe_on_sm90a.restype = ctypes.c_bool
     given, number = (ctypes.c_int64 * 5)(*sizes), FORMATS.index(format)
-    assert library.moe_on_sm90a(given, dtype, 1 + BYTES, number, ctypes.c_bool(factors), True, capability) == taken
+    arguments = (given, dtype, 1 + BYTES, number, ctypes.c_bool(factors), True, capability)
+    assert library.moe_on_sm90a(*arguments, PROCESSORS) == (1 if taken else 0)
 
 
 def weight_of(kind: int, interleaved: bool, columns: int, tile: int, c: int) -> int | None:
@@ -165,23 +170,49 @@ def test_packed_weights_have_the_same_columns_in_a_tile(
         assert found == (-1 if at is None else at)
 
 
+@pytest.mark.parametrize("ranks", [[ALONE], [0, 1]], ids=["alone", "cluster"])
 @pytest.mark.parametrize("column_tiles", [1, 3])
-@pytest.mark.parametrize("counts", [[0, 1, 128, 0, 129, 300], [5], [128] * 3, [0, 700, 0]])
+@pytest.mark.parametrize("counts", [[0, 1, 128, 0, 129, 300], [5], [128] * 3, [0, 700, 0], [64, 65, 192, 193, 256]])
 def test_pieces_are_every_row_and_tile_of_columns_once(
-    library: ctypes.CDLL, counts: list[int], column_tiles: int
+    library: ctypes.CDLL, counts: list[int], column_tiles: int, ranks: list[int]
 ) -> None:
+    """In a cluster the first block has as many whole products as the second, or one more."""
     ends = np.cumsum(counts)
-    row_tiles = [-(-c // ROWS) for c in counts]
+    row_tiles = [-(-c // (ROWS * len(ranks))) for c in counts]
     firsts = np.cumsum(row_tiles) - row_tiles
     tiles = [(e, firsts[e], ends[e] - counts[e], ends[e]) for e in range(len(counts)) for _ in range(row_tiles[e])]
     taken = np.zeros((sum(counts), column_tiles), int)
     share = (ctypes.c_int * 4)()
     for work in range(len(tiles) * column_tiles):
-        tile = tiles[work // column_tiles]
-        library.moe_share((ctypes.c_int * 4)(*tile), ctypes.c_int64(work), column_tiles, share)
-        expert, first, rows, columns = share
-        assert expert == tile[0]
-        assert 0 < rows <= ROWS
-        assert tile[2] <= first < first + rows <= tile[3]
-        taken[first : first + rows, columns] += 1
+        tile, products = tiles[work // column_tiles], []
+        for rank in ranks:
+            library.moe_share((ctypes.c_int * 4)(*tile), ctypes.c_int64(work), column_tiles, rank, share)
+            expert, first, rows, columns = share
+            assert expert == tile[0]
+            assert (0 if rank == 1 else 1) <= rows <= ROWS
+            # Where the order of pairs is read, there is one.
+            assert tile[2] <= first + rows - 1 < first + rows <= tile[3]
+            taken[first : first + rows, columns] += 1
+            products.append(-(-rows // WGMMA_ROWS))
+        assert products[0] - products[-1] in (0, 1)
     assert (taken == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("row_tiles", "columns", "processors", "cluster", "blocks"),
+    [
+        (1, 256, 132, 1, 1),
+        (50, 700, 132, 1, 132),
+        (1, 256, 132, 2, 2),
+        (21, 700, 132, 2, 126),
+        (50, 700, 132, 2, 132),
+        (50, 700, 133, 2, 132),
+        (50, 700, 3, 2, 2),
+    ],
+)
+def test_blocks_are_whole_clusters_and_no_more_than_run_at_a_time(
+    library: ctypes.CDLL, row_tiles: int, columns: int, processors: int, cluster: int, blocks: int
+) -> None:
+    found = (ctypes.c_int * 2)()
+    library.moe_blocks(ctypes.c_int64(row_tiles), columns, processors, cluster, found)
+    assert list(found) == [blocks, cluster]

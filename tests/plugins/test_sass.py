@@ -315,6 +315,39 @@ def test_warpgroups_take_no_more_registers_than_a_block_has(
 ) -> None:
     """One warpgroup of three gives, two take; those would wait for ever for a register that is not there."""
     found = {name: its for name in registers if (its := re.findall(r"USETMAXREG\.\w+.*?0x([0-9a-f]+)", listings[name]))}
-    assert len(found) == 10 + 12 + 6
+    assert len(found) == 2 * 10 + 12 + 6
     for name, (taken, given) in found.items():
         assert 2 * int(taken, 16) + int(given, 16) <= 3 * registers[name], name
+
+
+def in_clusters(listings: dict[str, str]) -> list[str]:
+    found = [n for n in listings if "groupedGemmKernel<" in n and "::ClusterRing>" in n]
+    assert len(found) == 10
+    return found
+
+
+def test_a_block_of_a_cluster_loads_its_half_of_the_weights_for_all(listings: dict[str, str]) -> None:
+    """A box, or two of weights that are transposed, and nothing that the other block does not get."""
+    for name in in_clusters(listings):
+        boxes = 2 if re.search(r"<\w+, (\(bool\)1|true),", name) else 1
+        assert re.findall(r"UTMALDG[\w.]*", listings[name]) == boxes * ["UTMALDG.4D.MULTICAST"], name
+
+
+def test_no_step_of_a_cluster_is_a_fence_for_the_whole_gpu(listings: dict[str, str]) -> None:
+    """A release for the cluster would be one, and an acquire would empty the L1, in each step."""
+    for name in in_clusters(listings):
+        every = [[i.op for i in loop] for loop in loops(placed(listings[name]))]
+        multiplying, loading = (
+            min((ops for ops in every if any(op.startswith(its) for op in ops)), key=len)
+            for its in ("HGMMA", "UTMALDG")
+        )
+        assert sum(op.startswith("HGMMA") for op in multiplying) == 4, name
+        assert [op for op in multiplying if op.startswith(("MEMBAR", "CCTL"))] == [], name
+        assert {op for op in loading if op.startswith(("MEMBAR", "CCTL"))} == {"MEMBAR.ALL.CTA"}, name
+
+
+def test_blocks_of_a_cluster_wait_for_each_other_twice(listings: dict[str, str]) -> None:
+    """For the barriers of both, and before either ends."""
+    for name in in_clusters(listings):
+        found = re.findall(r"UCGABAR_\w+", listings[name])
+        assert found == 2 * ["UCGABAR_ARV", "UCGABAR_WAIT"], name
