@@ -30,6 +30,10 @@ inline bool takesWgmma(bool isFaster) {
 // `cluster`. No GPU has timed them.
 inline bool takesClusters() { return saysOfSm90a("cluster"); }
 
+// Whether warpgroups multiply in turns wherever a kernel has them do so: if it is `pingpong`. No
+// GPU has timed it.
+inline bool takesPingPong() { return saysOfSm90a("pingpong"); }
+
 constexpr int kSm90a = 90;  // Device::capability of the one architecture that has both
 constexpr int kSwizzleBytes = 128, kAtomBytes = 1024;
 constexpr int kSwizzleElements = kSwizzleBytes / 2;

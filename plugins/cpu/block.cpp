@@ -83,6 +83,7 @@ void Block::arm(uint3 index, uint64_t seed) {
   barriers_.clear();
   gatherings_.fill({});
   products_.assign(lanes_.size() / kLanes, 0);
+  lastCommit_ = -1;
   random_.seed(unsigned(seed + 0x9E3779B9u * index.x + 0x85EBCA6Bu * index.y + index.z));
   for (size_t i = 0; i < threads_.size(); ++i) {
     Thread& thread = threads_[i];

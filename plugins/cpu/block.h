@@ -140,7 +140,7 @@ class Block {
   void startTransfer(std::function<void()> transfer) { transfers_.push_back(std::move(transfer)); }
   void fenceWgmma() { threads_[running_].fencedWgmma = true; }
   void startProduct(Product const& product);
-  void commitProducts() { threads_[running_].products.emplace_back(); }
+  void commitProducts();
   void waitProducts(int pending, int line);
 
   // Every lane of `mask` gives `value`; then each gets read(give), where give(lane) is that lane's
@@ -210,7 +210,8 @@ class Block {
   std::map<void const*, Arrivals> barriers_;
   std::array<Gathering, 16> gatherings_;
   std::vector<std::function<void()>> transfers_;
-  std::vector<uint64_t> products_;  // a hash of the wgmma that each warp issued
+  std::vector<uint64_t> products_;     // a hash of the wgmma that each warp issued
+  int lastCommit_ = -1, commits_ = 0;  // the warpgroup that committed last, and how often in a row
   std::minstd_rand random_;
   int running_ = 0, live_ = 0, atBarrier_ = 0, barrierLine_ = 0;
   unsigned barriersPassed_ = 0;

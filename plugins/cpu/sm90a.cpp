@@ -103,7 +103,7 @@ void Block::startProduct(Product const& product) {
 
 namespace {
 
-std::atomic<int64_t> warpProducts{0};
+std::atomic<int64_t> warpProducts{0}, mostCommits{0};
 
 // Element (mn, k) of the matrix that a descriptor stands for, by "Matrix Descriptor Format" and
 // "Strides" of the PTX ISA. The layout in chunks of 16 bytes is ((8, rows / 8), 2):((8, stride), 1)
@@ -122,6 +122,17 @@ uint16_t elementOf(Block& block, uint64_t descriptor, bool mnMajor, int mn, int 
 }
 
 }  // namespace
+
+void Block::commitProducts() {
+  threads_[running_].products.emplace_back();
+  int const warpgroup = running_ / kWarpgroup;
+  if (running_ % kWarpgroup != 0) return;
+  commits_ = lastCommit_ == warpgroup ? commits_ + 1 : 1;
+  lastCommit_ = warpgroup;
+  int64_t most = mostCommits;
+  while (most < commits_ && !mostCommits.compare_exchange_weak(most, commits_)) {
+  }
+}
 
 // Computes the product that every lane of a warp issued, for the warp's 16 rows of 64.
 void Block::multiply(std::vector<Product const*> const& ofLanes) {
@@ -204,3 +215,9 @@ void Block::checkAtEnd() const {
 
 // How many wgmma the warps of this process finished: a test sees by it that a kernel chose wgmma.
 extern "C" int64_t llmexportEmulatedWgmma() { return llmexport::emulator::warpProducts.load(); }
+
+// How many groups of wgmma a warpgroup committed at most, between two of another of its block,
+// since this was asked last: a test sees by it whether they take turns.
+extern "C" int64_t llmexportEmulatedCommitsInARow() {
+  return llmexport::emulator::mostCommits.exchange(0);
+}

@@ -67,4 +67,15 @@ extern template cudaError_t launchSm90aPrefill<Bfloat16>(SinkAttentionSizes cons
                                                          AttentionCall<Bfloat16> const& call,
                                                          cudaStream_t stream);
 
+// The same by warpgroups that start their products in turns.
+template <class T>
+cudaError_t launchPingPongPrefill(SinkAttentionSizes const& sizes, AttentionCall<T> const& call,
+                                  cudaStream_t stream);
+extern template cudaError_t launchPingPongPrefill<Half>(SinkAttentionSizes const& sizes,
+                                                        AttentionCall<Half> const& call,
+                                                        cudaStream_t stream);
+extern template cudaError_t launchPingPongPrefill<Bfloat16>(SinkAttentionSizes const& sizes,
+                                                            AttentionCall<Bfloat16> const& call,
+                                                            cudaStream_t stream);
+
 }  // namespace llmexport

@@ -133,6 +133,9 @@ cudaError_t attendOnTensorCores(SinkAttentionPlan const& plan,
                                 AttentionCall<T> const& call, [[maybe_unused]] Device const& device,
                                 cudaStream_t stream) {
 #ifdef LLMEXPORT_SM90A
+  if (sm90aServes(plan, sizes, device) && takesPingPong()) {
+    return launchPingPongPrefill(sizes, call, stream);
+  }
   if (sm90aServes(plan, sizes, device) && takesWgmma(sm90aIsFaster(sizes, call.window))) {
     return launchSm90aPrefill(sizes, call, stream);
   }

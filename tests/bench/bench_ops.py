@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 MOST_ERROR, RMS_ERROR = 2.0**-7, 0.4 * 2.0**-7
 PART = 1 << 23  # elements
 # As plugins/common/sm90a.h reads $LLMEXPORT_SM90A.
-WGMMA = {"0": "never", "1": "always", "cluster": "in clusters"}
+WGMMA = {"0": "never", "1": "always", "cluster": "in clusters", "pingpong": "in turns"}
 # Times an empty kernel, of what is hardly more than that (issue 3).
 LAUNCH_TARGET = 1.3
 

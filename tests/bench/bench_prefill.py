@@ -1,4 +1,4 @@
-"""SinkAttention's prefill by mma.sync and by wgmma on an SM 90, by window, tokens and head size: what
+"""SinkAttention's prefill by mma.sync and by wgmma, in turns or not, on an SM 90, by window, tokens and head size: what
 sm90aIsFaster() of plugins/sink_attention/prefill_sm90a.h chooses by.
 
     python tests/bench/bench_prefill.py [--out FILE] [--commit COMMIT]
@@ -28,7 +28,7 @@ WINDOWS, PROMPT = (128, 256, 512, 1024, 2048), 4096
 # Window, tokens, keys.
 SHAPES = [*((w, PROMPT, PROMPT) for w in WINDOWS), *((0, t, t) for t in (32, 64, 128, 256, 512, 1024, PROMPT))]
 SHAPES += [(0, 128, 4096), (0, 128, 16384), (0, 512, 8192), (128, 512, 512)]
-ASKED = {"mma.sync": "0", "wgmma": "1", "default": ""}
+ASKED = {"mma.sync": "0", "wgmma": "1", "wgmma in turns": "pingpong", "default": ""}
 SLACK = 1.05
 
 

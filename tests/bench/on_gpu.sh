@@ -20,15 +20,16 @@ step() { # step NAME SECONDS COMMAND...
 kernels=(tests/plugins tests/validate/test_kernels.py)
 sanitizers=tests/plugins/test_compute_sanitizer.py
 step build 600 python -c 'from llmexport.plugins import library; print(library.build())'
-# Which of the two is the faster one decides what plugins/common/sm90a.h takes.
+# Which is the faster one decides what plugins/common/sm90a.h takes.
 step clusters 300 pytest -q -m gpu -n "$processes" tests/plugins/test_clusters.py \
   tests/plugins/test_moe_experts_clusters_kernel.py
 step blocks_alone 240 python tests/bench/bench_ops.py --no-peers --only MoeExperts
 step in_clusters 240 env LLMEXPORT_SM90A=cluster python tests/bench/bench_ops.py --no-peers --only MoeExperts
+step turns 300 pytest -q -m gpu -n "$processes" tests/plugins/test_sink_attention_sm90a_kernel.py
+step prefill 300 python tests/bench/bench_prefill.py
 step tests 900 pytest -q -m gpu -n "$processes" "${kernels[@]}" --ignore "$sanitizers"
 step times 600 python tests/bench/bench_ops.py --no-peers
 step wgmma 300 env LLMEXPORT_SM90A=1 python tests/bench/bench_ops.py --no-peers --only MoeExperts
-step prefill 300 python tests/bench/bench_prefill.py
 step sanitizers 900 pytest -q -m gpu "$sanitizers"
 step peers 1200 python tests/bench/bench_ops.py
 step engines 900 pytest -q -m gpu tests/validate/test_engine_gpu.py

@@ -315,7 +315,7 @@ def test_warpgroups_take_no_more_registers_than_a_block_has(
 ) -> None:
     """One warpgroup of three gives, two take; those would wait for ever for a register that is not there."""
     found = {name: its for name in registers if (its := re.findall(r"USETMAXREG\.\w+.*?0x([0-9a-f]+)", listings[name]))}
-    assert len(found) == 2 * 10 + 12 + 6
+    assert len(found) == 2 * 10 + 12 + 2 * 6
     for name, (taken, given) in found.items():
         assert 2 * int(taken, 16) + int(given, 16) <= 3 * registers[name], name
 
@@ -351,3 +351,18 @@ def test_blocks_of_a_cluster_wait_for_each_other_twice(listings: dict[str, str])
     for name in in_clusters(listings):
         found = re.findall(r"UCGABAR_\w+", listings[name])
         assert found == 2 * ["UCGABAR_ARV", "UCGABAR_WAIT"], name
+
+
+# What a warpgroup does with the barriers of a step: it waits for keys, values and its turn, and gives that before it
+# waits for a product.
+TURN = ["TRYWAIT", "TRYWAIT", "TRYWAIT", "HGMMA", "ARRIVE", "DEPBAR", "ARRIVE", "DEPBAR", "ARRIVE"]
+
+
+def test_an_attending_warpgroup_starts_all_products_of_its_turn_at_once(listings: dict[str, str]) -> None:
+    found = [n for n in listings if re.search(r"sinkAttentionSm90aKernel<\w+, (\(int\))?\d+, (\(bool\)1|true)>", n)]
+    assert len(found) == 6
+    for name in found:
+        ops = re.findall(r"SYNCS\.\w+\.TRANS64\.(TRYWAIT)|(HGMMA)|SYNCS\.(ARRIVE)|WARPGROUP\.(DEPBAR)", listings[name])
+        steps = [next(filter(None, op)) for op in ops]
+        merged = [op for op, before in zip(steps, ["", *steps], strict=False) if (op, before) != ("HGMMA", "HGMMA")]
+        assert any(merged[i : i + len(TURN)] == TURN for i in range(len(merged))), (name, merged)

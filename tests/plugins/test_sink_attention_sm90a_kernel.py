@@ -1,14 +1,17 @@
-"""SinkAttention's prefill by wgmma and TMA against float64.
+"""SinkAttention's prefill by wgmma and TMA against float64, by warpgroups that multiply as they come and in turns.
 
 On a GPU that is no sm_90 these are the portable path's numbers once more.
 """
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 from attention_nodes import Shape, attention, name, near, run
 from kernel_numbers import HALVES
+from native import emulated_library
 from plugin_host import Machine
 from plugin_memory import CpuMemory
 
@@ -43,14 +46,23 @@ WINDOWED = [
     Shape(1, 2, 1, 130, 130, 64, window=64, start=(30,)),
     Shape(1, 1, 1, 130, 140, 256, window=20),
     Shape(1, 1, 1, 66, 160, 128, window=1000),
+    Shape(1, 1, 1, 130, 300, 256, window=5),
 ]
 CAPPED = [
     Shape(1, 4, 1, 34, 64, 128, softcap=30.0, window=20, scale=0.5),
     Shape(1, 2, 1, 40, 40, 256, softcap=5.0, sinks=False),
 ]
 RAISED = Shape(1, 2, 1, 40, 520, 64, scale=1.0)
+# Both warpgroups see every tile of keys.
+EVEN = Shape(1, 2, 1, 64, 1300, 64)
+SWITCH = "LLMEXPORT_SM90A"
+AS_THEY_COME, IN_TURNS = "1", "pingpong"
 
-pytestmark = pytest.mark.usefixtures("wgmmas")
+
+@pytest.fixture(autouse=True, params=[AS_THEY_COME, IN_TURNS])
+def said(wgmmas: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    monkeypatch.setenv(SWITCH, request.param)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -117,3 +129,32 @@ def test_result_does_not_depend_on_the_order_of_threads(
         monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
         results.add(run(machine, shape, shape.inputs("bf16")).tobytes())
     assert len(results) == 1
+
+
+def test_a_warpgroup_multiplies_twice_in_a_row_where_it_takes_turns(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """For logits and for values. Else one is ahead of the other, as far as the ring lets it."""
+    if machine.memory is not CpuMemory:
+        pytest.skip("the emulator counts")
+    count = ctypes.CDLL(str(emulated_library())).llmexportEmulatedCommitsInARow
+    count.restype = ctypes.c_int64
+    count()
+    most = []
+    for seed in range(8):
+        monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
+        assert near(machine, EVEN, "bf16")
+        most.append(int(count()))
+    assert max(most) == 2 if said == IN_TURNS else max(most) > 2, most
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [EVEN, SIZES[8], RAGGED[4], WINDOWED[3], WINDOWED[5], CAPPED[0]], ids=name)
+def test_turns_change_no_number(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, shape: Shape, dtype: str, said: str
+) -> None:
+    """On a GPU too: each warpgroup adds up as before."""
+    inputs = shape.inputs(dtype)
+    found = run(machine, shape, inputs).tobytes()
+    monkeypatch.setenv(SWITCH, IN_TURNS if said == AS_THEY_COME else AS_THEY_COME)
+    assert run(machine, shape, inputs).tobytes() == found
