@@ -180,6 +180,7 @@ def row(name: str, work: Path, rounds: int, restarts: int) -> dict[str, Any]:
     found = {"model": name, "validated": validated(work, ours)}
     found |= timed(work, made, source, rounds, restarts)
     found["refused"] |= {n: said for n, said in made.items() if isinstance(said, str)}
+    found["refused"] = {n: said.replace(f"{work}/", "") for n, said in found["refused"].items()}
     found["ours over the best peer's"] = {job: ratio(times) for job, times in found["cpu_ms"].items()}
     slower = [j for j, r in found["ours over the best peer's"].items() if r is None or r > LIMIT]
     for path in (source, *(p for p in made.values() if isinstance(p, Path))):
