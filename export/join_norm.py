@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, numpy_helper
 from onnx.helper import make_attribute, make_node
 
-from llmexport.graphs.cut import makers_of, readers_of, reads
+from llmexport.graphs.cut import Values, reads
 from llmexport.plugins.normed import ADDENDS, EXPERTS, GATE_COLUMN, NORM, OWN
 from llmexport.plugins.spec import DOMAIN
 
@@ -64,39 +64,32 @@ class _Sum:
         return next(name for name, addends in ADDENDS.items() if len(addends) == len(self.addends))
 
 
-class _Graph:
+class _Graph(Values):
     def __init__(self, proto: GraphProto) -> None:
+        super().__init__(proto)
         self.proto, self.nodes = proto, list(proto.node)
-        self.outputs = {o.name for o in proto.output}
         self.constants = {t.name: t for t in proto.initializer}
         self.shapes = {v.name: _shape(v) for v in (*proto.value_info, *proto.input)}
-        self.makers, self.readers = makers_of(proto.node), readers_of(proto.node)
 
     def sums(self, value: str) -> Iterator[_Sum]:
         """How a value is a sum with what experts make, most addends first."""
-        if experts := self._only(value, EXPERTS):
+        if experts := self.only(value, EXPERTS, DOMAIN):
             yield _Sum(experts)
-        add = self._only(value, "Add")
+        add = self.only(value, "Add")
         for own, other in _both_ways(add):
-            experts = self._only(own, EXPERTS)
+            experts = self.only(own, EXPERTS, DOMAIN)
             if add and experts and self._alike(own, other):
                 yield from self._gated(experts, add, other)
                 yield _Sum(experts, (other,), nodes=(add,))
 
     def _gated(self, experts: NodeProto, add: NodeProto, value: str) -> Iterator[_Sum]:
         """The sum where the other value is a product with the sigmoid of a gate."""
-        mul = self._only(value, "Mul")
+        mul = self.only(value, "Mul")
         for factor, shared in _both_ways(mul):
-            sigmoid = self._only(factor, "Sigmoid")
+            sigmoid = self.only(factor, "Sigmoid")
             if mul and sigmoid and self._alike(value, shared) and self._is_gate(sigmoid.input[0], value):
                 gate, column = self._column(sigmoid.input[0])
                 yield _Sum(experts, (shared, gate), column, (add, mul, sigmoid))
-
-    def _only(self, value: str, kind: str) -> NodeProto | None:
-        """The node of this kind that makes a value, if that is one input of one other node, and nothing else."""
-        node = self.makers.get(value)
-        known = node is not None and (node.domain, node.op_type) == (DOMAIN if kind == EXPERTS else "", kind)
-        return node if known and len(self.readers[value]) == 1 and value not in self.outputs else None
 
     def _alike(self, value: str, other: str) -> bool:
         return len(self.shapes.get(value, ())) == 3 and self.shapes[value] == self.shapes.get(other)

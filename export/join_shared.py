@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.helper import make_attribute, make_node
 
 from llmexport.export.expert_stacks import Stack, Stacks, attributes_of
 from llmexport.export.joined_weights import FLOATS
-from llmexport.graphs.cut import makers_of, needed, readers_of, reads
+from llmexport.graphs.cut import Values, needed, reads
 from llmexport.plugins.normed import EXPERTS, OWN
 from llmexport.plugins.packed_formats import PLAIN
 from llmexport.plugins.shared_route import MOST_EXPERTS, ROUTE, SHARED_ROUTES, SLOTS
@@ -82,17 +82,14 @@ class _Shared:
         return next(name for name, gates in SHARED_ROUTES.items() if bool(gates) == bool(self.gate))
 
 
-@dataclass
-class _Graph:
-    proto: GraphProto
-    made: list[NodeProto] = field(default_factory=list)
-    gone: set[int] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.nodes, self.outputs = [*self.proto.node], {o.name for o in self.proto.output}
-        self.types = {v.name: _type(v) for v in (*self.proto.value_info, *self.proto.input)}
-        self.makers, self.readers = makers_of(self.nodes), readers_of(self.nodes)
-        self.stacks = Stacks(self.proto, self.makers)
+class _Graph(Values):
+    def __init__(self, proto: GraphProto) -> None:
+        super().__init__(proto)
+        self.proto, self.nodes = proto, [*proto.node]
+        self.made: list[NodeProto] = []
+        self.gone: set[int] = set()
+        self.types = {v.name: _type(v) for v in (*proto.value_info, *proto.input)}
+        self.stacks = Stacks(proto, self.makers)
 
     def beside(self, experts: NodeProto) -> Iterator[_Shared]:
         """The shared expert whose result is added to what `experts` make."""
@@ -102,9 +99,9 @@ class _Graph:
             return
         for add, value in self._summed(experts.output[0]):
             for mixed, gate in self._ungated(value):
-                down = self._only(mixed, "MatMul")
-                act = self._only(down.input[0], ACT) if down else None
-                halves = [self._only(n, "MatMul") for n in act.input] if act else []
+                down = self.only(mixed, "MatMul")
+                act = self.only(down.input[0], ACT, DOMAIN) if down else None
+                halves = [self.only(n, "MatMul") for n in act.input] if act else []
                 products = [n for n in (*halves, down) if n is not None]
                 weights = tuple(t for n in products if (t := self.stacks.linear(n.input[1])))
                 if act is None or len(weights) != 3 or any(h.input[0] != x for h in products[:2]):
@@ -120,27 +117,21 @@ class _Graph:
             [add] = readers
             yield add, add.input[1] if add.input[0] == value else add.input[0]
 
-    def _only(self, value: str, kind: str) -> NodeProto | None:
-        """The node of this kind that makes a value, if that is one input of one other node, and nothing else."""
-        node = self.makers.get(value)
-        known = node is not None and (node.domain, node.op_type) == (DOMAIN if kind in (ROUTE, ACT) else "", kind)
-        return node if known and len(self.readers[value]) == 1 and value not in self.outputs else None
-
     def _route(self, experts: NodeProto) -> tuple[NodeProto | None, NodeProto | None]:
         """What chooses them, and what casts their weights, if there is that."""
         weights, chosen = experts.input[1:3]
-        cast = self._only(weights, "Cast")
+        cast = self.only(weights, "Cast")
         routed = cast.input[0] if cast else weights
-        route = self._only(routed, ROUTE)
-        same = route is not None and route is self._only(chosen, ROUTE) and [*route.output] == [routed, chosen]
+        route = self.only(routed, ROUTE, DOMAIN)
+        same = route is not None and route is self.only(chosen, ROUTE, DOMAIN) and [*route.output] == [routed, chosen]
         return (route if same else None), cast
 
     def _ungated(self, value: str) -> Iterator[tuple[str, str]]:
         """What a value is times the sigmoid of a gate, and the gate; or itself, and none."""
         yield value, ""
-        mul = self._only(value, "Mul")
+        mul = self.only(value, "Mul")
         for mixed, factor in itertools.permutations(mul.input, 2) if mul else ():
-            if sigmoid := self._only(factor, "Sigmoid"):
+            if sigmoid := self.only(factor, "Sigmoid"):
                 yield mixed, sigmoid.input[0]
 
     def _weighs(self, gate: str, route: NodeProto, experts: NodeProto) -> bool:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import onnx
-from onnx import ModelProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto
 
 from llmexport.graphs.bodies import graphs_of, op_of
 from llmexport.plugins.spec import DOMAIN
@@ -79,6 +79,20 @@ def makers_of(nodes: Iterable[NodeProto]) -> dict[str, NodeProto]:
     """By value, the node that makes it."""
     # An output that is left out has the name of an input that is.
     return {name: node for node in nodes for name in node.output if name}
+
+
+class Values:
+    """Who makes and who reads the values of a graph, and which are its `outputs`."""
+
+    def __init__(self, graph: GraphProto) -> None:
+        self.outputs = {o.name for o in graph.output}
+        self.makers, self.readers = makers_of(graph.node), readers_of(graph.node)
+
+    def only(self, value: str, op_type: str, domain: str = "") -> NodeProto | None:
+        """The node of this kind that makes a value, if that is one input of one other node, and nothing else."""
+        node = self.makers.get(value)
+        known = node is not None and (node.domain, node.op_type) == (domain, op_type)
+        return node if known and len(self.readers[value]) == 1 and value not in self.outputs else None
 
 
 def needed(nodes: Iterable[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:

@@ -19,8 +19,7 @@ from llmexport.plugins.spec import Attribute
 
 # From 6 to 250 MB of a shared expert.
 SHARED_BESIDE = (
-    *(x for x in LAYERS if x.family in ("Qwen3.5-35B-A3B", "Llama-4-Scout")),
-    Layer("GLM-4.5-Air", 4096, 1408, 128, 8),
+    *(x for x in LAYERS if x.family in ("Qwen3.5-35B-A3B", "Llama-4-Scout", "GLM-4.5-Air")),
     Layer("GLM-4.5", 5120, 1536, 160, 8),
 )
 

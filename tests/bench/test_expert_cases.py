@@ -26,12 +26,10 @@ def expert_cases(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_plugin_takes_every_case(expert_cases: Any) -> None:
-    from plugin_cases import array_of
-
     library = Library(emulated_library())
     for case in expert_cases.cases():
         plugin = library.create(case.op, case.attributes)
-        inputs = [desc(t.shape, array_of(t.new_empty(0, device="cpu")).dtype) for t in case.on("meta")]
+        inputs = [desc(t.shape, t.dtype) for t in case.on("meta")]
         assert plugin.output_shapes(inputs, known=True) == [(case.B, case.T, case.layer.C)]
         plugin.configure([*inputs, inputs[0]])
 

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from native import emulated_library
-from plugin_cases import array_of
-from plugin_host import computed
-from plugin_memory import CpuMemory
 
 from llmexport.plugins.host import Library, desc
 from llmexport.plugins.normed import ADDENDS
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(HERE))
-    import bench_ops
-
-    return bench_ops
 
 
 @pytest.fixture
@@ -42,12 +29,6 @@ def small(case: Any) -> Any:
     return replace(case, B=2, T=1, H=4, kv=2)
 
 
-def given(library: Library, case: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-    plugin = library.create(case.op, case.attributes).attach()
-    for output, found in zip(outputs, computed(plugin, CpuMemory(), [array_of(x) for x in inputs]), strict=True):
-        array_of(output)[...] = found
-
-
 def each_plugin(normed_cases: Any) -> list[Any]:
     return list({case.op: case for case in normed_cases.cases()}.values())
 
@@ -57,7 +38,7 @@ def test_plugins_take_every_case(normed_cases: Any) -> None:
     for case in normed_cases.cases():
         plugin = library.create(case.op, case.attributes)
         meta = case.on("meta")
-        descs = [desc(t.shape, array_of(t.new_empty(0, device="cpu")).dtype) for t in (*meta, *case.outputs(meta))]
+        descs = [desc(t.shape, t.dtype) for t in (*meta, *case.outputs(meta))]
         assert plugin.output_shapes(descs[: len(meta)], known=True) == [t.shape for t in case.outputs(meta)]
         plugin.configure(descs)
         seen.add(case.op)
@@ -65,27 +46,31 @@ def test_plugins_take_every_case(normed_cases: Any) -> None:
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_numbers_are_the_references_as_the_benchmark_asks(bench: Any, normed_cases: Any, which: int) -> None:
+def test_numbers_are_the_references_as_the_benchmark_asks(
+    bench: Any, compute: Callable[..., None], normed_cases: Any, which: int
+) -> None:
     torch.manual_seed(which)
     case = small(each_plugin(normed_cases)[which])
     inputs = case.on("cpu")
     outputs = case.outputs(inputs)
-    given(Library(emulated_library()), case, inputs, outputs)
+    compute(case, inputs, outputs)
     assert all(bench.agree(case, wanted, found) for wanted, found in case.checked(inputs, outputs))
     outputs[0].mul_(1.05)
     assert not all(bench.agree(case, wanted, found) for wanted, found in case.checked(inputs, outputs))
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_one_after_another_computes_the_same(bench: Any, normed_cases: Any, which: int) -> None:
+def test_one_after_another_computes_the_same(
+    bench: Any, compute: Callable[..., None], normed_cases: Any, which: int
+) -> None:
     torch.manual_seed(which)
-    library, case = Library(emulated_library()), small(each_plugin(normed_cases)[which])
+    case = small(each_plugin(normed_cases)[which])
     inputs = case.on("cpu")
     together = case.outputs(inputs)
-    given(library, case, inputs, together)
+    compute(case, inputs, together)
     steps = case.apart(inputs)
     for step in steps:
-        step() if callable(step) else given(library, *step)
+        step() if callable(step) else compute(*step)
     found = steps[-1][2]
     # torch rounds a sigmoid and a product of it, where the plugin rounds as TensorRT does.
     same = bench.agree if len(ADDENDS.get(case.op, ())) > 1 else lambda _case, a, b: torch.equal(a, b)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from native import emulated_library
-from plugin_cases import array_of
-from plugin_host import computed
-from plugin_memory import CpuMemory
 
 from llmexport.plugins.host import Library, desc
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(HERE))
-    import bench_ops
-
-    return bench_ops
 
 
 @pytest.fixture
@@ -33,17 +20,11 @@ def each(bench: Any) -> list[Any]:
     return list({case.family: case for case in shared_cases.cases()}.values())
 
 
-def given(library: Library, case: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-    plugin = library.create(case.op, case.attributes).attach()
-    for output, found in zip(outputs, computed(plugin, CpuMemory(), [array_of(x) for x in inputs]), strict=True):
-        array_of(output)[...] = found
-
-
 def test_plugins_take_every_case(each: list[Any]) -> None:
     library = Library(emulated_library())
     for case in each:
         meta = case.on("meta")
-        descs = [desc(t.shape, array_of(t.new_empty(0, device="cpu")).dtype) for t in (*meta, *case.outputs(meta))]
+        descs = [desc(t.shape, t.dtype) for t in (*meta, *case.outputs(meta))]
         library.create(case.op, case.attributes).configure(descs)
         [weights, chosen] = meta[1:3]
         assert weights.shape == chosen.shape == (case.B, case.T, case.routed.layer.K + 1)
@@ -55,15 +36,17 @@ def test_bytes_are_those_of_an_expert_more(each: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_an_mlp_beside_them_computes_the_same(bench: Any, each: list[Any], which: int) -> None:
+def test_an_mlp_beside_them_computes_the_same(
+    bench: Any, compute: Callable[..., None], each: list[Any], which: int
+) -> None:
     torch.manual_seed(which)
-    library, layer = Library(emulated_library()), replace(each[which].routed.layer, C=64, I=32, E=8)
+    layer = replace(each[which].routed.layer, C=64, I=32, E=8)
     case = replace(each[which], routed=replace(each[which].routed, layer=layer, B=1, T=3))
     inputs = case.on("cpu")
     together = case.outputs(inputs)
-    given(library, case, inputs, together)
+    compute(case, inputs, together)
     assert all(bench.agree(case, wanted, found) for wanted, found in case.checked(inputs, together))
     for step in case.apart(inputs):
-        made = step() if callable(step) else given(library, *step)
+        made = step() if callable(step) else compute(*step)
     assert bench.agree(case, together[0], made)
     assert not bench.agree(case, together[0], made * 1.05)
