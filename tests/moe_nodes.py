@@ -11,7 +11,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from kernel_numbers import UNIT, Values, rounded
+from native import ORDERS
 from plugin_host import DTYPES, Machine, computed
 
 from llmexport.validate.compare import compare
@@ -189,3 +191,28 @@ def name(node: Node) -> str:
     return sizes + "".join(
         f"-{k}{'' if v is True else v}" for k, v in vars(node).items() if k not in "TKECI" and v != getattr(Node, k)
     )
+
+
+def is_right_where_some_are_no_expert(machine: Machine, node: Node, dtype: str) -> bool:
+    """Below 0, above the last one, and none at all of the last token, which gets zeros."""
+    inputs = node.inputs(dtype)
+    inputs[2][0, ::2, 1], inputs[2][0, 1::3, 0] = -1, node.E
+    inputs[2][0, -1] = 2**31 - 1
+    y = run(machine, node, inputs)
+    return is_near(node, y, exact(node, inputs, dtype), dtype) and not y[0, -1].any()
+
+
+def tokens_with_nan(machine: Machine, node: Node, dtype: str, token: int) -> Values:
+    """Of each number of the result, [T, C], whether it is NaN where one of a token's is."""
+    inputs = node.inputs(dtype)
+    inputs[0][0, token, 7] = np.nan
+    return np.isnan(run(machine, node, inputs).astype(np.float32))[0]
+
+
+def in_every_order(machine: Machine, node: Node, monkeypatch: pytest.MonkeyPatch) -> set[bytes]:
+    """The results of threads and blocks in several orders."""
+    results = set()
+    for seed in ORDERS:
+        monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
+        results.add(run(machine, node, node.inputs("bf16")).tobytes())
+    return results

@@ -18,12 +18,15 @@ from moe_nodes import (
     Node,
     dequantised,
     exact,
+    in_every_order,
     is_near,
     is_right,
+    is_right_where_some_are_no_expert,
     name,
     run,
+    tokens_with_nan,
 )
-from native import ORDERS, SANITIZE
+from native import SANITIZE
 from pairwise import pairwise
 from plugin_host import DTYPES, Machine, computed, lay_out
 
@@ -226,12 +229,7 @@ def test_a_token_may_choose_an_expert_twice(machine: Machine, dtype: str, tokens
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_no_expert_adds_nothing(machine: Machine, dtype: str, tokens: int) -> None:
     node = Node(tokens, 2, 4, 64, 40)
-    inputs = node.inputs(dtype)
-    inputs[2][0, ::2, 1], inputs[2][0, 1::3, 0] = -1, 4
-    inputs[2][0, -1] = 2**31 - 1
-    y = run(machine, node, inputs)
-    assert is_near(node, y, exact(node, inputs, dtype), dtype)
-    assert not y[0, -1].any()
+    assert is_right_where_some_are_no_expert(machine, node, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -248,9 +246,7 @@ def test_a_batch_is_its_tokens(machine: Machine, dtype: str) -> None:
 @pytest.mark.parametrize("tokens", [5, 70])
 def test_a_nan_shows_in_its_token_alone(machine: Machine, dtype: str, tokens: int) -> None:
     node = Node(tokens, 2, 4, 64, 40)
-    inputs = node.inputs(dtype)
-    inputs[0][0, 3, 7] = np.nan
-    found = np.isnan(run(machine, node, inputs).astype(np.float32))[0]
+    found = tokens_with_nan(machine, node, dtype, 3)
     assert found[3].all()
     assert not np.delete(found, 3, 0).any()
 
@@ -263,11 +259,7 @@ def test_a_nan_shows_in_its_token_alone(machine: Machine, dtype: str, tokens: in
 def test_result_does_not_depend_on_the_order_of_threads(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, node: Node
 ) -> None:
-    results = set()
-    for seed in ORDERS:
-        monkeypatch.setenv("LLMEXPORT_EMULATOR_SEED", str(seed))
-        results.add(run(machine, node, node.inputs("bf16")).tobytes())
-    assert len(results) == 1
+    assert len(in_every_order(machine, node, monkeypatch)) == 1
 
 
 def test_no_tokens_are_no_error(machine: Machine) -> None:
