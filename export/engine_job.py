@@ -35,8 +35,7 @@ OF_PLUGINS = {**dict.fromkeys(ADDENDS, EXPERTS), **dict.fromkeys(SHARED_ROUTES, 
 @dataclass(frozen=True)
 class Job:
     """A graph in TensorRT's form: `nodes` are left to plugins, name -> op, or a plugin of plugins/normed.py or
-    shared_route.py;
-    `bindings` make the weights that are inputs.
+    shared_route.py; `bindings` make the weights that are inputs.
 
     said: what the job's file says, to which the builder's task is added.
     """

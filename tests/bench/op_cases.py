@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import wkv7_cases
 import wkv_cases
 from gpu_clock import Ceilings, copy_of, once
+from normed_cases import FREE
 
 from llmexport.plugins.spec import Attribute, all_ops
 from llmexport.validate.tolerance import Tolerance
@@ -27,7 +28,6 @@ PREFILL = (4096, 4 * 4096)
 DECODE = (1, 8, 64)
 # Fractions of the floor at T = 4096 and 16384 (issue 3).
 PREFILL_TARGETS = dict(zip(PREFILL, (0.85, 0.92), strict=True))
-FREE = 63  # slots of a static cache that the step's tokens are written behind
 ROUTE_TARGET = 1 / 1.3  # as much above its floor as a token may be above a launch
 Peer = Callable[..., object]
 
