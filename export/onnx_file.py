@@ -29,6 +29,7 @@ from llmexport.export.packed.experts import with_packed
 from llmexport.export.packed.repack import with_repacked
 from llmexport.export.placing import check_config, check_room, place_companions, place_shards
 from llmexport.export.progress import Progress, silent
+from llmexport.export.small_experts import with_small_experts
 from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import FUSED, check_fused, check_slots
@@ -183,13 +184,13 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
             "target tensorrt: weights in few bits get TensorRT's form when their engine is built: export without "
             "--target, then run `llmexport engine`"
         )
-    made = None
-    if request.quantize:
-        kind = (request.quantize, request.group_size, request.quantize_head)
-        made = quantize.quantise(*kind, arch, checkpoint, graphs, own, folder)
+    kind = (request.group_size, request.quantize_head, arch, checkpoint, graphs, own, folder)
+    made = quantize.quantise(request.quantize, *kind) if request.quantize else None
+    if made:
         checkpoint, notes = made.checkpoint, [*notes, *made.told.notes]
-        packed = with_packed(model, arch, checkpoint, request.target, request.dtype)
-        graphs, own, wanted = wanted_graphs(arch, checkpoint, packed, request.block)
+        model = with_packed(model, arch, checkpoint, request.target, request.dtype)
+    model = with_small_experts(model, arch, checkpoint, request.target, request.dtype)
+    graphs, own, wanted = wanted_graphs(arch, checkpoint, model, request.block)
     checkpoint, repacked = with_repacked(checkpoint, wanted, join=request.target == "onnxruntime")
     own = {graph: {step: whole(p, checkpoint) for step, p in steps.items()} for graph, steps in own.items()}
     config = text_config(arch, checkpoint.config)
@@ -198,10 +199,8 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     check_room(checkpoint, () if made else used, folder, request.weights, repacked.nbytes if repacked else 0)
     built = [build(g, own[g.name], checkpoint, request.dtype, request.target, request.cache, progress) for g in graphs]
     progress("weights", 0, 1)
-    held = checkpoint
     if made:
         found = made.write(folder, request.digest, progress)
-        held = made.written(folder)
     else:
         found = place_shards(checkpoint, used, folder, request.weights, whole=request.digest)
     check_config(stored)
@@ -210,6 +209,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     for told in (made.told, handed) if made else (handed,):
         companions |= told.place(folder)
     if repacked:
+        held = made.written(folder) if made else checkpoint
         found.append(repacked.write(folder, held.read, whole=request.digest))
     progress("weights", 1, 1)
     for graph, data in built:

@@ -40,7 +40,10 @@ def wanted_parameters(
             parts = () if name in stored or matrix in whole else part_names(arch, matrix, experts)
             if tensor.role and (stack := checkpoint_name(arch, model, matrix)) in checkpoint.matrices:
                 name, parts = f"{stack}/{tensor.role}", (stack,)
-            own[path] = Parameter(name, shape, parts, tensor.dtype, tensor.group, tensor.role, tensor.join)
+            elif tensor.anew and name in stored:
+                name, parts = f"{name}/anew", (name,)
+            how = (tensor.dtype, tensor.group, tensor.role, tensor.join, tensor.turned)
+            own[path] = Parameter(name, shape, parts, *how)
             names += len(own[path].sources)
             if names > most:
                 raise ExportError(
@@ -70,7 +73,9 @@ def tensor_names(
 def whole(parameters: Mapping[str, Parameter], checkpoint: Checkpoint) -> dict[str, Parameter]:
     """The same, each that a checkpoint now holds in one tensor as that."""
     held = checkpoint.tensors
-    return {n: replace(p, parts=(), role="", join=0) if p.name in held else p for n, p in parameters.items()}
+    return {
+        n: replace(p, parts=(), role="", join=0, turned=False) if p.name in held else p for n, p in parameters.items()
+    }
 
 
 def check_layers(arch: Arch, model: Model, tensors: Collection[str], tower: tuple[str, ...]) -> None:

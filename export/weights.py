@@ -33,7 +33,7 @@ class Parameter:
     """A weight that the model wants: its name in the checkpoint and its shape.
 
     `parts` are the tensors it is made of, stacked in this order, where the checkpoint has no such tensor.
-    `dtype`, `group`, `role` and `join` are those of Stored; with a role, the parts are matrices in few bits.
+    `dtype`, `group`, `role`, `join` and `turned` are those of Stored; with a role, the parts are matrices in few bits.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Parameter:
     group: int | None = None
     role: Role = ""
     join: int = 0
+    turned: bool = False
 
     def cast(self, dtype: int) -> int | None:
         """The ONNX type that it is cast to in a model of `dtype`; None if the graph takes it as it is stored."""
@@ -55,9 +56,7 @@ class Parameter:
     @property
     def part_shape(self) -> tuple[int, ...]:
         """The shape of each of its sources."""
-        if not self.parts:
-            return self.shape
-        return (self.shape[0] * self.shape[1] // len(self.parts), *self.shape[2:])
+        return (self.shape[0] * self.shape[1] // len(self.parts), *self.shape[2:]) if self.parts else self.shape
 
     @property
     def grouped_shape(self) -> tuple[int, ...]:

@@ -96,6 +96,17 @@ def scalar(value: gs.Tensor) -> float | None:
     return None
 
 
+def holds(value: gs.Tensor, number: float) -> bool:
+    """Whether it is this number throughout, as the graph tells."""
+    if isinstance(value, gs.Constant):
+        return bool((np.asarray(value.values) == number).all())
+    node = produced_by(value, "ConstantOfShape")
+    return (
+        node is not None
+        and float(np.asarray(node.attrs["value"].values).item() if "value" in node.attrs else 0) == number
+    )
+
+
 def same_shape(*values: gs.Tensor) -> bool:
     """Whether all are known to have one shape, symbolic dimensions compared by name."""
     shapes = [None if v.shape is None else list(v.shape) for v in values]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmexport.graphs.fusion import Added, Fused, Refusal, float_type, fuse_each, produced_by, producer
+from llmexport.graphs.fusion import Added, Fused, Refusal, float_type, fuse_each, holds, producer
 from llmexport.plugins.spec import DOMAIN
 
 FORMATS = ("uint4", "uint8", "int8")  # those of integers, of which it is said why they are left
@@ -56,7 +56,7 @@ def _lower(graph: gs.Graph, node: gs.Node) -> None:
         times = min(int(node.attrs["group"]), size) // block
         rows = given[name].shape[1]
         scales[name] = _of_blocks(added, given[f"{name}_scales"], [experts, rows, size // block], times)
-        biases[name] = gs.Variable.empty() if _holds(given[f"{name}_bias"], 0) else given[f"{name}_bias"]
+        biases[name] = gs.Variable.empty() if holds(given[f"{name}_bias"], 0) else given[f"{name}_bias"]
         if points := given.get(f"{name}_zeros"):
             own = _of_blocks(added, points, [experts, rows, size // block], times)
             zeros[name] = _packed(added, own, [experts, rows, size // block])
@@ -101,7 +101,7 @@ def _check(node: gs.Node, x: gs.Tensor, shares: gs.Tensor, given: dict[str, gs.T
         raise Refusal("its rows of gate and up do not alternate")
     if attributes["scale_input"]:
         raise Refusal("the routing weight multiplies what goes in")
-    if not all(_holds(given[n], 1) for n in ("gate_up_factors", "down_factors") if n in given):
+    if not all(holds(given[n], 1) for n in ("gate_up_factors", "down_factors") if n in given):
         raise Refusal("its weights have factors")
     if not _is_positive(shares):
         raise Refusal("its routing weights may be less than 0")
@@ -174,14 +174,3 @@ def _is_positive(value: gs.Tensor) -> bool:
         case ("Concat", ""):
             return all(map(_is_positive, node.inputs))
     return False
-
-
-def _holds(value: gs.Tensor, number: float) -> bool:
-    """Whether it is this number throughout, as the graph tells."""
-    if isinstance(value, gs.Constant):
-        return bool((np.asarray(value.values) == number).all())
-    node = produced_by(value, "ConstantOfShape")
-    return (
-        node is not None
-        and float(np.asarray(node.attrs["value"].values).item() if "value" in node.attrs else 0) == number
-    )

@@ -17,13 +17,20 @@ from llmexport.graphs.fusion import Fused
 from llmexport.graphs.lower_attention import lower_attention
 from llmexport.graphs.lower_experts import lower_experts
 from llmexport.graphs.lower_sink_attention import lower_sink_attention
+from llmexport.graphs.lower_small_experts import lower_small_experts
 from llmexport.graphs.lower_static_attention import lower_static_attention
 
 Pass = Callable[[gs.Graph], Fused]
 PIPELINE: tuple[Pass, ...] = (fuse_add_rms_norm, fuse_gated_act)
 # By target, those that come after.
 LOWERING: Mapping[str, tuple[Pass, ...]] = {
-    "onnxruntime": (lower_static_attention, lower_attention, lower_sink_attention, lower_experts),
+    "onnxruntime": (
+        lower_static_attention,
+        lower_attention,
+        lower_sink_attention,
+        lower_experts,
+        lower_small_experts,
+    ),
     "tensorrt": (fuse_qk_norm_rope, fuse_gated_delta_net),
 }
 # Those of the portable target where a cache is written in place, as engines serve with.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from llmexport.export.assembly import checkpoint_name, part_names
 from llmexport.export.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from llmexport.export.values import show_name
 from llmexport.graphs import lower_experts
 from llmexport.plugins.packed_formats import PACKED
 
+Kept = TypeVar("Kept", bound=Block)
 FORMATS = {"uint4": "uint4", "int4": "uint4", "uint8": "uint8", "int8": "int8"}
 
 
@@ -60,9 +61,14 @@ def with_packed(
 
 def with_experts(assembly: Assembly, change: Callable[[Experts, str], Experts]) -> Assembly:
     """The assembly with what `change` makes of each block of experts, which it is given with its path."""
+    return with_blocks(assembly, Experts, change)
+
+
+def with_blocks(assembly: Assembly, kind: type[Kept], change: Callable[[Kept, str], Kept]) -> Assembly:
+    """The assembly with what `change` makes of each block of one kind, which it is given with its path."""
 
     def within(block: Block, path: str) -> Block:
-        if isinstance(block, Experts):
+        if isinstance(block, kind):
             return change(block, path)
         # Some blocks are made when they are asked for.
         changed = {n: new for n, (part, own) in block.parts.items() if (new := within(part, path + own)) is not part}

@@ -78,10 +78,10 @@ def stack_pieces(matrix: Matrix, checkpoint: Checkpoint, *, zeros: bool) -> Iter
 
 
 def joined(wanted: Iterable[Parameter], checkpoint: Checkpoint) -> Iterator[Piece]:
-    """What is published in several tensors of floats, or is to be joined of matrices, as one of the parameter's own
-    name."""
+    """What is published in several tensors of floats, or otherwise than it is read, or is to be joined of matrices, as
+    one of the parameter's own name."""
     parameters = {p.name: p for p in wanted if p.parts}.values()
-    for parameter in (p for p in parameters if p.join):
+    for parameter in (p for p in parameters if p.join and p.role):
         dtype = BY_NAME["float32" if parameter.dtype == "F" else parameter.dtype]
         matrices = [checkpoint.matrices[n] for n in parameter.parts]
         yield Piece(unplaced(parameter.name, dtype, parameter.shape), partial(_in_turn, parameter, matrices))
@@ -177,16 +177,25 @@ def _constant(array: np.ndarray, read: Read) -> np.ndarray:
 
 
 def _joined(parameter: Parameter, read: Read) -> np.ndarray:
-    return np.concatenate([read(n) for n in parameter.parts]).reshape(parameter.shape)
+    """Floats of all experts, as they are read."""
+    every = [read(n) for n in parameter.parts]
+    # What is mapped and turned alone is copied expert by expert, as it is written.
+    made = every[0] if len(every) == 1 else np.concatenate(every)
+    made = made.swapaxes(1, 2) if parameter.turned else made.reshape(parameter.shape)
+    return _alternating(made, parameter.join) if parameter.join > 1 else made
+
+
+def _alternating(made: np.ndarray, matrices: int) -> np.ndarray:
+    """The rows of so many matrices in turn, which lie one below the other in each of [experts, rows, columns]."""
+    experts, rows, columns = made.shape
+    return made.reshape(experts, matrices, rows // matrices, columns).swapaxes(1, 2).reshape(made.shape)
 
 
 def _in_turn(parameter: Parameter, matrices: list[Matrix], read: Read) -> np.ndarray:
     """Of all experts what their matrices have of this role, the rows of those of one expert in turn."""
     make = {"values": _rows, "scales": Matrix.grid_of_scales, "zeros": _points}[parameter.role]
     made = np.stack([make(m, read) for m in matrices])
-    experts, rows, columns = parameter.shape
-    apart = made.reshape(experts, parameter.join, rows // parameter.join, columns)
-    return apart.swapaxes(1, 2).reshape(parameter.shape)
+    return _alternating(made.reshape(parameter.shape), parameter.join)
 
 
 def _rows(matrix: Matrix, read: Read) -> np.ndarray:

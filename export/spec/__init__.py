@@ -78,7 +78,7 @@ from llmexport.export.spec.patches import (
 from llmexport.export.spec.per_layer import PerLayerEmbedding, PerLayerInput
 from llmexport.export.spec.proportional import ProportionalScaling
 from llmexport.export.spec.splice import Splice
-from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Packed, Plain, Role, Storage, Stored
+from llmexport.export.spec.storage import ANY_FLOAT, Mxfp4, Packed, Plain, Rewritten, Role, Storage, Stored
 from llmexport.export.spec.tiles import PixelShuffle, PooledProjector, Projector, TileEmbedding, TileRotary
 from llmexport.export.spec.wkv import ChannelMix, TimeMix
 from llmexport.export.spec.wkv7 import DeltaTimeMix, ShiftedMlp
@@ -163,6 +163,7 @@ __all__ = [
     "Reference",
     "RelativeBias",
     "RelativePositions",
+    "Rewritten",
     "Role",
     "Rotary",
     "Router",

@@ -23,7 +23,8 @@ class Stored:
     floats that the graph takes in the type they are stored in; else the one type that it has. A checkpoint may set
     `group`s of the last dimension apart, as one dimension more. A random checkpoint draws evenly from `usual` on and
     below its end; if it is None, as any weight. With a `role` it is made of what holds the matrices in few bits, by
-    nodes, or, if `join` is no 0, by the export: it is then written as one tensor, rows of so many matrices in turn.
+    nodes, or, if `join` is no 0, by the export: it is then written as one tensor, rows of so many matrices in turn. One
+    of floats is written anew if it is to `join` several, or is `turned`: the transpose of what the checkpoint has.
     """
 
     suffix: str
@@ -33,6 +34,12 @@ class Stored:
     usual: tuple[float, float] | None = None
     role: Role = ""
     join: int = 0
+    turned: bool = False
+
+    @property
+    def anew(self) -> bool:
+        """Whether the export writes these floats once more."""
+        return not self.role and (self.join > 1 or self.turned)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,18 @@ class Plain(Storage):
 
     def tensors(self, rows: int, columns: int, matrices: int = 1) -> tuple[Stored, ...]:
         return (Stored("", (rows, columns)),)
+
+
+@dataclass(frozen=True)
+class Rewritten(Storage):
+    """One tensor of floats that the export writes: rows of several matrices in turn if it is to `join` them, and the
+    transpose of each that the checkpoint has if it is `turned`."""
+
+    join: bool = False
+    turned: bool = False
+
+    def tensors(self, rows: int, columns: int, matrices: int = 1) -> tuple[Stored, ...]:
+        return (Stored("", (rows, columns), join=matrices if self.join else 0, turned=self.turned),)
 
 
 @dataclass(frozen=True)

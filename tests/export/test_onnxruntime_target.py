@@ -18,6 +18,7 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export
 from llmexport.export.packed.repack import FILE
+from llmexport.graphs import lower_small_experts
 from llmexport.plugins.spec import op_name
 from llmexport.run import triton
 from llmexport.validate import bound, validate
@@ -98,15 +99,18 @@ def test_it_is_validated_and_tensorrt_is_not_asked(dtype, arch, lowered):
     triton.write(export.folder, export.folder.parent / "repository")
 
 
-# Clamped SwiGLU and biases, groups of experts and a shared one, weights that scale what goes in, sparse mixer.
+# Clamped SwiGLU and biases, groups of experts and a shared one, weights that scale what goes in, sparse mixer. Small
+# ones in float32 are an operator's.
 @pytest.mark.parametrize("arch", ["gpt_oss", "deepseek_v3", "llama4", "phimoe", "qwen3_5_moe"])
-def test_experts_run_one_by_one_and_give_the_logits_of_transformers(arch, lowered, tiny_checkpoint):
-    export = lowered(arch)
+def test_experts_run_one_by_one_and_give_the_logits_of_transformers(arch, tmp_path):
+    random_checkpoint.write(archs.load(arch), tmp_path / "in", dtype="bfloat16")
+    checkpoint = open_checkpoint(tmp_path / "in")
+    export = onnx_file.write(onnx_file.Request(archs.load(arch), checkpoint, target="onnxruntime"), tmp_path / "out")
     model = onnx.load(export.folder / "model.onnx", load_external_data=False)
     bodies = [f for f in model.functions if op_name(f.name) == "MoeExperts"]
     assert bodies
     assert all("NonZero" in {n.op_type for n in every_node(f)} for f in bodies)
-    check_logits(export, tiny_checkpoint(arch))
+    check_logits(export, tmp_path / "in")
 
 
 @pytest.mark.parametrize("arch", ["qwen3_5", "qwen3_next", "kimi_linear"])
@@ -128,8 +132,12 @@ def every_node(within: onnx.FunctionProto | onnx.GraphProto) -> Iterator[onnx.No
                 yield from every_node(attribute.g)
 
 
-def test_experts_published_one_by_one_are_stacked_in_a_file(lowered):
-    export = lowered("mixtral")
+def test_experts_published_one_by_one_are_stacked_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(lower_small_experts, "SMALL", 3 * 64 * 128 - 1)
+    arch = archs.load("mixtral")
+    random_checkpoint.write(arch, tmp_path / "in", dtype="float32")
+    request = onnx_file.Request(arch, open_checkpoint(tmp_path / "in"), target="onnxruntime")
+    export = onnx_file.write(request, tmp_path / "out")
     model = onnx.load(export.folder / "model.onnx", load_external_data=False)
     stacks = [t for t in model.graph.initializer if ".experts." in t.name]
     assert {tuple(t.dims) for t in stacks} == {(4, 256, 64), (4, 64, 128)}
