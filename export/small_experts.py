@@ -8,8 +8,8 @@ from llmexport.export.assembly import checkpoint_name, older_name, part_names
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.packed.experts import with_blocks
 from llmexport.export.spec import Arch, Experts, Model, Moe, Plain, Rewritten, Router
+from llmexport.graphs import lower_small_experts
 from llmexport.graphs.lower_experts import ACTIVATIONS
-from llmexport.graphs.lower_small_experts import is_small
 from llmexport.plugins.dtypes import BY_NAME
 
 
@@ -51,7 +51,8 @@ def _is_lowered(router: Router) -> bool:
 
 
 def _fits(block: Experts) -> bool:
-    """The same of experts; biases of gate and up one behind the other would have to be written anew as well."""
-    small = is_small(block.hidden, block.intermediate) and block.storage == Plain()
-    said = block.activation in ACTIVATIONS and not block.scale_input
+    """The same of experts; of those that lie [outputs, inputs] half as many numbers, as our own body reads them faster.
+    Biases of gate and up one behind the other would have to be written anew as well."""
+    small = 3 * block.hidden * block.intermediate * (1 if block.transposed else 2) <= lower_small_experts.SMALL
+    said = block.activation in ACTIVATIONS and not block.scale_input and block.storage == Plain()
     return small and said and (block.interleaved or not block.bias)

@@ -15,11 +15,6 @@ from llmexport.plugins.spec import DOMAIN
 SMALL = 2**20
 
 
-def is_small(hidden: int, intermediate: int) -> bool:
-    """Whether an expert of these sizes has few numbers: three matrices of one by the other."""
-    return 3 * hidden * intermediate <= SMALL
-
-
 def lower_small_experts(graph: gs.Graph) -> Fused:
     """Rewrites every legal MoeExperts of small experts whose rows of gate and up alternate.
 
@@ -54,8 +49,8 @@ def _lower(graph: gs.Graph, node: gs.Node) -> None:
     (experts, width, hidden), activation = given["gate_up"].shape, node.attrs["activation"]
     if any(float_type(v) != "float32" for v in (x, given["gate_up"], given["down"])):
         raise Refusal("it or its weights are not in float32")
-    if not is_small(hidden, width // 2):
-        raise Refusal(f"an expert has {3 * hidden * (width // 2)} numbers, of which MoE is faster up to {SMALL}")
+    if (numbers := hidden * (width + width // 2)) > SMALL:
+        raise Refusal(f"an expert has {numbers} numbers, of which MoE is faster up to {SMALL}")
     if activation not in ACTIVATIONS:
         raise Refusal(f"its activation is {activation}, not {' or '.join(ACTIVATIONS)}")
     if node.attrs["scale_input"]:

@@ -13,6 +13,8 @@ from llmexport.export import archs, onnx_file, random_checkpoint
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.exported import Export
 from llmexport.export.packed.repack import FILE
+from llmexport.export.small_experts import with_small_experts
+from llmexport.graphs import lower_small_experts
 from llmexport.validate import bound, validate
 
 RUNGS = ("transformers", "blocks", "onnxruntime")
@@ -81,3 +83,16 @@ def test_a_layer_and_experts_alone_are_right(tmp_path):
         assert export.graphs[0].fusions["lower_small_experts"].count == count
         rungs = {r.key: r.status for r in validate(export.folder).rungs}
         assert rungs["onnxruntime"] == "pass"
+
+
+# Of those that lie [outputs, inputs] the bound is half of it.
+@pytest.mark.parametrize(("arch", "numbers"), [("gpt_oss", 3 * 64 * 32), ("mixtral", 2 * 3 * 64 * 128)])
+def test_larger_ones_are_not_rewritten(arch, numbers, tmp_path, monkeypatch):
+    random_checkpoint.write(archs.load(arch), tmp_path / "in", dtype="float32")
+    checkpoint = open_checkpoint(tmp_path / "in")
+    request = onnx_file.Request(archs.load(arch), checkpoint, target="onnxruntime")
+    request, model, _ = onnx_file.open_model(request)
+    for bound_at, is_changed in ((numbers, True), (numbers - 1, False)):
+        monkeypatch.setattr(lower_small_experts, "SMALL", bound_at)
+        changed = with_small_experts(model, request.arch, checkpoint, "onnxruntime", "float32")
+        assert (changed != model) is is_changed
