@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmexport.export.checkpoint import StoredTensor, read_header
+from llmexport.export.checkpoint import read_header
 from llmexport.export.errors import EngineError
 from llmexport.export.identity import WeightFile, examine
 from llmexport.export.stamp import Stamp, check_stamp, read_errors
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
 
 if TYPE_CHECKING:

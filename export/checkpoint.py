@@ -17,6 +17,7 @@ from llmexport.export.folder import ADAPTER, INDEX, SINGLE, few, what_it_is
 from llmexport.export.packed.read import matrices_of
 from llmexport.export.stamp import Stamp, check_stamp, stamp
 from llmexport.export.stamp import read_errors as _read_errors
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.plugins.dtypes import BY_SAFETENSORS
 from llmexport.plugins.regular import open_regular, read_regular
 
@@ -38,16 +39,6 @@ MAX_NBYTES = 2**63 - 1  # numpy, ONNX and the file system count in int64
 _short = reprlib.Repr()
 _short.maxstring = 120
 _show = _short.repr  # a value from a file that nobody vouches for, on one line, cut in length and depth
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    name: str
-    dtype: str  # as safetensors spells it
-    shape: tuple[int, ...]
-    file: str  # the shard's name in the folder
-    offset: int  # from the beginning of the file
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +82,7 @@ class Checkpoint:
         path = self.folder / tensor.file
         with _read_errors(path):
             check_stamp(path, next(s.stamp for s in self.shards if s.file == tensor.file), path)
-            return np.memmap(path, dtype, "r", tensor.offset, tensor.shape)
+            return tensor.mapped(path, dtype)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

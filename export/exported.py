@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header
+from llmexport.export.checkpoint import Checkpoint, read_header
 from llmexport.export.earlier import EXPORT
 from llmexport.export.identity import SAYS, WAYS, Held, WeightFile
 from llmexport.export.packed.matrix import Matrix
@@ -17,6 +17,7 @@ from llmexport.export.packed.read import matrices_of
 from llmexport.export.spec import Block, Graph, Head, Reference, Step
 from llmexport.export.stamp import check_stamp, read_errors
 from llmexport.export.static import slots_of
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.graphs.fusion import Fused
 
 

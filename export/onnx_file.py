@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmexport.export import cache, manifest, quantize, weights
+from llmexport.export import cache, manifest, quantize
+from llmexport.export.apart import with_experts_apart
 from llmexport.export.archs import as_stored, in_layout, multimodal_names
-from llmexport.export.assembly import ahead_names, head_name, named_blocks, spare_names, tied_names
+from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.config import Config
 from llmexport.export.earlier import BLOCKS
@@ -33,8 +34,7 @@ from llmexport.export.small_experts import with_small_experts
 from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
 from llmexport.export.static import FUSED, check_fused, check_slots
-from llmexport.export.tied import check_tied
-from llmexport.export.wanted import check_layers, wanted_graphs, whole
+from llmexport.export.wanted import check_layers, check_weights, wanted_graphs, whole
 
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt", "onnxruntime")
@@ -128,6 +128,8 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
         )
     if request.dtype == "float16" and arch.overflows_float16 and part != "vision":
         notes.append(f"{arch.overflows_float16}, use bfloat16 or float32")
+    if request.quantize and (apart := with_experts_apart(arch, model, request.checkpoint)) is not request.checkpoint:
+        return open_model(dataclasses.replace(request, checkpoint=apart))
     if request.quantize_head and model.ties:
         copied = quantize.untied(arch, model, request.checkpoint)
         request, own, notes = open_model(dataclasses.replace(request, checkpoint=copied, quantize_head=False))
@@ -178,7 +180,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     arch, checkpoint = request.arch, request.checkpoint
     graphs, own, wanted = wanted_graphs(arch, checkpoint, model, request.block)
     # A trace takes seconds: what does not fit is told before.
-    _check_weights(request, model, wanted)
+    check_weights(arch, checkpoint, model, wanted, request.part, whole=request.block is None)
     if request.target == "tensorrt" and (request.quantize or checkpoint.matrices):
         raise ExportError(
             "target tensorrt: weights in few bits get TensorRT's form when their engine is built: export without "
@@ -235,16 +237,3 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     )
     (folder / manifest.NAME).write_bytes(manifest.encode(manifest.as_data(export)))
     return export
-
-
-def _check_weights(request: Request, model: Model, wanted: list[weights.Parameter]) -> None:
-    """Raise ExportError unless the checkpoint holds what the graphs want, and nothing that they leave unsaid."""
-    arch = request.arch
-    ignore = arch.ignore + spare_names(arch, model)
-    ignore += ahead_names(arch, model, [n for p in wanted for n in p.sources], request.checkpoint.tensors)
-    for copy, original in tied_names(arch, model):
-        ignore += (copy,) if check_tied(copy, original, request.checkpoint) else ()
-    tower = tower_tensors(arch, request.checkpoint.config, request.part)
-    weights.check(
-        {p.name: p for p in wanted}, request.checkpoint, ignore, request.block is None, head_name(arch), tower
-    )

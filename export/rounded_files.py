@@ -12,13 +12,14 @@ import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
 import numpy as np
 
 from llmexport.export import interrupt
-from llmexport.export.checkpoint import SINGLE, Checkpoint, StoredTensor, read_header
+from llmexport.export.checkpoint import SINGLE, Checkpoint, read_header
 from llmexport.export.errors import ExportError
 from llmexport.export.identity import Held, WeightFile, identify
 from llmexport.export.output import write_errors
 from llmexport.export.placing import reading
 from llmexport.export.progress import Progress
 from llmexport.export.rounding import Rounding
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.export.values import show_name
 from llmexport.export.weight_layout import laid_out, unplaced
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
@@ -57,7 +58,8 @@ def planned(
     room = limit
     for tensor in tensors:
         size = sizes.get(tensor.name)
-        piece = Piece(tensor, size, (tensor,) if size is None else _in_its_place(tensor, size, rounding))
+        written = (dataclasses.replace(tensor, turned=0),)
+        piece = Piece(tensor, size, written if size is None else _in_its_place(tensor, size, rounding))
         if shards[-1] and piece.nbytes > room:
             shards.append([])
             room = limit
@@ -141,6 +143,10 @@ def _chunks(tensor: StoredTensor, stored: BinaryIO) -> Iterator[np.ndarray]:
     """The rows [N, C] of a matrix, some at a time; of what is no matrix its numbers [N, 1]."""
     dtype = np.dtype(BY_SAFETENSORS[tensor.dtype].name)
     columns = tensor.shape[1] if len(tensor.shape) == 2 else 1
+    if tensor.turned:
+        whole, height = tensor.mapped(stored, dtype), max(1, CHUNK // columns)
+        yield from (np.ascontiguousarray(whole[at : at + height]) for at in range(0, len(whole), height))
+        return
     size = max(1, CHUNK // columns) * columns * dtype.itemsize if tensor.nbytes else 0
     stored.seek(tensor.offset)
     for start in range(0, tensor.nbytes, size or 1):

@@ -7,11 +7,24 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from fnmatch import fnmatch
 
-from llmexport.export import cache
-from llmexport.export.assembly import alone, checkpoint_name, find_block, older_name, part_names, transposed
+from llmexport.export import cache, weights
+from llmexport.export.assembly import (
+    ahead_names,
+    alone,
+    checkpoint_name,
+    find_block,
+    head_name,
+    older_name,
+    part_names,
+    spare_names,
+    tied_names,
+    transposed,
+)
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
+from llmexport.export.multimodal import tower_tensors
 from llmexport.export.spec import Arch, Assembly, Block, Graph, Model, Stored, to_data
+from llmexport.export.tied import check_tied
 from llmexport.export.values import show_name
 from llmexport.export.weights import Parameter
 
@@ -119,3 +132,16 @@ def load_matrices(block: Block) -> list[str]:
 
     found: list[str] = json.loads(cache.cached("matrices", to_data(block), make))
     return found
+
+
+def check_weights(
+    arch: Arch, checkpoint: Checkpoint, model: Model, wanted: Collection[Parameter], part: str, *, whole: bool
+) -> None:
+    """Raises ExportError unless the checkpoint holds what the graphs want, and, of a whole model, nothing that they
+    leave unsaid."""
+    ignore = arch.ignore + spare_names(arch, model)
+    ignore += ahead_names(arch, model, [n for p in wanted for n in p.sources], checkpoint.tensors)
+    for copy, original in tied_names(arch, model):
+        ignore += (copy,) if check_tied(copy, original, checkpoint) else ()
+    tower = tower_tensors(arch, checkpoint.config, part)
+    weights.check({p.name: p for p in wanted}, checkpoint, ignore, whole, head_name(arch), tower)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from llmexport.export.checkpoint import StoredTensor
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.plugins.dtypes import BY_SAFETENSORS, Dtype
 
 

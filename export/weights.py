@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto
 
 from llmexport.export import quantised
-from llmexport.export.checkpoint import Checkpoint, StoredTensor
+from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.packed import nbits
 from llmexport.export.packed.bind import bind_matrices, external, value_of
@@ -21,6 +21,7 @@ from llmexport.export.packed.read import spare
 from llmexport.export.packed.stacks import stack
 from llmexport.export.spec import ANY_FLOAT, Role
 from llmexport.export.stored_products import read_as_stored
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.export.values import show_name, visible
 from llmexport.plugins.dtypes import BY_NAME, BY_ONNX, BY_SAFETENSORS, FLOATS
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from llmexport.export.checkpoint import Checkpoint, StoredTensor
+from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.packed import stacks
 from llmexport.export.packed.nbits import Multiplier
 from llmexport.export.spec import Step
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.export.wanted import load_parameters
 from llmexport.export.weights import Parameter
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS

@@ -7,6 +7,8 @@ from llmexport.export.errors import ExportError
 from llmexport.export.packed.scheme import method_of
 from llmexport.export.spec import Arch, Experts, Model, Moe, Mxfp4, Plain, Router, Span, causal_lm, decoder_layer
 
+EXPERTS = "model.layers.{i}.mlp.experts."
+
 
 def build(config: Config) -> Model:
     d = decoder(config, head_size=64)
@@ -62,9 +64,11 @@ ARCH = Arch(
     model_types=("gpt_oss",),
     system="GPT-OSS",
     adds="attention sinks, alternating windows, YaRN, clamped experts, MXFP4",
-    reference=causal_lm("GptOssForCausalLM"),
+    reference=causal_lm("GptOssForCausalLM", joined=True),
     build=build,
     names=NAMES,
+    # In few bits, gate and up of an expert in one matrix, as unsloth has them.
+    stacks={f"{EXPERTS}{n}_proj": (f"{EXPERTS}{n}_projs.{{e}}.weight",) for n in ("gate_up", "down")},
     ignore=BUFFERS,
     # onnxruntime-genai pull request 2444: its last layer passes 65504, every logit is NaN.
     overflows_float16="published GPT-OSS checkpoints overflow float16 in their last layers",

@@ -23,7 +23,7 @@ from llmexport.export.spec import (
 )
 from llmexport.export.values import whole
 
-FORWARD = "model.layers.{i}.feed_forward."
+FORWARD, APART = "model.layers.{i}.feed_forward.", "for_llm_compressor"
 
 
 def build(config: Config) -> Model:
@@ -32,7 +32,7 @@ def build(config: Config) -> Model:
     intermediate = config.length("intermediate_size", 8192)
     experts, top_k = config.count("num_local_experts", 16), config.count("num_experts_per_tok", 1)
     # Published ones in few bits have nn.Linear for each expert.
-    apart = config.flag("for_llm_compressor", False)
+    apart = config.flag(APART, False)
     moe = Moe(
         Router(d.hidden, experts, top_k, "sigmoid"),
         Experts(d.hidden, intermediate, experts, top_k, activation, transposed=not apart, scale_input=True),
@@ -86,6 +86,7 @@ ARCH = Arch(
     names={**NAMES, "layers.{i}.mlp.": FORWARD},
     stacks=stacks(FORWARD),
     in_parts=True,
+    apart=APART,
     ignore=BUFFERS,
     multimodal=(
         Multimodal(

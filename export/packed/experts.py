@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import NamedTuple, TypeVar
 
 from llmexport.export.assembly import checkpoint_name, part_names
@@ -35,24 +35,28 @@ class Kind(NamedTuple):
 def with_packed(
     model: Model, arch: Arch, checkpoint: Checkpoint, target: str = "portable", dtype: str = "float32"
 ) -> Model:
-    """The model whose experts are read in few bits, where the checkpoint has those of a layer in one way.
+    """The model whose experts are read as they lie: in few bits, where the checkpoint has those of a layer in one way,
+    and [outputs, inputs] where it has them one by one.
 
     Stacks that ONNX Runtime's operator for experts in int4 takes are to be written as that reads them. Raises
     ExportError on experts that are quantised in one tensor and are not read so.
     """
-    if not checkpoint.matrices:
-        return model
     join = (target, dtype) == ("onnxruntime", "float32")
 
     def read(block: Experts, path: str) -> Experts:
         stacks = {n: s for n in block.sizes if (s := checkpoint_name(arch, model, path + n)) in checkpoint.names}
+        if block.transposed and not stacks and _lies_apart(block, arch, path, checkpoint.names):
+            block = dataclasses.replace(block, transposed=False)
+        if not checkpoint.matrices:
+            return block
         if stacked := [n for n in stacks.values() if n in checkpoint.matrices]:
             _check_stacks(block, stacks, checkpoint)
         storage = _storage(block, arch, path, checkpoint, stacks if stacked else {})
         if stacked and not storage:
             raise _wrong(stacked[0], "the matrices of this layer's experts are quantised in more than one way")
         if storage and join and _is_lowered(block, storage):
-            return dataclasses.replace(block, storage=dataclasses.replace(storage, join=True), interleaved=True)
+            joined = dataclasses.replace(storage, join=1 if block.interleaved else 2)
+            return dataclasses.replace(block, storage=joined, interleaved=True)
         return dataclasses.replace(block, storage=storage, transposed=False) if storage else block
 
     graphs = (dataclasses.replace(g, assembly=with_experts(g.assembly, read)) for g in model.graphs)
@@ -81,10 +85,17 @@ def with_blocks(assembly: Assembly, kind: type[Kept], change: Callable[[Kept, st
     return dataclasses.replace(assembly, steps=steps)
 
 
+def _lies_apart(block: Experts, arch: Arch, path: str, held: Set[str]) -> bool:
+    """Whether these are the names of tensors that hold its experts' matrices one by one."""
+    # A config can ask for any number of them.
+    each = [part_names(arch, path + name, min(block.experts, len(held) + 1)) for name in block.sizes]
+    return all(names and held >= {*names} for names in each)
+
+
 def _is_lowered(block: Experts, storage: Packed) -> bool:
-    """Whether lower_experts takes them, as far as the model tells; biases are those of gate and up apart."""
-    apart = block.bias or block.scale_input or storage.factors
-    return storage.format == "uint4" and block.activation in lower_experts.ACTIVATIONS and not apart
+    """Whether lower_experts takes them, as far as the model tells, and no biases of gate and up lie apart."""
+    other = (block.bias and not block.interleaved) or block.scale_input or storage.factors
+    return storage.format == "uint4" and block.activation in lower_experts.ACTIVATIONS and not other
 
 
 def _check_stacks(block: Experts, stacks: Mapping[str, str], checkpoint: Checkpoint) -> None:
@@ -111,7 +122,7 @@ def _wrong(stack: str, what: str) -> ExportError:
 
 def _storage(block: Experts, arch: Arch, path: str, checkpoint: Checkpoint, stacks: Mapping[str, str]) -> Packed | None:
     """None of what the op does not read. `stacks` are the names of matrices that lie in one tensor each."""
-    if (block.transposed and not stacks) or block.storage != Plain():
+    if block.storage != Plain():
         return None
     kinds: dict[str, set[Kind | None]] = {}
     matrices: list[Matrix] = []

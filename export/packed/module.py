@@ -15,7 +15,7 @@ from llmexport.plugins.microscaling import BLOCK
 from llmexport.plugins.packed_formats import PACKED
 
 if TYPE_CHECKING:
-    from llmexport.export.checkpoint import StoredTensor
+    from llmexport.export.stored_tensor import StoredTensor
 
 FLOATS = ("float32", "float16", "bfloat16")
 NV, MX = PACKED["nvfp4"].group, BLOCK  # columns that share a scale in NVFP4, and in the formats of OCP Microscaling

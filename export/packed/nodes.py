@@ -11,11 +11,11 @@ import onnx
 from onnx import TensorProto
 from onnx.helper import make_node
 
-from llmexport.export.checkpoint import StoredTensor
 from llmexport.export.packed import fp4
 from llmexport.export.packed.made import FLOAT, Made
 from llmexport.export.packed.matrix import EXPONENTS, Matrix, Scales
 from llmexport.export.packed.repack import NUMBERS, PLACES, RANKS, ZEROS
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmexport.export import interrupt
-from llmexport.export.checkpoint import Checkpoint, StoredTensor, read_header
+from llmexport.export.checkpoint import Checkpoint, read_header
 from llmexport.export.errors import ExportError
 from llmexport.export.identity import Held, WeightFile, identify
 from llmexport.export.output import write_errors
 from llmexport.export.packed.matrix import Matrix, Read, pack, unpack
 from llmexport.export.placing import check_space
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.export.values import show_name
 from llmexport.export.weight_layout import laid_out, unplaced
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS

@@ -11,12 +11,13 @@ import numpy as np
 from onnx import TensorProto
 from onnx.helper import make_node
 
-from llmexport.export.checkpoint import Checkpoint, StoredTensor
+from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.packed.made import FLOAT, Made
 from llmexport.export.packed.matrix import EXPONENTS, Matrix, in_float32
 from llmexport.export.packed.nodes import external
 from llmexport.export.packed.repack import GRID, POINTS, ROWS
 from llmexport.export.spec import Role
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
 
 if TYPE_CHECKING:

@@ -230,7 +230,8 @@ class Arch:
     `names` maps the start of a parameter's path in our model (`embedding.`, `layers.{i}.`, `head.norm.`) to the
     start of its name in the checkpoint; the longest start that fits is taken. `stacks` maps the checkpoint's name of
     a stacked parameter to the names, with {e}, of the matrices of each expert that a checkpoint may have in its
-    place; `in_parts`: published ones have. `older` maps how a name ends to how it ends in the files of old releases.
+    place; `in_parts`: published ones have. `apart` is the key by which a config says so, where the matrices of a stack
+    are the transposes of those. `older` maps how a name ends to how it ends in the files of old releases.
     `ignore` are patterns (fnmatch) of tensors that a checkpoint may hold and the model does not need. `ahead` are names
     of a module that guesses the token after the next and follows the layers, of which there are {layers}: it is known
     by the first, and the model needs neither them nor the module's own layer, which has the tensors of the last one.
@@ -252,6 +253,7 @@ class Arch:
     ahead: tuple[str, ...] = ()
     stacks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     in_parts: bool = False
+    apart: str = ""
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
     multimodal: tuple[Multimodal, ...] = ()
     base: str = "model."

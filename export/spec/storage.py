@@ -102,15 +102,15 @@ class Mxfp4(Storage):
 class Packed(Storage):
     """Numbers of few bits in `group`s of a row's columns that share a scale, as a format of MoeExperts has them.
 
-    Each of the matrices has a factor more if there are `factors`. `join`: the export writes those of all experts into
-    one tensor, in which the rows of several matrices alternate.
+    Each of the matrices has a factor more if there are `factors`. Unless `join` is 0, the export writes those of all
+    experts into one tensor, in which the rows of so many matrices alternate.
     """
 
     format: str
     group: int
     factors: bool = False
     zeros: bool = False
-    join: bool = False
+    join: int = 0
 
     @property
     def read_as(self) -> tuple[str, int]:
@@ -125,4 +125,4 @@ class Packed(Storage):
         ]
         held += [Stored("_factors", (matrices,), "F", role="factors")] if self.factors else []
         held += [Stored("_zeros", (rows, groups), "uint8", role="zeros")] if self.zeros else []
-        return tuple(replace(s, join=matrices if self.join else 0) for s in held)
+        return tuple(replace(s, join=min(self.join, matrices)) for s in held)

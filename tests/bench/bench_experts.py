@@ -68,7 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 SMALL = {"hidden_size": 768, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "num_experts": 256}
 MODELS["8 of 256, small"] = ("qwen3_5_moe", MODELS["8 of 64"][1] | SMALL)
-MODELS["2 of 8, int4"] = MODELS["2 of 8"]
+MODELS |= {f"{name}, int4": MODELS[name] for name in ("2 of 8", "4 of 32")}
 MODELS["8 of 64, int4"] = (
     "qwen3_moe",
     {

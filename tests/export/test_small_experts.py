@@ -39,7 +39,9 @@ def written(arch: str, checkpoint: Path, to: Path, **kind: str) -> Export:
 
 
 # Stored as the transpose with rows that alternate, one by one, and in halves.
-@pytest.mark.parametrize("arch", ["gpt_oss", "mixtral", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "arch", ["gpt_oss", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mixtral", "qwen3_5_moe"))]
+)
 def test_stacks_are_written_in_turn_and_mean_the_same(arch, tmp_path):
     random_checkpoint.write(archs.load(arch), tmp_path / "in", dtype="float32")
     export = written(arch, tmp_path / "in", tmp_path / "out", part="text")

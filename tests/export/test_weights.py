@@ -15,8 +15,9 @@ from onnx import TensorProto
 from safetensors.numpy import save_file
 
 from llmexport.export import weights
-from llmexport.export.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from llmexport.export.checkpoint import Checkpoint, open_checkpoint
 from llmexport.export.errors import ExportError
+from llmexport.export.stored_tensor import StoredTensor
 from llmexport.export.weights import Parameter
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import TOLERANCE

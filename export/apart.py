@@ -1,0 +1,73 @@
+"""Experts that a checkpoint has in one tensor, as if each had its matrices there: for what rounds them one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from llmexport.export.assembly import checkpoint_name, part_names, parts
+from llmexport.export.checkpoint import Checkpoint
+from llmexport.export.multimodal import outer_of
+from llmexport.export.spec import Arch, Experts, Model, Plain
+from llmexport.export.stored_tensor import StoredTensor
+
+
+def with_experts_apart(arch: Arch, model: Model, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint whose experts lie one by one, by the names that the architecture has for those, of the same bytes.
+
+    The same one if there are none in one tensor, or if the architecture has no names. Those that lie [inputs, outputs]
+    are read as their transposes, which the config says where it can.
+    """
+    every = [(p.path, p.block) for step in model.steps for p in parts(step) if isinstance(p.block, Experts)]
+    found = {n: held for path, block in every for n, held in _matrices(arch, model, checkpoint, path, block)}
+    if not found:
+        return checkpoint
+    tensors = {t.name: t for n, whole in checkpoint.tensors.items() for t in found.get(n, [whole])}
+    turned = any(t.turned for held in found.values() for t in held)
+    config = _said(arch, checkpoint.config) if turned and arch.apart else checkpoint.config
+    return replace(checkpoint, tensors=tensors, config=config)
+
+
+def _matrices(
+    arch: Arch, model: Model, checkpoint: Checkpoint, path: str, block: Experts
+) -> Iterator[tuple[str, list[StoredTensor]]]:
+    """The stacks of a block by their names, as its experts' matrices."""
+    if block.storage != Plain():
+        return
+    for name, size in block.sizes.items():
+        stack = checkpoint_name(arch, model, path + name)
+        shape = (block.experts, *(size[::-1] if block.transposed else size))
+        whole = checkpoint.tensors.get(stack)
+        if whole is None or whole.shape != shape:
+            continue
+        names = part_names(arch, path + name, block.experts)
+        if names and checkpoint.tensors.keys().isdisjoint(names):
+            yield stack, [*_cut(whole, names, turned=block.transposed)]
+
+
+def _cut(whole: StoredTensor, names: tuple[str, ...], *, turned: bool) -> Iterator[StoredTensor]:
+    """A stack as matrices [outputs, inputs], the same number of each expert, one below the other there."""
+    experts, first, second = whole.shape
+    each, item = len(names) // experts, whole.nbytes // math.prod(whole.shape)
+    rows, columns = ((second if turned else first) // each, first if turned else second)
+    for i, name in enumerate(names):
+        expert, place = divmod(i, each)
+        at = expert * first * second + place * rows * (1 if turned else columns)
+        yield replace(
+            whole,
+            name=name,
+            shape=(rows, columns),
+            offset=whole.offset + at * item,
+            nbytes=rows * columns * item,
+            turned=second if turned else 0,
+        )
+
+
+def _said(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that says that experts lie one by one."""
+    outer = outer_of(arch, config)
+    if outer is None:
+        return {**config, arch.apart: True}
+    return {**config, outer.config_key: {**config[outer.config_key], arch.apart: True}}

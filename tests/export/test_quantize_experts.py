@@ -1,0 +1,117 @@
+"""`--quantize` of experts that a checkpoint has in one tensor: they are written one by one, each rounded to nearest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from rounded import KINDS, export, nearest, stored, tensors
+
+from llmexport.export import archs, random_checkpoint, rounded_files
+from llmexport.export.checkpoint import open_checkpoint
+from llmexport.validate import validate
+
+# Halves one below the other; their transposes, which the config says; rows that alternate, with biases.
+WIDE = {"qwen3_5_moe": {}, "llama4": {"intermediate_size": 64}, "gpt_oss": {}}
+RUNGS = ("transformers", "blocks", "onnxruntime")
+
+
+def slow(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def written(arch: str, folder: Path, part: str = "text") -> None:
+    config = {**archs.load(arch).tiny, **WIDE[arch]} if part == "text" else None
+    random_checkpoint.write(archs.load(arch), folder, config=config, dtype="bfloat16", part=part)
+
+
+def matrices(arch: str, held: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The experts of a checkpoint that has them in one tensor, by the modules that they become."""
+    found = {}
+    for name, stack in held.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            continue
+        above, which = name.rsplit(".", 1)
+        for e, matrix in enumerate(stack if arch == "qwen3_5_moe" else stack.swapaxes(1, 2)):
+            if arch == "gpt_oss":
+                found[f"{above}.{which}s.{e}"] = matrix
+            elif which == "down_proj":
+                found[f"{above}.{e}.down_proj"] = matrix
+            else:
+                gate, up = np.split(matrix, 2)
+                found |= {f"{above}.{e}.gate_proj": gate, f"{above}.{e}.up_proj": up}
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", [slow("qwen3_5_moe"), "llama4", "gpt_oss"])
+def test_each_expert_is_rounded_to_nearest(arch, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounded_files, "CHUNK", 1000)  # several chunks a matrix, the last one shorter
+    written(arch, tmp_path / "in")
+    made = export(tmp_path / "in", tmp_path / "out", kind, 32 if kind == "int4" else None)
+    plain, held = tensors(tmp_path / "in"), tensors(tmp_path / "out")
+    expected = matrices(arch, plain)
+    assert len(expected) > 10
+    for module, matrix in expected.items():
+        numbers, scales = nearest(matrix, kind, 32 if kind == "int4" else matrix.shape[1])
+        np.testing.assert_array_equal(held[f"{module}.weight_scale"], scales)
+        np.testing.assert_array_equal(stored(held, module, kind), numbers)
+    assert not [n for n in held if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    for name in plain.keys() & held.keys() - open_checkpoint(made.folder).matrices.keys():
+        np.testing.assert_array_equal(held[name], plain[name])
+    assert not [n for n in made.notes if "stays as it is" in n]
+
+
+@pytest.mark.parametrize(
+    ("arch", "target"),
+    [("qwen3_5_moe", "portable"), ("gpt_oss", "onnxruntime")]
+    + [slow(*case) for case in (("qwen3_5_moe", "onnxruntime"), ("gpt_oss", "portable"))]
+    + [slow("llama4", target) for target in ("portable", "onnxruntime")],
+)
+def test_what_is_exported_is_right_and_is_a_checkpoint_of_its_own(target, arch, tmp_path):
+    written(arch, tmp_path / "in")
+    made = export(tmp_path / "in", tmp_path / "out", "int4", target=target)
+    rungs = {r.key: r.status for r in validate(made.folder).rungs}
+    assert [rungs[k] for k in RUNGS] == ["pass"] * 3
+    again = export(made.folder, tmp_path / "again", None, target=target)
+    graph = (made.folder / "model.onnx").read_bytes()
+    assert (again.folder / "model.onnx").read_bytes() == graph
+    ops = [n.op_type for n in onnx.load_from_string(graph).graph.node]
+    # The routing weights of Llama 4 multiply what goes in.
+    expected = target == "onnxruntime" and arch != "llama4"
+    assert ("QMoE" in ops) is expected
+    moved = validate(made.folder, rungs=["transformers"], reference=tmp_path / "in").moved
+    assert moved is not None
+    assert moved.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama4", "qwen3_5_moe"])
+def test_experts_within_a_multimodal_checkpoint_are_rounded(arch, tmp_path):
+    written(arch, tmp_path / "in", "all")
+    made = export(tmp_path / "in", tmp_path / "out", "int8")
+    config: dict[str, Any] = json.loads((made.folder / "config.json").read_text())
+    assert config["text_config"].get("for_llm_compressor", False) is (arch == "llama4")
+    assert len([n for n in open_checkpoint(made.folder).matrices if ".experts." in n]) > 10
+    rungs = {r.key: r.status for r in validate(made.folder).rungs}
+    assert [rungs[k] for k in RUNGS] == ["pass"] * 3
+
+
+def test_experts_whose_rows_no_groups_fill_are_copied_one_by_one(tmp_path):
+    arch = archs.load("gpt_oss")
+    random_checkpoint.write(arch, tmp_path / "in", config={**arch.tiny, "intermediate_size": 48}, dtype="bfloat16")
+    made = export(tmp_path / "in", tmp_path / "out", "int4")
+    held, [stack] = (
+        tensors(tmp_path / "out"),
+        [a for n, a in tensors(tmp_path / "in").items() if n == "model.layers.1.mlp.experts.down_proj"],
+    )
+    for e, matrix in enumerate(stack):
+        name = f"model.layers.1.mlp.experts.down_projs.{e}.weight"
+        np.testing.assert_array_equal(held[name].view(np.int16), matrix.T.view(np.int16))
+    assert any("no groups of 32 or more fill its rows of 48" in n for n in made.notes)
+    rungs = {r.key: r.status for r in validate(made.folder).rungs}
+    assert [rungs[k] for k in RUNGS] == ["pass"] * 3
