@@ -12,6 +12,7 @@ from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.multimodal import outer_of
 from llmexport.export.spec import Arch, Experts, Model, Plain
 from llmexport.export.stored_tensor import StoredTensor
+from llmexport.plugins.dtypes import BY_SAFETENSORS, FLOATS
 
 
 def with_experts_apart(arch: Arch, model: Model, checkpoint: Checkpoint) -> Checkpoint:
@@ -21,7 +22,9 @@ def with_experts_apart(arch: Arch, model: Model, checkpoint: Checkpoint) -> Chec
     are read as their transposes, which the config says where it can.
     """
     every = [(p.path, p.block) for step in model.steps for p in parts(step) if isinstance(p.block, Experts)]
-    found = {n: held for path, block in every for n, held in _matrices(arch, model, checkpoint, path, block)}
+    found: dict[str, list[StoredTensor]] = {}
+    for path, block in every:
+        found |= _matrices(arch, model, checkpoint, path, block) if block.storage == Plain() else {}
     if not found:
         return checkpoint
     tensors = {t.name: t for n, whole in checkpoint.tensors.items() for t in found.get(n, [whole])}
@@ -32,19 +35,21 @@ def with_experts_apart(arch: Arch, model: Model, checkpoint: Checkpoint) -> Chec
 
 def _matrices(
     arch: Arch, model: Model, checkpoint: Checkpoint, path: str, block: Experts
-) -> Iterator[tuple[str, list[StoredTensor]]]:
-    """The stacks of a block by their names, as its experts' matrices."""
-    if block.storage != Plain():
-        return
+) -> dict[str, list[StoredTensor]]:
+    """The stacks of a block by their names, as its experts' matrices; none if one of them cannot be read so."""
+    found: dict[str, list[StoredTensor]] = {}
     for name, size in block.sizes.items():
         stack = checkpoint_name(arch, model, path + name)
         shape = (block.experts, *(size[::-1] if block.transposed else size))
         whole = checkpoint.tensors.get(stack)
-        if whole is None or whole.shape != shape:
-            continue
+        # What is wrong with another is said by its own name.
+        if whole is None or whole.shape != shape or BY_SAFETENSORS[whole.dtype].name not in FLOATS:
+            return {}
         names = part_names(arch, path + name, block.experts)
-        if names and checkpoint.tensors.keys().isdisjoint(names):
-            yield stack, [*_cut(whole, names, turned=block.transposed)]
+        if not names or not checkpoint.tensors.keys().isdisjoint(names):
+            return {}
+        found[stack] = [*_cut(whole, names, turned=block.transposed)]
+    return found
 
 
 def _cut(whole: StoredTensor, names: tuple[str, ...], *, turned: bool) -> Iterator[StoredTensor]:

@@ -130,12 +130,12 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
         notes.append(f"{arch.overflows_float16}, use bfloat16 or float32")
     if request.quantize and (apart := with_experts_apart(arch, model, request.checkpoint)) is not request.checkpoint:
         return open_model(dataclasses.replace(request, checkpoint=apart))
+    packed = with_packed(model, arch, request.checkpoint, request.target, request.dtype)
     if request.quantize_head and model.ties:
         copied = quantize.untied(arch, model, request.checkpoint)
         request, own, notes = open_model(dataclasses.replace(request, checkpoint=copied, quantize_head=False))
-        quantize.check_untied(arch, model, own)
+        quantize.check_untied(arch, packed, own)
         return dataclasses.replace(request, quantize_head=True), own, notes
-    packed = with_packed(model, arch, request.checkpoint, request.target, request.dtype)
     return dataclasses.replace(request, arch=arch), packed, notes
 
 
@@ -190,9 +190,11 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
     made = quantize.quantise(request.quantize, *kind) if request.quantize else None
     if made:
         checkpoint, notes = made.checkpoint, [*notes, *made.told.notes]
-        model = with_packed(model, arch, checkpoint, request.target, request.dtype)
-    model = with_small_experts(model, arch, checkpoint, request.target, request.dtype)
-    graphs, own, wanted = wanted_graphs(arch, checkpoint, model, request.block)
+        graphs = with_packed(model, arch, checkpoint, request.target, request.dtype).graphs
+    model = dataclasses.replace(model, graphs=graphs)
+    laid_out = with_small_experts(model, arch, checkpoint, request.target, request.dtype)
+    if made or laid_out is not model:
+        graphs, own, wanted = wanted_graphs(arch, checkpoint, laid_out, None)
     checkpoint, repacked = with_repacked(checkpoint, wanted, join=request.target == "onnxruntime")
     own = {graph: {step: whole(p, checkpoint) for step, p in steps.items()} for graph, steps in own.items()}
     config = text_config(arch, checkpoint.config)

@@ -114,7 +114,7 @@ def _write(piece: Piece, rounding: Rounding, stored: BinaryIO, file: BinaryIO) -
     arrays = _chunks(piece.source, stored)
     scales: list[np.ndarray] = []
     if piece.size is not None:
-        arrays = _rounded(piece.source.name, arrays, rounding, piece.size, scales)
+        arrays = _rounded(piece.source, arrays, rounding, piece.size, scales)
     file.seek(piece.tensors[0].offset)
     for array in arrays:
         interrupt.check()
@@ -126,15 +126,15 @@ def _write(piece: Piece, rounding: Rounding, stored: BinaryIO, file: BinaryIO) -
 
 
 def _rounded(
-    name: str, arrays: Iterable[np.ndarray], rounding: Rounding, size: int, scales: list[np.ndarray]
+    tensor: StoredTensor, arrays: Iterable[np.ndarray], rounding: Rounding, size: int, scales: list[np.ndarray]
 ) -> Iterator[np.ndarray]:
     """The numbers of rows; their scales are added to `scales`."""
     for rows in arrays:
         try:
             numbers, own = rounding.round(rows, size)
         except FloatingPointError as error:
-            problem = f"{show_name(name)} holds a number that is not finite: download the weights again"
-            raise ExportError(problem) from error
+            where = f"{tensor.file}: {show_name(tensor.name)}"
+            raise ExportError(f"{where} holds a number that is not finite: download the weights again") from error
         scales.append(own)
         yield numbers
 

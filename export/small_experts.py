@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from llmexport.export.assembly import checkpoint_name, older_name, part_names
+from llmexport.export.assembly import checkpoint_name, part_names
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.packed.experts import with_blocks
 from llmexport.export.spec import Arch, Experts, Model, Moe, Plain, Rewritten, Router
@@ -16,7 +16,7 @@ from llmexport.plugins.dtypes import BY_NAME
 def with_small_experts(model: Model, arch: Arch, checkpoint: Checkpoint, target: str, dtype: str) -> Model:
     """The model whose small experts are to be written as lower_small_experts wants them: rows [outputs, inputs], those
     of gate and up in turn. Only those that are stored in float32, in which they are computed, as the operator has one
-    type: others would take twice their memory."""
+    type: others would take twice their memory. The same model if it has none."""
     if (target, dtype) != ("onnxruntime", "float32"):
         return model
 
@@ -25,23 +25,19 @@ def with_small_experts(model: Model, arch: Arch, checkpoint: Checkpoint, target:
         if not (_is_lowered(moe.router) and _fits(block)):
             return moe
         own = next(path for part, path in moe.parts.values() if part is block)
-        held = [checkpoint.tensors.get(n) for n in _names(block, path + own)]
+        held = [checkpoint.tensors.get(n) for name in block.sizes for n in _names(block, path + own + name)]
         if any(t is None or t.dtype != BY_NAME[dtype].safetensors for t in held):
             return moe
-        storage = Rewritten(join=not block.interleaved, turned=block.transposed)
+        storage = Rewritten(1 if block.interleaved else 2, turned=block.transposed)
         changed = dataclasses.replace(block, storage=storage, interleaved=True, transposed=False)
         return dataclasses.replace(moe, experts=changed)
 
-    def _names(block: Experts, path: str) -> list[str]:
-        found: list[str] = []
-        for name in block.sizes:
-            whole = checkpoint_name(arch, model, path + name)
-            held = [n for n in (whole, older_name(arch, whole)) if n in checkpoint.tensors][:1]
-            found += held or part_names(arch, path + name, block.experts)
-        return found
+    def _names(block: Experts, path: str) -> tuple[str, ...]:
+        whole = checkpoint_name(arch, model, path)
+        return (whole,) if whole in checkpoint.tensors else part_names(arch, path, block.experts)
 
-    graphs = (dataclasses.replace(g, assembly=with_blocks(g.assembly, Moe, change)) for g in model.graphs)
-    return dataclasses.replace(model, graphs=tuple(graphs))
+    graphs = tuple(dataclasses.replace(g, assembly=with_blocks(g.assembly, Moe, change)) for g in model.graphs)
+    return dataclasses.replace(model, graphs=graphs) if graphs != model.graphs else model
 
 
 def _is_lowered(router: Router) -> bool:
@@ -51,8 +47,9 @@ def _is_lowered(router: Router) -> bool:
 
 
 def _fits(block: Experts) -> bool:
-    """The same of experts; of those that lie [outputs, inputs] half as many numbers, as our own body reads them faster.
-    Biases of gate and up one behind the other would have to be written anew as well."""
-    small = 3 * block.hidden * block.intermediate * (1 if block.transposed else 2) <= lower_small_experts.SMALL
+    """The same of experts; of those that lie [outputs, inputs] in halves half as many numbers, as our own body reads
+    them faster. Biases of gate and up one behind the other would have to be written anew as well."""
+    faster = not (block.transposed or block.interleaved)
+    small = 3 * block.hidden * block.intermediate * (2 if faster else 1) <= lower_small_experts.SMALL
     said = block.activation in ACTIVATIONS and not block.scale_input and block.storage == Plain()
     return small and said and (block.interleaved or not block.bias)

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,11 @@ def _loaded(export: Export, attention: str | None) -> Any:
     if older := {*map(str, export.config.get("architectures") or ())} & {*export.reference.aliases}:
         raise Refused(f"transformers takes no config of {older.pop()}, whose keys have other names")
     weights, whole = export.checkpoint(), any(map(sees, export.graphs))
+    # Whose numbers or whose experts lie as transformers does not read them.
+    relaid = bool(weights.matrices) or (export.reference.joined and any(_apart(weights.tensors, export)))
     with tempfile.TemporaryDirectory(prefix="llmexport-") as name:
         folder = Path(name)
-        if not weights.matrices:
+        if not relaid:
             (folder / "config.json").write_text(json.dumps(export.config))
             # What an export wrote anew is in the shards as well, by names that transformers would take for others.
             index = {t.name: t.file for t in weights.tensors.values() if t.file != repack.FILE}
@@ -107,7 +109,7 @@ def _loaded(export: Export, attention: str | None) -> Any:
         names = {f"^{re.escape(there)}": here for here, there in export.renamed.items()} if not whole else {}
         names |= _newer_names(model, _config(model.config_class, copy.deepcopy(config)), archs.load(export.arch).older)
         source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
-        if weights.matrices:
+        if relaid:
             # Of the weights that they mean, which is no transformers' own reading of them.
             config = without(config)
             source = {"pretrained_model_name_or_path": None, "state_dict": _tensors(export)}
@@ -157,19 +159,25 @@ def _tensors(export: Export) -> dict[str, Tensor]:
     for file, names in stored.items():
         with safe_open(export.folder / file, "pt") as opened:
             made |= {n: opened.get_tensor(n) for n in names}
-    return _joined(made, archs.load(export.arch).stacks) if export.reference.joined else made
+    return _joined(made, export) if export.reference.joined else made
 
 
-def _joined(tensors: dict[str, Tensor], stacks: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """The same with each stack in the place of its matrices."""
-    found: dict[str, dict[tuple[int, int], Tensor]] = {}
-    for stack, parts in stacks.items():
+def _apart(names: Iterable[str], export: Export) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """Of these the names of experts' matrices, each with its stack's and with its place there: expert and matrix."""
+    held = [*names]
+    for stack, parts in archs.load(export.arch).stacks.items():
         for place, part in enumerate(parts):
             pattern = re.escape(part).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")
-            for name in [n for n in tensors if n.endswith(part.rpartition("}")[2])]:
+            for name in [n for n in held if n.endswith(part.rpartition("}")[2])]:
                 if at := re.search(f"{pattern}$", name):
-                    joined = name[: at.start()] + stack.replace("{i}", at["i"])
-                    found.setdefault(joined, {})[int(at["e"]), place] = tensors.pop(name)
+                    yield name, name[: at.start()] + stack.replace("{i}", at["i"]), (int(at["e"]), place)
+
+
+def _joined(tensors: dict[str, Tensor], export: Export) -> dict[str, Tensor]:
+    """The same with each stack in the place of its matrices."""
+    found: dict[str, dict[tuple[int, int], Tensor]] = {}
+    for name, joined, place in _apart(tensors, export):
+        found.setdefault(joined, {})[place] = tensors.pop(name)
     for name, held in found.items():
         whole = torch.stack([held[key] for key in sorted(held)])
         experts = max(e for e, _ in held) + 1

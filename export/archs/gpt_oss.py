@@ -67,7 +67,7 @@ ARCH = Arch(
     reference=causal_lm("GptOssForCausalLM", joined=True),
     build=build,
     names=NAMES,
-    # In few bits, gate and up of an expert in one matrix, as unsloth has them.
+    # One by one, gate and up of an expert in one matrix.
     stacks={f"{EXPERTS}{n}_proj": (f"{EXPERTS}{n}_projs.{{e}}.weight",) for n in ("gate_up", "down")},
     ignore=BUFFERS,
     # onnxruntime-genai pull request 2444: its last layer passes 65504, every logit is NaN.

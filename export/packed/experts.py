@@ -87,8 +87,7 @@ def with_blocks(assembly: Assembly, kind: type[Kept], change: Callable[[Kept, st
 
 def _lies_apart(block: Experts, arch: Arch, path: str, held: Set[str]) -> bool:
     """Whether these are the names of tensors that hold its experts' matrices one by one."""
-    # A config can ask for any number of them.
-    each = [part_names(arch, path + name, min(block.experts, len(held) + 1)) for name in block.sizes]
+    each = [part_names(arch, path + name, block.experts) for name in block.sizes]
     return all(names and held >= {*names} for names in each)
 
 

@@ -17,7 +17,7 @@ from llmexport.export.values import show_name
 
 if TYPE_CHECKING:
     from llmexport.export.checkpoint import Checkpoint
-from llmexport.export.stored_tensor import StoredTensor
+    from llmexport.export.stored_tensor import StoredTensor
 
 # The longest first: what a matrix NAME.weight is made of.
 ENDINGS = (

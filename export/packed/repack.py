@@ -187,9 +187,10 @@ def _joined(parameter: Parameter, read: Read) -> np.ndarray:
 
 
 def _alternating(made: np.ndarray, matrices: int) -> np.ndarray:
-    """The rows of so many matrices in turn, which lie one below the other in each of [experts, rows, columns]."""
+    """[experts, rows / matrices, matrices, columns]: in turn the rows of so many matrices, one below the other in each
+    of [experts, rows, columns]."""
     experts, rows, columns = made.shape
-    return made.reshape(experts, matrices, rows // matrices, columns).swapaxes(1, 2).reshape(made.shape)
+    return made.reshape(experts, matrices, rows // matrices, columns).swapaxes(1, 2)
 
 
 def _in_turn(parameter: Parameter, matrices: list[Matrix], read: Read) -> np.ndarray:

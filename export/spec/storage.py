@@ -69,14 +69,14 @@ class Plain(Storage):
 
 @dataclass(frozen=True)
 class Rewritten(Storage):
-    """One tensor of floats that the export writes: rows of several matrices in turn if it is to `join` them, and the
-    transpose of each that the checkpoint has if it is `turned`."""
+    """One tensor of floats, which the export writes if the checkpoint has no such: rows of so many matrices as it is to
+    `join` in turn, and the transpose of each that the checkpoint has if it is `turned`."""
 
-    join: bool = False
+    join: int = 1
     turned: bool = False
 
     def tensors(self, rows: int, columns: int, matrices: int = 1) -> tuple[Stored, ...]:
-        return (Stored("", (rows, columns), join=matrices if self.join else 0, turned=self.turned),)
+        return (Stored("", (rows, columns), join=min(self.join, matrices), turned=self.turned),)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from quantised_checkpoints import tensor
 from rounded import KINDS, export, nearest, stored, tensors
+from safetensors.torch import save_file
 
 from llmexport.export import archs, random_checkpoint, rounded_files
 from llmexport.export.checkpoint import open_checkpoint
+from llmexport.export.errors import ExportError
 from llmexport.validate import validate
 
 # Halves one below the other; their transposes, which the config says; rows that alternate, with biases.
@@ -27,6 +31,13 @@ def slow(*values: str) -> Any:
 def written(arch: str, folder: Path, part: str = "text") -> None:
     config = {**archs.load(arch).tiny, **WIDE[arch]} if part == "text" else None
     random_checkpoint.write(archs.load(arch), folder, config=config, dtype="bfloat16", part=part)
+
+
+def rewrite(folder: Path, held: dict[str, np.ndarray]) -> None:
+    """Other tensors in the place of a checkpoint's."""
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file({n: tensor(a) for n, a in held.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
 def matrices(arch: str, held: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -115,3 +126,38 @@ def test_experts_whose_rows_no_groups_fill_are_copied_one_by_one(tmp_path):
     assert any("no groups of 32 or more fill its rows of 48" in n for n in made.notes)
     rungs = {r.key: r.status for r in validate(made.folder).rungs}
     assert [rungs[k] for k in RUNGS] == ["pass"] * 3
+
+
+def test_a_tied_head_is_rounded_too(tmp_path):
+    arch = archs.load("gpt_oss")
+    config = {**arch.tiny, "tie_word_embeddings": True}
+    random_checkpoint.write(arch, tmp_path / "in", config=config, dtype="bfloat16")
+    made = export(tmp_path / "in", tmp_path / "out", "int8", quantize_head=True)
+    assert "lm_head.weight" in open_checkpoint(made.folder).matrices
+
+
+# In floats nobody says so in the config.
+@pytest.mark.parametrize("arch", ["gpt_oss", "llama4"])
+def test_experts_in_floats_one_by_one_are_read_too(arch, tmp_path):
+    written(arch, tmp_path / "in")
+    held = tensors(tmp_path / "in")
+    apart = {f"{module}.weight": matrix for module, matrix in matrices(arch, held).items()}
+    left = {n: a for n, a in held.items() if not n.endswith(("experts.gate_up_proj", "experts.down_proj"))}
+    rewrite(tmp_path / "in", {n: np.ascontiguousarray(a) for n, a in (left | apart).items()})
+    made = export(tmp_path / "in", tmp_path / "out", None)
+    rungs = {r.key: r.status for r in validate(made.folder).rungs}
+    assert [rungs[k] for k in RUNGS] == ["pass"] * 3
+
+
+def test_what_is_wrong_with_a_stack_is_said_of_its_file(tmp_path):
+    written("gpt_oss", tmp_path / "in")
+    held, name = tensors(tmp_path / "in"), "model.layers.1.mlp.experts.down_proj"
+    held[name][2, 3, 4] = np.nan
+    rewrite(tmp_path / "in", held)
+    says = f"model.safetensors: '{name}s.2.weight' holds a number that is not finite"
+    with pytest.raises(ExportError, match=re.escape(says)):
+        export(tmp_path / "in", tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+    rewrite(tmp_path / "in", {**held, name: np.zeros(held[name].shape, np.int32)})
+    with pytest.raises(ExportError, match=re.escape(f"{name} is stored as I32")):
+        export(tmp_path / "in", tmp_path / "out", "int8")

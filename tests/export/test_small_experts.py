@@ -83,6 +83,7 @@ def test_a_layer_and_experts_alone_are_right(tmp_path):
     for block, count in (("layer", 1), ("experts", 0)):
         export = written("gpt_oss", tmp_path / "in", tmp_path / block, block=block)
         assert export.graphs[0].fusions["lower_small_experts"].count == count
+        assert (FILE in [w.file for w in export.weights]) is bool(count)
         rungs = {r.key: r.status for r in validate(export.folder).rungs}
         assert rungs["onnxruntime"] == "pass"
 
