@@ -41,11 +41,11 @@ def with_packed(
     Stacks that ONNX Runtime's operator for experts in int4 takes are to be written as that reads them. Raises
     ExportError on experts that are quantised in one tensor and are not read so.
     """
-    join = (target, dtype) == ("onnxruntime", "float32")
+    join, held = (target, dtype) == ("onnxruntime", "float32"), checkpoint.names
 
     def read(block: Experts, path: str) -> Experts:
-        stacks = {n: s for n in block.sizes if (s := checkpoint_name(arch, model, path + n)) in checkpoint.names}
-        if block.transposed and not stacks and _lies_apart(block, arch, path, checkpoint.names):
+        stacks = {n: s for n in block.sizes if (s := checkpoint_name(arch, model, path + n)) in held}
+        if block.transposed and not stacks and _lies_apart(block, arch, path, held):
             block = dataclasses.replace(block, transposed=False)
         if not checkpoint.matrices:
             return block
