@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from llmexport.plugins.moe_experts.body import body
+from llmexport.plugins.moe_experts.decoding import pairs
 from llmexport.plugins.moe_experts.expert import SHARED, check_body, constants, mlp
-from llmexport.plugins.moe_experts.products import FEW, by_rows, wide
+from llmexport.plugins.moe_experts.products import FEW, by_rows, by_table, uses_tables
 from llmexport.plugins.spec import Attribute
 
 # How many times as many rows as there are choices the outputs of all experts may take, padded to those of the fullest.
@@ -27,7 +28,7 @@ def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
         return body(attributes, types, sizes)
     check_body(attributes, types)
     return f"""
-    {constants(attributes, types, sizes)}
+    {constants(attributes, types, sizes)}{pairs(attributes, types)}
     one = Constant <value_ints = [1]> ()
     flat = Constant <value_ints = [-1]> ()
     number_experts = Constant <value_int = {experts}> ()
@@ -58,7 +59,7 @@ def _one(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     some = f"""
           weight_rounded = CastLike (weights_e, x)
           inputs = {inputs}
-          {mlp(attributes, types, sizes, wide)}
+          {mlp(attributes, types, sizes, by_table)}
           output_wide = Cast <to = 1> (result)
           weighted = {weighted}
           sum_some = Add (sum_before, weighted)"""
@@ -116,6 +117,7 @@ def _several(attributes: dict[str, Attribute], types: dict[str, str], sizes: dic
     counts_narrow = ReduceSum <keepdims = 0> (hits, first_axis)
     counts = Cast <to = 7> (counts_narrow)
     is_any = Greater (counts, number_zero)
+    is_single = Equal (counts, number_one)
     least_few = Constant <value_int = {least}> ()
     most_few = Constant <value_int = {most}> ()
     is_enough = GreaterOrEqual (counts, least_few)
@@ -135,8 +137,23 @@ def _turn(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[s
           token_e = Reshape (token_row, flat)
           tokens_e = Gather <axis = 0> (rows, token_e)
           {scaled if attributes["scale_input"] else "inputs = Identity (tokens_e)"}
-          {mlp(attributes, types, sizes, by_rows)}
+          {_outputs(attributes, types, sizes)}"""
+
+
+def _outputs(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
+    """`output_wide` of an expert's rows, of a single one by tables if those are of use."""
+    several = mlp(attributes, types, sizes, by_rows)
+    if not uses_tables(attributes, types, sizes):
+        return f"""{several}
           output_wide = Cast <to = 1> (result)"""
+    return f"""output_wide = If (is_single_e) <
+            then_branch = single () => (float[] output_single) {{{mlp(attributes, types, sizes, by_table)}
+          output_single = Cast <to = 1> (result)
+            }},
+            else_branch = more () => (float[] output_more) {{{several}
+          output_more = Cast <to = 1> (result)
+            }}
+          >"""
 
 
 _WEIGHT = """
@@ -175,6 +192,7 @@ _TOKENS = {
     "is_its_e": ("is_its", "bool"),
     "weights_e": ("weights_by_expert", "float"),
     "is_few_e": ("is_few", "bool"),
+    "is_single_e": ("is_single", "bool"),
 }
 
 

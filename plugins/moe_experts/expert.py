@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmexport.plugins.moe_experts.decoding import matrix, tables
+from llmexport.plugins.moe_experts.decoding import tables
 from llmexport.plugins.moe_experts.formats import check
 from llmexport.plugins.moe_experts.products import Product
 from llmexport.plugins.packed_formats import PACKED
@@ -70,8 +70,8 @@ def mlp(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str
           gate, up = Split <axis = -1, num_outputs = 2> (both)"""
     given = (attributes, types, sizes)
     return f"""
-          {matrix("gate_up", *given)}{product("both", "inputs", "gate_up", *given)}{split}
+          {product("both", "inputs", "gate_up", *given)}{split}
           gate_wide = Cast <to = 1> (gate)
           up_wide = Cast <to = 1> (up){GATED[str(attributes["activation"])]}
           gated_rounded = CastLike (gated, x)
-          {matrix("down", *given)}{product("result", "gated_rounded", "down", *given)}"""
+          {product("result", "gated_rounded", "down", *given)}"""

@@ -1,13 +1,14 @@
 """The part of MoeExperts' function bodies that multiplies rows by a matrix of an expert, and adds its bias.
 
-A product is written by `plain`, `wide` or `by_rows` of result, inputs, name, attributes, types and sizes: RESULT
-[rows, out] of INPUTS [rows, in] by NAME_cast, which lies as it is stored, and NAME_bias_e.
+A product is written by `plain`, `wide`, `by_rows` or `by_table` of result, inputs, name, attributes, types and sizes:
+RESULT [rows, out] of INPUTS [rows, in] by what is stored of NAME_e, and NAME_bias_e.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from llmexport.plugins.moe_experts.decoding import factored, has_pairs, matrix, widened_scales
 from llmexport.plugins.spec import Attribute
 
 Product = Callable[[str, str, str, dict[str, Attribute], dict[str, str], dict[str, int]], str]
@@ -20,7 +21,8 @@ def plain(
     result: str, inputs: str, name: str, attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]
 ) -> str:
     """In x's type."""
-    return f"""{_product(f"{result}_product", inputs, f"{name}_cast", attributes)}
+    stored = matrix(name, attributes, types, sizes)
+    return f"""{stored}{_product(f"{result}_product", inputs, f"{name}_cast", attributes)}
           {_biased(result, name, types)}"""
 
 
@@ -29,7 +31,7 @@ def wide(
 ) -> str:
     """In fp32, rounded to x's type: ONNX Runtime's CPU has no other products, and would turn weights [out, in] in
     memory before it widens them."""
-    return f"""
+    return f"""{matrix(name, attributes, types, sizes)}
           {_widened(result, inputs, name)}{_product(f"{result}_wide", f"{result}_inputs", f"{name}_wide", attributes)}
           {result}_product = CastLike ({result}_wide, x)
           {_biased(result, name, types)}"""
@@ -47,7 +49,7 @@ def by_rows(
     """
     few = (_blocks if attributes["transposed"] else _turned)(f"{result}_few", f"{result}_inputs", name, sizes)
     many = _product(f"{result}_many", f"{result}_inputs", f"{name}_wide", attributes)
-    return f"""
+    return f"""{matrix(name, attributes, types, sizes)}
           {_widened(result, inputs, name)}
           {result}_wide = If (is_few_e) <
             then_branch = few_{result} () => (float[] {result}_few) {{{few}
@@ -57,6 +59,60 @@ def by_rows(
           >
           {result}_product = CastLike ({result}_wide, x)
           {_biased(result, name, types)}"""
+
+
+def by_table(
+    result: str, inputs: str, name: str, attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]
+) -> str:
+    """Of one row, in fp32, without making the weights of it: each byte of nibbles is looked up in a table of what its
+    two numbers make with the two inputs that they multiply, and the sum of a group is scaled. As `wide` where that
+    does not do."""
+    if not _by_table(name, attributes, types, sizes):
+        return wide(result, inputs, name, attributes, types, sizes)
+    columns = sizes["C"] if name == "gate_up" else sizes["P"] // 2
+    group = min(int(attributes["group"]), columns)
+    groups, sums, scales = columns // group, f"{result}_sums", f"{name}_scales_turned"
+    steps = [
+        f"{result}_pairs_shape = Constant <value_ints = [{columns // 2}, 2]> ()",
+        f"{result}_pairs = Reshape ({inputs}, {result}_pairs_shape)",
+        f"{result}_table = MatMul ({result}_pairs, pair_values)",
+        f"{name}_turned = Transpose <perm = [1, 0]> ({name}_e)",
+        f"{name}_places = Cast <to = 6> ({name}_turned)",
+        f"{result}_looked_up = GatherElements <axis = 1> ({result}_table, {name}_places)",
+        f"{result}_groups_shape = Constant <value_ints = [{groups}, {group // 2}, -1]> ()",
+        f"{result}_groups = Reshape ({result}_looked_up, {result}_groups_shape)",
+        f"{sums} = ReduceSum <keepdims = 0> ({result}_groups, one)",
+        f"{scales} = Transpose <perm = [1, 0]> ({name}_scales_e)",
+    ]
+    if f"{name}_zeros" in types:
+        # A zero point counts as often as its group has inputs.
+        steps += [
+            f"{result}_inputs_shape = Constant <value_ints = [{groups}, {group}]> ()",
+            f"{result}_inputs = Reshape ({inputs}, {result}_inputs_shape)",
+            f"{result}_inputs_sum = ReduceSum <keepdims = 1> ({result}_inputs, one)",
+            f"{name}_zeros_turned = Transpose <perm = [1, 0]> ({name}_zeros_e)",
+            f"{name}_zeros_wide = Cast <to = 1> ({name}_zeros_turned)",
+            f"{result}_zeros = Mul ({name}_zeros_wide, {result}_inputs_sum)",
+            f"{result}_centred = Sub ({sums}, {result}_zeros)",
+        ]
+        sums = f"{result}_centred"
+    scales = widened_scales(scales, name, [groups, -1], attributes, steps)
+    steps += [
+        f"{result}_scaled = Mul ({sums}, {scales})",
+        f"{result}_column = ReduceSum <keepdims = 0> ({result}_scaled, leading)",
+    ]
+    row = factored(f"{result}_column", name, 1, attributes, types, steps)
+    steps += [f"{result}_product = Reshape ({row}, in_a_row)", _biased(result, name, types)]
+    return "\n          ".join(steps)
+
+
+def uses_tables(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> bool:
+    """Whether `by_table` is another form than `wide`."""
+    return any(_by_table(name, attributes, types, sizes) for name in ("gate_up", "down"))
+
+
+def _by_table(name: str, attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> bool:
+    return types["x"] == "float32" and has_pairs(name, attributes, sizes)
 
 
 def block_height(rows: int, columns: int) -> int:

@@ -1,4 +1,4 @@
-"""Where tensors lie in a file that we write: what is mapped from it is read fastest from the start of a cache's line."""
+"""Where tensors lie in a file that we write: what is mapped is read fastest from the start of a cache's line on."""
 
 from __future__ import annotations
 

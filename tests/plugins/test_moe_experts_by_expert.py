@@ -91,7 +91,7 @@ def test_multiplies_the_rows_there_are_by_weights_that_no_operator_copies(count,
     tensors = example(EVERY[layout], (1, tokens), sizes=(count, 2, C, I))
     read = inputs_read(ran(model(EVERY[layout], tensors), tensors, tmp_path))
     counts = tensors["experts"].flatten().bincount()
-    expected = [p for rows in counts[counts > 0].tolist() for p in products(EVERY[layout].transposed, rows)]
+    expected = [p for rows in counts[counts > 0].tolist() for p in products(EVERY[layout], rows)]
     assert sorted(inputs[:2] for op, inputs in read if op in PRODUCTS) == sorted(expected)
     stacks = [list(t.shape) for n, t in tensors.items() if n in WEIGHTS and t.ndim == 3]
     assert {op for op, inputs in read if any(stack in inputs for stack in stacks)} <= {"Scan", "If"}
@@ -105,15 +105,45 @@ def inputs_read(events: list[dict[str, Any]]) -> list[tuple[str, list[list[int]]
     return [(e["op_name"], [next(iter(s.values())) for s in e["input_type_shape"]]) for e in events]
 
 
-def products(transposed: bool, rows: int) -> list[list[list[int]]]:
-    """What the two products of an expert of so many rows multiply, of weights that one block holds."""
+def products(layout: Layout, rows: int) -> list[list[list[int]]]:
+    """What the two products of an expert of so many rows multiply, of weights that one block holds; of one row by
+    nibbles, the tables."""
+    transposed = layout.transposed
     least, most = FEW[transposed]
     sizes = ((2 * I, C), (C, I))
+    if layout.packed and rows == 1:
+        return [[[i // 2, 2], [2, 256]] for _, i in sizes]
     if not least <= rows <= most:
         return [[[rows, i], [i, o] if transposed else [o, i]] for o, i in sizes]
     if transposed:
         return [[[1, 1, i, o], [1, rows, i, 1]] for o, i in sizes]
     return [[[o, i], [rows, i]] for o, i in sizes]
+
+
+PAIRS = ["mxfp4", "nvfp4", "nvfp4-interleaved", "uint4-zeros"]
+
+
+# One token, and several of which each has an expert for itself.
+@pytest.mark.parametrize("tokens", [1, E])
+@pytest.mark.parametrize("layout", PAIRS)
+def test_a_row_alone_is_multiplied_by_nibbles_whose_numbers_are_nowhere_made(layout, tokens, tmp_path):
+    experts = torch.arange(tokens)[None, :, None]
+    tensors = example(EVERY[layout], (1, tokens), experts=experts, sizes=(E, 1, 2 * C, 8 * C))
+    whole = model(EVERY[layout], tensors)
+    assert excess(EVERY[layout](tensors), found(session(whole), tensors)) <= 1
+    numbers = 2 * max(tensors[n][0].numel() for n in ("gate_up", "down"))
+    sizes = [int(e["output_size"]) for e in ran(whole, tensors, tmp_path)]
+    assert 2 * numbers <= max(sizes) < 4 * numbers
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("layout", [n for n, form in EVERY.items() if form.packed])
+def test_numbers_are_looked_up_by_the_operator_that_copies_them_fastest(layout, tokens, target, tmp_path):
+    tensors = example(EVERY[layout], (1, tokens))
+    read = inputs_read(ran(node(EVERY[layout], tensors, target), tensors, tmp_path))
+    gathers = {op for op, inputs in read if op.startswith("Gather") and inputs[0][-1:] == [256]}
+    assert gathers == {"GatherElements"}
 
 
 @pytest.mark.parametrize("transposed", [False, True])
