@@ -10,26 +10,35 @@ from typing import Any
 from llmexport.export.assembly import checkpoint_name, part_names, parts
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.multimodal import outer_of
-from llmexport.export.spec import Arch, Experts, Model, Plain
+from llmexport.export.packed.scheme import without
+from llmexport.export.spec import Arch, Experts, Model, Mxfp4, Plain
 from llmexport.export.stored_tensor import StoredTensor
-from llmexport.plugins.dtypes import BY_SAFETENSORS, FLOATS
+from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS, FLOATS
+from llmexport.plugins.microscaling import BLOCK
 
 
 def with_experts_apart(arch: Arch, model: Model, checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint whose experts lie one by one, by the names that the architecture has for those, of the same bytes.
 
     The same one if there are none in one tensor, or if the architecture has no names. Those that lie [inputs, outputs]
-    are read as their transposes, which the config says where it can.
+    are read as their transposes, which the config says where it can; those in MXFP4 as what they mean, in bfloat16,
+    which holds each of those numbers.
     """
     every = [(p.path, p.block) for step in model.steps for p in parts(step) if isinstance(p.block, Experts)]
     found: dict[str, list[StoredTensor]] = {}
     for path, block in every:
-        found |= _matrices(arch, model, checkpoint, path, block) if block.storage == Plain() else {}
+        cut = CUTS[type(block.storage)](arch, model, checkpoint, path, block) if type(block.storage) in CUTS else {}
+        if not cut and block.storage == Mxfp4():
+            # A config speaks of all of them.
+            return checkpoint
+        found |= cut
     if not found:
         return checkpoint
     tensors = {t.name: t for n, whole in checkpoint.tensors.items() for t in found.get(n, [whole])}
     turned = any(t.turned for held in found.values() for t in held)
     config = _said(arch, checkpoint.config) if turned and arch.apart else checkpoint.config
+    if any(t.exponents for held in found.values() for t in held):
+        config = without(config)
     return replace(checkpoint, tensors=tensors, config=config)
 
 
@@ -50,6 +59,39 @@ def _matrices(
             return {}
         found[stack] = [*_cut(whole, names, turned=block.transposed)]
     return found
+
+
+def _in_mxfp4(
+    arch: Arch, model: Model, checkpoint: Checkpoint, path: str, block: Experts
+) -> dict[str, list[StoredTensor]]:
+    """The same of stacks in MXFP4, whose scales are then no tensors any more."""
+    found: dict[str, list[StoredTensor]] = {}
+    for name, (rows, columns) in block.sizes.items():
+        held = [checkpoint.tensors.get(checkpoint_name(arch, model, path + name) + end) for end in ENDINGS]
+        names = part_names(arch, path + name, block.experts)
+        shapes = [(block.experts, rows, columns // BLOCK, BLOCK // 2), (block.experts, rows, columns // BLOCK)]
+        if len(names) != block.experts or [t and (t.dtype, t.shape) for t in held] != [("U8", s) for s in shapes]:
+            return {}
+        values, exponents = (t for t in held if t)
+        each, groups = rows * columns // 2, rows * columns // BLOCK
+        found[exponents.name] = []
+        found[values.name] = [
+            replace(
+                values,
+                name=names[e],
+                dtype=BY_NAME["bfloat16"].safetensors,
+                shape=(rows, columns),
+                offset=values.offset + e * each,
+                nbytes=2 * rows * columns,
+                exponents=replace(exponents, offset=exponents.offset + e * groups, nbytes=groups),
+            )
+            for e in range(block.experts)
+        ]
+    return {} if not checkpoint.tensors.keys().isdisjoint(t.name for held in found.values() for t in held) else found
+
+
+ENDINGS = ("_blocks", "_scales")  # of the tensors of a stack in MXFP4
+CUTS = {Plain: _matrices, Mxfp4: _in_mxfp4}  # by how stacks are stored
 
 
 def _cut(whole: StoredTensor, names: tuple[str, ...], *, turned: bool) -> Iterator[StoredTensor]:

@@ -30,6 +30,9 @@ from llmexport.export.weights import Parameter
 
 Own = Mapping[str, Mapping[str, Mapping[str, Parameter]]]  # by graph, by step, by the path in its block
 WEIGHT, TIED = ".weight", "tie_word_embeddings"
+# What is published so has no other form. What else is in few bits was made of floats, which are the ones to round.
+MXFP4 = "mxfp4"
+QUANTISED = "the checkpoint is quantised, and is exported as it is: leave --quantize out, or take the model in 16 bits"
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,9 @@ def check(
     odd = {f"--block {block}": block, f"--weights {weights}": weights != "auto", "--part vision": part == "vision"}
     if others := [said for said, there in odd.items() if there]:
         raise ExportError(f"--quantize writes all weights of a text model anew, not {others[0]}: leave one of them out")
-    if checkpoint.matrices or said_in(checkpoint.config):
-        raise ExportError(
-            "the checkpoint is quantised, and is exported as it is: leave --quantize out, or take the model in 16 bits"
-        )
+    said = said_in(checkpoint.config)
+    if checkpoint.matrices or (said and said.get("quant_method") != MXFP4):
+        raise ExportError(QUANTISED)
 
 
 def untied(arch: Arch, model: Model, checkpoint: Checkpoint) -> Checkpoint:
@@ -111,6 +113,9 @@ def quantise(
     A vision tower stays as it is, and without `head` the head does. Raises ExportError if there is nothing to round,
     or no space.
     """
+    if said_in(checkpoint.config):
+        # Who takes experts apart has found none in MXFP4.
+        raise ExportError(QUANTISED)
     rounding = ROUNDINGS[kind]
     wanted, tower = size or GROUPS[0], tower_tensors(arch, checkpoint.config, "all")
     found = [p for p in matrices(graphs, own, head) if not any(fnmatch(n, t) for n in p.sources for t in tower)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from llmexport.export.checkpoint import SINGLE, Checkpoint, read_header
 from llmexport.export.errors import ExportError
 from llmexport.export.identity import Held, WeightFile, identify
 from llmexport.export.output import write_errors
+from llmexport.export.packed.matrix import Matrix, Scales
 from llmexport.export.placing import reading
 from llmexport.export.progress import Progress
 from llmexport.export.rounding import Rounding
@@ -23,6 +25,7 @@ from llmexport.export.stored_tensor import StoredTensor
 from llmexport.export.values import show_name
 from llmexport.export.weight_layout import laid_out, unplaced
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
+from llmexport.plugins.microscaling import BLOCK
 
 CHUNK = 2**20  # numbers in memory at a time, or one row
 
@@ -102,16 +105,21 @@ def write(
         with write_errors(folder), open(folder / made.name, "xb") as file:
             file.write(made.header)
             for piece in made.pieces:
-                shard = piece.source.file
-                with reading(source.folder / shard, stamps[shard]) as stored:
-                    _write(piece, rounding, stored, file)
+                exponents = piece.source.exponents
+                shards = {piece.source.file, *([exponents.file] if exponents else [])}
+                with contextlib.ExitStack() as stack:
+                    opened = {s: stack.enter_context(reading(source.folder / s, stamps[s])) for s in shards}
+                    _write(piece, rounding, opened, file)
     progress(f"quantised weights ({len(files)} files)", len(files), len(files))
     paths = [folder / f.name for f in files]
     return [identify(path, read_header(path)[1], "quantised", whole=whole) for path in paths]
 
 
-def _write(piece: Piece, rounding: Rounding, stored: BinaryIO, file: BinaryIO) -> None:
+def _write(piece: Piece, rounding: Rounding, opened: Mapping[str, BinaryIO], file: BinaryIO) -> None:
+    stored, exponents = opened[piece.source.file], piece.source.exponents
     arrays = _chunks(piece.source, stored)
+    if exponents:
+        arrays = _decoded(piece.source, stored, exponents, opened[exponents.file])
     scales: list[np.ndarray] = []
     if piece.size is not None:
         arrays = _rounded(piece.source, arrays, rounding, piece.size, scales)
@@ -123,6 +131,21 @@ def _write(piece: Piece, rounding: Rounding, stored: BinaryIO, file: BinaryIO) -
     for tensor, array in zip(piece.tensors[1:], beside, strict=False):
         file.seek(tensor.offset)
         file.write(array.view(np.uint8).data)
+
+
+def _decoded(tensor: StoredTensor, stored: BinaryIO, exponents: StoredTensor, scales: BinaryIO) -> Iterator[np.ndarray]:
+    """The rows that a matrix in MXFP4 means, some at a time."""
+    rows, columns = tensor.shape
+    numbers = np.memmap(stored, np.uint8, "r", tensor.offset, (rows, columns // 2))
+    powers = np.memmap(scales, np.uint8, "r", exponents.offset, (rows, columns // BLOCK))
+    height = max(1, CHUNK // columns)
+    for at in range(0, rows, height):
+        held = {"numbers": numbers[at : at + height], "powers": powers[at : at + height]}
+        shape = len(held["numbers"]), columns
+        matrix = Matrix(
+            tensor.name, shape, "numbers", "float4_e2m1fn", "rows", Scales("powers", "float8_e8m0fnu", (1, BLOCK))
+        )
+        yield matrix.decode(held.__getitem__).astype(BY_SAFETENSORS[tensor.dtype].name)
 
 
 def _rounded(

@@ -19,11 +19,13 @@ class StoredTensor:
     offset: int  # from the beginning of the file
     nbytes: int
     turned: int = 0  # of a matrix whose transpose lies there: numbers from one of its columns to the next
+    exponents: StoredTensor | None = None  # of a matrix that lies there in MXFP4: its scales; nbytes are those it means
 
     def mapped(self, file: Path | BinaryIO, dtype: np.dtype[Any]) -> np.ndarray:
         """What lies in a file, read-only and without a copy."""
         import numpy as np
 
+        assert not self.exponents, self.name
         if not self.turned:
             return np.memmap(file, dtype, "r", self.offset, self.shape)
         rows, columns = self.shape

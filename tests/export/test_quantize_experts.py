@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from quantised_checkpoints import tensor
 from rounded import KINDS, export, nearest, stored, tensors
 from safetensors.torch import save_file
+from tiny_configs import one_line
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from llmexport.export import archs, random_checkpoint, rounded_files
 from llmexport.export.checkpoint import open_checkpoint
@@ -134,6 +137,61 @@ def test_a_tied_head_is_rounded_too(tmp_path):
     random_checkpoint.write(arch, tmp_path / "in", config=config, dtype="bfloat16")
     made = export(tmp_path / "in", tmp_path / "out", "int8", quantize_head=True)
     assert "lm_head.weight" in open_checkpoint(made.folder).matrices
+
+
+MXFP4 = {**archs.load("gpt_oss").tiny, "quantization_config": {"quant_method": "mxfp4"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_mxfp4_means_is_rounded_to_nearest(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounded_files, "CHUNK", 1000)
+    # Shards between which numbers and their scales lie apart.
+    random_checkpoint.write(archs.load("gpt_oss"), tmp_path / "in", config=MXFP4, shard_bytes=8000)
+    placed = open_checkpoint(tmp_path / "in").tensors
+    pairs = {n: n.replace("_blocks", "_scales") for n in placed if n.endswith("_blocks")}
+    assert {placed[a].file == placed[b].file for a, b in pairs.items()} == {True, False}
+    made = export(tmp_path / "in", tmp_path / "out", kind, 32 if kind == "int4" else None)
+    plain, held = tensors(tmp_path / "in"), tensors(tmp_path / "out")
+    for blocks, scales in pairs.items():
+        module, which = blocks.removesuffix("_blocks").rsplit(".", 1)
+        stack = convert_moe_packed_tensors(*(torch.from_numpy(plain[n]) for n in (blocks, scales))).mT
+        assert stack.dtype == torch.bfloat16
+        for e, matrix in enumerate(stack):
+            rows = matrix.float().numpy().astype("bfloat16")
+            numbers, own = nearest(rows, kind, 32 if kind == "int4" else rows.shape[1])
+            np.testing.assert_array_equal(held[f"{module}.{which}s.{e}.weight_scale"], own)
+            np.testing.assert_array_equal(stored(held, f"{module}.{which}s.{e}", kind), numbers)
+    assert not [n for n in held if n.endswith(("_blocks", "_scales"))]
+    assert json.loads((made.folder / "config.json").read_text())["quantization_config"]["quant_method"] != "mxfp4"
+    assert not [n for n in made.notes if "stays as it is" in n]
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", slow("portable")])
+def test_what_is_exported_of_mxfp4_is_right_and_is_a_checkpoint_of_its_own(target, tmp_path):
+    random_checkpoint.write(archs.load("gpt_oss"), tmp_path / "in", config=MXFP4, dtype="bfloat16")
+    made = export(tmp_path / "in", tmp_path / "out", "int4", target=target)
+    rungs = {r.key: r.status for r in validate(made.folder).rungs}
+    assert [rungs[k] for k in RUNGS] == ["pass"] * 3
+    again = export(made.folder, tmp_path / "again", None, target=target)
+    graph = (made.folder / "model.onnx").read_bytes()
+    assert (again.folder / "model.onnx").read_bytes() == graph
+    ops = [n.op_type for n in onnx.load_from_string(graph).graph.node]
+    assert ("QMoE" in ops) is (target == "onnxruntime")
+    moved = validate(made.folder, rungs=["transformers"], reference=tmp_path / "in").moved
+    assert moved is not None
+    assert moved.tokens
+
+
+def test_mxfp4_that_is_not_as_it_is_published_is_not_rounded(tmp_path):
+    random_checkpoint.write(archs.load("gpt_oss"), tmp_path / "in", config=MXFP4, dtype="bfloat16")
+    held = tensors(tmp_path / "in")
+    name = next(n for n in held if n.endswith("down_proj_scales"))
+    for changed, said in ((held[name][:, :-1], "scales"), (held[name].astype(np.int32), "scales")):
+        rewrite(tmp_path / "in", held | {name: np.ascontiguousarray(changed)})
+        with pytest.raises(ExportError, match=said) as error:
+            export(tmp_path / "in", tmp_path / "out", "int4")
+        one_line(error.value)
+        assert not (tmp_path / "out").exists()
 
 
 # In floats nobody says so in the config.
