@@ -11,7 +11,7 @@ from llmexport.export.assembly import checkpoint_name, part_names, parts
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.multimodal import outer_of
 from llmexport.export.packed.scheme import without
-from llmexport.export.spec import Arch, Experts, Model, Mxfp4, Plain
+from llmexport.export.spec import Arch, Experts, Model, Mxfp4, Plain, Stored
 from llmexport.export.stored_tensor import StoredTensor
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS, FLOATS
 from llmexport.plugins.microscaling import BLOCK
@@ -27,18 +27,19 @@ def with_experts_apart(arch: Arch, model: Model, checkpoint: Checkpoint) -> Chec
     every = [(p.path, p.block) for step in model.steps for p in parts(step) if isinstance(p.block, Experts)]
     found: dict[str, list[StoredTensor]] = {}
     for path, block in every:
-        cut = CUTS[type(block.storage)](arch, model, checkpoint, path, block) if type(block.storage) in CUTS else {}
-        if not cut and block.storage == Mxfp4():
-            # A config speaks of all of them.
-            return checkpoint
-        found |= cut
+        if block.storage == Plain():
+            found |= _matrices(arch, model, checkpoint, path, block)
+        elif block.storage == Mxfp4():
+            cut = _in_mxfp4(arch, model, checkpoint, path, block)
+            if not cut:
+                # A config speaks of all of them.
+                return checkpoint
+            found |= cut
     if not found:
         return checkpoint
     tensors = {t.name: t for n, whole in checkpoint.tensors.items() for t in found.get(n, [whole])}
     turned = any(t.turned for held in found.values() for t in held)
-    config = _said(arch, checkpoint.config) if turned and arch.apart else checkpoint.config
-    if any(t.exponents for held in found.values() for t in held):
-        config = without(config)
+    config = without(_said(arch, checkpoint.config) if turned and arch.apart else checkpoint.config)
     return replace(checkpoint, tensors=tensors, config=config)
 
 
@@ -67,31 +68,32 @@ def _in_mxfp4(
     """The same of stacks in MXFP4, whose scales are then no tensors any more."""
     found: dict[str, list[StoredTensor]] = {}
     for name, (rows, columns) in block.sizes.items():
-        held = [checkpoint.tensors.get(checkpoint_name(arch, model, path + name) + end) for end in ENDINGS]
-        names = part_names(arch, path + name, block.experts)
-        shapes = [(block.experts, rows, columns // BLOCK, BLOCK // 2), (block.experts, rows, columns // BLOCK)]
-        if len(names) != block.experts or [t and (t.dtype, t.shape) for t in held] != [("U8", s) for s in shapes]:
+        stack, names = checkpoint_name(arch, model, path + name), part_names(arch, path + name, block.experts)
+        values, exponents = (_bytes(checkpoint, stack, stored) for stored in block.matrices[name])
+        if values is None or exponents is None or not checkpoint.tensors.keys().isdisjoint(names):
             return {}
-        values, exponents = (t for t in held if t)
-        each, groups = rows * columns // 2, rows * columns // BLOCK
-        found[exponents.name] = []
-        found[values.name] = [
-            replace(
-                values,
-                name=names[e],
-                dtype=BY_NAME["bfloat16"].safetensors,
-                shape=(rows, columns),
-                offset=values.offset + e * each,
-                nbytes=2 * rows * columns,
-                exponents=replace(exponents, offset=exponents.offset + e * groups, nbytes=groups),
+        found |= {values.name: [], exponents.name: []}
+        for e, own in enumerate(names):
+            powers = replace(exponents, offset=exponents.offset + e * rows * columns // BLOCK)
+            found[values.name].append(
+                replace(
+                    values,
+                    name=own,
+                    dtype=BY_NAME["bfloat16"].safetensors,
+                    shape=(rows, columns),
+                    offset=values.offset + e * rows * columns // 2,
+                    nbytes=2 * rows * columns,
+                    exponents=powers,
+                )
             )
-            for e in range(block.experts)
-        ]
-    return {} if not checkpoint.tensors.keys().isdisjoint(t.name for held in found.values() for t in held) else found
+    return found
 
 
-ENDINGS = ("_blocks", "_scales")  # of the tensors of a stack in MXFP4
-CUTS = {Plain: _matrices, Mxfp4: _in_mxfp4}  # by how stacks are stored
+def _bytes(checkpoint: Checkpoint, stack: str, stored: Stored) -> StoredTensor | None:
+    """A tensor of a stack, if it is there as it is stored, its groups apart or not."""
+    tensor, (*others, last), group = checkpoint.tensors.get(stack + stored.suffix), stored.shape, stored.group or 1
+    fits = tensor is not None and tensor.shape in (stored.shape, (*others, last // group, group))
+    return tensor if fits and tensor and tensor.dtype == BY_NAME[stored.dtype].safetensors else None
 
 
 def _cut(whole: StoredTensor, names: tuple[str, ...], *, turned: bool) -> Iterator[StoredTensor]:

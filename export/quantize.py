@@ -18,7 +18,7 @@ from llmexport.export.handover import HandOver
 from llmexport.export.identity import Held, WeightFile
 from llmexport.export.multimodal import outer_of, tower_tensors
 from llmexport.export.packed.read import matrices_of
-from llmexport.export.packed.scheme import said_in
+from llmexport.export.packed.scheme import MXFP4, said_in
 from llmexport.export.placing import CONFIG, check_space
 from llmexport.export.progress import Progress
 from llmexport.export.rounding import GROUPS, ROUNDINGS, Rounding
@@ -30,8 +30,6 @@ from llmexport.export.weights import Parameter
 
 Own = Mapping[str, Mapping[str, Mapping[str, Parameter]]]  # by graph, by step, by the path in its block
 WEIGHT, TIED = ".weight", "tie_word_embeddings"
-# What is published so has no other form. What else is in few bits was made of floats, which are the ones to round.
-MXFP4 = "mxfp4"
 QUANTISED = "the checkpoint is quantised, and is exported as it is: leave --quantize out, or take the model in 16 bits"
 
 
@@ -75,6 +73,7 @@ def check(
     odd = {f"--block {block}": block, f"--weights {weights}": weights != "auto", "--part vision": part == "vision"}
     if others := [said for said, there in odd.items() if there]:
         raise ExportError(f"--quantize writes all weights of a text model anew, not {others[0]}: leave one of them out")
+    # What is published in MXFP4 has no other form.
     said = said_in(checkpoint.config)
     if checkpoint.matrices or (said and said.get("quant_method") != MXFP4):
         raise ExportError(QUANTISED)

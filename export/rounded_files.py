@@ -61,7 +61,7 @@ def planned(
     room = limit
     for tensor in tensors:
         size = sizes.get(tensor.name)
-        written = (dataclasses.replace(tensor, turned=0),)
+        written = (dataclasses.replace(tensor, turned=0, exponents=None),)
         piece = Piece(tensor, size, written if size is None else _in_its_place(tensor, size, rounding))
         if shards[-1] and piece.nbytes > room:
             shards.append([])
@@ -145,7 +145,10 @@ def _decoded(tensor: StoredTensor, stored: BinaryIO, exponents: StoredTensor, sc
         matrix = Matrix(
             tensor.name, shape, "numbers", "float4_e2m1fn", "rows", Scales("powers", "float8_e8m0fnu", (1, BLOCK))
         )
-        yield matrix.decode(held.__getitem__).astype(BY_SAFETENSORS[tensor.dtype].name)
+        # What is no number is said where it is rounded.
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows_of_it = matrix.decode(held.__getitem__)
+        yield rows_of_it.astype(BY_SAFETENSORS[tensor.dtype].name)
 
 
 def _rounded(

@@ -33,6 +33,14 @@ class Format:
         """Less the zero point, unless the node has its own."""
         return self.values if self.zero is None or zeros else tuple(v - self.zero for v in self.values)
 
+    def by_byte(self, zeros: bool = False) -> dict[str, tuple[float, ...]]:
+        """What each byte holds, as tables by their names: its value, or those of its low and of its high nibble."""
+        values = self.values_with(zeros)
+        if self.per_byte == 1:
+            return {"values": values}
+        low, high = zip(*((values[byte % 16], values[byte // 16]) for byte in range(256)), strict=True)
+        return {"low_values": low, "high_values": high}
+
 
 PACKED = {
     "mxfp4": Format(VALUES, BLOCK, POWERS),

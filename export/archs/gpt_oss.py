@@ -4,7 +4,7 @@ from llmexport.export import quantised
 from llmexport.export.config import Config
 from llmexport.export.decoder import BUFFERS, NAMES, TINY, decoder
 from llmexport.export.errors import ExportError
-from llmexport.export.packed.scheme import method_of
+from llmexport.export.packed.scheme import MXFP4, method_of
 from llmexport.export.spec import Arch, Experts, Model, Moe, Mxfp4, Plain, Router, Span, causal_lm, decoder_layer
 
 EXPERTS = "model.layers.{i}.mlp.experts."
@@ -55,8 +55,8 @@ def mxfp4(config: Config) -> bool:
     found = config.get("quantization_config", None)
     if found is None or (isinstance(found, dict) and method_of(found)):
         return False
-    if not isinstance(found, dict) or found.get("quant_method") != "mxfp4":
-        raise quantised.refusal("config.json: quantization_config", quantised.describe(found), known="mxfp4")
+    if not isinstance(found, dict) or found.get("quant_method") != MXFP4:
+        raise quantised.refusal("config.json: quantization_config", quantised.describe(found), known=MXFP4)
     return not found.get("dequantize", False)
 
 

@@ -87,6 +87,10 @@ class Scheme:
         return next(chain(named, (g for g in self.groups if g.every)), None)
 
 
+# GPT-OSS' experts, which are no matrices of this package: their architecture reads them.
+MXFP4 = "mxfp4"
+
+
 def said_in(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The part of config.json that speaks of quantisation, of the whole or of its text model; None if there is none."""
     inner = [v for k in TEXTS if isinstance(v := config.get(k), Mapping)]

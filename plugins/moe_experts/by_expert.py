@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from llmexport.plugins.moe_experts.body import body
-from llmexport.plugins.moe_experts.decoding import pairs
+from llmexport.plugins.moe_experts.by_nibbles import by_nibbles, is_of_use, nibble_values
 from llmexport.plugins.moe_experts.expert import SHARED, check_body, constants, mlp
-from llmexport.plugins.moe_experts.products import FEW, by_rows, by_table, uses_tables
+from llmexport.plugins.moe_experts.products import FEW, by_rows
 from llmexport.plugins.spec import Attribute
 
 # How many times as many rows as there are choices the outputs of all experts may take, padded to those of the fullest.
@@ -18,7 +18,8 @@ def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
 
     Turns give outputs of one shape, as many rows as the fullest expert has tokens; where that is more than ROOM allows,
     as for a token of many experts, each turn adds its outputs to a sum instead, which copies that sum. One token alone
-    needs none of this: a turn adds to its sum, and nothing is looked for.
+    needs none of this: a turn adds to its sum, and nothing is looked for. Its row, and that of an expert with one token
+    of several, multiplies weights of 4 bits `by_nibbles`.
 
     An expert that a token chose twice counts once with the sum of its weights; where the weights multiply what goes in,
     that is another number, and the body of blocks stands.
@@ -27,8 +28,9 @@ def by_expert(attributes: dict[str, Attribute], types: dict[str, str], sizes: di
     if attributes["scale_input"] and top_k > 1:
         return body(attributes, types, sizes)
     check_body(attributes, types)
+    nibbles = nibble_values(attributes, types) if is_of_use(attributes, types, sizes) else ""
     return f"""
-    {constants(attributes, types, sizes)}{pairs(attributes, types)}
+    {constants(attributes, types, sizes)}{nibbles}
     one = Constant <value_ints = [1]> ()
     flat = Constant <value_ints = [-1]> ()
     number_experts = Constant <value_int = {experts}> ()
@@ -59,7 +61,7 @@ def _one(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[st
     some = f"""
           weight_rounded = CastLike (weights_e, x)
           inputs = {inputs}
-          {mlp(attributes, types, sizes, by_table)}
+          {mlp(attributes, types, sizes, by_nibbles)}
           output_wide = Cast <to = 1> (result)
           weighted = {weighted}
           sum_some = Add (sum_before, weighted)"""
@@ -117,7 +119,6 @@ def _several(attributes: dict[str, Attribute], types: dict[str, str], sizes: dic
     counts_narrow = ReduceSum <keepdims = 0> (hits, first_axis)
     counts = Cast <to = 7> (counts_narrow)
     is_any = Greater (counts, number_zero)
-    is_single = Equal (counts, number_one)
     least_few = Constant <value_int = {least}> ()
     most_few = Constant <value_int = {most}> ()
     is_enough = GreaterOrEqual (counts, least_few)
@@ -128,7 +129,7 @@ def _several(attributes: dict[str, Attribute], types: dict[str, str], sizes: dic
 
 
 def _turn(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """Makes `result` of the rows of an expert's tokens, whose numbers are in `token_e`."""
+    """Makes `output_wide` of the rows of an expert's tokens, whose numbers are in `token_e`."""
     scaled = f"""{_WEIGHT}
           weight_rounded = CastLike (weight_e, x)
           inputs = Mul (tokens_e, weight_rounded)"""
@@ -141,13 +142,15 @@ def _turn(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[s
 
 
 def _outputs(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> str:
-    """`output_wide` of an expert's rows, of a single one by tables if those are of use."""
+    """`output_wide` of an expert's `inputs`, by nibbles if it is a single row and they are of use."""
     several = mlp(attributes, types, sizes, by_rows)
-    if not uses_tables(attributes, types, sizes):
+    if not is_of_use(attributes, types, sizes):
         return f"""{several}
           output_wide = Cast <to = 1> (result)"""
-    return f"""output_wide = If (is_single_e) <
-            then_branch = single () => (float[] output_single) {{{mlp(attributes, types, sizes, by_table)}
+    return f"""rows_of_it = Size (token_e)
+          is_single = Equal (rows_of_it, number_one)
+          output_wide = If (is_single) <
+            then_branch = single () => (float[] output_single) {{{mlp(attributes, types, sizes, by_nibbles)}
           output_single = Cast <to = 1> (result)
             }},
             else_branch = more () => (float[] output_more) {{{several}
@@ -192,7 +195,6 @@ _TOKENS = {
     "is_its_e": ("is_its", "bool"),
     "weights_e": ("weights_by_expert", "float"),
     "is_few_e": ("is_few", "bool"),
-    "is_single_e": ("is_single", "bool"),
 }
 
 

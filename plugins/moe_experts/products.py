@@ -1,14 +1,14 @@
 """The part of MoeExperts' function bodies that multiplies rows by a matrix of an expert, and adds its bias.
 
-A product is written by `plain`, `wide`, `by_rows` or `by_table` of result, inputs, name, attributes, types and sizes:
-RESULT [rows, out] of INPUTS [rows, in] by what is stored of NAME_e, and NAME_bias_e.
+A product is written by `plain`, `wide` or `by_rows` here, or `by_nibbles` elsewhere, of result, inputs, name,
+attributes, types and sizes: RESULT [rows, out] of INPUTS [rows, in] by what is stored of NAME_e, and NAME_bias_e.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from llmexport.plugins.moe_experts.decoding import factored, has_pairs, matrix, widened_scales
+from llmexport.plugins.moe_experts.decoding import matrix
 from llmexport.plugins.spec import Attribute
 
 Product = Callable[[str, str, str, dict[str, Attribute], dict[str, str], dict[str, int]], str]
@@ -23,7 +23,7 @@ def plain(
     """In x's type."""
     stored = matrix(name, attributes, types, sizes)
     return f"""{stored}{_product(f"{result}_product", inputs, f"{name}_cast", attributes)}
-          {_biased(result, name, types)}"""
+          {biased(result, name, types)}"""
 
 
 def wide(
@@ -34,7 +34,7 @@ def wide(
     return f"""{matrix(name, attributes, types, sizes)}
           {_widened(result, inputs, name)}{_product(f"{result}_wide", f"{result}_inputs", f"{name}_wide", attributes)}
           {result}_product = CastLike ({result}_wide, x)
-          {_biased(result, name, types)}"""
+          {biased(result, name, types)}"""
 
 
 def by_rows(
@@ -58,61 +58,7 @@ def by_rows(
             }}
           >
           {result}_product = CastLike ({result}_wide, x)
-          {_biased(result, name, types)}"""
-
-
-def by_table(
-    result: str, inputs: str, name: str, attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]
-) -> str:
-    """Of one row, in fp32, without making the weights of it: each byte of nibbles is looked up in a table of what its
-    two numbers make with the two inputs that they multiply, and the sum of a group is scaled. As `wide` where that
-    does not do."""
-    if not _by_table(name, attributes, types, sizes):
-        return wide(result, inputs, name, attributes, types, sizes)
-    columns = sizes["C"] if name == "gate_up" else sizes["P"] // 2
-    group = min(int(attributes["group"]), columns)
-    groups, sums, scales = columns // group, f"{result}_sums", f"{name}_scales_turned"
-    steps = [
-        f"{result}_pairs_shape = Constant <value_ints = [{columns // 2}, 2]> ()",
-        f"{result}_pairs = Reshape ({inputs}, {result}_pairs_shape)",
-        f"{result}_table = MatMul ({result}_pairs, pair_values)",
-        f"{name}_turned = Transpose <perm = [1, 0]> ({name}_e)",
-        f"{name}_places = Cast <to = 6> ({name}_turned)",
-        f"{result}_looked_up = GatherElements <axis = 1> ({result}_table, {name}_places)",
-        f"{result}_groups_shape = Constant <value_ints = [{groups}, {group // 2}, -1]> ()",
-        f"{result}_groups = Reshape ({result}_looked_up, {result}_groups_shape)",
-        f"{sums} = ReduceSum <keepdims = 0> ({result}_groups, one)",
-        f"{scales} = Transpose <perm = [1, 0]> ({name}_scales_e)",
-    ]
-    if f"{name}_zeros" in types:
-        # A zero point counts as often as its group has inputs.
-        steps += [
-            f"{result}_inputs_shape = Constant <value_ints = [{groups}, {group}]> ()",
-            f"{result}_inputs = Reshape ({inputs}, {result}_inputs_shape)",
-            f"{result}_inputs_sum = ReduceSum <keepdims = 1> ({result}_inputs, one)",
-            f"{name}_zeros_turned = Transpose <perm = [1, 0]> ({name}_zeros_e)",
-            f"{name}_zeros_wide = Cast <to = 1> ({name}_zeros_turned)",
-            f"{result}_zeros = Mul ({name}_zeros_wide, {result}_inputs_sum)",
-            f"{result}_centred = Sub ({sums}, {result}_zeros)",
-        ]
-        sums = f"{result}_centred"
-    scales = widened_scales(scales, name, [groups, -1], attributes, steps)
-    steps += [
-        f"{result}_scaled = Mul ({sums}, {scales})",
-        f"{result}_column = ReduceSum <keepdims = 0> ({result}_scaled, leading)",
-    ]
-    row = factored(f"{result}_column", name, 1, attributes, types, steps)
-    steps += [f"{result}_product = Reshape ({row}, in_a_row)", _biased(result, name, types)]
-    return "\n          ".join(steps)
-
-
-def uses_tables(attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> bool:
-    """Whether `by_table` is another form than `wide`."""
-    return any(_by_table(name, attributes, types, sizes) for name in ("gate_up", "down"))
-
-
-def _by_table(name: str, attributes: dict[str, Attribute], types: dict[str, str], sizes: dict[str, int]) -> bool:
-    return types["x"] == "float32" and has_pairs(name, attributes, sizes)
+          {biased(result, name, types)}"""
 
 
 def block_height(rows: int, columns: int) -> int:
@@ -135,7 +81,8 @@ def _widened(result: str, inputs: str, name: str) -> str:
           {result}_inputs = Cast <to = 1> ({inputs})"""
 
 
-def _biased(result: str, name: str, types: dict[str, str]) -> str:
+def biased(result: str, name: str, types: dict[str, str]) -> str:
+    """RESULT of RESULT_product."""
     made = f"{result}_product"
     return f"{result} = " + (f"Add ({made}, {name}_bias_e)" if f"{name}_bias" in types else f"Identity ({made})")
 

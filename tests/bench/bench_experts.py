@@ -3,10 +3,10 @@
     python tests/bench/bench_experts.py [--rounds N] [--dtype DTYPE] [--json FILE] [MODEL ...]
 
 Random weights of 0.3B to 1.3B, those of "8 of 64" in experts of the size of Qwen3.5-35B-A3B's, and in int4 of
-Qwen3-30B-A3B's. Both exports of a model are open in one process and take turns: a prompt of 128 and of 512 tokens, then
-tokens behind each, and of four prompts at once. One thread on one core, CPU time; what opening takes is a process of
-its own. Exit code 1 if the scores of the two differ by more than CLOSE of their largest, or, of int4, if `validate`
-fails, which computes without rounding.
+Qwen3-30B-A3B's; int4 and fp8 are made by --quantize, MXFP4 is GPT-OSS' own. Both exports of a model are open in one
+process and take turns: a prompt of 128 and of 512 tokens, then tokens behind each, and of four prompts at once. One
+thread on one core, CPU time; what opening takes is a process of its own. Exit code 1 if the scores of the two differ by
+more than CLOSE of their largest, or, of int4, if `validate` fails, which computes without rounding.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from report import commit, machine
 from llmexport.export import archs, manifest, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.random_checkpoint import write
+from llmexport.export.rounding import ROUNDINGS
 from llmexport.run.session import RuntimeSession, decode
 
 TARGETS = ("portable", "onnxruntime")
@@ -68,7 +69,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 SMALL = {"hidden_size": 768, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "num_experts": 256}
 MODELS["8 of 256, small"] = ("qwen3_5_moe", MODELS["8 of 64"][1] | SMALL)
-MODELS |= {f"{name}, int4": MODELS[name] for name in ("2 of 8", "4 of 32")}
+MODELS |= {f"{name}, {kind}": MODELS[name] for name in ("2 of 8", "4 of 32") for kind in ("int4", "fp8")}
+# As published.
+MODELS["4 of 32, mxfp4"] = ("gpt_oss", MODELS["4 of 32"][1] | {"quantization_config": {"quant_method": "mxfp4"}})
 MODELS["8 of 64, int4"] = (
     "qwen3_moe",
     {
@@ -169,12 +172,12 @@ def main() -> int:
     results: dict[str, Any] = {}
     for model in given.models:
         with tempfile.TemporaryDirectory() as work:
-            quantize = "int4" if model.endswith("int4") else None
+            quantize = next((kind for kind in ROUNDINGS if model.endswith(f", {kind}")), None)
             folders = exported(Path(work), *MODELS[model], given.dtype, quantize)
             memory = {n: opened(f) for n, f in folders.items()}
             apart, cases = timed(folders, given.rounds)
             results[model] = {"apart": apart, "opened": memory, "ms": cases}
-            if quantize:
+            if quantize == "int4":
                 results[model]["validated"] = validated(Path(work), folders["onnxruntime"])
         print(f"{model}: scores apart by {apart:.1e} of the largest; opened {json.dumps(memory)}")
         for case, by in cases.items():

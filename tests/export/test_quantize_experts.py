@@ -182,16 +182,38 @@ def test_what_is_exported_of_mxfp4_is_right_and_is_a_checkpoint_of_its_own(targe
     assert moved.tokens
 
 
-def test_mxfp4_that_is_not_as_it_is_published_is_not_rounded(tmp_path):
+@pytest.mark.parametrize("flat", [False, True])
+def test_mxfp4_is_rounded_whether_its_blocks_are_apart_or_not(flat, tmp_path):
     random_checkpoint.write(archs.load("gpt_oss"), tmp_path / "in", config=MXFP4, dtype="bfloat16")
     held = tensors(tmp_path / "in")
-    name = next(n for n in held if n.endswith("down_proj_scales"))
-    for changed, said in ((held[name][:, :-1], "scales"), (held[name].astype(np.int32), "scales")):
-        rewrite(tmp_path / "in", held | {name: np.ascontiguousarray(changed)})
-        with pytest.raises(ExportError, match=said) as error:
-            export(tmp_path / "in", tmp_path / "out", "int4")
-        one_line(error.value)
-        assert not (tmp_path / "out").exists()
+    flatten = [n for n in held if n.endswith("_blocks")] if flat else []
+    rewrite(tmp_path / "in", held | {n: held[n].reshape(*held[n].shape[:2], -1) for n in flatten})
+    made = export(tmp_path / "in", tmp_path / "out", "int8")
+    assert len([n for n in open_checkpoint(made.folder).matrices if ".experts." in n]) > 10
+
+
+def test_experts_in_16_bits_are_rounded_where_a_config_speaks_of_those_in_4(tmp_path):
+    said = {"quant_method": "mxfp4", "dequantize": True}
+    config = {**archs.load("gpt_oss").tiny, "quantization_config": said}
+    random_checkpoint.write(archs.load("gpt_oss"), tmp_path / "in", config=config, dtype="bfloat16")
+    made = export(tmp_path / "in", tmp_path / "out", "int8")
+    assert len([n for n in open_checkpoint(made.folder).matrices if ".experts." in n]) > 10
+
+
+# The last layer's, which is read after those before were taken apart.
+@pytest.mark.parametrize("change", ["columns", "type", "taken"])
+def test_mxfp4_that_is_not_as_it_is_published_is_not_rounded(change, tmp_path):
+    random_checkpoint.write(archs.load("gpt_oss"), tmp_path / "in", config=MXFP4, dtype="bfloat16")
+    held = tensors(tmp_path / "in")
+    name = max(n for n in held if n.endswith("down_proj_scales"))
+    taken = name.replace("down_proj_scales", "down_projs.0.weight")
+    changes = {"columns": {name: held[name][:, :-1]}, "type": {name: held[name].astype(np.int32)}}
+    changes["taken"] = {taken: np.zeros((2, 2), np.float32)}
+    rewrite(tmp_path / "in", held | {n: np.ascontiguousarray(a) for n, a in changes[change].items()})
+    with pytest.raises(ExportError, match=taken if change == "taken" else name) as error:
+        export(tmp_path / "in", tmp_path / "out", "int4")
+    one_line(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 # In floats nobody says so in the config.

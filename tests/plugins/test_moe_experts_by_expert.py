@@ -121,6 +121,20 @@ def products(layout: Layout, rows: int) -> list[list[list[int]]]:
 
 
 PAIRS = ["mxfp4", "nvfp4", "nvfp4-interleaved", "uint4-zeros"]
+# A byte of two scales; groups that fill the rows of one matrix alone; weights that multiply what goes in.
+ODD = {
+    "columns": (Layout(bias=True, format="uint4", group=1), (E, K, C, I)),
+    "one of two": (Layout(bias=True, format="uint4", group=24, factors=True, zeros=True), (E, K, C, 24)),
+    "the other": (Layout(interleaved=True, bias=True, format="uint4", group=64, factors=True), (E, K, C, 96)),
+    "scaled inputs": (Layout(scale_input=True, bias=True, format="uint4", group=16), (E, 1, C, I)),
+}
+
+
+@pytest.mark.parametrize(("layout", "sizes"), ODD.values(), ids=ODD)
+@pytest.mark.parametrize("tokens", [1, 3, 30])
+def test_numbers_of_4_bits_in_any_groups_equal_the_reference(tokens, layout, sizes):
+    tensors = example(layout, (1, tokens), sizes=sizes)
+    assert excess(layout(tensors), found(session(model(layout, tensors)), tensors)) <= 1
 
 
 # One token, and several of which each has an expert for itself.
