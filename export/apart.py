@@ -9,7 +9,9 @@ from typing import Any
 
 from llmexport.export.assembly import checkpoint_name, part_names, parts
 from llmexport.export.checkpoint import Checkpoint
+from llmexport.export.coded import Coded
 from llmexport.export.multimodal import outer_of
+from llmexport.export.packed.matrix import Matrix, Scales
 from llmexport.export.packed.scheme import without
 from llmexport.export.spec import Arch, Experts, Model, Mxfp4, Plain, Stored
 from llmexport.export.stored_tensor import StoredTensor
@@ -73,19 +75,15 @@ def _in_mxfp4(
         if values is None or exponents is None or not checkpoint.tensors.keys().isdisjoint(names):
             return {}
         found |= {values.name: [], exponents.name: []}
+        each, groups = rows * columns // 2, rows * columns // BLOCK
         for e, own in enumerate(names):
-            powers = replace(exponents, offset=exponents.offset + e * rows * columns // BLOCK)
-            found[values.name].append(
-                replace(
-                    values,
-                    name=own,
-                    dtype=BY_NAME["bfloat16"].safetensors,
-                    shape=(rows, columns),
-                    offset=values.offset + e * rows * columns // 2,
-                    nbytes=2 * rows * columns,
-                    exponents=powers,
-                )
+            scales = Scales(exponents.name, "uint8", (1, BLOCK))
+            matrix = Matrix(own, (rows, columns), values.name, "float4_e2m1fn", "rows", scales)
+            numbers = replace(values, shape=(rows, columns // 2), offset=values.offset + e * each, nbytes=each)
+            powers = replace(
+                exponents, shape=(rows, columns // BLOCK), offset=exponents.offset + e * groups, nbytes=groups
             )
+            found[values.name].append(Coded(matrix, numbers, powers).meant("bfloat16"))
     return found
 
 

@@ -16,6 +16,7 @@ from llmexport.export.apart import with_experts_apart
 from llmexport.export.archs import as_stored, in_layout, multimodal_names
 from llmexport.export.assembly import named_blocks
 from llmexport.export.checkpoint import Checkpoint
+from llmexport.export.coded import in_floats
 from llmexport.export.config import Config
 from llmexport.export.earlier import BLOCKS
 from llmexport.export.errors import ExportError
@@ -114,6 +115,8 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
 
     What is made here is bounded by what the checkpoint holds: a config alone can ask for anything.
     """
+    if request.quantize and request.checkpoint.matrices:
+        request = dataclasses.replace(request, checkpoint=in_floats(request.checkpoint))
     config, part = request.checkpoint.config, request.part
     model, notes = read_noted(request.arch, config, request.max_tokens, part)
     model = with_last_logits(model) if request.logits == "last" else model

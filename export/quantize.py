@@ -13,6 +13,7 @@ from typing import Any
 from llmexport.export import rounded_files
 from llmexport.export.assembly import HEAD, head_name, parts, tied_names
 from llmexport.export.checkpoint import INDEX, Checkpoint, read_header
+from llmexport.export.coded import can_be_floats
 from llmexport.export.errors import ExportError
 from llmexport.export.handover import HandOver
 from llmexport.export.identity import Held, WeightFile
@@ -73,9 +74,10 @@ def check(
     odd = {f"--block {block}": block, f"--weights {weights}": weights != "auto", "--part vision": part == "vision"}
     if others := [said for said, there in odd.items() if there]:
         raise ExportError(f"--quantize writes all weights of a text model anew, not {others[0]}: leave one of them out")
-    # What is published in MXFP4 has no other form.
+    # What is published in FP8 or MXFP4 may have no other form.
     said = said_in(checkpoint.config)
-    if checkpoint.matrices or (said and said.get("quant_method") != MXFP4):
+    of_fp8 = checkpoint.matrices and can_be_floats(checkpoint)
+    if not of_fp8 and (checkpoint.matrices or (said and said.get("quant_method") != MXFP4)):
         raise ExportError(QUANTISED)
 
 

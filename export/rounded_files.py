@@ -17,7 +17,6 @@ from llmexport.export.checkpoint import SINGLE, Checkpoint, read_header
 from llmexport.export.errors import ExportError
 from llmexport.export.identity import Held, WeightFile, identify
 from llmexport.export.output import write_errors
-from llmexport.export.packed.matrix import Matrix, Scales
 from llmexport.export.placing import reading
 from llmexport.export.progress import Progress
 from llmexport.export.rounding import Rounding
@@ -25,7 +24,6 @@ from llmexport.export.stored_tensor import StoredTensor
 from llmexport.export.values import show_name
 from llmexport.export.weight_layout import laid_out, unplaced
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
-from llmexport.plugins.microscaling import BLOCK
 
 CHUNK = 2**20  # numbers in memory at a time, or one row
 
@@ -61,7 +59,7 @@ def planned(
     room = limit
     for tensor in tensors:
         size = sizes.get(tensor.name)
-        written = (dataclasses.replace(tensor, turned=0, exponents=None),)
+        written = (dataclasses.replace(tensor, turned=0, coded=None),)
         piece = Piece(tensor, size, written if size is None else _in_its_place(tensor, size, rounding))
         if shards[-1] and piece.nbytes > room:
             shards.append([])
@@ -105,8 +103,8 @@ def write(
         with write_errors(folder), open(folder / made.name, "xb") as file:
             file.write(made.header)
             for piece in made.pieces:
-                exponents = piece.source.exponents
-                shards = {piece.source.file, *([exponents.file] if exponents else [])}
+                coded = piece.source.coded
+                shards = coded.files if coded else {piece.source.file}
                 with contextlib.ExitStack() as stack:
                     opened = {s: stack.enter_context(reading(source.folder / s, stamps[s])) for s in shards}
                     _write(piece, rounding, opened, file)
@@ -116,39 +114,22 @@ def write(
 
 
 def _write(piece: Piece, rounding: Rounding, opened: Mapping[str, BinaryIO], file: BinaryIO) -> None:
-    stored, exponents = opened[piece.source.file], piece.source.exponents
-    arrays = _chunks(piece.source, stored)
-    if exponents:
-        arrays = _decoded(piece.source, stored, exponents, opened[exponents.file])
+    source = piece.source
+    if source.coded:
+        arrays = source.coded.rows(opened, BY_SAFETENSORS[source.dtype].name, CHUNK)
+    else:
+        arrays = _chunks(source, opened[source.file])
     scales: list[np.ndarray] = []
     if piece.size is not None:
-        arrays = _rounded(piece.source, arrays, rounding, piece.size, scales)
+        arrays = _rounded(source, arrays, rounding, piece.size, scales)
     file.seek(piece.tensors[0].offset)
     for array in arrays:
         interrupt.check()
         file.write(np.ascontiguousarray(array).view(np.uint8).data)
-    beside = [np.concatenate(scales), np.array(piece.source.shape, np.int64)] if scales else []
+    beside = [np.concatenate(scales), np.array(source.shape, np.int64)] if scales else []
     for tensor, array in zip(piece.tensors[1:], beside, strict=False):
         file.seek(tensor.offset)
         file.write(array.view(np.uint8).data)
-
-
-def _decoded(tensor: StoredTensor, stored: BinaryIO, exponents: StoredTensor, scales: BinaryIO) -> Iterator[np.ndarray]:
-    """The rows that a matrix in MXFP4 means, some at a time."""
-    rows, columns = tensor.shape
-    numbers = np.memmap(stored, np.uint8, "r", tensor.offset, (rows, columns // 2))
-    powers = np.memmap(scales, np.uint8, "r", exponents.offset, (rows, columns // BLOCK))
-    height = max(1, CHUNK // columns)
-    for at in range(0, rows, height):
-        held = {"numbers": numbers[at : at + height], "powers": powers[at : at + height]}
-        shape = len(held["numbers"]), columns
-        matrix = Matrix(
-            tensor.name, shape, "numbers", "float4_e2m1fn", "rows", Scales("powers", "float8_e8m0fnu", (1, BLOCK))
-        )
-        # What is no number is said where it is rounded.
-        with np.errstate(over="ignore", invalid="ignore"):
-            rows_of_it = matrix.decode(held.__getitem__)
-        yield rows_of_it.astype(BY_SAFETENSORS[tensor.dtype].name)
 
 
 def _rounded(

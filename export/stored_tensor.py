@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     import numpy as np
 
+    from llmexport.export.coded import Coded
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -19,13 +21,13 @@ class StoredTensor:
     offset: int  # from the beginning of the file
     nbytes: int
     turned: int = 0  # of a matrix whose transpose lies there: numbers from one of its columns to the next
-    exponents: StoredTensor | None = None  # of a matrix that lies there in MXFP4: its scales; nbytes are those it means
+    coded: Coded | None = None  # of a matrix that nowhere lies so: what it is stored as
 
     def mapped(self, file: Path | BinaryIO, dtype: np.dtype[Any]) -> np.ndarray:
         """What lies in a file, read-only and without a copy."""
         import numpy as np
 
-        assert not self.exponents, self.name
+        assert not self.coded, self.name
         if not self.turned:
             return np.memmap(file, dtype, "r", self.offset, self.shape)
         rows, columns = self.shape
