@@ -212,7 +212,7 @@ def fill(request: Request, folder: Path, progress: Progress = silent) -> Export:
         found = place_shards(checkpoint, used, folder, request.weights, whole=request.digest)
     check_config(stored)
     # A block is no model that a tokenizer belongs to.
-    companions = place_companions(checkpoint, folder) if request.block is None else {}
+    companions = place_companions(checkpoint, folder, rounded=bool(made)) if request.block is None else {}
     for told in (made.told, handed) if made else (handed,):
         companions |= told.place(folder)
     if repacked:

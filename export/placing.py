@@ -89,15 +89,15 @@ def check_room(checkpoint: Checkpoint, used: Collection[str], folder: Path, mode
         _check_space(folder, copied, "write", more)
 
 
-def place_companions(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+def place_companions(checkpoint: Checkpoint, folder: Path, *, rounded: bool = False) -> dict[str, str]:
     """Put the checkpoint's config, tokenizer and the like into `folder`; returns their names there and SHA-256.
 
-    They are no hard links, as tools edit them. Links to them are followed. Raises ExportError on one that cannot be
-    read.
+    They are no hard links, as tools edit them. Links to them are followed. rounded: whether weights are quantised now,
+    so that files which say how they were stay behind. Raises ExportError on one that cannot be read.
     """
     placed = {}
     with write_errors(folder):
-        for name in sorted(_companions(checkpoint.folder)):
+        for name in sorted(n for n in _companions(checkpoint.folder) if not (rounded and n in FILES)):
             source, to = checkpoint.folder / name, folder / name
             to.parent.mkdir(exist_ok=True)
             if not _clone(source, to, None):

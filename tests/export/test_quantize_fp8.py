@@ -75,6 +75,27 @@ def test_experts_beside_latents_are_rounded_too(tmp_path):
     assert [rungs[k] for k in RUNGS] == ["pass"] * 3
 
 
+def test_what_modelopt_says_in_a_file_of_its_own_stays_behind(tmp_path):
+    source = quantised_checkpoints.write(tmp_path, "fp8-modelopt")
+    (source / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    made = export(source, tmp_path / "out", "int4")
+    assert not (made.folder / "hf_quant_config.json").exists()
+    kept = export(source, tmp_path / "as it is", None)
+    assert (kept.folder / "hf_quant_config.json").exists()
+
+
+# Of what no config.json says.
+def test_fp8_of_a_file_of_its_own_alone_is_refused(tmp_path):
+    source = quantised_checkpoints.write(tmp_path, "fp8-modelopt")
+    config = json.loads((source / "config.json").read_text())
+    said = config.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "hf_quant_config.json").write_text(json.dumps({"producer": said["producer"], "quantization": said}))
+    assert open_checkpoint(source).matrices
+    with pytest.raises(ExportError, match="is quantised, and is exported as it is: leave --quantize out"):
+        export(source, tmp_path / "out", "int4")
+
+
 @pytest.mark.parametrize("form", [n for n in quantised_checkpoints.FORMS if n not in FP8])
 def test_whatever_else_is_in_few_bits_is_refused(form, tmp_path):
     source = quantised_checkpoints.write(tmp_path, form)
