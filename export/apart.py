@@ -83,7 +83,7 @@ def _in_mxfp4(
             powers = replace(
                 exponents, shape=(rows, columns // BLOCK), offset=exponents.offset + e * groups, nbytes=groups
             )
-            found[values.name].append(Coded(matrix, numbers, powers).meant("bfloat16"))
+            found[values.name].append(Coded(matrix, numbers, powers).meant)
     return found
 
 

@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, BinaryIO
 from llmexport.export.checkpoint import Checkpoint
 from llmexport.export.packed.matrix import Matrix
 from llmexport.export.packed.read import cache_scales
-from llmexport.export.packed.scheme import said_in, without
+from llmexport.export.packed.scheme import without
 from llmexport.export.stored_tensor import StoredTensor
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+FP8 = "float8_e4m3fn"
+# As published tools make 16 bits of them (DeepSeek's fp8_cast_bf16.py). It holds each number of MXFP4.
+MEANT = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +32,10 @@ class Coded:
     numbers: StoredTensor
     scales: StoredTensor
 
-    def meant(self, dtype: str) -> StoredTensor:
-        """The tensor that a checkpoint of floats of this type has in its place: none lies anywhere."""
-        (rows, columns), kind = self.matrix.shape, BY_NAME[dtype]
+    @property
+    def meant(self) -> StoredTensor:
+        """The tensor that a checkpoint in 16 bits has in its place, which lies nowhere."""
+        (rows, columns), kind = self.matrix.shape, BY_NAME[MEANT]
         nbytes = rows * columns * kind.bits // 8
         return StoredTensor(
             self.matrix.name, kind.safetensors, (rows, columns), self.numbers.file, 0, nbytes, coded=self
@@ -39,8 +45,8 @@ class Coded:
     def files(self) -> set[str]:
         return {self.numbers.file, self.scales.file}
 
-    def rows(self, opened: Mapping[str, BinaryIO], dtype: str, most: int) -> Iterator[np.ndarray]:
-        """The rows that it means in this type, so many numbers at a time or a row of blocks; `opened`: its files."""
+    def rows(self, opened: Mapping[str, BinaryIO], most: int) -> Iterator[np.ndarray]:
+        """The rows that it means in bfloat16, so many numbers at a time or a row of blocks; `opened`: its files."""
         import numpy as np
 
         matrix, (rows, columns), tall = self.matrix, self.matrix.shape, self.matrix.scales.block[0]
@@ -57,27 +63,21 @@ class Coded:
             # What is no number is said where it is rounded.
             with np.errstate(over="ignore", invalid="ignore"):
                 made = some.decode(held.__getitem__)
-            yield made.astype(dtype)
+            yield made.astype(MEANT)
 
 
 def can_be_floats(checkpoint: Checkpoint) -> bool:
-    """Whether its config says that matrices are in few bits, and all of them are of FP8 as it lies, with a scale for
-    each row, block or matrix."""
-    return said_in(checkpoint.config) is not None and all(map(_is_plain, checkpoint.matrices.values()))
+    """Whether all of its matrices are of FP8, each one by itself, with a scale for each row, block or matrix."""
+    return all(m.number == FP8 and not (m.experts or m.factor) for m in checkpoint.matrices.values())
 
 
 def in_floats(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as if it held what its matrices mean, in float32, which holds each of those numbers."""
+    """The checkpoint as if it held what its matrices mean, in bfloat16. Scales of a cache are left out."""
     found, gone = {}, set(cache_scales(checkpoint.tensors))
     for matrix in checkpoint.matrices.values():
         held = (checkpoint.tensors[n] for n in (matrix.values, matrix.scales.name))
-        found[matrix.values] = Coded(matrix, *held).meant("float32")
+        found[matrix.values] = Coded(matrix, *held).meant
         gone |= {*matrix.tensors}
     kept = (found.get(n, t) for n, t in checkpoint.tensors.items() if n in found or n not in gone)
     config = without(checkpoint.config)
     return dataclasses.replace(checkpoint, tensors={t.name: t for t in kept}, config=config, matrices={})
-
-
-def _is_plain(matrix: Matrix) -> bool:
-    others = matrix.zeros or matrix.order or matrix.factor or matrix.experts or matrix.scales.second
-    return matrix.number == "float8_e4m3fn" and matrix.layout == "rows" and not others and not matrix.scales.turned

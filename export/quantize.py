@@ -76,9 +76,10 @@ def check(
         raise ExportError(f"--quantize writes all weights of a text model anew, not {others[0]}: leave one of them out")
     # What is published in FP8 or MXFP4 may have no other form.
     said = said_in(checkpoint.config)
-    of_fp8 = checkpoint.matrices and can_be_floats(checkpoint)
-    if not of_fp8 and (checkpoint.matrices or (said and said.get("quant_method") != MXFP4)):
-        raise ExportError(QUANTISED)
+    if not can_be_floats(checkpoint) if checkpoint.matrices else said and said.get("quant_method") != MXFP4:
+        stacks = [m.name for m in checkpoint.matrices.values() if m.experts]
+        also = f", or with experts one by one, not as in {show_name(stacks[0])}" if stacks else ""
+        raise ExportError(f"{QUANTISED}{also}")
 
 
 def untied(arch: Arch, model: Model, checkpoint: Checkpoint) -> Checkpoint:
@@ -111,7 +112,7 @@ def quantise(
 ) -> Quantised:
     """Plans the checkpoint in `folder` of which matrices of products are rounded, in groups of `size` columns if int4.
 
-    A vision tower stays as it is, and without `head` the head does. Raises ExportError if there is nothing to round,
+    A vision tower is not rounded, and without `head` the head is not. Raises ExportError if there is nothing to round,
     or no space.
     """
     if said_in(checkpoint.config):
@@ -141,10 +142,12 @@ def quantise(
     if len(files) > 1:
         told[INDEX] = {"metadata": {"total_size": total}, "weight_map": {n: t.file for n, t in tensors.items()}}
     written = {name: f"{json.dumps(data, indent=2)}\n".encode() for name, data in told.items()}
-    notes = tuple(_notes(kind, wanted, found, fits, own, checkpoint, tower))
+    notes = [*_notes(kind, wanted, found, fits, own, checkpoint, tower)]
+    if left := [n for n, t in checkpoint.tensors.items() if t.coded and n not in sizes]:
+        notes.append(f"{kind}: {_some(left)} is written in bfloat16: it was in few bits, and is not rounded")
     packed = matrices_of(config, checkpoint.folder, tensors)
     made = replace(checkpoint, config=config, tensors=tensors, shards=(), matrices=packed)
-    return Quantised(checkpoint, made, rounding, files, HandOver(written, notes))
+    return Quantised(checkpoint, made, rounding, files, HandOver(written, tuple(notes)))
 
 
 def matrices(graphs: Iterable[Graph], own: Own, head: bool) -> list[Parameter]:
@@ -222,15 +225,15 @@ def _notes(
         by_fit.setdefault((p.part_shape[1], fits[p.name]), []).extend(p.sources)
     for (columns, size), names in by_fit.items():
         if size is None:
-            yield f"{kind}: {_some(names)} stays as it is, no groups of 32 or more fill its rows of {columns}"
+            yield f"{kind}: {_some(names)} is not rounded, no groups of 32 or more fill its rows of {columns}"
         elif ROUNDINGS[kind].packs and size != wanted:
             rows = f"its rows of {columns}" if columns % wanted else "the rows of all experts"
             yield f"{kind}: {_some(names)} has groups of {size}, as {wanted} do not fill {rows}"
     every = {n: p for g in own.values() for s in g.values() for p in s.values() for n in p.sources}
     if names := [n for n, p in every.items() if len(p.part_shape) == 3 and p.dtype == "W"]:
-        yield f"{kind}: {_some(names)} stays as it is: experts in one tensor are not quantised"
+        yield f"{kind}: {_some(names)} is not rounded: experts in one tensor are not"
     if names := [n for n in checkpoint.tensors if any(fnmatch(n, t) for t in tower)]:
-        yield f"{kind}: {_some(names)} stays as it is: a vision tower is not quantised"
+        yield f"{kind}: {_some(names)} is not rounded: a vision tower is not"
 
 
 def _some(names: list[str]) -> str:

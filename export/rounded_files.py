@@ -25,7 +25,7 @@ from llmexport.export.values import show_name
 from llmexport.export.weight_layout import laid_out, unplaced
 from llmexport.plugins.dtypes import BY_NAME, BY_SAFETENSORS
 
-CHUNK = 2**20  # numbers in memory at a time, or one row
+CHUNK = 2**20  # numbers in memory at a time, or one row, or one of blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +115,7 @@ def write(
 
 def _write(piece: Piece, rounding: Rounding, opened: Mapping[str, BinaryIO], file: BinaryIO) -> None:
     source = piece.source
-    if source.coded:
-        arrays = source.coded.rows(opened, BY_SAFETENSORS[source.dtype].name, CHUNK)
-    else:
-        arrays = _chunks(source, opened[source.file])
+    arrays = source.coded.rows(opened, CHUNK) if source.coded else _chunks(source, opened[source.file])
     scales: list[np.ndarray] = []
     if piece.size is not None:
         arrays = _rounded(source, arrays, rounding, piece.size, scales)

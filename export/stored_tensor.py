@@ -21,7 +21,8 @@ class StoredTensor:
     offset: int  # from the beginning of the file
     nbytes: int
     turned: int = 0  # of a matrix whose transpose lies there: numbers from one of its columns to the next
-    coded: Coded | None = None  # of a matrix that nowhere lies so: what it is stored as
+    # Of a matrix that lies nowhere: what it is made of. `offset` means nothing then, and `nbytes` what it would take.
+    coded: Coded | None = None
 
     def mapped(self, file: Path | BinaryIO, dtype: np.dtype[Any]) -> np.ndarray:
         """What lies in a file, read-only and without a copy."""

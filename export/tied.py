@@ -18,7 +18,8 @@ def check_tied(copy: str, original: str, checkpoint: Checkpoint) -> bool:
     if not checkpoint.names >= {copy, original}:
         return False
     # One in few bits has other numbers.
-    plain = checkpoint.matrices.keys().isdisjoint((copy, original))
+    names = (copy, original)
+    plain = checkpoint.matrices.keys().isdisjoint(names) and not any(checkpoint.tensors[n].coded for n in names)
     if not plain or not _alike(checkpoint, original, copy) or not _same_bits(checkpoint, original, copy):
         raise ExportError(
             f"config.json says tie_word_embeddings, but the checkpoint's {copy} is not its {original}: "

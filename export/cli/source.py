@@ -92,7 +92,7 @@ def quantizing(command: F) -> F:
             "--quantize",
             type=ROUNDINGS,
             help="Round the matrices of linear layers and experts to nearest, into new files in OUTPUT: int4 in "
-            "groups, int8 and fp8 by rows. Embeddings, head, norms, routers and convolutions stay as they are.",
+            "groups, int8 and fp8 by rows. Embeddings, head, norms, routers and convolutions are not rounded.",
         ),
     ):
         command = option(command)
