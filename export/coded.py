@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from llmexport.export.checkpoint import Checkpoint
-from llmexport.export.packed.matrix import Matrix
+from llmexport.export.packed.matrix import FP8, Matrix
 from llmexport.export.packed.read import cache_scales
 from llmexport.export.packed.scheme import without
 from llmexport.export.stored_tensor import StoredTensor
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-FP8 = "float8_e4m3fn"
 # As published tools make 16 bits of them (DeepSeek's fp8_cast_bf16.py). It holds each number of MXFP4.
 MEANT = "bfloat16"
 
