@@ -21,6 +21,7 @@ from llmexport.export.errors import ExportError
 from llmexport.validate import validate
 
 FP8 = [n for n in quantised_checkpoints.FORMS if n.startswith(("fp8", "fbgemm"))]
+QUICK = ("fp8-block", "fp8-dynamic", "gptq", "nvfp4")
 RUNGS = ("transformers", "blocks", "onnxruntime")
 
 
@@ -53,7 +54,7 @@ def spread(folder: Path, held: dict[str, np.ndarray]) -> None:
 
 # Chunks of a row of blocks, and of several, the last one shorter.
 @pytest.mark.parametrize("chunk", [1, 5000])
-@pytest.mark.parametrize("form", FP8)
+@pytest.mark.parametrize("form", [n if n in QUICK else slow(n) for n in FP8])
 def test_what_each_form_means_is_rounded_as_the_same_numbers_in_16_bits(form, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(rounded_files, "CHUNK", chunk)
     source = quantised_checkpoints.write(tmp_path, form)
@@ -157,7 +158,7 @@ def test_stacks_in_fp8_are_refused_by_name(tmp_path):
     one_line(error.value)
 
 
-@pytest.mark.parametrize("form", [n for n in quantised_checkpoints.FORMS if n not in FP8])
+@pytest.mark.parametrize("form", [n if n in QUICK else slow(n) for n in quantised_checkpoints.FORMS if n not in FP8])
 def test_whatever_else_is_in_few_bits_is_refused(form, tmp_path):
     source = quantised_checkpoints.write(tmp_path, form)
     with pytest.raises(ExportError, match="is quantised, and is exported as it is: leave --quantize out") as error:
