@@ -7,15 +7,18 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import torch
 from safetensors.torch import load_file
 
 from llmexport.export import archs, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.exported import Export
+from llmexport.validate import validate
 from llmexport.validate.runners import to_numpy
 from llmexport.validate.tolerance import Tolerance
 
+RUNGS = ("transformers", "blocks", "onnxruntime")
 KINDS = ("int4", "int8", "fp8")
 RANGES = {"int4": (-8, 7), "int8": (-128, 127), "fp8": (-448, 448)}
 BITS = np.arange(127)  # of all E4M3 that are not negative: 4 bits of exponent, 3 of mantissa
@@ -27,6 +30,20 @@ def export(checkpoint: Path, out: Path, kind: str | None, group: int | None = No
     found = open_checkpoint(checkpoint)
     named = archs.choose(None, found.config)
     return onnx_file.write(onnx_file.Request(named, found, quantize=kind, group_size=group, **options), out)
+
+
+def ops_of_its_own(made: Export, source: Path, target: str) -> list[str]:
+    """The operators of an export of rounded weights, which passes its rungs, is a checkpoint of the same graph, and is
+    compared with the `source` that was rounded."""
+    rungs = {r.key: r.status for r in validate(made.folder).rungs}
+    assert [rungs[k] for k in RUNGS] == ["pass"] * 3
+    again = export(made.folder, made.folder.parent / "again", None, target=target)
+    graph = (made.folder / "model.onnx").read_bytes()
+    assert (again.folder / "model.onnx").read_bytes() == graph
+    moved = validate(made.folder, rungs=["transformers"], reference=source).moved
+    assert moved is not None
+    assert moved.tokens
+    return [n.op_type for n in onnx.load_from_string(graph).graph.node]
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
