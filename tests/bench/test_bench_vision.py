@@ -72,9 +72,23 @@ def test_tower_alone_is_held_against_transformers(
     assert (found["passed"], found["pixels"], found["features"]) == (True, pixels, features)
     assert list(found["runs"]) == ["transformers", "PyTorch", "ONNX Runtime"]
     assert 0 < found["runs"]["ONNX Runtime"]["rms_ratio"] < 1e-5
-    ops = found["runs"]["ONNX Runtime"]["ops"]
-    assert "MatMul" in ops
-    assert 0.9 < sum(ops.values()) <= 1.01
+    assert found["runs"]["ONNX Runtime"]["ops"]
+
+
+def test_shares_are_those_of_the_last_call_and_leave_out_what_takes_no_time(bench: Any, tmp_path: Path) -> None:
+    def kernel(op: str, start: int, time: int) -> Rows:
+        return {"cat": "Node", "name": "n_kernel_time", "ts": start, "dur": time, "args": {"op_name": op}}
+
+    def call(start: int) -> Rows:
+        return {"cat": "Session", "name": "model_run", "ts": start, "dur": 100}
+
+    events = [call(0), kernel("Conv", 1, 90), call(200), kernel("Attention", 201, 60), kernel("MatMul", 261, 200)]
+    events += [kernel("MatMul", 470, 135), kernel("Add", 610, 3), kernel("Mul", 620, 2)]
+    events.append({**kernel("MatMul", 261, 900), "name": "n_fence_before"})
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps(events))
+    shares = importlib.import_module("vision_runs").shares(str(profile))
+    assert list(shares.items()) == [("MatMul", 0.838), ("Attention", 0.15)]
 
 
 @pytest.mark.slow
