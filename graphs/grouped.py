@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmexport.graphs.fusion import HEADS_FIRST, Added, Refusal, float_type
+from llmexport.graphs.fusion import Added, Refusal, float_type
 from llmexport.graphs.rows import as_rows, flattened, rows_of
 
 TYPES = ("float32", "float16")  # that it has on a CPU
+PASTS, OF_ALL_ROWS = (3, 4), (6, 11)  # of its inputs; the latter are how many keys there are, and the sinks
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,13 @@ class Form:
 @dataclass(frozen=True)
 class Step:
     """What all layers of a kind read: a bias over the keys, each row's last key, how many keys there are, and whether
-    GroupQueryAttention takes the step."""
+    GroupQueryAttention takes the step; and the number of slots, made at each step, where keys are joined to them."""
 
     bias: gs.Variable
     last: gs.Variable
     total: gs.Variable
     can: gs.Variable
+    slots: gs.Variable | None = None
 
 
 def form_of(graph: gs.Graph, node: gs.Node, writes: Sequence[gs.Node]) -> Form:
@@ -72,7 +74,7 @@ def group(
     said: dict[str, Any],
     beside: Sequence[gs.Tensor] = (),
 ) -> None:
-    """Puts an If in the place of an attention and the nodes around it: one operator, or the graph as it was.
+    """Puts an If in the place of an attention and the nodes around it: one operator, or one for each row.
 
     step: gives what layers share, and adds the nodes that make it, if it is new. said: the operator's attributes but
     for the heads. beside: what it reads behind the bias.
@@ -90,7 +92,7 @@ def group(
     attend = gs.Node("GroupQueryAttention", name, heads | said, inputs, made, "com.microsoft")
     branches = {
         "then_branch": gs.Graph([attend], [], made, name=name),
-        "else_branch": _copied(node, form, given, sizes, ends),
+        "else_branch": _by_row(attend, ends, of_all.slots),
     }
     for dead in (*form.behind, node, *writes):
         dead.inputs.clear()
@@ -98,32 +100,26 @@ def group(
     graph.nodes[at:at] = [*before, gs.Node("If", f"{node.name}/slots", branches, [of_all.can], ends)]
 
 
-def _copied(
-    node: gs.Node, form: Form, given: list[gs.Tensor], sizes: list[list[int]], ends: list[gs.Tensor]
-) -> gs.Graph:
-    """The branch that computes as the graph did before."""
-    name, nodes = f"{node.name}/copied", list[gs.Node]()
-    made = [gs.Variable(f"{name}/{v.name}", v.dtype, v.shape) for v in ends]
-
-    def add(op: str, inputs: list[gs.Tensor], value: gs.Variable, domain: str = "", **attrs: object) -> gs.Variable:
-        nodes.append(gs.Node(op, value.name, attrs, inputs, [value], domain))
-        return value
-
-    def heads(i: int) -> gs.Variable:
-        batch, tokens = given[i].shape[:2]
-        shape = gs.Constant(f"{name}/{i}/shape", np.array([0, 0, *sizes[i]], np.int64))
-        apart = gs.Variable(f"{name}/{i}/apart", given[i].dtype, [batch, tokens, *sizes[i]])
-        first = gs.Variable(f"{name}/{i}/first", given[i].dtype, [batch, sizes[i][0], tokens, sizes[i][1]])
-        return add("Transpose", [add("Reshape", [given[i], shape], apart)], first, perm=HEADS_FIRST)
-
-    query = heads(0)
-    for i, write in enumerate(form.writes, 1):
-        add(write.op, [write.inputs[0], heads(i), *write.inputs[2:]], made[i], **write.attrs)
-    mixed = gs.Variable(f"{name}/mixed", query.dtype, node.outputs[0].shape)
-    add(node.op, [query, *made[1:], *node.inputs[3:]], mixed, node.domain or "", **node.attrs)
-    if form.behind[:-1]:
-        back = gs.Variable(f"{name}/back", query.dtype, [query.shape[i] for i in HEADS_FIRST])
-        mixed = add("Transpose", [mixed], back, perm=HEADS_FIRST)
-    flat = gs.Constant(f"{name}/flat", np.array([0, 0, sizes[0][0] * sizes[0][1]], np.int64))
-    add("Reshape", [mixed, flat], made[0])
-    return gs.Graph(nodes, [], made, name=name)
+def _by_row(attend: gs.Node, ends: list[gs.Tensor], slots: gs.Variable | None) -> gs.Graph:
+    """The branch in which each row is one for itself: `attend` in a Scan over the rows."""
+    added = Added(f"{attend.name}/by_row")
+    first, given, inputs = added.constant("first", [0]), list[tuple[gs.Variable, gs.Tensor]](), [*attend.inputs]
+    for i, whole in enumerate(attend.inputs):
+        if not whole.name or i in OF_ALL_ROWS:
+            continue
+        row = gs.Variable(f"{added.name}/{i}", whole.dtype, whole.shape[1:])
+        given.append((row, whole))
+        if slots is not None and i in PASTS:
+            # Where ONNX Runtime knows how long a past is, it believes that a present is as long; not so a joined one.
+            shape = [row.shape[0], f"{row.name}/slots", row.shape[2]]
+            row = added.node("Slice", f"{i}/past", [row, first, slots, added.constant("second", [1])], row.dtype, shape)
+        inputs[i] = added.node("Unsqueeze", f"{i}/alone", [row, first], row.dtype, [1, *row.shape])
+    alone = [gs.Variable(f"{added.name}/{v.name}/alone", v.dtype, [1, *v.shape[1:]]) for v in ends]
+    added.nodes.append(gs.Node(attend.op, f"{added.name}/attend", attend.attrs, inputs, alone, attend.domain))
+    each = zip(ends, alone, strict=True)
+    rows = [added.node("Squeeze", f"{v.name}/row", [a, first], v.dtype, v.shape[1:]) for v, a in each]
+    body = gs.Graph(added.nodes, [row for row, _ in given], rows, name=f"{added.name}/body")
+    made = [gs.Variable(f"{added.name}/{v.name}", v.dtype, v.shape) for v in ends]
+    attributes = {"body": body, "num_scan_inputs": len(given)}
+    scan = gs.Node("Scan", added.name, attributes, [whole for _, whole in given], made)
+    return gs.Graph([scan], [], made, name=added.name)

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, producer
 from llmexport.graphs.grouped import Step, form_of, group, hidden, takes
+from llmexport.graphs.sums import plus, sum_of
 
 WRITES = {"Concat": 2, "TensorScatter": 3}  # and how much each reads
 SAID = {"softcap": "softcap", "window": "local_window_size"}  # what is 0 where there is none
@@ -35,14 +36,14 @@ def lower_sink_attention(graph: gs.Graph) -> Fused:
       Reshape - y                                   y   presents
 
     A window's layers keep their last slots, to which a step's keys are joined. What is before a row's first key is
-    hidden by a bias. GroupQueryAttention takes one row, or one token of each, or rows that begin, and keys that end
-    where the step was written: all else is left to the other branch. A cache that grows is no candidate, as nothing is
-    gained there. Legal if
+    hidden by a bias. GroupQueryAttention takes one row, or one token of each, or rows that begin: in the other branch
+    it takes row by row. A cache that grows is no candidate, as nothing is gained there. Legal if
     1. q, k and v are [B, T, H, D] with heads turned to the front, q and k by Rope after that or not at all,
     2. keys and values are the past's slots with these written from one length on or joined, and nothing else reads them
        before,
-    3. keys and values have heads of one size, in a type that the operator has on a CPU,
-    4. what is attended is read once, to make [B, T, H * D] of it.
+    3. keys end where the step was written, as the graph tells,
+    4. keys and values have heads of one size, in a type that the operator has on a CPU,
+    5. what is attended is read once, to make [B, T, H * D] of it.
     """
     return fuse_each(graph, ("SinkAttention",), functools.partial(_lower, {}), where=_reads_slots)
 
@@ -61,6 +62,9 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     query, rope = form.rows[0]
     # [B, T, ...]: what all layers read, if there is such, as a layer may be cut out.
     tokens = rope.inputs[1] if rope else query
+    past = sum_of(keys.inputs[2]) if keys.inputs[2:] else {"": keys.inputs[0].shape[2]}
+    if sum_of(length) != plus(past, tokens.shape[1]):
+        raise Refusal("its keys may end elsewhere than the step that is written")
 
     def step(before: list[gs.Node]) -> Step:
         known = tokens.name, start.name, length.name, *(v.name for v in keys.inputs[2:]), str(keys.inputs[0].shape[2])
@@ -110,13 +114,12 @@ def _seen(
     add, (batch, sequence, *_) = added.node, row.shape
     tokens = add("Shape", "tokens", [row], np.int64, [1], start=1, end=2)
     rows = add("Shape", "rows", [start], np.int64, [1])
-    ends = add("Cast", "ends", [length], np.int64, [batch], to=onnx.TensorProto.INT64)
     past = keys.inputs[2] if keys.inputs[2:] else added.constant("past", [keys.inputs[0].shape[2]])
     written = add("Add", "written", [past, tokens], np.int64, past.shape)
     longest = add("ReduceMax", "longest", [written], np.int64, [1], keepdims=1)
+    joined = None if keys.inputs[2:] else add("Sub", "joined", [longest, tokens], np.int64, [1])
     total = add("Cast", "total", [longest], np.int32, [1], to=onnx.TensorProto.INT32)
-    wide = add("Sub", "last/wide", [ends, added.constant("one", [1])], np.int64, [batch])
-    last = add("Cast", "last", [wide], np.int32, [batch], to=onnx.TensorProto.INT32)
+    last = add("Sub", "last", [length, added.constant("token", [1], np.int32)], np.int32, [batch])
     slots, none, step = f"{added.name}/slots", added.constant("none", 0), added.constant("step", 1)
     many = add("Squeeze", "many", [longest], np.int64, [])
     numbers = add("Range", "slots", [none, many, step], np.int64, [slots])
@@ -127,10 +130,6 @@ def _seen(
     shape = add("Concat", "shape", [ones, ones, tokens, ones], np.int64, [4], axis=0)
     seen = add("Expand", "seen", [behind, shape], np.bool_, [batch, 1, sequence, slots])
     bias = hidden(added, seen, dtype)
-    apart = add("Sub", "apart", [ends, written], np.int64, [batch])
-    far = add("Abs", "far", [apart], np.int64, [batch])
-    farthest = add("ReduceMax", "farthest", [far], np.int64, [1], keepdims=1)
-    right = add("Equal", "right", [farthest, added.constant("nothing", [0])], np.bool_, [1])
-    can = add("And", "can", [takes(added, tokens, longest, rows), right], np.bool_, [1])
+    can = takes(added, tokens, longest, rows)
     before.extend(added.nodes)
-    return Step(bias, last, total, can)
+    return Step(bias, last, total, can, joined)

@@ -26,15 +26,15 @@ def lower_static_attention(graph: gs.Graph) -> Fused:
          |        |        |                        |      |  pasts, mask, past length
          |  TensorScatter twice - pasts    =>       |      |      |      |
          |        |        |                        If one GroupQueryAttention can
-        Attention ---------+- mask                  |      |      else TensorScatter twice, Attention
+        Attention ---------+- mask                  |      |      else one for each row
          |                                          y   presents
      Transpose
          |
       Reshape - y
 
     GroupQueryAttention reads the slots that are written, no others, and where past and present are one buffer it copies
-    none; what the mask hides is a bias. It takes one row, or one token of each, or rows that begin: all else is left to
-    the other branch. Legal if
+    none; what the mask hides is a bias. It takes one row, or one token of each, or rows that begin: in the other branch
+    it takes row by row. Legal if
     1. q, k and v are [B, T, H, D] with heads turned to the front, q and k by Rope after that or not at all,
     2. keys and values are the past's slots with these written from one length on, and nothing else reads them before,
     3. the mask [B, 1, T, S] shows no key that is written behind the query's, as the graph tells,

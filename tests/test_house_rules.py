@@ -225,7 +225,7 @@ def test_no_code_asks_which_architecture_it_is():
     assert broken([p for p in SOURCES if p.parent.name != "archs"], asked) == {}
 
 
-# Keys of JSON files that are called like a port, an axis or a graph.
+# Keys of JSON files, and attributes of operators, that are called like a port, an axis or a graph.
 KEYS = {
     "export/cli/validate.py": ["batch"],
     "export/decoder.py": ["experts.down_proj", "experts.gate_up_proj"],
@@ -239,6 +239,7 @@ KEYS = {
     "export/packed/scheme.py": ["weights"],
     "export/quantised.py": ["weights"],
     "export/quantize.py": ["weights"],
+    "graphs/sums.py": ["start"],
     "run/bench.py": ["batch"],
     "run/pictures.py": ["images", "input_ids"],
     "run/settings.py": ["temperature"],

@@ -15,6 +15,8 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.exported import Export
 from llmexport.run.session import RuntimeSession, decode, greedy, opening
 from llmexport.validate import validate
+from llmexport.validate.compare import compare
+from llmexport.validate.tolerance import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("static_caches")
 SLOTS, DECODE, PIECE = 59, 8, 3
@@ -122,6 +124,17 @@ def test_generate_keeps_one_buffer_and_finds_the_same_tokens(lowered, exported, 
     for _ in range(20):
         ours, expected = (next(tokens) for tokens in sessions)
         assert np.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gpt_oss"])
+def test_pieces_of_several_rows_are_written_into_one_buffer(arch, lowered, tiny_checkpoint):
+    plain, export = onnx_file.Request(archs.load(arch), open_checkpoint(tiny_checkpoint(arch))), lowered(arch, slots=64)
+    sessions = [RuntimeSession(e) for e in (export, onnx_file.write(plain, export.folder.parent / "plain"))]
+    stage = opening(prompt()[0])
+    for tokens in (1, 3, 2, 1):
+        ours, expected = (s.run(stage) for s in sessions)
+        assert compare(expected, ours).excess(TOLERANCE["float32"]) <= 1
+        stage = stage.then("decode", "decode", prompt()[0][:, :tokens])
 
 
 WHOLE = [("gemma3_text", "float32"), ("gpt_oss", "float32"), ("qwen3", "float16")]

@@ -67,6 +67,7 @@ def test_slots_are_written_by_one_operator_and_the_numbers_stay(form):
     assert not {"Transpose", "TensorScatter", "Attention", "Rope"} & {n.op for n in graph.nodes}
     [chosen] = [n for n in graph.nodes if n.op == "If"]
     assert [n.op for n in chosen.attrs["then_branch"].nodes] == ["GroupQueryAttention"]
+    assert [n.op for n in chosen.attrs["else_branch"].nodes] == ["Scan"]
     assert [v.name for v in chosen.outputs] == ["y", "all_k", "all_v"]
     made = gs.export_onnx(graph)
     for rows, tokens, before in STEPS:
