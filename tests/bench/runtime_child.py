@@ -4,8 +4,9 @@ KIND is "file", FOLDER's model.onnx in a plain loop on ONNX Runtime, whoever mad
 the same with keys and values of SLOTS tokens in one buffer each, which a step writes in place; "genai",
 onnxruntime-genai's own loop; or "transformers", its eager model. One thread, on one core. The first line printed is
 what opening took. Each line read is a job, {"batch", "past", "tokens", "steps"}: `steps` times `tokens` new tokens a
-row behind `past`, of which [CPU s, wall s] are printed, or null where this kind cannot do it. The keys of a past are
-random numbers where nobody else makes them.
+row behind `past`, of which [CPU s, wall s] are printed, or null where this kind cannot do it. A past of 128 is what all
+compute of one text, and each token the one that they think likeliest, so that all of them choose the same experts; keys
+and values of a longer one are random numbers, the same in all files.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import json
 import os
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-SHARED_BEYOND = 128  # tokens of past that genai and transformers compute; a longer one of transformers repeats these
+COMPUTED = 128  # tokens of past that are computed; a longer one of transformers repeats these
 Step = Callable[[], Any]
 Begin = Callable[[int, int, int, int], Step | None]  # batch, past, tokens, steps
 
@@ -28,6 +30,17 @@ Begin = Callable[[int, int, int, int], Step | None]  # batch, past, tokens, step
 def ids(batch: int, tokens: int) -> np.ndarray:
     """Another text in each row, as rows of one go to the same experts."""
     return (np.arange(tokens, dtype=np.int64) * 7 + np.arange(batch, dtype=np.int64)[:, None] * 11 + 3) % 30_000
+
+
+def stepped(run: Callable[[np.ndarray], np.ndarray], batch: int, past: int, tokens: int) -> Step:
+    """`run` of pieces of the text, where they are long; else of a token each time, the likeliest behind the last."""
+    given = [run(ids(batch, past)) if 0 < past <= COMPUTED else ids(batch, tokens)]
+
+    def step() -> None:
+        found = run(given[0])
+        given[0] = found if tokens == 1 else given[0]
+
+    return step
 
 
 def file(folder: Path, slots: int | None = None) -> Begin:
@@ -47,31 +60,36 @@ def file(folder: Path, slots: int | None = None) -> Begin:
     head_size = json.loads(told.read_text())["model"]["decoder"]["head_size"] if told.exists() else 0
 
     def begin(batch: int, past: int, tokens: int, steps: int) -> Step:
-        rng = np.random.default_rng(0)
+        drawn = past if past > COMPUTED else 0
         held, shared = {}, set()
         for name in states:
             shape = [d if isinstance(d, int) else None for d in inputs[name].shape]
             shape[0] = batch
             if name in grows:
                 if shape[2] in (None, slots):
-                    shape[2] = slots or past
+                    # A window of genai's has its slots from the first token on.
+                    shape[2] = slots or max(drawn, COMPUTED if "sliding" in str(inputs[name].shape[2]) else 0)
                     shared |= {name} if slots else set()
                 shape[3] = shape[3] or head_size
             array = np.zeros(shape, np.float32)
             if name in grows:
-                array[:, :, :past] = rng.standard_normal(array[:, :, :past].shape, np.float32)
+                # By name, as files have them in another order.
+                rng = np.random.default_rng(zlib.crc32(name.encode()))
+                array[:, :, :drawn] = rng.standard_normal(array[:, :, :drawn].shape, np.float32)
             held[name] = value(array)
-        now = [past]
+        now = [drawn]
 
-        def step() -> None:
-            positions = np.broadcast_to(np.arange(now[0], now[0] + tokens), (batch, tokens))
+        def run(given: np.ndarray) -> np.ndarray:
+            """The likeliest tokens behind these [B, 1]."""
+            count = given.shape[1]
+            positions = np.broadcast_to(np.arange(now[0], now[0] + count), given.shape)
             feed: dict[str, np.ndarray] = {
-                "input_ids": ids(batch, tokens),
+                "input_ids": given,
                 "position_ids": positions,
-                "attention_mask": np.ones((batch, now[0] + tokens), np.int64),
+                "attention_mask": np.ones((batch, now[0] + count), np.int64),
             }
             if "position_ids" in inputs and len(inputs["position_ids"].shape) == 3:
-                feed["position_ids"] = np.broadcast_to(positions, (3, batch, tokens))
+                feed["position_ids"] = np.broadcast_to(positions, (3, *given.shape))
             binding = session.io_binding()
             for name, array in feed.items():
                 if name in inputs:
@@ -86,11 +104,12 @@ def file(folder: Path, slots: int | None = None) -> Begin:
                     binding.bind_output(name, "cpu")
             session.run_with_iobinding(binding)
             found = dict(zip(made, binding.get_outputs(), strict=True))
-            found["logits"].numpy()[:, -1].argmax(-1)
             held.update({n: found[after[n]] for n in states if n not in shared})
-            now[0] += tokens
+            now[0] += count
+            likeliest: np.ndarray = found["logits"].numpy()[:, -1].argmax(-1)
+            return likeliest[:, None]
 
-        return step
+        return stepped(run, batch, past, tokens)
 
     return begin
 
@@ -103,7 +122,7 @@ def genai(folder: Path, _: int | None = None) -> Begin:
     model = og.Model(config)
 
     def begin(batch: int, past: int, tokens: int, steps: int) -> Step | None:
-        if past > SHARED_BEYOND or (past and tokens > 1):
+        if past > COMPUTED or (past and tokens > 1):
             return None
 
         def opened() -> Any:
@@ -138,26 +157,23 @@ def transformers(folder: Path, _: int | None = None) -> Begin:
 
     def begin(batch: int, past: int, tokens: int, steps: int) -> Step:
         held: list[Any] = [None]
-        if past:
+
+        def run(given: np.ndarray) -> np.ndarray:
             with torch.inference_mode():
-                made = model(torch.tensor(ids(batch, min(past, SHARED_BEYOND))), use_cache=True, logits_to_keep=1)
-            for layer in made.past_key_values.layers:
+                made = model(torch.tensor(given), past_key_values=held[0], use_cache=True, logits_to_keep=1)
+            held[0] = made.past_key_values if past else None
+            likeliest: np.ndarray = made.logits[:, -1:].argmax(-1).numpy()
+            return likeliest
+
+        if past > COMPUTED:
+            run(ids(batch, COMPUTED))
+            for layer in held[0].layers:
                 if hasattr(layer, "sliding_window"):
                     layer.cumulative_length = past
                 elif getattr(layer, "keys", None) is not None:
                     times = (1, 1, past // layer.keys.shape[-2], 1)
                     layer.keys, layer.values = layer.keys.repeat(times), layer.values.repeat(times)
-            held[0] = made.past_key_values
-
-        def step() -> None:
-            with torch.inference_mode():
-                given = torch.tensor(ids(batch, tokens))
-                made = model(given, past_key_values=held[0], use_cache=True, logits_to_keep=1)
-            made.logits[:, -1].argmax(-1)
-            if past:
-                held[0] = made.past_key_values
-
-        return step
+        return stepped(run, batch, past, tokens)
 
     return begin
 
