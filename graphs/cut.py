@@ -9,7 +9,11 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
 from llmexport.graphs.bodies import graphs_of, op_of
+from llmexport.graphs.lower_add_rms_norm import NORM, SUM
 from llmexport.plugins.spec import DOMAIN
+
+# Which output the sum is, of what adds and norms.
+SUMS = {(DOMAIN, "AddRmsNorm"): 1, ("com.microsoft", NORM): SUM}
 
 
 def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[str]) -> ModelProto:
@@ -119,12 +123,16 @@ def needed(nodes: Iterable[NodeProto], outputs: Iterable[str]) -> list[NodeProto
 
 def _straddling(node: NodeProto, given: set[str]) -> list[NodeProto]:
     """The node itself; or, for an AddRmsNorm whose sum is given, the same norm of that sum and zeros."""
-    if node.domain != DOMAIN or op_of(node) != "AddRmsNorm" or node.output[1] not in given:
+    place = SUMS.get((node.domain, op_of(node)))
+    if place is None or node.output[place] not in given:
         return [node]
-    total = node.output[1]
+    total = node.output[place]
     zeros = onnx.helper.make_node("Sub", [total, total], [f"{total}/zeros"], name=f"{total}/zeros")
     norm = NodeProto()
     norm.CopyFrom(node)
     # A norm of x itself leaves zeros as they are.
-    norm.input[0], norm.input[1], norm.output[1] = zeros.output[0], total, f"{total}/again"
+    norm.input[0], norm.input[1], norm.output[place] = zeros.output[0], total, f"{total}/again"
+    if node.domain != DOMAIN:
+        # Of a bias, which the sum has.
+        del norm.input[3:]
     return [zeros, norm]

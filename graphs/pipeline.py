@@ -14,6 +14,7 @@ from llmexport.graphs.fuse_gated_act import fuse_gated_act
 from llmexport.graphs.fuse_gated_delta_net import fuse_gated_delta_net
 from llmexport.graphs.fuse_qk_norm_rope import fuse_qk_norm_rope
 from llmexport.graphs.fusion import Fused
+from llmexport.graphs.lower_add_rms_norm import lower_add_rms_norm
 from llmexport.graphs.lower_attention import lower_attention
 from llmexport.graphs.lower_experts import lower_experts
 from llmexport.graphs.lower_sink_attention import lower_sink_attention
@@ -30,6 +31,7 @@ LOWERING: Mapping[str, tuple[Pass, ...]] = {
         lower_sink_attention,
         lower_experts,
         lower_small_experts,
+        lower_add_rms_norm,
     ),
     "tensorrt": (fuse_qk_norm_rope, fuse_gated_delta_net),
 }

