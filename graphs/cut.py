@@ -19,7 +19,7 @@ SUMS = {(DOMAIN, "AddRmsNorm"): 1, ("com.microsoft", NORM): SUM}
 def cut(model: ModelProto, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[str]) -> ModelProto:
     """The part of `model` that makes `outputs` from `inputs`, with the weights and bodies it needs.
 
-    A fused node may straddle the cut: where `inputs` holds the sum that an AddRmsNorm makes, and the part needs its
+    A fused node may straddle the cut: where `inputs` holds the sum that a node of SUMS makes, and the part needs its
     norm, the node stays and is fed zeros and the sum as residual, which is the same norm exactly. Raises
     ValueError if an output depends on an input of the model that `inputs` does not hold.
     """
@@ -106,7 +106,7 @@ def needed(nodes: Iterable[NodeProto], outputs: Iterable[str]) -> list[NodeProto
     read, waiting = set[str](), [*outputs]
     while waiting:
         name = waiting.pop()
-        if name not in read:
+        if name and name not in read:
             read.add(name)
             waiting += reads(makers[name]) if name in makers else ()
     done: dict[int, NodeProto] = {}
@@ -122,9 +122,9 @@ def needed(nodes: Iterable[NodeProto], outputs: Iterable[str]) -> list[NodeProto
 
 
 def _straddling(node: NodeProto, given: set[str]) -> list[NodeProto]:
-    """The node itself; or, for an AddRmsNorm whose sum is given, the same norm of that sum and zeros."""
-    place = SUMS.get((node.domain, op_of(node)))
-    if place is None or node.output[place] not in given:
+    """The node itself; or, of one of SUMS whose sum is given, the same norm of that sum and zeros."""
+    place = SUMS.get((node.domain, op_of(node)), len(node.output))
+    if place >= len(node.output) or node.output[place] not in given:
         return [node]
     total = node.output[place]
     zeros = onnx.helper.make_node("Sub", [total, total], [f"{total}/zeros"], name=f"{total}/zeros")

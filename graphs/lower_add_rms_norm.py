@@ -23,7 +23,7 @@ def lower_add_rms_norm(graph: gs.Graph) -> Fused:
 
     It is one node for a function of several, opens faster for that and takes less time. An offset is added to the
     weight before, which ONNX Runtime folds. Those in another type, or with a norm of what is added, are no candidates.
-    A bias is taken in if it is [C], and nothing else reads what it is added to.
+    A bias is taken in if it is [C], and nothing else reads the sum with it.
     """
     return fuse_each(graph, ("AddRmsNorm",), _lower, where=_has_form)
 

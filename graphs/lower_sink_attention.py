@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, producer
 from llmexport.graphs.grouped import Step, form_of, group, hidden, takes
-from llmexport.graphs.sums import plus, sum_of
+from llmexport.graphs.sums import Number, Sum, plus, sum_of
 
 WRITES = {"Concat": 2, "TensorScatter": 3}  # and how much each reads
 SAID = {"softcap": "softcap", "window": "local_window_size"}  # what is 0 where there is none
@@ -30,7 +30,7 @@ def lower_sink_attention(graph: gs.Graph) -> Fused:
          |        |        |                        |      |  pasts, span, [sinks]
          |   TensorScatter or Concat                |      |      |      |
          |     twice, with pasts    =>              If one GroupQueryAttention can
-         |        |        |                        |      else as before
+         |        |        |                        |      else one for each row
         SinkAttention -----+- span, [sinks]         |      |
          |                                          |      |
       Reshape - y                                   y   presents
@@ -41,7 +41,7 @@ def lower_sink_attention(graph: gs.Graph) -> Fused:
     1. q, k and v are [B, T, H, D] with heads turned to the front, q and k by Rope after that or not at all,
     2. keys and values are the past's slots with these written from one length on or joined, and nothing else reads them
        before,
-    3. keys end where the step was written, as the graph tells,
+    3. keys end where the step was written, as the graph tells, which a block alone does not, as it is given their end,
     4. keys and values have heads of one size, in a type that the operator has on a CPU,
     5. what is attended is read once, to make [B, T, H * D] of it.
     """
@@ -62,7 +62,7 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     query, rope = form.rows[0]
     # [B, T, ...]: what all layers read, if there is such, as a layer may be cut out.
     tokens = rope.inputs[1] if rope else query
-    past = sum_of(keys.inputs[2]) if keys.inputs[2:] else {"": keys.inputs[0].shape[2]}
+    past: Sum = sum_of(keys.inputs[2]) if keys.inputs[2:] else {Number(): keys.inputs[0].shape[2]}
     if sum_of(length) != plus(past, tokens.shape[1]):
         raise Refusal("its keys may end elsewhere than the step that is written")
 

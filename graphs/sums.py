@@ -4,55 +4,77 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import producer
 
-SAME = {"Cast", "Identity", "Squeeze", "Unsqueeze"}
+WHOLE = (np.int32, np.int64)
+SAME = {"Identity", "Squeeze", "Unsqueeze"}
 SIGNS = {"Add": 1, "Sub": -1}
-Sum = Mapping[str, int]  # how often each value is in it, by name, or dimension of a shape, by that; and "", a number
+
+
+@dataclass(frozen=True)
+class Number:
+    """The term of numbers that are known: times 1."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """That of a symbolic dimension of a shape."""
+
+    name: str
+
+
+Sum = Mapping[Number | Dimension | str, int]  # how often each term is in it; a str is the name of a value
 
 
 def sum_of(value: gs.Tensor) -> Sum:
     """Of a value of whole numbers: what it is the sum of, row by row; itself, where the graph does not tell.
 
-    Read through Add, Sub, what changes neither number nor row, and a Shape of one dimension. Two sums of the same terms
-    are the same number; others need not differ.
+    Read through Add, Sub, what changes neither number nor order, and a Shape of one dimension. Two sums of the same
+    terms are the same numbers, if they have the same shape; others need not differ.
     """
-    total = Counter[str]()
+    total = Counter[Number | Dimension | str]()
     waiting = [(value, 1)]
     while waiting:
         term, times = waiting.pop()
         node = producer(term)
-        if isinstance(term, gs.Constant):
-            # Of several numbers it is a term of its own.
-            numbers = np.unique(term.values)
-            total["" if len(numbers) == 1 else term.name] += times * (int(numbers[0]) if len(numbers) == 1 else 1)
-        elif node is None or node.domain:
+        if isinstance(term, gs.Constant) and term.dtype in WHOLE and len(np.unique(term.values)) == 1:
+            total[Number()] += times * int(np.unique(term.values)[0])
+        elif node is None or node.domain or term.dtype not in WHOLE:
             total[term.name] += times
         elif node.op in SIGNS:
             waiting += [(node.inputs[0], times), (node.inputs[1], times * SIGNS[node.op])]
-        elif node.op in SAME:
+        elif node.op in SAME or (node.op == "Cast" and node.inputs[0].dtype in WHOLE):
             waiting.append((node.inputs[0], times))
-        elif node.op == "Shape" and (shape := node.inputs[0].shape) is not None:
-            dimensions = shape[node.attrs.get("start", 0) : node.attrs.get("end")]
-            _add(total, dimensions[0] if len(dimensions) == 1 else term.name, times)
+        elif node.op == "Shape" and (dimension := _dimension(node)) is not None:
+            _add(total, dimension, times)
         else:
             total[term.name] += times
-    return {name: times for name, times in total.items() if times}
+    return {term: times for term, times in total.items() if times}
 
 
-def plus(total: Sum, dimension: int | str) -> Sum:
-    """The sum and a dimension of a shape."""
+def plus(total: Sum, dimension: int | str | None) -> Sum | None:
+    """The sum and a dimension of a shape; None of one that has no name."""
     more = Counter(total)
+    if dimension is None:
+        return None
     _add(more, dimension, 1)
-    return {name: times for name, times in more.items() if times}
+    return {term: times for term, times in more.items() if times}
 
 
-def _add(total: Counter[str], dimension: int | str, times: int) -> None:
+def _dimension(shape: gs.Node) -> int | str | None:
+    """The one that a Shape gives, as it is known."""
+    whole = shape.inputs[0].shape
+    found = [] if whole is None else whole[shape.attrs.get("start", 0) : shape.attrs.get("end")]
+    return found[0] if len(found) == 1 else None
+
+
+def _add(total: Counter[Number | Dimension | str], dimension: int | str, times: int) -> None:
     if isinstance(dimension, int):
-        total[""] += times * dimension
+        total[Number()] += times * dimension
     else:
-        total[dimension] += times
+        total[Dimension(dimension)] += times

@@ -58,8 +58,8 @@ def open_session(
     ops = {node.op_type for node in _nodes(model.graph)}
     if "QMoE" in ops:
         oldest, lack = OLDEST_EXPERTS, "whose QMoE takes no weights of a router, and this model's experts are its"
-    elif "TensorScatter" in ops:
-        oldest, lack = OLDEST_STATIC, "which has no TensorScatter, and this model a static cache"
+    elif {"TensorScatter", "GroupQueryAttention"} & ops:
+        oldest, lack = OLDEST_STATIC, "on which no static cache was tried, and this model has one"
     if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < oldest:
         raise Mismatch(
             f"ONNX Runtime {installed} is installed, {lack}: upgrade onnxruntime-gpu, or onnxruntime if that is what "

@@ -6,7 +6,7 @@ onnxruntime-genai's own loop; or "transformers", its eager model. One thread, on
 what opening took. Each line read is a job, {"batch", "past", "tokens", "steps"}: `steps` times `tokens` new tokens a
 row behind `past`, of which [CPU s, wall s] are printed, or null where this kind cannot do it. A past of 128 is what all
 compute of one text, and each token the one that they think likeliest, so that all of them choose the same experts; keys
-and values of a longer one are random numbers, the same in all files.
+and values of a longer one are random numbers, the same in all files, but of transformers those of that text over again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def file(folder: Path, slots: int | None = None) -> Begin:
     grows = {n for n in states if n.endswith(("key", "value"))}
     # genai's files leave the size of a head open.
     told = folder / "genai_config.json"
-    head_size = json.loads(told.read_text())["model"]["decoder"]["head_size"] if told.exists() else 0
+    decoder = json.loads(told.read_text())["model"]["decoder"] if told.exists() else {}
+    head_size, window = decoder.get("head_size", 0), decoder.get("sliding_window", {}).get("window_size", 0)
 
     def begin(batch: int, past: int, tokens: int, steps: int) -> Step:
         drawn = past if past > COMPUTED else 0
@@ -68,7 +69,7 @@ def file(folder: Path, slots: int | None = None) -> Begin:
             if name in grows:
                 if shape[2] in (None, slots):
                     # A window of genai's has its slots from the first token on.
-                    shape[2] = slots or max(drawn, COMPUTED if "sliding" in str(inputs[name].shape[2]) else 0)
+                    shape[2] = slots or max(drawn, window if "sliding" in str(inputs[name].shape[2]) else 0)
                     shared |= {name} if slots else set()
                 shape[3] = shape[3] or head_size
             array = np.zeros(shape, np.float32)

@@ -77,6 +77,15 @@ def test_it_rounds_what_it_multiplies_as_a_fused_product_does_unless_it_is_valid
     assert np.array_equal(plain.run(["logits"], feed)[0], logits(export, fused=True))
 
 
+def test_with_norms_of_the_runtime_it_differs_by_less_than_that_rounding(tmp_path):
+    write(tmp_path, "w4a16", "llama")
+    export, portable = exported(tmp_path, "ck", target="onnxruntime"), tmp_path / "portable"
+    (tmp_path / "ck").rename(portable)
+    other = exported(tmp_path, "portable")
+    fused, exact = logits(other, fused=True), logits(other)
+    assert compare(fused, logits(export, fused=True)).rms_ratio < compare(exact, fused).rms_ratio / 2
+
+
 def test_it_is_validated_and_a_wrong_binding_is_found(tmp_path):
     write(tmp_path, "w4a16", "llama")
     export = exported(tmp_path, "ck", target="onnxruntime")

@@ -33,7 +33,8 @@ FORMS = {
     "joined": PLAIN.replace(WRITE, JOIN).replace("window = 0", "window = 5").replace(END[END.index("[len]"):], LAST),
 }  # fmt: skip
 # Tokens of a step, and what of each row is before it and hidden: a prompt, padded; its next token; one where rows end
-# at different slots, and a later piece, which GroupQueryAttention takes of one row alone.
+# at different slots, and a later piece, which GroupQueryAttention takes of one row alone: of rows that go on, and
+# of one that begins beside others.
 STEPS = [
     (4, [0, 0], [0, 2]),
     (1, [4, 4], [0, 2]),
@@ -41,19 +42,24 @@ STEPS = [
     (3, [5], [2]),
     (3, [5, 5], [0, 4]),
     (3, [2, 6], [0, 1]),
+    (3, [0, 5, 2], [0, 1, 4]),
 ]
-TAKEN = [True, True, True, True, False, False]
+TAKEN = [True, True, True, True, False, False, False]
 
 
 def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
     keys = "S" if "Concat" in nodes else SLOTS
     ends = f"float[B,T,32] y, float[B,2,{keys},8] all_k, float[B,2,{keys},8] all_v" + outputs
     header = f'<ir_version: 10, opset_import: ["": 24, "{DOMAIN}": 1]>'
-    made = onnx.parser.parse_model(f"{header} g ({INPUTS}) => ({ends}) <{HELD}> {{ {nodes} }}")
+    text = f"{header} g ({INPUTS}) => ({ends}) <{HELD}> {{ {nodes} }}"
+    made = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
     # onnx infers no shape of our ops' outputs, nor behind them.
     typed = dict.fromkeys(("qt", "qr"), (1, "B", 4, "T", 8)) | dict.fromkeys(("kt", "kr", "vt"), (1, "B", 2, "T", 8))
     typed |= dict.fromkeys(("a", "q_heads"), (1, "B", "T", 4, 8))
     typed |= {"length": (6, "B"), "k_heads": (1, "B", "T", 2, 8), "v_heads": (1, "B", "T", 2, 8)}
+    kept = [v for v in made.graph.value_info if v.name not in typed]
+    del made.graph.value_info[:]
+    made.graph.value_info.extend(kept)
     for name, (kind, *shape) in typed.items():
         made.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     return made

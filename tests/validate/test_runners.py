@@ -32,10 +32,13 @@ BRANCH = f"""If (c) <then_branch = t () => (float[1, 1, 4, 2] a) {{ a = Identity
     else_branch = e () => (float[1, 1, 4, 2] b) {{ b = {SCATTER} }}>"""
 
 
-@pytest.mark.parametrize("made", [SCATTER, BRANCH], ids=["plain", "in a branch"])
+GROUP = BRANCH.replace(SCATTER, "com.microsoft.GroupQueryAttention <num_heads = 1, kv_num_heads = 1> (u, u, u, p, p)")
+
+
+@pytest.mark.parametrize("made", [SCATTER, BRANCH, GROUP], ids=["plain", "in a branch", "in place"])
 def test_a_static_cache_takes_a_later_runtime(made, tmp_path, monkeypatch) -> None:
     """1.24.4 does not run it, 1.25.0 does."""
-    scatter = f"""<ir_version: 10, opset_import: ["": 24]> g
+    scatter = f"""<ir_version: 10, opset_import: ["": 24, "com.microsoft": 1]> g
         (float[1, 1, 4, 2] p, float[1, 1, 1, 2] u, int64[1] i, bool c) => (float[1, 1, 4, 2] y) {{ y = {made} }}"""
     monkeypatch.setattr(onnxruntime, "__version__", "1.24.4")
     assert refusal(scatter, tmp_path).endswith("to 1.25 or later")
