@@ -110,6 +110,9 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
     angles = random.uniform(0, 100, (*turned, 1))
     grids, merge = _grids(ports, sizes)
     places, extents, segments = patch_places(grids, merge)
+    in_slots = any(p.use == "slots" for p in ports)
+    # A window has all its slots from the first token on, those of no token before the others.
+    earlier_slots = next((shape_of(p, sizes)[2] for p in ports if p.use == "window"), sizes[PAST])
     feed = {}
     for port in ports:
         shape = shape_of(port, sizes)
@@ -135,20 +138,21 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
             case "mask" if _merged(port):
                 value = np.broadcast_to(segments[:, None] == segments, shape)
             case "bias":
-                seen = np.tri(shape[2], shape[3], k=shape[3] - shape[2], dtype=bool)
+                seen = np.tri(shape[2], shape[3], k=sizes[PAST] if in_slots else shape[3] - shape[2], dtype=bool)
                 value = np.where(seen, random.standard_normal(shape), np.finfo(np.float16).min)
             case "mask" if port.shape[-1] == SOURCE and port.shape[-2] != SOURCE:
                 # Of a text whose rows end in padding, all is seen but that.
                 tokens = np.maximum(shape[3] - np.arange(shape[0]), 1)
                 value = np.broadcast_to(np.arange(shape[3]) < tokens.reshape(-1, 1, 1, 1), shape)
             case "mask":
-                value = np.broadcast_to(np.tri(shape[2], shape[3], k=shape[3] - shape[2]), shape)
+                before = sizes[PAST] if in_slots else shape[3] - shape[2]
+                value = np.broadcast_to(np.tri(shape[2], shape[3], k=before), shape)
             case "distances":
                 value = random.integers(0, below[port.use], shape)
             case "span_start":
-                value = np.arange(shape[0])
+                value = np.arange(shape[0]) + max(earlier_slots - sizes[PAST], 0)
             case "span_length":
-                value = np.full(shape, sizes[PAST] + sizes[SEQUENCE])
+                value = np.full(shape, earlier_slots + sizes[SEQUENCE])
             case "presence":
                 value = np.arange(shape[1]) >= np.arange(shape[0])[:, None]
             case "shown":

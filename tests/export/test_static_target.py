@@ -14,9 +14,12 @@ from decoders import Decoder, prompt, reference, theirs
 from llmexport.export import archs, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.exported import Export
+from llmexport.export.graph_file import cut_step, load
 from llmexport.run.session import RuntimeSession, decode, greedy, opening
 from llmexport.validate import validate
 from llmexport.validate.compare import compare
+from llmexport.validate.judge import feeds_alone
+from llmexport.validate.runtime import open_session
 from llmexport.validate.tolerance import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("static_caches")
@@ -135,6 +138,19 @@ def test_pieces_of_several_rows_are_written_into_one_buffer(arch, lowered, tiny_
     for stage in accumulate(pieces, lambda s, ids: s.then("decode", "decode", ids), initial=opening(prompt()[0])):
         ours, expected = (s.run(stage) for s in sessions)
         assert compare(expected, ours).excess(TOLERANCE["float32"]) <= 1
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gpt_oss"])
+def test_layers_alone_on_what_is_drawn_for_them_are_as_in_the_portable_form(arch, lowered, tiny_checkpoint):
+    export = lowered(arch)
+    request = onnx_file.Request(
+        archs.load(arch), open_checkpoint(tiny_checkpoint(arch)), cache="static", max_tokens=SLOTS
+    )
+    both = [(e, load(e, e.graphs[0])) for e in (export, onnx_file.write(request, export.folder.parent / "portable"))]
+    for step in (s for s in export.graphs[0].assembly.steps if s.name.startswith("layers.")):
+        for _, feed in feeds_alone(step, "float32", 0):
+            ours, expected = (open_session(cut_step(m, step, "float32"), e.folder).run(None, feed)[0] for e, m in both)
+            assert compare(expected, ours).excess(TOLERANCE["float32"]) <= 1
 
 
 WHOLE = [("gemma3_text", "float32"), ("gpt_oss", "float32"), ("qwen3", "float16")]
