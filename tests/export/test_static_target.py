@@ -130,7 +130,7 @@ def test_generate_keeps_one_buffer_and_finds_the_same_tokens(lowered, exported, 
         assert np.array_equal(ours, expected)
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "gpt_oss"])
+@pytest.mark.parametrize("arch", ["qwen3", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_pieces_of_several_rows_are_written_into_one_buffer(arch, lowered, tiny_checkpoint):
     plain, export = onnx_file.Request(archs.load(arch), open_checkpoint(tiny_checkpoint(arch))), lowered(arch, slots=64)
     sessions = [RuntimeSession(e) for e in (export, onnx_file.write(plain, export.folder.parent / "plain"))]
@@ -140,6 +140,7 @@ def test_pieces_of_several_rows_are_written_into_one_buffer(arch, lowered, tiny_
         assert compare(expected, ours).excess(TOLERANCE["float32"]) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["qwen3", "gpt_oss"])
 def test_layers_alone_on_what_is_drawn_for_them_are_as_in_the_portable_form(arch, lowered, tiny_checkpoint):
     export = lowered(arch)
