@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,29 +107,47 @@ def cuda_library() -> Path:
 
 
 def built(folder: Path) -> Path:
-    """Made by two jobs; if from nothing, with the sources and CPU seconds of that in whole_build.json beside it."""
+    """Made by two jobs; if from nothing, with the sources of that, and its CPU time over that of a small file of which
+    one is compiled before it and one behind, in whole_build.json beside it."""
     need_nvcc()
     if not shutil.which("cmake"):
         pytest.skip("no cmake: pip install cmake")
     with alone("cuda"):
         whole = not (folder / library.FILE).exists()
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        small = [small_build()] if whole else []
+        before = cpu_of_children()
         path = library.build(build_dir=folder, jobs=2)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = cpu_of_children() - before
         if whole:
-            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            record = {"sources": library._builds().name, "seconds": seconds}
+            small.append(small_build())
+            record = {"sources": library._builds().name, "seconds": seconds, "of_small": 2 * seconds / sum(small)}
             (folder / "whole_build.json").write_text(json.dumps(record))
     return path
 
 
-def seconds_to_build(scratch: Path) -> float:
-    """CPU seconds of a whole build of these sources: the kept one's, or, if that is of older ones, one in `scratch`."""
+def cpu_of_children() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+def small_build() -> float:
+    """CPU seconds of nvcc for a file of one line: how fast this machine is now."""
+    before = cpu_of_children()
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "small.cu"
+        source.write_text("#include <cuda_bf16.h>\n")
+        command = ["nvcc", "-std=c++17", "-arch=sm_90", "-c", str(source), "-o", f"{source}.o"]
+        subprocess.run(command, check=True, capture_output=True)
+    return cpu_of_children() - before
+
+
+def time_to_build(scratch: Path) -> float:
+    """A whole build's CPU time over a small one's: of the kept one, or, if its sources are older, one in `scratch`."""
     kept = cuda_library().parent / "whole_build.json"
     record = json.loads(kept.read_text()) if kept.exists() else {}
-    if record.get("sources") != library._builds().name:
+    if record.get("sources") != library._builds().name or "of_small" not in record:
         record = json.loads((built(scratch).parent / "whole_build.json").read_text())
-    return float(record["seconds"])
+    return float(record["of_small"])
 
 
 def need_gpu() -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import onnx.onnx_cpp2py_export
 import pytest
-from native import GATE, ROOT, cuda_tool, need_nvcc, seconds_to_build
+from native import GATE, ROOT, cuda_tool, need_nvcc, time_to_build
 from plugin_cases import plugins
 
 from llmexport.plugins import library, library_file
 from llmexport.plugins.library import PluginError
 
-# With two cores to itself; CPU seconds, as others may be at work.
-MINUTES_TO_COMPILE, CORES = 4, 2
+# Times of a file of one line, in CPU seconds: machines differ, and others may be at work. It was 278 when this was set.
+MOST_TO_COMPILE = 400
 MEGABYTES = 60
 EMULATOR = ROOT / "tests" / "plugins" / "emulator"
 
@@ -31,7 +31,7 @@ def test_compiles_for_every_architecture(cuda_library: Path) -> None:
 
 @pytest.mark.slow
 def test_compiles_in_time(tmp_path: Path) -> None:
-    assert seconds_to_build(tmp_path) < MINUTES_TO_COMPILE * 60 * CORES
+    assert time_to_build(tmp_path) < MOST_TO_COMPILE
 
 
 def test_is_small_enough_to_ship(cuda_library: Path) -> None:
