@@ -42,7 +42,8 @@ def _lower(graph: gs.Graph, node: gs.Node) -> None:
         added = Added(node.name)
         offset = added.constant("offset", node.attrs["weight_offset"], np.float32)
         weight = added.node("Add", "weight", [weight, offset], np.float32, weight.shape)
-        graph.nodes[graph.nodes.index(node) : graph.nodes.index(node)] = added.nodes
+        at = graph.nodes.index(node)
+        graph.nodes[at:at] = added.nodes
     node.inputs.clear()
     node.outputs.clear()
     node.op, node.domain, node.attrs = NORM, "com.microsoft", {"epsilon": node.attrs["epsilon"]}

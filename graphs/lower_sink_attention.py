@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, producer
 from llmexport.graphs.grouped import Step, form_of, group, hidden, takes
-from llmexport.graphs.sums import Number, Sum, plus, sum_of
+from llmexport.graphs.sums import ONE, Sum, plus, sum_of
 
 WRITES = {"Concat": 2, "TensorScatter": 3}  # and how much each reads
 SAID = {"softcap": "softcap", "window": "local_window_size"}  # what is 0 where there is none
@@ -62,7 +62,7 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     query, rope = form.rows[0]
     # [B, T, ...]: what all layers read, if there is such, as a layer may be cut out.
     tokens = rope.inputs[1] if rope else query
-    past: Sum = sum_of(keys.inputs[2]) if keys.inputs[2:] else {Number(): keys.inputs[0].shape[2]}
+    past: Sum = sum_of(keys.inputs[2]) if keys.inputs[2:] else {ONE: keys.inputs[0].shape[2]}
     if sum_of(length) != plus(past, tokens.shape[1]):
         raise Refusal("its keys may end elsewhere than the step that is written")
 

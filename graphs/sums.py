@@ -16,19 +16,18 @@ SAME = {"Identity", "Squeeze", "Unsqueeze"}
 SIGNS = {"Add": 1, "Sub": -1}
 
 
-@dataclass(frozen=True)
-class Number:
-    """The term of numbers that are known: times 1."""
+ONE = 1  # of which a number that is known is a multiple
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """That of a symbolic dimension of a shape."""
+    """A symbolic dimension of a shape, which a value may be called like."""
 
     name: str
 
 
-Sum = Mapping[Number | Dimension | str, int]  # how often each term is in it; a str is the name of a value
+Term = int | str | Dimension  # ONE, the name of a value, or a dimension
+Sum = Mapping[Term, int]  # how often each term is in it
 
 
 def sum_of(value: gs.Tensor) -> Sum:
@@ -37,13 +36,13 @@ def sum_of(value: gs.Tensor) -> Sum:
     Read through Add, Sub, what changes neither number nor order, and a Shape of one dimension. Two sums of the same
     terms are the same numbers, if they have the same shape; others need not differ.
     """
-    total = Counter[Number | Dimension | str]()
+    total = Counter[Term]()
     waiting = [(value, 1)]
     while waiting:
         term, times = waiting.pop()
         node = producer(term)
         if isinstance(term, gs.Constant) and term.dtype in WHOLE and len(np.unique(term.values)) == 1:
-            total[Number()] += times * int(np.unique(term.values)[0])
+            total[ONE] += times * int(np.unique(term.values)[0])
         elif node is None or node.domain or term.dtype not in WHOLE:
             total[term.name] += times
         elif node.op in SIGNS:
@@ -59,9 +58,9 @@ def sum_of(value: gs.Tensor) -> Sum:
 
 def plus(total: Sum, dimension: int | str | None) -> Sum | None:
     """The sum and a dimension of a shape; None of one that has no name."""
-    more = Counter(total)
     if dimension is None:
         return None
+    more = Counter(total)
     _add(more, dimension, 1)
     return {term: times for term, times in more.items() if times}
 
@@ -73,8 +72,8 @@ def _dimension(shape: gs.Node) -> int | str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _add(total: Counter[Number | Dimension | str], dimension: int | str, times: int) -> None:
+def _add(total: Counter[Term], dimension: int | str, times: int) -> None:
     if isinstance(dimension, int):
-        total[Number()] += times * dimension
+        total[ONE] += times * dimension
     else:
         total[Dimension(dimension)] += times

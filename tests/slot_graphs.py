@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -25,6 +28,14 @@ def operands(count: int, tokens: int) -> dict[str, np.ndarray]:
     shapes = {"q": (tokens, 32), "k": (tokens, 16), "v": (tokens, 16), "cos": (tokens, 4), "sin": (tokens, 4)}
     shapes |= dict.fromkeys(("pk", "pv"), (2, SLOTS, 8))
     return {n: rng.standard_normal((count, *shape)).astype(np.float32) for n, shape in shapes.items()}
+
+
+def tell(made: onnx.ModelProto, typed: Mapping[str, tuple[Any, ...]]) -> None:
+    """What onnx does not infer, or otherwise: type and shape of these values."""
+    told = [v for v in made.graph.value_info if v.name not in typed]
+    told += [onnx.helper.make_tensor_value_info(n, kind, shape) for n, (kind, *shape) in typed.items()]
+    del made.graph.value_info[:]
+    made.graph.value_info.extend(told)
 
 
 def run(made: onnx.ModelProto, given: dict[str, np.ndarray]) -> list[np.ndarray]:

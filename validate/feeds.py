@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import ml_dtypes  # noqa: F401  teaches np.dtype "bfloat16"
 import numpy as np
@@ -111,6 +111,12 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
     grids, merge = _grids(ports, sizes)
     places, extents, segments = patch_places(grids, merge)
     in_slots = any(p.use == "slots" for p in ports)
+
+    def causal(shape: Sequence[int]) -> np.ndarray:
+        """Which keys are not behind the query, of [.., T, S]."""
+        queries, keys = shape[-2:]
+        return np.tri(queries, keys, k=sizes[PAST] if in_slots else keys - queries, dtype=bool)
+
     # A window has all its slots from the first token on, those of no token before the others.
     earlier_slots = next((shape_of(p, sizes)[2] for p in ports if p.use == "window"), sizes[PAST])
     feed = {}
@@ -138,15 +144,13 @@ def draw(ports: Iterable[Port], blocks: Collection[Block], dtype: str, sizes: Ma
             case "mask" if _merged(port):
                 value = np.broadcast_to(segments[:, None] == segments, shape)
             case "bias":
-                seen = np.tri(shape[2], shape[3], k=sizes[PAST] if in_slots else shape[3] - shape[2], dtype=bool)
-                value = np.where(seen, random.standard_normal(shape), np.finfo(np.float16).min)
+                value = np.where(causal(shape), random.standard_normal(shape), np.finfo(np.float16).min)
             case "mask" if port.shape[-1] == SOURCE and port.shape[-2] != SOURCE:
                 # Of a text whose rows end in padding, all is seen but that.
                 tokens = np.maximum(shape[3] - np.arange(shape[0]), 1)
                 value = np.broadcast_to(np.arange(shape[3]) < tokens.reshape(-1, 1, 1, 1), shape)
             case "mask":
-                before = sizes[PAST] if in_slots else shape[3] - shape[2]
-                value = np.broadcast_to(np.tri(shape[2], shape[3], k=before), shape)
+                value = np.broadcast_to(causal(shape), shape)
             case "distances":
                 value = random.integers(0, below[port.use], shape)
             case "span_start":

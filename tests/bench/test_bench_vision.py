@@ -72,7 +72,7 @@ def test_tower_alone_is_held_against_transformers(
     assert (found["passed"], found["pixels"], found["features"]) == (True, pixels, features)
     assert list(found["runs"]) == ["transformers", "PyTorch", "ONNX Runtime"]
     assert 0 < found["runs"]["ONNX Runtime"]["rms_ratio"] < 1e-5
-    assert found["runs"]["ONNX Runtime"]["ops"]
+    assert 0 < sum(found["runs"]["ONNX Runtime"]["ops"].values()) <= 1.01
 
 
 def test_shares_are_those_of_the_last_call_and_leave_out_what_takes_no_time(bench: Any, tmp_path: Path) -> None:

@@ -62,14 +62,20 @@ def test_other_exports_have_none(kind, tmp_path):
     assert products(exported(tmp_path, "ck", **kind)) == []
 
 
+def both(tmp_path):
+    """For the target, and portable."""
+    write(tmp_path, "w4a16", "llama")
+    export, portable = exported(tmp_path, "ck", target="onnxruntime"), tmp_path / "portable"
+    (tmp_path / "ck").rename(portable)
+    return export, exported(tmp_path, "portable")
+
+
 def test_it_rounds_what_it_multiplies_as_a_fused_product_does_unless_it_is_validated(tmp_path, monkeypatch):
     # A norm that differs in its last bits is rounded to another int8 here and there.
     passes = [p for p in pipeline.LOWERING["onnxruntime"] if p is not lower_add_rms_norm]
     monkeypatch.setitem(pipeline.LOWERING, "onnxruntime", tuple(passes))
-    write(tmp_path, "w4a16", "llama")
-    export, portable = exported(tmp_path, "ck", target="onnxruntime"), tmp_path / "portable"
-    (tmp_path / "ck").rename(portable)
-    fused = logits(exported(tmp_path, "portable"), fused=True)
+    export, portable = both(tmp_path)
+    fused = logits(portable, fused=True)
     assert compare(fused, logits(export, fused=True)).excess(TOLERANCE["float32"]) <= 1
     assert compare(fused, logits(export)).excess(TOLERANCE["float32"]) > 1
     feed = first_feed(export.graphs[0], stages.prompt(export), export.dtype)
@@ -78,11 +84,8 @@ def test_it_rounds_what_it_multiplies_as_a_fused_product_does_unless_it_is_valid
 
 
 def test_with_norms_of_the_runtime_it_differs_by_less_than_that_rounding(tmp_path):
-    write(tmp_path, "w4a16", "llama")
-    export, portable = exported(tmp_path, "ck", target="onnxruntime"), tmp_path / "portable"
-    (tmp_path / "ck").rename(portable)
-    other = exported(tmp_path, "portable")
-    fused, exact = logits(other, fused=True), logits(other)
+    export, portable = both(tmp_path)
+    fused, exact = logits(portable, fused=True), logits(portable)
     assert compare(fused, logits(export, fused=True)).rms_ratio < compare(exact, fused).rms_ratio / 2
 
 

@@ -5,7 +5,7 @@ import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
-from slot_graphs import SLOTS, SPLIT, TURN, TURNS, in_bfloat16, operands, run
+from slot_graphs import SLOTS, SPLIT, TURN, TURNS, in_bfloat16, operands, run, tell
 
 from llmexport.graphs.lower_sink_attention import lower_sink_attention
 from llmexport.plugins.spec import DOMAIN
@@ -57,11 +57,7 @@ def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
     typed = dict.fromkeys(("qt", "qr"), (1, "B", 4, "T", 8)) | dict.fromkeys(("kt", "kr", "vt"), (1, "B", 2, "T", 8))
     typed |= dict.fromkeys(("a", "q_heads"), (1, "B", "T", 4, 8))
     typed |= {"length": (6, "B"), "k_heads": (1, "B", "T", 2, 8), "v_heads": (1, "B", "T", 2, 8)}
-    kept = [v for v in made.graph.value_info if v.name not in typed]
-    del made.graph.value_info[:]
-    made.graph.value_info.extend(kept)
-    for name, (kind, *shape) in typed.items():
-        made.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    tell(made, typed)
     return made
 
 

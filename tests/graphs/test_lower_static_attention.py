@@ -5,7 +5,7 @@ import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
-from slot_graphs import BACK, SLOTS, SPLIT, TURN, TURNS, in_bfloat16, operands, run, run_in_place
+from slot_graphs import BACK, SLOTS, SPLIT, TURN, TURNS, in_bfloat16, operands, run, run_in_place, tell
 
 from llmexport.graphs.lower_static_attention import lower_static_attention
 from llmexport.plugins.spec import DOMAIN
@@ -47,11 +47,7 @@ def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
     made = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
     # Rope is ours, and onnx infers no shape behind it; of the steps' number it does not know that it is T.
     typed = {"qr": (1, "B", 4, "T", 8), "kr": (1, "B", 2, "T", 8), "mask": (9, "B", 1, "T", SLOTS)}
-    kept = [v for v in made.graph.value_info if v.name not in typed]
-    del made.graph.value_info[:]
-    made.graph.value_info.extend(kept)
-    for name, (kind, *shape) in typed.items():
-        made.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    tell(made, typed)
     return made
 
 

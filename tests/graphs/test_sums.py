@@ -6,11 +6,11 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
-from llmexport.graphs.sums import Dimension, Number, Sum, plus, sum_of
+from llmexport.graphs.sums import ONE, Dimension, Sum, plus, sum_of
 
 HELD = """int64 two = {2}, int64[3] twos = {2, 2, 2}, int64[2] more = {1, 2}, int64[1] axis = {1},
   float[1] half = {0.5}"""
-N, T = Number(), Dimension("T")
+N, T = ONE, Dimension("T")
 
 
 def found(nodes: str) -> Sum:
