@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -64,6 +65,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if not NOT_QUICK & {mark.name for mark in item.iter_markers()}:
             item.add_marker("quick")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Slow tests begin until `LLMEXPORT_SLOW_UNTIL`, in seconds since 1970, so that a slow machine ends in time too."""
+    until = os.environ.get("LLMEXPORT_SLOW_UNTIL")
+    if until and time.time() > float(until) and item.get_closest_marker("slow"):
+        pytest.skip("slow, and the time for slow tests is up")
 
 
 def _asks_more(item: pytest.Item) -> bool:

@@ -40,3 +40,16 @@ def test_gpu_tests_are_collected_without_what_kernels_do_not_need(tmp_path: Path
     # These run whole models by what validate does, which needs Polygraphy.
     assert gpu == {"tests/validate/test_engine_gpu.py", "tests/validate/test_kernels.py"}
     assert re.search(r"^[1-9]\d{3}/\d+ tests collected", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("until", "skipped"), [("1", 1), ("99999999999", 0)])
+def test_slow_tests_begin_while_there_is_time(tmp_path: Path, until: str, skipped: int) -> None:
+    """What is not slow always runs."""
+    (tmp_path / "test_two.py").write_text(
+        "import pytest\n\n@pytest.mark.slow\ndef test_one():\n    pass\n\ndef test_other():\n    pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-q", "-c", os.devnull, "."]
+    env = {**os.environ, "PYTHONPATH": str(TESTS), "LLMEXPORT_SLOW_UNTIL": until}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    found = re.search(r"(\d) passed(?:, (\d) skipped)?", done.stdout)
+    assert found and [found[1], found[2] or "0"] == [str(2 - skipped), str(skipped)], done.stdout
