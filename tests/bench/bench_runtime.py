@@ -1,12 +1,12 @@
 """CPU seconds of `onnx --target onnxruntime` on ONNX Runtime beside genai, mobius, optimum and eager transformers.
 
-    python tests/bench/bench_runtime.py [--work DIR] [--rounds N] [--restarts N] [--json FILE] [MODEL ...]
+    python tests/bench/bench_runtime.py [--work DIR] [--restarts N] [--json FILE] [MODEL ...]
 
 The small models of runtime_models.py, random fp32 weights, one thread on one core. Each exporter's file runs in one and
 the same loop on the ONNX Runtime here, growing its keys and values or, where its attention takes that, with one buffer
-of each; genai in its own loop as well. Processes live side by side and take turns job by job, so that what else the
-machine does meets all of them; a process differs from the next by a tenth, so that what counts is the median of the
-processes' least. Ours are exported with `--logits last`, as `llmexport generate` cuts them; transformers
+of each; genai in its own loop as well. Processes live side by side and take turns step by step, in orders of chance, so
+that what else the machine does meets all of them. What counts is the median over restarts of our median step to the
+peer's. Ours are exported with `--logits last`, as `llmexport generate` cuts them; transformers
 computes the last token's logits alone, genai's, mobius' and optimum's files all of a prompt. What an exporter refuses
 is recorded with its last line. With MODEL the rows of others in FILE stay; each has the commit and the versions that
 it was measured at. Exit code 1: logits of ours that are not PyTorch's, or a job that takes us more CPU time
@@ -65,11 +65,11 @@ RUNS = {
     "transformers": ("", "transformers"),
 }
 JOBS: dict[str, dict[str, int]] = {
-    f"decode {past}, batch {batch}": {"batch": batch, "past": past, "tokens": 1, "steps": 8}
+    f"decode {past}, batch {batch}": {"batch": batch, "past": past, "tokens": 1, "steps": 16}
     for batch in (1, 4)
     for past in (128, 1024, 4096)
 }
-JOBS |= {f"prefill {n}": {"batch": 1, "past": 0, "tokens": n, "steps": 2 if n < 1000 else 1} for n in (128, 512, 2048)}
+JOBS |= {f"prefill {n}": {"batch": 1, "past": 0, "tokens": n, "steps": 4 if n < 1000 else 1} for n in (128, 512, 2048)}
 LAST = [*JOBS][-1]
 
 
@@ -93,13 +93,14 @@ class Child:
             self.refused = said[-1][:300] if said else f"exit code {self._process.wait()}"
         return json.loads(line) if line else None
 
-    def run(self, job: dict[str, int]) -> list[tuple[float, float]]:
+    def ask(self, job: dict[str, int] | None = None) -> Any:
+        """Whether it can do this job; of none, the seconds of CPU of another step of the last one."""
         if self.refused:
-            return []
+            return None
         assert self._process.stdin
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return self._read() or []
+        return self._read()
 
     def end(self) -> None:
         if not self.refused:
@@ -118,31 +119,24 @@ def opened(work: Path, made: dict[str, Path | str], source: Path, names: Iterabl
     return children
 
 
-def timed(work: Path, made: dict[str, Path | str], source: Path, rounds: int, restarts: int) -> dict[str, Any]:
-    """By job and by how it is run, the milliseconds of CPU of a call: least, median, and the median of the processes'
-    least; and what opening takes."""
-    taken: dict[str, dict[str, list[list[float]]]] = {job: {} for job in JOBS}
+def timed(work: Path, made: dict[str, Path | str], source: Path, restarts: int) -> dict[str, Any]:
+    """By job and by how it is run, the milliseconds of CPU of a step, the median of each restart; and what opening
+    takes."""
+    medians: dict[str, dict[str, list[float]]] = {job: {} for job in JOBS}
     opening: dict[str, list[dict[str, float]]] = {}
     refused: dict[str, str] = {}
     for process in range(restarts):
-        # Nobody is always the first to open: that one gets what pages those before left.
-        children = opened(work, made, source, random.Random(process).sample([*RUNS], len(RUNS)))
-        for turn in range(rounds):
-            for job, what in JOBS.items():
-                # Nobody always follows the same one.
-                for name in random.Random(f"{process} {turn} {job}").sample([*children], len(children)):
-                    times = [1000 * cpu for cpu, _ in children[name].run(what)]
-                    if times:
-                        taken[job].setdefault(name, [[] for _ in range(restarts)])[process].extend(times)
-                    if (turn, job) == (rounds - 1, LAST):
-                        # What a long prompt took stays a process's own as long as it lives.
-                        children[name].end()
+        # Nobody is always the first to open, which gets what pages those before left, or always follows the same one.
+        chance = random.Random(process)
+        children = opened(work, made, source, chance.sample([*RUNS], len(RUNS)))
+        for job, what in JOBS.items():
+            for name, taken in in_turns(children, what, chance).items():
+                medians[job].setdefault(name, []).append(round(1000 * median(taken), 3))
         for name, child in children.items():
             if child.opened:
                 opening.setdefault(name, []).append(child.opened)
             if child.refused:
                 refused[name] = child.refused
-    cpu_ms = {job: {name: of_processes([t for t in its if t]) for name, its in by.items()} for job, by in taken.items()}
     least = {
         name: {
             "open_cpu_s": round(min(o["open_cpu_s"] for o in found), 2),
@@ -150,24 +144,38 @@ def timed(work: Path, made: dict[str, Path | str], source: Path, rounds: int, re
         }
         for name, found in opening.items()
     }
-    return {"cpu_ms": cpu_ms, "opening": least, "refused": refused}
+    whole = {job: {n: its for n, its in by.items() if len(its) == restarts} for job, by in medians.items()}
+    return {"cpu_ms": whole, "opening": least, "refused": refused}
 
 
-def of_processes(times: list[list[float]]) -> dict[str, float]:
-    """What is said of the calls of each process."""
-    every = [t for its in times for t in its]
-    found = {"min": min(every), "median": median(every), "processes": median(min(its) for its in times)}
-    return {what: round(value, 2) for what, value in found.items()}
+def in_turns(children: dict[str, Child], job: dict[str, int], chance: random.Random) -> dict[str, list[float]]:
+    """The seconds of the steps of each one that makes them all; a prompt is begun anew each time."""
+    able = [name for name, child in children.items() if child.ask(job)]
+    taken: dict[str, list[float]] = {name: [] for name in able}
+    for step in range(job["steps"]):
+        for name in chance.sample(able, len(able)):
+            child = children[name]
+            if step and not job["past"]:
+                child.ask(job)
+            cpu = child.ask()
+            taken[name] += [] if cpu is None else [cpu]
+            if job is JOBS[LAST] and step == job["steps"] - 1:
+                # What a long prompt took stays a process's own as long as it lives.
+                child.end()
+    return {name: its for name, its in taken.items() if len(its) == job["steps"]}
 
 
-def ratio(times: dict[str, dict[str, float]], of: str = "processes") -> float | None:
-    """Ours over the fastest peer's."""
-    ours = [t[of] for name, t in times.items() if name.startswith("llmexport")]
-    peers = [t[of] for name, t in times.items() if not name.startswith("llmexport")]
-    return round(min(ours) / min(peers), 3) if ours and peers else None
+def ratio(medians: dict[str, list[float]]) -> float | None:
+    """Ours over the fastest peer's: the median of the restarts."""
+    fastest: dict[bool, list[float]] = {}
+    for name, its in sorted(medians.items(), key=lambda item: median(item[1])):
+        fastest.setdefault(name.startswith("llmexport"), its)
+    if len(fastest) < 2:
+        return None
+    return round(median(ours / theirs for ours, theirs in zip(fastest[True], fastest[False], strict=True)), 3)
 
 
-def row(name: str, work: Path, rounds: int, restarts: int) -> dict[str, Any]:
+def row(name: str, work: Path, restarts: int) -> dict[str, Any]:
     source = checkpoint(work, MODELS[name], "--dtype=float32")
     made: dict[str, Path | str] = {}
     for exporter in EXPORTERS.values():
@@ -181,7 +189,7 @@ def row(name: str, work: Path, rounds: int, restarts: int) -> dict[str, Any]:
     ours = made["llmexport"]
     assert isinstance(ours, Path), ours
     found = {"model": name, "validated": validated(work, ours)}
-    found |= timed(work, made, source, rounds, restarts)
+    found |= timed(work, made, source, restarts)
     found["refused"] |= {n: said for n, said in made.items() if isinstance(said, str)}
     found["refused"] = {n: said.replace(f"{work}/", "") for n, said in found["refused"].items()}
     found["ours over the best peer's"] = {job: ratio(times) for job, times in found["cpu_ms"].items()}
@@ -200,7 +208,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--work", type=Path, help="where all of it lies meanwhile; an environment there is used again")
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--restarts", type=int, default=4)
     parser.add_argument("--json", type=Path, default=RESULTS)
     chosen = parser.parse_args()
@@ -212,12 +219,11 @@ def main() -> None:
         "commit": commit(),
         **machine(),
         "versions": {name: versions(work, e) for name, e in EXPORTERS.items() if name != "llmexport static"},
-        "rounds": chosen.rounds,
         "restarts": chosen.restarts,
     }
     rows = earlier(chosen.json) if chosen.models else {}
     for name in chosen.models or MODELS:
-        rows[name] = {**row(name, work, chosen.rounds, chosen.restarts), **measured}
+        rows[name] = {**row(name, work, chosen.restarts), **measured}
         print(json.dumps(rows[name]), flush=True)
         record = {"threads": 1, "slots": SLOTS, "rows": [rows[n] for n in MODELS if n in rows]}
         chosen.json.write_text(json.dumps(record, indent=1) + "\n")

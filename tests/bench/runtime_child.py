@@ -3,10 +3,11 @@
 KIND is "file", FOLDER's model.onnx in a plain loop on ONNX Runtime, whoever made it, keys and values growing; "shared",
 the same with keys and values of SLOTS tokens in one buffer each, which a step writes in place; "genai",
 onnxruntime-genai's own loop; or "transformers", its eager model. One thread, on one core. The first line printed is
-what opening took. Each line read is a job, {"batch", "past", "tokens", "steps"}: `steps` times `tokens` new tokens a
-row behind `past`, of which [CPU s, wall s] are printed, or null where this kind cannot do it. A past of 128 is what all
-compute of one text, and each token the one that they think likeliest, so that all of them choose the same experts; keys
-and values of a longer one are random numbers, the same in all files, but of transformers those of that text over again.
+what opening took. Each line read is a job, {"batch", "past", "tokens", "steps"}, a most of `steps` times `tokens` new
+tokens a row behind `past`, and answered by whether this kind can do it; or null, which is one of those steps, answered
+by its seconds of CPU. A past of 128 is what all compute of one text, and each token the one that they think likeliest,
+so that all of them choose the same experts; keys and values of a longer one are random numbers, the same in all files,
+but of transformers those of that text over again.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def transformers(folder: Path, _: int | None = None) -> Begin:
         def run(given: np.ndarray) -> np.ndarray:
             with torch.inference_mode():
                 made = model(torch.tensor(given), past_key_values=held[0], use_cache=True, logits_to_keep=1)
-            held[0] = made.past_key_values if past else None
+            held[0] = made.past_key_values
             likeliest: np.ndarray = made.logits[:, -1:].argmax(-1).numpy()
             return likeliest
 
@@ -195,15 +196,17 @@ def main() -> None:
     opened = time.process_time() - start
     found = {"open_cpu_s": opened, "opened_rss_kb": status("VmRSS"), "peak_rss_kb": status("VmHWM")}
     print(json.dumps(found), flush=True)
+    step: Step | None = None
     for line in sys.stdin:
-        job, taken = json.loads(line), []
-        step = begin(job["batch"], job["past"], job["tokens"], job["steps"])
-        for _ in range(job["steps"] if step else 0):
+        job = json.loads(line)
+        if job:
+            step = begin(job["batch"], job["past"], job["tokens"], job["steps"])
+            print(json.dumps(step is not None), flush=True)
+        else:
             assert step
-            cpu, wall = time.process_time(), time.perf_counter()
+            cpu = time.process_time()
             step()
-            taken.append((time.process_time() - cpu, time.perf_counter() - wall))
-        print(json.dumps(taken or None), flush=True)
+            print(time.process_time() - cpu, flush=True)
 
 
 if __name__ == "__main__":
