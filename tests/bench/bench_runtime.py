@@ -65,11 +65,11 @@ RUNS = {
     "transformers": ("", "transformers"),
 }
 JOBS: dict[str, dict[str, int]] = {
-    f"decode {past}, batch {batch}": {"batch": batch, "past": past, "tokens": 1, "steps": 16}
+    f"decode {past}, batch {batch}": {"batch": batch, "past": past, "tokens": 1, "steps": 12}
     for batch in (1, 4)
     for past in (128, 1024, 4096)
 }
-JOBS |= {f"prefill {n}": {"batch": 1, "past": 0, "tokens": n, "steps": 4 if n < 1000 else 1} for n in (128, 512, 2048)}
+JOBS |= {f"prefill {n}": {"batch": 1, "past": 0, "tokens": n, "steps": 3 if n < 1000 else 1} for n in (128, 512, 2048)}
 LAST = [*JOBS][-1]
 
 
