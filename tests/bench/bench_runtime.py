@@ -7,11 +7,11 @@ the same loop on the ONNX Runtime here, growing its keys and values or, where it
 of each; genai in its own loop as well. Processes live side by side and take turns step by step, in orders of chance, so
 that what else the machine does meets all of them. What counts is the median over restarts of our median step to the
 peer's; who takes half as long again as the fastest in every job is started once. Two processes of one file differ by a
-tenth, and by half of that where memory was compacted before, as is done where one may (root). Ours are exported with `--logits last`, as `llmexport generate` cuts them; transformers
-computes the last token's logits alone, genai's, mobius' and optimum's files all of a prompt. What an exporter refuses
-is recorded with its last line. With MODEL the rows of others in FILE stay; each has the commit and the versions that
-it was measured at. Exit code 1: logits of ours that are not PyTorch's, or a job that takes us more CPU time
-than the fastest peer.
+tenth, and by half of that where memory was compacted before, as is done where one may (root). Ours are exported with
+`--logits last`, as `llmexport generate` cuts them; transformers computes the last token's logits alone, genai's,
+mobius' and optimum's files all of a prompt. What an exporter refuses is recorded with its last line. With MODEL the
+rows of others in FILE stay; each has the commit and the versions that it was measured at. Exit code 1: logits of ours
+that are not PyTorch's, or a job that takes us more CPU time than the fastest peer.
 """
 
 from __future__ import annotations
