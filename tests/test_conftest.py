@@ -49,6 +49,7 @@ def test_slow_tests_begin_while_there_is_time(tmp_path: Path, until: str, skippe
         "import pytest\n\n@pytest.mark.slow\ndef test_one():\n    pass\n\ndef test_other():\n    pass\n"
     )
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-q", "-c", os.devnull, "."]
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "LLMEXPORT_SLOW_UNTIL": until}
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "LLMEXPORT_SLOW_UNTIL": until}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert ("2 passed", "1 passed, 1 skipped")[skipped] in done.stdout, done.stdout
