@@ -72,6 +72,7 @@ def test_sizes(machine: Machine, node: Node, dtype: str) -> None:
     assert is_right(machine, node, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize("biases", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -117,6 +118,7 @@ def test_a_nan_shows_in_its_token_alone(machine: Machine) -> None:
     assert not np.delete(found, 3, 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_result_does_not_depend_on_the_order_of_threads_and_blocks(
