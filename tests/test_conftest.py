@@ -24,15 +24,19 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
+def ran(cwd: Path, ahead: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """pytest in a process of its own, with a folder ahead of its path."""
+    path = os.pathsep.join(filter(None, [str(ahead), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    env = {**os.environ, "PYTHONPATH": path, **variables}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
 @pytest.mark.kernel
 def test_gpu_tests_are_collected_without_what_kernels_do_not_need(tmp_path: Path) -> None:
     """All of them: a file that is skipped then has none."""
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
-    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        command, cwd=TESTS.parent, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+    done = ran(TESTS.parent, tmp_path, "-m", "gpu", "--collect-only")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     skipped = set(re.findall(r"^SKIPPED \[1\] (\S+):0: \w+ is not installed", done.stdout, re.MULTILINE))
     assert "tests/graphs/test_pipeline.py" in skipped
@@ -48,8 +52,5 @@ def test_slow_tests_begin_while_there_is_time(tmp_path: Path, until: str, skippe
     (tmp_path / "test_two.py").write_text(
         "import pytest\n\n@pytest.mark.slow\ndef test_one():\n    pass\n\ndef test_other():\n    pass\n"
     )
-    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-q", "-c", os.devnull, "."]
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "LLMEXPORT_SLOW_UNTIL": until}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = ran(tmp_path, TESTS, "-p", "conftest", "-c", os.devnull, ".", LLMEXPORT_SLOW_UNTIL=until)
     assert ("2 passed", "1 passed, 1 skipped")[skipped] in done.stdout, done.stdout
