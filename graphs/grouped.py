@@ -29,13 +29,13 @@ class Form:
 @dataclass(frozen=True)
 class Step:
     """What all layers of a kind read: a bias over the keys, each row's last key, how many keys there are, and whether
-    GroupQueryAttention takes the step; and the number of slots, made at each step, where keys are joined to them."""
+    GroupQueryAttention takes the step; and how many keys and tokens that is where these are joined to the slots."""
 
     bias: gs.Variable
     last: gs.Variable
     total: gs.Variable
     can: gs.Variable
-    slots: gs.Variable | None = None
+    joined: tuple[gs.Variable, gs.Variable] | None = None
 
 
 def form_of(graph: gs.Graph, node: gs.Node, writes: Sequence[gs.Node]) -> Form:
@@ -51,19 +51,25 @@ def form_of(graph: gs.Graph, node: gs.Node, writes: Sequence[gs.Node]) -> Form:
     return Form(rows, writes, flattened(graph, node))
 
 
-def hidden(added: Added, seen: gs.Tensor, dtype: np.dtype[Any]) -> gs.Variable:
-    """The bias that hides what is not seen."""
-    sides = [added.constant(said, value, dtype) for said, value in (("shown", 0.0), ("hidden", -np.inf))]
-    return added.node("Where", "bias", [seen, *sides], dtype.type, seen.shape)
+def bias_of(added: Added, seen: gs.Tensor, dtype: np.dtype[Any], tokens: gs.Tensor | None = None) -> gs.Variable:
+    """The bias that hides what is not seen; tokens: how many there are, where `seen` [B, 1, 1, S] is all tokens'."""
+    shown, nothing = (added.constant(said, value, dtype) for said, value in (("shown", 0.0), ("hidden", -np.inf)))
+    shape = list(seen.shape)
+    if tokens is not None:
+        column = added.node("Concat", "column", [tokens, added.constant("one", [1])], np.int64, [2], axis=0)
+        shape[2] = f"{added.name}/tokens"
+        shown = added.node("Expand", "all_shown", [shown, column], dtype.type, [shape[2], 1])
+    return added.node("Where", "bias", [seen, shown, nothing], dtype.type, shape)
 
 
-def takes(added: Added, tokens: gs.Tensor, longest: gs.Tensor, rows: gs.Tensor) -> gs.Variable:
-    """Whether it is one row, or one token of each, or rows that begin."""
-    one = added.constant("one", [1])
-    kinds = {"one_token": (tokens, one), "begins": (longest, tokens), "one_row": (rows, one)}
-    found = [added.node("Equal", said, [*pair], np.bool_, [1]) for said, pair in kinds.items()]
-    some = added.node("Or", "some", found[:2], np.bool_, [1])
-    return added.node("Or", "in_place", [some, found[2]], np.bool_, [1])
+def takes(added: Added, tokens: gs.Tensor, rows: gs.Tensor, longest: gs.Tensor | None = None) -> gs.Variable:
+    """Whether it is one row, or one token of each, or rows that begin, where keys are as many as `longest` says."""
+    fewest = added.node("Min", "fewest", [tokens, rows], np.int64, [1])
+    alone = added.node("Equal", "alone", [fewest, added.constant("one", [1])], np.bool_, [1])
+    if longest is None:
+        return alone
+    begins = added.node("Equal", "begins", [longest, tokens], np.bool_, [1])
+    return added.node("Or", "in_place", [alone, begins], np.bool_, [1])
 
 
 def group(
@@ -92,7 +98,7 @@ def group(
     attend = gs.Node("GroupQueryAttention", name, heads | said, inputs, made, "com.microsoft")
     branches = {
         "then_branch": gs.Graph([attend], [], made, name=name),
-        "else_branch": _by_row(attend, ends, of_all.slots),
+        "else_branch": _by_row(attend, ends, of_all.joined),
     }
     for dead in (*form.behind, node, *writes):
         dead.inputs.clear()
@@ -100,17 +106,19 @@ def group(
     graph.nodes[at:at] = [*before, gs.Node("If", f"{node.name}/slots", branches, [of_all.can], ends)]
 
 
-def _by_row(attend: gs.Node, ends: list[gs.Tensor], slots: gs.Variable | None) -> gs.Graph:
+def _by_row(attend: gs.Node, ends: list[gs.Tensor], joined: tuple[gs.Variable, gs.Variable] | None) -> gs.Graph:
     """The branch in which each row is one for itself: `attend` in a Scan over the rows."""
-    added = Added(f"{attend.name}/by_row")
+    added, outside = Added(f"{attend.name}/by_row"), Added(f"{attend.name}/by_row")
     first, given, inputs = added.constant("first", [0]), list[tuple[gs.Variable, gs.Tensor]](), [*attend.inputs]
+    if joined is not None:
+        # Where ONNX Runtime knows how long a past is, it believes that a present is as long; not so a joined one.
+        slots = outside.node("Sub", "slots", [*joined], np.int64, [1])
     for i, whole in enumerate(attend.inputs):
         if not whole.name or i in OF_ALL_ROWS:
             continue
         row = gs.Variable(f"{added.name}/{i}", whole.dtype, whole.shape[1:])
         given.append((row, whole))
-        if slots is not None and i in PASTS:
-            # Where ONNX Runtime knows how long a past is, it believes that a present is as long; not so a joined one.
+        if joined is not None and i in PASTS:
             shape = [row.shape[0], f"{row.name}/slots", row.shape[2]]
             row = added.node("Slice", f"{i}/past", [row, first, slots, added.constant("second", [1])], row.dtype, shape)
         inputs[i] = added.node("Unsqueeze", f"{i}/alone", [row, first], row.dtype, [1, *row.shape])
@@ -122,4 +130,4 @@ def _by_row(attend: gs.Node, ends: list[gs.Tensor], slots: gs.Variable | None) -
     made = [gs.Variable(f"{added.name}/{v.name}", v.dtype, v.shape) for v in ends]
     attributes = {"body": body, "num_scan_inputs": len(given)}
     scan = gs.Node("Scan", added.name, attributes, [whole for _, whole in given], made)
-    return gs.Graph([scan], [], made, name=added.name)
+    return gs.Graph([*outside.nodes, scan], [], made, name=added.name)

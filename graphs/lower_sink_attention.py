@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, producer
-from llmexport.graphs.grouped import Step, form_of, group, hidden, takes
+from llmexport.graphs.grouped import Step, bias_of, form_of, group, takes
 from llmexport.graphs.sums import ONE, Sum, plus, sum_of
 
 WRITES = {"Concat": 2, "TensorScatter": 3}  # and how much each reads
@@ -111,25 +111,22 @@ def _seen(
 ) -> Step:
     """For all layers, with what is before a row's first key as a bias; row: of as many tokens as the step."""
     added = Added(f"{length.name}/{keys.op.lower()}")
-    add, (batch, sequence, *_) = added.node, row.shape
+    add, batch = added.node, row.shape[0]
     tokens = add("Shape", "tokens", [row], np.int64, [1], start=1, end=2)
     rows = add("Shape", "rows", [start], np.int64, [1])
-    past = keys.inputs[2] if keys.inputs[2:] else added.constant("past", [keys.inputs[0].shape[2]])
-    written = add("Add", "written", [past, tokens], np.int64, past.shape)
-    longest = add("ReduceMax", "longest", [written], np.int64, [1], keepdims=1)
-    joined = None if keys.inputs[2:] else add("Sub", "joined", [longest, tokens], np.int64, [1])
+    joins = not keys.inputs[2:]
+    past = added.constant("past", [keys.inputs[0].shape[2]]) if joins else keys.inputs[2]
+    longest = add("Add", "written", [past, tokens], np.int64, past.shape)
+    if not joins:
+        longest = add("ReduceMax", "longest", [longest], np.int64, [1], keepdims=1)
     total = add("Cast", "total", [longest], np.int32, [1], to=onnx.TensorProto.INT32)
     last = add("Sub", "last", [length, added.constant("token", [1], np.int32)], np.int32, [batch])
-    slots, none, step = f"{added.name}/slots", added.constant("none", 0), added.constant("step", 1)
-    many = add("Squeeze", "many", [longest], np.int64, [])
-    numbers = add("Range", "slots", [none, many, step], np.int64, [slots])
+    slots, none, step = f"{added.name}/slots", added.constant("none", 0, np.int32), added.constant("step", 1, np.int32)
+    many = add("Squeeze", "many", [total], np.int32, [])
+    numbers = add("Range", "slots", [none, many, step], np.int32, [slots])
     first = add("Unsqueeze", "first", [start, added.constant("axes", [1, 2, 3])], start.dtype, [batch, 1, 1, 1])
-    firsts = add("Cast", "firsts", [first], np.int64, [batch, 1, 1, 1], to=onnx.TensorProto.INT64)
-    behind = add("GreaterOrEqual", "behind", [numbers, firsts], np.bool_, [batch, 1, 1, slots])
-    ones = added.constant("ones", [1])
-    shape = add("Concat", "shape", [ones, ones, tokens, ones], np.int64, [4], axis=0)
-    seen = add("Expand", "seen", [behind, shape], np.bool_, [batch, 1, sequence, slots])
-    bias = hidden(added, seen, dtype)
-    can = takes(added, tokens, longest, rows)
+    seen = add("GreaterOrEqual", "seen", [numbers, first], np.bool_, [batch, 1, 1, slots])
+    bias = bias_of(added, seen, dtype, tokens)
+    can = takes(added, tokens, rows, None if joins else longest)
     before.extend(added.nodes)
-    return Step(bias, last, total, can, joined)
+    return Step(bias, last, total, can, (longest, tokens) if joins else None)

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from llmexport.graphs.causal import is_causal
 from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, produced_by
-from llmexport.graphs.grouped import Step, form_of, group, hidden, takes
+from llmexport.graphs.grouped import Step, bias_of, form_of, group, takes
 
 Shared = dict[tuple[str, str], Step]  # by mask and past length
 
@@ -92,7 +92,6 @@ def _written(mask: gs.Tensor, length: gs.Tensor, query: gs.Tensor, before: list[
     last = add("Cast", "last", [wide], np.int32, [batch], to=onnx.TensorProto.INT32)
     places = [added.constant("first", [0]), longest, added.constant("axis", [3])]
     seen = add("Slice", "seen", [mask, *places], np.bool_, [batch, 1, mask.shape[2], f"{added.name}/slots"])
-    bias = hidden(added, seen, dtype)
-    can = takes(added, tokens, longest, rows)
+    bias, can = bias_of(added, seen, dtype), takes(added, tokens, rows, longest)
     before.extend(added.nodes)
     return Step(bias, last, total, can)

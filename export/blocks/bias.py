@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmexport.export import spec
-from llmexport.export.blocks.context import slots_of_step, tokens_up_to
+from llmexport.export.blocks.context import slots_of_step
 from llmexport.export.blocks.linear import times
+from llmexport.export.blocks.padding import tokens_up_to
 
 # Every dtype holds it as it is, and its exponential is zero beside that of any logit.
 HIDDEN = -(2.0**15)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
+from llmexport.export.blocks.padding import between, last_token, leading_padding, tokens_up_to
 from llmexport.export.blocks.standard import padding_must_be_on_the_left
 
 
@@ -121,16 +122,6 @@ def slots_of_step(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     return torch.arange(sequence, device=input_ids.device) + (total - sequence)
 
 
-def tokens_up_to(attention_mask: Tensor) -> Tensor:
-    """How many tokens of a row stand in its slots up to each one [B, S], padding left out."""
-    return (attention_mask != 0).to(torch.int64).cumsum(1)
-
-
-def leading_padding(running: Tensor) -> Tensor:
-    """How many slots of each row are padding before its first token [B]."""
-    return (running == 0).sum(1)
-
-
 class Mask(nn.Module):
     def __init__(self, block: spec.Mask) -> None:
         super().__init__()
@@ -194,10 +185,7 @@ class Span(nn.Module):
     def forward(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         running = tokens_up_to(attention_mask)
         start = leading_padding(running)
-        # Where a slot is no padding, all from the first token to it are tokens, or padding is between.
-        slots = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        between = torch.logical_and(attention_mask != 0, start.unsqueeze(1) + running <= slots).sum(1)
-        refused = padding_must_be_on_the_left(between.clamp(max=1))
+        refused = padding_must_be_on_the_left(between(running, start, last_token(attention_mask)).clamp(0, 1))
         # A runtime that reads on beyond the end instead of failing finds no slot out of range.
         start = (start + refused).clamp(0, attention_mask.shape[1]).to(torch.int32)
         return start, torch.ones_like(start) * attention_mask.shape[1]

@@ -4,22 +4,20 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
-from llmexport.export.blocks.context import leading_padding, of_one_picture, temperature, tokens_up_to
+from llmexport.export.blocks.context import of_one_picture, temperature
+from llmexport.export.blocks.padding import between, last_token, leading_padding, tokens_up_to
 from llmexport.export.blocks.standard import padding_must_be_on_the_left
 
 
 class Slots(nn.Module):
     def forward(self, attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, counted = attention_mask != 0, tokens_up_to(attention_mask)
-        padding, sequence = leading_padding(counted), input_ids.shape[1]
-        # A slot and all before it, as a number.
-        ends = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
-        end = (tokens * ends).amax(1)
-        between = torch.logical_and(tokens, padding.unsqueeze(1) + counted < ends).sum(1)
-        # The step's last token is not its row's: where it was to be written, nobody says.
-        early = torch.logical_and(end > 0, end < sequence)
-        refused = padding_must_be_on_the_left((between + early).clamp(max=1))
-        return padding, (end - sequence).clamp(min=0) + refused
+        counted = tokens_up_to(attention_mask)
+        padding, end = leading_padding(counted), last_token(attention_mask)
+        written = end - input_ids.shape[1]
+        # A step whose last token is not its row's: where it was to be written, nobody says.
+        early = torch.minimum(end, -written)
+        refused = padding_must_be_on_the_left(torch.maximum(between(counted, padding, end), early).clamp(0, 1))
+        return padding, written.clamp(min=0) + refused
 
 
 def step_slots(past_length: Tensor, input_ids: Tensor) -> Tensor:
@@ -71,8 +69,9 @@ class StaticSpan(nn.Module):
         start = padding_length
         if self.keys.slides:
             # The cache holds slots past_length - slots to past_length.
-            start, length = start - past_length + self.keys.slots, length - past_length + self.keys.slots
-        return torch.minimum(start.clamp(min=0), length).to(torch.int32), length.to(torch.int32)
+            start = (start - past_length + self.keys.slots).clamp(min=0)
+            length = length - past_length + self.keys.slots
+        return torch.minimum(start, length).to(torch.int32), length.to(torch.int32)
 
 
 class StaticTemperature(nn.Module):

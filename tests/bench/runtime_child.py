@@ -56,6 +56,7 @@ def file(folder: Path, slots: int | None = None) -> Begin:
     after = {n: o if o in made else n.replace("past", "present") for n, o in after.items()}
     states = [n for n in inputs if after[n] in made]
     grows = {n for n in states if n.endswith(("key", "value"))}
+    threefold = "position_ids" in inputs and len(inputs["position_ids"].shape) == 3
     # genai's files leave the size of a head open.
     told = folder / "genai_config.json"
     decoder = json.loads(told.read_text())["model"]["decoder"] if told.exists() else {}
@@ -63,7 +64,7 @@ def file(folder: Path, slots: int | None = None) -> Begin:
 
     def begin(batch: int, past: int, tokens: int, steps: int) -> Step:
         drawn = past if past > COMPUTED else 0
-        held, shared = {}, set()
+        held, shared = {}, list[str]()
         for name in states:
             shape = [d if isinstance(d, int) else None for d in inputs[name].shape]
             shape[0] = batch
@@ -71,7 +72,7 @@ def file(folder: Path, slots: int | None = None) -> Begin:
                 if shape[2] in (None, slots):
                     # A window of genai's has its slots from the first token on.
                     shape[2] = slots or max(drawn, window if "sliding" in str(inputs[name].shape[2]) else 0)
-                    shared |= {name} if slots else set()
+                    shared += [name] if slots else []
                 shape[3] = shape[3] or head_size
             array = np.zeros(shape, np.float32)
             if name in grows:
@@ -79,36 +80,41 @@ def file(folder: Path, slots: int | None = None) -> Begin:
                 rng = np.random.default_rng(zlib.crc32(name.encode()))
                 array[:, :, :drawn] = rng.standard_normal(array[:, :, :drawn].shape, np.float32)
             held[name] = value(array)
-        now = [drawn]
+        # What stays where it is, is bound once: what Python does about a step is no file's.
+        binding, scores, now = session.io_binding(), dict[int, Any](), [drawn]
+        for name in shared:
+            binding.bind_ortvalue_input(name, held[name])
+            binding.bind_ortvalue_output(after[name], held[name])
+        before, moved = {after[n]: n for n in states}, [n for n in states if n not in shared]
+        fresh = [n for n in made if before.get(n) not in shared and n != "logits"]
+        bound = [*(after[n] for n in shared), "logits", *fresh]  # in the order of their first call
 
         def run(given: np.ndarray) -> np.ndarray:
             """The likeliest tokens behind these [B, 1]."""
             count = given.shape[1]
-            positions = np.broadcast_to(np.arange(now[0], now[0] + count), given.shape)
-            feed: dict[str, np.ndarray] = {
+            positions = np.tile(np.arange(now[0], now[0] + count), (batch, 1))
+            feed = {
                 "input_ids": given,
-                "position_ids": positions,
+                "position_ids": np.stack([positions] * 3) if threefold else positions,
                 "attention_mask": np.ones((batch, now[0] + count), np.int64),
             }
-            if "position_ids" in inputs and len(inputs["position_ids"].shape) == 3:
-                feed["position_ids"] = np.broadcast_to(positions, (3, *given.shape))
-            binding = session.io_binding()
-            for name, array in feed.items():
-                if name in inputs:
-                    binding.bind_ortvalue_input(name, value(np.ascontiguousarray(array)))
-            for name, kept in held.items():
-                binding.bind_ortvalue_input(name, kept)
-            before = {after[n]: n for n in states}
-            for name in made:
-                if before.get(name) in shared:
-                    binding.bind_ortvalue_output(name, held[before[name]])
-                else:
-                    binding.bind_output(name, "cpu")
+            for name in feed.keys() & inputs.keys():
+                binding.bind_ortvalue_input(name, value(feed[name]))
+            for name in moved:
+                binding.bind_ortvalue_input(name, held[name])
+            if count in scores:
+                binding.bind_ortvalue_output("logits", scores[count])
+            else:
+                binding.bind_output("logits", "cpu")
+            for name in fresh:
+                binding.bind_output(name, "cpu")
             session.run_with_iobinding(binding)
-            found = dict(zip(made, binding.get_outputs(), strict=True))
-            held.update({n: found[after[n]] for n in states if n not in shared})
+            if fresh or count not in scores:
+                found = dict(zip(bound, binding.get_outputs(), strict=True))
+                held.update({before[n]: found[n] for n in fresh if n in before})
+                scores[count] = found["logits"]
             now[0] += count
-            likeliest: np.ndarray = found["logits"].numpy()[:, -1].argmax(-1)
+            likeliest: np.ndarray = scores[count].numpy()[:, -1].argmax(-1)
             return likeliest[:, None]
 
         return stepped(run, batch, past, tokens)

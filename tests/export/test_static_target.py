@@ -19,7 +19,7 @@ from llmexport.run.session import RuntimeSession, decode, greedy, opening
 from llmexport.validate import validate
 from llmexport.validate.compare import compare
 from llmexport.validate.judge import feeds_alone
-from llmexport.validate.runtime import open_session
+from llmexport.validate.runtime import SessionOptions, open_session
 from llmexport.validate.tolerance import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("static_caches")
@@ -51,6 +51,19 @@ def lowered(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..
         return onnx_file.write(request, tmp_path / f"out of {slots}")
 
     return make
+
+
+# Nodes that a step runs beside those of its layers, as each takes about two microseconds.
+BESIDE = {"llama": 60, "gpt_oss": 75}
+
+
+@pytest.mark.parametrize("arch", BESIDE)
+def test_a_step_runs_few_nodes_beside_its_layers(arch, lowered, tmp_path):
+    export, options = lowered(arch), SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    open_session(load(export, export.graphs[0]), export.folder, options)
+    nodes = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node
+    assert len([n for n in nodes if not n.output[0].startswith(("layers.", "present."))]) <= BESIDE[arch]
 
 
 def wide(mask: np.ndarray) -> np.ndarray:
