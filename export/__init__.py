@@ -34,6 +34,7 @@ def export(
     quantize: str | None = None,
     group_size: int | None = None,
     quantize_head: bool = False,
+    window_slots: str = "last",
     force: bool = False,
     progress: Progress = silent,
 ) -> Export:
@@ -58,6 +59,7 @@ def export(
             quantize=quantize,
             group_size=group_size,
             quantize_head=quantize_head,
+            window_slots=window_slots,
         )
         return onnx_file.write(request, folder, force=force, progress=progress)
 

@@ -21,6 +21,7 @@ from llmexport.export.keys import (
 )
 from llmexport.export.packed.scheme import KEYS, method_of, said_in
 from llmexport.export.spec import Splice
+from llmexport.export.static import StaticCache
 from llmexport.export.values import as_integer, as_positive, key_name, same, show, visible, whole
 
 _REQUIRED = object()
@@ -31,12 +32,14 @@ LONGEST, MOST = 2**20, 4096
 class Config:
     """The keys of one `config.json`, each read once by name; `finish` refuses those that nobody read.
 
-    `notes` are sentences for who exports: what is passed over, and where the graph is right all the same. `slots`
-    are those of a static cache, which no config says; `splice` is what puts pictures into the text, if anything does.
+    `notes` are sentences for who exports: what is passed over, and where the graph is right all the same. `static`
+    is what a static cache keeps, which no config says; `splice` is what puts pictures into the text, if anything does.
     """
 
-    def __init__(self, data: Mapping[str, Any], slots: int | None = None, splice: Splice | None = None) -> None:
-        self.slots, self.splice = slots, splice
+    def __init__(
+        self, data: Mapping[str, Any], static: StaticCache | None = None, splice: Splice | None = None
+    ) -> None:
+        self.static, self.splice = static, splice
         self._data = dict(data)
         self._read: set[str] = set()
         self.notes: list[str] = []

@@ -116,8 +116,8 @@ class Decoder:
         self.config.expect_layer_types([_kind(reads) for _, reads in layers])
         head = Head(norm, self.vocabulary, softcap, logit_scale, bias=head_bias, normed=normed)
         tied = self.config.flag("tie_word_embeddings", tied)
-        slots, splice = self.config.slots, self.config.splice
-        return wired(embedding, layers, head, tied=tied, slots=slots, splice=splice, told=told)
+        static, splice = self.config.static, self.config.splice
+        return wired(embedding, layers, head, tied=tied, static=static, splice=splice, told=told)
 
 
 def head_size(hidden: int, heads: int, key: str = "hidden_size") -> int:

@@ -106,7 +106,7 @@ def encoder(config: Config, *, fused: bool, buckets: int = 0, shared: bool = Fal
     head = Head(norm, vocabulary, transform=activation, bias=True)
     # The later head of transformers always reads the table of words.
     tied, legacy = config.flag("tie_word_embeddings", True), config.flag("legacy", True)
-    return wired(embedding, layers, head, tied=tied or not legacy, slots=config.slots)
+    return wired(embedding, layers, head, tied=tied or not legacy, static=config.static)
 
 
 def position_kinds(config: Config) -> tuple[str, ...]:

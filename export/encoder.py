@@ -73,4 +73,4 @@ def post_norm(config: Config) -> Model:
     head = Head(normed, vocabulary, transform=activation, bias=True)
     layers = [(layer, (BidirectionalMask(),))] * config.count("num_hidden_layers")
     tied = config.flag("tie_word_embeddings", True)
-    return wired(embedding, layers, head, tied=tied, slots=config.slots)
+    return wired(embedding, layers, head, tied=tied, static=config.static)

@@ -98,6 +98,11 @@ class Export:
         return slots_of(self.blocks)
 
     @property
+    def window_slots(self) -> str:
+        """Which slots of a static cache a layer with a window keeps, the last or all."""
+        return "last" if any(p.use == "window" for b in self.blocks for p in b.inputs) else "all"
+
+    @property
     def gives_last_logits(self) -> bool:
         """Whether its logits are those of the last token of each row alone."""
         return any(isinstance(b, Head) and b.last for b in self.blocks)

@@ -34,13 +34,14 @@ from llmexport.export.progress import Progress, silent
 from llmexport.export.small_experts import with_small_experts
 from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
-from llmexport.export.static import FUSED, check_fused, check_slots
+from llmexport.export.static import FUSED, StaticCache, check_fused, check_slots
 from llmexport.export.wanted import check_layers, check_weights, wanted_graphs, whole
 
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt", "onnxruntime")
 CACHES = ("dynamic", "static", FUSED)
 LOGITS = ("all", "last")
+WINDOW_SLOTS = ("last", "all")
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Request:
 
     `target` is "portable", with a function body for every op of ours; "tensorrt": without, as its parser takes a body
     over a plugin of that name; or "onnxruntime": as that is faster, unread by TensorRT. `max_tokens` are the slots of a
-    static `cache`. `runtimes` are others that shall open the folder. `logits` are of all tokens, or of the last of each
-    row. `part` of a multimodal checkpoint is all of it, its text model or what sees. `quantize` rounds the matrices of
-    products, with `quantize_head` the head's too, to int4 in groups of `group_size` columns (128), int8 or fp8.
+    static `cache`; `window_slots`: which of them a layer with a window keeps, the last or all. `runtimes` are others
+    that shall open the folder. `logits` are of all tokens, or of the last of each row. `part` of a multimodal
+    checkpoint is all of it, its text model or what sees. `quantize` rounds the matrices of products, with
+    `quantize_head` the head's too, to int4 in groups of `group_size` columns (128), int8 or fp8.
     """
 
     arch: Arch
@@ -69,13 +71,14 @@ class Request:
     quantize: str | None = None
     group_size: int | None = None
     quantize_head: bool = False
+    window_slots: str = "last"
 
     def __post_init__(self) -> None:
-        said = (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS))
+        said = (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS), ("window_slots", WINDOW_SLOTS))
         for name, choices in (*said, ("cache", CACHES), ("logits", LOGITS), ("part", PARTS)):
             if (value := getattr(self, name)) not in choices:
                 raise ExportError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-        check_slots(self.cache, self.max_tokens, self.target)
+        check_slots(self.cache, self.max_tokens, self.target, self.window_slots)
         if unknown := [r for r in self.runtimes if r not in RUNTIMES]:
             raise ExportError(f"runtime is {unknown[0]!r}: choose of {', '.join(RUNTIMES)}")
         odd = f"block {self.block!r}" if self.block else f"target {self.target}" if self.target != "portable" else ""
@@ -88,20 +91,22 @@ class Request:
         quantize.check(self.quantize, self.group_size, self.quantize_head, self.checkpoint, *others)
 
 
-def read_model(arch: Arch, config: Mapping[str, Any], slots: int | None = None, part: str = "text") -> Model:
-    """The model that a config describes, or this part of it, with a static cache of so many slots if they are said.
+def read_model(
+    arch: Arch, config: Mapping[str, Any], static: StaticCache | int | None = None, part: str = "text"
+) -> Model:
+    """The model that a config describes, or this part of it, with a static cache if one is said, or its slots.
 
     Raises ExportError on what this architecture does not understand.
     """
-    return read_noted(arch, config, slots, part)[0]
+    return read_noted(arch, config, static, part)[0]
 
 
 def read_noted(
-    arch: Arch, config: Mapping[str, Any], slots: int | None = None, part: str = "text"
+    arch: Arch, config: Mapping[str, Any], static: StaticCache | int | None = None, part: str = "text"
 ) -> tuple[Model, list[str]]:
     """The same, with sentences on what the config says and the graph leaves out."""
     vision, splice = read_tower(arch, config, part) or (None, None)
-    keys = Config(text_config(arch, config), slots, splice)
+    keys = Config(text_config(arch, config), StaticCache(static) if isinstance(static, int) else static, splice)
     model = arch.build(keys)
     keys.finish(causal=any(g.carried for g in model.graphs))
     if vision and part == "vision":
@@ -118,7 +123,8 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     if request.quantize and request.checkpoint.matrices:
         request = dataclasses.replace(request, checkpoint=in_floats(request.checkpoint))
     config, part = request.checkpoint.config, request.part
-    model, notes = read_noted(request.arch, config, request.max_tokens, part)
+    static = request.max_tokens and StaticCache(request.max_tokens, request.window_slots == "all")
+    model, notes = read_noted(request.arch, config, static, part)
     model = with_last_logits(model) if request.logits == "last" else model
     stored = request.checkpoint.names
     named = with_part(in_layout(request.arch, config, stored), config, part, stored)

@@ -18,7 +18,7 @@ from llmexport.export.spec import (
     PerLayerEmbedding,
     Splice,
 )
-from llmexport.export.static import with_slots
+from llmexport.export.static import StaticCache, with_slots
 from llmexport.export.wiring import Wiring
 
 # What such graphs take besides their states, in this order.
@@ -31,24 +31,24 @@ def wired(
     head: Head,
     *,
     tied: bool,
-    slots: int | None = None,
+    static: StaticCache | None = None,
     splice: Splice | None = None,
     told: PerLayerEmbedding | None = None,
 ) -> Model:
     """Tokens and past states to logits and present states.
 
     `layers` are the blocks and the context that each reads; `tied`: the head's projection is the embedding table, and
-    its bias, if it has one, the one that stands beside it. `slots` are those of a static cache; `splice` puts pictures
+    its bias, if it has one, the one that stands beside it. `static`: what a static cache keeps; `splice` puts pictures
     into the text, which an earlier graph has seen; `told` is what every layer reads of its own. A layer that borrows
     keys and values reads those of the last one before it that lends them and has its context; layers behind the first
     DeltaTimeMix read its values. Raises ExportError if there is no cache that could have slots, or if no word stands
     for a picture.
     """
     layers, wiring = list(layers), Wiring("decoder" if splice else ONLY)
-    if slots is not None:
+    if static is not None:
         if not any(block.states for block, _ in layers):
             raise ExportError("--cache static: this model reads a row at once and keeps no cache: leave --cache out")
-        layers = [with_slots(block, reads, slots) for block, reads in layers]
+        layers = [with_slots(block, reads, static) for block, reads in layers]
     shared = [b for _, reads in layers for b in reads]
     ports = {p.name: p for b in (embedding, *shared) for p in b.inputs}
     wiring.take(*(ports[n] for n in TOKENS if n in ports))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Iterable
+from dataclasses import dataclass
 
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import (
@@ -29,15 +30,24 @@ FUSED = "static-fused"  # the static cache that an op of ours writes, with what 
 FEWEST = 16  # slots; fewer leave no room for a prompt and the steps that an export is compared over
 
 
-def with_slots(layer: Layer, reads: Reads, slots: int) -> tuple[Layer, Reads]:
-    """The layer whose cache has so many slots, and what it then reads.
+@dataclass(frozen=True)
+class StaticCache:
+    """`slots` for the tokens of a row, of which `whole` windows keep all too."""
 
-    A layer that sees the last tokens alone, or its own chunk, keeps only as many: they move up with every step, as
-    TensorRT writes no cache in a circle.
+    slots: int
+    whole: bool = False
+
+
+def with_slots(layer: Layer, reads: Reads, static: StaticCache) -> tuple[Layer, Reads]:
+    """The layer whose cache is static, and what it then reads.
+
+    A layer that sees the last tokens alone, or its own chunk, keeps only as many, unless all are kept: they move up
+    with every step, as TensorRT writes no cache in a circle.
     """
+    slots = static.slots
     windows = [w for b in reads if isinstance(b, Mask) for w in (b.window, b.chunk) if w]
     windows += [s.block.window for s in layer.sublayers if isinstance(s.block, Attention) and s.block.window]
-    kept = min(windows, default=slots)
+    kept = slots if static.whole else min(windows, default=slots)
     keys = Keys(kept, slides=True) if kept < slots else Keys(slots)
     sublayers = tuple(dataclasses.replace(s, block=_static(s.block, keys)) for s in layer.sublayers)
     return dataclasses.replace(layer, sublayers=sublayers), (Slots(slots), *(_static(b, keys) for b in reads))
@@ -57,7 +67,7 @@ def _static(block: Block, keys: Keys) -> Block:
     return block
 
 
-def check_slots(cache: str, slots: int | None, target: str) -> None:
+def check_slots(cache: str, slots: int | None, target: str, window_slots: str) -> None:
     """Raise ExportError unless the number of slots that is asked for, and the target, fit the kind of cache."""
     if cache == FUSED and target == "onnxruntime":
         raise ExportError(f"--cache {FUSED} is for TensorRT with our plugins: for ONNX Runtime take --cache static")
@@ -65,6 +75,8 @@ def check_slots(cache: str, slots: int | None, target: str) -> None:
         raise ExportError("a static cache has as many slots as is said: add --max-tokens, as 4096")
     if cache == "dynamic" and slots is not None:
         raise ExportError(f"--max-tokens {slots} is of a static cache, and a dynamic one grows: add --cache static")
+    if cache == "dynamic" and window_slots != "last":
+        raise ExportError(f"--window-slots {window_slots} is of a static cache: add --cache static")
     if slots is not None and not FEWEST <= slots <= MOST:
         raise ExportError(f"--max-tokens is {slots}: make it {FEWEST} to {MOST}")
 

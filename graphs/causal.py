@@ -29,6 +29,49 @@ def is_causal(mask: gs.Tensor, length: gs.Tensor, slots: int) -> bool:
     return False
 
 
+def window_of(mask: gs.Tensor, length: gs.Tensor, slots: int) -> int | None:
+    """How many keys at most a causal mask as above shows, the query's own among them; None where it tells of none."""
+    node = producer(mask)
+    if node is None or node.domain:
+        return None
+    match node.op:
+        case "Unsqueeze":
+            return window_of(node.inputs[0], length, slots)
+        case "And" | "Or":
+            found = [window_of(v, length, slots) for v in node.inputs]
+            known = [n for n in found if n is not None]
+            return min(known, default=None) if node.op == "And" else None if None in found else max(known)
+        case "Equal" if is_causal(mask, length, slots):
+            return 1
+        case "Greater" if _numbers(node.inputs[0], slots):
+            first = produced_by(node.inputs[1], "Sub")
+            size = scalar(first.inputs[1]) if first and _own_slots(first.inputs[0], length) else None
+            return None if size is None else int(size)
+    return None
+
+
+def hides_rows_alone(mask: gs.Tensor, length: gs.Tensor, slots: int) -> bool:
+    """Whether a causal mask as above hides, of what is not behind a query, only what is before a row's first key: then
+    a row that shows slot 0 to its last query hides nothing. False as well where that does not tell."""
+    node = producer(mask)
+    if node is None or node.domain:
+        return False
+    match node.op:
+        case "Unsqueeze":
+            return hides_rows_alone(node.inputs[0], length, slots)
+        case "Or":
+            # A query's own key is shown where its row hides all.
+            others = [v for v in node.inputs if not (produced_by(v, "Equal") and is_causal(v, length, slots))]
+            return len(others) == 1 and hides_rows_alone(others[0], length, slots)
+        case "And":
+            kinds = {made.op: made for v in node.inputs if (made := producer(v)) and not made.domain}
+            first = kinds.get("GreaterOrEqual")
+            if first is None or not {"LessOrEqual"} < kinds.keys() or not is_causal(mask, length, slots):
+                return False
+            return _numbers(first.inputs[0], slots) and list(first.inputs[1].shape or ())[1:] == [1, 1]
+    return False
+
+
 def _numbers(value: gs.Tensor, slots: int) -> bool:
     """Whether it is 0, 1, ... along the last axis."""
     return isinstance(value, gs.Constant) and np.array_equal(value.values, np.arange(slots).reshape(1, 1, -1))

@@ -28,13 +28,16 @@ class Form:
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers of a kind read: a bias over the keys, each row's last key, how many keys there are, and whether
-    GroupQueryAttention takes the step; and how many keys and tokens that is where these are joined to the slots."""
+    """What all layers of a kind read: each row's last key, how many keys there are, whether GroupQueryAttention takes
+    the step, and a bias over the keys. `bare`: whether it takes it without that bias, which hides nothing then and may
+    be empty; None where nobody can tell. `joined`: how many keys and tokens there are, where these are joined to the
+    slots."""
 
-    bias: gs.Variable
     last: gs.Variable
     total: gs.Variable
     can: gs.Variable
+    bias: gs.Variable
+    bare: gs.Variable | None = None
     joined: tuple[gs.Variable, gs.Variable] | None = None
 
 
@@ -72,6 +75,25 @@ def takes(added: Added, tokens: gs.Tensor, rows: gs.Tensor, longest: gs.Tensor |
     return added.node("Or", "in_place", [alone, begins], np.bool_, [1])
 
 
+def bare_of(
+    added: Added, whole: gs.Variable, can: gs.Variable, dtype: np.dtype[Any], bias: Callable[[Added], gs.Variable]
+) -> tuple[gs.Variable, gs.Variable]:
+    """`bare` and `bias` of a Step, whose rows are `whole` where nothing is hidden."""
+    bare = added.node("And", "bare", [can, whole], np.bool_, [1])
+    hides, nothing = Added(f"{added.name}/hides"), Added(f"{added.name}/hides_nothing")
+    made = bias(hides)
+    zero = gs.Constant(f"{nothing.name}/zero", np.zeros(1, dtype))
+    sizes = nothing.constant("sizes", [0, 0, 0, 0])
+    none = nothing.node("ConstantOfShape", "bias", [sizes], dtype.type, [0, 0, 0, 0], value=zero)
+    branches = {
+        "then_branch": gs.Graph(nothing.nodes, [], [none], name=nothing.name),
+        "else_branch": gs.Graph(hides.nodes, [], [made], name=hides.name),
+    }
+    given = gs.Variable(f"{added.name}/bias", dtype.type, made.shape)
+    added.nodes.append(gs.Node("If", given.name, branches, [bare], [given]))
+    return bare, given
+
+
 def group(
     graph: gs.Graph,
     node: gs.Node,
@@ -92,18 +114,32 @@ def group(
     # Of RoPE's angles and positions, as q and k are turned before.
     absent = [gs.Variable.empty() for _ in range(3)]
     inputs = [*given, *(w.inputs[0] for w in writes), of_all.last, of_all.total, *absent, of_all.bias, *beside]
-    name = f"{node.name}/in_place"
-    made = [gs.Variable(f"{name}/{v.name}", v.dtype, v.shape) for v in ends]
     heads = {"num_heads": sizes[0][0], "kv_num_heads": sizes[1][0]}
-    attend = gs.Node("GroupQueryAttention", name, heads | said, inputs, made, "com.microsoft")
-    branches = {
-        "then_branch": gs.Graph([attend], [], made, name=name),
-        "else_branch": _by_row(attend, ends, of_all.joined),
-    }
+    name = f"{node.name}/in_place"
+    attend = gs.Node("GroupQueryAttention", name, heads | said, inputs, _anew(ends, name), "com.microsoft")
     for dead in (*form.behind, node, *writes):
         dead.inputs.clear()
         dead.outputs.clear()
-    graph.nodes[at:at] = [*before, gs.Node("If", f"{node.name}/slots", branches, [of_all.can], ends)]
+    chosen = _chosen(f"{node.name}/slots", of_all.can, attend, _by_row(attend, ends, of_all.joined), ends)
+    if of_all.bare is not None:
+        name = f"{node.name}/bare"
+        inputs = [gs.Variable.empty() if v is of_all.bias else v for v in inputs]
+        bare = gs.Node(attend.op, name, attend.attrs, inputs, _anew(ends, name), attend.domain)
+        chosen.name, chosen.outputs = f"{node.name}/hiding", _anew(ends, f"{node.name}/hiding")
+        hiding = gs.Graph([chosen], [], [*chosen.outputs], name=chosen.name)
+        chosen = _chosen(f"{node.name}/slots", of_all.bare, bare, hiding, ends)
+    graph.nodes[at:at] = [*before, chosen]
+
+
+def _anew(values: list[gs.Tensor], name: str) -> list[gs.Variable]:
+    """What is in a branch in the place of these."""
+    return [gs.Variable(f"{name}/{v.name}", v.dtype, v.shape) for v in values]
+
+
+def _chosen(name: str, whether: gs.Variable, node: gs.Node, instead: gs.Graph, ends: list[gs.Tensor]) -> gs.Node:
+    """An If that is `node`, or `instead` of it another graph."""
+    then = gs.Graph([node], [], [*node.outputs], name=node.name)
+    return gs.Node("If", name, {"then_branch": then, "else_branch": instead}, [whether], ends)
 
 
 def _by_row(attend: gs.Node, ends: list[gs.Tensor], joined: tuple[gs.Variable, gs.Variable] | None) -> gs.Graph:
@@ -127,7 +163,7 @@ def _by_row(attend: gs.Node, ends: list[gs.Tensor], joined: tuple[gs.Variable, g
     each = zip(ends, alone, strict=True)
     rows = [added.node("Squeeze", f"{v.name}/row", [a, first], v.dtype, v.shape[1:]) for v, a in each]
     body = gs.Graph(added.nodes, [row for row, _ in given], rows, name=f"{added.name}/body")
-    made = [gs.Variable(f"{added.name}/{v.name}", v.dtype, v.shape) for v in ends]
+    made = _anew(ends, added.name)
     attributes = {"body": body, "num_scan_inputs": len(given)}
     scan = gs.Node("Scan", added.name, attributes, [whole for _, whole in given], made)
     return gs.Graph([*outside.nodes, scan], [], made, name=added.name)

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, producer
-from llmexport.graphs.grouped import Step, bias_of, form_of, group, takes
+from llmexport.graphs.grouped import Step, bare_of, bias_of, form_of, group, takes
 from llmexport.graphs.sums import ONE, Sum, plus, sum_of
 
 WRITES = {"Concat": 2, "TensorScatter": 3}  # and how much each reads
@@ -121,12 +121,19 @@ def _seen(
         longest = add("ReduceMax", "longest", [longest], np.int64, [1], keepdims=1)
     total = add("Cast", "total", [longest], np.int32, [1], to=onnx.TensorProto.INT32)
     last = add("Sub", "last", [length, added.constant("token", [1], np.int32)], np.int32, [batch])
-    slots, none, step = f"{added.name}/slots", added.constant("none", 0, np.int32), added.constant("step", 1, np.int32)
-    many = add("Squeeze", "many", [total], np.int32, [])
-    numbers = add("Range", "slots", [none, many, step], np.int32, [slots])
-    first = add("Unsqueeze", "first", [start, added.constant("axes", [1, 2, 3])], start.dtype, [batch, 1, 1, 1])
-    seen = add("GreaterOrEqual", "seen", [numbers, first], np.bool_, [batch, 1, 1, slots])
-    bias = bias_of(added, seen, dtype, tokens)
     can = takes(added, tokens, rows, None if joins else longest)
+
+    def hides(within: Added) -> gs.Variable:
+        add, slots = within.node, f"{added.name}/slots"
+        none, step = within.constant("none", 0, np.int32), within.constant("step", 1, np.int32)
+        many = add("Squeeze", "many", [total], np.int32, [])
+        numbers = add("Range", "slots", [none, many, step], np.int32, [slots])
+        first = add("Unsqueeze", "first", [start, within.constant("axes", [1, 2, 3])], start.dtype, [batch, 1, 1, 1])
+        seen = add("GreaterOrEqual", "seen", [numbers, first], np.bool_, [batch, 1, 1, slots])
+        return bias_of(within, seen, dtype, tokens)
+
+    latest = add("ReduceMax", "latest", [start], start.dtype, [1], keepdims=1)
+    whole = add("Equal", "whole", [latest, added.constant("none", [0], np.int32)], np.bool_, [1])
+    bare, bias = bare_of(added, whole, can, dtype, hides)
     before.extend(added.nodes)
-    return Step(bias, last, total, can, (longest, tokens) if joins else None)
+    return Step(last, total, can, bias, bare, (longest, tokens) if joins else None)

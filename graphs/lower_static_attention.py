@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from llmexport.graphs.causal import is_causal
+from llmexport.graphs.causal import hides_rows_alone, is_causal, window_of
 from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, produced_by
-from llmexport.graphs.grouped import Step, bias_of, form_of, group, takes
+from llmexport.graphs.grouped import Step, bare_of, bias_of, form_of, group, takes
 
 Shared = dict[tuple[str, str], Step]  # by mask and past length
 
@@ -57,16 +57,20 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     if values.inputs[2] is not length:
         raise Refusal("its keys and values are written from different lengths on")
     form = form_of(graph, node, (keys, values))
-    if not is_causal(mask, length, keys.inputs[0].shape[2]):
+    slots = keys.inputs[0].shape[2]
+    if not is_causal(mask, length, slots):
         raise Refusal("its mask may show keys that are written behind the query's")
 
     def step(before: list[gs.Node]) -> Step:
         known = mask.name, length.name
         if known not in shared:
-            shared[known] = _written(mask, length, query, before)
+            shared[known] = _written(mask, length, slots, query, before)
         return shared[known]
 
-    group(graph, node, form, step, {n: v for n, v in node.attrs.items() if n in ("scale", "softcap")})
+    said = {n: v for n, v in node.attrs.items() if n in ("scale", "softcap")}
+    if (window := window_of(mask, length, slots)) is not None:
+        said["local_window_size"] = window
+    group(graph, node, form, step, said)
 
 
 def _scattered(graph: gs.Graph, attention: gs.Node, value: gs.Tensor, what: str) -> gs.Node:
@@ -79,7 +83,7 @@ def _scattered(graph: gs.Graph, attention: gs.Node, value: gs.Tensor, what: str)
     return node
 
 
-def _written(mask: gs.Tensor, length: gs.Tensor, query: gs.Tensor, before: list[gs.Node]) -> Step:
+def _written(mask: gs.Tensor, length: gs.Tensor, slots: int, query: gs.Tensor, before: list[gs.Node]) -> Step:
     """For all layers, with the mask as a bias over the slots that are written."""
     added, batch, dtype = Added(f"{mask.name}/written"), mask.shape[0], np.dtype(query.dtype)
     add = added.node
@@ -90,8 +94,23 @@ def _written(mask: gs.Tensor, length: gs.Tensor, query: gs.Tensor, before: list[
     total = add("Cast", "total", [longest], np.int32, [1], to=onnx.TensorProto.INT32)
     wide = add("Sub", "last/wide", [ends, added.constant("one", [1])], np.int64, [batch])
     last = add("Cast", "last", [wide], np.int32, [batch], to=onnx.TensorProto.INT32)
-    places = [added.constant("first", [0]), longest, added.constant("axis", [3])]
-    seen = add("Slice", "seen", [mask, *places], np.bool_, [batch, 1, mask.shape[2], f"{added.name}/slots"])
-    bias, can = bias_of(added, seen, dtype), takes(added, tokens, rows, longest)
+    can = takes(added, tokens, rows, longest)
+
+    def hides(within: Added) -> gs.Variable:
+        places = [within.constant("first", [0]), longest, within.constant("axis", [3])]
+        shape = [batch, 1, mask.shape[2], f"{added.name}/slots"]
+        return bias_of(within, within.node("Slice", "seen", [mask, *places], np.bool_, shape), dtype)
+
+    if hides_rows_alone(mask, length, slots):
+        # Of the last query, as slot 0 may be the first one's own.
+        corner = {"last/query": [-1, 0], "behind": [np.iinfo(np.int64).max, 1], "axes": [2, 3]}
+        places = [added.constant(said, value) for said, value in corner.items()]
+        shown = add("Slice", "shown", [mask, *places], np.bool_, [batch, 1, 1, 1])
+        number = add("Cast", "shown/number", [shown], np.int32, [batch, 1, 1, 1], to=onnx.TensorProto.INT32)
+        least = add("ReduceMin", "shown/by_all", [number], np.int32, [], keepdims=0)
+        whole = add("Cast", "whole", [least], np.bool_, [], to=onnx.TensorProto.BOOL)
+        bare, bias = bare_of(added, whole, can, dtype, hides)
+    else:
+        bare, bias = None, hides(added)
     before.extend(added.nodes)
-    return Step(bias, last, total, can)
+    return Step(last, total, can, bias, bare)

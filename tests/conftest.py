@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from arch_cases import CASES, EVERY_TIME, FIRST, Case
@@ -199,18 +200,18 @@ def static_caches() -> None:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Exporter:
     """Exports a case; `exported(case, dtype="float16", block="attention")`; `slots` are those of a static cache, with
-    which a test is skipped where ONNX Runtime has none, and `cache` is its kind; `part` is that of a multimodal
-    checkpoint, if not "text"."""
+    which a test is skipped where ONNX Runtime has none, `cache` is its kind, and `window_slots` what windows keep;
+    `part` is that of a multimodal checkpoint, if not "text"."""
 
     @functools.cache
-    def make(case: Case, dtype: str, block: str | None, weights: str, slots: int | None, part: str, cache: str) -> Path:
+    def make(case: Case, dtype: str, block: str | None, weights: str, part: str, **kind: Any) -> Path:
         from llmexport.export import archs, onnx_file
         from llmexport.export.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(tiny_checkpoint(case, "text" if part == "text" else "all"))
         folder = tmp_path_factory.mktemp(f"{case.name}-{dtype}") / "export"
-        arch, kind = archs.choose(None, checkpoint.config), cache if slots else "dynamic"
-        request = onnx_file.Request(arch, checkpoint, dtype, block, weights, cache=kind, max_tokens=slots, part=part)
+        arch = archs.choose(None, checkpoint.config)
+        request = onnx_file.Request(arch, checkpoint, dtype, block, weights, part=part, **kind)
         onnx_file.write(request, folder, force=False)
         return folder
 
@@ -222,9 +223,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable
         slots: int | None = None,
         part: str = "text",
         cache: str = "static",
+        window_slots: str = "last",
     ) -> Path:
+        kind = {"cache": cache, "max_tokens": slots, "window_slots": window_slots} if slots else {}
         if slots:
             need_static_caches()
-        return make(as_case(which), dtype, block, weights, slots, part, cache)
+        return make(as_case(which), dtype, block, weights, part, **kind)
 
     return export

@@ -38,6 +38,17 @@ def tell(made: onnx.ModelProto, typed: Mapping[str, tuple[Any, ...]]) -> None:
     made.graph.value_info.extend(told)
 
 
+def attention_of(graph: gs.Graph) -> tuple[gs.Node, gs.Node]:
+    """The If that stands for an attention, and the one inside of it that tells where the operator takes a step, which
+    is the same where a bias is always added; each with the operator alone in its first branch."""
+    [outer] = [n for n in graph.nodes if n.op == "If" and n.name == "attention/slots"]
+    behind = outer.attrs["else_branch"].nodes
+    inner = behind[0] if [n.op for n in behind] == ["If"] else outer
+    for chosen in (outer, inner):
+        assert [n.op for n in chosen.attrs["then_branch"].nodes] == ["GroupQueryAttention"]
+    return outer, inner
+
+
 def run(made: onnx.ModelProto, given: dict[str, np.ndarray]) -> list[np.ndarray]:
     attach_bodies(made, load_body)
     session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])

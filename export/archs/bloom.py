@@ -65,7 +65,7 @@ def build(config: Config) -> Model:
         [(layer, (Mask(), Alibi(heads)))] * layers,
         Head(norm, vocabulary),
         tied=config.flag("tie_word_embeddings", True),
-        slots=config.slots,
+        static=config.static,
     )
 
 

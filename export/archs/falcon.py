@@ -67,7 +67,7 @@ def build(config: Config) -> Model:
         [(layer, reads or (rotary, Mask()))] * layers,
         Head(norm, vocabulary),
         tied=config.flag("tie_word_embeddings", True),
-        slots=config.slots,
+        static=config.static,
     )
 
 

@@ -42,7 +42,7 @@ def build(config: Config) -> Model:
     layers = [(decoder_layer(norm, attention(i), norm, mlp), (Mask(),)) for i in range(config.count("n_layer"))]
     vocabulary, tied = config.length("vocab_size"), config.flag("tie_word_embeddings", True)
     embedding = Embedding(vocabulary, hidden, positions=positions, offset=0)
-    return wired(embedding, layers, Head(norm, vocabulary), tied=tied, slots=config.slots)
+    return wired(embedding, layers, Head(norm, vocabulary), tied=tied, static=config.static)
 
 
 ARCH = Arch(

@@ -24,7 +24,7 @@ def build(config: Config) -> Model:
     placed = [(layer, (masks[kind],)) for kind in kinds(config, layers)]
     vocabulary, tied = config.length("vocab_size"), config.flag("tie_word_embeddings", True)
     embedding = Embedding(vocabulary, hidden, positions=config.length("max_position_embeddings"), offset=0)
-    return wired(embedding, placed, Head(norm, vocabulary), tied=tied, slots=config.slots)
+    return wired(embedding, placed, Head(norm, vocabulary), tied=tied, static=config.static)
 
 
 def kinds(config: Config, layers: int) -> list[str]:

@@ -28,7 +28,7 @@ def build(config: Config) -> Model:
     vocabulary, tied = config.length("vocab_size"), config.flag("tie_word_embeddings", True)
     embedding = Embedding(vocabulary, hidden, positions=positions, offset=0)
     layers = [(layer, (Mask(),))] * config.count("n_layer")
-    return wired(embedding, layers, Head(None, vocabulary, hidden=hidden), tied=tied, slots=config.slots)
+    return wired(embedding, layers, Head(None, vocabulary, hidden=hidden), tied=tied, static=config.static)
 
 
 ARCH = Arch(

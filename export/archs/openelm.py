@@ -57,7 +57,7 @@ def build(config: Config) -> Model:
         blocks.append((decoder_layer(norm, attention, norm, mlp), reads))
     vocabulary, tied = config.length("vocab_size"), config.flag("share_input_output_layers", True)
     config.expect("tie_word_embeddings", tied, True)
-    return wired(Embedding(vocabulary, hidden), blocks, Head(norm, vocabulary), tied=tied, slots=config.slots)
+    return wired(Embedding(vocabulary, hidden), blocks, Head(norm, vocabulary), tied=tied, static=config.static)
 
 
 def _each(config: Config, key: str, layers: int, read: Callable[[str, Any], Any]) -> list[Any]:

@@ -47,7 +47,7 @@ def build(config: Config) -> Model:
         [(layer, (Mask(),))] * config.count("num_hidden_layers"),
         Head(norm if first and last else None, vocabulary, hidden=hidden, inner=inner),
         tied=config.flag("tie_word_embeddings", True),
-        slots=config.slots,
+        static=config.static,
     )
 
 

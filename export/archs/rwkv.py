@@ -43,7 +43,7 @@ def build(config: Config) -> Model:
     # The last norm has the epsilon of its class, whatever the config says of the others.
     head = Head(Norm(hidden, 1e-5, statistics="layer", bias=True), vocabulary)
     tied = config.flag("tie_word_embeddings")
-    return wired(embedding, [(layer(i), (Presence(),)) for i in range(layers)], head, tied=tied, slots=config.slots)
+    return wired(embedding, [(layer(i), (Presence(),)) for i in range(layers)], head, tied=tied, static=config.static)
 
 
 def _width(config: Config, key: str, absent: int) -> int:

@@ -57,7 +57,7 @@ def build(config: Config) -> Model:
     embedding = Embedding(vocabulary, hidden, norm=norm if config.flag("norm_first", True) else None)
     tied = config.flag("tie_word_embeddings")
     stack = [(layer(i), (Presence(),)) for i in range(layers)]
-    return wired(embedding, stack, Head(norm, vocabulary), tied=tied, slots=config.slots)
+    return wired(embedding, stack, Head(norm, vocabulary), tied=tied, static=config.static)
 
 
 def _width(config: Config, hidden: int) -> int:

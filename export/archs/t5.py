@@ -15,7 +15,7 @@ def build(config: Config) -> Model:
     config.expect("is_encoder_decoder", True)
     # What training was told, and the length of its texts, which no table has.
     config.get("n_positions", None)
-    if config.slots is not None:
+    if config.static is not None:
         raise ExportError("--cache static: an encoder-decoder has a dynamic cache here: leave --cache out")
     hidden, vocabulary = config.length("d_model"), config.length("vocab_size")
     activation, gated = config.choice("feed_forward_proj", FEED_FORWARD, "relu")

@@ -29,6 +29,7 @@ def command(
     force: bool,
     cache: str,
     max_tokens: int | None,
+    window_slots: str,
     logits: str,
     part: str | None,
     quantize: str | None,
@@ -67,6 +68,7 @@ def command(
             quantize=quantize,
             group_size=group_size,
             quantize_head=quantize_head,
+            window_slots=window_slots,
         )
         target = output or Path(f"{named.name}-deploy")
         # The three steps fill one new folder, which appears when all are done.

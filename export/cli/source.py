@@ -12,6 +12,7 @@ from llmexport.export.cli.folder import FOLDER
 
 WEIGHTS = ChoiceOf("llmexport.export.onnx_file", "WEIGHTS")
 CACHES = ChoiceOf("llmexport.export.onnx_file", "CACHES")
+WINDOW_SLOTS = ChoiceOf("llmexport.export.onnx_file", "WINDOW_SLOTS")
 LOGITS = ChoiceOf("llmexport.export.onnx_file", "LOGITS")
 PARTS = ChoiceOf("llmexport.export.multimodal", "PARTS")
 GROUPS = ChoiceOf("llmexport.export.rounding", "GROUPS")
@@ -57,6 +58,14 @@ def caching(command: F) -> F:
             show_default=True,
             help="Of all tokens, or of the last of each row: then a prompt costs one product with the vocabulary, not "
             "one a token. `generate` cuts so by itself.",
+        ),
+        click.option(
+            "--window-slots",
+            type=WINDOW_SLOTS,
+            default="last",
+            show_default=True,
+            help="What a layer with a window keeps of a static cache: its last tokens, which are copied at every "
+            "step, or all slots, which are written in place and take the memory.",
         ),
         click.option(
             "--max-tokens", type=int, help="The slots of a static cache: as many tokens as a row ever has, padding too."

@@ -18,6 +18,7 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Model
+from llmexport.export.static import StaticCache
 
 PYTHON = "LLMEXPORT_GENAI_PYTHON"  # the interpreter of an environment with onnxruntime-genai
 PADDED = "onnxruntime-genai pads a batch on the right, which this model's graph does not take"
@@ -137,6 +138,8 @@ def test_a_static_cache_is_one_buffer_of_the_longest_text() -> None:
 def test_a_static_cache_that_keeps_a_window_is_refused() -> None:
     with pytest.raises(ExportError, match="whose static cache keeps the last tokens alone in some layers"):
         written(read_model(archs.load("mistral"), archs.load("mistral").tiny, 64))
+    whole, _ = written(read_model(archs.load("mistral"), archs.load("mistral").tiny, StaticCache(64, whole=True)))
+    assert whole["search"] == {"do_sample": False, "max_length": 64, "past_present_share_buffer": True}
 
 
 def test_a_model_that_keeps_no_keys_is_refused() -> None:
@@ -160,7 +163,11 @@ def test_a_batch_is_padded_by_what_ends_a_text_where_nothing_pads() -> None:
 @pytest.mark.model
 @pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python with onnxruntime-genai")
 @pytest.mark.parametrize(
-    ("arch", "slots"), [("llama", None), ("llama", 64), ("gpt_oss", None), ("llama4", None), ("qwen3_5_moe", None)]
+    ("arch", "slots"),
+    [
+        *((arch, None) for arch in ("llama", "gpt_oss", "llama4", "qwen3_5_moe")),
+        *((arch, 64) for arch in ("llama", "gpt_oss", "llama4", "mistral")),
+    ],
 )
 def test_the_tokens_are_those_of_transformers(arch: str, slots: int | None, tiny_checkpoint, tmp_path: Path) -> None:
     folder = tiny_checkpoint(arch)
@@ -171,6 +178,7 @@ def test_the_tokens_are_those_of_transformers(arch: str, slots: int | None, tiny
         runtimes=("genai",),
         cache="static" if slots else "dynamic",
         max_tokens=slots,
+        window_slots="all" if slots else "last",
     )
     onnx_file.write(request, tmp_path / "out")
     config = tmp_path / "out" / genai.FILE

@@ -17,6 +17,7 @@ from llmexport.export.assembly import parts
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Attention, Keys
+from llmexport.export.static import StaticCache
 
 DECODE, PIECE = 8, 3
 # All that a static cache changes: full layers, windows, chunks, spans, temperatures, states.
@@ -48,6 +49,26 @@ def test_every_architecture_gives_the_logits_of_transformers(case: Case, tiny_ch
         positions = positions[:, -1:] + 1 + np.arange(ids.shape[1])
         mask = np.concatenate((mask, np.ones_like(ids)), 1)
     assert mask.shape[1] - ids.shape[1] == PROMPT + DECODE + PIECE
+
+
+@pytest.mark.parametrize("arch", ["gpt_oss", "gemma3_text", "mistral", "llama4"])
+def test_windows_that_keep_all_slots_give_the_same_logits(arch: str, exported) -> None:
+    """And no state of theirs is copied: each is written in place."""
+    last, whole = (exported(arch, slots=SLOTS, window_slots=w) for w in ("last", "all"))
+    made = manifest.read(whole)
+    assert (manifest.read(last).window_slots, made.window_slots) == ("last", "all")
+    uses = {p.use for p in made.graphs[0].assembly.inputs if p.name in made.graphs[0].carried}
+    assert uses == {"slots"}
+    ids, mask = prompt()
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    decoders = [Decoder(folder, runner) for folder in (last, whole) for runner in RUNNERS]
+    for step in range(DECODE + 1):
+        first, *others = (d.step(ids, positions, mask) for d in decoders)
+        for decoder, found in zip(decoders[1:], others, strict=True):
+            decoder.check(first, found, mask.astype(bool) if step == 0 else None)
+        ids = first[:, -1:].argmax(-1) if step < DECODE - 1 else prompt()[0][:, :PIECE]
+        positions = positions[:, -1:] + 1 + np.arange(ids.shape[1])
+        mask = np.concatenate((mask, np.ones_like(ids)), 1)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +153,7 @@ def test_a_step_beyond_the_last_slot_fails(runner: str, exported) -> None:
         decoder.step(ids[:, :1], positions[:, -1:] + 1, np.pad(mask, ((0, 0), (0, 1)), constant_values=1))
 
 
-def attentions(arch: str, slots: int, **changes: Any) -> list[Attention]:
+def attentions(arch: str, slots: StaticCache | int, **changes: Any) -> list[Attention]:
     named = archs.load(arch)
     steps = read_model(named, {**named.tiny, **changes}, slots).steps
     return [p.block for s in steps for p in parts(s) if isinstance(p.block, Attention)]
@@ -144,6 +165,8 @@ def test_a_layer_with_a_window_keeps_the_window_and_any_other_all_slots() -> Non
     assert {a.keys for a in attentions("mistral", 65, sliding_window=64)} == {Keys(64, slides=True)}
     chunks = archs.load("llama4").tiny["attention_chunk_size"]
     assert {a.keys for a in attentions("llama4", 64)} == {Keys(chunks, slides=True), Keys(64)}
+    for arch in ("gpt_oss", "mistral", "llama4"):
+        assert {a.keys for a in attentions(arch, StaticCache(64, whole=True))} == {Keys(64)}
 
 
 def test_a_static_cache_is_of_one_shape_and_the_graph_scatters_into_every_slotted_one(exported) -> None:
@@ -190,6 +213,21 @@ def test_an_encoder_has_no_cache(tiny_checkpoint, tmp_path) -> None:
 def test_a_cache_that_cannot_be_is_refused(cache: str, slots: int | None, said: str, tmp_path) -> None:
     with pytest.raises(ExportError, match=said):
         export(None, tmp_path / "out", arch="llama", cache=cache, max_tokens=slots)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({"window_slots": "all"}, "--window-slots all is of a static cache: add --cache static"),
+        (
+            {"window_slots": "some", "cache": "static", "max_tokens": 64},
+            "window_slots is 'some': choose one of last, all",
+        ),
+    ],
+)
+def test_what_windows_keep_is_said_of_a_static_cache_alone(kind: dict[str, Any], said: str, tmp_path) -> None:
+    with pytest.raises(ExportError, match=said):
+        export(None, tmp_path / "out", arch="mistral", **kind)
 
 
 def test_a_cache_that_no_op_can_write_is_refused(tiny_checkpoint, tmp_path) -> None:

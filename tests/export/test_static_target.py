@@ -53,8 +53,9 @@ def lowered(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..
     return make
 
 
+WINDOWS = {"qwen2": 2, "gemma3_text": 2, "gpt_oss": 2, "gemma2": 2}  # how many layers have one
 # Nodes that a step runs beside those of its layers, as each takes about two microseconds.
-BESIDE = {"llama": 60, "gpt_oss": 75}
+BESIDE = {"llama": 64, "gpt_oss": 71}
 
 
 @pytest.mark.parametrize("arch", BESIDE)
@@ -72,14 +73,23 @@ def wide(mask: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("arch", LOWERED)
-def test_it_gives_the_logits_of_transformers(arch, lowered, tiny_checkpoint):
+@pytest.mark.parametrize("window_slots", ["last", "all"])
+def test_it_gives_the_logits_of_transformers(arch, window_slots, lowered, tiny_checkpoint):
     """Batch 2, left padding, a prompt beyond every window, decode steps, a later piece of several tokens, and one of a
     row alone."""
-    export = lowered(arch)
+    full, windows, spans = LOWERED[arch]
+    if window_slots == "all" and not windows and not spans:
+        pytest.skip("it has no windows")
+    export = lowered(arch, window_slots=window_slots)
     done = [export.graphs[0].fusions[name] for name in PASSES]
-    assert (tuple(f.count for f in done), [f.refused for f in done]) == (LOWERED[arch], [[], [], []])
+    counts = (full, windows, spans) if window_slots == "last" else (full + windows, 0, spans)
+    assert (tuple(f.count for f in done), [f.refused for f in done]) == (counts, [[], [], []])
     graph = onnx.load(export.folder / "model.onnx", load_external_data=False).graph
     assert not [n for n in graph.node if n.op_type == "TensorScatter"]
+    if window_slots == "all":
+        branches = [onnx.helper.get_node_attr_value(n, "then_branch") for n in graph.node if n.op_type == "If"]
+        said = [a.i for b in branches for a in b.node[0].attribute if a.name == "local_window_size"]
+        assert said == [archs.load(arch).tiny["sliding_window"]] * WINDOWS[arch]
     model, decoder = reference(tiny_checkpoint(arch)), Decoder(export.folder, "onnxruntime")
     ids, mask = prompt()
     positions, cache = np.maximum(mask.cumsum(-1) - 1, 0), None

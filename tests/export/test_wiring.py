@@ -153,7 +153,7 @@ def test_a_layer_that_borrows_reads_the_keys_that_the_last_lender_of_its_kind_se
     """A static cache that slides keeps less than its step sees; the second layer is the only full one that lends."""
     case = next(c for c in CASES if c.name == "gemma4_text-shared-keys")
     named = archs.load(case.arch)
-    [graph] = read_model(named, {**named.tiny, **case.changes}, slots=slots).graphs
+    [graph] = read_model(named, {**named.tiny, **case.changes}, static=slots).graphs
     steps = {s.name: s for s in graph.assembly.steps}
     read = [steps[f"layers.{i}"].reads["seen_key"] for i in (2, 3, 4)]
     assert read == [sliding, "present.1.key", "present.1.key"]

@@ -1,11 +1,13 @@
 """lower_static_attention: what it rewrites, what it leaves, and that the numbers stay."""
 
+import itertools
+
 import numpy as np
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
-from slot_graphs import BACK, SLOTS, SPLIT, TURN, TURNS, in_bfloat16, operands, run, run_in_place, tell
+from slot_graphs import BACK, SLOTS, SPLIT, TURN, TURNS, attention_of, in_bfloat16, operands, run, run_in_place, tell
 
 from llmexport.graphs.lower_static_attention import lower_static_attention
 from llmexport.plugins.spec import DOMAIN
@@ -38,6 +40,7 @@ FORMS = {
 # Rows, tokens and what is before: a prompt, its next token, one where rows end at different slots, and a later piece,
 # which GroupQueryAttention takes of one row alone: of rows that go on, and of one that begins beside others.
 STEPS = [(2, 4, [0, 0]), (2, 1, [4, 4]), (2, 1, [3, 8]), (1, 3, [5]), (2, 3, [5, 5]), (2, 3, [2, 6]), (3, 3, [0, 5, 2])]
+TAKEN = [True, True, True, True, False, False, False]
 
 
 def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
@@ -51,8 +54,9 @@ def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
     return made
 
 
-def feed(count: int, tokens: int, before: list[int]) -> dict[str, np.ndarray]:
-    return operands(count, tokens) | {"length": np.array(before), "padding": np.array([0, 2, 1])[:count]}
+def feed(count: int, tokens: int, before: list[int], padded: bool = True) -> dict[str, np.ndarray]:
+    padding = np.array([0, 2, 1]) * padded
+    return operands(count, tokens) | {"length": np.array(before), "padding": padding[:count]}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -61,13 +65,14 @@ def test_slots_are_written_by_one_operator_and_the_numbers_stay(form):
     fused = lower_static_attention(graph)
     assert (fused.count, fused.refused) == (1, [])
     assert not {"Transpose", "TensorScatter", "Attention", "Rope"} & {n.op for n in graph.nodes}
-    [chosen] = [n for n in graph.nodes if n.op == "If"]
-    assert [n.op for n in chosen.attrs["then_branch"].nodes] == ["GroupQueryAttention"]
-    assert [n.op for n in chosen.attrs["else_branch"].nodes] == ["Scan"]
+    chosen, hiding = attention_of(graph)
+    assert [n.op for n in hiding.attrs["else_branch"].nodes] == ["Scan"]
     assert [v.name for v in chosen.outputs] == ["y", "all_k", "all_v"]
+    # What is outside of a window is hidden by the bias as well.
+    assert (chosen is hiding) is (form == "window")
     made = gs.export_onnx(graph)
-    for rows, tokens, before in STEPS:
-        given = feed(rows, tokens, before)
+    for (rows, tokens, before), padded in itertools.product(STEPS, (True, False)):
+        given = feed(rows, tokens, before, padded)
         expected, found = (
             run(model(FORMS[form]), given),
             run(onnx.ModelProto.FromString(made.SerializeToString()), given),
@@ -83,11 +88,15 @@ def test_slots_are_written_by_one_operator_and_the_numbers_stay(form):
 def test_a_step_takes_the_operator_unless_several_rows_go_on_by_several_tokens():
     graph = gs.import_onnx(model(PLAIN))
     lower_static_attention(graph)
-    [chosen] = [n for n in graph.nodes if n.op == "If"]
-    graph.outputs.append(chosen.inputs[0])
-    made = gs.export_onnx(graph)
-    taken = [run(onnx.ModelProto.FromString(made.SerializeToString()), feed(*step))[-1].item() for step in STEPS]
-    assert taken == [True, True, True, True, False, False, False]
+    graph.outputs.extend(n.inputs[0] for n in attention_of(graph))
+    made = gs.export_onnx(graph).SerializeToString()
+    for padded in (True, False):
+        found = [run(onnx.ModelProto.FromString(made), feed(*step, padded))[-2:] for step in STEPS]
+        assert [can.item() for _, can in found] == TAKEN
+        # Of a row alone nothing is padding.
+        assert [bare.item() for bare, _ in found] == [
+            t and (n == 1 or not padded) for t, (n, *_) in zip(TAKEN, STEPS, strict=True)
+        ]
 
 
 def test_what_layers_share_is_made_once():
@@ -103,7 +112,7 @@ def test_what_layers_share_is_made_once():
     graph = gs.import_onnx(onnx.shape_inference.infer_shapes(made))
     assert lower_static_attention(graph).count == 2
     ops = [n.op for n in graph.nodes]
-    assert (ops.count("If"), ops.count("Where"), ops.count("ReduceMax")) == (2, 1, 1)
+    assert (ops.count("If"), ops.count("And"), ops.count("ReduceMax")) == (3, 2, 1)
 
 
 # What stands in the place of what in a legal graph.
