@@ -4,7 +4,7 @@
 
 The small models of runtime_models.py, random fp32 weights, one thread on one core. Each exporter's file runs in one and
 the same loop on the ONNX Runtime here, growing its keys and values or, where its attention takes that, with one buffer
-of each, those of a window too; genai in its own loop as well. Processes live side by side and take turns step by step,
+of each; genai in its own loop as well. Processes live side by side and take turns step by step,
 in orders of chance, so that what else the machine does meets all of them. What counts is the median over restarts of
 our median step to the peer's; a peer that takes half as long again as the fastest in every job is started once. Two
 processes of one file differed by up to a quarter, in most starts by no more than 6 % where memory was compacted before,
@@ -48,9 +48,7 @@ ONNX = ("{bin}/llmexport", "onnx", "--checkpoint={checkpoint}", "-o", "{out}", "
 ONNX += ("--logits=last", "--dtype=float32")
 EXPORTERS = {
     "llmexport": Exporter("llmexport", ONNX),
-    "llmexport static": Exporter(
-        "llmexport static", (*ONNX, "--cache=static", f"--max-tokens={SLOTS}", "--window-slots=all")
-    ),
+    "llmexport static": Exporter("llmexport static", (*ONNX, "--cache=static", f"--max-tokens={SLOTS}")),
     **{peer.name: peer for peer in PEERS if peer.dtype == "float32"},
     "optimum": Exporter(
         "optimum",
