@@ -35,9 +35,9 @@ def lower_sink_attention(graph: gs.Graph) -> Fused:
          |                                          |      |
       Reshape - y                                   y   presents
 
-    A window's layers keep their last slots, to which a step's keys are joined. What is before a row's first key is
-    hidden by a bias, if anything is. GroupQueryAttention takes one row, or one token of each, or rows that begin: in the
-    other branch it takes row by row. A cache that grows is no candidate, as nothing is gained there. Legal if
+    A window's layers keep their last slots, to which a step's keys are joined. What is before a row's first key, if
+    anything is, a bias hides. GroupQueryAttention takes one row, or one token of each, or rows that begin: in the other
+    branch it takes row by row. A cache that grows is no candidate, as nothing is gained there. Legal if
     1. q, k and v are [B, T, H, D] with heads turned to the front, q and k by Rope after that or not at all,
     2. keys and values are the past's slots with these written from one length on or joined, and nothing else reads them
        before,

@@ -4,14 +4,13 @@
 
 The small models of runtime_models.py, random fp32 weights, one thread on one core. Each exporter's file runs in one and
 the same loop on the ONNX Runtime here, growing its keys and values or, where its attention takes that, with one buffer
-of each; genai in its own loop as well. Processes live side by side and take turns step by step,
-in orders of chance, so that what else the machine does meets all of them. What counts is the median over restarts of
-our median step to the peer's; a peer that takes half as long again as the fastest in every job is started once. Two
-processes of one file differed by up to a quarter, in most starts by no more than 6 % where memory was compacted before,
-as is done where one may (root). Ours are exported with `--logits last`, as `llmexport generate` cuts them; transformers
-computes the last token's logits alone, genai's, mobius' and optimum's files all of a prompt. What an exporter refuses
-is recorded with its last line. With MODEL the rows of others in FILE stay; each has the commit and the versions that it
-was measured at.
+of each; genai in its own loop as well. Processes live side by side and take turns step by step, in orders of chance, so
+that what else the machine does meets all of them. What counts is the median over restarts of our median step to the
+peer's; a peer that takes half as long again as the fastest in every job is started once. Two processes of one file
+differed by up to a quarter, in most starts by no more than 6 % where memory was compacted before, as is done where one
+may (root). Ours are exported with `--logits last`, as `llmexport generate` cuts them; transformers computes the last
+token's logits alone, genai's, mobius' and optimum's files all of a prompt. What an exporter refuses is recorded with
+its last line. With MODEL the rows of others in FILE stay; each has the commit and the versions that it was measured at.
 Exit code 1: logits of ours that are not PyTorch's, or a job that takes us more CPU time than the fastest peer.
 """
 
