@@ -30,10 +30,11 @@ Layers = dict[str, list[Kernel]]
 
 
 def built(exported, row: str, tmp_path: Path) -> Layers:
-    """The kernels of the layers of a row, which names an architecture, and a cache if it is not `static`."""
-    arch, _, cache = row.partition(" ")
+    """The kernels of the layers of a row, which names an architecture, a cache if it is not `static`, and `all` where
+    windows keep all slots."""
+    arch, cache, windows = [*row.split(), *("static", "last")[len(row.split()) - 1 :]]
     grows = cache == "dynamic"
-    export = exported(arch, "bfloat16", slots=None if grows else 64, cache=cache or "static")
+    export = exported(arch, "bfloat16", slots=None if grows else 64, cache=cache, window_slots=windows)
     folder = Path(shutil.copytree(export, tmp_path / "export"))
     profile = parse_profile(DECODE + (",past=1:128:256" if grows else ""))
     kernels = engine.build(folder, profile=profile, plugins=emulated_library()).graphs["model"].kernels
