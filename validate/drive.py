@@ -29,6 +29,7 @@ from llmexport.validate.stages import (
     PIECE,
     Script,
     Stage,
+    alone,
     crossing,
     one_picture,
     padded_right,
@@ -151,9 +152,9 @@ class Run:
 def record(model: Driver[Any], prompt: Stage) -> tuple[Script, Run, Recorded]:
     """A script, its run, and all values of its stages but decode steps, whose tokens our PyTorch chooses.
 
-    A model that carries something is run on the prompt, DECODE_STEPS greedy tokens, a piece of PIECE tokens at once
-    and across thresholds; any other on the prompt with padding on the left, and on the right, or on its pictures and on
-    one alone.
+    A model that carries something is run on the prompt, DECODE_STEPS greedy tokens, a piece of PIECE tokens at once, a
+    row alone and across thresholds; any other on the prompt with padding on the left, and on the right, or on its
+    pictures and on one alone.
     """
     export, script = model.export, list[Stage]()
     run, recorded = _begun(export), Recorded()
@@ -183,6 +184,7 @@ def record(model: Driver[Any], prompt: Stage) -> tuple[Script, Run, Recorded]:
             stage = stage.then(f"decode {i + 1}", "decode", text[outputs[scores][:, -1:, text].argmax(-1)])
             outputs = take(stage)
         take(stage.then("last", "piece", prompt.ids[:, :PIECE]))
+        take(alone(export))
         for at in beyond(export, prompt)[0]:
             take(crossing(export, at))
     else:

@@ -232,6 +232,11 @@ def padded_right(stage: Stage) -> Stage:
     return opening(ids, mask, types, f"{stage.name}, padded right")
 
 
+def alone(model: Assembly | Export) -> Stage:
+    """A stage of one row without padding and with nothing before it, as most texts begin."""
+    return dataclasses.replace(crossing(model, 0), name="alone")
+
+
 def crossing(model: Assembly | Export, at: int, seed: int = 0) -> Stage:
     """A stage of one row that crosses a threshold."""
     text = words(model.blocks)

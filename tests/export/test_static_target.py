@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from decoders import Decoder, prompt, reference, theirs
+from reseal import reseal
 
 from llmexport.export import archs, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
@@ -187,6 +188,20 @@ def test_it_is_validated(arch, dtype, lowered):
     assert tuple(export.graphs[0].fusions[name].count for name in PASSES) == LOWERED[arch]
     rungs = {r.key: r for r in validate(export.folder).rungs}
     assert [rungs[k].status for k in ("transformers", "blocks", "onnxruntime")] == ["pass"] * 3
+
+
+def test_a_fault_where_no_row_is_padded_is_found_by_the_row_alone(lowered):
+    export = lowered("llama", slots=160)
+    model = onnx.load(export.folder / "model.onnx", load_external_data=False)
+    for node in (n for n in model.graph.node if n.name.endswith("attention/slots")):
+        [attend] = onnx.helper.get_node_attr_value(node, "then_branch").node
+        next(a for a in attend.attribute if a.name == "scale").f *= 2
+    onnx.save(model, export.folder / "model.onnx")
+    reseal(export.folder)
+    [rung] = [r for r in validate(export.folder, rungs=["onnxruntime"]).rungs if r.key == "onnxruntime"]
+    wrong = {d["step"] for d in rung.details if d["difference"].excess(d["allowed"]) > 1}
+    # After the prompt, steps of decode and a piece.
+    assert (rung.status, wrong) == ("fail", {DECODE + 2})
 
 
 ALONE = [
