@@ -99,8 +99,9 @@ class Export:
 
     @property
     def window_slots(self) -> str:
-        """Which slots of a static cache a layer with a window keeps, the last or all."""
-        return "last" if any(p.use == "window" for b in self.blocks for p in b.inputs) else "all"
+        """Which slots of a static cache a layer with a window keeps, the last or all; "last" where the cache grows."""
+        slide = any(p.use == "window" for b in self.blocks for p in b.inputs)
+        return "last" if slide or not self.max_tokens else "all"
 
     @property
     def gives_last_logits(self) -> bool:

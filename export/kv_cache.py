@@ -32,7 +32,9 @@ def kv_cache(graph: Graph) -> KvCache:
     layers = [s for s in graph.assembly.steps if s.block.states]
     kept = [(s, tuple(t for t in s.block.states if _by_token(t))) for s in layers]
     if any(t.past.use == "window" for _, states in kept for t in states):
-        raise ExportError("whose static cache keeps the last tokens alone in some layers, without --window-slots all")
+        raise ExportError(
+            "whose static cache keeps the last tokens alone in some layers (as without --window-slots all)"
+        )
     kinds: set[tuple[Any, ...]] = {(_names(s, states), *(t.past.shape for t in states)) for s, states in kept if states}
     if len(kinds) != 1:
         raise ExportError("whose layers keep keys and values of different shapes" if kinds else "which keeps no keys")

@@ -38,6 +38,7 @@ def as_data(export: Export) -> dict[str, Any]:
         | {
             "cache": "static" if export.max_tokens else "dynamic",
             "max_tokens": export.max_tokens,
+            "window_slots": export.window_slots,
             "logits": "last" if export.gives_last_logits else "all",
             "reference": to_data(export.reference),
             "notes": list(export.notes),

@@ -32,7 +32,7 @@ FEWEST = 16  # slots; fewer leave no room for a prompt and the steps that an exp
 
 @dataclass(frozen=True)
 class StaticCache:
-    """`slots` for the tokens of a row, of which `whole` windows keep all too."""
+    """`slots` of a row; `whole`: layers with a window keep all of them too."""
 
     slots: int
     whole: bool = False

@@ -30,7 +30,7 @@ def is_causal(mask: gs.Tensor, length: gs.Tensor, slots: int) -> bool:
 
 
 def window_of(mask: gs.Tensor, length: gs.Tensor, slots: int) -> int | None:
-    """How many keys at most a causal mask as above shows, the query's own among them; None where it tells of none."""
+    """How many of the last keys up to a query's own a causal mask as above may show it; None where it tells of none."""
     node = producer(mask)
     if node is None or node.domain:
         return None
@@ -53,28 +53,35 @@ def window_of(mask: gs.Tensor, length: gs.Tensor, slots: int) -> int | None:
 def hides_rows_alone(mask: gs.Tensor, length: gs.Tensor, slots: int) -> bool:
     """Whether a causal mask as above hides, of what is not behind a query, only what is before a row's first key: then
     a row that shows slot 0 to its last query hides nothing. False as well where that does not tell."""
-    node = producer(mask)
-    if node is None or node.domain:
+    if apart := produced_by(mask, "Unsqueeze"):
+        return hides_rows_alone(apart.inputs[0], length, slots)
+    if either := produced_by(mask, "Or"):
+        # A query's own key is shown where its row hides all.
+        others = [v for v in either.inputs if not (produced_by(v, "Equal") and is_causal(v, length, slots))]
+        return len(others) == 1 and hides_rows_alone(others[0], length, slots)
+    firsts, waiting = list[gs.Node | None](), [mask]
+    while waiting:
+        value = waiting.pop()
+        if both := produced_by(value, "And"):
+            waiting += both.inputs
+        elif produced_by(value, "LessOrEqual") and is_causal(value, length, slots):
+            continue
+        # A window of as many keys as there are slots hides none.
+        elif (window_of(value, length, slots) or 0) < slots:
+            firsts.append(produced_by(value, "GreaterOrEqual"))
+    if len(firsts) != 1 or firsts[0] is None:
         return False
-    match node.op:
-        case "Unsqueeze":
-            return hides_rows_alone(node.inputs[0], length, slots)
-        case "Or":
-            # A query's own key is shown where its row hides all.
-            others = [v for v in node.inputs if not (produced_by(v, "Equal") and is_causal(v, length, slots))]
-            return len(others) == 1 and hides_rows_alone(others[0], length, slots)
-        case "And":
-            kinds = {made.op: made for v in node.inputs if (made := producer(v)) and not made.domain}
-            first = kinds.get("GreaterOrEqual")
-            if first is None or not {"LessOrEqual"} < kinds.keys() or not is_causal(mask, length, slots):
-                return False
-            return _numbers(first.inputs[0], slots) and list(first.inputs[1].shape or ())[1:] == [1, 1]
-    return False
+    numbers, first = firsts[0].inputs
+    return _numbers(numbers, slots) and list(first.shape or ())[1:] == [1, 1]
 
 
 def _numbers(value: gs.Tensor, slots: int) -> bool:
-    """Whether it is 0, 1, ... along the last axis."""
-    return isinstance(value, gs.Constant) and np.array_equal(value.values, np.arange(slots).reshape(1, 1, -1))
+    """Whether it is 0, 1, ... along the last axis, [1, 1, S]; of many slots the trace leaves a Reshape."""
+    shaped = produced_by(value, "Reshape")
+    given = shaped.inputs[0] if shaped else value
+    if not isinstance(given, gs.Constant) or list(value.shape or ()) != [1, 1, slots]:
+        return False
+    return np.array_equal(given.values.ravel(), np.arange(slots))
 
 
 def _own_slots(value: gs.Tensor, length: gs.Tensor) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added, Refusal, float_type
@@ -148,7 +149,8 @@ def _by_row(attend: gs.Node, ends: list[gs.Tensor], joined: tuple[gs.Variable, g
     first, given, inputs = added.constant("first", [0]), list[tuple[gs.Variable, gs.Tensor]](), [*attend.inputs]
     if joined is not None:
         # Where ONNX Runtime knows how long a past is, it believes that a present is as long; not so a joined one.
-        slots = outside.node("Sub", "slots", [*joined], np.int64, [1])
+        keys = outside.node("Cast", "keys", [joined[0]], np.int64, [1], to=onnx.TensorProto.INT64)
+        slots = outside.node("Sub", "slots", [keys, joined[1]], np.int64, [1])
     for i, whole in enumerate(attend.inputs):
         if not whole.name or i in OF_ALL_ROWS:
             continue

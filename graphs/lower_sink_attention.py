@@ -136,4 +136,4 @@ def _seen(
     whole = add("Equal", "whole", [latest, added.constant("none", [0], np.int32)], np.bool_, [1])
     bare, bias = bare_of(added, whole, can, dtype, hides)
     before.extend(added.nodes)
-    return Step(last, total, can, bias, bare, (longest, tokens) if joins else None)
+    return Step(last, total, can, bias, bare, (total, tokens) if joins else None)

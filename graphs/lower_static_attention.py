@@ -33,8 +33,8 @@ def lower_static_attention(graph: gs.Graph) -> Fused:
       Reshape - y
 
     GroupQueryAttention reads the slots that are written, no others, and where past and present are one buffer it copies
-    none; what the mask hides is a bias, which a step does without whose rows begin at slot 0. It takes one row, or one
-    token of each, or rows that begin: in the other branch it takes row by row. Legal if
+    none. What the mask hides is a bias, which a step does without where no row is padded and no window hides anything.
+    It takes one row, or one token of each, or rows that begin: in the other branch it takes row by row. Legal if
     1. q, k and v are [B, T, H, D] with heads turned to the front, q and k by Rope after that or not at all,
     2. keys and values are the past's slots with these written from one length on, and nothing else reads them before,
     3. the mask [B, 1, T, S] shows no key that is written behind the query's, as the graph tells,

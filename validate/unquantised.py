@@ -73,7 +73,7 @@ def _request(export: Export, checkpoint: Checkpoint) -> Request:
         export.dtype,
         cache="static" if export.max_tokens else "dynamic",
         max_tokens=export.max_tokens,
-        window_slots=export.window_slots if export.max_tokens else "last",
+        window_slots=export.window_slots,
         logits="last" if export.gives_last_logits else "all",
         part=part,
     )

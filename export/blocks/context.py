@@ -230,8 +230,8 @@ class Presence(nn.Module):
         tokens, leading = present.sum(1), leading_padding(running)
         end = (present * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).amax(1)
         earlier = (attention_mask != 0).sum(1) - tokens
-        between = torch.logical_or(
+        apart = torch.logical_or(
             end > leading + tokens, torch.logical_and(torch.minimum(leading, earlier) > 0, tokens > 0)
         )
-        refused = padding_must_be_on_the_left(between.to(torch.int64))
+        refused = padding_must_be_on_the_left(apart.to(torch.int64))
         return (present + refused.unsqueeze(1) != 0).to(self.dtype), end.to(torch.int32)

@@ -78,7 +78,7 @@ def command(
     with open_source(arch, checkpoint, output, part, block) as (named, found):
         one = None if block == "all" else block
         kind = (dtype, one, weights, target, digest, cache, max_tokens, runtimes, logits, part)
-        request = onnx_file.Request(named, found, *kind, quantize, group_size, quantize_head, window_slots)
+        request = onnx_file.Request(named, found, *kind, quantize, group_size, quantize_head, window_slots=window_slots)
         if block == "all":
             exports = onnx_file.write_blocks(request, output, force=force, progress=console.progress)
             console.table(

@@ -370,6 +370,13 @@ def test_the_built_in_config_exports_without_a_checkpoint(run: Run, tmp_path: Pa
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
+def test_windows_keep_the_slots_that_are_asked_for(run: Run) -> None:
+    static = ("onnx", "--arch", "mistral", "--cache", "static", "--max-tokens", "64")
+    for slots, asked in (("last", ()), ("all", ("--window-slots", "all"))):
+        code, out, _ = run(*static, *asked, "-o", slots, "--json")
+        assert (code, json.loads(out)["window_slots"]) == (0, slots)
+
+
 def test_block_all_makes_a_folder_a_block(run: Run, tmp_path: Path) -> None:
     assert run("onnx", "--arch", "gemma", "--block", "all", "-o", "out")[0] == 0
     assert {"attention", "mlp", "norm", "head"} < {p.name for p in (tmp_path / "out").iterdir()}

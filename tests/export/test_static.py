@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 from arch_cases import DECODERS, FIRST, PRIMARY, SLOTS, Case, others_slow
 from decoders import PROMPT, REFUSED, RUNNERS, Decoder, prompt, reference, session, theirs
 
-from llmexport.export import archs, export, manifest
+from llmexport.export import archs, export, manifest, random_checkpoint
 from llmexport.export.assembly import parts
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import Attention, Keys
 from llmexport.export.static import StaticCache
+from llmexport.validate import validate
 
 DECODE, PIECE = 8, 3
 # All that a static cache changes: full layers, windows, chunks, spans, temperatures, states.
@@ -181,14 +183,14 @@ def test_a_static_cache_is_of_one_shape_and_the_graph_scatters_into_every_slotte
     assert scattered == {(b, a) for b, a in graph.carried.items() if inputs[b].use == "slots"}
     assert (made.opset, made.max_tokens) == (24, SLOTS)
     said = json.loads((made.folder / manifest.NAME).read_bytes())
-    assert (said["cache"], said["max_tokens"]) == ("static", SLOTS)
+    assert (said["cache"], said["max_tokens"], said["window_slots"]) == ("static", SLOTS, "last")
 
 
 def test_a_dynamic_export_is_as_it_was(exported) -> None:
     made = manifest.read(exported("llama"))
     assert (made.opset, made.max_tokens) == (23, None)
     said = json.loads((made.folder / manifest.NAME).read_bytes())
-    assert (said["cache"], said["max_tokens"]) == ("dynamic", None)
+    assert (said["cache"], said["max_tokens"], said["window_slots"]) == ("dynamic", None, "last")
 
 
 def test_an_encoder_has_no_cache(tiny_checkpoint, tmp_path) -> None:
@@ -260,9 +262,20 @@ def test_an_op_writes_a_cache_as_the_operators_do(exported) -> None:
             mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
 
 
+@pytest.mark.parametrize("window_slots", ["last", "all"])
+def test_what_quantisation_moved_is_told_of_either_kind_of_window(window_slots: str, tmp_path: Path) -> None:
+    random_checkpoint.write(archs.load("mistral"), tmp_path / "ck")
+    kind = {"cache": "static", "max_tokens": 160, "window_slots": window_slots}
+    made = export(tmp_path / "ck", tmp_path / "out", quantize="int8", **kind)
+    assert made.window_slots == window_slots
+    moved = validate(tmp_path / "out", rungs=["onnxruntime"], reference=tmp_path / "ck").moved
+    assert moved
+    assert 0 < moved.kl_mean < 0.01
+
+
 def test_a_manifest_from_before_static_caches_reads_as_a_dynamic_one(exported) -> None:
     """Format 2 of it said nothing of caches."""
-    later = {"cache", "max_tokens", "keys", "static"}
+    later = {"cache", "max_tokens", "window_slots", "keys", "static"}
 
     def earlier(data: Any) -> Any:
         if isinstance(data, dict):

@@ -129,6 +129,16 @@ def test_a_row_in_a_batch_with_a_longer_one_is_as_alone_and_its_later_piece_is_a
             decoder.check(decoder.step(ids[i : i + 1, :1], positions[i : i + 1], mask[i : i + 1]), found[i : i + 1])
 
 
+def test_many_slots_are_lowered_as_few(lowered):
+    """Of more than 8192 the trace does not fold their numbers' shape."""
+    ids, mask = prompt()
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    few, many = (lowered("llama", slots=n) for n in (SLOTS, 8193))
+    assert many.graphs[0].fusions["lower_static_attention"].count == LOWERED["llama"][0]
+    first, other = (Decoder(e.folder, "onnxruntime").step(ids, positions, mask) for e in (few, many))
+    assert np.array_equal(first, other)
+
+
 def test_a_step_beyond_the_last_slot_fails(lowered):
     ids, mask = prompt(SLOTS)
     positions = np.maximum(mask.cumsum(-1) - 1, 0)

@@ -19,7 +19,8 @@ INPUTS = (
 )
 HELD = """int64[4] four = {0, 0, 4, 8}, int64[4] two = {0, 0, 2, 8}, int64[3] flat = {0, 0, 32}, int64[1] one = {1},
   int64[1] last = {2}, int64 none = {0}, int64 step = {1}, int64[3] row = {-1, 1, 1}, int64 window = {3},
-  int64[1,1,9] slots = {0, 1, 2, 3, 4, 5, 6, 7, 8}"""
+  int64[1,1,9] slots = {0, 1, 2, 3, 4, 5, 6, 7, 8}, int64[9] flat_slots = {0, 1, 2, 3, 4, 5, 6, 7, 8},
+  int64 slots9 = {9}, int64[3] all_of_row = {1, 1, 9}"""
 MASK = """
   t1 = Shape<start = 1, end = 2>(q) t = Squeeze(t1) steps = Range(none, t, step) [rows] of_row = Unsqueeze(length, one)
   own1 = Add(of_row, steps) own = Unsqueeze(own1, last) first = Reshape(padding, row) ge = GreaterOrEqual(slots, first)
@@ -32,11 +33,17 @@ PLAIN = f"{MASK} {SPLIT} {TURN} {WRITE.format(k='kt')} {ATTEND.format(q='qt')} {
 ROPE = f"[qr] qr = {TURNS}(qt, cos, sin) [kr] kr = {TURNS}(kt, cos, sin)"
 TURNED = f"{MASK} {SPLIT} {TURN} {ROPE} {WRITE.format(k='kr')} {ATTEND.format(q='qr')} {BACK}"
 WINDOW = "near = Sub(own, window) gt = Greater(slots, near) le = And(le0, gt)"
+CHUNK = "c1 = Div(slots, window) c2 = Div(own, window) same = Equal(c1, c2) le = And(le0, same)"
+SHAPED = "numbers = Reshape(flat_slots, all_of_row) "
 FORMS = {
     "plain": PLAIN,
     "turned": TURNED,
     "window": PLAIN.replace("le = Less", "le0 = Less").replace("[shown]", WINDOW),
+    "window of all": PLAIN.replace("le = Less", "le0 = Less").replace("[shown]", WINDOW.replace("window)", "slots9)")),
+    "chunk": PLAIN.replace("le = Less", "le0 = Less").replace("[shown]", CHUNK),
+    "numbers that are shaped": SHAPED + PLAIN.replace("(slots, ", "(numbers, "),
 }
+BIASED = {"window": 3, "chunk": None}  # the forms that hide more than padding, and what window they tell of
 # Rows, tokens and what is before: a prompt, its next token, one where rows end at different slots, and a later piece,
 # which GroupQueryAttention takes of one row alone: of rows that go on, and of one that begins beside others.
 STEPS = [(2, 4, [0, 0]), (2, 1, [4, 4]), (2, 1, [3, 8]), (1, 3, [5]), (2, 3, [5, 5]), (2, 3, [2, 6]), (3, 3, [0, 5, 2])]
@@ -68,8 +75,10 @@ def test_slots_are_written_by_one_operator_and_the_numbers_stay(form):
     chosen, hiding = attention_of(graph)
     assert [n.op for n in hiding.attrs["else_branch"].nodes] == ["Scan"]
     assert [v.name for v in chosen.outputs] == ["y", "all_k", "all_v"]
-    # What is outside of a window is hidden by the bias as well.
-    assert (chosen is hiding) is (form == "window")
+    # What is outside of a window or a chunk is hidden by the bias as well.
+    assert (chosen is hiding) is (form in BIASED)
+    said = [n.attrs.get("local_window_size") for n in hiding.attrs["then_branch"].nodes]
+    assert said == [BIASED.get(form, SLOTS if form == "window of all" else None)]
     made = gs.export_onnx(graph)
     for (rows, tokens, before), padded in itertools.product(STEPS, (True, False)):
         given = feed(rows, tokens, before, padded)
