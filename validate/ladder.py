@@ -148,7 +148,7 @@ def _note_uncrossed(rungs: list[Rung], export: Export, left: list[int]) -> None:
 def _shape(script: Script) -> dict[str, Any]:
     """The sizes of a script, for the report."""
     batch, tokens = script[0].ids.shape
-    crossed = [s.past + BEFORE for s in script if s.kind == "crossing" and s.past]
+    crossed = [s.past + BEFORE for s in script if s.kind == "crossing"]
     decodes = sum(s.kind == "decode" for s in script)
     shown = {"pictures": len(script[0].pictures)} if script[0].pictures else {}
     return {"batch": batch, "tokens": tokens, **shown, "decode_steps": decodes, "crossed": crossed}

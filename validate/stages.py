@@ -31,8 +31,7 @@ from llmexport.validate.source import Source, of_source, random_source
 from llmexport.validate.thresholds import BEFORE, CROSSING, threshold
 
 SHORTEST, LONGEST = 67, 512  # tokens of a prompt made here; longer windows are crossed after a random past
-SHIFT = 100
-DECODE_STEPS = 8
+SHIFT, DECODE_STEPS = 100, 8
 PIECE = 3  # tokens of a prompt's later piece
 # Text before the first picture of a row, and behind each but the last one.
 LEAD, GAP = 5, 3
@@ -232,18 +231,19 @@ def padded_right(stage: Stage) -> Stage:
     return opening(ids, mask, types, f"{stage.name}, padded right")
 
 
-def alone(model: Assembly | Export) -> Stage:
-    """A stage of one row without padding and with nothing before it, as most texts begin."""
-    return dataclasses.replace(crossing(model, 0), name="alone")
+def unpadded(model: Assembly | Export, prompt: Stage) -> Stage:
+    """A prompt of text as long as that one, in which no row is padded."""
+    text, random, places = words(model.blocks), np.random.default_rng(0), limits(model.blocks)["positions"]
+    ids = text[random.integers(0, len(text), prompt.ids.shape)]
+    return with_source(opening(ids, np.ones_like(ids), name="unpadded", places=places), model, random)
 
 
 def crossing(model: Assembly | Export, at: int, seed: int = 0) -> Stage:
     """A stage of one row that crosses a threshold."""
     text = words(model.blocks)
     ids = text[np.random.default_rng(seed).integers(0, len(text), (1, CROSSING))]
-    past = max(at - BEFORE, 0)
     # No step goes beyond a static cache, or a table of positions.
-    past = max(min(past, limits(model.blocks)["positions"] - CROSSING), 0)
+    past = max(min(at - BEFORE, limits(model.blocks)["positions"] - CROSSING), 0)
     ids = ids[:, : min(slots_of(model.blocks) or MOST, limits(model.blocks)["positions"]) - past]
     mask = np.ones((1, past + ids.shape[1]), np.int64)
     stage = Stage(f"across {at}", "crossing", ids, past + np.arange(ids.shape[1])[None], mask, np.zeros_like(ids))

@@ -200,7 +200,7 @@ def test_it_is_validated(arch, dtype, lowered):
     assert [rungs[k].status for k in ("transformers", "blocks", "onnxruntime")] == ["pass"] * 3
 
 
-def test_a_fault_where_no_row_is_padded_is_found_by_the_row_alone(lowered):
+def test_a_fault_where_no_row_is_padded_is_found_by_the_prompt_without_padding(lowered):
     export = lowered("llama", slots=160)
     model = onnx.load(export.folder / "model.onnx", load_external_data=False)
     for node in (n for n in model.graph.node if n.name.endswith("attention/slots")):
