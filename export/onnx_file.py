@@ -91,10 +91,8 @@ class Request:
         quantize.check(self.quantize, self.group_size, self.quantize_head, self.checkpoint, *others)
 
 
-def read_model(
-    arch: Arch, config: Mapping[str, Any], static: StaticCache | int | None = None, part: str = "text"
-) -> Model:
-    """The model that a config describes, or this part of it, with a static cache if one is said, or its slots.
+def read_model(arch: Arch, config: Mapping[str, Any], static: StaticCache | None = None, part: str = "text") -> Model:
+    """The model that a config describes, or this part of it, with a static cache if one is said.
 
     Raises ExportError on what this architecture does not understand.
     """
@@ -102,11 +100,11 @@ def read_model(
 
 
 def read_noted(
-    arch: Arch, config: Mapping[str, Any], static: StaticCache | int | None = None, part: str = "text"
+    arch: Arch, config: Mapping[str, Any], static: StaticCache | None = None, part: str = "text"
 ) -> tuple[Model, list[str]]:
     """The same, with sentences on what the config says and the graph leaves out."""
     vision, splice = read_tower(arch, config, part) or (None, None)
-    keys = Config(text_config(arch, config), StaticCache(static) if isinstance(static, int) else static, splice)
+    keys = Config(text_config(arch, config), static, splice)
     model = arch.build(keys)
     keys.finish(causal=any(g.carried for g in model.graphs))
     if vision and part == "vision":
@@ -123,7 +121,7 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     if request.quantize and request.checkpoint.matrices:
         request = dataclasses.replace(request, checkpoint=in_floats(request.checkpoint))
     config, part = request.checkpoint.config, request.part
-    static = request.max_tokens and StaticCache(request.max_tokens, request.window_slots == "all")
+    static = StaticCache(request.max_tokens, request.window_slots == "all") if request.max_tokens else None
     model, notes = read_noted(request.arch, config, static, part)
     model = with_last_logits(model) if request.logits == "last" else model
     stored = request.checkpoint.names

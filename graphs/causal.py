@@ -14,37 +14,29 @@ def is_causal(mask: gs.Tensor, length: gs.Tensor, slots: int) -> bool:
     It is read through And, of which one side must be so, Or, of which both must, and Unsqueeze, down to a comparison of
     the slots' numbers with the queries'. False as well where that does not tell.
     """
-    node = producer(mask)
-    if node is None or node.domain:
-        return False
-    match node.op:
-        case "Unsqueeze":
-            return is_causal(node.inputs[0], length, slots)
+    op, inputs = _made_by(mask)
+    match op:
         case "And":
-            return any(is_causal(v, length, slots) for v in node.inputs)
+            return any(is_causal(v, length, slots) for v in inputs)
         case "Or":
-            return all(is_causal(v, length, slots) for v in node.inputs)
+            return all(is_causal(v, length, slots) for v in inputs)
         case "LessOrEqual" | "Equal":
-            return _numbers(node.inputs[0], slots) and _own_slots(node.inputs[1], length)
+            return _numbers(inputs[0], slots) and _own_slots(inputs[1], length)
     return False
 
 
 def window_of(mask: gs.Tensor, length: gs.Tensor, slots: int) -> int | None:
     """How many of the last keys up to a query's own a causal mask as above may show it; None where it tells of none."""
-    node = producer(mask)
-    if node is None or node.domain:
-        return None
-    match node.op:
-        case "Unsqueeze":
-            return window_of(node.inputs[0], length, slots)
+    op, inputs = _made_by(mask)
+    match op:
         case "And" | "Or":
-            found = [window_of(v, length, slots) for v in node.inputs]
+            found = [window_of(v, length, slots) for v in inputs]
             known = [n for n in found if n is not None]
-            return min(known, default=None) if node.op == "And" else None if None in found else max(known)
+            return min(known, default=None) if op == "And" else None if None in found else max(known)
         case "Equal" if is_causal(mask, length, slots):
             return 1
-        case "Greater" if _numbers(node.inputs[0], slots):
-            first = produced_by(node.inputs[1], "Sub")
+        case "Greater" if _numbers(inputs[0], slots):
+            first = produced_by(inputs[1], "Sub")
             size = scalar(first.inputs[1]) if first and _own_slots(first.inputs[0], length) else None
             return None if size is None else int(size)
     return None
@@ -53,26 +45,32 @@ def window_of(mask: gs.Tensor, length: gs.Tensor, slots: int) -> int | None:
 def hides_rows_alone(mask: gs.Tensor, length: gs.Tensor, slots: int) -> bool:
     """Whether a causal mask as above hides, of what is not behind a query, only what is before a row's first key: then
     a row that shows slot 0 to its last query hides nothing. False as well where that does not tell."""
-    if apart := produced_by(mask, "Unsqueeze"):
-        return hides_rows_alone(apart.inputs[0], length, slots)
-    if either := produced_by(mask, "Or"):
+    op, inputs = _made_by(mask)
+    if op == "Or":
         # A query's own key is shown where its row hides all.
-        others = [v for v in either.inputs if not (produced_by(v, "Equal") and is_causal(v, length, slots))]
+        others = [v for v in inputs if _made_by(v)[0] != "Equal" or not is_causal(v, length, slots)]
         return len(others) == 1 and hides_rows_alone(others[0], length, slots)
-    firsts, waiting = list[gs.Node | None](), [mask]
+    others, waiting = [], [mask]
     while waiting:
         value = waiting.pop()
-        if both := produced_by(value, "And"):
-            waiting += both.inputs
-        elif produced_by(value, "LessOrEqual") and is_causal(value, length, slots):
-            continue
+        op, inputs = _made_by(value)
+        if op == "And":
+            waiting += inputs
         # A window of as many keys as there are slots hides none.
-        elif (window_of(value, length, slots) or 0) < slots:
-            firsts.append(produced_by(value, "GreaterOrEqual"))
-    if len(firsts) != 1 or firsts[0] is None:
-        return False
-    numbers, first = firsts[0].inputs
-    return _numbers(numbers, slots) and list(first.shape or ())[1:] == [1, 1]
+        elif (op != "LessOrEqual" or not is_causal(value, length, slots)) and (
+            window_of(value, length, slots) or 0
+        ) < slots:
+            others.append(value)
+    op, inputs = _made_by(others[0]) if len(others) == 1 else ("", [])
+    return op == "GreaterOrEqual" and _numbers(inputs[0], slots) and list(inputs[1].shape or ())[1:] == [1, 1]
+
+
+def _made_by(mask: gs.Tensor) -> tuple[str, list[gs.Tensor]]:
+    """The standard operator that makes a mask, seen through Unsqueeze, and what it reads; "" where none does."""
+    node = producer(mask)
+    if node is None or node.domain:
+        return "", []
+    return _made_by(node.inputs[0]) if node.op == "Unsqueeze" else (node.op, [*node.inputs])
 
 
 def _numbers(value: gs.Tensor, slots: int) -> bool:

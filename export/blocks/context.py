@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmexport.export import spec
-from llmexport.export.blocks.padding import between, last_token, leading_padding, tokens_up_to
+from llmexport.export.blocks.padding import between, last_token, leading_padding, tokens_of, tokens_up_to
 from llmexport.export.blocks.standard import padding_must_be_on_the_left
 
 
@@ -185,7 +185,9 @@ class Span(nn.Module):
     def forward(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         running = tokens_up_to(attention_mask)
         start = leading_padding(running)
-        refused = padding_must_be_on_the_left(between(running, start, last_token(attention_mask)).clamp(0, 1))
+        refused = padding_must_be_on_the_left(
+            between(running, start, last_token(tokens_of(attention_mask))).clamp(0, 1)
+        )
         # A runtime that reads on beyond the end instead of failing finds no slot out of range.
         start = (start + refused).clamp(0, attention_mask.shape[1]).to(torch.int32)
         return start, torch.ones_like(start) * attention_mask.shape[1]
@@ -225,10 +227,10 @@ class Presence(nn.Module):
 
     def forward(self, attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         # Not a slice, whose length a trace cannot tell from the mask's.
-        present = (attention_mask.index_select(1, slots_of_step(attention_mask, input_ids)) != 0).to(torch.int64)
+        present = tokens_of(attention_mask.index_select(1, slots_of_step(attention_mask, input_ids)))
         running = present.cumsum(1)
         tokens, leading = present.sum(1), leading_padding(running)
-        end = (present * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).amax(1)
+        end = last_token(present)
         earlier = (attention_mask != 0).sum(1) - tokens
         apart = torch.logical_or(
             end > leading + tokens, torch.logical_and(torch.minimum(leading, earlier) > 0, tokens > 0)

@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 from llmexport.export import spec
 from llmexport.export.blocks.context import of_one_picture, temperature
-from llmexport.export.blocks.padding import between, last_token, leading_padding, tokens_up_to
+from llmexport.export.blocks.padding import between, last_token, leading_padding, tokens_of, tokens_up_to
 from llmexport.export.blocks.standard import padding_must_be_on_the_left
 
 
 class Slots(nn.Module):
     def forward(self, attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        counted = tokens_up_to(attention_mask)
-        padding, end = leading_padding(counted), last_token(attention_mask)
+        tokens, counted = tokens_of(attention_mask), tokens_up_to(attention_mask)
+        padding, end = leading_padding(counted), last_token(tokens)
         written = end - input_ids.shape[1]
         # A step whose last token is not its row's: where it was to be written, nobody says.
         early = torch.minimum(end, -written)

@@ -33,6 +33,7 @@ from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.exported import Export
 from llmexport.export.handover import hand_over
+from llmexport.export.static import StaticCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -97,7 +98,7 @@ def export(source: Path, folder: Path, slots: int | None) -> tuple[Export | None
     found = open_checkpoint(source)
     arch = archs.choose(None, found.config)
     cache = ("static", slots) if slots else ("dynamic", None)
-    graphs = onnx_file.read_model(arch, found.config, slots).graphs
+    graphs = onnx_file.read_model(arch, found.config, slots and StaticCache(slots)).graphs
     refused = {}
     for name in PACKAGES:
         try:

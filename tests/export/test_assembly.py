@@ -46,6 +46,7 @@ from llmexport.export.spec import (
     from_data,
     to_data,
 )
+from llmexport.export.static import StaticCache
 from llmexport.export.trace import module_shapes
 from llmexport.export.weights import Parameter
 
@@ -56,7 +57,9 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 def model_of(case: Case | str, slots: int | None = None) -> Model:
     case = Case(case, case) if isinstance(case, str) else case
-    return read_model(archs.load(case.arch), {**archs.load(case.arch).tiny, **case.changes}, slots)
+    return read_model(
+        archs.load(case.arch), {**archs.load(case.arch).tiny, **case.changes}, slots and StaticCache(slots)
+    )
 
 
 def wanted_shapes(

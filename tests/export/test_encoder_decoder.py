@@ -23,6 +23,7 @@ from llmexport.export.blocks import module
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.spec import Head, RelativeBias
+from llmexport.export.static import StaticCache
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import TorchRunner
 from llmexport.validate.tolerance import TOLERANCE, tolerance
@@ -284,7 +285,7 @@ def test_what_makes_another_model_is_refused(changes: dict[str, object], said: s
 def test_a_static_cache_is_refused(tiny_checkpoint) -> None:
     arch = archs.load("t5")
     with pytest.raises(ExportError, match="--cache static: an encoder-decoder has a dynamic cache here") as error:
-        onnx_file.read_model(arch, arch.tiny, 64)
+        onnx_file.read_model(arch, arch.tiny, StaticCache(64))
     assert one_line(error.value)
 
 

@@ -130,14 +130,14 @@ def test_a_cache_of_latents_is_refused(arch: str) -> None:
 
 
 def test_a_static_cache_is_one_buffer_of_the_longest_text() -> None:
-    file, notes = written(read_model(archs.load("llama"), archs.load("llama").tiny, 64))
+    file, notes = written(read_model(archs.load("llama"), archs.load("llama").tiny, StaticCache(64)))
     assert file["search"] == {"do_sample": False, "max_length": 64, "past_present_share_buffer": True}
     assert [n.partition(":")[0] for n in notes] == [PADDED]
 
 
 def test_a_static_cache_that_keeps_a_window_is_refused() -> None:
     with pytest.raises(ExportError, match="whose static cache keeps the last tokens alone in some layers"):
-        written(read_model(archs.load("mistral"), archs.load("mistral").tiny, 64))
+        written(read_model(archs.load("mistral"), archs.load("mistral").tiny, StaticCache(64)))
     whole, _ = written(read_model(archs.load("mistral"), archs.load("mistral").tiny, StaticCache(64, whole=True)))
     assert whole["search"] == {"do_sample": False, "max_length": 64, "past_present_share_buffer": True}
 

@@ -17,6 +17,7 @@ from llmexport.export import archs, onnx_file, optimum
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.errors import ExportError
 from llmexport.export.onnx_file import read_model
+from llmexport.export.static import StaticCache
 
 PYTHON = "LLMEXPORT_OPTIMUM_PYTHON"  # the interpreter of an environment with optimum-onnx
 # Those that carry more than keys and values, or others.
@@ -92,7 +93,7 @@ def test_a_cache_that_optimum_mistakes_is_noted_with_the_line_that_sets_it() -> 
 def test_what_optimum_does_not_feed_is_refused(arch: str, slots: int | None, why: str) -> None:
     named = archs.load(arch)
     with pytest.raises(ExportError) as error:
-        optimum.files(read_model(named, named.tiny, slots).graphs[0], named.tiny, {}, {})
+        optimum.files(read_model(named, named.tiny, slots and StaticCache(slots)).graphs[0], named.tiny, {}, {})
     assert one_line(error.value).endswith(why)
 
 

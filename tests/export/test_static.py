@@ -155,9 +155,9 @@ def test_a_step_beyond_the_last_slot_fails(runner: str, exported) -> None:
         decoder.step(ids[:, :1], positions[:, -1:] + 1, np.pad(mask, ((0, 0), (0, 1)), constant_values=1))
 
 
-def attentions(arch: str, slots: StaticCache | int, **changes: Any) -> list[Attention]:
+def attentions(arch: str, slots: int, whole: bool = False, **changes: Any) -> list[Attention]:
     named = archs.load(arch)
-    steps = read_model(named, {**named.tiny, **changes}, slots).steps
+    steps = read_model(named, {**named.tiny, **changes}, StaticCache(slots, whole)).steps
     return [p.block for s in steps for p in parts(s) if isinstance(p.block, Attention)]
 
 
@@ -168,7 +168,7 @@ def test_a_layer_with_a_window_keeps_the_window_and_any_other_all_slots() -> Non
     chunks = archs.load("llama4").tiny["attention_chunk_size"]
     assert {a.keys for a in attentions("llama4", 64)} == {Keys(chunks, slides=True), Keys(64)}
     for arch in ("gpt_oss", "mistral", "llama4"):
-        assert {a.keys for a in attentions(arch, StaticCache(64, whole=True))} == {Keys(64)}
+        assert {a.keys for a in attentions(arch, 64, whole=True)} == {Keys(64)}
 
 
 def test_a_static_cache_is_of_one_shape_and_the_graph_scatters_into_every_slotted_one(exported) -> None:

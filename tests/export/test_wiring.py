@@ -8,6 +8,7 @@ from arch_cases import CASES, Case
 from llmexport.export import archs
 from llmexport.export.onnx_file import read_model
 from llmexport.export.spec import AXES, Attention, Block, Embedding, Layer, Mask, Mlp, Norm, Port, State, Sublayer
+from llmexport.export.static import StaticCache
 from llmexport.export.trace import SIZES
 from llmexport.export.wiring import Wiring
 
@@ -153,7 +154,7 @@ def test_a_layer_that_borrows_reads_the_keys_that_the_last_lender_of_its_kind_se
     """A static cache that slides keeps less than its step sees; the second layer is the only full one that lends."""
     case = next(c for c in CASES if c.name == "gemma4_text-shared-keys")
     named = archs.load(case.arch)
-    [graph] = read_model(named, {**named.tiny, **case.changes}, static=slots).graphs
+    [graph] = read_model(named, {**named.tiny, **case.changes}, slots and StaticCache(slots)).graphs
     steps = {s.name: s for s in graph.assembly.steps}
     read = [steps[f"layers.{i}"].reads["seen_key"] for i in (2, 3, 4)]
     assert read == [sliding, "present.1.key", "present.1.key"]

@@ -23,6 +23,7 @@ from llmexport.export.cli.triton import command
 from llmexport.export.engine_record import Engine
 from llmexport.export.engine_record import read as read_engine
 from llmexport.export.spec import Graph, Port
+from llmexport.export.static import StaticCache
 from llmexport.plugins import library
 from llmexport.plugins.errors import UserError
 from llmexport.run.errors import RunError
@@ -65,7 +66,7 @@ def test_a_config_has_the_ports_of_the_graph(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in FIRST if c in DECODERS], ids=str)
 def test_triton_holds_the_states_of_a_static_cache(case: Case) -> None:
     named = archs.load(case.arch)
-    [graph] = onnx_file.read_model(named, {**named.tiny, **case.changes}, 64).graphs
+    [graph] = onnx_file.read_model(named, {**named.tiny, **case.changes}, StaticCache(64)).graphs
     config = config_of(graph, "float16", "tensorrt")
     ports = {p.name: p for p in graph.assembly.inputs}
     states = {s.input_name: s for s in config.sequence_batching.state}
