@@ -40,6 +40,14 @@ __device__ __forceinline__ void arriveInCluster(Barrier& barrier, int rank) {
       : "memory");
 }
 
+// What is in this place of the shared memory of block `rank`.
+template <class V>
+__device__ __forceinline__ V readInCluster(V const* place, int rank) {
+  V const* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
+  return *there;
+}
+
 // loadBox() into this place of every block whose bit is set in `blocks`; the bytes count for the
 // barrier in this place of each.
 __device__ __forceinline__ void loadBoxIntoCluster(void* to, TensorMap const& map, Barrier& barrier,

@@ -21,6 +21,7 @@ void loadBox(void* to, TiledTensor const& tensor, void const* barrier,
 void loadBoxIntoCluster(void* to, TiledTensor const& tensor, void const* barrier,
                         std::array<int64_t, 4> const& at, unsigned blocks);
 void arriveInCluster(void const* barrier, int rank);
+void const* placeInCluster(void const* place, int rank);
 int clusterRank();
 
 }  // namespace emulator
@@ -63,6 +64,10 @@ inline void syncCluster(int line = __builtin_LINE()) {
 }
 inline void arriveInCluster(Barrier& barrier, int rank) {
   emulator::arriveInCluster(&barrier, rank);
+}
+template <class V>
+V readInCluster(V const* place, int rank) {
+  return *static_cast<V const*>(emulator::placeInCluster(place, rank));
 }
 inline void loadBoxIntoCluster(void* to, TensorMap const& map, Barrier& barrier, int at0, int at1,
                                int at2, int at3, uint16_t blocks) {

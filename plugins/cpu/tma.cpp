@@ -91,6 +91,11 @@ void arriveInCluster(void const* barrier, int rank) {
   other.arriveAt(own.sameIn(other, barrier, "an mbarrier"), 1, 0);
 }
 
+void const* placeInCluster(void const* place, int rank) {
+  Block& own = Block::current();
+  return own.sameIn(own.cluster().at(rank), place, "a read");
+}
+
 }  // namespace llmexport::emulator
 
 // How many loads into all blocks of a cluster this process began: a test sees by it that a kernel

@@ -184,10 +184,22 @@ __device__ __forceinline__ void weighRoutes(RouteWinner* winners,
   }
 }
 
-// Block (lanes of a row, rows); a lane holds kPerLane experts that lie together. Shared memory
-// holds the winners of all rows, then, with groups, the choices of all rows.
+// A row as routeRow() takes it: `bias` and `gate` may be null.
+template <class L, class B, class W>
+struct RouteRow {
+  L const* logits;
+  bool wholeVectors;  // that its logits are
+  B const* bias;
+  L const* gate;
+  W* weights;
+  int32_t* chosen;
+  bool here;  // threads without a row still take part in shuffles
+};
+
+// Routes one row by the blockDim.x threads that share it; a thread holds kPerLane experts that lie
+// together. `winners` and, with groups, `choices` are the row's, in shared memory.
 //
-// All is computed in fp32 and weights are rounded to T once, as in modeling_qwen3_5_moe.py (softmax
+// All is computed in fp32 and weights are rounded to W once, as in modeling_qwen3_5_moe.py (softmax
 // of all), modeling_gpt_oss.py (softmax of the chosen) and modeling_llama4.py (sigmoid);
 // modeling_mixtral.py and modeling_deepseek_v3.py (bias, groups) keep weights in fp32. The 1e-20 is
 // DeepSeek's. Qwen and Mixtral choose by the softmax, this kernel by the logit, which differs only
@@ -195,53 +207,45 @@ __device__ __forceinline__ void weighRoutes(RouteWinner* winners,
 // lane's terms in order, then lanes by a tree.
 //
 // Each lane sorts its experts; then, topK times, the best of the lanes' first keys is taken away.
-// Keys of 32 bits serve where the choice is the logit itself. Where it is made of a score, the
-// score has the precision of fp32, as near ties hang on its last places.
-template <class T, class Key, int kPerLane>
-__global__ void __launch_bounds__(kRouteThreads, kRouteBlocks)
-    moeRouteKernel(MoeRouteArguments<T> const a) {
-  using Precision = std::conditional_t<sizeof(Key) == 8, float, T>;
-  constexpr int kWidth = kFullWidth<T>;
-  int const lane = threadIdx.x, lanes = blockDim.x, topK = a.attributes.topK;
-  int64_t const row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  bool const here = row < a.rows;  // threads without a row still take part in shuffles
-  T const* const logits = a.logits + (here ? row : 0) * a.pitch;
-  int const begin = lane * kPerLane, count = a.experts - begin;
-  DYNAMIC_SHARED(shared);
-  auto* const winners = reinterpret_cast<RouteWinner*>(shared) + threadIdx.y * topK;
+// Keys of 32 bits serve where the choice is the logit itself, of 16 bits. Where it is made of a
+// score, the score has the precision of fp32, as near ties hang on its last places.
+template <class Key, int kPerLane, class L, class B, class W>
+__device__ __forceinline__ void routeRow(RouteRow<L, B, W> const& row, int experts,
+                                         MoeRouteAttributes const& attributes,
+                                         RouteWinner* winners, float* choices) {
+  using Precision = std::conditional_t<sizeof(Key) == 8, float, L>;
+  constexpr int kWidth = kFullWidth<L>;
+  int const lane = threadIdx.x, lanes = blockDim.x, topK = attributes.topK;
+  int const begin = lane * kPerLane, count = experts - begin;
 
   float choice[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; i += kWidth) {
-    if (a.wholeVectors && i < count) {
-      auto const some = load<kWidth>(logits + begin + i);
+    if (row.wholeVectors && i < count) {
+      auto const some = load<kWidth>(row.logits + begin + i);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) choice[i + j] = toFloat(some.at[j]);
     }
   }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    if (!a.wholeVectors && i < count) choice[i] = toFloat(logits[begin + i]);
+    if (!row.wholeVectors && i < count) choice[i] = toFloat(row.logits[begin + i]);
   }
-  RouteScore<Precision> score{a.attributes.scoring};
+  RouteScore<Precision> score{attributes.scoring};
   if (score.scoring == Scoring::kSoftmax) score.readRow(choice, count, lanes);
   if constexpr (sizeof(Key) == 8) {
-    if (a.bias) {
+    if (row.bias) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        if (i < count) choice[i] = score(choice[i]) + toFloat(a.bias[begin + i]);
+        if (i < count) choice[i] = score(choice[i]) + toFloat(row.bias[begin + i]);
       }
     }
-    if (a.attributes.groups > 1) {
-      auto* const choices = reinterpret_cast<float*>(
-          reinterpret_cast<RouteWinner*>(shared) + int(blockDim.y) * topK);
-      dropRouteGroups(choice, choices + threadIdx.y * a.experts, a.experts, a.attributes);
-    }
+    if (attributes.groups > 1) dropRouteGroups(choice, choices, experts, attributes);
   }
   Key keys[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    keys[i] = i < count ? routeKey<T, Key>(choice[i], begin + i) : 0;
+    keys[i] = i < count ? routeKey<L, Key>(choice[i], begin + i) : 0;
   }
   sortRouteKeys(keys);
 
@@ -257,22 +261,42 @@ __global__ void __launch_bounds__(kRouteThreads, kRouteBlocks)
     if (lane == (place & (lanes - 1))) winners[place].expert = routeExpert(best);
   }
   for (int i = lane; i < topK; i += lanes) {
-    winners[i].weight = score(toFloat(logits[winners[i].expert]));
+    winners[i].weight = score(toFloat(row.logits[winners[i].expert]));
   }
-  weighRoutes<Precision>(winners, a.attributes);
-  if (!here) return;
-  int const slots = a.attributes.slots();
-  T* const weights = a.weights + row * slots;
-  int32_t* const chosen = a.chosen + row * slots;
+  weighRoutes<Precision>(winners, attributes);
+  if (!row.here) return;
   for (int i = lane; i < topK; i += lanes) {
-    weights[i] = fromFloat<T>(winners[i].weight * a.attributes.scale);
-    chosen[i] = winners[i].expert;
+    row.weights[i] = fromFloat<W>(winners[i].weight * attributes.scale);
+    row.chosen[i] = winners[i].expert;
   }
-  for (int i = topK + lane; i < slots; i += lanes) {
-    float const gate = a.gate ? toFloat(a.gate[row * a.gatePitch]) : 0.0f;
-    weights[i] = fromFloat<T>(a.gate ? sigmoidTimes<Precision>(1.0f, gate) : 1.0f);
-    chosen[i] = a.experts + i - topK;
+  for (int i = topK + lane; i < attributes.slots(); i += lanes) {
+    float const weight = row.gate ? sigmoidTimes<Precision>(1.0f, toFloat(*row.gate)) : 1.0f;
+    row.weights[i] = fromFloat<W>(weight);
+    row.chosen[i] = experts + i - topK;
   }
+}
+
+// Block (lanes of a row, rows). Shared memory holds the winners of all rows, then, with groups, the
+// choices of all rows.
+template <class T, class Key, int kPerLane>
+__global__ void __launch_bounds__(kRouteThreads, kRouteBlocks)
+    moeRouteKernel(MoeRouteArguments<T> const a) {
+  int64_t const row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  bool const here = row < a.rows;
+  int64_t const at = here ? row : 0;
+  int const slots = a.attributes.slots(), topK = a.attributes.topK;
+  DYNAMIC_SHARED(shared);
+  auto* const winners = reinterpret_cast<RouteWinner*>(shared);
+  auto* const choices = reinterpret_cast<float*>(winners + int(blockDim.y) * topK);
+  RouteRow<T, T, T> const its{a.logits + at * a.pitch,
+                              a.wholeVectors,
+                              a.bias,
+                              a.gate ? a.gate + at * a.gatePitch : nullptr,
+                              a.weights + at * slots,
+                              a.chosen + at * slots,
+                              here};
+  routeRow<Key, kPerLane>(its, a.experts, a.attributes, winners + threadIdx.y * topK,
+                          choices + threadIdx.y * a.experts);
 }
 
 }  // namespace llmexport
