@@ -25,6 +25,14 @@ __device__ __forceinline__ void syncCluster() {
           : "memory");
 }
 
+// The same, but no thread sees by it what another did: what this one read of another block is read.
+__device__ __forceinline__ void meetInCluster() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.aligned;" ::
+          : "memory");
+}
+
 // Arrives at the barrier in this place of block `rank`, which may be the thread's own, when what
 // the thread and its wgmma read is read. It does not show that block what the thread wrote: a
 // release for the cluster is a fence for the whole GPU (MEMBAR.ALL.GPU), hundreds of cycles, and an

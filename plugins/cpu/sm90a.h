@@ -62,6 +62,7 @@ inline int clusterRank() { return emulator::clusterRank(); }
 inline void syncCluster(int line = __builtin_LINE()) {
   emulator::Block::current().clusterBarrier(line);
 }
+inline void meetInCluster(int line = __builtin_LINE()) { syncCluster(line); }
 inline void arriveInCluster(Barrier& barrier, int rank) {
   emulator::arriveInCluster(&barrier, rank);
 }

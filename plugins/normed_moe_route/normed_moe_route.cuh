@@ -77,26 +77,29 @@ __device__ __forceinline__ void prefetchWeights([[maybe_unused]] NormedRouteCall
 #endif
 }
 
-// Sums of the tile's rows in global memory, for the columns of this block; returns in `squares`
-// what they add to the squares of each row. A warp has a row, whatever else is in the tile.
+template <int kWidth, class T>
+__device__ __forceinline__ Vector<T, kWidth> totalAt(NormedRouteCall<T> const& call, int64_t at) {
+  return addRounded(load<kWidth>(call.x + at), load<kWidth>(call.residual + at));
+}
+
+// What the columns of this block add to the squares of each row's sum. A warp has a row, whatever
+// else is in the tile.
 template <class T, int kWidth>
-__device__ __forceinline__ void addRows(NormedRouteCall<T> const& call,
+__device__ __forceinline__ void squareRows(NormedRouteCall<T> const& call,
                                         NormedRoutePlace const& place, float* squares) {
   for (int row = threadIdx.y; row < place.rows; row += kNormedRouteWarps) {
     int64_t const start = (place.firstRow + row) * call.columns;
     float its = 0.0f;
     for (int c = place.first + int(threadIdx.x) * kWidth; c < place.end; c += kWarp * kWidth) {
-      auto const total =
-          addRounded(load<kWidth>(call.x + start + c), load<kWidth>(call.residual + start + c));
-      addSquares(its, total);
-      storeWhole(call.sum + start + c, total);
+      addSquares(its, totalAt<kWidth>(call, start + c));
     }
     its = sumOverLanes(its, kWarp);
     if (threadIdx.x == 0) squares[row] = its;
   }
 }
 
-// Norms those sums; each thread reads what it wrote.
+// The sums, made again as they are not written before the barrier, which would wait for them; and
+// their norms.
 template <class T, int kWidth>
 __device__ __forceinline__ void normRows(NormedRouteCall<T> const& call,
                                          NormedRoutePlace const& place, float const* squares) {
@@ -107,7 +110,8 @@ __device__ __forceinline__ void normRows(NormedRouteCall<T> const& call,
     float const all = sumOverLanes(its, kWarp);
     float const scale = rsqrtf(all / float(call.columns) + call.norm.epsilon);
     for (int c = place.first + lane * kWidth; c < place.end; c += kWarp * kWidth) {
-      auto const total = load<kWidth>(call.sum + start + c);
+      auto const total = totalAt<kWidth>(call, start + c);
+      storeWhole(call.sum + start + c, total);
       auto const weight = load<kWidth>(call.normWeight + c);
       storeWhole(call.y + start + c, scaled(total, scale, weight, call.norm));
     }
@@ -260,9 +264,10 @@ __device__ __forceinline__ void routeRows(NormedRouteCall<T> const& call,
 // In place of three launches and what lies between them. For one token of GPT-OSS-120b (C = 2880,
 // E = 128) a block reads 92 KB of weights, which it asked for before the norm: out of L2 at 64 bytes
 // a cycle they take 1,440 cycles, 0.8 us at 1.755 GHz, where one SM alone would take 8 times as
-// long. The two exchanges cost a barrier of the cluster each, some 200 cycles and as many for the
-// first read of another SM's shared memory. Of a prompt each tile of 16 tokens reads all weights
-// out of L2: 94 MB for 2,048 tokens, about 20 us of a layer. No GPU has timed it.
+// long. The two exchanges cost a barrier of the cluster each, which is a fence for the whole GPU,
+// some hundreds of cycles, and 200 for the first read of another SM's shared memory. Of a prompt
+// each tile of 16 tokens reads all weights out of L2: 94 MB for 2,048 tokens, about 20 us of a
+// layer. No GPU has timed it.
 template <class T, class L, class Key, int kPerLane>
 __global__ void __launch_bounds__(kNormedRouteThreads, 1)
     normedRouteClusterKernel(NormedRouteCall<T> const call) {
@@ -274,9 +279,9 @@ __global__ void __launch_bounds__(kNormedRouteThreads, 1)
     NormedRoutePlace const place(call);
     prefetchWeights(call, place);
     if (call.vectors) {
-      addRows<T, kWidth>(call, place, squares);
+      squareRows<T, kWidth>(call, place, squares);
     } else {
-      addRows<T, 1>(call, place, squares);
+      squareRows<T, 1>(call, place, squares);
     }
     syncCluster();
     if (call.vectors) {
@@ -306,7 +311,7 @@ __global__ void __launch_bounds__(kNormedRouteThreads, 1)
       return place.firstRow + place.part + i * call.parts;
     });
     // No block ends while another may read of it.
-    syncCluster();
+    meetInCluster();
   }
 }
 
