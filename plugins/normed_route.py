@@ -3,10 +3,10 @@
     y, sum = AddRmsNorm(x, residual, norm_weight)
     weights, experts = MoeRoute(y @ router_weight.T + router_bias, bias), or a plugin of shared_route.py
 
-The product is rounded to the type of y, and so is its sum with router_bias [E], which is zeros where the router has
-none; `wide` leaves both in fp32, as a router of fp32 has them. weights [B, T, K] are rounded once, to the type of y. A
-shared expert's gate is y @ gate_weight[0], rounded likewise. `bias` [E], of the choice, is fp32. normed_moe_route/ has
-the plugins. Torch is imported by `normed_routes` alone.
+Logits are rounded once to the type of y, with router_bias [E], which is zeros where the router has none; `wide` leaves
+them in fp32, as a router of fp32 has them. weights [B, T, K] are rounded once, to the type of y. A shared expert's gate
+is y @ gate_weight[0], rounded likewise. `bias` [E], of the choice, is fp32. normed_moe_route/ has the plugins. Torch is
+imported by `normed_routes` alone.
 """
 
 from __future__ import annotations
@@ -55,11 +55,13 @@ def _op(name: str, norm: Op, route: Op) -> Op:
         wide: bool,
         **said: Any,
     ) -> tuple[Tensor, ...]:
+        from torch.nn.functional import linear
+
         y, total = norm.reference(x, residual, norm_weight, None, **{n: said.pop(n) for n in norm.attributes})
         read = y.float() if wide else y
-        given = {LOGITS: read @ router_weight.to(read.dtype).T + router_bias.to(read.dtype), BIAS: bias}
+        given = {LOGITS: linear(read, router_weight.to(read.dtype), router_bias.to(read.dtype)), BIAS: bias}
         if gate_weight is not None:
-            given[GATE] = read @ gate_weight.to(read.dtype).T
+            given[GATE] = linear(read, gate_weight.to(read.dtype))
         weights, experts = route.reference(**given, **said)
         return y, total, weights.to(y.dtype), experts
 

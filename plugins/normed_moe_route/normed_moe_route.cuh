@@ -136,10 +136,11 @@ __device__ __forceinline__ void multiplyScalar(NormedRouteCall<T> const& call,
   }
 }
 
-// The same by mma, into [deep, kNormedRouteRows, pitch]. Of a step of 32 columns lane l reads those from l % 4 * 8 on of rows l / 4 and
-// l / 4 + 8 and of weights l / 4: 16 bytes each, straight into the fragments of two mma. In which
-// order an mma has its columns makes no difference as long as both its factors have the same.
-// kTiles tiles of logits take 16 bytes a lane each, and two steps are read at a time.
+// The same by mma, into [deep, kNormedRouteRows, pitch]. Of a step of 32 columns lane l reads those
+// from l % 4 * 8 on of rows l / 4 and l / 4 + 8 and of weights l / 4: 16 bytes each, straight into
+// the fragments of two mma. In which order an mma has its columns makes no difference as long as
+// both its factors have the same. kTiles tiles of logits take 16 bytes a lane each, and two steps
+// are read at a time.
 template <class T, int kTiles>
 __device__ __forceinline__ void multiplyTiles(NormedRouteCall<T> const& call,
                                               NormedRoutePlace const& place, float* partial) {
@@ -222,12 +223,10 @@ struct RoutedRows {
         choices(reinterpret_cast<float*>(winners + rows * call.route.topK)) {}
 };
 
-// A logit of the sum of its products: as the product, and its sum with the bias, round it.
+// A logit of the sum of its products; with its bias it is rounded once, as by torch's linear.
 template <class L, class T>
 __device__ __forceinline__ L logitOf(NormedRouteCall<T> const& call, int logit, float sum) {
-  L const product = fromFloat<L>(sum);
-  if (logit >= call.experts) return product;
-  return fromFloat<L>(toFloat(product) + toFloat(call.routerBias[logit]));
+  return fromFloat<L>(logit < call.experts ? sum + toFloat(call.routerBias[logit]) : sum);
 }
 
 // Routes `count` rows, at most kNormedRouteWarps, a warp each. sumOf(i, logit) is the sum of
@@ -262,12 +261,12 @@ __device__ __forceinline__ void routeRows(NormedRouteCall<T> const& call,
 // squares are added a lane's in order, then lanes by a tree, then parts by one.
 //
 // In place of three launches and what lies between them. For one token of GPT-OSS-120b (C = 2880,
-// E = 128) a block reads 92 KB of weights, which it asked for before the norm: out of L2 at 64 bytes
-// a cycle they take 1,440 cycles, 0.8 us at 1.755 GHz, where one SM alone would take 8 times as
-// long. The two exchanges cost a barrier of the cluster each, which is a fence for the whole GPU,
-// some hundreds of cycles, and 200 for the first read of another SM's shared memory. Of a prompt
-// each tile of 16 tokens reads all weights out of L2: 94 MB for 2,048 tokens, about 20 us of a
-// layer. No GPU has timed it.
+// E = 128) a block reads 92 KB of weights, which it asked for before the norm: out of L2 at 64
+// bytes a cycle they take 1,440 cycles, 0.8 us at 1.755 GHz, where one SM alone would take 8 times
+// as long. The two exchanges cost a barrier of the cluster each, which is a fence for the whole
+// GPU, some hundreds of cycles, and 200 for the first read of another SM's shared memory. Of a
+// prompt each tile of 16 tokens reads all weights out of L2: 94 MB for 2,048 tokens, about 20 us of
+// a layer. No GPU has timed it.
 template <class T, class L, class Key, int kPerLane>
 __global__ void __launch_bounds__(kNormedRouteThreads, 1)
     normedRouteClusterKernel(NormedRouteCall<T> const call) {
@@ -319,7 +318,8 @@ __global__ void __launch_bounds__(kNormedRouteThreads, 1)
 template <class T>
 __global__ void __launch_bounds__(kNormedRouteThreads, 1)
     normedRouteProductsKernel(NormedRouteCall<T> const call) {
-  multiplyRows(call, NormedRoutePlace(call), call.partial + int64_t(blockIdx.x) * call.partialSize());
+  float* const partial = call.partial + int64_t(blockIdx.x) * call.partialSize();
+  multiplyRows(call, NormedRoutePlace(call), partial);
 }
 
 // And their sums, by which a block routes kNormedRouteWarps rows.

@@ -19,8 +19,8 @@ struct NormedMoeRouteAttributes {
 };
 
 // x, residual, y and sum are [tokens, C], normWeight [C], routerWeight [E, C], routerBias [E],
-// weights and experts [tokens, slots]. Null where there is none: gateWeight [C], that of the gate of
-// the experts that are always there, and bias [E], of the choice.
+// weights and experts [tokens, slots]. Null where there is none: gateWeight [C], that of the gate
+// of the experts that are always there, and bias [E], of the choice.
 struct NormedMoeRouteTensors {
   void const *x, *residual, *normWeight, *routerWeight, *routerBias, *gateWeight;
   float const* bias;

@@ -13,6 +13,7 @@ import delta_rule_cases
 import expert_cases
 import kimi_delta_cases
 import normed_cases
+import routed_cases
 import shared_cases
 import torch
 import torch.nn.functional as F
@@ -202,6 +203,7 @@ def cases() -> Iterator[
     | normed_cases.NormedCase
     | normed_cases.BiasedCase
     | shared_cases.SharedCase
+    | routed_cases.RoutedCase
 ]:
     """Every op of every family, each shape once."""
     yield from attention_cases.cases()
@@ -212,6 +214,7 @@ def cases() -> Iterator[
     yield from wkv7_cases.cases()
     yield from normed_cases.cases()
     yield from shared_cases.cases()
+    yield from routed_cases.cases()
     seen: set[tuple[Any, ...]] = set()
     sizes = [*((1, t) for t in PREFILL), *((b, 1) for b in DECODE)]
     for family in FAMILIES:

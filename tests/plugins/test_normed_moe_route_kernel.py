@@ -85,8 +85,8 @@ class Case:
         """What the plugin that routes alone makes of a y, its logits by float64."""
         kind = np.dtype(np.float32) if self.wide else y.dtype
         products = [y.astype(np.float64) @ w.astype(np.float64).T for w in inputs[3:6:2] if w.ndim == 2]
+        products[0] += inputs[4].astype(np.float64)
         logits, *gate = (p.astype(kind) for p in products)
-        logits = (logits.astype(np.float64) + inputs[4].astype(np.float64)).astype(kind)
         correction = [inputs[-1].astype(kind)] if self.correction else []
         plugin = machine.library.create(self.plugin.removeprefix("Normed"), {**self.route, **self.slots})
         weights, experts = computed(plugin, machine.memory(), [logits, *gate, *correction])
