@@ -4,6 +4,7 @@
 #include "gated_act/gated_act.h"
 #include "gated_delta_net/gated_delta_net.h"
 #include "moe_route/moe_route.h"
+#include "normed_moe_route/normed_moe_route.h"
 #include "qk_norm_rope/qk_norm_rope.h"
 #include "rope/rope.h"
 #include "wkv/wkv.h"
@@ -88,6 +89,18 @@ extern "C" void plan_moe_route(int64_t const* sizes, int, bool, int64_t* out) {
   auto const plan = moeRoutePlan({1, sizes[0], sizes[1]}, attributes);
   write(plan.launch, out);
   out[8] = plan.perLane;
+}
+
+// sizes: tokens, E, top_k, whether there is a gate, and which launch. [7] is a cluster's blocks, [8]
+// the parts of a tile.
+extern "C" void plan_normed_moe_route(int64_t const* sizes, int, bool, int64_t* out) {
+  NormedMoeRouteAttributes attributes{};
+  attributes.route.topK = int32_t(sizes[2]);
+  auto const plan = normedMoeRoutePlan({sizes[0], 64, sizes[1]}, attributes, sizes[3] != 0);
+  LaunchPlan const launches[] = {plan.cluster, plan.products, plan.route};
+  write(launches[sizes[4]], out);
+  out[7] = launches[sizes[4]].cluster;
+  out[8] = plan.parts;
 }
 
 // sizes: B, T, C.

@@ -103,7 +103,7 @@ def test_the_command_line_takes_no_sm_versions_beside_it() -> None:
 def test_the_command_line_compiles_the_ops_that_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One, as the tests compile all of them by the same CMakeLists.txt."""
     need_cuda_headers()
-    others = ["normed_moe_experts", *(OPS[op].torch_name for op in served() - {"GatedAct"})]
+    others = ["normed_moe_experts", "normed_moe_route", *(OPS[op].torch_name for op in served() - {"GatedAct"})]
     shutil.copytree(library.SOURCES, tmp_path / "plugins", ignore=shutil.ignore_patterns(*others))
     monkeypatch.setattr(library, "SOURCES", tmp_path / "plugins")
     result = CliRunner().invoke(command, ["build", "--emulated"])

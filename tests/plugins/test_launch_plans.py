@@ -19,7 +19,7 @@ WARP = 32
 # The same on sm_80 to sm_120 (CUDA programming guide, technical specifications per compute capability).
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK, MAX_THREADS = (1024, 1024, 64), 1024
-SHARED_WITHOUT_ASKING = 48 * 1024
+SHARED_WITHOUT_ASKING, SHARED_OF_ALL = 48 * 1024, 99 * 1024
 # __launch_bounds__ of the kernels.
 ROPE_THREADS, HEAD_THREADS, NORM_THREADS, ACT_THREADS, CONV_THREADS, ROUTE_THREADS = 256, 256, 512, 256, 128, 128
 DECODE_THREADS, GATE_THREADS = 512, 256
@@ -208,6 +208,26 @@ def test_moe_route(plan, rows, experts, top_k, grouped):
     assert p.block[0] == WARP if grouped else p.block[0] == 1 or p.block[0] // 2 * p.vectors < experts
     # An expert and a weight for each winner; with groups a choice for each expert.
     assert p.shared == p.block[1] * (8 * top_k + (4 * experts if grouped else 0))
+
+
+@several
+@given(many, st.integers(2, 512), st.integers(1, 512), st.booleans())
+def test_normed_moe_route(plan, rows, experts, top_k, gated):
+    """A cluster of 8 blocks takes 16 rows, and its sums, and a route, fit what every architecture's blocks may have."""
+    cluster, products, route = (
+        plan("normed_moe_route", (rows, experts, min(top_k, experts), gated, which), 2, True) for which in range(3)
+    )
+    tiles = -(-rows // 16)
+    assert (cluster.grid, cluster.width) == ((8 * tiles, 1, 1), 8)
+    assert cluster.vectors == products.vectors == (8 if rows <= 512 else 1)
+    assert (products.grid, products.width, products.shared) == ((products.vectors * tiles, 1, 1), 1, 0)
+    assert route.grid[0] * 8 >= rows > (route.grid[0] - 1) * 8
+    for p in (cluster, products, route):
+        assert p.block == (WARP, 8, 1)
+        assert 0 < p.grid[0] <= MAX_GRID[0]
+        assert p.shared <= SHARED_OF_ALL
+    # The sums of 16 rows, and the logits of those that it routes.
+    assert cluster.shared >= (16 + 2) * 4 * (experts + gated)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,6 +352,22 @@ def test_blocks_of_a_cluster_wait_for_each_other_twice(listings: dict[str, str])
     for name in in_clusters(listings):
         found = re.findall(r"UCGABAR_\w+", listings[name])
         assert found == 2 * ["UCGABAR_ARV", "UCGABAR_WAIT"], name
+
+
+def test_a_routing_cluster_waits_for_no_store_and_has_weights_under_way(listings: dict[str, str]) -> None:
+    """It writes behind its first barrier, the last shows nothing, and of each step of a product, of which two are read
+    at a time, a lane has whole vectors: of two rows, and of two or five tiles of weights."""
+    found = [n for n in listings if re.search(r"normedRouteClusterKernel<(__half|__nv_bfloat16),", n)]
+    assert len(found) == 12
+    for name in found:
+        code = placed(listings[name])
+        ops = [i.op for i in code]
+        assert [op for op in ops if op.startswith("UCGABAR")] == 3 * ["UCGABAR_ARV", "UCGABAR_WAIT"], name
+        assert ops.count("MEMBAR.ALL.GPU") == 2, name
+        assert not [op for op in ops[: ops.index("UCGABAR_ARV")] if op.startswith("STG")], name
+        steps = [Counter(i.op.split(".16816")[0] for i in loop) for loop in loops(code)]
+        inner = {(c["HMMA"], c["LDG.E.128"]) for c in steps if c["HMMA"]}
+        assert {(2 * 2 * 2, 2 * (2 + 2)), (2 * 2 * 5, 2 * (2 + 5))} <= inner, (name, inner)
 
 
 # What a warpgroup does with the barriers of a step: it waits for keys, values and its turn, and gives that before it
