@@ -20,22 +20,24 @@ from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.graph_file import load
 from llmexport.export.join_norm import join_norms
 from llmexport.export.join_products import join_products
+from llmexport.export.join_route import join_routes
 from llmexport.export.join_shared import join_shared
 from llmexport.export.packed.engine_form import engine_form
 from llmexport.export.tensorrt_form import tensorrt_form
 from llmexport.graphs.launches import kernels_of
 from llmexport.plugins.declared import declared
 from llmexport.plugins.normed import ADDENDS, EXPERTS
+from llmexport.plugins.normed_route import NORMED_ROUTES
 from llmexport.plugins.shared_route import ROUTE, SHARED_ROUTES
 
 # The op that has a plugin's kernels.
-OF_PLUGINS = {**dict.fromkeys(ADDENDS, EXPERTS), **dict.fromkeys(SHARED_ROUTES, ROUTE)}
+OF_PLUGINS = {**dict.fromkeys(ADDENDS, EXPERTS), **dict.fromkeys((*SHARED_ROUTES, *NORMED_ROUTES), ROUTE)}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A graph in TensorRT's form: `nodes` are left to plugins, name -> op, or a plugin of plugins/normed.py or
-    shared_route.py; `bindings` make the weights that are inputs.
+    """A graph in TensorRT's form: `nodes` are left to plugins, name -> op, or a plugin of plugins/normed.py,
+    shared_route.py or normed_route.py; `bindings` make the weights that are inputs.
 
     said: what the job's file says, to which the builder's task is added.
     """
@@ -70,9 +72,12 @@ def prepare(
     loaded = load(export, graph)
     given = engine_form(loaded)
     model, nodes = tensorrt_form(loaded, served)
+    folder = (export.folder / graph.file).parent
     if weights == "inside":
         nodes = join_shared(model, nodes, served)
-        given = join_products(model, served, given, (export.folder / graph.file).parent)
+    nodes = join_routes(model, nodes, served, folder)
+    if weights == "inside":
+        given = join_products(model, served, given, folder)
     nodes = join_norms(model, nodes, served)
     bindings = beside.beside(model, beside.LARGE) if weights == "beside" else {}
     said = {

@@ -33,12 +33,14 @@ class Uncomputed(EngineError):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A parsed network in a process of its own; `timeout` is in seconds and of each call.
+    """A parsed network in a process of its own, `nodes` of it by plugins, as of `engine_job.Job`; `timeout` is in
+    seconds and of each call.
 
     Every call raises Uncomputed where a layer cannot be computed, EngineError if the process dies.
     """
 
     work: Path
+    nodes: Mapping[str, str]
     child: subprocess.Popen[str]
     channel: Connection
     timeout: float | None
@@ -110,7 +112,7 @@ def evaluator(
             process = contextlib.ExitStack()
             child = process.enter_context(builder.builder(work, module, theirs.fileno()))
         with process:
-            made = Evaluator(work, child, ours, timeout, collections.deque(maxlen=20))
+            made = Evaluator(work, job.nodes, child, ours, timeout, collections.deque(maxlen=20))
             made.read(lambda read: _check(read, export, graph, job.nodes, job.bindings))
             yield made
 

@@ -124,17 +124,25 @@ class Weights:
 
         What the builder computes of constants it would copy at each step to a plugin that it runs by itself.
         """
-        makers = [self._makers.get(n) for n in names]
-        sources = [
-            self._stored.get(m.input[0] if m and m.op_type == "Cast" else n) for n, m in zip(names, makers, strict=True)
-        ]
-        known = [s for s in sources if s is not None and s.data_type in FLOATS]
+        vectors = [self.numbers(n) for n in names]
+        known = [v for v in vectors if v is not None]
         if len(known) < len(names):
             return False
         target = np.dtype(BY_ONNX[dtype].name)
-        values = np.concatenate([self._array(s).astype(target) for s in known])
+        values = np.concatenate([v.astype(target) for v in known])
         self.add(TensorProto(name=made, dims=values.shape, data_type=dtype, raw_data=values.tobytes()))
         return True
+
+    def numbers(self, name: str) -> np.ndarray | None:
+        """Those of a stored vector of floats, or of one that is cast from float to float; None if it is neither."""
+        if stored := self._stored.get(name):
+            return self._array(stored) if stored.data_type in FLOATS else None
+        node = self._makers.get(name)
+        if node is None or node.op_type != "Cast":
+            return None
+        target = next(a.i for a in node.attribute if a.name == "to")
+        source = self.numbers(node.input[0]) if target in FLOATS else None
+        return None if source is None else source.astype(np.dtype(BY_ONNX[target].name))
 
     def _array(self, tensor: TensorProto) -> np.ndarray:
         if tensor.data_location != TensorProto.EXTERNAL:

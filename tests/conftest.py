@@ -31,7 +31,7 @@ NOT_FOR_KERNELS += ("safetensors", "tensorrt", "tensorrt_lean", "tensorrt_rtx", 
 
 # The tier of a test by what its fixtures, or what its file takes from native.py, make; where neither says it, the
 # test or its file is marked by hand.
-TIERS = {"exported": "model", "tiny_checkpoint": "model", "cuda_library": "engine"}
+TIERS = {"exported": "model", "exported_as_stored": "model", "tiny_checkpoint": "model", "cuda_library": "engine"}
 TIERS |= dict.fromkeys(("machine", "compiled", "beside_emulated", "emulated_library", "Plans"), "kernel")
 NOT_QUICK = {*TIERS.values(), "slow", "gpu"}
 
@@ -229,5 +229,34 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable
         if slots:
             need_static_caches()
         return make(as_case(which), dtype, block, weights, part, **kind)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def exported_as_stored(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
+    """Exports a family in the type that its checkpoint is stored in, as published ones are, where `exported` casts
+    fp32; `exported_as_stored(arch, dtype="float16")`, with `slots`, `cache` and `window_slots` as there."""
+
+    @functools.cache
+    def export(
+        arch: str,
+        dtype: str = "bfloat16",
+        slots: int | None = None,
+        cache: str = "static",
+        window_slots: str = "last",
+    ) -> Path:
+        from llmexport.export import archs, onnx_file, random_checkpoint
+        from llmexport.export.checkpoint import open_checkpoint
+
+        if slots:
+            need_static_caches()
+        folder = tmp_path_factory.mktemp(f"{arch}-{dtype}-stored")
+        random_checkpoint.write(archs.load(arch), folder / "checkpoint", dtype=dtype, shard_bytes=100_000)
+        static = {"cache": cache, "max_tokens": slots, "window_slots": window_slots}
+        kind: dict[str, Any] = static if slots else {}
+        checkpoint = open_checkpoint(folder / "checkpoint")
+        onnx_file.write(onnx_file.Request(archs.load(arch), checkpoint, dtype, **kind), folder / "export", force=False)
+        return folder / "export"
 
     return export

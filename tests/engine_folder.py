@@ -19,6 +19,7 @@ from llmexport.export.exported import Export
 from llmexport.export.identity import identify
 from llmexport.export.spec import Port, Sizes
 from llmexport.plugins.normed import ADDENDS, EXPERTS, NORM
+from llmexport.plugins.normed_route import NORMED_ROUTES
 from llmexport.plugins.shared_route import ROUTE, SHARED_ROUTES
 
 PLAN, WEIGHTS = "model.plan", "w.safetensors"
@@ -28,6 +29,7 @@ PROFILE = {"batch": (1, 1, 4), "sequence": (1, 8, 64), "past": (0, 8, 64), "tota
 # What an engine makes one op of, in a graph where they are apart.
 FUSED = {"QkNormRope": ("Rope", "Rope"), "GatedDeltaNet": ("CausalConv1d", "GatedDeltaRule", "GatedRmsNorm")}
 FUSED |= dict.fromkeys(ADDENDS, (EXPERTS, NORM)) | dict.fromkeys(SHARED_ROUTES, (ROUTE, "GatedAct"))
+FUSED |= {plugin: (NORM, *FUSED.get(route, (route,))) for plugin, route in NORMED_ROUTES.items()}
 
 
 def of_engine(ops: Mapping[str, int], plugins: Mapping[str, int]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from native import PLUGINS
 
 from llmexport.plugins.joined import BIASABLE, BIASED, JOINED
 from llmexport.plugins.normed import ADDENDS
+from llmexport.plugins.normed_route import NORMED_ROUTES
 from llmexport.plugins.shared_route import ROUTE, SHARED_ROUTES
 from llmexport.plugins.spec import Op, all_ops
 
@@ -435,6 +436,7 @@ def plugins() -> set[str]:
         served()
         | {f"{JOINED}{op}" for op in served() if OPS[op].joins}
         | {*ADDENDS}
+        | ({*NORMED_ROUTES} if routes else set())
         | routes
         | {f"{JOINED}{route}" for route in routes}
         | {f"{BIASED}{JOINED}{op}" for op in BIASABLE}

@@ -13,6 +13,7 @@ import numpy as np
 from llmexport.export.network.kinds import Array, Compute, Unable
 from llmexport.plugins.joined import BIASED, COLUMNS, JOINED, Part, parts_of
 from llmexport.plugins.normed import ADDENDS, EXPERTS, GATE_COLUMN, NORM, inputs_of
+from llmexport.plugins.normed_route import normed_routes
 from llmexport.plugins.shared_route import shared_ops
 from llmexport.plugins.spec import all_ops
 
@@ -28,7 +29,7 @@ def reference(trt: Any, layer: Any) -> Compute:
     said = json.loads(build.metadata_string or "{}")
     if core.plugin_name in ADDENDS:
         return _normed(core.plugin_name, said)
-    ops = all_ops() | shared_ops()
+    ops = all_ops() | shared_ops() | normed_routes()
     if name not in ops:
         raise Unable(f"plugin {core.plugin_name} is no op of ours")
     op = ops[name]

@@ -29,12 +29,12 @@ DECODE = "batch=1:4:8,sequence=1:1:1"
 Layers = dict[str, list[Kernel]]
 
 
-def built(exported, row: str, tmp_path: Path) -> Layers:
+def built(exported_as_stored, row: str, tmp_path: Path) -> Layers:
     """The kernels of the layers of a row, which names an architecture, a cache if it is not `static`, and `all` where
     windows keep all slots."""
     arch, cache, windows = [*row.split(), *("static", "last")[len(row.split()) - 1 :]]
     grows = cache == "dynamic"
-    export = exported(arch, "bfloat16", slots=None if grows else 64, cache=cache, window_slots=windows)
+    export = exported_as_stored(arch, slots=None if grows else 64, cache=cache, window_slots=windows)
     folder = Path(shutil.copytree(export, tmp_path / "export"))
     profile = parse_profile(DECODE + (",past=1:128:256" if grows else ""))
     kernels = engine.build(folder, profile=profile, plugins=emulated_library()).graphs["model"].kernels
@@ -77,18 +77,18 @@ def changed(row: str, layers: Layers, found: dict[str, dict[str, int]]) -> str:
 
 
 @pytest.mark.parametrize("row", others_slow(list(GOLDEN["rows"]), ["gemma static-fused", "qwen3_5_moe"]))
-def test_a_decode_layer_of_an_engine_takes_no_launch_more(row: str, exported, tmp_path: Path) -> None:
-    layers = built(exported, row, tmp_path)
+def test_a_decode_layer_of_an_engine_takes_no_launch_more(row: str, exported_as_stored, tmp_path: Path) -> None:
+    layers = built(exported_as_stored, row, tmp_path)
     found = counted(layers, list(GOLDEN["rows"][row]))
     assert found == GOLDEN["rows"][row], changed(row, layers, found)
 
 
-def test_launches_that_come_back_are_seen_and_named(exported, tmp_path: Path, monkeypatch) -> None:
+def test_launches_that_come_back_are_seen_and_named(exported_as_stored, tmp_path: Path, monkeypatch) -> None:
     """Those of experts that are built from their body; the norm of their sum is then a plugin of its own, and so is the
     activation of the shared one."""
     served = engine.library.served(emulated_library()) - {"MoeExperts"}
     monkeypatch.setattr(engine.library, "served", lambda path: served)
-    layers = built(exported, "qwen3_5_moe", tmp_path)
+    layers = built(exported_as_stored, "qwen3_5_moe", tmp_path)
     found, golden = counted(layers, ["layers.1"]), GOLDEN["rows"]["qwen3_5_moe"]["layers.1"]
     assert found["layers.1"]["plugin"] == golden["plugin"] - 3 + 2
     assert found["layers.1"]["all"] > golden["all"]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import onnx
 import pytest
-from arch_cases import FIRST_EVERY_TIME, ONCE, PRIMARY, TOWERS, Case, in_each_dtype, others_slow
+from arch_cases import FIRST_EVERY_TIME, MATRIX, ONCE, PRIMARY, TOWERS, Case, in_each_dtype, others_slow
 from engine_folder import of_engine
 from native import emulated_library
 
@@ -125,8 +126,33 @@ def test_experts_are_normed_wherever_their_weights_lie(weights: str, exported) -
     served = engine.library.served(library)
     job = engine_job.prepare(export, export.graphs[0], "tensorrt_rtx", library, served, weights)
     kinds = Counter(job.nodes.values())
-    assert (kinds["NormedMoeExperts"], kinds["MoeExperts"], kinds["AddRmsNorm"]) == (3, 0, 3)
+    assert (kinds["NormedMoeExperts"], kinds["MoeExperts"], kinds["AddRmsNorm"]) == (3, 0, 0)
     assert job.launches["layers.0/moe_experts"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arch", "inside", "beside"),
+    [
+        ("gpt_oss", "NormedMoeRoute", "NormedMoeRoute"),
+        ("glm4_moe", "NormedSharedMoeRoute", "NormedMoeRoute"),
+        pytest.param("qwen3_5_moe", "NormedGatedSharedMoeRoute", "NormedMoeRoute", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "NormedSharedMoeRoute", "NormedMoeRoute", marks=pytest.mark.slow),
+    ],
+)
+def test_routers_of_published_types_are_normed_and_multiplied_wherever_their_weights_lie(
+    arch: str, inside: str, beside: str, exported_as_stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router's weight is an input of its own where it is large enough, as here all are."""
+    monkeypatch.setattr(engine_job.beside, "LARGE", MATRIX // 8)
+    folder = Path(shutil.copytree(exported_as_stored(arch), tmp_path / "export"))
+    [graph] = manifest.read(folder).graphs
+    for weights, route in (("inside", inside), ("beside", beside)):
+        record = engine.build(folder, plugins=emulated_library(), weights=weights).graphs["model"]
+        assert record.plugins == of_engine(graph.ops, record.plugins)
+        assert record.plugins[route] == graph.ops["MoeRoute"]
+        routing = [k for k in record.kernels or () if k.kind == "plugin" and "moe_route" in k.name]
+        assert [k.launches for k in routing] == [1] * graph.ops["MoeRoute"]
+    assert [n for n in record.bindings if re.search(r"(gate|router)\.weight", n)]
 
 
 @pytest.mark.slow

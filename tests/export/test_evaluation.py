@@ -15,6 +15,9 @@ from llmexport.export import beside, builder, manifest
 from llmexport.export.engine_record import WEIGHTS
 from llmexport.export.errors import EngineError
 from llmexport.export.evaluation import Uncomputed, evaluator
+from llmexport.plugins import library
+from llmexport.plugins.joined import JOINED
+from llmexport.plugins.shared_route import SHARED_ROUTES
 from llmexport.validate import stages
 from llmexport.validate.compare import compare
 from llmexport.validate.tolerance import TOLERANCE
@@ -120,3 +123,24 @@ def test_weights_beside_the_network_are_what_they_are_inside(
     inside, outside = made
     worst = max(compare(inside[n], outside[n]).excess(TOLERANCE[dtype]) for n in inside)
     assert worst <= 1
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [("gpt_oss", "float32"), ("glm4_moe", "float16")])
+def test_routers_that_are_one_with_a_norm_read_weights_beside_the_network_too(
+    arch: str, dtype: str, exported_as_stored, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways round the same plugins compute the same, with shared experts and all products apart."""
+    served = library.served(emulated_library()) - {*SHARED_ROUTES}
+    served -= {name for name in served if JOINED in name}
+    monkeypatch.setattr(library, "served", lambda path: served)
+    monkeypatch.setattr(beside, "LARGE", MATRIX // 8)
+    export = manifest.read(exported_as_stored(arch, dtype))
+    [graph] = export.graphs
+    feed, made = first_feed(graph, stages.prompt(export), dtype), []
+    for weights in WEIGHTS:
+        (work / weights).mkdir()
+        with evaluator(export, graph, work / weights, plugins=emulated_library(), weights=weights) as network:
+            assert [*network.nodes.values()].count("NormedMoeRoute") == graph.ops["MoeRoute"]
+            made.append(network.run(feed))
+    inside, outside = made
+    assert max(compare(inside[n], outside[n]).excess(TOLERANCE[dtype]) for n in inside) <= 1

@@ -11,12 +11,11 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-import torch
 from native import emulated_library
 from onnx import TensorProto, numpy_helper
 from onnx.helper import get_node_attr_value, make_attribute, make_node, make_tensor_value_info
 from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
+from reference_ops import operator
 
 from llmexport.export import engine, engine_job, join_shared, manifest
 from llmexport.plugins.shared_route import MOST_EXPERTS, SHARED_ROUTES, SLOTS, shared_ops
@@ -26,19 +25,6 @@ from llmexport.validate.tolerance import Tolerance
 
 SERVED = frozenset({*all_ops(), *SHARED_ROUTES})
 T, E, K, C, I = 5, 4, 2, 8, 6  # noqa: E741
-
-
-def operator(name: str, op: Any) -> type[OpRun]:
-    """An op or plugin, by its reference."""
-
-    def run(self: OpRun, *given: np.ndarray, **said: Any) -> tuple[np.ndarray, ...]:
-        tensors = {n: torch.from_numpy(x.copy()) for n, x in zip(op.inputs, given, strict=False)}
-        made = op.reference(
-            **{n: tensors.get(n) for n in op.inputs}, **{n: t(said[n]) for n, t in op.attributes.items()}
-        )
-        return tuple(y.numpy() for y in (made if isinstance(made, tuple) else (made,)))
-
-    return type(name, (OpRun,), {"op_domain": "llmexport", "_run": run})
 
 
 EVALUATED = [
@@ -343,23 +329,25 @@ def test_a_router_of_another_type_is_cast_behind_its_choice() -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("arch", "route", "slots"),
+    ("arch", "normed", "route", "slots"),
     [
-        ("llama4", "SharedMoeRoute", 2),
-        ("qwen3_5_moe", "GatedSharedMoeRoute", 3),
-        ("glm4_moe", "SharedMoeRoute", 4),
-        ("deepseek_v2", "SharedMoeRoute", 4),
+        ("llama4", "Normed", "SharedMoeRoute", 2),
+        ("qwen3_5_moe", "Normed", "GatedSharedMoeRoute", 3),
+        ("glm4_moe", "", "SharedMoeRoute", 4),
+        ("deepseek_v2", "", "SharedMoeRoute", 4),
     ],
 )
-def test_shared_experts_of_models_are_routed_to(arch: str, route: str, slots: int, exported) -> None:
+def test_shared_experts_of_models_are_routed_to(arch: str, normed: str, route: str, slots: int, exported) -> None:
+    """By what norms too, but for routers in fp32 whose weights are stored so."""
     export, library = manifest.read(exported(arch, "bfloat16")), emulated_library()
     served = engine.library.served(library)
     jobs = [
         engine_job.prepare(export, export.graphs[0], "tensorrt_rtx", library, served, w) for w in ("inside", "beside")
     ]
     inside, beside = (Counter(job.nodes.values()) for job in jobs)
-    assert inside[route] == beside["MoeRoute"] > 0
-    assert inside["MoeRoute"] == beside[route] == 0
+    route, alone = f"{normed}{route}", f"{normed}MoeRoute"
+    assert inside[route] == beside[alone] > 0
+    assert sum(n for op, n in (inside + beside).items() if op.endswith("MoeRoute")) == 2 * inside[route]
     assert beside["GatedAct"] - inside["GatedAct"] == inside[route]
     assert inside["NormedMoeExperts"] == inside[route]
     said = {get_node_attr_value(n, SLOTS) for n in jobs[0].model.graph.node if n.op_type.endswith(route)}

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmexport.plugins import library, spec
 from llmexport.plugins.joined import BIASABLE, BIASED, JOINED
 from llmexport.plugins.normed import ADDENDS, EXPERTS, GATE_COLUMN, NORM, OWN, inputs_of
+from llmexport.plugins.normed_route import normed_routes
 from llmexport.plugins.shared_route import MOST_EXPERTS, declared_routes, shared_ops
 from llmexport.plugins.spec import Op, op
 
@@ -67,6 +68,7 @@ def test_tables_say_what_the_references_say() -> None:
     joined += [table(OPS[name], f"{BIASED}{JOINED}") for name in BIASABLE]
     routes = [table(op, prefix) for op in shared_ops().values() for prefix in ("", JOINED)]
     normed = [table(normed_op(name)) for name in ADDENDS]
+    normed += [table(op) for op in normed_routes().values()]
     own = [table(OPS[name]) for name in served()]
     assert sorted(ops().decode().splitlines()) == sorted([*joined, *routes, *normed, *own])
 

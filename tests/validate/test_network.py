@@ -15,6 +15,7 @@ from pairwise import pairwise
 from llmexport.export import builder, manifest
 from llmexport.export.spec import DTYPES
 from llmexport.plugins import library
+from llmexport.plugins.normed_route import NORMED_ROUTES
 from llmexport.plugins.shared_route import SHARED_ROUTES
 from llmexport.validate import ladder, network
 from llmexport.validate.report import Rung
@@ -95,6 +96,18 @@ ROUTED_FAULTS = {
     "slices": ("deepseek_v2", "gate_up/both", "op.input[:] = [op.input[0], op.input[0]]"),
     "turned": ("llama4", "down/turned", "op.attribute[0].ints[:] = [1, 0, 2]"),
 }
+# And where a router is one with the norm that it reads, by what is altered of the second of the plugin's nodes.
+OTHERS = "first = next(n for n in model.graph.node if n.op_type == op.op_type); op.input[{0}] = first.input[{0}]"
+ROUTER_FAULTS = {
+    "norm": ("gpt_oss", "NormedMoeRoute", 'next(a for a in op.attribute if a.name == "weight_offset").f = 1.0'),
+    "residual": ("gpt_oss", "NormedMoeRoute", "op.input[0] = op.input[1]"),
+    "weight": ("gpt_oss", "NormedMoeRoute", OTHERS.format(3)),
+    "bias": ("gpt_oss", "NormedMoeRoute", OTHERS.format(4)),
+    "wide norm": ("glm4_moe", "NormedSharedMoeRoute", 'next(a for a in op.attribute if a.name == "epsilon").f = 9.0'),
+    "wide weight": ("glm4_moe", "NormedSharedMoeRoute", OTHERS.format(3)),
+    "bias of the choice": ("glm4_moe", "NormedSharedMoeRoute", OTHERS.format(5)),
+    "gate": ("qwen3_5_moe", "NormedGatedSharedMoeRoute", OTHERS.format(5)),
+}
 EXPERT_ALTERED = """
 named = lambda n: (n.op_type, n.output[0].partition("/shared/")[2])
 op = [n for n in model.graph.node if "{}" in named(n)][1]
@@ -108,7 +121,8 @@ op = [n for n in model.graph.node if "{}" in named(n)][1]
 def test_experts_that_are_normed_wrong_are_traced(what: str, exported, monkeypatch: pytest.MonkeyPatch) -> None:
     served = library.served(emulated_library())
     monkeypatch.setattr(library, "served", lambda path: served - {*SHARED_ROUTES})
-    check_traced(*EXPERT_FAULTS[what], exported, monkeypatch)
+    arch, which, altered = EXPERT_FAULTS[what]
+    check_traced(exported(arch, "float16", slots=SLOTS), which, altered, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -117,17 +131,32 @@ def test_experts_that_are_normed_wrong_are_traced(what: str, exported, monkeypat
 def test_shared_experts_that_are_routed_to_wrong_are_traced(
     what: str, exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_traced(*ROUTED_FAULTS[what], exported, monkeypatch)
+    served = library.served(emulated_library())
+    monkeypatch.setattr(library, "served", lambda path: served - {*NORMED_ROUTES})
+    arch, which, altered = ROUTED_FAULTS[what]
+    check_traced(exported(arch, "float16", slots=SLOTS), which, altered, monkeypatch)
 
 
-def check_traced(arch: str, which: str, altered: str, exported, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "what",
+    [w if w in ("weight", "wide weight") else pytest.param(w, marks=pytest.mark.slow) for w in ROUTER_FAULTS],
+)
+def test_routers_that_are_one_with_a_norm_and_wrong_are_traced(
+    what: str, exported_as_stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch, which, altered = ROUTER_FAULTS[what]
+    check_traced(exported_as_stored(arch, "float16", slots=SLOTS), which, altered, monkeypatch, "moe_(route|experts)")
+
+
+def check_traced(
+    folder: Path, which: str, altered: str, monkeypatch: pytest.MonkeyPatch, layer: str = "moe_experts"
+) -> None:
     monkeypatch.setattr(library, "find", emulated_library)
-    folder = exported(arch, "float16", slots=SLOTS)
     assert climb(folder).status == "pass"
     monkeypatch.setattr(builder, "COMMAND", planted.builder("", EXPERT_ALTERED.format(which, altered)))
     rung = climb(folder)
     assert rung.status == "fail"
-    assert re.search(r"first in \w+: layer layers\.\d/moe_experts \(PLUGIN_V3\)", rung.note), rung.note
+    assert re.search(rf"first in \w+: layer layers\.\d/{layer}\S* \(PLUGIN_V3\)", rung.note), rung.note
 
 
 @pytest.mark.slow
