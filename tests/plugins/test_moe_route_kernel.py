@@ -236,8 +236,8 @@ def test_no_tokens_with_shared_experts_are_no_error(machine: Machine) -> None:
     ("gate", "slots", "says"),
     [
         (None, 2, "SharedMoeRoute: slots is 2, which leaves none behind top_k = 2"),
-        ((1, 2, 1), 1, "SharedMoeRoute: slots is 1, which leaves none behind top_k = 2"),
-        ((1, 2, 2), 3, "GatedSharedMoeRoute: shared_gate has L = 2 columns, not one"),
+        ((1, 2, 1), 1, "GatedSharedMoeRoute: slots is 1, which leaves none behind top_k = 2"),
+        ((1, 2, 2), 3, "GatedSharedMoeRoute: shared_gate has L = 2, not one gate"),
         ((1, 3, 1), 3, "GatedSharedMoeRoute: dimension 1 of shared_gate is 3, but T is 2"),
         (None, 3, "MoeRoute: top_k is 2, but there are E = 1 experts"),
     ],

@@ -279,7 +279,7 @@ def test_attributes_survive_serialisation(machine: Machine, plugin: str) -> None
         (NONE, 2, (65,), "NormedMoeRoute: dimension 0 of norm_weight is 65, but C is 64"),
         (ALONE, 3, (8, 65), "NormedSharedMoeRoute: dimension 1 of router_weight is 65, but C is 64"),
         (NONE, 4, (9,), "NormedMoeRoute: dimension 0 of router_bias is 9, but E is 8"),
-        (GATED, 5, (2, 64), "NormedGatedSharedMoeRoute: gate_weight has L = 2 rows, not one"),
+        (GATED, 5, (2, 64), "NormedGatedSharedMoeRoute: gate_weight has L = 2, not one gate"),
     ],
 )
 def test_refuses_sizes(
