@@ -68,10 +68,13 @@ template <class T>
 __device__ __forceinline__ void prefetchWeights([[maybe_unused]] NormedRouteCall<T> const& call,
                                                 [[maybe_unused]] NormedRoutePlace const& place) {
 #ifndef LLMEXPORT_EMULATED
+  if (place.first >= place.end) return;
+  // Of columns that begin within a line, the last ones are in one line more.
   constexpr int kLine = 128 / sizeof(T);
-  int const lines = int(ceilDiv(place.end - place.first, kLine));
+  int const lines = int(ceilDiv(place.end - place.first, kLine)) + 1;
   for (int at = flatThread(); at < call.logits * lines; at += kNormedRouteThreads) {
-    T const* const from = call.weightsOf(at / lines) + place.first + at % lines * kLine;
+    int const column = min(place.first + at % lines * kLine, place.end - 1);
+    T const* const from = call.weightsOf(at / lines) + column;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
   }
 #endif
@@ -86,7 +89,7 @@ __device__ __forceinline__ Vector<T, kWidth> totalAt(NormedRouteCall<T> const& c
 // else is in the tile.
 template <class T, int kWidth>
 __device__ __forceinline__ void squareRows(NormedRouteCall<T> const& call,
-                                        NormedRoutePlace const& place, float* squares) {
+                                           NormedRoutePlace const& place, float* squares) {
   for (int row = threadIdx.y; row < place.rows; row += kNormedRouteWarps) {
     int64_t const start = (place.firstRow + row) * call.columns;
     float its = 0.0f;
