@@ -7,12 +7,15 @@ import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import produced_by, producer, scalar
 
+HIDDEN = -(2.0**15)  # a bias that leaves nothing of a key beside any other
+
 
 def is_causal(mask: gs.Tensor, length: gs.Tensor, slots: int) -> bool:
     """Whether a mask [B, 1, T, S] of so many slots shows no key behind the query's own slot, which is length + t.
 
-    It is read through And, of which one side must be so, Or, of which both must, and Unsqueeze, down to a comparison of
-    the slots' numbers with the queries'. False as well where that does not tell.
+    It is read through And, of which one side must be so, Or, of which both must, Unsqueeze, and a Where that makes a
+    bias of what is shown and hides the rest, down to a comparison of the slots' numbers with the queries'. False as
+    well where that does not tell.
     """
     op, inputs = _made_by(mask)
     match op:
@@ -20,6 +23,9 @@ def is_causal(mask: gs.Tensor, length: gs.Tensor, slots: int) -> bool:
             return any(is_causal(v, length, slots) for v in inputs)
         case "Or":
             return all(is_causal(v, length, slots) for v in inputs)
+        case "Where":
+            hidden = scalar(inputs[2])
+            return hidden is not None and hidden <= HIDDEN and is_causal(inputs[0], length, slots)
         case "LessOrEqual" | "Equal":
             return _numbers(inputs[0], slots) and _own_slots(inputs[1], length)
     return False

@@ -11,7 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added, Refusal, float_type
-from llmexport.graphs.rows import as_rows, flattened, rows_of
+from llmexport.graphs.rows import Heads, as_rows, flattened, heads_of
 
 TYPES = ("float32", "float16")  # that it has on a CPU
 PASTS, OF_ALL_ROWS = (3, 4), (6, 11)  # of its inputs; the latter are how many keys there are, and the sinks
@@ -19,10 +19,10 @@ PASTS, OF_ALL_ROWS = (3, 4), (6, 11)  # of its inputs; the latter are how many k
 
 @dataclass(frozen=True)
 class Form:
-    """An attention over slots: q, k and v, each as [B, T, H, D] and the Rope that turns it, if one does; the nodes that
-    write keys and values; and those behind it that make [B, T, H * D] of what is attended."""
+    """An attention over slots: q, k and v; the nodes that write keys and values; and those behind it that make
+    [B, T, H * D] of what is attended."""
 
-    rows: list[tuple[gs.Tensor, gs.Node | None]]
+    heads: list[Heads]
     writes: Sequence[gs.Node]
     behind: Sequence[gs.Node]
 
@@ -45,14 +45,14 @@ class Step:
 def form_of(graph: gs.Graph, node: gs.Node, writes: Sequence[gs.Node]) -> Form:
     """That of an attention whose keys and values `writes` put behind the past. Raises Refusal on other forms."""
     apart = zip((node.inputs[0], *(w.inputs[1] for w in writes)), ("q", "k", "v"), strict=True)
-    rows = [rows_of(value, what) for value, what in apart]
-    if rows[2][1]:
+    heads = [heads_of(value, what) for value, what in apart]
+    if heads[2].rope:
         raise Refusal("its values are turned by Rope")
-    if len({source.shape[3] for source, _ in rows}) > 1:
+    if len({size for _, size in (h.sizes for h in heads)}) > 1:
         raise Refusal("its values have heads of another size than its keys")
     if (kind := float_type(node.inputs[0])) not in TYPES:
         raise Refusal(f"it is of {kind or 'no float type'}, not of {' or '.join(TYPES)}")
-    return Form(rows, writes, flattened(graph, node))
+    return Form(heads, writes, flattened(graph, node))
 
 
 def bias_of(added: Added, seen: gs.Tensor, dtype: np.dtype[Any], tokens: gs.Tensor | None = None) -> gs.Variable:
@@ -109,13 +109,13 @@ def group(
     for the heads. beside: what it reads behind the bias.
     """
     at, before, writes = graph.nodes.index(node), list[gs.Node](), form.writes
-    given = [as_rows(source, rope, before) for source, rope in form.rows]
-    sizes = [source.shape[2:] for source, _ in form.rows]
+    given = [as_rows(heads, before) for heads in form.heads]
+    (q_heads, _), (kv_heads, _), _ = (heads.sizes for heads in form.heads)
     of_all, ends = step(before), [form.behind[-1].outputs[0], *(w.outputs[0] for w in writes)]
     # Of RoPE's angles and positions, as q and k are turned before.
     absent = [gs.Variable.empty() for _ in range(3)]
     inputs = [*given, *(w.inputs[0] for w in writes), of_all.last, of_all.total, *absent, of_all.bias, *beside]
-    heads = {"num_heads": sizes[0][0], "kv_num_heads": sizes[1][0]}
+    heads = {"num_heads": q_heads, "kv_num_heads": kv_heads}
     name = f"{node.name}/in_place"
     attend = gs.Node("GroupQueryAttention", name, heads | said, inputs, _anew(ends, name), "com.microsoft")
     for dead in (*form.behind, node, *writes):

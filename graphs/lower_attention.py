@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Fused, Refusal, fuse_each, is_read_before, produced_by, producer
-from llmexport.graphs.rows import as_rows, flattened, rows_of
+from llmexport.graphs.rows import as_rows, flattened, heads_of
 
 
 def lower_attention(graph: gs.Graph) -> Fused:
@@ -26,7 +26,8 @@ def lower_attention(graph: gs.Graph) -> Fused:
       Reshape - y
 
     Legal if
-    1. q, k and v are [B, T, H, D] with heads turned to the front, q and k by Rope after that or not at all,
+    1. heads of q, k and v are of a known number and size; Rope alone stands between what turns them to the front and
+       Attention, of q and k, or they are turned back,
     2. keys and values are the past and these, in this order, and nothing else reads them before,
     3. what is attended is read once, and turned back to [B, T, H * D].
     """
@@ -39,19 +40,19 @@ def _lower(graph: gs.Graph, node: gs.Node) -> None:
     query, mask = node.inputs[0], node.inputs[3:] or [gs.Variable.empty()]
     joined = [_joined(graph, node, node.inputs[i], what) for i, what in ((1, "keys"), (2, "values"))]
     apart = zip((query, *(c.inputs[1] for c in joined)), ("q", "k", "v"), strict=True)
-    rows = [rows_of(value, what) for value, what in apart]
-    if rows[2][1]:
+    q, k, v = heads = [heads_of(value, what) for value, what in apart]
+    if v.rope:
         raise Refusal("its values are turned by Rope")
     behind = flattened(graph, node)
     at = graph.nodes.index(node)
     before: list[gs.Node] = []
-    inputs = [as_rows(source, rope, before) for source, rope in rows]
+    inputs = [as_rows(its, before) for its in heads]
     inputs += [*mask, *(c.inputs[0] for c in joined)]
     outputs = [behind[-1].outputs[0], *(c.outputs[0] for c in joined)]
     for dead in (*behind, node, *joined):
         dead.inputs.clear()
         dead.outputs.clear()
-    node.attrs |= {"q_num_heads": rows[0][0].shape[2], "kv_num_heads": rows[1][0].shape[2]}
+    node.attrs |= {"q_num_heads": q.sizes[0], "kv_num_heads": k.sizes[0]}
     node.inputs.extend(inputs)
     node.outputs.extend(outputs)
     graph.nodes[at:at] = before

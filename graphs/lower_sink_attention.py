@@ -38,7 +38,8 @@ def lower_sink_attention(graph: gs.Graph) -> Fused:
     A window's layers keep their last slots, to which a step's keys are joined. What is before a row's first key, if
     anything is, a bias hides. GroupQueryAttention takes one row, or one token of each, or rows that begin: in the other
     branch it takes row by row. A cache that grows is no candidate, as nothing is gained there. Legal if
-    1. q, k and v are [B, T, H, D] with heads turned to the front, q and k by Rope after that or not at all,
+    1. heads of q, k and v are of a known number and size; Rope alone stands between what turns them to the front and
+       this op or the slots, of q and k, or they are turned back, but one of them,
     2. keys and values are the past's slots with these written from one length on or joined, and nothing else reads them
        before,
     3. keys end where the step was written, as the graph tells, which a block alone does not, as it is given their end,
@@ -59,9 +60,11 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     if keys.op != values.op or keys.inputs[2:] != values.inputs[2:]:
         raise Refusal("its keys and values are not written alike")
     form = form_of(graph, node, (keys, values))
-    query, rope = form.rows[0]
+    query = form.heads[0]
     # [B, T, ...]: what all layers read, if there is such, as a layer may be cut out.
-    tokens = rope.inputs[1] if rope else query
+    tokens = query.rope.inputs[1] if query.rope else next((h.source for h in form.heads if not h.first), None)
+    if tokens is None:
+        raise Refusal("neither q, k nor v is [B, T, H, D] with its heads turned to the front")
     past: Sum = sum_of(keys.inputs[2]) if keys.inputs[2:] else {ONE: keys.inputs[0].shape[2]}
     if sum_of(length) != plus(past, tokens.shape[1]):
         raise Refusal("its keys may end elsewhere than the step that is written")
@@ -69,12 +72,12 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     def step(before: list[gs.Node]) -> Step:
         known = tokens.name, start.name, length.name, *(v.name for v in keys.inputs[2:]), str(keys.inputs[0].shape[2])
         if known not in shared:
-            shared[known] = _seen(start, length, tokens, np.dtype(query.dtype), keys, before)
+            shared[known] = _seen(start, length, tokens, np.dtype(query.source.dtype), keys, before)
         return shared[known]
 
     said = {"scale": node.attrs["scale"]}
     said |= {new: node.attrs[old] for old, new in SAID.items() if node.attrs[old]}
-    sinks = _sinks(graph, node, np.dtype(query.dtype), query.shape[2])
+    sinks = _sinks(graph, node, np.dtype(query.source.dtype), query.sizes[0])
     group(graph, node, form, step, said, [sinks])
 
 

@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.causal import hides_rows_alone, is_causal, window_of
-from llmexport.graphs.fusion import Added, Fused, Refusal, fuse_each, is_read_before, produced_by
+from llmexport.graphs.fusion import Added, Fused, Refusal, float_type, fuse_each, is_read_before, produced_by
 from llmexport.graphs.grouped import Step, bare_of, bias_of, form_of, group, takes
 
 Shared = dict[tuple[str, str], Step]  # by mask and past length
@@ -35,9 +35,11 @@ def lower_static_attention(graph: gs.Graph) -> Fused:
     GroupQueryAttention reads the slots that are written, no others, and where past and present are one buffer it copies
     none. What the mask hides is a bias, which a step does without where no row is padded and no window hides anything.
     It takes one row, or one token of each, or rows that begin: in the other branch it takes row by row. Legal if
-    1. q, k and v are [B, T, H, D] with heads turned to the front, q and k by Rope after that or not at all,
+    1. heads of q, k and v are of a known number and size; Rope alone stands between what turns them to the front and
+       Attention or the slots, of q and k, or they are turned back,
     2. keys and values are the past's slots with these written from one length on, and nothing else reads them before,
-    3. the mask [B, 1, T, S] shows no key that is written behind the query's, as the graph tells,
+    3. the mask [B, 1, T, S], or that by which a Where makes a bias [B, H, T, S] of the queries' type, shows no key that
+       is written behind the query's, as the graph tells,
     4. keys and values have heads of one size, in a type that the operator has on a CPU,
     5. what is attended is read once, and turned back to [B, T, H * D].
     """
@@ -58,6 +60,8 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
         raise Refusal("its keys and values are written from different lengths on")
     form = form_of(graph, node, (keys, values))
     slots = keys.inputs[0].shape[2]
+    if (kind := float_type(mask)) not in ("", float_type(node.inputs[0])):
+        raise Refusal(f"its bias is of {kind}, its queries are not")
     if not is_causal(mask, length, slots):
         raise Refusal("its mask may show keys that are written behind the query's")
 
@@ -98,8 +102,8 @@ def _written(mask: gs.Tensor, length: gs.Tensor, slots: int, query: gs.Tensor, b
 
     def hides(within: Added) -> gs.Variable:
         places = [within.constant("first", [0]), longest, within.constant("axis", [3])]
-        shape = [batch, 1, mask.shape[2], f"{added.name}/slots"]
-        return bias_of(within, within.node("Slice", "seen", [mask, *places], np.bool_, shape), dtype)
+        seen = within.node("Slice", "seen", [mask, *places], mask.dtype, [*mask.shape[:3], f"{added.name}/slots"])
+        return bias_of(within, seen, dtype) if seen.dtype == np.bool_ else seen
 
     if hides_rows_alone(mask, length, slots):
         # Of the last query, as slot 0 may be the first one's own.

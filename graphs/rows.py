@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmexport.graphs.fusion import Refusal, heads_behind_tokens, is_output, produced_by, sole_consumer, turns_heads
+from llmexport.graphs.fusion import (
+    HEADS_FIRST,
+    Refusal,
+    heads_behind_tokens,
+    is_output,
+    produced_by,
+    sole_consumer,
+    turns_heads,
+)
 from llmexport.plugins.spec import DOMAIN
+
+
+@dataclass(frozen=True)
+class Heads:
+    """q, k or v: `source` [B, T, H, D], or [B, H, T, D] where heads are `first`, and the Rope that turns it, if one
+    does."""
+
+    source: gs.Tensor
+    rope: gs.Node | None = None
+    first: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many heads, and of what size."""
+        shape = self.source.shape
+        return shape[1 if self.first else 2], shape[3]
 
 
 def flattened(graph: gs.Graph, attention: gs.Node) -> list[gs.Node]:
@@ -24,21 +50,26 @@ def flattened(graph: gs.Graph, attention: gs.Node) -> list[gs.Node]:
     return behind
 
 
-def as_rows(source: gs.Tensor, rope: gs.Node | None, before: list[gs.Node]) -> gs.Tensor:
-    """[B, T, H, D] as rows, turned if there is a Rope; the nodes for that are added to `before`."""
+def as_rows(heads: Heads, before: list[gs.Node]) -> gs.Tensor:
+    """[B, T, H * D]; the nodes for that are added to `before`."""
+    source = heads.source
+    if heads.first:
+        shape = [source.shape[i] for i in HEADS_FIRST]
+        source = gs.Variable(f"{source.name}/turned_back", source.dtype, shape)
+        before.append(gs.Node("Transpose", source.name, {"perm": HEADS_FIRST}, [heads.source], [source]))
     value = _side_by_side(source, before)
-    return _turned(value, source, rope, before) if rope else value
+    return _turned(value, source, heads.rope, before) if heads.rope else value
 
 
-def rows_of(value: gs.Tensor, what: str) -> tuple[gs.Tensor, gs.Node | None]:
-    """The [B, T, H, D] whose heads were turned to the front, and the Rope that turns these, if one does."""
+def heads_of(value: gs.Tensor, what: str) -> Heads:
+    """Those that were turned to the front, and by Rope after that or not at all; or the value itself, if something else
+    made it."""
     rope = produced_by(value, "Rope", DOMAIN)
     source = heads_behind_tokens(rope.inputs[0] if rope else value)
-    if source is None:
-        raise Refusal(f"{what} is not [B, T, H, D] with its heads turned to the front")
-    if not all(isinstance(n, int) for n in (source.shape or [None] * 4)[2:]):
+    heads = Heads(value, first=True) if source is None else Heads(source, rope)
+    if len(heads.source.shape or ()) != 4 or not all(isinstance(n, int) for n in heads.sizes):
         raise Refusal(f"{what} has heads of a number or size that is not known")
-    return source, rope
+    return heads
 
 
 def _side_by_side(source: gs.Tensor, before: list[gs.Node]) -> gs.Tensor:

@@ -20,7 +20,8 @@ INPUTS = (
 HELD = """int64[4] four = {0, 0, 4, 8}, int64[4] two = {0, 0, 2, 8}, int64[3] flat = {0, 0, 32}, int64[1] one = {1},
   int64[1] last = {2}, int64 none = {0}, int64 step = {1}, int64[3] row = {-1, 1, 1}, int64 window = {3},
   int64[1,1,9] slots = {0, 1, 2, 3, 4, 5, 6, 7, 8}, int64[9] flat_slots = {0, 1, 2, 3, 4, 5, 6, 7, 8},
-  int64 slots9 = {9}, int64[3] all_of_row = {1, 1, 9}"""
+  int64 slots9 = {9}, int64[3] all_of_row = {1, 1, 9}, float[4,1,1] slopes = {0.5, 0.25, 0.125, 0.0625},
+  float hidden = {-32768}"""
 MASK = """
   t1 = Shape<start = 1, end = 2>(q) t = Squeeze(t1) steps = Range(none, t, step) [rows] of_row = Unsqueeze(length, one)
   own1 = Add(of_row, steps) own = Unsqueeze(own1, last) first = Reshape(padding, row) ge = GreaterOrEqual(slots, first)
@@ -34,6 +35,11 @@ ROPE = f"[qr] qr = {TURNS}(qt, cos, sin) [kr] kr = {TURNS}(kt, cos, sin)"
 TURNED = f"{MASK} {SPLIT} {TURN} {ROPE} {WRITE.format(k='kr')} {ATTEND.format(q='qr')} {BACK}"
 WINDOW = "near = Sub(own, window) gt = Greater(slots, near) le = And(le0, gt)"
 CHUNK = "c1 = Div(slots, window) c2 = Div(own, window) same = Equal(c1, c2) le = And(le0, same)"
+# ALiBi's, by head: what is hidden is where a mask of numbers says so.
+BIAS = """far = Sub(slots, own) far4 = Unsqueeze(far, one) apart = Cast<to = 1>(far4) steep = Mul(slopes, apart)
+  bias = Where(mask, steep, hidden)"""
+ALIBI = PLAIN.replace("all_v, mask)", "all_v, bias)").replace("[attention]", f"{BIAS} [attention]")
+BACK_AGAIN = "[s] qs = Neg(qt) [r] ks = Neg(kt)"
 SHAPED = "numbers = Reshape(flat_slots, all_of_row) "
 FORMS = {
     "plain": PLAIN,
@@ -41,9 +47,17 @@ FORMS = {
     "window": PLAIN.replace("le = Less", "le0 = Less").replace("[shown]", WINDOW),
     "window of all": PLAIN.replace("le = Less", "le0 = Less").replace("[shown]", WINDOW.replace("window)", "slots9)")),
     "chunk": PLAIN.replace("le = Less", "le0 = Less").replace("[shown]", CHUNK),
+    "bias by head": ALIBI,
+    "q and k turned back": PLAIN.replace("[kj]", f"{BACK_AGAIN} [kj]")
+    .replace("(qt, all", "(qs, all")
+    .replace("(pk, kt", "(pk, ks"),
     "numbers that are shaped": SHAPED + PLAIN.replace("(slots, ", "(numbers, "),
 }
-BIASED = {"window": 3, "chunk": None}  # the forms that hide more than padding, and what window they tell of
+BIASED = {
+    "window": 3,
+    "chunk": None,
+    "bias by head": None,
+}  # the forms that hide more than padding, and what window they tell of
 # Rows, tokens and what is before: a prompt, its next token, one where rows end at different slots, and a later piece,
 # which GroupQueryAttention takes of one row alone: of rows that go on, and of one that begins beside others.
 STEPS = [(2, 4, [0, 0]), (2, 1, [4, 4]), (2, 1, [3, 8]), (1, 3, [5]), (2, 3, [5, 5]), (2, 3, [2, 6]), (3, 3, [0, 5, 2])]
@@ -57,6 +71,8 @@ def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
     made = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
     # Rope is ours, and onnx infers no shape behind it; of the steps' number it does not know that it is T.
     typed = {"qr": (1, "B", 4, "T", 8), "kr": (1, "B", 2, "T", 8), "mask": (9, "B", 1, "T", SLOTS)}
+    typed |= {"far": (7, "B", "T", SLOTS), "far4": (7, "B", 1, "T", SLOTS), "apart": (1, "B", 1, "T", SLOTS)}
+    typed |= dict.fromkeys(("steep", "bias"), (1, "B", 4, "T", SLOTS))
     tell(made, typed)
     return made
 
@@ -71,7 +87,9 @@ def test_slots_are_written_by_one_operator_and_the_numbers_stay(form):
     graph = gs.import_onnx(model(FORMS[form]))
     fused = lower_static_attention(graph)
     assert (fused.count, fused.refused) == (1, [])
-    assert not {"Transpose", "TensorScatter", "Attention", "Rope"} & {n.op for n in graph.nodes}
+    ops = [n.op for n in graph.nodes]
+    assert not {"TensorScatter", "Attention", "Rope"} & {*ops}
+    assert ops.count("Transpose") == (4 if "turned back" in form else 0)
     chosen, hiding = attention_of(graph)
     assert [n.op for n in hiding.attrs["else_branch"].nodes] == ["Scan"]
     assert [v.name for v in chosen.outputs] == ["y", "all_k", "all_v"]
@@ -143,6 +161,19 @@ REFUSED = {
         "(pv, vt,": "(pv, vr,",
     },
     "what is attended has 2 consumers": {"[at]": "[more] z = Identity(a) [at]"},
+    "its bias is of float16, its queries are not": {
+        "all_v, mask)": "all_v, narrow)",
+        "[attention]": f"{BIAS} narrow = Cast<to = 10>(bias) [attention]",
+    },
+    f"{BEHIND}: a bias that hides too little": {
+        "all_v, mask)": "all_v, bias)",
+        "[attention]": f"{BIAS} [attention]",
+        "{-32768}": "{-100}",
+    },
+    f"{BEHIND}: a bias that shows what is hidden": {
+        "all_v, mask)": "all_v, bias)",
+        "[attention]": f"{BIAS} [attention]".replace("Where(mask, steep, hidden)", "Where(mask, hidden, steep)"),
+    },
     f"{BEHIND}: shown beside": {"any = Or(both, eq)": "any0 = Or(both, eq) any = Or(any0, ge)"},
     f"{BEHIND}: the other way": {"LessOrEqual(slots, own)": "GreaterOrEqual(slots, own)"},
     f"{BEHIND}: of another length": {"Unsqueeze(length, one)": "Unsqueeze(padding, one)"},
