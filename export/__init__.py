@@ -34,7 +34,7 @@ def export(
     quantize: str | None = None,
     group_size: int | None = None,
     quantize_head: bool = False,
-    window_slots: str = "last",
+    window_slots: str = "auto",
     force: bool = False,
     progress: Progress = silent,
 ) -> Export:

@@ -34,14 +34,14 @@ from llmexport.export.progress import Progress, silent
 from llmexport.export.small_experts import with_small_experts
 from llmexport.export.spec import DTYPES, Arch, Model
 from llmexport.export.stamp import stamp
-from llmexport.export.static import FUSED, StaticCache, check_fused, check_slots
+from llmexport.export.static import FUSED, StaticCache, check_fused, check_slots, windows_of
 from llmexport.export.wanted import check_layers, check_weights, wanted_graphs, whole
 
 WEIGHTS = ("auto", "link", "copy")
 TARGETS = ("portable", "tensorrt", "onnxruntime")
 CACHES = ("dynamic", "static", FUSED)
 LOGITS = ("all", "last")
-WINDOW_SLOTS = ("last", "all")
+WINDOW_SLOTS = ("auto", "last", "all")
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ class Request:
 
     `target` is "portable", with a function body for every op of ours; "tensorrt": without, as its parser takes a body
     over a plugin of that name; or "onnxruntime": as that is faster, unread by TensorRT. `max_tokens` are the slots of a
-    static `cache`; `window_slots`: which of them a layer with a window keeps, the last or all. `runtimes` are others
-    that shall open the folder. `logits` are of all tokens, or of the last of each row. `part` of a multimodal
-    checkpoint is all of it, its text model or what sees. `quantize` rounds the matrices of products, with
-    `quantize_head` the head's too, to int4 in groups of `group_size` columns (128), int8 or fp8.
+    static `cache`; `window_slots`: which of them a layer with a window keeps, the last or all; auto: the last, but all
+    of few windows for ONNX Runtime. `runtimes` are others that shall open the folder. `logits` are of all tokens, or of
+    the last of each row. `part` of a multimodal checkpoint is all of it, its text model or what sees. `quantize` rounds
+    the matrices of products, with `quantize_head` the head's too, to int4 in groups of `group_size` columns (128), int8
+    or fp8.
     """
 
     arch: Arch
@@ -71,7 +72,7 @@ class Request:
     quantize: str | None = None
     group_size: int | None = None
     quantize_head: bool = False
-    window_slots: str = "last"
+    window_slots: str = "auto"
 
     def __post_init__(self) -> None:
         said = (("dtype", DTYPES), ("weights", WEIGHTS), ("target", TARGETS), ("window_slots", WINDOW_SLOTS))
@@ -121,7 +122,8 @@ def open_model(request: Request) -> tuple[Request, Model, list[str]]:
     if request.quantize and request.checkpoint.matrices:
         request = dataclasses.replace(request, checkpoint=in_floats(request.checkpoint))
     config, part = request.checkpoint.config, request.part
-    static = StaticCache(request.max_tokens, request.window_slots == "all") if request.max_tokens else None
+    windows = windows_of(request.window_slots, request.target)
+    static = StaticCache(request.max_tokens, windows) if request.max_tokens else None
     model, notes = read_noted(request.arch, config, static, part)
     model = with_last_logits(model) if request.logits == "last" else model
     stored = request.checkpoint.names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
@@ -27,15 +28,18 @@ from llmexport.export.spec import (
 Reads = tuple[Block, ...]
 WRITER = "QkNormRopeWrite"
 FUSED = "static-fused"  # the static cache that an op of ours writes, with what makes its keys and values
+# Behind two of them a token takes ONNX Runtime's CPU as long with all slots as with a window's, which are copied; a
+# prompt takes half the time.
+FEW_WINDOWS = 4
 FEWEST = 16  # slots; fewer leave no room for a prompt and the steps that an export is compared over
 
 
 @dataclass(frozen=True)
 class StaticCache:
-    """`slots` of a row; `whole`: layers with a window keep all of them too."""
+    """`slots` of a row; layers with a window keep all of them too where they are no more than so many `windows`."""
 
     slots: int
-    whole: bool = False
+    windows: float = 1
 
 
 def with_slots(layer: Layer, reads: Reads, static: StaticCache) -> tuple[Layer, Reads]:
@@ -47,10 +51,17 @@ def with_slots(layer: Layer, reads: Reads, static: StaticCache) -> tuple[Layer, 
     slots = static.slots
     windows = [w for b in reads if isinstance(b, Mask) for w in (b.window, b.chunk) if w]
     windows += [s.block.window for s in layer.sublayers if isinstance(s.block, Attention) and s.block.window]
-    kept = slots if static.whole else min(windows, default=slots)
+    window = min(windows, default=slots)
+    kept = slots if slots <= static.windows * window else window
     keys = Keys(kept, slides=True) if kept < slots else Keys(slots)
     sublayers = tuple(dataclasses.replace(s, block=_static(s.block, keys)) for s in layer.sublayers)
     return dataclasses.replace(layer, sublayers=sublayers), (Slots(slots), *(_static(b, keys) for b in reads))
+
+
+def windows_of(window_slots: str, target: str) -> float:
+    """How many windows the slots may be of which a layer with a window keeps all; `window_slots`: auto, last or all."""
+    few = FEW_WINDOWS if target == "onnxruntime" else 1
+    return {"auto": few, "last": 1, "all": math.inf}[window_slots]
 
 
 def slots_of(blocks: Iterable[Block]) -> int | None:
@@ -75,7 +86,7 @@ def check_slots(cache: str, slots: int | None, target: str, window_slots: str) -
         raise ExportError("a static cache has as many slots as is said: add --max-tokens, as 4096")
     if cache == "dynamic" and slots is not None:
         raise ExportError(f"--max-tokens {slots} is of a static cache, and a dynamic one grows: add --cache static")
-    if cache == "dynamic" and window_slots != "last":
+    if cache == "dynamic" and window_slots == "all":
         raise ExportError(f"--window-slots {window_slots} is of a static cache: add --cache static")
     if slots is not None and not FEWEST <= slots <= MOST:
         raise ExportError(f"--max-tokens is {slots}: make it {FEWEST} to {MOST}")

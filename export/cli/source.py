@@ -62,10 +62,11 @@ def caching(command: F) -> F:
         click.option(
             "--window-slots",
             type=WINDOW_SLOTS,
-            default="last",
+            default="auto",
             show_default=True,
             help="What a layer with a window keeps of a static cache: its last tokens, which are copied at every "
-            "step, or all slots, which are written in place and take the memory.",
+            "step, or all slots, which are written in place and take the memory; auto: all with --target onnxruntime, "
+            "if they are no more than four windows.",
         ),
         click.option(
             "--max-tokens", type=int, help="The slots of a static cache: as many tokens as a row ever has, padding too."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_a_static_cache_is_one_buffer_of_the_longest_text() -> None:
 def test_a_static_cache_that_keeps_a_window_is_refused() -> None:
     with pytest.raises(ExportError, match="whose static cache keeps the last tokens alone in some layers"):
         written(read_model(archs.load("mistral"), archs.load("mistral").tiny, StaticCache(64)))
-    whole, _ = written(read_model(archs.load("mistral"), archs.load("mistral").tiny, StaticCache(64, whole=True)))
+    whole, _ = written(read_model(archs.load("mistral"), archs.load("mistral").tiny, StaticCache(64, math.inf)))
     assert whole["search"] == {"do_sample": False, "max_length": 64, "past_present_share_buffer": True}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +156,9 @@ def test_a_step_beyond_the_last_slot_fails(runner: str, exported) -> None:
         decoder.step(ids[:, :1], positions[:, -1:] + 1, np.pad(mask, ((0, 0), (0, 1)), constant_values=1))
 
 
-def attentions(arch: str, slots: int, whole: bool = False, **changes: Any) -> list[Attention]:
+def attentions(arch: str, slots: int, windows: float = 1, **changes: Any) -> list[Attention]:
     named = archs.load(arch)
-    steps = read_model(named, {**named.tiny, **changes}, StaticCache(slots, whole)).steps
+    steps = read_model(named, {**named.tiny, **changes}, StaticCache(slots, windows)).steps
     return [p.block for s in steps for p in parts(s) if isinstance(p.block, Attention)]
 
 
@@ -168,7 +169,26 @@ def test_a_layer_with_a_window_keeps_the_window_and_any_other_all_slots() -> Non
     chunks = archs.load("llama4").tiny["attention_chunk_size"]
     assert {a.keys for a in attentions("llama4", 64)} == {Keys(chunks, slides=True), Keys(64)}
     for arch in ("gpt_oss", "mistral", "llama4"):
-        assert {a.keys for a in attentions(arch, 64, whole=True)} == {Keys(64)}
+        assert {a.keys for a in attentions(arch, 64, math.inf)} == {Keys(64)}
+
+
+def test_a_layer_with_a_window_keeps_slots_that_are_few_windows() -> None:
+    assert {a.keys for a in attentions("mistral", 64, 4, sliding_window=16)} == {Keys(64)}
+    assert {a.keys for a in attentions("mistral", 65, 4, sliding_window=16)} == {Keys(16, slides=True)}
+
+
+@pytest.mark.parametrize(
+    ("slots", "kind", "kept"),
+    [
+        (32, {"target": "onnxruntime"}, "all"),
+        (33, {"target": "onnxruntime"}, "last"),
+        (32, {"target": "onnxruntime", "window_slots": "last"}, "last"),
+        (32, {}, "last"),
+    ],
+)
+def test_on_onnx_runtime_windows_keep_slots_that_are_few(slots: int, kind: dict[str, str], kept: str, tmp_path) -> None:
+    made = export(None, tmp_path / "out", arch="mistral", cache="static", max_tokens=slots, **kind)
+    assert (archs.load("mistral").tiny["sliding_window"], made.window_slots) == (8, kept)
 
 
 def test_a_static_cache_is_of_one_shape_and_the_graph_scatters_into_every_slotted_one(exported) -> None:
@@ -223,7 +243,7 @@ def test_a_cache_that_cannot_be_is_refused(cache: str, slots: int | None, said: 
         ({"window_slots": "all"}, "--window-slots all is of a static cache: add --cache static"),
         (
             {"window_slots": "some", "cache": "static", "max_tokens": 64},
-            "window_slots is 'some': choose one of last, all",
+            "window_slots is 'some': choose one of auto, last, all",
         ),
     ],
 )
