@@ -28,8 +28,7 @@ from llmexport.export.spec import (
 Reads = tuple[Block, ...]
 WRITER = "QkNormRopeWrite"
 FUSED = "static-fused"  # the static cache that an op of ours writes, with what makes its keys and values
-# Behind two of them a token takes ONNX Runtime's CPU as long with all slots as with a window's, which are copied; a
-# prompt takes half the time.
+# Behind two of them a token takes ONNX Runtime's CPU as long with all slots as with a window's, which are copied.
 FEW_WINDOWS = 4
 FEWEST = 16  # slots; fewer leave no room for a prompt and the steps that an export is compared over
 

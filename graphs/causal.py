@@ -27,7 +27,7 @@ def is_causal(mask: gs.Tensor, length: gs.Tensor, slots: int) -> bool:
             hidden = scalar(inputs[2])
             return hidden is not None and hidden <= HIDDEN and is_causal(inputs[0], length, slots)
         case "LessOrEqual" | "Equal":
-            return _numbers(inputs[0], slots) and _own_slots(inputs[1], length)
+            return _numbers(inputs[0], slots, length) and _own_slots(inputs[1], length)
     return False
 
 
@@ -41,7 +41,7 @@ def window_of(mask: gs.Tensor, length: gs.Tensor, slots: int) -> int | None:
             return min(known, default=None) if op == "And" else None if None in found else max(known)
         case "Equal" if is_causal(mask, length, slots):
             return 1
-        case "Greater" if _numbers(inputs[0], slots):
+        case "Greater" if _numbers(inputs[0], slots, length):
             first = produced_by(inputs[1], "Sub")
             size = scalar(first.inputs[1]) if first and _own_slots(first.inputs[0], length) else None
             return None if size is None else int(size)
@@ -68,7 +68,7 @@ def hides_rows_alone(mask: gs.Tensor, length: gs.Tensor, slots: int) -> bool:
         ) < slots:
             others.append(value)
     op, inputs = _made_by(others[0]) if len(others) == 1 else ("", [])
-    return op == "GreaterOrEqual" and _numbers(inputs[0], slots) and list(inputs[1].shape or ())[1:] == [1, 1]
+    return op == "GreaterOrEqual" and _numbers(inputs[0], slots, length) and list(inputs[1].shape or ())[1:] == [1, 1]
 
 
 def _made_by(mask: gs.Tensor) -> tuple[str, list[gs.Tensor]]:
@@ -79,8 +79,28 @@ def _made_by(mask: gs.Tensor) -> tuple[str, list[gs.Tensor]]:
     return _made_by(node.inputs[0]) if node.op == "Unsqueeze" else (node.op, [*node.inputs])
 
 
-def _numbers(value: gs.Tensor, slots: int) -> bool:
-    """Whether it is 0, 1, ... along the last axis, [1, 1, S]; of many slots the trace leaves a Reshape."""
+def past_of(mask: gs.Tensor) -> gs.Tensor | None:
+    """The length that the first query of a causal mask as above is counted from; None where it does not tell."""
+    waiting = [mask]
+    while waiting:
+        op, inputs = _made_by(waiting.pop())
+        if op in ("And", "Or", "Where"):
+            waiting += inputs
+        elif op == "LessOrEqual" and (row := _first_own_slot(inputs[1])) is not None:
+            return row
+    return None
+
+
+def _numbers(value: gs.Tensor, slots: int, length: gs.Tensor) -> bool:
+    """Whether it is the keys' numbers along the last axis: 0, 1, ... [1, 1, S], of which the trace leaves a Reshape if
+    there are many; or, of keys that are joined to so many slots, those from length - slots on [B, 1, slots + T]."""
+    if (total := produced_by(value, "Add")) is not None:
+        behind, steps = (produced_by(v, op) for v, op in zip(total.inputs, ("Sub", "Range"), strict=True))
+        if behind is None or steps is None or [scalar(steps.inputs[i]) for i in (0, 2)] != [0, 1]:
+            return False
+        row = produced_by(behind.inputs[0], "Reshape") or produced_by(behind.inputs[0], "Unsqueeze")
+        alone = list(behind.inputs[0].shape or ())[1:] == [1, 1]
+        return alone and row is not None and row.inputs[0] is length and scalar(behind.inputs[1]) == slots
     shaped = produced_by(value, "Reshape")
     given = shaped.inputs[0] if shaped else value
     if not isinstance(given, gs.Constant) or list(value.shape or ()) != [1, 1, slots]:
@@ -90,14 +110,19 @@ def _numbers(value: gs.Tensor, slots: int) -> bool:
 
 def _own_slots(value: gs.Tensor, length: gs.Tensor) -> bool:
     """Whether it is length + t [B, T, 1]."""
+    return _first_own_slot(value) is length
+
+
+def _first_own_slot(value: gs.Tensor) -> gs.Tensor | None:
+    """The [B] that it is the sum of with t [B, T, 1], if it is."""
     apart = produced_by(value, "Unsqueeze")
     total = produced_by(apart.inputs[0], "Add") if apart and _axis(apart) == 2 else None
     if total is None:
-        return False
+        return None
     row, steps = (produced_by(v, op) for v, op in zip(total.inputs, ("Unsqueeze", "Range"), strict=True))
-    if row is None or steps is None or _axis(row) != 1 or row.inputs[0] is not length:
-        return False
-    return [scalar(steps.inputs[i]) for i in (0, 2)] == [0, 1]
+    if row is None or steps is None or _axis(row) != 1:
+        return None
+    return row.inputs[0] if [scalar(steps.inputs[i]) for i in (0, 2)] == [0, 1] else None
 
 
 def _axis(unsqueeze: gs.Node) -> float | None:
