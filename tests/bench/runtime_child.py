@@ -55,7 +55,7 @@ def file(folder: Path, slots: int | None = None) -> Begin:
     after = {n: n.replace("past_key_values", "present").replace("past_", "present_") for n in inputs}
     after = {n: o if o in made else n.replace("past", "present") for n, o in after.items()}
     states = [n for n in inputs if after[n] in made]
-    grows = {n for n in states if n.endswith(("key", "value"))}
+    grows = {n for n in states if n.endswith(("key", "value", "latent"))}
     threefold = "position_ids" in inputs and len(inputs["position_ids"].shape) == 3
     # genai's files leave the size of a head open.
     told = folder / "genai_config.json"
