@@ -17,6 +17,7 @@ from llmexport.graphs.fusion import Fused
 from llmexport.graphs.lower_add_rms_norm import lower_add_rms_norm
 from llmexport.graphs.lower_attention import lower_attention
 from llmexport.graphs.lower_experts import lower_experts
+from llmexport.graphs.lower_latent_attention import lower_latent_attention
 from llmexport.graphs.lower_sink_attention import lower_sink_attention
 from llmexport.graphs.lower_small_experts import lower_small_experts
 from llmexport.graphs.lower_static_attention import lower_static_attention
@@ -26,6 +27,7 @@ PIPELINE: tuple[Pass, ...] = (fuse_add_rms_norm, fuse_gated_act)
 # By target, those that come after.
 LOWERING: Mapping[str, tuple[Pass, ...]] = {
     "onnxruntime": (
+        lower_latent_attention,
         lower_static_attention,
         lower_attention,
         lower_sink_attention,

@@ -21,6 +21,14 @@ TURN = """[qt] qt = Transpose<perm = [0, 2, 1, 3]>(q_heads) [kt] kt = Transpose<
 BACK = "[at] back = Transpose<perm = [0, 2, 1, 3]>(a) [flat] y = Reshape(back, flat)"
 TURNS = f"{DOMAIN}.Rope<interleaved = 0>"
 
+# Of steps as long as q [B, T, ...], in slots numbered `slots`.
+MASK = """
+  t1 = Shape<start = 1, end = 2>(q) t = Squeeze(t1) steps = Range(none, t, step) [rows] of_row = Unsqueeze(length, one)
+  own1 = Add(of_row, steps) own = Unsqueeze(own1, last) first = Reshape(padding, row) ge = GreaterOrEqual(slots, first)
+  [le] le = LessOrEqual(slots, own) [shown] both = And(ge, le) [self] eq = Equal(slots, own) any = Or(both, eq)
+  mask = Unsqueeze(any, one)
+"""
+
 
 def operands(count: int, tokens: int) -> dict[str, np.ndarray]:
     """What a step reads and what lies in the slots."""

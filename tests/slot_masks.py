@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx.parser
-from slot_graphs import BACK, SLOTS, SPLIT, TURN, operands, tell
+from slot_graphs import BACK, MASK, SLOTS, SPLIT, TURN, operands, tell
 
 from llmexport.plugins.spec import DOMAIN
 
@@ -18,12 +18,6 @@ HELD = """int64[4] four = {0, 0, 4, 8}, int64[4] two = {0, 0, 2, 8}, int64[3] fl
   int64[1,1,9] slots = {0, 1, 2, 3, 4, 5, 6, 7, 8}, int64[9] flat_slots = {0, 1, 2, 3, 4, 5, 6, 7, 8},
   int64 slots9 = {9}, int64[3] all_of_row = {1, 1, 9}, float[4,1,1] slopes = {0.5, 0.25, 0.125, 0.0625},
   float hidden = {-32768}"""
-MASK = """
-  t1 = Shape<start = 1, end = 2>(q) t = Squeeze(t1) steps = Range(none, t, step) [rows] of_row = Unsqueeze(length, one)
-  own1 = Add(of_row, steps) own = Unsqueeze(own1, last) first = Reshape(padding, row) ge = GreaterOrEqual(slots, first)
-  [le] le = LessOrEqual(slots, own) [shown] both = And(ge, le) [self] eq = Equal(slots, own) any = Or(both, eq)
-  mask = Unsqueeze(any, one)
-"""
 WRITE = "[kj] all_k = TensorScatter<axis = -2>(pk, {k}, length) [vj] all_v = TensorScatter<axis = -2>(pv, vt, length)"
 ATTEND = "[attention] a = Attention<scale = 0.3>({q}, all_k, all_v, mask)"
 PLAIN = f"{MASK} {SPLIT} {TURN} {WRITE.format(k='kt')} {ATTEND.format(q='qt')} {BACK}"

@@ -43,6 +43,10 @@ LOWERED = {
 }
 
 
+# How many layers attend over latents: RoPE of pairs side by side and of halves, none.
+LATENT = {"deepseek_v2": 3, "deepseek_v3": 3, "glm4_moe_lite": 3, "kimi_linear": 1}
+
+
 @pytest.fixture
 def lowered(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Export]:
     def make(arch: str, **kind: str) -> Export:
@@ -63,6 +67,14 @@ def test_every_attention_is_lowered_and_gives_the_logits_of_transformers(arch, l
     check_logits(export, tiny_checkpoint(arch))
 
 
+@pytest.mark.parametrize("arch", LATENT)
+def test_attention_over_latents_is_lowered_and_gives_the_logits_of_transformers(arch, lowered, tiny_checkpoint):
+    export = lowered(arch)
+    fused = export.graphs[0].fusions["lower_latent_attention"]
+    assert (fused.count, fused.refused) == (LATENT[arch], [])
+    check_logits(export, tiny_checkpoint(arch))
+
+
 def check_logits(export: Export, checkpoint: Path) -> None:
     """A prompt in parts, then token by token, both rows of a batch, one padded on the left."""
     model, cache, found = reference(checkpoint), None, Decoder(export.folder, "onnx")
@@ -79,7 +91,7 @@ def check_logits(export: Export, checkpoint: Path) -> None:
 
 
 def test_attention_of_another_form_is_left_and_named(lowered):
-    export = lowered("deepseek_v2")
+    export = lowered("bert")
     fused = export.graphs[0].fusions["lower_attention"]
     assert fused.count == 0
     assert all(node.startswith("layers.") for node, _ in fused.refused)

@@ -48,6 +48,10 @@ LOWERED = {
 }
 
 
+# How many layers attend over latents: RoPE of pairs side by side and of halves, none.
+LATENT = {"deepseek_v2": 3, "deepseek_v3": 3, "glm4_moe_lite": 3, "kimi_linear": 1}
+
+
 @pytest.fixture
 def lowered(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Export]:
     def make(arch: str, slots: int = SLOTS, **kind: str) -> Export:
@@ -81,8 +85,6 @@ def wide(mask: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("arch", LOWERED)
 @pytest.mark.parametrize("window_slots", ["last", "all"])
 def test_it_gives_the_logits_of_transformers(arch, window_slots, lowered, tiny_checkpoint):
-    """Batch 2, left padding, a prompt beyond every window, decode steps, a later piece of several tokens, and one of a
-    row alone."""
     full, windows, spans = LOWERED[arch]
     if window_slots == "all" and not windows and not spans:
         pytest.skip("it has no windows")
@@ -96,7 +98,21 @@ def test_it_gives_the_logits_of_transformers(arch, window_slots, lowered, tiny_c
         branches = [onnx.helper.get_node_attr_value(n, "then_branch") for n in graph.node if n.op_type == "If"]
         said = [a.i for b in branches for a in b.node[0].attribute if a.name == "local_window_size"]
         assert said == [archs.load(arch).tiny.get("sliding_window")] * WINDOWS.get(arch, 0)
-    model, decoder = reference(tiny_checkpoint(arch)), Decoder(export.folder, "onnxruntime")
+    check_logits(export, tiny_checkpoint(arch))
+
+
+@pytest.mark.parametrize("arch", LATENT)
+def test_attention_over_latents_gives_the_logits_of_transformers(arch, lowered, tiny_checkpoint):
+    export = lowered(arch)
+    fused = export.graphs[0].fusions["lower_latent_attention"]
+    assert (fused.count, fused.refused) == (LATENT[arch], [])
+    check_logits(export, tiny_checkpoint(arch))
+
+
+def check_logits(export: Export, checkpoint: Path) -> None:
+    """Batch 2, left padding, a prompt beyond every window, decode steps, a later piece of several tokens, and one of a
+    row alone."""
+    model, decoder = reference(checkpoint), Decoder(export.folder, "onnxruntime")
     ids, mask = prompt()
     positions, cache = np.maximum(mask.cumsum(-1) - 1, 0), None
     for step in range(DECODE + 2):
@@ -109,7 +125,7 @@ def test_it_gives_the_logits_of_transformers(arch, window_slots, lowered, tiny_c
         mask = np.concatenate((mask, np.ones_like(ids)), 1)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3_5", "gpt_oss"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3_5", "gpt_oss", "deepseek_v3"])
 def test_a_row_in_a_batch_with_a_longer_one_is_as_alone_and_its_later_piece_is_as_transformers(
     arch, lowered, tiny_checkpoint
 ):
@@ -169,7 +185,7 @@ def test_generate_keeps_one_buffer_and_finds_the_same_tokens(lowered, exported, 
         assert np.array_equal(ours, expected)
 
 
-@pytest.mark.parametrize("arch", ["qwen3", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", ["qwen3", "deepseek_v3", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_pieces_of_several_rows_are_written_into_one_buffer(arch, lowered, tiny_checkpoint):
     plain, export = onnx_file.Request(archs.load(arch), open_checkpoint(tiny_checkpoint(arch))), lowered(arch, slots=64)
     sessions = [RuntimeSession(e) for e in (export, onnx_file.write(plain, export.folder.parent / "plain"))]
@@ -180,7 +196,7 @@ def test_pieces_of_several_rows_are_written_into_one_buffer(arch, lowered, tiny_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["qwen3", "gpt_oss"])
+@pytest.mark.parametrize("arch", ["qwen3", "gpt_oss", "deepseek_v3"])
 def test_layers_alone_on_what_is_drawn_for_them_are_as_in_the_portable_form(arch, lowered, tiny_checkpoint):
     export = lowered(arch)
     request = onnx_file.Request(
@@ -220,6 +236,7 @@ def test_a_fault_where_no_row_is_padded_is_found_by_the_prompt_without_padding(l
 
 
 ALONE = [
+    ("deepseek_v3", "lower_latent_attention", "its mask may show keys that are written behind the query's"),
     ("llama", "lower_static_attention", "its mask may show keys that are written behind the query's"),
     ("gpt_oss", "lower_sink_attention", "its keys may end elsewhere than the step that is written"),
 ]

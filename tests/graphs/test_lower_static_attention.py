@@ -8,8 +8,8 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 import slot_masks
-from slot_graphs import BACK, SLOTS, SPLIT, TURN, TURNS, attention_of, in_bfloat16, run, run_in_place
-from slot_masks import ATTEND, CHUNK, HELD, MASK, PLAIN, WRITE, feed, model
+from slot_graphs import BACK, MASK, SLOTS, SPLIT, TURN, TURNS, attention_of, in_bfloat16, run, run_in_place
+from slot_masks import ATTEND, CHUNK, HELD, PLAIN, WRITE, feed, model
 
 from llmexport.graphs.lower_static_attention import lower_static_attention
 from llmexport.validate.compare import compare
