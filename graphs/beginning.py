@@ -86,10 +86,12 @@ def _beginning(mask: gs.Tensor, slots: int, dtype: np.dtype[Any], before: list[g
     most = add("ReduceMax", "shown/most", [number], np.int32, [], keepdims=0)
     begins = add("Equal", "begins", [most, added.constant("none", 0, np.int32)], np.bool_, [])
     tokens = add("Shape", "tokens", [mask], np.int64, [1], start=2, end=3)
-    total = add("Cast", "total", [tokens], np.int32, [1], to=onnx.TensorProto.INT32)
     rows = add("Shape", "rows", [mask], np.int64, [1], start=0, end=1)
-    wide = add("Sub", "last/one", [total, added.constant("token", [1], np.int32)], np.int32, [1])
-    last = add("Expand", "last", [wide, rows], np.int32, [batch])
+    before_end = add("Sub", "last/wide", [tokens, added.constant("token", [1])], np.int64, [1])
+    one = add("Cast", "last/one", [before_end], np.int32, [1], to=onnx.TensorProto.INT32)
+    # Of a Cast that branches alone read ONNX Runtime warns that it keeps it.
+    total = add("Add", "total", [one, added.constant("token/narrow", [1], np.int32)], np.int32, [1])
+    last = add("Expand", "last", [one, rows], np.int32, [batch])
     places = (
         hides.constant("slots", [slots]),
         hides.constant("end", [np.iinfo(np.int64).max]),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from decoders import Decoder, prompt, reference, theirs
 from reseal import reseal
@@ -107,6 +108,14 @@ def test_attention_over_latents_gives_the_logits_of_transformers(arch, lowered, 
     fused = export.graphs[0].fusions["lower_latent_attention"]
     assert (fused.count, fused.refused) == (LATENT[arch], [])
     check_logits(export, tiny_checkpoint(arch))
+
+
+@pytest.mark.parametrize("arch", ["mistral", "deepseek_v3", "bloom", "gpt_oss"])
+def test_who_opens_it_reads_no_warning(arch, lowered, capfd):
+    folder = lowered(arch).folder
+    capfd.readouterr()
+    onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    assert capfd.readouterr().err == ""
 
 
 def check_logits(export: Export, checkpoint: Path) -> None:
