@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added
-from llmexport.graphs.grouped import bias_of
+from llmexport.graphs.grouped import bias_of, no_bias
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def begin_apart(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
 
 
 def _beginning(mask: gs.Tensor, slots: int, dtype: np.dtype[Any], before: list[gs.Node]) -> Beginning:
-    added, hides, goes_on = (Added(f"{mask.name}/{said}") for said in ("beginning", "begins", "goes_on"))
+    added, hides = Added(f"{mask.name}/beginning"), Added(f"{mask.name}/begins")
     add, batch, axis = added.node, mask.shape[0], added.constant("axis", [3])
     past = [*mask.shape[:3], slots]
     shown = add(
@@ -99,12 +99,9 @@ def _beginning(mask: gs.Tensor, slots: int, dtype: np.dtype[Any], before: list[g
     )
     own = hides.node("Slice", "own", [mask, *places], np.bool_, [*mask.shape[:3], f"{added.name}/tokens"])
     made = bias_of(hides, own, dtype)
-    zero = gs.Constant(f"{goes_on.name}/zero", np.zeros(1, dtype))
-    sizes = goes_on.constant("sizes", [0, 0, 0, 0])
-    none = goes_on.node("ConstantOfShape", "bias", [sizes], dtype.type, [0, 0, 0, 0], value=zero)
     branches = {
         "then_branch": gs.Graph(hides.nodes, [], [made], name=hides.name),
-        "else_branch": gs.Graph(goes_on.nodes, [], [none], name=goes_on.name),
+        "else_branch": no_bias(f"{mask.name}/goes_on", dtype),
     }
     bias = add("If", "bias", [begins], dtype.type, [*made.shape], **branches)
     before.extend(added.nodes)

@@ -81,18 +81,24 @@ def bare_of(
 ) -> tuple[gs.Variable, gs.Variable]:
     """`bare` and `bias` of a Step, whose rows are `whole` where nothing is hidden."""
     bare = added.node("And", "bare", [can, whole], np.bool_, [1])
-    hides, nothing = Added(f"{added.name}/hides"), Added(f"{added.name}/hides_nothing")
+    hides = Added(f"{added.name}/hides")
     made = bias(hides)
-    zero = gs.Constant(f"{nothing.name}/zero", np.zeros(1, dtype))
-    sizes = nothing.constant("sizes", [0, 0, 0, 0])
-    none = nothing.node("ConstantOfShape", "bias", [sizes], dtype.type, [0, 0, 0, 0], value=zero)
     branches = {
-        "then_branch": gs.Graph(nothing.nodes, [], [none], name=nothing.name),
+        "then_branch": no_bias(f"{added.name}/hides_nothing", dtype),
         "else_branch": gs.Graph(hides.nodes, [], [made], name=hides.name),
     }
     given = gs.Variable(f"{added.name}/bias", dtype.type, made.shape)
     added.nodes.append(gs.Node("If", given.name, branches, [bare], [given]))
     return bare, given
+
+
+def no_bias(name: str, dtype: np.dtype[Any]) -> gs.Graph:
+    """The branch of a bias that nobody reads, which is empty."""
+    added = Added(name)
+    zero = gs.Constant(f"{name}/zero", np.zeros(1, dtype))
+    sizes = added.constant("sizes", [0, 0, 0, 0])
+    none = added.node("ConstantOfShape", "bias", [sizes], dtype.type, [0, 0, 0, 0], value=zero)
+    return gs.Graph(added.nodes, [], [none], name=name)
 
 
 def group(
