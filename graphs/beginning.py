@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added
-from llmexport.graphs.grouped import bias_of, no_bias
+from llmexport.graphs.grouped import bias_of, unread
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _beginning(mask: gs.Tensor, slots: int, dtype: np.dtype[Any], before: list[g
     made = bias_of(hides, own, dtype)
     branches = {
         "then_branch": gs.Graph(hides.nodes, [], [made], name=hides.name),
-        "else_branch": no_bias(f"{mask.name}/goes_on", dtype),
+        "else_branch": unread(f"{mask.name}/goes_on", dtype),
     }
     bias = add("If", "bias", [begins], dtype.type, [*made.shape], **branches)
     before.extend(added.nodes)

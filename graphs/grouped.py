@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 from llmexport.graphs.fusion import Added, Refusal, float_type
 from llmexport.graphs.rows import Heads, as_rows, flattened, heads_of
 
-TYPES = ("float32", "float16")  # that it has on a CPU
+TYPES = ("float32", "float16")  # that ONNX Runtime has attention and its products in on a CPU
 PASTS, OF_ALL_ROWS = (3, 4), (6, 11)  # of its inputs; the latter are how many keys there are, and the sinks
 
 
@@ -84,7 +84,7 @@ def bare_of(
     hides = Added(f"{added.name}/hides")
     made = bias(hides)
     branches = {
-        "then_branch": no_bias(f"{added.name}/hides_nothing", dtype),
+        "then_branch": unread(f"{added.name}/hides_nothing", dtype),
         "else_branch": gs.Graph(hides.nodes, [], [made], name=hides.name),
     }
     given = gs.Variable(f"{added.name}/bias", dtype.type, made.shape)
@@ -92,12 +92,12 @@ def bare_of(
     return bare, given
 
 
-def no_bias(name: str, dtype: np.dtype[Any]) -> gs.Graph:
-    """The branch of a bias that nobody reads, which is empty."""
+def unread(name: str, dtype: np.dtype[Any]) -> gs.Graph:
+    """The branch of a mask or a bias where nobody reads it, which is empty."""
     added = Added(name)
     zero = gs.Constant(f"{name}/zero", np.zeros(1, dtype))
     sizes = added.constant("sizes", [0, 0, 0, 0])
-    none = added.node("ConstantOfShape", "bias", [sizes], dtype.type, [0, 0, 0, 0], value=zero)
+    none = added.node("ConstantOfShape", "none", [sizes], dtype.type, [0, 0, 0, 0], value=zero)
     return gs.Graph(added.nodes, [], [none], name=name)
 
 

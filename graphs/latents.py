@@ -9,8 +9,8 @@ import onnx_graphsurgeon as gs
 
 from llmexport.graphs.causal import is_causal
 from llmexport.graphs.fusion import Refusal, float_type, is_output, produced_by, producer, sole_consumer
+from llmexport.graphs.grouped import TYPES
 
-TYPES = ("float32", "float16")  # that ONNX Runtime has products in on a CPU
 ALONE = {"is_causal": 0, "qk_matmul_output_mode": 0}  # attributes, and what they are where a mask hides all
 
 

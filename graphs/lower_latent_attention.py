@@ -11,6 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmexport.graphs.fusion import Added, Fused, fuse_each, produced_by
+from llmexport.graphs.grouped import unread
 from llmexport.graphs.latents import ALONE, Form, form_of
 
 
@@ -112,14 +113,12 @@ def _step(added: Added, form: Form, before: list[gs.Node]) -> Step:
     each = 2 * (latent + shared) - (key + shared + value)
     fewer = add("Mul", "fewer", [pairs, added.constant("fewer/each", [each])], np.int64, [1])
     expands = add("Less", "expands", [more, fewer], np.bool_, [1])
-    absent, repeats = Added(f"{added.name}/absent"), Added(f"{added.name}/repeats")
-    zero = gs.Constant(f"{absent.name}/zero", np.zeros(1, mask.dtype))
-    empty, shape = [absent.constant("sizes", [0, 0, 0, 0])], [mask.shape[0], 1, f"{added.name}/rows", mask.shape[3]]
-    absent.node("ConstantOfShape", "below", empty, mask.dtype, [0, 0, 0, 0], value=zero)
+    repeats, shape = Added(f"{added.name}/repeats"), [mask.shape[0], 1, f"{added.name}/rows", mask.shape[3]]
     each_head, rows = repeats.constant("heads", [1, heads, 1, 1]), repeats.constant("rows", [0, 1, -1, 0])
     every = repeats.node("Expand", "every", [mask, each_head], mask.dtype, [mask.shape[0], heads, *mask.shape[2:]])
     repeats.node("Reshape", "below", [every, rows], mask.dtype, shape)
-    below = _chosen(added, "below", expands, absent, repeats)
+    absent = unread(f"{added.name}/absent", np.dtype(mask.dtype))
+    below = _chosen(added, "below", expands, absent, _branch(repeats))
     before.extend(added.nodes)
     return Step(expands, mask, below, written)
 
@@ -133,7 +132,7 @@ def _written(added: Added, said: str, value: gs.Tensor, step: Step) -> gs.Tensor
     return added.node("Slice", said, [value, *places], value.dtype, shape)
 
 
-def _expanded(form: Form, step: Step, seen: Sequence[gs.Tensor], said: dict[str, Any], added: Added) -> Added:
+def _expanded(form: Form, step: Step, seen: Sequence[gs.Tensor], said: dict[str, Any], added: Added) -> gs.Graph:
     """The branch that makes keys and values of each head."""
     add, dtype, (heads, key, value, _, shared) = added.node, form.own.dtype, form.sizes
     own, (latent, turned), keys = form.own.shape, seen, [form.own.shape[0], heads, seen[0].shape[2]]
@@ -144,10 +143,10 @@ def _expanded(form: Form, step: Step, seen: Sequence[gs.Tensor], said: dict[str,
     whole = add("Concat", "key", [made, every], dtype, [*keys, key + shared], axis=-1)
     values = _product(added, "value", latent, form.value_matrices, [*keys, value])
     add("Attention", "attention", [query, whole, values, step.mask], dtype, [*own[:3], value], **said)
-    return added
+    return _branch(added)
 
 
-def _absorbed(form: Form, step: Step, seen: Sequence[gs.Tensor], said: dict[str, Any], added: Added) -> Added:
+def _absorbed(form: Form, step: Step, seen: Sequence[gs.Tensor], said: dict[str, Any], added: Added) -> gs.Graph:
     """The branch that multiplies queries with the matrices, and what is attended."""
     add, dtype, (heads, _, value, size, shared) = added.node, form.own.dtype, form.sizes
     own, (latent, turned), rows = form.own.shape, seen, [form.own.shape[0], 1, step.below.shape[2]]
@@ -159,7 +158,7 @@ def _absorbed(form: Form, step: Step, seen: Sequence[gs.Tensor], said: dict[str,
     mixed = add("Attention", "attention", [query, whole, latent, step.below], dtype, [*rows, size], **said)
     apart = add("Reshape", "mixed", [mixed, added.constant("heads", [0, heads, -1, size])], dtype, [*own[:3], size])
     _product(added, "attended", apart, form.value_matrices, [*own[:3], value])
-    return added
+    return _branch(added)
 
 
 def _product(added: Added, said: str, rows: gs.Tensor, matrices: gs.Tensor, shape: Sequence[int | str]) -> gs.Variable:
@@ -169,11 +168,12 @@ def _product(added: Added, said: str, rows: gs.Tensor, matrices: gs.Tensor, shap
     return made
 
 
-def _chosen(added: Added, said: str, whether: gs.Variable, then: Added, otherwise: Added) -> gs.Variable:
-    """What the last node of one branch or the other gives."""
-    branches = {
-        f"{name}_branch": gs.Graph(b.nodes, [], [*b.nodes[-1].outputs], name=b.name)
-        for name, b in (("then", then), ("else", otherwise))
-    }
-    like = otherwise.nodes[-1].outputs[0]
-    return added.node("If", said, [whether], like.dtype, like.shape, **branches)
+def _branch(added: Added) -> gs.Graph:
+    """What gives what its last node does."""
+    return gs.Graph(added.nodes, [], [*added.nodes[-1].outputs], name=added.name)
+
+
+def _chosen(added: Added, said: str, whether: gs.Variable, then: gs.Graph, otherwise: gs.Graph) -> gs.Variable:
+    """What one branch or the other gives."""
+    [like] = otherwise.outputs
+    return added.node("If", said, [whether], like.dtype, like.shape, then_branch=then, else_branch=otherwise)
