@@ -14,6 +14,7 @@ from llmexport.graphs.fusion import Added, Refusal, float_type
 from llmexport.graphs.rows import Heads, as_rows, flattened, heads_of
 
 TYPES = ("float32", "float16")  # that ONNX Runtime has attention and its products in on a CPU
+MULTIPLE = 8  # of which sizes of heads are that it takes
 PASTS, OF_ALL_ROWS = (3, 4), (6, 11)  # of its inputs; the latter are how many keys there are, and the sinks
 
 
@@ -50,6 +51,8 @@ def form_of(graph: gs.Graph, node: gs.Node, writes: Sequence[gs.Node]) -> Form:
         raise Refusal("its values are turned by Rope")
     if len({size for _, size in (h.sizes for h in heads)}) > 1:
         raise Refusal("its values have heads of another size than its keys")
+    if (size := heads[0].sizes[1]) % MULTIPLE:
+        raise Refusal(f"its heads are of size {size}, which is no multiple of {MULTIPLE}")
     if (kind := float_type(node.inputs[0])) not in TYPES:
         raise Refusal(f"it is of {kind or 'no float type'}, not of {' or '.join(TYPES)}")
     return Form(heads, writes, flattened(graph, node))

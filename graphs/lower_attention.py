@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from llmexport.graphs.beginning import Shared, begin_apart
 from llmexport.graphs.causal import is_causal, past_of
 from llmexport.graphs.fusion import Fused, Refusal, float_type, fuse_each, is_read_before, produced_by, producer
-from llmexport.graphs.grouped import TYPES
+from llmexport.graphs.grouped import MULTIPLE, TYPES
 from llmexport.graphs.rows import as_rows, flattened, heads_of
 
 
@@ -62,7 +62,8 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     node.inputs.extend(inputs)
     node.outputs.extend(outputs)
     graph.nodes[at:at] = before
-    if v.sizes[1] == k.sizes[1] and float_type(query) in TYPES and _moves_up(node.inputs[3], node.inputs[4]):
+    grouped = v.sizes[1] == k.sizes[1] and not k.sizes[1] % MULTIPLE and float_type(query) in TYPES
+    if grouped and _moves_up(node.inputs[3], node.inputs[4]):
         begin_apart(shared, graph, node)
 
 

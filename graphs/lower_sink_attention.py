@@ -43,7 +43,7 @@ def lower_sink_attention(graph: gs.Graph) -> Fused:
     2. keys and values are the past's slots with these written from one length on or joined, and nothing else reads them
        before,
     3. keys end where the step was written, as the graph tells, which a block alone does not, as it is given their end,
-    4. keys and values have heads of one size, in a type that the operator has on a CPU,
+    4. keys and values have heads of one size, a multiple of 8, in a type that the operator has on a CPU,
     5. what is attended is read once, to make [B, T, H * D] of it.
     """
     return fuse_each(graph, ("SinkAttention",), functools.partial(_lower, {}), where=_reads_slots)

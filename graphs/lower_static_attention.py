@@ -40,7 +40,7 @@ def lower_static_attention(graph: gs.Graph) -> Fused:
     2. keys and values are the past's slots with these written from one length on, and nothing else reads them before,
     3. the mask [B, 1, T, S], or that by which a Where makes a bias [B, H, T, S] of the queries' type, shows no key that
        is written behind the query's, as the graph tells,
-    4. keys and values have heads of one size, in a type that the operator has on a CPU,
+    4. keys and values have heads of one size, a multiple of 8, in a type that the operator has on a CPU,
     5. what is attended is read once, and turned back to [B, T, H * D].
     """
     return fuse_each(graph, ("Attention",), functools.partial(_lower, {}), where=_reads_slots)

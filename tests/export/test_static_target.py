@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from arch_cases import Case
 from decoders import Decoder, prompt, reference, theirs
 from reseal import reseal
 
@@ -17,7 +18,8 @@ from llmexport.export import archs, onnx_file
 from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.exported import Export
 from llmexport.export.graph_file import cut_step, load
-from llmexport.run.session import RuntimeSession, decode, greedy, opening
+from llmexport.run.prompts import opening
+from llmexport.run.session import RuntimeSession, decode, greedy
 from llmexport.validate import validate
 from llmexport.validate.compare import compare
 from llmexport.validate.judge import feeds_alone
@@ -55,8 +57,8 @@ LATENT = {"deepseek_v2": 3, "deepseek_v3": 3, "glm4_moe_lite": 3, "kimi_linear":
 
 @pytest.fixture
 def lowered(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Export]:
-    def make(arch: str, slots: int = SLOTS, **kind: str) -> Export:
-        checkpoint = open_checkpoint(tiny_checkpoint(arch))
+    def make(case: Case | str, slots: int = SLOTS, **kind: str) -> Export:
+        checkpoint, arch = open_checkpoint(tiny_checkpoint(case)), case.arch if isinstance(case, Case) else case
         static = {"cache": "static", "max_tokens": slots, **kind}
         request = onnx_file.Request(archs.load(arch), checkpoint, target="onnxruntime", **static)
         return onnx_file.write(request, tmp_path / f"out of {slots}")
@@ -108,6 +110,32 @@ def test_attention_over_latents_gives_the_logits_of_transformers(arch, lowered, 
     fused = export.graphs[0].fusions["lower_latent_attention"]
     assert (fused.count, fused.refused) == (LATENT[arch], [])
     check_logits(export, tiny_checkpoint(arch))
+
+
+# Heads of 12 and 4, as OpenLLaMA 3B has them of 100.
+HEADS = (
+    Case("llama", "llama-heads-of-12", {"head_dim": 12}),
+    Case("mistral", "mistral-heads-of-12", {"head_dim": 12}),
+    Case("gpt_oss", "gpt-oss-heads-of-12", {"head_dim": 12}),
+    Case("bloom", "bloom-heads-of-4", {"n_head": 8}),
+)
+
+
+@pytest.mark.parametrize("case", HEADS, ids=str)
+@pytest.mark.parametrize("window_slots", ["last", "all"])
+def test_heads_of_a_size_that_the_operator_does_not_take_give_the_logits_of_transformers(
+    case, window_slots, lowered, tiny_checkpoint
+):
+    """It takes multiples of 8, and stops at others, when it runs."""
+    if window_slots == "all" and case.arch in ("llama", "bloom"):
+        pytest.skip("it has no windows")
+    export = lowered(case, window_slots=window_slots)
+    fusions = export.graphs[0].fusions
+    refused = [why for name in PASSES for _, why in fusions[name].refused]
+    said = f"its heads are of size {4 if case.arch == 'bloom' else 12}, which is no multiple of 8"
+    moves_up = case.arch == "mistral" and window_slots == "last"
+    assert (refused.count(said), fusions["lower_attention"].count) == ((0, 3) if moves_up else (3, 0))
+    check_logits(export, tiny_checkpoint(case))
 
 
 @pytest.mark.parametrize("arch", ["mistral", "deepseek_v3", "bloom", "gpt_oss"])
