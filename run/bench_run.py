@@ -26,7 +26,8 @@ from llmexport.export.engine_build import die_with_parent
 from llmexport.export.exported import Export
 from llmexport.plugins.errors import UserError
 from llmexport.run.checks import picture_tokens, run_again_at
-from llmexport.run.session import BACKENDS, begun, decode, greedy, opened
+from llmexport.run.prompts import begun
+from llmexport.run.session import BACKENDS, decode, greedy, opened
 
 EAGER = "eager"
 RUNNERS = (*BACKENDS, EAGER)

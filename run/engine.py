@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
 from llmexport.export import engine_record
 from llmexport.export.errors import EngineError
 from llmexport.export.exported import Export
-from llmexport.export.spec import FEATURES, IMAGES, SPLICED, TILES
+from llmexport.export.spec import FEATURES, IMAGES, SEQUENCE, SPLICED, TILES
 from llmexport.run.session import MOST_FRAMES, MOST_PATCHES, ArraySession
 from llmexport.validate.engine_form import EngineRunner, outside, unable
 from llmexport.validate.pictures import sight
@@ -52,11 +50,15 @@ class EngineSession(ArraySession):
         takes = profile[FEATURES][2] * seen.merge**2 if seen and seen.merge and FEATURES in profile else MOST_PATCHES
         return min(takes, MOST_PATCHES), frames
 
-    def run(self, stage: Stage) -> np.ndarray:
+    @property
+    def tokens_at_once(self) -> int | None:
+        profile = engine_record.read(self._export.folder).profile
+        return profile[SEQUENCE][2] if SEQUENCE in profile else None
+
+    def check(self, stage: Stage) -> None:
         for sizes in self._sizes(stage):
             if reason := outside(self._export, sizes):
                 raise EngineError(f"{reason}: build it with a larger --profile, or ask for less")
-        return super().run(stage)
 
     def _sizes(self, stage: Stage) -> Iterator[Mapping[str, int]]:
         """The sizes of a stage, with those of each call that sees some of its pictures."""

@@ -16,8 +16,9 @@ from llmexport.run import MOST_TOKENS, chat, text
 from llmexport.run.checks import check_decoder, check_patches, check_prompt, picture_tokens, positions, run_again_at
 from llmexport.run.errors import RunError
 from llmexport.run.pictures import Asked, check_installed, check_sees, process, read_pictures
+from llmexport.run.prompts import begun, row
 from llmexport.run.sampling import Sampler
-from llmexport.run.session import begun, decode, opened, row
+from llmexport.run.session import decode, opened
 from llmexport.run.settings import read_settings
 from llmexport.validate.pictures import Pictures, sight
 

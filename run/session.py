@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -16,11 +15,10 @@ from llmexport.export.graph_file import load
 from llmexport.export.last_logits import last_logits
 from llmexport.run.checks import check_decoder
 from llmexport.run.errors import RunError
-from llmexport.run.settings import start_token
+from llmexport.run.prompts import best_at_once, in_pieces, opening
 from llmexport.validate.feeds import sees, states, without_pictures
-from llmexport.validate.pictures import Pictures, Sight, sight
+from llmexport.validate.pictures import Pictures, sight
 from llmexport.validate.runtime import OrtValue, SessionOptions, open_session, version
-from llmexport.validate.source import Source, reads_source
 from llmexport.validate.stages import Stage, runs_at
 
 # Of pictures at once: each patch scores all others, and an engine takes so many frames or tiles by default.
@@ -53,6 +51,11 @@ class Session(Generic[V]):
         raise NotImplementedError
 
     @property
+    def tokens_at_once(self) -> int | None:
+        """How many tokens of a row it is given in one call; None: all."""
+        return None
+
+    @property
     def at_once(self) -> tuple[int, int]:
         """How many patches, and how many frames or tiles, are seen in one call, unless a frame has more.
 
@@ -72,8 +75,20 @@ class Session(Generic[V]):
         """The outputs of a graph, by the names of its ports."""
         raise NotImplementedError
 
+    def check(self, stage: Stage) -> None:
+        """Raises a UserError on a stage that it does not take."""
+
     def run(self, stage: Stage) -> np.ndarray:
-        """The scores of what follows the last token of each row [B, V], in fp32."""
+        """The scores of what follows the last token of each row [B, V], in fp32. A long stage is run in pieces."""
+        pieces = in_pieces(self._export, stage, self.tokens_at_once) if self.tokens_at_once else [stage]
+        for piece in pieces:
+            self.check(piece)
+        for piece in pieces:
+            interrupt.check()
+            last = self._run(piece)
+        return last
+
+    def _run(self, stage: Stage) -> np.ndarray:
         export, last = self._export, np.empty(0)
         if stage.begins:
             self._held = {}
@@ -125,6 +140,10 @@ class RuntimeSession(Session[OrtValue]):
     @property
     def what(self) -> str:
         return f"ONNX Runtime {version()}"
+
+    @property
+    def tokens_at_once(self) -> int:
+        return best_at_once(self._export)
 
     def put(self, array: np.ndarray) -> OrtValue:
         return OrtValue.ortvalue_from_numpy(array, "cpu")
@@ -187,35 +206,6 @@ def opened(export: Export, backend: str = "onnxruntime", threads: int = 0, **run
 
     with EngineSession(export) as session:
         yield session
-
-
-def row(ids: Sequence[int]) -> np.ndarray:
-    """One prompt as a batch of one."""
-    return np.array([ids], np.int64)
-
-
-def opening(ids: np.ndarray, pictures: Pictures | None = None, seen: Sight | None = None) -> Stage:
-    """The stage of a prompt [B, T] without padding, and of its pictures, if a model has so seen any."""
-    mask = np.ones_like(ids)
-    positions = seen.positions(ids, mask, pictures) if seen and pictures else None
-    if positions is None:
-        positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    return Stage("prompt", "opening", ids, positions, mask, np.zeros_like(ids), pictures)
-
-
-def begun(
-    export: Export, prompt: np.ndarray, pictures: Pictures | None = None, seen: Sight | None = None
-) -> tuple[np.ndarray, Callable[[np.ndarray], Stage]]:
-    """The tokens [B, T] that a decoder goes on from, and what makes a stage of all its tokens so far.
-
-    Those are the prompt's, unless an encoder reads the prompt. Raises RunError if nobody says what a decoder then
-    begins with.
-    """
-    if not reads_source(export):
-        return prompt, functools.partial(opening, pictures=pictures, seen=seen)
-    source = Source(prompt, np.ones_like(prompt))
-    start = np.full((len(prompt), 1), start_token(export))
-    return start, lambda ids: dataclasses.replace(opening(ids), source=source)
 
 
 def decode(

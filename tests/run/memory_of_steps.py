@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 
 from llmexport.export import manifest
-from llmexport.run.session import RuntimeSession, decode, greedy, row
+from llmexport.run.prompts import row
+from llmexport.run.session import RuntimeSession, decode, greedy
 from llmexport.validate.feeds import shape_of
 
 STEPS, PROMPT = 1000, (1, 2, 3)

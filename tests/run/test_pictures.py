@@ -30,7 +30,8 @@ from llmexport.run import engine
 from llmexport.run.checks import check_patches
 from llmexport.run.errors import RunError
 from llmexport.run.pictures import check_installed
-from llmexport.run.session import MOST_FRAMES, MOST_PATCHES, RuntimeSession, opened, opening
+from llmexport.run.prompts import opening
+from llmexport.run.session import MOST_FRAMES, MOST_PATCHES, RuntimeSession, opened
 from llmexport.validate.pictures import Pictures, sight
 from llmexport.validate.runtime import open_session
 

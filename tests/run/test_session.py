@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from llmexport.export.graph_file import load
 from llmexport.run import engine
 from llmexport.run.checks import check_prompt, run_again_at
 from llmexport.run.errors import RunError
-from llmexport.run.session import RuntimeSession, begun, decode, greedy, opened, opening
+from llmexport.run.prompts import begun, opening
+from llmexport.run.session import RuntimeSession, decode, greedy, opened
 from llmexport.run.settings import start_token
 from llmexport.validate import loading
 from llmexport.validate.runners import onnx_runner
@@ -179,6 +181,8 @@ def test_engines_are_stepped_as_onnx_runtime_is(exported, monkeypatch: pytest.Mo
     runner = lambda export, graph: onnx_runner(load(export, graph), export.folder)  # noqa: E731
     monkeypatch.setattr(engine, "EngineRunner", runner)
     monkeypatch.setattr(engine, "unable", lambda export: "")
+    record = types.SimpleNamespace(profile={"sequence": (1, 64, 512)})
+    monkeypatch.setattr("llmexport.export.engine_record.read", lambda folder: record)
     monkeypatch.setattr(engine, "outside", lambda export, sizes: "" if sizes["past"] < PROMPT + 7 else "past is 18")
     export = manifest.read(exported("llama"))
     with opened(export, "engine") as session:
