@@ -51,6 +51,7 @@ JOBS: dict[str, dict[str, int]] = {
     "of 4 rows": {"batch": 4, "past": 128, "tokens": 1, "steps": 8},
     "behind 4000": {"batch": 1, "past": 4000, "tokens": 1, "steps": 8},
     "a prompt of 512": {"batch": 1, "past": 0, "tokens": 512, "steps": 2},
+    "of 2048, in 4": {"batch": 1, "past": 0, "tokens": 2048, "steps": 1, "pieces": 4},
     "of 2048": {"batch": 1, "past": 0, "tokens": 2048, "steps": 1},
 }
 

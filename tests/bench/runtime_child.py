@@ -3,11 +3,11 @@
 KIND is "file", FOLDER's model.onnx in a plain loop on ONNX Runtime, whoever made it, keys and values growing; "shared",
 the same with keys and values of SLOTS tokens in one buffer each, which a step writes in place; "genai",
 onnxruntime-genai's own loop; or "transformers", its eager model. One thread, on one core. The first line printed is
-what opening took. Each line read is a job, {"batch", "past", "tokens", "steps"}, a most of `steps` times `tokens` new
-tokens a row behind `past`, and answered by whether this kind can do it; or null, which is one of those steps, answered
-by its seconds of CPU. A past of 128 is what all compute of one text, and each token the one that they think likeliest,
-so that all of them choose the same experts; keys and values of a longer one are random numbers, the same in all files,
-but of transformers those of that text over again.
+what opening took. Each line read is a job, {"batch", "past", "tokens", "steps", "pieces"}, a most of `steps` times
+`tokens` new tokens a row behind `past`, those of a step in so many calls (1), and answered by whether this kind can do
+it; or null, which is one of those steps, answered by its seconds of CPU. A past of 128 is what all compute of one text,
+and each token the one that they think likeliest, so that all of them choose the same experts; keys and values of a
+longer one are random numbers, the same in all files, but of transformers those of that text over again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 COMPUTED = 128  # tokens of past that are computed; a longer one of transformers repeats these
 Step = Callable[[], Any]
-Begin = Callable[[int, int, int, int], Step | None]  # batch, past, tokens, steps
+Begin = Callable[[int, int, int, int, int], Step | None]  # batch, past, tokens, steps, pieces
 
 
 def ids(batch: int, tokens: int) -> np.ndarray:
@@ -33,12 +33,13 @@ def ids(batch: int, tokens: int) -> np.ndarray:
     return (np.arange(tokens, dtype=np.int64) * 7 + np.arange(batch, dtype=np.int64)[:, None] * 11 + 3) % 30_000
 
 
-def stepped(run: Callable[[np.ndarray], np.ndarray], batch: int, past: int, tokens: int) -> Step:
-    """`run` of pieces of the text, where they are long; else of a token each time, the likeliest behind the last."""
+def stepped(run: Callable[[np.ndarray], np.ndarray], batch: int, past: int, tokens: int, pieces: int) -> Step:
+    """`run` of a text, where it is long; else of a token each time, the likeliest behind the last."""
     given = [run(ids(batch, past)) if 0 < past <= COMPUTED else ids(batch, tokens)]
 
     def step() -> None:
-        found = run(given[0])
+        for piece in np.split(given[0], pieces, 1):
+            found = run(piece)
         given[0] = found if tokens == 1 else given[0]
 
     return step
@@ -62,7 +63,7 @@ def file(folder: Path, slots: int | None = None) -> Begin:
     decoder = json.loads(told.read_text())["model"]["decoder"] if told.exists() else {}
     head_size, window = decoder.get("head_size", 0), decoder.get("sliding_window", {}).get("window_size", 0)
 
-    def begin(batch: int, past: int, tokens: int, steps: int) -> Step:
+    def begin(batch: int, past: int, tokens: int, steps: int, pieces: int) -> Step:
         drawn = past if past > COMPUTED else 0
         held, shared = {}, list[str]()
         for name in states:
@@ -117,7 +118,7 @@ def file(folder: Path, slots: int | None = None) -> Begin:
             likeliest: np.ndarray = scores[count].numpy()[:, -1].argmax(-1)
             return likeliest[:, None]
 
-        return stepped(run, batch, past, tokens)
+        return stepped(run, batch, past, tokens, pieces)
 
     return begin
 
@@ -129,7 +130,7 @@ def genai(folder: Path, _: int | None = None) -> Begin:
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}))
     model = og.Model(config)
 
-    def begin(batch: int, past: int, tokens: int, steps: int) -> Step | None:
+    def begin(batch: int, past: int, tokens: int, steps: int, pieces: int) -> Step | None:
         if past > COMPUTED or (past and tokens > 1):
             return None
 
@@ -146,7 +147,8 @@ def genai(folder: Path, _: int | None = None) -> Begin:
 
         def prompt() -> None:
             generator = opened()
-            generator.append_tokens(ids(batch, tokens).astype(np.int32))
+            for piece in np.split(ids(batch, tokens), pieces, 1):
+                generator.append_tokens(piece.astype(np.int32))
             generator.generate_next_token()
 
         return prompt
@@ -163,7 +165,7 @@ def transformers(folder: Path, _: int | None = None) -> Begin:
     auto = AutoModelForImageTextToText if seen else AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def begin(batch: int, past: int, tokens: int, steps: int) -> Step:
+    def begin(batch: int, past: int, tokens: int, steps: int, pieces: int) -> Step:
         held: list[Any] = [None]
 
         def run(given: np.ndarray) -> np.ndarray:
@@ -181,7 +183,7 @@ def transformers(folder: Path, _: int | None = None) -> Begin:
                 elif getattr(layer, "keys", None) is not None:
                     times = (1, 1, past // layer.keys.shape[-2], 1)
                     layer.keys, layer.values = layer.keys.repeat(times), layer.values.repeat(times)
-        return stepped(run, batch, past, tokens)
+        return stepped(run, batch, past, tokens, pieces)
 
     return begin
 
@@ -206,7 +208,7 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if job:
-            step = begin(job["batch"], job["past"], job["tokens"], job["steps"])
+            step = begin(job["batch"], job["past"], job["tokens"], job["steps"], job.get("pieces", 1))
             print(json.dumps(step is not None), flush=True)
         else:
             assert step
