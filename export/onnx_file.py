@@ -82,9 +82,9 @@ class Request:
         check_slots(self.cache, self.max_tokens, self.target, self.window_slots)
         if unknown := [r for r in self.runtimes if r not in RUNTIMES]:
             raise ExportError(f"runtime is {unknown[0]!r}: choose of {', '.join(RUNTIMES)}")
-        odd = f"block {self.block!r}" if self.block else f"target {self.target}" if self.target != "portable" else ""
+        odd = f"block {self.block!r}" if self.block else f"target {self.target}" if self.target == "tensorrt" else ""
         if self.runtimes and odd:
-            wants = f"{' and '.join('--for ' + r for r in self.runtimes)} takes a whole model in the portable form"
+            wants = f"{' and '.join('--for ' + r for r in self.runtimes)} takes a whole model that ONNX Runtime runs"
             raise ExportError(f"{wants}, not {odd}: leave one of them out")
         if self.part == "vision" and (self.cache != "dynamic" or self.logits != "all"):
             raise ExportError("--part vision keeps no cache and gives no logits: leave --cache and --logits out")

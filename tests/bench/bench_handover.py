@@ -2,18 +2,19 @@
 
     python tests/bench/bench_handover.py --install | --genai PYTHON --optimum PYTHON [--work DIR] [ARCH ...]
 
-Of every decoder a tiny random checkpoint is exported with `--for genai --for optimum`. Each runtime lives in an
-environment of its own: --install makes them, else the interpreters are named. TOKENS tokens are made from each prompt
-by onnxruntime-genai, alone and in a batch, by optimum, after the line that the export notes where it needs that, and by
-its transformers 4 from the checkpoint with the export's config.json. What a runtime is not written for the export
-refuses; a batch that is padded as a model cannot take, which the export notes, may end in an error. Exit code 1: other
-tokens, or another error.
+Of every decoder a tiny random checkpoint is exported with `--for genai --for optimum`, portable and with `--target
+onnxruntime`. Each runtime lives in an environment of its own: --install makes them, else the interpreters are named.
+TOKENS tokens are made from each prompt by onnxruntime-genai, alone and in a batch, by optimum, after the line that the
+export notes where it needs that, and by its transformers 4 from the checkpoint with the export's config.json. What a
+runtime is not written for the export refuses; a batch that is padded as a model cannot take, which the export notes,
+may end in an error. Exit code 1: other tokens, or another error.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -93,7 +94,7 @@ def reference(folder: Path) -> list[list[int]]:
     return made
 
 
-def export(source: Path, folder: Path, slots: int | None) -> tuple[Export | None, dict[str, str]]:
+def export(source: Path, folder: Path, slots: int | None, target: str) -> tuple[Export | None, dict[str, str]]:
     """The export for the runtimes that can run it, if any can, and what is said of the others."""
     found = open_checkpoint(source)
     arch = archs.choose(None, found.config)
@@ -108,7 +109,7 @@ def export(source: Path, folder: Path, slots: int | None) -> tuple[Export | None
     runtimes = tuple(n for n in PACKAGES if n not in refused)
     if not runtimes:
         return None, refused
-    request = onnx_file.Request(arch, found, cache=cache[0], max_tokens=cache[1], runtimes=runtimes)
+    request = onnx_file.Request(arch, found, cache=cache[0], max_tokens=cache[1], runtimes=runtimes, target=target)
     return onnx_file.write(request, folder), refused
 
 
@@ -123,10 +124,10 @@ def judged(wanted: list[list[int]], found: Any) -> str:
     return found if isinstance(found, str) else EQUAL if found == wanted else "differs"
 
 
-def row(case: Case, pythons: dict[str, str], work: Path, slots: int | None) -> dict[str, Any]:
-    source = checkpoint(case, work / "checkpoint")
-    made, refused = export(source, work / "out", slots)
-    found: dict[str, Any] = {"arch": case.arch, "cache": f"static, {slots}" if slots else "dynamic", **refused}
+def row(case: Case, pythons: dict[str, str], work: Path, slots: int | None, target: str) -> dict[str, Any]:
+    source, cache = checkpoint(case, work / "checkpoint"), f"static, {slots}" if slots else "dynamic"
+    made, refused = export(source, work / "out", slots, target)
+    found: dict[str, Any] = {"arch": case.arch, "target": target, "cache": cache, **refused}
     if made is None:
         return {**found, "passed": True}
     wanted, passed = reference(source), True
@@ -175,9 +176,10 @@ def main() -> None:
             "prompts": [len(p) for p in PROMPTS],
             "rows": rows,
         }
-        for case, slots in [(c, None) for c in cases] + [(c, STATIC[c.arch]) for c in cases if c.arch in STATIC]:
+        kinds = [(c, None) for c in cases] + [(c, STATIC[c.arch]) for c in cases if c.arch in STATIC]
+        for (case, slots), target in itertools.product(kinds, ("portable", "onnxruntime")):
             place = Path(tempfile.mkdtemp(dir=work))
-            rows.append(row(case, pythons, place, slots))
+            rows.append(row(case, pythons, place, slots, target))
             print(json.dumps(rows[-1]), flush=True)
             shutil.rmtree(place)
             if not chosen.archs:

@@ -163,6 +163,7 @@ def test_a_batch_is_padded_by_what_ends_a_text_where_nothing_pads() -> None:
 
 @pytest.mark.model
 @pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python with onnxruntime-genai")
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 @pytest.mark.parametrize(
     ("arch", "slots"),
     [
@@ -170,13 +171,16 @@ def test_a_batch_is_padded_by_what_ends_a_text_where_nothing_pads() -> None:
         *((arch, 64) for arch in ("llama", "gpt_oss", "llama4", "mistral")),
     ],
 )
-def test_the_tokens_are_those_of_transformers(arch: str, slots: int | None, tiny_checkpoint, tmp_path: Path) -> None:
+def test_the_tokens_are_those_of_transformers(
+    arch: str, slots: int | None, target: str, tiny_checkpoint, tmp_path: Path
+) -> None:
     folder = tiny_checkpoint(arch)
     checkpoint = open_checkpoint(folder)
     request = onnx_file.Request(
         archs.choose(None, checkpoint.config),
         checkpoint,
         runtimes=("genai",),
+        target=target,
         cache="static" if slots else "dynamic",
         max_tokens=slots,
         window_slots="all" if slots else "last",

@@ -62,7 +62,7 @@ def test_a_generation_config_that_is_none_is_one_line(runtime: str, tmp_path: Pa
 def test_what_no_other_runtime_runs_is_refused_at_once(fields: dict[str, str], odd: str, tmp_path: Path) -> None:
     random_checkpoint.write(archs.load("llama"), tmp_path / "checkpoint")
     found = open_checkpoint(tmp_path / "checkpoint")
-    said = f"^--for genai takes a whole model in the portable form, not {odd}: leave one of them out"
+    said = f"^--for genai takes a whole model that ONNX Runtime runs, not {odd}: leave one of them out"
     with pytest.raises(ExportError, match=said):
         onnx_file.Request(archs.load("llama"), found, runtimes=("genai",), **fields)
     with pytest.raises(ExportError, match="runtime is 'vllm': choose of genai"):
