@@ -2,12 +2,12 @@
 
     python tests/bench/bench_handover.py --install | --genai PYTHON --optimum PYTHON [--work DIR] [ARCH ...]
 
-Of every decoder a tiny random checkpoint is exported with `--for genai --for optimum`, portable and with `--target
-onnxruntime`. Each runtime lives in an environment of its own: --install makes them, else the interpreters are named.
-TOKENS tokens are made from each prompt by onnxruntime-genai, alone and in a batch, by optimum, after the line that the
-export notes where it needs that, and by its transformers 4 from the checkpoint with the export's config.json. What a
-runtime is not written for the export refuses; a batch that is padded as a model cannot take, which the export notes,
-may end in an error. Exit code 1: other tokens, or another error.
+Of every decoder that transformers has a tiny random checkpoint is exported with `--for genai --for optimum`, portable
+and with `--target onnxruntime`. Each runtime lives in an environment of its own: --install makes them, else the
+interpreters are named. TOKENS tokens are made from each prompt by onnxruntime-genai, alone and in a batch, by optimum,
+after the line that the export notes where it needs that, and by its transformers 4 from the checkpoint with the
+export's config.json. What a runtime is not written for the export refuses; a batch that is padded as a model cannot
+take, which the export notes, may end in an error. Exit code 1: other tokens, or another error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from llmexport.export.static import StaticCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from arch_cases import DECODERS, FIRST, Case
+from arch_cases import DECODERS, FIRST, IN_TRANSFORMERS, Case
 from layouts import randomise
 from other_runtimes import GENAI, OPTIMUM, asked
 from report import commit, machine
@@ -166,7 +166,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=chosen.work) as folder:
         work = Path(folder)
         pythons = {n: install(n, work) if chosen.install else getattr(chosen, n) for n in PACKAGES}
-        cases = [c for c in FIRST if c in DECODERS and c.arch in (chosen.archs or archs.names())]
+        cases = [c for c in FIRST if c in DECODERS and c.arch in (chosen.archs or IN_TRANSFORMERS)]
         record: dict[str, Any] = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
