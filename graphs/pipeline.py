@@ -21,6 +21,7 @@ from llmexport.graphs.lower_latent_attention import lower_latent_attention
 from llmexport.graphs.lower_sink_attention import lower_sink_attention
 from llmexport.graphs.lower_small_experts import lower_small_experts
 from llmexport.graphs.lower_static_attention import lower_static_attention
+from llmexport.graphs.lower_whole_attention import lower_whole_attention
 
 Pass = Callable[[gs.Graph], Fused]
 PIPELINE: tuple[Pass, ...] = (fuse_add_rms_norm, fuse_gated_act)
@@ -31,6 +32,7 @@ LOWERING: Mapping[str, tuple[Pass, ...]] = {
         lower_static_attention,
         lower_attention,
         lower_sink_attention,
+        lower_whole_attention,
         lower_experts,
         lower_small_experts,
         lower_add_rms_norm,

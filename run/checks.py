@@ -69,13 +69,19 @@ def run_again_at(export: Export) -> int | None:
 
 
 def check_patches(export: Export, pictures: Pictures) -> None:
-    """Raise RunError on a picture that takes the machine down: each of its patches scores all others, in fp32."""
+    """Raise RunError on a picture that takes the machine down: each of its patches scores all others, in fp32, unless
+    scores are made some at a time; a mask of all pairs is there even so."""
     if pictures.grids is None:
         return
     height, width = max(((int(h), int(w)) for _, h, w in pictures.grids), key=lambda size: size[0] * size[1])
-    blocks = [p.block for g in export.graphs if sees(g) for step in g.assembly.steps for p in parts(step)]
+    seeing = [g for g in export.graphs if sees(g)]
+    blocks = [p.block for g in seeing for step in g.assembly.steps for p in parts(step)]
     heads = max((b.heads for b in blocks if isinstance(b, Attention)), default=1)
-    least, there = 4 * heads * (height * width) ** 2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    few = all("lower_whole_attention" in g.fusions and not g.fusions["lower_whole_attention"].refused for g in seeing)
+    least, there = (
+        (1 if few else 4 * heads) * (height * width) ** 2,
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    )
     if least > there:
         raise RunError(
             f"a picture of {height} x {width} patches takes {least / 1e9:.3g} GB of memory, this machine has "

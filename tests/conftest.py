@@ -201,7 +201,7 @@ def static_caches() -> None:
 def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Exporter:
     """Exports a case; `exported(case, dtype="float16", block="attention")`; `slots` are those of a static cache, with
     which a test is skipped where ONNX Runtime has none, `cache` is its kind, and `window_slots` what windows keep;
-    `part` is that of a multimodal checkpoint, if not "text"."""
+    `part` is that of a multimodal checkpoint, if not "text"; `target` is who runs it, if not all do."""
 
     @functools.cache
     def make(case: Case, dtype: str, block: str | None, weights: str, part: str, **kind: Any) -> Path:
@@ -224,11 +224,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable
         part: str = "text",
         cache: str = "static",
         window_slots: str = "last",
+        target: str = "portable",
     ) -> Path:
         kind = {"cache": cache, "max_tokens": slots, "window_slots": window_slots} if slots else {}
         if slots:
             need_static_caches()
-        return make(as_case(which), dtype, block, weights, part, **kind)
+        return make(as_case(which), dtype, block, weights, part, target=target, **kind)
 
     return export
 

@@ -11,8 +11,9 @@ from arch_cases import TOWERS, Case
 from safetensors.numpy import load_file, save_file
 from towers import PACKED, RUNNERS, WIDE, check, pixels, reference, run_only, seen
 
-from llmexport.export import archs, export, random_checkpoint
+from llmexport.export import archs, export, manifest, random_checkpoint
 from llmexport.export.multimodal import of_release
+from llmexport.export.spec import Layer
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import not_runnable
 from llmexport.validate.tolerance import TOLERANCE
@@ -49,6 +50,19 @@ def test_features_match_transformers(case: Case, which: str | int, runner: str, 
     feed = shown(case, folder, which)
     found = run_only(exported(case, part="vision"), runner, feed)["image_features"]
     check(seen(reference(folder), feed), found)
+
+
+@pytest.mark.parametrize(("case", "which"), SEEN, ids=str)
+def test_features_of_what_onnx_runtime_is_given_match_transformers(
+    case: Case, which: str | int, tiny_checkpoint, exported
+) -> None:
+    folder = exported(case, part="vision", target="onnxruntime")
+    feed = shown(case, tiny_checkpoint(case, "all"), which)
+    check(seen(reference(tiny_checkpoint(case, "all")), feed), run_only(folder, "onnxruntime", feed)["image_features"])
+    [graph] = manifest.read(folder).graphs
+    whole = graph.fusions["lower_whole_attention"]
+    layers = sum(isinstance(s.block, Layer) for s in graph.assembly.steps)
+    assert (whole.count, whole.refused) == (layers, [])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

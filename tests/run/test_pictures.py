@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -256,6 +257,19 @@ def test_a_picture_that_takes_more_than_the_machine_has_is_refused(made) -> None
     check_patches(export, Pictures(np.empty(0), np.array([(1, 8, 8)])))
     with pytest.raises(RunError, match="lower longest_edge in preprocessor_config"):
         check_patches(export, Pictures(np.empty(0), np.array([(1, 2, 2), (1, 4096, 4096)])))
+
+
+def test_a_picture_whose_scores_are_made_some_at_a_time_may_have_more_patches(exported, monkeypatch) -> None:
+    """With two heads in fp32 eight times the mask of all pairs, of a byte each."""
+    plain, lowered = (
+        manifest.read(exported("qwen3_5_moe", part="all", target=target)) for target in ("portable", "onnxruntime")
+    )
+    pictures = Pictures(np.empty(0), np.array([(1, 64, 64)]))
+    for export, needs in ((plain, 8 * 4096**2), (lowered, 4096**2)):
+        for there, refused in ((needs, False), (needs - 1, True)):
+            monkeypatch.setattr("os.sysconf", lambda name, there=there: there if name == "SC_PHYS_PAGES" else 1)
+            with pytest.raises(RunError) if refused else contextlib.nullcontext():
+                check_patches(export, pictures)
 
 
 @pytest.mark.parametrize("arch", others_slow(ARCHS, ["qwen3_5_moe"]))
