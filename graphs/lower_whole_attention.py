@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -23,7 +24,19 @@ from llmexport.plugins.spec import DOMAIN
 
 FLOAT = "float32"  # that ONNX Runtime has the operator in on a CPU
 NOTHING = ("is_causal", "softcap", "qk_matmul_output_mode")  # attributes that say nothing
-Shared = dict[str, gs.Variable]  # by mask, whether it hides nothing
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where segments of tokens begin and end, how many there are, and whether the tokens of each follow each other."""
+
+    begins: gs.Variable
+    ends: gs.Variable
+    count: gs.Variable
+    apart: gs.Variable
+
+
+Shared = dict[str, Segments]  # by mask
 
 
 def lower_whole_attention(graph: gs.Graph) -> Fused:
@@ -33,11 +46,11 @@ def lower_whole_attention(graph: gs.Graph) -> Fused:
          |        |        |                       \\     |     /        |
      Transpose Transpose Transpose                [RotaryEmbedding] twice|
          |        |        |                        |      |             |
-      [Rope]   [Rope]      |              =>        |      |  segments   |
+      [Rope]   [Rope]      |              =>        |      |    mask     |
          |        |        |                        |      |     |       |
-        Attention ---------+- [mask]               [If it hides nothing]
-         |                                          MultiHeadAttention
-     Transpose                                     [else Attention]
+        Attention ---------+- [mask]                MultiHeadAttention [Loop over segments,
+         |                                          |                   if their tokens follow each other,
+     Transpose                                      |                   else Attention]
          |                                          |
       Reshape - y                                   y
 
@@ -80,23 +93,52 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
         dead.inputs.clear()
         dead.outputs.clear()
     count, name = heads[0].sizes[0], f"{node.name}/whole"
-    whole = gs.Node("MultiHeadAttention", name, said | {"num_heads": count}, rows, [y], "com.microsoft")
+    whole = gs.Node("MultiHeadAttention", name, said | {"num_heads": count}, domain="com.microsoft")
     if mask is None:
+        whole.inputs.extend(rows)
+        whole.outputs.append(y)
         graph.nodes[at:at] = [*before, whole]
         return
     if mask.name not in shared:
-        shared[mask.name] = _of_one(mask, before)
-    masked = gs.Node("Attention", f"{node.name}/masked", said | {"q_num_heads": count, "kv_num_heads": count})
-    masked.inputs.extend([*rows, mask])
-    branches = {"then_branch": _branch(whole, y), "else_branch": _branch(masked, y)}
-    graph.nodes[at:at] = [*before, gs.Node("If", f"{node.name}/segments", branches, [shared[mask.name]], [y])]
+        shared[mask.name] = _of_mask(mask, before)
+    attended = gs.Variable(f"{node.name}/masked", y.dtype, y.shape)
+    heads_said = {"q_num_heads": count, "kv_num_heads": count}
+    masked = gs.Node("Attention", attended.name, said | heads_said, [*rows, mask], [attended])
+    branches = {
+        "then_branch": _by_segment(whole, rows, shared[mask.name]),
+        "else_branch": gs.Graph([masked], [], [attended], name=masked.name),
+    }
+    graph.nodes[at:at] = [*before, gs.Node("If", f"{node.name}/segments", branches, [shared[mask.name].apart], [y])]
 
 
-def _branch(node: gs.Node, like: gs.Tensor) -> gs.Graph:
-    made = gs.Variable(f"{node.name}/{like.name}", like.dtype, like.shape)
-    node.outputs.clear()
-    node.outputs.append(made)
-    return gs.Graph([node], [], [made], name=node.name)
+def _by_segment(whole: gs.Node, rows: list[gs.Tensor], segments: Segments) -> gs.Graph:
+    """A branch that attends to a segment at a time, and joins them."""
+    added, turn, like = Added(whole.name), Added(f"{whole.name}/turn"), rows[0]
+    batch, _, width = like.shape
+    number = gs.Variable(f"{turn.name}/number", np.int64, [])
+    going, goes_on = (gs.Variable(f"{turn.name}/{said}", np.bool_, []) for said in ("going", "goes_on"))
+    before = gs.Variable(f"{turn.name}/before", like.dtype, [batch, f"{turn.name}/done", width])
+    one, axis = turn.constant("one", [0]), turn.constant("axis", [1])
+    places = [
+        turn.node(
+            "Unsqueeze", f"{said}/at", [turn.node("Gather", said, [of, number], np.int64, []), one], np.int64, [1]
+        )
+        for said, of in (("begin", segments.begins), ("end", segments.ends))
+    ]
+    size = f"{turn.name}/tokens"
+    own = [
+        turn.node("Slice", f"own_{i}", [v, *places, axis], v.dtype, [batch, size, width]) for i, v in enumerate(rows)
+    ]
+    attended = turn.node("MultiHeadAttention", "attended", own, like.dtype, [batch, size, width], **whole.attrs)
+    turn.nodes[-1].domain = whole.domain
+    joined = turn.node("Concat", "joined", [before, attended], like.dtype, [batch, f"{turn.name}/more", width], axis=1)
+    turn.nodes.append(gs.Node("Identity", goes_on.name, {}, [going], [goes_on]))
+    body = gs.Graph(turn.nodes, [number, going, before], [goes_on, joined], name=turn.name)
+    nothing = [added.constant(said, [n]) for said, n in (("from", 0), ("to", 0), ("axis", 1))]
+    empty = added.node("Slice", "empty", [like, *nothing], like.dtype, [batch, 0, width])
+    always = added.constant("always", True, np.bool_)
+    made = added.node("Loop", "joined", [segments.count, always, empty], like.dtype, [*like.shape], body=body)
+    return gs.Graph(added.nodes, [], [made], name=added.name)
 
 
 def _check_segments(mask: gs.Tensor) -> None:
@@ -109,18 +151,36 @@ def _check_segments(mask: gs.Tensor) -> None:
         for queries, keys in (compared.inputs, compared.inputs[::-1]):
             turned = produced_by(queries, "Unsqueeze")
             along = turned is not None and turned.inputs[0] is keys and scalar(turned.inputs[1])
-            if along in (1, -1) and len(keys.shape or ()) == 1:
+            if along in (1, -1) and len(keys.shape or ()) == 1 and {*mask.shape[:-2]} <= {1}:
                 return
     raise Refusal("its mask may hide something of one segment")
 
 
-def _of_one(mask: gs.Tensor, before: list[gs.Node]) -> gs.Variable:
-    """Whether all keys are of the first query's segment, by the mask alone, as a layer that is cut out has no more."""
-    added, first = Added(f"{mask.name}/whole"), [*mask.shape[:-2], 1, mask.shape[-1]]
-    places = [added.constant(said, [n]) for said, n in (("begin", 0), ("end", 1), ("axis", -2))]
-    row = added.node("Slice", "first", [mask, *places], np.bool_, first)
-    numbers = added.node("Cast", "numbers", [row], np.int32, first, to=onnx.TensorProto.INT32)
-    least = added.node("ReduceMin", "least", [numbers], np.int32, [], keepdims=0)
-    one = added.node("Equal", "one", [least, added.constant("shown", 1, np.int32)], np.bool_, [])
+def _of_mask(mask: gs.Tensor, before: list[gs.Node]) -> Segments:
+    """By the mask alone, as a layer that is cut out has no more: a segment begins where a query is its first key."""
+    added, tokens, number = Added(f"{mask.name}/whole"), mask.shape[-1], np.int64
+    add, ends_at = added.node, {n: added.constant(f"at_{n}", [n]) for n in (-1, 0, 1)}
+    last = added.constant("last", [np.iinfo(np.int64).max])
+    # Of this type ArgMax finds the first of equal ones without numbers of 8 bytes for all pairs.
+    narrow = add("Cast", "shown", [mask], np.uint8, [*mask.shape], to=onnx.TensorProto.UINT8)
+    found = add("ArgMax", "first/of_all", [narrow], number, [*mask.shape[:-1]], axis=-1, keepdims=0)
+    first = add("Reshape", "first", [found, ends_at[-1]], number, [tokens])
+    size = add("Shape", "tokens", [first], number, [1])
+    count = add("Squeeze", "tokens/count", [size], number, [])
+    counted = [added.constant("none", 0), count, added.constant("step", 1)]
+    own = add("Equal", "own", [first, add("Range", "numbers", counted, number, [tokens])], np.bool_, [tokens])
+    places = add("NonZero", "begins/rows", [own], number, [1, f"{added.name}/segments"])
+    begins = add("Squeeze", "begins", [places, ends_at[0]], number, [f"{added.name}/segments"])
+    later = add("Slice", "begins/later", [begins, ends_at[1], last, ends_at[0]], number, [f"{added.name}/later"])
+    ends = add("Concat", "ends", [later, size], number, [f"{added.name}/segments"], axis=0)
+    segments = add("Squeeze", "segments", [add("Shape", "segments/1", [begins], number, [1])], number, [])
+    pairs = [
+        add("Slice", said, [first, at, to, ends_at[0]], number, [f"{added.name}/pairs"])
+        for said, at, to in (("next", ends_at[1], last), ("before", ends_at[0], ends_at[-1]))
+    ]
+    backwards = add("Less", "goes_back", pairs, np.bool_, [f"{added.name}/pairs"])
+    numbers = add("Cast", "back", [backwards], np.int32, [f"{added.name}/pairs"], to=onnx.TensorProto.INT32)
+    backs = add("ReduceSum", "backs", [numbers], np.int32, [], keepdims=0)
+    apart = add("Equal", "apart", [backs, added.constant("never", 0, np.int32)], np.bool_, [])
     before.extend(added.nodes)
-    return one
+    return Segments(begins, ends, segments, apart)

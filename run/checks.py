@@ -70,7 +70,7 @@ def run_again_at(export: Export) -> int | None:
 
 def check_patches(export: Export, pictures: Pictures) -> None:
     """Raise RunError on a picture that takes the machine down: each of its patches scores all others, in fp32, unless
-    scores are made some at a time; a mask of all pairs is there even so."""
+    scores are made some at a time; a mask of all pairs is there even so, once as bytes and once as numbers."""
     if pictures.grids is None:
         return
     height, width = max(((int(h), int(w)) for _, h, w in pictures.grids), key=lambda size: size[0] * size[1])
@@ -79,7 +79,7 @@ def check_patches(export: Export, pictures: Pictures) -> None:
     heads = max((b.heads for b in blocks if isinstance(b, Attention)), default=1)
     few = all("lower_whole_attention" in g.fusions and not g.fusions["lower_whole_attention"].refused for g in seeing)
     least, there = (
-        (1 if few else 4 * heads) * (height * width) ** 2,
+        (2 if few else 4 * heads) * (height * width) ** 2,
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
     )
     if least > there:

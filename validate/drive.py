@@ -20,7 +20,6 @@ from polygraphy.backend.base import BaseRunner
 from llmexport.export.exported import Export, ExportedGraph
 from llmexport.export.spec import BATCH, PAST, Port
 from llmexport.validate import overflow
-from llmexport.validate.branches import branching
 from llmexport.validate.compare import Mismatch
 from llmexport.validate.feeds import Feed, beside, draw, holds_tokens, shape_of, states, without_pictures, words
 from llmexport.validate.pictures import sight
@@ -34,9 +33,11 @@ from llmexport.validate.stages import (
     one_picture,
     padded_right,
     runs_at,
+    unpadded,
 )
 from llmexport.validate.thresholds import suspected_thresholds, thresholds
 
+BY_PADDING = {"lower_static_attention", "lower_sink_attention"}  # after which a graph does otherwise without padding
 MOST_PAST = 4 * 2**30  # bytes of a random past in fp32, which is held for each step across a threshold
 # A prompt is timed again until there are so many calls, or the fewer that make a median took so long.
 WARM_CALLS, LEAST_CALLS, WARM_SECONDS = 5, 3, 0.2
@@ -153,7 +154,7 @@ def record(model: Driver[Any], prompt: Stage) -> tuple[Script, Run, Recorded]:
     """A script, its run, and all values of its stages but decode steps, whose tokens our PyTorch chooses.
 
     A model that carries something is run on the prompt, DECODE_STEPS greedy tokens, a piece of PIECE tokens at once, a
-    prompt that takes other branches of its graph if it has any, and across thresholds; any other on the prompt with
+    prompt without padding if its graph then takes another branch, and across thresholds; any other on the prompt with
     padding on the left, and on the right, or on its pictures and on one alone.
     """
     export, script = model.export, list[Stage]()
@@ -184,8 +185,8 @@ def record(model: Driver[Any], prompt: Stage) -> tuple[Script, Run, Recorded]:
             stage = stage.then(f"decode {i + 1}", "decode", text[outputs[scores][:, -1:, text].argmax(-1)])
             outputs = take(stage)
         take(stage.then("last", "piece", prompt.ids[:, :PIECE]))
-        for other in branching(export, prompt):
-            take(other)
+        if any(g.fusions[p].count for g in export.graphs for p in BY_PADDING & g.fusions.keys()):
+            take(unpadded(export, prompt))
         for at in beyond(export, prompt)[0]:
             take(crossing(export, at))
     else:

@@ -231,6 +231,13 @@ def padded_right(stage: Stage) -> Stage:
     return opening(ids, mask, types, f"{stage.name}, padded right")
 
 
+def unpadded(model: Assembly | Export, prompt: Stage) -> Stage:
+    """A prompt of text as long as that one, in which no row is padded."""
+    text, random, places = words(model.blocks), np.random.default_rng(0), limits(model.blocks)["positions"]
+    ids = text[random.integers(0, len(text), prompt.ids.shape)]
+    return with_source(opening(ids, np.ones_like(ids), name="unpadded", places=places), model, random)
+
+
 def crossing(model: Assembly | Export, at: int, seed: int = 0) -> Stage:
     """A stage of one row that crosses a threshold."""
     text = words(model.blocks)

@@ -5,8 +5,9 @@
 
 NAME is a part of the name of a published config, as `qwen` or `scout`.
 image: random bf16 weights of the tower alone, exported with fp32 compute; the features of a picture of SIDE x SIDE (of
-packed patches: of FOUR of them too) by our PyTorch and ONNX Runtime against those of transformers, each runner in a
-process of its own, which is what `peak_rss_mb` is of. `ops` are the shares of ONNX Runtime's time.
+packed patches: of FOUR of them too) by our PyTorch and ONNX Runtime, there of the portable graph and of that of
+`--target onnxruntime`, against those of transformers, each runner in a process of its own, which is what `peak_rss_mb`
+is of. `ops` are the shares of ONNX Runtime's time.
 sixteen: the same in fp16 and bf16 by our PyTorch, against transformers in fp32, beside transformers in that dtype.
 hollow: the whole published checkpoint as files of holes; what exporting all of it costs, its text and its vision, each
 with nothing cached. engine: the vision graph of that in bf16 as TensorRT-RTX takes it, the weights beside the plan, as
@@ -38,6 +39,7 @@ from report import commit, machine
 from llmexport.validate.compare import Difference, compare
 from llmexport.validate.tolerance import TOLERANCE
 
+TARGET = ("--dtype", "float32", "--target", "onnxruntime")
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "vision_cpu.json"
 MODELS = (
@@ -116,10 +118,16 @@ def image(work: Path, config: dict[str, Any], chosen: Any, count: int) -> dict[s
     feed = pictures(config, count)
     reference, took = seen("transformers", source, exports["float32"], feed, chosen)
     runs, differences = {"transformers": took}, []
-    for runner in ("PyTorch", "ONNX Runtime"):
-        features, took = seen(runner, source, exports["float32"], feed, chosen)
+    lowered = work / "lowered"
+    done("onnx", "--part", "vision", "--checkpoint", source, *TARGET, "-o", lowered, log=work / "log")
+    for name, runner, out in (
+        ("PyTorch", "PyTorch", exports["float32"]),
+        ("ONNX Runtime", "ONNX Runtime", exports["float32"]),
+        ("ONNX Runtime, its target", "ONNX Runtime", lowered),
+    ):
+        features, took = seen(runner, source, out, feed, chosen)
         differences.append((compare(reference, features), TOLERANCE["float32"]))
-        runs[runner] = {**took, **numbers(differences[-1][0])}
+        runs[name] = {**took, **numbers(differences[-1][0])}
     held = sum(p.stat().st_size for p in source.glob("*.safetensors"))
     told = {"pixels": list(feed["pixel_values"].shape), "features": list(reference.shape)}
     return judged({**told, "weights_mb": round(held / MB, 1), "threads": chosen.threads, "runs": runs}, differences)

@@ -5,15 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from arch_cases import TOWERS, Case
+from onnx.helper import get_node_attr_value
+from reseal import reseal
 from safetensors.numpy import load_file, save_file
 from towers import PACKED, RUNNERS, WIDE, check, pixels, reference, run_only, seen
 
 from llmexport.export import archs, export, manifest, random_checkpoint
+from llmexport.export.checkpoint import open_checkpoint
 from llmexport.export.multimodal import of_release
+from llmexport.export.onnx_file import Request, write
 from llmexport.export.spec import Layer
+from llmexport.validate import validate
 from llmexport.validate.compare import compare
 from llmexport.validate.runners import not_runnable
 from llmexport.validate.tolerance import TOLERANCE
@@ -63,6 +69,20 @@ def test_features_of_what_onnx_runtime_is_given_match_transformers(
     whole = graph.fusions["lower_whole_attention"]
     layers = sum(isinstance(s.block, Layer) for s in graph.assembly.steps)
     assert (whole.count, whole.refused) == (layers, [])
+
+
+def test_a_fault_in_attention_by_segments_is_found(tiny_checkpoint, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint("qwen3_5", "all"))
+    request = Request(archs.choose(None, checkpoint.config), checkpoint, target="onnxruntime", part="all")
+    folder = write(request, tmp_path / "out").folder
+    model = onnx.load(folder / "vision.onnx", load_external_data=False)
+    for node in (n for n in model.graph.node if n.name.endswith("attention/segments")):
+        [loop] = [n for n in get_node_attr_value(node, "then_branch").node if n.op_type == "Loop"]
+        [attend] = [n for n in get_node_attr_value(loop, "body").node if n.op_type == "MultiHeadAttention"]
+        next(a for a in attend.attribute if a.name == "scale").f *= 1.5
+    onnx.save(model, folder / "vision.onnx")
+    reseal(folder)
+    assert [r.status for r in validate(folder, rungs=["blocks", "onnxruntime"]).rungs] == ["fail", "fail"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

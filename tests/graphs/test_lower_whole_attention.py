@@ -39,7 +39,17 @@ FORMS = {
     "segments, the other way": MASKED.replace("Equal(column, segments)", "Equal(segments, column)"),
     "q turned back": PLAIN.replace("[attention]", "[s] qs = Neg(qt) [attention]").replace("(qt, kt", "(qs, kt"),
 }
-SEGMENTS = {"one": [3, 3, 3, 3, 3], "two": [0, 0, 1, 1, 1], "the last its own": [0, 0, 0, 0, 7], "alone": [4]}
+SEGMENTS = {
+    "one": [3, 3, 3, 3, 3],
+    "two": [0, 0, 1, 1, 1],
+    "the last its own": [0, 0, 0, 0, 7],
+    "downwards": [5, 5, 2, 2, 0],
+    "alone": [4],
+    "one in two": [0, 1, 0],
+    "two by turns": [4, 2, 4, 2, 4],
+    "the end with the middle": [0, 1, 1, 2, 1],
+}
+MIXED = ("one in two", "two by turns", "the end with the middle")  # which are attended under the mask
 
 
 def model(nodes: str, outputs: str = "") -> onnx.ModelProto:
@@ -80,16 +90,19 @@ def test_rows_go_in_and_come_out_and_the_numbers_stay(form):
         assert compare(expected, found).max_abs <= 2e-6
 
 
-def test_the_operator_without_a_mask_is_taken_where_all_are_of_one_segment():
+def test_segments_are_attended_to_one_by_one_where_their_tokens_follow_each_other():
     graph = gs.import_onnx(model(MASKED))
     lower_whole_attention(graph)
     [chosen] = [n for n in graph.nodes if n.op == "If"]
     said = {name: [n.op for n in branch.nodes] for name, branch in chosen.attrs.items()}
-    assert said == {"then_branch": ["MultiHeadAttention"], "else_branch": ["Attention"]}
-    graph.outputs.append(chosen.inputs[0])
-    condition = chosen.inputs[0].name
-    found = {name: run(gs.export_onnx(graph), s, condition)[1].item() for name, s in SEGMENTS.items()}
-    assert found == {"one": True, "two": False, "the last its own": False, "alone": True}
+    assert said == {"then_branch": ["Slice", "Loop"], "else_branch": ["Attention"]}
+    [loop] = [n for n in chosen.attrs["then_branch"].nodes if n.op == "Loop"]
+    graph.outputs += [chosen.inputs[0], loop.inputs[0]]
+    names, made = [v.name for v in graph.outputs[1:]], gs.export_onnx(graph)
+    for name, segments in SEGMENTS.items():
+        _, apart, count = run(made, segments, *names)
+        assert apart == (name not in MIXED)
+        assert not apart or count == len({*segments})
 
 
 def test_layers_of_one_mask_ask_once():
@@ -106,7 +119,7 @@ def test_layers_of_one_mask_ask_once():
     graph = gs.import_onnx(made)
     assert lower_whole_attention(graph).count == 2
     ops = [n.op for n in graph.nodes]
-    assert (ops.count("If"), ops.count("ReduceMin")) == (2, 1)
+    assert (ops.count("If"), ops.count("ArgMax")) == (2, 1)
 
 
 # What stands in the place of what in a legal graph.

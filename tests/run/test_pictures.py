@@ -260,12 +260,12 @@ def test_a_picture_that_takes_more_than_the_machine_has_is_refused(made) -> None
 
 
 def test_a_picture_whose_scores_are_made_some_at_a_time_may_have_more_patches(exported, monkeypatch) -> None:
-    """With two heads in fp32 eight times the mask of all pairs, of a byte each."""
+    """Of two heads in fp32 eight bytes for each pair, of the mask alone two."""
     plain, lowered = (
         manifest.read(exported("qwen3_5_moe", part="all", target=target)) for target in ("portable", "onnxruntime")
     )
     pictures = Pictures(np.empty(0), np.array([(1, 64, 64)]))
-    for export, needs in ((plain, 8 * 4096**2), (lowered, 4096**2)):
+    for export, needs in ((plain, 8 * 4096**2), (lowered, 2 * 4096**2)):
         for there, refused in ((needs, False), (needs - 1, True)):
             monkeypatch.setattr("os.sysconf", lambda name, there=there: there if name == "SC_PHYS_PAGES" else 1)
             with pytest.raises(RunError) if refused else contextlib.nullcontext():
