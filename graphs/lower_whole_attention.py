@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -93,10 +94,8 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
         dead.inputs.clear()
         dead.outputs.clear()
     count, name = heads[0].sizes[0], f"{node.name}/whole"
-    whole = gs.Node("MultiHeadAttention", name, said | {"num_heads": count}, domain="com.microsoft")
     if mask is None:
-        whole.inputs.extend(rows)
-        whole.outputs.append(y)
+        whole = gs.Node("MultiHeadAttention", name, said | {"num_heads": count}, rows, [y], "com.microsoft")
         graph.nodes[at:at] = [*before, whole]
         return
     if mask.name not in shared:
@@ -105,36 +104,31 @@ def _lower(shared: Shared, graph: gs.Graph, node: gs.Node) -> None:
     heads_said = {"q_num_heads": count, "kv_num_heads": count}
     masked = gs.Node("Attention", attended.name, said | heads_said, [*rows, mask], [attended])
     branches = {
-        "then_branch": _by_segment(whole, rows, shared[mask.name]),
+        "then_branch": _by_segment(name, said | {"num_heads": count}, rows, shared[mask.name]),
         "else_branch": gs.Graph([masked], [], [attended], name=masked.name),
     }
     graph.nodes[at:at] = [*before, gs.Node("If", f"{node.name}/segments", branches, [shared[mask.name].apart], [y])]
 
 
-def _by_segment(whole: gs.Node, rows: list[gs.Tensor], segments: Segments) -> gs.Graph:
-    """A branch that attends to a segment at a time, and joins them."""
-    added, turn, like = Added(whole.name), Added(f"{whole.name}/turn"), rows[0]
+def _by_segment(name: str, said: dict[str, Any], rows: list[gs.Tensor], segments: Segments) -> gs.Graph:
+    """A branch that attends to a segment at a time, and joins them. said: the operator's attributes."""
+    added, turn, like = Added(name), Added(f"{name}/turn"), rows[0]
     batch, _, width = like.shape
     number = gs.Variable(f"{turn.name}/number", np.int64, [])
-    going, goes_on = (gs.Variable(f"{turn.name}/{said}", np.bool_, []) for said in ("going", "goes_on"))
+    going, goes_on = (gs.Variable(f"{turn.name}/{which}", np.bool_, []) for which in ("going", "goes_on"))
     before = gs.Variable(f"{turn.name}/before", like.dtype, [batch, f"{turn.name}/done", width])
-    one, axis = turn.constant("one", [0]), turn.constant("axis", [1])
-    places = [
-        turn.node(
-            "Unsqueeze", f"{said}/at", [turn.node("Gather", said, [of, number], np.int64, []), one], np.int64, [1]
-        )
-        for said, of in (("begin", segments.begins), ("end", segments.ends))
-    ]
-    size = f"{turn.name}/tokens"
-    own = [
-        turn.node("Slice", f"own_{i}", [v, *places, axis], v.dtype, [batch, size, width]) for i, v in enumerate(rows)
-    ]
-    attended = turn.node("MultiHeadAttention", "attended", own, like.dtype, [batch, size, width], **whole.attrs)
-    turn.nodes[-1].domain = whole.domain
+    at = turn.node("Unsqueeze", "at", [number, turn.constant("first", [0])], np.int64, [1])
+    ends = ("begin", segments.begins), ("end", segments.ends)
+    places = [turn.node("Gather", which, [of, at], np.int64, [1]) for which, of in ends]
+    places.append(turn.constant("axis", [1]))
+    own = [batch, f"{turn.name}/tokens", width]
+    some = [turn.node("Slice", f"own_{i}", [its, *places], like.dtype, own) for i, its in enumerate(rows)]
+    attended = turn.node("MultiHeadAttention", "attended", some, like.dtype, own, **said)
+    turn.nodes[-1].domain = "com.microsoft"
     joined = turn.node("Concat", "joined", [before, attended], like.dtype, [batch, f"{turn.name}/more", width], axis=1)
     turn.nodes.append(gs.Node("Identity", goes_on.name, {}, [going], [goes_on]))
     body = gs.Graph(turn.nodes, [number, going, before], [goes_on, joined], name=turn.name)
-    nothing = [added.constant(said, [n]) for said, n in (("from", 0), ("to", 0), ("axis", 1))]
+    nothing = [added.constant(which, [n]) for which, n in (("from", 0), ("to", 0), ("axis", 1))]
     empty = added.node("Slice", "empty", [like, *nothing], like.dtype, [batch, 0, width])
     always = added.constant("always", True, np.bool_)
     made = added.node("Loop", "joined", [segments.count, always, empty], like.dtype, [*like.shape], body=body)

@@ -78,10 +78,8 @@ def check_patches(export: Export, pictures: Pictures) -> None:
     blocks = [p.block for g in seeing for step in g.assembly.steps for p in parts(step)]
     heads = max((b.heads for b in blocks if isinstance(b, Attention)), default=1)
     few = all("lower_whole_attention" in g.fusions and not g.fusions["lower_whole_attention"].refused for g in seeing)
-    least, there = (
-        (2 if few else 4 * heads) * (height * width) ** 2,
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-    )
+    least = (2 if few else 4 * heads) * (height * width) ** 2
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if least > there:
         raise RunError(
             f"a picture of {height} x {width} patches takes {least / 1e9:.3g} GB of memory, this machine has "
