@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 
 from llmexport.export import engine_record
@@ -50,7 +51,7 @@ class EngineSession(ArraySession):
         takes = profile[FEATURES][2] * seen.merge**2 if seen and seen.merge and FEATURES in profile else MOST_PATCHES
         return min(takes, MOST_PATCHES), frames
 
-    @property
+    @functools.cached_property
     def tokens_at_once(self) -> int | None:
         profile = engine_record.read(self._export.folder).profile
         return profile[SEQUENCE][2] if SEQUENCE in profile else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -50,7 +51,7 @@ class Session(Generic[V]):
         """What runs it, and its version."""
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def tokens_at_once(self) -> int | None:
         """How many tokens of a row it is given in one call; None: all."""
         return None
@@ -141,7 +142,7 @@ class RuntimeSession(Session[OrtValue]):
     def what(self) -> str:
         return f"ONNX Runtime {version()}"
 
-    @property
+    @functools.cached_property
     def tokens_at_once(self) -> int:
         return best_at_once(self._export)
 

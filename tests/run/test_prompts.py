@@ -115,6 +115,15 @@ def test_experts_are_given_more_tokens_at_once(exported, monkeypatch: pytest.Mon
     assert (best_at_once(llama), best_at_once(mixtral)) == (512, 1000 * experts // top_k)
 
 
+def test_a_session_asks_once_how_many_tokens_are_best(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As who walks over all blocks at every token takes a percent of a small model's time."""
+    asked = list[object]()
+    monkeypatch.setattr("llmexport.run.session.best_at_once", lambda export: asked.append(export) or 512)
+    session = RuntimeSession(manifest.read(exported("llama")))
+    assert len([*itertools.islice(decode(session, prompt(), greedy), 4)]) == 4
+    assert len(asked) == 1
+
+
 def test_an_engine_is_given_as_many_tokens_as_its_profile_has(exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of TensorRT's runner stands ONNX Runtime's, which takes and gives the same."""
     export, asked = manifest.read(exported("llama")), list[int]()
